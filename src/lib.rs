@@ -1,1 +1,24 @@
-
+//! byok-gate: may this AI-agent workspace start, and who pays for its model calls?
+pub mod assess;
+pub mod cache;
+pub mod catalogue;
+pub mod cli;
+pub mod config;
+pub mod decision;
+pub mod derive;
+pub mod endpoint;
+pub mod engine;
+mod flight;
+pub mod liveness;
+pub mod policy;
+pub mod presence;
+pub mod probe;
+pub mod problem;
+pub mod refusal;
+pub mod registry;
+pub mod secret;
+pub mod server;
+pub mod service;
+pub mod spec;
+pub mod telemetry;
+mod yaml;

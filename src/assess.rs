@@ -1,0 +1,514 @@
+//! The order of the decision, up to the point where the provider has to be asked: pure.
+
+use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
+
+use crate::{
+    catalogue::{Catalogue, KeyKind},
+    decision::{JudgedCredential, MatchedBy, Resolution, Source, TraceStep, Verdict, Warning, WarningCode},
+    derive::{Derived, Underivable, derive, relevant_names},
+    endpoint::{self, NoSurface, Target},
+    policy::{Enforcement, Facts, Policy},
+    presence::{Held, Presence, Wallet},
+    refusal::{Judged, Malformation, Refusal, listed},
+    registry::{Auth, Provider, Registry, Runtime},
+    secret::Secret,
+    spec::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
+};
+
+/// The longest value that could be a key. Anthropic's are about 110 bytes, JWT keys a few KiB.
+const MAX_KEY_BYTES: usize = 16 * 1024;
+
+/// What one decision is made by: one version of everything, for the whole call.
+#[derive(Debug)]
+pub struct Snapshot {
+    /// Who owns what.
+    pub registry: Arc<Registry>,
+    /// How to ask.
+    pub catalogue: Arc<Catalogue>,
+    /// What the operator decided.
+    pub policy: Arc<Policy>,
+    /// Where the registry came from.
+    pub registry_origin: Origin,
+    /// Where the catalogue came from.
+    pub catalogue_origin: Origin,
+}
+
+/// Where a document came from.
+#[derive(Debug, Clone)]
+pub struct Origin {
+    /// `embedded`, or the file's path.
+    pub source: String,
+    /// When it was loaded.
+    pub loaded_at: SystemTime,
+}
+
+/// The decision so far.
+#[derive(Debug)]
+pub struct Assessment {
+    /// What is to be ruled on, or asked first.
+    pub next: Next,
+    /// Who owns the model, as far as that is settled.
+    pub resolution: Resolution,
+    /// What did not decide.
+    pub warnings: Vec<Warning>,
+    /// The steps, if they were asked for.
+    pub trace: Trace,
+    /// What the runtime offers without a key.
+    pub alternative_models: Vec<String>,
+}
+
+/// What happens next.
+#[derive(Debug)]
+pub enum Next {
+    /// Everything is known.
+    Rule(Facts),
+    /// The provider has to be asked.
+    Ask(Inquiry),
+}
+
+/// A credential to ask a provider about.
+#[derive(Debug)]
+pub struct Inquiry {
+    /// Whom and how.
+    pub target: Target,
+    /// The credential.
+    pub secret: Arc<Secret>,
+    /// Its name.
+    pub env_name: String,
+    /// The model that the workspace chose.
+    pub model: String,
+    /// How seriously the verdict is taken.
+    pub enforcement: Enforcement,
+}
+
+/// The steps of one decision, kept only if they were asked for.
+#[derive(Debug, Default)]
+pub struct Trace {
+    on: bool,
+    steps: Vec<TraceStep>,
+}
+
+/// Assesses a request at this second of Unix time. `fingerprint` tells keys apart for a person.
+pub fn assess(snapshot: &Snapshot, request: &Request, now: i64, fingerprint: &dyn Fn(&Secret) -> String) -> Assessment {
+    let Request { spec, checkpoint, explain, max_liveness_age: _ } = request;
+    let mut notes = Notes {
+        resolution: Resolution {
+            provider: String::new(),
+            billing_mode: None,
+            source: Source::Derived,
+            matched_by: None,
+            accepted_env: Vec::new(),
+            credential: None,
+        },
+        warnings: Vec::new(),
+        trace: Trace { on: *explain, steps: Vec::new() },
+    };
+    let proxy = spec.platform_proxy.unwrap_or(snapshot.policy.platform_proxy);
+    let walk = Walk { snapshot, spec, checkpoint: *checkpoint, proxy, now, fingerprint };
+    let next = walk.run(&mut notes).unwrap_or_else(|facts| Next::Rule(*facts));
+    let Notes { resolution, warnings, trace } = notes;
+    Assessment { next, resolution, warnings, trace, alternative_models: walk.alternative_models() }
+}
+
+/// Who owns a model by names alone: what `ResolveProvider` answers.
+pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeSet<String>) -> Result<Resolved, Box<Refusal>> {
+    let mut resolution = Resolution {
+        provider: String::new(),
+        billing_mode: None,
+        source: Source::Derived,
+        matched_by: None,
+        accepted_env: Vec::new(),
+        credential: None,
+    };
+    if snapshot.policy.exempt_runtimes.contains(runtime) {
+        resolution.billing_mode = Some(crate::decision::BillingMode::None);
+        resolution.source = Source::ExemptRuntime;
+        return Ok(Resolved { resolution, relevant_env: Vec::new(), withdrawn: false });
+    }
+    let registry = &snapshot.registry;
+    let found = known_runtime(registry, runtime)?;
+    let model = known_model(runtime, model)?;
+    let derived = derive(registry, runtime, model, &|name| at_hand.contains(name))
+        .map_err(|underivable| refusal_of(underivable, runtime, model, registry))?;
+    if derived.provider.auth == Auth::Ambient {
+        return Err(Box::new(not_byok(derived.provider, model)));
+    }
+    settle(&mut resolution, derived.provider, derived.matched_by);
+    Ok(Resolved { resolution, relevant_env: relevant_names(registry, found, model), withdrawn: derived.arm.has_withdrawn(model) })
+}
+
+/// Who owns a model, and what to fetch before a decision.
+#[derive(Debug)]
+pub struct Resolved {
+    /// The owner.
+    pub resolution: Resolution,
+    /// Every name that could change the owner or answer for it.
+    pub relevant_env: Vec<String>,
+    /// Not for new workspaces.
+    pub withdrawn: bool,
+}
+
+// === the walk through the steps ===
+
+struct Walk<'a> {
+    snapshot: &'a Snapshot,
+    spec: &'a WorkspaceSpec,
+    checkpoint: Checkpoint,
+    proxy: PlatformProxy,
+    now: i64,
+    fingerprint: &'a dyn Fn(&Secret) -> String,
+}
+
+struct Notes {
+    resolution: Resolution,
+    warnings: Vec<Warning>,
+    trace: Trace,
+}
+
+/// `Err` is the early end: the facts are complete.
+type Step<T> = Result<T, Box<Facts>>;
+
+impl<'a> Walk<'a> {
+    fn run(&self, notes: &mut Notes) -> Step<Next> {
+        self.heed_override(notes)?;
+        let runtime = self.runtime(notes)?;
+        let model = known_model(&self.spec.runtime, &self.spec.model).map_err(|refusal| refused(*refusal))?;
+        notes.trace.step("model", || format!("`{model}`"));
+        if self.spec.operator_override == OperatorOverride::PlatformManaged {
+            notes.resolution.billing_mode = Some(crate::decision::BillingMode::PlatformManaged);
+            return Err(Box::new(Facts::Platform { by_override: true, proxy: self.proxy, model: model.to_owned() }));
+        }
+        let (wallet, dropped) = Wallet::of(self.spec, self.snapshot.registry.credential_names());
+        if !dropped.is_empty() {
+            let message = format!("the registry knows no credential named {}; dropped", listed(&dropped));
+            notes.warn(WarningCode::UnknownCredentialName, message, dropped);
+        }
+        let derived = self.owner(&wallet, runtime, model, notes)?;
+        self.heed_withdrawal(&derived, model, notes)?;
+        let provider = derived.provider;
+        if provider.is_platform() {
+            return Err(Box::new(self.platform(model)));
+        }
+        if provider.auth == Auth::Ambient {
+            return Err(refused(not_byok(provider, model)));
+        }
+        self.credential(&wallet, runtime, provider, model, notes)
+    }
+
+    fn heed_override(&self, notes: &mut Notes) -> Step<()> {
+        let word = match self.spec.operator_override {
+            OperatorOverride::Derive => return Ok(()),
+            OperatorOverride::PlatformManaged => "PLATFORM_MANAGED",
+            OperatorOverride::Byok => "BYOK",
+            OperatorOverride::Disabled => "DISABLED",
+        };
+        notes.resolution.source = Source::OperatorOverride;
+        let honoured = self.snapshot.policy.honour_overrides;
+        notes.trace.step("override", || format!("{word}, {}", if honoured { "honoured" } else { "refused by configuration" }));
+        notes.warn(WarningCode::OperatorOverride, format!("an operator override of {word} was given"), Vec::new());
+        match (honoured, self.spec.operator_override) {
+            (false, _) => Err(refused(Refusal::OverrideNotAllowed)),
+            (true, OperatorOverride::Disabled) => {
+                notes.resolution.billing_mode = Some(crate::decision::BillingMode::None);
+                Err(Box::new(Facts::OverrideDisabled))
+            }
+            (true, OperatorOverride::Derive | OperatorOverride::PlatformManaged | OperatorOverride::Byok) => Ok(()),
+        }
+    }
+
+    fn runtime(&self, notes: &mut Notes) -> Step<&'a Runtime> {
+        let name = self.spec.runtime.as_str();
+        if self.snapshot.policy.exempt_runtimes.contains(name) {
+            notes.trace.step("runtime", || format!("`{name}` is exempt by configuration"));
+            notes.warn(WarningCode::ExemptRuntime, format!("runtime `{name}` is exempt: nothing was checked"), Vec::new());
+            notes.resolution.billing_mode = Some(crate::decision::BillingMode::None);
+            if notes.resolution.source == Source::Derived {
+                notes.resolution.source = Source::ExemptRuntime;
+            }
+            return Err(Box::new(Facts::ExemptRuntime));
+        }
+        let runtime = known_runtime(&self.snapshot.registry, name).map_err(|refusal| refused(*refusal))?;
+        notes.trace.step("runtime", || format!("`{name}` has {} providers", runtime.arms.len()));
+        Ok(runtime)
+    }
+
+    /// The owner by the names that are readable, provided that no unreadable one could change it.
+    ///
+    /// It is enough to add unreadable names one at a time: the set of candidates that accept a name at hand only grows, an
+    /// outcome other than the default needs that set to hold exactly one, and whatever several names make of it, one of
+    /// them alone has already made it differ.
+    fn owner(&self, wallet: &Wallet<'_>, runtime: &Runtime, model: &str, notes: &mut Notes) -> Step<Derived<'a>> {
+        let registry = &*self.snapshot.registry;
+        let name = self.spec.runtime.as_str();
+        let derived = derive(registry, name, model, &|name| wallet.has(name));
+        if wallet.has_unreadable() {
+            let owner =
+                |result: &Result<Derived<'a>, Underivable>| result.as_ref().ok().map(|derived| derived.provider.name.clone());
+            let changing: Vec<String> = relevant_names(registry, runtime, model)
+                .into_iter()
+                .filter(|unknown| matches!(wallet.held(unknown), Held::Unknown))
+                .filter(|unknown| {
+                    owner(&derive(registry, name, model, &|name| name == unknown || wallet.has(name))) != owner(&derived)
+                })
+                .collect();
+            if !changing.is_empty() {
+                notes.trace.step("derive", || format!("{} could not be read and could change the owner", listed(&changing)));
+                return Err(refused(Refusal::CredentialsUnreadable { names: changing, changes_owner: true }));
+            }
+        }
+        let derived = derived.map_err(|underivable| refused(*refusal_of(underivable, name, model, registry)))?;
+        settle(&mut notes.resolution, derived.provider, derived.matched_by);
+        notes.trace.step("derive", || format!("provider `{}` by {}", derived.provider.name, derived.matched_by));
+        Ok(derived)
+    }
+
+    fn heed_withdrawal(&self, derived: &Derived<'_>, model: &str, notes: &mut Notes) -> Step<()> {
+        if !derived.arm.has_withdrawn(model) {
+            return Ok(());
+        }
+        notes.trace.step("model", || "withdrawn".into());
+        match self.checkpoint {
+            Checkpoint::Create | Checkpoint::Update => Err(refused(Refusal::ModelWithdrawn {
+                runtime: self.spec.runtime.clone(),
+                model: model.to_owned(),
+                provider: derived.provider.name.clone(),
+            })),
+            Checkpoint::Provision => {
+                let message = format!("model `{model}` is withdrawn; this workspace keeps it, new ones cannot have it");
+                notes.warn(WarningCode::ModelWithdrawn, message, Vec::new());
+                Ok(())
+            }
+        }
+    }
+
+    fn platform(&self, model: &str) -> Facts {
+        let model = model.to_owned();
+        if self.spec.operator_override == OperatorOverride::Byok {
+            Facts::Refused(Refusal::OverrideConflictsWithModel { model })
+        } else {
+            Facts::Platform { by_override: false, proxy: self.proxy, model }
+        }
+    }
+
+    fn credential(
+        &self,
+        wallet: &Wallet<'_>,
+        runtime: &Runtime,
+        provider: &Provider,
+        model: &str,
+        notes: &mut Notes,
+    ) -> Step<Next> {
+        let (env_name, secret, scope, shadows_organization) = match wallet.answering_for(provider) {
+            Presence::Found { env_name, secret, scope, shadows_organization } => (env_name, secret, scope, shadows_organization),
+            Presence::Missing => {
+                notes.trace.step("presence", || format!("none of {} holds a value", listed(&provider.auth_env)));
+                return Err(refused(Refusal::MissingCredential {
+                    provider: provider.name.clone(),
+                    display_name: provider.display_name.clone(),
+                    model: model.to_owned(),
+                    accepted_env: provider.auth_env.clone(),
+                }));
+            }
+            Presence::Unreadable(names) => {
+                notes.trace.step("presence", || format!("{} could not be read", listed(&names)));
+                return Err(refused(Refusal::CredentialsUnreadable { names, changes_owner: false }));
+            }
+        };
+        notes.trace.step("presence", || format!("{env_name} answers, from the {scope:?} scope"));
+        notes.resolution.credential = Some(JudgedCredential {
+            env_name: env_name.to_owned(),
+            scope,
+            shadows_organization,
+            fingerprint: (self.fingerprint)(secret),
+        });
+        let conflicts = wallet.conflicts(&self.snapshot.registry, runtime, provider, env_name);
+        if !conflicts.is_empty() {
+            let message = format!(
+                "{env_name} was judged for provider `{}`; {} could be picked up instead by the runtime",
+                provider.name,
+                listed(&conflicts)
+            );
+            notes.warn(WarningCode::ConflictingCredential, message, conflicts);
+        }
+        if wallet.has_unreadable() {
+            let message = "some credentials could not be read; none of them could change this decision".to_owned();
+            notes.warn(WarningCode::UnreadableCredentials, message, Vec::new());
+        }
+        let enforcement = self.snapshot.policy.enforcement(&provider.name, self.now);
+        let unasked = |verdict, host: &str| {
+            Box::new(Facts::Judged {
+                judged: Judged {
+                    verdict,
+                    env_name: env_name.to_owned(),
+                    provider: provider.name.clone(),
+                    host: host.to_owned(),
+                    upstream_status: None,
+                    siblings: Vec::new(),
+                    retry_after: std::time::Duration::ZERO,
+                },
+                served_from: None,
+                recently_valid: false,
+                enforcement,
+            })
+        };
+        if enforcement == Enforcement::Off {
+            notes.trace.step("liveness", || "switched off for this provider".into());
+            return Err(unasked(Verdict::ProbeDisabled, ""));
+        }
+        let surface = endpoint::target(provider, &self.snapshot.catalogue, model, &self.spec.tenant_base_url_env)
+            .and_then(|target| self.check_shape(&target, env_name, secret, provider).map(|refusal| (target, refusal)));
+        match surface {
+            Err(reason) => {
+                notes.trace.step("liveness", || reason.text());
+                Err(unasked(Verdict::NoServerSurface, ""))
+            }
+            Ok((target, Some(refusal))) => {
+                notes.trace.step("shape", || format!("the value is not one to send to {}", target.host));
+                Err(refused(refusal))
+            }
+            Ok((target, None)) => Ok(Next::Ask(Inquiry {
+                target,
+                secret: Arc::clone(secret),
+                env_name: env_name.to_owned(),
+                model: model.to_owned(),
+                enforcement,
+            })),
+        }
+    }
+
+    /// Whether the value may be sent: its characters, its length, and whose key it looks like.
+    fn check_shape(
+        &self,
+        target: &Target,
+        env_name: &str,
+        secret: &Secret,
+        provider: &Provider,
+    ) -> Result<Option<Refusal>, NoSurface> {
+        let value = secret.expose();
+        if let Some(fault) = malformation(value) {
+            return Ok(Some(Refusal::Malformed { env_name: env_name.to_owned(), provider: provider.name.clone(), fault }));
+        }
+        let shapes = self.snapshot.catalogue.shapes_of(value.trim_ascii_start());
+        let vendors: BTreeSet<&str> = shapes.iter().map(|shape| shape.vendor.as_str()).collect();
+        if let (1, Some(vendor)) = (vendors.len(), vendors.first())
+            && target.vendor.as_deref() != Some(vendor)
+        {
+            return Ok(Some(Refusal::ForeignKey {
+                env_name: env_name.to_owned(),
+                provider: provider.name.clone(),
+                host: target.host.clone(),
+                vendor: (*vendor).to_owned(),
+            }));
+        }
+        if shapes.iter().any(|shape| shape.kind == KeyKind::OAuth) {
+            return Err(NoSurface::OAuthShaped);
+        }
+        Ok(None)
+    }
+
+    fn alternative_models(&self) -> Vec<String> {
+        let Self { snapshot, spec, proxy, .. } = self;
+        match (proxy, snapshot.registry.runtime(&spec.runtime)) {
+            (PlatformProxy::Available, Some(runtime)) => snapshot.registry.keyless_models(runtime),
+            (PlatformProxy::Available | PlatformProxy::Absent, _) => Vec::new(),
+        }
+    }
+}
+
+fn refused(refusal: Refusal) -> Box<Facts> {
+    Box::new(Facts::Refused(refusal))
+}
+
+fn known_runtime<'r>(registry: &'r Registry, name: &str) -> Result<&'r Runtime, Box<Refusal>> {
+    if name.is_empty() {
+        return Err(Box::new(Refusal::RuntimeRequired));
+    }
+    registry.runtime(name).ok_or_else(|| Box::new(unsupported(registry, name)))
+}
+
+fn unsupported(registry: &Registry, name: &str) -> Refusal {
+    Refusal::RuntimeUnsupported {
+        runtime: name.to_owned(),
+        known: registry.runtimes().map(|(name, _)| name.to_owned()).collect(),
+    }
+}
+
+fn known_model<'m>(runtime: &str, model: &'m str) -> Result<&'m str, Box<Refusal>> {
+    match model.trim() {
+        "" => Err(Box::new(Refusal::ModelRequired { runtime: runtime.to_owned() })),
+        model => Ok(model),
+    }
+}
+
+fn not_byok(provider: &Provider, model: &str) -> Refusal {
+    Refusal::ProviderNotByok { provider: provider.name.clone(), model: model.to_owned() }
+}
+
+fn refusal_of(underivable: Underivable, runtime: &str, model: &str, registry: &Registry) -> Box<Refusal> {
+    let (runtime, model) = (runtime.to_owned(), model.to_owned());
+    Box::new(match underivable {
+        Underivable::ModelRequired => Refusal::ModelRequired { runtime },
+        Underivable::UnknownRuntime => unsupported(registry, &runtime),
+        Underivable::Unregistered => Refusal::UnregisteredModel { runtime, model },
+        Underivable::Ambiguous { candidates } => Refusal::AmbiguousProvider { runtime, model, candidates },
+    })
+}
+
+fn settle(resolution: &mut Resolution, provider: &Provider, matched_by: MatchedBy) {
+    resolution.provider.clone_from(&provider.name);
+    resolution.matched_by = Some(matched_by);
+    // A provider of ambient identity takes no tenant credential: nobody would pay, and no name is accepted.
+    if provider.auth != Auth::Ambient {
+        resolution.billing_mode = Some(provider.billing_mode());
+    }
+    if provider.auth != Auth::Ambient && !provider.is_platform() {
+        resolution.accepted_env.clone_from(&provider.auth_env);
+    }
+}
+
+fn malformation(value: &str) -> Option<Malformation> {
+    if value.len() > MAX_KEY_BYTES {
+        return Some(Malformation::TooLong { length: value.len(), limit: MAX_KEY_BYTES });
+    }
+    let (at, byte) = value.bytes().enumerate().find(|(_, byte)| byte.is_ascii_control() || !byte.is_ascii())?;
+    if !byte.is_ascii() {
+        return Some(Malformation::NonAscii { at });
+    }
+    let trailing = value.bytes().skip(at).all(|byte| byte.is_ascii_control() || byte == b' ');
+    Some(Malformation::ControlCharacter { at, trailing })
+}
+
+// === impl Notes, Trace ===
+
+impl Notes {
+    fn warn(&mut self, code: WarningCode, message: String, env_names: Vec<String>) {
+        self.warnings.push(Warning { code, message, env_names });
+    }
+}
+
+impl Trace {
+    /// Notes a step, if steps are wanted.
+    pub fn step(&mut self, step: &'static str, detail: impl FnOnce() -> String) {
+        if self.on {
+            self.steps.push(TraceStep { step, detail: detail() });
+        }
+    }
+
+    /// The steps, in order.
+    pub fn into_steps(self) -> Vec<TraceStep> {
+        self.steps
+    }
+}
+
+// === impl NoSurface ===
+
+impl NoSurface {
+    fn text(&self) -> String {
+        match self {
+            Self::OAuth => "an OAuth subscription: its credential is never exercised, presence governs".into(),
+            Self::OAuthShaped => "the value has the shape of an OAuth credential, which is never sent".into(),
+            Self::NoEndpoint => "the registry gives no address to ask".into(),
+            Self::TenantBaseUrl(names) => format!("the tenant set {}, so the workspace dials a host of its own", listed(names)),
+        }
+    }
+}

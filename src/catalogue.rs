@@ -1,0 +1,243 @@
+//! The probe catalogue: how each API host is asked whether a credential is alive, and what its answers mean. Data, not code.
+
+mod check;
+pub(crate) mod file;
+
+use std::{collections::BTreeMap, time::Duration};
+
+pub(crate) use check::check_probe;
+
+use crate::{
+    decision::Verdict,
+    problem::{Loaded, Problems},
+    registry::Protocol,
+};
+
+/// The catalogue that is built in: our own text around what is known of the vendors.
+const EMBEDDED: &str = include_str!("catalogue/default.yaml");
+
+/// How every known host is asked.
+#[derive(Debug, Clone)]
+pub struct Catalogue {
+    revision: String,
+    /// Per host (with its port if not the default), rows with the longest path first.
+    hosts: BTreeMap<String, Vec<HostRow>>,
+    key_shapes: Vec<KeyShape>,
+    base_url_env: BTreeMap<String, Protocol>,
+    openai: Vec<Probe>,
+    anthropic: Vec<Probe>,
+}
+
+/// How one host is asked.
+#[derive(Debug, Clone)]
+pub struct HostRow {
+    /// The path under which the row holds; empty for the whole host.
+    pub path_prefix: String,
+    /// Whose host it is. Hosts of one vendor take one another's key shapes.
+    pub vendor: String,
+    /// Other regions of the vendor, whose keys this host refuses.
+    pub siblings: Vec<String>,
+    /// What stands before the provider's own model id in a workspace's model, and is not sent.
+    pub strip_model_prefixes: Vec<String>,
+    /// The ladder: asked in this order until one is conclusive.
+    pub probes: Vec<Probe>,
+}
+
+/// What a known kind of key begins with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyShape {
+    /// The beginning.
+    pub prefix: String,
+    /// Whose keys begin so.
+    pub vendor: String,
+    /// What kind of key it is.
+    pub kind: KeyKind,
+}
+
+/// What kind of key a shape tells of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyKind {
+    /// A key for an API's header.
+    ApiKey,
+    /// An OAuth credential, which is never sent.
+    OAuth,
+}
+
+/// One authenticated call.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Probe {
+    /// Its name, as answers report it.
+    pub name: String,
+    /// GET or POST.
+    pub method: Method,
+    /// Absolute on the host, or beginning with `{base}`.
+    pub path: String,
+    /// The header families to send the credential in, tried in order until one is not refused.
+    pub auth: Vec<HeaderFamily>,
+    /// Further headers.
+    pub headers: Vec<(String, String)>,
+    /// A JSON body; the string `{model}` in it stands for the workspace's model.
+    pub body: Option<serde_json::Value>,
+    /// The time for the whole ladder, if this host needs more than the service's own budget.
+    pub budget: Option<Duration>,
+    /// It costs the tenant money.
+    pub costs_money: bool,
+    /// It is documented, or known from those who use it, that this endpoint refuses bad keys.
+    pub refuses_bad_keys: bool,
+    /// Paths of which one must be in the JSON body of a 2xx answer.
+    pub expect: Vec<String>,
+    /// What answers mean, in order; the first match decides.
+    pub signals: Vec<Signal>,
+    /// Tells this probe, and every reading of its answers, from any other.
+    pub fingerprint: [u8; 32],
+}
+
+/// A request's method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// GET.
+    Get,
+    /// POST.
+    Post,
+}
+
+/// The header that carries the credential.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum HeaderFamily {
+    /// `Authorization: Bearer KEY`.
+    Bearer,
+    /// `x-api-key: KEY`.
+    XApiKey,
+    /// `x-goog-api-key: KEY`.
+    XGoogApiKey,
+    /// `api-key: KEY`.
+    ApiKey,
+}
+
+/// One row: when an answer looks like this, it means that.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Signal {
+    /// The statuses that it is about; empty for any.
+    pub statuses: Vec<u16>,
+    /// What must hold of the body.
+    pub test: BodyTest,
+    /// What it means.
+    pub outcome: SignalOutcome,
+}
+
+/// What must hold of a body.
+#[derive(Debug, Clone, PartialEq)]
+pub enum BodyTest {
+    /// Nothing.
+    Any,
+    /// It contains this text, compared without case.
+    Contains(String),
+    /// The JSON value at a path equals this one.
+    Equals(String, serde_json::Value),
+    /// The JSON number at a path is at most this one.
+    AtMost(String, f64),
+}
+
+/// What a signal means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SignalOutcome {
+    /// The credential was accepted. Counts as VALID once the endpoint is known to refuse bad ones.
+    Accepted,
+    /// Alive, but restricted from this endpoint: the next probe decides.
+    Restricted,
+    /// This verdict.
+    Verdict(Verdict),
+}
+
+// === impl Catalogue ===
+
+impl Catalogue {
+    /// The embedded catalogue.
+    pub fn embedded() -> Result<Loaded<Self>, Problems> {
+        check::check("embedded catalogue", EMBEDDED.as_bytes())
+    }
+
+    /// The embedded catalogue with an operator's document laid over it: host by host, its rows replace ours.
+    pub fn overlaid(document: &str, bytes: &[u8]) -> Result<Loaded<Self>, Problems> {
+        let base = Self::embedded()?;
+        let over = check::check(document, bytes)?;
+        Ok(Loaded { value: base.value.overlay(over.value), warnings: over.warnings })
+    }
+
+    fn overlay(mut self, over: Self) -> Self {
+        let Self { revision, hosts, key_shapes, base_url_env, openai, anthropic } = over;
+        self.hosts.extend(hosts);
+        self.key_shapes.extend(key_shapes);
+        self.base_url_env.extend(base_url_env);
+        if !openai.is_empty() {
+            self.openai = openai;
+        }
+        if !anthropic.is_empty() {
+            self.anthropic = anthropic;
+        }
+        self.revision = blake3::hash(format!("{} {revision}", self.revision).as_bytes()).to_hex().chars().take(16).collect();
+        self
+    }
+
+    /// Content hash, of the embedded document and the one laid over it.
+    pub fn revision(&self) -> &str {
+        &self.revision
+    }
+
+    /// How many hosts it knows.
+    pub fn host_count(&self) -> usize {
+        self.hosts.len()
+    }
+
+    /// The row for this host (with its port if not the default) and path: the longest prefix wins.
+    pub fn row(&self, host: &str, path: &str) -> Option<&HostRow> {
+        let rows = self.hosts.get(host)?;
+        rows.iter()
+            .find(|row| path.strip_prefix(row.path_prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
+    }
+
+    /// The ladder for a host without a row.
+    pub fn default_probes(&self, protocol: Protocol) -> &[Probe] {
+        match protocol {
+            Protocol::OpenAi => &self.openai,
+            Protocol::Anthropic => &self.anthropic,
+        }
+    }
+
+    /// The longest known beginnings of this value: every shape of that length.
+    pub fn shapes_of(&self, value: &str) -> Vec<&KeyShape> {
+        let matching = || self.key_shapes.iter().filter(|shape| value.starts_with(&shape.prefix));
+        let longest = matching().map(|shape| shape.prefix.len()).max();
+        matching().filter(|shape| Some(shape.prefix.len()) == longest).collect()
+    }
+
+    /// Which providers a base-URL variable concerns: those of a protocol, or all (`None`).
+    pub fn concerned_by(&self, base_url_env: &str) -> Option<Protocol> {
+        self.base_url_env.get(base_url_env).copied()
+    }
+
+    /// A key of this vendor's shape begins so.
+    pub fn key_prefix_of(&self, vendor: &str) -> Option<&str> {
+        self.key_shapes
+            .iter()
+            .find(|shape| shape.vendor == vendor && shape.kind == KeyKind::ApiKey)
+            .map(|shape| shape.prefix.as_str())
+    }
+}
+
+// === impl HeaderFamily ===
+
+impl HeaderFamily {
+    /// Its name in the catalogue.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Bearer => "bearer",
+            Self::XApiKey => "x-api-key",
+            Self::XGoogApiKey => "x-goog-api-key",
+            Self::ApiKey => "api-key",
+        }
+    }
+
+    /// Every family.
+    pub const ALL: [Self; 4] = [Self::Bearer, Self::XApiKey, Self::XGoogApiKey, Self::ApiKey];
+}

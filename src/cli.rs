@@ -1,0 +1,216 @@
+//! The command line: one file a command; exit codes as an enum. The only place with `anyhow`.
+
+mod check;
+mod decide;
+mod health;
+mod models;
+mod report;
+mod serve;
+
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::{ExitCode, Termination},
+};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::{
+    config::{self, ConfigError, Overrides, Paths, Setup},
+    spec::PlatformProxy,
+    telemetry::{self, LogTo},
+};
+
+/// Decides whether an AI-agent workspace may start, and who pays for its model calls.
+#[derive(Debug, Parser)]
+#[command(name = "byok-gate", version)]
+pub struct Cli {
+    /// What is logged: off, error, warn, info, debug, trace, or a filter such as `info,byok_gate=debug`.
+    #[arg(long, global = true, value_name = "FILTER")]
+    log: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve decisions over gRPC.
+    Serve(serve::ServeArgs),
+    /// Decide one workspace, in this process or by asking a server.
+    Decide(decide::DecideArgs),
+    /// List what runtimes offer.
+    Models(models::ModelsArgs),
+    /// Check configuration, registry and catalogue.
+    Check(check::CheckArgs),
+    /// Ask a server whether it serves.
+    Health(health::HealthArgs),
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Allowed, or done.
+    Ok,
+    /// A fault: nothing was decided.
+    Fault,
+    /// The command line does not stand.
+    Usage,
+    /// Configuration, registry or catalogue do not stand.
+    Invalid,
+    /// Denied.
+    Denied,
+    /// Denied, and worth trying again with nothing changed.
+    DeniedRetryable,
+}
+
+/// How an answer is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// The command line does not stand, beyond what its grammar says.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct UsageError(String);
+
+/// What decisions are made by.
+#[derive(Debug, Args)]
+struct EngineArgs {
+    /// The registry to decide by, in place of the embedded one.
+    #[arg(long, value_name = "FILE")]
+    registry: Option<PathBuf>,
+    /// A probe catalogue to lay over the embedded one, host by host.
+    #[arg(long, value_name = "FILE")]
+    probe_catalog: Option<PathBuf>,
+    /// The configuration file.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// What a spec that does not say means: whether the platform's metered proxy is there [default: absent].
+    #[arg(long, value_name = "available|absent")]
+    platform_proxy: Option<ProxyArg>,
+    /// Refuse operator overrides.
+    #[arg(long)]
+    refuse_operator_overrides: bool,
+    /// Allow this runtime without any check (repeatable).
+    #[arg(long = "exempt-runtime", value_name = "RUNTIME")]
+    exempt_runtimes: Vec<String>,
+    /// A file whose content is the key of credential fingerprints; no fingerprints without it.
+    #[arg(long, value_name = "FILE")]
+    fingerprint_key_file: Option<PathBuf>,
+}
+
+/// How providers are asked.
+#[derive(Debug, Args)]
+struct ProbeArgs {
+    /// Allow loopback addresses, and plain http there: for tests and for providers on the same host.
+    #[arg(long)]
+    allow_loopback_http: bool,
+    /// Certificate authorities (PEM) to trust beside the system's.
+    #[arg(long, value_name = "FILE")]
+    probe_ca_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ProxyArg {
+    Available,
+    Absent,
+}
+
+// === running ===
+
+impl Cli {
+    /// Runs the command to its end.
+    pub fn run(self) -> Exit {
+        let Self { log, command } = self;
+        let (default, to) = match command {
+            Command::Serve(_) => ("info", LogTo::StdoutJson),
+            Command::Decide(_) | Command::Models(_) | Command::Check(_) | Command::Health(_) => ("error", LogTo::StderrText),
+        };
+        let ended = telemetry::init(log.as_deref().unwrap_or(default), to)
+            .map_err(|fault| anyhow::Error::new(UsageError(fault.to_string())))
+            .and_then(|()| match command {
+                Command::Serve(args) => block_on(serve::run(args))?,
+                Command::Decide(args) => block_on(decide::run(args))?,
+                Command::Models(args) => models::run(args),
+                Command::Check(args) => check::run(args),
+                Command::Health(args) => block_on(health::run(args))?,
+            });
+        ended.unwrap_or_else(|fault| {
+            // Standard error may be closed; there is nobody else to tell.
+            drop(writeln!(io::stderr(), "byok-gate: {fault:#}"));
+            exit_of(&fault)
+        })
+    }
+}
+
+fn exit_of(fault: &anyhow::Error) -> Exit {
+    if fault.is::<UsageError>() {
+        Exit::Usage
+    } else if fault.is::<ConfigError>() {
+        Exit::Invalid
+    } else {
+        Exit::Fault
+    }
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> anyhow::Result<T> {
+    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work))
+}
+
+impl Termination for Exit {
+    fn report(self) -> ExitCode {
+        ExitCode::from(match self {
+            Self::Ok => 0,
+            Self::Fault => 1,
+            Self::Usage => 2,
+            Self::Invalid => 3,
+            Self::Denied => 10,
+            Self::DeniedRetryable => 11,
+        })
+    }
+}
+
+// === impl EngineArgs ===
+
+impl EngineArgs {
+    fn load(self, probe_ca: Option<PathBuf>) -> Result<Setup, ConfigError> {
+        let Self {
+            registry,
+            probe_catalog,
+            config,
+            platform_proxy,
+            refuse_operator_overrides,
+            exempt_runtimes,
+            fingerprint_key_file,
+        } = self;
+        let paths = Paths { registry, probe_catalog, config, fingerprint_key: fingerprint_key_file, probe_ca };
+        let platform_proxy = platform_proxy.map(PlatformProxy::from);
+        config::load(&paths, &Overrides { platform_proxy, refuse_operator_overrides, exempt_runtimes })
+    }
+}
+
+impl From<ProxyArg> for PlatformProxy {
+    fn from(arg: ProxyArg) -> Self {
+        match arg {
+            ProxyArg::Available => Self::Available,
+            ProxyArg::Absent => Self::Absent,
+        }
+    }
+}
+
+/// Writes to standard output. A reader that has gone is no fault of ours.
+fn print(text: &str) -> anyhow::Result<()> {
+    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+        Err(fault) if fault.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        ended => Ok(ended?),
+    }
+}
+
+/// A server's address as a URI: `HOST:PORT`, or with `http://` before it.
+fn server_uri(address: &str) -> String {
+    if address.contains("://") { address.to_owned() } else { format!("http://{address}") }
+}

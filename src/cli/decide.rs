@@ -1,0 +1,219 @@
+//! `byok-gate decide`
+
+use std::{
+    env,
+    io::{self, Read},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use tokio::time::Instant;
+use tonic::{Code, transport::Endpoint};
+
+use super::{EngineArgs, Exit, Format, ProbeArgs, ProxyArg, UsageError, print, report::Report, server_uri};
+use crate::{
+    cache::{Ages, Cache},
+    engine::Engine,
+    probe::{ProbeSettings, Prober},
+    secret::Secret,
+    service::convert::{self, pb},
+    spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
+    telemetry,
+};
+
+/// The longest that a command waits: the slowest row's budget of 10 s and a little.
+const PATIENCE: Duration = Duration::from_secs(12);
+/// The longest credential that is read from standard input; the service's own limit is lower and says so.
+const MAX_STDIN_BYTES: u64 = 1024 * 1024;
+
+#[derive(Debug, Args)]
+pub(super) struct DecideArgs {
+    /// The workspace's runtime.
+    #[arg(long)]
+    runtime: String,
+    /// The workspace's model.
+    #[arg(long)]
+    model: String,
+    /// The moment.
+    #[arg(long, value_enum, default_value_t = CheckpointArg::Create)]
+    checkpoint: CheckpointArg,
+    /// Take the workspace's credential of this name from the environment (repeatable). Not set is absent.
+    #[arg(long = "env", value_name = "NAME")]
+    envs: Vec<String>,
+    /// The same, as the organization's credential (repeatable).
+    #[arg(long = "organization-env", value_name = "NAME")]
+    organization_envs: Vec<String>,
+    /// Take the workspace's credential of this name from standard input: `NAME=@-`. One line break at its end is not part of it.
+    #[arg(long, value_name = "NAME=@-")]
+    credential: Option<String>,
+    /// The workspace's id.
+    #[arg(long, default_value = "")]
+    workspace_id: String,
+    /// The organization's id.
+    #[arg(long, default_value = "")]
+    organization_id: String,
+    /// An operator's override.
+    #[arg(long, value_enum)]
+    operator_override: Option<OverrideArg>,
+    /// A base-URL variable that the tenant set (repeatable).
+    #[arg(long = "tenant-base-url-env", value_name = "NAME")]
+    tenant_base_url_env: Vec<String>,
+    /// How old an observation of the credential may be, in seconds.
+    #[arg(long, value_name = "SECONDS")]
+    max_liveness_age: Option<u32>,
+    /// Tell each step.
+    #[arg(long)]
+    explain: bool,
+    /// Ask this server instead of deciding here.
+    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = [
+        "registry", "probe_catalog", "config", "refuse_operator_overrides", "exempt_runtimes", "fingerprint_key_file",
+        "allow_loopback_http", "probe_ca_file",
+    ])]
+    server: Option<String>,
+    /// How the answer is written.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    probe: ProbeArgs,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum CheckpointArg {
+    Create,
+    Provision,
+    Update,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum OverrideArg {
+    PlatformManaged,
+    Byok,
+    Disabled,
+}
+
+pub(super) async fn run(args: DecideArgs) -> anyhow::Result<Exit> {
+    let (request, format) = (request(&args)?, args.format);
+    let response = match args.server {
+        Some(server) => ask(&server, &request).await?,
+        None => decide(args.engine, args.probe, request).await?,
+    };
+    let report = Report::of(&response);
+    match format {
+        Format::Text => print(&report.text())?,
+        Format::Json => print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?,
+    }
+    Ok(report.exit)
+}
+
+/// In this process. Nothing is tested with made-up keys: a one-shot command relies on the catalogue.
+async fn decide(engine: EngineArgs, probe: ProbeArgs, request: Request) -> anyhow::Result<pb::DecideResponse> {
+    let setup = engine.load(probe.probe_ca_file)?;
+    let prober = Prober::new(ProbeSettings {
+        allow_loopback_http: probe.allow_loopback_http,
+        calibrate: false,
+        extra_roots: setup.probe_ca,
+        ..ProbeSettings::default()
+    })?;
+    // The same door as the service's: what it refuses is refused here, with the same words.
+    let request = convert::request(convert::to_request(&request)).map_err(|violations| {
+        let said: Vec<String> = violations.0.into_iter().map(|(field, description)| format!("{field}: {description}")).collect();
+        UsageError(said.join("; "))
+    })?;
+    let engine = Engine::new(setup.snapshot, Arc::new(Cache::new(Arc::new(prober), Ages::default())), setup.fingerprint_key);
+    let began = Instant::now();
+    let decided = engine.decide(&request, began + PATIENCE).await;
+    telemetry::record(&request, &decided, began.elapsed());
+    Ok(convert::response(decided))
+}
+
+/// By a server.
+async fn ask(server: &str, request: &Request) -> anyhow::Result<pb::DecideResponse> {
+    let endpoint =
+        Endpoint::from_shared(server_uri(server)).map_err(|_| UsageError(format!("--server {server} is not an address")))?;
+    let channel = endpoint
+        .connect_timeout(PATIENCE)
+        .connect()
+        .await
+        .with_context(|| format!("no decision: {server} could not be reached"))?;
+    let mut message = tonic::Request::new(convert::to_request(request));
+    message.set_timeout(PATIENCE);
+    let answer = pb::policy_decision_service_client::PolicyDecisionServiceClient::new(channel).decide(message).await;
+    match answer {
+        Ok(response) => Ok(response.into_inner()),
+        Err(status) if status.code() == Code::InvalidArgument => Err(UsageError(status.message().to_owned()).into()),
+        Err(status) => anyhow::bail!("no decision: {server} answered {:?}: {}", status.code(), status.message()),
+    }
+}
+
+fn request(args: &DecideArgs) -> anyhow::Result<Request> {
+    let mut credentials = Vec::new();
+    for (names, scope) in [(&args.envs, Scope::Workspace), (&args.organization_envs, Scope::Organization)] {
+        for name in names {
+            credentials.extend(from_environment(name, scope)?);
+        }
+    }
+    if let Some(argument) = &args.credential {
+        credentials.push(from_stdin(argument)?);
+    }
+    Ok(Request {
+        spec: WorkspaceSpec {
+            workspace_id: args.workspace_id.clone(),
+            organization_id: args.organization_id.clone(),
+            runtime: args.runtime.clone(),
+            model: args.model.clone(),
+            credentials,
+            unreadable_scopes: Vec::new(),
+            operator_override: match args.operator_override {
+                None => OperatorOverride::Derive,
+                Some(OverrideArg::PlatformManaged) => OperatorOverride::PlatformManaged,
+                Some(OverrideArg::Byok) => OperatorOverride::Byok,
+                Some(OverrideArg::Disabled) => OperatorOverride::Disabled,
+            },
+            platform_proxy: args.engine.platform_proxy.map(ProxyArg::into),
+            tenant_base_url_env: args.tenant_base_url_env.clone(),
+        },
+        checkpoint: match args.checkpoint {
+            CheckpointArg::Create => Checkpoint::Create,
+            CheckpointArg::Provision => Checkpoint::Provision,
+            CheckpointArg::Update => Checkpoint::Update,
+        },
+        max_liveness_age: args.max_liveness_age.map(|seconds| Duration::from_secs(u64::from(seconds))),
+        explain: args.explain,
+    })
+}
+
+fn from_environment(name: &str, scope: Scope) -> Result<Option<Credential>, UsageError> {
+    if name.contains('=') {
+        // Somebody may have put the value behind it: it is not repeated.
+        return Err(UsageError("--env takes a variable's name alone; its value is read from the environment".into()));
+    }
+    match env::var(name) {
+        Ok(value) => Ok(Some(credential(name, scope, value))),
+        Err(env::VarError::NotPresent) => Ok(None),
+        Err(env::VarError::NotUnicode(_)) => Err(UsageError(format!("{name} holds bytes that are not UTF-8: no key does"))),
+    }
+}
+
+fn from_stdin(argument: &str) -> anyhow::Result<Credential> {
+    let Some(name) = argument.strip_suffix("=@-") else {
+        // Whatever stands there may be a value: it is not repeated.
+        return Err(UsageError(
+            "--credential takes NAME=@- and reads the value from standard input, never from an argument".into(),
+        )
+        .into());
+    };
+    let mut value = String::new();
+    io::stdin().take(MAX_STDIN_BYTES).read_to_string(&mut value).context("standard input could not be read")?;
+    // One line break is the terminal's or `echo`'s, not the key's.
+    let length = value.strip_suffix('\n').map_or(value.len(), |rest| rest.strip_suffix('\r').unwrap_or(rest).len());
+    value.truncate(length);
+    Ok(credential(name, Scope::Workspace, value))
+}
+
+fn credential(name: &str, scope: Scope, value: String) -> Credential {
+    Credential { env_name: name.to_owned(), scope, value: CredentialValue::Readable(Arc::new(Secret::new(value))) }
+}

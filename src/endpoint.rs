@@ -1,0 +1,229 @@
+//! Where and how a provider is asked: the registry's base URL and the catalogue's rows, joined into finished requests.
+
+use std::{sync::Arc, time::Duration};
+
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
+use url::Url;
+
+use crate::{
+    catalogue::{Catalogue, HeaderFamily, HostRow, Method, Probe},
+    registry::{Auth, Protocol, Provider},
+};
+
+/// Everything that a liveness check of one provider needs, but the credential.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// The provider's name.
+    pub provider: String,
+    /// The host, with its port if that is not the scheme's own.
+    pub host: String,
+    /// Whose host it is, where the catalogue knows.
+    pub vendor: Option<String>,
+    /// Other regions of the vendor.
+    pub siblings: Vec<String>,
+    /// How a key of this vendor begins, where the catalogue knows.
+    pub key_prefix: Option<String>,
+    /// The ladder, in order. Never empty.
+    pub calls: Vec<Call>,
+    /// The time for the whole ladder, if a row asks for more or less than the service's own.
+    pub budget: Option<Duration>,
+    /// Tells this target, and every reading of its answers, from any other; the model takes no part.
+    pub identity: [u8; 32],
+}
+
+/// One finished request, but for the credential.
+#[derive(Debug, Clone)]
+pub struct Call {
+    /// The row that it is made of.
+    pub probe: Probe,
+    /// Where it goes: always the host of the provider's base URL.
+    pub url: Url,
+    /// The JSON body.
+    pub body: Option<Arc<str>>,
+    /// The body or the path holds the model: the answer is about this model alone.
+    pub names_model: bool,
+}
+
+/// Why there is nothing to call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NoSurface {
+    /// OAuth credentials are never exercised.
+    OAuth,
+    /// The value has the shape of an OAuth credential, which is never sent.
+    OAuthShaped,
+    /// The registry gives no address.
+    NoEndpoint,
+    /// The workspace dials a host of the tenant's own.
+    TenantBaseUrl(Vec<String>),
+}
+
+/// How this provider is asked about a credential for this model.
+pub fn target(
+    provider: &Provider,
+    catalogue: &Catalogue,
+    model: &str,
+    tenant_base_url_env: &[String],
+) -> Result<Target, NoSurface> {
+    if provider.auth == Auth::OAuth {
+        return Err(NoSurface::OAuth);
+    }
+    let own: Vec<String> = tenant_base_url_env.iter().filter(|name| concerns(catalogue, name, provider)).cloned().collect();
+    if !own.is_empty() {
+        return Err(NoSurface::TenantBaseUrl(own));
+    }
+    let base = provider.base_url.as_ref().ok_or(NoSurface::NoEndpoint)?;
+    let host = host_of(base).ok_or(NoSurface::NoEndpoint)?;
+    let row = catalogue.row(&host, base.path());
+    let probes = match (provider.probes.as_slice(), row.map(|row| row.probes.as_slice())) {
+        ([], Some(probes)) if !probes.is_empty() => probes,
+        ([], _) => catalogue.default_probes(provider.protocol),
+        (inline, _) => inline,
+    };
+    let wire_model = wire_model(provider, row, model);
+    let calls: Vec<Call> = probes.iter().filter_map(|probe| call(provider, base, probe, &wire_model)).collect();
+    if calls.is_empty() {
+        return Err(NoSurface::NoEndpoint);
+    }
+    Ok(Target {
+        identity: identity(provider, base, row, &calls),
+        provider: provider.name.clone(),
+        host,
+        vendor: row.map(|row| row.vendor.clone()),
+        siblings: row.map(|row| row.siblings.clone()).unwrap_or_default(),
+        key_prefix: row.and_then(|row| catalogue.key_prefix_of(&row.vendor)).map(str::to_owned),
+        budget: calls.iter().filter_map(|call| call.probe.budget).max(),
+        calls,
+    })
+}
+
+/// The host as the catalogue writes it: lower case, with the port only where it is not the scheme's own.
+pub fn host_of(url: &Url) -> Option<String> {
+    let host = url.host_str()?.to_ascii_lowercase();
+    Some(url.port().map_or_else(|| host.clone(), |port| format!("{host}:{port}")))
+}
+
+/// Whether a base-URL variable of the tenant's concerns a provider with this API. An unknown name concerns all.
+fn concerns(catalogue: &Catalogue, name: &str, provider: &Provider) -> bool {
+    match catalogue.concerned_by(name) {
+        None => true,
+        Some(Protocol::Anthropic) => provider.protocol == Protocol::Anthropic || provider.has_anthropic_surface,
+        Some(Protocol::OpenAi) => provider.protocol == Protocol::OpenAi,
+    }
+}
+
+/// Provider, endpoint, how wire ids are made, and effective rows, as one hash.
+fn identity(provider: &Provider, base: &Url, row: Option<&HostRow>, calls: &[Call]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    let wire_ids = row.map(|row| row.strip_model_prefixes.as_slice()).unwrap_or_default();
+    let parts = [provider.name.as_str(), base.as_str(), provider.wire_model_prefix.as_str()];
+    for part in parts.into_iter().chain(wire_ids.iter().map(String::as_str)) {
+        hasher.update(&part.len().to_le_bytes()).update(part.as_bytes());
+    }
+    for call in calls {
+        hasher.update(&call.probe.fingerprint);
+        for family in &call.probe.auth {
+            hasher.update(family.as_str().as_bytes());
+        }
+    }
+    *hasher.finalize().as_bytes()
+}
+
+/// The provider's own id for the workspace's model.
+fn wire_model(provider: &Provider, row: Option<&HostRow>, model: &str) -> String {
+    let listed = row.map(|row| row.strip_model_prefixes.as_slice()).unwrap_or_default();
+    let own = || [':', '/'].map(|separator| format!("{}{separator}", provider.name));
+    let bare = listed
+        .iter()
+        .find_map(|prefix| model.strip_prefix(prefix.as_str()))
+        .or_else(|| own().iter().find_map(|prefix| model.strip_prefix(prefix.as_str())))
+        .unwrap_or(model);
+    format!("{}{bare}", provider.wire_model_prefix)
+}
+
+fn call(provider: &Provider, base: &Url, probe: &Probe, model: &str) -> Option<Call> {
+    let url = join(base, &probe.path, model)?;
+    let mut names_model = probe.path.contains(MODEL);
+    let body = probe.body.as_ref().map(|body| Arc::from(filled(body, model, &mut names_model).to_string()));
+    let mut probe = probe.clone();
+    // The header that the workspace's own client will use is tried first.
+    if provider.auth_token_env.as_deref() == Some("ANTHROPIC_API_KEY") {
+        probe.auth.sort_by_key(|family| *family != HeaderFamily::XApiKey);
+    }
+    debug_assert!(probe.method == Method::Post || body.is_none(), "the catalogue's check rules it out");
+    Some(Call { probe, url, body, names_model })
+}
+
+/// What stands for the model in a path or a body.
+const MODEL: &str = "{model}";
+
+/// The path on the base's own host: nothing in a row or a model can change the host. Exactly one `/v1` where a base ends in
+/// it and a row goes on with it.
+fn join(base: &Url, path: &str, model: &str) -> Option<Url> {
+    let path = path.replace(MODEL, &utf8_percent_encode(model, SEGMENT).to_string());
+    let (path, query) = path.split_once('?').map_or((path.as_str(), None), |(path, query)| (path, Some(query)));
+    let mut url = base.clone();
+    if let Some(tail) = path.strip_prefix("{base}") {
+        let base_path = base.path().trim_end_matches('/');
+        let base_path = if tail.starts_with("/v1/") { base_path.strip_suffix("/v1").unwrap_or(base_path) } else { base_path };
+        url.set_path(&format!("{base_path}{tail}"));
+    } else {
+        url.set_path(path);
+    }
+    url.set_query(query);
+    (url.host() == base.host() && url.port() == base.port()).then_some(url)
+}
+
+/// What one path segment may hold as it is: RFC 3986's unreserved characters.
+const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
+
+/// The body with every string `{model}` replaced by the model; JSON encodes it.
+fn filled(body: &serde_json::Value, model: &str, names_model: &mut bool) -> serde_json::Value {
+    use serde_json::Value;
+    match body {
+        Value::String(text) if text == MODEL => {
+            *names_model = true;
+            Value::String(model.to_owned())
+        }
+        Value::Array(items) => Value::Array(items.iter().map(|item| filled(item, model, names_model)).collect()),
+        Value::Object(fields) => {
+            Value::Object(fields.iter().map(|(name, value)| (name.clone(), filled(value, model, names_model))).collect())
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => body.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn joined(base: &str, path: &str, expect: &str) {
+        let url = join(&Url::parse(base).unwrap(), path, "a/b c").unwrap();
+        assert_eq!(url.as_str(), expect, "{base} + {path}");
+    }
+
+    #[test]
+    fn exactly_one_version_segment() {
+        joined("https://h.example/v1", "{base}/v1/messages", "https://h.example/v1/messages");
+        joined("https://h.example/v1/", "{base}/models", "https://h.example/v1/models");
+        joined("https://h.example", "{base}/v1/models", "https://h.example/v1/models");
+        joined("https://h.example/anthropic", "{base}/v1/messages", "https://h.example/anthropic/v1/messages");
+        joined("https://h.example/anthropic/v1", "{base}/v1/messages", "https://h.example/anthropic/v1/messages");
+        joined("https://h.example/v1beta/openai", "{base}/models", "https://h.example/v1beta/openai/models");
+        joined("https://h.example:8443/x", "/user/balance", "https://h.example:8443/user/balance");
+    }
+
+    #[test]
+    fn a_model_stays_one_segment_and_the_query_stays_a_query() {
+        joined("https://h.example", "/m/{model}?a=1", "https://h.example/m/a%2Fb%20c?a=1");
+        joined("https://h.example", "/v1/models?limit=1", "https://h.example/v1/models?limit=1");
+    }
+
+    #[test]
+    fn the_model_is_json_encoded_in_the_body() {
+        let mut named = false;
+        let body = filled(&serde_json::json!({"model": "{model}", "n": [1, "{model} "]}), "a\"b", &mut named);
+        assert_eq!(body, serde_json::json!({"model": "a\"b", "n": [1, "{model} "]}));
+        assert!(named);
+    }
+}

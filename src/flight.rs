@@ -1,0 +1,166 @@
+//! Single flight: one run of a piece of work per key, however many wait for it, detached from every one of them.
+
+use std::{
+    collections::HashMap,
+    hash::Hash,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::{sync::watch, time::Instant};
+
+/// The work under way, by key.
+#[derive(Debug)]
+pub(crate) struct Flights<K, V> {
+    under_way: Mutex<HashMap<K, watch::Receiver<Option<V>>>>,
+    limit: usize,
+}
+
+/// What came of joining.
+#[derive(Debug)]
+pub(crate) enum Joined<V> {
+    /// There was no need to fly.
+    Already(V),
+    /// Wait for this.
+    Flight(watch::Receiver<Option<V>>),
+    /// As many are under way as may be.
+    Full,
+}
+
+/// What came of waiting.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Landing<V> {
+    /// The result.
+    Landed(V),
+    /// It did not come by the waiter's own deadline. The flight goes on.
+    TimedOut,
+    /// The flight ended without a result: it panicked.
+    Lost,
+}
+
+// === impl Flights ===
+
+impl<K, V> Flights<K, V>
+where
+    K: Eq + Hash + Copy + Send + 'static,
+    V: Clone + Send + Sync + 'static,
+{
+    /// At most `limit` keys at a time.
+    pub(crate) fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { under_way: Mutex::new(HashMap::new()), limit })
+    }
+
+    /// Joins the flight of this key, or starts it. `already` is asked first, under the lock: a flight that has landed since
+    /// the caller last looked is then seen, and no second one starts.
+    ///
+    /// The work must store what it found before it returns, must bound its own time, and runs to its end whoever waits.
+    pub(crate) fn join<F>(self: &Arc<Self>, key: K, already: impl FnOnce() -> Option<V>, work: impl FnOnce() -> F) -> Joined<V>
+    where
+        F: Future<Output = V> + Send + 'static,
+    {
+        let mut under_way = self.lock();
+        if let Some(flight) = under_way.get(&key) {
+            return Joined::Flight(flight.clone());
+        }
+        if let Some(value) = already() {
+            return Joined::Already(value);
+        }
+        if under_way.len() >= self.limit {
+            return Joined::Full;
+        }
+        let (landed, flight) = watch::channel(None);
+        under_way.insert(key, flight.clone());
+        drop(under_way);
+        let slot = Slot { flights: Arc::clone(self), key };
+        let work = work();
+        tokio::spawn(async move {
+            // Frees the key when the work ends in any way, a panic included; waiters then see the sender gone.
+            let slot = slot;
+            let value = work.await;
+            landed.send_replace(Some(value));
+            drop(slot);
+        });
+        Joined::Flight(flight)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<K, watch::Receiver<Option<V>>>> {
+        // A panic elsewhere cannot leave the map half-changed: every change to it is one call.
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Waits for a flight until the deadline.
+pub(crate) async fn wait<V: Clone>(mut flight: watch::Receiver<Option<V>>, deadline: Instant) -> Landing<V> {
+    match tokio::time::timeout_at(deadline, flight.wait_for(Option::is_some)).await {
+        Ok(Ok(value)) => value.clone().map_or(Landing::Lost, Landing::Landed),
+        Ok(Err(_)) => Landing::Lost,
+        Err(_) => Landing::TimedOut,
+    }
+}
+
+/// A key's place in the map.
+struct Slot<K, V>
+where
+    K: Eq + Hash + Copy + Send + 'static,
+    V: Clone + Send + Sync + 'static,
+{
+    flights: Arc<Flights<K, V>>,
+    key: K,
+}
+
+impl<K, V> Drop for Slot<K, V>
+where
+    K: Eq + Hash + Copy + Send + 'static,
+    V: Clone + Send + Sync + 'static,
+{
+    fn drop(&mut self) {
+        self.flights.lock().remove(&self.key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(1)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_panic_releases_every_waiter_and_the_key() {
+        let flights = Flights::<u8, u8>::new(1);
+        let mut waiters = Vec::new();
+        for _ in 0..3 {
+            let Joined::Flight(flight) = flights.join(1, || None, || async { panic!("made to") }) else { panic!("not full") };
+            waiters.push(flight);
+        }
+        for waiter in waiters {
+            assert_eq!(wait(waiter, soon()).await, Landing::Lost);
+        }
+        let Joined::Flight(flight) = flights.join(1, || None, || async { 7 }) else { panic!("the key was not freed") };
+        assert_eq!(wait(flight, soon()).await, Landing::Landed(7));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_waiter_that_leaves_does_not_end_the_flight() {
+        let flights = Flights::<u8, u8>::new(1);
+        let work = || async {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            9
+        };
+        let Joined::Flight(flight) = flights.join(1, || None, work) else { panic!("not full") };
+        assert_eq!(wait(flight, soon()).await, Landing::TimedOut);
+        let Joined::Flight(flight) = flights.join(1, || None, || async { 0 }) else { panic!("not under way") };
+        assert_eq!(wait(flight, Instant::now() + Duration::from_secs(2)).await, Landing::Landed(9));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_limit_holds_and_what_is_already_there_is_not_fetched() {
+        let flights = Flights::<u8, u8>::new(1);
+        let joined = flights.join(1, || None, std::future::pending);
+        assert!(matches!(joined, Joined::Flight(_)));
+        assert!(matches!(flights.join(2, || None, || async { 0 }), Joined::Full));
+        assert!(matches!(flights.join(2, || Some(4), || async { 0 }), Joined::Already(4)));
+    }
+}

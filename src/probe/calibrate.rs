@@ -1,0 +1,158 @@
+//! Does this endpoint refuse a made-up credential? Asked once per endpoint in hours, never on a caller's time.
+
+use std::{sync::Arc, time::Duration};
+
+use rand::{Rng, distr::Alphanumeric};
+use tokio::{sync::watch, time::Instant};
+
+use super::{Exchange, Http};
+use crate::{
+    catalogue::HeaderFamily,
+    endpoint::{Call, Target},
+    flight::{Flights, Joined, Landing, wait},
+    liveness::{Calibration, calibrated},
+    secret::Secret,
+};
+
+/// How long a calibration is good for, jittered downwards: endpoints change rarely, and every check is a refused request.
+const GOOD_FOR: Duration = Duration::from_secs(6 * 3600);
+/// The wait after one that told nothing (429, 5xx, no answer); doubled each time, up to the maximum.
+const BACK_OFF: Duration = Duration::from_secs(60);
+const MAX_BACK_OFF: Duration = Duration::from_secs(3600);
+/// The time for one made-up request. Nobody waits for longer than their own budget.
+const BUDGET: Duration = Duration::from_secs(10);
+/// How many endpoints are remembered: far more than any catalogue has.
+const MAX_ENDPOINTS: u64 = 10_000;
+/// How many may be under way at a time.
+const MAX_FLIGHTS: usize = 64;
+/// The random part of a made-up key.
+const RANDOM_CHARACTERS: usize = 48;
+/// How a key begins where the catalogue does not know.
+const USUAL_PREFIX: &str = "sk-";
+
+type Key = [u8; 32];
+
+/// What is known of endpoints.
+#[derive(Clone)]
+pub(super) struct Calibrations {
+    http: Arc<Http>,
+    known: moka::sync::Cache<Key, Known>,
+    flights: Arc<Flights<Key, Known>>,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Known {
+    calibration: Calibration,
+    until: Instant,
+    /// How often in a row it told nothing.
+    misses: u32,
+}
+
+/// The calibration of one endpoint, not begun yet.
+pub(super) struct Calibrating<'c> {
+    calibrations: &'c Calibrations,
+    call: &'c Call,
+    family: HeaderFamily,
+    target: &'c Target,
+}
+
+/// One that is known or under way.
+pub(super) enum Begun {
+    Known(Calibration),
+    UnderWay(watch::Receiver<Option<Known>>),
+}
+
+// === impl Calibrations ===
+
+impl Calibrations {
+    pub(super) fn new(http: Arc<Http>) -> Self {
+        let known = moka::sync::Cache::builder().max_capacity(MAX_ENDPOINTS).time_to_live(GOOD_FOR).build();
+        Self { http, known, flights: Flights::new(MAX_FLIGHTS) }
+    }
+
+    pub(super) fn of<'c>(&'c self, call: &'c Call, family: HeaderFamily, target: &'c Target) -> Calibrating<'c> {
+        Calibrating { calibrations: self, call, family, target }
+    }
+
+    fn current(&self, key: Key) -> Option<Known> {
+        self.known.get(&key).filter(|known| Instant::now() < known.until)
+    }
+}
+
+// === impl Calibrating ===
+
+impl Calibrating<'_> {
+    /// Begins it, unless it is known or under way.
+    pub(super) fn begin(&self) -> Begun {
+        let Calibrations { flights, .. } = self.calibrations;
+        let key = self.key();
+        match flights.join(key, || self.calibrations.current(key), || self.fly(key)) {
+            Joined::Already(known) => Begun::Known(known.calibration),
+            Joined::Flight(flight) => Begun::UnderWay(flight),
+            Joined::Full => Begun::Known(Calibration::Unknown),
+        }
+    }
+
+    fn fly(&self, key: Key) -> impl Future<Output = Known> + Send + 'static {
+        let Calibrations { http, known, .. } = self.calibrations.clone();
+        let (call, family) = (self.call.clone(), self.family);
+        let made_up = made_up_key(self.target.key_prefix.as_deref().unwrap_or(USUAL_PREFIX));
+        async move {
+            let calibration = match http.exchange(&call, family, &made_up, Instant::now() + BUDGET).await {
+                Exchange::Answered(response) => calibrated(response.facts(), &call.probe),
+                Exchange::TimedOut | Exchange::Unreachable => Calibration::Unknown,
+            };
+            let (misses, good_for) = match calibration {
+                Calibration::Unknown => {
+                    let misses = known.get(&key).map_or(0, |known: Known| known.misses).saturating_add(1);
+                    let doubled = BACK_OFF.saturating_mul(2_u32.saturating_pow(misses.saturating_sub(1)));
+                    (misses, doubled.min(MAX_BACK_OFF))
+                }
+                Calibration::Refuses { .. } | Calibration::AcceptsAnything => (0, GOOD_FOR),
+            };
+            let jittered = good_for.mul_f64(rand::rng().random_range(0.8..=1.0));
+            let result = Known { calibration, until: Instant::now() + jittered, misses };
+            known.insert(key, result.clone());
+            result
+        }
+    }
+
+    /// Endpoint, row and header; the model too where the call names it.
+    fn key(&self) -> Key {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.call.probe.fingerprint);
+        for part in [self.call.url.as_str(), self.family.as_str(), self.call.body.as_deref().unwrap_or_default()] {
+            hasher.update(&part.len().to_le_bytes()).update(part.as_bytes());
+        }
+        *hasher.finalize().as_bytes()
+    }
+}
+
+// === impl Begun ===
+
+impl Begun {
+    /// What it came to by the deadline.
+    pub(super) async fn by(self, deadline: Instant) -> Calibration {
+        match self {
+            Self::Known(calibration) => calibration,
+            Self::UnderWay(flight) => match wait(flight, deadline).await {
+                Landing::Landed(known) => known.calibration,
+                Landing::TimedOut | Landing::Lost => Calibration::Unknown,
+            },
+        }
+    }
+
+    /// What is known without waiting.
+    pub(super) fn so_far(self) -> Calibration {
+        match self {
+            Self::Known(calibration) => calibration,
+            Self::UnderWay(_) => Calibration::Unknown,
+        }
+    }
+}
+
+/// A key of the vendor's shape that nobody issued.
+fn made_up_key(prefix: &str) -> Secret {
+    let random = rand::rng().sample_iter(Alphanumeric).take(RANDOM_CHARACTERS).map(char::from);
+    Secret::new(prefix.chars().chain(random).collect())
+}

@@ -1,0 +1,57 @@
+//! What is wrong with a file: each problem with its place, what was found and what to do.
+
+use std::fmt;
+
+/// One thing that is wrong, or odd, in a document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Where: a path within the document such as `providers[3].auth_env`, and a line where the parser gave one.
+    pub place: String,
+    /// What was found and what to do.
+    pub message: String,
+}
+
+/// All problems of one document. Never empty.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub struct Problems {
+    /// Which document: `embedded`, or a file's path.
+    pub document: String,
+    /// Its problems, in the order of the document.
+    pub list: Vec<Problem>,
+}
+
+/// A document that may be used, and what is odd about it.
+#[derive(Debug, Clone)]
+pub struct Loaded<T> {
+    /// What it says.
+    pub value: T,
+    /// What is odd about it. An error under `--strict`.
+    pub warnings: Vec<Problem>,
+}
+
+// === impl Problem ===
+
+impl Problem {
+    /// A problem at this place.
+    pub fn at(place: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { place: place.into(), message: message.into() }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.place.is_empty() { f.write_str(&self.message) } else { write!(f, "{}: {}", self.place, self.message) }
+    }
+}
+
+// === impl Problems ===
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {} problem(s)", self.document, self.list.len())?;
+        for problem in &self.list {
+            write!(f, "\n  {problem}")?;
+        }
+        Ok(())
+    }
+}

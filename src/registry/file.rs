@@ -1,0 +1,85 @@
+//! The schema of `providers.yaml`, as the platform writes it. Words only; `check.rs` has the rules.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use crate::catalogue::file::ProbeFile;
+
+/// The document.
+#[derive(Debug, Deserialize)]
+pub(super) struct RegistryFile {
+    pub(super) schema_version: Option<i64>,
+    #[serde(default)]
+    pub(super) providers: Option<Vec<ProviderFile>>,
+    #[serde(default)]
+    pub(super) runtimes: Option<BTreeMap<String, RuntimeFile>>,
+}
+
+/// One provider.
+#[derive(Debug, Deserialize)]
+pub(super) struct ProviderFile {
+    #[serde(default)]
+    pub(super) name: String,
+    #[serde(default)]
+    pub(super) display_name: String,
+    #[serde(default)]
+    pub(super) protocol: String,
+    #[serde(default)]
+    pub(super) auth_mode: String,
+    #[serde(default)]
+    pub(super) base_url_template: Option<String>,
+    #[serde(default)]
+    pub(super) base_url_anthropic: Option<String>,
+    #[serde(default)]
+    pub(super) endpoint_vars: Option<BTreeMap<String, EndpointVarFile>>,
+    #[serde(default)]
+    pub(super) wire_model_prefix: Option<String>,
+    #[serde(default)]
+    pub(super) auth_env: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) auth_token_env: Option<String>,
+    #[serde(default)]
+    pub(super) model_prefix_match: String,
+    #[serde(default)]
+    pub(super) upstream_vendor: Option<String>,
+    #[serde(default)]
+    pub(super) probe: Option<Vec<ProbeFile>>,
+    // Known to the platform, of no meaning here; named so that they are not taken for typing errors.
+    #[serde(default, rename = "model_aliases")]
+    pub(super) _model_aliases: Option<Vec<String>>,
+    #[serde(default, rename = "deprecated")]
+    pub(super) _deprecated: Option<bool>,
+    #[serde(default, rename = "vendor_logo")]
+    pub(super) _vendor_logo: Option<String>,
+    #[serde(default, rename = "thinking_policy")]
+    pub(super) _thinking_policy: Option<String>,
+}
+
+/// A placeholder's value: the environment's, else the default.
+#[derive(Debug, Deserialize)]
+pub(super) struct EndpointVarFile {
+    pub(super) env: String,
+    #[serde(default)]
+    pub(super) default: Option<String>,
+}
+
+/// One runtime.
+#[derive(Debug, Deserialize)]
+pub(super) struct RuntimeFile {
+    #[serde(default)]
+    pub(super) providers: Option<Vec<ArmFile>>,
+    #[serde(default, rename = "display_name")]
+    pub(super) _display_name: Option<String>,
+}
+
+/// One provider of a runtime.
+#[derive(Debug, Deserialize)]
+pub(super) struct ArmFile {
+    #[serde(default)]
+    pub(super) name: String,
+    #[serde(default)]
+    pub(super) models: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) withdrawn_models: Option<Vec<String>>,
+}

@@ -1,0 +1,63 @@
+//! The credential value: it cannot be printed, compared in variable time, cloned or serialised, and is wiped on drop.
+
+use subtle::ConstantTimeEq;
+use zeroize::Zeroizing;
+
+/// A credential value. Shared by `Arc`, never copied; `expose` is the one way to its text.
+pub struct Secret(Zeroizing<String>);
+
+// === impl Secret ===
+
+impl Secret {
+    /// Takes the text over.
+    pub fn new(value: String) -> Self {
+        Self(Zeroizing::new(value))
+    }
+
+    /// The text itself. Callers hash it, inspect its shape, or put it into a request's header; nothing else.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+
+    /// Holds nothing but ASCII white space: such a row counts as absent, as it would in the workspace.
+    pub fn is_blank(&self) -> bool {
+        self.0.bytes().all(|byte| byte.is_ascii_whitespace())
+    }
+
+    /// Equal to `other`, in time that depends on the lengths alone.
+    pub fn same_as(&self, other: &Self) -> bool {
+        self.0.as_bytes().ct_eq(other.0.as_bytes()).into()
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn debug_shows_nothing() {
+        let secret = Secret::new("made-up-canary".into());
+        assert_eq!(format!("{secret:?} {secret:#?}"), "Secret(..) Secret(..)");
+    }
+
+    #[test]
+    fn blank_is_ascii_white_space_only() {
+        for (value, blank) in [("", true), (" \t\r\n", true), ("\u{a0}", false), (" k ", false)] {
+            assert_eq!(Secret::new(value.into()).is_blank(), blank, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn same_as_compares_whole_values() {
+        let one = Secret::new("made-up-one".into());
+        assert!(one.same_as(&Secret::new("made-up-one".into())));
+        assert!(!one.same_as(&Secret::new("made-up-onf".into())));
+        assert!(!one.same_as(&Secret::new("made-up-one ".into())));
+    }
+}
