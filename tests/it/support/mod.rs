@@ -1,0 +1,5 @@
+//! What the tests share.
+
+pub(crate) mod case;
+pub(crate) mod gate;
+pub(crate) mod vendor;

@@ -1,0 +1,150 @@
+//! The fake vendor: a real HTTP server on a real port whose answers are data.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use tokio::{net::TcpListener, task::JoinSet};
+
+/// One row: what it fits, and the answer.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Row {
+    pub(crate) method: Option<String>,
+    pub(crate) path: Option<String>,
+    pub(crate) key: Option<String>,
+    pub(crate) status: Option<u16>,
+    pub(crate) headers: BTreeMap<String, String>,
+    pub(crate) body: String,
+    pub(crate) behave: Option<Behave>,
+}
+
+/// What a vendor can do instead of answering.
+#[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Behave {
+    Silent,
+    Reset,
+}
+
+/// One request, as it came.
+#[derive(Debug, Clone)]
+pub(crate) struct Asked {
+    pub(crate) method: String,
+    pub(crate) path: String,
+    pub(crate) headers: BTreeMap<String, String>,
+    pub(crate) body: String,
+}
+
+/// A vendor that answers by rows. Stops when it is dropped.
+pub(crate) struct Vendor {
+    pub(crate) address: SocketAddr,
+    state: Arc<State>,
+    _tasks: JoinSet<()>,
+}
+
+struct State {
+    rows: Mutex<Vec<Row>>,
+    asked: Mutex<Vec<Asked>>,
+}
+
+impl Vendor {
+    pub(crate) async fn start(rows: Vec<Row>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let state = Arc::new(State { rows: Mutex::new(rows), asked: Mutex::default() });
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve(listener, Arc::clone(&state)));
+        Self { address, state, _tasks: tasks }
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Answers by these rows from now on.
+    pub(crate) fn answer(&self, rows: Vec<Row>) {
+        *self.state.rows.lock().unwrap() = rows;
+    }
+
+    pub(crate) fn asked(&self) -> Vec<Asked> {
+        self.state.asked.lock().unwrap().clone()
+    }
+
+    /// Requests that carried this key.
+    pub(crate) fn asked_with(&self, key: &str) -> usize {
+        self.asked().iter().filter(|asked| asked.keys().contains(&key)).count()
+    }
+}
+
+impl Asked {
+    /// What stands in the headers that carry credentials.
+    pub(crate) fn keys(&self) -> Vec<&str> {
+        let bearer = self.headers.get("authorization").map(|value| value.strip_prefix("Bearer ").unwrap_or(value));
+        let others = ["x-api-key", "x-goog-api-key", "api-key"].into_iter().filter_map(|name| self.headers.get(name));
+        bearer.into_iter().chain(others.map(String::as_str)).collect()
+    }
+}
+
+impl Row {
+    fn fits(&self, asked: &Asked) -> bool {
+        let path = asked.path.split('?').next().unwrap_or_default();
+        self.method.as_ref().is_none_or(|method| *method == asked.method)
+            && self.path.as_ref().is_none_or(|expected| expected == path)
+            && self.key.as_deref().is_none_or(|key| asked.keys().contains(&key))
+    }
+}
+
+async fn serve(listener: TcpListener, state: Arc<State>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let (stream, _) = listener.accept().await.unwrap();
+        let state = Arc::clone(&state);
+        connections.spawn(async move {
+            let service = hyper::service::service_fn(|request| answer(request, Arc::clone(&state)));
+            // An error is the client's hanging up, or ours on purpose.
+            drop(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await);
+        });
+    }
+}
+
+async fn answer(
+    request: Request<Incoming>,
+    state: Arc<State>,
+) -> Result<Response<Full<Bytes>>, Box<dyn std::error::Error + Send + Sync>> {
+    let (head, body) = request.into_parts();
+    let asked = Asked {
+        method: head.method.to_string(),
+        path: head.uri.path_and_query().map(ToString::to_string).unwrap_or_default(),
+        headers: head.headers.iter().map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect(),
+        body: String::from_utf8(body.collect().await?.to_bytes().to_vec())?,
+    };
+    let row = state.rows.lock().unwrap().iter().find(|row| row.fits(&asked)).cloned();
+    state.asked.lock().unwrap().push(asked);
+    let row = row.unwrap_or_else(|| Row {
+        status: Some(404),
+        body: r#"{"error": {"code": "not_found", "message": "no such path"}}"#.into(),
+        ..Row::default()
+    });
+    match row.behave {
+        Some(Behave::Silent) => std::future::pending::<Result<_, Infallible>>().await?,
+        // hyper closes the connection when the service fails.
+        Some(Behave::Reset) => Err("reset on purpose".into()),
+        None => {
+            let mut response = Response::builder().status(row.status.unwrap_or(200));
+            for (name, value) in &row.headers {
+                response = response.header(name, value);
+            }
+            Ok(response.body(Full::from(row.body))?)
+        }
+    }
+}
