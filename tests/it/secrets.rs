@@ -1,0 +1,168 @@
+//! A credential leaves the process in one header, for one host, and nowhere else.
+
+use std::collections::BTreeMap;
+
+use crate::support::{
+    binary::{self, Serving},
+    case::{self, Spec, Word},
+    gate::Files,
+    vendor::{Row, Vendor},
+};
+
+const CANARY: &str = "made-up-canary-7f3a";
+
+/// The value itself, and the forms in which a log or an error might hold it.
+fn forms(value: &str) -> Vec<String> {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let base64 = |bytes: &[u8]| {
+        let mut text = String::new();
+        for chunk in bytes.chunks_exact(3) {
+            let word = u32::from_be_bytes([0, chunk[0], chunk[1], chunk[2]]);
+            text.extend([18, 12, 6, 0].map(|shift| char::from(ALPHABET[(word >> shift) as usize & 63])));
+        }
+        text
+    };
+    let hex = |separator: &str| value.bytes().map(|byte| format!("{byte:02x}")).collect::<Vec<_>>().join(separator);
+    let numbers = value.bytes().map(|byte| byte.to_string()).collect::<Vec<_>>().join(", ");
+    let url = value.bytes().map(|byte| format!("%{byte:02X}")).collect();
+    // base64 of a text that holds it somewhere: one form for each place within a group of three.
+    let bytes = value.as_bytes();
+    vec![value.to_owned(), hex(""), hex(", "), numbers, url, base64(bytes), base64(&bytes[1..]), base64(&bytes[2..])]
+}
+
+#[track_caller]
+fn is_not_in(text: &str, value: &str, place: &str) {
+    for form in forms(value) {
+        let at = text.find(&form);
+        assert!(at.is_none(), "{place}: {form:?} in …{}…", &text[at.unwrap().saturating_sub(200)..at.unwrap() + form.len()]);
+    }
+}
+
+/// Every case, so every outcome, with a canary for its values where that changes nothing, at the loudest log level.
+#[tokio::test]
+async fn no_outcome_tells_a_credential_at_trace() {
+    let mut told = 0;
+    for (name, mut case) in case::all() {
+        let put = |text: &str| text.replace("made-up", CANARY);
+        let Some(spec) = &mut case.spec else { continue };
+        for value in spec.workspace.values_mut().chain(spec.organization.values_mut()).flatten() {
+            *value = put(value);
+        }
+        spec.credentials.iter_mut().for_each(|credential| credential.value = put(&credential.value));
+        case.vendor.iter_mut().for_each(|row| {
+            row.key = row.key.as_deref().map(put);
+            // A vendor that echoes what it was sent.
+            row.headers.insert("x-echo".into(), CANARY.into());
+        });
+        let vendor = Vendor::start(case.vendor.clone()).await;
+        let (registry, catalogue) = case::documents(vendor.address.port());
+        let config = case.config.as_ref().map(|config| serde_yaml::to_string(config).unwrap());
+        let files = Files::new(&registry, &catalogue, config.as_deref());
+        let flags = files.flags();
+        let mut arguments = vec!["--log", "trace"];
+        arguments.extend(flags.iter().map(String::as_str));
+        let serving = Serving::start(&arguments).await;
+        let mut client = serving.client().await;
+        let checkpoints: Vec<&Word> = case.expect.iter().flat_map(|expect| &expect.at).collect();
+        for at in checkpoints {
+            let mut request = case.request(at);
+            request.explain = true;
+            let reply = client.decide(request).await;
+            is_not_in(&format!("{reply:?}"), CANARY, &format!("{name}: the reply"));
+        }
+        drop(client);
+        serving.terminate().await;
+        let ended = serving.ended().await;
+        assert!(ended.status.success(), "{name}: {ended:?}");
+        assert!(ended.stdout.contains("TRACE") || ended.stdout.contains("\"decision\""), "{name}: it logged nothing");
+        is_not_in(&ended.stdout, CANARY, &format!("{name}: stdout"));
+        is_not_in(&ended.stderr, CANARY, &format!("{name}: stderr"));
+        told += usize::from(!vendor.asked().is_empty());
+    }
+    assert!(told > 30, "only {told} cases asked a vendor");
+}
+
+/// The command line, with the vendor's answer echoing the credential in every place that it has.
+#[tokio::test]
+async fn the_command_line_tells_none_at_trace() {
+    for (status, body) in
+        [(200, "{\"data\": [], \"key\": \"KEY\"}"), (401, "{\"error\": {\"code\": \"KEY\", \"message\": \"KEY\"}}"), (500, "KEY")]
+    {
+        let row = Row {
+            status: Some(status),
+            headers: BTreeMap::from([("retry-after".into(), CANARY.into())]),
+            body: body.replace("KEY", CANARY),
+            ..Row::default()
+        };
+        let vendor = Vendor::start(vec![row]).await;
+        let (registry, catalogue) = case::documents(vendor.address.port());
+        let files = Files::new(&registry, &catalogue, None);
+        let flags = files.flags();
+        for format in ["text", "json"] {
+            let arguments = [
+                "--log",
+                "trace",
+                "decide",
+                "--model",
+                "acme-large",
+                "--runtime",
+                "agent",
+                "--env",
+                "ACME_API_KEY",
+                "--explain",
+                "--format",
+                format,
+            ];
+            let arguments: Vec<&str> = arguments.into_iter().chain(flags.iter().map(String::as_str)).collect();
+            let ended = binary::run(&arguments, &[("ACME_API_KEY", CANARY)]).await;
+            assert!(matches!(ended.status.code(), Some(0 | 10 | 11)), "{ended:?}");
+            is_not_in(&ended.stdout, CANARY, "stdout");
+            is_not_in(&ended.stderr, CANARY, "stderr");
+        }
+        assert!(vendor.asked_with(CANARY) > 0);
+    }
+}
+
+/// A value on the command line is refused, and not repeated by the refusal.
+#[tokio::test]
+async fn a_value_in_an_argument_is_refused_unrepeated() {
+    for argument in [format!("--credential=ACME_API_KEY={CANARY}"), format!("--env=ACME_API_KEY={CANARY}")] {
+        let ended = binary::run(&["decide", "--runtime", "agent", "--model", "m", &argument], &[]).await;
+        assert_eq!(ended.status.code(), Some(2), "{ended:?}");
+        is_not_in(&ended.stderr, CANARY, "stderr");
+        assert_eq!(ended.stdout, "");
+    }
+}
+
+/// No redirect is followed, so that no header arrives at a second host, in any header family.
+#[tokio::test]
+async fn a_redirect_takes_no_credential_along() {
+    let second = Vendor::start(vec![]).await;
+    for family in ["bearer", "x-api-key", "x-goog-api-key", "api-key"] {
+        for status in [301, 302, 303, 307, 308] {
+            let row = Row {
+                status: Some(status),
+                headers: BTreeMap::from([("location".into(), format!("{}/stolen", second.url()))]),
+                ..Row::default()
+            };
+            let vendor = Vendor::start(vec![row]).await;
+            let (registry, catalogue) = case::documents(vendor.address.port());
+            let catalogue = catalogue.replace("auth: [bearer]", &format!("auth: [{family}]"));
+            let engine = Files::new(&registry, &catalogue, None).engine();
+            let spec = Spec {
+                model: "acme-large".into(),
+                workspace: BTreeMap::from([("ACME_API_KEY".into(), Some(CANARY.into()))]),
+                ..Spec::default()
+            };
+            let request = byok_gate::service::convert::pb::DecideRequest {
+                workspace_spec: Some(spec.message()),
+                checkpoint: 1,
+                ..Default::default()
+            };
+            let request = byok_gate::service::convert::request(request).unwrap();
+            engine.decide(&request, tokio::time::Instant::now() + binary::PATIENCE).await;
+            assert!(vendor.asked_with(CANARY) > 0, "{family} {status}: the vendor was not asked");
+        }
+    }
+    assert!(second.asked().is_empty(), "{:?}", second.asked());
+}

@@ -1,0 +1,104 @@
+//! The real binary as a process.
+
+use std::{
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use byok_gate::service::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient;
+use serde_json::Value;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    process::{Child, Command},
+    task::JoinHandle,
+    time::timeout,
+};
+use tonic::transport::Channel;
+
+/// Long enough for a debug build on a busy machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// `byok-gate serve`, on a free port. Killed when it is dropped.
+pub(crate) struct Serving {
+    pub(crate) child: Child,
+    pub(crate) address: String,
+    first: String,
+    stdout: JoinHandle<String>,
+    stderr: JoinHandle<String>,
+}
+
+/// All that a process wrote, and how it ended.
+#[derive(Debug)]
+pub(crate) struct Ended {
+    pub(crate) status: ExitStatus,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+/// The binary with an environment of nothing but this.
+pub(crate) fn command(arguments: &[&str], environment: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_byok-gate"));
+    command.args(arguments).env_clear().envs(environment.iter().copied()).stdin(Stdio::null()).kill_on_drop(true);
+    command
+}
+
+/// Runs the binary to its end.
+pub(crate) async fn run(arguments: &[&str], environment: &[(&str, &str)]) -> Ended {
+    let output = timeout(PATIENCE, command(arguments, environment).output()).await.unwrap().unwrap();
+    Ended {
+        status: output.status,
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
+    }
+}
+
+impl Serving {
+    pub(crate) async fn start(arguments: &[&str]) -> Self {
+        let whole = [&["serve", "--listen", "127.0.0.1:0"], arguments].concat();
+        let mut child = command(&whole, &[]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap());
+        let mut stderr = child.stderr.take().unwrap();
+        let stderr = tokio::spawn(async move {
+            let mut text = String::new();
+            stderr.read_to_string(&mut text).await.unwrap();
+            text
+        });
+        let mut first = String::new();
+        let address = loop {
+            let mut line = String::new();
+            let read = timeout(PATIENCE, lines.read_line(&mut line)).await.unwrap().unwrap();
+            first.push_str(&line);
+            assert!(read > 0, "it ended before it listened: {first}");
+            let event: Value = serde_json::from_str(&line).unwrap_or_default();
+            if event["event"] == "listening" {
+                break event["address"].as_str().unwrap().to_owned();
+            }
+        };
+        let stdout = tokio::spawn(async move {
+            let mut text = String::new();
+            lines.read_to_string(&mut text).await.unwrap();
+            text
+        });
+        Self { child, address, first, stdout, stderr }
+    }
+
+    pub(crate) async fn channel(&self) -> Channel {
+        Channel::from_shared(format!("http://{}", self.address)).unwrap().connect().await.unwrap()
+    }
+
+    pub(crate) async fn client(&self) -> PolicyDecisionServiceClient<Channel> {
+        PolicyDecisionServiceClient::new(self.channel().await)
+    }
+
+    /// Sends SIGTERM.
+    pub(crate) async fn terminate(&self) {
+        let id = self.child.id().unwrap().to_string();
+        assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
+    }
+
+    /// Waits for its end.
+    pub(crate) async fn ended(mut self) -> Ended {
+        let status = timeout(PATIENCE, self.child.wait()).await.unwrap().unwrap();
+        Ended { status, stdout: self.first + &self.stdout.await.unwrap(), stderr: self.stderr.await.unwrap() }
+    }
+}
