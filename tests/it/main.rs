@@ -4,4 +4,6 @@ mod cases;
 mod invariants;
 mod secrets;
 mod support;
+mod tidy;
 mod vectors;
+mod wire;
