@@ -314,7 +314,7 @@ impl<'a> Walk<'a> {
                 return Err(refused(Refusal::CredentialsUnreadable { names, changes_owner: false }));
             }
         };
-        notes.trace.step("presence", || format!("{env_name} answers, from the {scope:?} scope"));
+        notes.trace.step("presence", || format!("{env_name} answers, from scope {}", scope.as_str()));
         notes.resolution.credential = Some(JudgedCredential {
             env_name: env_name.to_owned(),
             scope,

@@ -24,6 +24,27 @@ pub enum Scope {
     Organization,
 }
 
+impl Scope {
+    /// The wire name, without the enum's own name as a prefix.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Workspace => "WORKSPACE",
+            Self::Organization => "ORGANIZATION",
+        }
+    }
+}
+
+impl Checkpoint {
+    /// The wire name, without the enum's own name as a prefix.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Create => "CREATE",
+            Self::Provision => "PROVISION",
+            Self::Update => "UPDATE",
+        }
+    }
+}
+
 /// What a credential's row holds.
 #[derive(Debug, Clone)]
 pub enum CredentialValue {

@@ -7,7 +7,7 @@ use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitEx
 use crate::{
     decision::{Decision, Outcome, Verdict},
     engine::Decided,
-    spec::{Checkpoint, Request, Scope},
+    spec::Request,
 };
 
 /// Where and how logs are written.
@@ -64,7 +64,7 @@ pub fn record(request: &Request, decided: &Decided, took: Duration) {
                 $level,
                 event = "decision",
                 decision_id = %id,
-                checkpoint = checkpoint_word(request.checkpoint),
+                checkpoint = request.checkpoint.as_str(),
                 workspace_id = spec.workspace_id,
                 organization_id = spec.organization_id,
                 runtime = spec.runtime,
@@ -75,7 +75,7 @@ pub fn record(request: &Request, decided: &Decided, took: Duration) {
                 billing_mode = resolution.billing_mode.map_or("", |mode| mode.as_str()),
                 source = resolution.source.as_str(),
                 credential_env = credential.map_or("", |credential| &credential.env_name),
-                credential_scope = credential.map_or("", |credential| scope_word(credential.scope)),
+                credential_scope = credential.map_or("", |credential| credential.scope.as_str()),
                 credential_fingerprint = credential.map_or("", |credential| &credential.fingerprint),
                 verdict = liveness.as_ref().map_or("", |liveness| liveness.verdict.as_str()),
                 upstream_status = liveness.as_ref().and_then(|liveness| liveness.upstream_status),
@@ -94,20 +94,4 @@ pub fn record(request: &Request, decided: &Decided, took: Duration) {
         Outcome::Allow(_) => decision.is_unverified_allow() && !by_design,
     };
     if warn { event!(tracing::Level::WARN) } else { event!(tracing::Level::INFO) }
-}
-
-/// The wire word of a checkpoint.
-pub const fn checkpoint_word(checkpoint: Checkpoint) -> &'static str {
-    match checkpoint {
-        Checkpoint::Create => "CREATE",
-        Checkpoint::Provision => "PROVISION",
-        Checkpoint::Update => "UPDATE",
-    }
-}
-
-const fn scope_word(scope: Scope) -> &'static str {
-    match scope {
-        Scope::Workspace => "WORKSPACE",
-        Scope::Organization => "ORGANIZATION",
-    }
 }

@@ -1,7 +1,16 @@
 //! The integration tests: one binary, so that it links once.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::string_slice,
+    reason = "a test that meets what it did not expect has failed"
+)]
+
 mod cases;
 mod invariants;
+mod liveness;
 mod secrets;
 mod support;
 mod tidy;

@@ -4,10 +4,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use byok_gate::{
     cache::{Ages, Cache},
-    endpoint::Target,
-    engine::{Asker, Boxed, Engine},
-    liveness::Finding,
-    secret::Secret,
+    decision::Verdict,
     server::Ended,
     service::{
         NAME,
@@ -23,6 +20,7 @@ use tonic_reflection::pb::v1::{
 };
 
 use crate::support::{
+    asker::Scripted,
     binary::Serving,
     case::{self, Spec},
     gate::{Files, Server},
@@ -230,6 +228,34 @@ async fn a_batch_ends_at_its_deadline() {
     assert_eq!(codes, BTreeMap::from([(0, Some(pb::DenyCode::ByokProbeTimeout)), (1, None)]));
 }
 
+// === what the provider sees ===
+
+#[tokio::test]
+async fn a_provider_sees_an_honest_request_and_nothing_more() {
+    let vendor = Vendor::start(vec![
+        row("/loose/v1/models", Some(KEY), 404, "{}"),
+        row("/loose/v1/chat/completions", Some(KEY), 200, r#"{"choices": []}"#),
+        row("/loose/v1/chat/completions", None, 401, r#"{"error": {"code": "invalid_api_key"}}"#),
+    ])
+    .await;
+    let server = Server::start(files(&vendor).engine()).await;
+    let mut message = request("loose/a \"model\"", "");
+    let credentials = &mut message.workspace_spec.as_mut().unwrap().credentials;
+    credentials.push(pb::Credential { env_name: "LOOSE_API_KEY".into(), scope: 1, value: KEY.into(), unreadable: false });
+    assert_eq!(code(&server.client().await.decide(message).await.unwrap().into_inner()), None);
+    let asked: Vec<_> = vendor.asked().into_iter().filter(|asked| asked.keys().contains(&KEY)).collect();
+    let seen: Vec<(&str, &str)> = asked.iter().map(|asked| (asked.method.as_str(), asked.path.as_str())).collect();
+    assert_eq!(seen, [("GET", "/loose/v1/models"), ("POST", "/loose/v1/chat/completions")]);
+    let names: Vec<&str> = asked[1].headers.keys().map(String::as_str).collect();
+    assert_eq!(names, ["accept", "authorization", "content-length", "content-type", "host", "user-agent"]);
+    assert!(asked[1].headers["user-agent"].starts_with("byok-gate/"), "{:?}", asked[1].headers);
+    let body: serde_json::Value = serde_json::from_str(&asked[1].body).unwrap();
+    assert_eq!(
+        body,
+        serde_json::json!({"model": "a \"model\"", "max_tokens": 1, "messages": [{"role": "user", "content": "."}]})
+    );
+}
+
 // === deadlines, size, panic ===
 
 #[tokio::test]
@@ -254,28 +280,12 @@ async fn a_request_over_the_limit_is_refused_with_the_limit() {
     assert!(refused.message().contains("262144"), "{refused:?}");
 }
 
-/// Fails in the probe, as only a fault of ours could.
-struct Panicking;
-
-impl Asker for Panicking {
-    fn ask(&self, _: Arc<Target>, _: Arc<Secret>) -> Boxed<'static, Finding> {
-        Box::pin(async { panic!("made to") })
-    }
-}
-
 #[tokio::test]
 async fn a_panic_in_the_probe_is_a_retryable_denial_and_the_server_goes_on() {
-    let engine = files(&vendor().await).engine();
-    let snapshot = engine.snapshot();
-    let snapshot = byok_gate::assess::Snapshot {
-        registry: Arc::clone(&snapshot.registry),
-        catalogue: Arc::clone(&snapshot.catalogue),
-        policy: Arc::clone(&snapshot.policy),
-        registry_origin: snapshot.registry_origin.clone(),
-        catalogue_origin: snapshot.catalogue_origin.clone(),
-    };
-    let cache = Cache::new(Arc::new(Panicking), Ages::default());
-    let server = Server::start(Arc::new(Engine::new(snapshot, Arc::new(cache), None))).await;
+    let asker = Scripted::new(Verdict::Valid);
+    asker.set(|script| script.panics = true);
+    let cache = Arc::new(Cache::new(asker, Ages::default()));
+    let server = Server::start(files(&vendor().await).engine_over(cache)).await;
     let mut client = server.client().await;
     for _ in 0..3 {
         let response = client.decide(request("acme-large", KEY)).await.unwrap().into_inner();

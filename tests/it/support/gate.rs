@@ -5,7 +5,7 @@ use std::{fs, net::SocketAddr, path::Path, sync::Arc};
 use byok_gate::{
     cache::{Ages, Cache},
     config::{self, Overrides, Paths},
-    engine::Engine,
+    engine::{Engine, LivenessSource},
     probe::{ProbeSettings, Prober},
     server::{Bound, Ended, ServerError},
     service::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient,
@@ -66,10 +66,13 @@ impl Files {
     }
 
     pub(crate) fn engine_with(&self, settings: ProbeSettings) -> Arc<Engine> {
+        self.engine_over(Arc::new(Cache::new(Arc::new(Prober::new(settings).unwrap()), Ages::default())))
+    }
+
+    pub(crate) fn engine_over(&self, liveness: Arc<dyn LivenessSource>) -> Arc<Engine> {
         let overrides = Overrides { platform_proxy: Some(PlatformProxy::Available), ..Overrides::default() };
         let setup = config::load(&self.paths(), &overrides).unwrap();
-        let cache = Cache::new(Arc::new(Prober::new(settings).unwrap()), Ages::default());
-        Arc::new(Engine::new(setup.snapshot, Arc::new(cache), setup.fingerprint_key))
+        Arc::new(Engine::new(setup.snapshot, liveness, setup.fingerprint_key))
     }
 }
 

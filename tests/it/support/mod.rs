@@ -1,5 +1,6 @@
 //! What the tests share.
 
+pub(crate) mod asker;
 pub(crate) mod binary;
 pub(crate) mod case;
 pub(crate) mod gate;

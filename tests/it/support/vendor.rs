@@ -53,7 +53,7 @@ pub(crate) struct Vendor {
 }
 
 struct State {
-    rows: Mutex<Vec<Row>>,
+    rows: Vec<Row>,
     asked: Mutex<Vec<Asked>>,
 }
 
@@ -61,7 +61,7 @@ impl Vendor {
     pub(crate) async fn start(rows: Vec<Row>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let state = Arc::new(State { rows: Mutex::new(rows), asked: Mutex::default() });
+        let state = Arc::new(State { rows, asked: Mutex::default() });
         let mut tasks = JoinSet::new();
         tasks.spawn(serve(listener, Arc::clone(&state)));
         Self { address, state, _tasks: tasks }
@@ -69,11 +69,6 @@ impl Vendor {
 
     pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
-    }
-
-    /// Answers by these rows from now on.
-    pub(crate) fn answer(&self, rows: Vec<Row>) {
-        *self.state.rows.lock().unwrap() = rows;
     }
 
     pub(crate) fn asked(&self) -> Vec<Asked> {
@@ -128,7 +123,7 @@ async fn answer(
         headers: head.headers.iter().map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect(),
         body: String::from_utf8(body.collect().await?.to_bytes().to_vec())?,
     };
-    let row = state.rows.lock().unwrap().iter().find(|row| row.fits(&asked)).cloned();
+    let row = state.rows.iter().find(|row| row.fits(&asked)).cloned();
     state.asked.lock().unwrap().push(asked);
     let row = row.unwrap_or_else(|| Row {
         status: Some(404),

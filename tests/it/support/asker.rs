@@ -1,0 +1,67 @@
+//! A provider for tests that move time: answers as told, after a time as told, and counts. Real sockets and paused time do not
+//! go together, since an idle runtime jumps to the next timer while an answer is on its way.
+
+use std::{
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use byok_gate::{
+    decision::Verdict,
+    endpoint::Target,
+    engine::{Asker, Boxed},
+    liveness::Finding,
+    secret::Secret,
+};
+
+/// What it answers next.
+#[derive(Debug, Clone)]
+pub(crate) struct Script {
+    pub(crate) finding: Finding,
+    pub(crate) takes: Duration,
+    pub(crate) panics: bool,
+}
+
+/// Answers by its script.
+pub(crate) struct Scripted {
+    script: Mutex<Script>,
+    asked: AtomicUsize,
+}
+
+pub(crate) fn finding(verdict: Verdict) -> Finding {
+    Finding { verdict, status: Some(200), probe: "models".into(), retry_after: None, about_model: false, cost_money: false }
+}
+
+impl Scripted {
+    pub(crate) fn new(verdict: Verdict) -> Arc<Self> {
+        let script = Script { finding: finding(verdict), takes: Duration::ZERO, panics: false };
+        Arc::new(Self { script: Mutex::new(script), asked: AtomicUsize::new(0) })
+    }
+
+    pub(crate) fn set(&self, change: impl FnOnce(&mut Script)) {
+        change(&mut self.script.lock().unwrap());
+    }
+
+    pub(crate) fn verdict(&self, verdict: Verdict) {
+        self.set(|script| script.finding = finding(verdict));
+    }
+
+    pub(crate) fn asked(&self) -> usize {
+        self.asked.load(Ordering::SeqCst)
+    }
+}
+
+impl Asker for Scripted {
+    fn ask(&self, _: Arc<Target>, _: Arc<Secret>) -> Boxed<'static, Finding> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let Script { finding, takes, panics } = self.script.lock().unwrap().clone();
+        Box::pin(async move {
+            tokio::time::sleep(takes).await;
+            assert!(!panics, "made to panic");
+            finding
+        })
+    }
+}
