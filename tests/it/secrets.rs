@@ -134,6 +134,43 @@ async fn a_value_in_an_argument_is_refused_unrepeated() {
     }
 }
 
+/// A pod-wide proxy would see every probe; none is taken from the environment.
+#[tokio::test]
+async fn proxies_in_the_environment_are_ignored() {
+    let (vendor, proxy) = (Vendor::start(vec![]).await, Vendor::start(vec![]).await);
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let files = Files::new(&registry, &catalogue, None);
+    let flags = files.flags();
+    let arguments = ["decide", "--model", "acme-large", "--runtime", "agent", "--env", "ACME_API_KEY"];
+    let arguments: Vec<&str> = arguments.into_iter().chain(flags.iter().map(String::as_str)).collect();
+    let url = proxy.url();
+    let mut environment = vec![("ACME_API_KEY", CANARY)];
+    environment.extend(
+        ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"].map(|name| (name, url.as_str())),
+    );
+    binary::run(&arguments, &environment).await;
+    assert!(vendor.asked_with(CANARY) > 0);
+    assert!(proxy.asked().is_empty(), "{:?}", proxy.asked());
+}
+
+/// Without the flag a loopback or plain-http address is refused before anything is sent.
+#[tokio::test]
+async fn loopback_is_not_asked_unless_it_is_allowed() {
+    let vendor = Vendor::start(vec![]).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    for host in ["http://127.0.0.1", "http://localhost", "https://127.0.0.1", "https://localhost"] {
+        let registry = registry.replace("http://127.0.0.1", host);
+        let files = Files::new(&registry, &catalogue, None);
+        let flags = files.flags();
+        let arguments = ["decide", "--model", "acme-large", "--runtime", "agent", "--env", "ACME_API_KEY"];
+        let arguments =
+            arguments.into_iter().chain(flags.iter().map(String::as_str)).filter(|flag| *flag != "--allow-loopback-http");
+        let ended = binary::run(&arguments.collect::<Vec<_>>(), &[("ACME_API_KEY", CANARY)]).await;
+        assert!(ended.stdout.contains("BYOK_PROVIDER_UNREACHABLE"), "{host}: {ended:?}");
+        assert!(vendor.connections() == 0, "{host}: it connected");
+    }
+}
+
 /// No redirect is followed, so that no header arrives at a second host, in any header family.
 #[tokio::test]
 async fn a_redirect_takes_no_credential_along() {

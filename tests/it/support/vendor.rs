@@ -4,7 +4,10 @@ use std::{
     collections::BTreeMap,
     convert::Infallible,
     net::SocketAddr,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -55,13 +58,14 @@ pub(crate) struct Vendor {
 struct State {
     rows: Vec<Row>,
     asked: Mutex<Vec<Asked>>,
+    connections: AtomicUsize,
 }
 
 impl Vendor {
     pub(crate) async fn start(rows: Vec<Row>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let state = Arc::new(State { rows, asked: Mutex::default() });
+        let state = Arc::new(State { rows, asked: Mutex::default(), connections: AtomicUsize::new(0) });
         let mut tasks = JoinSet::new();
         tasks.spawn(serve(listener, Arc::clone(&state)));
         Self { address, state, _tasks: tasks }
@@ -73,6 +77,11 @@ impl Vendor {
 
     pub(crate) fn asked(&self) -> Vec<Asked> {
         self.state.asked.lock().unwrap().clone()
+    }
+
+    /// Connections that were opened to it, used or not.
+    pub(crate) fn connections(&self) -> usize {
+        self.state.connections.load(Ordering::SeqCst)
     }
 
     /// Requests that carried this key.
@@ -103,6 +112,7 @@ async fn serve(listener: TcpListener, state: Arc<State>) {
     let mut connections = JoinSet::new();
     loop {
         let (stream, _) = listener.accept().await.unwrap();
+        state.connections.fetch_add(1, Ordering::SeqCst);
         let state = Arc::clone(&state);
         connections.spawn(async move {
             let service = hyper::service::service_fn(|request| answer(request, Arc::clone(&state)));
