@@ -90,7 +90,10 @@ pub fn target(
         (inline, _) => inline,
     };
     let wire_model = wire_model(provider, row, model);
-    let calls: Vec<Call> = probes.iter().filter_map(|probe| call(provider, base, probe, &wire_model)).collect();
+    // The header that the workspace's own client will use is tried first.
+    let first = (provider.auth_token_env.as_deref() == Some("ANTHROPIC_API_KEY")).then_some(HeaderFamily::XApiKey);
+    let calls: Vec<Call> =
+        probes.iter().filter_map(|probe| call(base, probe, &wire_model, provider.thinking_required, first)).collect();
     if calls.is_empty() {
         return Err(NoSurface::NoEndpoint);
     }
@@ -156,27 +159,25 @@ fn wire_model(provider: &Provider, row: Option<&HostRow>, model: &str) -> String
     format!("{}{bare}", provider.wire_model_prefix)
 }
 
-fn call(provider: &Provider, base: &Url, probe: &Probe, model: &str) -> Option<Call> {
+/// One call to a base URL. `None` if the path leads away from its host, which the catalogue's check rules out.
+pub fn call(base: &Url, probe: &Probe, model: &str, thinking: bool, first: Option<HeaderFamily>) -> Option<Call> {
     let url = join(base, &probe.path, model)?;
     let mut names_model = probe.path.contains(MODEL);
     let body = probe.body.as_ref().map(|body| {
         let mut body = filled(body, model, &mut names_model);
-        if let (true, Some(thinking), Some(body)) = (provider.thinking_required, &probe.thinking, body.as_object_mut()) {
+        if let (true, Some(thinking), Some(body)) = (thinking, &probe.thinking, body.as_object_mut()) {
             body.extend(thinking.clone());
         }
         Arc::from(body.to_string())
     });
     let mut probe = probe.clone();
-    // The header that the workspace's own client will use is tried first.
-    if provider.auth_token_env.as_deref() == Some("ANTHROPIC_API_KEY") {
-        probe.auth.sort_by_key(|family| *family != HeaderFamily::XApiKey);
-    }
+    probe.auth.sort_by_key(|family| Some(*family) != first);
     debug_assert!(probe.method == Method::Post || body.is_none(), "the catalogue's check rules it out");
     Some(Call { probe, url, body, names_model })
 }
 
 /// What stands for the model in a path or a body.
-const MODEL: &str = "{model}";
+pub const MODEL: &str = "{model}";
 
 /// The path on the base's own host: nothing in a row or a model can change the host. Exactly one `/v1` where a base ends in
 /// it and a row goes on with it.

@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// The most of a body that is read. An error is under 1 KiB; a list's beginning is enough to know its shape.
-const MAX_BODY_BYTES: usize = 64 * 1024;
+pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
 /// Who is asking. Stable, so that vendors can tell; honest, so that none is deceived.
 const USER_AGENT: &str = concat!("byok-gate/", env!("CARGO_PKG_VERSION"), " (credential liveness check)");
 /// How long an idle connection is kept: a create storm reuses it, an idle service holds none for long.

@@ -299,14 +299,14 @@ pub(crate) fn check_probe(file: ProbeFile, place: &str) -> Result<Probe, Vec<Pro
     if expect.is_empty() || expect.iter().any(|path| path.trim().is_empty()) {
         problem("expect", "is required: JSON paths of which a good answer has one; a bare 2xx proves nothing".into());
     }
-    let mut signals: Vec<Signal> = Vec::new();
+    let mut signals: Vec<(usize, Signal)> = Vec::new();
     for (index, signal) in file.signals.unwrap_or_default().into_iter().enumerate() {
         match check_signal(signal) {
             Ok(signal) => {
-                if let Some(earlier) = signals.iter().position(|earlier| leaves_nothing_for(earlier, &signal)) {
+                if let Some((earlier, _)) = signals.iter().find(|(_, earlier)| leaves_nothing_for(earlier, &signal)) {
                     problem(&format!("signals[{index}]"), format!("can never match: signals[{earlier}] takes its every answer"));
                 }
-                signals.push(signal);
+                signals.push((index, signal));
             }
             Err(message) => problem(&format!("signals[{index}]"), message),
         }
@@ -326,7 +326,7 @@ pub(crate) fn check_probe(file: ProbeFile, place: &str) -> Result<Probe, Vec<Pro
         costs_money: file.costs_money.unwrap_or(false),
         refuses_bad_keys: file.refuses_bad_keys.unwrap_or(false),
         expect,
-        signals,
+        signals: signals.into_iter().map(|(_, signal)| signal).collect(),
         fingerprint,
     })
 }
