@@ -356,7 +356,7 @@ impl<'a> Walk<'a> {
             return Err(unasked(Verdict::ProbeDisabled, ""));
         }
         let surface = endpoint::target(provider, &self.snapshot.catalogue, model, &self.spec.tenant_base_url_env)
-            .and_then(|target| self.check_shape(&target, env_name, secret, provider).map(|refusal| (target, refusal)));
+            .and_then(|target| self.check_shape(&target, env_name, secret, provider, notes).map(|refusal| (target, refusal)));
         match surface {
             Err(reason) => {
                 notes.trace.step("liveness", || reason.text());
@@ -383,6 +383,7 @@ impl<'a> Walk<'a> {
         env_name: &str,
         secret: &Secret,
         provider: &Provider,
+        notes: &mut Notes,
     ) -> Result<Option<Refusal>, NoSurface> {
         let value = secret.expose();
         if let Some(fault) = malformation(value) {
@@ -402,6 +403,11 @@ impl<'a> Walk<'a> {
         }
         if shapes.iter().any(|shape| shape.kind == KeyKind::OAuth) {
             return Err(NoSurface::OAuthShaped);
+        }
+        if let Some(shape) = shapes.iter().find(|shape| shape.kind == KeyKind::Administrative) {
+            notes.trace.step("shape", || {
+                format!("{env_name} looks like an administrative key of vendor `{}`, which cannot call models", shape.vendor)
+            });
         }
         Ok(None)
     }
@@ -497,18 +503,5 @@ impl Trace {
     /// The steps, in order.
     pub fn into_steps(self) -> Vec<TraceStep> {
         self.steps
-    }
-}
-
-// === impl NoSurface ===
-
-impl NoSurface {
-    fn text(&self) -> String {
-        match self {
-            Self::OAuth => "an OAuth subscription: its credential is never exercised, presence governs".into(),
-            Self::OAuthShaped => "the value has the shape of an OAuth credential, which is never sent".into(),
-            Self::NoEndpoint => "the registry gives no address to ask".into(),
-            Self::TenantBaseUrl(names) => format!("the tenant set {}, so the workspace dials a host of its own", listed(names)),
-        }
     }
 }

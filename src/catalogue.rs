@@ -6,6 +6,7 @@ pub(crate) mod file;
 use std::{collections::BTreeMap, time::Duration};
 
 pub(crate) use check::check_probe;
+use url::Url;
 
 use crate::{
     decision::Verdict,
@@ -22,6 +23,9 @@ pub struct Catalogue {
     revision: String,
     /// Per host (with its port if not the default), rows with the longest path first.
     hosts: BTreeMap<String, Vec<HostRow>>,
+    /// Where providers are whose registry entry has no URL: their vendor's one host.
+    homes: BTreeMap<String, Url>,
+    unprobed: BTreeMap<String, Unprobed>,
     key_shapes: Vec<KeyShape>,
     base_url_env: BTreeMap<String, Protocol>,
     openai: Vec<Probe>,
@@ -41,6 +45,43 @@ pub struct HostRow {
     pub strip_model_prefixes: Vec<String>,
     /// The ladder: asked in this order until one is conclusive.
     pub probes: Vec<Probe>,
+    /// How well what the row says is known.
+    pub confidence: Option<Confidence>,
+    /// Where it is known from.
+    pub sources: Vec<String>,
+    /// What a reader of the row should know.
+    pub note: Option<String>,
+}
+
+/// How well something is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Confidence {
+    /// The vendor's documentation says so.
+    Documented,
+    /// Published code relies on it.
+    Code,
+    /// Somebody reported it from a live call.
+    Live,
+    /// Inferred.
+    Inferred,
+}
+
+/// A provider that is not asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unprobed {
+    /// Why.
+    pub reason: UnprobedReason,
+    /// The same for a person.
+    pub note: String,
+}
+
+/// Why a provider is not asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnprobedReason {
+    /// Its server takes no key at all: an answer would prove that it runs, and nothing of a credential.
+    Keyless,
+    /// Its address is the tenant's own, which this service does not know. Holds only without a URL in the registry.
+    TenantEndpoint,
 }
 
 /// What a known kind of key begins with.
@@ -61,6 +102,9 @@ pub enum KeyKind {
     ApiKey,
     /// An OAuth credential, which is never sent.
     OAuth,
+    /// A key that administers an organization and cannot call models. Sent as any other, since only its vendor can refuse
+    /// it; the trace says what it looks like.
+    Administrative,
 }
 
 /// One authenticated call.
@@ -78,6 +122,8 @@ pub struct Probe {
     pub headers: Vec<(String, String)>,
     /// A JSON body; the string `{model}` in it stands for the workspace's model.
     pub body: Option<serde_json::Value>,
+    /// Members laid over the body for a provider whose `thinking_policy` is `require_enabled`.
+    pub thinking: Option<serde_json::Map<String, serde_json::Value>>,
     /// The time for the whole ladder, if this host needs more than the service's own budget.
     pub budget: Option<Duration>,
     /// It costs the tenant money.
@@ -119,23 +165,27 @@ pub enum HeaderFamily {
 pub struct Signal {
     /// The statuses that it is about; empty for any.
     pub statuses: Vec<u16>,
-    /// What must hold of the body.
-    pub test: BodyTest,
+    /// What must hold of the body: all of these.
+    pub tests: Vec<BodyTest>,
     /// What it means.
     pub outcome: SignalOutcome,
+    /// How well it is known.
+    pub confidence: Option<Confidence>,
+    /// What a reader of the row should know.
+    pub note: Option<String>,
 }
 
-/// What must hold of a body.
+/// Something that may hold of a body.
 #[derive(Debug, Clone, PartialEq)]
 pub enum BodyTest {
-    /// Nothing.
-    Any,
-    /// It contains this text, compared without case.
-    Contains(String),
-    /// The JSON value at a path equals this one.
-    Equals(String, serde_json::Value),
-    /// The JSON number at a path is at most this one.
-    AtMost(String, f64),
+    /// It contains one of these texts, compared without case.
+    Contains(Vec<String>),
+    /// It does not contain this text, compared without case.
+    Lacks(String),
+    /// The JSON value at one of these paths is one of these values; a number and a string of the same digits are the same.
+    IsOneOf(Vec<String>, Vec<serde_json::Value>),
+    /// The JSON number at one of these paths is at most this one.
+    AtMost(Vec<String>, f64),
 }
 
 /// What a signal means.
@@ -165,7 +215,14 @@ impl Catalogue {
     }
 
     fn overlay(mut self, over: Self) -> Self {
-        let Self { revision, hosts, key_shapes, base_url_env, openai, anthropic } = over;
+        let Self { revision, hosts, homes, unprobed, key_shapes, base_url_env, openai, anthropic } = over;
+        // A host's rows go whole, and with them the providers that they took in.
+        self.homes.retain(|_, home| !host_of(home).is_some_and(|host| hosts.contains_key(&host)));
+        self.homes.extend(homes);
+        // Whoever says where a provider is says that it is asked, and the other way round.
+        self.unprobed.retain(|provider, _| !self.homes.contains_key(provider));
+        self.homes.retain(|provider, _| !unprobed.contains_key(provider));
+        self.unprobed.extend(unprobed);
         self.hosts.extend(hosts);
         self.key_shapes.extend(key_shapes);
         self.base_url_env.extend(base_url_env);
@@ -194,6 +251,21 @@ impl Catalogue {
         let rows = self.hosts.get(host)?;
         rows.iter()
             .find(|row| path.strip_prefix(row.path_prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
+    }
+
+    /// Every host that has a row, with its rows.
+    pub fn hosts(&self) -> impl Iterator<Item = (&str, &[HostRow])> {
+        self.hosts.iter().map(|(host, rows)| (host.as_str(), rows.as_slice()))
+    }
+
+    /// Where a provider is that the registry gives no URL: its vendor's one host.
+    pub fn home(&self, provider: &str) -> Option<&Url> {
+        self.homes.get(provider)
+    }
+
+    /// Why this provider is not asked, if it is not.
+    pub fn unprobed(&self, provider: &str) -> Option<&Unprobed> {
+        self.unprobed.get(provider)
     }
 
     /// The ladder for a host without a row.
@@ -225,6 +297,69 @@ impl Catalogue {
     }
 }
 
+/// The host as the catalogue writes it: lower case, with the port only where it is not the scheme's own.
+pub fn host_of(url: &Url) -> Option<String> {
+    let host = url.host_str()?.to_ascii_lowercase();
+    Some(url.port().map_or_else(|| host.clone(), |port| format!("{host}:{port}")))
+}
+
+// === impl Confidence ===
+
+impl Confidence {
+    /// Every value.
+    pub const ALL: [Self; 4] = [Self::Documented, Self::Code, Self::Live, Self::Inferred];
+
+    /// Its letter in the catalogue.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Documented => "D",
+            Self::Code => "C",
+            Self::Live => "L",
+            Self::Inferred => "I",
+        }
+    }
+}
+
+// === impl UnprobedReason ===
+
+impl UnprobedReason {
+    /// Every value.
+    pub const ALL: [Self; 2] = [Self::Keyless, Self::TenantEndpoint];
+
+    /// Its word in the catalogue and in answers.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Keyless => "KEYLESS",
+            Self::TenantEndpoint => "TENANT_ENDPOINT",
+        }
+    }
+}
+
+// === impl SignalOutcome ===
+
+impl SignalOutcome {
+    /// Its word in the catalogue.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "ACCEPTED",
+            Self::Restricted => "RESTRICTED",
+            Self::Verdict(verdict) => verdict.as_str(),
+        }
+    }
+}
+
+// === impl Method ===
+
+impl Method {
+    /// Its name on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Post => "POST",
+        }
+    }
+}
+
 // === impl HeaderFamily ===
 
 impl HeaderFamily {
@@ -235,6 +370,14 @@ impl HeaderFamily {
             Self::XApiKey => "x-api-key",
             Self::XGoogApiKey => "x-goog-api-key",
             Self::ApiKey => "api-key",
+        }
+    }
+
+    /// The header's name on the wire.
+    pub const fn header(self) -> &'static str {
+        match self {
+            Self::Bearer => "authorization",
+            Self::XApiKey | Self::XGoogApiKey | Self::ApiKey => self.as_str(),
         }
     }
 

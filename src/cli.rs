@@ -1,6 +1,7 @@
 //! The command line: one file a command; exit codes as an enum. The only place with `anyhow`.
 
 mod check;
+mod classify;
 mod decide;
 mod health;
 mod models;
@@ -42,6 +43,8 @@ enum Command {
     Models(models::ModelsArgs),
     /// Check configuration, registry and catalogue.
     Check(check::CheckArgs),
+    /// Tell which verdict an answer would get, by which row of the catalogue, without any network.
+    Classify(classify::ClassifyArgs),
     /// Ask a server whether it serves.
     Health(health::HealthArgs),
 }
@@ -128,7 +131,9 @@ impl Cli {
         let Self { log, command } = self;
         let (default, to) = match command {
             Command::Serve(_) => ("info", LogTo::StdoutJson),
-            Command::Decide(_) | Command::Models(_) | Command::Check(_) | Command::Health(_) => ("error", LogTo::StderrText),
+            Command::Decide(_) | Command::Models(_) | Command::Check(_) | Command::Classify(_) | Command::Health(_) => {
+                ("error", LogTo::StderrText)
+            }
         };
         let ended = telemetry::init(log.as_deref().unwrap_or(default), to)
             .map_err(|fault| anyhow::Error::new(UsageError(fault.to_string())))
@@ -137,6 +142,7 @@ impl Cli {
                 Command::Decide(args) => block_on(decide::run(args))?,
                 Command::Models(args) => models::run(args),
                 Command::Check(args) => check::run(args),
+                Command::Classify(args) => classify::run(args),
                 Command::Health(args) => block_on(health::run(args))?,
             });
         ended.unwrap_or_else(|fault| {

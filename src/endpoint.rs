@@ -6,8 +6,9 @@ use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use url::Url;
 
 use crate::{
-    catalogue::{Catalogue, HeaderFamily, HostRow, Method, Probe},
-    registry::{Auth, Protocol, Provider},
+    catalogue::{Catalogue, HeaderFamily, HostRow, Method, Probe, Unprobed, UnprobedReason, host_of},
+    refusal::listed,
+    registry::{Auth, PLATFORM, Protocol, Provider},
 };
 
 /// Everything that a liveness check of one provider needs, but the credential.
@@ -51,8 +52,14 @@ pub enum NoSurface {
     OAuth,
     /// The value has the shape of an OAuth credential, which is never sent.
     OAuthShaped,
-    /// The registry gives no address.
+    /// The provider authenticates by the machine's own cloud identity.
+    Ambient,
+    /// The platform's own metered proxy: there is no tenant credential.
+    Platform,
+    /// Neither the registry nor the catalogue gives an address.
     NoEndpoint,
+    /// The catalogue says why not.
+    Unprobed(Unprobed),
     /// The workspace dials a host of the tenant's own.
     TenantBaseUrl(Vec<String>),
 }
@@ -64,14 +71,17 @@ pub fn target(
     model: &str,
     tenant_base_url_env: &[String],
 ) -> Result<Target, NoSurface> {
-    if provider.auth == Auth::OAuth {
-        return Err(NoSurface::OAuth);
+    match provider.auth {
+        Auth::OAuth => return Err(NoSurface::OAuth),
+        Auth::Ambient => return Err(NoSurface::Ambient),
+        Auth::Key if provider.name == PLATFORM => return Err(NoSurface::Platform),
+        Auth::Key => {}
     }
     let own: Vec<String> = tenant_base_url_env.iter().filter(|name| concerns(catalogue, name, provider)).cloned().collect();
     if !own.is_empty() {
         return Err(NoSurface::TenantBaseUrl(own));
     }
-    let base = provider.base_url.as_ref().ok_or(NoSurface::NoEndpoint)?;
+    let base = base(provider, catalogue)?;
     let host = host_of(base).ok_or(NoSurface::NoEndpoint)?;
     let row = catalogue.row(&host, base.path());
     let probes = match (provider.probes.as_slice(), row.map(|row| row.probes.as_slice())) {
@@ -80,7 +90,10 @@ pub fn target(
         (inline, _) => inline,
     };
     let wire_model = wire_model(provider, row, model);
-    let calls: Vec<Call> = probes.iter().filter_map(|probe| call(provider, base, probe, &wire_model)).collect();
+    // The header that the workspace's own client will use is tried first.
+    let first = (provider.auth_token_env.as_deref() == Some("ANTHROPIC_API_KEY")).then_some(HeaderFamily::XApiKey);
+    let calls: Vec<Call> =
+        probes.iter().filter_map(|probe| call(base, probe, &wire_model, provider.thinking_required, first)).collect();
     if calls.is_empty() {
         return Err(NoSurface::NoEndpoint);
     }
@@ -96,10 +109,17 @@ pub fn target(
     })
 }
 
-/// The host as the catalogue writes it: lower case, with the port only where it is not the scheme's own.
-pub fn host_of(url: &Url) -> Option<String> {
-    let host = url.host_str()?.to_ascii_lowercase();
-    Some(url.port().map_or_else(|| host.clone(), |port| format!("{host}:{port}")))
+/// Where the provider is: by its registry entry, else its vendor's one host by the catalogue.
+fn base<'a>(provider: &'a Provider, catalogue: &'a Catalogue) -> Result<&'a Url, NoSurface> {
+    let unprobed = catalogue.unprobed(&provider.name);
+    match (&provider.base_url, unprobed) {
+        // Probes of the registry's own say that there is something to ask.
+        (Some(base), _) if !provider.probes.is_empty() => Ok(base),
+        (Some(_), Some(unprobed)) if unprobed.reason == UnprobedReason::Keyless => Err(NoSurface::Unprobed(unprobed.clone())),
+        (Some(base), _) => Ok(base),
+        (None, Some(unprobed)) => Err(NoSurface::Unprobed(unprobed.clone())),
+        (None, None) => catalogue.home(&provider.name).ok_or(NoSurface::NoEndpoint),
+    }
 }
 
 /// Whether a base-URL variable of the tenant's concerns a provider with this API. An unknown name concerns all.
@@ -115,7 +135,8 @@ fn concerns(catalogue: &Catalogue, name: &str, provider: &Provider) -> bool {
 fn identity(provider: &Provider, base: &Url, row: Option<&HostRow>, calls: &[Call]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     let wire_ids = row.map(|row| row.strip_model_prefixes.as_slice()).unwrap_or_default();
-    let parts = [provider.name.as_str(), base.as_str(), provider.wire_model_prefix.as_str()];
+    let thinking = if provider.thinking_required { "thinking" } else { "" };
+    let parts = [provider.name.as_str(), base.as_str(), provider.wire_model_prefix.as_str(), thinking];
     for part in parts.into_iter().chain(wire_ids.iter().map(String::as_str)) {
         hasher.update(&part.len().to_le_bytes()).update(part.as_bytes());
     }
@@ -128,33 +149,35 @@ fn identity(provider: &Provider, base: &Url, row: Option<&HostRow>, calls: &[Cal
     *hasher.finalize().as_bytes()
 }
 
-/// The provider's own id for the workspace's model.
+/// The provider's own id for the workspace's model. Where a row lists what stands before it, nothing else is taken off: a
+/// vendor's ids may begin with the vendor's own name.
 fn wire_model(provider: &Provider, row: Option<&HostRow>, model: &str) -> String {
     let listed = row.map(|row| row.strip_model_prefixes.as_slice()).unwrap_or_default();
-    let own = || [':', '/'].map(|separator| format!("{}{separator}", provider.name));
-    let bare = listed
-        .iter()
-        .find_map(|prefix| model.strip_prefix(prefix.as_str()))
-        .or_else(|| own().iter().find_map(|prefix| model.strip_prefix(prefix.as_str())))
-        .unwrap_or(model);
+    let own = [':', '/'].map(|separator| format!("{}{separator}", provider.name));
+    let prefixes = if listed.is_empty() { own.as_slice() } else { listed };
+    let bare = prefixes.iter().find_map(|prefix| model.strip_prefix(prefix.as_str())).unwrap_or(model);
     format!("{}{bare}", provider.wire_model_prefix)
 }
 
-fn call(provider: &Provider, base: &Url, probe: &Probe, model: &str) -> Option<Call> {
+/// One call to a base URL. `None` if the path leads away from its host, which the catalogue's check rules out.
+pub fn call(base: &Url, probe: &Probe, model: &str, thinking: bool, first: Option<HeaderFamily>) -> Option<Call> {
     let url = join(base, &probe.path, model)?;
     let mut names_model = probe.path.contains(MODEL);
-    let body = probe.body.as_ref().map(|body| Arc::from(filled(body, model, &mut names_model).to_string()));
+    let body = probe.body.as_ref().map(|body| {
+        let mut body = filled(body, model, &mut names_model);
+        if let (true, Some(thinking), Some(body)) = (thinking, &probe.thinking, body.as_object_mut()) {
+            body.extend(thinking.clone());
+        }
+        Arc::from(body.to_string())
+    });
     let mut probe = probe.clone();
-    // The header that the workspace's own client will use is tried first.
-    if provider.auth_token_env.as_deref() == Some("ANTHROPIC_API_KEY") {
-        probe.auth.sort_by_key(|family| *family != HeaderFamily::XApiKey);
-    }
+    probe.auth.sort_by_key(|family| Some(*family) != first);
     debug_assert!(probe.method == Method::Post || body.is_none(), "the catalogue's check rules it out");
     Some(Call { probe, url, body, names_model })
 }
 
 /// What stands for the model in a path or a body.
-const MODEL: &str = "{model}";
+pub const MODEL: &str = "{model}";
 
 /// The path on the base's own host: nothing in a row or a model can change the host. Exactly one `/v1` where a base ends in
 /// it and a row goes on with it.
@@ -189,6 +212,36 @@ fn filled(body: &serde_json::Value, model: &str, names_model: &mut bool) -> serd
             Value::Object(fields.iter().map(|(name, value)| (name.clone(), filled(value, model, names_model))).collect())
         }
         Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => body.clone(),
+    }
+}
+
+// === impl NoSurface ===
+
+impl NoSurface {
+    /// The machine's reason.
+    pub const fn reason(&self) -> &'static str {
+        match self {
+            Self::OAuth => "OAUTH_SUBSCRIPTION",
+            Self::OAuthShaped => "OAUTH_SHAPED_VALUE",
+            Self::Ambient => "AMBIENT_IDENTITY",
+            Self::Platform => "PLATFORM",
+            Self::NoEndpoint => "NO_ENDPOINT",
+            Self::Unprobed(unprobed) => unprobed.reason.as_str(),
+            Self::TenantBaseUrl(_) => "TENANT_BASE_URL",
+        }
+    }
+
+    /// The reason for a person.
+    pub fn text(&self) -> String {
+        match self {
+            Self::OAuth => "an OAuth subscription: its credential is never exercised, presence governs".into(),
+            Self::OAuthShaped => "the value has the shape of an OAuth credential, which is never sent".into(),
+            Self::Ambient => "it authenticates by the machine's own cloud identity: a tenant has no credential for it".into(),
+            Self::Platform => "the platform pays: there is no tenant credential".into(),
+            Self::NoEndpoint => "neither the registry nor the probe catalogue gives an address to ask".into(),
+            Self::Unprobed(unprobed) => unprobed.note.clone(),
+            Self::TenantBaseUrl(names) => format!("the tenant set {}, so the workspace dials a host of its own", listed(names)),
+        }
     }
 }
 

@@ -19,6 +19,8 @@ pub struct Answer<'a> {
     pub body: &'a [u8],
     /// There was more of it than is read.
     pub truncated: bool,
+    /// It is a page for people, not an API's answer: HTML by its own account, or a challenge.
+    pub page: bool,
     /// When the provider wants to be asked again.
     pub retry_after: Option<Duration>,
 }
@@ -113,19 +115,39 @@ pub struct Ladder<'t> {
 
 // === reading an answer ===
 
+/// What an answer says, and which of the probe's signals said it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Classified {
+    /// What it says.
+    pub reading: Reading,
+    /// The position of the signal that matched; none where status and shape alone were read.
+    pub signal: Option<usize>,
+}
+
 /// What this answer says. The row's signals decide first; what they leave is read by status and shape alone.
 pub fn classify(answer: Answer<'_>, probe: &Probe) -> Reading {
+    classified(answer, probe).reading
+}
+
+/// What this answer says, and by which signal.
+pub fn classified(answer: Answer<'_>, probe: &Probe) -> Classified {
     let json = serde_json::from_slice::<Value>(answer.body).ok();
-    if let Some(signal) = probe.signals.iter().find(|signal| matches(signal, answer, json.as_ref())) {
-        return match signal.outcome {
-            SignalOutcome::Accepted => Reading::Accepted,
-            SignalOutcome::Restricted => Reading::Restricted,
-            SignalOutcome::Verdict(verdict) => Reading::Verdict(verdict),
-        };
-    }
-    let error_code = json.as_ref().and_then(error_code);
-    match (answer.status, error_code) {
-        (200..=299, _) if has_expected_shape(answer, json.as_ref(), &probe.expect) => Reading::Accepted,
+    // A login page, a captive portal or a challenge is not the vendor's API speaking, whatever its status and its words.
+    let page = json.is_none() && (answer.page || answer.body.trim_ascii_start().first() == Some(&b'<'));
+    let signal = if page { None } else { probe.signals.iter().position(|signal| matches(signal, answer, json.as_ref())) };
+    let reading = match signal.and_then(|at| probe.signals.get(at)).map(|signal| signal.outcome) {
+        Some(SignalOutcome::Accepted) => Reading::Accepted,
+        Some(SignalOutcome::Restricted) => Reading::Restricted,
+        Some(SignalOutcome::Verdict(verdict)) => Reading::Verdict(verdict),
+        None => by_shape(answer, json.as_ref(), probe),
+    };
+    Classified { reading, signal }
+}
+
+/// What status and shape alone say.
+fn by_shape(answer: Answer<'_>, json: Option<&Value>, probe: &Probe) -> Reading {
+    match (answer.status, json.and_then(error_code)) {
+        (200..=299, _) if has_expected_shape(answer, json, &probe.expect) => Reading::Accepted,
         (401, Some(_)) => Reading::Verdict(Verdict::Invalid),
         (402, Some(_)) => Reading::Verdict(Verdict::QuotaExhausted),
         (403, Some(code)) => Reading::Forbidden(code),
@@ -133,6 +155,13 @@ pub fn classify(answer: Answer<'_>, probe: &Probe) -> Reading {
         (500..=599, _) => Reading::Verdict(Verdict::ProviderError),
         _ => Reading::Verdict(Verdict::UnexpectedResponse),
     }
+}
+
+/// Whether the headers say that this is a page for people: HTML, or a challenge of the network before the vendor.
+pub fn is_page(headers: &http::HeaderMap) -> bool {
+    let kind = headers.get(http::header::CONTENT_TYPE).map(|value| value.as_bytes().to_ascii_lowercase());
+    let html = kind.is_some_and(|kind| kind.starts_with(b"text/html") || kind.starts_with(b"application/xhtml"));
+    html || headers.contains_key("cf-mitigated")
 }
 
 /// What a made-up key's answer says about the endpoint.
@@ -153,20 +182,44 @@ fn matches(signal: &Signal, answer: Answer<'_>, json: Option<&Value>) -> bool {
     if !signal.statuses.is_empty() && !signal.statuses.contains(&answer.status) {
         return false;
     }
-    match &signal.test {
-        BodyTest::Any => true,
-        BodyTest::Contains(text) => {
-            let length = text.len();
-            answer.body.windows(length).any(|window| window.eq_ignore_ascii_case(text.as_bytes()))
+    signal.tests.iter().all(|test| match test {
+        BodyTest::Contains(texts) => texts.iter().any(|text| contains(answer.body, text)),
+        BodyTest::Lacks(text) => !contains(answer.body, text),
+        BodyTest::IsOneOf(paths, values) => found(json, paths).any(|value| values.iter().any(|wanted| same(value, wanted))),
+        BodyTest::AtMost(paths, limit) => found(json, paths).filter_map(number).any(|number| number <= *limit),
+    })
+}
+
+/// Compared without case.
+fn contains(body: &[u8], text: &str) -> bool {
+    body.windows(text.len()).any(|window| window.eq_ignore_ascii_case(text.as_bytes()))
+}
+
+fn found<'v>(json: Option<&'v Value>, paths: &[String]) -> impl Iterator<Item = &'v Value> {
+    json.into_iter().flat_map(move |json| paths.iter().filter_map(move |path| at(json, path)))
+}
+
+/// Equal, or a number and a string of the same digits: vendors write one code now so, now so.
+fn same(value: &Value, wanted: &Value) -> bool {
+    match (value, wanted) {
+        (Value::String(text), Value::Number(number)) | (Value::Number(number), Value::String(text)) => {
+            *text == number.to_string()
         }
-        BodyTest::Equals(path, value) => json.and_then(|json| at(json, path)) == Some(value),
-        BodyTest::AtMost(path, limit) => json.and_then(|json| at(json, path)?.as_f64()).is_some_and(|number| number <= *limit),
+        (value, wanted) => value == wanted,
     }
 }
 
-/// The value at a dotted path of object keys.
+/// A number, or a string that is one: balances come as both.
+fn number(value: &Value) -> Option<f64> {
+    value.as_f64().or_else(|| value.as_str()?.parse().ok())
+}
+
+/// The value at a dotted path of object keys and list positions.
 fn at<'v>(json: &'v Value, path: &str) -> Option<&'v Value> {
-    path.split('.').try_fold(json, |value, key| value.get(key))
+    path.split('.').try_fold(json, |value, key| match value {
+        Value::Array(items) => items.get(key.parse::<usize>().ok()?),
+        value => value.get(key),
+    })
 }
 
 /// A body that was cut off cannot be parsed; then its beginning must be JSON's and hold an expected key by name.
@@ -185,7 +238,11 @@ fn has_expected_shape(answer: Answer<'_>, json: Option<&Value>, expect: &[String
 
 /// The error's code, if the body is a machine-readable error: an object with one of the usual members.
 fn error_code(json: &Value) -> Option<String> {
-    let object = json.as_object()?;
+    // One vendor's compatible surface wraps its errors in a list.
+    let object = match json {
+        Value::Array(items) => items.first()?.as_object()?,
+        json => json.as_object()?,
+    };
     let text = |value: &Value| match value {
         Value::String(text) => Some(text.clone()),
         Value::Number(number) => Some(number.to_string()),

@@ -18,12 +18,12 @@ use crate::{
     catalogue::{HeaderFamily, Method},
     endpoint::{Call, Target},
     engine::{Asker, Boxed},
-    liveness::{Answer, Calibration, Finding, Heard, Ladder, Next, Reading, classify},
+    liveness::{Answer, Calibration, Finding, Heard, Ladder, Next, Reading, classify, is_page},
     secret::Secret,
 };
 
 /// The most of a body that is read. An error is under 1 KiB; a list's beginning is enough to know its shape.
-const MAX_BODY_BYTES: usize = 64 * 1024;
+pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
 /// Who is asking. Stable, so that vendors can tell; honest, so that none is deceived.
 const USER_AGENT: &str = concat!("byok-gate/", env!("CARGO_PKG_VERSION"), " (credential liveness check)");
 /// How long an idle connection is kept: a create storm reuses it, an idle service holds none for long.
@@ -74,6 +74,7 @@ struct Response {
     status: u16,
     body: Vec<u8>,
     truncated: bool,
+    page: bool,
     retry_after: Option<Duration>,
 }
 
@@ -223,6 +224,7 @@ fn credential_header(family: HeaderFamily, secret: &Secret) -> Option<(HeaderNam
 async fn read(mut response: reqwest::Response, deadline: Instant) -> Response {
     let status = response.status().as_u16();
     let retry_after = response.headers().get(header::RETRY_AFTER).and_then(|value| retry_after(value, SystemTime::now()));
+    let page = is_page(response.headers());
     let mut body = Vec::new();
     let truncated = loop {
         match timeout_at(deadline, response.chunk()).await {
@@ -237,11 +239,11 @@ async fn read(mut response: reqwest::Response, deadline: Instant) -> Response {
             Ok(Err(_)) | Err(_) => break true,
         }
     };
-    Response { status, body, truncated, retry_after }
+    Response { status, body, truncated, page, retry_after }
 }
 
 /// Seconds, or an HTTP date.
-fn retry_after(value: &HeaderValue, now: SystemTime) -> Option<Duration> {
+pub(crate) fn retry_after(value: &HeaderValue, now: SystemTime) -> Option<Duration> {
     let text = value.to_str().ok()?.trim();
     if let Ok(seconds) = text.parse::<u64>() {
         return Some(Duration::from_secs(seconds));
@@ -254,7 +256,8 @@ fn retry_after(value: &HeaderValue, now: SystemTime) -> Option<Duration> {
 
 impl Response {
     fn facts(&self) -> Answer<'_> {
-        Answer { status: self.status, body: &self.body, truncated: self.truncated, retry_after: self.retry_after }
+        let Self { status, ref body, truncated, page, retry_after } = *self;
+        Answer { status, body, truncated, page, retry_after }
     }
 }
 

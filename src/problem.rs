@@ -5,8 +5,10 @@ use std::fmt;
 /// One thing that is wrong, or odd, in a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
-    /// Where: a path within the document such as `providers[3].auth_env`, and a line where the parser gave one.
+    /// Where: a path within the document such as `providers[3].auth_env`; empty for the document as a whole.
     pub place: String,
+    /// The line of that place, counted from 1, where the parser gives one.
+    pub line: Option<usize>,
     /// What was found and what to do.
     pub message: String,
 }
@@ -32,14 +34,17 @@ pub struct Loaded<T> {
 // === impl Problem ===
 
 impl Problem {
-    /// A problem at this place.
+    /// A problem at this place, its line not known yet.
     pub fn at(place: impl Into<String>, message: impl Into<String>) -> Self {
-        Self { place: place.into(), message: message.into() }
+        Self { place: place.into(), line: None, message: message.into() }
     }
 }
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(line) = self.line {
+            write!(f, "line {line}: ")?;
+        }
         if self.place.is_empty() { f.write_str(&self.message) } else { write!(f, "{}: {}", self.place, self.message) }
     }
 }

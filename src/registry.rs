@@ -47,6 +47,8 @@ pub struct Provider {
     pub pattern: Regex,
     /// What it puts before a model id on the wire.
     pub wire_model_prefix: String,
+    /// Its models refuse a completion that does not ask for thinking.
+    pub thinking_required: bool,
     /// Probes written into the registry itself; they win over the catalogue.
     pub probes: Vec<Probe>,
 }

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
+use crate::yaml;
+
 /// The document.
 #[derive(Debug, Deserialize)]
 pub(crate) struct CatalogueFile {
@@ -12,8 +14,10 @@ pub(crate) struct CatalogueFile {
     pub(super) hosts: Option<Vec<HostFile>>,
     #[serde(default)]
     pub(super) key_shapes: Option<Vec<KeyShapeFile>>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "yaml::unique_keys")]
     pub(super) base_url_env: Option<BTreeMap<String, String>>,
+    #[serde(default, deserialize_with = "yaml::unique_keys")]
+    pub(super) unprobed: Option<BTreeMap<String, UnprobedFile>>,
     #[serde(default)]
     pub(super) defaults: Option<DefaultsFile>,
 }
@@ -41,14 +45,26 @@ pub(crate) struct HostFile {
     #[serde(default)]
     pub(super) strip_model_prefixes: Option<Vec<String>>,
     #[serde(default)]
+    pub(super) providers: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) base_path: Option<String>,
+    #[serde(default)]
     pub(super) probes: Option<Vec<ProbeFile>>,
-    // For the reader of the document.
-    #[serde(default, rename = "confidence")]
-    pub(super) _confidence: Option<String>,
-    #[serde(default, rename = "sources")]
-    pub(super) _sources: Option<Vec<String>>,
-    #[serde(default, rename = "note")]
-    pub(super) _note: Option<String>,
+    #[serde(default)]
+    pub(super) confidence: Option<String>,
+    #[serde(default)]
+    pub(super) sources: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) note: Option<String>,
+}
+
+/// A provider that is not asked, and why.
+#[derive(Debug, Deserialize)]
+pub(crate) struct UnprobedFile {
+    #[serde(default)]
+    pub(super) reason: String,
+    #[serde(default)]
+    pub(super) note: String,
 }
 
 /// What a kind of key begins with.
@@ -73,10 +89,12 @@ pub(crate) struct ProbeFile {
     pub(super) path: String,
     #[serde(default)]
     pub(super) auth: Option<Vec<String>>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "yaml::unique_keys")]
     pub(super) headers: Option<BTreeMap<String, String>>,
     #[serde(default)]
     pub(super) body: Option<serde_json::Value>,
+    #[serde(default)]
+    pub(super) thinking: Option<serde_json::Map<String, serde_json::Value>>,
     #[serde(default)]
     pub(super) budget_ms: Option<u64>,
     #[serde(default)]
@@ -95,17 +113,41 @@ pub(crate) struct SignalFile {
     #[serde(default)]
     pub(super) status: Option<Vec<u16>>,
     #[serde(default)]
-    pub(super) contains: Option<String>,
+    pub(super) contains: Option<OneOrMany<String>>,
     #[serde(default)]
-    pub(super) path: Option<String>,
+    pub(super) lacks: Option<String>,
+    #[serde(default)]
+    pub(super) path: Option<OneOrMany<String>>,
     #[serde(default)]
     pub(super) equals: Option<serde_json::Value>,
+    #[serde(default)]
+    pub(super) one_of: Option<Vec<serde_json::Value>>,
     #[serde(default)]
     pub(super) at_most: Option<f64>,
     #[serde(default)]
     pub(super) verdict: String,
-    #[serde(default, rename = "confidence", skip_serializing)]
-    pub(super) _confidence: Option<String>,
-    #[serde(default, rename = "note", skip_serializing)]
-    pub(super) _note: Option<String>,
+    // What is known of a row changes nothing of what it does, so it takes no part in the fingerprint.
+    #[serde(default, skip_serializing)]
+    pub(super) confidence: Option<String>,
+    #[serde(default, skip_serializing)]
+    pub(super) note: Option<String>,
+}
+
+/// One value, or a list of them.
+#[derive(Debug, Clone, Deserialize, serde::Serialize)]
+#[serde(untagged)]
+pub(crate) enum OneOrMany<T> {
+    /// One.
+    One(T),
+    /// Several.
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    pub(super) fn into_vec(self) -> Vec<T> {
+        match self {
+            Self::One(value) => vec![value],
+            Self::Many(values) => values,
+        }
+    }
 }

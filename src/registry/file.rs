@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 
-use crate::catalogue::file::ProbeFile;
+use crate::{catalogue::file::ProbeFile, yaml};
 
 /// The document.
 #[derive(Debug, Deserialize)]
@@ -12,12 +12,21 @@ pub(super) struct RegistryFile {
     pub(super) schema_version: Option<i64>,
     #[serde(default)]
     pub(super) providers: Option<Vec<ProviderFile>>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "yaml::unique_keys")]
     pub(super) runtimes: Option<BTreeMap<String, RuntimeFile>>,
 }
 
-/// One provider.
+/// What can still be counted in a document that does not fit the schema.
 #[derive(Debug, Deserialize)]
+pub(super) struct Skeleton {
+    #[serde(default)]
+    pub(super) providers: Option<Vec<IgnoredAny>>,
+    #[serde(default, deserialize_with = "yaml::unique_keys")]
+    pub(super) runtimes: Option<BTreeMap<String, IgnoredAny>>,
+}
+
+/// One provider.
+#[derive(Debug, Default, Deserialize)]
 pub(super) struct ProviderFile {
     #[serde(default)]
     pub(super) name: String,
@@ -31,7 +40,7 @@ pub(super) struct ProviderFile {
     pub(super) base_url_template: Option<String>,
     #[serde(default)]
     pub(super) base_url_anthropic: Option<String>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "yaml::unique_keys")]
     pub(super) endpoint_vars: Option<BTreeMap<String, EndpointVarFile>>,
     #[serde(default)]
     pub(super) wire_model_prefix: Option<String>,
@@ -44,6 +53,8 @@ pub(super) struct ProviderFile {
     #[serde(default)]
     pub(super) upstream_vendor: Option<String>,
     #[serde(default)]
+    pub(super) thinking_policy: Option<String>,
+    #[serde(default)]
     pub(super) probe: Option<Vec<ProbeFile>>,
     // Known to the platform, of no meaning here; named so that they are not taken for typing errors.
     #[serde(default, rename = "model_aliases")]
@@ -52,8 +63,9 @@ pub(super) struct ProviderFile {
     pub(super) _deprecated: Option<bool>,
     #[serde(default, rename = "vendor_logo")]
     pub(super) _vendor_logo: Option<String>,
-    #[serde(default, rename = "thinking_policy")]
-    pub(super) _thinking_policy: Option<String>,
+    /// It could not be read, and is here for its name alone.
+    #[serde(skip)]
+    pub(super) unread: bool,
 }
 
 /// A placeholder's value: the environment's, else the default.

@@ -8,7 +8,9 @@
     reason = "a test that meets what it did not expect has failed"
 )]
 
+mod answers;
 mod cases;
+mod catalogue;
 mod invariants;
 mod liveness;
 mod secrets;

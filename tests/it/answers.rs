@@ -1,0 +1,241 @@
+//! The corpus of vendors' answers in `tests/fixtures/answers`: read by `classify`, and asked for over TLS by the real prober.
+//!
+//! One line is one answer and what it means: `case`, `host`, `request`, `status`, `headers`, `body`, `truncated`, and under
+//! `expect` the reading and the verdict while nothing is known of the endpoint's way with bad keys. The bodies are made up
+//! after what vendors document and what people report; no key in them ever existed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+};
+
+use byok_gate::{
+    catalogue::{Catalogue, HostRow},
+    endpoint::{Target, target},
+    engine::Asker,
+    liveness::{Answer, classified},
+    probe::{ProbeSettings, Prober},
+    registry::Registry,
+    secret::Secret,
+};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::{net::TcpListener, task::JoinSet};
+use tokio_rustls::TlsAcceptor;
+
+use crate::support::binary::run;
+
+/// In how many ways a models list lies: "yes" that is none, and "no" that is none.
+const TRAPS: [(&str, usize); 2] = [("fv", 12), ("fi", 15)];
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    case: String,
+    host: String,
+    request: String,
+    status: u16,
+    #[serde(default)]
+    headers: BTreeMap<String, String>,
+    body: Value,
+    #[serde(default)]
+    truncated: bool,
+    expect: Expect,
+}
+
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Expect {
+    reading: String,
+    verdict: String,
+}
+
+fn files() -> Vec<PathBuf> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/answers");
+    let mut files: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+fn lines(file: &PathBuf) -> Vec<Line> {
+    let text = fs::read_to_string(file).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|fault| panic!("{fault}: {line}"))).collect()
+}
+
+fn corpus() -> Vec<Line> {
+    files().iter().flat_map(lines).collect()
+}
+
+fn rows_of<'c>(catalogue: &'c Catalogue, host: &'c str) -> impl Iterator<Item = &'c HostRow> {
+    catalogue.hosts().filter(move |(name, _)| *name == host).flat_map(|(_, rows)| rows)
+}
+
+#[test]
+fn the_corpus_is_wide_enough() {
+    let (corpus, catalogue) = (corpus(), Catalogue::embedded().unwrap().value);
+    let names: BTreeSet<&str> = corpus.iter().map(|line| line.case.as_str()).collect();
+    assert_eq!(names.len(), corpus.len(), "a case's name stands twice");
+    assert!(corpus.len() >= 150, "{} rows", corpus.len());
+    let vendors: BTreeSet<&str> =
+        corpus.iter().flat_map(|line| rows_of(&catalogue, &line.host)).map(|row| row.vendor.as_str()).collect();
+    assert!(vendors.len() >= 20, "{vendors:?}");
+    for (kind, count) in TRAPS {
+        for number in 1..=count {
+            let trap = format!("trap-{kind}-{number}-");
+            assert!(names.iter().any(|name| name.starts_with(&trap)), "no row for {trap}");
+        }
+    }
+    // Every signal of every row is met by some answer, so that none is there on trust alone. Hosts share rows.
+    let mut met = BTreeSet::new();
+    for line in &corpus {
+        let body = body_of(line);
+        let Line { status, truncated, .. } = *line;
+        for probe in rows_of(&catalogue, &line.host).flat_map(|row| &row.probes) {
+            let answer = Answer { status, body: &body, truncated, page: false, retry_after: None };
+            met.extend(classified(answer, probe).signal.map(|position| format!("{:?}", probe.signals[position])));
+        }
+    }
+    let unmet: Vec<String> = catalogue
+        .hosts()
+        .flat_map(|(_, rows)| rows)
+        .flat_map(|row| &row.probes)
+        .flat_map(|probe| &probe.signals)
+        .map(|signal| format!("{signal:?}"))
+        .filter(|signal| !met.contains(signal))
+        .collect();
+    assert!(unmet.is_empty(), "no answer of the corpus meets these:\n{}", unmet.join("\n"));
+}
+
+/// Through the command, file by file: each answer gets its reading and its verdict.
+#[tokio::test]
+async fn classify_reads_every_answer() {
+    let mut wrong = Vec::new();
+    for file in files() {
+        let ended = run(&["classify", "--batch", file.to_str().unwrap()], &[]).await;
+        assert!(ended.status.success(), "{ended:?}");
+        let told: Vec<Value> = ended.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let lines = lines(&file);
+        assert_eq!(told.len(), lines.len());
+        for (line, told) in lines.into_iter().zip(told) {
+            let word = |name: &str| told[name].as_str().unwrap().to_owned();
+            let found = Expect { reading: word("reading"), verdict: word("verdict") };
+            if found != line.expect {
+                wrong.push(format!("{}: expected {:?}, found {found:?}", line.case, line.expect));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Over TLS, from the vendors' own host names, by the ladders of the embedded registry's providers: every answer that one of
+/// them would ask for. What else the ladder asks is answered 404, which says nothing.
+#[tokio::test]
+async fn the_prober_comes_to_the_same_verdicts() {
+    let catalogue = Catalogue::embedded().unwrap().value;
+    let registry = Registry::embedded(&|_| None).unwrap().value;
+    let targets: Vec<Target> =
+        registry.providers().iter().filter_map(|provider| target(provider, &catalogue, "made-up-model", &[]).ok()).collect();
+    let vendor = TlsVendor::start(targets.iter().map(|target| target.host.clone()).collect()).await;
+    let prober = Prober::new(ProbeSettings {
+        allow_loopback_http: true,
+        calibrate: false,
+        extra_roots: vendor.certificate.clone(),
+        resolve: targets.iter().map(|target| (target.host.clone(), vendor.address)).collect(),
+        ..ProbeSettings::default()
+    })
+    .unwrap();
+    let (mut asked, mut hosts) = (0, BTreeSet::new());
+    for line in corpus().into_iter().filter(|line| !line.truncated) {
+        let makes = |target: &&Target| {
+            target.host == line.host
+                && target.calls.iter().any(|call| line.request == format!("{} {}", call.probe.method.as_str(), call.url.path()))
+        };
+        let Some(target) = targets.iter().find(makes) else { continue };
+        vendor.answer(line.clone());
+        let finding = prober.ask(Arc::new(target.clone()), Arc::new(Secret::new("made-up-key".into()))).await;
+        assert_eq!(finding.verdict.as_str(), line.expect.verdict, "{} at {}: {finding:?}", line.case, line.host);
+        assert!(vendor.was_asked(), "{}: {} was never asked {}", line.case, line.host, line.request);
+        asked += 1;
+        hosts.insert(line.host);
+    }
+    assert!(asked >= 150 && hosts.len() >= 15, "{asked} answers of {} hosts", hosts.len());
+}
+
+/// A vendor with a certificate for many names, and one answer at a time.
+struct TlsVendor {
+    address: SocketAddr,
+    certificate: Vec<u8>,
+    now: Arc<Mutex<Option<(Line, bool)>>>,
+    _tasks: JoinSet<()>,
+}
+
+impl TlsVendor {
+    async fn start(names: Vec<String>) -> Self {
+        drop(rustls::crypto::ring::default_provider().install_default());
+        let rcgen::CertifiedKey { cert, signing_key } = rcgen::generate_simple_self_signed(names).unwrap();
+        let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(signing_key.serialize_der()));
+        let tls = rustls::ServerConfig::builder().with_no_client_auth().with_single_cert(vec![cert.der().clone()], key).unwrap();
+        let (acceptor, listener) = (TlsAcceptor::from(Arc::new(tls)), TcpListener::bind("127.0.0.1:0").await.unwrap());
+        let address = listener.local_addr().unwrap();
+        let now = Arc::new(Mutex::new(None));
+        let state = Arc::clone(&now);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let (acceptor, state) = (acceptor.clone(), Arc::clone(&state));
+                connections.spawn(async move {
+                    let Ok(stream) = acceptor.accept(stream).await else { return };
+                    let service = hyper::service::service_fn(|request| answer(request, Arc::clone(&state)));
+                    drop(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await);
+                });
+            }
+        });
+        Self { address, certificate: cert.pem().into_bytes(), now, _tasks: tasks }
+    }
+
+    fn answer(&self, line: Line) {
+        *self.now.lock().unwrap() = Some((line, false));
+    }
+
+    fn was_asked(&self) -> bool {
+        self.now.lock().unwrap().as_ref().is_some_and(|(_, asked)| *asked)
+    }
+}
+
+async fn answer(
+    request: Request<Incoming>,
+    state: Arc<Mutex<Option<(Line, bool)>>>,
+) -> Result<Response<Full<Bytes>>, http::Error> {
+    let host = request.headers()["host"].to_str().unwrap();
+    let asked = format!("{} {}", request.method(), request.uri().path());
+    let mut state = state.lock().unwrap();
+    match state.as_mut() {
+        Some((line, was_asked)) if line.host == host && line.request == asked => {
+            *was_asked = true;
+            let mut response = Response::builder().status(line.status);
+            for (name, value) in &line.headers {
+                response = response.header(name, value);
+            }
+            response.body(Full::from(body_of(line)))
+        }
+        _ => Response::builder().status(404).body(Full::from(r#"{"error": {"message": "no such path"}}"#)),
+    }
+}
+
+fn body_of(line: &Line) -> Vec<u8> {
+    match &line.body {
+        Value::String(text) => text.clone().into_bytes(),
+        json => json.to_string().into_bytes(),
+    }
+}

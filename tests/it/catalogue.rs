@@ -1,0 +1,194 @@
+//! The embedded catalogue as a whole: whom it covers, where each call goes, and what a faulty document is told.
+
+use std::{fs, path::PathBuf};
+
+use byok_gate::{
+    catalogue::{Catalogue, HeaderFamily},
+    decision::Verdict,
+    endpoint::{NoSurface, target},
+    liveness::{Answer, Reading, classify},
+    problem::Problems,
+    registry::{Provider, Registry},
+};
+
+fn fixture(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+fn embedded() -> (Registry, Catalogue) {
+    (Registry::embedded(&|_| None).unwrap().value, Catalogue::embedded().unwrap().value)
+}
+
+/// A model of this provider's, as a workspace would name it: a listed one, else one by its pattern.
+fn some_model(registry: &Registry, provider: &Provider) -> String {
+    let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);
+    let listed = arms.filter(|arm| registry.provider(arm).name == provider.name).flat_map(|arm| &arm.models).next();
+    let forms = [format!("{}:acme/made-up 1", provider.name), format!("{}/made-up", provider.name), "glm-made-up".into()];
+    let more = ["mimo-made-up", "deepseek-made-up", "gemini-made-up", "gemini/made-up", "anthropic/made-up", "openai:made-up"]
+        .map(String::from);
+    let by_pattern = || forms.into_iter().chain(more).find(|model| provider.pattern.is_match(model));
+    listed.cloned().or_else(by_pattern).unwrap_or_else(|| panic!("no model for {}", provider.name))
+}
+
+/// Every provider and probe of the embedded registry: the final request, or why there is none. To change the table on
+/// purpose, look at the difference and write the new one: `BLESS=1 cargo test --test it the_final_request`.
+#[test]
+fn the_final_request_of_every_provider_and_probe() {
+    let (registry, catalogue) = embedded();
+    let mut table = String::new();
+    for provider in registry.providers() {
+        let model = some_model(&registry, provider);
+        table.push_str(&format!("{} ({model})\n", provider.name));
+        match target(provider, &catalogue, &model, &[]) {
+            Err(reason) => table.push_str(&format!("  not asked: {}\n", reason.reason())),
+            Ok(target) => {
+                for call in &target.calls {
+                    let families: Vec<&str> = call.probe.auth.iter().map(|family| family.as_str()).collect();
+                    let proven = if call.probe.refuses_bad_keys { "" } else { ", calibrated" };
+                    table.push_str(&format!("  {} {}", call.probe.method.as_str(), call.url));
+                    table.push_str(&format!("  [{}] {}{proven}\n", families.join(", "), call.probe.name));
+                    if let Some(body) = &call.body {
+                        table.push_str(&format!("    {body}\n"));
+                    }
+                }
+            }
+        }
+    }
+    let file = fixture("probe-urls.txt");
+    if std::env::var_os("BLESS").is_some() {
+        fs::write(&file, &table).unwrap();
+    }
+    assert_eq!(table, fs::read_to_string(&file).unwrap(), "see the test's own words for how to change the table");
+}
+
+/// Nobody is left to the protocol's default ladder, and nobody is without an address for no reason.
+#[test]
+fn every_provider_is_asked_by_a_row_of_its_own_or_says_why_not() {
+    let (registry, catalogue) = embedded();
+    for provider in registry.providers() {
+        match target(provider, &catalogue, "made-up", &[]) {
+            Ok(target) => {
+                let base = provider.base_url.as_ref().or(catalogue.home(&provider.name)).unwrap();
+                let row = catalogue.row(&target.host, base.path()).unwrap_or_else(|| panic!("no row for {}", provider.name));
+                assert!(!row.probes.is_empty(), "{} is asked by the default ladder", provider.name);
+                assert!(row.probes.iter().all(|probe| probe.auth.iter().all(|family| HeaderFamily::ALL.contains(family))));
+                assert!(target.calls.iter().all(|call| call.url.host_str() == base.host_str()), "{}", provider.name);
+            }
+            Err(NoSurface::NoEndpoint) => panic!("{} has neither an address nor a reason", provider.name),
+            Err(reason) => assert!(!reason.text().is_empty()),
+        }
+    }
+}
+
+#[test]
+fn every_row_says_how_well_it_is_known_and_where_from() {
+    let (_, catalogue) = embedded();
+    for (host, rows) in catalogue.hosts() {
+        for row in rows {
+            assert!(row.confidence.is_some() && !row.sources.is_empty(), "{host}");
+            for probe in &row.probes {
+                assert!(probe.signals.iter().all(|signal| signal.confidence.is_some()), "{host} {}", probe.name);
+            }
+        }
+    }
+}
+
+/// Whatever a row says, some answers are never a "yes": a failing server, a page for people, an empty body, a redirect.
+#[test]
+fn no_row_takes_a_failure_for_a_yes() {
+    let (_, catalogue) = embedded();
+    let bodies: [&[u8]; 6] =
+        [b"", b"{}", b"<html>data choices content</html>", b"null", b"[]", b"{\"error\":{\"code\":\"query\"}}"];
+    for (host, rows) in catalogue.hosts() {
+        for probe in rows.iter().flat_map(|row| &row.probes) {
+            for status in 200..=599 {
+                for body in bodies {
+                    let answer = Answer { status, body, truncated: false, page: false, retry_after: None };
+                    let reading = classify(answer, probe);
+                    // The one place where a refusal of the request shows that the key was looked at before it.
+                    let empty_search = host == "ollama.com" && status == 400 && body.ends_with(b"}}");
+                    assert!(reading != Reading::Accepted || empty_search, "{host} {} {status} {body:?}", probe.name);
+                    assert_ne!(reading, Reading::Verdict(Verdict::Valid));
+                }
+            }
+        }
+    }
+}
+
+#[track_caller]
+fn problems(document: &str) -> Vec<String> {
+    let Err(Problems { list, .. }) = Catalogue::overlaid("test", document.as_bytes()) else { panic!("it stands: {document}") };
+    list.iter().map(ToString::to_string).collect()
+}
+
+/// A faulty document, and all that is wrong with it, beside one another.
+#[test]
+fn faulty_documents_are_told_all_their_problems() {
+    let folder = fixture("catalogues/bad");
+    let mut files: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "yaml"));
+    files.sort();
+    assert!(!files.is_empty());
+    for file in files {
+        let expected = file.with_extension("txt");
+        let found = problems(&fs::read_to_string(&file).unwrap()).join("\n") + "\n";
+        if std::env::var_os("BLESS").is_some() {
+            fs::write(&expected, &found).unwrap();
+        }
+        assert_eq!(found, fs::read_to_string(&expected).unwrap(), "{}", file.display());
+    }
+}
+
+fn home_of(document: &str, provider: &str) -> Option<String> {
+    let catalogue = Catalogue::overlaid("test", document.as_bytes()).unwrap().value;
+    catalogue.home(provider).map(ToString::to_string)
+}
+
+#[test]
+fn an_overlay_moves_a_provider_and_takes_its_home_away() {
+    let row = |host: &str, more: &str| format!("catalogue_version: 1\nhosts:\n  - {{host: {host}, vendor: alibaba{more}}}\n");
+    assert_eq!(home_of("catalogue_version: 1\n", "alibaba").unwrap(), "https://dashscope-intl.aliyuncs.com/compatible-mode/v1");
+    let moved = row("dashscope.aliyuncs.com", ", providers: [alibaba], base_path: /compatible-mode/v1");
+    assert_eq!(home_of(&moved, "alibaba").unwrap(), "https://dashscope.aliyuncs.com/compatible-mode/v1");
+    // A host's rows go whole: without `providers`, nobody is there any more.
+    assert_eq!(home_of(&row("dashscope-intl.aliyuncs.com", ""), "alibaba"), None);
+    let unprobed = "catalogue_version: 1\nunprobed:\n  arcee: {reason: TENANT_ENDPOINT, note: x}\n";
+    assert_eq!(home_of(unprobed, "arcee"), None);
+    let catalogue = Catalogue::overlaid("test", row("llm.acme.example", ", providers: [ollama]").as_bytes()).unwrap().value;
+    assert!(catalogue.unprobed("ollama").is_none() && catalogue.home("ollama").is_some());
+}
+
+/// Never a host for `custom`: its address is the tenant's own.
+#[test]
+fn custom_and_the_platform_get_no_host() {
+    for name in ["custom", "platform"] {
+        let document = format!("catalogue_version: 1\nhosts:\n  - {{host: a.example, vendor: a, providers: [{name}]}}\n");
+        assert_eq!(
+            problems(&document),
+            [format!("line 3: hosts[0].providers[0]: `{name}` has no host of a vendor's; a row must not give it one")]
+        );
+    }
+}
+
+/// The registry's word decides: a URL of its own makes `custom` one to ask, and a keyless server stays unasked.
+#[test]
+fn what_is_not_asked_follows_from_both_files() {
+    let (_, catalogue) = embedded();
+    let reason = |name: &str, url: &str, more: &str| {
+        let document = format!(
+            "schema_version: 1\nproviders:\n  - {{name: {name}, display_name: x, protocol: openai, auth_mode: x, auth_env: [X], \
+             model_prefix_match: x{url}{more}}}\nruntimes: {{r: {{providers: [{{name: {name}}}]}}}}\n"
+        );
+        let registry = Registry::parse("test", document.as_bytes(), &|_| None).unwrap().value;
+        target(&registry.providers()[0], &catalogue, "m", &[]).map(|target| target.host).map_err(|reason| reason.reason())
+    };
+    let url = ", base_url_template: \"https://llm.acme.example/v1\"";
+    let inline = ", probe: [{name: own, path: /v1/models, auth: [bearer], expect: [data]}]";
+    assert_eq!(reason("custom", "", ""), Err("TENANT_ENDPOINT"));
+    assert_eq!(reason("custom", url, ""), Ok("llm.acme.example".into()));
+    assert_eq!(reason("ollama", url, ""), Err("KEYLESS"));
+    assert_eq!(reason("ollama", url, inline), Ok("llm.acme.example".into()));
+    assert_eq!(reason("acme", "", ""), Err("NO_ENDPOINT"));
+    assert_eq!(reason("arcee", url, ""), Ok("llm.acme.example".into()), "the registry's URL beats the row's");
+    assert_eq!(reason("arcee", "", ""), Ok("api.arcee.ai".into()));
+}
