@@ -20,6 +20,12 @@ import (
 // CodeDecisionUnavailable is the code where byok-gate made no decision, or none that this package can read.
 const CodeDecisionUnavailable = "DECISION_UNAVAILABLE"
 
+// What is said where nothing better is known.
+const (
+	noDecision = "byok-gate made no decision, so nothing was started"
+	tryAgain   = "try again; if it goes on, tell the platform's operator"
+)
+
 // defaultRetryAfter is when to ask again where byok-gate does not say: about as long as its restart takes.
 const defaultRetryAfter = time.Second
 
@@ -196,6 +202,12 @@ func (r *refusal) Body() Body {
 	if body.BillingMode == "" {
 		body.BillingMode = UnknownBilling
 	}
+	if body.Error == "" {
+		body.Error = noDecision
+	}
+	if body.Remedy == "" {
+		body.Remedy = tryAgain
+	}
 	// Copies, and never nil, so that JSON has [] and not null.
 	body.MissingEnv = append([]string{}, body.MissingEnv...)
 	body.AlternativeModels = append([]string{}, body.AlternativeModels...)
@@ -223,7 +235,7 @@ func (r *refusal) LogValue() slog.Value {
 	)
 }
 
-func (r *refusal) text() string { return r.Code() + ": " + r.body.Error }
+func (r *refusal) text() string { return r.Code() + ": " + r.Body().Error }
 
 // Body is the JSON of every refusal; docs/denial-body.schema.json describes it for those who read it.
 type Body struct {
@@ -299,7 +311,6 @@ func failed(spec Spec, err error) *Undecided {
 	default:
 		made := undecided(spec, http.StatusServiceUnavailable, err)
 		made.body.Error = "byok-gate made no decision (" + said.Code().String() + "), so nothing was started"
-		made.body.Remedy = "try again; if it goes on, tell the platform's operator"
 		made.retryAfter = retryInfo(said)
 		return made
 	}

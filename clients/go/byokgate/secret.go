@@ -8,28 +8,35 @@ import (
 	"strings"
 )
 
-// Secret is a credential's value, or the fact that it could not be read. It prints, logs and marshals as a placeholder.
+// Secret is a credential's value, or the fact that it could not be read. It prints, logs and marshals as a placeholder, and
+// it does not compare.
 //
 // The zero Secret is unreadable, so that a forgotten assignment is never taken for "there is none".
 type Secret struct {
-	value    string
-	readable bool
+	// A function, since fmt and other printers look into the unexported fields of a struct that holds a Secret without
+	// asking its methods; nothing looks into a function.
+	reveal func() string
 }
 
 const redacted = "[redacted]"
 
 // NewSecret holds a value. A blank one counts as absent, and hides the organization's value of the same name where it stands
 // in the workspace's scope; that is byok-gate's to judge, so it is sent as well.
-func NewSecret(value string) Secret { return Secret{value: value, readable: true} }
+func NewSecret(value string) Secret { return Secret{reveal: func() string { return value }} }
 
 // Unreadable is a secret that exists but could not be read or decrypted. It is the zero Secret.
 func Unreadable() Secret { return Secret{} }
 
 // Readable says whether there is a value.
-func (s Secret) Readable() bool { return s.readable }
+func (s Secret) Readable() bool { return s.reveal != nil }
 
 // Reveal gives the value away: for storing or encrypting it, never for a log line. Empty if it is unreadable.
-func (s Secret) Reveal() string { return s.value }
+func (s Secret) Reveal() string {
+	if s.reveal == nil {
+		return ""
+	}
+	return s.reveal()
+}
 
 // String never tells the value.
 func (Secret) String() string { return redacted }
@@ -61,4 +68,4 @@ func (s *Secret) UnmarshalJSON(text []byte) error {
 
 // wire is the value as a proto string can hold it. Bytes that are not UTF-8 become U+FFFD, which is no key's character
 // either: byok-gate refuses both in the same way, before it would send anything.
-func (s Secret) wire() string { return strings.ToValidUTF8(s.value, "\uFFFD") }
+func (s Secret) wire() string { return strings.ToValidUTF8(s.Reveal(), "\uFFFD") }

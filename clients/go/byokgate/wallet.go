@@ -2,7 +2,7 @@ package byokgate
 
 import (
 	"context"
-	"fmt"
+	"errors"
 	"slices"
 	"time"
 
@@ -52,19 +52,25 @@ func (w *wallet) fetch(ctx context.Context, lookup Lookup, names []string) {
 	answers := map[Scope]chan answer{}
 	for _, scope := range scopes {
 		// Buffered: a lookup that outlives its time is not waited for, and must be able to end.
-		answers[scope] = make(chan answer, 1)
+		ended := make(chan answer, 1)
+		answers[scope] = ended
 		go func() {
 			found, err := lookup(ctx, scope, slices.Clone(wanted))
-			answers[scope] <- answer{found, err}
+			ended <- answer{found, err}
 		}()
 	}
 	for _, scope := range scopes {
+		got := answer{err: errors.New("no answer in time")}
 		select {
-		case answer := <-answers[scope]:
-			w.keep(scope, wanted, answer.found, answer.err)
+		case got = <-answers[scope]:
 		case <-ctx.Done():
-			w.keep(scope, wanted, nil, fmt.Errorf("no answer in time: %w", ctx.Err()))
+			// One that came while another scope was waited for is in time.
+			select {
+			case got = <-answers[scope]:
+			default:
+			}
 		}
+		w.keep(scope, wanted, got.found, got.err)
 	}
 }
 
@@ -92,7 +98,7 @@ func (w *wallet) credentials() []*byokgatev1.Credential {
 		for _, name := range sortedKeys(found) {
 			secret := found[name]
 			list = append(list, &byokgatev1.Credential{
-				EnvName: name, Scope: byokgatev1.Scope(scope), Value: secret.wire(), Unreadable: !secret.readable,
+				EnvName: name, Scope: byokgatev1.Scope(scope), Value: secret.wire(), Unreadable: !secret.Readable(),
 			})
 		}
 	}
