@@ -111,7 +111,7 @@ pub fn assess(snapshot: &Snapshot, request: &Request, now: i64, fingerprint: &dy
 }
 
 /// Who owns a model by names alone: what `ResolveProvider` answers.
-pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeSet<String>) -> Result<Resolved, Box<Refusal>> {
+pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeSet<String>) -> Result<Resolved, Unresolved> {
     let mut resolution = Resolution {
         provider: String::new(),
         billing_mode: None,
@@ -128,13 +128,19 @@ pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeS
     let registry = &snapshot.registry;
     let found = known_runtime(registry, runtime)?;
     let model = known_model(runtime, model)?;
-    let derived = derive(registry, runtime, model, &|name| at_hand.contains(name))
-        .map_err(|underivable| refusal_of(underivable, runtime, model, registry))?;
+    // A refusal names them too: with one of them at hand, the model might have an owner, or another one.
+    let relevant_env = relevant_names(registry, found, model);
+    let derived = match derive(registry, runtime, model, &|name| at_hand.contains(name)) {
+        Ok(derived) => derived,
+        Err(underivable) => return Err(Unresolved { refusal: refusal_of(underivable, runtime, model, registry), relevant_env }),
+    };
     if derived.provider.auth == Auth::Ambient {
-        return Err(Box::new(not_byok(derived.provider, model)));
+        let only = matches!(derived.matched_by, MatchedBy::ExactModel | MatchedBy::Prefix);
+        let relevant_env = if only { Vec::new() } else { relevant_env };
+        return Err(Unresolved { refusal: Box::new(not_byok(derived.provider, model)), relevant_env });
     }
     settle(&mut resolution, derived.provider, derived.matched_by);
-    Ok(Resolved { resolution, relevant_env: relevant_names(registry, found, model), withdrawn: derived.arm.has_withdrawn(model) })
+    Ok(Resolved { resolution, relevant_env, withdrawn: derived.arm.has_withdrawn(model) })
 }
 
 /// Who owns a model, and what to fetch before a decision.
@@ -146,6 +152,22 @@ pub struct Resolved {
     pub relevant_env: Vec<String>,
     /// Not for new workspaces.
     pub withdrawn: bool,
+}
+
+/// Why there is no owner, or none that a workspace could start with.
+#[derive(Debug)]
+pub struct Unresolved {
+    /// The reason.
+    pub refusal: Box<Refusal>,
+    /// Every name that could change that.
+    pub relevant_env: Vec<String>,
+}
+
+impl From<Box<Refusal>> for Unresolved {
+    /// A refusal that no credential can change.
+    fn from(refusal: Box<Refusal>) -> Self {
+        Self { refusal, relevant_env: Vec::new() }
+    }
 }
 
 // === the walk through the steps ===

@@ -13,12 +13,12 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
-    assess::{Inquiry, Next, Resolved, Snapshot, Trace, assess, resolve},
+    assess::{Inquiry, Next, Resolved, Snapshot, Trace, Unresolved, assess, resolve},
     decision::{Decision, Liveness, Outcome, Seen, ServedFrom},
     endpoint::Target,
     liveness::Finding,
     policy::{Facts, apply},
-    refusal::{Judged, Refusal},
+    refusal::Judged,
     secret::Secret,
     spec::Request,
 };
@@ -139,7 +139,7 @@ impl Engine {
         runtime: &str,
         model: &str,
         at_hand: &BTreeSet<String>,
-    ) -> (Result<Resolved, Box<Refusal>>, Arc<Snapshot>) {
+    ) -> (Result<Resolved, Unresolved>, Arc<Snapshot>) {
         let snapshot = self.snapshot();
         (resolve(&snapshot, runtime, model, at_hand), snapshot)
     }

@@ -8,13 +8,12 @@ use std::{
 };
 
 use crate::{
-    assess::{Origin, Resolved, Snapshot},
+    assess::{Origin, Resolved, Snapshot, Unresolved},
     decision::{
         BillingMode, Decision, Deny, DenyCode, Liveness, MatchedBy, Outcome, Resolution, Seen, ServedFrom, Source, Verdict,
         Warning, WarningCode,
     },
     engine::Decided,
-    refusal::Refusal,
     secret::Secret,
     spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
 };
@@ -307,7 +306,7 @@ pub fn response(decided: Decided) -> pb::DecideResponse {
 }
 
 /// An answer to ResolveProvider.
-pub fn resolve_response(result: Result<Resolved, Box<Refusal>>, model: &str, snapshot: &Snapshot) -> pb::ResolveProviderResponse {
+pub fn resolve_response(result: Result<Resolved, Unresolved>, model: &str, snapshot: &Snapshot) -> pb::ResolveProviderResponse {
     let registry_revision = snapshot.registry.revision().to_owned();
     match result {
         Ok(Resolved { resolution, relevant_env, withdrawn }) => pb::ResolveProviderResponse {
@@ -316,12 +315,12 @@ pub fn resolve_response(result: Result<Resolved, Box<Refusal>>, model: &str, sna
             warnings: if withdrawn { vec![warning(withdrawal(model))] } else { Vec::new() },
             registry_revision,
         },
-        Err(refusal) => pb::ResolveProviderResponse {
+        Err(Unresolved { refusal, relevant_env }) => pb::ResolveProviderResponse {
             result: Some(pb::resolve_provider_response::Result::Deny(deny(Deny {
                 refusal: *refusal,
                 alternative_models: Vec::new(),
             }))),
-            relevant_env: Vec::new(),
+            relevant_env,
             warnings: Vec::new(),
             registry_revision,
         },

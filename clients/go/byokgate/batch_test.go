@@ -1,0 +1,334 @@
+package byokgate
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
+)
+
+type batchStream = grpc.ServerStreamingServer[byokgatev1.BatchDecideResponse]
+
+func retryIn(pause time.Duration) *errdetails.RetryInfo {
+	return &errdetails.RetryInfo{RetryDelay: durationpb.New(pause)}
+}
+
+func decided(index int, response *byokgatev1.DecideResponse) *byokgatev1.BatchDecideResponse {
+	return &byokgatev1.BatchDecideResponse{
+		Index: uint32(index), Result: &byokgatev1.BatchDecideResponse_Response{Response: response},
+	}
+}
+
+func said(index int, code codes.Code, message string) *byokgatev1.BatchDecideResponse {
+	return &byokgatev1.BatchDecideResponse{
+		Index: uint32(index), Result: &byokgatev1.BatchDecideResponse_Status{
+			Status: &byokgatev1.ItemStatus{Code: int32(code), Message: message},
+		},
+	}
+}
+
+// batchOf is requests that tell themselves apart by their workspace.
+func batchOf(count int) []Request {
+	requests := make([]Request, count)
+	for index := range requests {
+		requests[index] = acme()
+		requests[index].Spec.WorkspaceID = fmt.Sprint(index)
+	}
+	return requests
+}
+
+// collect takes a whole batch and expects each index once.
+func collect(t *testing.T, client *Client, requests []Request) map[int]string {
+	t.Helper()
+	got := map[int]string{}
+	for index, result := range client.BatchDecide(background(), requests) {
+		if _, twice := got[index]; twice || index < 0 || index >= len(requests) {
+			t.Fatalf("index %d, of %d, after %v", index, len(requests), got)
+		}
+		switch allowed, err := result.Decision(); err := err.(type) {
+		case nil:
+			got[index] = "allow " + string(allowed.BillingMode())
+		case Refusal:
+			got[index] = fmt.Sprint(err.HTTPStatus(), " ", err.Code())
+		default:
+			t.Fatalf("%d: %T", index, err)
+		}
+	}
+	if len(got) != len(requests) {
+		t.Fatalf("%d results for %d requests: %v", len(got), len(requests), got)
+	}
+	return got
+}
+
+func wantResults(t *testing.T, got map[int]string, want ...string) {
+	t.Helper()
+	for index := range want {
+		if got[index] != want[index] {
+			t.Errorf("%d: %s, expected %s", index, got[index], want[index])
+		}
+	}
+}
+
+const (
+	undecided503 = "503 " + CodeDecisionUnavailable
+	undecided400 = "400 " + CodeDecisionUnavailable
+	undecided500 = "500 " + CodeDecisionUnavailable
+)
+
+func TestEveryKindOfBatchResult(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		if len(request.GetRequests()) == 1 {
+			// Item 9 alone, since an empty reply names no registry either.
+			return stream.Send(decided(0, nil))
+		}
+		for _, reply := range []*byokgatev1.BatchDecideResponse{
+			decided(9, nil),
+			decided(4_000_000_000, allow(2)), // no such item
+			decided(8, allow(99)),
+			said(7, codes.OK, "fine"), // a status of OK decides nothing
+			said(6, ^codes.Code(0), "of no known code"),
+			said(5, codes.Unauthenticated, "-"),
+			said(4, codes.InvalidArgument, "workspace_spec.model: too long"),
+			said(3, codes.DeadlineExceeded, "late"),
+			{Index: 2}, // neither
+			decided(1, missingKey("ACME_API_KEY")),
+			decided(0, allow(2)),
+			decided(1, allow(2)), // a second answer for an item that has one
+		} {
+			if err := stream.Send(reply); err != nil {
+				return err
+			}
+		}
+		return nil // and nothing about item 10
+	}
+	wantResults(t, collect(t, client, batchOf(11)),
+		"allow BYOK", "422 MISSING_BYOK_CREDENTIAL", undecided503, undecided503, undecided400, undecided500, undecided503, undecided503,
+		undecided503, undecided503, undecided503)
+}
+
+// answerAll allows every item of a call.
+func answerAll(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+	for index := range request.GetRequests() {
+		if err := stream.Send(decided(index, allow(2))); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func TestAnEmptyBatchAsksNothing(t *testing.T) {
+	_, address := startFake(t)
+	collect(t, newClient(t, address), nil)
+}
+
+func TestALargeBatchBecomesSeveralCalls(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	var sizes []int
+	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		sizes = append(sizes, len(request.GetRequests()))
+		return answerAll(request, stream)
+	}
+	requests := batchOf(2*maxBatchItems + 3)
+	for index, result := range collect(t, client, requests) {
+		if result != "allow BYOK" {
+			t.Errorf("%d: %s", index, result)
+		}
+	}
+	if fmt.Sprint(sizes) != "[256 256 3]" {
+		t.Errorf("calls of %v", sizes)
+	}
+	// By bytes: 64 KiB each, so that about 63 fit into one call.
+	sizes = nil
+	requests = batchOf(100)
+	for index := range requests {
+		requests[index].Spec.Lookup = Static(Found{"ACME_API_KEY": NewSecret(keyMark + strings.Repeat("x", 64*1024))}, nil)
+	}
+	collect(t, client, requests)
+	if fmt.Sprint(sizes) != "[62 38]" {
+		t.Errorf("calls of %v", sizes)
+	}
+}
+
+// A server that goes away in the middle: what it answered stands, the rest is asked again.
+func TestABatchThatIsCutOffIsFinished(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	var sizes []int
+	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		sizes = append(sizes, len(request.GetRequests()))
+		if len(sizes) > 1 {
+			return answerAll(request, stream)
+		}
+		if err := stream.Send(decided(1, missingKey("ACME_API_KEY"))); err != nil {
+			return err
+		}
+		return status.Error(codes.Unavailable, "draining")
+	}
+	wantResults(t, collect(t, client, batchOf(3)), "allow BYOK", "422 MISSING_BYOK_CREDENTIAL", "allow BYOK")
+	if fmt.Sprint(sizes) != "[3 2]" {
+		t.Errorf("calls of %v", sizes)
+	}
+}
+
+func TestABatchThatFails(t *testing.T) {
+	for code, want := range map[codes.Code]string{
+		codes.Unavailable: undecided503, codes.Internal: undecided503, codes.Unimplemented: undecided500,
+		codes.InvalidArgument: undecided400, codes.ResourceExhausted: undecided503,
+	} {
+		fake, address := startFake(t)
+		client := newClient(t, address, WithBatchTimeout(2*time.Second))
+		fake.batch = func(_ *byokgatev1.BatchDecideRequest, stream batchStream) error {
+			return status.Error(code, "-")
+		}
+		wantResults(t, collect(t, client, batchOf(2)), want, want)
+	}
+}
+
+func TestABatchThatHangsEndsAtItsDeadline(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address, WithBatchTimeout(impatient))
+	ended := make(chan struct{})
+	t.Cleanup(func() { close(ended) })
+	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		_ = stream.Send(decided(0, allow(2)))
+		<-ended
+		return nil
+	}
+	began := time.Now()
+	wantResults(t, collect(t, client, batchOf(2)), "allow BYOK", undecided503)
+	if took := time.Since(began); took > impatient+grace {
+		t.Errorf("took %v", took)
+	}
+}
+
+// An item whose answer rests on another registry is asked again, alone.
+func TestABatchFollowsTheRegistry(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	var sizes []int
+	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		sizes = append(sizes, len(request.GetRequests()))
+		if len(sizes) > 1 {
+			response := allow(2)
+			response.RegistryRevision = "r2"
+			return stream.Send(decided(0, response))
+		}
+		fake.name("r2", "ACME_API_KEY", "NEW_API_KEY")
+		response := missingKey("NEW_API_KEY")
+		response.RegistryRevision = "r2"
+		if err := stream.Send(decided(1, response)); err != nil {
+			return err
+		}
+		return stream.Send(decided(0, allow(2)))
+	}
+	wantResults(t, collect(t, client, batchOf(2)), "allow BYOK", "allow BYOK")
+	if fmt.Sprint(sizes) != "[2 1]" {
+		t.Errorf("calls of %v", sizes)
+	}
+}
+
+func TestABatchOfRequestsThatCannotBeSent(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	fake.batch = answerAll
+	requests := batchOf(3)
+	requests[0].Spec.Lookup = nil
+	requests[1].Spec.Model = "\xff"
+	wantResults(t, collect(t, client, requests), undecided500, undecided400, "allow BYOK")
+}
+
+func TestLeavingABatchEndsIt(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	ended := make(chan error, 1)
+	fake.batch = func(_ *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		_ = stream.Send(decided(0, allow(2)))
+		<-stream.Context().Done()
+		ended <- context.Cause(stream.Context())
+		return nil
+	}
+	for range client.BatchDecide(background(), batchOf(3)) {
+		break
+	}
+	select {
+	case <-ended:
+	case <-time.After(5 * time.Second):
+		t.Error("the call goes on although nobody listens")
+	}
+}
+
+func TestResolveProvider(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	owner, err := client.ResolveProvider(background(), "agent", "acme-large", "ACME_API_KEY")
+	if err != nil || owner.Provider != "acme" || owner.BillingMode != BYOK || len(owner.AcceptedEnv) != 1 {
+		t.Errorf("%+v, %v", owner, err)
+	}
+	fake.resolve = func() (*byokgatev1.ResolveProviderResponse, error) {
+		return &byokgatev1.ResolveProviderResponse{
+			Result: &byokgatev1.ResolveProviderResponse_Deny{Deny: &byokgatev1.Deny{
+				Code: byokgatev1.DenyCode_DENY_CODE_UNREGISTERED_MODEL_FOR_RUNTIME, Message: "nobody",
+			}},
+			RegistryRevision: "r1",
+		}, nil
+	}
+	_, err = client.ResolveProvider(background(), "agent", "no-such-model")
+	wantDenied(t, Allowed{}, err, "UNREGISTERED_MODEL_FOR_RUNTIME")
+	fake.resolve = func() (*byokgatev1.ResolveProviderResponse, error) {
+		return nil, status.Error(codes.Unimplemented, "-")
+	}
+	_, err = client.ResolveProvider(background(), "agent", "acme-large")
+	wantUndecided(t, Allowed{}, err, http.StatusInternalServerError)
+}
+
+func TestListModels(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	fake.menu = func() (*byokgatev1.ListModelsResponse, error) {
+		return &byokgatev1.ListModelsResponse{RegistryRevision: "r1", Models: []*byokgatev1.OfferedModel{
+			{Runtime: "agent", Model: "acme-large", Provider: "acme", ProviderDisplayName: "Acme", BillingMode: 2, AcceptedEnv: []string{"ACME_API_KEY"}},
+			{Runtime: "agent", Model: "of-tomorrow", BillingMode: 99, Withdrawn: true},
+		}}, nil
+	}
+	for range 3 {
+		models, err := client.ListModels(background(), "agent")
+		want := "[{agent acme-large acme Acme BYOK [ACME_API_KEY] false} {agent of-tomorrow   UNSPECIFIED [] true}]"
+		if err != nil || fmt.Sprint(models) != want {
+			t.Errorf("%v, %v, expected %s", models, err, want)
+		}
+		models[0].Provider = "edited"
+	}
+	if fake.listed != 1 {
+		t.Errorf("asked %d times", fake.listed)
+	}
+	// A decision by another registry ends the memory.
+	fake.name("r2", "ACME_API_KEY")
+	response := allow(2)
+	response.RegistryRevision = "r2"
+	fake.tell(response, nil)
+	allowed, err := client.Decide(background(), acme())
+	wantAllowed(t, allowed, err, BYOK)
+	if _, err := client.ListModels(background(), "agent"); err != nil || fake.listed != 2 {
+		t.Errorf("%v, asked %d times", err, fake.listed)
+	}
+	fake.menu = func() (*byokgatev1.ListModelsResponse, error) {
+		return nil, status.Error(codes.NotFound, "no runtime `x`")
+	}
+	_, err = client.ListModels(background(), "x")
+	if got := wantUndecided(t, Allowed{}, err, http.StatusBadRequest); !strings.Contains(got.Body().Error, "no runtime `x`") {
+		t.Errorf("%v", got)
+	}
+}

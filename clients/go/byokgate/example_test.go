@@ -1,0 +1,47 @@
+package byokgate_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+
+	"github.com/byok-gate/byok-gate/clients/go/byokgate"
+)
+
+// The values that a create brings along stand for the workspace's scope; the organization's come from the store.
+func ExampleClient_Decide() {
+	client, err := byokgate.New("unix:///run/byok-gate/gate.sock", byokgate.WithLogger(slog.New(slog.DiscardHandler)))
+	if err != nil {
+		panic(err)
+	}
+	defer client.Close()
+
+	payload := byokgate.Found{"ANTHROPIC_API_KEY": byokgate.NewSecret("made-up-key")}
+	allowed, err := client.Decide(context.Background(), byokgate.Request{
+		Checkpoint: byokgate.Create,
+		Spec: byokgate.Spec{
+			Runtime: "claude-code",
+			Model:   "claude-opus-4-7",
+			Lookup: func(_ context.Context, scope byokgate.Scope, names []string) (byokgate.Found, error) {
+				if scope == byokgate.Workspace {
+					return payload, nil
+				}
+				return organizationSecrets(names)
+			},
+		},
+	})
+	var denied *byokgate.Denied
+	var undecided *byokgate.Undecided
+	switch {
+	case err == nil:
+		fmt.Println("create it, billed to", allowed.BillingMode())
+	case errors.As(err, &denied):
+		fmt.Println("refused:", denied.Code(), denied.HTTPStatus())
+	case errors.As(err, &undecided):
+		fmt.Println("no decision, so no workspace:", undecided.HTTPStatus())
+	}
+	// Output: no decision, so no workspace: 503
+}
+
+func organizationSecrets([]string) (byokgate.Found, error) { return nil, nil }

@@ -1,0 +1,91 @@
+package byokgate
+
+import (
+	"encoding/json"
+	"testing"
+
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
+
+	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
+)
+
+// Whatever bytes a reply is made of: it is an allow only if they say so in full, by a reading of the wire that shares nothing
+// with the client's own, and every refusal can be answered with.
+func FuzzReply(f *testing.F) {
+	for _, seed := range []*byokgatev1.DecideResponse{
+		{}, allow(1), allow(2), allow(3), allow(99), missingKey("ACME_API_KEY"), deny(&byokgatev1.Deny{Code: 999, Retryable: true}),
+	} {
+		text, err := proto.Marshal(seed)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(text)
+		// Two replies one after the other are one message, in which the last word counts.
+		f.Add(append(text, text...))
+	}
+	f.Add([]byte{0x82, 0x7d, 0x00})
+	f.Fuzz(func(t *testing.T, text []byte) {
+		var response byokgatev1.DecideResponse
+		if proto.Unmarshal(text, &response) != nil {
+			return
+		}
+		allowed, refusal := read(Spec{Runtime: "agent", Model: "acme-large"}, &response)
+		if (refusal == nil) != saysAllow(text) {
+			t.Fatalf("read %v, %v from %x", allowed, refusal, text)
+		}
+		if refusal == nil {
+			if mode := allowed.BillingMode(); mode != BYOK && mode != PlatformManaged && mode != NoBilling {
+				t.Fatalf("billing mode %q", mode)
+			}
+			_, _, _ = allowed.DecisionID(), allowed.Provider(), allowed.Warnings()
+			return
+		}
+		if allowed != (Allowed{}) {
+			t.Fatal("an Allowed beside a refusal")
+		}
+		switch refusal.HTTPStatus() {
+		case 422, 503:
+		default:
+			t.Fatalf("status %d", refusal.HTTPStatus())
+		}
+		if !json.Valid(refusal.JSON()) || refusal.Code() == "" || refusal.Error() == "" {
+			t.Fatalf("%s", refusal.JSON())
+		}
+	})
+}
+
+// saysAllow walks over the fields: the last decision is an allow, there is an id, and the last billing mode is 1, 2 or 3.
+func saysAllow(text []byte) bool {
+	var allowed, identified bool
+	var mode int32
+	for len(text) > 0 {
+		number, kind, size := protowire.ConsumeTag(text)
+		text = text[size:]
+		if kind != protowire.BytesType {
+			text = text[protowire.ConsumeFieldValue(number, kind, text):]
+			continue
+		}
+		value, size := protowire.ConsumeBytes(text)
+		text = text[size:]
+		switch number {
+		case 1:
+			identified = len(value) > 0
+		case 2:
+			allowed = true
+		case 3:
+			allowed = false
+		case 4:
+			for len(value) > 0 {
+				number, kind, size := protowire.ConsumeTag(value)
+				value = value[size:]
+				if number == 2 && kind == protowire.VarintType {
+					found, _ := protowire.ConsumeVarint(value)
+					mode = int32(found)
+				}
+				value = value[protowire.ConsumeFieldValue(number, kind, value):]
+			}
+		}
+	}
+	return allowed && identified && mode >= 1 && mode <= 3
+}

@@ -1,0 +1,106 @@
+package byokgate
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
+)
+
+// MenuAge is how long [Client.ListModels] may answer from memory: as long as an operator who looks whether a change has
+// arrived can be expected to wait.
+const MenuAge = 30 * time.Second
+
+// menu is what a runtime offers, as of a moment.
+type menu struct {
+	models []Model
+	at     time.Time
+}
+
+// Owner is who owns a model, by names alone: what a UI shows before it asks a person for a key.
+type Owner struct {
+	// Provider is the owner's name in the registry. Empty for an exempt runtime.
+	Provider string
+	// BillingMode is who would pay.
+	BillingMode BillingMode
+	// AcceptedEnv are the credential names of which one is needed. Empty if the platform owns the model.
+	AcceptedEnv []string
+	// RelevantEnv are the names that could change the owner or answer for it.
+	RelevantEnv []string
+	// Warnings are what a person should know, for instance that the model is withdrawn.
+	Warnings []Warning
+}
+
+// Model is one model on a runtime's menu.
+type Model struct {
+	Runtime      string
+	Model        string
+	Provider     string
+	ProviderName string
+	BillingMode  BillingMode
+	// AcceptedEnv are the credential names of which one is needed. Empty if the platform owns the model.
+	AcceptedEnv []string
+	// Withdrawn: not for new workspaces; those that have it keep it.
+	Withdrawn bool
+}
+
+// ResolveProvider asks who owns a model, with the names (not values) of the credentials at hand. No secret is sent and no
+// provider is called. The error is a [*Denied] where nobody owns it, or nobody that a workspace could start with.
+func (c *Client) ResolveProvider(ctx context.Context, runtime, model string, credentialNames ...string) (Owner, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	spec := Spec{Runtime: runtime, Model: model}
+	response, err := c.resolve(ctx, runtime, model, credentialNames...)
+	if err != nil {
+		return Owner{}, failed(spec, err)
+	}
+	if deny := response.GetDeny(); deny != nil {
+		_, refusal := read(spec, &byokgatev1.DecideResponse{Decision: &byokgatev1.DecideResponse_Deny{Deny: deny}})
+		return Owner{}, refusal
+	}
+	return Owner{
+		Provider:    response.GetResolution().GetProvider(),
+		BillingMode: billingMode(response.GetResolution().GetBillingMode()),
+		AcceptedEnv: response.GetResolution().GetAcceptedEnv(),
+		RelevantEnv: response.GetRelevantEnv(),
+		Warnings:    warnings(response.GetWarnings()),
+	}, nil
+}
+
+// ListModels asks what a runtime offers, or, for an empty name, what each does. The answer is remembered for as long as
+// byok-gate is seen to decide by the same registry, and for [MenuAge] at most.
+func (c *Client) ListModels(ctx context.Context, runtime string) ([]Model, error) {
+	if models, found := c.memory.recallMenu(runtime); found {
+		return models, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	defer cancel()
+	response, err := retry(ctx, func() (*byokgatev1.ListModelsResponse, error) {
+		return c.service.ListModels(ctx, &byokgatev1.ListModelsRequest{Runtime: runtime})
+	})
+	spec := Spec{Runtime: runtime}
+	if status.Code(err) == codes.NotFound {
+		return nil, unjudgeable(spec, err, status.Convert(err).Message())
+	} else if err != nil {
+		return nil, failed(spec, err)
+	}
+	models := make([]Model, 0, len(response.GetModels()))
+	for _, offered := range response.GetModels() {
+		models = append(models, Model{
+			Runtime:      offered.GetRuntime(),
+			Model:        offered.GetModel(),
+			Provider:     offered.GetProvider(),
+			ProviderName: offered.GetProviderDisplayName(),
+			BillingMode:  billingMode(offered.GetBillingMode()),
+			AcceptedEnv:  offered.GetAcceptedEnv(),
+			Withdrawn:    offered.GetWithdrawn(),
+		})
+	}
+	if revision := response.GetRegistryRevision(); revision != "" {
+		c.memory.keepMenu(runtime, revision, models)
+	}
+	return models, nil
+}

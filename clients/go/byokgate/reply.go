@@ -1,0 +1,75 @@
+package byokgate
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
+)
+
+const (
+	billingPrefix    = "BILLING_MODE_"
+	checkpointPrefix = "CHECKPOINT_"
+	denyPrefix       = "DENY_CODE_"
+	scopePrefix      = "SCOPE_"
+	warningPrefix    = "WARNING_CODE_"
+	unspecified      = "UNSPECIFIED"
+)
+
+// read turns byok-gate's reply into the caller's answer: the only place where an Allowed is made.
+//
+// INVARIANT (sealed): an Allowed comes from a reply whose decision is "allow", whose billing mode is one that this package
+// knows and that has an id to find it by. A newer byok-gate may say what this package does not know, and a broken one may say
+// nothing, and neither is an allow.
+func read(spec Spec, response *byokgatev1.DecideResponse) (Allowed, Refusal) {
+	switch decision := response.GetDecision().(type) {
+	case *byokgatev1.DecideResponse_Allow:
+		mode := billingMode(response.GetResolution().GetBillingMode())
+		switch {
+		case decision.Allow == nil:
+			return Allowed{}, unreadable(spec, response, "an allow without content")
+		case mode == UnknownBilling:
+			return Allowed{}, unreadable(spec, response, "an allow that does not say who pays")
+		case response.GetDecisionId() == "":
+			return Allowed{}, unreadable(spec, response, "an allow without an id")
+		}
+		return Allowed{response: response, mode: mode}, nil
+	case *byokgatev1.DecideResponse_Deny:
+		if shortName(decision.Deny.GetCode(), denyPrefix) == unspecified {
+			return Allowed{}, unreadable(spec, response, "a denial for an unknown reason")
+		}
+		return Allowed{}, denied(spec, response, decision.Deny)
+	default:
+		return Allowed{}, unreadable(spec, response, "neither an allow nor a denial")
+	}
+}
+
+// billingMode is exhaustive by hand: a mode that is added to the proto is unknown until it is added here.
+func billingMode(mode byokgatev1.BillingMode) BillingMode {
+	switch mode {
+	case byokgatev1.BillingMode_BILLING_MODE_PLATFORM_MANAGED:
+		return PlatformManaged
+	case byokgatev1.BillingMode_BILLING_MODE_BYOK:
+		return BYOK
+	case byokgatev1.BillingMode_BILLING_MODE_NONE:
+		return NoBilling
+	default:
+		return UnknownBilling
+	}
+}
+
+// shortName is an enum value's name without the prefix that its enum gives it. A number that this package does not know is
+// UNSPECIFIED, which is never an allow.
+func shortName(value protoreflect.Enum, prefix string) string {
+	known := value.Descriptor().Values().ByNumber(value.Number())
+	if known == nil {
+		return unspecified
+	}
+	return strings.TrimPrefix(string(known.Name()), prefix)
+}
+
+func sortedKeys[K cmp.Ordered, V any](held map[K]V) []K { return slices.Sorted(maps.Keys(held)) }

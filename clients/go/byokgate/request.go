@@ -1,0 +1,174 @@
+package byokgate
+
+import (
+	"context"
+	"fmt"
+	"time"
+	"unicode/utf8"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
+)
+
+// Request asks for one decision.
+type Request struct {
+	// Checkpoint is the moment. Required.
+	Checkpoint Checkpoint
+	// Spec is the workspace as it would start.
+	Spec Spec
+	// MaxLivenessAge is how old an observation of the credential may be. Nil: byok-gate's own ages. Zero: a new one, at most
+	// once a second for each credential.
+	MaxLivenessAge *time.Duration
+	// Explain asks for the steps of the decision, which are then in the Response of the answer.
+	Explain bool
+}
+
+// Checkpoint is the moment at which a decision is asked for. The zero Checkpoint is refused.
+type Checkpoint int
+
+const (
+	// Create is a new workspace, before its row is written.
+	Create Checkpoint = iota + 1
+	// Provision is the start, restart or resume of a workspace, before the old one is stopped.
+	Provision
+	// Update is a change of model, runtime or secret, before it is saved.
+	Update
+)
+
+// Spec is a workspace: the effective runtime and model, after templates and stored settings.
+type Spec struct {
+	// WorkspaceID is the platform's own id. May be empty at Create.
+	WorkspaceID string
+	// OrganizationID is the platform's id of the tenant. May be empty on a single-tenant platform.
+	OrganizationID string
+	// Runtime is the runtime's name.
+	Runtime string
+	// Model is the model's id.
+	Model string
+	// Lookup fetches credentials. Required; [Static] serves where they are at hand.
+	Lookup Lookup
+	// OperatorOverride is the operator's explicit escape hatch for this workspace, if any.
+	OperatorOverride OperatorOverride
+	// PlatformProxy says whether the platform's metered proxy can serve this workspace. The zero value leaves it to
+	// byok-gate's configuration.
+	PlatformProxy PlatformProxy
+	// TenantBaseURLEnv names the base-URL variables that the tenant set, not those that the platform injects.
+	TenantBaseURLEnv []string
+}
+
+// Lookup fetches the credentials of these names from one scope. It may be called from several goroutines at a time.
+//
+// A name that is not in Found has no row there. A row that exists but cannot be decrypted is [Unreadable]. An error means that
+// the scope could not be read at all; byok-gate then denies where it could have mattered. The error is logged, so it must not
+// hold a value. A lookup that takes more than half of the time that is left counts as failed.
+type Lookup func(ctx context.Context, scope Scope, names []string) (Found, error)
+
+// Found are the credentials that exist, by name.
+type Found map[string]Secret
+
+// Static looks credentials up in memory: a create's payload, or a test's.
+func Static(workspace, organization Found) Lookup {
+	return func(_ context.Context, scope Scope, _ []string) (Found, error) {
+		if scope == Workspace {
+			return workspace, nil
+		}
+		return organization, nil
+	}
+}
+
+// Scope is where a credential is stored.
+type Scope int
+
+const (
+	// Workspace is the workspace's own secrets. A row here hides the organization's of the same name, even when it is blank.
+	Workspace Scope = iota + 1
+	// Organization is the secrets that an organization's workspaces share.
+	Organization
+)
+
+// scopes are all that there are.
+var scopes = [...]Scope{Workspace, Organization}
+
+// OperatorOverride is an operator's explicit escape hatch. It always leaves a warning, and byok-gate may be configured to
+// refuse it.
+type OperatorOverride int
+
+const (
+	// NoOverride derives who pays from the model.
+	NoOverride OperatorOverride = iota
+	// OverridePlatformManaged bills the platform, whatever the model derives to.
+	OverridePlatformManaged
+	// OverrideBYOK requires the tenant's own credential.
+	OverrideBYOK
+	// OverrideDisabled expects no model calls and checks nothing.
+	OverrideDisabled
+)
+
+// PlatformProxy says whether the platform's metered proxy can serve a workspace.
+type PlatformProxy int
+
+const (
+	// ProxyAsConfigured leaves it to byok-gate's configuration, which is "absent" unless it says otherwise.
+	ProxyAsConfigured PlatformProxy = iota
+	// ProxyAvailable: platform-managed models can be served.
+	ProxyAvailable
+	// ProxyAbsent: they cannot.
+	ProxyAbsent
+)
+
+// String is the checkpoint's name on the wire, without the prefix of its enum.
+func (c Checkpoint) String() string {
+	return shortName(byokgatev1.Checkpoint(c), checkpointPrefix)
+}
+
+// String is the scope's name on the wire, without the prefix of its enum.
+func (s Scope) String() string { return shortName(byokgatev1.Scope(s), scopePrefix) }
+
+// needsNoCredential says that no credential can change the answer, as far as the caller alone can know.
+func (s Spec) needsNoCredential() bool {
+	return s.OperatorOverride == OverridePlatformManaged || s.OperatorOverride == OverrideDisabled
+}
+
+// check refuses what could not be sent. Everything else is byok-gate's to refuse, so that it is said in one way.
+func (r Request) check() error {
+	for field, text := range map[string]string{
+		"workspace_spec.workspace_id":    r.Spec.WorkspaceID,
+		"workspace_spec.organization_id": r.Spec.OrganizationID,
+		"workspace_spec.runtime":         r.Spec.Runtime,
+		"workspace_spec.model":           r.Spec.Model,
+	} {
+		if !utf8.ValidString(text) {
+			return fmt.Errorf("%s: is not valid UTF-8", field)
+		}
+	}
+	for _, name := range r.Spec.TenantBaseURLEnv {
+		if !utf8.ValidString(name) {
+			return fmt.Errorf("workspace_spec.tenant_base_url_env: is not valid UTF-8")
+		}
+	}
+	return nil
+}
+
+// wire is the request with these credentials.
+func (r Request) wire(held *wallet) *byokgatev1.DecideRequest {
+	request := &byokgatev1.DecideRequest{
+		Checkpoint: byokgatev1.Checkpoint(r.Checkpoint),
+		WorkspaceSpec: &byokgatev1.WorkspaceSpec{
+			WorkspaceId:      r.Spec.WorkspaceID,
+			OrganizationId:   r.Spec.OrganizationID,
+			Runtime:          r.Spec.Runtime,
+			Model:            r.Spec.Model,
+			Credentials:      held.credentials(),
+			UnreadableScopes: held.unreadableScopes(),
+			OperatorOverride: byokgatev1.OperatorOverride(r.Spec.OperatorOverride),
+			PlatformProxy:    byokgatev1.PlatformProxy(r.Spec.PlatformProxy),
+			TenantBaseUrlEnv: r.Spec.TenantBaseURLEnv,
+		},
+		Explain: r.Explain,
+	}
+	if r.MaxLivenessAge != nil {
+		request.MaxLivenessAge = durationpb.New(*r.MaxLivenessAge)
+	}
+	return request
+}

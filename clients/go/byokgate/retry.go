@@ -1,0 +1,74 @@
+package byokgate
+
+import (
+	"context"
+	"math/rand/v2"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+const (
+	// maxRetryTime is how long a call goes on trying to reach a byok-gate that is away: longer than a restart takes, short
+	// enough that a platform does not pile up requests while it is down. Never more than half of what is left.
+	maxRetryTime = 2 * time.Second
+	// The pauses double from the first to the last. Each is shortened by up to a half at random, so that the callers that one
+	// restart interrupted do not come back as one.
+	firstPause = 50 * time.Millisecond
+	lastPause  = 500 * time.Millisecond
+)
+
+// retry repeats a call while byok-gate is away, or once it said when to come back, for as long as that leaves time for the
+// answer. What it is not safe or not sensible to repeat is returned at once: a deadline, a fault, a bad request.
+func retry[T any](ctx context.Context, call func() (T, error)) (T, error) {
+	window := retryWindow(ctx)
+	began := time.Now()
+	for attempt := 0; ; attempt++ {
+		reply, err := call()
+		pause, again := retryPause(err, attempt)
+		if !again || time.Since(began)+pause > window || !sleep(ctx, pause) {
+			return reply, err
+		}
+	}
+}
+
+func retryWindow(ctx context.Context) time.Duration {
+	deadline, limited := ctx.Deadline()
+	if !limited {
+		return maxRetryTime
+	}
+	return min(maxRetryTime, time.Until(deadline)/2)
+}
+
+// retryPause says how long to wait before the call that failed with err is repeated, if it may be.
+func retryPause(err error, attempt int) (time.Duration, bool) {
+	switch said := status.Convert(err); said.Code() {
+	case codes.Unavailable:
+		// No reply was had: the connection failed, or byok-gate is starting or stopping. All calls are questions, so that
+		// one that did arrive does no harm twice.
+		pause := lastPause
+		if attempt < 8 {
+			pause = min(lastPause, firstPause<<attempt)
+		}
+		return pause - rand.N(pause/2), true
+	case codes.ResourceExhausted:
+		// Only if byok-gate names the time: a flood is not met with more of it.
+		pause := retryInfo(said)
+		return pause, pause > 0
+	default:
+		return 0, false
+	}
+}
+
+// sleep says whether the time passed before the context's end.
+func sleep(ctx context.Context, pause time.Duration) bool {
+	timer := time.NewTimer(pause)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

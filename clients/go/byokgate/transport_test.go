@@ -1,0 +1,331 @@
+package byokgate
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+
+	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
+)
+
+// certificates are an authority's, a server's and a client's, as files.
+type certificates struct {
+	dir  string
+	pool *x509.CertPool
+}
+
+func newCertificates(t *testing.T) *certificates {
+	t.Helper()
+	made := &certificates{dir: t.TempDir(), pool: x509.NewCertPool()}
+	ca := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test authority"}, IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	}
+	key := made.issue(t, "ca", ca, ca, nil)
+	made.pool.AddCert(ca)
+	leaf := func(serial int64, usage x509.ExtKeyUsage) *x509.Certificate {
+		return &x509.Certificate{
+			SerialNumber: big.NewInt(serial), DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+			ExtKeyUsage: []x509.ExtKeyUsage{usage}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		}
+	}
+	made.issue(t, "server", leaf(2, x509.ExtKeyUsageServerAuth), ca, key)
+	made.issue(t, "client", leaf(3, x509.ExtKeyUsageClientAuth), ca, key)
+	return made
+}
+
+func (c *certificates) issue(t *testing.T, name string, made, by *x509.Certificate, signer *ecdsa.PrivateKey) *ecdsa.PrivateKey {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if signer == nil {
+		signer = key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, made, by, &key.PublicKey, signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := x509.MarshalECPrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	made.Raw = der
+	if parsed, err := x509.ParseCertificate(der); err == nil {
+		*made = *parsed
+	}
+	for file, block := range map[string]*pem.Block{
+		c.file(name + ".pem"): {Type: "CERTIFICATE", Bytes: der},
+		c.file(name + ".key"): {Type: "EC PRIVATE KEY", Bytes: secret},
+	} {
+		if err := os.WriteFile(file, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return key
+}
+
+func (c *certificates) file(name string) string { return filepath.Join(c.dir, name) }
+
+func (c *certificates) serverOption(mutual bool) grpc.ServerOption {
+	pair, err := tls.LoadX509KeyPair(c.file("server.pem"), c.file("server.key"))
+	if err != nil {
+		panic(err)
+	}
+	config := &tls.Config{Certificates: []tls.Certificate{pair}}
+	if mutual {
+		config.ClientAuth, config.ClientCAs = tls.RequireAndVerifyClientCert, c.pool
+	}
+	return grpc.Creds(credentials.NewTLS(config))
+}
+
+func TestTLS(t *testing.T) {
+	ours, others := newCertificates(t), newCertificates(t)
+	for name, test := range map[string]struct {
+		mutual  bool
+		option  Option
+		allowed bool
+	}{
+		"TLS":                               {false, WithTLSFiles(ours.file("ca.pem"), "", ""), true},
+		"TLS, a configuration":              {false, WithTLS(&tls.Config{RootCAs: ours.pool}), true},
+		"TLS, another authority":            {false, WithTLSFiles(others.file("ca.pem"), "", ""), false},
+		"TLS, the system's authorities":     {false, WithTLSFiles("", "", ""), false},
+		"mTLS":                              {true, WithTLSFiles(ours.file("ca.pem"), ours.file("client.pem"), ours.file("client.key")), true},
+		"mTLS, no certificate":              {true, WithTLSFiles(ours.file("ca.pem"), "", ""), false},
+		"mTLS, another authority's":         {true, WithTLSFiles(ours.file("ca.pem"), others.file("client.pem"), others.file("client.key")), false},
+		"mTLS, a server's certificate":      {true, WithTLSFiles(ours.file("ca.pem"), ours.file("server.pem"), ours.file("server.key")), false},
+		"TLS server, client without TLS":    {false, WithInsecureNetwork(), false},
+		"TLS, another name on the server's": {false, WithTLS(&tls.Config{RootCAs: ours.pool, ServerName: "elsewhere.example"}), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			address := serveGRPC(t, listenTCP(t), func(server *grpc.Server) {
+				byokgatev1.RegisterPolicyDecisionServiceServer(server, newFake())
+			}, ours.serverOption(test.mutual))
+			client := newClient(t, address, test.option, WithTimeout(2*time.Second))
+			allowed, err := client.Decide(background(), acme())
+			if test.allowed {
+				wantAllowed(t, allowed, err, BYOK)
+			} else {
+				wantUndecided(t, allowed, err, http.StatusServiceUnavailable)
+			}
+		})
+	}
+}
+
+// A renewed client certificate is shown by the next connection.
+func TestAClientCertificateIsReadAgain(t *testing.T) {
+	ours, others := newCertificates(t), newCertificates(t)
+	address := serveGRPC(t, listenTCP(t), func(server *grpc.Server) {
+		byokgatev1.RegisterPolicyDecisionServiceServer(server, newFake())
+	}, ours.serverOption(true))
+	dir := t.TempDir()
+	show := func(from *certificates) {
+		for _, name := range []string{"client.pem", "client.key"} {
+			text, err := os.ReadFile(from.file(name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(dir, name), text, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	show(others)
+	client := newClient(t, address, WithTimeout(time.Second),
+		WithTLSFiles(ours.file("ca.pem"), filepath.Join(dir, "client.pem"), filepath.Join(dir, "client.key")))
+	allowed, err := client.Decide(background(), acme())
+	wantUndecided(t, allowed, err, http.StatusServiceUnavailable)
+	show(ours)
+	for end := time.Now().Add(MaxReconnectDelay + grace); ; {
+		if allowed, err = client.Decide(background(), acme()); err == nil || time.Now().After(end) {
+			break
+		}
+	}
+	wantAllowed(t, allowed, err, BYOK)
+}
+
+func TestUnixSocket(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "gate.sock")
+	listener, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fake := newFake()
+	serveGRPC(t, listener, func(server *grpc.Server) { byokgatev1.RegisterPolicyDecisionServiceServer(server, fake) })
+	for _, target := range []string{"unix://" + path, "unix:" + path} {
+		client := newClient(t, target, WithToken(NewSecret(keyMark+"token")))
+		allowed, err := client.Decide(background(), acme())
+		wantAllowed(t, allowed, err, BYOK)
+		// The path as an authority is refused by servers that take HTTP/2 at its word.
+		if got := fake.metadata.Get(":authority"); !slices.Equal(got, []string{"localhost"}) {
+			t.Errorf("%s: authority %q", target, got)
+		}
+	}
+}
+
+func TestToken(t *testing.T) {
+	fake, address := startFake(t)
+	file := filepath.Join(t.TempDir(), "token")
+	write := func(text string) {
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sent := func() []string { return fake.metadata.Get("authorization") }
+
+	client := newClient(t, address, WithToken(NewSecret(keyMark+"token-1")))
+	allowed, err := client.Decide(background(), acme())
+	wantAllowed(t, allowed, err, BYOK)
+	if !slices.Equal(sent(), []string{"Bearer " + keyMark + "token-1"}) {
+		t.Errorf("sent %q", sent())
+	}
+
+	write(keyMark + "token-2\n")
+	client = newClient(t, address, WithTokenFile(file))
+	for _, token := range []string{"token-2", "token-3"} {
+		write(keyMark + token + "\n")
+		allowed, err = client.Decide(background(), acme())
+		wantAllowed(t, allowed, err, BYOK)
+		if !slices.Equal(sent(), []string{"Bearer " + keyMark + token}) {
+			t.Errorf("sent %q", sent())
+		}
+	}
+	// A token that has become unreadable is not left out: the call fails.
+	asked := len(fake.requests())
+	write("")
+	if allowed, err = client.Decide(background(), acme()); err == nil || len(fake.requests()) != asked {
+		t.Errorf("asked without the token: %v, %v", allowed, err)
+	}
+
+	client = newClient(t, address)
+	allowed, err = client.Decide(background(), acme())
+	wantAllowed(t, allowed, err, BYOK)
+	if len(sent()) != 0 {
+		t.Errorf("sent %q without a token", sent())
+	}
+}
+
+func TestTraceContext(t *testing.T) {
+	const parent, state = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "vendor=1"
+	fake, address := startFake(t)
+	sent := func(client *Client, ctx context.Context) []string {
+		t.Helper()
+		allowed, err := client.Decide(ctx, acme())
+		wantAllowed(t, allowed, err, BYOK)
+		return append(fake.metadata.Get("traceparent"), fake.metadata.Get("tracestate")...)
+	}
+	client := newClient(t, address)
+	for name, test := range map[string]struct {
+		parent, state string
+		want          []string
+	}{
+		"both":                  {parent, state, []string{parent, state}},
+		"parent":                {parent, "", []string{parent}},
+		"state alone":           {"", state, nil},
+		"not a parent":          {"00-zz", state, nil},
+		"a header of one's own": {parent + "\r\nauthorization: x", state, nil},
+		"a state of controls":   {parent, "a=\x00", []string{parent}},
+		"a state too long":      {parent, strings.Repeat("a", maxTraceState+1), []string{parent}},
+	} {
+		if got := sent(client, ContextWithTrace(background(), test.parent, test.state)); !slices.Equal(got, test.want) {
+			t.Errorf("%s: sent %q, expected %q", name, got, test.want)
+		}
+	}
+	if got := sent(client, background()); len(got) != 0 {
+		t.Errorf("sent %q without a trace", got)
+	}
+	hooked := newClient(t, address, WithTraceContext(func(context.Context) (string, string) { return parent, state }))
+	if got := sent(hooked, background()); !slices.Equal(got, []string{parent, state}) {
+		t.Errorf("sent %q by the hook", got)
+	}
+}
+
+func TestTargetsAndOptionsThatDoNotStand(t *testing.T) {
+	certificates := newCertificates(t)
+	empty := filepath.Join(t.TempDir(), "empty")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct {
+		target  string
+		options []Option
+		says    string // empty: it stands
+	}{
+		"loopback":                 {target: "127.0.0.1:50051"},
+		"loopback, IPv6":           {target: "[::1]:50051"},
+		"loopback, by name":        {target: "localhost:50051"},
+		"loopback, mapped":         {target: "[::ffff:127.0.0.1]:50051"},
+		"loopback, dns":            {target: "dns:///localhost:50051"},
+		"socket":                   {target: "unix:///run/gate.sock"},
+		"socket, relative":         {target: "unix:gate.sock"},
+		"beyond loopback, TLS":     {target: "gate.example:443", options: []Option{WithTLS(&tls.Config{})}},
+		"beyond loopback, by name": {target: "gate:50051", options: []Option{WithInsecureNetwork(), WithToken(NewSecret("t"))}},
+		"beyond loopback":          {target: "gate:50051", says: "beyond loopback"},
+		"beyond loopback, address": {target: "10.0.0.1:50051", says: "beyond loopback"},
+		"beyond loopback, any":     {target: "0.0.0.0:50051", says: "beyond loopback"},
+		"token beyond loopback":    {target: "gate:50051", options: []Option{WithToken(NewSecret("t"))}, says: "tokens would cross"},
+		"empty":                    {target: "", says: "is empty"},
+		"no port":                  {target: "localhost", says: "neither host:port"},
+		"empty port":               {target: "localhost:", says: "neither host:port"},
+		"no host":                  {target: ":50051", says: "neither host:port"},
+		"URL":                      {target: "http://localhost:50051", says: "neither host:port"},
+		"another scheme":           {target: "xds:///gate", says: "neither host:port"},
+		"socket without a path":    {target: "unix://", says: "names no socket"},
+		"socket, relative URL":     {target: "unix://gate.sock", says: "absolute path"},
+		"no deadline":              {target: "localhost:1", options: []Option{WithTimeout(0)}, says: "WithTimeout: 0s"},
+		"negative deadline":        {target: "localhost:1", options: []Option{WithTimeout(-time.Second)}, says: "WithTimeout: -1s"},
+		"no batch deadline":        {target: "localhost:1", options: []Option{WithBatchTimeout(0)}, says: "WithBatchTimeout: 0s"},
+		"no logger":                {target: "localhost:1", options: []Option{WithLogger(nil)}, says: "WithLogger"},
+		"no TLS configuration":     {target: "localhost:1", options: []Option{WithTLS(nil)}, says: "no TLS configuration"},
+		"TLS that believes all": {
+			target: "gate:1", options: []Option{WithTLS(&tls.Config{InsecureSkipVerify: true})}, says: "InsecureSkipVerify",
+		},
+		"TLS that verifies itself": {target: "gate:1", options: []Option{WithTLS(&tls.Config{
+			InsecureSkipVerify: true, VerifyConnection: func(tls.ConnectionState) error { return nil },
+		})}},
+		"authorities that are not there": {target: "gate:1", options: []Option{WithTLSFiles("/no/such/file", "", "")}, says: "no such file"},
+		"authorities that are empty":     {target: "gate:1", options: []Option{WithTLSFiles(empty, "", "")}, says: "no certificate in PEM"},
+		"a certificate without its key":  {target: "gate:1", options: []Option{WithTLSFiles("", empty, "")}, says: "needs both"},
+		"a key without its certificate":  {target: "gate:1", options: []Option{WithTLSFiles("", "", empty)}, says: "needs both"},
+		"a certificate that is empty": {
+			target: "gate:1", options: []Option{WithTLSFiles("", empty, certificates.file("client.key"))}, says: "client certificate",
+		},
+		"a token that is empty":       {target: "localhost:1", options: []Option{WithToken(NewSecret(""))}, says: "the token is empty"},
+		"a token of two lines":        {target: "localhost:1", options: []Option{WithToken(NewSecret("a\nb"))}, says: "white space"},
+		"a token too long":            {target: "localhost:1", options: []Option{WithToken(NewSecret(strings.Repeat("a", 8193)))}, says: "longer than 8192"},
+		"a token file not there":      {target: "localhost:1", options: []Option{WithTokenFile("/no/such/file")}, says: "no such file"},
+		"a token file that is empty":  {target: "localhost:1", options: []Option{WithTokenFile(empty)}, says: "is empty"},
+		"two tokens":                  {target: "localhost:1", options: []Option{WithToken(NewSecret("a")), WithToken(NewSecret("b"))}, says: "a token already"},
+		"two faults are said at once": {target: "", options: []Option{WithTimeout(0)}, says: "WithTimeout: 0s is not above zero; there is no call without a deadline\ntarget \"\" is empty"},
+	} {
+		client, err := New(test.target, test.options...)
+		if test.says == "" {
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+				continue
+			}
+			client.Close()
+		} else if err == nil || !strings.Contains(err.Error(), test.says) {
+			t.Errorf("%s: %v, expected it to say %q", name, err, test.says)
+		}
+	}
+}
