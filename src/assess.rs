@@ -79,6 +79,10 @@ pub struct Inquiry {
     pub model: String,
     /// How seriously the verdict is taken.
     pub enforcement: Enforcement,
+    /// For which tenant; empty on a platform of one.
+    pub organization: String,
+    /// Who asks.
+    pub caller: String,
 }
 
 /// The steps of one decision, kept only if they were asked for.
@@ -90,7 +94,7 @@ pub struct Trace {
 
 /// Assesses a request at this second of Unix time. `fingerprint` tells keys apart for a person.
 pub fn assess(snapshot: &Snapshot, request: &Request, now: i64, fingerprint: &dyn Fn(&Secret) -> String) -> Assessment {
-    let Request { spec, checkpoint, explain, max_liveness_age: _ } = request;
+    let Request { spec, checkpoint, explain, caller, max_liveness_age: _ } = request;
     let mut notes = Notes {
         resolution: Resolution {
             provider: String::new(),
@@ -104,7 +108,7 @@ pub fn assess(snapshot: &Snapshot, request: &Request, now: i64, fingerprint: &dy
         trace: Trace { on: *explain, steps: Vec::new() },
     };
     let proxy = spec.platform_proxy.unwrap_or(snapshot.policy.platform_proxy);
-    let walk = Walk { snapshot, spec, checkpoint: *checkpoint, proxy, now, fingerprint };
+    let walk = Walk { snapshot, spec, checkpoint: *checkpoint, proxy, caller, now, fingerprint };
     let next = walk.run(&mut notes).unwrap_or_else(|facts| Next::Rule(*facts));
     let Notes { resolution, warnings, trace } = notes;
     Assessment { next, resolution, warnings, trace, alternative_models: walk.alternative_models() }
@@ -177,6 +181,7 @@ struct Walk<'a> {
     spec: &'a WorkspaceSpec,
     checkpoint: Checkpoint,
     proxy: PlatformProxy,
+    caller: &'a str,
     now: i64,
     fingerprint: &'a dyn Fn(&Secret) -> String,
 }
@@ -367,6 +372,8 @@ impl<'a> Walk<'a> {
                     upstream_status: None,
                     siblings: Vec::new(),
                     retry_after: std::time::Duration::ZERO,
+                    withheld: None,
+                    unreached: None,
                 },
                 served_from: None,
                 recently_valid: false,
@@ -394,6 +401,8 @@ impl<'a> Walk<'a> {
                 env_name: env_name.to_owned(),
                 model: model.to_owned(),
                 enforcement,
+                organization: self.spec.organization_id.clone(),
+                caller: self.caller.to_owned(),
             })),
         }
     }

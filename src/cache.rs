@@ -13,9 +13,11 @@ use tokio::time::Instant;
 
 use crate::{
     assess::Inquiry,
-    decision::{ServedFrom, Verdict},
-    engine::{Asker, Boxed, EarlierValid, LivenessSource, Observed},
-    flight::{Flights, Joined, Landing, wait},
+    breaker::{BreakerSettings, Breakers, Opened},
+    decision::{ServedFrom, Verdict, Withheld},
+    engine::{Asker, Begun, Boxed, EarlierValid, LivenessSource, Observed, Question},
+    flight::{Flights, Joined, Landing, Launch, wait},
+    limits::{NewKeyLimits, NewKeys},
     liveness::Finding,
 };
 
@@ -40,6 +42,9 @@ pub struct Ages {
     pub floor: Duration,
     /// The same, where a probe costs the tenant money.
     pub floor_paid: Duration,
+    /// Each age is cut by up to this many percent, so that entries made together do not end together. Never longer: a configured
+    /// age is a maximum.
+    pub jitter_percent: u32,
 }
 
 impl Default for Ages {
@@ -54,6 +59,7 @@ impl Default for Ages {
             hard_maximum: Duration::from_secs(900),
             floor: Duration::from_secs(1),
             floor_paid: Duration::from_secs(60),
+            jitter_percent: 20,
         }
     }
 }
@@ -63,11 +69,24 @@ const MAX_ENTRIES: u64 = 100_000;
 /// How many probes may be under way at a time, over all providers.
 const MAX_FLIGHTS: usize = 1024;
 
+/// How the memory is kept, and what guards the providers behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CacheSettings {
+    /// How long observations count.
+    pub ages: Ages,
+    /// When a provider's breaker opens.
+    pub breaker: BreakerSettings,
+    /// How many new credentials may be judged.
+    pub new_keys: NewKeyLimits,
+}
+
 /// A source that remembers.
 pub struct Cache {
     asker: Arc<dyn Asker>,
     memory: moka::sync::Cache<Key, Remembered>,
     flights: Arc<Flights<Key, Timed>>,
+    breakers: Arc<Breakers>,
+    new_keys: NewKeys,
     ages: Ages,
     /// Made anew by every process: a key in a memory image tells nothing about a credential.
     hash_key: [u8; 32],
@@ -98,7 +117,8 @@ struct Timed {
 
 impl Cache {
     /// Remembers what `asker` finds.
-    pub fn new(asker: Arc<dyn Asker>, ages: Ages) -> Self {
+    pub fn new(asker: Arc<dyn Asker>, settings: CacheSettings) -> Self {
+        let CacheSettings { ages, breaker, new_keys } = settings;
         let mut hash_key = [0; 32];
         rand::rng().fill(&mut hash_key);
         Self {
@@ -110,6 +130,8 @@ impl Cache {
                 .time_to_live(ages.hard_maximum)
                 .build(),
             flights: Flights::new(MAX_FLIGHTS),
+            breakers: Arc::new(Breakers::new(breaker)),
+            new_keys: NewKeys::new(new_keys),
             ages,
             hash_key,
         }
@@ -122,34 +144,65 @@ impl Cache {
             if let Some(timed) = self.fresh(&keys, max_age) {
                 return self.served(&keys, &timed, ServedFrom::Cache, max_age);
             }
-            let already = || self.fresh(&keys, max_age);
-            match self.flights.join(keys.flight(), already, || self.fill(inquiry, &keys)) {
+            match self.flights.join(keys.flight(), |begun| self.launch(inquiry, &keys, max_age, begun)) {
                 Joined::Already(timed) => return self.served(&keys, &timed, ServedFrom::Cache, max_age),
-                Joined::Full => return self.unasked(&keys, Verdict::NotAttempted, max_age),
+                Joined::Withheld(Barred::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
+                Joined::Withheld(Barred::NewKeys(wait)) => {
+                    let retry_after = wait.max(self.ages.floor);
+                    return Observed { retry_after, ..self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age) };
+                }
+                Joined::Full => return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age),
                 Joined::Flight(flight) => match wait(flight, deadline).await {
                     Landing::Landed(timed) if keys.holds_for(&timed) => {
                         return self.served(&keys, &timed, ServedFrom::Probe, max_age);
                     }
                     Landing::Landed(_) => {}
-                    Landing::TimedOut => return self.unasked(&keys, Verdict::Timeout, max_age),
-                    Landing::Lost => return self.unasked(&keys, Verdict::NotAttempted, max_age),
+                    Landing::TimedOut { begun: true } => return self.unasked(&keys, Finding::bare(Verdict::Timeout), max_age),
+                    // It still waited for its turn: that is our doing, not the provider's.
+                    Landing::TimedOut { begun: false } => {
+                        return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age);
+                    }
+                    Landing::Lost => return self.unasked(&keys, Finding::withheld(Withheld::Fault), max_age),
                 },
             }
         }
     }
 
+    /// What the first caller of a key does: it takes what is there by now, is barred, or asks.
+    fn launch(
+        &self,
+        inquiry: &Inquiry,
+        keys: &Keys,
+        max_age: Option<Duration>,
+        begun: Begun,
+    ) -> Launch<Timed, Barred, impl Future<Output = Timed> + Send + 'static> {
+        if let Some(timed) = self.fresh(keys, max_age) {
+            return Launch::Already(timed);
+        }
+        if let Some(opened) = self.breakers.admit(inquiry.target.identity, Instant::now()) {
+            return Launch::Withheld(Barred::Open(opened));
+        }
+        let known = keys.all().into_iter().any(|key| self.memory.contains_key(&key));
+        if let (false, Err(wait)) = (known, self.new_keys.count(&inquiry.caller, &inquiry.organization)) {
+            return Launch::Withheld(Barred::NewKeys(wait));
+        }
+        Launch::Fly(self.fill(inquiry, keys, begun))
+    }
+
     /// Asks, and stores what was found: the work of a flight.
-    fn fill(&self, inquiry: &Inquiry, keys: &Keys) -> impl Future<Output = Timed> + Send + 'static {
-        let asking = self.asker.ask(Arc::new(inquiry.target.clone()), Arc::clone(&inquiry.secret));
+    fn fill(&self, inquiry: &Inquiry, keys: &Keys, begun: Begun) -> impl Future<Output = Timed> + Send + 'static {
+        let question = Question { target: Arc::new(inquiry.target.clone()), secret: Arc::clone(&inquiry.secret), begun };
+        let (asker, breakers, provider) = (Arc::clone(&self.asker), Arc::clone(&self.breakers), inquiry.target.identity);
         let (memory, ages, keys) = (self.memory.clone(), self.ages, *keys);
         async move {
-            let finding = asking.await;
+            let finding = asker.ask(question).await;
             let key = if finding.about_model { keys.with_model } else { keys.credential };
             let age = ages.fresh_for(&finding);
             // What the provider asked for is kept to the second.
-            let fresh_for = if finding.retry_after.is_some() { age } else { jittered(age) };
+            let fresh_for = if finding.retry_after.is_some() { age } else { ages.jittered(age) };
             let timed = Timed { finding: Arc::new(finding), at: Instant::now(), wall: SystemTime::now(), fresh_for, key };
             remember(&memory, &timed);
+            breakers.report(provider, &timed.finding, timed.at);
             timed
         }
     }
@@ -185,17 +238,22 @@ impl Cache {
         }
     }
 
-    /// A verdict of ours about not having an answer. It is never remembered and replaces nothing.
-    fn unasked(&self, keys: &Keys, verdict: Verdict, max_age: Option<Duration>) -> Observed {
+    /// The verdict that opened the breaker.
+    fn by_the_breaker(&self, keys: &Keys, opened: &Opened, max_age: Option<Duration>) -> Observed {
         Observed {
-            finding: Finding {
-                verdict,
-                status: None,
-                probe: String::new(),
-                retry_after: None,
-                about_model: false,
-                cost_money: false,
-            },
+            finding: (*opened.finding).clone(),
+            observed_at: opened.wall,
+            age: opened.at.elapsed(),
+            served_from: ServedFrom::Breaker,
+            retry_after: opened.until.saturating_duration_since(Instant::now()).max(self.ages.floor),
+            earlier_valid: self.earlier_valid(keys, max_age),
+        }
+    }
+
+    /// A verdict of ours about not having an answer. It is never remembered and replaces nothing.
+    fn unasked(&self, keys: &Keys, finding: Finding, max_age: Option<Duration>) -> Observed {
+        Observed {
+            finding,
             observed_at: SystemTime::now(),
             age: Duration::ZERO,
             served_from: ServedFrom::Probe,
@@ -253,9 +311,13 @@ fn remember(memory: &moka::sync::Cache<Key, Remembered>, timed: &Timed) {
     memory.insert(timed.key, entry);
 }
 
-/// Up to a fifth less, so that entries made together do not end together. Never more: a configured age is a maximum.
-fn jittered(age: Duration) -> Duration {
-    age.mul_f64(rand::rng().random_range(0.8..=1.0))
+/// Why a first caller does not ask.
+#[derive(Debug)]
+enum Barred {
+    /// The provider's breaker is open.
+    Open(Opened),
+    /// Too many new credentials; another may come after this time.
+    NewKeys(Duration),
 }
 
 /// Under which keys an observation may stand.
@@ -302,6 +364,11 @@ impl Ages {
             Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::QuotaExhausted => self.inconclusive,
             Verdict::NotAttempted | Verdict::NoServerSurface | Verdict::ProbeDisabled => Duration::ZERO,
         }
+    }
+
+    fn jittered(&self, age: Duration) -> Duration {
+        let cut = f64::from(self.jitter_percent.min(100)) / 100.0;
+        age.mul_f64(1.0 - cut * rand::rng().random_range(0.0..=1.0))
     }
 
     fn floor_of(&self, finding: &Finding) -> Duration {

@@ -196,6 +196,34 @@ words! {
     }
 }
 
+/// Why the provider was not asked: our doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Withheld {
+    /// As many questions wait for this provider as may, or this one waited too long.
+    Queue,
+    /// The provider's calls per second are spent.
+    Budget,
+    /// The caller or the organization had too many new credentials judged.
+    NewKeys,
+    /// A fault of ours: the probe ended without an answer.
+    Fault,
+}
+
+/// What failed on the way to the provider.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Unreached {
+    /// The host's name could not be resolved.
+    Dns,
+    /// The address may not be dialled, or not in this scheme.
+    Address,
+    /// No connection.
+    Connect,
+    /// The connection stands, but not its TLS.
+    Tls,
+    /// It was closed before any answer.
+    Closed,
+}
+
 /// What a person should know although it did not decide.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Warning {

@@ -4,7 +4,10 @@ use std::{
     collections::BTreeSet,
     future::Future,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -28,9 +31,24 @@ pub type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Asks a provider about a credential: one walk up the ladder, within its own time budget.
 pub trait Asker: Send + Sync + 'static {
-    /// What came of it. Never longer than the target's budget.
-    fn ask(&self, target: Arc<Target>, secret: Arc<Secret>) -> Boxed<'static, Finding>;
+    /// What came of it. Bounds its own time, whoever waits.
+    fn ask(&self, question: Question) -> Boxed<'static, Finding>;
 }
+
+/// What is asked.
+#[derive(Debug)]
+pub struct Question {
+    /// Whom and how.
+    pub target: Arc<Target>,
+    /// About which credential.
+    pub secret: Arc<Secret>,
+    /// To be told when the provider itself is asked, after what waiting there was.
+    pub begun: Begun,
+}
+
+/// Whether the provider itself is being asked, or the question still waits for its turn.
+#[derive(Debug, Clone, Default)]
+pub struct Begun(Arc<AtomicBool>);
 
 /// What is known of a credential's liveness, remembered or asked.
 pub trait LivenessSource: Send + Sync + 'static {
@@ -84,6 +102,20 @@ pub struct Decided {
     pub registry_revision: String,
     /// The catalogue that decided.
     pub catalogue_revision: String,
+}
+
+// === impl Begun ===
+
+impl Begun {
+    /// From now on the provider is asked.
+    pub fn now(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// It is.
+    pub fn is_so(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 // === impl Engine ===
@@ -161,6 +193,8 @@ fn judged(inquiry: &Inquiry, observed: &Observed) -> Facts {
             host: inquiry.target.host.clone(),
             upstream_status: observed.finding.status,
             siblings: inquiry.target.siblings.clone(),
+            withheld: observed.finding.withheld,
+            unreached: observed.finding.unreached,
             retry_after: observed.retry_after,
         },
         served_from: Some(observed.served_from),

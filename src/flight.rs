@@ -8,20 +8,42 @@ use std::{
 
 use tokio::{sync::watch, time::Instant};
 
+use crate::engine::Begun;
+
 /// The work under way, by key.
 #[derive(Debug)]
 pub(crate) struct Flights<K, V> {
-    under_way: Mutex<HashMap<K, watch::Receiver<Option<V>>>>,
+    under_way: Mutex<HashMap<K, Flight<V>>>,
     limit: usize,
+}
+
+/// One piece of work under way.
+#[derive(Debug, Clone)]
+pub(crate) struct Flight<V> {
+    result: watch::Receiver<Option<V>>,
+    begun: Begun,
+}
+
+/// What a caller that would be the first does.
+#[derive(Debug)]
+pub(crate) enum Launch<V, R, F> {
+    /// Nothing: the value is there.
+    Already(V),
+    /// Nothing: it may not.
+    Withheld(R),
+    /// This work.
+    Fly(F),
 }
 
 /// What came of joining.
 #[derive(Debug)]
-pub(crate) enum Joined<V> {
+pub(crate) enum Joined<V, R> {
     /// There was no need to fly.
     Already(V),
+    /// It may not.
+    Withheld(R),
     /// Wait for this.
-    Flight(watch::Receiver<Option<V>>),
+    Flight(Flight<V>),
     /// As many are under way as may be.
     Full,
 }
@@ -32,7 +54,10 @@ pub(crate) enum Landing<V> {
     /// The result.
     Landed(V),
     /// It did not come by the waiter's own deadline. The flight goes on.
-    TimedOut,
+    TimedOut {
+        /// It had come to the point where it asks somebody else.
+        begun: bool,
+    },
     /// The flight ended without a result: it panicked.
     Lost,
 }
@@ -49,11 +74,11 @@ where
         Arc::new(Self { under_way: Mutex::new(HashMap::new()), limit })
     }
 
-    /// Joins the flight of this key, or starts it. `already` is asked first, under the lock: a flight that has landed since
-    /// the caller last looked is then seen, and no second one starts.
+    /// Joins the flight of this key, or launches it. `launch` runs under the lock: a flight that has landed since the caller
+    /// last looked is then seen, and no second one starts.
     ///
     /// The work must store what it found before it returns, must bound its own time, and runs to its end whoever waits.
-    pub(crate) fn join<F>(self: &Arc<Self>, key: K, already: impl FnOnce() -> Option<V>, work: impl FnOnce() -> F) -> Joined<V>
+    pub(crate) fn join<R, F>(self: &Arc<Self>, key: K, launch: impl FnOnce(Begun) -> Launch<V, R, F>) -> Joined<V, R>
     where
         F: Future<Output = V> + Send + 'static,
     {
@@ -61,17 +86,20 @@ where
         if let Some(flight) = under_way.get(&key) {
             return Joined::Flight(flight.clone());
         }
-        if let Some(value) = already() {
-            return Joined::Already(value);
-        }
         if under_way.len() >= self.limit {
             return Joined::Full;
         }
-        let (landed, flight) = watch::channel(None);
+        let begun = Begun::default();
+        let work = match launch(begun.clone()) {
+            Launch::Already(value) => return Joined::Already(value),
+            Launch::Withheld(reason) => return Joined::Withheld(reason),
+            Launch::Fly(work) => work,
+        };
+        let (landed, result) = watch::channel(None);
+        let flight = Flight { result, begun };
         under_way.insert(key, flight.clone());
         drop(under_way);
         let slot = Slot { flights: Arc::clone(self), key };
-        let work = work();
         tokio::spawn(async move {
             // Frees the key when the work ends in any way, a panic included; waiters then see the sender gone.
             let slot = slot;
@@ -82,18 +110,19 @@ where
         Joined::Flight(flight)
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<K, watch::Receiver<Option<V>>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<K, Flight<V>>> {
         // A panic elsewhere cannot leave the map half-changed: every change to it is one call.
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Waits for a flight until the deadline.
-pub(crate) async fn wait<V: Clone>(mut flight: watch::Receiver<Option<V>>, deadline: Instant) -> Landing<V> {
-    match tokio::time::timeout_at(deadline, flight.wait_for(Option::is_some)).await {
+pub(crate) async fn wait<V: Clone>(flight: Flight<V>, deadline: Instant) -> Landing<V> {
+    let Flight { mut result, begun } = flight;
+    match tokio::time::timeout_at(deadline, result.wait_for(Option::is_some)).await {
         Ok(Ok(value)) => value.clone().map_or(Landing::Lost, Landing::Landed),
         Ok(Err(_)) => Landing::Lost,
-        Err(_) => Landing::TimedOut,
+        Err(_) => Landing::TimedOut { begun: begun.is_so() },
     }
 }
 
@@ -119,7 +148,7 @@ where
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{convert::Infallible, time::Duration};
 
     use super::*;
 
@@ -127,40 +156,50 @@ mod tests {
         Instant::now() + Duration::from_secs(1)
     }
 
+    fn fly<F: Future<Output = u8>>(work: F) -> impl FnOnce(Begun) -> Launch<u8, Infallible, F> {
+        |_| Launch::Fly(work)
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_panic_releases_every_waiter_and_the_key() {
         let flights = Flights::<u8, u8>::new(1);
         let mut waiters = Vec::new();
         for _ in 0..3 {
-            let Joined::Flight(flight) = flights.join(1, || None, || async { panic!("made to") }) else { panic!("not full") };
+            let Joined::Flight(flight) = flights.join(1, fly(async { panic!("made to") })) else { panic!("not full") };
             waiters.push(flight);
         }
         for waiter in waiters {
             assert_eq!(wait(waiter, soon()).await, Landing::Lost);
         }
-        let Joined::Flight(flight) = flights.join(1, || None, || async { 7 }) else { panic!("the key was not freed") };
+        let Joined::Flight(flight) = flights.join(1, fly(async { 7 })) else { panic!("the key was not freed") };
         assert_eq!(wait(flight, soon()).await, Landing::Landed(7));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_waiter_that_leaves_does_not_end_the_flight() {
         let flights = Flights::<u8, u8>::new(1);
-        let work = || async {
-            tokio::time::sleep(Duration::from_secs(2)).await;
-            9
+        let work = |begun: Begun| {
+            Launch::<_, Infallible, _>::Fly(async move {
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                begun.now();
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                9
+            })
         };
-        let Joined::Flight(flight) = flights.join(1, || None, work) else { panic!("not full") };
-        assert_eq!(wait(flight, soon()).await, Landing::TimedOut);
-        let Joined::Flight(flight) = flights.join(1, || None, || async { 0 }) else { panic!("not under way") };
+        let Joined::Flight(flight) = flights.join(1, work) else { panic!("not full") };
+        assert_eq!(wait(flight, soon()).await, Landing::TimedOut { begun: false });
+        let Joined::Flight(flight) = flights.join(1, fly(async { 0 })) else { panic!("not under way") };
+        assert_eq!(wait(flight.clone(), Instant::now() + Duration::from_secs(2)).await, Landing::TimedOut { begun: true });
         assert_eq!(wait(flight, Instant::now() + Duration::from_secs(2)).await, Landing::Landed(9));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_limit_holds_and_what_is_already_there_is_not_fetched() {
+    async fn the_limit_holds_and_what_is_there_or_withheld_does_not_fly() {
         let flights = Flights::<u8, u8>::new(1);
-        let joined = flights.join(1, || None, std::future::pending);
-        assert!(matches!(joined, Joined::Flight(_)));
-        assert!(matches!(flights.join(2, || None, || async { 0 }), Joined::Full));
-        assert!(matches!(flights.join(2, || Some(4), || async { 0 }), Joined::Already(4)));
+        let nothing = |launch: Launch<u8, &'static str, std::future::Pending<u8>>| |_: Begun| launch;
+        assert!(matches!(flights.join(2, nothing(Launch::Already(4))), Joined::Already(4)));
+        assert!(matches!(flights.join(2, nothing(Launch::Withheld("no"))), Joined::Withheld("no")));
+        assert!(matches!(flights.join(1, fly(std::future::pending())), Joined::Flight(_)));
+        assert!(matches!(flights.join(2, fly(async { 0 })), Joined::Full));
     }
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::{
     catalogue::{BodyTest, HeaderFamily, Probe, Signal, SignalOutcome},
-    decision::Verdict,
+    decision::{Unreached, Verdict, Withheld},
     endpoint::Call,
 };
 
@@ -52,8 +52,8 @@ pub enum Heard {
     },
     /// None within the budget.
     TimedOut,
-    /// No connection.
-    Unreachable,
+    /// No connection, or none that lasted.
+    Unreachable(Unreached),
 }
 
 /// What is known of an endpoint's way with made-up keys.
@@ -87,6 +87,31 @@ pub struct Finding {
     pub about_model: bool,
     /// The conclusive probe costs the tenant money.
     pub cost_money: bool,
+    /// Why nothing was asked, where nothing was.
+    pub withheld: Option<Withheld>,
+    /// What failed on the way, where something did.
+    pub unreached: Option<Unreached>,
+}
+
+impl Finding {
+    /// Nothing was heard: the verdict is all there is.
+    pub const fn bare(verdict: Verdict) -> Self {
+        Self {
+            verdict,
+            status: None,
+            probe: String::new(),
+            retry_after: None,
+            about_model: false,
+            cost_money: false,
+            withheld: None,
+            unreached: None,
+        }
+    }
+
+    /// Nothing was asked, by our own doing.
+    pub fn withheld(why: Withheld) -> Self {
+        Self { withheld: Some(why), ..Self::bare(Verdict::NotAttempted) }
+    }
 }
 
 /// What to do next.
@@ -270,15 +295,7 @@ impl<'t> Ladder<'t> {
     /// The next call, or the end.
     pub fn proceed(&mut self) -> Next<'t> {
         let Some(call) = self.calls.get(self.at) else {
-            let nothing = || Finding {
-                verdict: Verdict::UnexpectedResponse,
-                status: None,
-                probe: String::new(),
-                retry_after: None,
-                about_model: false,
-                cost_money: false,
-            };
-            let finding = self.fallback.take().unwrap_or_else(nothing);
+            let finding = self.fallback.take().unwrap_or_else(|| Finding::bare(Verdict::UnexpectedResponse));
             return Next::Done(Finding { about_model: self.named_model, cost_money: self.cost_money, ..finding });
         };
         match call.probe.auth.get(self.family) {
@@ -301,16 +318,19 @@ impl<'t> Ladder<'t> {
         self.cost_money |= call.probe.costs_money;
         let (about_model, cost_money) = (self.named_model, self.cost_money);
         let finding = |verdict, status, retry_after| Finding {
-            verdict,
             status,
             probe: call.probe.name.clone(),
             retry_after,
             about_model,
             cost_money,
+            ..Finding::bare(verdict)
         };
         let (status, reading, retry_after) = match heard {
             Heard::TimedOut => return Some(self.without_answer(finding(Verdict::Timeout, None, None))),
-            Heard::Unreachable => return Some(self.without_answer(finding(Verdict::Unreachable, None, None))),
+            Heard::Unreachable(why) => {
+                let finding = Finding { unreached: Some(why), ..finding(Verdict::Unreachable, None, None) };
+                return Some(self.without_answer(finding));
+            }
             Heard::Answer { status, reading, retry_after } => (Some(status), reading, retry_after),
         };
         match reading {

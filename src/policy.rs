@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    decision::{Allow, Grounds, Outcome, ServedFrom, Verdict, Warning, WarningCode},
+    decision::{Allow, Grounds, Outcome, ServedFrom, Verdict, Warning, WarningCode, Withheld},
     refusal::{Judged, Refusal},
     spec::{Checkpoint, PlatformProxy},
 };
@@ -127,6 +127,11 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
                 Ruled::Invalid => Action::Deny,
                 Ruled::ByGroup(group) => policy.action(checkpoint, group),
             };
+            // Whatever is configured: the service is no key checker, and a flood of keys does not get past it by being one.
+            let starts = matches!(checkpoint, Checkpoint::Create | Checkpoint::Provision);
+            if starts && judged.withheld == Some(Withheld::NewKeys) {
+                return Ruling::deny(Refusal::Liveness(judged));
+            }
             let denied = match action {
                 Action::Deny => true,
                 Action::AllowIfRecentlyValid => !recently_valid,

@@ -5,6 +5,7 @@ mod calibrate;
 
 use std::{
     collections::BTreeMap,
+    io::ErrorKind,
     net::SocketAddr,
     sync::{Arc, Once},
     time::{Duration, SystemTime},
@@ -13,11 +14,15 @@ use std::{
 use http::{HeaderName, HeaderValue, header};
 use tokio::time::{Instant, timeout_at};
 
-use self::{address::Guard, calibrate::Calibrations};
+use self::{
+    address::{Guard, Unresolved},
+    calibrate::Calibrations,
+};
 use crate::{
     catalogue::{HeaderFamily, Method},
+    decision::Unreached,
     endpoint::{Call, Target},
-    engine::{Asker, Boxed},
+    engine::{Asker, Boxed, Question},
     liveness::{Answer, Calibration, Finding, Heard, Ladder, Next, Reading, classify, is_page},
     secret::Secret,
 };
@@ -66,7 +71,26 @@ struct Http {
 enum Exchange {
     Answered(Box<Response>),
     TimedOut,
-    Unreachable,
+    Unreachable(Unreached),
+}
+
+/// One call of a walk up the ladder, for a person who looks on. No credential, no text of the provider's.
+#[derive(Debug, Clone)]
+pub struct Rung {
+    /// The probe's name.
+    pub probe: String,
+    /// Its method.
+    pub method: Method,
+    /// Where it went; the model may be part of it.
+    pub url: String,
+    /// In which header the credential went.
+    pub family: HeaderFamily,
+    /// What was heard.
+    pub heard: Heard,
+    /// What is known of the endpoint's way with made-up keys.
+    pub calibration: Calibration,
+    /// How long the call took, a waited-for calibration included.
+    pub took: Duration,
 }
 
 /// The facts of a response.
@@ -100,31 +124,57 @@ impl Prober {
         let calibrations = calibrate.then(|| Calibrations::new(Arc::clone(&http)));
         Ok(Self { http, calibrations, budget })
     }
+
+    /// Asks once, and tells every call.
+    pub async fn explain(&self, target: &Target, secret: &Secret) -> (Finding, Vec<Rung>) {
+        let deadline = Instant::now() + target.budget.unwrap_or(self.budget);
+        let mut rungs = Vec::new();
+        let finding = climb(&self.http, self.calibrations.as_ref(), target, secret, deadline, &mut |rung| rungs.push(rung)).await;
+        (finding, rungs)
+    }
 }
 
 impl Asker for Prober {
-    fn ask(&self, target: Arc<Target>, secret: Arc<Secret>) -> Boxed<'static, Finding> {
+    fn ask(&self, question: Question) -> Boxed<'static, Finding> {
+        let Question { target, secret, begun } = question;
         let budget = target.budget.unwrap_or(self.budget);
         let (http, calibrations) = (Arc::clone(&self.http), self.calibrations.clone());
-        Box::pin(async move { climb(&http, calibrations.as_ref(), &target, &secret, Instant::now() + budget).await })
+        Box::pin(async move {
+            begun.now();
+            climb(&http, calibrations.as_ref(), &target, &secret, Instant::now() + budget, &mut |_| {}).await
+        })
     }
 }
 
 /// Walks up the ladder until an answer is conclusive or the time is over.
-async fn climb(http: &Http, calibrations: Option<&Calibrations>, target: &Target, secret: &Secret, deadline: Instant) -> Finding {
+async fn climb(
+    http: &Http,
+    calibrations: Option<&Calibrations>,
+    target: &Target,
+    secret: &Secret,
+    deadline: Instant,
+    look: &mut (dyn FnMut(Rung) + Send),
+) -> Finding {
     let mut ladder = Ladder::new(&target.calls);
     loop {
         let (call, family) = match ladder.proceed() {
             Next::Ask(call, family) => (call, family),
             Next::Done(finding) => return finding,
         };
+        let began = Instant::now();
         let calibrating = calibrations.map(|calibrations| calibrations.of(call, family, target));
         // A "yes" of an endpoint that is not documented to refuse bad keys will need its calibration: begun beside the real
         // call, it costs the caller no time.
         let early = calibrating.as_ref().filter(|_| !call.probe.refuses_bad_keys).map(|calibrating| calibrating.begin());
-        let heard = match http.exchange(call, family, secret, deadline).await {
+        let mut exchange = http.exchange(call, family, secret, deadline).await;
+        if matches!(exchange, Exchange::Unreachable(Unreached::Closed)) {
+            // Closed before any byte of an answer, as an idle connection or a restarting proxy does: once more, never after an
+            // answer.
+            exchange = http.exchange(call, family, secret, deadline).await;
+        }
+        let heard = match exchange {
             Exchange::TimedOut => Heard::TimedOut,
-            Exchange::Unreachable => Heard::Unreachable,
+            Exchange::Unreachable(why) => Heard::Unreachable(why),
             Exchange::Answered(response) => Heard::Answer {
                 status: response.status,
                 reading: classify(response.facts(), &call.probe),
@@ -137,10 +187,21 @@ async fn climb(http: &Http, calibrations: Option<&Calibrations>, target: &Target
                 calibrating.begin().so_far()
             }
             (Heard::Answer { reading: Reading::Accepted | Reading::Forbidden(_), .. }, Some(calibrating)) => {
-                early.unwrap_or_else(|| calibrating.begin()).by(deadline).await
+                // Half of what is left: the next probe needs its time too.
+                let by = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
+                early.unwrap_or_else(|| calibrating.begin()).by(by).await
             }
-            (Heard::Answer { .. } | Heard::TimedOut | Heard::Unreachable, _) => Calibration::Unknown,
+            (Heard::Answer { .. } | Heard::TimedOut | Heard::Unreachable(_), _) => Calibration::Unknown,
         };
+        look(Rung {
+            probe: call.probe.name.clone(),
+            method: call.probe.method,
+            url: call.url.to_string(),
+            family,
+            heard: heard.clone(),
+            calibration: calibration.clone(),
+            took: began.elapsed(),
+        });
         if let Some(finding) = ladder.hear(heard, &calibration) {
             return finding;
         }
@@ -172,13 +233,13 @@ impl Http {
     /// One request with this credential, and its answer, by the deadline.
     async fn exchange(&self, call: &Call, family: HeaderFamily, secret: &Secret, deadline: Instant) -> Exchange {
         if !self.guard.may_ask(&call.url) {
-            return Exchange::Unreachable;
+            return Exchange::Unreachable(Unreached::Address);
         }
-        let Some(request) = self.request(call, family, secret) else { return Exchange::Unreachable };
+        let Some(request) = self.request(call, family, secret) else { return Exchange::Unreachable(Unreached::Address) };
         match timeout_at(deadline, self.client.execute(request)).await {
             Err(_) => Exchange::TimedOut,
             Ok(Err(fault)) if fault.is_timeout() => Exchange::TimedOut,
-            Ok(Err(_)) => Exchange::Unreachable,
+            Ok(Err(fault)) => Exchange::Unreachable(unreached(&fault)),
             Ok(Ok(response)) => Exchange::Answered(Box::new(read(response, deadline).await)),
         }
     }
@@ -203,6 +264,37 @@ impl Http {
         }
         Some(request)
     }
+}
+
+/// What failed on the way, as far as the chain of causes tells.
+fn unreached(fault: &reqwest::Error) -> Unreached {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(fault);
+    while let Some(error) = cause {
+        if let Some(unresolved) = error.downcast_ref::<Unresolved>() {
+            return match unresolved {
+                Unresolved::Lookup(_) => Unreached::Dns,
+                Unresolved::Refused => Unreached::Address,
+            };
+        }
+        // An I/O error's own `source` skips what it wraps.
+        let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+        if error.is::<rustls::Error>() || wrapped.is_some_and(|wrapped| wrapped.is::<rustls::Error>()) {
+            return Unreached::Tls;
+        }
+        if let Some(error) = error.downcast_ref::<hyper::Error>()
+            && (error.is_incomplete_message() || error.is_closed() || error.is_canceled())
+        {
+            return Unreached::Closed;
+        }
+        if let Some(error) = error.downcast_ref::<std::io::Error>()
+            && matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof)
+        {
+            // While the handshake is under way, that is how a peer that speaks no TLS ends it.
+            return if fault.is_connect() { Unreached::Connect } else { Unreached::Closed };
+        }
+        cause = error.source();
+    }
+    Unreached::Connect
 }
 
 /// The header that carries the credential: always marked sensitive, so that no client or HPACK table keeps or prints it.

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use crate::decision::{DenyCode, Verdict};
+use crate::decision::{DenyCode, Unreached, Verdict, Withheld};
 
 /// When to ask again about a secret store that could not be read: such faults pass quickly.
 const UNREADABLE_RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -152,6 +152,10 @@ pub struct Judged {
     pub siblings: Vec<String>,
     /// When to try again, where that makes sense.
     pub retry_after: Duration,
+    /// Why nothing was asked, where nothing was.
+    pub withheld: Option<Withheld>,
+    /// What failed on the way, where something did.
+    pub unreached: Option<Unreached>,
 }
 
 // === impl Refusal ===
@@ -331,7 +335,7 @@ impl Judged {
     }
 
     fn message(&self) -> String {
-        let Self { verdict, env_name, provider, host, upstream_status, siblings: _, retry_after: _ } = self;
+        let Self { verdict, env_name, provider, host, upstream_status, siblings: _, retry_after: _, withheld, unreached } = self;
         let status = upstream_status.map_or_else(String::new, |status| format!(" with HTTP {status}"));
         match verdict {
             Verdict::Invalid => {
@@ -350,12 +354,26 @@ impl Judged {
                 format!("the answer of {host}{status} says nothing about {env_name}, which could not be verified")
             }
             Verdict::Timeout => format!("{host} gave no usable answer in time, so {env_name} could not be verified"),
-            Verdict::Unreachable => format!(
-                "{host} could not be reached (DNS, connect or TLS, or an address that this service may not dial), \
-                 so {env_name} could not be verified"
-            ),
+            Verdict::Unreachable => {
+                let why = match unreached {
+                    Some(Unreached::Dns) => "could not be resolved",
+                    Some(Unreached::Address) => "is at an address or in a scheme that this service may not dial",
+                    Some(Unreached::Tls) => "could not be reached securely (TLS failed)",
+                    Some(Unreached::Closed) => "closed the connection without an answer",
+                    Some(Unreached::Connect) | None => "could not be reached",
+                };
+                format!("{host} {why}, so {env_name} could not be verified")
+            }
             Verdict::NotAttempted => {
-                format!("this service did not ask {host} about {env_name}: a limit of its own, or its own fault")
+                let why = match withheld {
+                    Some(Withheld::Queue) => "too many questions to this provider wait already",
+                    Some(Withheld::Budget) => "its calls per second to this provider are spent",
+                    Some(Withheld::NewKeys) => {
+                        "too many new credentials were judged for this organization or caller within a minute"
+                    }
+                    Some(Withheld::Fault) | None => "a fault of its own",
+                };
+                format!("this service did not ask {host} about {env_name}: {why}")
             }
             Verdict::Valid | Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => {
                 format!("{env_name} for provider `{provider}` cannot be verified ({verdict})")
@@ -451,6 +469,8 @@ mod tests {
                 upstream_status: None,
                 siblings: vec![],
                 retry_after: Duration::from_secs(3),
+                withheld: None,
+                unreached: None,
             });
             assert!(!refusal.message().is_empty() && !refusal.remedy().is_empty());
             assert_eq!(refusal.retry_after().is_some(), refusal.code().retryable(), "{verdict}");

@@ -121,6 +121,8 @@ pub struct Request {
     pub max_liveness_age: Option<Duration>,
     /// Whether the steps are to be told.
     pub explain: bool,
+    /// Who asks, by the name that the edge knows it by; empty where callers have none.
+    pub caller: String,
 }
 
 /// A variable's name as every shell takes it: letters, digits and `_`, not beginning with a digit, at most 128 bytes.

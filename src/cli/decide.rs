@@ -14,8 +14,9 @@ use tonic::{Code, transport::Endpoint};
 
 use super::{EngineArgs, Exit, Format, ProbeArgs, ProxyArg, UsageError, print, report::Report, server_uri};
 use crate::{
-    cache::{Ages, Cache},
+    cache::{Cache, CacheSettings},
     engine::Engine,
+    limits::{Limited, ProviderLimits},
     probe::{ProbeSettings, Prober},
     secret::Secret,
     service::convert::{self, pb},
@@ -123,7 +124,11 @@ async fn decide(engine: EngineArgs, probe: ProbeArgs, request: Request) -> anyho
         let said: Vec<String> = violations.0.into_iter().map(|(field, description)| format!("{field}: {description}")).collect();
         UsageError(said.join("; "))
     })?;
-    let engine = Engine::new(setup.snapshot, Arc::new(Cache::new(Arc::new(prober), Ages::default())), setup.fingerprint_key);
+    let engine = Engine::new(
+        setup.snapshot,
+        Arc::new(Cache::new(Arc::new(Limited::new(Arc::new(prober), ProviderLimits::default())), CacheSettings::default())),
+        setup.fingerprint_key,
+    );
     let began = Instant::now();
     let decided = engine.decide(&request, began + PATIENCE).await;
     telemetry::record(&request, &decided, began.elapsed());
@@ -183,6 +188,7 @@ fn request(args: &DecideArgs) -> anyhow::Result<Request> {
         },
         max_liveness_age: args.max_liveness_age.map(|seconds| Duration::from_secs(u64::from(seconds))),
         explain: args.explain,
+        caller: String::new(),
     })
 }
 

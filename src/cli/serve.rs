@@ -7,8 +7,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{EngineArgs, Exit, ProbeArgs, UsageError};
 use crate::{
-    cache::{Ages, Cache},
+    cache::{Cache, CacheSettings},
     engine::Engine,
+    limits::{Limited, ProviderLimits},
     probe::{ProbeSettings, Prober},
     server::Bound,
 };
@@ -53,7 +54,8 @@ pub(super) async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
     let (terminate, interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let bound = Bound::bind(listen).await?;
     let (registry, catalogue) = (setup.snapshot.registry.revision().to_owned(), setup.snapshot.catalogue.revision().to_owned());
-    let liveness = Arc::new(Cache::new(Arc::new(prober), Ages::default()));
+    let liveness =
+        Arc::new(Cache::new(Arc::new(Limited::new(Arc::new(prober), ProviderLimits::default())), CacheSettings::default()));
     let engine = Arc::new(Engine::new(setup.snapshot, liveness, setup.fingerprint_key));
     tracing::info!(
         event = "listening",

@@ -16,6 +16,17 @@ pub(super) struct Guard {
     allow_loopback: bool,
 }
 
+/// A name leads nowhere.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Unresolved {
+    /// It could not be resolved.
+    #[error("the name could not be resolved")]
+    Lookup(#[source] io::Error),
+    /// It is only at addresses that may not be dialled.
+    #[error("the name is at no address that may be dialled")]
+    Refused,
+}
+
 /// Resolves names for the client and lets through only addresses that may be dialled.
 struct GuardedResolver {
     guard: Guard,
@@ -70,11 +81,11 @@ impl Resolve for GuardedResolver {
         Box::pin(async move {
             let found: Vec<SocketAddr> = match fixed.get(name.as_str()) {
                 Some(address) => vec![*address],
-                None => tokio::net::lookup_host((name.as_str(), 0)).await?.collect(),
+                None => tokio::net::lookup_host((name.as_str(), 0)).await.map_err(Unresolved::Lookup)?.collect(),
             };
             let allowed: Vec<SocketAddr> = found.into_iter().filter(|address| guard.may_dial(address.ip())).collect();
             if allowed.is_empty() {
-                return Err(io::Error::new(io::ErrorKind::PermissionDenied, "no address that may be dialled").into());
+                return Err(Unresolved::Refused.into());
             }
             Ok(Box::new(allowed.into_iter()) as Addrs)
         })

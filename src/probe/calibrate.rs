@@ -1,15 +1,15 @@
 //! Does this endpoint refuse a made-up credential? Asked once per endpoint in hours, never on a caller's time.
 
-use std::{sync::Arc, time::Duration};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use rand::{Rng, distr::Alphanumeric};
-use tokio::{sync::watch, time::Instant};
+use tokio::time::Instant;
 
 use super::{Exchange, Http};
 use crate::{
     catalogue::HeaderFamily,
     endpoint::{Call, Target},
-    flight::{Flights, Joined, Landing, wait},
+    flight::{Flight, Flights, Joined, Landing, Launch, wait},
     liveness::{Calibration, calibrated},
     secret::Secret,
 };
@@ -57,9 +57,9 @@ pub(super) struct Calibrating<'c> {
 }
 
 /// One that is known or under way.
-pub(super) enum Begun {
+pub(super) enum Asked {
     Known(Calibration),
-    UnderWay(watch::Receiver<Option<Known>>),
+    UnderWay(Flight<Known>),
 }
 
 // === impl Calibrations ===
@@ -83,13 +83,17 @@ impl Calibrations {
 
 impl Calibrating<'_> {
     /// Begins it, unless it is known or under way.
-    pub(super) fn begin(&self) -> Begun {
+    pub(super) fn begin(&self) -> Asked {
         let Calibrations { flights, .. } = self.calibrations;
         let key = self.key();
-        match flights.join(key, || self.calibrations.current(key), || self.fly(key)) {
-            Joined::Already(known) => Begun::Known(known.calibration),
-            Joined::Flight(flight) => Begun::UnderWay(flight),
-            Joined::Full => Begun::Known(Calibration::Unknown),
+        let launch = |_| match self.calibrations.current(key) {
+            Some(known) => Launch::<_, Infallible, _>::Already(known),
+            None => Launch::Fly(self.fly(key)),
+        };
+        match flights.join(key, launch) {
+            Joined::Already(known) => Asked::Known(known.calibration),
+            Joined::Flight(flight) => Asked::UnderWay(flight),
+            Joined::Full => Asked::Known(Calibration::Unknown),
         }
     }
 
@@ -100,7 +104,7 @@ impl Calibrating<'_> {
         async move {
             let calibration = match http.exchange(&call, family, &made_up, Instant::now() + BUDGET).await {
                 Exchange::Answered(response) => calibrated(response.facts(), &call.probe),
-                Exchange::TimedOut | Exchange::Unreachable => Calibration::Unknown,
+                Exchange::TimedOut | Exchange::Unreachable(_) => Calibration::Unknown,
             };
             let (misses, good_for) = match calibration {
                 Calibration::Unknown => {
@@ -128,16 +132,16 @@ impl Calibrating<'_> {
     }
 }
 
-// === impl Begun ===
+// === impl Asked ===
 
-impl Begun {
+impl Asked {
     /// What it came to by the deadline.
     pub(super) async fn by(self, deadline: Instant) -> Calibration {
         match self {
             Self::Known(calibration) => calibration,
             Self::UnderWay(flight) => match wait(flight, deadline).await {
                 Landing::Landed(known) => known.calibration,
-                Landing::TimedOut | Landing::Lost => Calibration::Unknown,
+                Landing::TimedOut { .. } | Landing::Lost => Calibration::Unknown,
             },
         }
     }

@@ -94,7 +94,9 @@ pub fn request(message: pb::DecideRequest) -> Result<Request, Violations> {
         }
     };
     match (spec, checkpoint) {
-        (Some(spec), Some(checkpoint)) => violations.or(Request { spec, checkpoint, max_liveness_age, explain }),
+        (Some(spec), Some(checkpoint)) => {
+            violations.or(Request { spec, checkpoint, max_liveness_age, explain, caller: String::new() })
+        }
         _ => Err(violations),
     }
 }
@@ -240,7 +242,7 @@ pub fn list_request(message: pb::ListModelsRequest) -> Result<Option<String>, Vi
 
 /// A Decide request as a client sends it.
 pub fn to_request(request: &Request) -> pb::DecideRequest {
-    let Request { spec, checkpoint, max_liveness_age, explain } = request;
+    let Request { spec, checkpoint, max_liveness_age, explain, caller: _ } = request;
     let scope = |scope: Scope| match scope {
         Scope::Workspace => pb::Scope::Workspace as i32,
         Scope::Organization => pb::Scope::Organization as i32,

@@ -15,7 +15,6 @@ use std::{
 use byok_gate::{
     catalogue::{Catalogue, HostRow},
     endpoint::{Target, target},
-    engine::Asker,
     liveness::{Answer, classified},
     probe::{ProbeSettings, Prober},
     registry::Registry,
@@ -161,7 +160,7 @@ async fn the_prober_comes_to_the_same_verdicts() {
         };
         let Some(target) = targets.iter().find(makes) else { continue };
         vendor.answer(line.clone());
-        let finding = prober.ask(Arc::new(target.clone()), Arc::new(Secret::new("made-up-key".into()))).await;
+        let finding = prober.explain(target, &Secret::new("made-up-key".into())).await.0;
         assert_eq!(finding.verdict.as_str(), line.expect.verdict, "{} at {}: {finding:?}", line.case, line.host);
         assert!(vendor.was_asked(), "{}: {} was never asked {}", line.case, line.host, line.request);
         asked += 1;

@@ -65,6 +65,8 @@ fn judged(verdict: Verdict, provider: &str, env_name: &str) -> Judged {
         upstream_status: None,
         siblings: vec![],
         retry_after: Duration::from_secs(1),
+        withheld: None,
+        unreached: None,
     }
 }
 
@@ -124,7 +126,13 @@ fn every_request() -> impl Iterator<Item = Request> {
         }
     }
     requests.into_iter().flat_map(|spec| {
-        CHECKPOINTS.map(|checkpoint| Request { spec: spec.clone(), checkpoint, max_liveness_age: None, explain: false })
+        CHECKPOINTS.map(|checkpoint| Request {
+            spec: spec.clone(),
+            checkpoint,
+            max_liveness_age: None,
+            explain: false,
+            caller: String::new(),
+        })
     })
 }
 

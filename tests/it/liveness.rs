@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
 use byok_gate::{
-    cache::{Ages, Cache},
+    cache::{Cache, CacheSettings},
     decision::{DenyCode, ServedFrom, Verdict, WarningCode},
     engine::{Decided, Engine},
     service::convert::{self, pb},
@@ -37,7 +37,7 @@ impl Bench {
         let asker = Scripted::new(verdict);
         let (registry, catalogue) = case::documents(1);
         let files = Files::new(&registry, &catalogue, None);
-        let engine = files.engine_over(Arc::new(Cache::new(asker.clone(), Ages::default())));
+        let engine = files.engine_over(Arc::new(Cache::new(asker.clone(), CacheSettings::default())));
         Self { engine, asker }
     }
 

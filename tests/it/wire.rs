@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use byok_gate::{
-    cache::{Ages, Cache},
+    cache::{Cache, CacheSettings},
     decision::Verdict,
     server::Ended,
     service::{
@@ -284,7 +284,7 @@ async fn a_request_over_the_limit_is_refused_with_the_limit() {
 async fn a_panic_in_the_probe_is_a_retryable_denial_and_the_server_goes_on() {
     let asker = Scripted::new(Verdict::Valid);
     asker.set(|script| script.panics = true);
-    let cache = Arc::new(Cache::new(asker, Ages::default()));
+    let cache = Arc::new(Cache::new(asker, CacheSettings::default()));
     let server = Server::start(files(&vendor().await).engine_over(cache)).await;
     let mut client = server.client().await;
     for _ in 0..3 {

@@ -11,10 +11,8 @@ use std::{
 
 use byok_gate::{
     decision::Verdict,
-    endpoint::Target,
-    engine::{Asker, Boxed},
+    engine::{Asker, Boxed, Question},
     liveness::Finding,
-    secret::Secret,
 };
 
 /// What it answers next.
@@ -32,7 +30,7 @@ pub(crate) struct Scripted {
 }
 
 pub(crate) fn finding(verdict: Verdict) -> Finding {
-    Finding { verdict, status: Some(200), probe: "models".into(), retry_after: None, about_model: false, cost_money: false }
+    Finding { status: Some(200), probe: "models".into(), ..Finding::bare(verdict) }
 }
 
 impl Scripted {
@@ -55,7 +53,8 @@ impl Scripted {
 }
 
 impl Asker for Scripted {
-    fn ask(&self, _: Arc<Target>, _: Arc<Secret>) -> Boxed<'static, Finding> {
+    fn ask(&self, question: Question) -> Boxed<'static, Finding> {
+        question.begun.now();
         self.asked.fetch_add(1, Ordering::SeqCst);
         let Script { finding, takes, panics } = self.script.lock().unwrap().clone();
         Box::pin(async move {

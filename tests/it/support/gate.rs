@@ -3,9 +3,10 @@
 use std::{fs, net::SocketAddr, path::Path, sync::Arc};
 
 use byok_gate::{
-    cache::{Ages, Cache},
+    cache::{Cache, CacheSettings},
     config::{self, Overrides, Paths},
     engine::{Engine, LivenessSource},
+    limits::{Limited, ProviderLimits},
     probe::{ProbeSettings, Prober},
     server::{Bound, Ended, ServerError},
     service::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient,
@@ -66,7 +67,11 @@ impl Files {
     }
 
     pub(crate) fn engine_with(&self, settings: ProbeSettings) -> Arc<Engine> {
-        self.engine_over(Arc::new(Cache::new(Arc::new(Prober::new(settings).unwrap()), Ages::default())))
+        let prober = Arc::new(Prober::new(settings).unwrap());
+        self.engine_over(Arc::new(Cache::new(
+            Arc::new(Limited::new(prober, ProviderLimits::default())),
+            CacheSettings::default(),
+        )))
     }
 
     pub(crate) fn engine_over(&self, liveness: Arc<dyn LivenessSource>) -> Arc<Engine> {
