@@ -13,6 +13,7 @@ mod cases;
 mod catalogue;
 mod invariants;
 mod liveness;
+mod model;
 mod secrets;
 mod support;
 mod tidy;

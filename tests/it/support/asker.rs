@@ -21,6 +21,8 @@ pub(crate) struct Script {
     pub(crate) finding: Finding,
     pub(crate) takes: Duration,
     pub(crate) panics: bool,
+    /// Each answer takes a millisecond more than the one before, so that no two come together.
+    pub(crate) staggered: bool,
 }
 
 /// Answers by its script.
@@ -35,7 +37,7 @@ pub(crate) fn finding(verdict: Verdict) -> Finding {
 
 impl Scripted {
     pub(crate) fn new(verdict: Verdict) -> Arc<Self> {
-        let script = Script { finding: finding(verdict), takes: Duration::ZERO, panics: false };
+        let script = Script { finding: finding(verdict), takes: Duration::ZERO, panics: false, staggered: false };
         Arc::new(Self { script: Mutex::new(script), asked: AtomicUsize::new(0) })
     }
 
@@ -55,8 +57,9 @@ impl Scripted {
 impl Asker for Scripted {
     fn ask(&self, question: Question) -> Boxed<'static, Finding> {
         question.begun.now();
-        self.asked.fetch_add(1, Ordering::SeqCst);
-        let Script { finding, takes, panics } = self.script.lock().unwrap().clone();
+        let before = self.asked.fetch_add(1, Ordering::SeqCst);
+        let Script { finding, takes, panics, staggered } = self.script.lock().unwrap().clone();
+        let takes = if staggered { takes + Duration::from_millis(before as u64) } else { takes };
         Box::pin(async move {
             tokio::time::sleep(takes).await;
             assert!(!panics, "made to panic");
