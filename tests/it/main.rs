@@ -11,6 +11,7 @@
 mod answers;
 mod cases;
 mod catalogue;
+mod guards;
 mod invariants;
 mod liveness;
 mod model;

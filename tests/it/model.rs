@@ -272,7 +272,7 @@ struct Real {
 }
 
 /// An inquiry about a credential of this number.
-fn inquiry(engine: &Engine, key: usize) -> Inquiry {
+pub(crate) fn inquiry(engine: &Engine, key: usize) -> Inquiry {
     let spec = Spec {
         model: "acme-large".into(),
         workspace: BTreeMap::from([("ACME_API_KEY".into(), Some(format!("made-up-{key}")))]),

@@ -299,12 +299,12 @@ async fn a_panic_in_the_probe_is_a_retryable_denial_and_the_server_goes_on() {
 // === load ===
 
 #[tokio::test]
-async fn five_hundred_callers_with_one_credential_reach_the_provider_once() {
+async fn a_thousand_callers_with_one_credential_reach_the_provider_once() {
     let vendor = vendor().await;
     let server = Server::start(files(&vendor).engine()).await;
     let client = server.client().await;
     let mut callers = JoinSet::new();
-    for _ in 0..500 {
+    for _ in 0..1_000 {
         let mut client = client.clone();
         callers.spawn(async move { client.decide(request("acme-large", KEY)).await.unwrap().into_inner() });
     }
@@ -314,7 +314,7 @@ async fn five_hundred_callers_with_one_credential_reach_the_provider_once() {
         assert_eq!(code(&response), None);
         ids.insert(response.decision_id);
     }
-    assert_eq!(ids.len(), 500);
+    assert_eq!(ids.len(), 1_000);
     assert_eq!(vendor.asked_with(KEY), 1);
     // And at most one calibration, in the background.
     assert!(vendor.asked().len() <= 2, "{:?}", vendor.asked());

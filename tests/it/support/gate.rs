@@ -3,10 +3,12 @@
 use std::{fs, net::SocketAddr, path::Path, sync::Arc};
 
 use byok_gate::{
+    assess::Snapshot,
     cache::{Cache, CacheSettings},
     config::{self, Overrides, Paths},
     engine::{Engine, LivenessSource},
     limits::{Limited, ProviderLimits},
+    policy::Policy,
     probe::{ProbeSettings, Prober},
     server::{Bound, Ended, ServerError},
     service::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient,
@@ -72,6 +74,14 @@ impl Files {
             Arc::new(Limited::new(prober, ProviderLimits::default())),
             CacheSettings::default(),
         )))
+    }
+
+    /// The same, by this policy.
+    pub(crate) fn engine_by(&self, policy: Policy, liveness: Arc<dyn LivenessSource>) -> Arc<Engine> {
+        let overrides = Overrides { platform_proxy: Some(PlatformProxy::Available), ..Overrides::default() };
+        let setup = config::load(&self.paths(), &overrides).unwrap();
+        let snapshot = Snapshot { policy: Arc::new(policy), ..setup.snapshot };
+        Arc::new(Engine::new(snapshot, liveness, setup.fingerprint_key))
     }
 
     pub(crate) fn engine_over(&self, liveness: Arc<dyn LivenessSource>) -> Arc<Engine> {

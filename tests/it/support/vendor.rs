@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -29,6 +30,7 @@ pub(crate) struct Row {
     pub(crate) headers: BTreeMap<String, String>,
     pub(crate) body: String,
     pub(crate) behave: Option<Behave>,
+    pub(crate) delay_ms: u64,
 }
 
 /// What a vendor can do instead of answering.
@@ -59,13 +61,21 @@ struct State {
     rows: Vec<Row>,
     asked: Mutex<Vec<Asked>>,
     connections: AtomicUsize,
+    at_once: AtomicUsize,
+    most_at_once: AtomicUsize,
 }
 
 impl Vendor {
     pub(crate) async fn start(rows: Vec<Row>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let state = Arc::new(State { rows, asked: Mutex::default(), connections: AtomicUsize::new(0) });
+        let state = Arc::new(State {
+            rows,
+            asked: Mutex::default(),
+            connections: AtomicUsize::new(0),
+            at_once: AtomicUsize::new(0),
+            most_at_once: AtomicUsize::new(0),
+        });
         let mut tasks = JoinSet::new();
         tasks.spawn(serve(listener, Arc::clone(&state)));
         Self { address, state, _tasks: tasks }
@@ -77,6 +87,11 @@ impl Vendor {
 
     pub(crate) fn asked(&self) -> Vec<Asked> {
         self.state.asked.lock().unwrap().clone()
+    }
+
+    /// The most requests that it had under way at a time.
+    pub(crate) fn most_at_once(&self) -> usize {
+        self.state.most_at_once.load(Ordering::SeqCst)
     }
 
     /// Connections that were opened to it, used or not.
@@ -140,6 +155,10 @@ async fn answer(
         body: r#"{"error": {"code": "not_found", "message": "no such path"}}"#.into(),
         ..Row::default()
     });
+    let at_once = state.at_once.fetch_add(1, Ordering::SeqCst) + 1;
+    state.most_at_once.fetch_max(at_once, Ordering::SeqCst);
+    tokio::time::sleep(Duration::from_millis(row.delay_ms)).await;
+    state.at_once.fetch_sub(1, Ordering::SeqCst);
     match row.behave {
         Some(Behave::Silent) => std::future::pending::<Result<_, Infallible>>().await?,
         // hyper closes the connection when the service fails.
