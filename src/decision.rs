@@ -222,6 +222,8 @@ pub enum Unreached {
     Tls,
     /// It was closed before any answer.
     Closed,
+    /// What came is not HTTP.
+    Protocol,
 }
 
 /// What a person should know although it did not decide.

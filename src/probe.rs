@@ -281,6 +281,9 @@ fn unreached(fault: &reqwest::Error) -> Unreached {
         if error.is::<rustls::Error>() || wrapped.is_some_and(|wrapped| wrapped.is::<rustls::Error>()) {
             return Unreached::Tls;
         }
+        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
+            return Unreached::Protocol;
+        }
         if let Some(error) = error.downcast_ref::<hyper::Error>()
             && (error.is_incomplete_message() || error.is_closed() || error.is_canceled())
         {
@@ -289,8 +292,8 @@ fn unreached(fault: &reqwest::Error) -> Unreached {
         if let Some(error) = error.downcast_ref::<std::io::Error>()
             && matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof)
         {
-            // While the handshake is under way, that is how a peer that speaks no TLS ends it.
-            return if fault.is_connect() { Unreached::Connect } else { Unreached::Closed };
+            // Before the connection stands, that is how a peer that speaks no TLS ends the handshake.
+            return if fault.is_connect() { Unreached::Tls } else { Unreached::Closed };
         }
         cause = error.source();
     }

@@ -360,6 +360,7 @@ impl Judged {
                     Some(Unreached::Address) => "is at an address or in a scheme that this service may not dial",
                     Some(Unreached::Tls) => "could not be reached securely (TLS failed)",
                     Some(Unreached::Closed) => "closed the connection without an answer",
+                    Some(Unreached::Protocol) => "answers with something that is not HTTP",
                     Some(Unreached::Connect) | None => "could not be reached",
                 };
                 format!("{host} {why}, so {env_name} could not be verified")

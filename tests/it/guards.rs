@@ -69,7 +69,7 @@ const fn count(number: u32) -> NonZeroU32 {
 /// answer of its own.
 #[tokio::test]
 async fn a_thousand_credentials_in_four_batches() {
-    let good = |index: usize| index % 3 != 0;
+    let good = |index: usize| !index.is_multiple_of(3);
     let mut rows: Vec<Row> = (0..1_000)
         .filter(|index| good(*index))
         .map(|index| Row { key: Some(format!("made-up-{index}")), body: r#"{"data": []}"#.into(), delay_ms: 5, ..Row::default() })

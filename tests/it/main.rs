@@ -15,6 +15,7 @@ mod guards;
 mod invariants;
 mod liveness;
 mod model;
+mod network;
 mod secrets;
 mod support;
 mod tidy;
