@@ -147,6 +147,39 @@ runtimes:
 // startGate starts byok-gate on address and waits until it serves. It is stopped at the test's end at the latest.
 func startGate(t *testing.T, address, vendorURL string) *gateProcess {
 	t.Helper()
+	output := &syncBuffer{}
+	gate := runGate(t, address, vendorURL, output)
+	gate.output = output
+	t.Cleanup(func() {
+		gate.stop(t)
+		if strings.Contains(gate.output.String(), keyMark) {
+			t.Error("byok-gate printed a key")
+		}
+		if t.Failed() {
+			t.Logf("byok-gate printed:\n%s", gate.output)
+		}
+	})
+	gate.waitUntilServing(t)
+	return gate
+}
+
+// startMortalGate starts one that may be killed at any time. It logs to the end of a file, which outlives it.
+func startMortalGate(t *testing.T, address, vendorURL, logFile string) *gateProcess {
+	t.Helper()
+	log, err := os.OpenFile(logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	gate := runGate(t, address, vendorURL, log)
+	t.Cleanup(func() { gate.kill(t) })
+	gate.waitUntilServing(t)
+	return gate
+}
+
+// runGate starts a process that writes to output, and waits for nothing.
+func runGate(t *testing.T, address, vendorURL string, output io.Writer) *gateProcess {
+	t.Helper()
 	binary := os.Getenv("BYOK_GATE_BIN")
 	if binary == "" {
 		t.Fatal("BYOK_GATE_BIN is not set: it names the byok-gate binary to test against (see ./run)")
@@ -158,12 +191,12 @@ func startGate(t *testing.T, address, vendorURL string) *gateProcess {
 	if err := os.WriteFile(registry, []byte(registryFor(vendorURL)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	gate := &gateProcess{address: address, output: &syncBuffer{}, ended: make(chan struct{})}
+	gate := &gateProcess{address: address, ended: make(chan struct{})}
 	gate.command = exec.Command(binary, "serve",
 		"--listen", address, "--registry", registry, "--allow-loopback-http", "--platform-proxy", "available")
 	// Not this process's environment: a setting or a proxy of the machine's would take part in the decisions.
 	gate.command.Env = []string{"LC_ALL=C"}
-	gate.command.Stdout, gate.command.Stderr = gate.output, gate.output
+	gate.command.Stdout, gate.command.Stderr = output, output
 	if err := gate.command.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -171,16 +204,6 @@ func startGate(t *testing.T, address, vendorURL string) *gateProcess {
 		gate.failure = gate.command.Wait()
 		close(gate.ended)
 	}()
-	t.Cleanup(func() {
-		gate.stop(t)
-		if strings.Contains(gate.output.String(), keyMark) {
-			t.Error("byok-gate printed a key")
-		}
-		if t.Failed() {
-			t.Logf("byok-gate printed:\n%s", gate.output)
-		}
-	})
-	gate.waitUntilServing(t)
 	return gate
 }
 
@@ -214,6 +237,13 @@ func (g *gateProcess) waitUntilServing(t *testing.T) {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// kill ends it without notice, if it is not ended already.
+func (g *gateProcess) kill(t *testing.T) {
+	t.Helper()
+	_ = g.command.Process.Kill()
+	<-g.ended
 }
 
 // stop asks byok-gate to leave and expects that it does so in good order.
