@@ -147,8 +147,14 @@ runtimes:
 // startGate starts byok-gate on address and waits until it serves. It is stopped at the test's end at the latest.
 func startGate(t *testing.T, address, vendorURL string) *gateProcess {
 	t.Helper()
+	return startGateWith(t, address, serveArguments(t, address, vendorURL)...)
+}
+
+// startGateWith is startGate with a command line of the test's own.
+func startGateWith(t *testing.T, address string, arguments ...string) *gateProcess {
+	t.Helper()
 	output := &syncBuffer{}
-	gate := runGate(t, address, vendorURL, output)
+	gate := runGate(t, address, output, arguments...)
 	gate.output = output
 	t.Cleanup(func() {
 		gate.stop(t)
@@ -171,14 +177,25 @@ func startMortalGate(t *testing.T, address, vendorURL, logFile string) *gateProc
 		t.Fatal(err)
 	}
 	defer log.Close()
-	gate := runGate(t, address, vendorURL, log)
+	gate := runGate(t, address, log, serveArguments(t, address, vendorURL)...)
 	t.Cleanup(func() { gate.kill(t) })
 	gate.waitUntilServing(t)
 	return gate
 }
 
+func serveArguments(t *testing.T, address, vendorURL string) []string {
+	t.Helper()
+	registry := filepath.Join(t.TempDir(), "providers.yaml")
+	if err := os.WriteFile(registry, []byte(registryFor(vendorURL)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return []string{
+		"serve", "--listen", address, "--registry", registry, "--allow-loopback-http", "--platform-proxy", "available",
+	}
+}
+
 // runGate starts a process that writes to output, and waits for nothing.
-func runGate(t *testing.T, address, vendorURL string, output io.Writer) *gateProcess {
+func runGate(t *testing.T, address string, output io.Writer, arguments ...string) *gateProcess {
 	t.Helper()
 	binary := os.Getenv("BYOK_GATE_BIN")
 	if binary == "" {
@@ -187,13 +204,8 @@ func runGate(t *testing.T, address, vendorURL string, output io.Writer) *gatePro
 	if _, err := os.Stat(binary); err != nil {
 		t.Fatalf("BYOK_GATE_BIN: %v", err)
 	}
-	registry := filepath.Join(t.TempDir(), "providers.yaml")
-	if err := os.WriteFile(registry, []byte(registryFor(vendorURL)), 0o600); err != nil {
-		t.Fatal(err)
-	}
 	gate := &gateProcess{address: address, ended: make(chan struct{})}
-	gate.command = exec.Command(binary, "serve",
-		"--listen", address, "--registry", registry, "--allow-loopback-http", "--platform-proxy", "available")
+	gate.command = exec.Command(binary, arguments...)
 	// Not this process's environment: a setting or a proxy of the machine's would take part in the decisions.
 	gate.command.Env = []string{"LC_ALL=C"}
 	gate.command.Stdout, gate.command.Stderr = output, output
@@ -569,6 +581,9 @@ func eventually(t *testing.T, what string, attempt func() bool) {
 		}
 	}
 }
+
+// discard is for clients whose log is not what a test is about.
+var discard = slog.New(slog.DiscardHandler)
 
 // syncBuffer collects output that is written by one goroutine and read by another.
 type syncBuffer struct {
