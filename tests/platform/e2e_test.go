@@ -5,6 +5,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/byok-gate/byok-gate/clients/go/byokgate"
 	"github.com/byok-gate/byok-gate/tests/platform/internal/platform"
 )
 
@@ -16,7 +17,7 @@ const (
 
 // acme is a workspace on the vendor's model, with this key of its own if there is one.
 func acme(keys ...string) payload {
-	spec := payload{Name: "a workspace", Runtime: "agent", Model: "acme-large"}
+	spec := payload{OrganizationID: organization, Name: "a workspace", Runtime: "agent", Model: "acme-large"}
 	for _, key := range keys {
 		spec.Secrets = map[string]string{"ACME_API_KEY": key}
 	}
@@ -24,8 +25,8 @@ func acme(keys ...string) payload {
 }
 
 // denial is the body of a denial of the vendor's model.
-func denial(code, message, remedy string, missing ...string) platform.DenialBody {
-	return platform.DenialBody{
+func denial(code, message, remedy string, missing ...string) byokgate.Body {
+	return byokgate.Body{
 		Error:             message,
 		Code:              code,
 		Runtime:           "agent",
@@ -38,11 +39,11 @@ func denial(code, message, remedy string, missing ...string) platform.DenialBody
 	}
 }
 
-func missingKey() platform.DenialBody {
+func missingKey() byokgate.Body {
 	return denial("MISSING_BYOK_CREDENTIAL", "ACME_API_KEY", "ACME_API_KEY", "ACME_API_KEY")
 }
 
-func invalidKey() platform.DenialBody {
+func invalidKey() byokgate.Body {
 	return denial("INVALID_BYOK_CREDENTIAL", "ACME_API_KEY", "ACME_API_KEY")
 }
 
@@ -56,8 +57,8 @@ func TestCreate(t *testing.T) {
 		name         string
 		spec         payload
 		organization string // the organization's ACME_API_KEY
-		denied       *platform.DenialBody
-		billing      string
+		denied       *byokgate.Body
+		billing      byokgate.BillingMode
 	}{
 		{name: "no credential", spec: acme(), denied: ptr(missingKey())},
 		{name: "blank credential", spec: acme(" \t"), denied: ptr(missingKey())},
@@ -66,7 +67,7 @@ func TestCreate(t *testing.T) {
 		{name: "organization's dead key", spec: acme(), organization: deadKey, denied: ptr(invalidKey())},
 		{
 			name:   "unknown model",
-			spec:   payload{Name: "a workspace", Runtime: "agent", Model: "no-such-model"},
+			spec:   payload{OrganizationID: organization, Name: "a workspace", Runtime: "agent", Model: "no-such-model"},
 			denied: &unregistered,
 		},
 		{name: "good key", spec: acme(liveKey), billing: "BYOK"},
@@ -74,13 +75,13 @@ func TestCreate(t *testing.T) {
 		{name: "good key over the organization's dead one", spec: acme(liveKey), organization: deadKey, billing: "BYOK"},
 		{
 			name:    "platform model without a key",
-			spec:    payload{Name: "a workspace", Runtime: "agent", Model: "platform-small"},
+			spec:    payload{OrganizationID: organization, Name: "a workspace", Runtime: "agent", Model: "platform-small"},
 			billing: "PLATFORM_MANAGED",
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			// Its own platform: rows and organization secrets of one case are nothing to the next.
-			server := startPlatform(t, gate.address, platform.DefaultTimeout)
+			server := startPlatform(t, gate.address, byokgate.DefaultTimeout)
 			if test.organization != "" {
 				server.setOrganizationSecret(t, "ACME_API_KEY", test.organization)
 			}
@@ -90,15 +91,16 @@ func TestCreate(t *testing.T) {
 				server.wantNoRow(t)
 				return
 			}
-			body := wantStarted(t, got, http.StatusCreated, started{Status: "provisioning", BillingMode: test.billing})
+			body := wantStarted(t, got, http.StatusCreated, platform.StartedBody{Status: "provisioning", BillingMode: test.billing})
 			want := platform.Row{
-				ID:          body.ID,
-				Name:        test.spec.Name,
-				Runtime:     test.spec.Runtime,
-				Model:       test.spec.Model,
-				Status:      "provisioning",
-				BillingMode: test.billing,
-				DecisionID:  body.DecisionID,
+				ID:             body.ID,
+				OrganizationID: organization,
+				Name:           test.spec.Name,
+				Runtime:        test.spec.Runtime,
+				Model:          test.spec.Model,
+				Status:         "provisioning",
+				BillingMode:    string(test.billing),
+				DecisionID:     body.DecisionID,
 			}
 			if rows := server.rows(t); len(rows) != 1 || rows[0] != want {
 				t.Errorf("rows are %+v, expected only %+v", rows, want)
@@ -116,8 +118,8 @@ func TestCreate(t *testing.T) {
 func TestKeyRevokedAfterCreate(t *testing.T) {
 	vendor := startVendor(t, liveKey)
 	gate := startGate(t, freeAddress(t), vendor.url)
-	server := startPlatform(t, gate.address, platform.DefaultTimeout)
-	created := wantStarted(t, server.create(t, acme(liveKey)), http.StatusCreated, started{Status: "provisioning", BillingMode: "BYOK"})
+	server := startPlatform(t, gate.address, byokgate.DefaultTimeout)
+	created := wantStarted(t, server.create(t, acme(liveKey)), http.StatusCreated, platform.StartedBody{Status: "provisioning", BillingMode: "BYOK"})
 
 	// byok-gate asks the vendor about one key at most once a second, so the first provision may go by the create's answer.
 	vendor.revoke(liveKey)
@@ -130,7 +132,7 @@ func TestKeyRevokedAfterCreate(t *testing.T) {
 	})
 	wantDenial(t, refused, http.StatusUnprocessableEntity, invalidKey())
 	after := server.row(t, created.ID)
-	body := decode[platform.DenialBody](t, refused, http.StatusUnprocessableEntity)
+	body := decode[byokgate.Body](t, refused, http.StatusUnprocessableEntity)
 	before.LastError = "INVALID_BYOK_CREDENTIAL: " + body.Error
 	if after != before {
 		t.Errorf("a refused provision changed the row: %+v, expected %+v", after, before)
@@ -143,10 +145,11 @@ func TestKeyRevokedAfterCreate(t *testing.T) {
 			wantDenial(t, got, http.StatusUnprocessableEntity, invalidKey())
 			return false
 		}
-		body := wantStarted(t, got, http.StatusOK, started{ID: created.ID, Status: "online", BillingMode: "BYOK"})
+		body := wantStarted(t, got, http.StatusOK, platform.StartedBody{ID: created.ID, Status: "online", BillingMode: "BYOK"})
 		want := after
-		want.Status, want.DecisionID, want.LastError = "online", body.DecisionID, ""
-		if row := server.row(t, created.ID); row != want {
+		row := server.row(t, created.ID)
+		want.Status, want.DecisionID, want.LastError, want.Box = "online", body.DecisionID, "", row.Box
+		if row != want || row.Box == after.Box {
 			t.Errorf("row is %+v, expected %+v", row, want)
 		}
 		return true
@@ -157,10 +160,10 @@ func TestKeyRevokedAfterCreate(t *testing.T) {
 func TestOrganizationKeyRotatedAfterCreate(t *testing.T) {
 	vendor := startVendor(t, liveKey, otherKey)
 	gate := startGate(t, freeAddress(t), vendor.url)
-	server := startPlatform(t, gate.address, platform.DefaultTimeout)
+	server := startPlatform(t, gate.address, byokgate.DefaultTimeout)
 	server.setOrganizationSecret(t, "ACME_API_KEY", liveKey)
-	created := wantStarted(t, server.create(t, acme()), http.StatusCreated, started{Status: "provisioning", BillingMode: "BYOK"})
-	online := started{ID: created.ID, Status: "online", BillingMode: "BYOK"}
+	created := wantStarted(t, server.create(t, acme()), http.StatusCreated, platform.StartedBody{Status: "provisioning", BillingMode: "BYOK"})
+	online := platform.StartedBody{ID: created.ID, Status: "online", BillingMode: "BYOK"}
 	wantStarted(t, server.provision(t, created.ID), http.StatusOK, online)
 
 	vendor.revoke(liveKey)
@@ -188,7 +191,7 @@ func TestManyCreatesAskTheVendorOnce(t *testing.T) {
 	const creates = 50
 	vendor := startVendor(t, liveKey)
 	gate := startGate(t, freeAddress(t), vendor.url)
-	server := startPlatform(t, gate.address, platform.DefaultTimeout)
+	server := startPlatform(t, gate.address, byokgate.DefaultTimeout)
 
 	answers := make([]answer, creates)
 	failures := make([]error, creates)
@@ -206,7 +209,7 @@ func TestManyCreatesAskTheVendorOnce(t *testing.T) {
 		if failures[i] != nil {
 			t.Fatal(failures[i])
 		}
-		body := wantStarted(t, got, http.StatusCreated, started{Status: "provisioning", BillingMode: "BYOK"})
+		body := wantStarted(t, got, http.StatusCreated, platform.StartedBody{Status: "provisioning", BillingMode: "BYOK"})
 		ids[body.ID], decisions[body.DecisionID] = true, true
 	}
 	if rows := server.rows(t); len(rows) != creates || len(ids) != creates || len(decisions) != creates {
@@ -223,8 +226,8 @@ func TestGateRestarts(t *testing.T) {
 	vendor := startVendor(t, liveKey)
 	address := freeAddress(t)
 	gate := startGate(t, address, vendor.url)
-	server := startPlatform(t, address, platform.DefaultTimeout)
-	created := wantStarted(t, server.create(t, acme(liveKey)), http.StatusCreated, started{Status: "provisioning", BillingMode: "BYOK"})
+	server := startPlatform(t, address, byokgate.DefaultTimeout)
+	created := wantStarted(t, server.create(t, acme(liveKey)), http.StatusCreated, platform.StartedBody{Status: "provisioning", BillingMode: "BYOK"})
 
 	gate.stop(t)
 	before := server.row(t, created.ID)
@@ -233,7 +236,7 @@ func TestGateRestarts(t *testing.T) {
 		"provision": server.provision(t, created.ID),
 	} {
 		wantDenial(t, got, http.StatusServiceUnavailable, unavailable(acme(), true))
-		if got.header.Get("Retry-After") != "1" || got.took > platform.DefaultTimeout {
+		if got.header.Get("Retry-After") != "1" || got.took > byokgate.DefaultTimeout {
 			t.Errorf("%s: Retry-After %q after %v", what, got.header.Get("Retry-After"), got.took)
 		}
 	}
@@ -246,7 +249,7 @@ func TestGateRestarts(t *testing.T) {
 	eventually(t, "create is allowed after byok-gate came back", func() bool {
 		return server.create(t, acme(liveKey)).status == http.StatusCreated
 	})
-	wantStarted(t, server.provision(t, created.ID), http.StatusOK, started{ID: created.ID, Status: "online", BillingMode: "BYOK"})
+	wantStarted(t, server.provision(t, created.ID), http.StatusOK, platform.StartedBody{ID: created.ID, Status: "online", BillingMode: "BYOK"})
 }
 
 func ptr[T any](value T) *T { return &value }

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -21,12 +22,15 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/santhosh-tekuri/jsonschema/v6"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 
+	"github.com/byok-gate/byok-gate/clients/go/byokgate"
 	"github.com/byok-gate/byok-gate/tests/platform/internal/platform"
 )
 
@@ -36,6 +40,8 @@ const keyMark = "made-up-"
 const (
 	healthName = "byokgate.v1.PolicyDecisionService"
 	schemaFile = "../../docs/denial-body.schema.json"
+	// impatient is long enough for every answer that comes at all, on a busy machine too.
+	impatient = 500 * time.Millisecond
 )
 
 // === The vendor ===
@@ -141,30 +147,15 @@ runtimes:
 // startGate starts byok-gate on address and waits until it serves. It is stopped at the test's end at the latest.
 func startGate(t *testing.T, address, vendorURL string) *gateProcess {
 	t.Helper()
-	binary := os.Getenv("BYOK_GATE_BIN")
-	if binary == "" {
-		t.Fatal("BYOK_GATE_BIN is not set: it names the byok-gate binary to test against (see ./run)")
-	}
-	if _, err := os.Stat(binary); err != nil {
-		t.Fatalf("BYOK_GATE_BIN: %v", err)
-	}
-	registry := filepath.Join(t.TempDir(), "providers.yaml")
-	if err := os.WriteFile(registry, []byte(registryFor(vendorURL)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	gate := &gateProcess{address: address, output: &syncBuffer{}, ended: make(chan struct{})}
-	gate.command = exec.Command(binary, "serve",
-		"--listen", address, "--registry", registry, "--allow-loopback-http", "--platform-proxy", "available")
-	// Not this process's environment: a setting or a proxy of the machine's would take part in the decisions.
-	gate.command.Env = []string{"LC_ALL=C"}
-	gate.command.Stdout, gate.command.Stderr = gate.output, gate.output
-	if err := gate.command.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		gate.failure = gate.command.Wait()
-		close(gate.ended)
-	}()
+	return startGateWith(t, address, serveArguments(t, address, vendorURL)...)
+}
+
+// startGateWith is startGate with a command line of the test's own.
+func startGateWith(t *testing.T, address string, arguments ...string) *gateProcess {
+	t.Helper()
+	output := &syncBuffer{}
+	gate := runGate(t, address, output, arguments...)
+	gate.output = output
 	t.Cleanup(func() {
 		gate.stop(t)
 		if strings.Contains(gate.output.String(), keyMark) {
@@ -175,6 +166,56 @@ func startGate(t *testing.T, address, vendorURL string) *gateProcess {
 		}
 	})
 	gate.waitUntilServing(t)
+	return gate
+}
+
+// startMortalGate starts one that may be killed at any time. It logs to the end of a file, which outlives it.
+func startMortalGate(t *testing.T, address, vendorURL, logFile string) *gateProcess {
+	t.Helper()
+	log, err := os.OpenFile(logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	gate := runGate(t, address, log, serveArguments(t, address, vendorURL)...)
+	t.Cleanup(func() { gate.kill(t) })
+	gate.waitUntilServing(t)
+	return gate
+}
+
+func serveArguments(t *testing.T, address, vendorURL string) []string {
+	t.Helper()
+	registry := filepath.Join(t.TempDir(), "providers.yaml")
+	if err := os.WriteFile(registry, []byte(registryFor(vendorURL)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return []string{
+		"serve", "--listen", address, "--registry", registry, "--allow-loopback-http", "--platform-proxy", "available",
+	}
+}
+
+// runGate starts a process that writes to output, and waits for nothing.
+func runGate(t *testing.T, address string, output io.Writer, arguments ...string) *gateProcess {
+	t.Helper()
+	binary := os.Getenv("BYOK_GATE_BIN")
+	if binary == "" {
+		t.Fatal("BYOK_GATE_BIN is not set: it names the byok-gate binary to test against (see ./run)")
+	}
+	if _, err := os.Stat(binary); err != nil {
+		t.Fatalf("BYOK_GATE_BIN: %v", err)
+	}
+	gate := &gateProcess{address: address, ended: make(chan struct{})}
+	gate.command = exec.Command(binary, arguments...)
+	// Not this process's environment: a setting or a proxy of the machine's would take part in the decisions.
+	gate.command.Env = []string{"LC_ALL=C"}
+	gate.command.Stdout, gate.command.Stderr = output, output
+	if err := gate.command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		gate.failure = gate.command.Wait()
+		close(gate.ended)
+	}()
 	return gate
 }
 
@@ -208,6 +249,13 @@ func (g *gateProcess) waitUntilServing(t *testing.T) {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
+}
+
+// kill ends it without notice, if it is not ended already.
+func (g *gateProcess) kill(t *testing.T) {
+	t.Helper()
+	_ = g.command.Process.Kill()
+	<-g.ended
 }
 
 // stop asks byok-gate to leave and expects that it does so in good order.
@@ -250,6 +298,9 @@ func freeAddress(t *testing.T) string {
 type platformServer struct {
 	url    string
 	schema *jsonschema.Schema
+	// database is its own, for faults that only a store can have.
+	database *pgxpool.Pool
+	logs     *syncBuffer
 }
 
 // answer is the platform's, read in full.
@@ -261,17 +312,44 @@ type answer struct {
 }
 
 type payload struct {
-	Name    string            `json:"name"`
-	Runtime string            `json:"runtime"`
-	Model   string            `json:"model"`
-	Secrets map[string]string `json:"secrets,omitempty"`
+	OrganizationID string            `json:"organization_id"`
+	Name           string            `json:"name"`
+	Runtime        string            `json:"runtime"`
+	Model          string            `json:"model"`
+	Secrets        map[string]string `json:"secrets,omitempty"`
 }
 
-type started struct {
-	ID          string `json:"id"`
-	Status      string `json:"status"`
-	BillingMode string `json:"billing_mode"`
-	DecisionID  string `json:"decision_id"`
+// organization is every workspace's in these tests, but for those that say otherwise.
+const organization = "org-1"
+
+// encryptionKey is the platform's.
+var encryptionKey = []byte("made-up-encryption-key-32-bytes!")
+
+// newDatabase is an empty one with the platform's tables, for one test.
+func newDatabase(t *testing.T) *pgxpool.Pool {
+	t.Helper()
+	cluster := os.Getenv("PLATFORM_DATABASE")
+	if cluster == "" {
+		t.Fatal("PLATFORM_DATABASE is not set: it says how to reach PostgreSQL (see ./run)")
+	}
+	admin, err := pgx.Connect(t.Context(), cluster)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close(t.Context())
+	name := "test_" + strings.ToLower(rand.Text())
+	if _, err := admin.Exec(t.Context(), "CREATE DATABASE "+name); err != nil {
+		t.Fatal(err)
+	}
+	pool, err := pgxpool.New(t.Context(), cluster+" dbname="+name+" pool_max_conns=16")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(pool.Close)
+	if _, err := pool.Exec(t.Context(), platform.Schema); err != nil {
+		t.Fatal(err)
+	}
+	return pool
 }
 
 func startPlatform(t *testing.T, gateAddress string, timeout time.Duration) *platformServer {
@@ -281,13 +359,21 @@ func startPlatform(t *testing.T, gateAddress string, timeout time.Duration) *pla
 		t.Fatal(err)
 	}
 	logs := &syncBuffer{}
-	gate, err := platform.NewGate(gateAddress, timeout, slog.New(slog.NewJSONHandler(logs, nil)))
+	log := slog.New(slog.NewJSONHandler(logs, nil))
+	gate, err := byokgate.New(gateAddress, byokgate.WithTimeout(timeout), byokgate.WithLogger(log))
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := httptest.NewServer(platform.Handler(gate, platform.NewStore()))
+	vault, err := platform.NewVault(encryptionKey)
+	if err != nil {
+		t.Fatal(err)
+	}
+	database := newDatabase(t)
+	handler := platform.NewServer(gate, platform.NewStore(database, vault, log), log)
+	server := httptest.NewServer(handler)
 	t.Cleanup(func() {
 		server.Close()
+		handler.Close()
 		if err := gate.Close(); err != nil {
 			t.Error(err)
 		}
@@ -298,7 +384,15 @@ func startPlatform(t *testing.T, gateAddress string, timeout time.Duration) *pla
 			t.Logf("the platform logged:\n%s", logs)
 		}
 	})
-	return &platformServer{url: server.URL, schema: schema}
+	return &platformServer{url: server.URL, schema: schema, database: database, logs: logs}
+}
+
+// breakStore is a fault that only a store can have.
+func (p *platformServer) breakStore(t *testing.T, sql string, arguments ...any) {
+	t.Helper()
+	if _, err := p.database.Exec(t.Context(), sql, arguments...); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func (p *platformServer) call(t *testing.T, method, path string, body any) answer {
@@ -359,12 +453,31 @@ func (p *platformServer) provision(t *testing.T, id string) answer {
 	return p.call(t, http.MethodPost, "/workspaces/"+id+"/provision", struct{}{})
 }
 
-func (p *platformServer) setOrganizationSecret(t *testing.T, name, value string) {
+func (p *platformServer) restart(t *testing.T, id string) answer {
 	t.Helper()
-	got := p.call(t, http.MethodPut, "/organization/secrets/"+name, map[string]string{"value": value})
-	if got.status != http.StatusNoContent {
-		t.Fatalf("PUT secret: status %d: %s", got.status, got.body)
-	}
+	return p.call(t, http.MethodPost, "/workspaces/"+id+"/restart", struct{}{})
+}
+
+// setSecret writes a secret of either scope: below workspaces/ID or organizations/ID.
+func (p *platformServer) setSecret(t *testing.T, owner, name, value string) answer {
+	t.Helper()
+	return p.call(t, http.MethodPut, "/"+owner+"/secrets/"+name, map[string]string{"value": value})
+}
+
+func (p *platformServer) deleteSecret(t *testing.T, owner, name string) answer {
+	t.Helper()
+	return p.call(t, http.MethodDelete, "/"+owner+"/secrets/"+name, struct{}{})
+}
+
+func (p *platformServer) patch(t *testing.T, id string, changes map[string]string) answer {
+	t.Helper()
+	return p.call(t, http.MethodPatch, "/workspaces/"+id, changes)
+}
+
+// setOrganizationSecret expects that nothing stands against it.
+func (p *platformServer) setOrganizationSecret(t *testing.T, name, value string) platform.EditedBody {
+	t.Helper()
+	return decode[platform.EditedBody](t, p.setSecret(t, "organizations/"+organization, name, value), http.StatusOK)
 }
 
 func (p *platformServer) rows(t *testing.T) []platform.Row {
@@ -404,9 +517,9 @@ func decode[T any](t *testing.T, got answer, status int) T {
 }
 
 // wantStarted expects an allow, and returns it.
-func wantStarted(t *testing.T, got answer, status int, want started) started {
+func wantStarted(t *testing.T, got answer, status int, want platform.StartedBody) platform.StartedBody {
 	t.Helper()
-	body := decode[started](t, got, status)
+	body := decode[platform.StartedBody](t, got, status)
 	if body.ID == "" || !decisionID.MatchString(body.DecisionID) {
 		t.Errorf("no ids: %+v", body)
 	}
@@ -421,9 +534,9 @@ func wantStarted(t *testing.T, got answer, status int, want started) started {
 }
 
 // wantDenial expects exactly this body. Of Error and Remedy, which are prose, it expects that they hold the words given.
-func wantDenial(t *testing.T, got answer, status int, want platform.DenialBody) {
+func wantDenial(t *testing.T, got answer, status int, want byokgate.Body) {
 	t.Helper()
-	body := decode[platform.DenialBody](t, got, status)
+	body := decode[byokgate.Body](t, got, status)
 	for _, prose := range []struct{ name, got, want string }{
 		{"error", body.Error, want.Error},
 		{"remedy", body.Remedy, want.Remedy},
@@ -432,7 +545,7 @@ func wantDenial(t *testing.T, got answer, status int, want platform.DenialBody) 
 			t.Errorf("%s is %q, expected it to say %q", prose.name, prose.got, prose.want)
 		}
 	}
-	if decided := want.Code != platform.DecisionUnavailable; decided && !decisionID.MatchString(body.DecisionID) {
+	if decided := want.Code != byokgate.CodeDecisionUnavailable; decided && !decisionID.MatchString(body.DecisionID) {
 		t.Errorf("decision_id %q is no UUID of version 7", body.DecisionID)
 	} else if decided {
 		want.DecisionID = body.DecisionID
@@ -444,9 +557,9 @@ func wantDenial(t *testing.T, got answer, status int, want platform.DenialBody) 
 }
 
 // unavailable is the body where no decision was made about spec.
-func unavailable(spec payload, retryable bool) platform.DenialBody {
-	return platform.DenialBody{
-		Code:              platform.DecisionUnavailable,
+func unavailable(spec payload, retryable bool) byokgate.Body {
+	return byokgate.Body{
+		Code:              byokgate.CodeDecisionUnavailable,
 		Runtime:           spec.Runtime,
 		Model:             spec.Model,
 		MissingEnv:        []string{},
@@ -468,6 +581,9 @@ func eventually(t *testing.T, what string, attempt func() bool) {
 		}
 	}
 }
+
+// discard is for clients whose log is not what a test is about.
+var discard = slog.New(slog.DiscardHandler)
 
 // syncBuffer collects output that is written by one goroutine and read by another.
 type syncBuffer struct {

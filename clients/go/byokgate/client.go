@@ -137,7 +137,11 @@ func (c *Client) prepare(ctx context.Context, request Request, held *wallet) (re
 		return relevance{settled: true}, nil
 	}
 	basis, err := c.relevance(ctx, spec)
-	if err != nil {
+	if status.Code(err) == codes.InvalidArgument {
+		// The decision will say so too, and name every field at fault. Whatever else it says does not stand: an empty basis
+		// is no registry's.
+		return relevance{}, nil
+	} else if err != nil {
 		return relevance{}, failed(spec, err)
 	}
 	held.fetch(ctx, spec.Lookup, basis.names)

@@ -243,6 +243,21 @@ func TestNamesAreAskedForUntilThereIsAnAnswer(t *testing.T) {
 	wantAllowed(t, allowed, err, BYOK)
 }
 
+// A request that is refused before the names are known: the decision names the fields, and could not be an allow.
+func TestABadRequestIsLeftToTheDecision(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	fake.resolve = func() (*byokgatev1.ResolveProviderResponse, error) { return nil, status.Error(codes.InvalidArgument, "model: bad") }
+	fake.tell(nil, status.Error(codes.InvalidArgument, "workspace_spec.model: bad"))
+	allowed, err := client.Decide(background(), acme())
+	if got := wantUndecided(t, allowed, err, http.StatusBadRequest); !strings.Contains(got.Body().Error, "workspace_spec.model") {
+		t.Errorf("%v", got)
+	}
+	fake.tell(allow(byokgatev1.BillingMode_BILLING_MODE_BYOK), nil)
+	allowed, err = client.Decide(background(), acme())
+	wantUndecided(t, allowed, err, http.StatusServiceUnavailable)
+}
+
 // The registry gains a name after the client asked for the names: its credential is fetched before a "missing" is believed,
 // and so it is before an allow that might rest on the wrong owner.
 func TestNamesFollowTheRegistry(t *testing.T) {

@@ -1,136 +1,229 @@
+// Package platform stands for the platform that calls byok-gate: an HTTP service that keeps workspaces and their secrets in
+// PostgreSQL, small enough to copy from. What a caller owes is done in three files:
+//
+//   - server.go decides before a row is written, for one workspace and for an import of many.
+//   - start.go decides before a running box is stopped, and tries again what may be tried again.
+//   - edit.go decides before a change is saved, for all workspaces that it reaches.
+//
+// store.go has the lookups by which byok-gate's client fetches secrets.
 package platform
 
 import (
+	"context"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
+	"log/slog"
 	"net/http"
+	"sync"
 
-	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
+	"github.com/byok-gate/byok-gate/clients/go/byokgate"
+	"github.com/byok-gate/byok-gate/clients/go/gatehttp"
 )
 
-// maxBody is far above any workspace, and keeps a stray upload out of memory.
-const maxBody = 1 << 20
+// maxBody is far above any import, and keeps a stray upload out of memory.
+const maxBody = 4 << 20
 
-type server struct {
-	gate  *Gate
+// Server is the platform.
+type Server struct {
+	gate  *byokgate.Client
 	store *Store
+	log   *slog.Logger
+	mux   *http.ServeMux
+
+	// What is to be started again later; see start.go.
+	ctx    context.Context
+	cancel context.CancelFunc
+	work   sync.WaitGroup
+	mu     sync.Mutex
+	queued map[string]bool
 }
 
-// Handler serves the platform's API.
-func Handler(gate *Gate, store *Store) http.Handler {
-	s := &server{gate: gate, store: store}
-	mux := http.NewServeMux()
-	mux.HandleFunc("POST /workspaces", s.create)
-	mux.HandleFunc("POST /workspaces/{id}/provision", s.provision)
-	mux.HandleFunc("GET /workspaces", s.list)
-	mux.HandleFunc("GET /workspaces/{id}", s.get)
-	mux.HandleFunc("PUT /organization/secrets/{name}", s.putOrganizationSecret)
-	return mux
+// NewServer serves the platform's API until it is closed.
+func NewServer(gate *byokgate.Client, store *Store, log *slog.Logger) *Server {
+	s := &Server{gate: gate, store: store, log: log, mux: http.NewServeMux(), queued: map[string]bool{}}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.mux.HandleFunc("POST /workspaces", s.create)
+	s.mux.HandleFunc("POST /import", s.importAll)
+	s.mux.HandleFunc("GET /workspaces", s.list)
+	s.mux.HandleFunc("GET /workspaces/{id}", s.get)
+	for _, path := range []string{"provision", "restart", "resume"} {
+		s.mux.HandleFunc("POST /workspaces/{id}/"+path, s.start)
+	}
+	s.mux.HandleFunc("POST /workspaces/{id}/pause", s.pause)
+	s.mux.HandleFunc("PATCH /workspaces/{id}", s.patch)
+	s.mux.HandleFunc("PUT /workspaces/{id}/secrets/{name}", s.putWorkspaceSecret)
+	s.mux.HandleFunc("DELETE /workspaces/{id}/secrets/{name}", s.deleteWorkspaceSecret)
+	s.mux.HandleFunc("PUT /organizations/{id}/secrets/{name}", s.putOrganizationSecret)
+	s.mux.HandleFunc("DELETE /organizations/{id}/secrets/{name}", s.deleteOrganizationSecret)
+	return s
 }
 
-type createPayload struct {
-	Name    string            `json:"name"`
-	Runtime string            `json:"runtime"`
-	Model   string            `json:"model"`
-	Secrets map[string]Secret `json:"secrets"`
+// ServeHTTP implements http.Handler.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+
+// Close ends what was to be started later, and waits for what is being started.
+func (s *Server) Close() {
+	s.cancel()
+	s.work.Wait()
 }
 
-// startedBody answers a create and a provision that were allowed.
-type startedBody struct {
-	ID          string `json:"id"`
-	Status      string `json:"status"`
-	BillingMode string `json:"billing_mode"`
-	DecisionID  string `json:"decision_id"`
+// payload is a workspace as it is asked for.
+type payload struct {
+	OrganizationID string         `json:"organization_id"`
+	Name           string         `json:"name"`
+	Runtime        string         `json:"runtime"`
+	Model          string         `json:"model"`
+	Secrets        byokgate.Found `json:"secrets"`
+}
+
+// StartedBody answers a create and a start that were allowed.
+type StartedBody struct {
+	ID          string               `json:"id"`
+	Status      string               `json:"status"`
+	BillingMode byokgate.BillingMode `json:"billing_mode"`
+	DecisionID  string               `json:"decision_id"`
+}
+
+// ImportedBody answers an import: one for each workspace, in order.
+type ImportedBody struct {
+	// ID is empty for a workspace that was refused.
+	ID string `json:"id"`
+	// Refusal is why. Absent for one that was created.
+	Refusal *byokgate.Body `json:"refusal,omitempty"`
 }
 
 // create decides before anything is written: a workspace that could not work never exists.
-func (s *server) create(w http.ResponseWriter, r *http.Request) {
-	var payload createPayload
-	if !readJSON(w, r, &payload) {
+func (s *Server) create(w http.ResponseWriter, r *http.Request) {
+	var asked payload
+	if !readJSON(w, r, &asked) {
 		return
 	}
 	id := rand.Text()
-	allowed, refusal := s.gate.Decide(r.Context(), Question{
-		Checkpoint:  byokgatev1.Checkpoint_CHECKPOINT_CREATE,
-		WorkspaceID: id,
-		Runtime:     payload.Runtime,
-		Model:       payload.Model,
-		Secrets:     Secrets{Workspace: payload.Secrets, Organization: s.store.organizationSecrets()},
-	})
-	if allowed == nil {
-		refusal.write(w)
+	allowed, passed := gatehttp.Decide(w, r, s.gate, s.creation(id, asked))
+	if !passed {
 		return
 	}
-	s.store.insert(Row{
-		ID:          id,
-		Name:        payload.Name,
-		Runtime:     payload.Runtime,
-		Model:       payload.Model,
-		Status:      StatusProvisioning,
-		BillingMode: allowed.BillingMode,
-		DecisionID:  allowed.DecisionID,
-	}, payload.Secrets)
-	writeJSON(w, http.StatusCreated, startedBody{
-		ID: id, Status: StatusProvisioning, BillingMode: allowed.BillingMode, DecisionID: allowed.DecisionID,
-	})
+	row, err := s.insert(r.Context(), id, asked, allowed)
+	if err != nil {
+		s.fault(w, err)
+		return
+	}
+	writeJSON(w, http.StatusCreated, started(row))
 }
 
-// provision starts, restarts or resumes. It decides before anything is stopped, so that a workspace that runs goes on
-// running where a restart would be refused. It asks for a fresh observation, since the key may have died after the create.
-func (s *server) provision(w http.ResponseWriter, r *http.Request) {
-	row, found := s.store.row(r.PathValue("id"))
-	if !found {
-		http.Error(w, "no such workspace", http.StatusNotFound)
+// importAll decides about all of them at once and creates those that may exist.
+func (s *Server) importAll(w http.ResponseWriter, r *http.Request) {
+	var asked []payload
+	if !readJSON(w, r, &asked) {
 		return
 	}
-	allowed, refusal := s.gate.Decide(r.Context(), Question{
-		Checkpoint:  byokgatev1.Checkpoint_CHECKPOINT_PROVISION,
-		WorkspaceID: row.ID,
-		Runtime:     row.Runtime,
-		Model:       row.Model,
-		Secrets:     Secrets{Workspace: s.store.workspaceSecrets(row.ID), Organization: s.store.organizationSecrets()},
-		Fresh:       true,
-	})
-	if allowed == nil {
-		s.store.change(row.ID, func(row *Row) { row.LastError = refusal.Body.Code + ": " + refusal.Body.Error })
-		refusal.write(w)
-		return
+	ids := make([]string, len(asked))
+	requests := make([]byokgate.Request, len(asked))
+	for index := range asked {
+		ids[index] = rand.Text()
+		requests[index] = s.creation(ids[index], asked[index])
 	}
-	row = s.store.change(row.ID, func(row *Row) {
-		row.Status, row.BillingMode, row.DecisionID, row.LastError = StatusOnline, allowed.BillingMode, allowed.DecisionID, ""
-	})
-	writeJSON(w, http.StatusOK, startedBody{
-		ID: row.ID, Status: row.Status, BillingMode: row.BillingMode, DecisionID: row.DecisionID,
-	})
+	results := make([]ImportedBody, len(asked))
+	for index, result := range s.gate.BatchDecide(gatehttp.Context(r), requests) {
+		allowed, err := result.Decision()
+		if err != nil {
+			results[index].Refusal = bodyOf(err)
+			continue
+		}
+		if _, err := s.insert(r.Context(), ids[index], asked[index], allowed); err != nil {
+			s.fault(w, err)
+			return
+		}
+		results[index].ID = ids[index]
+	}
+	writeJSON(w, http.StatusOK, results)
 }
 
-func (s *server) list(w http.ResponseWriter, _ *http.Request) {
-	writeJSON(w, http.StatusOK, s.store.all())
+// creation asks about a workspace that does not exist: its own scope is what comes with it.
+func (s *Server) creation(id string, asked payload) byokgate.Request {
+	stored := s.store.lookup(id, asked.OrganizationID)
+	return byokgate.Request{Checkpoint: byokgate.Create, Spec: byokgate.Spec{
+		WorkspaceID:    id,
+		OrganizationID: asked.OrganizationID,
+		Runtime:        asked.Runtime,
+		Model:          asked.Model,
+		Lookup: func(ctx context.Context, scope byokgate.Scope, names []string) (byokgate.Found, error) {
+			if scope == byokgate.Workspace {
+				return asked.Secrets, nil
+			}
+			return stored(ctx, scope, names)
+		},
+	}}
 }
 
-func (s *server) get(w http.ResponseWriter, r *http.Request) {
-	row, found := s.store.row(r.PathValue("id"))
-	if !found {
-		http.Error(w, "no such workspace", http.StatusNotFound)
-		return
+// insert needs an allow to write: there is no row without one.
+func (s *Server) insert(ctx context.Context, id string, asked payload, allowed byokgate.Allowed) (Row, error) {
+	row := Row{
+		ID:             id,
+		OrganizationID: asked.OrganizationID,
+		Name:           asked.Name,
+		Runtime:        asked.Runtime,
+		Model:          asked.Model,
+		Status:         StatusProvisioning,
+		BillingMode:    string(allowed.BillingMode()),
+		DecisionID:     allowed.DecisionID(),
 	}
-	writeJSON(w, http.StatusOK, row)
+	return row, s.store.insert(ctx, row, asked.Secrets)
 }
 
-func (s *server) putOrganizationSecret(w http.ResponseWriter, r *http.Request) {
-	var payload struct {
-		Value Secret `json:"value"`
-	}
-	if !readJSON(w, r, &payload) {
+func (s *Server) list(w http.ResponseWriter, r *http.Request) {
+	rows, err := s.store.all(r.Context())
+	if err != nil {
+		s.fault(w, err)
 		return
 	}
-	s.store.setOrganizationSecret(r.PathValue("name"), payload.Value)
-	w.WriteHeader(http.StatusNoContent)
+	writeJSON(w, http.StatusOK, rows)
+}
+
+func (s *Server) get(w http.ResponseWriter, r *http.Request) {
+	if row, found := s.rowOf(w, r); found {
+		writeJSON(w, http.StatusOK, row)
+	}
+}
+
+// rowOf answers itself where there is none.
+func (s *Server) rowOf(w http.ResponseWriter, r *http.Request) (Row, bool) {
+	row, err := s.store.row(r.Context(), r.PathValue("id"))
+	if err != nil {
+		s.fault(w, err)
+		return Row{}, false
+	}
+	return row, true
+}
+
+// fault answers for the platform's own faults. What the store says stays in the log.
+func (s *Server) fault(w http.ResponseWriter, err error) {
+	if errors.Is(err, errNoRow) {
+		http.Error(w, errNoRow.Error(), http.StatusNotFound)
+		return
+	}
+	s.log.Error("the store failed", "error", err.Error())
+	http.Error(w, "the store failed", http.StatusInternalServerError)
+}
+
+func started(row Row) StartedBody {
+	return StartedBody{
+		ID: row.ID, Status: row.Status, BillingMode: byokgate.BillingMode(row.BillingMode), DecisionID: row.DecisionID,
+	}
+}
+
+// bodyOf is a refusal's, for an answer that holds several.
+func bodyOf(err error) *byokgate.Body {
+	var refusal byokgate.Refusal = &byokgate.Undecided{}
+	_ = errors.As(err, &refusal)
+	body := refusal.Body()
+	return &body
 }
 
 // readJSON answers 400 itself. The decoder's own words are kept back: they may quote the body, and the body holds secrets.
-func readJSON(w http.ResponseWriter, r *http.Request, payload any) bool {
-	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(payload); err != nil {
+func readJSON(w http.ResponseWriter, r *http.Request, into any) bool {
+	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(into); err != nil {
 		http.Error(w, "the body is not the JSON that is expected here", http.StatusBadRequest)
 		return false
 	}
