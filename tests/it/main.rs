@@ -8,11 +8,14 @@
     reason = "a test that meets what it did not expect has failed"
 )]
 
+mod against;
 mod answers;
 mod cases;
 mod catalogue;
+mod classify;
 mod invariants;
 mod liveness;
+mod registries;
 mod secrets;
 mod support;
 mod tidy;
