@@ -276,9 +276,7 @@ fn unreached(fault: &reqwest::Error) -> Unreached {
                 Unresolved::Refused => Unreached::Address,
             };
         }
-        // An I/O error's own `source` skips what it wraps.
-        let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        if error.is::<rustls::Error>() || wrapped.is_some_and(|wrapped| wrapped.is::<rustls::Error>()) {
+        if error.is::<rustls::Error>() {
             return Unreached::Tls;
         }
         if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
@@ -289,13 +287,17 @@ fn unreached(fault: &reqwest::Error) -> Unreached {
         {
             return Unreached::Closed;
         }
-        if let Some(error) = error.downcast_ref::<std::io::Error>()
-            && matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof)
+        let io = error.downcast_ref::<std::io::Error>();
+        if io.is_some_and(|io| matches!(io.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof))
         {
             // Before the connection stands, that is how a peer that speaks no TLS ends the handshake.
             return if fault.is_connect() { Unreached::Tls } else { Unreached::Closed };
         }
-        cause = error.source();
+        // An I/O error's own `source` skips what it wraps.
+        cause = match io.and_then(std::io::Error::get_ref) {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        };
     }
     Unreached::Connect
 }

@@ -8,14 +8,17 @@
     reason = "a test that meets what it did not expect has failed"
 )]
 
+mod against;
 mod answers;
 mod cases;
 mod catalogue;
+mod classify;
 mod guards;
 mod invariants;
 mod liveness;
 mod model;
 mod network;
+mod registries;
 mod secrets;
 mod support;
 mod tidy;
