@@ -384,8 +384,18 @@ impl<'a> Walk<'a> {
             notes.trace.step("liveness", || "switched off for this provider".into());
             return Err(unasked(Verdict::ProbeDisabled, ""));
         }
-        let surface = endpoint::target(provider, &self.snapshot.catalogue, model, &self.spec.tenant_base_url_env)
-            .and_then(|target| self.check_shape(&target, env_name, secret, provider, notes).map(|refusal| (target, refusal)));
+        let surface =
+            endpoint::target(provider, &self.snapshot.catalogue, model, &self.spec.tenant_base_url_env).and_then(|target| {
+                let unfit = unsendable(&self.snapshot.catalogue, &target, env_name, secret)?;
+                if unfit.is_none()
+                    && let Some(vendor) = administrative(&self.snapshot.catalogue, secret)
+                {
+                    notes.trace.step("shape", || {
+                        format!("{env_name} looks like an administrative key of vendor `{vendor}`, which cannot call models")
+                    });
+                }
+                Ok((target, unfit))
+            });
         match surface {
             Err(reason) => {
                 notes.trace.step("liveness", || reason.text());
@@ -407,42 +417,6 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Whether the value may be sent: its characters, its length, and whose key it looks like.
-    fn check_shape(
-        &self,
-        target: &Target,
-        env_name: &str,
-        secret: &Secret,
-        provider: &Provider,
-        notes: &mut Notes,
-    ) -> Result<Option<Refusal>, NoSurface> {
-        let value = secret.expose();
-        if let Some(fault) = malformation(value) {
-            return Ok(Some(Refusal::Malformed { env_name: env_name.to_owned(), provider: provider.name.clone(), fault }));
-        }
-        let shapes = self.snapshot.catalogue.shapes_of(value.trim_ascii_start());
-        let vendors: BTreeSet<&str> = shapes.iter().map(|shape| shape.vendor.as_str()).collect();
-        if let (1, Some(vendor)) = (vendors.len(), vendors.first())
-            && target.vendor.as_deref() != Some(vendor)
-        {
-            return Ok(Some(Refusal::ForeignKey {
-                env_name: env_name.to_owned(),
-                provider: provider.name.clone(),
-                host: target.host.clone(),
-                vendor: (*vendor).to_owned(),
-            }));
-        }
-        if shapes.iter().any(|shape| shape.kind == KeyKind::OAuth) {
-            return Err(NoSurface::OAuthShaped);
-        }
-        if let Some(shape) = shapes.iter().find(|shape| shape.kind == KeyKind::Administrative) {
-            notes.trace.step("shape", || {
-                format!("{env_name} looks like an administrative key of vendor `{}`, which cannot call models", shape.vendor)
-            });
-        }
-        Ok(None)
-    }
-
     fn alternative_models(&self) -> Vec<String> {
         let Self { snapshot, spec, proxy, .. } = self;
         match (proxy, snapshot.registry.runtime(&spec.runtime)) {
@@ -450,6 +424,36 @@ impl<'a> Walk<'a> {
             (PlatformProxy::Available | PlatformProxy::Absent, _) => Vec::new(),
         }
     }
+}
+
+/// Why this value is not one to send to this target: its characters, its length, or whose key it looks like.
+pub fn unsendable(catalogue: &Catalogue, target: &Target, env_name: &str, secret: &Secret) -> Result<Option<Refusal>, NoSurface> {
+    let (value, provider) = (secret.expose(), target.provider.clone());
+    if let Some(fault) = malformation(value) {
+        return Ok(Some(Refusal::Malformed { env_name: env_name.to_owned(), provider, fault }));
+    }
+    let shapes = catalogue.shapes_of(value.trim_ascii_start());
+    let vendors: BTreeSet<&str> = shapes.iter().map(|shape| shape.vendor.as_str()).collect();
+    if let (1, Some(vendor)) = (vendors.len(), vendors.first())
+        && target.vendor.as_deref() != Some(vendor)
+    {
+        return Ok(Some(Refusal::ForeignKey {
+            env_name: env_name.to_owned(),
+            provider,
+            host: target.host.clone(),
+            vendor: (*vendor).to_owned(),
+        }));
+    }
+    if shapes.iter().any(|shape| shape.kind == KeyKind::OAuth) {
+        return Err(NoSurface::OAuthShaped);
+    }
+    Ok(None)
+}
+
+/// Whose administrative key this looks like.
+fn administrative<'c>(catalogue: &'c Catalogue, secret: &Secret) -> Option<&'c str> {
+    let shapes = catalogue.shapes_of(secret.expose().trim_ascii_start());
+    shapes.iter().find(|shape| shape.kind == KeyKind::Administrative).map(|shape| shape.vendor.as_str())
 }
 
 fn refused(refusal: Refusal) -> Box<Facts> {

@@ -6,6 +6,7 @@ mod classify;
 mod decide;
 mod health;
 mod models;
+mod probe;
 mod report;
 mod serve;
 
@@ -46,6 +47,8 @@ enum Command {
     Check(check::CheckArgs),
     /// Tell which verdict an answer would get, by which row of the catalogue, without any network.
     Classify(classify::ClassifyArgs),
+    /// Check one credential at its provider, live.
+    Probe(probe::ProbeCommandArgs),
     /// Ask a server whether it serves.
     Health(health::HealthArgs),
 }
@@ -132,9 +135,12 @@ impl Cli {
         let Self { log, command } = self;
         let (default, to) = match command {
             Command::Serve(_) => ("info", LogTo::StdoutJson),
-            Command::Decide(_) | Command::Models(_) | Command::Check(_) | Command::Classify(_) | Command::Health(_) => {
-                ("error", LogTo::StderrText)
-            }
+            Command::Decide(_)
+            | Command::Models(_)
+            | Command::Probe(_)
+            | Command::Check(_)
+            | Command::Classify(_)
+            | Command::Health(_) => ("error", LogTo::StderrText),
         };
         let ended = telemetry::init(log.as_deref().unwrap_or(default), to)
             .map_err(|fault| anyhow::Error::new(UsageError(fault.to_string())))
@@ -142,6 +148,7 @@ impl Cli {
                 Command::Serve(args) => block_on(serve::run(args))?,
                 Command::Decide(args) => block_on(decide::run(args))?,
                 Command::Models(args) => models::run(args),
+                Command::Probe(args) => block_on(probe::run(args))?,
                 Command::Check(args) => check::run(args),
                 Command::Classify(args) => classify::run(args),
                 Command::Health(args) => block_on(health::run(args))?,

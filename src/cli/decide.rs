@@ -192,7 +192,7 @@ fn request(args: &DecideArgs) -> anyhow::Result<Request> {
     })
 }
 
-fn from_environment(name: &str, scope: Scope) -> Result<Option<Credential>, UsageError> {
+pub(super) fn from_environment(name: &str, scope: Scope) -> Result<Option<Credential>, UsageError> {
     if name.contains('=') {
         // Somebody may have put the value behind it: it is not repeated.
         return Err(UsageError("--env takes a variable's name alone; its value is read from the environment".into()));
@@ -204,7 +204,7 @@ fn from_environment(name: &str, scope: Scope) -> Result<Option<Credential>, Usag
     }
 }
 
-fn from_stdin(argument: &str) -> anyhow::Result<Credential> {
+pub(super) fn from_stdin(argument: &str) -> anyhow::Result<Credential> {
     let Some(name) = argument.strip_suffix("=@-") else {
         // Whatever stands there may be a value: it is not repeated.
         return Err(UsageError(

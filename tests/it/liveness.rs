@@ -202,6 +202,20 @@ async fn a_refusal_since_ends_the_bridge() {
     }
 }
 
+/// So does one that rests on the workspace's model, which is kept apart.
+#[tokio::test(start_paused = true)]
+async fn a_refusal_by_a_completion_ends_the_bridge_too() {
+    let bench = Bench::new(Verdict::Valid);
+    bench.at(Checkpoint::Create).await;
+    advance(secs(31.0)).await;
+    bench.asker.verdict(Verdict::Invalid);
+    bench.asker.set(|script| script.finding.about_model = true);
+    assert_eq!(bench.at(Checkpoint::Create).await.code, Some(DenyCode::InvalidByokCredential));
+    bench.asker.verdict(Verdict::Unreachable);
+    advance(secs(11.0)).await;
+    assert_eq!(bench.at(Checkpoint::Provision).await.code, Some(DenyCode::ByokProviderUnreachable));
+}
+
 /// A new value is a new entry; it never sees the old one's observation.
 #[tokio::test(start_paused = true)]
 async fn a_rotated_value_is_asked_about_itself() {

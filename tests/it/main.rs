@@ -18,6 +18,7 @@ mod invariants;
 mod liveness;
 mod model;
 mod network;
+mod probe;
 mod registries;
 mod secrets;
 mod support;

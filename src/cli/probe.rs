@@ -1,0 +1,229 @@
+//! `byok-gate probe`: one live check of one credential, the ladder call by call.
+
+use std::sync::Arc;
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{
+    EngineArgs, Exit, Format, ProbeArgs, UsageError,
+    decide::{from_environment, from_stdin},
+    print,
+};
+use crate::{
+    assess::unsendable,
+    catalogue::Method,
+    decision::{Unreached, Verdict},
+    endpoint::{self, Target},
+    liveness::{Calibration, Finding, Heard, Reading},
+    probe::{ProbeSettings, Prober, Rung},
+    refusal::{any_of, listed},
+    registry::{Provider, Registry},
+    spec::{CredentialValue, Scope},
+};
+
+/// Exits 0 for VALID, 10 for a credential that is refused, 11 where nothing could be told.
+#[derive(Debug, Args)]
+pub(super) struct ProbeCommandArgs {
+    /// The provider, by its name in the registry.
+    #[arg(long)]
+    provider: String,
+    /// Take the credential from this variable of the environment.
+    #[arg(long, value_name = "NAME", required_unless_present = "credential", conflicts_with = "credential")]
+    env: Option<String>,
+    /// Take it from standard input: `NAME=@-`. One line break at its end is not part of it.
+    #[arg(long, value_name = "NAME=@-")]
+    credential: Option<String>,
+    /// The model for calls that name one [default: the first that some runtime lists for the provider].
+    #[arg(long)]
+    model: Option<String>,
+    /// Tell every call with its status and time.
+    #[arg(long)]
+    explain: bool,
+    /// Also ask with made-up keys, as a long-running server does, so that a "yes" counts where the catalogue does not vouch for it.
+    #[arg(long)]
+    calibrate: bool,
+    /// How the answer is written.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    probe: ProbeArgs,
+}
+
+pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
+    let ProbeCommandArgs { provider, env, credential, model, explain, calibrate, format, engine, probe } = args;
+    let credential = match (env, credential) {
+        (Some(name), _) => from_environment(&name, Scope::Workspace)?
+            .ok_or_else(|| UsageError(format!("{name} is not set in this command's environment")))?,
+        (None, argument) => from_stdin(&argument.unwrap_or_default())?,
+    };
+    let CredentialValue::Readable(secret) = &credential.value else { anyhow::bail!("the credential could not be read") };
+    if secret.is_blank() {
+        return Err(UsageError(format!("{} is blank: that counts as absent", credential.env_name)).into());
+    }
+    let setup = engine.load(probe.probe_ca_file)?;
+    let snapshot = setup.snapshot;
+    let found = find(&snapshot.registry, &provider)?;
+    let model = model.or_else(|| first_model(&snapshot.registry, found)).unwrap_or_default();
+    let target = endpoint::target(found, &snapshot.catalogue, &model, &[])
+        .and_then(|target| unsendable(&snapshot.catalogue, &target, &credential.env_name, secret).map(|unfit| (target, unfit)));
+    let (target, unfit) = match target {
+        Ok(target) => target,
+        Err(reason) => {
+            let finding = Finding::bare(Verdict::NoServerSurface);
+            return answer(format, &provider, None, &finding, &[], &reason.text(), explain);
+        }
+    };
+    if let Some(refusal) = unfit {
+        let finding = Finding::bare(Verdict::Invalid);
+        return answer(format, &provider, Some(&target), &finding, &[], &refusal.message(), explain);
+    }
+    let prober = Prober::new(ProbeSettings {
+        allow_loopback_http: probe.allow_loopback_http,
+        calibrate,
+        extra_roots: setup.probe_ca,
+        ..ProbeSettings::default()
+    })?;
+    let (finding, rungs) = prober.explain(&Arc::new(target.clone()), secret).await;
+    answer(format, &provider, Some(&target), &finding, &rungs, "", explain)
+}
+
+fn find<'r>(registry: &'r Registry, name: &str) -> Result<&'r Provider, UsageError> {
+    registry.providers().iter().find(|provider| provider.name == name).ok_or_else(|| {
+        let known: Vec<String> = registry.providers().iter().map(|provider| provider.name.clone()).collect();
+        UsageError(format!("--provider {name}: the registry has {}", listed(&known)))
+    })
+}
+
+fn first_model(registry: &Registry, provider: &Provider) -> Option<String> {
+    let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);
+    arms.filter(|arm| registry.provider(arm).name == provider.name).find_map(|arm| arm.models.first().cloned())
+}
+
+fn answer(
+    format: Format,
+    provider: &str,
+    target: Option<&Target>,
+    finding: &Finding,
+    rungs: &[Rung],
+    why: &str,
+    explain: bool,
+) -> anyhow::Result<Exit> {
+    let host = target.map_or("", |target| target.host.as_str());
+    let shown: &[Rung] = if explain { rungs } else { &[] };
+    match format {
+        Format::Json => {
+            let whole = json!({
+                "verdict": finding.verdict.as_str(),
+                "provider": provider,
+                "endpoint_host": host,
+                "probe": finding.probe,
+                "upstream_status": finding.status,
+                "reason": why,
+                "calls": shown.iter().map(call_json).collect::<Vec<_>>(),
+            });
+            print(&format!("{}\n", serde_json::to_string_pretty(&whole)?))?;
+        }
+        Format::Text => {
+            let status = finding.status.map_or_else(String::new, |status| format!(" HTTP {status}"));
+            let by = if finding.probe.is_empty() { String::new() } else { format!(" by `{}`", finding.probe) };
+            let mut out = format!("{} for provider `{provider}`{by}{status}\n", finding.verdict);
+            if !host.is_empty() {
+                out.push_str(&format!("  host      {host}\n"));
+            }
+            if !why.is_empty() {
+                out.push_str(&format!("  reason    {why}\n"));
+            }
+            if let Some(target) = target.filter(|target| finding.verdict == Verdict::Invalid && !target.siblings.is_empty()) {
+                out.push_str(&format!("  hint      a key of {} is refused here too\n", any_of(&target.siblings)));
+            }
+            for (index, rung) in shown.iter().enumerate() {
+                out.push_str(&format!("  call {}    {}\n", index + 1, call_text(rung)));
+            }
+            print(&out)?;
+        }
+    }
+    Ok(match finding.verdict {
+        Verdict::Valid => Exit::Ok,
+        Verdict::Invalid | Verdict::Forbidden => Exit::Denied,
+        Verdict::QuotaExhausted
+        | Verdict::RateLimited
+        | Verdict::ProviderError
+        | Verdict::UnexpectedResponse
+        | Verdict::Timeout
+        | Verdict::Unreachable
+        | Verdict::NotAttempted
+        | Verdict::NoServerSurface
+        | Verdict::NotCalibrated
+        | Verdict::ProbeDisabled => Exit::DeniedRetryable,
+    })
+}
+
+fn method(rung: &Rung) -> &'static str {
+    match rung.method {
+        Method::Get => "GET",
+        Method::Post => "POST",
+    }
+}
+
+fn call_text(rung: &Rung) -> String {
+    let Rung { probe, url, family, took, .. } = rung;
+    format!(
+        "`{probe}` {} {url} ({}): {}; made-up keys: {}; {} ms",
+        method(rung),
+        family.as_str(),
+        heard(&rung.heard),
+        calibration(&rung.calibration),
+        took.as_millis()
+    )
+}
+
+fn call_json(rung: &Rung) -> Value {
+    let status = match rung.heard {
+        Heard::Answer { status, .. } => Some(status),
+        Heard::TimedOut | Heard::Unreachable(_) => None,
+    };
+    json!({
+        "probe": rung.probe,
+        "method": method(rung),
+        "url": rung.url,
+        "header": rung.family.as_str(),
+        "status": status,
+        "heard": heard(&rung.heard),
+        "made_up_keys": calibration(&rung.calibration),
+        "milliseconds": u64::try_from(rung.took.as_millis()).unwrap_or(u64::MAX),
+    })
+}
+
+fn heard(heard: &Heard) -> String {
+    match heard {
+        Heard::TimedOut => "no answer in time".into(),
+        Heard::Unreachable(why) => match why {
+            Unreached::Dns => "the name could not be resolved".into(),
+            Unreached::Address => "the address or scheme may not be dialled".into(),
+            Unreached::Connect => "no connection".into(),
+            Unreached::Tls => "TLS failed".into(),
+            Unreached::Closed => "closed without an answer".into(),
+            Unreached::Protocol => "not HTTP".into(),
+        },
+        Heard::Answer { status, reading, .. } => {
+            let reading = match reading {
+                Reading::Accepted => "accepted",
+                Reading::Restricted => "alive, but not for this endpoint",
+                Reading::Forbidden(_) => "forbidden",
+                Reading::Verdict(verdict) => verdict.as_str(),
+            };
+            format!("HTTP {status}, {reading}")
+        }
+    }
+}
+
+fn calibration(calibration: &Calibration) -> String {
+    match calibration {
+        Calibration::Refuses { status, .. } => format!("refused with HTTP {status}"),
+        Calibration::AcceptsAnything => "accepted".into(),
+        Calibration::Unknown => "not asked".into(),
+    }
+}
