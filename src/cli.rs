@@ -1,5 +1,6 @@
 //! The command line: one file a command; exit codes as an enum. The only place with `anyhow`.
 
+mod against;
 mod check;
 mod classify;
 mod decide;

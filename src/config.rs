@@ -103,10 +103,7 @@ pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
         warnings.extend(found.into_iter().map(|problem| Problem { place: format!("{document}: {}", problem.place), ..problem }));
     };
     let now = SystemTime::now();
-    let origin = |path: Option<&PathBuf>| Origin {
-        source: path.map_or_else(|| "embedded".to_owned(), |path| path.display().to_string()),
-        loaded_at: now,
-    };
+    let origin = |path: Option<&PathBuf>| Origin { source: source_of(path), loaded_at: now };
     let document = |path: &Path| path.display().to_string();
     let Loaded { value: loaded_registry, warnings: found } = match registry {
         None => Registry::embedded(&environment)?,
@@ -144,8 +141,13 @@ pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     })
 }
 
+/// How a document is called: `embedded`, or its file's path.
+pub(crate) fn source_of(path: Option<&PathBuf>) -> String {
+    path.map_or_else(|| "embedded".to_owned(), |path| path.display().to_string())
+}
+
 /// A file's bytes, one more than the limit at most, so that the door behind it can say that there are too many.
-fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ConfigError> {
+pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ConfigError> {
     use io::Read;
     let mut bytes = Vec::new();
     fs::File::open(path)

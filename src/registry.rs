@@ -2,6 +2,7 @@
 
 mod check;
 mod file;
+mod overlap;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 

@@ -1,16 +1,35 @@
-//! `byok-gate check`
+//! `byok-gate check`: do configuration, registry and catalogue stand, and what would a change of them do to people?
+
+use std::{env, path::PathBuf};
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{EngineArgs, Exit, Format, print};
-use crate::{config::ConfigError, problem::Problem};
+use super::{
+    EngineArgs, Exit, Format,
+    against::{Changes, Side},
+    print,
+};
+use crate::{
+    catalogue::Catalogue,
+    config::{self, ConfigError},
+    endpoint::target,
+    problem::{Loaded, Problem, Problems},
+    registry::Registry,
+    yaml,
+};
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
     /// Take warnings for errors.
     #[arg(long)]
     strict: bool,
+    /// Tell what changes for people against this earlier registry.
+    #[arg(long, value_name = "OLD REGISTRY")]
+    against: Option<PathBuf>,
+    /// The earlier probe catalogue; without it, the embedded one was in use.
+    #[arg(long, value_name = "OLD CATALOGUE", requires = "against")]
+    against_catalog: Option<PathBuf>,
     /// How the answer is written.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
@@ -18,46 +37,139 @@ pub(super) struct CheckArgs {
     engine: EngineArgs,
 }
 
+/// What was found in the documents, each with the document that it stands in.
+#[derive(Default)]
+struct Found {
+    problems: Vec<(String, Problem)>,
+    warnings: Vec<(String, Problem)>,
+}
+
 pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
-    let CheckArgs { strict, format, engine } = args;
-    let (document, problems, warnings, revisions) = match engine.load(None) {
-        Ok(setup) => {
-            let snapshot = setup.snapshot;
-            let revisions = Some((snapshot.registry.revision().to_owned(), snapshot.catalogue.revision().to_owned()));
-            (String::new(), Vec::new(), setup.warnings, revisions)
+    let CheckArgs { strict, against, against_catalog, format, engine } = args;
+    let mut found = Found::default();
+    let registry = found.take(registry(engine.registry.as_ref())?);
+    let catalogue = found.take(catalogue(engine.probe_catalog.as_ref())?);
+    let documents = [&engine.registry, &engine.probe_catalog].map(|path| format!("{}: ", config::source_of(path.as_ref())));
+    if registry.is_some() && catalogue.is_some() {
+        // What the configuration names has to be in the registry, so it is read last.
+        match engine.load(None) {
+            Ok(setup) => {
+                let own = |problem: &Problem| !documents.iter().any(|document| problem.place.starts_with(document));
+                found.warnings.extend(setup.warnings.into_iter().filter(own).map(|problem| (String::new(), problem)));
+            }
+            Err(ConfigError::Content(problems)) => found.refuse(problems),
+            Err(fault @ ConfigError::Read { .. }) => return Err(fault.into()),
         }
-        Err(ConfigError::Content(problems)) => (problems.document, problems.list, Vec::new(), None),
-        Err(fault @ ConfigError::Read { .. }) => return Err(fault.into()),
+    }
+    let old = match &against {
+        None => None,
+        Some(path) => {
+            // What was odd about the earlier documents is nobody's concern now.
+            let old = (registry_of(path)?, self::catalogue(against_catalog.as_ref())?);
+            let mut quiet = Found::default();
+            let sides = (quiet.take(old.0), quiet.take(old.1));
+            found.problems.extend(quiet.problems);
+            sides.0.zip(sides.1)
+        }
     };
-    let valid = problems.is_empty() && (warnings.is_empty() || !strict);
+    let valid = found.problems.is_empty() && (found.warnings.is_empty() || !strict);
+    let sides = registry.as_ref().zip(catalogue.as_ref()).filter(|_| valid);
+    let changes = sides.zip(old.as_ref()).map(|((registry, catalogue), (old_registry, old_catalogue))| {
+        let old = Side { registry: old_registry, catalogue: old_catalogue };
+        Changes::between(old, Side { registry, catalogue })
+    });
     match format {
         Format::Json => {
-            let rows = |list: &[Problem]| {
-                list.iter().map(|problem| json!({"place": problem.place, "message": problem.message})).collect::<Vec<_>>()
-            };
             let whole = json!({
                 "valid": valid,
-                "document": document,
-                "problems": rows(&problems),
-                "warnings": rows(&warnings),
-                "registry_revision": revisions.as_ref().map(|(registry, _)| registry),
-                "catalogue_revision": revisions.as_ref().map(|(_, catalogue)| catalogue),
+                "problems": rows(&found.problems),
+                "warnings": rows(&found.warnings),
+                "registry_revision": sides.map(|(registry, _)| registry.revision()),
+                "catalogue_revision": sides.map(|(_, catalogue)| catalogue.revision()),
+                "not_asked": sides.map(|(registry, catalogue)| not_asked(registry, catalogue)),
+                "changes": changes.as_ref().map(Changes::json),
             });
             print(&format!("{}\n", serde_json::to_string_pretty(&whole)?))?;
         }
         Format::Text => {
-            let mut out = String::new();
-            for problem in &problems {
-                out.push_str(&format!("error: {document}: {problem}\n"));
+            let mut out = lines("error", &found.problems);
+            out.push_str(&lines(if strict { "error" } else { "warning" }, &found.warnings));
+            if let Some((registry, catalogue)) = sides {
+                out.push_str(&format!("ok: registry {}, catalogue {}\n", registry.revision(), catalogue.revision()));
             }
-            for problem in &warnings {
-                out.push_str(&format!("{}: {problem}\n", if strict { "error" } else { "warning" }));
-            }
-            if let Some((registry, catalogue)) = revisions.filter(|_| valid) {
-                out.push_str(&format!("ok: registry {registry}, catalogue {catalogue}\n"));
-            }
+            out.extend(changes.as_ref().map(Changes::text));
             print(&out)?;
         }
     }
     Ok(if valid { Exit::Ok } else { Exit::Invalid })
+}
+
+type Checked<T> = Result<(String, Loaded<T>), Problems>;
+
+fn registry(path: Option<&PathBuf>) -> Result<Checked<Registry>, ConfigError> {
+    match path {
+        Some(path) => registry_of(path),
+        None => Ok(Registry::embedded(&|name| env::var(name).ok()).map(|loaded| (config::source_of(None), loaded))),
+    }
+}
+
+fn registry_of(path: &PathBuf) -> Result<Checked<Registry>, ConfigError> {
+    let (document, bytes) = (config::source_of(Some(path)), config::read(path, yaml::MAX_DOCUMENT_BYTES as u64)?);
+    Ok(Registry::parse(&document, &bytes, &|name| env::var(name).ok()).map(|loaded| (document, loaded)))
+}
+
+fn catalogue(path: Option<&PathBuf>) -> Result<Checked<Catalogue>, ConfigError> {
+    let document = config::source_of(path);
+    Ok(match path {
+        None => Catalogue::embedded(),
+        Some(path) => Catalogue::overlaid(&document, &config::read(path, yaml::MAX_DOCUMENT_BYTES as u64)?),
+    }
+    .map(|loaded| (document, loaded)))
+}
+
+// === impl Found ===
+
+impl Found {
+    fn take<T>(&mut self, checked: Checked<T>) -> Option<T> {
+        match checked {
+            Ok((document, Loaded { value, warnings })) => {
+                self.warnings.extend(warnings.into_iter().map(|problem| (document.clone(), problem)));
+                Some(value)
+            }
+            Err(problems) => {
+                self.refuse(problems);
+                None
+            }
+        }
+    }
+
+    fn refuse(&mut self, problems: Problems) {
+        let Problems { document, list } = problems;
+        self.problems.extend(list.into_iter().map(|problem| (document.clone(), problem)));
+    }
+}
+
+/// The registry's providers whose credentials cannot be checked, and why: presence alone governs them.
+fn not_asked(registry: &Registry, catalogue: &Catalogue) -> Vec<Value> {
+    let reasons = registry.providers().iter().filter_map(|provider| {
+        let reason = target(provider, catalogue, "", &[]).err()?;
+        Some(json!({"provider": provider.name, "reason": reason.reason(), "note": reason.text()}))
+    });
+    reasons.collect()
+}
+
+fn rows(list: &[(String, Problem)]) -> Vec<Value> {
+    let row = |(document, Problem { place, line, message }): &(String, Problem)| json!({"document": document, "line": line, "place": place, "message": message});
+    list.iter().map(row).collect()
+}
+
+/// `error: FILE:LINE: PLACE: MESSAGE`, as editors and CI systems read it.
+fn lines(level: &str, list: &[(String, Problem)]) -> String {
+    let line = |(document, problem): &(String, Problem)| {
+        let at = problem.line.map_or_else(String::new, |line| format!(":{line}"));
+        let document = if document.is_empty() { String::new() } else { format!("{document}{at}: ") };
+        let problem = Problem { line: None, ..problem.clone() };
+        format!("{level}: {document}{problem}\n")
+    };
+    list.iter().map(line).collect()
 }

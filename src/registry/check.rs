@@ -8,6 +8,7 @@ use url::Url;
 use super::{
     Arm, Auth, PLATFORM, Protocol, Provider, Registry, Runtime,
     file::{ArmFile, EndpointVarFile, ProviderFile, RegistryFile, RuntimeFile, Skeleton},
+    overlap::Comparable,
 };
 use crate::{
     catalogue,
@@ -42,17 +43,18 @@ pub(super) fn check(document: &str, bytes: &[u8], env: Env<'_>) -> Result<Loaded
             found.warnings = warnings;
             value
         }
-        Err(problem) => part_by_part(bytes, &mut found.problems).unwrap_or_else(|| {
-            found.problems = vec![problem];
-            RegistryFile { schema_version: None, providers: None, runtimes: None }
-        }),
+        Err(problem) => match part_by_part(bytes, &mut found.problems) {
+            Some(file) => {
+                // What is wrong between the parts, such as a key that stands twice, shows in none of them.
+                if !found.problems.contains(&problem) {
+                    found.problems.push(problem);
+                }
+                file
+            }
+            None => return Err(Problems { document: document.to_owned(), list: vec![problem] }),
+        },
     };
-    let unreadable = file.schema_version.is_none() && file.providers.is_none() && file.runtimes.is_none();
-    let mut value = None;
-    // Of a document that could not be read at all, nothing else can be said.
-    if !unreadable || found.problems.is_empty() {
-        value = check_file(file, bytes, env, &mut found);
-    }
+    let value = check_file(file, bytes, env, &mut found);
     let Found { problems, warnings } = found;
     match value {
         Some(value) if problems.is_empty() => Ok(Loaded { value, warnings: yaml::located(bytes, warnings) }),
@@ -331,29 +333,15 @@ fn check_arm(arm: ArmFile, place: &str, providers: &[(String, Option<Provider>)]
     Some(Arm { provider: position, models, withdrawn })
 }
 
-/// Two patterns that match one another's models, or one another's literal beginning, can make a model ambiguous.
+/// Two patterns with a model id in common make it ambiguous where the names at hand single nobody out.
 fn warn_of_overlaps(place: &str, arms: &[Arm], providers: &[(String, Option<Provider>)], warnings: &mut Vec<Problem>) {
-    let of = |arm: &Arm| providers.get(arm.provider).and_then(|(_, provider)| provider.as_ref());
-    for (index, left) in arms.iter().enumerate() {
-        for right in arms.iter().skip(index + 1) {
-            let (Some(one), Some(two)) = (of(left), of(right)) else { continue };
-            if one.pattern.as_str() == two.pattern.as_str() {
-                warnings.push(Problem::at(
-                    place,
-                    format!(
-                        "providers `{}` and `{}` have one and the same pattern; models by it are ambiguous",
-                        one.name, two.name
-                    ),
-                ));
-                continue;
-            }
-            let witness =
-                left.models.iter().chain(&right.models).find(|model| one.pattern.is_match(model) && two.pattern.is_match(model));
-            if let Some(model) = witness {
-                warnings.push(Problem::at(
-                    place,
-                    format!("the patterns of providers `{}` and `{}` overlap: both match `{model}`", one.name, two.name),
-                ));
+    let owners = arms.iter().filter_map(|arm| providers.get(arm.provider)?.1.as_ref());
+    let compared: Vec<_> = owners.filter_map(|provider| Some((provider, Comparable::of(provider.pattern.as_str())?))).collect();
+    for (index, (one, pattern)) in compared.iter().enumerate() {
+        for (two, other) in compared.iter().skip(index + 1) {
+            if let Some(model) = pattern.common(other) {
+                let both = format!("the patterns of providers `{}` and `{}` overlap", one.name, two.name);
+                warnings.push(Problem::at(place, format!("{both}: both match `{model}`; make them disjoint")));
             }
         }
     }
@@ -391,7 +379,8 @@ fn resolve(template: &str, vars: &BTreeMap<String, EndpointVarFile>, env: Env<'_
         return Err("a base URL must not hold user information; credentials come from auth_env".into());
     }
     if url.query().is_some() || url.fragment().is_some() || url.host().is_none() {
-        return Err(format!("`{text}` must be a base URL: a host and a path, no query, no fragment"));
+        // What stands in a query may be a key: it is not shown.
+        return Err("must be a base URL: a host and a path, no query, no fragment".into());
     }
     Ok(url)
 }

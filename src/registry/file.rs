@@ -8,6 +8,7 @@ use crate::{catalogue::file::ProbeFile, yaml};
 
 /// The document.
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a map with schema_version, providers and runtimes")]
 pub(super) struct RegistryFile {
     pub(super) schema_version: Option<i64>,
     #[serde(default)]
@@ -27,6 +28,7 @@ pub(super) struct Skeleton {
 
 /// One provider.
 #[derive(Debug, Default, Deserialize)]
+#[serde(expecting = "a map that describes a provider")]
 pub(super) struct ProviderFile {
     #[serde(default)]
     pub(super) name: String,
@@ -78,6 +80,7 @@ pub(super) struct EndpointVarFile {
 
 /// One runtime.
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a map with the runtime's providers")]
 pub(super) struct RuntimeFile {
     #[serde(default)]
     pub(super) providers: Option<Vec<ArmFile>>,
@@ -87,6 +90,7 @@ pub(super) struct RuntimeFile {
 
 /// One provider of a runtime.
 #[derive(Debug, Deserialize)]
+#[serde(expecting = "a map with a provider's name, and its models if it lists any")]
 pub(super) struct ArmFile {
     #[serde(default)]
     pub(super) name: String,

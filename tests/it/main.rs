@@ -8,12 +8,15 @@
     reason = "a test that meets what it did not expect has failed"
 )]
 
+mod against;
 mod answers;
 mod cases;
 mod catalogue;
+mod classify;
 mod invariants;
 mod liveness;
 mod model;
+mod registries;
 mod secrets;
 mod support;
 mod tidy;

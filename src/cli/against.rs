@@ -1,0 +1,262 @@
+//! What a change of registry and catalogue does to people: who owns and pays for which model, and where credentials go.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::{Value, json};
+
+use crate::{
+    catalogue::Catalogue,
+    derive::{Underivable, derive, relevant_names},
+    endpoint::target,
+    registry::Registry,
+};
+
+/// One state of both documents.
+#[derive(Clone, Copy)]
+pub(super) struct Side<'s> {
+    pub(super) registry: &'s Registry,
+    pub(super) catalogue: &'s Catalogue,
+}
+
+/// All that differs between two states, in a fixed order.
+pub(super) struct Changes {
+    models: Vec<ModelChange>,
+    patterns: Vec<PatternChange>,
+    sent: Vec<Sent>,
+    no_longer_sent: Vec<Sent>,
+}
+
+/// What becomes of one model on one runtime.
+struct ModelChange {
+    runtime: String,
+    model: String,
+    /// With this name at hand and no other; empty for none.
+    at_hand: String,
+    before: Owner,
+    after: Owner,
+}
+
+/// Who owns a model, as people feel it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Owner {
+    /// The provider, or in upper case why there is none.
+    provider: String,
+    billing_mode: &'static str,
+    /// Empty for the platform, whose models need no credential of a tenant's.
+    accepted_env: Vec<String>,
+    /// Whether the runtime offers it: `LISTED`, `WITHDRAWN`, or `UNLISTED` where it is owned by pattern, or by nobody.
+    offer: &'static str,
+}
+
+/// How a provider owns the models of a runtime that no list names. `None` where it is not there.
+struct PatternChange {
+    runtime: String,
+    provider: String,
+    before: Option<Unlisted>,
+    after: Option<Unlisted>,
+}
+
+/// What becomes of models that no list names.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Unlisted {
+    pattern: String,
+    accepted_env: Vec<String>,
+}
+
+/// A credential of this name may be sent to this host in this header.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Sent {
+    env_name: String,
+    host: String,
+    header: &'static str,
+    provider: String,
+}
+
+// === impl Changes ===
+
+impl Changes {
+    /// What is different in `new`.
+    pub(super) fn between(old: Side<'_>, new: Side<'_>) -> Self {
+        let (before, after) = (sent(old), sent(new));
+        Self {
+            models: models(old.registry, new.registry),
+            patterns: patterns(old.registry, new.registry),
+            sent: after.difference(&before).cloned().collect(),
+            no_longer_sent: before.difference(&after).cloned().collect(),
+        }
+    }
+
+    pub(super) fn json(&self) -> Value {
+        let Self { models, patterns, sent, no_longer_sent } = self;
+        let owner = |owner: &Owner| {
+            let Owner { provider, billing_mode, accepted_env, offer } = owner;
+            json!({"provider": provider, "billing_mode": billing_mode, "accepted_env": accepted_env, "offer": offer})
+        };
+        let model = |change: &ModelChange| {
+            let ModelChange { runtime, model, at_hand, before, after } = change;
+            json!({"runtime": runtime, "model": model, "at_hand": at_hand, "before": owner(before), "after": owner(after)})
+        };
+        let pattern = |change: &PatternChange| {
+            let PatternChange { runtime, provider, before, after } = change;
+            let unlisted = |unlisted: &Option<Unlisted>| {
+                unlisted
+                    .as_ref()
+                    .map(|Unlisted { pattern, accepted_env }| json!({"pattern": pattern, "accepted_env": accepted_env}))
+            };
+            json!({"runtime": runtime, "provider": provider, "before": unlisted(before), "after": unlisted(after)})
+        };
+        let way = |sent: &Sent| {
+            let Sent { env_name, host, header, provider } = sent;
+            json!({"env_name": env_name, "host": host, "header": header, "provider": provider})
+        };
+        json!({
+            "models": models.iter().map(model).collect::<Vec<_>>(),
+            "patterns": patterns.iter().map(pattern).collect::<Vec<_>>(),
+            "credentials_sent": sent.iter().map(way).collect::<Vec<_>>(),
+            "credentials_no_longer_sent": no_longer_sent.iter().map(way).collect::<Vec<_>>(),
+        })
+    }
+
+    pub(super) fn text(&self) -> String {
+        let Self { models, patterns, sent, no_longer_sent } = self;
+        let mut out = String::new();
+        let mut section = |title: &str, lines: Vec<String>| {
+            if !lines.is_empty() {
+                out.push_str(&format!("\n{title}\n"));
+                out.extend(lines.iter().map(|line| format!("  {line}\n")));
+            }
+        };
+        section("models:", models.iter().map(ModelChange::text).collect());
+        let pattern = |PatternChange { runtime, provider, before, after }: &PatternChange| {
+            format!("{runtime}: `{provider}` owns by pattern {} -> {}", owned(before.as_ref()), owned(after.as_ref()))
+        };
+        section("unlisted models:", patterns.iter().map(pattern).collect());
+        let way = |Sent { env_name, host, header, provider }: &Sent| {
+            format!("{env_name} -> {host} in `{header}` (provider `{provider}`)")
+        };
+        section("credentials that may be sent, and could not be before:", sent.iter().map(way).collect());
+        section("credentials that are not sent any more:", no_longer_sent.iter().map(way).collect());
+        if out.is_empty() { "\nnothing changes for people\n".into() } else { out }
+    }
+}
+
+impl ModelChange {
+    fn text(&self) -> String {
+        let Self { runtime, model, at_hand, before, after } = self;
+        let with = if at_hand.is_empty() { String::new() } else { format!(" with {at_hand} at hand") };
+        let mut parts = Vec::new();
+        let mut part = |label: &str, one: String, two: String| {
+            if one != two {
+                parts.push(format!("{label} {one} -> {two}"));
+            }
+        };
+        part("owner", before.provider.clone(), after.provider.clone());
+        part("billing", before.billing_mode.to_owned(), after.billing_mode.to_owned());
+        part("accepts", listed(&before.accepted_env), listed(&after.accepted_env));
+        part("offer", before.offer.to_owned(), after.offer.to_owned());
+        format!("{runtime} {model}{with}: {}", parts.join(", "))
+    }
+}
+
+fn listed(names: &[String]) -> String {
+    if names.is_empty() { "nothing".into() } else { names.join("|") }
+}
+
+fn owned(unlisted: Option<&Unlisted>) -> String {
+    unlisted.map_or_else(
+        || "nothing".into(),
+        |Unlisted { pattern, accepted_env }| format!("`{pattern}`, accepting {}", listed(accepted_env)),
+    )
+}
+
+/// Every pair of runtime and model that either side lists, by no name at hand and by each name that could matter alone.
+fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
+    let mut pairs: BTreeSet<(&str, &str)> = BTreeSet::new();
+    for (runtime, arms) in old.runtimes().chain(new.runtimes()) {
+        let models = arms.arms.iter().flat_map(|arm| arm.models.iter().chain(&arm.withdrawn));
+        pairs.extend(models.map(|model| (runtime, model.as_str())));
+    }
+    let mut changes = Vec::new();
+    for (runtime, model) in pairs {
+        let names: BTreeSet<String> = [old, new]
+            .into_iter()
+            .filter_map(|registry| Some(relevant_names(registry, registry.runtime(runtime)?, model)))
+            .flatten()
+            .collect();
+        let change = |at_hand: &str| {
+            let (before, after) = (owner(old, runtime, model, at_hand), owner(new, runtime, model, at_hand));
+            ModelChange { runtime: runtime.to_owned(), model: model.to_owned(), at_hand: at_hand.to_owned(), before, after }
+        };
+        let without = change("");
+        for with in names.iter().map(|name| change(name)) {
+            // Where the name changes nothing, the line without it says all.
+            if (&with.before, &with.after) != (&without.before, &without.after) && with.before != with.after {
+                changes.push(with);
+            }
+        }
+        if without.before != without.after {
+            changes.push(without);
+        }
+    }
+    changes.sort_by(|one, two| (&one.runtime, &one.model, &one.at_hand).cmp(&(&two.runtime, &two.model, &two.at_hand)));
+    changes
+}
+
+fn owner(registry: &Registry, runtime: &str, model: &str, at_hand: &str) -> Owner {
+    let nobody =
+        |why: &str| Owner { provider: why.to_owned(), billing_mode: "NONE", accepted_env: Vec::new(), offer: "UNLISTED" };
+    match derive(registry, runtime, model, &|name| name == at_hand) {
+        Ok(derived) => Owner {
+            provider: derived.provider.name.clone(),
+            billing_mode: derived.provider.billing_mode().as_str(),
+            accepted_env: if derived.provider.is_platform() { Vec::new() } else { derived.provider.auth_env.clone() },
+            offer: match derived.arm {
+                arm if arm.has_withdrawn(model) => "WITHDRAWN",
+                arm if arm.models.iter().any(|listed| listed == model) => "LISTED",
+                _ => "UNLISTED",
+            },
+        },
+        Err(Underivable::UnknownRuntime) => nobody("RUNTIME_UNSUPPORTED"),
+        Err(Underivable::ModelRequired | Underivable::Unregistered) => nobody("UNREGISTERED"),
+        Err(Underivable::Ambiguous { .. }) => nobody("AMBIGUOUS"),
+    }
+}
+
+fn patterns(old: &Registry, new: &Registry) -> Vec<PatternChange> {
+    let of = |registry: &Registry| -> BTreeMap<(String, String), Unlisted> {
+        let arms = registry.runtimes().flat_map(|(runtime, arms)| arms.arms.iter().map(move |arm| (runtime, arm)));
+        arms.map(|(runtime, arm)| {
+            let provider = registry.provider(arm);
+            let (pattern, accepted_env) = (provider.pattern.as_str().to_owned(), provider.auth_env.clone());
+            ((runtime.to_owned(), provider.name.clone()), Unlisted { pattern, accepted_env })
+        })
+        .collect()
+    };
+    let (before, after) = (of(old), of(new));
+    let keys: BTreeSet<_> = before.keys().chain(after.keys()).collect();
+    keys.into_iter()
+        .map(|key| {
+            let (runtime, provider) = key.clone();
+            PatternChange { runtime, provider, before: before.get(key).cloned(), after: after.get(key).cloned() }
+        })
+        .filter(|change| change.before != change.after)
+        .collect()
+}
+
+/// Every way that a credential can leave by: the providers of all runtimes, asked as their rows say.
+fn sent(Side { registry, catalogue }: Side<'_>) -> BTreeSet<Sent> {
+    let mut ways = BTreeSet::new();
+    let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);
+    for provider in arms.map(|arm| registry.provider(arm)) {
+        let Ok(target) = target(provider, catalogue, "", &[]) else { continue };
+        for family in target.calls.iter().flat_map(|call| &call.probe.auth) {
+            ways.extend(provider.auth_env.iter().map(|env_name| Sent {
+                env_name: env_name.clone(),
+                host: target.host.clone(),
+                header: family.header(),
+                provider: provider.name.clone(),
+            }));
+        }
+    }
+    ways
+}
