@@ -9,6 +9,7 @@ use std::{
 };
 
 use byok_gate::{
+    catalogue::Catalogue,
     problem::{Loaded, Problem},
     registry::Registry,
 };
@@ -196,6 +197,21 @@ async fn check_accepts_the_platforms_registries() {
         let odd: Vec<&str> = answer["warnings"].as_array().unwrap().iter().filter_map(|row| row["message"].as_str()).collect();
         assert!(odd.iter().all(|message| message.contains("not a key that this schema knows")), "{name}: {odd:?}");
     }
+}
+
+/// The examples of the documentation are documents that stand.
+#[test]
+fn the_documentations_examples_load() {
+    let block = |page: &str, indent: &str| {
+        let text = fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("docs").join(page)).unwrap();
+        let (_, rest) = text.split_once(&format!("{indent}```yaml\n")).unwrap();
+        rest.split_once(&format!("{indent}```")).unwrap().0.replace(&format!("\n{indent}"), "\n")
+    };
+    let loaded = parsed(block("registry.md", "").as_bytes()).unwrap_or_else(|list| panic!("{}", told(&list)));
+    assert_eq!(told(&loaded.warnings), "line 3: providers: none is named `platform`: nothing can be billed to the platform\n");
+    let row = block("liveness.md", "   ");
+    let loaded = Catalogue::overlaid("test", row.trim_start().as_bytes()).unwrap();
+    assert!(loaded.value.row("api.acme.example", "/v1").is_some() && loaded.warnings.is_empty());
 }
 
 mod any_bytes {
