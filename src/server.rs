@@ -128,11 +128,13 @@ impl Bound {
             settings.server.listen.iter().map(|text| text.parse().map_err(ServerError::Address)).collect::<Result<_, _>>()?;
         let has_tls = settings.tls.certificate.is_some();
         let knows_callers = settings.tls.client_ca.is_some() || settings.callers.token_file.is_some();
-        for address in addresses.iter().filter(|address| !address.is_local()) {
-            if !has_tls && !settings.server.insecure_listen {
+        for address in &addresses {
+            if !address.is_local() && !has_tls && !settings.server.insecure_listen {
                 return Err(ServerError::Exposed(address.clone()));
             }
-            if has_tls && !knows_callers && !settings.server.allow_anonymous {
+            // Whoever sets up TLS expects a network, on whatever address it arrives.
+            let is_tcp = matches!(address, Address::Tcp(_));
+            if is_tcp && has_tls && !knows_callers && !settings.server.allow_anonymous {
                 return Err(ServerError::Anonymous(address.clone()));
             }
         }

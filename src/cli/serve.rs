@@ -40,7 +40,7 @@ pub(super) struct ServeArgs {
     /// Require one of this file's bearer tokens from callers without a client certificate. Read again when it changes.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Listen beyond loopback with TLS, and take calls from everybody.
+    /// Take calls from everybody over TLS, without client certificates or tokens.
     #[arg(long)]
     allow_anonymous: bool,
     /// Never test an endpoint with a made-up key; a "yes" then counts only where the catalogue vouches for the endpoint.

@@ -19,5 +19,6 @@ mod network;
 mod secrets;
 mod support;
 mod tidy;
+mod tls;
 mod vectors;
 mod wire;
