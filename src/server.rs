@@ -258,7 +258,7 @@ async fn accept(listener: Listener, core: Arc<Core>, open: mpsc::Sender<Infallib
                 });
             }
             Err(_) => {
-                if refused % LOG_EVERY_REFUSED == 0 {
+                if refused.is_multiple_of(LOG_EVERY_REFUSED) {
                     tracing::warn!(event = "connection_limit", address = %listener.address(), limit, refused);
                 }
                 refused = refused.wrapping_add(1);

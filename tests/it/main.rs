@@ -11,12 +11,16 @@
 mod answers;
 mod cases;
 mod catalogue;
+mod config;
 mod guards;
 mod invariants;
+mod limits;
+mod listen;
 mod liveness;
 mod model;
 mod network;
 mod secrets;
+mod shutdown;
 mod support;
 mod tidy;
 mod tls;
