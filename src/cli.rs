@@ -3,6 +3,7 @@
 mod against;
 mod check;
 mod classify;
+mod config;
 mod decide;
 mod health;
 mod models;
@@ -19,7 +20,8 @@ use std::{
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
-    config::{self, ConfigError, Overrides, Paths, Setup},
+    config::{ConfigError, Flag, Overrides, Paths, Setup, load},
+    server::ServerError,
     spec::PlatformProxy,
     telemetry::{self, LogTo},
 };
@@ -49,6 +51,8 @@ enum Command {
     Classify(classify::ClassifyArgs),
     /// Check one credential at its provider, live.
     Probe(probe::ProbeCommandArgs),
+    /// Show every setting that `serve` with the same flags would run with, and where each came from.
+    Config(config::ConfigArgs),
     /// Ask a server whether it serves.
     Health(health::HealthArgs),
 }
@@ -140,17 +144,19 @@ impl Cli {
             | Command::Probe(_)
             | Command::Check(_)
             | Command::Classify(_)
+            | Command::Config(_)
             | Command::Health(_) => ("error", LogTo::StderrText),
         };
         let ended = telemetry::init(log.as_deref().unwrap_or(default), to)
             .map_err(|fault| anyhow::Error::new(UsageError(fault.to_string())))
             .and_then(|()| match command {
-                Command::Serve(args) => block_on(serve::run(args))?,
+                Command::Serve(args) => serve::run(args),
                 Command::Decide(args) => block_on(decide::run(args))?,
                 Command::Models(args) => models::run(args),
                 Command::Probe(args) => block_on(probe::run(args))?,
                 Command::Check(args) => check::run(args),
                 Command::Classify(args) => classify::run(args),
+                Command::Config(args) => config::run(args),
                 Command::Health(args) => block_on(health::run(args))?,
             });
         ended.unwrap_or_else(|fault| {
@@ -167,7 +173,11 @@ fn exit_of(fault: &anyhow::Error) -> Exit {
     } else if fault.is::<ConfigError>() {
         Exit::Invalid
     } else {
-        Exit::Fault
+        match fault.downcast_ref::<ServerError>() {
+            Some(ServerError::Address(_) | ServerError::Exposed(_) | ServerError::Anonymous(_)) => Exit::Usage,
+            Some(ServerError::File { .. } | ServerError::Content { .. }) => Exit::Invalid,
+            Some(ServerError::Listen { .. } | ServerError::Reflection(_) | ServerError::TaskEnded(_)) | None => Exit::Fault,
+        }
     }
 }
 
@@ -192,6 +202,11 @@ impl Termination for Exit {
 
 impl EngineArgs {
     fn load(self, probe_ca: Option<PathBuf>) -> Result<Setup, ConfigError> {
+        let (paths, overrides) = self.layers(probe_ca, Vec::new());
+        load(&paths, &overrides)
+    }
+
+    fn layers(self, probe_ca: Option<PathBuf>, flags: Vec<Flag>) -> (Paths, Overrides) {
         let Self {
             registry,
             probe_catalog,
@@ -203,7 +218,7 @@ impl EngineArgs {
         } = self;
         let paths = Paths { registry, probe_catalog, config, fingerprint_key: fingerprint_key_file, probe_ca };
         let platform_proxy = platform_proxy.map(PlatformProxy::from);
-        config::load(&paths, &Overrides { platform_proxy, refuse_operator_overrides, exempt_runtimes })
+        (paths, Overrides { platform_proxy, refuse_operator_overrides, exempt_runtimes, flags })
     }
 }
 
@@ -224,7 +239,7 @@ fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-/// A server's address as a URI: `HOST:PORT`, or with `http://` before it.
+/// A server's address as a URI: `HOST:PORT`, with `http://` before it, or `unix:PATH`.
 fn server_uri(address: &str) -> String {
-    if address.contains("://") { address.to_owned() } else { format!("http://{address}") }
+    if address.contains("://") || address.starts_with("unix:") { address.to_owned() } else { format!("http://{address}") }
 }

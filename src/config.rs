@@ -1,43 +1,44 @@
-//! Configuration: flags and one YAML file, into settings that are valid by construction. Every limit is named here, with its why.
+//! Configuration: defaults, one YAML file, the environment and flags, into settings that are valid by construction.
+
+mod layers;
+pub mod settings;
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     env, fs, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
-use serde::Deserialize;
+use serde_json::Value;
 
+pub use self::layers::{Flag, From as Origin};
+use self::{
+    layers::Layers,
+    settings::{OverridesWord, ProbeWord, ProviderException, ProxyWord, RoleWord, Settings},
+};
 use crate::{
-    assess::{Origin, Snapshot},
+    assess::{Origin as DocumentOrigin, Snapshot},
+    cache::CacheSettings,
     catalogue::Catalogue,
-    policy::{Action, Enforcement, Exception, Group, Policy},
+    limits::ProviderLimits,
+    policy::{Enforcement, Exception, Group, Policy},
+    probe::ProbeSettings,
     problem::{Loaded, Problem, Problems},
     registry::Registry,
     spec::{Checkpoint, PlatformProxy},
     yaml,
 };
 
-/// The largest Decide request: 64 credentials of a few KiB are far below it.
-pub const MAX_DECIDE_BYTES: usize = 256 * 1024;
-/// The largest request of any kind: 256 items of a batch at 16 KiB.
-pub const MAX_MESSAGE_BYTES: usize = 4 * 1024 * 1024;
-/// Items of one batch: a fleet of a thousand restarts in four.
-pub const MAX_BATCH_ITEMS: usize = 256;
-/// Items of one batch that are decided at a time: enough to fill every provider's answer time, few enough to be fair.
-pub const BATCH_CONCURRENCY: usize = 32;
-/// The longest that one Decide may take, whatever the caller allows: the longest probe is 10 s detached, no caller waits for it.
-pub const MAX_DECIDE_TIME: Duration = Duration::from_secs(5);
-/// The longest that one batch may take.
-pub const MAX_BATCH_TIME: Duration = Duration::from_secs(60);
-/// Streams of one connection: a platform's handlers share one, and a create storm is hundreds.
-pub const MAX_STREAMS_PER_CONNECTION: u32 = 1024;
-/// How long calls under way may go on after the first signal.
-pub const DRAIN_TIME: Duration = Duration::from_secs(10);
 /// The largest file that holds a secret of ours.
 const MAX_KEY_FILE_BYTES: u64 = 64 * 1024;
+/// The largest count or size that a limit may have: far above any use, far below where arithmetic ends.
+const MAX_COUNT: usize = 1 << 30;
+/// A token of 4 KiB beside the usual headers must pass.
+const MIN_HEADER_LIST_BYTES: u32 = 8 * 1024;
+/// More threads than that help nobody.
+const MAX_WORKER_THREADS: usize = 256;
 
 /// Where things are, as the command line has it.
 #[derive(Debug, Clone, Default)]
@@ -63,6 +64,8 @@ pub struct Overrides {
     pub refuse_operator_overrides: bool,
     /// Further exempt runtimes.
     pub exempt_runtimes: Vec<String>,
+    /// Any other key.
+    pub flags: Vec<Flag>,
 }
 
 /// Everything that a service is made of, checked.
@@ -74,6 +77,10 @@ pub struct Setup {
     pub fingerprint_key: Option<[u8; 32]>,
     /// Further certificate authorities for probes, in PEM.
     pub probe_ca: Vec<u8>,
+    /// Everything else that is set.
+    pub settings: Settings,
+    /// Where each value came from that is not a default, by its key.
+    pub origins: BTreeMap<String, Origin>,
     /// What is odd about the files.
     pub warnings: Vec<Problem>,
 }
@@ -96,47 +103,49 @@ pub enum ConfigError {
 
 /// Reads everything. All problems of a file are in its error.
 pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> {
-    let Paths { registry, probe_catalog, config, fingerprint_key, probe_ca } = paths;
+    let (settings, origins) = settings_of(paths, overrides, env::vars())?;
     let environment = |name: &str| env::var(name).ok();
     let mut warnings = Vec::new();
     let mut keep = |document: &str, found: Vec<Problem>| {
         warnings.extend(found.into_iter().map(|problem| Problem { place: format!("{document}: {}", problem.place), ..problem }));
     };
     let now = SystemTime::now();
-    let origin = |path: Option<&PathBuf>| Origin { source: source_of(path), loaded_at: now };
+    let origin = |path: Option<&PathBuf>| DocumentOrigin { source: source_of(path), loaded_at: now };
     let document = |path: &Path| path.display().to_string();
-    let Loaded { value: loaded_registry, warnings: found } = match registry {
+    let registry_file = settings.registry.file.as_ref();
+    let Loaded { value: registry, warnings: found } = match registry_file {
         None => Registry::embedded(&environment)?,
         Some(path) => Registry::parse(&document(path), &read(path, yaml::MAX_DOCUMENT_BYTES as u64)?, &environment)?,
     };
-    keep(&origin(registry.as_ref()).source, found);
-    let Loaded { value: loaded_catalogue, warnings: found } = match probe_catalog {
+    keep(&origin(registry_file).source, found);
+    let catalogue_file = settings.catalogue.file.as_ref();
+    let Loaded { value: catalogue, warnings: found } = match catalogue_file {
         None => Catalogue::embedded()?,
         Some(path) => Catalogue::overlaid(&document(path), &read(path, yaml::MAX_DOCUMENT_BYTES as u64)?)?,
     };
-    keep(&origin(probe_catalog.as_ref()).source, found);
-    let mut policy = match config {
-        None => Policy::default(),
-        Some(path) => policy_of(&document(path), &read(path, yaml::MAX_DOCUMENT_BYTES as u64)?, &loaded_registry)?,
-    };
-    let Overrides { platform_proxy, refuse_operator_overrides, exempt_runtimes } = overrides;
-    policy.platform_proxy = platform_proxy.unwrap_or(policy.platform_proxy);
-    policy.honour_overrides &= !refuse_operator_overrides;
-    policy.exempt_runtimes.extend(exempt_runtimes.iter().cloned());
-    let fingerprint_key = match fingerprint_key {
+    keep(&origin(catalogue_file).source, found);
+    let policy = policy_of(&settings, &registry).map_err(|list| Problems { document: named(paths), list })?;
+    let fingerprint_key = match &settings.fingerprints.key_file {
         None => None,
         Some(path) => Some(blake3::derive_key("byok-gate credential fingerprint v1", &read(path, MAX_KEY_FILE_BYTES)?)),
     };
+    let probe_ca = match &settings.probe.ca_file {
+        None => Vec::new(),
+        Some(path) => read(path, yaml::MAX_DOCUMENT_BYTES as u64)?,
+    };
+    let (registry_origin, catalogue_origin) = (origin(registry_file), origin(catalogue_file));
     Ok(Setup {
         snapshot: Snapshot {
-            registry: Arc::new(loaded_registry),
-            catalogue: Arc::new(loaded_catalogue),
+            registry: Arc::new(registry),
+            catalogue: Arc::new(catalogue),
             policy: Arc::new(policy),
-            registry_origin: origin(registry.as_ref()),
-            catalogue_origin: origin(probe_catalog.as_ref()),
+            registry_origin,
+            catalogue_origin,
         },
         fingerprint_key,
-        probe_ca: probe_ca.as_ref().map_or(Ok(Vec::new()), |path| read(path, yaml::MAX_DOCUMENT_BYTES as u64))?,
+        probe_ca,
+        settings,
+        origins,
         warnings,
     })
 }
@@ -144,6 +153,71 @@ pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
 /// How a document is called: `embedded`, or its file's path.
 pub(crate) fn source_of(path: Option<&PathBuf>) -> String {
     path.map_or_else(|| "embedded".to_owned(), |path| path.display().to_string())
+}
+
+/// The settings alone: no other file than the configuration file is read.
+pub fn settings_of(
+    paths: &Paths,
+    overrides: &Overrides,
+    environment: impl Iterator<Item = (String, String)>,
+) -> Result<(Settings, BTreeMap<String, Origin>), ConfigError> {
+    let failed = |list| Problems { document: named(paths), list };
+    let mut layers = Layers::new();
+    if let Some(path) = &paths.config {
+        let tree = yaml::tree(&read(path, yaml::MAX_DOCUMENT_BYTES as u64)?).map_err(|problem| failed(vec![problem]))?;
+        layers.file(&path.display().to_string(), tree);
+    }
+    // In one order, whatever the process's environment has.
+    layers.environment(environment.collect::<BTreeMap<_, _>>().into_iter());
+    for flag in flags_of(paths, overrides) {
+        layers.flag(flag);
+    }
+    let (mut settings, mut origins) = layers.finish().map_err(failed)?;
+    if !overrides.exempt_runtimes.is_empty() {
+        // The one list to which a flag adds: taking an exemption away is the file's to do.
+        settings.exempt_runtimes.extend(overrides.exempt_runtimes.iter().cloned());
+        origins.insert("exempt_runtimes".to_owned(), Origin::Flag("--exempt-runtime"));
+    }
+    let problems = problems_of(&settings);
+    if problems.is_empty() { Ok((settings, origins)) } else { Err(failed(problems).into()) }
+}
+
+/// Every setting with its value.
+pub fn listed(settings: &Settings) -> Vec<(String, Value)> {
+    layers::leaves(settings)
+}
+
+/// The document that a fault of the settings is told of.
+fn named(paths: &Paths) -> String {
+    paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string())
+}
+
+fn flags_of(paths: &Paths, overrides: &Overrides) -> Vec<Flag> {
+    let Paths { registry, probe_catalog, config: _, fingerprint_key, probe_ca } = paths;
+    let Overrides { platform_proxy, refuse_operator_overrides, exempt_runtimes: _, flags } = overrides;
+    let files = [
+        ("--registry", "registry.file", registry),
+        ("--probe-catalog", "catalogue.file", probe_catalog),
+        ("--fingerprint-key-file", "fingerprints.key_file", fingerprint_key),
+        ("--probe-ca-file", "probe.ca_file", probe_ca),
+    ];
+    let files = files.into_iter().filter_map(|(name, key, path)| {
+        Some(Flag { name, key, value: Value::String(path.as_ref()?.to_string_lossy().into_owned()) })
+    });
+    let proxy = platform_proxy.map(|proxy| Flag {
+        name: "--platform-proxy",
+        key: "platform_proxy",
+        value: Value::from(match proxy {
+            PlatformProxy::Available => "available",
+            PlatformProxy::Absent => "absent",
+        }),
+    });
+    let refuse = refuse_operator_overrides.then(|| Flag {
+        name: "--refuse-operator-overrides",
+        key: "operator_overrides",
+        value: Value::from("refuse"),
+    });
+    files.chain(proxy).chain(refuse).chain(flags.iter().cloned()).collect()
 }
 
 /// A file's bytes, one more than the limit at most, so that the door behind it can say that there are too many.
@@ -156,122 +230,153 @@ pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ConfigError> {
     Ok(bytes)
 }
 
-// === the configuration file ===
+// === from settings ===
 
-/// The document.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ConfigFile {
-    #[serde(default)]
-    platform_proxy: Option<ProxyWord>,
-    #[serde(default)]
-    operator_overrides: Option<OverridesWord>,
-    #[serde(default)]
-    exempt_runtimes: Option<BTreeSet<String>>,
-    #[serde(default)]
-    policy: Option<PolicyFile>,
-    #[serde(default)]
-    providers: Option<BTreeMap<String, ProviderFile>>,
-}
+impl Settings {
+    /// For the memory of observations, and what guards the providers behind it.
+    pub fn cache_settings(&self) -> CacheSettings {
+        CacheSettings { ages: (&self.cache).into(), breaker: (&self.breaker).into(), new_keys: (&self.new_keys).into() }
+    }
 
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum ProxyWord {
-    Available,
-    Absent,
-}
+    /// For what is asked of each provider.
+    pub fn provider_limits(&self) -> ProviderLimits {
+        (&self.provider_limits).into()
+    }
 
-#[derive(Debug, Clone, Copy, Deserialize, PartialEq)]
-#[serde(rename_all = "lowercase")]
-enum OverridesWord {
-    Honour,
-    Refuse,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct PolicyFile {
-    #[serde(default)]
-    create: GroupsFile,
-    #[serde(default)]
-    provision: GroupsFile,
-    #[serde(default)]
-    update: GroupsFile,
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct GroupsFile {
-    #[serde(default)]
-    forbidden: Option<ActionWord>,
-    #[serde(default)]
-    unanswered: Option<ActionWord>,
-    #[serde(default)]
-    inconclusive: Option<ActionWord>,
-    #[serde(default)]
-    unverifiable: Option<ActionWord>,
-}
-
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-enum ActionWord {
-    Allow,
-    AllowIfRecentlyValid,
-    Deny,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct ProviderFile {
-    probe: ProbeWord,
-    #[serde(default)]
-    until: Option<String>,
-}
-
-#[derive(Debug, Clone, Copy, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum ProbeWord {
-    Enforce,
-    Report,
-    Off,
-}
-
-/// The policy that a configuration file sets. A key that is not known is an error: a typing error must not leave a default
-/// in force that the operator thinks is gone.
-fn policy_of(document: &str, bytes: &[u8], registry: &Registry) -> Result<Policy, Problems> {
-    let failed = |list| Problems { document: document.to_owned(), list };
-    let file = yaml::parse::<Option<ConfigFile>>(bytes).map_err(|problem| failed(vec![problem]))?.value.unwrap_or_default();
-    let ConfigFile { platform_proxy, operator_overrides, exempt_runtimes, policy: groups, providers } = file;
-    let mut policy = Policy::default();
-    let mut problems = Vec::new();
-    policy.platform_proxy = match platform_proxy {
-        Some(ProxyWord::Available) => PlatformProxy::Available,
-        Some(ProxyWord::Absent) | None => PlatformProxy::Absent,
-    };
-    policy.honour_overrides = operator_overrides != Some(OverridesWord::Refuse);
-    policy.exempt_runtimes = exempt_runtimes.unwrap_or_default();
-    let PolicyFile { create, provision, update } = groups.unwrap_or_default();
-    for (checkpoint, groups) in [(Checkpoint::Create, create), (Checkpoint::Provision, provision), (Checkpoint::Update, update)] {
-        let GroupsFile { forbidden, unanswered, inconclusive, unverifiable } = groups;
-        let ruled = [
-            (Group::Forbidden, forbidden),
-            (Group::Unanswered, unanswered),
-            (Group::Inconclusive, inconclusive),
-            (Group::Unverifiable, unverifiable),
-        ];
-        for (group, word) in ruled {
-            let action = match word {
-                None => continue,
-                Some(ActionWord::Allow) => Action::Allow,
-                Some(ActionWord::AllowIfRecentlyValid) => Action::AllowIfRecentlyValid,
-                Some(ActionWord::Deny) => Action::Deny,
-            };
-            policy.set_action(checkpoint, group, action);
+    /// For the prober.
+    pub fn probe_settings(&self, extra_roots: Vec<u8>) -> ProbeSettings {
+        ProbeSettings {
+            budget: self.probe.budget.0,
+            allow_loopback_http: self.probe.allow_loopback_http,
+            calibrate: self.probe.calibrate,
+            extra_roots,
+            ..ProbeSettings::default()
         }
     }
-    for (name, ProviderFile { probe, until }) in providers.unwrap_or_default() {
+}
+
+/// What no single value shows.
+fn problems_of(settings: &Settings) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    let mut add = |place: &str, message: String| problems.push(Problem::at(place, message));
+    let Settings { server, socket, tls, callers, limits, deadlines, cache, probe, provider_limits, breaker, .. } = settings;
+    if server.listen.is_empty() {
+        add("server.listen", "names no address: give at least one HOST:PORT or unix:PATH".to_owned());
+    }
+    for (place, span) in [
+        ("server.reload_interval", server.reload_interval),
+        ("server.keepalive_interval", server.keepalive_interval),
+        ("server.keepalive_timeout", server.keepalive_timeout),
+        ("deadlines.decide", deadlines.decide),
+        ("deadlines.batch", deadlines.batch),
+        ("deadlines.handshake", deadlines.handshake),
+        ("probe.budget", probe.budget),
+        ("cache.hard_maximum", cache.hard_maximum),
+        ("provider_limits.queue_time", provider_limits.queue_time),
+        ("breaker.cool_down", breaker.cool_down),
+        ("breaker.trial", breaker.trial),
+    ] {
+        if span.0.is_zero() {
+            add(place, "must be more than 0".to_owned());
+        }
+    }
+    if cache.jitter_percent > 100 {
+        add("cache.jitter_percent", "must be 0 to 100".to_owned());
+    }
+    if breaker.cool_down > breaker.max_cool_down {
+        add("breaker.cool_down", "must not be more than breaker.max_cool_down".to_owned());
+    }
+    if cache.rate_limited_min > cache.rate_limited_max {
+        add("cache.rate_limited_min", "must not be more than cache.rate_limited_max".to_owned());
+    }
+    if cache.valid.0.max(cache.valid_paid.0) > cache.hard_maximum.0 {
+        add("cache.hard_maximum", "must not be less than cache.valid and cache.valid_paid".to_owned());
+    }
+    for (place, count) in [
+        ("limits.message_bytes", limits.message_bytes),
+        ("limits.batch_message_bytes", limits.batch_message_bytes),
+        ("limits.connections", limits.connections),
+        ("limits.streams_per_connection", limits.streams_per_connection as usize),
+        ("limits.decisions", limits.decisions),
+        ("limits.batch_items", limits.batch_items),
+        ("limits.batch_concurrency", limits.batch_concurrency),
+        ("limits.credentials", limits.credentials),
+        ("limits.credential_bytes", limits.credential_bytes),
+        ("limits.name_bytes", limits.name_bytes),
+        ("limits.model_bytes", limits.model_bytes),
+        ("limits.resolve_names", limits.resolve_names),
+        ("provider_limits.in_flight", provider_limits.in_flight),
+        ("breaker.failures", breaker.failures as usize),
+        ("callers.workspace_calls_per_minute", callers.workspace_calls_per_minute as usize),
+    ] {
+        if count == 0 || count > MAX_COUNT {
+            add(place, format!("is {count}; it must be 1 to {MAX_COUNT}"));
+        }
+    }
+    if limits.header_list_bytes < MIN_HEADER_LIST_BYTES {
+        add("limits.header_list_bytes", format!("must be at least {MIN_HEADER_LIST_BYTES}: a token and a trace need that much"));
+    }
+    if server.worker_threads > MAX_WORKER_THREADS {
+        add("server.worker_threads", format!("must be at most {MAX_WORKER_THREADS}; 0 takes what the CPU quota gives"));
+    }
+    if u32::from_str_radix(&socket.mode, 8).is_err() || !(3..=4).contains(&socket.mode.len()) {
+        add("socket.mode", format!("`{}` is not a file mode in octal digits, such as \"0660\"", socket.mode));
+    }
+    match (&tls.certificate, &tls.key) {
+        (Some(_), None) => add("tls.key", "is required with tls.certificate".to_owned()),
+        (None, Some(_)) => add("tls.certificate", "is required with tls.key".to_owned()),
+        (None, None) if tls.client_ca.is_some() => add("tls.certificate", "is required with tls.client_ca".to_owned()),
+        _ => {}
+    }
+    if !callers.certificates.is_empty() && tls.client_ca.is_none() {
+        add("tls.client_ca", "is required with callers.certificates: nobody else's word makes a name true".to_owned());
+    }
+    let of_workspaces = |role, workspaces: usize| match role {
+        RoleWord::Workspace if workspaces == 0 => Some("names no workspaces: a `workspace` caller needs its ids"),
+        RoleWord::Platform | RoleWord::Operator if workspaces > 0 => Some("names workspaces: only a `workspace` caller has them"),
+        RoleWord::Workspace | RoleWord::Platform | RoleWord::Operator => None,
+    };
+    for (index, caller) in callers.certificates.iter().enumerate() {
+        if let Some(fault) = of_workspaces(caller.role, caller.workspaces.len()) {
+            add(&format!("callers.certificates[{index}]"), fault.to_owned());
+        }
+        if caller.san.trim().is_empty() {
+            add(&format!("callers.certificates[{index}].san"), "is empty".to_owned());
+        }
+    }
+    for (index, caller) in callers.unix_peers.iter().enumerate() {
+        if let Some(fault) = of_workspaces(caller.role, caller.workspaces.len()) {
+            add(&format!("callers.unix_peers[{index}]"), fault.to_owned());
+        }
+        if caller.uid.is_none() && caller.gid.is_none() {
+            add(&format!("callers.unix_peers[{index}]"), "needs a uid, a gid or both".to_owned());
+        }
+    }
+    problems
+}
+
+/// The policy that the settings make.
+fn policy_of(settings: &Settings, registry: &Registry) -> Result<Policy, Vec<Problem>> {
+    let mut policy = Policy::default();
+    let mut problems = Vec::new();
+    policy.platform_proxy = match settings.platform_proxy {
+        ProxyWord::Available => PlatformProxy::Available,
+        ProxyWord::Absent => PlatformProxy::Absent,
+    };
+    policy.honour_overrides = settings.operator_overrides == OverridesWord::Honour;
+    policy.exempt_runtimes = settings.exempt_runtimes.clone();
+    let groups = &settings.policy;
+    for (checkpoint, groups) in
+        [(Checkpoint::Create, &groups.create), (Checkpoint::Provision, &groups.provision), (Checkpoint::Update, &groups.update)]
+    {
+        policy.set_action(checkpoint, Group::Forbidden, groups.forbidden.into());
+        policy.set_action(checkpoint, Group::Unanswered, groups.unanswered.into());
+        policy.set_action(checkpoint, Group::Inconclusive, groups.inconclusive.into());
+        policy.set_action(checkpoint, Group::Unverifiable, groups.unverifiable.into());
+    }
+    for (name, ProviderException { probe, until }) in &settings.providers {
         let place = format!("providers.{name}");
-        if !registry.providers().iter().any(|provider| provider.name == name) {
+        if !registry.providers().iter().any(|provider| provider.name == *name) {
             problems.push(Problem::at(&place, "the registry has no provider of this name"));
         }
         let enforcement = match probe {
@@ -286,21 +391,25 @@ fn policy_of(document: &str, bytes: &[u8], registry: &Registry) -> Result<Policy
         };
         match until.parse::<jiff::civil::Date>().ok().and_then(|date| date.to_zoned(jiff::tz::TimeZone::UTC).ok()) {
             Some(midnight) => {
-                policy.set_exception(name, Exception { enforcement, until: midnight.timestamp().as_second() });
+                policy.set_exception(name.clone(), Exception { enforcement, until: midnight.timestamp().as_second() });
             }
             None => problems.push(Problem::at(format!("{place}.until"), format!("`{until}` is not a date such as 2026-12-31"))),
         }
     }
-    if problems.is_empty() { Ok(policy) } else { Err(failed(problems)) }
+    if problems.is_empty() { Ok(policy) } else { Err(problems) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::Action;
 
     fn parsed(text: &str) -> Result<Policy, String> {
         let registry = Registry::embedded(&|_| None).unwrap().value;
-        policy_of("test", text.as_bytes(), &registry).map_err(|problems| problems.to_string())
+        let mut layers = Layers::new();
+        layers.file("test", yaml::tree(text.as_bytes()).map_err(|problem| problem.to_string())?);
+        let settings = layers.finish().map_err(|problems| format!("{problems:?}"))?.0;
+        policy_of(&settings, &registry).map_err(|problems| format!("{problems:?}"))
     }
 
     #[test]
@@ -339,5 +448,96 @@ mod tests {
         ] {
             assert!(parsed(text).is_err(), "{text}");
         }
+    }
+
+    fn settled(
+        text: &str,
+        environment: &[(&str, &str)],
+        flags: Vec<Flag>,
+    ) -> Result<(Settings, BTreeMap<String, Origin>), String> {
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("byok-gate.yaml");
+        fs::write(&config, text).unwrap();
+        let paths = Paths { config: Some(config), ..Paths::default() };
+        let environment = environment.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+        settings_of(&paths, &Overrides { flags, ..Overrides::default() }, environment).map_err(|fault| fault.to_string())
+    }
+
+    #[test]
+    fn a_later_layer_wins_and_every_value_knows_where_it_came_from() {
+        let text = "limits: {decisions: 1, connections: 1, batch_items: 1}\n";
+        let environment = [("BYOK_GATE__LIMITS__CONNECTIONS", "2"), ("BYOK_GATE__LIMITS__BATCH_ITEMS", "2"), ("PATH", "/bin")];
+        let flag = Flag { name: "--test", key: "limits.batch_items", value: Value::from(3) };
+        let (settings, origins) = settled(text, &environment, vec![flag]).unwrap();
+        let limits = &settings.limits;
+        assert_eq!((limits.decisions, limits.connections, limits.batch_items), (1, 2, 3));
+        assert_eq!(limits.credentials, Settings::default().limits.credentials);
+        let from = |key: &str| origins.get(key).map(ToString::to_string);
+        assert!(from("limits.decisions").unwrap().starts_with("file "));
+        assert_eq!(from("limits.connections").unwrap(), "environment BYOK_GATE__LIMITS__CONNECTIONS");
+        assert_eq!(from("limits.batch_items").unwrap(), "flag --test");
+        assert_eq!(from("limits.credentials"), None);
+    }
+
+    #[test]
+    fn the_environment_speaks_every_type() {
+        let environment = [
+            ("BYOK_GATE__SERVER__LISTEN", "127.0.0.1:1, unix:/run/x.sock"),
+            ("BYOK_GATE__SERVER__INSECURE_LISTEN", "true"),
+            ("BYOK_GATE__SOCKET__MODE", "0600"),
+            ("BYOK_GATE__SOCKET__GROUP", "1000"),
+            ("BYOK_GATE__TLS__KEY", "/k"),
+            ("BYOK_GATE__TLS__CERTIFICATE", "7"),
+            ("BYOK_GATE__DEADLINES__DECIDE", "250ms"),
+            ("BYOK_GATE__CALLERS__UNIX_PEERS", "[{uid: 7, role: operator}]"),
+            ("BYOK_GATE__POLICY__CREATE__INCONCLUSIVE", "deny"),
+            ("BYOK_GATE__EXEMPT_RUNTIMES", "mock"),
+        ];
+        let settings = settled("", &environment, Vec::new()).unwrap().0;
+        assert_eq!(settings.server.listen, ["127.0.0.1:1", "unix:/run/x.sock"]);
+        assert!(settings.server.insecure_listen);
+        assert_eq!((settings.socket.mode.as_str(), settings.socket.group), ("0600", Some(1000)));
+        assert_eq!(settings.tls.certificate.as_deref(), Some(Path::new("7")));
+        assert_eq!(settings.deadlines.decide.0.as_millis(), 250);
+        assert_eq!(settings.callers.unix_peers[0].role, RoleWord::Operator);
+        assert!(settings.exempt_runtimes.contains("mock"));
+    }
+
+    #[test]
+    fn what_does_not_stand_is_named_with_its_place_and_the_nearest_key() {
+        for (text, environment, expect) in [
+            ("limits: {decision: 1}", None, "limits.decision: is not a key (from file"),
+            ("limits: {decision: 1}", None, "the nearest is `limits.decisions`"),
+            ("limit: {decisions: 1}", None, "the nearest is `limits`"),
+            ("", Some(("BYOK_GATE__LIMITS__CONECTIONS", "1")), "the nearest is `limits.connections`"),
+            ("", Some(("BYOK_GATE__SHUTDOWN", "1")), "shutdown: is a section of keys"),
+            ("", Some(("BYOK_GATE__LIMITS__DECISIONS", "many")), "(from environment BYOK_GATE__LIMITS__DECISIONS)"),
+            ("limits: {decisions: 0}", None, "limits.decisions: is 0; it must be 1 to"),
+            ("limits: {decisions: -1}", None, "limits.decisions: invalid value"),
+            ("deadlines: {decide: 5}", None, "deadlines.decide: "),
+            ("deadlines: {decide: 0s}", None, "deadlines.decide: must be more than 0"),
+            ("server: {listen: []}", None, "server.listen: names no address"),
+            ("server: {worker_threads: 100000}", None, "server.worker_threads: must be at most"),
+            ("socket: {mode: '0990'}", None, "socket.mode: `0990` is not"),
+            ("tls: {certificate: /c}", None, "tls.key: is required"),
+            ("tls: {client_ca: /c}", None, "tls.certificate: is required"),
+            ("callers: {certificates: [{san: a}]}", None, "tls.client_ca: is required"),
+            ("callers: {unix_peers: [{}]}", None, "callers.unix_peers[0]: needs a uid"),
+            ("callers: {unix_peers: [{uid: 1, role: workspace}]}", None, "callers.unix_peers[0]: names no workspaces"),
+            ("callers: {unix_peers: [{uid: 1, rule: workspace}]}", None, "unknown field `rule`"),
+            ("cache: {hard_maximum: 10s}", None, "cache.hard_maximum: must not be less"),
+            ("limits: {decisions: 1}\nlimits: {decisions: 2}", None, "duplicate"),
+            ("- a", None, "must be a mapping"),
+        ] {
+            let fault = settled(text, environment.as_slice(), Vec::new()).unwrap_err();
+            assert!(fault.contains(expect), "{text} {environment:?}: {fault}");
+        }
+    }
+
+    #[test]
+    fn the_reference_file_says_every_default_and_nothing_else() {
+        let text = include_str!("../deploy/byok-gate.yaml");
+        let tree = yaml::tree(text.as_bytes()).unwrap();
+        assert_eq!(tree, serde_json::to_value(Settings::default()).unwrap());
     }
 }

@@ -1,23 +1,27 @@
 //! The gRPC service: convert, decide, convert, record once.
 
+pub(crate) mod admission;
+pub mod caller;
 pub mod convert;
+pub(crate) mod deadline;
 
-use std::{
-    panic::AssertUnwindSafe,
-    pin::Pin,
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
+use std::{panic::AssertUnwindSafe, pin::Pin, sync::Arc, time::SystemTime};
 
 use futures_util::{FutureExt, Stream, StreamExt, stream};
 use prost::Message;
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
-use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
+use tonic::{Code, Extensions, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
-use self::convert::{Violations, pb};
+use self::{
+    admission::Admission,
+    caller::Caller,
+    convert::{Violations, pb},
+    deadline::Deadline,
+};
 use crate::{
-    config::{BATCH_CONCURRENCY, MAX_BATCH_ITEMS, MAX_BATCH_TIME, MAX_DECIDE_BYTES, MAX_DECIDE_TIME},
+    config::settings::{Deadlines, Limits},
     engine::Engine,
     refusal::Refusal,
     telemetry,
@@ -26,38 +30,51 @@ use crate::{
 /// The service's name on the wire, as health checks name it.
 pub const NAME: &str = "byokgate.v1.PolicyDecisionService";
 
-/// The part of a caller's time that is kept back, so that the answer arrives before the caller gives up: a tenth, within
-/// these bounds.
-const MIN_MARGIN: Duration = Duration::from_millis(5);
-const MAX_MARGIN: Duration = Duration::from_millis(100);
-
 /// The service.
 #[derive(Clone)]
-pub struct PolicyDecision {
+pub struct PolicyDecision(Arc<Shared>);
+
+struct Shared {
     engine: Arc<Engine>,
+    admission: Admission,
+    limits: Limits,
+    deadlines: Deadlines,
 }
 
 // === impl PolicyDecision ===
 
 impl PolicyDecision {
     /// A service over this engine.
-    pub fn new(engine: Arc<Engine>) -> Self {
-        Self { engine }
+    pub fn new(engine: Arc<Engine>, limits: Limits, deadlines: Deadlines) -> Self {
+        Self(Arc::new(Shared { engine, admission: Admission::new(&limits), limits, deadlines }))
     }
+}
 
+// === impl Shared ===
+
+impl Shared {
     /// One item: bad input and faults of ours are statuses, everything else is a decision.
-    async fn decide_one(engine: &Engine, message: pb::DecideRequest, deadline: Instant) -> Result<pb::DecideResponse, Status> {
-        let size = message.encoded_len();
-        if size > MAX_DECIDE_BYTES {
+    async fn decide_one(
+        &self,
+        caller: &Caller,
+        message: pb::DecideRequest,
+        place: impl Future<Output = Result<OwnedSemaphorePermit, Status>>,
+        answer_by: Instant,
+    ) -> Result<pb::DecideResponse, Status> {
+        let (size, limit) = (message.encoded_len(), self.limits.message_bytes);
+        if size > limit {
             return Err(bad_request(Violations(vec![(
                 "workspace_spec".to_owned(),
-                format!("the request is {size} bytes long; the limit is {MAX_DECIDE_BYTES}"),
+                format!("the request is {size} bytes long; the limit is {limit}"),
             )])));
         }
-        let request = convert::request(message).map_err(bad_request)?;
+        let mut request = convert::request_within(message, &self.limits).map_err(bad_request)?;
+        caller.may_decide(&request)?;
+        request.caller.clone_from(&caller.name);
+        let _place = place.await?;
         let began = Instant::now();
         // A panic in one decision is that decision's end, not the connection's.
-        let deciding = AssertUnwindSafe(engine.decide(&request, deadline)).catch_unwind();
+        let deciding = AssertUnwindSafe(self.engine.decide(&request, answer_by)).catch_unwind();
         let decided = deciding.await.map_err(|_| {
             tracing::error!(event = "decision_panicked", "a decision panicked; no decision was made");
             Status::internal("no decision was made: an internal error")
@@ -72,30 +89,34 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
     type BatchDecideStream = Pin<Box<dyn Stream<Item = Result<pb::BatchDecideResponse, Status>> + Send>>;
 
     async fn decide(&self, request: Request<pb::DecideRequest>) -> Result<Response<pb::DecideResponse>, Status> {
-        let deadline = deadline(request.metadata(), MAX_DECIDE_TIME);
-        Self::decide_one(&self.engine, request.into_inner(), deadline).await.map(Response::new)
+        let (_, extensions, message) = request.into_parts();
+        let (caller, deadline) = admitted(&extensions)?;
+        let Self(shared) = self;
+        shared.decide_one(&caller, message, shared.admission.enter(), deadline.answer_by).await.map(Response::new)
     }
 
     async fn batch_decide(&self, request: Request<pb::BatchDecideRequest>) -> Result<Response<Self::BatchDecideStream>, Status> {
-        let deadline = deadline(request.metadata(), MAX_BATCH_TIME);
-        let requests = request.into_inner().requests;
-        if requests.is_empty() || requests.len() > MAX_BATCH_ITEMS {
-            let found = format!("holds {}; it must hold 1 to {MAX_BATCH_ITEMS}", requests.len());
+        let (_, extensions, message) = request.into_parts();
+        let (caller, deadline) = admitted(&extensions)?;
+        let (requests, limits) = (message.requests, &self.0.limits);
+        if requests.is_empty() || requests.len() > limits.batch_items {
+            let found = format!("holds {}; it must hold 1 to {}", requests.len(), limits.batch_items);
             return Err(bad_request(Violations(vec![("requests".to_owned(), found)])));
         }
-        let engine = Arc::clone(&self.engine);
+        let shared = Arc::clone(&self.0);
         let decisions = stream::iter((0_u32..).zip(requests))
             .map(move |(index, message)| {
-                let engine = Arc::clone(&engine);
+                let (shared, caller) = (Arc::clone(&shared), Arc::clone(&caller));
                 async move {
                     // An item's own time is a Decide's, within the batch's.
-                    let own = deadline.min(Instant::now() + MAX_DECIDE_TIME);
-                    let decided = timeout_at(deadline, Self::decide_one(&engine, message, own)).await;
+                    let own = deadline.answer_by.min(Instant::now() + shared.deadlines.decide.0);
+                    let deciding = shared.decide_one(&caller, message, shared.admission.enter_by(own), own);
+                    let decided = timeout_at(deadline.answer_by, deciding).await;
                     let late = || Status::deadline_exceeded("no decision was made before the batch's deadline");
                     Ok(item(index, decided.unwrap_or_else(|_| Err(late()))))
                 }
             })
-            .buffer_unordered(BATCH_CONCURRENCY);
+            .buffer_unordered(limits.batch_concurrency);
         Ok(Response::new(Box::pin(decisions)))
     }
 
@@ -103,14 +124,14 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
         &self,
         request: Request<pb::ResolveProviderRequest>,
     ) -> Result<Response<pb::ResolveProviderResponse>, Status> {
-        let (runtime, model, names) = convert::resolve_request(request.into_inner()).map_err(bad_request)?;
-        let (result, snapshot) = self.engine.resolve(&runtime, &model, &names);
+        let (runtime, model, names) = convert::resolve_request(request.into_inner(), &self.0.limits).map_err(bad_request)?;
+        let (result, snapshot) = self.0.engine.resolve(&runtime, &model, &names);
         Ok(Response::new(convert::resolve_response(result, &model, &snapshot)))
     }
 
     async fn list_models(&self, request: Request<pb::ListModelsRequest>) -> Result<Response<pb::ListModelsResponse>, Status> {
-        let runtime = convert::list_request(request.into_inner()).map_err(bad_request)?;
-        let snapshot = self.engine.snapshot();
+        let runtime = convert::list_request(request.into_inner(), &self.0.limits).map_err(bad_request)?;
+        let snapshot = self.0.engine.snapshot();
         if let Some(name) = runtime.as_deref()
             && snapshot.registry.runtime(name).is_none()
         {
@@ -124,8 +145,15 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
         &self,
         _request: Request<pb::GetRegistryStatusRequest>,
     ) -> Result<Response<pb::GetRegistryStatusResponse>, Status> {
-        Ok(Response::new(convert::status(&self.engine.snapshot(), SystemTime::now())))
+        Ok(Response::new(convert::status(&self.0.engine.snapshot(), SystemTime::now())))
     }
+}
+
+/// What the server found out about a call before it came here. Without it nothing is answered: no zero value allows.
+fn admitted(extensions: &Extensions) -> Result<(Arc<Caller>, Deadline), Status> {
+    let caller = extensions.get::<Arc<Caller>>().cloned().ok_or_else(|| Status::unauthenticated("the caller is not known"))?;
+    let deadline = extensions.get::<Deadline>().copied().ok_or_else(|| Status::internal("the call has no deadline"))?;
+    Ok((caller, deadline))
 }
 
 fn item(index: u32, decided: Result<pb::DecideResponse, Status>) -> pb::BatchDecideResponse {
@@ -148,71 +176,4 @@ fn bad_request(violations: Violations) -> Status {
         details.add_bad_request_violation(field, description);
     }
     Status::with_error_details(Code::InvalidArgument, first, details)
-}
-
-/// When a caller's answer is due: its own `grpc-timeout` less a margin, capped.
-fn deadline(metadata: &MetadataMap, cap: Duration) -> Instant {
-    let given = metadata.get("grpc-timeout").and_then(|value| grpc_timeout(value.to_str().ok()?));
-    let time = given.unwrap_or(cap).min(cap);
-    let margin = (time / 10).clamp(MIN_MARGIN, MAX_MARGIN);
-    Instant::now() + time.saturating_sub(margin)
-}
-
-/// `1` to `8` digits and a unit. Anything else is no timeout, as the gRPC library has it.
-fn grpc_timeout(text: &str) -> Option<Duration> {
-    let unit = text.chars().next_back()?;
-    let digits = text.strip_suffix(unit)?;
-    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|byte| byte.is_ascii_digit()) {
-        return None;
-    }
-    let number = digits.parse::<u64>().ok()?;
-    Some(match unit {
-        'H' => Duration::from_secs(number * 3600),
-        'M' => Duration::from_secs(number * 60),
-        'S' => Duration::from_secs(number),
-        'm' => Duration::from_millis(number),
-        'u' => Duration::from_micros(number),
-        'n' => Duration::from_nanos(number),
-        _ => return None,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn grpc_timeouts_parse_or_are_none() {
-        for (text, expect) in [
-            ("1n", Some(Duration::from_nanos(1))),
-            ("250m", Some(Duration::from_millis(250))),
-            ("4S", Some(Duration::from_secs(4))),
-            ("99999999H", Some(Duration::from_secs(99_999_999 * 3600))),
-            ("0S", Some(Duration::ZERO)),
-            ("", None),
-            ("S", None),
-            ("123456789S", None),
-            ("1.5S", None),
-            ("4x", None),
-            ("4é", None),
-        ] {
-            assert_eq!(grpc_timeout(text), expect, "{text:?}");
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_deadline_is_the_callers_less_a_margin_and_capped() {
-        let after = |text: Option<&str>| {
-            let mut metadata = MetadataMap::new();
-            if let Some(text) = text {
-                metadata.insert("grpc-timeout", text.parse().unwrap());
-            }
-            deadline(&metadata, Duration::from_secs(5)) - Instant::now()
-        };
-        assert_eq!(after(None), Duration::from_millis(4900));
-        assert_eq!(after(Some("60S")), Duration::from_millis(4900));
-        assert_eq!(after(Some("500m")), Duration::from_millis(450));
-        assert_eq!(after(Some("20m")), Duration::from_millis(15));
-        assert_eq!(after(Some("1n")), Duration::ZERO);
-    }
 }

@@ -257,6 +257,12 @@ impl<'de> DeserializeSeed<'de> for Fail {
     }
 }
 
+/// Parses one document into a tree without a schema. An empty document is null; a key that stands twice is a fault.
+pub(crate) fn tree(bytes: &[u8]) -> Result<serde_json::Value, Problem> {
+    let value = parse::<serde_yaml::Value>(bytes)?.value;
+    serde_json::to_value(value).map_err(|fault| Problem::at("", format!("parse manifest: {fault}")))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,10 +14,10 @@ use tonic::{Code, transport::Endpoint};
 
 use super::{EngineArgs, Exit, Format, ProbeArgs, ProxyArg, UsageError, print, report::Report, server_uri};
 use crate::{
-    cache::{Cache, CacheSettings},
+    cache::Cache,
     engine::Engine,
-    limits::{Limited, ProviderLimits},
-    probe::{ProbeSettings, Prober},
+    limits::Limited,
+    probe::Prober,
     secret::Secret,
     service::convert::{self, pb},
     spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
@@ -68,7 +68,7 @@ pub(super) struct DecideArgs {
     #[arg(long)]
     explain: bool,
     /// Ask this server instead of deciding here.
-    #[arg(long, value_name = "HOST:PORT", conflicts_with_all = [
+    #[arg(long, value_name = "HOST:PORT|unix:PATH", conflicts_with_all = [
         "registry", "probe_catalog", "config", "refuse_operator_overrides", "exempt_runtimes", "fingerprint_key_file",
         "allow_loopback_http", "probe_ca_file",
     ])]
@@ -113,22 +113,18 @@ pub(super) async fn run(args: DecideArgs) -> anyhow::Result<Exit> {
 /// In this process. Nothing is tested with made-up keys: a one-shot command relies on the catalogue.
 async fn decide(engine: EngineArgs, probe: ProbeArgs, request: Request) -> anyhow::Result<pb::DecideResponse> {
     let setup = engine.load(probe.probe_ca_file)?;
-    let prober = Prober::new(ProbeSettings {
-        allow_loopback_http: probe.allow_loopback_http,
-        calibrate: false,
-        extra_roots: setup.probe_ca,
-        ..ProbeSettings::default()
-    })?;
+    let settings = setup.settings;
+    let mut asking = settings.probe_settings(setup.probe_ca);
+    asking.allow_loopback_http |= probe.allow_loopback_http;
+    asking.calibrate = false;
+    let prober = Prober::new(asking)?;
     // The same door as the service's: what it refuses is refused here, with the same words.
     let request = convert::request(convert::to_request(&request)).map_err(|violations| {
         let said: Vec<String> = violations.0.into_iter().map(|(field, description)| format!("{field}: {description}")).collect();
         UsageError(said.join("; "))
     })?;
-    let engine = Engine::new(
-        setup.snapshot,
-        Arc::new(Cache::new(Arc::new(Limited::new(Arc::new(prober), ProviderLimits::default())), CacheSettings::default())),
-        setup.fingerprint_key,
-    );
+    let asker = Arc::new(Limited::new(Arc::new(prober), settings.provider_limits()));
+    let engine = Engine::new(setup.snapshot, Arc::new(Cache::new(asker, settings.cache_settings())), setup.fingerprint_key);
     let began = Instant::now();
     let decided = engine.decide(&request, began + PATIENCE).await;
     telemetry::record(&request, &decided, began.elapsed());

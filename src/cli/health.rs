@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(3);
 #[derive(Debug, Args)]
 pub(super) struct HealthArgs {
     /// The server to ask.
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
+    #[arg(long, value_name = "HOST:PORT|unix:PATH", default_value = "127.0.0.1:50051")]
     server: String,
     /// The service to ask about; empty for the server as a whole.
     #[arg(long, default_value = NAME)]

@@ -1,27 +1,48 @@
 //! `byok-gate serve`
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{path::PathBuf, sync::Arc};
 
 use clap::Args;
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use serde_json::{Value, json};
 
-use super::{EngineArgs, Exit, ProbeArgs, UsageError};
+use super::{EngineArgs, Exit, ProbeArgs};
 use crate::{
-    cache::{Cache, CacheSettings},
+    cache::Cache,
+    config::{self, Flag, Overrides, Paths, Setup},
     engine::Engine,
-    limits::{Limited, ProviderLimits},
-    probe::{ProbeSettings, Prober},
-    server::Bound,
+    limits::Limited,
+    probe::Prober,
+    server::{Bound, Ended, shutdown::Signals},
 };
 
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
-    /// Where to listen: an IP address and a port. Port 0 takes a free one, which the log names.
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:50051")]
-    listen: SocketAddr,
+    /// Where to listen (repeatable): an IP address and a port, or a socket file. Port 0 takes a free one, which the log names
+    /// [default: 127.0.0.1:50051].
+    #[arg(long, value_name = "HOST:PORT|unix:PATH")]
+    listen: Vec<String>,
     /// Listen beyond loopback without TLS: credentials then cross the network in the clear.
     #[arg(long)]
     insecure_listen: bool,
+    /// The server's certificate chain, in PEM. Read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    tls_cert: Option<PathBuf>,
+    /// Its key, in PEM. Read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+    /// Require a client certificate that one of these authorities signed, in PEM. Read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    tls_client_ca: Option<PathBuf>,
+    /// Take only client certificates with this name as a platform's (repeatable): a URI such as spiffe://domain/path, or with
+    /// `/*` at its end everything below it, or a DNS name.
+    #[arg(long = "allow-client-san", value_name = "NAME")]
+    allow_client_sans: Vec<String>,
+    /// Require one of this file's bearer tokens from callers without a client certificate. Read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// Take calls from everybody over TLS, without client certificates or tokens.
+    #[arg(long)]
+    allow_anonymous: bool,
     /// Never test an endpoint with a made-up key; a "yes" then counts only where the catalogue vouches for the endpoint.
     #[arg(long)]
     no_calibration: bool,
@@ -31,57 +52,77 @@ pub(super) struct ServeArgs {
     probe: ProbeArgs,
 }
 
-pub(super) async fn run(args: ServeArgs) -> anyhow::Result<Exit> {
-    let ServeArgs { listen, insecure_listen, no_calibration, engine, probe } = args;
-    if !listen.ip().is_loopback() && !insecure_listen {
-        return Err(UsageError(format!(
-            "--listen {listen} is beyond loopback, where credentials would cross the network in the clear; \
-             listen on loopback, or say --insecure-listen where the network is trusted"
-        ))
-        .into());
+pub(super) fn run(args: ServeArgs) -> anyhow::Result<Exit> {
+    let (paths, overrides) = args.layers();
+    let setup = config::load(&paths, &overrides)?;
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    // Without a number there is one thread for each CPU that the container's quota gives.
+    if setup.settings.server.worker_threads > 0 {
+        runtime.worker_threads(setup.settings.server.worker_threads);
     }
-    let setup = engine.load(probe.probe_ca_file)?;
+    runtime.enable_all().build()?.block_on(serve(setup))
+}
+
+async fn serve(setup: Setup) -> anyhow::Result<Exit> {
     for problem in &setup.warnings {
         tracing::warn!(event = "configuration_warning", place = problem.place, "{}", problem.message);
     }
-    let prober = Prober::new(ProbeSettings {
-        allow_loopback_http: probe.allow_loopback_http,
-        calibrate: !no_calibration,
-        extra_roots: setup.probe_ca,
-        ..ProbeSettings::default()
-    })?;
     // Signals are caught before the socket opens: one that comes at once is not lost.
-    let (terminate, interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    let bound = Bound::bind(listen).await?;
+    let signals = Signals::catch()?;
+    let prober = Prober::new(setup.settings.probe_settings(setup.probe_ca))?;
+    let asker = Arc::new(Limited::new(Arc::new(prober), setup.settings.provider_limits()));
+    let liveness = Arc::new(Cache::new(asker, setup.settings.cache_settings()));
+    let bound = Bound::open(setup.settings).await?;
     let (registry, catalogue) = (setup.snapshot.registry.revision().to_owned(), setup.snapshot.catalogue.revision().to_owned());
-    let liveness =
-        Arc::new(Cache::new(Arc::new(Limited::new(Arc::new(prober), ProviderLimits::default())), CacheSettings::default()));
     let engine = Arc::new(Engine::new(setup.snapshot, liveness, setup.fingerprint_key));
-    tracing::info!(
-        event = "listening",
-        address = %bound.local_addr(),
-        version = env!("CARGO_PKG_VERSION"),
-        registry_revision = registry,
-        catalogue_revision = catalogue,
-    );
-    let ended = bound.run(engine, first_of(terminate, interrupt)).await?;
-    tracing::info!(event = "stopped", drained = ended == crate::server::Ended::Drained);
+    for address in bound.addresses() {
+        tracing::info!(
+            event = "listening",
+            %address,
+            version = env!("CARGO_PKG_VERSION"),
+            registry_revision = registry,
+            catalogue_revision = catalogue,
+        );
+    }
+    let ended = bound.run(engine, signals.first()).await?;
+    tracing::info!(event = "stopped", drained = ended == Ended::Drained);
     Ok(Exit::Ok)
 }
 
-/// The first signal ends the wait; a second one ends the process at once.
-async fn first_of(mut terminate: Signal, mut interrupt: Signal) {
-    either(&mut terminate, &mut interrupt).await;
-    tracing::info!(event = "draining", "stopping; a second signal stops at once");
-    tokio::spawn(async move {
-        either(&mut terminate, &mut interrupt).await;
-        std::process::exit(1);
-    });
-}
+// === impl ServeArgs ===
 
-async fn either(terminate: &mut Signal, interrupt: &mut Signal) {
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+impl ServeArgs {
+    /// What the command line sets, as the configuration has it.
+    pub(super) fn layers(self) -> (Paths, Overrides) {
+        let Self {
+            listen,
+            insecure_listen,
+            tls_cert,
+            tls_key,
+            tls_client_ca,
+            allow_client_sans,
+            token_file,
+            allow_anonymous,
+            no_calibration,
+            engine,
+            probe: ProbeArgs { allow_loopback_http, probe_ca_file },
+        } = self;
+        let path = |path: Option<PathBuf>| path.map(|path| Value::from(path.to_string_lossy()));
+        let switch = |on: bool, value: bool| on.then_some(Value::from(value));
+        let sans: Vec<Value> = allow_client_sans.iter().map(|san| json!({"san": san})).collect();
+        let flags = [
+            ("--listen", "server.listen", (!listen.is_empty()).then(|| Value::from(listen))),
+            ("--insecure-listen", "server.insecure_listen", switch(insecure_listen, true)),
+            ("--allow-anonymous", "server.allow_anonymous", switch(allow_anonymous, true)),
+            ("--tls-cert", "tls.certificate", path(tls_cert)),
+            ("--tls-key", "tls.key", path(tls_key)),
+            ("--tls-client-ca", "tls.client_ca", path(tls_client_ca)),
+            ("--allow-client-san", "callers.certificates", (!sans.is_empty()).then(|| Value::from(sans))),
+            ("--token-file", "callers.token_file", path(token_file)),
+            ("--no-calibration", "probe.calibrate", switch(no_calibration, false)),
+            ("--allow-loopback-http", "probe.allow_loopback_http", switch(allow_loopback_http, true)),
+        ];
+        let flags = flags.into_iter().filter_map(|(name, key, value)| Some(Flag { name, key, value: value? })).collect();
+        engine.layers(probe_ca_file, flags)
     }
 }

@@ -9,6 +9,7 @@ use std::{
 
 use crate::{
     assess::{Origin, Resolved, Snapshot, Unresolved},
+    config::settings::Limits,
     decision::{
         BillingMode, Decision, Deny, DenyCode, Liveness, MatchedBy, Outcome, Resolution, Seen, ServedFrom, Source, Verdict,
         Warning, WarningCode,
@@ -26,19 +27,6 @@ pub mod pb {
 
 /// The encoded descriptors, for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
-
-/// Ids and names.
-const MAX_NAME_BYTES: usize = 128;
-/// Model ids: a gateway's are long, with vendor and route in them.
-const MAX_MODEL_BYTES: usize = 512;
-/// One credential value. A pretty-printed OAuth file is under 8 KiB; a key over 16 KiB is refused later, by name.
-const MAX_VALUE_BYTES: usize = 64 * 1024;
-/// Credentials of one spec. The registry knows about 40 names, in two scopes.
-const MAX_CREDENTIALS: usize = 64;
-/// Base-URL variables of one spec.
-const MAX_BASE_URL_NAMES: usize = 16;
-/// Credential names of one ResolveProvider.
-const MAX_NAMES: usize = 256;
 
 /// What is wrong with a request: each field with what was found and what to do.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -66,8 +54,13 @@ impl Violations {
 
 // === in ===
 
-/// A Decide request, parsed once: inside, nothing is checked again.
+/// A Decide request within the built-in limits: what a command takes.
 pub fn request(message: pb::DecideRequest) -> Result<Request, Violations> {
+    request_within(message, &Limits::default())
+}
+
+/// A Decide request, parsed once: inside, nothing is checked again.
+pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Request, Violations> {
     let pb::DecideRequest { workspace_spec, checkpoint, max_liveness_age, explain } = message;
     let mut violations = Violations::default();
     let checkpoint = match pb::Checkpoint::try_from(checkpoint) {
@@ -87,7 +80,7 @@ pub fn request(message: pb::DecideRequest) -> Result<Request, Violations> {
         }
     });
     let spec = match workspace_spec {
-        Some(message) => Some(spec(message, &mut violations)),
+        Some(message) => Some(spec(message, limits, &mut violations)),
         None => {
             violations.add("workspace_spec", "is required");
             None
@@ -101,7 +94,7 @@ pub fn request(message: pb::DecideRequest) -> Result<Request, Violations> {
     }
 }
 
-fn spec(message: pb::WorkspaceSpec, violations: &mut Violations) -> WorkspaceSpec {
+fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations) -> WorkspaceSpec {
     let pb::WorkspaceSpec {
         workspace_id,
         organization_id,
@@ -114,22 +107,22 @@ fn spec(message: pb::WorkspaceSpec, violations: &mut Violations) -> WorkspaceSpe
         tenant_base_url_env,
     } = message;
     const AT: &str = "workspace_spec";
-    violations.check_name(&format!("{AT}.workspace_id"), &workspace_id, MAX_NAME_BYTES);
-    violations.check_name(&format!("{AT}.organization_id"), &organization_id, MAX_NAME_BYTES);
-    violations.check_name(&format!("{AT}.runtime"), &runtime, MAX_NAME_BYTES);
+    violations.check_name(&format!("{AT}.workspace_id"), &workspace_id, limits.name_bytes);
+    violations.check_name(&format!("{AT}.organization_id"), &organization_id, limits.name_bytes);
+    violations.check_name(&format!("{AT}.runtime"), &runtime, limits.name_bytes);
     let model = model.trim().to_owned();
-    violations.check_name(&format!("{AT}.model"), &model, MAX_MODEL_BYTES);
-    if credentials.len() > MAX_CREDENTIALS {
+    violations.check_name(&format!("{AT}.model"), &model, limits.model_bytes);
+    if credentials.len() > limits.credentials {
         violations.add(
             format!("{AT}.credentials"),
-            format!("holds {}; the limit is {MAX_CREDENTIALS}: send only names that the registry knows", credentials.len()),
+            format!("holds {}; the limit is {}: send only names that the registry knows", credentials.len(), limits.credentials),
         );
     }
     let mut seen = BTreeSet::new();
     let mut parsed = Vec::new();
-    for (index, message) in credentials.into_iter().take(MAX_CREDENTIALS).enumerate() {
+    for (index, message) in credentials.into_iter().take(limits.credentials).enumerate() {
         let place = format!("{AT}.credentials[{index}]");
-        if let Some(credential) = credential(message, &place, violations) {
+        if let Some(credential) = credential(message, &place, limits, violations) {
             if !seen.insert((credential.env_name.clone(), credential.scope)) {
                 violations.add(format!("{place}.env_name"), format!("`{}` stands twice in one scope", credential.env_name));
             }
@@ -160,15 +153,15 @@ fn spec(message: pb::WorkspaceSpec, violations: &mut Violations) -> WorkspaceSpe
             None
         }
     };
-    if tenant_base_url_env.len() > MAX_BASE_URL_NAMES {
+    if tenant_base_url_env.len() > limits.base_url_names {
         violations.add(
             format!("{AT}.tenant_base_url_env"),
-            format!("holds {}; the limit is {MAX_BASE_URL_NAMES}", tenant_base_url_env.len()),
+            format!("holds {}; the limit is {}", tenant_base_url_env.len(), limits.base_url_names),
         );
     }
-    for (index, name) in tenant_base_url_env.iter().take(MAX_BASE_URL_NAMES).enumerate() {
+    for (index, name) in tenant_base_url_env.iter().take(limits.base_url_names).enumerate() {
         let field = format!("{AT}.tenant_base_url_env[{index}]");
-        violations.check_name(&field, name, MAX_NAME_BYTES);
+        violations.check_name(&field, name, limits.name_bytes);
         if name.is_empty() {
             violations.add(field, "is empty: name the variable, or leave it out");
         }
@@ -186,17 +179,17 @@ fn spec(message: pb::WorkspaceSpec, violations: &mut Violations) -> WorkspaceSpe
     }
 }
 
-fn credential(message: pb::Credential, place: &str, violations: &mut Violations) -> Option<Credential> {
+fn credential(message: pb::Credential, place: &str, limits: &Limits, violations: &mut Violations) -> Option<Credential> {
     let pb::Credential { env_name, scope: number, value, unreadable } = message;
     let secret = Secret::new(value);
     let field = format!("{place}.env_name");
     if env_name.is_empty() {
         violations.add(&field, "is required");
     }
-    violations.check_name(&field, &env_name, MAX_NAME_BYTES);
+    violations.check_name(&field, &env_name, limits.name_bytes);
     let length = secret.expose().len();
-    if length > MAX_VALUE_BYTES {
-        violations.add(format!("{place}.value"), format!("is {length} bytes long; the limit is {MAX_VALUE_BYTES}"));
+    if length > limits.credential_bytes {
+        violations.add(format!("{place}.value"), format!("is {length} bytes long; the limit is {}", limits.credential_bytes));
     }
     if unreadable && length > 0 {
         violations.add(format!("{place}.value"), "must be empty where `unreadable` is set");
@@ -217,26 +210,29 @@ fn scope(number: i32, field: &str, violations: &mut Violations) -> Option<Scope>
 }
 
 /// A ResolveProvider request: runtime, model, names.
-pub fn resolve_request(message: pb::ResolveProviderRequest) -> Result<(String, String, BTreeSet<String>), Violations> {
+pub fn resolve_request(
+    message: pb::ResolveProviderRequest,
+    limits: &Limits,
+) -> Result<(String, String, BTreeSet<String>), Violations> {
     let pb::ResolveProviderRequest { runtime, model, credential_names } = message;
     let mut violations = Violations::default();
-    violations.check_name("runtime", &runtime, MAX_NAME_BYTES);
+    violations.check_name("runtime", &runtime, limits.name_bytes);
     let model = model.trim().to_owned();
-    violations.check_name("model", &model, MAX_MODEL_BYTES);
-    if credential_names.len() > MAX_NAMES {
-        violations.add("credential_names", format!("holds {}; the limit is {MAX_NAMES}", credential_names.len()));
+    violations.check_name("model", &model, limits.model_bytes);
+    if credential_names.len() > limits.resolve_names {
+        violations.add("credential_names", format!("holds {}; the limit is {}", credential_names.len(), limits.resolve_names));
     }
-    for (index, name) in credential_names.iter().take(MAX_NAMES).enumerate() {
-        violations.check_name(&format!("credential_names[{index}]"), name, MAX_NAME_BYTES);
+    for (index, name) in credential_names.iter().take(limits.resolve_names).enumerate() {
+        violations.check_name(&format!("credential_names[{index}]"), name, limits.name_bytes);
     }
     violations.or((runtime, model, credential_names.into_iter().collect()))
 }
 
 /// A ListModels request: the runtime, or every one.
-pub fn list_request(message: pb::ListModelsRequest) -> Result<Option<String>, Violations> {
+pub fn list_request(message: pb::ListModelsRequest, limits: &Limits) -> Result<Option<String>, Violations> {
     let pb::ListModelsRequest { runtime } = message;
     let mut violations = Violations::default();
-    violations.check_name("runtime", &runtime, MAX_NAME_BYTES);
+    violations.check_name("runtime", &runtime, limits.name_bytes);
     violations.or(Some(runtime).filter(|runtime| !runtime.is_empty()))
 }
 

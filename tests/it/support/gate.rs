@@ -94,7 +94,7 @@ impl Files {
 impl Server {
     pub(crate) async fn start(engine: Arc<Engine>) -> Self {
         let bound = Bound::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
-        let address = bound.local_addr();
+        let address = bound.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel();
         let running = tokio::spawn(bound.run(engine, async move { drop(stopped.await) }));
         Self { address, stop: Some(stop), running }

@@ -3,5 +3,6 @@
 pub(crate) mod asker;
 pub(crate) mod binary;
 pub(crate) mod case;
+pub(crate) mod edge;
 pub(crate) mod gate;
 pub(crate) mod vendor;

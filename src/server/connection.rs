@@ -1,0 +1,252 @@
+//! One connection, and each of its calls: handshake, preface, HTTP/2; then caller, deadline, service.
+
+use std::{
+    convert::Infallible,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use http::{Request, Response};
+use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
+    sync::watch,
+    time::{Instant, timeout_at},
+};
+use tonic::{Code, Status, body::Body, service::Routes};
+use tonic_types::{ErrorDetails, StatusExt};
+use tower_service::Service;
+
+use super::{
+    auth::{Callers, Connected},
+    health::Phase,
+    listen::{Accepted, Peer, Stream},
+    tls::{Tls, names_of},
+};
+use crate::{
+    config::settings::{Deadlines, Limits, Server},
+    service::{NAME, deadline::Deadline},
+};
+
+/// What an HTTP/2 client says first.
+const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// An empty SETTINGS frame, with which a server must begin.
+const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+/// GOAWAY's code for a peer that asks too much.
+const ENHANCE_YOUR_CALM: u8 = 0x0b;
+/// Streams that a peer has reset and that are still being worked on: a rapid reset is cut off here.
+const MAX_RESET_STREAMS: usize = 20;
+/// The batch call's path.
+const BATCH: &str = "BatchDecide";
+
+/// What every connection shares.
+pub(super) struct Core {
+    pub(super) callers: Arc<Callers>,
+    pub(super) tls: Option<Arc<Tls>>,
+    /// Everything but batches, whose messages may be larger.
+    pub(super) routes: Routes,
+    pub(super) batches: Routes,
+    pub(super) limits: Limits,
+    pub(super) deadlines: Deadlines,
+    pub(super) server: Server,
+    pub(super) phase: watch::Receiver<Phase>,
+}
+
+// === impl Core ===
+
+impl Core {
+    /// Serves a connection to its end.
+    pub(super) async fn serve(self: Arc<Self>, accepted: Accepted) {
+        let handshake_by = Instant::now() + self.deadlines.handshake.0;
+        let mut phase = self.phase.clone();
+        let began = tokio::select! {
+            began = timeout_at(handshake_by, self.begin(accepted)) => began,
+            () = reached(&mut phase, Phase::Draining) => return,
+        };
+        let (io, connected) = match began {
+            Ok(Ok(began)) => began,
+            Ok(Err(fault)) => {
+                tracing::debug!(event = "connection_refused", fault = %fault);
+                return;
+            }
+            Err(_) => {
+                tracing::debug!(event = "connection_refused", fault = "no HTTP/2 preface in time");
+                return;
+            }
+        };
+        let connected = Arc::new(connected);
+        let service = service_fn(|request| {
+            let (core, connected) = (Arc::clone(&self), Arc::clone(&connected));
+            async move { Ok::<_, Infallible>(core.call(&connected, request).await) }
+        });
+        let mut connection = std::pin::pin!(self.http().serve_connection(TokioIo::new(io), service));
+        let mut stages = [Phase::Draining, Phase::Cut].into_iter();
+        let mut next = stages.next();
+        while let Some(stage) = next {
+            tokio::select! {
+                ended = &mut connection => {
+                    if let Err(fault) = ended {
+                        tracing::debug!(event = "connection_failed", fault = %fault);
+                    }
+                    return;
+                }
+                () = reached(&mut phase, stage) => {
+                    // GOAWAY: what is under way is finished, nothing new begins.
+                    connection.as_mut().graceful_shutdown();
+                    next = stages.next();
+                }
+            }
+        }
+    }
+
+    /// TLS where it is configured, then the preface: whoever does not speak HTTP/2 goes no further.
+    async fn begin(&self, accepted: Accepted) -> io::Result<(Prefaced, Connected)> {
+        let Accepted { io, peer } = accepted;
+        let (mut io, connected): (Box<dyn Stream>, _) = match (&self.tls, peer) {
+            (Some(tls), Peer::Tcp(_)) => {
+                let stream = tls.acceptor().accept(io).await?;
+                let connected = match stream.get_ref().1.peer_certificates().and_then(<[_]>::first) {
+                    None => self.callers.by_peer(peer),
+                    // Looked up in the handshake already; a list that has no such name now has changed in between.
+                    Some(certificate) => names_of(certificate)
+                        .and_then(|names| self.callers.by_names(names.iter().map(String::as_str)))
+                        .map_or_else(
+                            || Connected::Refused("the certificate names nobody who may call".to_owned()),
+                            Connected::Caller,
+                        ),
+                };
+                (Box::new(stream), connected)
+            }
+            (_, _) => (io, self.callers.by_peer(peer)),
+        };
+        let mut preface = [0; PREFACE.len()];
+        io.read_exact(&mut preface).await?;
+        if preface != *PREFACE {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "no HTTP/2 preface"));
+        }
+        Ok((Prefaced { io, left: PREFACE }, connected))
+    }
+
+    fn http(&self) -> http2::Builder<TokioExecutor> {
+        let mut http = http2::Builder::new(TokioExecutor::new());
+        http.timer(TokioTimer::new())
+            .max_concurrent_streams(self.limits.streams_per_connection)
+            .max_header_list_size(self.limits.header_list_bytes)
+            .max_pending_accept_reset_streams(MAX_RESET_STREAMS)
+            .keep_alive_interval(self.server.keepalive_interval.0)
+            .keep_alive_timeout(self.server.keepalive_timeout.0);
+        http
+    }
+
+    /// One call: who, until when, then the service.
+    async fn call(&self, connected: &Connected, mut request: Request<Incoming>) -> Response<Body> {
+        let path = request.uri().path().to_owned();
+        match self.callers.admit(connected, &path, request.headers()) {
+            Ok(Some(caller)) => drop(request.extensions_mut().insert(caller)),
+            Ok(None) => {}
+            Err(status) => return status.into_http(),
+        }
+        // It has been read, and nothing behind this line is to know it.
+        request.headers_mut().remove(http::header::AUTHORIZATION);
+        let method = path.strip_prefix('/').and_then(|path| path.strip_prefix(NAME)).and_then(|path| path.strip_prefix('/'));
+        let Some(method) = method else { return answer(self.routes.clone().call(request).await) };
+        let is_batch = method == BATCH;
+        let cap = if is_batch { self.deadlines.batch } else { self.deadlines.decide };
+        let over = || Status::deadline_exceeded("no decision was made before the call's deadline");
+        let Some(deadline) = Deadline::of(request.headers(), cap.0) else { return over().into_http() };
+        request.extensions_mut().insert(deadline);
+        let mut routes = if is_batch { self.batches.clone() } else { self.routes.clone() };
+        let limit = if is_batch { self.limits.batch_message_bytes } else { self.limits.message_bytes };
+        // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
+        match timeout_at(deadline.end, routes.call(request)).await {
+            Ok(response) => explained(answer(response), limit),
+            Err(_) => over().into_http(),
+        }
+    }
+}
+
+fn answer(response: Result<Response<Body>, Infallible>) -> Response<Body> {
+    match response {
+        Ok(response) => response,
+        Err(never) => match never {},
+    }
+}
+
+/// What the library finds wrong with a message, in the contract's words: bad input is INVALID_ARGUMENT with a field.
+fn explained(response: Response<Body>, limit: usize) -> Response<Body> {
+    const UNDECODABLE: &str = "failed to decode Protobuf message";
+    let description = match response.extensions().get::<Status>().map(|status| (status.code(), status.message())) {
+        Some((Code::OutOfRange, _)) => format!("is longer than {limit} bytes, the limit"),
+        Some((Code::Internal, message)) if message.starts_with(UNDECODABLE) => "is not this call's message".to_owned(),
+        Some(_) | None => return response,
+    };
+    let message = format!("request: {description}");
+    let details = ErrorDetails::with_bad_request_violation("request", description);
+    Status::with_error_details(Code::InvalidArgument, message, details).into_http()
+}
+
+/// Waits until the server is that far.
+pub(super) async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
+    // A sender that is gone means that the server is.
+    drop(phase.wait_for(|phase| *phase >= wanted).await);
+}
+
+/// Tells a client that there are too many connections. Best effort: a fresh socket takes these few bytes at once.
+pub(super) async fn turn_away(mut io: Box<dyn Stream>, limit: usize) {
+    const PATIENCE: Duration = Duration::from_millis(100);
+    let why = format!("limits.connections ({limit}) is reached");
+    let mut frames = SETTINGS.to_vec();
+    let length = u8::try_from(8 + why.len()).unwrap_or(u8::MAX);
+    frames.extend([0, 0, length, 7, 0, 0, 0, 0, 0]);
+    frames.extend([0, 0, 0, 0, 0, 0, 0, ENHANCE_YOUR_CALM]);
+    frames.extend(why.bytes().take(usize::from(length) - 8));
+    let telling = async {
+        io.write_all(&frames).await?;
+        io.shutdown().await
+    };
+    drop(tokio::time::timeout(PATIENCE, telling).await);
+}
+
+/// A connection whose preface has been read, and is read again by the HTTP/2 library.
+struct Prefaced {
+    io: Box<dyn Stream>,
+    left: &'static [u8],
+}
+
+impl AsyncRead for Prefaced {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.left.is_empty() {
+            return Pin::new(&mut self.io).poll_read(cx, buffer);
+        }
+        let (now, later) = self.left.split_at(self.left.len().min(buffer.remaining()));
+        buffer.put_slice(now);
+        self.left = later;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Prefaced {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, parts: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write_vectored(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,244 @@
+//! Sockets: TCP and Unix, bound with their rights, accepted from without ever giving up.
+
+use std::{
+    fmt, fs,
+    io::{self, ErrorKind},
+    net::SocketAddr,
+    os::unix::{
+        fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, chown},
+        net::UnixStream as StdUnixStream,
+    },
+    path::{Path, PathBuf},
+    str::FromStr,
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+};
+
+use crate::config::settings::Socket;
+
+/// After a fault of the machine's own (no descriptors, no memory) the next accept waits this long: some calls will have ended.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Where to listen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// An IP address and a port.
+    Tcp(SocketAddr),
+    /// A socket file.
+    Unix(PathBuf),
+}
+
+/// A socket that is bound.
+pub(super) enum Listener {
+    Tcp(TcpListener, SocketAddr),
+    Unix(UnixListener, SocketFile),
+}
+
+/// A socket file of ours. It is removed with it, unless somebody else has put another one in its place.
+pub(super) struct SocketFile {
+    path: PathBuf,
+    inode: u64,
+}
+
+/// A connection before anything is known about it.
+pub(super) struct Accepted {
+    pub(super) io: Box<dyn Stream>,
+    pub(super) peer: Peer,
+}
+
+/// Who is at the other end, as far as the kernel knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Peer {
+    Tcp(SocketAddr),
+    Unix { uid: u32, gid: u32 },
+}
+
+/// Bytes both ways.
+pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+// === impl Address ===
+
+impl Address {
+    /// Only this machine's processes reach it.
+    pub fn is_local(&self) -> bool {
+        match self {
+            Self::Tcp(address) => address.ip().is_loopback(),
+            Self::Unix(_) => true,
+        }
+    }
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.strip_prefix("unix:") {
+            Some(path) if !path.is_empty() => Ok(Self::Unix(PathBuf::from(path))),
+            Some(_) => Err("`unix:` needs a path behind it".to_owned()),
+            None => text
+                .parse()
+                .map(Self::Tcp)
+                .map_err(|_| format!("`{text}` is neither an IP address with a port, such as 127.0.0.1:50051, nor unix:PATH")),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+// === impl Listener ===
+
+impl Listener {
+    pub(super) async fn bind(address: &Address, socket: &Socket) -> io::Result<Self> {
+        match address {
+            Address::Tcp(address) => {
+                let listener = TcpListener::bind(address).await?;
+                let address = listener.local_addr()?;
+                Ok(Self::Tcp(listener, address))
+            }
+            Address::Unix(path) => bind_unix(path, socket),
+        }
+    }
+
+    pub(super) fn address(&self) -> Address {
+        match self {
+            Self::Tcp(_, address) => Address::Tcp(*address),
+            Self::Unix(_, file) => Address::Unix(file.path.clone()),
+        }
+    }
+
+    /// The next connection. A fault of one connection, or of the machine for a while, is waited out.
+    pub(super) async fn accept(&self) -> Accepted {
+        loop {
+            let accepted = match self {
+                Self::Tcp(listener, _) => listener.accept().await.map(|(stream, from)| {
+                    // It fails on a connection that is gone already, which its first read will say.
+                    drop(stream.set_nodelay(true));
+                    Accepted { io: Box::new(stream), peer: Peer::Tcp(from) }
+                }),
+                Self::Unix(listener, _) => listener.accept().await.and_then(|(stream, _)| {
+                    let credentials = stream.peer_cred()?;
+                    let peer = Peer::Unix { uid: credentials.uid(), gid: credentials.gid() };
+                    Ok(Accepted { io: Box::new(stream), peer })
+                }),
+            };
+            match accepted {
+                Ok(accepted) => return accepted,
+                Err(fault) if is_of_one_connection(&fault) => {
+                    tracing::debug!(event = "accept_failed", fault = %fault, "a connection was gone before it was accepted");
+                }
+                Err(fault) => {
+                    tracing::error!(event = "accept_failed", address = %self.address(), fault = %fault, "waiting a little");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+}
+
+/// The connection is gone; the socket is well.
+fn is_of_one_connection(fault: &io::Error) -> bool {
+    matches!(
+        fault.kind(),
+        ErrorKind::ConnectionAborted
+            | ErrorKind::ConnectionReset
+            | ErrorKind::ConnectionRefused
+            | ErrorKind::BrokenPipe
+            | ErrorKind::Interrupted
+            | ErrorKind::NotConnected
+    )
+}
+
+// === Unix ===
+
+/// Binds in a folder that nobody else can enter, sets owner and mode there, and moves the socket into place: it is never to be
+/// reached with wider rights than it should have. The move also replaces a stale socket, and nothing but a socket.
+fn bind_unix(path: &Path, socket: &Socket) -> io::Result<Listener> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => {
+            return Err(io::Error::new(ErrorKind::AlreadyExists, "the path exists and is not a socket; it is left alone"));
+        }
+        Ok(_) if StdUnixStream::connect(path).is_ok() => {
+            return Err(io::Error::new(ErrorKind::AddrInUse, "another process listens on this socket"));
+        }
+        Ok(_) => {}
+        Err(fault) if fault.kind() == ErrorKind::NotFound => {}
+        Err(fault) => return Err(fault),
+    }
+    let folder = PathBuf::from(format!("{}.{}", path.display(), std::process::id()));
+    let inside = folder.join("s");
+    // What a killed process of the same id has left.
+    drop(fs::remove_file(&inside));
+    drop(fs::remove_dir(&folder));
+    fs::DirBuilder::new().mode(0o700).create(&folder)?;
+    let bound = (|| {
+        let listener = UnixListener::bind(&inside)?;
+        // Checked with the settings: octal digits.
+        let mode = u32::from_str_radix(&socket.mode, 8).unwrap_or(0o600);
+        fs::set_permissions(&inside, fs::Permissions::from_mode(mode))?;
+        if socket.owner.is_some() || socket.group.is_some() {
+            chown(&inside, socket.owner, socket.group)?;
+        }
+        let inode = fs::symlink_metadata(&inside)?.ino();
+        fs::rename(&inside, path)?;
+        Ok(Listener::Unix(listener, SocketFile { path: path.to_owned(), inode }))
+    })();
+    drop(fs::remove_file(&inside));
+    drop(fs::remove_dir(&folder));
+    bound
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        let is_ours = fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode);
+        if is_ours {
+            // Gone already: somebody else was faster.
+            drop(fs::remove_file(&self.path));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_parse_or_say_what_is_wrong() {
+        let parsed = |text: &str| text.parse::<Address>();
+        assert_eq!(parsed("127.0.0.1:1"), Ok(Address::Tcp("127.0.0.1:1".parse().unwrap())));
+        assert_eq!(parsed("[::1]:1"), Ok(Address::Tcp("[::1]:1".parse().unwrap())));
+        assert_eq!(parsed("unix:/run/x.sock"), Ok(Address::Unix("/run/x.sock".into())));
+        for text in ["unix:", "localhost:1", "127.0.0.1", ""] {
+            assert!(parsed(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn only_this_machine_is_local() {
+        for (text, local) in
+            [("127.0.0.1:1", true), ("[::1]:1", true), ("0.0.0.0:1", false), ("[::]:1", false), ("unix:/x", true)]
+        {
+            assert_eq!(text.parse::<Address>().unwrap().is_local(), local, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_full_descriptor_table_is_no_fault_of_one_connection() {
+        const EMFILE: i32 = 24;
+        const ECONNABORTED: i32 = 103;
+        assert!(!is_of_one_connection(&io::Error::from_raw_os_error(EMFILE)));
+        assert!(is_of_one_connection(&io::Error::from_raw_os_error(ECONNABORTED)));
+    }
+}

@@ -1,0 +1,364 @@
+//! TLS: the server's certificate and key, the clients' authority, and their reload without a restart.
+
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use arc_swap::ArcSwap;
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme,
+    client::danger::HandshakeSignatureValid,
+    crypto::{CryptoProvider, ring},
+    server::{
+        NoServerSessionStorage, WebPkiClientVerifier,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject};
+use tokio_rustls::TlsAcceptor;
+use zeroize::Zeroizing;
+
+use super::{
+    ServerError,
+    auth::Callers,
+    reload::{Refreshed, Source},
+};
+
+/// The largest file of certificates: a bundle of every public authority is a quarter of it.
+const MAX_PEM_BYTES: u64 = 1024 * 1024;
+
+/// Where certificates and keys are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct TlsFiles {
+    /// The server's chain.
+    pub(super) certificate: PathBuf,
+    /// Its key.
+    pub(super) key: PathBuf,
+    /// Who signs clients' certificates; one is then required.
+    pub(super) client_ca: Option<PathBuf>,
+}
+
+/// What handshakes are made with.
+pub(super) struct Tls {
+    files: TlsFiles,
+    callers: Arc<Callers>,
+    config: ArcSwap<ServerConfig>,
+    last: Mutex<blake3::Hash>,
+}
+
+/// The files' content.
+struct Content {
+    certificate: Vec<u8>,
+    key: Zeroizing<Vec<u8>>,
+    client_ca: Option<Vec<u8>>,
+}
+
+// === impl Tls ===
+
+impl Tls {
+    /// Reads the files. Whatever is wrong with them is fatal here.
+    pub(super) fn load(files: TlsFiles, callers: Arc<Callers>) -> Result<Self, ServerError> {
+        let content = Content::read(&files)?;
+        let config = content.config(&files, &callers)?;
+        Ok(Self { last: Mutex::new(content.hash()), config: ArcSwap::from_pointee(config), files, callers })
+    }
+
+    /// For one connection: what is in force now.
+    pub(super) fn acceptor(&self) -> TlsAcceptor {
+        TlsAcceptor::from(self.config.load_full())
+    }
+}
+
+impl Source for Tls {
+    fn name(&self) -> &'static str {
+        "tls"
+    }
+
+    fn refresh(&self) -> Result<Refreshed, ServerError> {
+        let content = Content::read(&self.files)?;
+        let hash = content.hash();
+        if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
+            return Ok(Refreshed::Unchanged);
+        }
+        self.config.store(Arc::new(content.config(&self.files, &self.callers)?));
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
+        Ok(Refreshed::Changed)
+    }
+}
+
+// === impl Content ===
+
+impl Content {
+    fn read(files: &TlsFiles) -> Result<Self, ServerError> {
+        Ok(Self {
+            certificate: read(&files.certificate)?,
+            key: Zeroizing::new(read(&files.key)?),
+            client_ca: files.client_ca.as_deref().map(read).transpose()?,
+        })
+    }
+
+    fn hash(&self) -> blake3::Hash {
+        let mut hasher = blake3::Hasher::new();
+        for part in [Some(self.certificate.as_slice()), Some(self.key.as_slice()), self.client_ca.as_deref()] {
+            let part = part.unwrap_or_default();
+            hasher.update(&part.len().to_le_bytes()).update(part);
+        }
+        hasher.finalize()
+    }
+
+    fn config(&self, files: &TlsFiles, callers: &Arc<Callers>) -> Result<ServerConfig, ServerError> {
+        let fault = |path: &Path, message: String| ServerError::Content { path: path.to_owned(), message };
+        let chain = certificates(&self.certificate).map_err(|message| fault(&files.certificate, message))?;
+        if let Some(end) = chain.first().and_then(end_of_validity).filter(|end| *end <= now()) {
+            let ended = jiff::Timestamp::from_second(end).map_or_else(|_| end.to_string(), |at| at.to_string());
+            return Err(fault(&files.certificate, format!("the certificate expired at {ended}")));
+        }
+        // The parser's own words might quote the file.
+        let key = PrivateKeyDer::from_pem_slice(&self.key)
+            .map_err(|_| fault(&files.key, "holds no private key in PEM (PKCS#8, PKCS#1 or SEC1)".to_owned()))?;
+        let provider = Arc::new(ring::default_provider());
+        let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
+            .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])
+            .map_err(|failed| fault(&files.certificate, failed.to_string()))?;
+        let builder = match (&self.client_ca, &files.client_ca) {
+            (Some(pem), Some(path)) => {
+                let verifier = known_clients(pem, provider, callers).map_err(|message| fault(path, message))?;
+                builder.with_client_cert_verifier(verifier)
+            }
+            (_, _) => builder.with_no_client_auth(),
+        };
+        let mut config = builder.with_single_cert(chain, key).map_err(|failed| {
+            fault(&files.certificate, format!("does not go with the key in {}: {failed}", files.key.display()))
+        })?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        // A resumed session is not verified again: it would outlive the authority and the names that let it in.
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        Ok(config)
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, ServerError> {
+    let failed = |source| ServerError::File { path: path.to_owned(), source };
+    let file = std::fs::File::open(path).map_err(failed)?;
+    // The whole size at once: a buffer that grows leaves its smaller selves behind, and one of these files is a key.
+    let size = file.metadata().map_err(failed)?.len().min(MAX_PEM_BYTES);
+    let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or_default() + 64);
+    file.take(MAX_PEM_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_PEM_BYTES {
+        return Err(ServerError::Content { path: path.to_owned(), message: format!("is over {MAX_PEM_BYTES} bytes long") });
+    }
+    Ok(bytes)
+}
+
+fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let found: Vec<_> =
+        CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().map_err(|fault| format!("is not PEM: {fault}"))?;
+    if found.is_empty() { Err("holds no certificate in PEM".to_owned()) } else { Ok(found) }
+}
+
+fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs().try_into().unwrap_or(i64::MAX)
+}
+
+/// When a certificate ends, in seconds of Unix time: `notAfter`, six fields into the DER of a certificate. The library that
+/// verifies chains keeps it to itself, and a parser for all of X.509 is a great deal for one date.
+fn end_of_validity(certificate: &CertificateDer<'_>) -> Option<i64> {
+    const SEQUENCE: u8 = 0x30;
+    const EXPLICIT_VERSION: u8 = 0xa0;
+    const UTC_TIME: u8 = 0x17;
+    const GENERALIZED_TIME: u8 = 0x18;
+    let (_, certificate, _) = element(certificate)?;
+    let (_, signed, _) = element(certificate)?;
+    let mut rest = signed;
+    if rest.first() == Some(&EXPLICIT_VERSION) {
+        rest = element(rest)?.2;
+    }
+    // Serial number, signature algorithm, issuer.
+    for _ in 0..3 {
+        rest = element(rest)?.2;
+    }
+    let (tag, validity, _) = element(rest)?;
+    let (_, _, rest) = element(validity).filter(|_| tag == SEQUENCE)?;
+    let (tag, text, _) = element(rest)?;
+    let text = std::str::from_utf8(text).ok()?;
+    // Two digits mean 1950 to 2049.
+    let text = match tag {
+        UTC_TIME if text.as_bytes().first()? < &b'5' => format!("20{text}"),
+        UTC_TIME => format!("19{text}"),
+        GENERALIZED_TIME => text.to_owned(),
+        _ => return None,
+    };
+    let parsed = jiff::civil::DateTime::strptime("%Y%m%d%H%M%SZ", text).ok()?;
+    Some(parsed.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp().as_second())
+}
+
+/// The first element of some DER: its tag, its content and what follows.
+fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+    let (&[tag, first], rest) = der.split_first_chunk::<2>()?;
+    let (length, rest) = match first {
+        0..=0x7f => (usize::from(first), rest),
+        0x81..=0x84 => {
+            let (bytes, rest) = rest.split_at_checked(usize::from(first & 0x7f))?;
+            (bytes.iter().fold(0, |length, byte| length << 8 | usize::from(*byte)), rest)
+        }
+        _ => return None,
+    };
+    let (content, rest) = rest.split_at_checked(length)?;
+    Some((tag, content, rest))
+}
+
+// === clients ===
+
+/// Takes clients whose certificate the authority signed *and* whose name is on the list: both in the handshake, so that
+/// nobody else sends a byte of HTTP.
+#[derive(Debug)]
+struct KnownClients {
+    chain: Arc<dyn ClientCertVerifier>,
+    callers: CallersOnly,
+}
+
+struct CallersOnly(Arc<Callers>);
+
+fn known_clients(
+    pem: &[u8],
+    provider: Arc<CryptoProvider>,
+    callers: &Arc<Callers>,
+) -> Result<Arc<dyn ClientCertVerifier>, String> {
+    let mut roots = RootCertStore::empty();
+    for authority in certificates(pem)? {
+        roots.add(authority).map_err(|fault| format!("holds a certificate that cannot be an authority: {fault}"))?;
+    }
+    let chain = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+        .build()
+        .map_err(|fault| format!("cannot verify clients: {fault}"))?;
+    Ok(Arc::new(KnownClients { chain, callers: CallersOnly(Arc::clone(callers)) }))
+}
+
+/// The names in a certificate: URIs, then DNS names. None: it does not parse.
+pub(super) fn names_of(certificate: &CertificateDer<'_>) -> Option<Vec<String>> {
+    let parsed = webpki::EndEntityCert::try_from(certificate).ok()?;
+    Some(parsed.valid_uri_names().chain(parsed.valid_dns_names()).map(str::to_owned).collect())
+}
+
+impl ClientCertVerifier for KnownClients {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        self.chain.root_hint_subjects()
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
+        let names = names_of(end_entity).ok_or(CertificateError::BadEncoding)?;
+        match self.callers.0.by_names(names.iter().map(String::as_str)) {
+            Some(_) => Ok(verified),
+            None => Err(CertificateError::ApplicationVerificationFailure.into()),
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.chain.verify_tls12_signature(message, certificate, signed)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.chain.verify_tls13_signature(message, certificate, signed)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.chain.supported_verify_schemes()
+    }
+}
+
+impl std::fmt::Debug for CallersOnly {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Callers(..)")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use rcgen::{CertificateParams, KeyPair, date_time_ymd};
+
+    use super::*;
+    use crate::config::settings::Callers as CallerSettings;
+
+    /// A self-signed certificate that ends on the first of January of this year, and its key.
+    fn certificate(end: i32) -> (String, String) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        params.not_before = date_time_ymd(2001, 1, 1);
+        params.not_after = date_time_ymd(end, 1, 1);
+        (params.self_signed(&key).unwrap().pem(), key.serialize_pem())
+    }
+
+    #[test]
+    fn the_end_of_validity_is_read_in_both_notations() {
+        for (end, expect) in [(2002, 1_009_843_200), (2049, 2_493_072_000), (2060, 2_840_140_800)] {
+            let der = certificates(certificate(end).0.as_bytes()).unwrap().remove(0);
+            assert_eq!(end_of_validity(&der), Some(expect), "{end}");
+            for length in 0..der.len().min(200) {
+                // Cut anywhere: nothing, and no panic.
+                assert_eq!(end_of_validity(&CertificateDer::from(&der[..length])), None, "{length}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_reload_takes_what_stands_and_keeps_the_last_good_otherwise() {
+        let folder = tempfile::tempdir().unwrap();
+        let files = TlsFiles { certificate: folder.path().join("c"), key: folder.path().join("k"), client_ca: None };
+        let write = |pair: &(String, String)| {
+            fs::write(&files.certificate, &pair.0).unwrap();
+            fs::write(&files.key, &pair.1).unwrap();
+        };
+        let (first, second, expired) = (certificate(2060), certificate(2060), certificate(2002));
+        write(&first);
+        let callers = Arc::new(Callers::new(&CallerSettings::default()).unwrap());
+        let tls = Tls::load(files.clone(), callers).unwrap();
+        let in_force = Arc::as_ptr(&tls.config.load_full());
+        let stays = |why: &str, fault: &str| {
+            let said = super::super::chain(&tls.refresh().unwrap_err());
+            assert!(said.contains(fault), "{why}: {said}");
+            assert_eq!(Arc::as_ptr(&tls.config.load_full()), in_force, "{why}");
+        };
+        assert_eq!(tls.refresh().unwrap(), Refreshed::Unchanged);
+        fs::write(&files.certificate, &second.0).unwrap();
+        stays("certificate first", "does not go with the key");
+        write(&first);
+        assert_eq!(tls.refresh().unwrap(), Refreshed::Unchanged);
+        fs::write(&files.key, &second.1).unwrap();
+        stays("key first", "does not go with the key");
+        write(&(first.0.clone(), "made-up-canary".to_owned()));
+        stays("malformed key", "holds no private key");
+        write(&("-----BEGIN CERTIFICATE-----\n".to_owned(), first.1.clone()));
+        stays("half-written certificate", "is not PEM");
+        write(&(String::new(), first.1.clone()));
+        stays("empty certificate", "holds no certificate");
+        write(&expired);
+        stays("expired", "expired at 2002-01-01T00:00:00Z");
+        fs::remove_file(&files.key).unwrap();
+        stays("gone", "could not be read");
+        write(&second);
+        assert_eq!(tls.refresh().unwrap(), Refreshed::Changed);
+        assert_ne!(Arc::as_ptr(&tls.config.load_full()), in_force);
+    }
+}

@@ -1,0 +1,309 @@
+//! Each limit: refused at once, by name, and nobody else harmed. Deadlines, roles and hostile peers.
+
+use std::{convert::Infallible, net::SocketAddr, time::Duration};
+
+use byok_gate::service::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient};
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http_body_util::StreamBody;
+use hyper::{body::Frame, client::conn::http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use prost::Message;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinSet,
+};
+use tonic::{Code, Request, Status};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_types::StatusExt;
+
+use crate::support::edge::{Edge, Held, code_of, decide, grpc, is_allow, raw, settings, span};
+
+const DECIDE: &str = "/byokgate.v1.PolicyDecisionService/Decide";
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+fn fields(status: &Status) -> Vec<String> {
+    let details = status.get_error_details();
+    details.bad_request().unwrap().field_violations.iter().map(|violation| violation.field.clone()).collect()
+}
+
+/// Three times as many calls as there are places: the rest is refused by name, health answers, what was taken is answered, and
+/// then all is as before.
+#[tokio::test]
+async fn past_the_limit_of_decisions_calls_are_refused_and_the_taken_ones_answered() {
+    let held = Held::new(false);
+    let mut settings = settings();
+    settings.limits.decisions = 8;
+    settings.limits.decisions_waiting = 2;
+    let edge = Edge::start(settings, held.engine()).await;
+    let channel = edge.plain().await;
+    let client = PolicyDecisionServiceClient::new(channel.clone());
+    let mut calls = JoinSet::new();
+    for index in 0..24 {
+        let mut client = client.clone();
+        calls.spawn(async move { client.decide(decide(&format!("made-up-key-{index}"))).await });
+    }
+    let mut refused = 0;
+    // The refusals come while every place is taken: nobody has answered yet.
+    while refused < 16 {
+        let status = calls.join_next().await.unwrap().unwrap().unwrap_err();
+        assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+        let details = status.get_error_details();
+        assert!(details.retry_info().unwrap().retry_delay.unwrap() > Duration::ZERO);
+        assert_eq!(details.quota_failure().unwrap().violations[0].subject, "limits.decisions");
+        refused += 1;
+    }
+    assert_eq!(held.asked(), 8);
+    HealthClient::new(channel).check(HealthCheckRequest::default()).await.unwrap();
+    held.open();
+    while let Some(call) = calls.join_next().await {
+        assert!(is_allow(&call.unwrap().unwrap().into_inner()));
+    }
+    assert!(is_allow(&client.clone().decide(decide("made-up-later")).await.unwrap().into_inner()));
+}
+
+#[tokio::test]
+async fn messages_and_fields_have_limits_that_are_named() {
+    let mut settings = settings();
+    settings.limits.message_bytes = 4096;
+    settings.limits.batch_message_bytes = 16 * 1024;
+    settings.limits.credentials = 2;
+    settings.limits.credential_bytes = 64;
+    settings.limits.name_bytes = 16;
+    settings.limits.model_bytes = 32;
+    settings.limits.base_url_names = 1;
+    settings.limits.resolve_names = 1;
+    settings.limits.batch_items = 2;
+    let edge = Edge::start(settings, Held::new(true).engine()).await;
+    let mut client = PolicyDecisionServiceClient::new(edge.plain().await);
+    let padded = |length: usize| {
+        let mut request = decide("");
+        let spec = request.workspace_spec.as_mut().unwrap();
+        spec.organization_id = "o".repeat(length);
+        let more = length.saturating_sub(request.encoded_len() - length);
+        request.workspace_spec.as_mut().unwrap().organization_id = "o".repeat(more);
+        request
+    };
+    // One byte decides; the shorter one is then refused for its field.
+    assert_eq!(padded(4096).encoded_len(), 4096);
+    assert_eq!(fields(&client.decide(padded(4096)).await.unwrap_err()), ["workspace_spec.organization_id"]);
+    let over = client.decide(padded(4097)).await.unwrap_err();
+    assert_eq!((over.code(), fields(&over)), (Code::InvalidArgument, vec!["request".to_owned()]), "{over:?}");
+    assert!(over.message().contains("4096"), "{over:?}");
+    // A batch may be larger than one request, and is limited as well.
+    let batch = |count, request: pb::DecideRequest| pb::BatchDecideRequest { requests: vec![request; count] };
+    assert!(client.batch_decide(batch(2, padded(4096))).await.is_ok());
+    let over = client.batch_decide(batch(2, padded(9000))).await.map(drop).unwrap_err();
+    assert_eq!((over.code(), fields(&over)), (Code::InvalidArgument, vec!["request".to_owned()]), "{over:?}");
+    let over = client.batch_decide(batch(3, decide(""))).await.map(drop).unwrap_err();
+    assert_eq!((over.code(), fields(&over)), (Code::InvalidArgument, vec!["requests".to_owned()]), "{over:?}");
+    type Change = fn(&mut pb::WorkspaceSpec);
+    let changes: [(&str, Change); 6] = [
+        ("workspace_spec.credentials", |spec| spec.credentials = vec![spec.credentials[0].clone(); 3]),
+        ("workspace_spec.credentials[0].value", |spec| spec.credentials[0].value = "v".repeat(65)),
+        ("workspace_spec.credentials[0].env_name", |spec| spec.credentials[0].env_name = "N".repeat(17)),
+        ("workspace_spec.workspace_id", |spec| spec.workspace_id = "w".repeat(17)),
+        ("workspace_spec.model", |spec| spec.model = "m".repeat(33)),
+        ("workspace_spec.tenant_base_url_env", |spec| spec.tenant_base_url_env = vec!["A".into(), "B".into()]),
+    ];
+    for (field, change) in changes {
+        let mut request = decide("");
+        change(request.workspace_spec.as_mut().unwrap());
+        let refused = client.decide(request).await.unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{field}");
+        assert!(fields(&refused).contains(&field.to_owned()), "{field}: {refused:?}");
+    }
+    let names = pb::ResolveProviderRequest { credential_names: vec!["A".into(), "B".into()], ..Default::default() };
+    assert_eq!(fields(&client.resolve_provider(names).await.unwrap_err()), ["credential_names"]);
+}
+
+/// What is no message, or a compressed one, is never a decision.
+#[tokio::test]
+async fn undecodable_and_compressed_requests_are_refused() {
+    let edge = Edge::start(settings(), Held::new(true).engine()).await;
+    let mut sender = raw(edge.tcp()).await;
+    let message = decide("made-up-key").encode_to_vec();
+    assert_eq!(code_of(&mut sender, grpc(DECIDE, &[], &message)).await, Code::Ok);
+    assert_eq!(code_of(&mut sender, grpc(DECIDE, &[], b"\xff\xff\xff")).await, Code::InvalidArgument);
+    // A string that is not UTF-8.
+    let mut bad = message.clone();
+    let at = bad.windows(4).position(|four| four == b"ws-1").unwrap();
+    bad[at] = 0xff;
+    assert_eq!(code_of(&mut sender, grpc(DECIDE, &[], &bad)).await, Code::InvalidArgument);
+    assert_eq!(code_of(&mut sender, grpc(DECIDE, &[("grpc-encoding", "gzip")], &message)).await, Code::Unimplemented);
+    for path in [
+        "/byokgate.v1.PolicyDecisionService/Nothing",
+        "/nobody/Decide",
+        "//Decide",
+        "/byokgate.v1.PolicyDecisionService%2FDecide",
+    ] {
+        assert_eq!(code_of(&mut sender, grpc(path, &[], &message)).await, Code::Unimplemented, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn every_grpc_timeout_has_a_defined_end_and_it_is_deadline_exceeded() {
+    let held = Held::new(false);
+    let mut settings = settings();
+    settings.deadlines.decide = span("300ms");
+    let edge = Edge::start(settings, held.engine()).await;
+    let mut sender = raw(edge.tcp()).await;
+    for (timeout, expect) in [
+        // Over before it begins.
+        ("1n", Code::DeadlineExceeded),
+        ("0S", Code::DeadlineExceeded),
+        ("4m", Code::DeadlineExceeded),
+        // Capped, or no timeout at all: a decision that says TIMEOUT, before the end.
+        ("99999999H", Code::Ok),
+        ("0", Code::Ok),
+        ("soon", Code::Ok),
+        ("999999999S", Code::Ok),
+        ("100m", Code::Ok),
+    ] {
+        let message = decide(&format!("made-up-{timeout}")).encode_to_vec();
+        assert_eq!(code_of(&mut sender, grpc(DECIDE, &[("grpc-timeout", timeout)], &message)).await, expect, "{timeout}");
+    }
+    // A body that does not come is no way to hold a call.
+    assert_eq!(code_of_a_body_without_end(edge.tcp()).await, Code::DeadlineExceeded);
+}
+
+async fn code_of_a_body_without_end(address: SocketAddr) -> Code {
+    let stream = TcpStream::connect(address).await.unwrap();
+    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let part = Frame::data(Bytes::from_static(b"\0\0\0\x01\0only a part"));
+    let body = StreamBody::new(stream::iter([Ok::<_, Infallible>(part)]).chain(stream::pending()));
+    let request = http::Request::post(format!("http://localhost{DECIDE}")).header("content-type", "application/grpc");
+    let response = sender.send_request(request.body(body).unwrap()).await.unwrap();
+    Code::from_bytes(response.headers()["grpc-status"].as_bytes())
+}
+
+/// A workspace asks for itself, at PROVISION, without an override, and not often.
+#[tokio::test]
+async fn a_workspace_vouches_for_nobody_but_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    std::fs::write(&file, "made-up-token-of-a-workspace workspace ws-1\n").unwrap();
+    let mut settings = settings();
+    settings.callers.token_file = Some(file);
+    settings.callers.workspace_calls_per_minute = 6;
+    let edge = Edge::start(settings, Held::new(true).engine()).await;
+    let mut client = PolicyDecisionServiceClient::new(edge.plain().await);
+    let mut ask = async |change: fn(&mut pb::DecideRequest)| {
+        let mut message = decide("made-up-key");
+        message.checkpoint = pb::Checkpoint::Provision as i32;
+        change(&mut message);
+        let mut request = Request::new(message);
+        request.metadata_mut().insert("authorization", "Bearer made-up-token-of-a-workspace".parse().unwrap());
+        client.decide(request).await.map_or_else(|status| status.code(), |_| Code::Ok)
+    };
+    assert_eq!(ask(|_| {}).await, Code::Ok);
+    assert_eq!(ask(|request| request.checkpoint = 1).await, Code::PermissionDenied);
+    assert_eq!(ask(|request| request.checkpoint = 3).await, Code::PermissionDenied);
+    assert_eq!(
+        ask(|request| request.workspace_spec.as_mut().unwrap().workspace_id = "ws-2".into()).await,
+        Code::PermissionDenied
+    );
+    assert_eq!(
+        ask(|request| request.workspace_spec.as_mut().unwrap().workspace_id = String::new()).await,
+        Code::PermissionDenied
+    );
+    assert_eq!(ask(|request| request.workspace_spec.as_mut().unwrap().operator_override = 1).await, Code::PermissionDenied);
+    assert_eq!(ask(|_| {}).await, Code::ResourceExhausted);
+}
+
+// === connections ===
+
+/// The frames that a server sends first: type and payload.
+async fn frames(stream: &mut TcpStream, count: usize) -> Vec<(u8, Vec<u8>)> {
+    let mut found = Vec::new();
+    for _ in 0..count {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.unwrap();
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        stream.read_exact(&mut payload).await.unwrap();
+        found.push((head[3], payload));
+    }
+    found
+}
+
+#[tokio::test]
+async fn a_connection_past_the_limit_is_told_so_and_another_listener_has_places_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut settings = settings();
+    settings.server.listen.push(format!("unix:{}/gate.sock", folder.path().display()));
+    settings.limits.connections = 1;
+    let edge = Edge::start(settings, Held::new(true).engine()).await;
+    let first = edge.plain().await;
+    let mut second = TcpStream::connect(edge.tcp()).await.unwrap();
+    let told = frames(&mut second, 2).await;
+    const GOAWAY: u8 = 7;
+    assert_eq!((told[0].0, told[1].0), (4, GOAWAY));
+    assert!(String::from_utf8_lossy(&told[1].1).contains("limits.connections (1) is reached"), "{told:?}");
+    assert_eq!(second.read(&mut [0]).await.unwrap(), 0);
+    for channel in [first, edge.over_unix().await] {
+        HealthClient::new(channel).check(HealthCheckRequest::default()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn streams_and_headers_are_limited_by_what_the_server_announces() {
+    let mut settings = settings();
+    settings.limits.streams_per_connection = 7;
+    settings.limits.header_list_bytes = 9000;
+    let edge = Edge::start(settings, Held::new(true).engine()).await;
+    let mut stream = TcpStream::connect(edge.tcp()).await.unwrap();
+    stream.write_all(PREFACE).await.unwrap();
+    let announced = frames(&mut stream, 1).await.remove(0).1;
+    let value = |id: u16| {
+        let row = announced.chunks(6).find(|row| row[..2] == id.to_be_bytes()).unwrap();
+        u32::from_be_bytes([row[2], row[3], row[4], row[5]])
+    };
+    const MAX_CONCURRENT_STREAMS: u16 = 3;
+    const MAX_HEADER_LIST_SIZE: u16 = 6;
+    assert_eq!((value(MAX_CONCURRENT_STREAMS), value(MAX_HEADER_LIST_SIZE)), (7, 9000));
+    // And it holds to it.
+    let mut sender = raw(edge.tcp()).await;
+    let long = "x".repeat(10_000);
+    let refused = sender.send_request(grpc(DECIDE, &[("x-long", &long)], &[])).await.unwrap();
+    assert_eq!(refused.status(), http::StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
+    assert_eq!(code_of(&mut sender, grpc(DECIDE, &[], &decide("made-up-key").encode_to_vec())).await, Code::Ok);
+}
+
+/// Whoever does not speak HTTP/2, or not in time, is gone; whoever opens and resets streams for ever ends its own connection.
+#[tokio::test]
+async fn hostile_connections_end_and_the_server_goes_on() {
+    let mut settings = settings();
+    settings.deadlines.handshake = span("100ms");
+    let edge = Edge::start(settings, Held::new(true).engine()).await;
+    for words in [&b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"[..], b"PRI * HTTP/2.0\r\n", b""] {
+        let mut stream = TcpStream::connect(edge.tcp()).await.unwrap();
+        stream.write_all(words).await.unwrap();
+        let mut said = Vec::new();
+        // The end, or a reset where words were left unread.
+        drop(stream.read_to_end(&mut said).await);
+        assert_eq!(said, b"", "{words:?}");
+    }
+    let mut rapid = TcpStream::connect(edge.tcp()).await.unwrap();
+    rapid.write_all(PREFACE).await.unwrap();
+    let mut flood = Vec::new();
+    for stream in (1_u32..=4001).step_by(2) {
+        // HEADERS (`:method GET`, `:path /`, `:scheme http`, all indexed) and RST_STREAM behind it.
+        flood.extend([0, 0, 3, 1, 4]);
+        flood.extend(stream.to_be_bytes());
+        flood.extend([0x82, 0x84, 0x86, 0, 0, 4, 3, 0]);
+        flood.extend(stream.to_be_bytes());
+        flood.extend([0, 0, 0, 8]);
+    }
+    let (mut reading, mut writing) = rapid.split();
+    let (_, ended) = tokio::join!(writing.write_all(&flood), async {
+        let mut said = Vec::new();
+        drop(reading.read_to_end(&mut said).await);
+        said
+    });
+    let goaway = ended.windows(9).any(|frame| frame[3] == 7 && frame[5..9] == [0; 4]);
+    assert!(goaway, "no GOAWAY in {} bytes", ended.len());
+    let mut client = PolicyDecisionServiceClient::new(edge.plain().await);
+    assert!(is_allow(&client.decide(decide("made-up-key")).await.unwrap().into_inner()));
+}
