@@ -44,7 +44,8 @@ pub struct ProviderLimits {
 /// to find out which of many keys are alive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NewKeyLimits {
-    /// For each organization. A tenant has a handful of keys; sixty in a minute are somebody else's.
+    /// For each organization. A large tenant whose workspaces have a key each restarts within minutes; who tries a list of keys
+    /// wants thousands.
     pub per_organization: NonZeroU32,
     /// For each caller: a platform that restarts a fleet of three thousand tenants at once.
     pub per_caller: NonZeroU32,
@@ -61,7 +62,7 @@ impl Default for ProviderLimits {
 
 impl Default for NewKeyLimits {
     fn default() -> Self {
-        Self { per_organization: count(60), per_caller: count(3_000) }
+        Self { per_organization: count(240), per_caller: count(3_000) }
     }
 }
 
