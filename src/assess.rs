@@ -40,6 +40,8 @@ pub struct Origin {
     pub source: String,
     /// When it was loaded.
     pub loaded_at: SystemTime,
+    /// Why the version that should have followed it is not in force; empty if none should.
+    pub last_reload_error: String,
 }
 
 /// The decision so far.

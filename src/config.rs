@@ -110,7 +110,8 @@ pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
         warnings.extend(found.into_iter().map(|problem| Problem { place: format!("{document}: {}", problem.place), ..problem }));
     };
     let now = SystemTime::now();
-    let origin = |path: Option<&PathBuf>| DocumentOrigin { source: source_of(path), loaded_at: now };
+    let origin =
+        |path: Option<&PathBuf>| DocumentOrigin { source: source_of(path), loaded_at: now, last_reload_error: String::new() };
     let document = |path: &Path| path.display().to_string();
     let registry_file = settings.registry.file.as_ref();
     let Loaded { value: registry, warnings: found } = match registry_file {

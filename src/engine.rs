@@ -131,6 +131,11 @@ impl Engine {
         self.snapshot.load_full()
     }
 
+    /// Decides by this snapshot from the next call on. Calls under way keep theirs.
+    pub fn swap(&self, snapshot: Snapshot) {
+        self.snapshot.store(Arc::new(snapshot));
+    }
+
     /// Decides, by the deadline.
     /// INVARIANT (one-snapshot): registry, catalogue and policy are taken once, together, for the whole call.
     pub async fn decide(&self, request: &Request, deadline: Instant) -> Decided {

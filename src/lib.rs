@@ -46,6 +46,7 @@ pub mod probe;
 pub mod problem;
 pub mod refusal;
 pub mod registry;
+pub mod reload;
 pub mod secret;
 pub mod server;
 pub mod service;

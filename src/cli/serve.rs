@@ -4,14 +4,20 @@ use std::{path::PathBuf, sync::Arc};
 
 use clap::Args;
 use serde_json::{Value, json};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::mpsc,
+    task::JoinSet,
+};
 
 use super::{EngineArgs, Exit, ProbeArgs};
 use crate::{
     cache::Cache,
-    config::{self, Flag, Overrides, Paths, Setup},
+    config::{self, ConfigError, Flag, Overrides, Paths, Setup},
     engine::Engine,
     limits::Limited,
     probe::Prober,
+    reload::{self, Reload},
     server::{Bound, Ended, shutdown::Signals},
 };
 
@@ -60,15 +66,17 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<Exit> {
     if setup.settings.server.worker_threads > 0 {
         runtime.worker_threads(setup.settings.server.worker_threads);
     }
-    runtime.enable_all().build()?.block_on(serve(setup))
+    runtime.enable_all().build()?.block_on(serve(setup, paths, overrides))
 }
 
-async fn serve(setup: Setup) -> anyhow::Result<Exit> {
+async fn serve(setup: Setup, paths: Paths, overrides: Overrides) -> anyhow::Result<Exit> {
     for problem in &setup.warnings {
         tracing::warn!(event = "configuration_warning", place = problem.place, "{}", problem.message);
     }
     // Signals are caught before the socket opens: one that comes at once is not lost.
     let signals = Signals::catch()?;
+    let hangup = signal(SignalKind::hangup())?;
+    let files = documents(&setup, &paths);
     let prober = Prober::new(setup.settings.probe_settings(setup.probe_ca))?;
     let asker = Arc::new(Limited::new(Arc::new(prober), setup.settings.provider_limits()));
     let liveness = Arc::new(Cache::new(asker, setup.settings.cache_settings()));
@@ -84,9 +92,45 @@ async fn serve(setup: Setup) -> anyhow::Result<Exit> {
             catalogue_revision = catalogue,
         );
     }
-    let ended = bound.run(engine, signals.first()).await?;
+    let mut background = JoinSet::new();
+    keep_up(&mut background, Arc::clone(&engine), files, paths, overrides, hangup);
+    let ended = tokio::select! {
+        ended = bound.run(engine, signals.first()) => ended?,
+        // Neither of them ends by itself: without it, changes would pass unnoticed.
+        _ = background.join_next() => anyhow::bail!("what follows changes of the files has ended"),
+    };
     tracing::info!(event = "stopped", drained = ended == Ended::Drained);
     Ok(Exit::Ok)
+}
+
+/// The files that decisions are made by.
+fn documents(setup: &Setup, paths: &Paths) -> Vec<PathBuf> {
+    let settings = &setup.settings;
+    [&settings.registry.file, &settings.catalogue.file, &paths.config].into_iter().flatten().cloned().collect()
+}
+
+/// Follows changes of the files, and looks at once on SIGHUP.
+fn keep_up(
+    background: &mut JoinSet<()>,
+    engine: Arc<Engine>,
+    files: Vec<PathBuf>,
+    paths: Paths,
+    overrides: Overrides,
+    mut hangup: Signal,
+) {
+    let load = move || match config::load(&paths, &overrides) {
+        Ok(setup) => Ok((documents(&setup, &paths), setup.snapshot)),
+        Err(ConfigError::Content(problems)) => Err(problems),
+        Err(ConfigError::Read { path, source }) => Err(reload::unreadable(&path, &source)),
+    };
+    let (hurry, hurried) = mpsc::channel(1);
+    background.spawn(Reload::new(engine, files, Arc::new(load)).run(hurried));
+    background.spawn(async move {
+        while hangup.recv().await.is_some() {
+            // Full means that a look is due already.
+            let _full = hurry.try_send(());
+        }
+    });
 }
 
 // === impl ServeArgs ===

@@ -365,7 +365,7 @@ pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResp
         source: origin.source.clone(),
         loaded_at: Some(origin.loaded_at.into()),
         age: Some(duration(now.duration_since(origin.loaded_at).unwrap_or_default())),
-        last_reload_error: String::new(),
+        last_reload_error: origin.last_reload_error.clone(),
     };
     let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
     pb::GetRegistryStatusResponse {

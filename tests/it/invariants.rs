@@ -31,7 +31,7 @@ static DEFAULT: LazyLock<Snapshot> = LazyLock::new(|| snapshot(Policy::default()
 
 fn snapshot(policy: Policy) -> Snapshot {
     let (registry, catalogue) = case::documents(1);
-    let origin = Origin { source: "test".into(), loaded_at: SystemTime::UNIX_EPOCH };
+    let origin = Origin { source: "test".into(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
     Snapshot {
         registry: Arc::new(Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value),
         catalogue: Arc::new(Catalogue::overlaid("catalogue", catalogue.as_bytes()).unwrap().value),

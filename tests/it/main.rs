@@ -23,6 +23,7 @@ mod model;
 mod network;
 mod probe;
 mod registries;
+mod reload;
 mod secrets;
 mod shutdown;
 mod support;

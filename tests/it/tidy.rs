@@ -13,7 +13,7 @@ const LAYERS: [&[&str]; 5] = [
     &["decision", "problem", "refusal", "secret", "spec"],
     &["assess", "catalogue", "derive", "endpoint", "liveness", "policy", "presence", "registry", "yaml"],
     &["engine"],
-    &["breaker", "cache", "flight", "limits", "probe", "telemetry"],
+    &["breaker", "cache", "flight", "limits", "probe", "reload", "telemetry"],
     &["cli", "config", "server", "service"],
 ];
 
