@@ -15,7 +15,7 @@ use std::{
 use byok_gate::{
     catalogue::{Catalogue, HostRow},
     endpoint::{Target, target},
-    liveness::{Answer, classified},
+    liveness::{Answer, Reading, classified},
     probe::{ProbeSettings, Prober},
     registry::Registry,
     secret::Secret,
@@ -25,6 +25,7 @@ use http::{Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
+use proptest::prelude::*;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::Deserialize;
 use serde_json::Value;
@@ -166,7 +167,58 @@ async fn the_prober_comes_to_the_same_verdicts() {
         asked += 1;
         hosts.insert(line.host);
     }
+    println!("{asked} answers of {} hosts", hosts.len());
     assert!(asked >= 150 && hosts.len() >= 15, "{asked} answers of {} hosts", hosts.len());
+}
+
+proptest! {
+    /// Whatever comes back, reading it ends in a reading; and an answer that is none is never a "yes".
+    #[test]
+    fn any_answer_is_read(status in 100_u16..=999, body in any_body(), truncated: bool, page: bool) {
+        let answer = Answer { status, body: &body, truncated, page, retry_after: None };
+        let catalogue = Catalogue::embedded().unwrap().value;
+        for probe in catalogue.hosts().flat_map(|(_, rows)| rows).flat_map(|row| &row.probes) {
+            let accepted = classified(answer, probe).reading == Reading::Accepted;
+            prop_assert!(!accepted || (200..=299).contains(&status) || status == 400 && probe.name == "search");
+        }
+    }
+}
+
+/// Bytes, and JSON with the words that rows look for.
+fn any_body() -> impl Strategy<Value = Vec<u8>> {
+    const WORDS: [&str; 16] = [
+        "data",
+        "error",
+        "code",
+        "base_resp",
+        "status_code",
+        "balance",
+        "valid",
+        "auth",
+        "query",
+        "1004",
+        "choices",
+        "content",
+        "limit_remaining",
+        "is_available",
+        "usage",
+        "id",
+    ];
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        prop::sample::select(WORDS.as_slice()).prop_map(Value::from),
+    ];
+    let json = leaf.prop_recursive(4, 24, 4, |inner| {
+        let key = prop::sample::select(WORDS.as_slice()).prop_map(str::to_owned);
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::btree_map(key, inner, 0..4).prop_map(|fields| fields.into_iter().collect::<Value>()),
+        ]
+    });
+    prop_oneof![prop::collection::vec(any::<u8>(), 0..200), json.prop_map(|json| json.to_string().into_bytes())]
 }
 
 /// A vendor with a certificate for many names, and one answer at a time.
