@@ -1,6 +1,9 @@
 //! `byok-gate check`: do configuration, registry and catalogue stand, and what would a change of them do to people?
 
-use std::{env, path::PathBuf};
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -16,7 +19,7 @@ use crate::{
     endpoint::target,
     problem::{Loaded, Problem, Problems},
     registry::Registry,
-    yaml,
+    reload, yaml,
 };
 
 #[derive(Debug, Args)]
@@ -47,8 +50,8 @@ struct Found {
 pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
     let CheckArgs { strict, against, against_catalog, format, engine } = args;
     let mut found = Found::default();
-    let registry = found.take(registry(engine.registry.as_ref())?);
-    let catalogue = found.take(catalogue(engine.probe_catalog.as_ref())?);
+    let registry = found.take(registry(engine.registry.as_ref()));
+    let catalogue = found.take(catalogue(engine.probe_catalog.as_ref()));
     let documents = [&engine.registry, &engine.probe_catalog].map(|path| format!("{}: ", config::source_of(path.as_ref())));
     if registry.is_some() && catalogue.is_some() {
         // What the configuration names has to be in the registry, so it is read last.
@@ -58,16 +61,15 @@ pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
                 found.warnings.extend(setup.warnings.into_iter().filter(own).map(|problem| (String::new(), problem)));
             }
             Err(ConfigError::Content(problems)) => found.refuse(problems),
-            Err(fault @ ConfigError::Read { .. }) => return Err(fault.into()),
+            Err(ConfigError::Read { path, source }) => found.refuse(reload::unreadable(&path, &source)),
         }
     }
     let old = match &against {
         None => None,
         Some(path) => {
             // What was odd about the earlier documents is nobody's concern now.
-            let old = (registry_of(path)?, self::catalogue(against_catalog.as_ref())?);
             let mut quiet = Found::default();
-            let sides = (quiet.take(old.0), quiet.take(old.1));
+            let sides = (quiet.take(registry_of(path)), quiet.take(self::catalogue(against_catalog.as_ref())));
             found.problems.extend(quiet.problems);
             sides.0.zip(sides.1)
         }
@@ -104,27 +106,36 @@ pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
     Ok(if valid { Exit::Ok } else { Exit::Invalid })
 }
 
+/// A document's name with what it says.
 type Checked<T> = Result<(String, Loaded<T>), Problems>;
 
-fn registry(path: Option<&PathBuf>) -> Result<Checked<Registry>, ConfigError> {
+fn registry(path: Option<&PathBuf>) -> Checked<Registry> {
     match path {
         Some(path) => registry_of(path),
-        None => Ok(Registry::embedded(&|name| env::var(name).ok()).map(|loaded| (config::source_of(None), loaded))),
+        None => Registry::embedded(&|name| env::var(name).ok()).map(|loaded| (config::source_of(None), loaded)),
     }
 }
 
-fn registry_of(path: &PathBuf) -> Result<Checked<Registry>, ConfigError> {
-    let (document, bytes) = (config::source_of(Some(path)), config::read(path, yaml::MAX_DOCUMENT_BYTES as u64)?);
-    Ok(Registry::parse(&document, &bytes, &|name| env::var(name).ok()).map(|loaded| (document, loaded)))
+fn registry_of(path: &PathBuf) -> Checked<Registry> {
+    let (document, bytes) = (config::source_of(Some(path)), bytes(path)?);
+    Registry::parse(&document, &bytes, &|name| env::var(name).ok()).map(|loaded| (document, loaded))
 }
 
-fn catalogue(path: Option<&PathBuf>) -> Result<Checked<Catalogue>, ConfigError> {
+/// The embedded catalogue, with the document at this path laid over it.
+pub(super) fn catalogue(path: Option<&PathBuf>) -> Checked<Catalogue> {
     let document = config::source_of(path);
-    Ok(match path {
+    match path {
         None => Catalogue::embedded(),
-        Some(path) => Catalogue::overlaid(&document, &config::read(path, yaml::MAX_DOCUMENT_BYTES as u64)?),
+        Some(path) => Catalogue::overlaid(&document, &bytes(path)?),
     }
-    .map(|loaded| (document, loaded)))
+    .map(|loaded| (document, loaded))
+}
+
+fn bytes(path: &Path) -> Result<Vec<u8>, Problems> {
+    config::read(path, yaml::MAX_DOCUMENT_BYTES as u64).map_err(|fault| match fault {
+        ConfigError::Read { path, source } => reload::unreadable(&path, &source),
+        ConfigError::Content(problems) => problems,
+    })
 }
 
 // === impl Found ===

@@ -14,14 +14,15 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use url::Url;
 
-use super::{Exit, Format, UsageError, print};
+use super::{Exit, Format, UsageError, check, print};
 use crate::{
     catalogue::{Catalogue, HostRow, Probe, Signal},
-    config::{self, ConfigError},
+    config::ConfigError,
     decision::Verdict,
     endpoint::{Call, MODEL, call},
     liveness::{Answer, Calibration, Classified, Heard, Ladder, Next, Reading, classified, is_page},
     probe::{MAX_BODY_BYTES, retry_after},
+    problem::Loaded,
     registry::Protocol,
 };
 
@@ -76,7 +77,7 @@ struct Given {
 
 pub(super) fn run(args: ClassifyArgs) -> anyhow::Result<Exit> {
     let ClassifyArgs { host, request, status, headers, body, batch, format, probe_catalog } = args;
-    let catalogue = catalogue(probe_catalog)?;
+    let (_, Loaded { value: catalogue, .. }) = check::catalogue(probe_catalog.as_ref()).map_err(ConfigError::Content)?;
     let (host, request, status) = match (batch, host, request, status) {
         (Some(path), ..) => return run_batch(&catalogue, &path),
         (None, Some(host), Some(request), Some(status)) => (host, request, status),
@@ -133,12 +134,6 @@ fn run_batch(catalogue: &Catalogue, path: &PathBuf) -> anyhow::Result<Exit> {
         print(&format!("{told}\n"))?;
     }
     Ok(if all_good { Exit::Ok } else { Exit::Usage })
-}
-
-fn catalogue(path: Option<PathBuf>) -> Result<Catalogue, ConfigError> {
-    let paths = config::Paths { probe_catalog: path, ..config::Paths::default() };
-    let setup = config::load(&paths, &config::Overrides::default())?;
-    Ok(Catalogue::clone(&setup.snapshot.catalogue))
 }
 
 fn capped(from: impl Read) -> io::Result<Vec<u8>> {

@@ -99,6 +99,19 @@ async fn what_does_not_stand_is_not_compared() {
     assert_eq!(documents.len(), 2);
 }
 
+/// A file that is not there is a problem of its own, beside the other documents'.
+#[tokio::test]
+async fn a_file_that_cannot_be_read_is_told_with_the_rest() {
+    let catalogue = fixture("../catalogues/bad/many-faults.yaml");
+    let arguments = ["check", "--format", "json", "--registry", "/nowhere/providers.yaml", "--probe-catalog", &catalogue];
+    let ended = run(&arguments, &[]).await;
+    assert_eq!(ended.status.code(), Some(3));
+    let answer: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!(answer["problems"][0]["document"], "/nowhere/providers.yaml");
+    assert!(answer["problems"][0]["message"].as_str().unwrap().starts_with("could not be read: "));
+    assert!(answer["problems"].as_array().unwrap().len() > 10);
+}
+
 /// What cannot be checked at all is said, with a reason that a program can read.
 #[tokio::test]
 async fn check_names_the_providers_that_are_not_asked() {

@@ -16,6 +16,7 @@ use byok_gate::{
     assess::Snapshot,
     config::{self, ConfigError, Overrides, Paths},
     engine::Engine,
+    problem::Problems,
     registry::Registry,
     reload::{self, Looked, Reload},
     service::convert::pb,
@@ -96,12 +97,15 @@ impl Watched {
 
 fn watch(engine: &Arc<Engine>, registry: &Path) -> Reload {
     let paths = Paths { registry: Some(registry.to_owned()), ..Paths::default() };
-    let load = move || match config::load(&paths, &Overrides::default()) {
-        Ok(setup) => Ok(setup.snapshot),
-        Err(ConfigError::Content(problems)) => Err(problems),
-        Err(ConfigError::Read { path, source }) => Err(reload::unreadable(&path, &source)),
-    };
+    let load = move || config::load(&paths, &Overrides::default()).map(|setup| setup.snapshot).map_err(problems_of);
     Reload::new(Arc::clone(engine), vec![registry.to_owned()], Arc::new(load))
+}
+
+fn problems_of(fault: ConfigError) -> Problems {
+    match fault {
+        ConfigError::Content(problems) => problems,
+        ConfigError::Read { path, source } => reload::unreadable(&path, &source),
+    }
 }
 
 #[test]
@@ -209,6 +213,25 @@ async fn it_looks_by_itself_and_ends_with_its_asker() {
     }
     drop(hurry);
     running.await.unwrap();
+}
+
+/// The policy is part of a version too.
+#[test]
+fn a_change_of_the_configuration_is_followed() {
+    let files = Files::new(&registry("acme"), CATALOGUE, Some("exempt_runtimes: [one]\n"));
+    let (engine, config) = (files.engine(), files.folder().join("config.yaml"));
+    let paths = Paths { registry: Some(files.folder().join("registry.yaml")), config: Some(config.clone()), ..Paths::default() };
+    let watched = [&paths.registry, &paths.config].into_iter().flatten().cloned().collect();
+    let load = move || config::load(&paths, &Overrides::default()).map(|setup| setup.snapshot).map_err(problems_of);
+    let mut reload = Reload::new(Arc::clone(&engine), watched, Arc::new(load));
+    assert_eq!(reload.look(true), Looked::Swapped);
+    fs::write(&config, "exempt_runtimes: [two]\n").unwrap();
+    assert_eq!(reload.look(true), Looked::Swapped);
+    assert!(engine.snapshot().policy.exempt_runtimes.contains("two"));
+    fs::write(&config, "exempt_runtime: [three]\n").unwrap();
+    assert!(matches!(reload.look(true), Looked::Kept(_)));
+    let snapshot = engine.snapshot();
+    assert!(snapshot.policy.exempt_runtimes.contains("two") && !snapshot.registry_origin.last_reload_error.is_empty());
 }
 
 fn request() -> Request {
