@@ -247,7 +247,9 @@ func TestNamesAreAskedForUntilThereIsAnAnswer(t *testing.T) {
 func TestABadRequestIsLeftToTheDecision(t *testing.T) {
 	fake, address := startFake(t)
 	client := newClient(t, address)
-	fake.resolve = func() (*byokgatev1.ResolveProviderResponse, error) { return nil, status.Error(codes.InvalidArgument, "model: bad") }
+	fake.resolve = func() (*byokgatev1.ResolveProviderResponse, error) {
+		return nil, status.Error(codes.InvalidArgument, "model: bad")
+	}
 	fake.tell(nil, status.Error(codes.InvalidArgument, "workspace_spec.model: bad"))
 	allowed, err := client.Decide(background(), acme())
 	if got := wantUndecided(t, allowed, err, http.StatusBadRequest); !strings.Contains(got.Body().Error, "workspace_spec.model") {
