@@ -81,6 +81,8 @@ pub struct Setup {
     pub settings: Settings,
     /// Where each value came from that is not a default, by its key.
     pub origins: BTreeMap<String, Origin>,
+    /// The files that decisions are made by: registry, catalogue, configuration.
+    pub documents: Vec<PathBuf>,
     /// What is odd about the files.
     pub warnings: Vec<Problem>,
 }
@@ -135,6 +137,7 @@ pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
         Some(path) => read(path, yaml::MAX_DOCUMENT_BYTES as u64)?,
     };
     let (registry_origin, catalogue_origin) = (origin(registry_file), origin(catalogue_file));
+    let documents = [registry_file, catalogue_file, paths.config.as_ref()].into_iter().flatten().cloned().collect();
     Ok(Setup {
         snapshot: Snapshot {
             registry: Arc::new(registry),
@@ -147,6 +150,7 @@ pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
         probe_ca,
         settings,
         origins,
+        documents,
         warnings,
     })
 }

@@ -76,7 +76,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides) -> anyhow::Resu
     // Signals are caught before the socket opens: one that comes at once is not lost.
     let signals = Signals::catch()?;
     let hangup = signal(SignalKind::hangup())?;
-    let files = documents(&setup, &paths);
+    let files = setup.documents;
     let prober = Prober::new(setup.settings.probe_settings(setup.probe_ca))?;
     let asker = Arc::new(Limited::new(Arc::new(prober), setup.settings.provider_limits()));
     let liveness = Arc::new(Cache::new(asker, setup.settings.cache_settings()));
@@ -103,12 +103,6 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides) -> anyhow::Resu
     Ok(Exit::Ok)
 }
 
-/// The files that decisions are made by.
-fn documents(setup: &Setup, paths: &Paths) -> Vec<PathBuf> {
-    let settings = &setup.settings;
-    [&settings.registry.file, &settings.catalogue.file, &paths.config].into_iter().flatten().cloned().collect()
-}
-
 /// Follows changes of the files, and looks at once on SIGHUP.
 fn keep_up(
     background: &mut JoinSet<()>,
@@ -119,7 +113,7 @@ fn keep_up(
     mut hangup: Signal,
 ) {
     let load = move || match config::load(&paths, &overrides) {
-        Ok(setup) => Ok((documents(&setup, &paths), setup.snapshot)),
+        Ok(setup) => Ok((setup.documents, setup.snapshot)),
         Err(ConfigError::Content(problems)) => Err(problems),
         Err(ConfigError::Read { path, source }) => Err(reload::unreadable(&path, &source)),
     };

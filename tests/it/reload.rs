@@ -97,7 +97,8 @@ impl Watched {
 
 fn watch(engine: &Arc<Engine>, registry: &Path) -> Reload {
     let paths = Paths { registry: Some(registry.to_owned()), ..Paths::default() };
-    let load = move || config::load(&paths, &Overrides::default()).map(|setup| setup.snapshot).map_err(problems_of);
+    let load =
+        move || config::load(&paths, &Overrides::default()).map(|setup| (setup.documents, setup.snapshot)).map_err(problems_of);
     Reload::new(Arc::clone(engine), vec![registry.to_owned()], Arc::new(load))
 }
 
@@ -222,7 +223,8 @@ fn a_change_of_the_configuration_is_followed() {
     let (engine, config) = (files.engine(), files.folder().join("config.yaml"));
     let paths = Paths { registry: Some(files.folder().join("registry.yaml")), config: Some(config.clone()), ..Paths::default() };
     let watched = [&paths.registry, &paths.config].into_iter().flatten().cloned().collect();
-    let load = move || config::load(&paths, &Overrides::default()).map(|setup| setup.snapshot).map_err(problems_of);
+    let load =
+        move || config::load(&paths, &Overrides::default()).map(|setup| (setup.documents, setup.snapshot)).map_err(problems_of);
     let mut reload = Reload::new(Arc::clone(&engine), watched, Arc::new(load));
     assert_eq!(reload.look(true), Looked::Swapped);
     fs::write(&config, "exempt_runtimes: [two]\n").unwrap();
@@ -232,6 +234,26 @@ fn a_change_of_the_configuration_is_followed() {
     assert!(matches!(reload.look(true), Looked::Kept(_)));
     let snapshot = engine.snapshot();
     assert!(snapshot.policy.exempt_runtimes.contains("two") && !snapshot.registry_origin.last_reload_error.is_empty());
+}
+
+/// A configuration that names another registry makes that one the file to follow.
+#[test]
+fn a_file_that_the_configuration_names_later_is_followed() {
+    let files = Files::new(&registry("acme"), CATALOGUE, Some(""));
+    let (engine, config) = (files.engine(), files.folder().join("config.yaml"));
+    let other = files.folder().join("other.yaml");
+    fs::write(&other, registry("acme")).unwrap();
+    let paths = Paths { config: Some(config.clone()), ..Paths::default() };
+    let load =
+        move || config::load(&paths, &Overrides::default()).map(|setup| (setup.documents, setup.snapshot)).map_err(problems_of);
+    let mut reload = Reload::new(Arc::clone(&engine), vec![config.clone()], Arc::new(load));
+    fs::write(&config, format!("registry: {{file: {}}}\n", other.display())).unwrap();
+    assert_eq!(reload.look(true), Looked::Swapped);
+    let before = engine.snapshot().registry.revision().to_owned();
+    fs::write(&other, registry("beta")).unwrap();
+    assert_eq!(reload.look(false), Looked::Unsettled);
+    assert_eq!(reload.look(false), Looked::Swapped);
+    assert_ne!(engine.snapshot().registry.revision(), before);
 }
 
 fn request() -> Request {
@@ -264,7 +286,8 @@ async fn no_decision_mixes_two_versions() {
         let Snapshot { catalogue, policy, registry_origin, catalogue_origin, .. } = &*engine.snapshot();
         let registry = Arc::new(Registry::parse("registry", &fs::read(&at).unwrap(), &|_| None)?.value);
         let (registry_origin, catalogue_origin) = (registry_origin.clone(), catalogue_origin.clone());
-        Ok(Snapshot { registry, catalogue: Arc::clone(catalogue), policy: Arc::clone(policy), registry_origin, catalogue_origin })
+        let (catalogue, policy) = (Arc::clone(catalogue), Arc::clone(policy));
+        Ok((vec![at.clone()], Snapshot { registry, catalogue, policy, registry_origin, catalogue_origin }))
     };
     watched.reload = Reload::new(Arc::clone(&watched.engine), vec![watched.at.clone()], Arc::new(load));
     let mut owners = BTreeMap::new();
