@@ -14,8 +14,9 @@ use super::{
     print,
 };
 use crate::{
+    assess::Snapshot,
     catalogue::Catalogue,
-    config::{self, ConfigError},
+    config::{self, ConfigError, Setup},
     endpoint::target,
     problem::{Loaded, Problem, Problems},
     registry::Registry,
@@ -50,20 +51,7 @@ struct Found {
 pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
     let CheckArgs { strict, against, against_catalog, format, engine } = args;
     let mut found = Found::default();
-    let registry = found.take(registry(engine.registry.as_ref()));
-    let catalogue = found.take(catalogue(engine.probe_catalog.as_ref()));
-    let documents = [&engine.registry, &engine.probe_catalog].map(|path| format!("{}: ", config::source_of(path.as_ref())));
-    if registry.is_some() && catalogue.is_some() {
-        // What the configuration names has to be in the registry, so it is read last.
-        match engine.load(None) {
-            Ok(setup) => {
-                let own = |problem: &Problem| !documents.iter().any(|document| problem.place.starts_with(document));
-                found.warnings.extend(setup.warnings.into_iter().filter(own).map(|problem| (String::new(), problem)));
-            }
-            Err(ConfigError::Content(problems)) => found.refuse(problems),
-            Err(ConfigError::Read { path, source }) => found.refuse(reload::unreadable(&path, &source)),
-        }
-    }
+    let whole = found.all(engine);
     let old = match &against {
         None => None,
         Some(path) => {
@@ -75,7 +63,7 @@ pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
         }
     };
     let valid = found.problems.is_empty() && (found.warnings.is_empty() || !strict);
-    let sides = registry.as_ref().zip(catalogue.as_ref()).filter(|_| valid);
+    let sides = whole.as_ref().map(|snapshot| (&*snapshot.registry, &*snapshot.catalogue)).filter(|_| valid);
     let changes = sides.zip(old.as_ref()).map(|((registry, catalogue), (old_registry, old_catalogue))| {
         let old = Side { registry: old_registry, catalogue: old_catalogue };
         Changes::between(old, Side { registry, catalogue })
@@ -141,6 +129,31 @@ fn bytes(path: &Path) -> Result<Vec<u8>, Problems> {
 // === impl Found ===
 
 impl Found {
+    /// All that there is to say of the documents that a service would be started with; and they themselves, if they stand.
+    fn all(&mut self, engine: EngineArgs) -> Option<Snapshot> {
+        let stand = (registry(engine.registry.as_ref()), catalogue(engine.probe_catalog.as_ref()));
+        if let (Ok(_), Ok(_)) = stand {
+            // The configuration names providers of the registry, and may name other documents, so it is read with them.
+            return match engine.load(None) {
+                Ok(Setup { snapshot, warnings, .. }) => {
+                    self.warnings = warnings.into_iter().map(|warning| told_apart(warning, &snapshot)).collect();
+                    Some(snapshot)
+                }
+                Err(ConfigError::Content(problems)) => {
+                    self.refuse(problems);
+                    None
+                }
+                Err(ConfigError::Read { path, source }) => {
+                    self.refuse(reload::unreadable(&path, &source));
+                    None
+                }
+            };
+        }
+        self.take(stand.0);
+        self.take(stand.1);
+        None
+    }
+
     fn take<T>(&mut self, checked: Checked<T>) -> Option<T> {
         match checked {
             Ok((document, Loaded { value, warnings })) => {
@@ -157,6 +170,18 @@ impl Found {
     fn refuse(&mut self, problems: Problems) {
         let Problems { document, list } = problems;
         self.problems.extend(list.into_iter().map(|problem| (document.clone(), problem)));
+    }
+}
+
+/// A warning of the whole, and the document that its place begins with.
+fn told_apart(warning: Problem, snapshot: &Snapshot) -> (String, Problem) {
+    let documents = [&snapshot.registry_origin.source, &snapshot.catalogue_origin.source];
+    let found = documents.into_iter().find_map(|document| {
+        Some((document.clone(), warning.place.strip_prefix(document.as_str())?.strip_prefix(": ")?.to_owned()))
+    });
+    match found {
+        Some((document, place)) => (document, Problem { place, ..warning }),
+        None => (String::new(), warning),
     }
 }
 

@@ -99,6 +99,22 @@ async fn what_does_not_stand_is_not_compared() {
     assert_eq!(documents.len(), 2);
 }
 
+/// The registry that is checked is the one that the service would have, also where the configuration names it.
+#[tokio::test]
+async fn a_registry_that_the_configuration_names_is_the_one_that_is_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("config.yaml");
+    std::fs::write(&config, format!("registry: {{file: {}}}\n", fixture("../registries/good/odd.yaml"))).unwrap();
+    let answer = as_json(&["--config", config.to_str().unwrap(), "--against", &fixture("old.yaml")]).await;
+    assert_eq!(answer["warnings"].as_array().unwrap().len(), 10);
+    assert_eq!(answer["warnings"][0]["place"], "schema_note");
+    assert!(answer["warnings"][0]["document"].as_str().unwrap().ends_with("odd.yaml"));
+    assert!(answer["changes"].to_string().contains("acme-one"), "{answer}");
+    std::fs::write(&config, format!("registry: {{file: {}}}\n", fixture("../registries/bad/seven-faults.yaml"))).unwrap();
+    let answer = as_json(&["--config", config.to_str().unwrap()]).await;
+    assert_eq!(answer["problems"].as_array().unwrap().len(), 7);
+}
+
 /// A file that is not there is a problem of its own, beside the other documents'.
 #[tokio::test]
 async fn a_file_that_cannot_be_read_is_told_with_the_rest() {
