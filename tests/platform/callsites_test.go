@@ -3,7 +3,9 @@ package main
 import (
 	"fmt"
 	"net/http"
+	"os"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/byok-gate/byok-gate/clients/go/byokgate"
@@ -322,4 +324,34 @@ func TestAnImportCreatesWhatMayExist(t *testing.T) {
 	if len(rows) != each {
 		t.Errorf("%d rows, expected %d", len(rows), each)
 	}
+}
+
+// A model that no name singles out an owner for, until one is at hand: the client must learn which names to fetch from the very
+// refusal to name an owner.
+func TestAnAmbiguousModelIsSettledByACredential(t *testing.T) {
+	vendor := startVendor(t, liveKey)
+	address := freeAddress(t)
+	arguments := serveArguments(t, address, vendor.url)
+	registry := arguments[slices.Index(arguments, "--registry")+1]
+	text := strings.Replace(registryFor(vendor.url), "runtimes:", `  - name: other
+    display_name: Other
+    protocol: openai
+    auth_mode: third_party_anthropic_compat
+    base_url_template: "`+vendor.url+`/v1"
+    auth_env: [OTHER_API_KEY]
+    model_prefix_match: "^acme"
+runtimes:`, 1)
+	text = strings.Replace(text, "      - name: platform", "      - name: other\n      - name: platform", 1)
+	if err := os.WriteFile(registry, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	startGateWith(t, address, arguments...)
+	server := startPlatform(t, address, byokgate.DefaultTimeout)
+	spec := acme(liveKey)
+	spec.Model = "acme/new"
+	wantStarted(t, server.create(t, spec), http.StatusCreated, platform.StartedBody{Status: "provisioning", BillingMode: "BYOK"})
+	spec.Secrets = nil
+	ambiguous := denial("AMBIGUOUS_PROVIDER", "acme/new", "")
+	ambiguous.Model, ambiguous.Provider, ambiguous.BillingMode = "acme/new", "", "UNSPECIFIED"
+	wantDenial(t, server.create(t, spec), http.StatusUnprocessableEntity, ambiguous)
 }
