@@ -4,15 +4,19 @@ use std::{collections::BTreeSet, process::Stdio};
 
 use byok_gate::{
     decision::{DenyCode, Verdict, WarningCode},
-    service::convert::{self, pb},
+    service::convert::{
+        self,
+        pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
+    },
 };
 use serde_json::Value;
 use tokio::time::{Duration, Instant};
-use tonic::Code;
+use tonic::{Code, Response, Status};
 use tonic_types::StatusExt;
 
 use crate::support::{
     case::{self, Answered, Case, Record, Said, Word},
+    edge::{self, Authority, Edge},
     gate::{Files, Server},
     vendor::Vendor,
 };
@@ -25,11 +29,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 enum By {
     Engine,
     Grpc,
+    Socket,
+    Tls,
     CommandLine,
 }
 
 async fn run(by: By) -> usize {
     let (mut ran, mut faults) = (0, Vec::new());
+    let authority = Authority::new();
     for (name, case) in case::all() {
         if matches!(by, By::CommandLine) && !for_the_command_line(&case) {
             continue;
@@ -43,6 +50,8 @@ async fn run(by: By) -> usize {
                 let answered = match by {
                     By::Engine => by_engine(&files, case.request(at)).await,
                     By::Grpc => over_grpc(&files, case.request(at)).await,
+                    By::Socket => over_a_socket(&files, case.request(at)).await,
+                    By::Tls => over_tls(&files, case.request(at), &authority).await,
                     By::CommandLine => by_command_line(&files, &case, at).await,
                 };
                 let values = case.spec.iter().flat_map(|spec| spec.values()).filter(|value| !value.is_empty());
@@ -68,7 +77,36 @@ async fn by_engine(files: &Files, request: pb::DecideRequest) -> Answered {
 
 async fn over_grpc(files: &Files, request: pb::DecideRequest) -> Answered {
     let server = Server::start(files.engine()).await;
-    match server.client().await.decide(request).await {
+    answered(server.client().await.decide(request).await)
+}
+
+async fn over_a_socket(files: &Files, request: pb::DecideRequest) -> Answered {
+    let mut settings = edge::settings();
+    settings.server.listen = vec![format!("unix:{}", files.folder().join("gate.sock").display())];
+    let server = Edge::start(settings, files.engine()).await;
+    answered(PolicyDecisionServiceClient::new(server.over_unix().await).decide(request).await)
+}
+
+/// With a certificate on both sides.
+async fn over_tls(files: &Files, request: pb::DecideRequest, authority: &Authority) -> Answered {
+    let put = |name: &str, text: &str| {
+        let path = files.folder().join(name);
+        std::fs::write(&path, text).unwrap();
+        Some(path)
+    };
+    let own = authority.sign("localhost");
+    let mut settings = edge::settings();
+    settings.tls.certificate = put("cert.pem", &own.certificate);
+    settings.tls.key = put("key.pem", &own.key);
+    settings.tls.client_ca = put("ca.pem", &authority.pem());
+    let server = Edge::start(settings, files.engine()).await;
+    let client = edge::tls_client(authority, Some(&own), &[&rustls::version::TLS13]);
+    let channel = edge::tls_channel(server.tcp(), &client).await.unwrap();
+    answered(PolicyDecisionServiceClient::new(channel).decide(request).await)
+}
+
+fn answered(result: Result<Response<pb::DecideResponse>, Status>) -> Answered {
+    match result {
         Ok(response) => Answered::decision(&response.into_inner()),
         Err(status) => {
             assert_eq!(status.code(), Code::InvalidArgument, "{status:?}");
@@ -188,6 +226,16 @@ async fn by_the_engine() {
 #[tokio::test]
 async fn over_the_wire() {
     run(By::Grpc).await;
+}
+
+#[tokio::test]
+async fn over_a_unix_socket() {
+    run(By::Socket).await;
+}
+
+#[tokio::test]
+async fn over_mutual_tls() {
+    run(By::Tls).await;
 }
 
 #[tokio::test]

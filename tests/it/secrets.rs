@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use byok_gate::service::convert::pb::DecideRequest;
+
 use crate::support::{
     binary::{self, Serving},
     case::{self, Spec, Word},
+    edge,
     gate::Files,
     vendor::{Row, Vendor},
 };
@@ -202,4 +205,88 @@ async fn a_redirect_takes_no_credential_along() {
         }
     }
     assert!(second.asked().is_empty(), "{:?}", second.asked());
+}
+
+/// Every way in which the edge says no, with canaries for tokens, keys and credentials, at the loudest log level.
+#[tokio::test]
+async fn no_refusal_of_the_edge_tells_a_secret_at_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    // Files that do not stand: the start fails, and says why without their content.
+    let broken = put("broken", CANARY);
+    let short = put("short", "made-up-7f3a");
+    for (arguments, said) in [
+        (vec!["--token-file", &broken], "line 1"),
+        (vec!["--token-file", &short], "line 1"),
+        (vec!["--allow-anonymous", "--tls-cert", &broken, "--tls-key", &broken], "holds no certificate"),
+    ] {
+        let whole = [&["--log", "trace", "serve", "--listen", "127.0.0.1:0"], &arguments[..]].concat();
+        let broken = put("broken", &format!("{CANARY} nobody"));
+        let ended = binary::run(&whole, &[]).await;
+        assert_eq!(ended.status.code(), Some(3), "{broken}: {ended:?}");
+        assert!(ended.stderr.contains(said), "{ended:?}");
+        for place in [&ended.stdout, &ended.stderr] {
+            is_not_in(place, CANARY, "a start that failed");
+            is_not_in(place, "made-up-7f3a", "a start that failed");
+        }
+    }
+    let token = format!("{CANARY}-token");
+    let tokens = put("tokens", &format!("{token}\n{token}-2 workspace ws-1\n"));
+    let config = put("config.yaml", "server: {reload_interval: 10ms}\nlimits: {message_bytes: 2048}\n");
+    let serving = Serving::start(&["--log", "trace", "--token-file", &tokens, "--config", &config]).await;
+    let mut client = serving.client().await;
+    let mut said = String::new();
+    let request = |value: &str| {
+        let workspace = BTreeMap::from([("ANTHROPIC_API_KEY".to_owned(), Some(value.to_owned()))]);
+        let spec = Spec { model: "no-such-model".into(), runtime: Some("claude-code".into()), workspace, ..Spec::default() };
+        DecideRequest { workspace_spec: Some(spec.message()), checkpoint: 1, ..Default::default() }
+    };
+    let bad = DecideRequest { checkpoint: 77, ..request(CANARY) };
+    let long = request(&CANARY.repeat(200));
+    for (bearer, message, timeout) in [
+        (format!("Bearer {CANARY}"), request(CANARY), None),
+        (format!("Basic {CANARY}"), request(CANARY), None),
+        (CANARY.to_owned(), request(CANARY), None),
+        (format!("Bearer {token}"), request(CANARY), None),
+        (format!("Bearer {token}"), bad, None),
+        (format!("Bearer {token}"), long, None),
+        (format!("Bearer {token}"), request(CANARY), Some(std::time::Duration::from_nanos(1))),
+        (format!("Bearer {token}-2"), request(CANARY), None),
+    ] {
+        let mut call = tonic::Request::new(message);
+        call.metadata_mut().insert("authorization", bearer.parse().unwrap());
+        if let Some(timeout) = timeout {
+            call.set_timeout(timeout);
+        }
+        said.push_str(&format!("{:?}", client.decide(call).await));
+    }
+    // A reload that fails.
+    put("tokens", &format!("{CANARY} nobody\n"));
+    tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    drop(client);
+    // What is no HTTP/2, and what is no message.
+    let mut plain = tokio::net::TcpStream::connect(&serving.address).await.unwrap();
+    let words = format!("POST /{CANARY} HTTP/1.1\r\nauthorization: Bearer {CANARY}\r\n\r\n");
+    tokio::io::AsyncWriteExt::write_all(&mut plain, words.as_bytes()).await.unwrap();
+    drop(plain);
+    let mut sender = edge::raw(serving.address.parse().unwrap()).await;
+    let bearer = format!("Bearer {token}");
+    let undecodable = edge::grpc(
+        "/byokgate.v1.PolicyDecisionService/Decide",
+        &[("authorization", &bearer)],
+        &[&b"\xff\xff"[..], CANARY.as_bytes()].concat(),
+    );
+    assert_eq!(edge::code_of(&mut sender, undecodable).await, tonic::Code::InvalidArgument);
+    drop(sender);
+    serving.terminate().await;
+    let ended = serving.ended().await;
+    assert!(ended.status.success(), "{ended:?}");
+    assert!(ended.stdout.contains("reload_failed"), "{}", ended.stdout);
+    for (text, place) in [(&said, "the statuses"), (&ended.stdout, "stdout"), (&ended.stderr, "stderr")] {
+        is_not_in(text, CANARY, place);
+    }
 }
