@@ -120,8 +120,9 @@ impl Reload {
             Ok((files, snapshot)) => {
                 if files != self.files {
                     self.files = files;
+                    // Read once more: what was hashed is not what was read of files that were not followed yet.
                     self.last_seen = hash(&self.files);
-                    self.acted_on = self.last_seen;
+                    self.acted_on = [0; 32];
                 }
                 tracing::info!(
                     event = "reloaded",

@@ -249,6 +249,7 @@ fn a_file_that_the_configuration_names_later_is_followed() {
     let mut reload = Reload::new(Arc::clone(&engine), vec![config.clone()], Arc::new(load));
     fs::write(&config, format!("registry: {{file: {}}}\n", other.display())).unwrap();
     assert_eq!(reload.look(true), Looked::Swapped);
+    assert_eq!(reload.look(false), Looked::Swapped, "once more, since that file was not followed yet");
     let before = engine.snapshot().registry.revision().to_owned();
     fs::write(&other, registry("beta")).unwrap();
     assert_eq!(reload.look(false), Looked::Unsettled);
