@@ -256,6 +256,31 @@ async fn a_provider_sees_an_honest_request_and_nothing_more() {
     );
 }
 
+/// Believed on its documentation at first, at no cost of the caller's time; checked beside it, and found out.
+#[tokio::test]
+async fn a_documented_endpoint_that_takes_anything_is_found_out() {
+    let vendor = Vendor::start(vec![
+        row("/acme/v1/models", None, 200, r#"{"data": []}"#),
+        row("/acme/v1/chat/completions", None, 200, r#"{"choices": []}"#),
+    ])
+    .await;
+    let server = Server::start(files(&vendor).engine()).await;
+    let mut client = server.client().await;
+    let mut verdict =
+        async |key: &str| client.decide(request("acme-large", key)).await.unwrap().into_inner().liveness.unwrap().verdict();
+    assert_eq!(verdict(KEY).await, pb::Verdict::Valid);
+    // The made-up key goes out by itself; then a "yes" is worth nothing, on the list first and on the completion next.
+    let mut found = pb::Verdict::Valid;
+    for index in 0..200 {
+        found = verdict(&format!("made-up-key-{index}")).await;
+        if found != pb::Verdict::Valid {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(found, pb::Verdict::NotCalibrated);
+}
+
 // === deadlines, size, panic ===
 
 #[tokio::test]
