@@ -5,6 +5,7 @@
 //! force, and the status says why.
 
 use std::{
+    collections::BTreeSet,
     fs,
     io::Read,
     path::{Path, PathBuf},
@@ -12,9 +13,10 @@ use std::{
     time::Duration,
 };
 
+use notify::Watcher;
 use tokio::{
     sync::mpsc,
-    time::{MissedTickBehavior, interval},
+    time::{Instant, sleep_until},
 };
 
 use crate::{
@@ -23,8 +25,10 @@ use crate::{
     problem::{Problem, Problems},
 };
 
-/// How often the files are looked at. They are small, and an operator who saves one expects it to count at once.
+/// How often the files are looked at without any event: network and overlay file systems have none.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How long after an event or an unsettled look the next look comes: a writer that truncates first has written by then.
+const SETTLE: Duration = Duration::from_millis(100);
 /// How many looks in a row may find the content changing before it is read all the same. A file that is being written is
 /// left alone until two looks agree; one that never rests must not hide every change.
 const MAX_UNSETTLED: u32 = 4;
@@ -72,13 +76,19 @@ impl Reload {
         Self { engine, files, load, acted_on: [0; 32], last_seen, unsettled: 0, failures: 0 }
     }
 
-    /// Looks again and again, and at once when `hurry` says so. Ends when the sender of `hurry` is gone.
+    /// Looks again and again, soon after a folder of the files has changed, and at once when `hurry` says so. Ends when the
+    /// sender of `hurry` is gone.
     pub async fn run(mut self, mut hurry: mpsc::Receiver<()>) {
-        let mut ticks = interval(LOOK_EVERY);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut events = Events::of(&self.files);
+        let mut next = Instant::now();
         loop {
             let hurried = tokio::select! {
-                _ = ticks.tick() => false,
+                () = sleep_until(next) => false,
+                () = events.changed() => {
+                    // Not put off by a further event: a file that never rests is looked at all the same.
+                    next = next.min(Instant::now() + SETTLE);
+                    continue;
+                }
                 asked = hurry.recv() => match asked {
                     Some(()) => true,
                     None => return,
@@ -86,12 +96,16 @@ impl Reload {
             };
             // Reading and checking are work for a thread that may wait.
             let look = tokio::task::spawn_blocking(move || {
-                self.look(hurried);
-                self
+                let looked = self.look(hurried);
+                (self, looked)
             });
             // `look` does not panic, and the runtime does not cancel what blocks; if it ended all the same, so does this.
-            let Ok(reload) = look.await else { return };
+            let Ok((reload, looked)) = look.await else { return };
             self = reload;
+            next = Instant::now() + if looked == Looked::Unsettled { SETTLE } else { LOOK_EVERY };
+            if events.files != self.files {
+                events = Events::of(&self.files);
+            }
         }
     }
 
@@ -145,6 +159,55 @@ impl Reload {
     }
 }
 
+/// Changes in the folders of files: a reason to look, never more. Folders, since a file that is renamed over or reached through
+/// a swapped symlink is another file.
+struct Events {
+    files: Vec<PathBuf>,
+    changed: mpsc::Receiver<()>,
+    /// `None` where the system gives no events: looking every half second is then all there is.
+    watcher: Option<notify::RecommendedWatcher>,
+}
+
+// === impl Events ===
+
+impl Events {
+    fn of(files: &[PathBuf]) -> Self {
+        let (tell, changed) = mpsc::channel(1);
+        let watcher = Self::watch(files, tell)
+            .inspect_err(|fault| {
+                let fault = fault.to_string();
+                tracing::warn!(event = "no_file_events", fault, "changes of the files are seen by looking alone");
+            })
+            .ok();
+        Self { files: files.to_owned(), changed, watcher }
+    }
+
+    fn watch(files: &[PathBuf], tell: mpsc::Sender<()>) -> notify::Result<notify::RecommendedWatcher> {
+        let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            // Looking is an access too: heeding it would make each look the reason for the next.
+            if !event.is_ok_and(|event| event.kind.is_access()) {
+                // Full means that it is known already.
+                let _full = tell.try_send(());
+            }
+        })?;
+        let folder = |file: &PathBuf| match file.parent() {
+            Some(folder) if folder != Path::new("") => folder.to_owned(),
+            Some(_) | None => PathBuf::from("."),
+        };
+        for folder in files.iter().map(folder).collect::<BTreeSet<_>>() {
+            watcher.watch(&folder, notify::RecursiveMode::NonRecursive)?;
+        }
+        Ok(watcher)
+    }
+
+    /// Waits for a change; for ever where there are no events.
+    async fn changed(&mut self) {
+        if self.watcher.is_none() || self.changed.recv().await.is_none() {
+            std::future::pending().await
+        }
+    }
+}
+
 /// The same version, saying what is wrong with the one that should have followed it.
 fn marked(snapshot: &Snapshot, problems: &Problems) -> Snapshot {
     let Snapshot { registry, catalogue, policy, registry_origin, catalogue_origin } = snapshot;
@@ -188,4 +251,49 @@ fn of_this_service(fault: &str) -> Problems {
 /// A file that cannot be read, as a problem of it.
 pub fn unreadable(file: &Path, fault: &std::io::Error) -> Problems {
     Problems { document: file.display().to_string(), list: vec![Problem::at("", format!("could not be read: {fault}"))] }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// Every way in which editors, deployments and Kubernetes change a file.
+    #[tokio::test]
+    async fn each_change_is_an_event() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::create_dir(at("one")).unwrap();
+        fs::create_dir(at("two")).unwrap();
+        for version in ["one", "two"] {
+            fs::write(at(version).join("registry.yaml"), version).unwrap();
+        }
+        symlink("one", at("..data")).unwrap();
+        symlink("..data/registry.yaml", at("registry.yaml")).unwrap();
+        fs::write(at("plain.yaml"), "a").unwrap();
+        let mut events = Events::of(&[at("registry.yaml"), at("plain.yaml")]);
+        let changes: [(&str, &dyn Fn()); 4] = [
+            ("written in place", &|| fs::write(at("plain.yaml"), "b").unwrap()),
+            ("renamed over", &|| {
+                fs::write(at("new"), "c").unwrap();
+                fs::rename(at("new"), at("plain.yaml")).unwrap();
+            }),
+            ("deleted", &|| fs::remove_file(at("plain.yaml")).unwrap()),
+            ("swapped by symlink", &|| {
+                symlink("two", at("..tmp")).unwrap();
+                fs::rename(at("..tmp"), at("..data")).unwrap();
+            }),
+        ];
+        for (what, change) in changes {
+            change();
+            let seen = tokio::time::timeout(Duration::from_secs(10), events.changed()).await;
+            assert!(seen.is_ok(), "{what}: no event");
+            // What else this change told.
+            while tokio::time::timeout(Duration::from_millis(50), events.changed()).await.is_ok() {}
+        }
+        fs::read(at("registry.yaml")).unwrap();
+        let seen = tokio::time::timeout(Duration::from_millis(200), events.changed()).await;
+        assert!(seen.is_err(), "reading is no change");
+    }
 }
