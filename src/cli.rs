@@ -5,6 +5,7 @@ mod check;
 mod classify;
 mod config;
 mod decide;
+mod exec;
 mod health;
 mod models;
 mod probe;
@@ -43,6 +44,8 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Decide one workspace, in this process or by asking a server.
     Decide(decide::DecideArgs),
+    /// Decide this workspace at its start, then become CMD, or say why not.
+    Exec(exec::ExecArgs),
     /// List what runtimes offer.
     Models(models::ModelsArgs),
     /// Check configuration, registry and catalogue.
@@ -140,6 +143,7 @@ impl Cli {
         let (default, to) = match command {
             Command::Serve(_) => ("info", LogTo::StdoutJson),
             Command::Decide(_)
+            | Command::Exec(_)
             | Command::Models(_)
             | Command::Probe(_)
             | Command::Check(_)
@@ -152,6 +156,7 @@ impl Cli {
             .and_then(|()| match command {
                 Command::Serve(args) => serve::run(args),
                 Command::Decide(args) => block_on(decide::run(args))?,
+                Command::Exec(args) => block_on(exec::run(args))?,
                 Command::Models(args) => models::run(args),
                 Command::Probe(args) => block_on(probe::run(args))?,
                 Command::Check(args) => check::run(args),

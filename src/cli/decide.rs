@@ -15,6 +15,7 @@ use tonic::{Code, transport::Endpoint};
 use super::{EngineArgs, Exit, Format, ProbeArgs, ProxyArg, UsageError, print, report::Report, server_uri};
 use crate::{
     cache::Cache,
+    config::Setup,
     engine::Engine,
     limits::Limited,
     probe::Prober,
@@ -26,8 +27,8 @@ use crate::{
 
 /// The longest that a command waits: the slowest row's budget of 10 s and a little.
 const PATIENCE: Duration = Duration::from_secs(12);
-/// The longest credential that is read from standard input; the service's own limit is lower and says so.
-const MAX_STDIN_BYTES: u64 = 1024 * 1024;
+/// The longest credential that is read from standard input or a file; the service's own limit is lower and says so.
+pub(super) const MAX_VALUE_BYTES: u64 = 1024 * 1024;
 
 #[derive(Debug, Args)]
 pub(super) struct DecideArgs {
@@ -100,7 +101,7 @@ pub(super) async fn run(args: DecideArgs) -> anyhow::Result<Exit> {
     let (request, format) = (request(&args)?, args.format);
     let response = match args.server {
         Some(server) => ask(&server, &request).await?,
-        None => decide(args.engine, args.probe, request).await?,
+        None => decide(args.engine.load(args.probe.probe_ca_file.clone())?, &args.probe, request).await?,
     };
     let report = Report::of(&response);
     match format {
@@ -111,8 +112,7 @@ pub(super) async fn run(args: DecideArgs) -> anyhow::Result<Exit> {
 }
 
 /// In this process. Nothing is tested with made-up keys: a one-shot command relies on the catalogue.
-async fn decide(engine: EngineArgs, probe: ProbeArgs, request: Request) -> anyhow::Result<pb::DecideResponse> {
-    let setup = engine.load(probe.probe_ca_file)?;
+pub(super) async fn decide(setup: Setup, probe: &ProbeArgs, request: Request) -> anyhow::Result<pb::DecideResponse> {
     let settings = setup.settings;
     let mut asking = settings.probe_settings(setup.probe_ca);
     asking.allow_loopback_http |= probe.allow_loopback_http;
@@ -132,7 +132,7 @@ async fn decide(engine: EngineArgs, probe: ProbeArgs, request: Request) -> anyho
 }
 
 /// By a server.
-async fn ask(server: &str, request: &Request) -> anyhow::Result<pb::DecideResponse> {
+pub(super) async fn ask(server: &str, request: &Request) -> anyhow::Result<pb::DecideResponse> {
     let endpoint =
         Endpoint::from_shared(server_uri(server)).map_err(|_| UsageError(format!("--server {server} is not an address")))?;
     let channel = endpoint
@@ -209,11 +209,15 @@ pub(super) fn from_stdin(argument: &str) -> anyhow::Result<Credential> {
         .into());
     };
     let mut value = String::new();
-    io::stdin().take(MAX_STDIN_BYTES).read_to_string(&mut value).context("standard input could not be read")?;
-    // One line break is the terminal's or `echo`'s, not the key's.
+    io::stdin().take(MAX_VALUE_BYTES).read_to_string(&mut value).context("standard input could not be read")?;
+    Ok(credential(name, Scope::Workspace, without_line_break(value)))
+}
+
+/// One line break at the end is the terminal's, `echo`'s or an editor's, not the key's.
+pub(super) fn without_line_break(mut value: String) -> String {
     let length = value.strip_suffix('\n').map_or(value.len(), |rest| rest.strip_suffix('\r').unwrap_or(rest).len());
     value.truncate(length);
-    Ok(credential(name, Scope::Workspace, value))
+    value
 }
 
 fn credential(name: &str, scope: Scope, value: String) -> Credential {

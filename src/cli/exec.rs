@@ -1,0 +1,302 @@
+//! `byok-gate exec`: the gate in front of a workspace's own process.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Write},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+};
+
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{
+    EngineArgs, Exit, ProbeArgs, ProxyArg, UsageError,
+    decide::{MAX_VALUE_BYTES, ask, decide, without_line_break},
+    report::Report,
+};
+use crate::{
+    secret::Secret,
+    server::shutdown::Signals,
+    spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
+};
+
+/// Where Kubernetes reads why a container ended.
+const TERMINATION_LOG: &str = "/dev/termination-log";
+/// Kubernetes keeps that much of it; a longer text would be cut, and no longer be JSON.
+const MAX_TERMINATION_LOG_BYTES: usize = 4096;
+
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "byok-gate exec [OPTIONS] -- CMD ARGS...",
+    after_help = "The workspace's credentials are looked for under the names that the registry knows, in the environment and then\n\
+    in --secrets-dir; nothing else of either is read. CMD gets the environment as it is.\n\n\
+    Exit codes: CMD's own once it runs. Until then: 10 denied, 11 denied but worth a retry, anything else no decision;\n\
+    CMD is then never run, and the termination log says why."
+)]
+pub(super) struct ExecArgs {
+    /// The workspace's runtime [environment: BYOK_GATE_RUNTIME].
+    #[arg(long)]
+    runtime: Option<String>,
+    /// The workspace's model [environment: BYOK_GATE_MODEL].
+    #[arg(long)]
+    model: Option<String>,
+    /// The workspace's id [environment: BYOK_GATE_WORKSPACE_ID].
+    #[arg(long)]
+    workspace_id: Option<String>,
+    /// The organization's id [environment: BYOK_GATE_ORGANIZATION_ID].
+    #[arg(long)]
+    organization_id: Option<String>,
+    /// A folder of mounted secrets, one file a name. One line break at a file's end is not part of the value. The environment
+    /// hides a file of the same name [environment: BYOK_GATE_SECRETS_DIR].
+    #[arg(long, value_name = "DIR")]
+    secrets_dir: Option<PathBuf>,
+    /// A base-URL variable that the tenant set, and not the platform (repeatable).
+    #[arg(long = "tenant-base-url-env", value_name = "NAME")]
+    tenant_base_url_env: Vec<String>,
+    /// Ask this server instead of deciding here; --registry then only says which names are looked for
+    /// [environment: BYOK_GATE_SERVER].
+    #[arg(long, value_name = "HOST:PORT|unix:PATH")]
+    server: Option<String>,
+    /// Where to write, as JSON, why CMD was not run [default: /dev/termination-log if it exists].
+    #[arg(long, value_name = "FILE")]
+    termination_log: Option<PathBuf>,
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    probe: ProbeArgs,
+    /// What to run, by its path or by PATH, and its arguments.
+    #[arg(last = true, required = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+/// Does not return where CMD runs: the process has then become it, with its id, its signals and its exit code.
+pub(super) async fn run(args: ExecArgs) -> anyhow::Result<Exit> {
+    let ExecArgs {
+        runtime,
+        model,
+        workspace_id,
+        organization_id,
+        secrets_dir,
+        tenant_base_url_env,
+        server,
+        termination_log,
+        engine,
+        probe,
+        command,
+    } = args;
+    let termination_log = termination_log.or_else(|| Path::new(TERMINATION_LOG).exists().then(|| TERMINATION_LOG.into()));
+    let (runtime, model) = (said(runtime, "BYOK_GATE_RUNTIME")?, said(model, "BYOK_GATE_MODEL")?);
+    let asked = Asked { runtime: runtime.clone(), model: model.clone() };
+    let deciding = async {
+        let platform_proxy = engine.platform_proxy.map(ProxyArg::into);
+        let server = Some(said(server, "BYOK_GATE_SERVER")?).filter(|server| !server.is_empty());
+        let secrets_dir = secrets_dir.or_else(|| env::var_os("BYOK_GATE_SECRETS_DIR").map(PathBuf::from));
+        let (workspace_id, organization_id) =
+            (said(workspace_id, "BYOK_GATE_WORKSPACE_ID")?, said(organization_id, "BYOK_GATE_ORGANIZATION_ID")?);
+        let setup = engine.load(probe.probe_ca_file.clone())?;
+        let (credentials, unreadable_scopes) =
+            found(setup.snapshot.registry.credential_names().iter(), secrets_dir.as_deref(), &|name| env::var_os(name));
+        let request = Request {
+            spec: WorkspaceSpec {
+                workspace_id,
+                organization_id,
+                runtime,
+                model,
+                credentials,
+                unreadable_scopes,
+                operator_override: OperatorOverride::Derive,
+                platform_proxy,
+                tenant_base_url_env,
+            },
+            // A pod that starts: the workspace was created before.
+            checkpoint: Checkpoint::Provision,
+            max_liveness_age: None,
+            explain: false,
+            caller: String::new(),
+        };
+        match server {
+            Some(server) => ask(&server, &request).await,
+            None => decide(setup, &probe, request).await,
+        }
+    };
+    // A process with id 1 is not ended by a signal that it does not catch. Caught signals are CMD's to decide about again.
+    let signals = Signals::catch()?;
+    let decided = tokio::select! {
+        biased;
+        () = signals.first() => Err(anyhow::anyhow!("no decision: told to stop")),
+        decided = deciding => decided,
+    };
+    let ended = match decided {
+        Ok(response) => {
+            let report = Report::of(&response);
+            tell(&report);
+            if report.exit == Exit::Ok { become_it(&command) } else { Ok((report.exit, asked.denial(&report))) }
+        }
+        Err(fault) => Err(fault),
+    };
+    let (exit, body) = match ended {
+        Ok((exit, body)) => (Ok(exit), body),
+        Err(fault) => {
+            let body = asked.unavailable(&format!("{fault:#}"));
+            (Err(fault), body)
+        }
+    };
+    if let Some(path) = &termination_log {
+        leave(path, body);
+    }
+    exit
+}
+
+/// Replaces this process. Returns only if it could not.
+fn become_it(command: &[OsString]) -> anyhow::Result<(Exit, Value)> {
+    let (program, arguments) = command.split_first().ok_or_else(|| UsageError("exec needs a CMD behind `--`".into()))?;
+    // Here, and not after the runtime's end: that would wait for a name lookup that nobody needs any more.
+    let fault = Command::new(program).args(arguments).exec();
+    Err(anyhow::Error::new(fault).context(format!("allowed, but {} could not be run", program.display())))
+}
+
+/// A flag, or its variable in the environment, or nothing: then the decision says what is missing.
+fn said(flag: Option<String>, variable: &str) -> anyhow::Result<String> {
+    match (flag, env::var(variable)) {
+        (Some(value), _) | (None, Ok(value)) => Ok(value),
+        (None, Err(env::VarError::NotPresent)) => Ok(String::new()),
+        (None, Err(env::VarError::NotUnicode(_))) => Err(UsageError(format!("{variable} is not UTF-8")).into()),
+    }
+}
+
+/// The credentials of these names, and the scope if its folder could not be searched. What CMD sees in its environment answers for
+/// a name, even when it is blank; a file counts where the environment has nothing.
+fn found<'a>(
+    names: impl Iterator<Item = &'a String>,
+    secrets_dir: Option<&Path>,
+    environment: &dyn Fn(&str) -> Option<OsString>,
+) -> (Vec<Credential>, Vec<Scope>) {
+    let mut unreadable = Vec::new();
+    if let Some(folder) = secrets_dir
+        && let Err(fault) = fs::read_dir(folder)
+    {
+        // Never taken for a folder without secrets; what does not depend on it is decided all the same.
+        note(&format!("{} could not be searched: {fault}", folder.display()));
+        unreadable.push(Scope::Workspace);
+    }
+    let secrets_dir = secrets_dir.filter(|_| unreadable.is_empty());
+    let value = |name: &str| match environment(name) {
+        Some(value) => Some(value.into_string().map_err(|_| format!("{name} in the environment is not UTF-8"))),
+        None => secrets_dir.and_then(|folder| from_file(&folder.join(name)).transpose()),
+    };
+    let credentials = names.filter_map(|name| {
+        let value = value(name)?.map_or_else(
+            |fault| {
+                note(&fault);
+                CredentialValue::Unreadable
+            },
+            |value| CredentialValue::Readable(Arc::new(Secret::new(value))),
+        );
+        Some(Credential { env_name: name.clone(), scope: Scope::Workspace, value })
+    });
+    (credentials.collect(), unreadable)
+}
+
+/// A mounted secret; nothing where there is no such file.
+fn from_file(path: &Path) -> Result<Option<String>, String> {
+    let mut value = String::new();
+    match File::open(path).and_then(|file| file.take(MAX_VALUE_BYTES).read_to_string(&mut value)) {
+        Ok(_) => Ok(Some(without_line_break(value))),
+        Err(fault) if fault.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(fault) => Err(format!("{} could not be read: {fault}", path.display())),
+    }
+}
+
+/// A denial whole, of an allow its warnings: what nobody verified is not allowed in silence.
+fn tell(report: &Report) {
+    let text = report.text();
+    match report.exit {
+        Exit::Ok => text.lines().filter(|line| line.starts_with("  warning ")).for_each(|line| note(line.trim())),
+        _ => note(&format!("{text}CMD was not run")),
+    }
+}
+
+fn note(text: &str) {
+    // Standard error may be closed; there is nobody else to tell.
+    drop(writeln!(io::stderr(), "byok-gate: {text}"));
+}
+
+/// Writes the termination log. A fault there changes nothing about the decision.
+fn leave(path: &Path, mut body: Value) {
+    // What a person misses least goes first.
+    for field in ["warnings", "alternative_models"] {
+        if body.to_string().len() > MAX_TERMINATION_LOG_BYTES
+            && let Some(fields) = body.as_object_mut()
+        {
+            match field {
+                "warnings" => drop(fields.remove(field)),
+                _ => drop(fields.insert(field.to_owned(), json!([]))),
+            }
+        }
+    }
+    let written = OpenOptions::new().write(true).create(true).truncate(true).open(path);
+    if let Err(fault) = written.and_then(|mut file| file.write_all(body.to_string().as_bytes())) {
+        note(&format!("the termination log {} could not be written: {fault}", path.display()));
+    }
+}
+
+/// What a denial's body repeats of the question.
+struct Asked {
+    runtime: String,
+    model: String,
+}
+
+// === impl Asked ===
+
+impl Asked {
+    /// A denial as `docs/denial-body.schema.json` has it.
+    fn denial(&self, report: &Report) -> Value {
+        let of = |pointer: &str| report.body.pointer(pointer).cloned().filter(|value| !value.is_null());
+        let text = |pointer: &str| of(pointer).unwrap_or_else(|| json!(""));
+        let list = |pointer: &str| of(pointer).unwrap_or_else(|| json!([]));
+        if report.exit == Exit::Fault {
+            return self.unavailable("the answer is neither an allow nor a denial");
+        }
+        let billing = text("/resolution/billing_mode");
+        let mut body = json!({
+            "error": text("/message"),
+            "code": text("/code"),
+            "runtime": self.runtime,
+            "model": self.model,
+            "provider": text("/resolution/provider"),
+            "missing_env": list("/missing_env"),
+            "billing_mode": if billing == "" { json!("UNSPECIFIED") } else { billing },
+            "remedy": text("/remedy"),
+            "retryable": of("/retryable").unwrap_or(Value::Bool(false)),
+            "decision_id": text("/decision_id"),
+            "alternative_models": list("/alternative_models"),
+        });
+        let warnings = list("/warnings");
+        if let (false, Some(body)) = (warnings == json!([]), body.as_object_mut()) {
+            body.insert("warnings".to_owned(), warnings);
+        }
+        body
+    }
+
+    /// No decision.
+    fn unavailable(&self, error: &str) -> Value {
+        json!({
+            "error": error,
+            "code": "DECISION_UNAVAILABLE",
+            "runtime": self.runtime,
+            "model": self.model,
+            "provider": "",
+            "missing_env": [],
+            "billing_mode": "UNSPECIFIED",
+            "remedy": "repair what the error names, then start the workspace again",
+            "retryable": true,
+            "decision_id": "",
+            "alternative_models": [],
+        })
+    }
+}
