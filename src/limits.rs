@@ -154,7 +154,6 @@ impl Asker for Limited {
                 }
             }
             drop(waiting);
-            question.begun.now();
             inner.ask(question).await
         })
     }

@@ -129,14 +129,18 @@ async fn at_once(asker: &Limited, times: usize) -> Vec<Result<Verdict, Withheld>
 
 #[tokio::test(start_paused = true)]
 async fn the_queue_is_bounded_in_length_and_in_time() {
-    let scripted = Scripted::new(Verdict::Valid);
-    scripted.set(|script| script.takes = Duration::from_secs(3));
-    let limits = ProviderLimits { in_flight: 2, queue: 4, queue_time: Duration::from_secs(5), per_second: count(1_000) };
-    let answers = at_once(&Limited::new(scripted.clone(), limits), 10).await;
-    // Two fly and leave the queue, four wait; of those two fly after 3 s, and two give up after 5.
-    let of = |what| answers.iter().filter(|answer| **answer == what).count();
-    assert_eq!((of(Ok(Verdict::Valid)), of(Err(Withheld::Queue))), (4, 6), "{answers:?}");
-    assert_eq!(scripted.asked(), 4);
+    // Ten at once: two fly and leave the queue, four wait, four are refused. Of those that wait two fly after 3 s, and the last
+    // two after 6, if they may wait for so long.
+    for (queue_time, asked) in [(60, 6), (5, 4)] {
+        let scripted = Scripted::new(Verdict::Valid);
+        scripted.set(|script| script.takes = Duration::from_secs(3));
+        let queue_time = Duration::from_secs(queue_time);
+        let limits = ProviderLimits { in_flight: 2, queue: 4, queue_time, per_second: count(1_000) };
+        let answers = at_once(&Limited::new(scripted.clone(), limits), 10).await;
+        let of = |what| answers.iter().filter(|answer| **answer == what).count();
+        assert_eq!((of(Ok(Verdict::Valid)), of(Err(Withheld::Queue))), (asked, 10 - asked), "{answers:?}");
+        assert_eq!(scripted.asked(), asked);
+    }
 }
 
 #[tokio::test(start_paused = true)]
