@@ -1,0 +1,167 @@
+//! What `deploy/` says, the binary knows: every flag, key and variable there is real, and every container of ours is locked down.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
+use crate::support::binary;
+
+fn deploy() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("deploy")
+}
+
+/// Every file below `deploy/` with this end to its name.
+fn files(end: &str) -> Vec<PathBuf> {
+    fn walk(folder: &Path, end: &str, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                walk(&path, end, found);
+            } else if path.to_str().unwrap().ends_with(end) {
+                found.push(path);
+            }
+        }
+    }
+    let mut found = Vec::new();
+    walk(&deploy(), end, &mut found);
+    found.sort();
+    found
+}
+
+fn tree(path: &Path) -> Value {
+    serde_yaml::from_str(&fs::read_to_string(path).unwrap()).unwrap_or_else(|fault| panic!("{}: {fault}", path.display()))
+}
+
+/// Manifests: what is neither a configuration file nor a document of ours.
+fn manifests() -> Vec<(PathBuf, Value)> {
+    let manifests = files(".yaml").into_iter().map(|path| (path.clone(), tree(&path)));
+    manifests.filter(|(_, tree)| tree.get("kind").is_some() || tree.get("services").is_some()).collect()
+}
+
+/// Every value in it, with those below.
+fn all(value: &Value) -> Vec<&Value> {
+    let below: Box<dyn Iterator<Item = &Value>> = match value {
+        Value::Array(items) => Box::new(items.iter()),
+        Value::Object(fields) => Box::new(fields.values()),
+        _ => Box::new(std::iter::empty()),
+    };
+    std::iter::once(value).chain(below.flat_map(all)).collect()
+}
+
+/// Every command line of byok-gate there is: a list that begins with one of its commands, or with the binary and one of them.
+fn command_lines() -> Vec<(PathBuf, Vec<String>)> {
+    const COMMANDS: [&str; 3] = ["serve", "exec", "health"];
+    let mut found = Vec::new();
+    for (path, manifest) in manifests() {
+        for list in all(&manifest).into_iter().filter_map(Value::as_array) {
+            let words: Vec<String> = list.iter().filter_map(Value::as_str).map(str::to_owned).collect();
+            let words = words.into_iter().skip_while(|word| word == "CMD" || word.ends_with("/byok-gate"));
+            found.push((path.clone(), words.collect::<Vec<_>>()));
+        }
+    }
+    for (file, before) in [("byok-gate.service", "ExecStart="), ("image/Containerfile", "CMD ")] {
+        let text = fs::read_to_string(deploy().join(file)).unwrap();
+        for line in text.lines().filter_map(|line| Some(line.split_once(before)?.1)) {
+            let words = line.split([' ', ',', '[', ']', '"']).filter(|word| !word.is_empty() && !word.ends_with("/byok-gate"));
+            found.push((deploy().join(file), words.map(str::to_owned).collect()));
+        }
+    }
+    found.retain(|(_, words)| words.first().is_some_and(|word| COMMANDS.contains(&word.as_str())));
+    found
+}
+
+#[tokio::test]
+async fn every_flag_of_every_command_line_is_one_of_the_binary() {
+    let lines = command_lines();
+    let of = |command: &str| lines.iter().filter(|(_, words)| words[0] == command).count();
+    assert!(of("serve") >= 5 && of("exec") >= 1 && of("health") >= 6, "{lines:?}");
+    for (path, words) in &lines {
+        let help = binary::run(&[&words[0], "--help"], &[]).await.stdout;
+        let known: BTreeSet<&str> = help.split([' ', '\n', ',', '[']).filter(|word| word.starts_with("--")).collect();
+        for flag in words.iter().take_while(|word| *word != "--").filter(|word| word.starts_with("--")) {
+            assert!(known.contains(flag.as_str()), "{}: {flag} is not a flag of {}", path.display(), words[0]);
+        }
+    }
+}
+
+/// A key that is not known ends the start: so every configuration file is started from, as far as its settings go.
+#[tokio::test]
+async fn every_configuration_file_stands() {
+    let named = |end: &str| files(end).into_iter().filter(|path| !path.ends_with("compose.yaml"));
+    let configurations: Vec<PathBuf> = named("byok-gate.yaml").chain(named("platform.yaml")).collect();
+    assert!(configurations.len() >= 5, "{configurations:?}");
+    for path in &configurations {
+        let ended = binary::run(&["config", "--config", path.to_str().unwrap()], &[]).await;
+        assert_eq!(ended.status.code(), Some(0), "{}: {}", path.display(), ended.stderr);
+    }
+    let ended =
+        binary::run(&["config", "--config", deploy().join("platform.yaml").to_str().unwrap(), "--format", "json"], &[]).await;
+    let settings: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!(settings["exempt_runtimes"]["value"], serde_json::json!(["external", "kimi", "kimi-cli", "mock"]));
+}
+
+#[tokio::test]
+async fn every_variable_is_one_that_exec_reads() {
+    let help = binary::run(&["exec", "--help"], &[]).await.stdout;
+    let mut seen = BTreeSet::new();
+    for (path, manifest) in manifests() {
+        let text = manifest.to_string();
+        for (at, _) in text.match_indices("\"BYOK_GATE_") {
+            let name = text[at + 1..].split('"').next().unwrap();
+            assert!(help.contains(&format!("[environment: {name}]")), "{}: exec reads no {name}", path.display());
+            seen.insert(name.to_owned());
+        }
+    }
+    assert!(seen.len() >= 4, "{seen:?}");
+}
+
+/// The documents of the base are what is built in, so that applying it changes no decision; a site puts its own in their place.
+#[tokio::test]
+async fn the_documents_of_the_base_are_the_built_in_ones() {
+    let base = deploy().join("kubernetes/base");
+    assert_eq!(fs::read_to_string(base.join("providers.yaml")).unwrap(), include_str!("../../src/registry/default.yaml"));
+    let paths = [base.join("providers.yaml"), base.join("probe-catalogue.yaml")];
+    let [registry, catalogue] = paths.each_ref().map(|path| path.to_str().unwrap());
+    let ended = binary::run(&["check", "--registry", registry, "--probe-catalog", catalogue], &[]).await;
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+}
+
+#[test]
+fn every_container_of_ours_is_locked_down() {
+    let mut containers = 0;
+    for (path, manifest) in manifests().iter().filter(|(_, manifest)| manifest.get("kind").is_some()) {
+        for container in all(manifest).into_iter().filter(|value| value["image"] == "byok-gate" && value.get("args").is_some()) {
+            let place = path.display();
+            let security = &container["securityContext"];
+            assert_eq!(security["readOnlyRootFilesystem"], true, "{place}");
+            assert_eq!(security["allowPrivilegeEscalation"], false, "{place}");
+            assert_eq!(security["capabilities"]["drop"], serde_json::json!(["ALL"]), "{place}");
+            assert!(container["resources"]["limits"]["memory"].is_string(), "{place}");
+            containers += 1;
+        }
+        for pod in all(manifest).into_iter().filter(|value| value["containers"][0]["image"].is_string()) {
+            assert_eq!(pod["automountServiceAccountToken"], false, "{}", path.display());
+            assert_eq!(pod["securityContext"]["runAsNonRoot"], true, "{}", path.display());
+            assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault", "{}", path.display());
+        }
+    }
+    assert_eq!(containers, 3);
+}
+
+/// Next to a tenant's code: no port, no made-up keys, no override, and no caller but for itself.
+#[test]
+fn a_sidecar_vouches_for_its_own_workspace_alone() {
+    let settings = tree(&deploy().join("kubernetes/overlays/sidecar/byok-gate.yaml"));
+    for address in settings["server"]["listen"].as_array().unwrap() {
+        assert!(address.as_str().unwrap().starts_with("unix:"), "{address}");
+    }
+    assert_eq!((&settings["probe"]["calibrate"], &settings["operator_overrides"]), (&Value::Bool(false), &"refuse".into()));
+    for peer in settings["callers"]["unix_peers"].as_array().unwrap() {
+        assert_ne!(peer["role"], "platform");
+        assert!(peer["role"].is_string(), "{peer}: a peer without a role is a platform");
+    }
+}
