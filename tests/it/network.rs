@@ -137,7 +137,7 @@ async fn act(mut stream: impl AsyncRead + AsyncWrite + Unpin, play: Play, bytes:
     drop(stream.shutdown().await);
 }
 
-/// Asks the catalogue's Acme row, which has 400 ms, at this base URL.
+/// Asks the catalogue's Acme row, which has a second, at this base URL.
 async fn ask(base: &str, roots: &[u8], resolve: &[(&str, &str)], loopback: bool) -> Finding {
     let (registry, catalogue) = case::documents(1);
     let registry = registry.replace("http://127.0.0.1:1/acme/v1", base);
@@ -201,7 +201,7 @@ async fn bodies_without_end_and_bombs_are_read_no_further_than_the_cap() {
     let listener = Listener::start(vec![Play::Repeat(first, chunk)], None).await;
     let found = ask(&format!("http://{}/acme/v1", listener.address), &[], &[], true).await;
     assert_eq!((found.verdict, found.status), (Verdict::Valid, Some(200)));
-    // What is read, and what the sockets' buffers take; without a cap it would be all that comes within 400 ms.
+    // What is read, and what the sockets' buffers take; without a cap it would be all that comes within a second.
     let written = listener.written.load(Ordering::SeqCst);
     assert!(written < 16 * 1024 * 1024, "{written} bytes were taken");
     // Nothing is unpacked, so a bomb is a few bytes that are no JSON; the next probe gets the same.

@@ -217,7 +217,7 @@ async fn a_batch_ends_at_its_deadline() {
     let mut message = Request::new(pb::BatchDecideRequest {
         requests: vec![request("acme-large", "made-up-slow"), request("acme-large", KEY)],
     });
-    message.set_timeout(Duration::from_millis(300));
+    message.set_timeout(Duration::from_millis(900));
     let mut stream = server.client().await.batch_decide(message).await.unwrap().into_inner();
     let mut codes = BTreeMap::new();
     while let Some(item) = stream.message().await.unwrap() {
