@@ -16,7 +16,7 @@ use crate::{
     decision::{Unreached, Verdict},
     endpoint::{self, Target},
     liveness::{Calibration, Finding, Heard, Reading},
-    probe::{ProbeSettings, Prober, Rung},
+    probe::{Prober, Rung},
     refusal::{any_of, listed},
     registry::{Provider, Registry},
     spec::{CredentialValue, Scope},
@@ -80,12 +80,10 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
         let finding = Finding::bare(Verdict::Invalid);
         return answer(format, &provider, Some(&target), &finding, &[], &refusal.message(), explain);
     }
-    let prober = Prober::new(ProbeSettings {
-        allow_loopback_http: probe.allow_loopback_http,
-        calibrate,
-        extra_roots: setup.probe_ca,
-        ..ProbeSettings::default()
-    })?;
+    let mut asking = setup.settings.probe_settings(setup.probe_ca);
+    asking.allow_loopback_http |= probe.allow_loopback_http;
+    asking.calibrate = calibrate;
+    let prober = Prober::new(asking)?;
     let (finding, rungs) = prober.explain(&Arc::new(target.clone()), secret).await;
     answer(format, &provider, Some(&target), &finding, &rungs, "", explain)
 }
