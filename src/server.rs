@@ -29,7 +29,7 @@ use self::{
     tls::{Tls, TlsFiles},
 };
 use crate::{
-    config::settings::Settings,
+    config::settings::{self, Settings},
     engine::Engine,
     service::{
         PolicyDecision,
@@ -153,6 +153,12 @@ impl Bound {
             listeners.push(bound.map_err(|source| ServerError::Listen { address, source })?);
         }
         Ok(Self { listeners, callers, tls, settings, supervised: Vec::new() })
+    }
+
+    /// Takes the lists of callers anew, from the configuration as it is by then.
+    pub fn relist(&self) -> impl Fn(&settings::Callers) + Send + Sync + use<> {
+        let callers = Arc::clone(&self.callers);
+        move |settings| callers.relist(settings)
     }
 
     /// Where it listens: with the port that was given for port 0.

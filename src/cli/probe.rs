@@ -1,7 +1,5 @@
 //! `byok-gate probe`: one live check of one credential, the ladder call by call.
 
-use std::sync::Arc;
-
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -84,7 +82,7 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
     asking.allow_loopback_http |= probe.allow_loopback_http;
     asking.calibrate = calibrate;
     let prober = Prober::new(asking)?;
-    let (finding, rungs) = prober.explain(&Arc::new(target.clone()), secret).await;
+    let (finding, rungs) = prober.explain(&target, secret).await;
     answer(format, &provider, Some(&target), &finding, &rungs, "", explain)
 }
 

@@ -93,7 +93,16 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides) -> anyhow::Resu
         );
     }
     let mut background = JoinSet::new();
-    keep_up(&mut background, Arc::clone(&engine), files, paths, overrides, hangup);
+    let relist = bound.relist();
+    let load = move || match config::load(&paths, &overrides) {
+        Ok(setup) => {
+            relist(&setup.settings.callers);
+            Ok((setup.documents, setup.snapshot))
+        }
+        Err(ConfigError::Content(problems)) => Err(problems),
+        Err(ConfigError::Read { path, source }) => Err(reload::unreadable(&path, &source)),
+    };
+    keep_up(&mut background, Reload::new(Arc::clone(&engine), files, Arc::new(load)), hangup);
     let ended = tokio::select! {
         ended = bound.run(engine, signals.first()) => ended?,
         // Neither of them ends by itself: without it, changes would pass unnoticed.
@@ -104,21 +113,9 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides) -> anyhow::Resu
 }
 
 /// Follows changes of the files, and looks at once on SIGHUP.
-fn keep_up(
-    background: &mut JoinSet<()>,
-    engine: Arc<Engine>,
-    files: Vec<PathBuf>,
-    paths: Paths,
-    overrides: Overrides,
-    mut hangup: Signal,
-) {
-    let load = move || match config::load(&paths, &overrides) {
-        Ok(setup) => Ok((setup.documents, setup.snapshot)),
-        Err(ConfigError::Content(problems)) => Err(problems),
-        Err(ConfigError::Read { path, source }) => Err(reload::unreadable(&path, &source)),
-    };
+fn keep_up(background: &mut JoinSet<()>, reload: Reload, mut hangup: Signal) {
     let (hurry, hurried) = mpsc::channel(1);
-    background.spawn(Reload::new(engine, files, Arc::new(load)).run(hurried));
+    background.spawn(reload.run(hurried));
     background.spawn(async move {
         while hangup.recv().await.is_some() {
             // Full means that a look is due already.

@@ -38,14 +38,19 @@ const HEALTH_PREFIX: &str = "/grpc.health.v1.Health/";
 
 /// Everybody who may call.
 pub(super) struct Callers {
-    certificates: Vec<(String, Arc<Caller>)>,
-    unix_peers: Vec<(UnixCaller, Arc<Caller>)>,
+    listed: ArcSwap<Listed>,
     tokens: Option<Arc<Tokens>>,
     anonymous: Arc<Caller>,
     any_certificate: Arc<Caller>,
     any_unix_peer: Arc<Caller>,
     rates: Mutex<HashMap<String, Bucket>>,
     per_minute: f64,
+}
+
+/// Who may call by certificate or by Unix peer, as the configuration lists them.
+struct Listed {
+    certificates: Vec<(String, Arc<Caller>)>,
+    unix_peers: Vec<(UnixCaller, Arc<Caller>)>,
 }
 
 /// What a connection says about its caller.
@@ -84,18 +89,8 @@ struct Bucket {
 impl Callers {
     pub(super) fn new(settings: &CallerSettings) -> Result<Self, ServerError> {
         let named = |name: &str| Arc::new(Caller { name: name.to_owned(), role: Role::Platform });
-        let certificate = |caller: &CertificateCaller| {
-            let CertificateCaller { san, role, workspaces } = caller;
-            (san.clone(), Arc::new(Caller { name: format!("certificate {san}"), role: role_of(*role, workspaces.clone()) }))
-        };
-        let peer = |caller: &UnixCaller| {
-            let of = |id: Option<u32>| id.map_or_else(|| "any".to_owned(), |id| id.to_string());
-            let name = format!("unix uid {} gid {}", of(caller.uid), of(caller.gid));
-            (caller.clone(), Arc::new(Caller { name, role: role_of(caller.role, caller.workspaces.clone()) }))
-        };
         Ok(Self {
-            certificates: settings.certificates.iter().map(certificate).collect(),
-            unix_peers: settings.unix_peers.iter().map(peer).collect(),
+            listed: ArcSwap::from_pointee(Listed::of(settings)),
             tokens: settings.token_file.as_deref().map(Tokens::load).transpose()?.map(Arc::new),
             anonymous: named("anonymous"),
             any_certificate: named("certificate"),
@@ -105,6 +100,11 @@ impl Callers {
         })
     }
 
+    /// Takes the lists of certificates and Unix peers anew. Connections that stand keep the caller that they are.
+    pub(super) fn relist(&self, settings: &CallerSettings) {
+        self.listed.store(Arc::new(Listed::of(settings)));
+    }
+
     /// The tokens, if they are how callers are known.
     pub(super) fn tokens(&self) -> Option<&Arc<Tokens>> {
         self.tokens.as_ref()
@@ -112,13 +112,14 @@ impl Callers {
 
     /// Who a connection without a client's certificate is.
     pub(super) fn by_peer(&self, peer: Peer) -> Connected {
+        let listed = self.listed.load();
         match peer {
             Peer::Tcp(_) if self.tokens.is_some() => Connected::Unknown,
             Peer::Tcp(_) => Connected::Caller(Arc::clone(&self.anonymous)),
-            Peer::Unix { .. } if self.unix_peers.is_empty() => Connected::Caller(Arc::clone(&self.any_unix_peer)),
+            Peer::Unix { .. } if listed.unix_peers.is_empty() => Connected::Caller(Arc::clone(&self.any_unix_peer)),
             Peer::Unix { uid, gid } => {
                 let matches = |wanted: Option<u32>, found| wanted.is_none_or(|wanted| wanted == found);
-                let found = self.unix_peers.iter().find(|(peer, _)| matches(peer.uid, uid) && matches(peer.gid, gid));
+                let found = listed.unix_peers.iter().find(|(peer, _)| matches(peer.uid, uid) && matches(peer.gid, gid));
                 found.map_or_else(
                     || Connected::Refused(format!("uid {uid} with gid {gid} is not on the list of Unix peers")),
                     |(_, caller)| Connected::Caller(Arc::clone(caller)),
@@ -129,11 +130,12 @@ impl Callers {
 
     /// Who a certificate with these names is. None: nobody who may call.
     pub(super) fn by_names<'a>(&self, names: impl Iterator<Item = &'a str>) -> Option<Arc<Caller>> {
-        if self.certificates.is_empty() {
+        let listed = self.listed.load();
+        if listed.certificates.is_empty() {
             return Some(Arc::clone(&self.any_certificate));
         }
         let names: Vec<&str> = names.collect();
-        let found = self.certificates.iter().find(|(san, _)| names.iter().any(|name| covers(san, name)));
+        let found = listed.certificates.iter().find(|(san, _)| names.iter().any(|name| covers(san, name)));
         found.map(|(_, caller)| Arc::clone(caller))
     }
 
@@ -216,6 +218,26 @@ fn bearer(headers: &HeaderMap) -> Result<Option<&[u8]>, ()> {
             if scheme.eq_ignore_ascii_case(b"bearer ") { Ok(Some(token)) } else { Err(()) }
         }
         (Some(_), Some(_)) => Err(()),
+    }
+}
+
+// === impl Listed ===
+
+impl Listed {
+    fn of(settings: &CallerSettings) -> Self {
+        let certificate = |caller: &CertificateCaller| {
+            let CertificateCaller { san, role, workspaces } = caller;
+            (san.clone(), Arc::new(Caller { name: format!("certificate {san}"), role: role_of(*role, workspaces.clone()) }))
+        };
+        let peer = |caller: &UnixCaller| {
+            let of = |id: Option<u32>| id.map_or_else(|| "any".to_owned(), |id| id.to_string());
+            let name = format!("unix uid {} gid {}", of(caller.uid), of(caller.gid));
+            (caller.clone(), Arc::new(Caller { name, role: role_of(caller.role, caller.workspaces.clone()) }))
+        };
+        Self {
+            certificates: settings.certificates.iter().map(certificate).collect(),
+            unix_peers: settings.unix_peers.iter().map(peer).collect(),
+        }
     }
 }
 

@@ -101,6 +101,28 @@ async fn client_certificates_are_judged_in_the_handshake() {
     assert_eq!(refused.code(), Code::PermissionDenied);
 }
 
+/// The configuration's lists are followed, for connections that come.
+#[tokio::test]
+async fn the_list_of_certificates_turns_over_without_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let mut settings = with_tls(&folder, &authority.sign("localhost"));
+    settings.tls.client_ca = Some(put(&folder, "ca.pem", &authority.pem()));
+    let only = |san: &str| CertificateCaller { san: san.to_owned(), role: RoleWord::Platform, workspaces: Default::default() };
+    settings.callers.certificates = vec![only(PLATFORM)];
+    let bound = Bound::open(settings.clone()).await.unwrap();
+    let relist = bound.relist();
+    let edge = Edge::run(bound, engine());
+    let by = |san: &str| tls_client(&authority, Some(&authority.sign(san)), &[&TLS13]);
+    let before = tls_channel(edge.tcp(), &by(PLATFORM)).await.unwrap();
+    assert!(answer(&edge, &by(OPERATOR)).await.contains("AccessDenied"));
+    settings.callers.certificates = vec![only(OPERATOR)];
+    relist(&settings.callers);
+    assert!(answer(&edge, &by(OPERATOR)).await.contains("served"));
+    assert!(answer(&edge, &by(PLATFORM)).await.contains("AccessDenied"));
+    assert_eq!(ask_status(before, None).await, Code::Ok, "a connection that stands keeps its caller");
+}
+
 #[tokio::test]
 async fn tokens_are_required_over_tcp_and_turn_over_without_a_restart() {
     let folder = tempfile::tempdir().unwrap();
