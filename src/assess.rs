@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
 
 use crate::{
     catalogue::{Catalogue, KeyKind},
-    decision::{JudgedCredential, MatchedBy, Resolution, Source, TraceStep, Verdict, Warning, WarningCode},
+    decision::{BillingMode, JudgedCredential, MatchedBy, Resolution, Source, TraceStep, Verdict, Warning, WarningCode},
     derive::{Derived, Underivable, derive, relevant_names},
     endpoint::{self, NoSurface, Target},
     policy::{Enforcement, Facts, Policy},
@@ -97,18 +97,8 @@ pub struct Trace {
 /// Assesses a request at this second of Unix time. `fingerprint` tells keys apart for a person.
 pub fn assess(snapshot: &Snapshot, request: &Request, now: i64, fingerprint: &dyn Fn(&Secret) -> String) -> Assessment {
     let Request { spec, checkpoint, explain, caller, max_liveness_age: _ } = request;
-    let mut notes = Notes {
-        resolution: Resolution {
-            provider: String::new(),
-            billing_mode: None,
-            source: Source::Derived,
-            matched_by: None,
-            accepted_env: Vec::new(),
-            credential: None,
-        },
-        warnings: Vec::new(),
-        trace: Trace { on: *explain, steps: Vec::new() },
-    };
+    let mut notes =
+        Notes { resolution: Resolution::unsettled(), warnings: Vec::new(), trace: Trace { on: *explain, steps: Vec::new() } };
     let proxy = spec.platform_proxy.unwrap_or(snapshot.policy.platform_proxy);
     let walk = Walk { snapshot, spec, checkpoint: *checkpoint, proxy, caller, now, fingerprint };
     let next = walk.run(&mut notes).unwrap_or_else(|facts| Next::Rule(*facts));
@@ -118,16 +108,9 @@ pub fn assess(snapshot: &Snapshot, request: &Request, now: i64, fingerprint: &dy
 
 /// Who owns a model by names alone: what `ResolveProvider` answers.
 pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeSet<String>) -> Result<Resolved, Unresolved> {
-    let mut resolution = Resolution {
-        provider: String::new(),
-        billing_mode: None,
-        source: Source::Derived,
-        matched_by: None,
-        accepted_env: Vec::new(),
-        credential: None,
-    };
+    let mut resolution = Resolution::unsettled();
     if snapshot.policy.exempt_runtimes.contains(runtime) {
-        resolution.billing_mode = Some(crate::decision::BillingMode::None);
+        resolution.billing_mode = Some(BillingMode::None);
         resolution.source = Source::ExemptRuntime;
         return Ok(Resolved { resolution, relevant_env: Vec::new(), withdrawn: false });
     }
@@ -204,7 +187,7 @@ impl<'a> Walk<'a> {
         let model = known_model(&self.spec.runtime, &self.spec.model).map_err(|refusal| refused(*refusal))?;
         notes.trace.step("model", || format!("`{model}`"));
         if self.spec.operator_override == OperatorOverride::PlatformManaged {
-            notes.resolution.billing_mode = Some(crate::decision::BillingMode::PlatformManaged);
+            notes.resolution.billing_mode = Some(BillingMode::PlatformManaged);
             return Err(Box::new(Facts::Platform { by_override: true, proxy: self.proxy, model: model.to_owned() }));
         }
         let (wallet, dropped) = Wallet::of(self.spec, self.snapshot.registry.credential_names());
@@ -238,7 +221,7 @@ impl<'a> Walk<'a> {
         match (honoured, self.spec.operator_override) {
             (false, _) => Err(refused(Refusal::OverrideNotAllowed)),
             (true, OperatorOverride::Disabled) => {
-                notes.resolution.billing_mode = Some(crate::decision::BillingMode::None);
+                notes.resolution.billing_mode = Some(BillingMode::None);
                 Err(Box::new(Facts::OverrideDisabled))
             }
             (true, OperatorOverride::Derive | OperatorOverride::PlatformManaged | OperatorOverride::Byok) => Ok(()),
@@ -250,7 +233,7 @@ impl<'a> Walk<'a> {
         if self.snapshot.policy.exempt_runtimes.contains(name) {
             notes.trace.step("runtime", || format!("`{name}` is exempt by configuration"));
             notes.warn(WarningCode::ExemptRuntime, format!("runtime `{name}` is exempt: nothing was checked"), Vec::new());
-            notes.resolution.billing_mode = Some(crate::decision::BillingMode::None);
+            notes.resolution.billing_mode = Some(BillingMode::None);
             if notes.resolution.source == Source::Derived {
                 notes.resolution.source = Source::ExemptRuntime;
             }

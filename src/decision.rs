@@ -356,6 +356,22 @@ pub struct Decision {
     pub trace: Vec<TraceStep>,
 }
 
+// === impl Resolution ===
+
+impl Resolution {
+    /// Nothing is settled yet.
+    pub const fn unsettled() -> Self {
+        Self {
+            provider: String::new(),
+            billing_mode: None,
+            source: Source::Derived,
+            matched_by: None,
+            accepted_env: Vec::new(),
+            credential: None,
+        }
+    }
+}
+
 // === impl Allow ===
 
 impl Allow {
