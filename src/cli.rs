@@ -16,6 +16,7 @@ use std::{
     io::{self, Write},
     path::PathBuf,
     process::{ExitCode, Termination},
+    time::Duration,
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -24,7 +25,7 @@ use crate::{
     config::{ConfigError, Flag, Overrides, Paths, Setup, load},
     server::ServerError,
     spec::PlatformProxy,
-    telemetry::{self, LogTo},
+    telemetry::{self, LogError, LogTo, lines::Lines},
 };
 
 /// Decides whether an AI-agent workspace may start, and who pays for its model calls.
@@ -59,6 +60,9 @@ enum Command {
     /// Ask a server whether it serves.
     Health(health::HealthArgs),
 }
+
+/// How long the last lines of the log may take.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,24 +155,45 @@ impl Cli {
             | Command::Config(_)
             | Command::Health(_) => ("error", LogTo::StderrText),
         };
-        let ended = telemetry::init(log.as_deref().unwrap_or(default), to)
-            .map_err(|fault| anyhow::Error::new(UsageError(fault.to_string())))
-            .and_then(|()| match command {
-                Command::Serve(args) => serve::run(args),
-                Command::Decide(args) => block_on(decide::run(args))?,
-                Command::Exec(args) => block_on(exec::run(args))?,
-                Command::Models(args) => models::run(args),
-                Command::Probe(args) => block_on(probe::run(args))?,
-                Command::Check(args) => check::run(args),
-                Command::Classify(args) => classify::run(args),
-                Command::Config(args) => config::run(args),
-                Command::Health(args) => block_on(health::run(args))?,
-            });
-        ended.unwrap_or_else(|fault| {
-            // Standard error may be closed; there is nobody else to tell.
-            drop(writeln!(io::stderr(), "byok-gate: {fault:#}"));
-            exit_of(&fault)
-        })
+        let log = match telemetry::init(log.as_deref().unwrap_or(default), to) {
+            Ok(log) => log,
+            Err(fault) => return complain(&of_log(fault)),
+        };
+        let ended = command.run(&log);
+        // Before what is said last; and whoever does not read what is logged does not hold up the end.
+        log.flush(LAST_LINES);
+        ended.unwrap_or_else(|fault| complain(&fault))
+    }
+}
+
+// === impl Command ===
+
+impl Command {
+    fn run(self, log: &Lines) -> anyhow::Result<Exit> {
+        match self {
+            Self::Serve(args) => serve::run(args, log.clone()),
+            Self::Decide(args) => block_on(decide::run(args, log))?,
+            Self::Exec(args) => block_on(exec::run(args, log))?,
+            Self::Models(args) => models::run(args),
+            Self::Probe(args) => block_on(probe::run(args))?,
+            Self::Check(args) => check::run(args),
+            Self::Classify(args) => classify::run(args),
+            Self::Config(args) => config::run(args),
+            Self::Health(args) => block_on(health::run(args))?,
+        }
+    }
+}
+
+/// Says why nothing came of it. Standard error may be closed; there is nobody else to tell.
+fn complain(fault: &anyhow::Error) -> Exit {
+    drop(writeln!(io::stderr(), "byok-gate: {fault:#}"));
+    exit_of(fault)
+}
+
+fn of_log(fault: LogError) -> anyhow::Error {
+    match fault {
+        LogError::Filter { .. } => UsageError(fault.to_string()).into(),
+        LogError::Open(_) => fault.into(),
     }
 }
 

@@ -285,6 +285,9 @@ fn problems_of(settings: &Settings) -> Vec<Problem> {
             add(place, "must be more than 0".to_owned());
         }
     }
+    if !(0.0..=1.0).contains(&settings.log.plain_allow_ratio) {
+        add("log.plain_allow_ratio", format!("is {}; it must be 0 to 1", settings.log.plain_allow_ratio));
+    }
     if cache.jitter_percent > 100 {
         add("cache.jitter_percent", "must be 0 to 100".to_owned());
     }
@@ -494,6 +497,7 @@ mod tests {
             ("BYOK_GATE__TLS__KEY", "/k"),
             ("BYOK_GATE__TLS__CERTIFICATE", "7"),
             ("BYOK_GATE__DEADLINES__DECIDE", "250ms"),
+            ("BYOK_GATE__LOG__PLAIN_ALLOW_RATIO", "0.25"),
             ("BYOK_GATE__CALLERS__UNIX_PEERS", "[{uid: 7, role: operator}]"),
             ("BYOK_GATE__POLICY__CREATE__INCONCLUSIVE", "deny"),
             ("BYOK_GATE__EXEMPT_RUNTIMES", "mock"),
@@ -504,6 +508,7 @@ mod tests {
         assert_eq!((settings.socket.mode.as_str(), settings.socket.group), ("0600", Some(1000)));
         assert_eq!(settings.tls.certificate.as_deref(), Some(Path::new("7")));
         assert_eq!(settings.deadlines.decide.0.as_millis(), 250);
+        assert!((settings.log.plain_allow_ratio - 0.25).abs() < f64::EPSILON);
         assert_eq!(settings.callers.unix_peers[0].role, RoleWord::Operator);
         assert!(settings.exempt_runtimes.contains("mock"));
     }
@@ -523,6 +528,8 @@ mod tests {
             ("deadlines: {decide: 0s}", None, "deadlines.decide: must be more than 0"),
             ("server: {listen: []}", None, "server.listen: names no address"),
             ("server: {worker_threads: 100000}", None, "server.worker_threads: must be at most"),
+            ("log: {plain_allow_ratio: 1.5}", None, "log.plain_allow_ratio: is 1.5; it must be 0 to 1"),
+            ("log: {plain_allow_ratio: .nan}", None, "log.plain_allow_ratio: "),
             ("socket: {mode: '0990'}", None, "socket.mode: `0990` is not"),
             ("tls: {certificate: /c}", None, "tls.key: is required"),
             ("tls: {client_ca: /c}", None, "tls.certificate: is required"),

@@ -35,6 +35,7 @@ use crate::{
         PolicyDecision,
         convert::{self, pb::policy_decision_service_server::PolicyDecisionServiceServer},
     },
+    telemetry::journal::Journal,
 };
 
 /// A refusal of connections is logged once for so many.
@@ -46,6 +47,7 @@ pub struct Bound {
     callers: Arc<Callers>,
     tls: Option<Arc<Tls>>,
     settings: Settings,
+    journal: Journal,
     supervised: Vec<Task>,
 }
 
@@ -152,7 +154,7 @@ impl Bound {
             let bound = Listener::bind(&address, &settings.socket).await;
             listeners.push(bound.map_err(|source| ServerError::Listen { address, source })?);
         }
-        Ok(Self { listeners, callers, tls, settings, supervised: Vec::new() })
+        Ok(Self { listeners, callers, tls, settings, journal: Journal::off(), supervised: Vec::new() })
     }
 
     /// Takes the lists of callers anew, from the configuration as it is by then.
@@ -174,6 +176,11 @@ impl Bound {
         })
     }
 
+    /// Writes decisions down there. Without it, nowhere.
+    pub fn keep(&mut self, journal: Journal) {
+        self.journal = journal;
+    }
+
     /// Runs this beside the server. It is not to end by itself: the server then drains and fails.
     pub fn supervise(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
         self.supervised.push((name, Box::pin(work)));
@@ -182,10 +189,11 @@ impl Bound {
     /// Serves until `shutdown`, then leaves: NOT_SERVING, a moment for that to be noticed, no new connections, GOAWAY, calls
     /// under way to the drain deadline.
     pub async fn run(self, engine: Arc<Engine>, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, ServerError> {
-        let Self { listeners, callers, tls, settings, supervised } = self;
+        let Self { listeners, callers, tls, settings, journal, supervised } = self;
+        let journal = Arc::new(journal);
         let Settings { server, limits, deadlines, shutdown: stop, .. } = settings;
         let (phase, phases) = watch::channel(Phase::Starting);
-        let service = PolicyDecision::new(engine, limits.clone(), deadlines.clone());
+        let service = PolicyDecision::new(engine, limits.clone(), deadlines.clone(), Arc::clone(&journal));
         let limited = |bytes| PolicyDecisionServiceServer::new(service.clone()).max_decoding_message_size(bytes);
         let reflection = || {
             tonic_reflection::server::Builder::configure()
@@ -207,7 +215,7 @@ impl Bound {
         if !sources.is_empty() {
             spawn(&mut tasks, ("reload", Box::pin(keep_fresh(sources, server.reload_interval.0))));
         }
-        let core = Arc::new(Core { callers, tls, routes, batches, limits, deadlines, server, phase: phases });
+        let core = Arc::new(Core { callers, tls, routes, batches, limits, deadlines, server, journal, phase: phases });
         // Every connection holds a sender; when the last one is dropped, all are gone.
         let (open, mut all_gone) = mpsc::channel::<Infallible>(1);
         for listener in listeners {

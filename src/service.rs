@@ -5,7 +5,12 @@ pub mod caller;
 pub mod convert;
 pub(crate) mod deadline;
 
-use std::{panic::AssertUnwindSafe, pin::Pin, sync::Arc, time::SystemTime};
+use std::{
+    panic::AssertUnwindSafe,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use futures_util::{FutureExt, Stream, StreamExt, stream};
 use prost::Message;
@@ -22,9 +27,10 @@ use self::{
 };
 use crate::{
     config::settings::{Deadlines, Limits},
-    engine::Engine,
+    engine::{Decided, Engine},
     refusal::Refusal,
-    telemetry,
+    spec,
+    telemetry::journal::{Journal, Undecided},
 };
 
 /// The service's name on the wire, as health checks name it.
@@ -39,48 +45,107 @@ struct Shared {
     admission: Admission,
     limits: Limits,
     deadlines: Deadlines,
+    journal: Arc<Journal>,
+}
+
+/// A decision that is being made. Should it never be, the journal says so.
+struct Pending<'a> {
+    journal: &'a Journal,
+    request: &'a spec::Request,
+    method: &'static str,
+    ended: bool,
 }
 
 // === impl PolicyDecision ===
 
 impl PolicyDecision {
     /// A service over this engine.
-    pub fn new(engine: Arc<Engine>, limits: Limits, deadlines: Deadlines) -> Self {
-        Self(Arc::new(Shared { engine, admission: Admission::new(&limits), limits, deadlines }))
+    pub fn new(engine: Arc<Engine>, limits: Limits, deadlines: Deadlines, journal: Arc<Journal>) -> Self {
+        Self(Arc::new(Shared { engine, admission: Admission::new(&limits), limits, deadlines, journal }))
     }
 }
 
 // === impl Shared ===
 
 impl Shared {
-    /// One item: bad input and faults of ours are statuses, everything else is a decision.
+    /// One item: bad input and faults of ours are statuses, everything else is a decision. Either leaves its event.
     async fn decide_one(
         &self,
+        method: &'static str,
         caller: &Caller,
         message: pb::DecideRequest,
         place: impl Future<Output = Result<OwnedSemaphorePermit, Status>>,
         answer_by: Instant,
     ) -> Result<pb::DecideResponse, Status> {
+        let mut request = self.understood(message).map_err(|violations| {
+            let status = bad_request(violations);
+            let (grpc_code, reason) = (word_of(status.code()), status.message());
+            self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id: "" });
+            status
+        })?;
+        request.caller.clone_from(&caller.name);
+        let pending = Pending { journal: &self.journal, request: &request, method, ended: false };
+        let began = Instant::now();
+        let decided = match self.decided(caller, &request, place, answer_by).await {
+            Ok(decided) => decided,
+            Err(status) => return Err(pending.without_a_decision(status)),
+        };
+        pending.decided(&decided, began.elapsed());
+        Ok(convert::response(decided))
+    }
+
+    fn understood(&self, message: pb::DecideRequest) -> Result<spec::Request, Violations> {
         let (size, limit) = (message.encoded_len(), self.limits.message_bytes);
         if size > limit {
-            return Err(bad_request(Violations(vec![(
-                "workspace_spec".to_owned(),
-                format!("the request is {size} bytes long; the limit is {limit}"),
-            )])));
+            let found = format!("the request is {size} bytes long; the limit is {limit}");
+            return Err(Violations(vec![("workspace_spec".to_owned(), found)]));
         }
-        let mut request = convert::request_within(message, &self.limits).map_err(bad_request)?;
-        caller.may_decide(&request)?;
-        request.caller.clone_from(&caller.name);
+        convert::request_within(message, &self.limits)
+    }
+
+    async fn decided(
+        &self,
+        caller: &Caller,
+        request: &spec::Request,
+        place: impl Future<Output = Result<OwnedSemaphorePermit, Status>>,
+        answer_by: Instant,
+    ) -> Result<Decided, Status> {
+        caller.may_decide(request)?;
         let _place = place.await?;
-        let began = Instant::now();
         // A panic in one decision is that decision's end, not the connection's.
-        let deciding = AssertUnwindSafe(self.engine.decide(&request, answer_by)).catch_unwind();
-        let decided = deciding.await.map_err(|_| {
+        let deciding = AssertUnwindSafe(self.engine.decide(request, answer_by)).catch_unwind();
+        deciding.await.map_err(|_| {
             tracing::error!(event = "decision_panicked", "a decision panicked; no decision was made");
             Status::internal("no decision was made: an internal error")
-        })?;
-        telemetry::record(&request, &decided, began.elapsed());
-        Ok(convert::response(decided))
+        })
+    }
+}
+
+// === impl Pending ===
+
+impl Pending<'_> {
+    fn decided(mut self, decided: &Decided, took: Duration) {
+        self.ended = true;
+        self.journal.decision(self.request, decided, took, "");
+    }
+
+    fn without_a_decision(mut self, status: Status) -> Status {
+        self.ended = true;
+        self.tell(status.code(), status.message());
+        status
+    }
+
+    fn tell(&self, code: Code, reason: &str) {
+        let Self { journal, request, method, .. } = *self;
+        journal.undecided(Undecided { method, grpc_code: word_of(code), reason, request: Some(request), trace_id: "" });
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.tell(Code::Cancelled, "the caller left, or its deadline passed, before a decision was made");
+        }
     }
 }
 
@@ -92,7 +157,7 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
         let (_, extensions, message) = request.into_parts();
         let (caller, deadline) = admitted(&extensions)?;
         let Self(shared) = self;
-        shared.decide_one(&caller, message, shared.admission.enter(), deadline.answer_by).await.map(Response::new)
+        shared.decide_one("Decide", &caller, message, shared.admission.enter(), deadline.answer_by).await.map(Response::new)
     }
 
     async fn batch_decide(&self, request: Request<pb::BatchDecideRequest>) -> Result<Response<Self::BatchDecideStream>, Status> {
@@ -110,7 +175,7 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
                 async move {
                     // An item's own time is a Decide's, within the batch's.
                     let own = deadline.answer_by.min(Instant::now() + shared.deadlines.decide.0);
-                    let deciding = shared.decide_one(&caller, message, shared.admission.enter_by(own), own);
+                    let deciding = shared.decide_one("BatchDecide", &caller, message, shared.admission.enter_by(own), own);
                     let decided = timeout_at(deadline.answer_by, deciding).await;
                     let late = || Status::deadline_exceeded("no decision was made before the batch's deadline");
                     Ok(item(index, decided.unwrap_or_else(|_| Err(late()))))
@@ -176,4 +241,27 @@ fn bad_request(violations: Violations) -> Status {
         details.add_bad_request_violation(field, description);
     }
     Status::with_error_details(Code::InvalidArgument, first, details)
+}
+
+/// gRPC's own name of a code.
+pub(crate) const fn word_of(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
 }

@@ -22,7 +22,7 @@ use crate::{
     secret::Secret,
     service::convert::{self, pb},
     spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
-    telemetry,
+    telemetry::{journal::Journal, lines::Lines},
 };
 
 /// The longest that a command waits: the slowest row's budget of 10 s and a little.
@@ -97,11 +97,11 @@ enum OverrideArg {
     Disabled,
 }
 
-pub(super) async fn run(args: DecideArgs) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: DecideArgs, log: &Lines) -> anyhow::Result<Exit> {
     let (request, format) = (request(&args)?, args.format);
     let response = match args.server {
         Some(server) => ask(&server, &request).await?,
-        None => decide(args.engine.load(args.probe.probe_ca_file.clone())?, &args.probe, request).await?,
+        None => decide(args.engine.load(args.probe.probe_ca_file.clone())?, &args.probe, request, log).await?,
     };
     let report = Report::of(&response);
     match format {
@@ -112,7 +112,7 @@ pub(super) async fn run(args: DecideArgs) -> anyhow::Result<Exit> {
 }
 
 /// In this process. Nothing is tested with made-up keys: a one-shot command relies on the catalogue.
-pub(super) async fn decide(setup: Setup, probe: &ProbeArgs, request: Request) -> anyhow::Result<pb::DecideResponse> {
+pub(super) async fn decide(setup: Setup, probe: &ProbeArgs, request: Request, log: &Lines) -> anyhow::Result<pb::DecideResponse> {
     let settings = setup.settings;
     let mut asking = settings.probe_settings(setup.probe_ca);
     asking.allow_loopback_http |= probe.allow_loopback_http;
@@ -127,7 +127,7 @@ pub(super) async fn decide(setup: Setup, probe: &ProbeArgs, request: Request) ->
     let engine = Engine::new(setup.snapshot, Arc::new(Cache::new(asker, settings.cache_settings())), setup.fingerprint_key);
     let began = Instant::now();
     let decided = engine.decide(&request, began + PATIENCE).await;
-    telemetry::record(&request, &decided, began.elapsed());
+    Journal::to(log.clone(), settings.log.plain_allow_ratio).decision(&request, &decided, began.elapsed(), "");
     Ok(convert::response(decided))
 }
 

@@ -15,7 +15,7 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{
-    EngineArgs, Exit, ProbeArgs, ProxyArg, UsageError,
+    EngineArgs, Exit, LAST_LINES, ProbeArgs, ProxyArg, UsageError,
     decide::{MAX_VALUE_BYTES, ask, decide, without_line_break},
     report::Report,
 };
@@ -23,6 +23,7 @@ use crate::{
     secret::Secret,
     server::shutdown::Signals,
     spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
+    telemetry::lines::Lines,
 };
 
 /// Where Kubernetes reads why a container ended.
@@ -75,7 +76,7 @@ pub(super) struct ExecArgs {
 }
 
 /// Does not return where CMD runs: the process has then become it, with its id, its signals and its exit code.
-pub(super) async fn run(args: ExecArgs) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: ExecArgs, log: &Lines) -> anyhow::Result<Exit> {
     let ExecArgs {
         runtime,
         model,
@@ -121,7 +122,7 @@ pub(super) async fn run(args: ExecArgs) -> anyhow::Result<Exit> {
         };
         match server {
             Some(server) => ask(&server, &request).await,
-            None => decide(setup, &probe, request).await,
+            None => decide(setup, &probe, request, log).await,
         }
     };
     // A process with id 1 is not ended by a signal that it does not catch. Caught signals are CMD's to decide about again.
@@ -135,7 +136,7 @@ pub(super) async fn run(args: ExecArgs) -> anyhow::Result<Exit> {
         Ok(response) => {
             let report = Report::of(&response);
             tell(&report);
-            if report.exit == Exit::Ok { become_it(&command) } else { Ok((report.exit, asked.denial(&report))) }
+            if report.exit == Exit::Ok { become_it(&command, log) } else { Ok((report.exit, asked.denial(&report))) }
         }
         Err(fault) => Err(fault),
     };
@@ -153,9 +154,10 @@ pub(super) async fn run(args: ExecArgs) -> anyhow::Result<Exit> {
 }
 
 /// Replaces this process. Returns only if it could not.
-fn become_it(command: &[OsString]) -> anyhow::Result<(Exit, Value)> {
+fn become_it(command: &[OsString], log: &Lines) -> anyhow::Result<(Exit, Value)> {
     let (program, arguments) = command.split_first().ok_or_else(|| UsageError("exec needs a CMD behind `--`".into()))?;
     // Here, and not after the runtime's end: that would wait for a name lookup that nobody needs any more.
+    log.flush(LAST_LINES);
     let fault = Command::new(program).args(arguments).exec();
     Err(anyhow::Error::new(fault).context(format!("allowed, but {} could not be run", program.display())))
 }

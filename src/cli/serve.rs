@@ -19,6 +19,7 @@ use crate::{
     probe::Prober,
     reload::{self, Reload},
     server::{Bound, Ended, shutdown::Signals},
+    telemetry::{journal::Journal, lines::Lines},
 };
 
 #[derive(Debug, Args)]
@@ -58,7 +59,7 @@ pub(super) struct ServeArgs {
     probe: ProbeArgs,
 }
 
-pub(super) fn run(args: ServeArgs) -> anyhow::Result<Exit> {
+pub(super) fn run(args: ServeArgs, log: Lines) -> anyhow::Result<Exit> {
     let (paths, overrides) = args.layers();
     let setup = config::load(&paths, &overrides)?;
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -66,10 +67,10 @@ pub(super) fn run(args: ServeArgs) -> anyhow::Result<Exit> {
     if setup.settings.server.worker_threads > 0 {
         runtime.worker_threads(setup.settings.server.worker_threads);
     }
-    runtime.enable_all().build()?.block_on(serve(setup, paths, overrides))
+    runtime.enable_all().build()?.block_on(serve(setup, paths, overrides, log))
 }
 
-async fn serve(setup: Setup, paths: Paths, overrides: Overrides) -> anyhow::Result<Exit> {
+async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> anyhow::Result<Exit> {
     for problem in &setup.warnings {
         tracing::warn!(event = "configuration_warning", place = problem.place, "{}", problem.message);
     }
@@ -80,7 +81,9 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides) -> anyhow::Resu
     let prober = Prober::new(setup.settings.probe_settings(setup.probe_ca))?;
     let asker = Arc::new(Limited::new(Arc::new(prober), setup.settings.provider_limits()));
     let liveness = Arc::new(Cache::new(asker, setup.settings.cache_settings()));
-    let bound = Bound::open(setup.settings).await?;
+    let journal = Journal::to(log, setup.settings.log.plain_allow_ratio);
+    let mut bound = Bound::open(setup.settings).await?;
+    bound.keep(journal);
     let (registry, catalogue) = (setup.snapshot.registry.revision().to_owned(), setup.snapshot.catalogue.revision().to_owned());
     let engine = Arc::new(Engine::new(setup.snapshot, liveness, setup.fingerprint_key));
     for address in bound.addresses() {

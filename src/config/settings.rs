@@ -40,6 +40,8 @@ pub struct Settings {
     pub deadlines: Deadlines,
     /// How it stops.
     pub shutdown: Shutdown,
+    /// What is logged.
+    pub log: Log,
     /// How long observations count.
     pub cache: CacheAges,
     /// How providers are asked.
@@ -219,6 +221,14 @@ pub struct Deadlines {
     pub batch: Span,
     /// From a connection's first byte to the end of its TLS handshake and HTTP/2 preface.
     pub handshake: Span,
+}
+
+/// What is logged.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Log {
+    /// The share, from 0 to 1, of plain allows that are logged. Everything else always is.
+    pub plain_allow_ratio: f64,
 }
 
 /// How it stops.
@@ -471,6 +481,12 @@ impl Default for Limits {
 impl Default for Deadlines {
     fn default() -> Self {
         Self { decide: seconds(5), batch: seconds(60), handshake: seconds(5) }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { plain_allow_ratio: 1.0 }
     }
 }
 

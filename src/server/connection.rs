@@ -29,7 +29,8 @@ use super::{
 };
 use crate::{
     config::settings::{Deadlines, Limits, Server},
-    service::{NAME, deadline::Deadline},
+    service::{NAME, deadline::Deadline, word_of},
+    telemetry::journal::{Journal, Undecided},
 };
 
 /// What an HTTP/2 client says first.
@@ -40,8 +41,10 @@ const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 const ENHANCE_YOUR_CALM: u8 = 0x0b;
 /// Streams that a peer has reset and that are still being worked on: a rapid reset is cut off here.
 const MAX_RESET_STREAMS: usize = 20;
-/// The batch call's path.
+/// The call of many decisions.
 const BATCH: &str = "BatchDecide";
+/// The call of one decision.
+const DECIDE: &str = "Decide";
 
 /// What every connection shares.
 pub(super) struct Core {
@@ -53,6 +56,7 @@ pub(super) struct Core {
     pub(super) limits: Limits,
     pub(super) deadlines: Deadlines,
     pub(super) server: Server,
+    pub(super) journal: Arc<Journal>,
     pub(super) phase: watch::Receiver<Phase>,
 }
 
@@ -148,7 +152,7 @@ impl Core {
         match self.callers.admit(connected, &path, request.headers()) {
             Ok(Some(caller)) => drop(request.extensions_mut().insert(caller)),
             Ok(None) => {}
-            Err(status) => return status.into_http(),
+            Err(status) => return self.undecided(&path, &status),
         }
         // It has been read, and nothing behind this line is to know it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
@@ -157,15 +161,32 @@ impl Core {
         let is_batch = method == BATCH;
         let cap = if is_batch { self.deadlines.batch } else { self.deadlines.decide };
         let over = || Status::deadline_exceeded("no decision was made before the call's deadline");
-        let Some(deadline) = Deadline::of(request.headers(), cap.0) else { return over().into_http() };
+        let Some(deadline) = Deadline::of(request.headers(), cap.0) else { return self.undecided(&path, &over()) };
         request.extensions_mut().insert(deadline);
         let mut routes = if is_batch { self.batches.clone() } else { self.routes.clone() };
         let limit = if is_batch { self.limits.batch_message_bytes } else { self.limits.message_bytes };
         // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
         match timeout_at(deadline.end, routes.call(request)).await {
-            Ok(response) => explained(answer(response), limit),
+            Ok(response) => {
+                let response = answer(response);
+                match explanation(&response, limit) {
+                    Some(status) => self.undecided(&path, &status),
+                    None => response,
+                }
+            }
+            // The service has noticed that its call was given up.
             Err(_) => over().into_http(),
         }
+    }
+
+    /// A call that never comes to the service. Of those that ask for a decision, the journal knows.
+    fn undecided(&self, path: &str, status: &Status) -> Response<Body> {
+        let method = path.strip_prefix('/').and_then(|path| path.strip_prefix(NAME)).and_then(|path| path.strip_prefix('/'));
+        if let Some(method @ (DECIDE | BATCH)) = method {
+            let (grpc_code, reason) = (word_of(status.code()), status.message());
+            self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id: "" });
+        }
+        status.clone().into_http()
     }
 }
 
@@ -177,16 +198,16 @@ fn answer(response: Result<Response<Body>, Infallible>) -> Response<Body> {
 }
 
 /// What the library finds wrong with a message, in the contract's words: bad input is INVALID_ARGUMENT with a field.
-fn explained(response: Response<Body>, limit: usize) -> Response<Body> {
+fn explanation(response: &Response<Body>, limit: usize) -> Option<Status> {
     const UNDECODABLE: &str = "failed to decode Protobuf message";
     let description = match response.extensions().get::<Status>().map(|status| (status.code(), status.message())) {
         Some((Code::OutOfRange, _)) => format!("is longer than {limit} bytes, the limit"),
         Some((Code::Internal, message)) if message.starts_with(UNDECODABLE) => "is not this call's message".to_owned(),
-        Some(_) | None => return response,
+        Some(_) | None => return None,
     };
     let message = format!("request: {description}");
     let details = ErrorDetails::with_bad_request_violation("request", description);
-    Status::with_error_details(Code::InvalidArgument, message, details).into_http()
+    Some(Status::with_error_details(Code::InvalidArgument, message, details))
 }
 
 /// Waits until the server is that far.

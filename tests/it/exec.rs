@@ -79,23 +79,12 @@ impl Stage {
     }
 }
 
-/// It holds every field that the schema requires, no other, and a code that the schema knows.
 #[track_caller]
 fn fits_the_schema(body: &str) -> Value {
-    let schema: Value = serde_json::from_str(include_str!("../../docs/denial-body.schema.json")).unwrap();
-    let body: Value = serde_json::from_str(body).unwrap();
-    for field in schema["required"].as_array().unwrap() {
-        assert!(!body[field.as_str().unwrap()].is_null(), "{body} has no {field}");
-    }
-    for (field, value) in body.as_object().unwrap() {
-        let is = match value {
-            Value::String(_) => "string",
-            Value::Bool(_) => "boolean",
-            Value::Array(_) => "array",
-            _ => "another",
-        };
-        let rule = &schema["properties"][field];
-        assert!(rule["type"] == is || rule["enum"].as_array().is_some_and(|words| words.contains(value)), "{field}: {value}");
+    let schema = serde_json::from_str(include_str!("../../docs/denial-body.schema.json")).unwrap();
+    let body = serde_json::from_str(body).unwrap();
+    if let Err(fault) = jsonschema::validate(&schema, &body) {
+        panic!("{fault}: {body}");
     }
     body
 }

@@ -18,6 +18,7 @@ mod deploy;
 mod exec;
 mod guards;
 mod invariants;
+mod journal;
 mod limits;
 mod listen;
 mod liveness;

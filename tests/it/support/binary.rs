@@ -15,6 +15,8 @@ use tokio::{
 };
 use tonic::transport::Channel;
 
+use super::events;
+
 /// Long enough for a debug build on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -96,9 +98,13 @@ impl Serving {
         assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
     }
 
-    /// Waits for its end.
+    /// Waits for its end. Whatever a server logs is lines of JSON, and its decisions fit their schema.
     pub(crate) async fn ended(mut self) -> Ended {
         let status = timeout(PATIENCE, self.child.wait()).await.unwrap().unwrap();
-        Ended { status, stdout: self.first + &self.stdout.await.unwrap(), stderr: self.stderr.await.unwrap() }
+        let stdout = self.first + &self.stdout.await.unwrap();
+        if status.code().is_some() {
+            events::told(&stdout);
+        }
+        Ended { status, stdout, stderr: self.stderr.await.unwrap() }
     }
 }

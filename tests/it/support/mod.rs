@@ -4,5 +4,6 @@ pub(crate) mod asker;
 pub(crate) mod binary;
 pub(crate) mod case;
 pub(crate) mod edge;
+pub(crate) mod events;
 pub(crate) mod gate;
 pub(crate) mod vendor;

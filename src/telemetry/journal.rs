@@ -1,0 +1,298 @@
+//! The one event that every decision leaves, and the one of a call that ended without a decision: JSON lines, described by
+//! `docs/decision-event.schema.json`. Names, codes and numbers; no value of a credential, no body, no header.
+
+use std::{
+    num::NonZeroU32,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use serde::{Serialize, Serializer};
+use tracing::Level;
+use uuid::{Uuid, fmt::Hyphenated};
+
+use super::{lines::Lines, timestamp};
+use crate::{
+    decision::{Decision, Outcome, Verdict, Warning},
+    engine::Decided,
+    spec::{Checkpoint, Request},
+};
+
+/// The version of the events' schema: it rises when a field goes or changes its meaning, not when one is added.
+const SCHEMA_VERSION: u32 = 1;
+/// Calls without a decision are told one by one up to so many a second, and beyond that by their count: a flood of refusals
+/// does not push decisions out of the log.
+const UNDECIDED_PER_SECOND: NonZeroU32 = NonZeroU32::MIN.saturating_add(19);
+/// A reason is cut here.
+const MAX_REASON_CHARS: usize = 500;
+
+/// Where decisions are written down.
+pub struct Journal {
+    lines: Option<Lines>,
+    plain_allow_ratio: f64,
+    undecided: DefaultDirectRateLimiter,
+    suppressed: AtomicU64,
+}
+
+/// A call, or an item of a batch, that ended without a decision.
+#[derive(Debug, Clone, Copy)]
+pub struct Undecided<'a> {
+    /// The call's method.
+    pub method: &'a str,
+    /// gRPC's name of the status: `RESOURCE_EXHAUSTED`.
+    pub grpc_code: &'a str,
+    /// The status's message.
+    pub reason: &'a str,
+    /// What was asked, if that much was understood.
+    pub request: Option<&'a Request>,
+    /// The caller's trace; empty without one.
+    pub trace_id: &'a str,
+}
+
+#[derive(Serialize)]
+struct DecisionLine<'a> {
+    timestamp: &'a str,
+    level: &'static str,
+    event: &'static str,
+    schema_version: u32,
+    decision_id: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    trace_id: &'a str,
+    checkpoint: &'static str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    workspace_id: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    organization_id: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    caller: &'a str,
+    runtime: &'a str,
+    model: &'a str,
+    outcome: &'static str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    code: &'static str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    provider: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    billing_mode: Option<&'static str>,
+    source: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    credential_env: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    credential_scope: Option<&'static str>,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    credential_fingerprint: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    verdict: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    upstream_status: Option<u16>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    served_from: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    age_ms: Option<u64>,
+    duration_us: u64,
+    #[serde(skip_serializing_if = "<[_]>::is_empty", serialize_with = "codes")]
+    warnings: &'a [Warning],
+    registry_revision: &'a str,
+    catalogue_revision: &'a str,
+}
+
+#[derive(Serialize)]
+struct UndecidedLine<'a> {
+    timestamp: &'a str,
+    level: &'static str,
+    event: &'static str,
+    schema_version: u32,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    trace_id: &'a str,
+    method: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checkpoint: Option<&'static str>,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    workspace_id: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    organization_id: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    caller: &'a str,
+    grpc_code: &'a str,
+    reason: String,
+    /// How many more there were since the last one.
+    #[serde(skip_serializing_if = "is_zero")]
+    suppressed: u64,
+}
+
+// === impl Journal ===
+
+impl Journal {
+    /// Writes to these lines. Of plain allows only this share, from 0 to 1, is written; all else always is.
+    pub fn to(lines: Lines, plain_allow_ratio: f64) -> Self {
+        Self { lines: Some(lines), plain_allow_ratio, ..Self::off() }
+    }
+
+    /// Writes nothing.
+    pub fn off() -> Self {
+        Self {
+            lines: None,
+            plain_allow_ratio: 0.0,
+            undecided: RateLimiter::direct(Quota::per_second(UNDECIDED_PER_SECOND)),
+            suppressed: AtomicU64::new(0),
+        }
+    }
+
+    /// Writes a decision's event. A denial is at WARN, and so is an allow that was not verified, but at INFO where there is
+    /// nothing to call by design.
+    pub fn decision(&self, request: &Request, decided: &Decided, took: Duration, trace_id: &str) {
+        let Some(lines) = &self.lines else { return };
+        let Decided { id, decision, registry_revision, catalogue_revision } = decided;
+        let Decision { outcome, resolution, liveness, warnings, trace: _ } = decision;
+        if is_plain(decision) && !is_sampled(*id, self.plain_allow_ratio) {
+            return;
+        }
+        let Some(level) = level(is_loud(decision)) else { return };
+        let Request { spec, checkpoint, caller, .. } = request;
+        let (word, code) = match outcome {
+            Outcome::Allow(_) => ("ALLOW", ""),
+            Outcome::Deny(deny) => ("DENY", deny.refusal.code().as_str()),
+        };
+        let credential = resolution.credential.as_ref();
+        let seen = liveness.as_ref().and_then(|liveness| liveness.seen);
+        write(
+            lines,
+            &DecisionLine {
+                timestamp: &timestamp(),
+                level,
+                event: "decision",
+                schema_version: SCHEMA_VERSION,
+                decision_id: id.hyphenated().encode_lower(&mut [0; Hyphenated::LENGTH]),
+                trace_id,
+                checkpoint: checkpoint.as_str(),
+                workspace_id: &spec.workspace_id,
+                organization_id: &spec.organization_id,
+                caller,
+                runtime: &spec.runtime,
+                model: &spec.model,
+                outcome: word,
+                code,
+                provider: &resolution.provider,
+                billing_mode: resolution.billing_mode.map(|mode| mode.as_str()),
+                source: resolution.source.as_str(),
+                credential_env: credential.map(|credential| credential.env_name.as_str()),
+                credential_scope: credential.map(|credential| credential.scope.as_str()),
+                credential_fingerprint: credential.map_or("", |credential| &credential.fingerprint),
+                verdict: liveness.as_ref().map(|liveness| liveness.verdict.as_str()),
+                upstream_status: liveness.as_ref().and_then(|liveness| liveness.upstream_status),
+                served_from: seen.map(|seen| seen.served_from.as_str()),
+                age_ms: seen.map(|seen| u64::try_from(seen.age.as_millis()).unwrap_or(u64::MAX)),
+                duration_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
+                warnings,
+                registry_revision,
+                catalogue_revision,
+            },
+        );
+    }
+
+    /// Writes the event of a call that ended without a decision, at WARN.
+    pub fn undecided(&self, undecided: Undecided<'_>) {
+        let Some(lines) = &self.lines else { return };
+        let Some(level) = level(true) else { return };
+        if self.undecided.check().is_err() {
+            self.suppressed.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let Undecided { method, grpc_code, reason, request, trace_id } = undecided;
+        let spec = request.map(|request| &request.spec);
+        write(
+            lines,
+            &UndecidedLine {
+                timestamp: &timestamp(),
+                level,
+                event: "undecided",
+                schema_version: SCHEMA_VERSION,
+                trace_id,
+                method,
+                checkpoint: request.map(|request| Checkpoint::as_str(request.checkpoint)),
+                workspace_id: spec.map_or("", |spec| &spec.workspace_id),
+                organization_id: spec.map_or("", |spec| &spec.organization_id),
+                caller: request.map_or("", |request| &request.caller),
+                grpc_code,
+                reason: printable(reason),
+                suppressed: self.suppressed.swap(0, Ordering::Relaxed),
+            },
+        );
+    }
+}
+
+/// The level's word, if the filter lets it through.
+fn level(loud: bool) -> Option<&'static str> {
+    // The filter knows levels only where they are written out.
+    if loud {
+        tracing::enabled!(target: "byok_gate::decision", Level::WARN).then_some("WARN")
+    } else {
+        tracing::enabled!(target: "byok_gate::decision", Level::INFO).then_some("INFO")
+    }
+}
+
+fn is_loud(decision: &Decision) -> bool {
+    let by_design = decision.liveness.as_ref().is_some_and(|liveness| liveness.verdict == Verdict::NoServerSurface);
+    match decision.outcome {
+        Outcome::Deny(_) => true,
+        Outcome::Allow(_) => decision.is_unverified_allow() && !by_design,
+    }
+}
+
+/// An allow about which there is nothing to say.
+fn is_plain(decision: &Decision) -> bool {
+    match decision.outcome {
+        Outcome::Deny(_) => false,
+        Outcome::Allow(_) => decision.warnings.is_empty() && !decision.is_unverified_allow(),
+    }
+}
+
+/// Whether a decision of this id is among this share of all. Its last bits are random.
+fn is_sampled(id: Uuid, ratio: f64) -> bool {
+    let [.., a, b, c, d] = id.into_bytes();
+    f64::from(u32::from_be_bytes([a, b, c, d])) < ratio * 2_f64.powi(32)
+}
+
+fn write(lines: &Lines, event: &impl Serialize) {
+    let mut line = Vec::with_capacity(1024);
+    // Names and numbers into memory: it cannot fail. If it does, half a line is not a line.
+    if serde_json::to_writer(&mut line, event).is_ok() {
+        line.push(b'\n');
+        lines.push(&line);
+    }
+}
+
+fn codes<S: Serializer>(warnings: &&[Warning], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(warnings.iter().map(|warning| warning.code.as_str()))
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+/// A reason may repeat what a caller sent. JSON escapes what breaks lines; what moves a terminal's cursor goes too.
+fn printable(text: &str) -> String {
+    text.chars().take(MAX_REASON_CHARS).map(|letter| if letter.is_control() { '\u{fffd}' } else { letter }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_of_ids_is_sampled_and_the_bounds_are_all_and_none() {
+        let ids: Vec<Uuid> = (0..10_000).map(|_| Uuid::now_v7()).collect();
+        let share = |ratio| ids.iter().filter(|id| is_sampled(**id, ratio)).count();
+        assert_eq!((share(0.0), share(1.0)), (0, ids.len()));
+        assert!((800..1200).contains(&share(0.1)), "{}", share(0.1));
+        assert!(is_sampled(Uuid::max(), 1.0) && !is_sampled(Uuid::nil(), 0.0));
+    }
+
+    #[test]
+    fn a_reason_moves_no_cursor_and_ends() {
+        assert_eq!(printable("a\u{1b}[2J\nb\u{9b}c"), "a\u{fffd}[2J\u{fffd}b\u{fffd}c");
+        assert_eq!(printable(&"é".repeat(1000)).chars().count(), MAX_REASON_CHARS);
+    }
+}

@@ -1,0 +1,310 @@
+//! Every decision leaves one event, whatever its names hold and whoever reads the log.
+
+use std::{collections::BTreeMap, process::Stdio, time::Duration};
+
+use byok_gate::{
+    decision::{BillingMode, DenyCode, ServedFrom, Source, Verdict, WarningCode},
+    service::convert::pb,
+};
+use futures_util::StreamExt;
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
+    time::timeout,
+};
+use tonic::{Code, Request};
+
+use crate::support::{
+    binary::{self, PATIENCE, Serving},
+    case::{self, Answered, Case, Record, Spec},
+    events::{self, told},
+    gate::Files,
+    vendor::{Behave, Row, Vendor},
+};
+
+/// A workspace whose model the platform pays for.
+fn platform(workspace_id: &str) -> pb::DecideRequest {
+    let spec = Spec { model: "platform/acme-large".into(), workspace_id: workspace_id.into(), ..Spec::default() };
+    pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: pb::Checkpoint::Create as i32, ..Default::default() }
+}
+
+/// One without its credential.
+fn missing(workspace_id: &str) -> pb::DecideRequest {
+    let spec = Spec { model: "acme-large".into(), workspace_id: workspace_id.into(), ..Spec::default() };
+    pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: pb::Checkpoint::Create as i32, ..Default::default() }
+}
+
+async fn files(config: Option<&str>) -> Files {
+    let vendor = Vendor::start(Vec::new()).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    Files::new(&registry, &catalogue, config)
+}
+
+async fn serving(files: &Files, more: &[&str]) -> Serving {
+    let flags = files.flags();
+    Serving::start(&[&flags.iter().map(String::as_str).collect::<Vec<_>>()[..], more].concat()).await
+}
+
+async fn log_of(serving: Serving) -> String {
+    serving.terminate().await;
+    let ended = serving.ended().await;
+    assert!(ended.status.success(), "{ended:?}");
+    ended.stdout
+}
+
+/// The event of an answer, as the answer has it.
+fn expected(request: &pb::DecideRequest, response: &pb::DecideResponse) -> Value {
+    let Answered::Decision(record, _) = Answered::decision(response) else { panic!("{response:?}") };
+    let Record { decision, code, provider, billing_mode, source, credential_env, credential_scope, .. } = *record;
+    let Record { verdict, upstream_status, served_from, warnings, .. } = *record;
+    let spec = request.workspace_spec.as_ref().unwrap();
+    const UNVERIFIED: [&str; 3] = ["CREDENTIAL_UNVERIFIED", "STALE_LIVENESS", "REPORT_ONLY"];
+    let unverified = warnings.iter().any(|warning| UNVERIFIED.contains(&warning.as_str()));
+    let is_loud = decision == "DENY" || (unverified && verdict != "NO_SERVER_SURFACE");
+    let mut event = json!({
+        "event": "decision", "schema_version": 1, "level": if is_loud { "WARN" } else { "INFO" },
+        "decision_id": response.decision_id, "outcome": decision, "code": code, "provider": provider,
+        "checkpoint": request.checkpoint().as_str_name().strip_prefix("CHECKPOINT_"),
+        "workspace_id": spec.workspace_id, "organization_id": spec.organization_id,
+        "caller": "anonymous", "runtime": spec.runtime, "model": spec.model.trim(),
+        "billing_mode": billing_mode, "source": source, "credential_env": credential_env,
+        "credential_scope": credential_scope, "verdict": verdict, "served_from": served_from, "warnings": warnings,
+        "registry_revision": response.registry_revision, "catalogue_revision": response.catalogue_revision,
+    });
+    let event_map = event.as_object_mut().unwrap();
+    if upstream_status > 0 {
+        event_map.insert("upstream_status".into(), upstream_status.into());
+    }
+    let always = ["runtime", "model"];
+    event_map.retain(|name, value| always.contains(&name.as_str()) || !(value == "" || *value == json!([])));
+    event
+}
+
+#[tokio::test]
+async fn every_case_leaves_the_event_of_its_answer() {
+    let cases = futures_util::stream::iter(case::all()).map(|(name, case)| compared(name, case));
+    let compared: usize = cases.buffer_unordered(8).collect::<Vec<_>>().await.iter().sum();
+    assert!(compared > 60, "only {compared} decisions");
+}
+
+/// Compares each event of a case with its answer. How many there were.
+async fn compared(name: String, case: Case) -> usize {
+    let vendor = Vendor::start(case.vendor.clone()).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let config = case.config.as_ref().map(|config| serde_yaml::to_string(config).unwrap());
+    let serving = serving(&Files::new(&registry, &catalogue, config.as_deref()), &[]).await;
+    let mut client = serving.client().await;
+    let (mut decided, mut invalid) = (Vec::new(), 0);
+    for at in case.expect.iter().flat_map(|expect| &expect.at) {
+        let request = case.request(at);
+        match client.decide(request.clone()).await {
+            Ok(response) => decided.push((request, response.into_inner())),
+            Err(status) if status.code() == Code::InvalidArgument => invalid += 1,
+            Err(status) => panic!("{name}: {status}"),
+        }
+    }
+    drop(client);
+    let told = told(&log_of(serving).await);
+    let (decisions, undecided): (Vec<_>, Vec<_>) = told.into_iter().partition(|event| event["event"] == "decision");
+    assert_eq!(decisions.len(), decided.len(), "{name}: one event for each decision");
+    assert_eq!(undecided.len(), invalid, "{name}: {undecided:?}");
+    assert!(undecided.iter().all(|event| event["grpc_code"] == "INVALID_ARGUMENT"), "{name}: {undecided:?}");
+    for ((request, response), mut event) in decided.iter().zip(decisions) {
+        let seen = event.as_object_mut().unwrap();
+        seen.remove("timestamp").unwrap();
+        seen.remove("duration_us").unwrap();
+        assert_eq!(seen.remove("age_ms").is_some(), seen.contains_key("served_from"), "{name}");
+        assert_eq!(event, expected(request, response), "{name}");
+    }
+    decided.len()
+}
+
+/// The schema's lists are the words that the code has.
+#[test]
+fn the_schema_knows_every_word() {
+    let schema: Value = serde_json::from_str(events::SCHEMA).unwrap();
+    let fields = &schema["$defs"]["decision"]["properties"];
+    let words = |all: Vec<&str>| json!(all);
+    assert_eq!(fields["code"]["enum"], words(DenyCode::ALL.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["verdict"]["enum"], words(Verdict::ALL.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["billing_mode"]["enum"], words(BillingMode::ALL.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["source"]["enum"], words(Source::ALL.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["served_from"]["enum"], words(ServedFrom::ALL.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["warnings"]["items"]["enum"], words(WarningCode::ALL.iter().map(|word| word.as_str()).collect()));
+}
+
+/// Names that would break a line, or move a terminal's cursor, are refused; and the refusal's own line does not hold them.
+#[tokio::test]
+async fn no_name_forges_a_line() {
+    let files = files(None).await;
+    let serving = serving(&files, &[]).await;
+    let mut client = serving.client().await;
+    let forged = "{\"event\":\"decision\",\"outcome\":\"ALLOW\"}";
+    let names = [format!("a\n{forged}\n"), format!("a\r{forged}"), "a\u{1b}[2Jb".into(), "a\u{9b}2J".into(), "a\u{85}b".into()];
+    for name in &names {
+        for field in 0..5 {
+            let mut request = missing("w");
+            let spec = request.workspace_spec.as_mut().unwrap();
+            let credential = pb::Credential { env_name: name.clone(), scope: 1, value: "made-up".into(), unreadable: false };
+            match field {
+                0 => spec.workspace_id.clone_from(name),
+                1 => spec.organization_id.clone_from(name),
+                2 => spec.runtime.clone_from(name),
+                3 => spec.model = format!("{name}x"),
+                // Twice, so that the refusal repeats it.
+                _ => spec.credentials = vec![credential.clone(), credential],
+            }
+            let status = client.decide(request).await.unwrap_err();
+            assert_eq!(status.code(), Code::InvalidArgument, "{name:?} {field}");
+        }
+    }
+    // What JSON has to escape, and no control character: it arrives as it is.
+    let odd = "w \"\\ \u{2028} é";
+    client.decide(missing(odd)).await.unwrap();
+    drop(client);
+    let log = log_of(serving).await;
+    assert!(!log.chars().any(|letter| letter.is_control() && letter != '\n'), "{log:?}");
+    let told = told(&log);
+    let decisions: Vec<_> = told.iter().filter(|event| event["event"] == "decision").collect();
+    assert_eq!(decisions.len(), 1, "{told:?}");
+    assert_eq!(decisions[0]["workspace_id"], odd);
+    let refused: u64 = told.iter().map(|event| event["suppressed"].as_u64().unwrap_or(0)).sum();
+    assert!(told.len() as u64 - 1 + refused <= 25, "{told:?}");
+}
+
+/// A call without a decision leaves an event too, with whom it was about as far as that was understood.
+#[tokio::test]
+async fn a_call_that_ends_without_a_decision_leaves_an_event() {
+    let config = "limits: {decisions: 1, decisions_waiting: 0}\nprobe: {budget: 10s}\n";
+    let vendor = Vendor::start(vec![Row { behave: Some(Behave::Silent), ..Row::default() }]).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let files = Files::new(&registry, &catalogue, Some(config));
+    let serving = serving(&files, &[]).await;
+    let mut client = serving.client().await;
+    // Of a caller that leaves.
+    let workspace = BTreeMap::from([("ACME_API_KEY".to_owned(), Some("made-up-key".to_owned()))]);
+    let spec = Spec { model: "acme-large".into(), workspace_id: "left".into(), workspace, ..Spec::default() };
+    let held = pb::DecideRequest {
+        workspace_spec: Some(spec.message()),
+        checkpoint: pb::Checkpoint::Create as i32,
+        ..Default::default()
+    };
+    let mut leaver = client.clone();
+    let leaving = tokio::spawn(async move { leaver.decide(held).await });
+    timeout(PATIENCE, async {
+        while vendor.asked().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+    // Of one too many.
+    assert_eq!(client.decide(missing("late")).await.unwrap_err().code(), Code::ResourceExhausted);
+    leaving.abort();
+    assert!(leaving.await.unwrap_err().is_cancelled());
+    // Of bad input, of a message that is none, and of a time that is over before it begins.
+    assert_eq!(client.decide(pb::DecideRequest::default()).await.unwrap_err().code(), Code::InvalidArgument);
+    let mut none = Request::new(missing("late"));
+    none.set_timeout(Duration::from_nanos(1));
+    assert!(client.decide(none).await.is_err());
+    drop(client);
+    let told = told(&log_of(serving).await);
+    let seen = |code: &str| told.iter().find(|event| event["grpc_code"] == code).unwrap_or_else(|| panic!("{code}: {told:?}"));
+    assert_eq!(seen("CANCELLED")["workspace_id"], "left");
+    assert_eq!(seen("CANCELLED")["checkpoint"], "CREATE");
+    assert_eq!(seen("RESOURCE_EXHAUSTED")["workspace_id"], "late");
+    assert!(seen("RESOURCE_EXHAUSTED")["reason"].as_str().unwrap().contains("limits.decisions"));
+    assert!(seen("INVALID_ARGUMENT")["reason"].as_str().unwrap().starts_with("checkpoint: "));
+    assert_eq!(seen("DEADLINE_EXCEEDED")["method"], "Decide");
+    assert_eq!(told.len(), 4, "{told:?}");
+}
+
+/// Plain allows may be left out; what somebody may have to look up never is.
+#[tokio::test]
+async fn sampling_leaves_out_plain_allows_alone() {
+    let files = files(Some("log: {plain_allow_ratio: 0.0}\nexempt_runtimes: [bare]\n")).await;
+    let serving = serving(&files, &[]).await;
+    let mut client = serving.client().await;
+    let mut exempt = platform("exempt");
+    exempt.workspace_spec.as_mut().unwrap().runtime = "bare".into();
+    for request in [platform("plain"), missing("denied"), exempt] {
+        client.decide(request).await.unwrap();
+    }
+    drop(client);
+    let told = told(&log_of(serving).await);
+    let mut ids: Vec<_> = told.iter().map(|event| event["workspace_id"].as_str().unwrap()).collect();
+    ids.sort_unstable();
+    assert_eq!(ids, ["denied", "exempt"]);
+}
+
+/// Nobody reads standard output: the pipe is full, then the buffer. Decisions go on, and so does the way out; what was lost is
+/// told to whoever reads again.
+#[tokio::test]
+async fn a_blocked_stdout_stops_nothing() {
+    let files = files(None).await;
+    let flags = files.flags();
+    let arguments = [&["serve", "--listen", "127.0.0.1:0"][..], &flags.iter().map(String::as_str).collect::<Vec<_>>()].concat();
+    let mut child = binary::command(&arguments, &[]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    let address = loop {
+        line.clear();
+        timeout(PATIENCE, stdout.read_line(&mut line)).await.unwrap().unwrap();
+        let event: Value = serde_json::from_str(&line).unwrap();
+        if event["event"] == "listening" {
+            break format!("http://{}", event["address"].as_str().unwrap());
+        }
+    };
+    let mut client = pb::policy_decision_service_client::PolicyDecisionServiceClient::connect(address).await.unwrap();
+    let mut answered = 0;
+    for _ in 0..40 {
+        let requests = vec![missing("blocked"); 256];
+        let mut answers = client.batch_decide(pb::BatchDecideRequest { requests }).await.unwrap().into_inner();
+        while let Some(answer) = timeout(PATIENCE, answers.next()).await.unwrap() {
+            assert!(matches!(answer.unwrap().result, Some(pb::batch_decide_response::Result::Response(_))));
+            answered += 1;
+        }
+    }
+    assert_eq!(answered, 40 * 256);
+    // Somebody reads again.
+    let mut log = String::new();
+    let reading = async {
+        loop {
+            line.clear();
+            stdout.read_line(&mut line).await.unwrap();
+            log.push_str(&line);
+            if line.contains("\"log_lines_dropped\"") {
+                break serde_json::from_str::<Value>(&line).unwrap()["count"].as_u64().unwrap();
+            }
+        }
+    };
+    let lost = timeout(PATIENCE, reading).await.unwrap();
+    assert_eq!(told(&log).len() as u64 + lost, answered);
+    // And nobody again, for ever: it leaves all the same.
+    for _ in 0..2 {
+        let requests = vec![missing("blocked"); 256];
+        let mut answers = client.batch_decide(pb::BatchDecideRequest { requests }).await.unwrap().into_inner();
+        while timeout(PATIENCE, answers.next()).await.unwrap().is_some() {}
+    }
+    drop(client);
+    let id = child.id().unwrap().to_string();
+    assert!(tokio::process::Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
+    assert!(timeout(PATIENCE, child.wait()).await.unwrap().unwrap().success());
+    let mut rest = Vec::new();
+    stdout.read_to_end(&mut rest).await.unwrap();
+}
+
+/// A command's decision is in its log as well, where that is asked for.
+#[tokio::test]
+async fn a_command_leaves_the_event_too() {
+    let files = files(None).await;
+    let flags = files.flags();
+    let decide = ["decide", "--runtime", "agent", "--model", "acme-large", "--workspace-id", "one"];
+    for (level, expect) in [("info", 1), ("error", 0)] {
+        let arguments = [&["--log", level][..], &decide, &flags.iter().map(String::as_str).collect::<Vec<_>>()].concat();
+        let ended = binary::run(&arguments, &[]).await;
+        assert_eq!(ended.status.code(), Some(10), "{ended:?}");
+        let lines: Vec<_> = ended.stderr.lines().filter(|line| line.starts_with('{')).collect();
+        assert_eq!(told(&lines.join("\n")).len(), expect, "{}", ended.stderr);
+    }
+}
