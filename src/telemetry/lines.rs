@@ -196,7 +196,10 @@ fn lost(count: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{BufRead, BufReader, Read};
+    use std::{
+        io::{BufRead, BufReader, Read},
+        sync::mpsc,
+    };
 
     use super::*;
 
@@ -249,12 +252,20 @@ mod tests {
     }
 
     #[test]
-    fn a_single_line_does_not_wait_for_more() {
+    fn a_line_after_a_silence_wakes_the_writer() {
         let (mut reader, writer) = io::pipe().unwrap();
         let lines = Lines::to(writer).unwrap();
-        lines.push(b"one\n");
-        let mut read = [0; 4];
-        reader.read_exact(&mut read).unwrap();
-        assert_eq!(&read, b"one\n");
+        let (read, reads) = mpsc::channel();
+        thread::spawn(move || {
+            let mut line = [0; 4];
+            while reader.read_exact(&mut line).is_ok() && read.send(line).is_ok() {}
+        });
+        for _ in 0..2 * WRITES {
+            while !lines.0.0.lock().idle {
+                thread::yield_now();
+            }
+            lines.push(b"one\n");
+            assert_eq!(&reads.recv_timeout(PATIENCE).unwrap(), b"one\n");
+        }
     }
 }
