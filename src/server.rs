@@ -203,9 +203,8 @@ impl Bound {
         let routes = Routes::new(HealthServer::new(HealthService(phases.clone())))
             .add_service(reflection().build_v1()?)
             .add_service(reflection().build_v1alpha()?)
-            .add_service(limited(limits.message_bytes))
             .prepare();
-        let batches = Routes::new(limited(limits.batch_message_bytes)).prepare();
+        let (decisions, batches) = (limited(limits.message_bytes), limited(limits.batch_message_bytes));
         let mut tasks = JoinSet::new();
         let sources: Vec<Arc<dyn Source>> = tls
             .iter()
@@ -215,7 +214,7 @@ impl Bound {
         if !sources.is_empty() {
             spawn(&mut tasks, ("reload", Box::pin(keep_fresh(sources, server.reload_interval.0))));
         }
-        let core = Arc::new(Core { callers, tls, routes, batches, limits, deadlines, server, journal, phase: phases });
+        let core = Arc::new(Core { callers, tls, decisions, batches, routes, limits, deadlines, server, journal, phase: phases });
         // Every connection holds a sender; when the last one is dropped, all are gone.
         let (open, mut all_gone) = mpsc::channel::<Infallible>(1);
         for listener in listeners {

@@ -40,6 +40,13 @@ pub const NAME: &str = "byokgate.v1.PolicyDecisionService";
 #[derive(Clone)]
 pub struct PolicyDecision(Arc<Shared>);
 
+/// What the server found out about a call before it came here. Without it nothing is answered: no zero value allows.
+#[derive(Debug, Clone)]
+pub(crate) struct Admitted {
+    pub(crate) caller: Arc<Caller>,
+    pub(crate) deadline: Deadline,
+}
+
 struct Shared {
     engine: Arc<Engine>,
     admission: Admission,
@@ -154,15 +161,15 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
     type BatchDecideStream = Pin<Box<dyn Stream<Item = Result<pb::BatchDecideResponse, Status>> + Send>>;
 
     async fn decide(&self, request: Request<pb::DecideRequest>) -> Result<Response<pb::DecideResponse>, Status> {
-        let (_, extensions, message) = request.into_parts();
-        let (caller, deadline) = admitted(&extensions)?;
+        let (_, mut extensions, message) = request.into_parts();
+        let Admitted { caller, deadline } = admitted(&mut extensions)?;
         let Self(shared) = self;
         shared.decide_one("Decide", &caller, message, shared.admission.enter(), deadline.answer_by).await.map(Response::new)
     }
 
     async fn batch_decide(&self, request: Request<pb::BatchDecideRequest>) -> Result<Response<Self::BatchDecideStream>, Status> {
-        let (_, extensions, message) = request.into_parts();
-        let (caller, deadline) = admitted(&extensions)?;
+        let (_, mut extensions, message) = request.into_parts();
+        let Admitted { caller, deadline } = admitted(&mut extensions)?;
         let (requests, limits) = (message.requests, &self.0.limits);
         if requests.is_empty() || requests.len() > limits.batch_items {
             let found = format!("holds {}; it must hold 1 to {}", requests.len(), limits.batch_items);
@@ -214,11 +221,8 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
     }
 }
 
-/// What the server found out about a call before it came here. Without it nothing is answered: no zero value allows.
-fn admitted(extensions: &Extensions) -> Result<(Arc<Caller>, Deadline), Status> {
-    let caller = extensions.get::<Arc<Caller>>().cloned().ok_or_else(|| Status::unauthenticated("the caller is not known"))?;
-    let deadline = extensions.get::<Deadline>().copied().ok_or_else(|| Status::internal("the call has no deadline"))?;
-    Ok((caller, deadline))
+fn admitted(extensions: &mut Extensions) -> Result<Admitted, Status> {
+    extensions.remove().ok_or_else(|| Status::unauthenticated("the caller is not known"))
 }
 
 fn item(index: u32, decided: Result<pb::DecideResponse, Status>) -> pb::BatchDecideResponse {

@@ -29,7 +29,10 @@ use super::{
 };
 use crate::{
     config::settings::{Deadlines, Limits, Server},
-    service::{NAME, deadline::Deadline, word_of},
+    service::{
+        Admitted, NAME, PolicyDecision, convert::pb::policy_decision_service_server::PolicyDecisionServiceServer,
+        deadline::Deadline, word_of,
+    },
     telemetry::journal::{Journal, Undecided},
 };
 
@@ -50,9 +53,12 @@ const DECIDE: &str = "Decide";
 pub(super) struct Core {
     pub(super) callers: Arc<Callers>,
     pub(super) tls: Option<Arc<Tls>>,
-    /// Everything but batches, whose messages may be larger.
+    /// Decisions, called as they are: routing one service to itself would cost each call a tenth.
+    pub(super) decisions: PolicyDecisionServiceServer<PolicyDecision>,
+    /// The same for batches, whose messages may be larger.
+    pub(super) batches: PolicyDecisionServiceServer<PolicyDecision>,
+    /// Health and reflection.
     pub(super) routes: Routes,
-    pub(super) batches: Routes,
     pub(super) limits: Limits,
     pub(super) deadlines: Deadlines,
     pub(super) server: Server,
@@ -148,29 +154,32 @@ impl Core {
 
     /// One call: who, until when, then the service.
     async fn call(&self, connected: &Connected, mut request: Request<Incoming>) -> Response<Body> {
-        let path = request.uri().path().to_owned();
-        match self.callers.admit(connected, &path, request.headers()) {
-            Ok(Some(caller)) => drop(request.extensions_mut().insert(caller)),
-            Ok(None) => {}
-            Err(status) => return self.undecided(&path, &status),
-        }
+        let path = request.uri().path();
+        let method = path.strip_prefix('/').and_then(|path| path.strip_prefix(NAME)).and_then(|path| path.strip_prefix('/'));
+        let is_batch = method.map(|method| method == BATCH);
+        // Of the calls that ask for a decision, the journal knows.
+        let asks = [DECIDE, BATCH].into_iter().find(|asks| method == Some(asks));
+        let caller = match self.callers.admit(connected, path, request.headers()) {
+            Ok(caller) => caller,
+            Err(status) => return self.undecided(asks, status),
+        };
         // It has been read, and nothing behind this line is to know it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
-        let method = path.strip_prefix('/').and_then(|path| path.strip_prefix(NAME)).and_then(|path| path.strip_prefix('/'));
-        let Some(method) = method else { return answer(self.routes.clone().call(request).await) };
-        let is_batch = method == BATCH;
-        let cap = if is_batch { self.deadlines.batch } else { self.deadlines.decide };
+        let (Some(is_batch), Some(caller)) = (is_batch, caller) else { return answer(self.routes.clone().call(request).await) };
+        let (mut service, cap, limit) = if is_batch {
+            (self.batches.clone(), self.deadlines.batch, self.limits.batch_message_bytes)
+        } else {
+            (self.decisions.clone(), self.deadlines.decide, self.limits.message_bytes)
+        };
         let over = || Status::deadline_exceeded("no decision was made before the call's deadline");
-        let Some(deadline) = Deadline::of(request.headers(), cap.0) else { return self.undecided(&path, &over()) };
-        request.extensions_mut().insert(deadline);
-        let mut routes = if is_batch { self.batches.clone() } else { self.routes.clone() };
-        let limit = if is_batch { self.limits.batch_message_bytes } else { self.limits.message_bytes };
+        let Some(deadline) = Deadline::of(request.headers(), cap.0) else { return self.undecided(asks, over()) };
+        request.extensions_mut().insert(Admitted { caller, deadline });
         // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
-        match timeout_at(deadline.end, routes.call(request)).await {
+        match timeout_at(deadline.end, service.call(request)).await {
             Ok(response) => {
                 let response = answer(response);
                 match explanation(&response, limit) {
-                    Some(status) => self.undecided(&path, &status),
+                    Some(status) => self.undecided(asks, status),
                     None => response,
                 }
             }
@@ -179,14 +188,13 @@ impl Core {
         }
     }
 
-    /// A call that never comes to the service. Of those that ask for a decision, the journal knows.
-    fn undecided(&self, path: &str, status: &Status) -> Response<Body> {
-        let method = path.strip_prefix('/').and_then(|path| path.strip_prefix(NAME)).and_then(|path| path.strip_prefix('/'));
-        if let Some(method @ (DECIDE | BATCH)) = method {
+    /// A call that never comes to the service.
+    fn undecided(&self, asks: Option<&'static str>, status: Status) -> Response<Body> {
+        if let Some(method) = asks {
             let (grpc_code, reason) = (word_of(status.code()), status.message());
             self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id: "" });
         }
-        status.clone().into_http()
+        status.into_http()
     }
 }
 
