@@ -167,13 +167,8 @@ fn registry(further: usize) -> Arc<Registry> {
 /// A decision with so many credentials in the spec and so many keys in memory. The answer is checked once.
 fn deciding(model: &str, credentials: usize, keys: usize, registry: Arc<Registry>) -> Step {
     let origin = || Origin { source: "bench".into(), loaded_at: SystemTime::now(), last_reload_error: String::new() };
-    let snapshot = Snapshot {
-        registry: Arc::clone(&registry),
-        catalogue: Arc::new(Catalogue::embedded().expect("the embedded catalogue stands").value),
-        policy: Arc::new(Policy::default()),
-        registry_origin: origin(),
-        catalogue_origin: origin(),
-    };
+    let catalogue = Arc::new(Catalogue::embedded().expect("the embedded catalogue stands").value);
+    let snapshot = Snapshot::new(Arc::clone(&registry), catalogue, Arc::new(Policy::default()), origin(), origin());
     let many = u32::MAX.try_into().expect("not zero");
     let mut settings =
         CacheSettings { new_keys: NewKeyLimits { per_organization: many, per_caller: many }, ..CacheSettings::default() };

@@ -1,12 +1,16 @@
 //! The order of the decision, up to the point where the provider has to be asked: pure.
 
-use std::{collections::BTreeSet, sync::Arc, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use crate::{
     catalogue::{Catalogue, KeyKind},
     decision::{BillingMode, JudgedCredential, MatchedBy, Resolution, Source, TraceStep, Verdict, Warning, WarningCode},
     derive::{Derived, Underivable, derive, relevant_names},
-    endpoint::{self, NoSurface, Target},
+    endpoint::{Endpoint, NoSurface, own_base_urls},
     policy::{Enforcement, Facts, Policy},
     presence::{Held, Presence, Wallet},
     refusal::{Judged, Malformation, Refusal, listed},
@@ -19,7 +23,7 @@ use crate::{
 const MAX_KEY_BYTES: usize = 16 * 1024;
 
 /// What one decision is made by: one version of everything, for the whole call.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Snapshot {
     /// Who owns what.
     pub registry: Arc<Registry>,
@@ -31,6 +35,9 @@ pub struct Snapshot {
     pub registry_origin: Origin,
     /// Where the catalogue came from.
     pub catalogue_origin: Origin,
+    /// How each provider is asked, or why not. It follows from registry and catalogue alone; made anew for every call, it cost
+    /// more than all the rest of a decision.
+    endpoints: Arc<BTreeMap<String, Result<Arc<Endpoint>, NoSurface>>>,
 }
 
 /// Where a document came from.
@@ -46,45 +53,43 @@ pub struct Origin {
 
 /// The decision so far.
 #[derive(Debug)]
-pub struct Assessment {
+pub struct Assessment<'a> {
     /// What is to be ruled on, or asked first.
-    pub next: Next,
+    pub next: Next<'a>,
     /// Who owns the model, as far as that is settled.
     pub resolution: Resolution,
     /// What did not decide.
     pub warnings: Vec<Warning>,
     /// The steps, if they were asked for.
     pub trace: Trace,
-    /// What the runtime offers without a key.
-    pub alternative_models: Vec<String>,
 }
 
 /// What happens next.
 #[derive(Debug)]
-pub enum Next {
+pub enum Next<'a> {
     /// Everything is known.
     Rule(Facts),
     /// The provider has to be asked.
-    Ask(Inquiry),
+    Ask(Inquiry<'a>),
 }
 
 /// A credential to ask a provider about.
-#[derive(Debug)]
-pub struct Inquiry {
+#[derive(Debug, Clone, Copy)]
+pub struct Inquiry<'a> {
     /// Whom and how.
-    pub target: Target,
+    pub endpoint: &'a Arc<Endpoint>,
     /// The credential.
-    pub secret: Arc<Secret>,
+    pub secret: &'a Arc<Secret>,
     /// Its name.
-    pub env_name: String,
+    pub env_name: &'a str,
     /// The model that the workspace chose.
-    pub model: String,
+    pub model: &'a str,
     /// How seriously the verdict is taken.
     pub enforcement: Enforcement,
     /// For which tenant; empty on a platform of one.
-    pub organization: String,
+    pub organization: &'a str,
     /// Who asks.
-    pub caller: String,
+    pub caller: &'a str,
 }
 
 /// The steps of one decision, kept only if they were asked for.
@@ -95,15 +100,32 @@ pub struct Trace {
 }
 
 /// Assesses a request at this second of Unix time. `fingerprint` tells keys apart for a person.
-pub fn assess(snapshot: &Snapshot, request: &Request, now: i64, fingerprint: &dyn Fn(&Secret) -> String) -> Assessment {
+pub fn assess<'a>(
+    snapshot: &'a Snapshot,
+    request: &'a Request,
+    now: i64,
+    fingerprint: &dyn Fn(&Secret) -> String,
+) -> Assessment<'a> {
     let Request { spec, checkpoint, explain, caller, max_liveness_age: _ } = request;
     let mut notes =
         Notes { resolution: Resolution::unsettled(), warnings: Vec::new(), trace: Trace { on: *explain, steps: Vec::new() } };
-    let proxy = spec.platform_proxy.unwrap_or(snapshot.policy.platform_proxy);
+    let proxy = proxy_of(snapshot, spec);
     let walk = Walk { snapshot, spec, checkpoint: *checkpoint, proxy, caller, now, fingerprint };
     let next = walk.run(&mut notes).unwrap_or_else(|facts| Next::Rule(*facts));
     let Notes { resolution, warnings, trace } = notes;
-    Assessment { next, resolution, warnings, trace, alternative_models: walk.alternative_models() }
+    Assessment { next, resolution, warnings, trace }
+}
+
+/// What the runtime offers without a key, for a workspace that is denied.
+pub fn alternative_models(snapshot: &Snapshot, spec: &WorkspaceSpec) -> Vec<String> {
+    match (proxy_of(snapshot, spec), snapshot.registry.runtime(&spec.runtime)) {
+        (PlatformProxy::Available, Some(runtime)) => snapshot.registry.keyless_models(runtime),
+        (PlatformProxy::Available | PlatformProxy::Absent, _) => Vec::new(),
+    }
+}
+
+fn proxy_of(snapshot: &Snapshot, spec: &WorkspaceSpec) -> PlatformProxy {
+    spec.platform_proxy.unwrap_or(snapshot.policy.platform_proxy)
 }
 
 /// Who owns a model by names alone: what `ResolveProvider` answers.
@@ -161,14 +183,14 @@ impl From<Box<Refusal>> for Unresolved {
 
 // === the walk through the steps ===
 
-struct Walk<'a> {
+struct Walk<'a, 'f> {
     snapshot: &'a Snapshot,
     spec: &'a WorkspaceSpec,
     checkpoint: Checkpoint,
     proxy: PlatformProxy,
     caller: &'a str,
     now: i64,
-    fingerprint: &'a dyn Fn(&Secret) -> String,
+    fingerprint: &'f dyn Fn(&Secret) -> String,
 }
 
 struct Notes {
@@ -180,8 +202,8 @@ struct Notes {
 /// `Err` is the early end: the facts are complete.
 type Step<T> = Result<T, Box<Facts>>;
 
-impl<'a> Walk<'a> {
-    fn run(&self, notes: &mut Notes) -> Step<Next> {
+impl<'a> Walk<'a, '_> {
+    fn run(&self, notes: &mut Notes) -> Step<Next<'a>> {
         self.heed_override(notes)?;
         let runtime = self.runtime(notes)?;
         let model = known_model(&self.spec.runtime, &self.spec.model).map_err(|refusal| refused(*refusal))?;
@@ -304,12 +326,12 @@ impl<'a> Walk<'a> {
 
     fn credential(
         &self,
-        wallet: &Wallet<'_>,
+        wallet: &Wallet<'a>,
         runtime: &Runtime,
-        provider: &Provider,
-        model: &str,
+        provider: &'a Provider,
+        model: &'a str,
         notes: &mut Notes,
-    ) -> Step<Next> {
+    ) -> Step<Next<'a>> {
         let (env_name, secret, scope, shadows_organization) = match wallet.answering_for(provider) {
             Presence::Found { env_name, secret, scope, shadows_organization } => (env_name, secret, scope, shadows_organization),
             Presence::Missing => {
@@ -369,64 +391,77 @@ impl<'a> Walk<'a> {
             notes.trace.step("liveness", || "switched off for this provider".into());
             return Err(unasked(Verdict::ProbeDisabled, ""));
         }
-        let surface =
-            endpoint::target(provider, &self.snapshot.catalogue, model, &self.spec.tenant_base_url_env).and_then(|target| {
-                let unfit = unsendable(&self.snapshot.catalogue, &target, env_name, secret)?;
-                if unfit.is_none()
+        let surface = self.endpoint(provider).and_then(|endpoint| {
+            let unfit = unsendable(&self.snapshot.catalogue, endpoint, env_name, secret)?;
+            Ok((endpoint, unfit))
+        });
+        match surface {
+            Err(reason) => {
+                notes.trace.step("liveness", || reason.text());
+                Err(unasked(Verdict::NoServerSurface, ""))
+            }
+            Ok((endpoint, Some(refusal))) => {
+                notes.trace.step("shape", || format!("the value is not one to send to {}", endpoint.host));
+                Err(refused(refusal))
+            }
+            Ok((endpoint, None)) => {
+                if notes.trace.on
                     && let Some(vendor) = administrative(&self.snapshot.catalogue, secret)
                 {
                     notes.trace.step("shape", || {
                         format!("{env_name} looks like an administrative key of vendor `{vendor}`, which cannot call models")
                     });
                 }
-                Ok((target, unfit))
-            });
-        match surface {
-            Err(reason) => {
-                notes.trace.step("liveness", || reason.text());
-                Err(unasked(Verdict::NoServerSurface, ""))
+                Ok(Next::Ask(Inquiry {
+                    endpoint,
+                    secret,
+                    env_name,
+                    model,
+                    enforcement,
+                    organization: &self.spec.organization_id,
+                    caller: self.caller,
+                }))
             }
-            Ok((target, Some(refusal))) => {
-                notes.trace.step("shape", || format!("the value is not one to send to {}", target.host));
-                Err(refused(refusal))
-            }
-            Ok((target, None)) => Ok(Next::Ask(Inquiry {
-                target,
-                secret: Arc::clone(secret),
-                env_name: env_name.to_owned(),
-                model: model.to_owned(),
-                enforcement,
-                organization: self.spec.organization_id.clone(),
-                caller: self.caller.to_owned(),
-            })),
         }
     }
 
-    fn alternative_models(&self) -> Vec<String> {
-        let Self { snapshot, spec, proxy, .. } = self;
-        match (proxy, snapshot.registry.runtime(&spec.runtime)) {
-            (PlatformProxy::Available, Some(runtime)) => snapshot.registry.keyless_models(runtime),
-            (PlatformProxy::Available | PlatformProxy::Absent, _) => Vec::new(),
+    /// Whom to ask about this provider's credentials, unless the workspace dials a host of the tenant's own.
+    fn endpoint(&self, provider: &Provider) -> Result<&'a Arc<Endpoint>, NoSurface> {
+        let found = self.snapshot.endpoint(provider);
+        // What needs no address is told by that, whatever the tenant set.
+        if !matches!(found, Err(NoSurface::OAuth | NoSurface::Ambient | NoSurface::Platform)) {
+            let own = own_base_urls(provider, &self.snapshot.catalogue, &self.spec.tenant_base_url_env);
+            if !own.is_empty() {
+                return Err(NoSurface::TenantBaseUrl(own));
+            }
         }
+        found.map_err(NoSurface::clone)
     }
 }
 
-/// Why this value is not one to send to this target: its characters, its length, or whose key it looks like.
-pub fn unsendable(catalogue: &Catalogue, target: &Target, env_name: &str, secret: &Secret) -> Result<Option<Refusal>, NoSurface> {
-    let (value, provider) = (secret.expose(), target.provider.clone());
+/// Why this value is not one to send to this endpoint: its characters, its length, or whose key it looks like.
+pub fn unsendable(
+    catalogue: &Catalogue,
+    endpoint: &Endpoint,
+    env_name: &str,
+    secret: &Secret,
+) -> Result<Option<Refusal>, NoSurface> {
+    let value = secret.expose();
+    let (env_name, provider) = (|| env_name.to_owned(), || endpoint.provider.clone());
     if let Some(fault) = malformation(value) {
-        return Ok(Some(Refusal::Malformed { env_name: env_name.to_owned(), provider, fault }));
+        return Ok(Some(Refusal::Malformed { env_name: env_name(), provider: provider(), fault }));
     }
     let shapes = catalogue.shapes_of(value.trim_ascii_start());
-    let vendors: BTreeSet<&str> = shapes.iter().map(|shape| shape.vendor.as_str()).collect();
-    if let (1, Some(vendor)) = (vendors.len(), vendors.first())
-        && target.vendor.as_deref() != Some(vendor)
+    let vendor = shapes.first().map(|shape| shape.vendor.as_str());
+    if let Some(vendor) = vendor
+        && shapes.iter().all(|shape| shape.vendor == vendor)
+        && endpoint.vendor.as_deref() != Some(vendor)
     {
         return Ok(Some(Refusal::ForeignKey {
-            env_name: env_name.to_owned(),
-            provider,
-            host: target.host.clone(),
-            vendor: (*vendor).to_owned(),
+            env_name: env_name(),
+            provider: provider(),
+            host: endpoint.host.clone(),
+            vendor: vendor.to_owned(),
         }));
     }
     if shapes.iter().any(|shape| shape.kind == KeyKind::OAuth) {
@@ -502,6 +537,28 @@ fn malformation(value: &str) -> Option<Malformation> {
     }
     let trailing = value.bytes().skip(at).all(|byte| byte.is_ascii_control() || byte == b' ');
     Some(Malformation::ControlCharacter { at, trailing })
+}
+
+// === impl Snapshot ===
+
+impl Snapshot {
+    /// These versions together.
+    pub fn new(
+        registry: Arc<Registry>,
+        catalogue: Arc<Catalogue>,
+        policy: Arc<Policy>,
+        registry_origin: Origin,
+        catalogue_origin: Origin,
+    ) -> Self {
+        let asked = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, &catalogue).map(Arc::new));
+        let endpoints = Arc::new(registry.providers().iter().map(asked).collect());
+        Self { registry, catalogue, policy, registry_origin, catalogue_origin, endpoints }
+    }
+
+    /// How a provider of this registry is asked, or why not.
+    pub fn endpoint(&self, provider: &Provider) -> Result<&Arc<Endpoint>, &NoSurface> {
+        self.endpoints.get(&provider.name).map_or(Err(&NoSurface::NoEndpoint), Result::as_ref)
+    }
 }
 
 // === impl Notes, Trace ===

@@ -15,6 +15,7 @@ use crate::{
     assess::Inquiry,
     breaker::{BreakerSettings, Breakers, Opened},
     decision::{ServedFrom, Verdict, Withheld},
+    endpoint::Target,
     engine::{Asker, Begun, Boxed, EarlierValid, LivenessSource, Observed, Question},
     flight::{Flights, Joined, Landing, Launch, wait},
     limits::{NewKeyLimits, NewKeys},
@@ -94,12 +95,18 @@ pub struct Cache {
 
 type Key = [u8; 32];
 
+/// What a key is made for: no key of one kind is ever one of the other.
+const OF_CREDENTIAL: u8 = 0;
+const OF_MODEL: u8 = 1;
+
 /// What is remembered under a key.
 #[derive(Debug, Clone, Default)]
 struct Remembered {
     latest: Option<Timed>,
     valid: Option<Timed>,
     refused_at: Option<Instant>,
+    /// There is more under the keys of single models.
+    per_model: bool,
 }
 
 /// A finding and when it was made.
@@ -137,15 +144,16 @@ impl Cache {
         }
     }
 
-    async fn observe(&self, inquiry: &Inquiry, max_age: Option<Duration>, deadline: Instant) -> Observed {
-        let keys = self.keys(inquiry);
+    async fn observe(&self, inquiry: Inquiry<'_>, max_age: Option<Duration>, deadline: Instant) -> Observed {
+        let keys = self.keys(&inquiry);
         // A flight for another model may land without an answer that holds for this one; then this one flies next.
         loop {
-            if let Some(timed) = self.fresh(&keys, max_age) {
-                return self.served(&keys, &timed, ServedFrom::Cache, max_age);
+            let known = self.known(&keys);
+            if let Some(timed) = self.fresh(&known, max_age) {
+                return self.served(&known, timed, ServedFrom::Cache, max_age);
             }
-            match self.flights.join(keys.flight(), |begun| self.launch(inquiry, &keys, max_age, begun)) {
-                Joined::Already(timed) => return self.served(&keys, &timed, ServedFrom::Cache, max_age),
+            match self.flights.join(keys.first, |begun| self.launch(&inquiry, &keys, max_age, begun)) {
+                Joined::Already(timed) => return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age),
                 Joined::Withheld(Barred::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
                 Joined::Withheld(Barred::NewKeys(wait)) => {
                     let retry_after = wait.max(self.ages.floor);
@@ -153,8 +161,8 @@ impl Cache {
                 }
                 Joined::Full => return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age),
                 Joined::Flight(flight) => match wait(flight, deadline).await {
-                    Landing::Landed(timed) if keys.holds_for(&timed) => {
-                        return self.served(&keys, &timed, ServedFrom::Probe, max_age);
+                    Landing::Landed(timed) if timed.key == keys.first || Some(timed.key) == self.second(&keys) => {
+                        return self.served(&self.known(&keys), &timed, ServedFrom::Probe, max_age);
                     }
                     Landing::Landed(_) => {}
                     Landing::TimedOut { begun: true } => return self.unasked(&keys, Finding::bare(Verdict::Timeout), max_age),
@@ -171,123 +179,137 @@ impl Cache {
     /// What the first caller of a key does: it takes what is there by now, is barred, or asks.
     fn launch(
         &self,
-        inquiry: &Inquiry,
-        keys: &Keys,
+        inquiry: &Inquiry<'_>,
+        keys: &Keys<'_>,
         max_age: Option<Duration>,
         begun: Begun,
-    ) -> Launch<Timed, Barred, impl Future<Output = Timed> + Send + 'static> {
-        if let Some(timed) = self.fresh(keys, max_age) {
-            return Launch::Already(timed);
+    ) -> Launch<Timed, Barred, impl Future<Output = Timed> + Send + use<>> {
+        let known = self.known(keys);
+        if let Some(timed) = self.fresh(&known, max_age) {
+            return Launch::Already(timed.clone());
         }
-        if let Some(opened) = self.breakers.admit(inquiry.target.identity, Instant::now()) {
+        if let Some(opened) = self.breakers.admit(inquiry.endpoint.identity, Instant::now()) {
             return Launch::Withheld(Barred::Open(opened));
         }
-        let known = keys.all().into_iter().any(|key| self.memory.contains_key(&key));
-        if let (false, Err(wait)) = (known, self.new_keys.count(&inquiry.caller, &inquiry.organization)) {
+        if let (true, Err(wait)) = (known.is_nothing(), self.new_keys.count(inquiry.caller, inquiry.organization)) {
             return Launch::Withheld(Barred::NewKeys(wait));
         }
         Launch::Fly(self.fill(inquiry, keys, begun))
     }
 
     /// Asks, and stores what was found: the work of a flight.
-    fn fill(&self, inquiry: &Inquiry, keys: &Keys, begun: Begun) -> impl Future<Output = Timed> + Send + 'static {
-        let question = Question { target: Arc::new(inquiry.target.clone()), secret: Arc::clone(&inquiry.secret), begun };
-        let (asker, breakers, provider) = (Arc::clone(&self.asker), Arc::clone(&self.breakers), inquiry.target.identity);
-        let (memory, ages, keys) = (self.memory.clone(), self.ages, *keys);
+    fn fill(&self, inquiry: &Inquiry<'_>, keys: &Keys<'_>, begun: Begun) -> impl Future<Output = Timed> + Send + use<> {
+        let target = Arc::new(Target::of(inquiry.endpoint, inquiry.model));
+        let question = Question { target, secret: Arc::clone(inquiry.secret), begun };
+        let (asker, breakers, provider) = (Arc::clone(&self.asker), Arc::clone(&self.breakers), inquiry.endpoint.identity);
+        let (memory, ages, first, second) = (self.memory.clone(), self.ages, keys.first, self.second(keys));
         async move {
             let finding = asker.ask(question).await;
-            let key = if finding.about_model { keys.with_model } else { keys.credential };
+            let key = second.filter(|_| finding.about_model).unwrap_or(first);
             let age = ages.fresh_for(&finding);
             // What the provider asked for is kept to the second.
             let fresh_for = if finding.retry_after.is_some() { age } else { ages.jittered(age) };
             let timed = Timed { finding: Arc::new(finding), at: Instant::now(), wall: SystemTime::now(), fresh_for, key };
-            remember(&memory, &timed);
+            remember(&memory, first, &timed);
             breakers.report(provider, &timed.finding, timed.at);
             timed
         }
     }
 
-    /// The newest observation that holds for these keys, if it is young enough.
-    fn fresh(&self, keys: &Keys, max_age: Option<Duration>) -> Option<Timed> {
-        let latest = keys.all().into_iter().filter_map(|key| self.memory.get(&key)?.latest).max_by_key(|timed| timed.at)?;
+    /// What is remembered under these keys. Hardly any ladder comes to a probe that names the model, and where one did, the first
+    /// entry says so: one look is enough for nearly all.
+    fn known(&self, keys: &Keys<'_>) -> Known {
+        let first = self.memory.get(&keys.first);
+        let has_more = first.as_ref().is_some_and(|entry| entry.per_model);
+        let second = if has_more { self.second(keys).and_then(|key| self.memory.get(&key)) } else { None };
+        Known { first, second }
+    }
+
+    /// The newest observation, if it is young enough.
+    fn fresh<'k>(&self, known: &'k Known, max_age: Option<Duration>) -> Option<&'k Timed> {
+        let latest = known.entries().filter_map(|entry| entry.latest.as_ref()).max_by_key(|timed| timed.at)?;
         let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.ages.floor_of(&latest.finding)));
         (latest.at.elapsed() < latest.fresh_for.min(wanted)).then_some(latest)
     }
 
     /// The newest VALID that a PROVISION may still rest on: within the hard maximum and the caller's age, not refused since.
-    fn earlier_valid(&self, keys: &Keys, max_age: Option<Duration>) -> Option<EarlierValid> {
-        let entries: Vec<Remembered> = keys.all().into_iter().filter_map(|key| self.memory.get(&key)).collect();
-        let refused_at = entries.iter().filter_map(|entry| entry.refused_at).max();
-        let valid = entries.into_iter().filter_map(|entry| entry.valid).max_by_key(|timed| timed.at)?;
+    fn earlier_valid(&self, known: &Known, max_age: Option<Duration>) -> Option<EarlierValid> {
+        let refused_at = known.entries().filter_map(|entry| entry.refused_at).max();
+        let valid = known.entries().filter_map(|entry| entry.valid.as_ref()).max_by_key(|timed| timed.at)?;
         let age = valid.at.elapsed();
         let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.ages.floor_of(&valid.finding)));
         let counts = age <= self.ages.hard_maximum.min(wanted) && refused_at.is_none_or(|refused_at| refused_at < valid.at);
-        counts.then(|| EarlierValid { finding: (*valid.finding).clone(), observed_at: valid.wall, age })
+        counts.then(|| EarlierValid { finding: Arc::clone(&valid.finding), observed_at: valid.wall, age })
     }
 
-    fn served(&self, keys: &Keys, timed: &Timed, served_from: ServedFrom, max_age: Option<Duration>) -> Observed {
+    fn served(&self, known: &Known, timed: &Timed, served_from: ServedFrom, max_age: Option<Duration>) -> Observed {
         let age = timed.at.elapsed();
         Observed {
-            finding: (*timed.finding).clone(),
+            finding: Arc::clone(&timed.finding),
             observed_at: timed.wall,
             age,
             served_from,
             // Asking again sooner would only be served from here.
             retry_after: timed.fresh_for.saturating_sub(age).max(self.ages.floor),
-            earlier_valid: self.earlier_valid(keys, max_age),
+            earlier_valid: self.earlier_valid(known, max_age),
         }
     }
 
     /// The verdict that opened the breaker.
-    fn by_the_breaker(&self, keys: &Keys, opened: &Opened, max_age: Option<Duration>) -> Observed {
+    fn by_the_breaker(&self, keys: &Keys<'_>, opened: &Opened, max_age: Option<Duration>) -> Observed {
         Observed {
-            finding: (*opened.finding).clone(),
+            finding: Arc::clone(&opened.finding),
             observed_at: opened.wall,
             age: opened.at.elapsed(),
             served_from: ServedFrom::Breaker,
             retry_after: opened.until.saturating_duration_since(Instant::now()).max(self.ages.floor),
-            earlier_valid: self.earlier_valid(keys, max_age),
+            earlier_valid: self.earlier_valid(&self.known(keys), max_age),
         }
     }
 
     /// A verdict of ours about not having an answer. It is never remembered and replaces nothing.
-    fn unasked(&self, keys: &Keys, finding: Finding, max_age: Option<Duration>) -> Observed {
+    fn unasked(&self, keys: &Keys<'_>, finding: Finding, max_age: Option<Duration>) -> Observed {
         Observed {
-            finding,
+            finding: Arc::new(finding),
             observed_at: SystemTime::now(),
             age: Duration::ZERO,
             served_from: ServedFrom::Probe,
             retry_after: self.ages.unanswered,
-            earlier_valid: self.earlier_valid(keys, max_age),
+            earlier_valid: self.earlier_valid(&self.known(keys), max_age),
         }
     }
 
-    fn keys(&self, inquiry: &Inquiry) -> Keys {
-        let hash = |model: Option<&str>| {
-            let mut hasher = blake3::Hasher::new_keyed(&self.hash_key);
-            hasher.update(&inquiry.target.identity);
-            for part in [model.unwrap_or_default().as_bytes(), inquiry.secret.expose().as_bytes()] {
-                hasher.update(&part.len().to_le_bytes()).update(part);
-            }
-            hasher.update(&[u8::from(model.is_some())]);
-            *hasher.finalize().as_bytes()
-        };
-        Keys {
-            credential: hash(None),
-            with_model: hash(Some(&inquiry.model)),
-            always_about_model: inquiry.target.calls.first().is_some_and(|call| call.names_model),
+    fn keys<'a>(&self, inquiry: &Inquiry<'a>) -> Keys<'a> {
+        let Inquiry { endpoint, secret, model, .. } = *inquiry;
+        let credential = self.hash(OF_CREDENTIAL, &endpoint.identity, secret.expose());
+        if endpoint.names_model {
+            Keys { first: self.hash(OF_MODEL, &credential, model), model: None }
+        } else {
+            Keys { first: credential, model: Some(model) }
         }
+    }
+
+    /// Under which key a finding about the model alone stands, if that is another one.
+    fn second(&self, keys: &Keys<'_>) -> Option<Key> {
+        keys.model.map(|model| self.hash(OF_MODEL, &keys.first, model))
+    }
+
+    /// A key made of an identity or another key, which are of one length, and of a text.
+    fn hash(&self, kind: u8, key: &Key, text: &str) -> Key {
+        let mut hasher = blake3::Hasher::new_keyed(&self.hash_key);
+        *hasher.update(&[kind]).update(key).update(text.as_bytes()).finalize().as_bytes()
     }
 }
 
 impl LivenessSource for Cache {
-    fn observe<'a>(&'a self, inquiry: &'a Inquiry, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
+    fn observe<'a>(&'a self, inquiry: Inquiry<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
         Box::pin(self.observe(inquiry, max_age, deadline))
     }
 }
 
-/// Stores an observation. Only the flight of a key writes under it, so reading and writing back is no race.
-fn remember(memory: &moka::sync::Cache<Key, Remembered>, timed: &Timed) {
+/// Stores an observation, and marks the first entry if that is another. Only the flight of the first key writes under it and what
+/// it leads to, so reading and writing back is no race.
+fn remember(memory: &moka::sync::Cache<Key, Remembered>, first: Key, timed: &Timed) {
     let mut entry = memory.get(&timed.key).unwrap_or_default();
     match timed.finding.verdict {
         Verdict::Valid => entry.valid = Some(timed.clone()),
@@ -309,6 +331,10 @@ fn remember(memory: &moka::sync::Cache<Key, Remembered>, timed: &Timed) {
     }
     entry.latest = Some(timed.clone());
     memory.insert(timed.key, entry);
+    if timed.key != first {
+        let entry = memory.get(&first).unwrap_or_default();
+        memory.insert(first, Remembered { per_model: true, ..entry });
+    }
 }
 
 /// Why a first caller does not ask.
@@ -322,29 +348,29 @@ enum Barred {
 
 /// Under which keys an observation may stand.
 #[derive(Debug, Clone, Copy)]
-struct Keys {
-    /// Of the credential, with any model.
-    credential: Key,
-    /// Of the credential with this model.
-    with_model: Key,
-    /// The first probe already names the model.
-    always_about_model: bool,
+struct Keys<'a> {
+    /// Of the credential with any model; with its model, where every probe names that. One probe at a time per this key.
+    first: Key,
+    /// The model, where only some probes name it: what they find stands under a second key.
+    model: Option<&'a str>,
 }
 
-// === impl Keys ===
+/// What is remembered under both keys.
+#[derive(Debug)]
+struct Known {
+    first: Option<Remembered>,
+    second: Option<Remembered>,
+}
 
-impl Keys {
-    /// One probe per credential at a time, whatever the model; where every probe names the model, per model.
-    fn flight(&self) -> Key {
-        if self.always_about_model { self.with_model } else { self.credential }
+// === impl Known ===
+
+impl Known {
+    fn entries(&self) -> impl Iterator<Item = &Remembered> {
+        self.first.iter().chain(&self.second)
     }
 
-    fn all(&self) -> [Key; 2] {
-        [self.credential, self.with_model]
-    }
-
-    fn holds_for(&self, timed: &Timed) -> bool {
-        self.all().contains(&timed.key)
+    fn is_nothing(&self) -> bool {
+        self.entries().all(|entry| entry.latest.is_none())
     }
 }
 

@@ -278,9 +278,17 @@ impl Catalogue {
 
     /// The longest known beginnings of this value: every shape of that length.
     pub fn shapes_of(&self, value: &str) -> Vec<&KeyShape> {
-        let matching = || self.key_shapes.iter().filter(|shape| value.starts_with(&shape.prefix));
-        let longest = matching().map(|shape| shape.prefix.len()).max();
-        matching().filter(|shape| Some(shape.prefix.len()) == longest).collect()
+        let mut longest: Vec<&KeyShape> = Vec::new();
+        for shape in self.key_shapes.iter().filter(|shape| value.starts_with(&shape.prefix)) {
+            let so_far = longest.first().map_or(0, |first| first.prefix.len());
+            if shape.prefix.len() > so_far {
+                longest.clear();
+            }
+            if shape.prefix.len() >= so_far {
+                longest.push(shape);
+            }
+        }
+        longest
     }
 
     /// Which providers a base-URL variable concerns: those of a protocol, or all (`None`).

@@ -139,13 +139,7 @@ pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     let (registry_origin, catalogue_origin) = (origin(registry_file), origin(catalogue_file));
     let documents = [registry_file, catalogue_file, paths.config.as_ref()].into_iter().flatten().cloned().collect();
     Ok(Setup {
-        snapshot: Snapshot {
-            registry: Arc::new(registry),
-            catalogue: Arc::new(catalogue),
-            policy: Arc::new(policy),
-            registry_origin,
-            catalogue_origin,
-        },
+        snapshot: Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin),
         fingerprint_key,
         probe_ca,
         settings,

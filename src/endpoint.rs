@@ -11,9 +11,9 @@ use crate::{
     registry::{Auth, PLATFORM, Protocol, Provider},
 };
 
-/// Everything that a liveness check of one provider needs, but the credential.
-#[derive(Debug, Clone)]
-pub struct Target {
+/// How one provider is asked, whatever the model: made once, when registry and catalogue are loaded.
+#[derive(Debug)]
+pub struct Endpoint {
     /// The provider's name.
     pub provider: String,
     /// The host, with its port if that is not the scheme's own.
@@ -24,12 +24,35 @@ pub struct Target {
     pub siblings: Vec<String>,
     /// How a key of this vendor begins, where the catalogue knows.
     pub key_prefix: Option<String>,
-    /// The ladder, in order. Never empty.
-    pub calls: Vec<Call>,
     /// The time for the whole ladder, if a row asks for more or less than the service's own.
     pub budget: Option<Duration>,
-    /// Tells this target, and every reading of its answers, from any other; the model takes no part.
+    /// Tells this endpoint, and every reading of its answers, from any other; the model takes no part.
     pub identity: [u8; 32],
+    /// The first probe names the model, so that every finding is about one model.
+    pub names_model: bool,
+    base: Url,
+    /// The ladder, each with its header families in the order in which they are tried. Never empty.
+    probes: Vec<Probe>,
+    wire_ids: WireIds,
+    thinking: bool,
+}
+
+/// An endpoint, with the requests for one model.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// Whom to ask.
+    pub endpoint: Arc<Endpoint>,
+    /// The ladder, in order. Never empty.
+    pub calls: Vec<Call>,
+}
+
+/// How a provider's own ids are made of the workspace's models.
+#[derive(Debug)]
+struct WireIds {
+    /// What is taken off: the first of these that a model begins with.
+    strip: Vec<String>,
+    /// What is put before the rest.
+    prefix: String,
 }
 
 /// One finished request, but for the credential.
@@ -65,48 +88,90 @@ pub enum NoSurface {
 }
 
 /// How this provider is asked about a credential for this model.
-pub fn target(
-    provider: &Provider,
-    catalogue: &Catalogue,
-    model: &str,
-    tenant_base_url_env: &[String],
-) -> Result<Target, NoSurface> {
-    match provider.auth {
-        Auth::OAuth => return Err(NoSurface::OAuth),
-        Auth::Ambient => return Err(NoSurface::Ambient),
-        Auth::Key if provider.name == PLATFORM => return Err(NoSurface::Platform),
-        Auth::Key => {}
+pub fn target(provider: &Provider, catalogue: &Catalogue, model: &str) -> Result<Target, NoSurface> {
+    Endpoint::of(provider, catalogue).map(|endpoint| Target::of(&Arc::new(endpoint), model))
+}
+
+/// The base-URL variables of the tenant's own that concern this provider: with one of them the workspace dials a host of the
+/// tenant's choosing.
+pub fn own_base_urls(provider: &Provider, catalogue: &Catalogue, tenant_base_url_env: &[String]) -> Vec<String> {
+    tenant_base_url_env.iter().filter(|name| concerns(catalogue, name, provider)).cloned().collect()
+}
+
+// === impl Endpoint ===
+
+impl Endpoint {
+    /// The endpoint of a provider that has one.
+    pub fn of(provider: &Provider, catalogue: &Catalogue) -> Result<Self, NoSurface> {
+        match provider.auth {
+            Auth::OAuth => return Err(NoSurface::OAuth),
+            Auth::Ambient => return Err(NoSurface::Ambient),
+            Auth::Key if provider.name == PLATFORM => return Err(NoSurface::Platform),
+            Auth::Key => {}
+        }
+        let base = base(provider, catalogue)?;
+        let host = host_of(base).ok_or(NoSurface::NoEndpoint)?;
+        let row = catalogue.row(&host, base.path());
+        let probes = match (provider.probes.as_slice(), row.map(|row| row.probes.as_slice())) {
+            ([], Some(probes)) if !probes.is_empty() => probes,
+            ([], _) => catalogue.default_probes(provider.protocol),
+            (inline, _) => inline,
+        };
+        // The header that the workspace's own client will use is tried first.
+        let first = (provider.auth_token_env.as_deref() == Some("ANTHROPIC_API_KEY")).then_some(HeaderFamily::XApiKey);
+        let thinking = provider.thinking_required;
+        let calls: Vec<Call> = probes.iter().filter_map(|probe| call(base, probe, MODEL, thinking, first)).collect();
+        let names_model = calls.first().is_some_and(|call| call.names_model);
+        let probes: Vec<Probe> = calls.into_iter().map(|call| call.probe).collect();
+        if probes.is_empty() {
+            return Err(NoSurface::NoEndpoint);
+        }
+        Ok(Self {
+            identity: identity(provider, base, row, &probes),
+            provider: provider.name.clone(),
+            host,
+            vendor: row.map(|row| row.vendor.clone()),
+            siblings: row.map(|row| row.siblings.clone()).unwrap_or_default(),
+            key_prefix: row.and_then(|row| catalogue.key_prefix_of(&row.vendor)).map(str::to_owned),
+            budget: probes.iter().filter_map(|probe| probe.budget).max(),
+            names_model,
+            base: base.clone(),
+            probes,
+            wire_ids: WireIds::of(provider, row),
+            thinking,
+        })
     }
-    let own: Vec<String> = tenant_base_url_env.iter().filter(|name| concerns(catalogue, name, provider)).cloned().collect();
-    if !own.is_empty() {
-        return Err(NoSurface::TenantBaseUrl(own));
+}
+
+// === impl Target ===
+
+impl Target {
+    /// This endpoint's requests for this model.
+    pub fn of(endpoint: &Arc<Endpoint>, model: &str) -> Self {
+        let Endpoint { base, probes, wire_ids, thinking, .. } = &**endpoint;
+        let model = wire_ids.id_of(model);
+        // The header families stand in their order already.
+        let calls = probes.iter().filter_map(|probe| call(base, probe, &model, *thinking, None)).collect();
+        Self { endpoint: Arc::clone(endpoint), calls }
     }
-    let base = base(provider, catalogue)?;
-    let host = host_of(base).ok_or(NoSurface::NoEndpoint)?;
-    let row = catalogue.row(&host, base.path());
-    let probes = match (provider.probes.as_slice(), row.map(|row| row.probes.as_slice())) {
-        ([], Some(probes)) if !probes.is_empty() => probes,
-        ([], _) => catalogue.default_probes(provider.protocol),
-        (inline, _) => inline,
-    };
-    let wire_model = wire_model(provider, row, model);
-    // The header that the workspace's own client will use is tried first.
-    let first = (provider.auth_token_env.as_deref() == Some("ANTHROPIC_API_KEY")).then_some(HeaderFamily::XApiKey);
-    let calls: Vec<Call> =
-        probes.iter().filter_map(|probe| call(base, probe, &wire_model, provider.thinking_required, first)).collect();
-    if calls.is_empty() {
-        return Err(NoSurface::NoEndpoint);
+}
+
+// === impl WireIds ===
+
+impl WireIds {
+    /// Where a row lists what stands before a model, nothing else is taken off: a vendor's ids may begin with the vendor's own
+    /// name.
+    fn of(provider: &Provider, row: Option<&HostRow>) -> Self {
+        let listed = row.map(|row| row.strip_model_prefixes.clone()).unwrap_or_default();
+        let own = || [':', '/'].map(|separator| format!("{}{separator}", provider.name)).to_vec();
+        Self { strip: if listed.is_empty() { own() } else { listed }, prefix: provider.wire_model_prefix.clone() }
     }
-    Ok(Target {
-        identity: identity(provider, base, row, &calls),
-        provider: provider.name.clone(),
-        host,
-        vendor: row.map(|row| row.vendor.clone()),
-        siblings: row.map(|row| row.siblings.clone()).unwrap_or_default(),
-        key_prefix: row.and_then(|row| catalogue.key_prefix_of(&row.vendor)).map(str::to_owned),
-        budget: calls.iter().filter_map(|call| call.probe.budget).max(),
-        calls,
-    })
+
+    /// The provider's own id for the workspace's model.
+    fn id_of(&self, model: &str) -> String {
+        let bare = self.strip.iter().find_map(|prefix| model.strip_prefix(prefix.as_str())).unwrap_or(model);
+        format!("{}{bare}", self.prefix)
+    }
 }
 
 /// Where the provider is: by its registry entry, else its vendor's one host by the catalogue.
@@ -132,7 +197,7 @@ fn concerns(catalogue: &Catalogue, name: &str, provider: &Provider) -> bool {
 }
 
 /// Provider, endpoint, how wire ids are made, and effective rows, as one hash.
-fn identity(provider: &Provider, base: &Url, row: Option<&HostRow>, calls: &[Call]) -> [u8; 32] {
+fn identity(provider: &Provider, base: &Url, row: Option<&HostRow>, probes: &[Probe]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     let wire_ids = row.map(|row| row.strip_model_prefixes.as_slice()).unwrap_or_default();
     let thinking = if provider.thinking_required { "thinking" } else { "" };
@@ -140,23 +205,13 @@ fn identity(provider: &Provider, base: &Url, row: Option<&HostRow>, calls: &[Cal
     for part in parts.into_iter().chain(wire_ids.iter().map(String::as_str)) {
         hasher.update(&part.len().to_le_bytes()).update(part.as_bytes());
     }
-    for call in calls {
-        hasher.update(&call.probe.fingerprint);
-        for family in &call.probe.auth {
+    for probe in probes {
+        hasher.update(&probe.fingerprint);
+        for family in &probe.auth {
             hasher.update(family.as_str().as_bytes());
         }
     }
     *hasher.finalize().as_bytes()
-}
-
-/// The provider's own id for the workspace's model. Where a row lists what stands before it, nothing else is taken off: a
-/// vendor's ids may begin with the vendor's own name.
-fn wire_model(provider: &Provider, row: Option<&HostRow>, model: &str) -> String {
-    let listed = row.map(|row| row.strip_model_prefixes.as_slice()).unwrap_or_default();
-    let own = [':', '/'].map(|separator| format!("{}{separator}", provider.name));
-    let prefixes = if listed.is_empty() { own.as_slice() } else { listed };
-    let bare = prefixes.iter().find_map(|prefix| model.strip_prefix(prefix.as_str())).unwrap_or(model);
-    format!("{}{bare}", provider.wire_model_prefix)
 }
 
 /// One call to a base URL. `None` if the path leads away from its host, which the catalogue's check rules out.

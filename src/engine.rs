@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::{
-    assess::{Inquiry, Next, Resolved, Snapshot, Trace, Unresolved, assess, resolve},
+    assess::{Inquiry, Next, Resolved, Snapshot, Trace, Unresolved, alternative_models, assess, resolve},
     decision::{Decision, Liveness, Outcome, Seen, ServedFrom},
     endpoint::Target,
     liveness::Finding,
@@ -53,14 +53,14 @@ pub struct Begun(Arc<AtomicBool>);
 /// What is known of a credential's liveness, remembered or asked.
 pub trait LivenessSource: Send + Sync + 'static {
     /// An observation no older than wanted, by the deadline.
-    fn observe<'a>(&'a self, inquiry: &'a Inquiry, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed>;
+    fn observe<'a>(&'a self, inquiry: Inquiry<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed>;
 }
 
 /// What was observed, or remembered.
 #[derive(Debug, Clone)]
 pub struct Observed {
     /// The verdict and its evidence.
-    pub finding: Finding,
+    pub finding: Arc<Finding>,
     /// When the provider answered.
     pub observed_at: SystemTime,
     /// How old that is.
@@ -77,7 +77,7 @@ pub struct Observed {
 #[derive(Debug, Clone)]
 pub struct EarlierValid {
     /// Its evidence.
-    pub finding: Finding,
+    pub finding: Arc<Finding>,
     /// When the provider answered.
     pub observed_at: SystemTime,
     /// How old that is.
@@ -146,7 +146,7 @@ impl Engine {
         let (facts, seen) = match assessment.next {
             Next::Rule(facts) => (facts, None),
             Next::Ask(inquiry) => {
-                let observed = self.liveness.observe(&inquiry, request.max_liveness_age, deadline).await;
+                let observed = self.liveness.observe(inquiry, request.max_liveness_age, deadline).await;
                 trace.step("liveness", || told(&inquiry, &observed));
                 (judged(&inquiry, &observed), Some((inquiry, observed)))
             }
@@ -157,7 +157,7 @@ impl Engine {
         let mut warnings = assessment.warnings;
         warnings.extend(ruling.warnings.iter().cloned());
         let mut resolution = assessment.resolution;
-        let outcome = ruling.into_outcome(assessment.alternative_models);
+        let outcome = ruling.into_outcome(|| alternative_models(&snapshot, &request.spec));
         if let Outcome::Allow(allow) = &outcome {
             resolution.billing_mode = Some(allow.billing_mode());
         }
@@ -189,15 +189,15 @@ impl Engine {
     }
 }
 
-fn judged(inquiry: &Inquiry, observed: &Observed) -> Facts {
+fn judged(inquiry: &Inquiry<'_>, observed: &Observed) -> Facts {
     Facts::Judged {
         judged: Judged {
             verdict: observed.finding.verdict,
-            env_name: inquiry.env_name.clone(),
-            provider: inquiry.target.provider.clone(),
-            host: inquiry.target.host.clone(),
+            env_name: inquiry.env_name.to_owned(),
+            provider: inquiry.endpoint.provider.clone(),
+            host: inquiry.endpoint.host.clone(),
             upstream_status: observed.finding.status,
-            siblings: inquiry.target.siblings.clone(),
+            siblings: inquiry.endpoint.siblings.clone(),
             withheld: observed.finding.withheld,
             unreached: observed.finding.unreached,
             retry_after: observed.retry_after,
@@ -225,7 +225,7 @@ fn unasked(facts: &Facts) -> Option<Liveness> {
 }
 
 /// What is shown: what was observed, or the earlier VALID that the ruling rests on.
-fn shown(inquiry: &Inquiry, observed: Observed, on_earlier_valid: bool) -> Liveness {
+fn shown(inquiry: &Inquiry<'_>, observed: Observed, on_earlier_valid: bool) -> Liveness {
     let Observed { finding, observed_at, age, served_from, earlier_valid, retry_after: _ } = observed;
     let (finding, seen) = match earlier_valid {
         Some(earlier) if on_earlier_valid => {
@@ -236,18 +236,18 @@ fn shown(inquiry: &Inquiry, observed: Observed, on_earlier_valid: bool) -> Liven
     Liveness {
         verdict: finding.verdict,
         upstream_status: finding.status,
-        endpoint_host: inquiry.target.host.clone(),
-        probe: finding.probe,
+        endpoint_host: inquiry.endpoint.host.clone(),
+        probe: finding.probe.clone(),
         seen: Some(seen),
     }
 }
 
-fn told(inquiry: &Inquiry, observed: &Observed) -> String {
-    let Finding { verdict, status, probe, .. } = &observed.finding;
+fn told(inquiry: &Inquiry<'_>, observed: &Observed) -> String {
+    let Finding { verdict, status, probe, .. } = &*observed.finding;
     let status = status.map_or_else(|| "no status".to_owned(), |status| format!("HTTP {status}"));
     format!(
         "{verdict} from {} (probe `{probe}`, {status}, served from {}, {} ms old)",
-        inquiry.target.host,
+        inquiry.endpoint.host,
         observed.served_from,
         observed.age.as_millis()
     )

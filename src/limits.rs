@@ -132,7 +132,7 @@ impl Limited {
 
 impl Asker for Limited {
     fn ask(&self, question: Question) -> Boxed<'static, Finding> {
-        let gate = self.gate(&question.target.provider);
+        let gate = self.gate(&question.target.endpoint.provider);
         let (inner, limits) = (Arc::clone(&self.inner), self.limits);
         Box::pin(async move {
             let by = Instant::now() + limits.queue_time;

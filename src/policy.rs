@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
-    decision::{Allow, Grounds, Outcome, ServedFrom, Verdict, Warning, WarningCode, Withheld},
+    decision::{Allow, Deny, Grounds, Outcome, ServedFrom, Verdict, Warning, WarningCode, Withheld},
     refusal::{Judged, Refusal},
     spec::{Checkpoint, PlatformProxy},
 };
@@ -261,10 +261,10 @@ impl Ruling {
     }
 
     /// The ruling as an outcome, with what the runtime offers instead of a refusal.
-    pub fn into_outcome(self, alternative_models: Vec<String>) -> Outcome {
+    pub fn into_outcome(self, alternative_models: impl FnOnce() -> Vec<String>) -> Outcome {
         match self.outcome {
             Ok(allow) => Outcome::Allow(allow),
-            Err(refusal) => Outcome::Deny(Box::new(crate::decision::Deny { refusal, alternative_models })),
+            Err(refusal) => Outcome::Deny(Box::new(Deny { refusal, alternative_models: alternative_models() })),
         }
     }
 }

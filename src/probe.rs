@@ -127,7 +127,7 @@ impl Prober {
 
     /// Asks once, and tells every call.
     pub async fn explain(&self, target: &Target, secret: &Secret) -> (Finding, Vec<Rung>) {
-        let deadline = Instant::now() + target.budget.unwrap_or(self.budget);
+        let deadline = Instant::now() + target.endpoint.budget.unwrap_or(self.budget);
         let mut rungs = Vec::new();
         let finding = climb(&self.http, self.calibrations.as_ref(), target, secret, deadline, &mut |rung| rungs.push(rung)).await;
         (finding, rungs)
@@ -137,7 +137,7 @@ impl Prober {
 impl Asker for Prober {
     fn ask(&self, question: Question) -> Boxed<'static, Finding> {
         let Question { target, secret, begun } = question;
-        let budget = target.budget.unwrap_or(self.budget);
+        let budget = target.endpoint.budget.unwrap_or(self.budget);
         let (http, calibrations) = (Arc::clone(&self.http), self.calibrations.clone());
         Box::pin(async move {
             begun.now();

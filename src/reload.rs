@@ -210,20 +210,15 @@ impl Events {
 
 /// The same version, saying what is wrong with the one that should have followed it.
 fn marked(snapshot: &Snapshot, problems: &Problems) -> Snapshot {
-    let Snapshot { registry, catalogue, policy, registry_origin, catalogue_origin } = snapshot;
-    let mark = |origin: &Origin, faulty: bool| Origin {
-        last_reload_error: if faulty { problems.to_string() } else { String::new() },
-        ..origin.clone()
+    let mark = |origin: &mut Origin, faulty: bool| {
+        origin.last_reload_error = if faulty { problems.to_string() } else { String::new() };
     };
     // A fault of the configuration is shown with the registry, whose names it uses.
-    let of_catalogue = problems.document == catalogue_origin.source;
-    Snapshot {
-        registry: Arc::clone(registry),
-        catalogue: Arc::clone(catalogue),
-        policy: Arc::clone(policy),
-        registry_origin: mark(registry_origin, !of_catalogue),
-        catalogue_origin: mark(catalogue_origin, of_catalogue),
-    }
+    let of_catalogue = problems.document == snapshot.catalogue_origin.source;
+    let mut marked = snapshot.clone();
+    mark(&mut marked.registry_origin, !of_catalogue);
+    mark(&mut marked.catalogue_origin, of_catalogue);
+    marked
 }
 
 /// The content of all files as one hash. A file that cannot be read has a content of its own: its absence.

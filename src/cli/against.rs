@@ -248,11 +248,11 @@ fn sent(Side { registry, catalogue }: Side<'_>) -> BTreeSet<Sent> {
     let mut ways = BTreeSet::new();
     let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);
     for provider in arms.map(|arm| registry.provider(arm)) {
-        let Ok(target) = target(provider, catalogue, "", &[]) else { continue };
+        let Ok(target) = target(provider, catalogue, "") else { continue };
         for family in target.calls.iter().flat_map(|call| &call.probe.auth) {
             ways.extend(provider.auth_env.iter().map(|env_name| Sent {
                 env_name: env_name.clone(),
-                host: target.host.clone(),
+                host: target.endpoint.host.clone(),
                 header: family.header(),
                 provider: provider.name.clone(),
             }));

@@ -188,7 +188,7 @@ fn told_apart(warning: Problem, snapshot: &Snapshot) -> (String, Problem) {
 /// The registry's providers whose credentials cannot be checked, and why: presence alone governs them.
 fn not_asked(registry: &Registry, catalogue: &Catalogue) -> Vec<Value> {
     let reasons = registry.providers().iter().filter_map(|provider| {
-        let reason = target(provider, catalogue, "", &[]).err()?;
+        let reason = target(provider, catalogue, "").err()?;
         Some(json!({"provider": provider.name, "reason": reason.reason(), "note": reason.text()}))
     });
     reasons.collect()

@@ -65,8 +65,9 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
     let snapshot = setup.snapshot;
     let found = find(&snapshot.registry, &provider)?;
     let model = model.or_else(|| first_model(&snapshot.registry, found)).unwrap_or_default();
-    let target = endpoint::target(found, &snapshot.catalogue, &model, &[])
-        .and_then(|target| unsendable(&snapshot.catalogue, &target, &credential.env_name, secret).map(|unfit| (target, unfit)));
+    let target = endpoint::target(found, &snapshot.catalogue, &model).and_then(|target| {
+        unsendable(&snapshot.catalogue, &target.endpoint, &credential.env_name, secret).map(|unfit| (target, unfit))
+    });
     let (target, unfit) = match target {
         Ok(target) => target,
         Err(reason) => {
@@ -107,7 +108,7 @@ fn answer(
     why: &str,
     explain: bool,
 ) -> anyhow::Result<Exit> {
-    let host = target.map_or("", |target| target.host.as_str());
+    let host = target.map_or("", |target| target.endpoint.host.as_str());
     let shown: &[Rung] = if explain { rungs } else { &[] };
     match format {
         Format::Json => {
@@ -132,8 +133,10 @@ fn answer(
             if !why.is_empty() {
                 out.push_str(&format!("  reason    {why}\n"));
             }
-            if let Some(target) = target.filter(|target| finding.verdict == Verdict::Invalid && !target.siblings.is_empty()) {
-                out.push_str(&format!("  hint      a key of {} is refused here too\n", any_of(&target.siblings)));
+            if let Some(target) =
+                target.filter(|target| finding.verdict == Verdict::Invalid && !target.endpoint.siblings.is_empty())
+            {
+                out.push_str(&format!("  hint      a key of {} is refused here too\n", any_of(&target.endpoint.siblings)));
             }
             for (index, rung) in shown.iter().enumerate() {
                 out.push_str(&format!("  call {}    {}\n", index + 1, call_text(rung)));

@@ -100,7 +100,7 @@ impl Calibrating<'_> {
     fn fly(&self, key: Key) -> impl Future<Output = Known> + Send + 'static {
         let Calibrations { http, known, .. } = self.calibrations.clone();
         let (call, family) = (self.call.clone(), self.family);
-        let made_up = made_up_key(self.target.key_prefix.as_deref().unwrap_or(USUAL_PREFIX));
+        let made_up = made_up_key(self.target.endpoint.key_prefix.as_deref().unwrap_or(USUAL_PREFIX));
         async move {
             let calibration = match http.exchange(&call, family, &made_up, Instant::now() + BUDGET).await {
                 Exchange::Answered(response) => calibrated(response.facts(), &call.probe),

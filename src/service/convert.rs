@@ -359,7 +359,7 @@ pub fn models(snapshot: &Snapshot, runtime: Option<&str>) -> pb::ListModelsRespo
 
 /// The state of registry and catalogue.
 pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResponse {
-    let Snapshot { registry, catalogue, policy: _, registry_origin, catalogue_origin } = snapshot;
+    let Snapshot { registry, catalogue, registry_origin, catalogue_origin, .. } = snapshot;
     let source = |revision: &str, origin: &Origin| pb::SourceStatus {
         revision: revision.to_owned(),
         source: origin.source.clone(),

@@ -143,20 +143,20 @@ async fn the_prober_comes_to_the_same_verdicts() {
     let catalogue = Catalogue::embedded().unwrap().value;
     let registry = Registry::embedded(&|_| None).unwrap().value;
     let targets: Vec<Target> =
-        registry.providers().iter().filter_map(|provider| target(provider, &catalogue, "made-up-model", &[]).ok()).collect();
-    let vendor = TlsVendor::start(targets.iter().map(|target| target.host.clone()).collect()).await;
+        registry.providers().iter().filter_map(|provider| target(provider, &catalogue, "made-up-model").ok()).collect();
+    let vendor = TlsVendor::start(targets.iter().map(|target| target.endpoint.host.clone()).collect()).await;
     let prober = Prober::new(ProbeSettings {
         allow_loopback_http: true,
         calibrate: false,
         extra_roots: vendor.certificate.clone(),
-        resolve: targets.iter().map(|target| (target.host.clone(), vendor.address)).collect(),
+        resolve: targets.iter().map(|target| (target.endpoint.host.clone(), vendor.address)).collect(),
         ..ProbeSettings::default()
     })
     .unwrap();
     let (mut asked, mut hosts) = (0, BTreeSet::new());
     for line in corpus().into_iter().filter(|line| !line.truncated) {
         let makes = |target: &&Target| {
-            target.host == line.host
+            target.endpoint.host == line.host
                 && target.calls.iter().any(|call| line.request == format!("{} {}", call.probe.method.as_str(), call.url.path()))
         };
         let Some(target) = targets.iter().find(makes) else { continue };

@@ -39,7 +39,7 @@ fn the_final_request_of_every_provider_and_probe() {
     for provider in registry.providers() {
         let model = some_model(&registry, provider);
         table.push_str(&format!("{} ({model})\n", provider.name));
-        match target(provider, &catalogue, &model, &[]) {
+        match target(provider, &catalogue, &model) {
             Err(reason) => table.push_str(&format!("  not asked: {}\n", reason.reason())),
             Ok(target) => {
                 for call in &target.calls {
@@ -66,10 +66,11 @@ fn the_final_request_of_every_provider_and_probe() {
 fn every_provider_is_asked_by_a_row_of_its_own_or_says_why_not() {
     let (registry, catalogue) = embedded();
     for provider in registry.providers() {
-        match target(provider, &catalogue, "made-up", &[]) {
+        match target(provider, &catalogue, "made-up") {
             Ok(target) => {
                 let base = provider.base_url.as_ref().or(catalogue.home(&provider.name)).unwrap();
-                let row = catalogue.row(&target.host, base.path()).unwrap_or_else(|| panic!("no row for {}", provider.name));
+                let row =
+                    catalogue.row(&target.endpoint.host, base.path()).unwrap_or_else(|| panic!("no row for {}", provider.name));
                 assert!(!row.probes.is_empty(), "{} is asked by the default ladder", provider.name);
                 assert!(row.probes.iter().all(|probe| probe.auth.iter().all(|family| HeaderFamily::ALL.contains(family))));
                 assert!(target.calls.iter().all(|call| call.url.host_str() == base.host_str()), "{}", provider.name);
@@ -180,7 +181,9 @@ fn what_is_not_asked_follows_from_both_files() {
              model_prefix_match: x{url}{more}}}\nruntimes: {{r: {{providers: [{{name: {name}}}]}}}}\n"
         );
         let registry = Registry::parse("test", document.as_bytes(), &|_| None).unwrap().value;
-        target(&registry.providers()[0], &catalogue, "m", &[]).map(|target| target.host).map_err(|reason| reason.reason())
+        target(&registry.providers()[0], &catalogue, "m")
+            .map(|target| target.endpoint.host.clone())
+            .map_err(|reason| reason.reason())
     };
     let url = ", base_url_template: \"https://llm.acme.example/v1\"";
     let inline = ", probe: [{name: own, path: /v1/models, auth: [bearer], expect: [data]}]";

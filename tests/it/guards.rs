@@ -114,8 +114,7 @@ async fn a_thousand_credentials_in_four_batches() {
 /// Asks this often at once, and tells what each was: the verdict, or why it was withheld.
 async fn at_once(asker: &Limited, times: usize) -> Vec<Result<Verdict, Withheld>> {
     let engine = files().engine();
-    let inquiry = crate::model::inquiry(&engine, 1);
-    let target = Arc::new(inquiry.target);
+    let target = Arc::new(crate::model::Asked::about(&engine, 1).target());
     let questions = (0..times).map(|_| {
         let secret = Arc::new(Secret::new("made-up-key".into()));
         let asked = asker.ask(Question { target: Arc::clone(&target), secret, begun: Begun::default() });

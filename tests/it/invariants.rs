@@ -32,13 +32,13 @@ static DEFAULT: LazyLock<Snapshot> = LazyLock::new(|| snapshot(Policy::default()
 fn snapshot(policy: Policy) -> Snapshot {
     let (registry, catalogue) = case::documents(1);
     let origin = Origin { source: "test".into(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
-    Snapshot {
-        registry: Arc::new(Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value),
-        catalogue: Arc::new(Catalogue::overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
-        policy: Arc::new(policy),
-        registry_origin: origin.clone(),
-        catalogue_origin: origin,
-    }
+    Snapshot::new(
+        Arc::new(Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value),
+        Arc::new(Catalogue::overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
+        Arc::new(policy),
+        origin.clone(),
+        origin,
+    )
 }
 
 /// The ruling on a request, with this verdict wherever the provider has to be asked.
@@ -47,7 +47,7 @@ fn rule(snapshot: &Snapshot, request: &Request, verdict: Verdict, recently_valid
     let facts = match assessment.next {
         Next::Rule(facts) => facts,
         Next::Ask(inquiry) => Facts::Judged {
-            judged: judged(verdict, &inquiry.target.provider, &inquiry.env_name),
+            judged: judged(verdict, &inquiry.endpoint.provider, inquiry.env_name),
             served_from: Some(ServedFrom::Probe),
             recently_valid,
             enforcement: inquiry.enforcement,
@@ -420,7 +420,7 @@ proptest! {
         };
         if let Ok(request) = convert::request(message) {
             let (ruling, _) = rule(&DEFAULT, &request, Verdict::Invalid, false);
-            drop(ruling.into_outcome(vec![]));
+            drop(ruling.into_outcome(Vec::new));
         }
     }
 }
@@ -429,6 +429,6 @@ proptest! {
 #[test]
 fn a_refusal_becomes_a_denial() {
     let ruling = apply(Facts::Refused(byok_gate::refusal::Refusal::RuntimeRequired), Checkpoint::Create, &Policy::default());
-    let Outcome::Deny(deny) = ruling.into_outcome(vec!["m".into()]) else { panic!("allowed") };
+    let Outcome::Deny(deny) = ruling.into_outcome(|| vec!["m".into()]) else { panic!("allowed") };
     assert_eq!((deny.refusal.code(), deny.alternative_models), (DenyCode::RuntimeRequired, vec!["m".to_owned()]));
 }

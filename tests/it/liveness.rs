@@ -216,6 +216,19 @@ async fn a_refusal_by_a_completion_ends_the_bridge_too() {
     assert_eq!(bench.at(Checkpoint::Provision).await.code, Some(DenyCode::ByokProviderUnreachable));
 }
 
+/// A "yes" that rests on the model is remembered for that model, and bridges an outage as any other.
+#[tokio::test(start_paused = true)]
+async fn a_completions_yes_is_remembered_and_bridges_an_outage() {
+    let bench = Bench::new(Verdict::Valid);
+    bench.asker.set(|script| script.finding.about_model = true);
+    assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Probe));
+    assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Cache));
+    advance(secs(31.0)).await;
+    bench.asker.verdict(Verdict::Unreachable);
+    assert_eq!(bench.at(Checkpoint::Create).await.code, Some(DenyCode::ByokProviderUnreachable));
+    assert_eq!(bench.at(Checkpoint::Provision).await.served_from, Some(ServedFrom::Stale));
+}
+
 /// A new value is a new entry; it never sees the old one's observation.
 #[tokio::test(start_paused = true)]
 async fn a_rotated_value_is_asked_about_itself() {

@@ -6,12 +6,14 @@
 use std::{collections::BTreeMap, env, sync::Arc, time::Duration};
 
 use byok_gate::{
-    assess::{Inquiry, Next, assess},
+    assess::{Inquiry, Next, Snapshot, assess},
     breaker::BreakerSettings,
     cache::{Ages, Cache, CacheSettings},
     decision::{ServedFrom, Verdict},
+    endpoint::Target,
     engine::{Engine, LivenessSource, Observed},
     service::convert::{self, pb},
+    spec::Request,
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use tokio::time::{Instant, sleep};
@@ -271,22 +273,37 @@ struct Real {
     asker: Arc<Scripted>,
 }
 
-/// An inquiry about a credential of this number.
-pub(crate) fn inquiry(engine: &Engine, key: usize) -> Inquiry {
-    let spec = Spec {
-        model: "acme-large".into(),
-        workspace: BTreeMap::from([("ACME_API_KEY".into(), Some(format!("made-up-{key}")))]),
-        ..Spec::default()
-    };
-    let message = pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: 1, ..Default::default() };
-    let request = convert::request(message).unwrap();
-    match assess(&engine.snapshot(), &request, 0, &|_| String::new()).next {
-        Next::Ask(inquiry) => inquiry,
-        Next::Rule(facts) => panic!("{facts:?}"),
+/// A question about a credential of one number.
+pub(crate) struct Asked {
+    snapshot: Arc<Snapshot>,
+    request: Request,
+}
+
+impl Asked {
+    pub(crate) fn about(engine: &Engine, key: usize) -> Self {
+        let spec = Spec {
+            model: "acme-large".into(),
+            workspace: BTreeMap::from([("ACME_API_KEY".into(), Some(format!("made-up-{key}")))]),
+            ..Spec::default()
+        };
+        let message = pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: 1, ..Default::default() };
+        Self { snapshot: engine.snapshot(), request: convert::request(message).unwrap() }
+    }
+
+    pub(crate) fn inquiry(&self) -> Inquiry<'_> {
+        match assess(&self.snapshot, &self.request, 0, &|_| String::new()).next {
+            Next::Ask(inquiry) => inquiry,
+            Next::Rule(facts) => panic!("{facts:?}"),
+        }
+    }
+
+    pub(crate) fn target(&self) -> Target {
+        let Inquiry { endpoint, model, .. } = self.inquiry();
+        Target::of(endpoint, model)
     }
 }
 
-async fn run(steps: &[Step], inquiries: &[Arc<Inquiry>]) -> (BTreeMap<usize, Got>, usize) {
+async fn run(steps: &[Step], questions: &[Arc<Asked>]) -> (BTreeMap<usize, Got>, usize) {
     let asker = Scripted::new(Verdict::Valid);
     asker.set(|script| {
         script.takes = Duration::from_millis(1);
@@ -304,12 +321,13 @@ async fn run(steps: &[Step], inquiries: &[Arc<Inquiry>]) -> (BTreeMap<usize, Got
                 script.panics = *panics;
             }),
             Step::Ask { key, max_age, deadline } => {
-                let (cache, inquiry) = (Arc::clone(&real.cache), Arc::clone(&inquiries[*key]));
+                let (cache, asked) = (Arc::clone(&real.cache), Arc::clone(&questions[*key]));
                 let (max_age, deadline) = (max_age.map(Duration::from_millis), Instant::now() + Duration::from_millis(*deadline));
                 callers.push(tokio::spawn(async move {
                     // By the trait, as the engine calls it.
                     let source: &dyn LivenessSource = &*cache;
-                    let Observed { finding, served_from, earlier_valid, .. } = source.observe(&inquiry, max_age, deadline).await;
+                    let observed = source.observe(asked.inquiry(), max_age, deadline).await;
+                    let Observed { finding, served_from, earlier_valid, .. } = observed;
                     Got { verdict: finding.verdict, served_from, earlier_valid: earlier_valid.is_some() }
                 }));
                 // So that it has asked before the next step.
@@ -330,13 +348,13 @@ async fn run(steps: &[Step], inquiries: &[Arc<Inquiry>]) -> (BTreeMap<usize, Got
 async fn the_memory_does_what_its_model_does() {
     let (registry, catalogue) = case::documents(1);
     let engine = Files::new(&registry, &catalogue, None).engine();
-    let inquiries: Vec<_> = (0..3).map(|key| Arc::new(inquiry(&engine, key))).collect();
+    let questions: Vec<_> = (0..3).map(|key| Arc::new(Asked::about(&engine, key))).collect();
     let schedules = env::var("BYOK_GATE_SCHEDULES").map_or(SCHEDULES, |text| text.parse().unwrap());
     let mut met: BTreeMap<(ServedFrom, Verdict), u32> = BTreeMap::new();
     for seed in 0..schedules {
         let steps = schedule(&mut StdRng::seed_from_u64(seed));
         let model = Model::run(&steps);
-        let (got, asked) = run(&steps, &inquiries).await;
+        let (got, asked) = run(&steps, &questions).await;
         assert_eq!((&got, asked), (&model.got, model.asked), "seed {seed}: {steps:#?}");
         for got in got.into_values() {
             *met.entry((got.served_from, got.verdict)).or_default() += 1;

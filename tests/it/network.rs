@@ -144,7 +144,6 @@ async fn ask(base: &str, roots: &[u8], resolve: &[(&str, &str)], loopback: bool)
     let host = base.split("//").nth(1).unwrap().split('/').next().unwrap();
     let catalogue = catalogue.replacen("127.0.0.1:1", host.strip_suffix(":443").unwrap_or(host), 1);
     let engine: Arc<Engine> = Files::new(&registry, &catalogue, None).engine();
-    let inquiry = crate::model::inquiry(&engine, 1);
     let settings = ProbeSettings {
         allow_loopback_http: loopback,
         calibrate: false,
@@ -152,7 +151,11 @@ async fn ask(base: &str, roots: &[u8], resolve: &[(&str, &str)], loopback: bool)
         resolve: resolve.iter().map(|(name, address)| ((*name).to_owned(), address.parse().unwrap())).collect::<BTreeMap<_, _>>(),
         ..ProbeSettings::default()
     };
-    Prober::new(settings).unwrap().explain(&inquiry.target, &Secret::new("made-up-key".into())).await.0
+    Prober::new(settings)
+        .unwrap()
+        .explain(&crate::model::Asked::about(&engine, 1).target(), &Secret::new("made-up-key".into()))
+        .await
+        .0
 }
 
 async fn over_http(plays: Vec<Play>) -> (Verdict, Option<u16>, Option<Unreached>, usize) {

@@ -288,7 +288,7 @@ async fn no_decision_mixes_two_versions() {
         let registry = Arc::new(Registry::parse("registry", &fs::read(&at).unwrap(), &|_| None)?.value);
         let (registry_origin, catalogue_origin) = (registry_origin.clone(), catalogue_origin.clone());
         let (catalogue, policy) = (Arc::clone(catalogue), Arc::clone(policy));
-        Ok((vec![at.clone()], Snapshot { registry, catalogue, policy, registry_origin, catalogue_origin }))
+        Ok((vec![at.clone()], Snapshot::new(registry, catalogue, policy, registry_origin, catalogue_origin)))
     };
     watched.reload = Reload::new(Arc::clone(&watched.engine), vec![watched.at.clone()], Arc::new(load));
     let mut owners = BTreeMap::new();

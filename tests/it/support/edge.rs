@@ -249,13 +249,7 @@ impl Held {
     pub(crate) fn engine(self: &Arc<Self>) -> Arc<Engine> {
         let (registry, catalogue) = case::documents(1);
         let known = Files::new(&registry, &catalogue, None).engine().snapshot();
-        let snapshot = Snapshot {
-            registry: Arc::clone(&known.registry),
-            catalogue: Arc::clone(&known.catalogue),
-            policy: Arc::clone(&known.policy),
-            registry_origin: known.registry_origin.clone(),
-            catalogue_origin: known.catalogue_origin.clone(),
-        };
+        let snapshot = Snapshot::clone(&known);
         let asker: Arc<dyn Asker> = Arc::clone(self) as Arc<dyn Asker>;
         // Not what is tested here.
         let many = NonZeroU32::new(1_000_000).unwrap();

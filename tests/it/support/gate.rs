@@ -3,7 +3,6 @@
 use std::{fs, net::SocketAddr, path::Path, sync::Arc};
 
 use byok_gate::{
-    assess::Snapshot,
     cache::{Cache, CacheSettings},
     config::{self, Overrides, Paths},
     engine::{Engine, LivenessSource},
@@ -80,7 +79,8 @@ impl Files {
     pub(crate) fn engine_by(&self, policy: Policy, liveness: Arc<dyn LivenessSource>) -> Arc<Engine> {
         let overrides = Overrides { platform_proxy: Some(PlatformProxy::Available), ..Overrides::default() };
         let setup = config::load(&self.paths(), &overrides).unwrap();
-        let snapshot = Snapshot { policy: Arc::new(policy), ..setup.snapshot };
+        let mut snapshot = setup.snapshot;
+        snapshot.policy = Arc::new(policy);
         Arc::new(Engine::new(snapshot, liveness, setup.fingerprint_key))
     }
 
