@@ -531,8 +531,8 @@ fn malformation(value: &str) -> Option<Malformation> {
     if value.len() > MAX_KEY_BYTES {
         return Some(Malformation::TooLong { length: value.len(), limit: MAX_KEY_BYTES });
     }
-    let (at, byte) = value.bytes().enumerate().find(|(_, byte)| byte.is_ascii_control() || !byte.is_ascii())?;
-    if !byte.is_ascii() {
+    let at = value.bytes().position(|byte| !matches!(byte, b' '..=b'~'))?;
+    if value.bytes().nth(at).is_some_and(|byte| !byte.is_ascii()) {
         return Some(Malformation::NonAscii { at });
     }
     let trailing = value.bytes().skip(at).all(|byte| byte.is_ascii_control() || byte == b' ');

@@ -137,13 +137,14 @@ impl<'s> Wallet<'s> {
     /// providers accept, and a second, different value that this provider accepts.
     pub fn conflicts(&self, registry: &Registry, runtime: &Runtime, provider: &Provider, judged: &str) -> Vec<String> {
         let Held::Value { secret: chosen, .. } = self.held(judged) else { return Vec::new() };
-        let differs = |name: &str| matches!(self.held(name), Held::Value { secret, .. } if !secret.same_as(chosen));
-        let mut names = BTreeSet::new();
-        names.extend(provider.auth_env.iter().filter(|name| differs(name)));
-        for other in runtime.arms.iter().map(|arm| registry.provider(arm)).filter(|other| other.name != provider.name) {
-            names.extend(other.auth_env.iter().filter(|name| !provider.accepts(name) && self.has(name)));
-        }
-        names.into_iter().cloned().collect()
+        let others = || runtime.arms.iter().map(|arm| registry.provider(arm)).filter(|other| other.name != provider.name);
+        let conflicts = |name: &str| match self.held(name) {
+            Held::Value { secret, .. } if provider.accepts(name) => !secret.same_as(chosen),
+            Held::Value { .. } => others().any(|other| other.accepts(name)),
+            Held::Nothing | Held::Unknown => false,
+        };
+        // A spec holds few names, a runtime's providers accept many.
+        self.rows.keys().filter(|name| **name != judged && conflicts(name)).map(|name| (*name).to_owned()).collect()
     }
 }
 

@@ -33,8 +33,9 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 pub struct Violations(pub Vec<(String, String)>);
 
 impl Violations {
-    fn add(&mut self, field: impl Into<String>, description: impl Into<String>) {
-        self.0.push((field.into(), description.into()));
+    /// Fields and descriptions are made into text here and nowhere before: nearly every request has no violation.
+    fn add(&mut self, field: impl fmt::Display, description: impl fmt::Display) {
+        self.0.push((field.to_string(), description.to_string()));
     }
 
     fn or<T>(self, value: T) -> Result<T, Self> {
@@ -42,12 +43,14 @@ impl Violations {
     }
 
     /// A name that may stand in logs and messages.
-    fn check_name(&mut self, field: &str, name: &str, limit: usize) {
+    fn check_name(&mut self, field: impl fmt::Display, name: &str, limit: usize) {
         if name.len() > limit {
-            self.add(field, format!("is {} bytes long; the limit is {limit}", name.len()));
+            self.add(&field, format_args!("is {} bytes long; the limit is {limit}", name.len()));
         }
-        if let Some(at) = name.find(char::is_control) {
-            self.add(field, format!("holds a control character at byte {at}"));
+        // Bytes first: nearly every name is printable ASCII, and that is told several bytes at a time.
+        let is_plain = name.bytes().fold(true, |plain, byte| plain & matches!(byte, b' '..=b'~'));
+        if let (false, Some(at)) = (is_plain, name.find(char::is_control)) {
+            self.add(&field, format_args!("holds a control character at byte {at}"));
         }
     }
 }
@@ -107,24 +110,29 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
         tenant_base_url_env,
     } = message;
     const AT: &str = "workspace_spec";
-    violations.check_name(&format!("{AT}.workspace_id"), &workspace_id, limits.name_bytes);
-    violations.check_name(&format!("{AT}.organization_id"), &organization_id, limits.name_bytes);
-    violations.check_name(&format!("{AT}.runtime"), &runtime, limits.name_bytes);
-    let model = model.trim().to_owned();
-    violations.check_name(&format!("{AT}.model"), &model, limits.model_bytes);
+    violations.check_name(format_args!("{AT}.workspace_id"), &workspace_id, limits.name_bytes);
+    violations.check_name(format_args!("{AT}.organization_id"), &organization_id, limits.name_bytes);
+    violations.check_name(format_args!("{AT}.runtime"), &runtime, limits.name_bytes);
+    let model = trimmed(model);
+    violations.check_name(format_args!("{AT}.model"), &model, limits.model_bytes);
     if credentials.len() > limits.credentials {
         violations.add(
-            format!("{AT}.credentials"),
-            format!("holds {}; the limit is {}: send only names that the registry knows", credentials.len(), limits.credentials),
+            format_args!("{AT}.credentials"),
+            format_args!(
+                "holds {}; the limit is {}: send only names that the registry knows",
+                credentials.len(),
+                limits.credentials
+            ),
         );
     }
-    let mut seen = BTreeSet::new();
-    let mut parsed = Vec::new();
+    let mut parsed: Vec<Credential> = Vec::with_capacity(credentials.len().min(limits.credentials));
     for (index, message) in credentials.into_iter().take(limits.credentials).enumerate() {
-        let place = format!("{AT}.credentials[{index}]");
-        if let Some(credential) = credential(message, &place, limits, violations) {
-            if !seen.insert((credential.env_name.clone(), credential.scope)) {
-                violations.add(format!("{place}.env_name"), format!("`{}` stands twice in one scope", credential.env_name));
+        let place = format_args!("{AT}.credentials[{index}]");
+        if let Some(credential) = credential(message, place, limits, violations) {
+            let Credential { env_name, scope, .. } = &credential;
+            // There are few: looking through them is cheaper than keeping a set.
+            if parsed.iter().any(|other| other.scope == *scope && other.env_name == *env_name) {
+                violations.add(format_args!("{place}.env_name"), format_args!("`{env_name}` stands twice in one scope"));
             }
             parsed.push(credential);
         }
@@ -132,7 +140,7 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
     let unreadable_scopes = unreadable_scopes
         .into_iter()
         .enumerate()
-        .filter_map(|(index, number)| scope(number, &format!("{AT}.unreadable_scopes[{index}]"), violations))
+        .filter_map(|(index, number)| scope(number, format_args!("{AT}.unreadable_scopes[{index}]"), violations))
         .collect();
     let operator_override = match pb::OperatorOverride::try_from(operator_override) {
         Ok(pb::OperatorOverride::Unspecified) => OperatorOverride::Derive,
@@ -140,7 +148,10 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
         Ok(pb::OperatorOverride::Byok) => OperatorOverride::Byok,
         Ok(pb::OperatorOverride::Disabled) => OperatorOverride::Disabled,
         Err(_) => {
-            violations.add(format!("{AT}.operator_override"), format!("{operator_override} is not a value of OperatorOverride"));
+            violations.add(
+                format_args!("{AT}.operator_override"),
+                format_args!("{operator_override} is not a value of OperatorOverride"),
+            );
             OperatorOverride::Derive
         }
     };
@@ -149,19 +160,19 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
         Ok(pb::PlatformProxy::Available) => Some(PlatformProxy::Available),
         Ok(pb::PlatformProxy::Absent) => Some(PlatformProxy::Absent),
         Err(_) => {
-            violations.add(format!("{AT}.platform_proxy"), format!("{platform_proxy} is not a value of PlatformProxy"));
+            violations.add(format_args!("{AT}.platform_proxy"), format_args!("{platform_proxy} is not a value of PlatformProxy"));
             None
         }
     };
     if tenant_base_url_env.len() > limits.base_url_names {
         violations.add(
-            format!("{AT}.tenant_base_url_env"),
-            format!("holds {}; the limit is {}", tenant_base_url_env.len(), limits.base_url_names),
+            format_args!("{AT}.tenant_base_url_env"),
+            format_args!("holds {}; the limit is {}", tenant_base_url_env.len(), limits.base_url_names),
         );
     }
     for (index, name) in tenant_base_url_env.iter().take(limits.base_url_names).enumerate() {
-        let field = format!("{AT}.tenant_base_url_env[{index}]");
-        violations.check_name(&field, name, limits.name_bytes);
+        let field = format_args!("{AT}.tenant_base_url_env[{index}]");
+        violations.check_name(field, name, limits.name_bytes);
         if name.is_empty() {
             violations.add(field, "is empty: name the variable, or leave it out");
         }
@@ -179,26 +190,36 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
     }
 }
 
-fn credential(message: pb::Credential, place: &str, limits: &Limits, violations: &mut Violations) -> Option<Credential> {
-    let pb::Credential { env_name, scope: number, value, unreadable } = message;
-    let secret = Secret::new(value);
-    let field = format!("{place}.env_name");
-    if env_name.is_empty() {
-        violations.add(&field, "is required");
-    }
-    violations.check_name(&field, &env_name, limits.name_bytes);
-    let length = secret.expose().len();
-    if length > limits.credential_bytes {
-        violations.add(format!("{place}.value"), format!("is {length} bytes long; the limit is {}", limits.credential_bytes));
-    }
-    if unreadable && length > 0 {
-        violations.add(format!("{place}.value"), "must be empty where `unreadable` is set");
-    }
-    let value = if unreadable { CredentialValue::Unreadable } else { CredentialValue::Readable(Arc::new(secret)) };
-    Some(Credential { env_name, scope: scope(number, &format!("{place}.scope"), violations)?, value })
+/// Trimmed of Unicode white space; copied only where there is some.
+fn trimmed(text: String) -> String {
+    let kept = text.trim();
+    if kept.len() == text.len() { text } else { kept.to_owned() }
 }
 
-fn scope(number: i32, field: &str, violations: &mut Violations) -> Option<Scope> {
+fn credential(
+    message: pb::Credential,
+    place: impl fmt::Display,
+    limits: &Limits,
+    violations: &mut Violations,
+) -> Option<Credential> {
+    let pb::Credential { env_name, scope: number, value, unreadable } = message;
+    let secret = Secret::new(value);
+    if env_name.is_empty() {
+        violations.add(format_args!("{place}.env_name"), "is required");
+    }
+    violations.check_name(format_args!("{place}.env_name"), &env_name, limits.name_bytes);
+    let (length, limit) = (secret.expose().len(), limits.credential_bytes);
+    if length > limit {
+        violations.add(format_args!("{place}.value"), format_args!("is {length} bytes long; the limit is {limit}"));
+    }
+    if unreadable && length > 0 {
+        violations.add(format_args!("{place}.value"), "must be empty where `unreadable` is set");
+    }
+    let value = if unreadable { CredentialValue::Unreadable } else { CredentialValue::Readable(Arc::new(secret)) };
+    Some(Credential { env_name, scope: scope(number, format_args!("{place}.scope"), violations)?, value })
+}
+
+fn scope(number: i32, field: impl fmt::Display, violations: &mut Violations) -> Option<Scope> {
     match pb::Scope::try_from(number) {
         Ok(pb::Scope::Workspace) => Some(Scope::Workspace),
         Ok(pb::Scope::Organization) => Some(Scope::Organization),
@@ -217,13 +238,14 @@ pub fn resolve_request(
     let pb::ResolveProviderRequest { runtime, model, credential_names } = message;
     let mut violations = Violations::default();
     violations.check_name("runtime", &runtime, limits.name_bytes);
-    let model = model.trim().to_owned();
+    let model = trimmed(model);
     violations.check_name("model", &model, limits.model_bytes);
     if credential_names.len() > limits.resolve_names {
-        violations.add("credential_names", format!("holds {}; the limit is {}", credential_names.len(), limits.resolve_names));
+        violations
+            .add("credential_names", format_args!("holds {}; the limit is {}", credential_names.len(), limits.resolve_names));
     }
     for (index, name) in credential_names.iter().take(limits.resolve_names).enumerate() {
-        violations.check_name(&format!("credential_names[{index}]"), name, limits.name_bytes);
+        violations.check_name(format_args!("credential_names[{index}]"), name, limits.name_bytes);
     }
     violations.or((runtime, model, credential_names.into_iter().collect()))
 }
