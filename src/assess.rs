@@ -532,7 +532,7 @@ fn malformation(value: &str) -> Option<Malformation> {
         return Some(Malformation::TooLong { length: value.len(), limit: MAX_KEY_BYTES });
     }
     let at = value.bytes().position(|byte| !matches!(byte, b' '..=b'~'))?;
-    if value.bytes().nth(at).is_some_and(|byte| !byte.is_ascii()) {
+    if value.as_bytes().get(at).is_some_and(|byte| !byte.is_ascii()) {
         return Some(Malformation::NonAscii { at });
     }
     let trailing = value.bytes().skip(at).all(|byte| byte.is_ascii_control() || byte == b' ');

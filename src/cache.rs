@@ -10,6 +10,7 @@ use std::{
 
 use rand::Rng;
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use crate::{
     assess::Inquiry,
@@ -20,6 +21,7 @@ use crate::{
     flight::{Flights, Joined, Landing, Launch, wait},
     limits::{NewKeyLimits, NewKeys},
     liveness::Finding,
+    telemetry::traces::{self, Part},
 };
 
 /// How long observations count, per verdict.
@@ -144,7 +146,14 @@ impl Cache {
         }
     }
 
-    async fn observe(&self, inquiry: Inquiry<'_>, max_age: Option<Duration>, deadline: Instant) -> Observed {
+    /// `part` is told what part the call had in a flight, if there was one.
+    async fn observe(
+        &self,
+        inquiry: Inquiry<'_>,
+        max_age: Option<Duration>,
+        deadline: Instant,
+        part: &mut Option<Part>,
+    ) -> Observed {
         let keys = self.keys(&inquiry);
         // A flight for another model may land without an answer that holds for this one; then this one flies next.
         loop {
@@ -152,7 +161,14 @@ impl Cache {
             if let Some(timed) = self.fresh(&known, max_age) {
                 return self.served(&known, timed, ServedFrom::Cache, max_age);
             }
-            match self.flights.join(keys.first, |begun| self.launch(&inquiry, &keys, max_age, begun)) {
+            let mut first = false;
+            let launch = |begun| {
+                first = true;
+                self.launch(&inquiry, &keys, max_age, begun)
+            };
+            let joined = self.flights.join(keys.first, launch);
+            *part = matches!(joined, Joined::Flight(_)).then_some(if first { Part::Fill } else { Part::Wait });
+            match joined {
                 Joined::Already(timed) => return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age),
                 Joined::Withheld(Barred::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
                 Joined::Withheld(Barred::NewKeys(wait)) => {
@@ -194,7 +210,8 @@ impl Cache {
         if let (true, Err(wait)) = (known.is_nothing(), self.new_keys.count(inquiry.caller, inquiry.organization)) {
             return Launch::Withheld(Barred::NewKeys(wait));
         }
-        Launch::Fly(self.fill(inquiry, keys, begun))
+        // Whoever launches it is its parent in a trace; the others' traces show that they waited.
+        Launch::Fly(self.fill(inquiry, keys, begun).instrument(traces::probe(inquiry.endpoint)))
     }
 
     /// Asks, and stores what was found: the work of a flight.
@@ -205,6 +222,7 @@ impl Cache {
         let (memory, ages, first, second) = (self.memory.clone(), self.ages, keys.first, self.second(keys));
         async move {
             let finding = asker.ask(question).await;
+            traces::found(&finding);
             let key = second.filter(|_| finding.about_model).unwrap_or(first);
             let age = ages.fresh_for(&finding);
             // What the provider asked for is kept to the second.
@@ -303,7 +321,15 @@ impl Cache {
 
 impl LivenessSource for Cache {
     fn observe<'a>(&'a self, inquiry: Inquiry<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
-        Box::pin(self.observe(inquiry, max_age, deadline))
+        let span = traces::cache();
+        let told = span.clone();
+        let observing = async move {
+            let mut part = None;
+            let observed = self.observe(inquiry, max_age, deadline, &mut part).await;
+            traces::observed(&told, &observed, part);
+            observed
+        };
+        Box::pin(observing.instrument(span))
     }
 }
 

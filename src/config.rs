@@ -12,11 +12,12 @@ use std::{
 };
 
 use serde_json::Value;
+use url::Url;
 
 pub use self::layers::{Flag, From as Origin};
 use self::{
     layers::Layers,
-    settings::{OverridesWord, ProbeWord, ProviderException, ProxyWord, RoleWord, Settings},
+    settings::{OverridesWord, ProbeWord, ProviderException, ProxyWord, RoleWord, Settings, Tracing},
 };
 use crate::{
     assess::{Origin as DocumentOrigin, Snapshot},
@@ -28,6 +29,7 @@ use crate::{
     problem::{Loaded, Problem, Problems},
     registry::Registry,
     spec::{Checkpoint, PlatformProxy},
+    telemetry::traces::TraceSettings,
     yaml,
 };
 
@@ -252,13 +254,29 @@ impl Settings {
             ..ProbeSettings::default()
         }
     }
+
+    /// For traces, if there are any.
+    pub fn trace_settings(&self) -> Result<Option<TraceSettings>, ConfigError> {
+        let Tracing { otlp_endpoint, ca_file, sample_ratio, export_timeout, export_interval, queue_spans } = &self.tracing;
+        let Some(endpoint) = otlp_endpoint.clone() else { return Ok(None) };
+        let roots = ca_file.as_ref().map(|path| read(path, yaml::MAX_DOCUMENT_BYTES as u64)).transpose()?;
+        Ok(Some(TraceSettings {
+            endpoint,
+            roots,
+            sample_ratio: *sample_ratio,
+            timeout: export_timeout.0,
+            interval: export_interval.0,
+            queue: *queue_spans,
+        }))
+    }
 }
 
 /// What no single value shows.
 fn problems_of(settings: &Settings) -> Vec<Problem> {
     let mut problems = Vec::new();
     let mut add = |place: &str, message: String| problems.push(Problem::at(place, message));
-    let Settings { server, socket, tls, callers, limits, deadlines, cache, probe, provider_limits, breaker, .. } = settings;
+    let Settings { server, socket, tls, callers, limits, deadlines, cache, probe, provider_limits, breaker, tracing, .. } =
+        settings;
     if server.listen.is_empty() {
         add("server.listen", "names no address: give at least one HOST:PORT or unix:PATH".to_owned());
     }
@@ -274,6 +292,8 @@ fn problems_of(settings: &Settings) -> Vec<Problem> {
         ("provider_limits.queue_time", provider_limits.queue_time),
         ("breaker.cool_down", breaker.cool_down),
         ("breaker.trial", breaker.trial),
+        ("tracing.export_timeout", tracing.export_timeout),
+        ("tracing.export_interval", tracing.export_interval),
     ] {
         if span.0.is_zero() {
             add(place, "must be more than 0".to_owned());
@@ -309,6 +329,7 @@ fn problems_of(settings: &Settings) -> Vec<Problem> {
         ("limits.resolve_names", limits.resolve_names),
         ("provider_limits.in_flight", provider_limits.in_flight),
         ("breaker.failures", breaker.failures as usize),
+        ("tracing.queue_spans", tracing.queue_spans),
         ("callers.workspace_calls_per_minute", callers.workspace_calls_per_minute as usize),
     ] {
         if count == 0 || count > MAX_COUNT {
@@ -323,6 +344,15 @@ fn problems_of(settings: &Settings) -> Vec<Problem> {
     }
     if u32::from_str_radix(&socket.mode, 8).is_err() || !(3..=4).contains(&socket.mode.len()) {
         add("socket.mode", format!("`{}` is not a file mode in octal digits, such as \"0660\"", socket.mode));
+    }
+    if !(0.0..=1.0).contains(&tracing.sample_ratio) {
+        add("tracing.sample_ratio", format!("is {}; it must be 0 to 1", tracing.sample_ratio));
+    }
+    if let Some(endpoint) = &tracing.otlp_endpoint
+        && !is_collector(endpoint)
+    {
+        // What was given is not repeated: it may hold a password.
+        add("tracing.otlp_endpoint", "is not the address of a collector: http://HOST:PORT or https://HOST:PORT".to_owned());
     }
     match (&tls.certificate, &tls.key) {
         (Some(_), None) => add("tls.key", "is required with tls.certificate".to_owned()),
@@ -355,6 +385,13 @@ fn problems_of(settings: &Settings) -> Vec<Problem> {
         }
     }
     problems
+}
+
+/// An address for OTLP over gRPC, which has neither path nor user.
+fn is_collector(endpoint: &str) -> bool {
+    let Ok(url) = Url::parse(endpoint) else { return false };
+    let is_bare = url.username().is_empty() && url.password().is_none() && url.query().is_none() && url.fragment().is_none();
+    matches!(url.scheme(), "http" | "https") && url.has_host() && is_bare && url.path() == "/"
 }
 
 /// The policy that the settings make.

@@ -13,6 +13,7 @@ use std::{
 
 use http::{HeaderName, HeaderValue, header};
 use tokio::time::{Instant, timeout_at};
+use tracing::Instrument;
 
 use self::{
     address::{Guard, Unresolved},
@@ -25,6 +26,7 @@ use crate::{
     engine::{Asker, Boxed, Question},
     liveness::{Answer, Calibration, Finding, Heard, Ladder, Next, Reading, classify, is_page},
     secret::Secret,
+    telemetry::traces,
 };
 
 /// The most of a body that is read. An error is under 1 KiB; a list's beginning is enough to know its shape.
@@ -232,6 +234,20 @@ impl Http {
 
     /// One request with this credential, and its answer, by the deadline.
     async fn exchange(&self, call: &Call, family: HeaderFamily, secret: &Secret, deadline: Instant) -> Exchange {
+        let span = traces::request(call);
+        let exchange = self.send(call, family, secret, deadline).instrument(span.clone()).await;
+        traces::replied(
+            &span,
+            match &exchange {
+                Exchange::Answered(response) => Ok(response.status),
+                Exchange::TimedOut => Err(None),
+                Exchange::Unreachable(why) => Err(Some(*why)),
+            },
+        );
+        exchange
+    }
+
+    async fn send(&self, call: &Call, family: HeaderFamily, secret: &Secret, deadline: Instant) -> Exchange {
         if !self.guard.may_ask(&call.url) {
             return Exchange::Unreachable(Unreached::Address);
         }

@@ -18,6 +18,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Extensions, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
+use tracing::Instrument;
 
 use self::{
     admission::Admission,
@@ -30,11 +31,18 @@ use crate::{
     engine::{Decided, Engine},
     refusal::Refusal,
     spec,
-    telemetry::journal::{Journal, Undecided},
+    telemetry::{
+        journal::{Journal, Undecided},
+        traces::Traced,
+    },
 };
 
 /// The service's name on the wire, as health checks name it.
 pub const NAME: &str = "byokgate.v1.PolicyDecisionService";
+/// The call of one decision.
+pub(crate) const DECIDE: &str = "Decide";
+/// The call of many decisions.
+pub(crate) const BATCH_DECIDE: &str = "BatchDecide";
 
 /// The service.
 #[derive(Clone)]
@@ -60,6 +68,7 @@ struct Pending<'a> {
     journal: &'a Journal,
     request: &'a spec::Request,
     method: &'static str,
+    traced: &'a Traced,
     ended: bool,
 }
 
@@ -83,17 +92,19 @@ impl Shared {
         message: pb::DecideRequest,
         place: impl Future<Output = Result<OwnedSemaphorePermit, Status>>,
         answer_by: Instant,
+        traced: &Traced,
     ) -> Result<pb::DecideResponse, Status> {
         let mut request = self.understood(message).map_err(|violations| {
             let status = bad_request(violations);
             let (grpc_code, reason) = (word_of(status.code()), status.message());
-            self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id: "" });
+            let trace_id = traced.trace_id();
+            self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id });
             status
         })?;
         request.caller.clone_from(&caller.name);
-        let pending = Pending { journal: &self.journal, request: &request, method, ended: false };
+        let pending = Pending { journal: &self.journal, request: &request, method, traced, ended: false };
         let began = Instant::now();
-        let decided = match self.decided(caller, &request, place, answer_by).await {
+        let decided = match self.decided(caller, &request, place, answer_by, traced).await {
             Ok(decided) => decided,
             Err(status) => return Err(pending.without_a_decision(status)),
         };
@@ -116,11 +127,12 @@ impl Shared {
         request: &spec::Request,
         place: impl Future<Output = Result<OwnedSemaphorePermit, Status>>,
         answer_by: Instant,
+        traced: &Traced,
     ) -> Result<Decided, Status> {
         caller.may_decide(request)?;
         let _place = place.await?;
         // A panic in one decision is that decision's end, not the connection's.
-        let deciding = AssertUnwindSafe(self.engine.decide(request, answer_by)).catch_unwind();
+        let deciding = AssertUnwindSafe(self.engine.decide(request, answer_by).instrument(traced.span())).catch_unwind();
         deciding.await.map_err(|_| {
             tracing::error!(event = "decision_panicked", "a decision panicked; no decision was made");
             Status::internal("no decision was made: an internal error")
@@ -133,7 +145,8 @@ impl Shared {
 impl Pending<'_> {
     fn decided(mut self, decided: &Decided, took: Duration) {
         self.ended = true;
-        self.journal.decision(self.request, decided, took, "");
+        self.traced.decided(self.request.checkpoint.as_str(), decided);
+        self.journal.decision(self.request, decided, took, self.traced.trace_id());
     }
 
     fn without_a_decision(mut self, status: Status) -> Status {
@@ -143,8 +156,9 @@ impl Pending<'_> {
     }
 
     fn tell(&self, code: Code, reason: &str) {
-        let Self { journal, request, method, .. } = *self;
-        journal.undecided(Undecided { method, grpc_code: word_of(code), reason, request: Some(request), trace_id: "" });
+        let Self { journal, request, method, traced, .. } = *self;
+        let (grpc_code, trace_id) = (word_of(code), traced.trace_id());
+        journal.undecided(Undecided { method, grpc_code, reason, request: Some(request), trace_id });
     }
 }
 
@@ -161,31 +175,41 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
     type BatchDecideStream = Pin<Box<dyn Stream<Item = Result<pb::BatchDecideResponse, Status>> + Send>>;
 
     async fn decide(&self, request: Request<pb::DecideRequest>) -> Result<Response<pb::DecideResponse>, Status> {
-        let (_, mut extensions, message) = request.into_parts();
+        let (metadata, mut extensions, message) = request.into_parts();
         let Admitted { caller, deadline } = admitted(&mut extensions)?;
         let Self(shared) = self;
-        shared.decide_one("Decide", &caller, message, shared.admission.enter(), deadline.answer_by).await.map(Response::new)
+        let traced = Traced::begin(&metadata, NAME, DECIDE);
+        let answer = shared.decide_one(DECIDE, &caller, message, shared.admission.enter(), deadline.answer_by, &traced).await;
+        traced.answered(code_of(&answer));
+        answer.map(Response::new)
     }
 
     async fn batch_decide(&self, request: Request<pb::BatchDecideRequest>) -> Result<Response<Self::BatchDecideStream>, Status> {
-        let (_, mut extensions, message) = request.into_parts();
+        let (metadata, mut extensions, message) = request.into_parts();
         let Admitted { caller, deadline } = admitted(&mut extensions)?;
         let (requests, limits) = (message.requests, &self.0.limits);
+        let traced = Traced::begin(&metadata, NAME, BATCH_DECIDE);
         if requests.is_empty() || requests.len() > limits.batch_items {
+            traced.answered(Code::InvalidArgument);
             let found = format!("holds {}; it must hold 1 to {}", requests.len(), limits.batch_items);
             return Err(bad_request(Violations(vec![("requests".to_owned(), found)])));
         }
+        // What can still go wrong is an item's.
+        traced.answered(Code::Ok);
         let shared = Arc::clone(&self.0);
         let decisions = stream::iter((0_u32..).zip(requests))
             .map(move |(index, message)| {
-                let (shared, caller) = (Arc::clone(&shared), Arc::clone(&caller));
+                let (shared, caller, traced) = (Arc::clone(&shared), Arc::clone(&caller), traced.item(index));
                 async move {
                     // An item's own time is a Decide's, within the batch's.
                     let own = deadline.answer_by.min(Instant::now() + shared.deadlines.decide.0);
-                    let deciding = shared.decide_one("BatchDecide", &caller, message, shared.admission.enter_by(own), own);
+                    let deciding =
+                        shared.decide_one(BATCH_DECIDE, &caller, message, shared.admission.enter_by(own), own, &traced);
                     let decided = timeout_at(deadline.answer_by, deciding).await;
                     let late = || Status::deadline_exceeded("no decision was made before the batch's deadline");
-                    Ok(item(index, decided.unwrap_or_else(|_| Err(late()))))
+                    let decided = decided.unwrap_or_else(|_| Err(late()));
+                    traced.answered(code_of(&decided));
+                    Ok(item(index, decided))
                 }
             })
             .buffer_unordered(limits.batch_concurrency);
@@ -223,6 +247,10 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
 
 fn admitted(extensions: &mut Extensions) -> Result<Admitted, Status> {
     extensions.remove().ok_or_else(|| Status::unauthenticated("the caller is not known"))
+}
+
+fn code_of(answer: &Result<pb::DecideResponse, Status>) -> Code {
+    answer.as_ref().map_or_else(Status::code, |_| Code::Ok)
 }
 
 fn item(index: u32, decided: Result<pb::DecideResponse, Status>) -> pb::BatchDecideResponse {

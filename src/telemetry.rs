@@ -1,7 +1,8 @@
-//! Logs: where lines go, and the event that every decision leaves.
+//! Logs: where lines go, and the event that every decision leaves. Traces.
 
 pub mod journal;
 pub mod lines;
+pub mod traces;
 
 use std::{
     fs::File,
@@ -10,7 +11,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing_subscriber::{EnvFilter, filter::ParseError, layer::SubscriberExt, util::SubscriberInitExt};
 
 use self::lines::Lines;
 
@@ -42,7 +43,8 @@ pub enum LogError {
 /// Starts logging. The filter is the first layer, so that spans and events below it are never built.
 pub fn init(filter: &str, to: LogTo) -> Result<Lines, LogError> {
     let failed = |fault: String| LogError::Filter { filter: filter.to_owned(), fault };
-    let filter = EnvFilter::try_new(filter).map_err(|fault| failed(fault.to_string()))?;
+    let spans = traces::DIRECTIVE.parse().map_err(|fault: ParseError| failed(fault.to_string()))?;
+    let filter = EnvFilter::try_new(filter).map_err(|fault| failed(fault.to_string()))?.add_directive(spans);
     let registry = tracing_subscriber::registry().with(filter);
     let lines = match to {
         LogTo::StdoutJson => Lines::to(own(io::stdout().as_fd())?)?,
@@ -51,7 +53,8 @@ pub fn init(filter: &str, to: LogTo) -> Result<Lines, LogError> {
     let layer = tracing_subscriber::fmt::layer().with_writer(lines.clone());
     match to {
         LogTo::StdoutJson => {
-            registry.with(layer.json().flatten_event(true).with_current_span(false).with_span_list(false)).try_init()
+            let layer = layer.json().flatten_event(true).with_current_span(false).with_span_list(false);
+            registry.with(layer).with(traces::layer()).try_init()
         }
         LogTo::StderrText => registry.with(layer.with_ansi(false)).try_init(),
     }

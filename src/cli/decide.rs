@@ -127,7 +127,7 @@ pub(super) async fn decide(setup: Setup, probe: &ProbeArgs, request: Request, lo
     let engine = Engine::new(setup.snapshot, Arc::new(Cache::new(asker, settings.cache_settings())), setup.fingerprint_key);
     let began = Instant::now();
     let decided = engine.decide(&request, began + PATIENCE).await;
-    Journal::to(log.clone(), settings.log.plain_allow_ratio).decision(&request, &decided, began.elapsed(), "");
+    Journal::to(log.clone(), settings.log.plain_allow_ratio).decision(&request, &decided, began.elapsed(), None);
     Ok(convert::response(decided))
 }
 

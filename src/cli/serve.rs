@@ -1,6 +1,10 @@
 //! `byok-gate serve`
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -19,8 +23,11 @@ use crate::{
     probe::Prober,
     reload::{self, Reload},
     server::{Bound, Ended, shutdown::Signals},
-    telemetry::{journal::Journal, lines::Lines},
+    telemetry::{journal::Journal, lines::Lines, traces},
 };
+
+/// The longest that the last spans hold up the end: a collector that is there takes them in far less.
+const LAST_SPANS: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
@@ -81,9 +88,14 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> 
     let prober = Prober::new(setup.settings.probe_settings(setup.probe_ca))?;
     let asker = Arc::new(Limited::new(Arc::new(prober), setup.settings.provider_limits()));
     let liveness = Arc::new(Cache::new(asker, setup.settings.cache_settings()));
+    let traces = setup.settings.trace_settings()?;
+    let stop = setup.settings.shutdown.clone();
     let journal = Journal::to(log, setup.settings.log.plain_allow_ratio);
     let mut bound = Bound::open(setup.settings).await?;
     bound.keep(journal);
+    if let Some(settings) = &traces {
+        traces::start(settings)?;
+    }
     let (registry, catalogue) = (setup.snapshot.registry.revision().to_owned(), setup.snapshot.catalogue.revision().to_owned());
     let engine = Arc::new(Engine::new(setup.snapshot, liveness, setup.fingerprint_key));
     for address in bound.addresses() {
@@ -106,11 +118,22 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> 
         Err(ConfigError::Read { path, source }) => Err(reload::unreadable(&path, &source)),
     };
     keep_up(&mut background, Reload::new(Arc::clone(&engine), files, Arc::new(load)), hangup);
+    let stopping = Arc::new(OnceLock::new());
+    let shutdown = {
+        let stopping = Arc::clone(&stopping);
+        async move {
+            signals.first().await;
+            stopping.get_or_init(Instant::now);
+        }
+    };
     let ended = tokio::select! {
-        ended = bound.run(engine, signals.first()) => ended?,
+        ended = bound.run(engine, shutdown) => ended?,
         // Neither of them ends by itself: without it, changes would pass unnoticed.
         _ = background.join_next() => anyhow::bail!("what follows changes of the files has ended"),
     };
+    // Within the time that it has for leaving: whoever waits for its end has counted on that.
+    let took = stopping.get().map_or(Duration::ZERO, Instant::elapsed);
+    traces::finish((stop.notice.0 + stop.drain.0).saturating_sub(took).min(LAST_SPANS));
     tracing::info!(event = "stopped", drained = ended == Ended::Drained);
     Ok(Exit::Ok)
 }

@@ -58,6 +58,8 @@ pub struct Settings {
     pub catalogue: Document,
     /// Of credential fingerprints.
     pub fingerprints: Fingerprints,
+    /// Of distributed traces.
+    pub tracing: Tracing,
     /// What a spec that does not say means.
     pub platform_proxy: ProxyWord,
     /// Whether operator overrides count.
@@ -337,6 +339,24 @@ pub struct Fingerprints {
     pub key_file: Option<PathBuf>,
 }
 
+/// Of distributed traces.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Tracing {
+    /// The OTLP collector over gRPC; no traces without it.
+    pub otlp_endpoint: Option<String>,
+    /// Whom to trust for an https collector, in place of the system's authorities.
+    pub ca_file: Option<PathBuf>,
+    /// The part of the calls without a trace of their own that is traced.
+    pub sample_ratio: f64,
+    /// Of one batch of spans, tries again included.
+    pub export_timeout: Span,
+    /// How long a span waits to be sent.
+    pub export_interval: Span,
+    /// Spans that are held at a time.
+    pub queue_spans: usize,
+}
+
 /// Whether the platform's metered proxy is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
@@ -588,6 +608,19 @@ impl From<&Breaker> for BreakerSettings {
     fn from(breaker: &Breaker) -> Self {
         let Breaker { failures, cool_down, max_cool_down, trial } = breaker;
         Self { failures: *failures, cool_down: cool_down.0, max_cool_down: max_cool_down.0, trial: trial.0 }
+    }
+}
+
+impl Default for Tracing {
+    fn default() -> Self {
+        Self {
+            otlp_endpoint: None,
+            ca_file: None,
+            sample_ratio: 0.01,
+            export_timeout: seconds(10),
+            export_interval: seconds(5),
+            queue_spans: 2048,
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use rand::{Rng, distr::Alphanumeric};
 use tokio::time::Instant;
+use tracing::Instrument;
 
 use super::{Exchange, Http};
 use crate::{
@@ -12,6 +13,7 @@ use crate::{
     flight::{Flight, Flights, Joined, Landing, Launch, wait},
     liveness::{Calibration, calibrated},
     secret::Secret,
+    telemetry::traces,
 };
 
 /// How long a calibration is good for, jittered downwards: endpoints change rarely, and every check is a refused request.
@@ -88,7 +90,7 @@ impl Calibrating<'_> {
         let key = self.key();
         let launch = |_| match self.calibrations.current(key) {
             Some(known) => Launch::<_, Infallible, _>::Already(known),
-            None => Launch::Fly(self.fly(key)),
+            None => Launch::Fly(self.fly(key).instrument(traces::calibrate(self.target))),
         };
         match flights.join(key, launch) {
             Joined::Already(known) => Asked::Known(known.calibration),
@@ -106,6 +108,7 @@ impl Calibrating<'_> {
                 Exchange::Answered(response) => calibrated(response.facts(), &call.probe),
                 Exchange::TimedOut | Exchange::Unreachable(_) => Calibration::Unknown,
             };
+            traces::calibrated(&calibration);
             let (misses, good_for) = match calibration {
                 Calibration::Unknown => {
                     let misses = known.get(&key).map_or(0, |known: Known| known.misses).saturating_add(1);

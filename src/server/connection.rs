@@ -30,8 +30,8 @@ use super::{
 use crate::{
     config::settings::{Deadlines, Limits, Server},
     service::{
-        Admitted, NAME, PolicyDecision, convert::pb::policy_decision_service_server::PolicyDecisionServiceServer,
-        deadline::Deadline, word_of,
+        Admitted, BATCH_DECIDE, DECIDE, NAME, PolicyDecision,
+        convert::pb::policy_decision_service_server::PolicyDecisionServiceServer, deadline::Deadline, word_of,
     },
     telemetry::journal::{Journal, Undecided},
 };
@@ -44,10 +44,6 @@ const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 const ENHANCE_YOUR_CALM: u8 = 0x0b;
 /// Streams that a peer has reset and that are still being worked on: a rapid reset is cut off here.
 const MAX_RESET_STREAMS: usize = 20;
-/// The call of many decisions.
-const BATCH: &str = "BatchDecide";
-/// The call of one decision.
-const DECIDE: &str = "Decide";
 
 /// What every connection shares.
 pub(super) struct Core {
@@ -156,9 +152,9 @@ impl Core {
     async fn call(&self, connected: &Connected, mut request: Request<Incoming>) -> Response<Body> {
         let path = request.uri().path();
         let method = path.strip_prefix('/').and_then(|path| path.strip_prefix(NAME)).and_then(|path| path.strip_prefix('/'));
-        let is_batch = method.map(|method| method == BATCH);
+        let is_batch = method.map(|method| method == BATCH_DECIDE);
         // Of the calls that ask for a decision, the journal knows.
-        let asks = [DECIDE, BATCH].into_iter().find(|asks| method == Some(asks));
+        let asks = [DECIDE, BATCH_DECIDE].into_iter().find(|asks| method == Some(asks));
         let caller = match self.callers.admit(connected, path, request.headers()) {
             Ok(caller) => caller,
             Err(status) => return self.undecided(asks, status),
@@ -192,7 +188,7 @@ impl Core {
     fn undecided(&self, asks: Option<&'static str>, status: Status) -> Response<Body> {
         if let Some(method) = asks {
             let (grpc_code, reason) = (word_of(status.code()), status.message());
-            self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id: "" });
+            self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id: None });
         }
         status.into_http()
     }

@@ -12,7 +12,7 @@ use serde::{Serialize, Serializer};
 use tracing::Level;
 use uuid::{Uuid, fmt::Hyphenated};
 
-use super::{lines::Lines, timestamp};
+use super::{lines::Lines, timestamp, traces::TraceId};
 use crate::{
     decision::{Decision, Outcome, Verdict, Warning},
     engine::Decided,
@@ -46,8 +46,8 @@ pub struct Undecided<'a> {
     pub reason: &'a str,
     /// What was asked, if that much was understood.
     pub request: Option<&'a Request>,
-    /// The caller's trace; empty without one.
-    pub trace_id: &'a str,
+    /// The trace that it belongs to.
+    pub trace_id: Option<TraceId>,
 }
 
 #[derive(Serialize)]
@@ -57,8 +57,8 @@ struct DecisionLine<'a> {
     event: &'static str,
     schema_version: u32,
     decision_id: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    trace_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "hex")]
+    trace_id: Option<TraceId>,
     checkpoint: &'static str,
     #[serde(skip_serializing_if = "str::is_empty")]
     workspace_id: &'a str,
@@ -103,8 +103,8 @@ struct UndecidedLine<'a> {
     level: &'static str,
     event: &'static str,
     schema_version: u32,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    trace_id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "hex")]
+    trace_id: Option<TraceId>,
     method: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     checkpoint: Option<&'static str>,
@@ -141,7 +141,7 @@ impl Journal {
 
     /// Writes a decision's event. A denial is at WARN, and so is an allow that was not verified, but at INFO where there is
     /// nothing to call by design.
-    pub fn decision(&self, request: &Request, decided: &Decided, took: Duration, trace_id: &str) {
+    pub fn decision(&self, request: &Request, decided: &Decided, took: Duration, trace_id: Option<TraceId>) {
         let Some(lines) = &self.lines else { return };
         let Decided { id, decision, registry_revision, catalogue_revision } = decided;
         let Decision { outcome, resolution, liveness, warnings, trace: _ } = decision;
@@ -265,6 +265,10 @@ fn write(lines: &Lines, event: &impl Serialize) {
 
 fn codes<S: Serializer>(warnings: &&[Warning], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_seq(warnings.iter().map(|warning| warning.code.as_str()))
+}
+
+fn hex<S: Serializer>(id: &Option<TraceId>, serializer: S) -> Result<S::Ok, S::Error> {
+    id.map(|id| id.to_string()).serialize(serializer)
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]

@@ -1,0 +1,607 @@
+//! Distributed traces: a caller's trace is continued, and what became of it goes to a collector over OTLP.
+//!
+//! Whether a call is traced is decided before any span is built: a caller that has decided already is followed, a call without a
+//! trace of its own is taken by chance. A call that is not traced builds nothing, and work below it asks for its parent first, so
+//! that no part of it springs up as a trace of its own.
+//!
+//! Nothing here waits for the collector. Spans go into a bounded queue; one thread of its own, with a runtime of its own, sends
+//! them. What does not fit or does not arrive is lost, counted, and told of rarely.
+//!
+//! Names of spans and attributes stand here and nowhere else; they are OpenTelemetry's where it has one. None of them holds a
+//! URL's path or query, a header or a body.
+
+use std::{
+    env,
+    future::{Future, ready},
+    io,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+pub use opentelemetry::trace::TraceId;
+use opentelemetry::{
+    Context, InstrumentationScope, KeyValue,
+    trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceState, TracerProvider},
+};
+use opentelemetry_otlp::{SpanExporter as OtlpExporter, WithExportConfig, WithTonicConfig};
+use opentelemetry_sdk::{
+    Resource,
+    error::{OTelSdkError, OTelSdkResult},
+    resource::{EnvResourceDetector, TelemetryResourceDetector},
+    trace::{
+        BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracerProvider, Span as SdkSpan, SpanData, SpanExporter,
+        SpanProcessor,
+    },
+};
+use tonic::{
+    metadata::MetadataMap,
+    transport::{Certificate, ClientTlsConfig, Endpoint},
+};
+use tracing::{Metadata, Span, Subscriber, field::Empty, level_filters::LevelFilter};
+use tracing_opentelemetry::{OpenTelemetryLayer, OpenTelemetrySpanExt};
+use tracing_subscriber::{Layer, filter::filter_fn, registry::LookupSpan};
+use uuid::Uuid;
+
+use crate::{
+    decision::{Outcome, ServedFrom, Unreached},
+    endpoint::{self, Call, Target},
+    engine::{Decided, Observed},
+    liveness::{Calibration, Finding},
+};
+
+/// What spans of ours are told by. Nobody else's become part of a trace: neither the HTTP library's, nor the exporter's own.
+const TARGET: &str = "byok_gate::span";
+/// Keeps spans of ours alive under whatever log filter is set: it rules the log, and traces have a switch of their own.
+pub(super) const DIRECTIVE: &str = "byok_gate::span=info";
+/// What is sent at once: a few hundred KiB, far below what a collector takes for one message.
+const BATCH_SPANS: usize = 512;
+/// Lost spans are told of no more often than this.
+const TELL_EVERY: Duration = Duration::from_secs(60);
+
+/// Where spans go, and how many.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TraceSettings {
+    /// The collector: `http://HOST:PORT` or `https://HOST:PORT`.
+    pub endpoint: String,
+    /// Whom to trust for `https`, in PEM; the system's authorities if not set.
+    pub roots: Option<Vec<u8>>,
+    /// The part of the calls without a trace of their own that is traced, 0 to 1.
+    pub sample_ratio: f64,
+    /// The longest that one batch may take, tries again included.
+    pub timeout: Duration,
+    /// The longest that a span waits to be sent.
+    pub interval: Duration,
+    /// How many spans are held at a time, those on their way included.
+    pub queue: usize,
+}
+
+/// Traces could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceSetupError {
+    /// The collector's address or certificates do not stand.
+    #[error("tracing.otlp_endpoint `{endpoint}` or its tracing.ca_file does not stand")]
+    Endpoint {
+        /// The address.
+        endpoint: String,
+        /// The fault.
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// The exporter takes some of its settings from the environment, and those do not stand.
+    #[error("the exporter's own OTEL_EXPORTER_OTLP_ variables: {0}")]
+    Exporter(String),
+    /// No thread or timer could be had.
+    #[error("the exporter's runtime could not be started")]
+    Runtime(#[from] io::Error),
+}
+
+/// One process has one subscriber, and it is there before the settings are read.
+static EXPORT: OnceLock<Export> = OnceLock::new();
+
+/// What takes finished spans.
+#[derive(Debug)]
+struct Export {
+    processor: BatchSpanProcessor,
+    held: Arc<Held>,
+    sample_ratio: f64,
+}
+
+/// The spans that are waiting or on their way, and those that are lost.
+#[derive(Debug)]
+struct Held {
+    spans: AtomicUsize,
+    limit: usize,
+    lost: AtomicU64,
+    told: Mutex<Told>,
+}
+
+#[derive(Debug, Default)]
+struct Told {
+    lost: u64,
+    at: Option<Instant>,
+}
+
+/// Gives finished spans to what [`start`] made.
+#[derive(Debug)]
+struct Outlet;
+
+/// Sends batches, on the thread that calls it and on no other: its runtime runs only while it sends.
+#[derive(Debug)]
+struct Sender {
+    inner: OtlpExporter,
+    runtime: tokio::runtime::Runtime,
+    timeout: Duration,
+    held: Arc<Held>,
+}
+
+/// The part that a call had in a flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// It launched it.
+    Fill,
+    /// Another call had.
+    Wait,
+}
+
+/// One call's place in a trace.
+#[derive(Debug)]
+pub struct Traced {
+    span: Span,
+    trace_id: Option<TraceId>,
+}
+
+// === setting up ===
+
+/// The subscriber's layer: spans of ours, and no events, since the log has them.
+pub(super) fn layer<S: Subscriber + for<'s> LookupSpan<'s>>() -> impl Layer<S> {
+    // Sampled is what is built at all; the SDK would read the environment for another answer.
+    let provider = SdkTracerProvider::builder().with_sampler(Sampler::AlwaysOn).with_span_processor(Outlet).build();
+    let scope = InstrumentationScope::builder(env!("CARGO_PKG_NAME")).with_version(env!("CARGO_PKG_VERSION")).build();
+    let ours = |metadata: &Metadata<'_>| metadata.is_span() && metadata.target() == TARGET;
+    OpenTelemetryLayer::new(provider.tracer_with_scope(scope))
+        .with_location(false)
+        .with_threads(false)
+        .with_target(false)
+        .with_tracked_inactivity(false)
+        .with_context_activation(false)
+        .with_filter(filter_fn(ours).with_max_level_hint(LevelFilter::INFO))
+}
+
+/// From now on calls are traced. A collector that is not there is no fault: it may come.
+pub fn start(settings: &TraceSettings) -> Result<(), TraceSetupError> {
+    let TraceSettings { endpoint, sample_ratio, timeout, interval, queue, .. } = settings;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let collector = collector(settings).map_err(|source| TraceSetupError::Endpoint { endpoint: endpoint.clone(), source })?;
+    let channel = {
+        let _context = runtime.enter();
+        collector.connect_lazy()
+    };
+    let inner = OtlpExporter::builder()
+        .with_tonic()
+        .with_channel(channel)
+        .with_timeout(*timeout)
+        .build()
+        .map_err(|fault| TraceSetupError::Exporter(fault.to_string()))?;
+    let held = Arc::new(Held { spans: AtomicUsize::new(0), limit: *queue, lost: AtomicU64::new(0), told: Mutex::default() });
+    let config = BatchConfigBuilder::default()
+        .with_max_queue_size(*queue)
+        .with_max_export_batch_size(BATCH_SPANS.min(*queue))
+        .with_scheduled_delay(*interval)
+        .build();
+    let sender = Sender { inner, runtime, timeout: *timeout, held: Arc::clone(&held) };
+    let mut processor = BatchSpanProcessor::new(sender, config);
+    processor.set_resource(&resource());
+    // A second start would be a second server in one process, which there is not.
+    drop(EXPORT.set(Export { processor, held, sample_ratio: *sample_ratio }));
+    Ok(())
+}
+
+/// Sends what is left, for this long at most. Blocks its thread: for the end of a process.
+pub fn finish(within: Duration) {
+    let Some(Export { processor, held, .. }) = EXPORT.get() else { return };
+    let sent = processor.shutdown_with_timeout(within);
+    if sent.is_err() {
+        held.lose(held.spans.load(Ordering::Relaxed));
+    }
+    held.tell("the collector did not take them before the end", Duration::ZERO);
+}
+
+fn collector(settings: &TraceSettings) -> Result<Endpoint, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(settings.endpoint.clone())?
+        .user_agent(concat!("byok-gate/", env!("CARGO_PKG_VERSION")))?
+        .connect_timeout(settings.timeout)
+        // A connection that went dead is found out within one batch, not by every batch until TCP gives up.
+        .http2_keep_alive_interval(settings.timeout / 4)
+        .keep_alive_timeout(settings.timeout / 4);
+    if endpoint.uri().scheme() != Some(&http::uri::Scheme::HTTPS) {
+        return Ok(endpoint);
+    }
+    let tls = match &settings.roots {
+        Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
+        None => ClientTlsConfig::new().with_native_roots(),
+    };
+    endpoint.tls_config(tls)
+}
+
+/// Who sends. What `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME` say wins: that is where platforms put a pod's name.
+fn resource() -> Resource {
+    let named = Resource::builder_empty()
+        .with_service_name(env!("CARGO_PKG_NAME"))
+        .with_attributes([
+            KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
+            KeyValue::new("service.instance.id", Uuid::now_v7().to_string()),
+        ])
+        .with_detectors(&[Box::new(TelemetryResourceDetector), Box::new(EnvResourceDetector::new())]);
+    match env::var("OTEL_SERVICE_NAME") {
+        Ok(name) if !name.trim().is_empty() => named.with_service_name(name),
+        Ok(_) | Err(_) => named,
+    }
+    .build()
+}
+
+// === the way out ===
+
+impl SpanProcessor for Outlet {
+    fn on_start(&self, _span: &mut SdkSpan, _context: &Context) {}
+
+    fn on_end(&self, span: SpanData) {
+        let Some(Export { processor, held, .. }) = EXPORT.get() else { return };
+        if held.take_one() {
+            processor.on_end(span);
+        } else {
+            held.lose(1);
+        }
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        Ok(())
+    }
+
+    fn shutdown_with_timeout(&self, _timeout: Duration) -> OTelSdkResult {
+        Ok(())
+    }
+}
+
+impl SpanExporter for Sender {
+    fn export(&self, batch: Vec<SpanData>) -> impl Future<Output = OTelSdkResult> + Send {
+        let count = batch.len();
+        let sent = self.runtime.block_on(async {
+            let sending = tokio::time::timeout(self.timeout, self.inner.export(batch));
+            sending.await.unwrap_or(Err(OTelSdkError::Timeout(self.timeout)))
+        });
+        self.held.spans.fetch_sub(count, Ordering::Relaxed);
+        let why = match &sent {
+            Ok(()) => "more came than could be sent".to_owned(),
+            Err(fault) => {
+                self.held.lose(count);
+                fault.to_string()
+            }
+        };
+        self.held.tell(&why, TELL_EVERY);
+        ready(sent)
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.inner.set_resource(resource);
+    }
+}
+
+// === impl Held ===
+
+impl Held {
+    fn take_one(&self) -> bool {
+        let taken = self.spans.fetch_add(1, Ordering::Relaxed) < self.limit;
+        if !taken {
+            self.spans.fetch_sub(1, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    fn lose(&self, spans: usize) {
+        self.lost.fetch_add(spans as u64, Ordering::Relaxed);
+    }
+
+    /// Tells of what was lost since it was told of last, if that is long enough ago.
+    fn tell(&self, why: &str, every: Duration) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let total = self.lost.load(Ordering::Relaxed);
+        if total > told.lost && told.at.is_none_or(|at| at.elapsed() >= every) {
+            tracing::warn!(event = "spans_lost", lost = total - told.lost, total, why);
+            *told = Told { lost: total, at: Some(Instant::now()) };
+        }
+    }
+}
+
+// === one call ===
+
+impl Traced {
+    /// A call that begins now, of this method of this service.
+    pub fn begin(metadata: &MetadataMap, service: &'static str, method: &'static str) -> Self {
+        let parent = Parent::of(metadata);
+        let trace_id = parent.as_ref().map(|parent| parent.trace_id);
+        let Some(export) = EXPORT.get() else { return Self { span: Span::none(), trace_id } };
+        let sampled = parent.as_ref().map_or_else(|| rand::random::<f64>() < export.sample_ratio, |parent| parent.sampled);
+        if !sampled {
+            return Self { span: Span::none(), trace_id };
+        }
+        let span = tracing::info_span!(
+            target: TARGET,
+            parent: None,
+            "rpc",
+            otel.name = format!("{service}/{method}"),
+            otel.kind = "server",
+            otel.status_code = Empty,
+            rpc.system = "grpc",
+            rpc.service = service,
+            rpc.method = method,
+            rpc.grpc.status_code = Empty,
+            byokgate.decision_id = Empty,
+            byokgate.checkpoint = Empty,
+            byokgate.outcome = Empty,
+            byokgate.code = Empty,
+            byokgate.provider = Empty,
+            byokgate.verdict = Empty,
+        );
+        if let Some(parent) = parent {
+            // Fails only where there is no layer of ours, and so nothing to continue.
+            drop(span.set_parent(parent.context(metadata)));
+        }
+        let context = span.context();
+        let trace_id = trace_id.or_else(|| Some(context.span().span_context().trace_id())).filter(|id| *id != TraceId::INVALID);
+        Self { span, trace_id }
+    }
+
+    /// One item of a batch.
+    pub fn item(&self, index: u32) -> Self {
+        let span = below(&self.span, |parent| {
+            tracing::info_span!(
+                target: TARGET,
+                parent: parent,
+                "decide",
+                byokgate.batch.index = i64::from(index),
+                otel.status_code = Empty,
+                rpc.grpc.status_code = Empty,
+                byokgate.decision_id = Empty,
+                byokgate.checkpoint = Empty,
+                byokgate.outcome = Empty,
+                byokgate.code = Empty,
+                byokgate.provider = Empty,
+                byokgate.verdict = Empty,
+            )
+        });
+        Self { span, trace_id: self.trace_id }
+    }
+
+    /// The span of the work that the call is; none if it is not traced.
+    pub fn span(&self) -> Span {
+        self.span.clone()
+    }
+
+    /// The trace that the call belongs to: its caller's, traced here or not, or one of our own.
+    pub fn trace_id(&self) -> Option<TraceId> {
+        self.trace_id
+    }
+
+    /// A decision was made.
+    pub fn decided(&self, checkpoint: &'static str, decided: &Decided) {
+        if self.span.is_none() {
+            return;
+        }
+        let (outcome, code) = match &decided.decision.outcome {
+            Outcome::Allow(_) => ("ALLOW", None),
+            Outcome::Deny(deny) => ("DENY", Some(deny.refusal.code().as_str())),
+        };
+        self.span.record("byokgate.decision_id", decided.id.to_string());
+        self.span.record("byokgate.checkpoint", checkpoint);
+        self.span.record("byokgate.outcome", outcome);
+        self.span.record("byokgate.code", code);
+        self.span.record("byokgate.provider", &decided.decision.resolution.provider);
+        self.span.record("byokgate.verdict", decided.decision.liveness.as_ref().map(|liveness| liveness.verdict.as_str()));
+    }
+
+    /// The call is answered. Those codes that are a server's fault mark the span.
+    pub fn answered(&self, code: tonic::Code) {
+        use tonic::Code;
+        if self.span.is_none() {
+            return;
+        }
+        self.span.record("rpc.grpc.status_code", code as i64);
+        if let Code::Unknown
+        | Code::DeadlineExceeded
+        | Code::Unimplemented
+        | Code::Internal
+        | Code::Unavailable
+        | Code::DataLoss = code
+        {
+            self.span.record("otel.status_code", "error");
+        }
+    }
+}
+
+/// A caller's place in its trace, as `traceparent` has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Parent {
+    trace_id: TraceId,
+    span_id: SpanId,
+    sampled: bool,
+}
+
+// === impl Parent ===
+
+impl Parent {
+    fn of(metadata: &MetadataMap) -> Option<Self> {
+        Self::parse(metadata.get("traceparent")?.to_str().ok()?)
+    }
+
+    /// `VERSION-TRACE-SPAN-FLAGS` in lower-case hex. A later version may have more behind it.
+    ///
+    /// By hand, since every call that carries one comes through here, and the library's reader allocates several times.
+    fn parse(text: &str) -> Option<Self> {
+        let text = text.trim_matches([' ', '\t']);
+        let (whole, rest) = text.split_at_checked(55)?;
+        let mut parts = whole.split('-');
+        let mut hex = |digits: usize| {
+            let part = parts.next()?;
+            let is_hex = part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+            (part.len() == digits && is_hex).then_some(part)
+        };
+        let (version, trace_id, span_id, flags) = (hex(2)?, hex(32)?, hex(16)?, hex(2)?);
+        let more_may_follow = version != "00" && rest.starts_with('-');
+        if version == "ff" || !(rest.is_empty() || more_may_follow) {
+            return None;
+        }
+        let trace_id = TraceId::from_hex(trace_id).ok().filter(|id| *id != TraceId::INVALID)?;
+        let span_id = SpanId::from_hex(span_id).ok().filter(|id| *id != SpanId::INVALID)?;
+        let flags = TraceFlags::new(u8::from_str_radix(flags, 16).ok()?);
+        Some(Self { trace_id, span_id, sampled: flags.is_sampled() })
+    }
+
+    /// With the `tracestate` that came along, which is handed on as it is. One that does not stand is dropped, and the trace
+    /// goes on.
+    fn context(self, metadata: &MetadataMap) -> Context {
+        let state = metadata.get("tracestate").and_then(|value| value.to_str().ok()?.parse::<TraceState>().ok());
+        let span = SpanContext::new(self.trace_id, self.span_id, TraceFlags::SAMPLED, true, state.unwrap_or_default());
+        Context::new().with_remote_span_context(span)
+    }
+}
+
+// === what a call does ===
+
+/// Builds a span below this one, if this one is of ours; else none.
+fn below(parent: &Span, build: impl FnOnce(&Span) -> Span) -> Span {
+    if parent.metadata().is_some_and(|metadata| metadata.target() == TARGET) { build(parent) } else { Span::none() }
+}
+
+/// The same below the current one.
+fn here(build: impl FnOnce(&Span) -> Span) -> Span {
+    // Without an exporter there are none, and the subscriber need not be asked.
+    if EXPORT.get().is_none() { Span::none() } else { below(&Span::current(), build) }
+}
+
+/// A look into the memory of observations, and what waiting comes of it.
+pub(crate) fn cache() -> Span {
+    here(|parent| {
+        tracing::info_span!(
+            target: TARGET,
+            parent: parent,
+            "cache",
+            byokgate.cache.result = Empty,
+            byokgate.verdict = Empty,
+        )
+    })
+}
+
+/// What came of it.
+pub(crate) fn observed(span: &Span, observed: &Observed, part: Option<Part>) {
+    if span.is_none() {
+        return;
+    }
+    let result = match (part, observed.served_from) {
+        (Some(Part::Fill), _) => "fill",
+        (Some(Part::Wait), _) => "wait",
+        (None, ServedFrom::Cache | ServedFrom::Stale) => "hit",
+        (None, ServedFrom::Breaker) => "breaker",
+        (None, ServedFrom::Probe) => "withheld",
+    };
+    span.record("byokgate.cache.result", result);
+    span.record("byokgate.verdict", observed.finding.verdict.as_str());
+}
+
+/// One walk up a provider's ladder, with the wait for its turn.
+pub(crate) fn probe(endpoint: &endpoint::Endpoint) -> Span {
+    here(|parent| {
+        tracing::info_span!(
+            target: TARGET,
+            parent: parent,
+            "probe",
+            byokgate.provider = endpoint.provider,
+            byokgate.verdict = Empty,
+        )
+    })
+}
+
+/// What came of the walk whose work this is.
+pub(crate) fn found(finding: &Finding) {
+    if EXPORT.get().is_some() {
+        Span::current().record("byokgate.verdict", finding.verdict.as_str());
+    }
+}
+
+/// Whether an endpoint refuses a made-up key.
+pub(crate) fn calibrate(target: &Target) -> Span {
+    here(|parent| {
+        tracing::info_span!(
+            target: TARGET,
+            parent: parent,
+            "calibrate",
+            byokgate.provider = target.endpoint.provider,
+            byokgate.calibration = Empty,
+        )
+    })
+}
+
+/// What came of the calibration whose work this is.
+pub(crate) fn calibrated(calibration: &Calibration) {
+    if EXPORT.get().is_some() {
+        let word = match calibration {
+            Calibration::Refuses { .. } => "refuses",
+            Calibration::AcceptsAnything => "accepts anything",
+            Calibration::Unknown => "unknown",
+        };
+        Span::current().record("byokgate.calibration", word);
+    }
+}
+
+/// One request. Its path is left out: it may hold what an operator wrote into a base URL.
+pub(crate) fn request(call: &Call) -> Span {
+    here(|parent| {
+        let method = call.probe.method.as_str();
+        tracing::info_span!(
+            target: TARGET,
+            parent: parent,
+            "http",
+            otel.name = method,
+            otel.kind = "client",
+            otel.status_code = Empty,
+            http.request.method = method,
+            url.scheme = call.url.scheme(),
+            server.address = call.url.host_str(),
+            server.port = call.url.port_or_known_default().map(i64::from),
+            byokgate.probe = call.probe.name,
+            http.response.status_code = Empty,
+            error.type = Empty,
+        )
+    })
+}
+
+/// A request's answer: its status, or why there is none; without a reason its time was over.
+pub(crate) fn replied(span: &Span, reply: Result<u16, Option<Unreached>>) {
+    if span.is_none() {
+        return;
+    }
+    let error = match reply {
+        Ok(status) => {
+            span.record("http.response.status_code", i64::from(status));
+            (status >= 400).then(|| status.to_string())
+        }
+        Err(why) => {
+            let word = match why {
+                None => "timeout",
+                Some(Unreached::Dns) => "dns",
+                Some(Unreached::Address) => "address_refused",
+                Some(Unreached::Connect) => "connect",
+                Some(Unreached::Tls) => "tls",
+                Some(Unreached::Closed) => "closed",
+                Some(Unreached::Protocol) => "protocol",
+            };
+            Some(word.to_owned())
+        }
+    };
+    if let Some(error) = error {
+        span.record("otel.status_code", "error");
+        span.record("error.type", error);
+    }
+}
