@@ -605,3 +605,63 @@ pub(crate) fn replied(span: &Span, reply: Result<u16, Option<Unreached>>) {
         span.record("error.type", error);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+    const SPAN: &str = "00f067aa0ba902b7";
+
+    #[test]
+    fn a_traceparent_is_taken_whole_or_not_at_all() {
+        let parsed = |sampled| Some((TRACE.to_owned(), SPAN.to_owned(), sampled));
+        let zero = "0".repeat(32);
+        for (text, expect) in [
+            (format!("00-{TRACE}-{SPAN}-01"), parsed(true)),
+            (format!("00-{TRACE}-{SPAN}-00"), parsed(false)),
+            // Flags that nobody has defined yet change nothing.
+            (format!("00-{TRACE}-{SPAN}-03"), parsed(true)),
+            (format!("00-{TRACE}-{SPAN}-fe"), parsed(false)),
+            (format!(" 00-{TRACE}-{SPAN}-01\t"), parsed(true)),
+            // A later version, with what it has more.
+            (format!("cc-{TRACE}-{SPAN}-01"), parsed(true)),
+            (format!("cc-{TRACE}-{SPAN}-01-what-comes"), parsed(true)),
+            (format!("cc-{TRACE}-{SPAN}-01.what-comes"), None),
+            (format!("00-{TRACE}-{SPAN}-01-what-comes"), None),
+            (format!("ff-{TRACE}-{SPAN}-01"), None),
+            (format!("00-{zero}-{SPAN}-01"), None),
+            (format!("00-{TRACE}-0000000000000000-01"), None),
+            (format!("00-{}-{SPAN}-01", TRACE.to_uppercase()), None),
+            (format!("00-+{}-{SPAN}-01", TRACE.get(1..).unwrap()), None),
+            (format!("00-{TRACE}-{SPAN}-1"), None),
+            (format!("00-{TRACE}-{SPAN}"), None),
+            (format!("00-{TRACE}{SPAN}--01"), None),
+            (format!("00_{TRACE}_{SPAN}_01"), None),
+            (format!("é0-{TRACE}-{SPAN}-01"), None),
+            ("-".repeat(55), None),
+            (String::new(), None),
+        ] {
+            let found = Parent::parse(&text);
+            let found = found.map(|parent| (parent.trace_id.to_string(), parent.span_id.to_string(), parent.sampled));
+            assert_eq!(found, expect, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_held_is_bounded_and_what_is_lost_is_told_of_rarely() {
+        let held = Held { spans: AtomicUsize::new(0), limit: 2, lost: AtomicU64::new(0), told: Mutex::default() };
+        assert_eq!([held.take_one(), held.take_one(), held.take_one()], [true, true, false]);
+        held.spans.fetch_sub(1, Ordering::Relaxed);
+        assert_eq!([held.take_one(), held.take_one()], [true, false]);
+        let told = |every| {
+            held.tell("made to", every);
+            held.told.lock().unwrap().lost
+        };
+        held.lose(3);
+        assert_eq!(told(TELL_EVERY), 3);
+        held.lose(4);
+        assert_eq!(told(TELL_EVERY), 3);
+        assert_eq!(told(Duration::ZERO), 7);
+    }
+}

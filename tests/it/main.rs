@@ -32,5 +32,6 @@ mod shutdown;
 mod support;
 mod tidy;
 mod tls;
+mod traces;
 mod vectors;
 mod wire;

@@ -34,7 +34,7 @@ fn forms(value: &str) -> Vec<String> {
 }
 
 #[track_caller]
-fn is_not_in(text: &str, value: &str, place: &str) {
+pub(crate) fn is_not_in(text: &str, value: &str, place: &str) {
     for form in forms(value) {
         let at = text.find(&form);
         assert!(at.is_none(), "{place}: {form:?} in …{}…", &text[at.unwrap().saturating_sub(200)..at.unwrap() + form.len()]);

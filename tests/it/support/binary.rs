@@ -56,8 +56,13 @@ pub(crate) async fn run(arguments: &[&str], environment: &[(&str, &str)]) -> End
 
 impl Serving {
     pub(crate) async fn start(arguments: &[&str]) -> Self {
+        Self::start_in(arguments, &[]).await
+    }
+
+    /// With this environment.
+    pub(crate) async fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         let whole = [&["serve", "--listen", "127.0.0.1:0"], arguments].concat();
-        let mut child = command(&whole, &[]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = command(&whole, environment).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap());
         let mut stderr = child.stderr.take().unwrap();
         let stderr = tokio::spawn(async move {

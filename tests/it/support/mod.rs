@@ -3,6 +3,7 @@
 pub(crate) mod asker;
 pub(crate) mod binary;
 pub(crate) mod case;
+pub(crate) mod collector;
 pub(crate) mod edge;
 pub(crate) mod events;
 pub(crate) mod gate;
