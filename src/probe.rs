@@ -234,7 +234,7 @@ impl Http {
 
     /// One request with this credential, and its answer, by the deadline.
     async fn exchange(&self, call: &Call, family: HeaderFamily, secret: &Secret, deadline: Instant) -> Exchange {
-        let span = traces::request(call);
+        let span = traces::request(call, family);
         let exchange = self.send(call, family, secret, deadline).instrument(span.clone()).await;
         traces::replied(
             &span,

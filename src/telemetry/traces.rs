@@ -46,6 +46,7 @@ use tracing_subscriber::{Layer, filter::filter_fn, registry::LookupSpan};
 use uuid::Uuid;
 
 use crate::{
+    catalogue::HeaderFamily,
     decision::{Outcome, ServedFrom, Unreached},
     endpoint::{self, Call, Target},
     engine::{Decided, Observed},
@@ -556,7 +557,7 @@ pub(crate) fn calibrated(calibration: &Calibration) {
 }
 
 /// One request. Its path is left out: it may hold what an operator wrote into a base URL.
-pub(crate) fn request(call: &Call) -> Span {
+pub(crate) fn request(call: &Call, family: HeaderFamily) -> Span {
     here(|parent| {
         let method = call.probe.method.as_str();
         tracing::info_span!(
@@ -571,6 +572,7 @@ pub(crate) fn request(call: &Call) -> Span {
             server.address = call.url.host_str(),
             server.port = call.url.port_or_known_default().map(i64::from),
             byokgate.probe = call.probe.name,
+            byokgate.header = family.as_str(),
             http.response.status_code = Empty,
             error.type = Empty,
         )

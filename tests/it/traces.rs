@@ -150,6 +150,7 @@ async fn a_callers_trace_is_continued_to_the_provider() {
         ("server.address", "127.0.0.1"),
         ("server.port", &port),
         ("byokgate.probe", "models"),
+        ("byokgate.header", "bearer"),
         ("http.response.status_code", "401"),
         ("error.type", "401"),
     ];
