@@ -21,6 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use http::HeaderName;
 pub use opentelemetry::trace::TraceId;
 use opentelemetry::{
     Context, InstrumentationScope, KeyValue,
@@ -61,6 +62,8 @@ pub(super) const DIRECTIVE: &str = "byok_gate::span=info";
 const BATCH_SPANS: usize = 512;
 /// Lost spans are told of no more often than this.
 const TELL_EVERY: Duration = Duration::from_secs(60);
+/// Read once here, and not for every call.
+static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// Where spans go, and how many.
 #[derive(Debug, Clone, PartialEq)]
@@ -434,30 +437,26 @@ struct Parent {
 
 impl Parent {
     fn of(metadata: &MetadataMap) -> Option<Self> {
-        Self::parse(metadata.get("traceparent")?.to_str().ok()?)
+        Self::parse(metadata.as_ref().get(&TRACEPARENT)?.as_bytes())
     }
 
     /// `VERSION-TRACE-SPAN-FLAGS` in lower-case hex. A later version may have more behind it.
     ///
     /// By hand, since every call that carries one comes through here, and the library's reader allocates several times.
-    fn parse(text: &str) -> Option<Self> {
-        let text = text.trim_matches([' ', '\t']);
-        let (whole, rest) = text.split_at_checked(55)?;
-        let mut parts = whole.split('-');
-        let mut hex = |digits: usize| {
-            let part = parts.next()?;
-            let is_hex = part.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-            (part.len() == digits && is_hex).then_some(part)
-        };
-        let (version, trace_id, span_id, flags) = (hex(2)?, hex(32)?, hex(16)?, hex(2)?);
-        let more_may_follow = version != "00" && rest.starts_with('-');
-        if version == "ff" || !(rest.is_empty() || more_may_follow) {
+    fn parse(text: &[u8]) -> Option<Self> {
+        let (version, text) = text.trim_ascii().split_at_checked(2)?;
+        let (trace_id, text) = field(text, 32)?;
+        let (span_id, text) = field(text, 16)?;
+        let (flags, rest) = field(text, 2)?;
+        let [version] = bytes(version)?;
+        let more_may_follow = version != 0 && rest.starts_with(b"-");
+        if version == 0xff || !(rest.is_empty() || more_may_follow) {
             return None;
         }
-        let trace_id = TraceId::from_hex(trace_id).ok().filter(|id| *id != TraceId::INVALID)?;
-        let span_id = SpanId::from_hex(span_id).ok().filter(|id| *id != SpanId::INVALID)?;
-        let flags = TraceFlags::new(u8::from_str_radix(flags, 16).ok()?);
-        Some(Self { trace_id, span_id, sampled: flags.is_sampled() })
+        let [flags] = bytes(flags)?;
+        let (trace_id, span_id) = (TraceId::from_bytes(bytes(trace_id)?), SpanId::from_bytes(bytes(span_id)?));
+        let is_valid = trace_id != TraceId::INVALID && span_id != SpanId::INVALID;
+        is_valid.then_some(Self { trace_id, span_id, sampled: TraceFlags::new(flags).is_sampled() })
     }
 
     /// With the `tracestate` that came along, which is handed on as it is. One that does not stand is dropped, and the trace
@@ -467,6 +466,26 @@ impl Parent {
         let span = SpanContext::new(self.trace_id, self.span_id, TraceFlags::SAMPLED, true, state.unwrap_or_default());
         Context::new().with_remote_span_context(span)
     }
+}
+
+/// The next field of so many digits, behind its dash, and what follows it.
+fn field(text: &[u8], digits: usize) -> Option<(&[u8], &[u8])> {
+    text.strip_prefix(b"-")?.split_at_checked(digits)
+}
+
+/// Twice as many digits as bytes, lower-case only.
+fn bytes<const N: usize>(hex: &[u8]) -> Option<[u8; N]> {
+    let digit = |digit: u8| match digit {
+        b'0'..=b'9' => Some(digit - b'0'),
+        b'a'..=b'f' => Some(digit - b'a' + 10),
+        _ => None,
+    };
+    let mut found = [0; N];
+    for (byte, pair) in found.iter_mut().zip(hex.chunks_exact(2)) {
+        let [high, low] = *pair else { return None };
+        *byte = digit(high)? << 4 | digit(low)?;
+    }
+    Some(found)
 }
 
 // === what a call does ===
@@ -644,7 +663,7 @@ mod tests {
             ("-".repeat(55), None),
             (String::new(), None),
         ] {
-            let found = Parent::parse(&text);
+            let found = Parent::parse(text.as_bytes());
             let found = found.map(|parent| (parent.trace_id.to_string(), parent.span_id.to_string(), parent.sampled));
             assert_eq!(found, expect, "{text:?}");
         }

@@ -328,6 +328,10 @@ async fn no_span_holds_a_secret_and_all_are_ours() {
     let ours = [format!("{SERVICE}/Decide").as_str(), "cache", "probe", "calibrate", "GET", "POST"].map(str::to_owned);
     assert!(spans.iter().all(|span| ours.contains(&span.name) && span.trace == TRACE && span.events == 0), "{spans:#?}");
     assert!(spans.len() > 40, "{spans:#?}");
+    let page = include_str!("../../docs/traces.md");
+    for key in spans.iter().flat_map(|span| span.attributes.keys()) {
+        assert!(page.contains(&format!("`{key}`")), "docs/traces.md does not say what {key} is");
+    }
     assert!(collector.raw.contains("made-up-collector-token"), "the collector did not get its own token");
     is_not_in(&collector.raw, CANARY, "what was sent to the collector");
 }
