@@ -30,6 +30,9 @@ const MAX_REASON_CHARS: usize = 500;
 /// Where decisions are written down.
 pub struct Journal {
     lines: Option<Lines>,
+    /// What the log's filter lets through.
+    warn: bool,
+    info: bool,
     plain_allow_ratio: f64,
     undecided: DefaultDirectRateLimiter,
     suppressed: AtomicU64,
@@ -126,13 +129,19 @@ struct UndecidedLine<'a> {
 impl Journal {
     /// Writes to these lines. Of plain allows only this share, from 0 to 1, is written; all else always is.
     pub fn to(lines: Lines, plain_allow_ratio: f64) -> Self {
-        Self { lines: Some(lines), plain_allow_ratio, ..Self::off() }
+        // Asked once, for the filter does not change: to ask without an event to follow also leaves the answer with the thread,
+        // where the next span would find it.
+        let warn = tracing::enabled!(target: "byok_gate::decision", Level::WARN);
+        let info = tracing::enabled!(target: "byok_gate::decision", Level::INFO);
+        Self { lines: Some(lines), warn, info, plain_allow_ratio, ..Self::off() }
     }
 
     /// Writes nothing.
     pub fn off() -> Self {
         Self {
             lines: None,
+            warn: false,
+            info: false,
             plain_allow_ratio: 0.0,
             undecided: RateLimiter::direct(Quota::per_second(UNDECIDED_PER_SECOND)),
             suppressed: AtomicU64::new(0),
@@ -148,7 +157,10 @@ impl Journal {
         if is_plain(decision) && !is_sampled(*id, self.plain_allow_ratio) {
             return;
         }
-        let Some(level) = level(is_loud(decision)) else { return };
+        let (level, passes) = if is_loud(decision) { ("WARN", self.warn) } else { ("INFO", self.info) };
+        if !passes {
+            return;
+        }
         let Request { spec, checkpoint, caller, .. } = request;
         let (word, code) = match outcome {
             Outcome::Allow(_) => ("ALLOW", ""),
@@ -194,7 +206,9 @@ impl Journal {
     /// Writes the event of a call that ended without a decision, at WARN.
     pub fn undecided(&self, undecided: Undecided<'_>) {
         let Some(lines) = &self.lines else { return };
-        let Some(level) = level(true) else { return };
+        if !self.warn {
+            return;
+        }
         if self.undecided.check().is_err() {
             self.suppressed.fetch_add(1, Ordering::Relaxed);
             return;
@@ -205,7 +219,7 @@ impl Journal {
             lines,
             &UndecidedLine {
                 timestamp: &timestamp(),
-                level,
+                level: "WARN",
                 event: "undecided",
                 schema_version: SCHEMA_VERSION,
                 trace_id,
@@ -219,16 +233,6 @@ impl Journal {
                 suppressed: self.suppressed.swap(0, Ordering::Relaxed),
             },
         );
-    }
-}
-
-/// The level's word, if the filter lets it through.
-fn level(loud: bool) -> Option<&'static str> {
-    // The filter knows levels only where they are written out.
-    if loud {
-        tracing::enabled!(target: "byok_gate::decision", Level::WARN).then_some("WARN")
-    } else {
-        tracing::enabled!(target: "byok_gate::decision", Level::INFO).then_some("INFO")
     }
 }
 
