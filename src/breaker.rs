@@ -4,14 +4,18 @@
 //! a single slow model opens no breaker for everybody.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use tokio::time::Instant;
 
-use crate::{decision::Verdict, liveness::Finding};
+use crate::{
+    decision::Verdict,
+    liveness::Finding,
+    meter::{Measured, PROVIDER, Page},
+};
 
 /// When it opens, and for how long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,7 +37,15 @@ const MAX_BREAKERS: usize = 10_000;
 #[derive(Debug)]
 pub(crate) struct Breakers {
     settings: BreakerSettings,
-    states: Mutex<HashMap<[u8; 32], State>>,
+    states: Mutex<HashMap<[u8; 32], Breaker>>,
+}
+
+#[derive(Debug)]
+struct Breaker {
+    /// Whose it is. After a reload there may be several of one provider: the one that was touched last is in use.
+    provider: String,
+    touched: Instant,
+    state: State,
 }
 
 /// The verdict that opened a breaker.
@@ -83,32 +95,39 @@ impl Breakers {
     /// `None` lets a probe through, which must be reported.
     pub(crate) fn admit(&self, provider: [u8; 32], now: Instant) -> Option<Opened> {
         let mut states = self.lock();
-        let state = states.get_mut(&provider)?;
+        let Breaker { state, touched, .. } = states.get_mut(&provider)?;
         match state {
             State::Closed { .. } => None,
             State::Open { opened, .. } | State::Trying { opened, .. } if now < opened.until => Some(opened.clone()),
             State::Open { opened, trips } | State::Trying { opened, trips } => {
                 // Until it reports, or is given up.
                 let opened = Opened { until: now + self.settings.trial, ..opened.clone() };
+                *touched = now;
                 *state = State::Trying { opened, trips: *trips };
                 None
             }
         }
     }
 
-    /// What a probe found.
-    pub(crate) fn report(&self, provider: [u8; 32], finding: &Arc<Finding>, now: Instant) {
+    /// What a probe of the provider with this name found.
+    pub(crate) fn report(&self, provider: [u8; 32], name: &str, finding: &Arc<Finding>, now: Instant) {
         let mut states = self.lock();
         let Some(failed) = failed(finding) else { return };
-        if !failed {
-            states.remove(&provider);
-            return;
-        }
         if states.len() >= MAX_BREAKERS && !states.contains_key(&provider) {
             // Identities of registries that are no longer loaded: they are forgotten together.
             states.clear();
         }
-        let state = states.entry(provider).or_insert(State::Closed { failures: 0 });
+        let breaker = states.entry(provider).or_insert_with(|| Breaker {
+            provider: name.to_owned(),
+            touched: now,
+            state: State::Closed { failures: 0 },
+        });
+        breaker.touched = now;
+        let state = &mut breaker.state;
+        if !failed {
+            *state = State::Closed { failures: 0 };
+            return;
+        }
         let trips = match state {
             State::Closed { failures } => {
                 *failures += 1;
@@ -126,9 +145,31 @@ impl Breakers {
         *state = State::Open { opened, trips };
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<[u8; 32], State>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<[u8; 32], Breaker>> {
         // No panic can leave a state half-changed: each change is one assignment.
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Measured for Breakers {
+    fn tell(&self, page: &mut Page) {
+        let states = self.lock();
+        let mut newest: BTreeMap<&str, &Breaker> = BTreeMap::new();
+        for breaker in states.values() {
+            let newest = newest.entry(&breaker.provider).or_insert(breaker);
+            if newest.touched < breaker.touched {
+                *newest = breaker;
+            }
+        }
+        let mut gauge = page.gauge("byokgate_breaker_state", "0 closed, 1 one trial is under way, 2 open");
+        for (provider, Breaker { state, .. }) in newest {
+            let number = match state {
+                State::Closed { .. } => 0,
+                State::Trying { .. } => 1,
+                State::Open { .. } => 2_u64,
+            };
+            gauge.add(&[(PROVIDER, provider)], number);
+        }
     }
 }
 

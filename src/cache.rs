@@ -8,6 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use moka::notification::RemovalCause;
 use rand::Rng;
 use tokio::time::Instant;
 use tracing::Instrument;
@@ -21,6 +22,7 @@ use crate::{
     flight::{Flights, Joined, Landing, Launch, wait},
     limits::{NewKeyLimits, NewKeys},
     liveness::Finding,
+    meter::{Counter, Measured, Page},
     telemetry::traces::{self, Part},
 };
 
@@ -91,6 +93,8 @@ pub struct Cache {
     breakers: Arc<Breakers>,
     new_keys: NewKeys,
     ages: Ages,
+    lookups: Lookups,
+    evicted: Arc<Counter>,
     /// Made anew by every process: a key in a memory image tells nothing about a credential.
     hash_key: [u8; 32],
 }
@@ -100,6 +104,23 @@ type Key = [u8; 32];
 /// What a key is made for: no key of one kind is ever one of the other.
 const OF_CREDENTIAL: u8 = 0;
 const OF_MODEL: u8 = 1;
+
+/// How it went with those who looked for an observation.
+#[derive(Debug, Default)]
+struct Lookups {
+    /// It was there, young enough.
+    hit: Counter,
+    /// A probe was begun for it.
+    fill: Counter,
+    /// A probe was under way for somebody else.
+    wait: Counter,
+    /// The breaker's verdict was taken.
+    breaker: Counter,
+    /// Too many new credentials.
+    new_keys: Counter,
+    /// Too many probes under way, over all providers.
+    full: Counter,
+}
 
 /// What is remembered under a key.
 #[derive(Debug, Clone, Default)]
@@ -130,6 +151,8 @@ impl Cache {
         let CacheSettings { ages, breaker, new_keys } = settings;
         let mut hash_key = [0; 32];
         rand::rng().fill(&mut hash_key);
+        let evicted = Arc::new(Counter::new());
+        let evicting = Arc::clone(&evicted);
         Self {
             asker,
             // LRU: the default policy may refuse a new entry under pressure, and a key that is never stored is probed forever.
@@ -137,11 +160,19 @@ impl Cache {
                 .max_capacity(MAX_ENTRIES)
                 .eviction_policy(moka::policy::EvictionPolicy::lru())
                 .time_to_live(ages.hard_maximum)
+                // For want of room: whatever ends by its age was of no use any more.
+                .eviction_listener(move |_, _, cause| {
+                    if cause == RemovalCause::Size {
+                        evicting.one();
+                    }
+                })
                 .build(),
             flights: Flights::new(MAX_FLIGHTS),
             breakers: Arc::new(Breakers::new(breaker)),
             new_keys: NewKeys::new(new_keys),
             ages,
+            lookups: Lookups::default(),
+            evicted,
             hash_key,
         }
     }
@@ -159,6 +190,7 @@ impl Cache {
         loop {
             let known = self.known(&keys);
             if let Some(timed) = self.fresh(&known, max_age) {
+                self.lookups.hit.one();
                 return self.served(&known, timed, ServedFrom::Cache, max_age);
             }
             let mut first = false;
@@ -167,6 +199,7 @@ impl Cache {
                 self.launch(&inquiry, &keys, max_age, begun)
             };
             let joined = self.flights.join(keys.first, launch);
+            self.lookups.of(&joined, first).one();
             *part = matches!(joined, Joined::Flight(_)).then_some(if first { Part::Fill } else { Part::Wait });
             match joined {
                 Joined::Already(timed) => return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age),
@@ -218,7 +251,7 @@ impl Cache {
     fn fill(&self, inquiry: &Inquiry<'_>, keys: &Keys<'_>, begun: Begun) -> impl Future<Output = Timed> + Send + use<> {
         let target = Arc::new(Target::of(inquiry.endpoint, inquiry.model));
         let question = Question { target, secret: Arc::clone(inquiry.secret), begun };
-        let (asker, breakers, provider) = (Arc::clone(&self.asker), Arc::clone(&self.breakers), inquiry.endpoint.identity);
+        let (asker, breakers, target) = (Arc::clone(&self.asker), Arc::clone(&self.breakers), Arc::clone(&question.target));
         let (memory, ages, first, second) = (self.memory.clone(), self.ages, keys.first, self.second(keys));
         async move {
             let finding = asker.ask(question).await;
@@ -229,7 +262,7 @@ impl Cache {
             let fresh_for = if finding.retry_after.is_some() { age } else { ages.jittered(age) };
             let timed = Timed { finding: Arc::new(finding), at: Instant::now(), wall: SystemTime::now(), fresh_for, key };
             remember(&memory, first, &timed);
-            breakers.report(provider, &timed.finding, timed.at);
+            breakers.report(target.endpoint.identity, &target.endpoint.provider, &timed.finding, timed.at);
             timed
         }
     }
@@ -336,6 +369,26 @@ impl LivenessSource for Cache {
     }
 }
 
+impl Measured for Cache {
+    fn tell(&self, page: &mut Page) {
+        let Lookups { hit, fill, wait, breaker, new_keys, full } = &self.lookups;
+        let mut lookups = page.counter("byokgate_cache_lookups", "Looks for an observation of a credential, by what came of it");
+        for (result, count) in
+            [("hit", hit), ("fill", fill), ("wait", wait), ("breaker", breaker), ("new_keys", new_keys), ("full", full)]
+        {
+            lookups.add(&[("result", result)], count);
+        }
+        page.counter("byokgate_cache_evictions", "Observations that made room for others").add(&[], &*self.evicted);
+        // What moka has put off: its count is of what it has settled.
+        self.memory.run_pending_tasks();
+        page.gauge("byokgate_cache_entries", "Observations that are remembered").add(&[], self.memory.entry_count());
+        page.counter("byokgate_probes_panicked", "Probes that ended in a panic of ours: nothing was found")
+            .add(&[], self.flights.lost());
+        self.breakers.tell(page);
+        self.new_keys.tell(page);
+    }
+}
+
 /// Stores an observation, and marks the first entry if that is another. Only the flight of the first key writes under it and what
 /// it leads to, so reading and writing back is no race.
 fn remember(memory: &moka::sync::Cache<Key, Remembered>, first: Key, timed: &Timed) {
@@ -363,6 +416,21 @@ fn remember(memory: &moka::sync::Cache<Key, Remembered>, first: Key, timed: &Tim
     if timed.key != first {
         let entry = memory.get(&first).unwrap_or_default();
         memory.insert(first, Remembered { per_model: true, ..entry });
+    }
+}
+
+// === impl Lookups ===
+
+impl Lookups {
+    fn of(&self, joined: &Joined<Timed, Barred>, first: bool) -> &Counter {
+        match joined {
+            Joined::Already(_) => &self.hit,
+            Joined::Flight(_) if first => &self.fill,
+            Joined::Flight(_) => &self.wait,
+            Joined::Withheld(Barred::Open(_)) => &self.breaker,
+            Joined::Withheld(Barred::NewKeys(_)) => &self.new_keys,
+            Joined::Full => &self.full,
+        }
     }
 }
 

@@ -204,7 +204,7 @@ fn exit_of(fault: &anyhow::Error) -> Exit {
         Exit::Invalid
     } else {
         match fault.downcast_ref::<ServerError>() {
-            Some(ServerError::Address(_) | ServerError::Exposed(_) | ServerError::Anonymous(_)) => Exit::Usage,
+            Some(ServerError::Address { .. } | ServerError::Exposed(_) | ServerError::Anonymous(_)) => Exit::Usage,
             Some(ServerError::File { .. } | ServerError::Content { .. }) => Exit::Invalid,
             Some(ServerError::Listen { .. } | ServerError::Reflection(_) | ServerError::TaskEnded(_)) | None => Exit::Fault,
         }

@@ -8,13 +8,14 @@ use std::{
 
 use tokio::{sync::watch, time::Instant};
 
-use crate::engine::Begun;
+use crate::{engine::Begun, meter::Counter};
 
 /// The work under way, by key.
 #[derive(Debug)]
 pub(crate) struct Flights<K, V> {
     under_way: Mutex<HashMap<K, Flight<V>>>,
     limit: usize,
+    lost: Counter,
 }
 
 /// One piece of work under way.
@@ -71,7 +72,7 @@ where
 {
     /// At most `limit` keys at a time.
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { under_way: Mutex::new(HashMap::new()), limit })
+        Arc::new(Self { under_way: Mutex::new(HashMap::new()), limit, lost: Counter::new() })
     }
 
     /// Joins the flight of this key, or launches it. `launch` runs under the lock: a flight that has landed since the caller
@@ -110,6 +111,11 @@ where
         Joined::Flight(flight)
     }
 
+    /// How many have panicked.
+    pub(crate) fn lost(&self) -> &Counter {
+        &self.lost
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<K, Flight<V>>> {
         // A panic elsewhere cannot leave the map half-changed: every change to it is one call.
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
@@ -142,6 +148,9 @@ where
     V: Clone + Send + Sync + 'static,
 {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.flights.lost.one();
+        }
         self.flights.lock().remove(&self.key);
     }
 }
@@ -171,6 +180,7 @@ mod tests {
         for waiter in waiters {
             assert_eq!(wait(waiter, soon()).await, Landing::Lost);
         }
+        assert_eq!(flights.lost().get(), 1);
         let Joined::Flight(flight) = flights.join(1, fly(async { 7 })) else { panic!("the key was not freed") };
         assert_eq!(wait(flight, soon()).await, Landing::Landed(7));
     }

@@ -8,7 +8,7 @@
 //! |---|---|
 //! | 4, edge | [`cli`] commands · [`config`] files and flags · [`server`] sockets, health, leaving · [`service`] RPCs, proto <-> domain |
 //! | 3, effects | [`probe`] HTTPS, calibration, addresses · [`cache`] observations · `flight` one run per key · [`limits`] · [`breaker`] · [`reload`] changed files · [`telemetry`] logs |
-//! | 2, order of work | [`engine`]: the only pipeline; declares the traits that effects implement |
+//! | 2, order of work | [`engine`]: the only pipeline; declares the traits that effects implement · [`meter`]: the page of numbers, and what modules put on it |
 //! | 1, pure core | [`assess`] the order of a decision · [`mod@derive`] · [`presence`] · [`endpoint`] whom to ask · [`liveness`] what an answer means · [`policy`] the ruling · [`registry`] · [`catalogue`] · `yaml` |
 //! | 0, words | [`spec`] · [`secret`] · [`decision`] · [`refusal`] every reason with its words · [`problem`] |
 //!
@@ -40,6 +40,7 @@ pub mod engine;
 mod flight;
 pub mod limits;
 pub mod liveness;
+pub mod meter;
 pub mod policy;
 pub mod presence;
 pub mod probe;

@@ -1,7 +1,7 @@
 //! How much is asked of each provider, and how many new credentials anybody may have judged.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     num::NonZeroU32,
     sync::{
         Arc, Mutex, PoisonError,
@@ -25,6 +25,7 @@ use crate::{
     decision::Withheld,
     engine::{Asker, Boxed, Question},
     liveness::Finding,
+    meter::{Counter, Histogram, Measured, PROVIDER, Page},
 };
 
 /// What may be asked of each provider.
@@ -105,6 +106,8 @@ struct Gate {
     waiting: AtomicUsize,
     budget: RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Duration>>,
     clock: TokioClock,
+    /// How long the provider took, without what waiting there was.
+    took: Histogram,
 }
 
 /// A place in the queue.
@@ -154,8 +157,34 @@ impl Asker for Limited {
                 }
             }
             drop(waiting);
-            inner.ask(question).await
+            let began = Instant::now();
+            let finding = inner.ask(question).await;
+            gate.took.observe(began.elapsed());
+            finding
         })
+    }
+}
+
+impl Measured for Limited {
+    fn tell(&self, page: &mut Page) {
+        let gates: BTreeMap<String, Arc<Gate>> = {
+            let gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
+            gates.iter().map(|(name, gate)| (name.clone(), Arc::clone(gate))).collect()
+        };
+        for (provider, gate) in &gates {
+            let labels = [(PROVIDER, provider.as_str())];
+            let in_flight = self.limits.in_flight.saturating_sub(gate.in_flight.available_permits());
+            page.gauge(
+                "byokgate_probes_in_flight",
+                "Probes that have a place, asking or waiting for the budget of calls per second",
+            )
+            .add(&labels, in_flight);
+            page.gauge("byokgate_probes_queued", "Probes that wait for a place or for the budget of calls per second")
+                .add(&labels, gate.waiting.load(Ordering::Relaxed));
+            if let Some(took) = gate.took.value() {
+                page.histogram("byokgate_probe_duration_seconds", "One walk up a provider's ladder of probes").add(&labels, took);
+            }
+        }
     }
 }
 
@@ -169,6 +198,7 @@ impl Gate {
             waiting: AtomicUsize::new(0),
             budget: RateLimiter::direct_with_clock(Quota::per_second(limits.per_second), clock.clone()),
             clock,
+            took: Histogram::default(),
         }
     }
 
@@ -194,7 +224,11 @@ pub(crate) struct NewKeys {
     organizations: Keyed,
     callers: Keyed,
     clock: TokioClock,
+    refused: [Counter; 2],
 }
+
+/// By which limit a new credential was refused, in the order of `refused`.
+const REFUSED_BY: [&str; 2] = ["organization", "caller"];
 
 // === impl NewKeys ===
 
@@ -202,20 +236,38 @@ impl NewKeys {
     pub(crate) fn new(limits: NewKeyLimits) -> Self {
         let clock = TokioClock::new();
         let keyed = |per_minute| RateLimiter::hashmap_with_clock(Quota::per_minute(per_minute), clock.clone());
-        Self { organizations: keyed(limits.per_organization), callers: keyed(limits.per_caller), clock }
+        Self {
+            organizations: keyed(limits.per_organization),
+            callers: keyed(limits.per_caller),
+            clock,
+            refused: Default::default(),
+        }
     }
 
     /// Counts one; `Err` is the time after which another may come. Without an organization its caller alone is counted.
     pub(crate) fn count(&self, caller: &str, organization: &str) -> Result<(), Duration> {
-        let named = [(&self.organizations, organization)].into_iter().filter(|(_, name)| !name.is_empty());
-        for (limiter, name) in named.chain([(&self.callers, caller)]) {
+        let [by_organization, by_caller] = &self.refused;
+        let named = [(&self.organizations, organization, by_organization)].into_iter().filter(|(_, name, _)| !name.is_empty());
+        for (limiter, name, refused) in named.chain([(&self.callers, caller, by_caller)]) {
             if limiter.len() >= MAX_KEYS {
                 limiter.retain_recent();
             }
             // Where even so many are busy, the rest share one count.
             let name = if limiter.len() < MAX_KEYS { name } else { "" };
-            limiter.check_key(&name.to_owned()).map_err(|spent| spent.wait_time_from(self.clock.now()))?;
+            limiter.check_key(&name.to_owned()).map_err(|spent| {
+                refused.one();
+                spent.wait_time_from(self.clock.now())
+            })?;
         }
         Ok(())
+    }
+}
+
+impl Measured for NewKeys {
+    fn tell(&self, page: &mut Page) {
+        let mut refusals = page.counter("byokgate_new_key_refusals", "Credentials not judged, since too many new ones came");
+        for (limit, count) in REFUSED_BY.iter().zip(&self.refused) {
+            refusals.add(&[("limit", limit)], count);
+        }
     }
 }

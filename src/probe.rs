@@ -25,6 +25,7 @@ use crate::{
     endpoint::{Call, Target},
     engine::{Asker, Boxed, Question},
     liveness::{Answer, Calibration, Finding, Heard, Ladder, Next, Reading, classify, is_page},
+    meter::{Measured, Page},
     secret::Secret,
     telemetry::traces,
 };
@@ -133,6 +134,12 @@ impl Prober {
         let mut rungs = Vec::new();
         let finding = climb(&self.http, self.calibrations.as_ref(), target, secret, deadline, &mut |rung| rungs.push(rung)).await;
         (finding, rungs)
+    }
+}
+
+impl Measured for Prober {
+    fn tell(&self, page: &mut Page) {
+        self.calibrations.iter().for_each(|calibrations| calibrations.tell(page));
     }
 }
 

@@ -22,6 +22,7 @@ use tokio::{
 use crate::{
     assess::{Origin, Snapshot},
     engine::Engine,
+    meter::reloads::Reloads,
     problem::{Problem, Problems},
 };
 
@@ -49,6 +50,7 @@ pub struct Reload {
     last_seen: Hash,
     unsettled: u32,
     failures: u64,
+    counts: Arc<Reloads>,
 }
 
 /// What a look came to.
@@ -73,7 +75,13 @@ impl Reload {
     /// changed since.
     pub fn new(engine: Arc<Engine>, files: Vec<PathBuf>, load: Arc<Load>) -> Self {
         let last_seen = hash(&files);
-        Self { engine, files, load, acted_on: [0; 32], last_seen, unsettled: 0, failures: 0 }
+        let counts = Arc::new(Reloads::of("documents"));
+        Self { engine, files, load, acted_on: [0; 32], last_seen, unsettled: 0, failures: 0, counts }
+    }
+
+    /// How it went so far.
+    pub fn counts(&self) -> Arc<Reloads> {
+        Arc::clone(&self.counts)
     }
 
     /// Looks again and again, soon after a folder of the files has changed, and at once when `hurry` says so. Ends when the
@@ -144,10 +152,12 @@ impl Reload {
                     catalogue_revision = snapshot.catalogue.revision(),
                 );
                 self.engine.swap(snapshot);
+                self.counts.taken();
                 Looked::Swapped
             }
             Err(problems) => {
                 self.failures += 1;
+                self.counts.failed();
                 if !told_before {
                     let (failures, document) = (self.failures, problems.document.as_str());
                     tracing::error!(event = "reload_failed", failures, document, "{problems}");

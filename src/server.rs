@@ -1,5 +1,6 @@
 //! The server: bind, then run until told to stop. Who may call, limits, health, reflection, and the order of leaving.
 
+mod admin;
 mod auth;
 mod connection;
 mod health;
@@ -8,7 +9,16 @@ mod reload;
 pub mod shutdown;
 mod tls;
 
-use std::{convert::Infallible, error::Error, io, net::SocketAddr, panic::AssertUnwindSafe, path::PathBuf, pin::Pin, sync::Arc};
+use std::{
+    convert::Infallible,
+    error::Error,
+    io,
+    net::SocketAddr,
+    panic::AssertUnwindSafe,
+    path::PathBuf,
+    pin::Pin,
+    sync::{Arc, OnceLock},
+};
 
 use futures_util::FutureExt;
 use tokio::{
@@ -21,6 +31,7 @@ use tonic_health::pb::{FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS, health_server:
 
 pub use self::listen::Address;
 use self::{
+    admin::{Shown, answer_scrapers},
     auth::Callers,
     connection::{Core, turn_away},
     health::{HealthService, Phase},
@@ -31,6 +42,7 @@ use self::{
 use crate::{
     config::settings::{self, Settings},
     engine::Engine,
+    meter::{Counter, Measured, Page, calls::Calls, process::Process, reloads::Reloads},
     service::{
         PolicyDecision,
         convert::{self, pb::policy_decision_service_server::PolicyDecisionServiceServer},
@@ -44,6 +56,8 @@ const LOG_EVERY_REFUSED: usize = 1000;
 /// A server that has its sockets and its files.
 pub struct Bound {
     listeners: Vec<Listener>,
+    admin: Option<Listener>,
+    sources: Vec<Arc<dyn Measured>>,
     callers: Arc<Callers>,
     tls: Option<Arc<Tls>>,
     settings: Settings,
@@ -58,8 +72,13 @@ type Task = (&'static str, Pin<Box<dyn Future<Output = ()> + Send>>);
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// An address does not parse.
-    #[error("server.listen: {0}")]
-    Address(String),
+    #[error("{setting}: {message}")]
+    Address {
+        /// Which setting it is of.
+        setting: &'static str,
+        /// What is wrong.
+        message: String,
+    },
     /// Credentials would cross a network in the clear.
     #[error(
         "listening on {0} is beyond loopback, where credentials would cross the network in the clear; give tls.certificate and \
@@ -126,8 +145,10 @@ impl Bound {
 
     /// Takes the sockets and reads the files. Nothing is accepted yet.
     pub async fn open(settings: Settings) -> Result<Self, ServerError> {
+        let parsed = |setting, text: &String| text.parse().map_err(|message| ServerError::Address { setting, message });
         let addresses: Vec<Address> =
-            settings.server.listen.iter().map(|text| text.parse().map_err(ServerError::Address)).collect::<Result<_, _>>()?;
+            settings.server.listen.iter().map(|text| parsed("server.listen", text)).collect::<Result<_, _>>()?;
+        let admin = settings.admin.listen.as_ref().map(|text| parsed("admin.listen", text)).transpose()?;
         let has_tls = settings.tls.certificate.is_some();
         let knows_callers = settings.tls.client_ca.is_some() || settings.callers.token_file.is_some();
         for address in &addresses {
@@ -151,10 +172,24 @@ impl Bound {
         };
         let mut listeners = Vec::new();
         for address in addresses {
-            let bound = Listener::bind(&address, &settings.socket).await;
-            listeners.push(bound.map_err(|source| ServerError::Listen { address, source })?);
+            listeners.push(listener(address, &settings).await?);
         }
-        Ok(Self { listeners, callers, tls, settings, journal: Journal::off(), supervised: Vec::new() })
+        let admin = match admin {
+            None => None,
+            Some(address) => Some(listener(address, &settings).await?),
+        };
+        let sources: Vec<Arc<dyn Measured>> = vec![Arc::new(Process::started())];
+        Ok(Self { listeners, admin, sources, callers, tls, settings, journal: Journal::off(), supervised: Vec::new() })
+    }
+
+    /// Shows these numbers too.
+    pub fn show(&mut self, source: Arc<dyn Measured>) {
+        self.sources.push(source);
+    }
+
+    /// Where numbers are shown, if they are: with the port that was given for port 0.
+    pub fn admin_address(&self) -> Option<Address> {
+        self.admin.as_ref().map(Listener::address)
     }
 
     /// Takes the lists of callers anew, from the configuration as it is by then.
@@ -189,11 +224,13 @@ impl Bound {
     /// Serves until `shutdown`, then leaves: NOT_SERVING, a moment for that to be noticed, no new connections, GOAWAY, calls
     /// under way to the drain deadline.
     pub async fn run(self, engine: Arc<Engine>, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, ServerError> {
-        let Self { listeners, callers, tls, settings, journal, supervised } = self;
+        let Self { listeners, admin, mut sources, callers, tls, settings, journal, supervised } = self;
         let journal = Arc::new(journal);
         let Settings { server, limits, deadlines, shutdown: stop, .. } = settings;
         let (phase, phases) = watch::channel(Phase::Starting);
-        let service = PolicyDecision::new(engine, limits.clone(), deadlines.clone(), Arc::clone(&journal));
+        let calls = Arc::new(Calls::default());
+        let counted = (Arc::clone(&journal), Arc::clone(&calls));
+        let service = PolicyDecision::new(Arc::clone(&engine), limits.clone(), deadlines.clone(), counted);
         let limited = |bytes| PolicyDecisionServiceServer::new(service.clone()).max_decoding_message_size(bytes);
         let reflection = || {
             tonic_reflection::server::Builder::configure()
@@ -206,19 +243,28 @@ impl Bound {
             .prepare();
         let (decisions, batches) = (limited(limits.message_bytes), limited(limits.batch_message_bytes));
         let mut tasks = JoinSet::new();
-        let sources: Vec<Arc<dyn Source>> = tls
+        let files: Vec<(Arc<dyn Source>, Arc<Reloads>)> = tls
             .iter()
             .map(|tls| Arc::clone(tls) as Arc<dyn Source>)
             .chain(callers.tokens().map(|tokens| Arc::clone(tokens) as Arc<dyn Source>))
+            .map(|source| (Arc::clone(&source), Arc::new(Reloads::of(source.name()))))
             .collect();
-        if !sources.is_empty() {
-            spawn(&mut tasks, ("reload", Box::pin(keep_fresh(sources, server.reload_interval.0))));
+        let connections = Arc::new(Connections::new(listeners.len(), limits.connections));
+        sources.extend([Arc::new(service.clone()) as Arc<dyn Measured>, calls.clone(), connections.clone()]);
+        sources.extend(files.iter().map(|(_, counts)| Arc::clone(counts) as Arc<dyn Measured>));
+        if !files.is_empty() {
+            spawn(&mut tasks, ("reload", Box::pin(keep_fresh(files, server.reload_interval.0))));
         }
-        let core = Arc::new(Core { callers, tls, decisions, batches, routes, limits, deadlines, server, journal, phase: phases });
+        if let Some(listener) = admin {
+            spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, Arc::new(Shown { engine, sources })))));
+        }
+        let core = Core { callers, tls, decisions, batches, routes, limits, deadlines, server, journal, phase: phases, calls };
+        let core = Arc::new(core);
         // Every connection holds a sender; when the last one is dropped, all are gone.
         let (open, mut all_gone) = mpsc::channel::<Infallible>(1);
-        for listener in listeners {
-            spawn(&mut tasks, ("accept", Box::pin(accept(listener, Arc::clone(&core), open.clone()))));
+        for (listener, places) in listeners.into_iter().zip(connections.places.clone()) {
+            let accepting = accept(listener, places, Arc::clone(&core), Arc::clone(&connections), open.clone());
+            spawn(&mut tasks, ("accept", Box::pin(accepting)));
         }
         for task in supervised {
             spawn(&mut tasks, task);
@@ -230,6 +276,8 @@ impl Bound {
             Some(ended) = tasks.join_next() => Some(ended.unwrap_or("unknown")),
         };
         if let Some(name) = ended {
+            // The first one alone: the server stops with it.
+            let _is_first = connections.task_ended.set(name);
             tracing::error!(event = "background_task_ended", task = name, "it never should; stopping");
         }
         phase.send_replace(Phase::Leaving);
@@ -247,6 +295,42 @@ impl Bound {
     }
 }
 
+async fn listener(address: Address, settings: &Settings) -> Result<Listener, ServerError> {
+    Listener::bind(&address, &settings.socket).await.map_err(|source| ServerError::Listen { address, source })
+}
+
+/// Numbers about connections, and about what takes them.
+struct Connections {
+    limit: usize,
+    /// Each listener's.
+    places: Vec<Arc<Semaphore>>,
+    taken: Counter,
+    refused: Counter,
+    task_ended: OnceLock<&'static str>,
+}
+
+// === impl Connections ===
+
+impl Connections {
+    fn new(listeners: usize, limit: usize) -> Self {
+        let places = (0..listeners).map(|_| Arc::new(Semaphore::new(limit))).collect();
+        Self { limit, places, taken: Counter::new(), refused: Counter::new(), task_ended: OnceLock::new() }
+    }
+}
+
+impl Measured for Connections {
+    fn tell(&self, page: &mut Page) {
+        let open: usize = self.places.iter().map(|places| self.limit.saturating_sub(places.available_permits())).sum();
+        page.gauge("byokgate_connections_open", "Connections that are open").add(&[], open);
+        page.counter("byokgate_connections", "Connections that were taken").add(&[], &self.taken);
+        page.counter("byokgate_connections_refused", "Connections turned away at limits.connections").add(&[], &self.refused);
+        if let Some(task) = self.task_ended.get() {
+            page.counter("byokgate_background_tasks_ended", "Work in the background that ended: the server is stopping")
+                .add(&[("task", task)], 1_u64);
+        }
+    }
+}
+
 /// Starts work in the background; a panic in it is an end like any other.
 fn spawn(tasks: &mut JoinSet<&'static str>, (name, work): Task) {
     tasks.spawn(async move {
@@ -256,14 +340,20 @@ fn spawn(tasks: &mut JoinSet<&'static str>, (name, work): Task) {
 }
 
 /// Takes connections for ever. Past the limit they are turned away at once, and not left waiting in the kernel's queue.
-async fn accept(listener: Listener, core: Arc<Core>, open: mpsc::Sender<Infallible>) {
+async fn accept(
+    listener: Listener,
+    places: Arc<Semaphore>,
+    core: Arc<Core>,
+    connections: Arc<Connections>,
+    open: mpsc::Sender<Infallible>,
+) {
     let limit = core.limits.connections;
-    let places = Arc::new(Semaphore::new(limit));
     let mut refused = 0_usize;
     loop {
         let accepted = listener.accept().await;
         match Arc::clone(&places).try_acquire_owned() {
             Ok(place) => {
+                connections.taken.one();
                 let (core, open) = (Arc::clone(&core), open.clone());
                 tokio::spawn(async move {
                     core.serve(accepted).await;
@@ -271,6 +361,7 @@ async fn accept(listener: Listener, core: Arc<Core>, open: mpsc::Sender<Infallib
                 });
             }
             Err(_) => {
+                connections.refused.one();
                 if refused.is_multiple_of(LOG_EVERY_REFUSED) {
                     tracing::warn!(event = "connection_limit", address = %listener.address(), limit, refused);
                 }

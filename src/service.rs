@@ -29,6 +29,7 @@ use self::{
 use crate::{
     config::settings::{Deadlines, Limits},
     engine::{Decided, Engine},
+    meter::{Measured, Page, calls::Calls, decisions::Decisions},
     refusal::Refusal,
     spec,
     telemetry::{
@@ -61,11 +62,13 @@ struct Shared {
     limits: Limits,
     deadlines: Deadlines,
     journal: Arc<Journal>,
+    decisions: Decisions,
+    calls: Arc<Calls>,
 }
 
 /// A decision that is being made. Should it never be, the journal says so.
 struct Pending<'a> {
-    journal: &'a Journal,
+    shared: &'a Shared,
     request: &'a spec::Request,
     method: &'static str,
     traced: &'a Traced,
@@ -75,9 +78,18 @@ struct Pending<'a> {
 // === impl PolicyDecision ===
 
 impl PolicyDecision {
-    /// A service over this engine.
-    pub fn new(engine: Arc<Engine>, limits: Limits, deadlines: Deadlines, journal: Arc<Journal>) -> Self {
-        Self(Arc::new(Shared { engine, admission: Admission::new(&limits), limits, deadlines, journal }))
+    /// A service over this engine. It tells the journal of each decision, and counts items of batches that fail among the calls.
+    pub fn new(engine: Arc<Engine>, limits: Limits, deadlines: Deadlines, (journal, calls): (Arc<Journal>, Arc<Calls>)) -> Self {
+        let (admission, decisions) = (Admission::new(&limits), Decisions::default());
+        Self(Arc::new(Shared { engine, admission, limits, deadlines, journal, decisions, calls }))
+    }
+}
+
+impl Measured for PolicyDecision {
+    fn tell(&self, page: &mut Page) {
+        let Shared { admission, limits, decisions, .. } = self.0.as_ref();
+        decisions.tell(page);
+        page.gauge("byokgate_decisions_in_flight", "Decisions under way").add(&[], admission.in_flight(limits));
     }
 }
 
@@ -102,7 +114,7 @@ impl Shared {
             status
         })?;
         request.caller.clone_from(&caller.name);
-        let pending = Pending { journal: &self.journal, request: &request, method, traced, ended: false };
+        let pending = Pending { shared: self, request: &request, method, traced, ended: false };
         let began = Instant::now();
         let decided = match self.decided(caller, &request, place, answer_by, traced).await {
             Ok(decided) => decided,
@@ -134,6 +146,7 @@ impl Shared {
         // A panic in one decision is that decision's end, not the connection's.
         let deciding = AssertUnwindSafe(self.engine.decide(request, answer_by).instrument(traced.span())).catch_unwind();
         deciding.await.map_err(|_| {
+            self.decisions.panicked();
             tracing::error!(event = "decision_panicked", "a decision panicked; no decision was made");
             Status::internal("no decision was made: an internal error")
         })
@@ -146,7 +159,8 @@ impl Pending<'_> {
     fn decided(mut self, decided: &Decided, took: Duration) {
         self.ended = true;
         self.traced.decided(self.request.checkpoint.as_str(), decided);
-        self.journal.decision(self.request, decided, took, self.traced.trace_id());
+        self.shared.decisions.made(self.request.checkpoint, &decided.decision, took);
+        self.shared.journal.decision(self.request, decided, took, self.traced.trace_id());
     }
 
     fn without_a_decision(mut self, status: Status) -> Status {
@@ -156,9 +170,9 @@ impl Pending<'_> {
     }
 
     fn tell(&self, code: Code, reason: &str) {
-        let Self { journal, request, method, traced, .. } = *self;
+        let Self { shared, request, method, traced, .. } = *self;
         let (grpc_code, trace_id) = (word_of(code), traced.trace_id());
-        journal.undecided(Undecided { method, grpc_code, reason, request: Some(request), trace_id });
+        shared.journal.undecided(Undecided { method, grpc_code, reason, request: Some(request), trace_id });
     }
 }
 
@@ -209,6 +223,9 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
                     let late = || Status::deadline_exceeded("no decision was made before the batch's deadline");
                     let decided = decided.unwrap_or_else(|_| Err(late()));
                     traced.answered(code_of(&decided));
+                    if let Err(status) = &decided {
+                        shared.calls.item_failed(status.code() as i32);
+                    }
                     Ok(item(index, decided))
                 }
             })

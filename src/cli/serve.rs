@@ -35,6 +35,10 @@ pub(super) struct ServeArgs {
     /// [default: 127.0.0.1:50051].
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
     listen: Vec<String>,
+    /// Show numbers at http://HOST:PORT/metrics, for Prometheus, or on a socket file. They hold no secret. Port 0 takes a free
+    /// one, which the log names [default: nowhere].
+    #[arg(long, value_name = "HOST:PORT|unix:PATH")]
+    admin_listen: Option<String>,
     /// Listen beyond loopback without TLS: credentials then cross the network in the clear.
     #[arg(long)]
     insecure_listen: bool,
@@ -85,19 +89,25 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> 
     let signals = Signals::catch()?;
     let hangup = signal(SignalKind::hangup())?;
     let files = setup.documents;
-    let prober = Prober::new(setup.settings.probe_settings(setup.probe_ca))?;
-    let asker = Arc::new(Limited::new(Arc::new(prober), setup.settings.provider_limits()));
-    let liveness = Arc::new(Cache::new(asker, setup.settings.cache_settings()));
+    let prober = Arc::new(Prober::new(setup.settings.probe_settings(setup.probe_ca))?);
+    let asker = Arc::new(Limited::new(prober.clone(), setup.settings.provider_limits()));
+    let liveness = Arc::new(Cache::new(asker.clone(), setup.settings.cache_settings()));
     let traces = setup.settings.trace_settings()?;
     let stop = setup.settings.shutdown.clone();
     let journal = Journal::to(log, setup.settings.log.plain_allow_ratio);
     let mut bound = Bound::open(setup.settings).await?;
     bound.keep(journal);
+    bound.show(prober);
+    bound.show(asker);
+    bound.show(liveness.clone());
     if let Some(settings) = &traces {
         traces::start(settings)?;
     }
     let (registry, catalogue) = (setup.snapshot.registry.revision().to_owned(), setup.snapshot.catalogue.revision().to_owned());
     let engine = Arc::new(Engine::new(setup.snapshot, liveness, setup.fingerprint_key));
+    if let Some(address) = bound.admin_address() {
+        tracing::info!(event = "admin_listening", %address);
+    }
     for address in bound.addresses() {
         tracing::info!(
             event = "listening",
@@ -117,7 +127,9 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> 
         Err(ConfigError::Content(problems)) => Err(problems),
         Err(ConfigError::Read { path, source }) => Err(reload::unreadable(&path, &source)),
     };
-    keep_up(&mut background, Reload::new(Arc::clone(&engine), files, Arc::new(load)), hangup);
+    let reload = Reload::new(Arc::clone(&engine), files, Arc::new(load));
+    bound.show(reload.counts());
+    keep_up(&mut background, reload, hangup);
     let stopping = Arc::new(OnceLock::new());
     let shutdown = {
         let stopping = Arc::clone(&stopping);
@@ -157,6 +169,7 @@ impl ServeArgs {
     pub(super) fn layers(self) -> (Paths, Overrides) {
         let Self {
             listen,
+            admin_listen,
             insecure_listen,
             tls_cert,
             tls_key,
@@ -173,6 +186,7 @@ impl ServeArgs {
         let sans: Vec<Value> = allow_client_sans.iter().map(|san| json!({"san": san})).collect();
         let flags = [
             ("--listen", "server.listen", (!listen.is_empty()).then(|| Value::from(listen))),
+            ("--admin-listen", "admin.listen", admin_listen.map(Value::from)),
             ("--insecure-listen", "server.insecure_listen", switch(insecure_listen, true)),
             ("--allow-anonymous", "server.allow_anonymous", switch(allow_anonymous, true)),
             ("--tls-cert", "tls.certificate", path(tls_cert)),

@@ -28,6 +28,8 @@ pub struct Span(pub Duration);
 pub struct Settings {
     /// Where it listens and how it runs.
     pub server: Server,
+    /// Where its numbers are shown.
+    pub admin: Admin,
     /// Of Unix sockets.
     pub socket: Socket,
     /// Certificates and the key.
@@ -90,6 +92,14 @@ pub struct Server {
     pub keepalive_interval: Span,
     /// How long it may take to say so.
     pub keepalive_timeout: Span,
+}
+
+/// Where its numbers are shown.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct Admin {
+    /// `HOST:PORT` or `unix:PATH`; nowhere if not set.
+    pub listen: Option<String>,
 }
 
 /// Of Unix sockets.

@@ -1,6 +1,11 @@
 //! Does this endpoint refuse a made-up credential? Asked once per endpoint in hours, never on a caller's time.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use rand::{Rng, distr::Alphanumeric};
 use tokio::time::Instant;
@@ -12,6 +17,7 @@ use crate::{
     endpoint::{Call, Target},
     flight::{Flight, Flights, Joined, Landing, Launch, wait},
     liveness::{Calibration, calibrated},
+    meter::{Measured, PROVIDER, Page},
     secret::Secret,
     telemetry::traces,
 };
@@ -40,6 +46,15 @@ pub(super) struct Calibrations {
     http: Arc<Http>,
     known: moka::sync::Cache<Key, Known>,
     flights: Arc<Flights<Key, Known>>,
+    shown: Arc<Mutex<BTreeMap<Shown, u64>>>,
+}
+
+/// What the newest calibration is shown under: names of the loaded documents, so there are few.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Shown {
+    provider: String,
+    host: String,
+    probe: String,
 }
 
 #[derive(Debug, Clone)]
@@ -69,15 +84,42 @@ pub(super) enum Asked {
 impl Calibrations {
     pub(super) fn new(http: Arc<Http>) -> Self {
         let known = moka::sync::Cache::builder().max_capacity(MAX_ENDPOINTS).time_to_live(GOOD_FOR).build();
-        Self { http, known, flights: Flights::new(MAX_FLIGHTS) }
+        Self { http, known, flights: Flights::new(MAX_FLIGHTS), shown: Arc::default() }
     }
 
     pub(super) fn of<'c>(&'c self, call: &'c Call, family: HeaderFamily, target: &'c Target) -> Calibrating<'c> {
         Calibrating { calibrations: self, call, family, target }
     }
 
+    fn show(&self, shown: Shown, calibration: &Calibration) {
+        let number = match calibration {
+            Calibration::Refuses { .. } => 0,
+            Calibration::Unknown => 1,
+            Calibration::AcceptsAnything => 2,
+        };
+        // A panic elsewhere cannot leave the map half-changed: every change to it is one call.
+        let mut all = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() as u64 >= MAX_ENDPOINTS && !all.contains_key(&shown) {
+            // Names of documents that are no longer loaded: they are forgotten together.
+            all.clear();
+        }
+        all.insert(shown, number);
+    }
+
     fn current(&self, key: Key) -> Option<Known> {
         self.known.get(&key).filter(|known| Instant::now() < known.until)
+    }
+}
+
+impl Measured for Calibrations {
+    fn tell(&self, page: &mut Page) {
+        let mut states = page.gauge(
+            "byokgate_calibration_state",
+            "0 the endpoint refused a made-up key, 1 it could not be told, 2 it accepts anything: its yes proves nothing",
+        );
+        for (Shown { provider, host, probe }, number) in self.shown.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+            states.add(&[(PROVIDER, provider), ("host", host), ("probe", probe)], *number);
+        }
     }
 }
 
@@ -100,10 +142,13 @@ impl Calibrating<'_> {
     }
 
     fn fly(&self, key: Key) -> impl Future<Output = Known> + Send + 'static {
-        let Calibrations { http, known, .. } = self.calibrations.clone();
+        let calibrations = self.calibrations.clone();
         let (call, family) = (self.call.clone(), self.family);
-        let made_up = made_up_key(self.target.endpoint.key_prefix.as_deref().unwrap_or(USUAL_PREFIX));
+        let target = self.target;
+        let (provider, host, probe) = (target.endpoint.provider.clone(), target.endpoint.host.clone(), call.probe.name.clone());
+        let made_up = made_up_key(target.endpoint.key_prefix.as_deref().unwrap_or(USUAL_PREFIX));
         async move {
+            let Calibrations { http, known, .. } = &calibrations;
             let calibration = match http.exchange(&call, family, &made_up, Instant::now() + BUDGET).await {
                 Exchange::Answered(response) => calibrated(response.facts(), &call.probe),
                 Exchange::TimedOut | Exchange::Unreachable(_) => Calibration::Unknown,
@@ -120,6 +165,7 @@ impl Calibrating<'_> {
             let jittered = good_for.mul_f64(rand::rng().random_range(0.8..=1.0));
             let result = Known { calibration, until: Instant::now() + jittered, misses };
             known.insert(key, result.clone());
+            calibrations.show(Shown { provider, host, probe }, &result.calibration);
             result
         }
     }

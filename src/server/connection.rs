@@ -29,6 +29,7 @@ use super::{
 };
 use crate::{
     config::settings::{Deadlines, Limits, Server},
+    meter::calls::Calls,
     service::{
         Admitted, BATCH_DECIDE, DECIDE, NAME, PolicyDecision,
         convert::pb::policy_decision_service_server::PolicyDecisionServiceServer, deadline::Deadline, word_of,
@@ -60,6 +61,7 @@ pub(super) struct Core {
     pub(super) server: Server,
     pub(super) journal: Arc<Journal>,
     pub(super) phase: watch::Receiver<Phase>,
+    pub(super) calls: Arc<Calls>,
 }
 
 // === impl Core ===
@@ -87,7 +89,7 @@ impl Core {
         let connected = Arc::new(connected);
         let service = service_fn(|request| {
             let (core, connected) = (Arc::clone(&self), Arc::clone(&connected));
-            async move { Ok::<_, Infallible>(core.call(&connected, request).await) }
+            async move { Ok::<_, Infallible>(core.counted(&connected, request).await) }
         });
         let mut connection = std::pin::pin!(self.http().serve_connection(TokioIo::new(io), service));
         let mut stages = [Phase::Draining, Phase::Cut].into_iter();
@@ -148,10 +150,19 @@ impl Core {
         http
     }
 
+    /// One call, and how it ended as far as its headers tell: a failure of the library's or ours has no body before its code.
+    async fn counted(&self, connected: &Connected, request: Request<Incoming>) -> Response<Body> {
+        let call = self.calls.begin(method_of(request.uri().path()).unwrap_or_default());
+        let response = self.call(connected, request).await;
+        let code = response.headers().get(Status::GRPC_STATUS).map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()));
+        call.ended(code as i32);
+        response
+    }
+
     /// One call: who, until when, then the service.
     async fn call(&self, connected: &Connected, mut request: Request<Incoming>) -> Response<Body> {
         let path = request.uri().path();
-        let method = path.strip_prefix('/').and_then(|path| path.strip_prefix(NAME)).and_then(|path| path.strip_prefix('/'));
+        let method = method_of(path);
         let is_batch = method.map(|method| method == BATCH_DECIDE);
         // Of the calls that ask for a decision, the journal knows.
         let asks = [DECIDE, BATCH_DECIDE].into_iter().find(|asks| method == Some(asks));
@@ -192,6 +203,11 @@ impl Core {
         }
         status.into_http()
     }
+}
+
+/// Which of the service's calls a path names.
+fn method_of(path: &str) -> Option<&str> {
+    path.strip_prefix('/')?.strip_prefix(NAME)?.strip_prefix('/')
 }
 
 fn answer(response: Result<Response<Body>, Infallible>) -> Response<Body> {

@@ -5,10 +5,11 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::ServerError;
+use crate::meter::reloads::Reloads;
 
 /// What comes from files.
 pub(super) trait Source: Send + Sync {
-    /// For logs.
+    /// For logs and numbers.
     fn name(&self) -> &'static str;
 
     /// Reads the files, and takes what they hold if it has changed and stands.
@@ -26,17 +27,23 @@ pub(super) enum Refreshed {
 
 /// Reads again for ever. Content is compared, not times or events: a volume that is swapped by symlink and a file that is
 /// written in place then look alike, and nothing is missed.
-pub(super) async fn keep_fresh(sources: Vec<Arc<dyn Source>>, every: Duration) {
+pub(super) async fn keep_fresh(sources: Vec<(Arc<dyn Source>, Arc<Reloads>)>, every: Duration) {
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     // The first tick is at once, and the files have just been read.
     ticks.tick().await;
-    let mut watched: Vec<(Arc<dyn Source>, Failing)> = sources.into_iter().map(|source| (source, Failing::default())).collect();
+    let mut watched: Vec<_> = sources.into_iter().map(|(source, counts)| (source, counts, Failing::default())).collect();
     loop {
         ticks.tick().await;
-        for (source, failing) in &mut watched {
+        for (source, counts, failing) in &mut watched {
             // Small files on a local volume: not worth a thread.
-            failing.heard(source.name(), source.refresh());
+            let refreshed = source.refresh();
+            match &refreshed {
+                Ok(Refreshed::Changed) => counts.taken(),
+                Ok(Refreshed::Unchanged) => counts.unchanged(),
+                Err(_) => counts.failed(),
+            }
+            failing.heard(source.name(), refreshed);
         }
     }
 }

@@ -55,6 +55,11 @@ impl Admission {
         }
     }
 
+    /// How many are running.
+    pub(super) fn in_flight(&self, limits: &Limits) -> usize {
+        limits.decisions.saturating_sub(self.running.available_permits())
+    }
+
     fn full(&self) -> Status {
         exhausted("limits.decisions", &self.words)
     }

@@ -12,7 +12,7 @@ use byok_gate::decision::DenyCode;
 const LAYERS: [&[&str]; 5] = [
     &["decision", "problem", "refusal", "secret", "spec"],
     &["assess", "catalogue", "derive", "endpoint", "liveness", "policy", "presence", "registry", "yaml"],
-    &["engine"],
+    &["engine", "meter"],
     &["breaker", "cache", "flight", "limits", "probe", "reload", "telemetry"],
     &["cli", "config", "server", "service"],
 ];

@@ -1,0 +1,336 @@
+//! Numbers that modules keep about themselves, and the page that shows them. Nothing here knows what it counts.
+//!
+//! What happens on a decision's path is a plain atomic that its module owns: no global recorder, no name looked up, nothing
+//! built. Whatever can be read when somebody asks (entries, queues, states) is read then, by [`Measured::tell`].
+
+pub mod calls;
+pub mod decisions;
+pub mod loaded;
+pub mod process;
+pub mod reloads;
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, MetricEncoder, NoLabelSet, text},
+    metrics::MetricType,
+    registry::Registry,
+};
+
+/// Log lines that were dropped since nobody took them: one log a process, so one count.
+pub static LOG_LINES_DROPPED: Counter = Counter::new();
+/// Trace spans that were dropped since no collector took them.
+pub static SPANS_DROPPED: Counter = Counter::new();
+
+/// How the page is written.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// The upper ends of a histogram's buckets: a remembered key is decided in microseconds, a vendor answers in tenths of a second,
+/// and nothing takes more than ten.
+pub const BOUNDS: [Duration; 14] = [
+    Duration::from_micros(100),
+    Duration::from_micros(250),
+    Duration::from_millis(1),
+    Duration::from_micros(2_500),
+    Duration::from_millis(10),
+    Duration::from_millis(25),
+    Duration::from_millis(50),
+    Duration::from_millis(100),
+    Duration::from_millis(250),
+    Duration::from_millis(500),
+    Duration::from_secs(1),
+    Duration::from_millis(2_500),
+    Duration::from_secs(5),
+    Duration::from_secs(10),
+];
+
+/// Has numbers to show.
+pub trait Measured: Send + Sync {
+    /// Puts them on the page. Only what was ever measured: what is not there is absent, and not 0.
+    fn tell(&self, page: &mut Page);
+}
+
+/// Counts up.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+/// How long something took, in buckets.
+#[derive(Debug, Default)]
+pub struct Histogram {
+    /// One for each bound, and one for what took longer than the last.
+    buckets: [AtomicU64; BOUNDS.len() + 1],
+    nanos: AtomicU64,
+}
+
+/// One page of numbers, as of now.
+#[derive(Debug)]
+pub struct Page {
+    /// A series about any other provider is not taken: whatever goes wrong elsewhere, no caller's word becomes a label.
+    providers: BTreeSet<String>,
+    families: Vec<Family>,
+}
+
+/// All series of one name.
+#[derive(Debug)]
+struct Family {
+    name: &'static str,
+    help: &'static str,
+    kind: MetricType,
+    series: Vec<Series>,
+}
+
+#[derive(Debug)]
+struct Series {
+    labels: Vec<(&'static str, String)>,
+    value: Value,
+}
+
+/// What a series shows.
+#[derive(Debug, Clone)]
+pub enum Value {
+    /// How many.
+    Whole(u64),
+    /// How much.
+    Real(f64),
+    /// How often within each bucket, not summed up, and how long in all.
+    Spread([u64; BOUNDS.len() + 1], Duration),
+}
+
+/// Adds series of one name.
+#[derive(Debug)]
+pub struct Adding<'p> {
+    providers: &'p BTreeSet<String>,
+    series: &'p mut Vec<Series>,
+}
+
+/// The label whose values are names of providers.
+pub const PROVIDER: &str = "provider";
+
+// === impl Counter ===
+
+impl Counter {
+    /// From 0.
+    pub const fn new() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    /// One more.
+    pub fn one(&self) {
+        self.many(1);
+    }
+
+    /// So many more.
+    pub fn many(&self, more: u64) {
+        self.0.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// So far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+// === impl Histogram ===
+
+impl Histogram {
+    /// One more, which took so long.
+    pub fn observe(&self, took: Duration) {
+        let bucket = BOUNDS.iter().position(|bound| took <= *bound).unwrap_or(BOUNDS.len());
+        if let Some(bucket) = self.buckets.get(bucket) {
+            bucket.fetch_add(1, Ordering::Relaxed);
+        }
+        self.nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// Nothing if there was none yet.
+    pub fn value(&self) -> Option<Value> {
+        let buckets = self.buckets.each_ref().map(|bucket| bucket.load(Ordering::Relaxed));
+        let nanos = Duration::from_nanos(self.nanos.load(Ordering::Relaxed));
+        buckets.iter().any(|count| *count > 0).then_some(Value::Spread(buckets, nanos))
+    }
+}
+
+// === impl Page ===
+
+impl Page {
+    /// An empty page about these providers.
+    pub fn about<'n>(providers: impl Iterator<Item = &'n str>) -> Self {
+        Self { providers: providers.map(str::to_owned).collect(), families: Vec::new() }
+    }
+
+    /// A name that only goes up; `_total` is put behind it.
+    pub fn counter(&mut self, name: &'static str, help: &'static str) -> Adding<'_> {
+        self.family(name, help, MetricType::Counter)
+    }
+
+    /// A name that goes up and down.
+    pub fn gauge(&mut self, name: &'static str, help: &'static str) -> Adding<'_> {
+        self.family(name, help, MetricType::Gauge)
+    }
+
+    /// A name of lengths of time.
+    pub fn histogram(&mut self, name: &'static str, help: &'static str) -> Adding<'_> {
+        self.family(name, help, MetricType::Histogram)
+    }
+
+    /// Several may add to one name.
+    fn family(&mut self, name: &'static str, help: &'static str, kind: MetricType) -> Adding<'_> {
+        let Self { providers, families } = self;
+        let index = families.iter().position(|family| family.name == name).unwrap_or_else(|| {
+            families.push(Family { name, help, kind, series: Vec::new() });
+            families.len() - 1
+        });
+        #[expect(clippy::indexing_slicing, reason = "found or made in the line above")]
+        let series = &mut families[index].series;
+        Adding { providers, series }
+    }
+
+    /// The page as text, in OpenMetrics.
+    pub fn text(self) -> Result<String, fmt::Error> {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(self));
+        let mut text = String::new();
+        text::encode(&mut text, &registry)?;
+        Ok(text)
+    }
+}
+
+impl Collector for Page {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        for Family { name, help, kind, series } in self.families.iter().filter(|family| !family.series.is_empty()) {
+            let mut family = encoder.encode_descriptor(name, help, None, *kind)?;
+            for Series { labels, value } in series {
+                let labels: Vec<(&str, &str)> = labels.iter().map(|(name, value)| (*name, value.as_str())).collect();
+                if labels.is_empty() {
+                    encode(&mut family, *kind, value)?;
+                } else {
+                    encode(&mut family.encode_family(&labels)?, *kind, value)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn encode(encoder: &mut MetricEncoder<'_>, kind: MetricType, value: &Value) -> Result<(), fmt::Error> {
+    match (value, kind) {
+        (Value::Whole(number), MetricType::Counter) => encoder.encode_counter::<NoLabelSet, _, f64>(number, None),
+        (Value::Real(number), MetricType::Counter) => encoder.encode_counter::<NoLabelSet, _, f64>(number, None),
+        (Value::Whole(number), _) => encoder.encode_gauge(&i64::try_from(*number).unwrap_or(i64::MAX)),
+        (Value::Real(number), _) => encoder.encode_gauge(number),
+        (Value::Spread(counts, sum), _) => {
+            let bounds = BOUNDS.iter().map(Duration::as_secs_f64).chain([f64::INFINITY]);
+            let buckets: Vec<(f64, u64)> = bounds.zip(*counts).collect();
+            encoder.encode_histogram::<NoLabelSet>(sum.as_secs_f64(), counts.iter().sum(), &buckets, None)
+        }
+    }
+}
+
+// === impl Adding ===
+
+impl Adding<'_> {
+    /// A series; none about a provider that is not loaded.
+    pub fn add(&mut self, labels: &[(&'static str, &str)], value: impl Into<Value>) {
+        let known = |(name, value): &(&str, &str)| *name != PROVIDER || value.is_empty() || self.providers.contains(*value);
+        if labels.iter().all(known) {
+            let labels = labels.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+            self.series.push(Series { labels, value: value.into() });
+        }
+    }
+
+    /// A count that has happened; none at 0: of each label's every value there would be thousands.
+    pub fn happened(&mut self, labels: &[(&'static str, &str)], count: &Counter) {
+        let count = count.get();
+        if count > 0 {
+            self.add(labels, count);
+        }
+    }
+}
+
+impl From<&Counter> for Value {
+    fn from(counter: &Counter) -> Self {
+        Self::Whole(counter.get())
+    }
+}
+
+impl From<u64> for Value {
+    fn from(number: u64) -> Self {
+        Self::Whole(number)
+    }
+}
+
+impl From<usize> for Value {
+    fn from(number: usize) -> Self {
+        Self::Whole(number as u64)
+    }
+}
+
+impl From<f64> for Value {
+    fn from(number: f64) -> Self {
+        Self::Real(number)
+    }
+}
+
+impl<M: Measured> Measured for Arc<M> {
+    fn tell(&self, page: &mut Page) {
+        self.as_ref().tell(page);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_is_open_metrics() {
+        let mut page = Page::about(["acme"].into_iter());
+        page.counter("x", "Counts").add(&[(PROVIDER, "acme"), ("code", "A \"B\"\n")], 3_u64);
+        page.counter("x", "Counts").add(&[(PROVIDER, "")], 4_u64);
+        page.gauge("never", "Absent");
+        page.gauge("y_seconds", "Goes").add(&[], 0.5);
+        let took = Histogram::default();
+        assert!(took.value().is_none());
+        for micros in [100, 101, 20_000_000] {
+            took.observe(Duration::from_micros(micros));
+        }
+        page.histogram("z_seconds", "Took").add(&[], took.value().unwrap());
+        let text = page.text().unwrap();
+        let buckets: Vec<&str> =
+            text.lines().filter_map(|line| line.strip_prefix("z_seconds_bucket{le=")?.split(' ').next_back()).collect();
+        assert_eq!(buckets, [vec!["1"], vec!["2"; 13], vec!["3"]].concat());
+        let rest: Vec<&str> = text.lines().filter(|line| !line.contains("_bucket")).collect();
+        assert_eq!(
+            rest,
+            [
+                "# HELP x Counts",
+                "# TYPE x counter",
+                "x_total{provider=\"acme\",code=\"A \\\"B\\\"\\n\"} 3",
+                "x_total{provider=\"\"} 4",
+                "# HELP y_seconds Goes",
+                "# TYPE y_seconds gauge",
+                "y_seconds 0.5",
+                "# HELP z_seconds Took",
+                "# TYPE z_seconds histogram",
+                "z_seconds_sum 20.000201",
+                "z_seconds_count 3",
+                "# EOF",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_provider_that_is_not_loaded_is_no_label() {
+        let mut page = Page::about(["acme"].into_iter());
+        page.counter("x", "Counts").add(&[(PROVIDER, "stranger")], 3_u64);
+        assert_eq!(page.text().unwrap(), "# EOF\n");
+    }
+}

@@ -1,0 +1,75 @@
+//! The process itself: what it is, since when it runs, what it holds. Read from `/proc` when somebody asks.
+
+use std::{
+    fs,
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+use super::{LOG_LINES_DROPPED, Measured, Page, SPANS_DROPPED};
+
+/// In which units the kernel tells a process's CPU time: the same on every Linux.
+const TICKS_PER_SECOND: f64 = 100.0;
+/// The commit that a release was built from; builds by hand have none.
+const REVISION: &str = match option_env!("BYOK_GATE_REVISION") {
+    Some(revision) => revision,
+    None => "",
+};
+
+/// This process.
+#[derive(Debug)]
+pub struct Process {
+    started: SystemTime,
+}
+
+// === impl Process ===
+
+impl Process {
+    /// From now on.
+    pub fn started() -> Self {
+        Self { started: SystemTime::now() }
+    }
+}
+
+impl Measured for Process {
+    fn tell(&self, page: &mut Page) {
+        page.gauge("byokgate_build_info", "1, with what is running")
+            .add(&[("version", env!("CARGO_PKG_VERSION")), ("revision", REVISION)], 1_u64);
+        page.counter("byokgate_log_lines_dropped", "Log lines that nobody took in time").add(&[], &LOG_LINES_DROPPED);
+        page.counter("byokgate_spans_dropped", "Trace spans that no collector took").add(&[], &SPANS_DROPPED);
+        let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
+        page.gauge("process_start_time_seconds", "Since 1970, when the server was set up").add(&[], started.as_secs_f64());
+        // Where there is no /proc, these are absent.
+        if let Some(bytes) = resident_bytes() {
+            page.gauge("process_resident_memory_bytes", "Memory that is in use").add(&[], bytes);
+        }
+        if let Ok(open) = fs::read_dir("/proc/self/fd") {
+            page.gauge("process_open_fds", "File descriptors that are open").add(&[], open.count());
+        }
+        if let Some(limit) = descriptor_limit() {
+            page.gauge("process_max_fds", "File descriptors that may be open").add(&[], limit);
+        }
+        if let Some(seconds) = cpu_seconds() {
+            page.counter("process_cpu_seconds", "CPU time").add(&[], seconds);
+        }
+    }
+}
+
+fn resident_bytes() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    kilobytes.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+fn descriptor_limit() -> Option<u64> {
+    let limits = fs::read_to_string("/proc/self/limits").ok()?;
+    let soft = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    soft.split_whitespace().next()?.parse().ok()
+}
+
+fn cpu_seconds() -> Option<f64> {
+    let stat = fs::read_to_string("/proc/self/stat").ok()?;
+    // Behind the name, which may hold anything: state is the first field, user and system time are the 12th and 13th.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<u64>).sum::<Result<u64, _>>().ok()?;
+    Some(ticks as f64 / TICKS_PER_SECOND)
+}

@@ -1,0 +1,54 @@
+//! How reading a thing's files again went.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::{Counter, Measured, Page};
+
+/// Counts of one thing's reloads.
+#[derive(Debug)]
+pub struct Reloads {
+    what: &'static str,
+    taken: Counter,
+    failed: Counter,
+    failing: AtomicBool,
+}
+
+// === impl Reloads ===
+
+impl Reloads {
+    /// Of this.
+    pub const fn of(what: &'static str) -> Self {
+        Self { what, taken: Counter::new(), failed: Counter::new(), failing: AtomicBool::new(false) }
+    }
+
+    /// A new version is in force.
+    pub fn taken(&self) {
+        self.taken.one();
+        self.failing.store(false, Ordering::Relaxed);
+    }
+
+    /// The files stand, and hold what they held.
+    pub fn unchanged(&self) {
+        self.failing.store(false, Ordering::Relaxed);
+    }
+
+    /// What is there cannot be read, or does not stand.
+    pub fn failed(&self) {
+        self.failed.one();
+        self.failing.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Measured for Reloads {
+    fn tell(&self, page: &mut Page) {
+        let mut reloads = page.counter("byokgate_reloads", "Files that were read again");
+        reloads.add(&[("what", self.what), ("result", "taken")], &self.taken);
+        reloads.add(&[("what", self.what), ("result", "failed")], &self.failed);
+        let failing = u64::from(self.failing.load(Ordering::Relaxed));
+        page.gauge(
+            "byokgate_reload_failing",
+            "1 while what is in the files does not stand and the last good version is in force",
+        )
+        .add(&[("what", self.what)], failing);
+    }
+}

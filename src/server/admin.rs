@@ -1,0 +1,113 @@
+//! The page of numbers over HTTP/1.1, on a socket of its own: names, codes and counts, no secret, so it is open to whoever
+//! reaches it.
+
+use std::{convert::Infallible, fmt, io, sync::Arc, time::Duration, time::SystemTime};
+
+use http::{Method, Request, Response, StatusCode, header};
+use hyper::{
+    body::{Body as _, Incoming},
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
+use tonic::body::Body;
+
+use super::listen::Listener;
+use crate::{
+    engine::Engine,
+    meter::{CONTENT_TYPE, Measured, Page, loaded},
+};
+
+/// Scrapers at a time: a pair of Prometheus servers and a person or two.
+const MAX_CONNECTIONS: usize = 8;
+/// A scraper sends its few headers at once.
+const HEADER_TIME: Duration = Duration::from_secs(5);
+/// One request and its answer: what Prometheus waits at most, as it is set by default.
+const CONNECTION_TIME: Duration = Duration::from_secs(10);
+/// A scraper's headers are under 1 KiB; this is the least that the HTTP library takes.
+const MAX_HEADER_BYTES: usize = 8 * 1024;
+
+const PATH: &str = "/metrics";
+
+/// Everything that has numbers.
+pub(super) struct Shown {
+    pub(super) engine: Arc<Engine>,
+    pub(super) sources: Vec<Arc<dyn Measured>>,
+}
+
+// === impl Shown ===
+
+impl Shown {
+    /// The page as of now.
+    fn page(&self) -> Result<String, fmt::Error> {
+        let snapshot = self.engine.snapshot();
+        let mut page = Page::about(snapshot.registry.providers().iter().map(|provider| provider.name.as_str()));
+        loaded::tell(&snapshot, SystemTime::now(), &mut page);
+        self.sources.iter().for_each(|source| source.tell(&mut page));
+        page.text()
+    }
+}
+
+/// Answers scrapers for ever.
+pub(super) async fn answer_scrapers(listener: Listener, shown: Arc<Shown>) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+        };
+        // Without a place it is closed unanswered: a scraper sees that, and the numbers are there for the next one.
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
+        let shown = Arc::clone(&shown);
+        connections.spawn(async move {
+            let service = service_fn(|request| {
+                let shown = Arc::clone(&shown);
+                async move { Ok::<_, Infallible>(answer(&request, shown).await) }
+            });
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEADER_TIME)
+                .max_buf_size(MAX_HEADER_BYTES)
+                .keep_alive(false)
+                .serve_connection(TokioIo::new(accepted.io), service);
+            // Its fault is a scraper's, which sees it.
+            drop(timeout(CONNECTION_TIME, connection).await);
+            drop(place);
+        });
+    }
+}
+
+async fn answer(request: &Request<Incoming>, shown: Arc<Shown>) -> Response<Body> {
+    if !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let mut response = said(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD");
+        response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET, HEAD"));
+        return response;
+    }
+    if !request.body().is_end_stream() {
+        return said(StatusCode::PAYLOAD_TOO_LARGE, "no body is taken");
+    }
+    if request.uri().path() != PATH {
+        return said(StatusCode::NOT_FOUND, "only /metrics is here; health is gRPC's own service, on server.listen");
+    }
+    // On a thread that may wait: files are read, and no decision stands behind it.
+    match tokio::task::spawn_blocking(move || shown.page()).await.map_err(io::Error::other) {
+        Ok(Ok(page)) => typed(StatusCode::OK, CONTENT_TYPE, page),
+        Ok(Err(_)) | Err(_) => {
+            tracing::error!(event = "metrics_failed", "the page of numbers could not be written");
+            said(StatusCode::INTERNAL_SERVER_ERROR, "the page could not be written")
+        }
+    }
+}
+
+fn said(status: StatusCode, words: &str) -> Response<Body> {
+    typed(status, "text/plain; charset=utf-8", format!("{words}\n"))
+}
+
+fn typed(status: StatusCode, content_type: &'static str, text: String) -> Response<Body> {
+    let mut response = Response::new(Body::new(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+    response
+}
