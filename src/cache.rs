@@ -371,6 +371,8 @@ impl LivenessSource for Cache {
 
 impl Measured for Cache {
     fn tell(&self, page: &mut Page) {
+        // What moka has put off: its numbers are of what it has settled.
+        self.memory.run_pending_tasks();
         let Lookups { hit, fill, wait, breaker, new_keys, full } = &self.lookups;
         let mut lookups = page.counter("byokgate_cache_lookups", "Looks for an observation of a credential, by what came of it");
         for (result, count) in
@@ -379,8 +381,6 @@ impl Measured for Cache {
             lookups.add(&[("result", result)], count);
         }
         page.counter("byokgate_cache_evictions", "Observations that made room for others").add(&[], &*self.evicted);
-        // What moka has put off: its count is of what it has settled.
-        self.memory.run_pending_tasks();
         page.gauge("byokgate_cache_entries", "Observations that are remembered").add(&[], self.memory.entry_count());
         page.counter("byokgate_probes_panicked", "Probes that ended in a panic of ours: nothing was found")
             .add(&[], self.flights.lost());
@@ -496,5 +496,35 @@ impl Ages {
 
     fn floor_of(&self, finding: &Finding) -> Duration {
         if finding.cost_money { self.floor_paid } else { self.floor }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Nobody;
+
+    impl Asker for Nobody {
+        fn ask(&self, _: Question) -> Boxed<'static, Finding> {
+            Box::pin(std::future::pending())
+        }
+    }
+
+    #[tokio::test]
+    async fn what_makes_room_is_counted() {
+        let cache = Cache::new(Arc::new(Nobody), CacheSettings::default());
+        for index in 0..MAX_ENTRIES + 3 {
+            let mut key = [0; 32];
+            key[..8].copy_from_slice(&index.to_le_bytes());
+            let (finding, fresh_for) = (Arc::new(Finding::bare(Verdict::Valid)), Duration::from_secs(30));
+            remember(&cache.memory, &Timed { finding, at: Instant::now(), wall: SystemTime::UNIX_EPOCH, fresh_for, key });
+        }
+        let mut page = Page::about(std::iter::empty());
+        cache.tell(&mut page);
+        let text = page.text().unwrap();
+        for line in ["byokgate_cache_evictions_total 3\n", &format!("byokgate_cache_entries {MAX_ENTRIES}\n")] {
+            assert!(text.contains(line), "{line} in {text}");
+        }
     }
 }

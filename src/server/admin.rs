@@ -10,7 +10,12 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{sync::Semaphore, task::JoinSet, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::Semaphore,
+    task::JoinSet,
+    time::timeout,
+};
 use tonic::body::Body;
 
 use super::listen::Listener;
@@ -62,21 +67,26 @@ pub(super) async fn answer_scrapers(listener: Listener, shown: Arc<Shown>) {
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
         let shown = Arc::clone(&shown);
         connections.spawn(async move {
-            let service = service_fn(|request| {
-                let shown = Arc::clone(&shown);
-                async move { Ok::<_, Infallible>(answer(&request, shown).await) }
-            });
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEADER_TIME)
-                .max_buf_size(MAX_HEADER_BYTES)
-                .keep_alive(false)
-                .serve_connection(TokioIo::new(accepted.io), service);
-            // Its fault is a scraper's, which sees it.
-            drop(timeout(CONNECTION_TIME, connection).await);
+            serve(accepted.io, shown).await;
             drop(place);
         });
     }
+}
+
+/// One request, or none in time.
+async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, shown: Arc<Shown>) {
+    let service = service_fn(|request| {
+        let shown = Arc::clone(&shown);
+        async move { Ok::<_, Infallible>(answer(&request, shown).await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIME)
+        .max_buf_size(MAX_HEADER_BYTES)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(io), service);
+    // Its fault is a scraper's, which sees it.
+    drop(timeout(CONNECTION_TIME, connection).await);
 }
 
 async fn answer(request: &Request<Incoming>, shown: Arc<Shown>) -> Response<Body> {
@@ -110,4 +120,60 @@ fn typed(status: StatusCode, content_type: &'static str, text: String) -> Respon
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt, duplex},
+        time::{Instant, sleep},
+    };
+
+    use super::*;
+    use crate::{
+        config,
+        engine::{Asker, Boxed, Question},
+        liveness::Finding,
+    };
+
+    struct Nobody;
+
+    impl Asker for Nobody {
+        fn ask(&self, _: Question) -> Boxed<'static, Finding> {
+            Box::pin(std::future::pending())
+        }
+    }
+
+    fn shown() -> Arc<Shown> {
+        let setup = config::load(&config::Paths::default(), &config::Overrides::default()).unwrap();
+        let cache = crate::cache::Cache::new(Arc::new(Nobody), crate::cache::CacheSettings::default());
+        Arc::new(Shown { engine: Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None)), sources: Vec::new() })
+    }
+
+    /// Headers that come byte by byte, and an answer that nobody reads: each connection has its end.
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_scraper_is_cut_off() {
+        let began = Instant::now();
+        let (mut slow, io) = duplex(1024);
+        let serving = tokio::spawn(serve(io, shown()));
+        for byte in b"GET /metrics HTTP/1.1\r\nhost: gate\r\n".iter().cycle() {
+            if serving.is_finished() || slow.write_all(&[*byte]).await.is_err() {
+                break;
+            }
+            sleep(Duration::from_millis(700)).await;
+        }
+        assert!(began.elapsed() <= HEADER_TIME + Duration::from_secs(1), "{:?}", began.elapsed());
+        let (mut deaf, io) = duplex(64);
+        let began = Instant::now();
+        deaf.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
+        serve(io, shown()).await;
+        assert_eq!(began.elapsed(), CONNECTION_TIME);
+        // In time, for comparison.
+        let (mut quick, io) = duplex(64 * 1024);
+        quick.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
+        serve(io, shown()).await;
+        let mut said = String::new();
+        quick.read_to_string(&mut said).await.unwrap();
+        assert!(said.starts_with("HTTP/1.1 200") && said.ends_with("# EOF\n"), "{said}");
+    }
 }

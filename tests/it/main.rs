@@ -22,6 +22,7 @@ mod journal;
 mod limits;
 mod listen;
 mod liveness;
+mod meter;
 mod model;
 mod network;
 mod probe;

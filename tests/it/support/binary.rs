@@ -89,6 +89,12 @@ impl Serving {
         Self { child, address, first, stdout, stderr }
     }
 
+    /// An event that it logged before it listened.
+    pub(crate) fn event(&self, name: &str) -> Value {
+        let mut events = self.first.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        events.find(|event| event["event"] == name).unwrap_or_else(|| panic!("no {name} in {}", self.first))
+    }
+
     pub(crate) async fn channel(&self) -> Channel {
         Channel::from_shared(format!("http://{}", self.address)).unwrap().connect().await.unwrap()
     }

@@ -7,4 +7,5 @@ pub(crate) mod collector;
 pub(crate) mod edge;
 pub(crate) mod events;
 pub(crate) mod gate;
+pub(crate) mod page;
 pub(crate) mod vendor;
