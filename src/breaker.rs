@@ -153,6 +153,7 @@ impl Breakers {
 
 impl Measured for Breakers {
     fn tell(&self, page: &mut Page) {
+        let now = Instant::now();
         let states = self.lock();
         let mut newest: BTreeMap<&str, &Breaker> = BTreeMap::new();
         for breaker in states.values() {
@@ -161,12 +162,12 @@ impl Measured for Breakers {
                 *newest = breaker;
             }
         }
-        let mut gauge = page.gauge("byokgate_breaker_state", "0 closed, 1 one trial is under way, 2 open");
+        let mut gauge = page.gauge("byokgate_breaker_state", "0 closed, 1 half-open: one trial is due or under way, 2 open");
         for (provider, Breaker { state, .. }) in newest {
             let number = match state {
                 State::Closed { .. } => 0,
-                State::Trying { .. } => 1,
-                State::Open { .. } => 2_u64,
+                State::Open { opened, .. } if now < opened.until => 2_u64,
+                State::Open { .. } | State::Trying { .. } => 1,
             };
             gauge.add(&[(PROVIDER, provider)], number);
         }

@@ -25,6 +25,7 @@ mod liveness;
 mod meter;
 mod model;
 mod network;
+mod observability;
 mod probe;
 mod registries;
 mod reload;

@@ -412,6 +412,7 @@ async fn an_earlier_valid_and_a_trial_are_seen() {
     page.is(r#"byokgate_breaker_state{provider="acme"}"#, 2.0);
     // A trial that takes its time.
     advance(Duration::from_secs(31)).await;
+    Scraped::in_process(&engine, &[&*cache]).is(r#"byokgate_breaker_state{provider="acme"}"#, 1.0);
     scripted.set(|script| script.takes = Duration::from_secs(3));
     let trial = made(&engine, &decisions, &request);
     tokio::pin!(trial);
