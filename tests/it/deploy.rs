@@ -152,6 +152,27 @@ fn every_container_of_ours_is_locked_down() {
     assert_eq!(containers, 3);
 }
 
+/// Where numbers are shown, somebody is let in to them, and they are found: settings, port, policy and annotation agree.
+#[test]
+fn a_service_shows_its_numbers_where_prometheus_may_look() {
+    let base = deploy().join("kubernetes");
+    for (settings, policy) in [
+        ("base/byok-gate.yaml", "base/networkpolicy.yaml"),
+        ("overlays/central/byok-gate.yaml", "overlays/central/from-namespace.yaml"),
+    ] {
+        assert_eq!(tree(&base.join(settings))["admin"]["listen"], "0.0.0.0:9464", "{settings}");
+        let ingress = tree(&base.join(policy))["spec"]["ingress"].clone();
+        let to_numbers: Vec<&Value> =
+            ingress.as_array().unwrap().iter().filter(|rule| rule["ports"][0]["port"] == "metrics").collect();
+        assert_eq!(to_numbers.len(), 1, "{policy}");
+        assert!(to_numbers[0]["from"][0]["podSelector"].is_object(), "{policy}: anybody may look");
+    }
+    let template = tree(&base.join("base/deployment.yaml"))["spec"]["template"].clone();
+    assert_eq!(template["metadata"]["annotations"]["prometheus.io/port"], "9464");
+    let ports = template["spec"]["containers"][0]["ports"].as_array().unwrap();
+    assert!(ports.contains(&serde_json::json!({"name": "metrics", "containerPort": 9464})), "{ports:?}");
+}
+
 /// Next to a tenant's code: no port, no made-up keys, no override, and no caller but for itself.
 #[test]
 fn a_sidecar_vouches_for_its_own_workspace_alone() {
@@ -159,6 +180,7 @@ fn a_sidecar_vouches_for_its_own_workspace_alone() {
     for address in settings["server"]["listen"].as_array().unwrap() {
         assert!(address.as_str().unwrap().starts_with("unix:"), "{address}");
     }
+    assert_eq!(settings["admin"], Value::Null, "it shows no numbers");
     assert_eq!((&settings["probe"]["calibrate"], &settings["operator_overrides"]), (&Value::Bool(false), &"refuse".into()));
     for peer in settings["callers"]["unix_peers"].as_array().unwrap() {
         assert_ne!(peer["role"], "platform");
