@@ -518,7 +518,7 @@ mod tests {
             let mut key = [0; 32];
             key[..8].copy_from_slice(&index.to_le_bytes());
             let (finding, fresh_for) = (Arc::new(Finding::bare(Verdict::Valid)), Duration::from_secs(30));
-            remember(&cache.memory, &Timed { finding, at: Instant::now(), wall: SystemTime::UNIX_EPOCH, fresh_for, key });
+            remember(&cache.memory, key, &Timed { finding, at: Instant::now(), wall: SystemTime::UNIX_EPOCH, fresh_for, key });
         }
         let mut page = Page::about(std::iter::empty());
         cache.tell(&mut page);

@@ -26,9 +26,7 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// Log lines that were dropped since nobody took them: one log a process, so one count.
-pub static LOG_LINES_DROPPED: Counter = Counter::new();
-/// Trace spans that were dropped since no collector took them.
+/// Trace spans that were dropped since no collector took them: one tracer a process, so one count.
 pub static SPANS_DROPPED: Counter = Counter::new();
 
 /// How the page is written.

@@ -94,9 +94,10 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> 
     let liveness = Arc::new(Cache::new(asker.clone(), setup.settings.cache_settings()));
     let traces = setup.settings.trace_settings()?;
     let stop = setup.settings.shutdown.clone();
-    let journal = Journal::to(log, setup.settings.log.plain_allow_ratio);
+    let journal = Journal::to(log.clone(), setup.settings.log.plain_allow_ratio);
     let mut bound = Bound::open(setup.settings).await?;
     bound.keep(journal);
+    bound.show(Arc::new(log));
     bound.show(prober);
     bound.show(asker);
     bound.show(liveness.clone());

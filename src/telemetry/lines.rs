@@ -15,6 +15,8 @@ use std::{
 
 use tracing_subscriber::fmt::MakeWriter;
 
+use crate::meter::{Measured, Page};
+
 /// How much may wait to be written: about 6,000 decisions, a fifth of a second at full load. What does not fit is dropped and
 /// counted.
 pub const MAX_PENDING: usize = 4 << 20;
@@ -103,6 +105,12 @@ impl Lines {
             hurry.notify_one();
             state = done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+}
+
+impl Measured for Lines {
+    fn tell(&self, page: &mut Page) {
+        page.counter("byokgate_log_lines_dropped", "Log lines that nobody took in time").add(&[], self.dropped());
     }
 }
 

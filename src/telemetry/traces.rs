@@ -52,6 +52,7 @@ use crate::{
     endpoint::{self, Call, Target},
     engine::{Decided, Observed},
     liveness::{Calibration, Finding},
+    meter::SPANS_DROPPED,
 };
 
 /// What spans of ours are told by. Nobody else's become part of a trace: neither the HTTP library's, nor the exporter's own.
@@ -306,6 +307,7 @@ impl Held {
 
     fn lose(&self, spans: usize) {
         self.lost.fetch_add(spans as u64, Ordering::Relaxed);
+        SPANS_DROPPED.many(spans as u64);
     }
 
     /// Tells of what was lost since it was told of last, if that is long enough ago.
