@@ -66,7 +66,7 @@ struct Shared {
     calls: Arc<Calls>,
 }
 
-/// A decision that is being made. Should it never be, the journal says so.
+/// A decision that is being made. Should it never be, the journal and the trace say so.
 struct Pending<'a> {
     shared: &'a Shared,
     request: &'a spec::Request,
@@ -111,6 +111,7 @@ impl Shared {
             let (grpc_code, reason) = (word_of(status.code()), status.message());
             let trace_id = traced.trace_id();
             self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id });
+            traced.answered(status.code());
             status
         })?;
         request.caller.clone_from(&caller.name);
@@ -159,6 +160,7 @@ impl Pending<'_> {
     fn decided(mut self, decided: &Decided, took: Duration) {
         self.ended = true;
         self.traced.decided(self.request.checkpoint.as_str(), decided);
+        self.traced.answered(Code::Ok);
         self.shared.decisions.made(self.request.checkpoint, &decided.decision, took);
         self.shared.journal.decision(self.request, decided, took, self.traced.trace_id());
     }
@@ -173,6 +175,7 @@ impl Pending<'_> {
         let Self { shared, request, method, traced, .. } = *self;
         let (grpc_code, trace_id) = (word_of(code), traced.trace_id());
         shared.journal.undecided(Undecided { method, grpc_code, reason, request: Some(request), trace_id });
+        traced.answered(code);
     }
 }
 
@@ -193,9 +196,8 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
         let Admitted { caller, deadline } = admitted(&mut extensions)?;
         let Self(shared) = self;
         let traced = Traced::begin(&metadata, NAME, DECIDE);
-        let answer = shared.decide_one(DECIDE, &caller, message, shared.admission.enter(), deadline.answer_by, &traced).await;
-        traced.answered(code_of(&answer));
-        answer.map(Response::new)
+        let place = shared.admission.enter();
+        shared.decide_one(DECIDE, &caller, message, place, deadline.answer_by, &traced).await.map(Response::new)
     }
 
     async fn batch_decide(&self, request: Request<pb::BatchDecideRequest>) -> Result<Response<Self::BatchDecideStream>, Status> {
@@ -222,7 +224,6 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
                     let decided = timeout_at(deadline.answer_by, deciding).await;
                     let late = || Status::deadline_exceeded("no decision was made before the batch's deadline");
                     let decided = decided.unwrap_or_else(|_| Err(late()));
-                    traced.answered(code_of(&decided));
                     if let Err(status) = &decided {
                         shared.calls.item_failed(status.code() as i32);
                     }
@@ -264,10 +265,6 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
 
 fn admitted(extensions: &mut Extensions) -> Result<Admitted, Status> {
     extensions.remove().ok_or_else(|| Status::unauthenticated("the caller is not known"))
-}
-
-fn code_of(answer: &Result<pb::DecideResponse, Status>) -> Code {
-    answer.as_ref().map_or_else(Status::code, |_| Code::Ok)
 }
 
 fn item(index: u32, decided: Result<pb::DecideResponse, Status>) -> pb::BatchDecideResponse {

@@ -16,7 +16,7 @@ use crate::{
         collector::{Collector, Seen},
         edge::{Authority, decide},
         gate::Files,
-        vendor::{Row, Vendor},
+        vendor::{Behave, Row, Vendor},
     },
 };
 
@@ -239,6 +239,26 @@ async fn a_probe_that_outlives_its_caller_stays_in_the_trace() {
     assert_eq!(probe.parent, cache.id);
     assert!(cache.took < probe.took, "{spans:#?}");
     assert_eq!((cache.get("byokgate.verdict"), probe.get("byokgate.verdict")), ("TIMEOUT", "VALID"));
+    setup.end().await;
+}
+
+/// A caller that hangs up: its span says so, and ends.
+#[tokio::test]
+async fn a_call_that_its_caller_left_is_cancelled() {
+    let mut collector = Collector::start().await;
+    let row = Row { behave: Some(Behave::Silent), ..Row::default() };
+    let setup = setup(vec![row], &to(&collector, ""), "info", &[]).await;
+    let mut client = setup.client.clone();
+    let call = tokio::spawn(async move { client.decide(sampled(decide("made-up-key"))).await });
+    while setup.vendor.asked().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    call.abort();
+    let spans = collector.until(|spans| spans.len() == 4).await;
+    let [call] = named(&spans, &format!("{SERVICE}/Decide"))[..] else { panic!("{spans:#?}") };
+    assert_eq!((call.get("rpc.grpc.status_code"), call.get("byokgate.decision_id")), ("1", ""));
+    let [get] = named(&spans, "GET")[..] else { panic!("{spans:#?}") };
+    assert_eq!((get.get("error.type"), get.failed, get.get("http.response.status_code")), ("timeout", true, ""));
     setup.end().await;
 }
 
