@@ -15,7 +15,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -128,8 +131,9 @@ func (c *collector) json(t *testing.T) string {
 	return all.String()
 }
 
-// startGate starts byok-gate, which sends its spans to the collector, and knows one provider, which knows no key.
-func startGate(t *testing.T, collector string) (*byokgate.Client, *exec.Cmd) {
+// startGate starts byok-gate, which sends its spans to the collector, and knows one provider, which knows no key. Its log is read
+// only if somebody listens.
+func startGate(t *testing.T, collector string, listens bool) (*byokgate.Client, *exec.Cmd) {
 	t.Helper()
 	vendor := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
@@ -171,7 +175,9 @@ func startGate(t *testing.T, collector string) (*byokgate.Client, *exec.Cmd) {
 		}
 		_ = json.Unmarshal(line, &listening)
 	}
-	go func() { _, _ = io.Copy(io.Discard, lines) }()
+	if listens {
+		go func() { _, _ = io.Copy(io.Discard, lines) }()
+	}
 	trace := byokgate.WithTraceContext(func(ctx context.Context) (string, string) {
 		carrier := propagation.MapCarrier{}
 		propagation.TraceContext{}.Inject(ctx, carrier)
@@ -223,7 +229,7 @@ func freeAddress(t *testing.T) string {
 
 func TestACreateIsOneTraceFromThePlatformToTheProvider(t *testing.T) {
 	collector := startCollector(t)
-	client, gate := startGate(t, collector.address)
+	client, gate := startGate(t, collector.address, true)
 
 	exporter, err := otlptracegrpc.New(t.Context(), otlptracegrpc.WithEndpoint(collector.address), otlptracegrpc.WithInsecure())
 	if err != nil {
@@ -261,21 +267,37 @@ func TestACreateIsOneTraceFromThePlatformToTheProvider(t *testing.T) {
 	t.Logf("%s", collector.json(t))
 }
 
-func TestDecisionsGoOnWithoutTheCollector(t *testing.T) {
+// Nobody reads the log, so that its pipe is full after some hundred decisions, and half way through the collector goes. No caller
+// notices, though all share one of the gate's threads with the exporter's work.
+func TestDecisionsGoOnWithoutTheCollectorAndTheLogsReader(t *testing.T) {
+	const callers, calls = 16, 500
 	collector := startCollector(t)
-	client, gate := startGate(t, collector.address)
+	client, gate := startGate(t, collector.address, false)
 	platform := sdktrace.NewTracerProvider()
-	for call := range 400 {
-		if call == 200 {
-			collector.stop(t)
-		}
-		ctx, span := platform.Tracer("platform").Start(t.Context(), "POST /workspaces")
-		if _, err := client.Decide(ctx, create()); err == nil || !strings.Contains(err.Error(), "INVALID_BYOK_CREDENTIAL") {
-			t.Fatalf("call %d: %v is not the denial", call, err)
-		}
-		span.End()
+	var done atomic.Int64
+	var slowest [callers]time.Duration
+	var calling sync.WaitGroup
+	for caller := range callers {
+		calling.Go(func() {
+			for range calls {
+				ctx, span := platform.Tracer("platform").Start(t.Context(), "POST /workspaces")
+				began := time.Now()
+				_, err := client.Decide(ctx, create())
+				slowest[caller] = max(slowest[caller], time.Since(began))
+				span.End()
+				if err == nil || !strings.Contains(err.Error(), "INVALID_BYOK_CREDENTIAL") {
+					t.Errorf("%v is not the denial", err)
+					return
+				}
+				if done.Add(1) == callers*calls/2 {
+					collector.stop(t)
+				}
+			}
+		})
 	}
+	calling.Wait()
 	stop(t, gate)
+	t.Logf("%d decisions, the slowest took %v", done.Load(), slices.Max(slowest[:]))
 	if len(collector.spans()[service+"/Decide"]) == 0 {
 		t.Error("nothing came while it was there")
 	}
