@@ -16,7 +16,7 @@ use std::{
     io,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -115,11 +115,13 @@ struct Export {
 }
 
 /// The spans that are waiting or on their way, and those that are lost.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Held {
     spans: AtomicUsize,
     limit: usize,
     lost: AtomicU64,
+    /// The last batch did not arrive.
+    failing: AtomicBool,
     told: Mutex<Told>,
 }
 
@@ -190,7 +192,7 @@ pub fn start(settings: &TraceSettings) -> Result<(), TraceSetupError> {
         .with_timeout(*timeout)
         .build()
         .map_err(|fault| TraceSetupError::Exporter(fault.to_string()))?;
-    let held = Arc::new(Held { spans: AtomicUsize::new(0), limit: *queue, lost: AtomicU64::new(0), told: Mutex::default() });
+    let held = Arc::new(Held { limit: *queue, ..Held::default() });
     let config = BatchConfigBuilder::default()
         .with_max_queue_size(*queue)
         .with_max_export_batch_size(BATCH_SPANS.min(*queue))
@@ -204,9 +206,11 @@ pub fn start(settings: &TraceSettings) -> Result<(), TraceSetupError> {
     Ok(())
 }
 
-/// Sends what is left, for this long at most. Blocks its thread: for the end of a process.
+/// Sends what is left, for this long at most, and not at all to a collector that did not take the last batch: it changes no
+/// exit. Blocks its thread: for the end of a process.
 pub fn finish(within: Duration) {
     let Some(Export { processor, held, .. }) = EXPORT.get() else { return };
+    let within = if held.failing.load(Ordering::Relaxed) { Duration::ZERO } else { within };
     let sent = processor.shutdown_with_timeout(within);
     if sent.is_err() {
         held.lose(held.spans.load(Ordering::Relaxed));
@@ -277,6 +281,7 @@ impl SpanExporter for Sender {
             let sending = tokio::time::timeout(self.timeout, self.inner.export(batch));
             sending.await.unwrap_or(Err(OTelSdkError::Timeout(self.timeout)))
         });
+        self.held.failing.store(sent.is_err(), Ordering::Relaxed);
         self.held.spans.fetch_sub(count, Ordering::Relaxed);
         let why = match &sent {
             Ok(()) => "more came than could be sent".to_owned(),
@@ -673,7 +678,7 @@ mod tests {
 
     #[test]
     fn what_is_held_is_bounded_and_what_is_lost_is_told_of_rarely() {
-        let held = Held { spans: AtomicUsize::new(0), limit: 2, lost: AtomicU64::new(0), told: Mutex::default() };
+        let held = Held { limit: 2, ..Held::default() };
         assert_eq!([held.take_one(), held.take_one(), held.take_one()], [true, true, false]);
         held.spans.fetch_sub(1, Ordering::Relaxed);
         assert_eq!([held.take_one(), held.take_one()], [true, false]);
