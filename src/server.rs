@@ -258,7 +258,9 @@ impl Bound {
         if let Some(listener) = admin {
             spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, Arc::new(Shown { engine, sources })))));
         }
-        let core = Core { callers, tls, decisions, batches, routes, limits, deadlines, server, journal, phase: phases, calls };
+        let failed = Arc::clone(&connections.failed);
+        let core =
+            Core { callers, tls, decisions, batches, routes, limits, deadlines, server, journal, phase: phases, calls, failed };
         let core = Arc::new(core);
         // Every connection holds a sender; when the last one is dropped, all are gone.
         let (open, mut all_gone) = mpsc::channel::<Infallible>(1);
@@ -306,6 +308,7 @@ struct Connections {
     places: Vec<Arc<Semaphore>>,
     taken: Counter,
     refused: Counter,
+    failed: Arc<Counter>,
     task_ended: OnceLock<&'static str>,
 }
 
@@ -314,7 +317,14 @@ struct Connections {
 impl Connections {
     fn new(listeners: usize, limit: usize) -> Self {
         let places = (0..listeners).map(|_| Arc::new(Semaphore::new(limit))).collect();
-        Self { limit, places, taken: Counter::new(), refused: Counter::new(), task_ended: OnceLock::new() }
+        Self {
+            limit,
+            places,
+            taken: Counter::new(),
+            refused: Counter::new(),
+            failed: Arc::default(),
+            task_ended: OnceLock::new(),
+        }
     }
 }
 
@@ -323,7 +333,9 @@ impl Measured for Connections {
         let open: usize = self.places.iter().map(|places| self.limit.saturating_sub(places.available_permits())).sum();
         page.gauge("byokgate_connections_open", "Connections that are open").add(&[], open);
         page.counter("byokgate_connections", "Connections that were taken").add(&[], &self.taken);
-        page.counter("byokgate_connections_refused", "Connections turned away at limits.connections").add(&[], &self.refused);
+        let mut refused = page.counter("byokgate_connections_refused", "Connections that came to no call");
+        refused.add(&[("reason", "limit")], &self.refused);
+        refused.add(&[("reason", "handshake")], &*self.failed);
         if let Some(task) = self.task_ended.get() {
             page.counter("byokgate_background_tasks_ended", "Work in the background that ended: the server is stopping")
                 .add(&[("task", task)], 1_u64);

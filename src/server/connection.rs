@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     config::settings::{Deadlines, Limits, Server},
-    meter::calls::Calls,
+    meter::{Counter, calls::Calls},
     service::{
         Admitted, BATCH_DECIDE, DECIDE, NAME, PolicyDecision,
         convert::pb::policy_decision_service_server::PolicyDecisionServiceServer, deadline::Deadline, word_of,
@@ -62,6 +62,8 @@ pub(super) struct Core {
     pub(super) journal: Arc<Journal>,
     pub(super) phase: watch::Receiver<Phase>,
     pub(super) calls: Arc<Calls>,
+    /// Connections that never came to HTTP/2 by their own fault or ours.
+    pub(super) failed: Arc<Counter>,
 }
 
 // === impl Core ===
@@ -78,10 +80,15 @@ impl Core {
         let (io, connected) = match began {
             Ok(Ok(began)) => began,
             Ok(Err(fault)) => {
+                // Who connects and hangs up looks whether somebody listens, as load balancers do.
+                if !matches!(fault.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) {
+                    self.failed.one();
+                }
                 tracing::debug!(event = "connection_refused", fault = %fault);
                 return;
             }
             Err(_) => {
+                self.failed.one();
                 tracing::debug!(event = "connection_refused", fault = "no HTTP/2 preface in time");
                 return;
             }

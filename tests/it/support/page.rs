@@ -19,7 +19,7 @@ use byok_gate::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 use super::{binary::PATIENCE, edge::Edge, gate::Files};
@@ -101,6 +101,19 @@ pub(crate) async fn scrape(address: SocketAddr) -> Scraped {
     Scraped::of(&answer.body)
 }
 
+/// The page as soon as it fits.
+pub(crate) async fn scrape_until(address: SocketAddr, fits: impl Fn(&Scraped) -> bool) -> Scraped {
+    let ends = Instant::now() + PATIENCE;
+    loop {
+        let page = scrape(address).await;
+        if fits(&page) {
+            return page;
+        }
+        assert!(Instant::now() < ends, "it never came to that: {}", page.text);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 /// A server whose numbers are all shown.
 pub(crate) struct Shown {
     pub(crate) edge: Edge,
@@ -140,15 +153,6 @@ impl Shown {
 
     /// The page as soon as it fits, for what happens a moment after the answer that tells of it.
     pub(crate) async fn scrape_until(&self, fits: impl Fn(&Scraped) -> bool) -> Scraped {
-        let waiting = async {
-            loop {
-                let page = self.scrape().await;
-                if fits(&page) {
-                    return page;
-                }
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        timeout(PATIENCE, waiting).await.unwrap()
+        scrape_until(self.admin, fits).await
     }
 }
