@@ -16,7 +16,7 @@ use crate::{
     refusal::{Judged, Malformation, Refusal, listed},
     registry::{Auth, Provider, Registry, Runtime},
     secret::Secret,
-    spec::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
+    spec::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec, is_plain},
 };
 
 /// The longest value that could be a key. Anthropic's are about 110 bytes, JWT keys a few KiB.
@@ -531,8 +531,11 @@ fn malformation(value: &str) -> Option<Malformation> {
     if value.len() > MAX_KEY_BYTES {
         return Some(Malformation::TooLong { length: value.len(), limit: MAX_KEY_BYTES });
     }
-    let at = value.bytes().position(|byte| !matches!(byte, b' '..=b'~'))?;
-    if value.as_bytes().get(at).is_some_and(|byte| !byte.is_ascii()) {
+    if is_plain(value) {
+        return None;
+    }
+    let (at, byte) = value.bytes().enumerate().find(|(_, byte)| byte.is_ascii_control() || !byte.is_ascii())?;
+    if !byte.is_ascii() {
         return Some(Malformation::NonAscii { at });
     }
     let trailing = value.bytes().skip(at).all(|byte| byte.is_ascii_control() || byte == b' ');

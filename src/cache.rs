@@ -4,6 +4,7 @@
 //! (`max_liveness_age`, the hard maximum at PROVISION), and tests can then move time instead of waiting for it.
 
 use std::{
+    hash::{BuildHasherDefault, Hasher},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -88,22 +89,39 @@ pub struct CacheSettings {
 /// A source that remembers.
 pub struct Cache {
     asker: Arc<dyn Asker>,
-    memory: moka::sync::Cache<Key, Remembered>,
+    memory: Memory,
     flights: Arc<Flights<Key, Timed>>,
     breakers: Arc<Breakers>,
     new_keys: NewKeys,
     ages: Ages,
     lookups: Lookups,
     evicted: Arc<Counter>,
-    /// Made anew by every process: a key in a memory image tells nothing about a credential.
-    hash_key: [u8; 32],
+    /// One for keys of credentials, one for those of single models. Made anew by every process: a key in a memory image tells
+    /// nothing about a credential.
+    hash_keys: [[u8; 32]; 2],
 }
 
 type Key = [u8; 32];
+type Memory = moka::sync::Cache<Key, Remembered, BuildHasherDefault<Hashed>>;
 
-/// What a key is made for: no key of one kind is ever one of the other.
-const OF_CREDENTIAL: u8 = 0;
-const OF_MODEL: u8 = 1;
+/// The hasher of keys that are hashes, under a key of this process, already.
+#[derive(Default)]
+struct Hashed(u64);
+
+impl Hasher for Hashed {
+    fn write(&mut self, bytes: &[u8]) {
+        for (at, byte) in bytes.iter().take(8).enumerate() {
+            self.0 ^= u64::from(*byte) << (8 * at);
+        }
+    }
+
+    /// The length of a key, which is always the same.
+    fn write_usize(&mut self, _: usize) {}
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
 
 /// How it went with those who looked for an observation.
 #[derive(Debug, Default)]
@@ -149,8 +167,7 @@ impl Cache {
     /// Remembers what `asker` finds.
     pub fn new(asker: Arc<dyn Asker>, settings: CacheSettings) -> Self {
         let CacheSettings { ages, breaker, new_keys } = settings;
-        let mut hash_key = [0; 32];
-        rand::rng().fill(&mut hash_key);
+        let hash_keys = rand::rng().random();
         let evicted = Arc::new(Counter::new());
         let evicting = Arc::clone(&evicted);
         Self {
@@ -166,14 +183,14 @@ impl Cache {
                         evicting.one();
                     }
                 })
-                .build(),
+                .build_with_hasher(BuildHasherDefault::default()),
             flights: Flights::new(MAX_FLIGHTS),
             breakers: Arc::new(Breakers::new(breaker)),
             new_keys: NewKeys::new(new_keys),
             ages,
             lookups: Lookups::default(),
             evicted,
-            hash_key,
+            hash_keys,
         }
     }
 
@@ -188,10 +205,8 @@ impl Cache {
         let keys = self.keys(&inquiry);
         // A flight for another model may land without an answer that holds for this one; then this one flies next.
         loop {
-            let known = self.known(&keys);
-            if let Some(timed) = self.fresh(&known, max_age) {
-                self.lookups.hit.one();
-                return self.served(&known, timed, ServedFrom::Cache, max_age);
+            if let Some(observed) = self.remembered(&keys, max_age) {
+                return observed;
             }
             let mut first = false;
             let launch = |begun| {
@@ -202,7 +217,9 @@ impl Cache {
             self.lookups.of(&joined, first).one();
             *part = matches!(joined, Joined::Flight(_)).then_some(if first { Part::Fill } else { Part::Wait });
             match joined {
-                Joined::Already(timed) => return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age),
+                Joined::Already(timed) => {
+                    return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
+                }
                 Joined::Withheld(Barred::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
                 Joined::Withheld(Barred::NewKeys(wait)) => {
                     let retry_after = wait.max(self.ages.floor);
@@ -211,7 +228,7 @@ impl Cache {
                 Joined::Full => return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age),
                 Joined::Flight(flight) => match wait(flight, deadline).await {
                     Landing::Landed(timed) if timed.key == keys.first || Some(timed.key) == self.second(&keys) => {
-                        return self.served(&self.known(&keys), &timed, ServedFrom::Probe, max_age);
+                        return self.served(&self.known(&keys), &timed, ServedFrom::Probe, max_age, Instant::now());
                     }
                     Landing::Landed(_) => {}
                     Landing::TimedOut { begun: true } => return self.unasked(&keys, Finding::bare(Verdict::Timeout), max_age),
@@ -225,6 +242,14 @@ impl Cache {
         }
     }
 
+    /// What is remembered, if it is young enough.
+    fn remembered(&self, keys: &Keys<'_>, max_age: Option<Duration>) -> Option<Observed> {
+        let (known, now) = (self.known(keys), Instant::now());
+        let timed = self.fresh(&known, max_age, now)?;
+        self.lookups.hit.one();
+        Some(self.served(&known, timed, ServedFrom::Cache, max_age, now))
+    }
+
     /// What the first caller of a key does: it takes what is there by now, is barred, or asks.
     fn launch(
         &self,
@@ -233,11 +258,11 @@ impl Cache {
         max_age: Option<Duration>,
         begun: Begun,
     ) -> Launch<Timed, Barred, impl Future<Output = Timed> + Send + use<>> {
-        let known = self.known(keys);
-        if let Some(timed) = self.fresh(&known, max_age) {
+        let (known, now) = (self.known(keys), Instant::now());
+        if let Some(timed) = self.fresh(&known, max_age, now) {
             return Launch::Already(timed.clone());
         }
-        if let Some(opened) = self.breakers.admit(inquiry.endpoint.identity, Instant::now()) {
+        if let Some(opened) = self.breakers.admit(inquiry.endpoint.identity, now) {
             return Launch::Withheld(Barred::Open(opened));
         }
         if let (true, Err(wait)) = (known.is_nothing(), self.new_keys.count(inquiry.caller, inquiry.organization)) {
@@ -277,24 +302,24 @@ impl Cache {
     }
 
     /// The newest observation, if it is young enough.
-    fn fresh<'k>(&self, known: &'k Known, max_age: Option<Duration>) -> Option<&'k Timed> {
+    fn fresh<'k>(&self, known: &'k Known, max_age: Option<Duration>, now: Instant) -> Option<&'k Timed> {
         let latest = known.entries().filter_map(|entry| entry.latest.as_ref()).max_by_key(|timed| timed.at)?;
         let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.ages.floor_of(&latest.finding)));
-        (latest.at.elapsed() < latest.fresh_for.min(wanted)).then_some(latest)
+        (now - latest.at < latest.fresh_for.min(wanted)).then_some(latest)
     }
 
     /// The newest VALID that a PROVISION may still rest on: within the hard maximum and the caller's age, not refused since.
-    fn earlier_valid(&self, known: &Known, max_age: Option<Duration>) -> Option<EarlierValid> {
+    fn earlier_valid(&self, known: &Known, max_age: Option<Duration>, now: Instant) -> Option<EarlierValid> {
         let refused_at = known.entries().filter_map(|entry| entry.refused_at).max();
         let valid = known.entries().filter_map(|entry| entry.valid.as_ref()).max_by_key(|timed| timed.at)?;
-        let age = valid.at.elapsed();
+        let age = now - valid.at;
         let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.ages.floor_of(&valid.finding)));
         let counts = age <= self.ages.hard_maximum.min(wanted) && refused_at.is_none_or(|refused_at| refused_at < valid.at);
         counts.then(|| EarlierValid { finding: Arc::clone(&valid.finding), observed_at: valid.wall, age })
     }
 
-    fn served(&self, known: &Known, timed: &Timed, served_from: ServedFrom, max_age: Option<Duration>) -> Observed {
-        let age = timed.at.elapsed();
+    fn served(&self, known: &Known, timed: &Timed, served_from: ServedFrom, max_age: Option<Duration>, now: Instant) -> Observed {
+        let age = now - timed.at;
         Observed {
             finding: Arc::clone(&timed.finding),
             observed_at: timed.wall,
@@ -302,7 +327,7 @@ impl Cache {
             served_from,
             // Asking again sooner would only be served from here.
             retry_after: timed.fresh_for.saturating_sub(age).max(self.ages.floor),
-            earlier_valid: self.earlier_valid(known, max_age),
+            earlier_valid: self.earlier_valid(known, max_age, now),
         }
     }
 
@@ -314,7 +339,7 @@ impl Cache {
             age: opened.at.elapsed(),
             served_from: ServedFrom::Breaker,
             retry_after: opened.until.saturating_duration_since(Instant::now()).max(self.ages.floor),
-            earlier_valid: self.earlier_valid(&self.known(keys), max_age),
+            earlier_valid: self.earlier_valid(&self.known(keys), max_age, Instant::now()),
         }
     }
 
@@ -326,15 +351,16 @@ impl Cache {
             age: Duration::ZERO,
             served_from: ServedFrom::Probe,
             retry_after: self.ages.unanswered,
-            earlier_valid: self.earlier_valid(&self.known(keys), max_age),
+            earlier_valid: self.earlier_valid(&self.known(keys), max_age, Instant::now()),
         }
     }
 
     fn keys<'a>(&self, inquiry: &Inquiry<'a>) -> Keys<'a> {
         let Inquiry { endpoint, secret, model, .. } = *inquiry;
-        let credential = self.hash(OF_CREDENTIAL, &endpoint.identity, secret.expose());
+        let [of_credential, of_model] = &self.hash_keys;
+        let credential = hash(of_credential, &endpoint.identity, secret.expose());
         if endpoint.names_model {
-            Keys { first: self.hash(OF_MODEL, &credential, model), model: None }
+            Keys { first: hash(of_model, &credential, model), model: None }
         } else {
             Keys { first: credential, model: Some(model) }
         }
@@ -342,17 +368,22 @@ impl Cache {
 
     /// Under which key a finding about the model alone stands, if that is another one.
     fn second(&self, keys: &Keys<'_>) -> Option<Key> {
-        keys.model.map(|model| self.hash(OF_MODEL, &keys.first, model))
-    }
-
-    /// A key made of an identity or another key, which are of one length, and of a text.
-    fn hash(&self, kind: u8, key: &Key, text: &str) -> Key {
-        let mut hasher = blake3::Hasher::new_keyed(&self.hash_key);
-        *hasher.update(&[kind]).update(key).update(text.as_bytes()).finalize().as_bytes()
+        let [_, of_model] = &self.hash_keys;
+        keys.model.map(|model| hash(of_model, &keys.first, model))
     }
 }
 
+/// A key made of an identity or another key, which are of one length, and of a text.
+fn hash(hash_key: &[u8; 32], of: &[u8; 32], text: &str) -> Key {
+    *blake3::Hasher::new_keyed(hash_key).update(of).update(text.as_bytes()).finalize().as_bytes()
+}
+
 impl LivenessSource for Cache {
+    fn recall(&self, inquiry: &Inquiry<'_>, max_age: Option<Duration>) -> Option<Observed> {
+        // A trace shows the look as a step of its own: `observe` takes it.
+        if traces::is_traced() { None } else { self.remembered(&self.keys(inquiry), max_age) }
+    }
+
     fn observe<'a>(&'a self, inquiry: Inquiry<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
         let span = traces::cache();
         if span.is_none() {
@@ -391,7 +422,7 @@ impl Measured for Cache {
 
 /// Stores an observation, and marks the first entry if that is another. Only the flight of the first key writes under it and what
 /// it leads to, so reading and writing back is no race.
-fn remember(memory: &moka::sync::Cache<Key, Remembered>, first: Key, timed: &Timed) {
+fn remember(memory: &Memory, first: Key, timed: &Timed) {
     let mut entry = memory.get(&timed.key).unwrap_or_default();
     match timed.finding.verdict {
         Verdict::Valid => entry.valid = Some(timed.clone()),

@@ -43,10 +43,7 @@ use crate::{
     config::settings::{self, Settings},
     engine::Engine,
     meter::{Counter, Measured, Page, calls::Calls, process::Process, reloads::Reloads},
-    service::{
-        PolicyDecision,
-        convert::{self, pb::policy_decision_service_server::PolicyDecisionServiceServer},
-    },
+    service::{PolicyDecision, convert},
     telemetry::journal::Journal,
 };
 
@@ -231,7 +228,6 @@ impl Bound {
         let calls = Arc::new(Calls::default());
         let counted = (Arc::clone(&journal), Arc::clone(&calls));
         let service = PolicyDecision::new(Arc::clone(&engine), limits.clone(), deadlines.clone(), counted);
-        let limited = |bytes| PolicyDecisionServiceServer::new(service.clone()).max_decoding_message_size(bytes);
         let reflection = || {
             tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(convert::DESCRIPTORS)
@@ -241,7 +237,6 @@ impl Bound {
             .add_service(reflection().build_v1()?)
             .add_service(reflection().build_v1alpha()?)
             .prepare();
-        let (decisions, batches) = (limited(limits.message_bytes), limited(limits.batch_message_bytes));
         let mut tasks = JoinSet::new();
         let files: Vec<(Arc<dyn Source>, Arc<Reloads>)> = tls
             .iter()
@@ -259,8 +254,7 @@ impl Bound {
             spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, Arc::new(Shown { engine, sources })))));
         }
         let failed = Arc::clone(&connections.failed);
-        let core =
-            Core { callers, tls, decisions, batches, routes, limits, deadlines, server, journal, phase: phases, calls, failed };
+        let core = Core { callers, tls, service, routes, limits, deadlines, server, journal, phase: phases, calls, failed };
         let core = Arc::new(core);
         // Every connection holds a sender; when the last one is dropped, all are gone.
         let (open, mut all_gone) = mpsc::channel::<Infallible>(1);

@@ -16,7 +16,7 @@ use futures_util::{FutureExt, Stream, StreamExt, stream};
 use prost::Message;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
-use tonic::{Code, Extensions, Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 use tracing::Instrument;
 
@@ -45,15 +45,15 @@ pub(crate) const DECIDE: &str = "Decide";
 /// The call of many decisions.
 pub(crate) const BATCH_DECIDE: &str = "BatchDecide";
 
-/// The service.
+/// The service, waiting for calls.
 #[derive(Clone)]
 pub struct PolicyDecision(Arc<Shared>);
 
-/// What the server found out about a call before it came here. Without it nothing is answered: no zero value allows.
-#[derive(Debug, Clone)]
-pub(crate) struct Admitted {
-    pub(crate) caller: Arc<Caller>,
-    pub(crate) deadline: Deadline,
+/// The service for one call. Who makes it, and until when, is part of it, so that nothing is answered without either.
+pub(crate) struct Call {
+    shared: Arc<Shared>,
+    caller: Arc<Caller>,
+    deadline: Deadline,
 }
 
 struct Shared {
@@ -83,6 +83,11 @@ impl PolicyDecision {
         let (admission, decisions) = (Admission::new(&limits), Decisions::default());
         Self(Arc::new(Shared { engine, admission, limits, deadlines, journal, decisions, calls }))
     }
+
+    /// What answers one call of this caller.
+    pub(crate) fn to(&self, caller: Arc<Caller>, deadline: Deadline) -> Call {
+        Call { shared: Arc::clone(&self.0), caller, deadline }
+    }
 }
 
 impl Measured for PolicyDecision {
@@ -106,7 +111,7 @@ impl Shared {
         answer_by: Instant,
         traced: &Traced,
     ) -> Result<pb::DecideResponse, Status> {
-        let mut request = self.understood(message).map_err(|violations| {
+        let mut request = self.understood(method, message).map_err(|violations| {
             let status = bad_request(violations);
             let (grpc_code, reason) = (word_of(status.code()), status.message());
             let trace_id = traced.trace_id();
@@ -125,11 +130,14 @@ impl Shared {
         Ok(convert::response(decided))
     }
 
-    fn understood(&self, message: pb::DecideRequest) -> Result<spec::Request, Violations> {
-        let (size, limit) = (message.encoded_len(), self.limits.message_bytes);
-        if size > limit {
-            let found = format!("the request is {size} bytes long; the limit is {limit}");
-            return Err(Violations(vec![("workspace_spec".to_owned(), found)]));
+    fn understood(&self, method: &str, message: pb::DecideRequest) -> Result<spec::Request, Violations> {
+        // The library holds single messages to it, but not the items of a batch.
+        if method == BATCH_DECIDE {
+            let (size, limit) = (message.encoded_len(), self.limits.message_bytes);
+            if size > limit {
+                let found = format!("the request is {size} bytes long; the limit is {limit}");
+                return Err(Violations(vec![("workspace_spec".to_owned(), found)]));
+            }
         }
         convert::request_within(message, &self.limits)
     }
@@ -188,22 +196,20 @@ impl Drop for Pending<'_> {
 }
 
 #[tonic::async_trait]
-impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecision {
+impl pb::policy_decision_service_server::PolicyDecisionService for Call {
     type BatchDecideStream = Pin<Box<dyn Stream<Item = Result<pb::BatchDecideResponse, Status>> + Send>>;
 
     async fn decide(&self, request: Request<pb::DecideRequest>) -> Result<Response<pb::DecideResponse>, Status> {
-        let (metadata, mut extensions, message) = request.into_parts();
-        let Admitted { caller, deadline } = admitted(&mut extensions)?;
-        let Self(shared) = self;
+        let Self { shared, caller, deadline } = self;
+        let (metadata, _, message) = request.into_parts();
         let traced = Traced::begin(&metadata, NAME, DECIDE);
         let place = shared.admission.enter();
-        shared.decide_one(DECIDE, &caller, message, place, deadline.answer_by, &traced).await.map(Response::new)
+        shared.decide_one(DECIDE, caller, message, place, deadline.answer_by, &traced).await.map(Response::new)
     }
 
     async fn batch_decide(&self, request: Request<pb::BatchDecideRequest>) -> Result<Response<Self::BatchDecideStream>, Status> {
-        let (metadata, mut extensions, message) = request.into_parts();
-        let Admitted { caller, deadline } = admitted(&mut extensions)?;
-        let (requests, limits) = (message.requests, &self.0.limits);
+        let (metadata, _, message) = request.into_parts();
+        let (requests, limits, deadline) = (message.requests, &self.shared.limits, self.deadline);
         let traced = Traced::begin(&metadata, NAME, BATCH_DECIDE);
         if requests.is_empty() || requests.len() > limits.batch_items {
             traced.answered(Code::InvalidArgument);
@@ -212,7 +218,7 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
         }
         // What can still go wrong is an item's.
         traced.answered(Code::Ok);
-        let shared = Arc::clone(&self.0);
+        let (shared, caller) = (Arc::clone(&self.shared), Arc::clone(&self.caller));
         let decisions = stream::iter((0_u32..).zip(requests))
             .map(move |(index, message)| {
                 let (shared, caller, traced) = (Arc::clone(&shared), Arc::clone(&caller), traced.item(index));
@@ -238,14 +244,14 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
         &self,
         request: Request<pb::ResolveProviderRequest>,
     ) -> Result<Response<pb::ResolveProviderResponse>, Status> {
-        let (runtime, model, names) = convert::resolve_request(request.into_inner(), &self.0.limits).map_err(bad_request)?;
-        let (result, snapshot) = self.0.engine.resolve(&runtime, &model, &names);
+        let (runtime, model, names) = convert::resolve_request(request.into_inner(), &self.shared.limits).map_err(bad_request)?;
+        let (result, snapshot) = self.shared.engine.resolve(&runtime, &model, &names);
         Ok(Response::new(convert::resolve_response(result, &model, &snapshot)))
     }
 
     async fn list_models(&self, request: Request<pb::ListModelsRequest>) -> Result<Response<pb::ListModelsResponse>, Status> {
-        let runtime = convert::list_request(request.into_inner(), &self.0.limits).map_err(bad_request)?;
-        let snapshot = self.0.engine.snapshot();
+        let runtime = convert::list_request(request.into_inner(), &self.shared.limits).map_err(bad_request)?;
+        let snapshot = self.shared.engine.snapshot();
         if let Some(name) = runtime.as_deref()
             && snapshot.registry.runtime(name).is_none()
         {
@@ -259,12 +265,8 @@ impl pb::policy_decision_service_server::PolicyDecisionService for PolicyDecisio
         &self,
         _request: Request<pb::GetRegistryStatusRequest>,
     ) -> Result<Response<pb::GetRegistryStatusResponse>, Status> {
-        Ok(Response::new(convert::status(&self.0.engine.snapshot(), SystemTime::now())))
+        Ok(Response::new(convert::status(&self.shared.engine.snapshot(), SystemTime::now())))
     }
-}
-
-fn admitted(extensions: &mut Extensions) -> Result<Admitted, Status> {
-    extensions.remove().ok_or_else(|| Status::unauthenticated("the caller is not known"))
 }
 
 fn item(index: u32, decided: Result<pb::DecideResponse, Status>) -> pb::BatchDecideResponse {

@@ -125,6 +125,11 @@ pub struct Request {
     pub caller: String,
 }
 
+/// Nothing but printable ASCII, which nearly every text is: told several bytes at a time.
+pub fn is_plain(text: &str) -> bool {
+    text.bytes().fold(true, |plain, byte| plain & matches!(byte, b' '..=b'~'))
+}
+
 /// A variable's name as every shell takes it: letters, digits and `_`, not beginning with a digit, at most 128 bytes.
 pub fn is_env_name(name: &str) -> bool {
     name.len() <= 128

@@ -41,6 +41,11 @@ pub struct UnderWay<'c> {
     of: Option<&'c [Counter; CODES.len()]>,
 }
 
+/// The method, if it is one of ours; else empty.
+pub fn known_method(method: &str) -> &'static str {
+    METHODS.into_iter().find(|known| *known == method).unwrap_or_default()
+}
+
 // === impl Calls ===
 
 impl Calls {

@@ -29,10 +29,13 @@ use super::{
 };
 use crate::{
     config::settings::{Deadlines, Limits, Server},
-    meter::{Counter, calls::Calls},
+    meter::{
+        Counter,
+        calls::{Calls, known_method},
+    },
     service::{
-        Admitted, BATCH_DECIDE, DECIDE, NAME, PolicyDecision,
-        convert::pb::policy_decision_service_server::PolicyDecisionServiceServer, deadline::Deadline, word_of,
+        BATCH_DECIDE, DECIDE, NAME, PolicyDecision, convert::pb::policy_decision_service_server::PolicyDecisionServiceServer,
+        deadline::Deadline, word_of,
     },
     telemetry::journal::{Journal, Undecided},
 };
@@ -50,10 +53,8 @@ const MAX_RESET_STREAMS: usize = 20;
 pub(super) struct Core {
     pub(super) callers: Arc<Callers>,
     pub(super) tls: Option<Arc<Tls>>,
-    /// Decisions, called as they are: routing one service to itself would cost each call a tenth.
-    pub(super) decisions: PolicyDecisionServiceServer<PolicyDecision>,
-    /// The same for batches, whose messages may be larger.
-    pub(super) batches: PolicyDecisionServiceServer<PolicyDecision>,
+    /// Called as it is: routing one service to itself would cost each call a tenth.
+    pub(super) service: PolicyDecision,
     /// Health and reflection.
     pub(super) routes: Routes,
     pub(super) limits: Limits,
@@ -93,11 +94,7 @@ impl Core {
                 return;
             }
         };
-        let connected = Arc::new(connected);
-        let service = service_fn(|request| {
-            let (core, connected) = (Arc::clone(&self), Arc::clone(&connected));
-            async move { Ok::<_, Infallible>(core.counted(&connected, request).await) }
-        });
+        let service = service_fn(|request| self.call(&connected, request));
         let mut connection = std::pin::pin!(self.http().serve_connection(TokioIo::new(io), service));
         let mut stages = [Phase::Draining, Phase::Cut].into_iter();
         let mut next = stages.next();
@@ -152,22 +149,51 @@ impl Core {
             .max_concurrent_streams(self.limits.streams_per_connection)
             .max_header_list_size(self.limits.header_list_bytes)
             .max_pending_accept_reset_streams(MAX_RESET_STREAMS)
+            // No gRPC client reads it.
+            .auto_date_header(false)
             .keep_alive_interval(self.server.keepalive_interval.0)
             .keep_alive_timeout(self.server.keepalive_timeout.0);
         http
     }
 
-    /// One call, and how it ended as far as its headers tell: a failure of the library's or ours has no body before its code.
-    async fn counted(&self, connected: &Connected, request: Request<Incoming>) -> Response<Body> {
-        let call = self.calls.begin(method_of(request.uri().path()).unwrap_or_default());
-        let response = self.call(connected, request).await;
-        let code = response.headers().get(Status::GRPC_STATUS).map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()));
-        call.ended(code as i32);
-        response
+    /// One call: who, until when, then the service. Its future goes to a task of its own: it is small, since what can be told at
+    /// once has been told before.
+    fn call(
+        self: &Arc<Self>,
+        connected: &Connected,
+        request: Request<Incoming>,
+    ) -> impl Future<Output = Answered> + Send + use<> {
+        let method = method_of(request.uri().path()).map_or("", known_method);
+        let begun = self.begin_call(connected, request);
+        let core = Arc::clone(self);
+        async move {
+            let call = core.calls.begin(method);
+            let Ok(response) = core.finish(begun).await;
+            // How it ended, as far as its headers tell: a failure of the library's or ours has no body before its code.
+            let code = response.headers().get(Status::GRPC_STATUS).map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()));
+            call.ended(code as i32);
+            Ok(response)
+        }
     }
 
-    /// One call: who, until when, then the service.
-    async fn call(&self, connected: &Connected, mut request: Request<Incoming>) -> Response<Body> {
+    async fn finish(&self, begun: Begun) -> Answered {
+        let (answering, due) = match begun {
+            Ok(begun) => begun,
+            Err(response) => return Ok(*response),
+        };
+        let Some(Due { end, limit, asks }) = due else { return answering.await };
+        // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
+        match timeout_at(end, answering).await {
+            Ok(Ok(response)) => Ok(match explanation(&response, limit) {
+                Some(status) => undecided(&self.journal, asks, status),
+                None => response,
+            }),
+            // The service has noticed that its call was given up.
+            Err(_) => Ok(late().into_http()),
+        }
+    }
+
+    fn begin_call(&self, connected: &Connected, mut request: Request<Incoming>) -> Begun {
         let path = request.uri().path();
         let method = method_of(path);
         let is_batch = method.map(|method| method == BATCH_DECIDE);
@@ -175,40 +201,23 @@ impl Core {
         let asks = [DECIDE, BATCH_DECIDE].into_iter().find(|asks| method == Some(asks));
         let caller = match self.callers.admit(connected, path, request.headers()) {
             Ok(caller) => caller,
-            Err(status) => return self.undecided(asks, status),
+            Err(status) => return Err(Box::new(undecided(&self.journal, asks, status))),
         };
         // It has been read, and nothing behind this line is to know it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
-        let (Some(is_batch), Some(caller)) = (is_batch, caller) else { return answer(self.routes.clone().call(request).await) };
-        let (mut service, cap, limit) = if is_batch {
-            (self.batches.clone(), self.deadlines.batch, self.limits.batch_message_bytes)
-        } else {
-            (self.decisions.clone(), self.deadlines.decide, self.limits.message_bytes)
+        let (Some(is_batch), Some(caller)) = (is_batch, caller) else {
+            return Ok((Box::pin(self.routes.clone().call(request)), None));
         };
-        let over = || Status::deadline_exceeded("no decision was made before the call's deadline");
-        let Some(deadline) = Deadline::of(request.headers(), cap.0) else { return self.undecided(asks, over()) };
-        request.extensions_mut().insert(Admitted { caller, deadline });
-        // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
-        match timeout_at(deadline.end, service.call(request)).await {
-            Ok(response) => {
-                let response = answer(response);
-                match explanation(&response, limit) {
-                    Some(status) => self.undecided(asks, status),
-                    None => response,
-                }
-            }
-            // The service has noticed that its call was given up.
-            Err(_) => over().into_http(),
-        }
-    }
-
-    /// A call that never comes to the service.
-    fn undecided(&self, asks: Option<&'static str>, status: Status) -> Response<Body> {
-        if let Some(method) = asks {
-            let (grpc_code, reason) = (word_of(status.code()), status.message());
-            self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id: None });
-        }
-        status.into_http()
+        let (cap, limit) = if is_batch {
+            (self.deadlines.batch, self.limits.batch_message_bytes)
+        } else {
+            (self.deadlines.decide, self.limits.message_bytes)
+        };
+        let deadline = Deadline::of(request.headers(), cap.0);
+        let deadline = deadline.ok_or_else(|| Box::new(undecided(&self.journal, asks, late())))?;
+        let service = PolicyDecisionServiceServer::new(self.service.to(caller, deadline));
+        let answering = service.max_decoding_message_size(limit).call(request);
+        Ok((answering, Some(Due { end: deadline.end, limit, asks })))
     }
 }
 
@@ -217,11 +226,32 @@ fn method_of(path: &str) -> Option<&str> {
     path.strip_prefix('/')?.strip_prefix(NAME)?.strip_prefix('/')
 }
 
-fn answer(response: Result<Response<Body>, Infallible>) -> Response<Body> {
-    match response {
-        Ok(response) => response,
-        Err(never) => match never {},
+/// A call that never comes to the service.
+fn undecided(journal: &Journal, asks: Option<&'static str>, status: Status) -> Response<Body> {
+    if let Some(method) = asks {
+        let (grpc_code, reason) = (word_of(status.code()), status.message());
+        journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id: None });
     }
+    status.into_http()
+}
+
+/// What comes of a call.
+type Answered = Result<Response<Body>, Infallible>;
+/// A call that is being answered, or was refused at once.
+type Begun = Result<(Answering, Option<Due>), Box<Response<Body>>>;
+type Answering = Pin<Box<dyn Future<Output = Answered> + Send>>;
+
+/// Of a call with a deadline.
+struct Due {
+    end: Instant,
+    /// How long its message may be.
+    limit: usize,
+    /// Its method, if it asks for a decision.
+    asks: Option<&'static str>,
+}
+
+fn late() -> Status {
+    Status::deadline_exceeded("no decision was made before the call's deadline")
 }
 
 /// What the library finds wrong with a message, in the contract's words: bad input is INVALID_ARGUMENT with a field.

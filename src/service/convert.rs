@@ -16,7 +16,7 @@ use crate::{
     },
     engine::Decided,
     secret::Secret,
-    spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
+    spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec, is_plain},
 };
 
 /// Generated from `proto/`.
@@ -47,9 +47,9 @@ impl Violations {
         if name.len() > limit {
             self.add(&field, format_args!("is {} bytes long; the limit is {limit}", name.len()));
         }
-        // Bytes first: nearly every name is printable ASCII, and that is told several bytes at a time.
-        let is_plain = name.bytes().fold(true, |plain, byte| plain & matches!(byte, b' '..=b'~'));
-        if let (false, Some(at)) = (is_plain, name.find(char::is_control)) {
+        if !is_plain(name)
+            && let Some(at) = name.find(char::is_control)
+        {
             self.add(&field, format_args!("holds a control character at byte {at}"));
         }
     }

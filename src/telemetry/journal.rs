@@ -8,13 +8,14 @@ use std::{
 };
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
 use serde::{Serialize, Serializer};
 use tracing::Level;
 use uuid::{Uuid, fmt::Hyphenated};
 
 use super::{lines::Lines, timestamp, traces::TraceId};
 use crate::{
-    decision::{Decision, Outcome, Verdict, Warning},
+    decision::{Decision, Outcome, Verdict},
     engine::Decided,
     spec::{Checkpoint, Request},
 };
@@ -51,53 +52,6 @@ pub struct Undecided<'a> {
     pub request: Option<&'a Request>,
     /// The trace that it belongs to.
     pub trace_id: Option<TraceId>,
-}
-
-#[derive(Serialize)]
-struct DecisionLine<'a> {
-    timestamp: &'a str,
-    level: &'static str,
-    event: &'static str,
-    schema_version: u32,
-    decision_id: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "hex")]
-    trace_id: Option<TraceId>,
-    checkpoint: &'static str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    workspace_id: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    organization_id: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    caller: &'a str,
-    runtime: &'a str,
-    model: &'a str,
-    outcome: &'static str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    code: &'static str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    provider: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    billing_mode: Option<&'static str>,
-    source: &'static str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    credential_env: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    credential_scope: Option<&'static str>,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    credential_fingerprint: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    verdict: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    upstream_status: Option<u16>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    served_from: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    age_ms: Option<u64>,
-    duration_us: u64,
-    #[serde(skip_serializing_if = "<[_]>::is_empty", serialize_with = "codes")]
-    warnings: &'a [Warning],
-    registry_revision: &'a str,
-    catalogue_revision: &'a str,
 }
 
 #[derive(Serialize)]
@@ -166,41 +120,44 @@ impl Journal {
             Outcome::Allow(_) => ("ALLOW", ""),
             Outcome::Deny(deny) => ("DENY", deny.refusal.code().as_str()),
         };
-        let credential = resolution.credential.as_ref();
-        let seen = liveness.as_ref().and_then(|liveness| liveness.seen);
-        write(
-            lines,
-            &DecisionLine {
-                timestamp: &timestamp(),
-                level,
-                event: "decision",
-                schema_version: SCHEMA_VERSION,
-                decision_id: id.hyphenated().encode_lower(&mut [0; Hyphenated::LENGTH]),
-                trace_id,
-                checkpoint: checkpoint.as_str(),
-                workspace_id: &spec.workspace_id,
-                organization_id: &spec.organization_id,
-                caller,
-                runtime: &spec.runtime,
-                model: &spec.model,
-                outcome: word,
-                code,
-                provider: &resolution.provider,
-                billing_mode: resolution.billing_mode.map(|mode| mode.as_str()),
-                source: resolution.source.as_str(),
-                credential_env: credential.map(|credential| credential.env_name.as_str()),
-                credential_scope: credential.map(|credential| credential.scope.as_str()),
-                credential_fingerprint: credential.map_or("", |credential| &credential.fingerprint),
-                verdict: liveness.as_ref().map(|liveness| liveness.verdict.as_str()),
-                upstream_status: liveness.as_ref().and_then(|liveness| liveness.upstream_status),
-                served_from: seen.map(|seen| seen.served_from.as_str()),
-                age_ms: seen.map(|seen| u64::try_from(seen.age.as_millis()).unwrap_or(u64::MAX)),
-                duration_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
-                warnings,
-                registry_revision,
-                catalogue_revision,
-            },
-        );
+        let mut line = Line::begin("decision", level);
+        line.text("decision_id", id.hyphenated().encode_lower(&mut [0; Hyphenated::LENGTH]));
+        if let Some(id) = trace_id {
+            line.text("trace_id", &id.to_string());
+        }
+        line.text("checkpoint", checkpoint.as_str());
+        line.given("workspace_id", &spec.workspace_id);
+        line.given("organization_id", &spec.organization_id);
+        line.given("caller", caller);
+        line.text("runtime", &spec.runtime);
+        line.text("model", &spec.model);
+        line.text("outcome", word);
+        line.given("code", code);
+        line.given("provider", &resolution.provider);
+        line.given("billing_mode", resolution.billing_mode.map_or("", |mode| mode.as_str()));
+        line.text("source", resolution.source.as_str());
+        if let Some(credential) = &resolution.credential {
+            line.text("credential_env", &credential.env_name);
+            line.text("credential_scope", credential.scope.as_str());
+            line.given("credential_fingerprint", &credential.fingerprint);
+        }
+        if let Some(liveness) = liveness {
+            line.text("verdict", liveness.verdict.as_str());
+            if let Some(status) = liveness.upstream_status {
+                line.number("upstream_status", u64::from(status));
+            }
+            if let Some(seen) = liveness.seen {
+                line.text("served_from", seen.served_from.as_str());
+                line.number("age_ms", u64::try_from(seen.age.as_millis()).unwrap_or(u64::MAX));
+            }
+        }
+        line.number("duration_us", u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        if !warnings.is_empty() {
+            line.words("warnings", warnings.iter().map(|warning| warning.code.as_str()));
+        }
+        line.text("registry_revision", registry_revision);
+        line.text("catalogue_revision", catalogue_revision);
+        lines.push(&line.end());
     }
 
     /// Writes the event of a call that ended without a decision, at WARN.
@@ -236,6 +193,80 @@ impl Journal {
     }
 }
 
+/// A decision's line, member by member. Every decision writes one: a serializer would look at each byte of each name and text for
+/// what JSON escapes, which cost a third of a decision.
+struct Line(Vec<u8>);
+
+// === impl Line ===
+
+impl Line {
+    fn begin(event: &str, level: &str) -> Self {
+        let mut line = Vec::with_capacity(1024);
+        line.extend_from_slice(b"{\"timestamp\":\"");
+        // Into memory: it cannot fail.
+        drop(DateTimePrinter::new().precision(Some(6)).print_timestamp(&Timestamp::now(), &mut line));
+        line.push(b'"');
+        let mut line = Self(line);
+        line.text("level", level);
+        line.text("event", event);
+        line.number("schema_version", u64::from(SCHEMA_VERSION));
+        line
+    }
+
+    fn name(&mut self, name: &str) {
+        let Self(line) = self;
+        line.extend_from_slice(b",\"");
+        line.extend_from_slice(name.as_bytes());
+        line.extend_from_slice(b"\":");
+    }
+
+    fn text(&mut self, name: &str, text: &str) {
+        self.name(name);
+        self.value(text);
+    }
+
+    /// A text that may be empty: then it is left out.
+    fn given(&mut self, name: &str, text: &str) {
+        if !text.is_empty() {
+            self.text(name, text);
+        }
+    }
+
+    fn number(&mut self, name: &str, number: u64) {
+        self.name(name);
+        drop(serde_json::to_writer(&mut self.0, &number));
+    }
+
+    fn words(&mut self, name: &str, words: impl Iterator<Item = &'static str>) {
+        self.name(name);
+        self.0.push(b'[');
+        for (at, word) in words.enumerate() {
+            if at > 0 {
+                self.0.push(b',');
+            }
+            self.value(word);
+        }
+        self.0.push(b']');
+    }
+
+    fn value(&mut self, text: &str) {
+        let Self(line) = self;
+        if text.bytes().fold(true, |plain, byte| plain & matches!(byte, b' ' | b'!' | b'#'..=b'[' | b']'..=b'~')) {
+            line.push(b'"');
+            line.extend_from_slice(text.as_bytes());
+            line.push(b'"');
+        } else {
+            drop(serde_json::to_writer(line, text));
+        }
+    }
+
+    fn end(self) -> Vec<u8> {
+        let Self(mut line) = self;
+        line.extend_from_slice(b"}\n");
+        line
+    }
+}
+
 fn is_loud(decision: &Decision) -> bool {
     let by_design = decision.liveness.as_ref().is_some_and(|liveness| liveness.verdict == Verdict::NoServerSurface);
     match decision.outcome {
@@ -267,10 +298,6 @@ fn write(lines: &Lines, event: &impl Serialize) {
     }
 }
 
-fn codes<S: Serializer>(warnings: &&[Warning], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_seq(warnings.iter().map(|warning| warning.code.as_str()))
-}
-
 fn hex<S: Serializer>(id: &Option<TraceId>, serializer: S) -> Result<S::Ok, S::Error> {
     id.map(|id| id.to_string()).serialize(serializer)
 }
@@ -296,6 +323,32 @@ mod tests {
         assert_eq!((share(0.0), share(1.0)), (0, ids.len()));
         assert!((800..1200).contains(&share(0.1)), "{}", share(0.1));
         assert!(is_sampled(Uuid::max(), 1.0) && !is_sampled(Uuid::nil(), 0.0));
+    }
+
+    #[test]
+    fn a_line_is_json_whatever_it_holds() {
+        let texts = ["", "plain", "quo\"te", "back\\slash", "line\nbreak", "\u{1b}[2J", "é", "\u{7f}", "</script>"];
+        let mut line = Line::begin("decision", "INFO");
+        for text in texts {
+            line.text("text", text);
+            line.given("given", text);
+        }
+        line.number("number", u64::MAX);
+        line.words("none", std::iter::empty());
+        line.words("words", ["ONE", "TWO"].into_iter());
+        let line = line.end();
+        let (rest, end) = line.split_at(line.len() - 2);
+        let expect: Vec<_> = texts
+            .iter()
+            .flat_map(|text| ["text", "given"].map(|name| (name, text)))
+            .filter(|(name, text)| *name == "text" || !text.is_empty())
+            .map(|(name, text)| format!(",\"{name}\":{}", serde_json::to_string(text).unwrap()))
+            .collect();
+        let expect = format!("{},\"number\":{},\"none\":[],\"words\":[\"ONE\",\"TWO\"]", expect.concat(), u64::MAX);
+        assert!(std::str::from_utf8(rest).unwrap().ends_with(&expect), "{rest:?}");
+        assert_eq!(end, b"}\n");
+        let told: serde_json::Value = serde_json::from_slice(&line).unwrap();
+        assert!(told["timestamp"].as_str().unwrap().parse::<Timestamp>().is_ok(), "{told}");
     }
 
     #[test]

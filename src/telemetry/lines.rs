@@ -46,6 +46,8 @@ struct Shared {
 #[derive(Default)]
 struct State {
     pending: Vec<u8>,
+    /// How many lines that is.
+    count: u64,
     dropped: u64,
     writing: bool,
     /// The thread waits for `more`. Without it every line would wake somebody who is awake: a system call.
@@ -79,6 +81,7 @@ impl Lines {
             return;
         }
         state.pending.extend_from_slice(line);
+        state.count += 1;
         if mem::take(&mut state.idle) {
             drop(state);
             more.notify_one();
@@ -152,9 +155,8 @@ impl Shared {
             state.idle = false;
             state.writing = true;
             mem::swap(&mut state.pending, &mut batch);
-            let dropped = state.dropped;
+            let (count, dropped) = (mem::take(&mut state.count), state.dropped);
             drop(state);
-            let lines = batch.iter().filter(|byte| **byte == b'\n').count();
             if dropped > told {
                 batch.extend(lost(dropped - told).bytes());
             }
@@ -164,7 +166,7 @@ impl Shared {
             state = self.lock();
             match written {
                 Ok(()) => told = dropped,
-                Err(_) => state.dropped += lines as u64,
+                Err(_) => state.dropped += count,
             }
             state.writing = false;
             if state.pending.is_empty() {

@@ -508,6 +508,11 @@ fn here(build: impl FnOnce(&Span) -> Span) -> Span {
     if EXPORT.get().is_none() { Span::none() } else { below(&Span::current(), build) }
 }
 
+/// Whether what is done here is shown in a trace.
+pub(crate) fn is_traced() -> bool {
+    EXPORT.get().is_some() && !Span::current().is_none()
+}
+
 /// A look into the memory of observations, and what waiting comes of it.
 pub(crate) fn cache() -> Span {
     here(|parent| {

@@ -1,26 +1,30 @@
 //! Every decision leaves one event, whatever its names hold and whoever reads the log.
 
-use std::{collections::BTreeMap, process::Stdio, time::Duration};
+use std::{collections::BTreeMap, process::Stdio};
 
 use byok_gate::{
     decision::{BillingMode, DenyCode, ServedFrom, Source, Verdict, WarningCode},
     service::convert::pb,
 };
 use futures_util::StreamExt;
+use prost::Message;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
     time::timeout,
 };
-use tonic::{Code, Request};
+use tonic::Code;
 
 use crate::support::{
     binary::{self, PATIENCE, Serving},
     case::{self, Answered, Case, Record, Spec},
+    edge::{code_of, grpc, raw},
     events::{self, told},
     gate::Files,
     vendor::{Behave, Row, Vendor},
 };
+
+const DECIDE: &str = "/byokgate.v1.PolicyDecisionService/Decide";
 
 /// A workspace whose model the platform pays for.
 fn platform(workspace_id: &str) -> pb::DecideRequest {
@@ -204,9 +208,10 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     assert!(leaving.await.unwrap_err().is_cancelled());
     // Of bad input, of a message that is none, and of a time that is over before it begins.
     assert_eq!(client.decide(pb::DecideRequest::default()).await.unwrap_err().code(), Code::InvalidArgument);
-    let mut none = Request::new(missing("late"));
-    none.set_timeout(Duration::from_nanos(1));
-    assert!(client.decide(none).await.is_err());
+    let mut sender = raw(serving.address.parse().unwrap()).await;
+    let over = grpc(DECIDE, &[("grpc-timeout", "1n")], &missing("late").encode_to_vec());
+    assert_eq!(code_of(&mut sender, over).await, Code::DeadlineExceeded);
+    drop(sender);
     drop(client);
     let told = told(&log_of(serving).await);
     let seen = |code: &str| told.iter().find(|event| event["grpc_code"] == code).unwrap_or_else(|| panic!("{code}: {told:?}"));
