@@ -109,6 +109,11 @@ hosts:
         process.wait(timeout=60)
         self.processes.remove(process)
 
+    def kit_says(self, *words):
+        """What one of the kit's measurements came to."""
+        command = ["taskset", "-c", LOAD_CORE, self.kit, *map(str, words)]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
     def frame(self, name):
         return self.folder / f"{name}.frame"
 
@@ -169,26 +174,24 @@ def paired(first, second, slices):
     return {"rate": [column(0, 0), column(1, 0)], "mean": [column(0, 1), column(1, 1)], "rate_ratio": ratio(0), "mean_ratio": ratio(1)}
 
 
-def instructions(start, drive, folder):
-    """Instructions per request: (those at 4,000 - those at 1,000) / 3,000, in one process that callgrind counts.
+def instructions(start, drive, folder, few=1000, many=3000):
+    """Instructions per request, in one process that callgrind counts: of `many` requests after `few` that are not counted.
 
-    `start` takes the words before its command and gives the process; `drive` sends so many requests."""
-    out = folder / "callgrind.out"
-    process = start(["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "-q"])
-    drive(1000)
+    `start` takes the words before its command and gives the process, which answers by then; `drive` sends so many requests."""
+    process = start(["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/callgrind.out", "-q"])
     # taskset and valgrind replace themselves, so the process is the server.
-    counted = []
-    for requests in (None, 3000):
-        if requests:
-            drive(requests)
-        subprocess.run(["callgrind_control", "--dump", str(process.pid)], check=True, capture_output=True)
-        newest = max(folder.glob("callgrind.out.*"), key=lambda path: int(path.suffix[1:]))
-        counted.append(total(newest))
+    dump = lambda: subprocess.run(["callgrind_control", "--dump", str(process.pid)], check=True, capture_output=True)
+    drive(few)
+    dump()
+    drive(many)
+    dump()
+    newest = max(folder.glob("callgrind.out.*"), key=lambda path: int(path.suffix[1:]))
+    counted = total(newest)
     process.terminate()
     process.wait(timeout=120)
     for path in folder.glob("callgrind.out*"):
         path.unlink()
-    return counted[1] / 3000
+    return counted / many
 
 
 def total(path):
