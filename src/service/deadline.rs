@@ -2,13 +2,16 @@
 
 use std::time::Duration;
 
-use http::HeaderMap;
+use http::{HeaderMap, HeaderName};
 use tokio::time::Instant;
 
 /// The part of a caller's time that is kept back, so that the answer arrives before the caller gives up: a tenth, within
 /// these bounds. A caller with less than the lower one could not receive an answer.
 const MIN_MARGIN: Duration = Duration::from_millis(5);
 const MAX_MARGIN: Duration = Duration::from_millis(100);
+
+/// The caller's time.
+static GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
 /// One call's time, counted from its headers.
 #[derive(Debug, Clone, Copy)]
@@ -24,7 +27,7 @@ pub(crate) struct Deadline {
 impl Deadline {
     /// Of a call that begins now. None: the time is over before it began.
     pub(crate) fn of(headers: &HeaderMap, cap: Duration) -> Option<Self> {
-        let given = headers.get("grpc-timeout").and_then(|value| grpc_timeout(value.to_str().ok()?));
+        let given = headers.get(&GRPC_TIMEOUT).and_then(|value| grpc_timeout(value.to_str().ok()?));
         let time = given.unwrap_or(cap).min(cap);
         let margin = (time / 10).clamp(MIN_MARGIN, MAX_MARGIN);
         let now = Instant::now();

@@ -28,6 +28,13 @@ const UNDECIDED_PER_SECOND: NonZeroU32 = NonZeroU32::MIN.saturating_add(19);
 /// A reason is cut here.
 const MAX_REASON_CHARS: usize = 500;
 
+/// What begins a member of a line, of its name. Names need no escape.
+macro_rules! key {
+    ($name:literal) => {
+        concat!(",\"", $name, "\":")
+    };
+}
+
 /// Where decisions are written down.
 pub struct Journal {
     lines: Option<Lines>,
@@ -121,42 +128,42 @@ impl Journal {
             Outcome::Deny(deny) => ("DENY", deny.refusal.code().as_str()),
         };
         let mut line = Line::begin("decision", level);
-        line.text("decision_id", id.hyphenated().encode_lower(&mut [0; Hyphenated::LENGTH]));
+        line.text(key!("decision_id"), id.hyphenated().encode_lower(&mut [0; Hyphenated::LENGTH]));
         if let Some(id) = trace_id {
-            line.text("trace_id", &id.to_string());
+            line.text(key!("trace_id"), &id.to_string());
         }
-        line.text("checkpoint", checkpoint.as_str());
-        line.given("workspace_id", &spec.workspace_id);
-        line.given("organization_id", &spec.organization_id);
-        line.given("caller", caller);
-        line.text("runtime", &spec.runtime);
-        line.text("model", &spec.model);
-        line.text("outcome", word);
-        line.given("code", code);
-        line.given("provider", &resolution.provider);
-        line.given("billing_mode", resolution.billing_mode.map_or("", |mode| mode.as_str()));
-        line.text("source", resolution.source.as_str());
+        line.word(key!("checkpoint"), checkpoint.as_str());
+        line.given(key!("workspace_id"), &spec.workspace_id);
+        line.given(key!("organization_id"), &spec.organization_id);
+        line.given(key!("caller"), caller);
+        line.text(key!("runtime"), &spec.runtime);
+        line.text(key!("model"), &spec.model);
+        line.word(key!("outcome"), word);
+        line.word(key!("code"), code);
+        line.given(key!("provider"), &resolution.provider);
+        line.word(key!("billing_mode"), resolution.billing_mode.map_or("", |mode| mode.as_str()));
+        line.word(key!("source"), resolution.source.as_str());
         if let Some(credential) = &resolution.credential {
-            line.text("credential_env", &credential.env_name);
-            line.text("credential_scope", credential.scope.as_str());
-            line.given("credential_fingerprint", &credential.fingerprint);
+            line.text(key!("credential_env"), &credential.env_name);
+            line.word(key!("credential_scope"), credential.scope.as_str());
+            line.given(key!("credential_fingerprint"), &credential.fingerprint);
         }
         if let Some(liveness) = liveness {
-            line.text("verdict", liveness.verdict.as_str());
+            line.word(key!("verdict"), liveness.verdict.as_str());
             if let Some(status) = liveness.upstream_status {
-                line.number("upstream_status", u64::from(status));
+                line.number(key!("upstream_status"), u64::from(status));
             }
             if let Some(seen) = liveness.seen {
-                line.text("served_from", seen.served_from.as_str());
-                line.number("age_ms", u64::try_from(seen.age.as_millis()).unwrap_or(u64::MAX));
+                line.word(key!("served_from"), seen.served_from.as_str());
+                line.number(key!("age_ms"), u64::try_from(seen.age.as_millis()).unwrap_or(u64::MAX));
             }
         }
-        line.number("duration_us", u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        line.number(key!("duration_us"), u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
         if !warnings.is_empty() {
-            line.words("warnings", warnings.iter().map(|warning| warning.code.as_str()));
+            line.words(key!("warnings"), warnings.iter().map(|warning| warning.code.as_str()));
         }
-        line.text("registry_revision", registry_revision);
-        line.text("catalogue_revision", catalogue_revision);
+        line.text(key!("registry_revision"), registry_revision);
+        line.text(key!("catalogue_revision"), catalogue_revision);
         lines.push(&line.end());
     }
 
@@ -200,64 +207,69 @@ struct Line(Vec<u8>);
 // === impl Line ===
 
 impl Line {
-    fn begin(event: &str, level: &str) -> Self {
+    fn begin(event: &'static str, level: &'static str) -> Self {
         let mut line = Vec::with_capacity(1024);
         line.extend_from_slice(b"{\"timestamp\":\"");
         // Into memory: it cannot fail.
         drop(DateTimePrinter::new().precision(Some(6)).print_timestamp(&Timestamp::now(), &mut line));
         line.push(b'"');
         let mut line = Self(line);
-        line.text("level", level);
-        line.text("event", event);
-        line.number("schema_version", u64::from(SCHEMA_VERSION));
+        line.word(key!("level"), level);
+        line.word(key!("event"), event);
+        line.number(key!("schema_version"), u64::from(SCHEMA_VERSION));
         line
     }
 
-    fn name(&mut self, name: &str) {
-        let Self(line) = self;
-        line.extend_from_slice(b",\"");
-        line.extend_from_slice(name.as_bytes());
-        line.extend_from_slice(b"\":");
-    }
-
-    fn text(&mut self, name: &str, text: &str) {
-        self.name(name);
+    fn text(&mut self, key: &str, text: &str) {
+        self.0.extend_from_slice(key.as_bytes());
         self.value(text);
     }
 
-    /// A text that may be empty: then it is left out.
-    fn given(&mut self, name: &str, text: &str) {
-        if !text.is_empty() {
-            self.text(name, text);
+    /// One of our own words, which need no escape; none is left out.
+    fn word(&mut self, key: &str, word: &'static str) {
+        if !word.is_empty() {
+            self.0.extend_from_slice(key.as_bytes());
+            self.quoted(word);
         }
     }
 
-    fn number(&mut self, name: &str, number: u64) {
-        self.name(name);
+    /// A text that may be empty: then it is left out.
+    fn given(&mut self, key: &str, text: &str) {
+        if !text.is_empty() {
+            self.text(key, text);
+        }
+    }
+
+    fn number(&mut self, key: &str, number: u64) {
+        self.0.extend_from_slice(key.as_bytes());
         drop(serde_json::to_writer(&mut self.0, &number));
     }
 
-    fn words(&mut self, name: &str, words: impl Iterator<Item = &'static str>) {
-        self.name(name);
+    fn words(&mut self, key: &str, words: impl Iterator<Item = &'static str>) {
+        self.0.extend_from_slice(key.as_bytes());
         self.0.push(b'[');
         for (at, word) in words.enumerate() {
             if at > 0 {
                 self.0.push(b',');
             }
-            self.value(word);
+            self.quoted(word);
         }
         self.0.push(b']');
     }
 
     fn value(&mut self, text: &str) {
-        let Self(line) = self;
         if text.bytes().fold(true, |plain, byte| plain & matches!(byte, b' ' | b'!' | b'#'..=b'[' | b']'..=b'~')) {
-            line.push(b'"');
-            line.extend_from_slice(text.as_bytes());
-            line.push(b'"');
+            self.quoted(text);
         } else {
-            drop(serde_json::to_writer(line, text));
+            drop(serde_json::to_writer(&mut self.0, text));
         }
+    }
+
+    fn quoted(&mut self, text: &str) {
+        let Self(line) = self;
+        line.push(b'"');
+        line.extend_from_slice(text.as_bytes());
+        line.push(b'"');
     }
 
     fn end(self) -> Vec<u8> {
@@ -330,12 +342,12 @@ mod tests {
         let texts = ["", "plain", "quo\"te", "back\\slash", "line\nbreak", "\u{1b}[2J", "é", "\u{7f}", "</script>"];
         let mut line = Line::begin("decision", "INFO");
         for text in texts {
-            line.text("text", text);
-            line.given("given", text);
+            line.text(key!("text"), text);
+            line.given(key!("given"), text);
         }
-        line.number("number", u64::MAX);
-        line.words("none", std::iter::empty());
-        line.words("words", ["ONE", "TWO"].into_iter());
+        line.number(key!("number"), u64::MAX);
+        line.words(key!("none"), std::iter::empty());
+        line.words(key!("words"), ["ONE", "TWO"].into_iter());
         let line = line.end();
         let (rest, end) = line.split_at(line.len() - 2);
         let expect: Vec<_> = texts
