@@ -172,7 +172,15 @@ async fn an_outage() -> Scraped {
         spec.credentials[0].value = format!("made-up-{index}");
         assert!(is_allow(&client.decide(request).await.unwrap().into_inner()));
     }
+    // Nobody is asked about a subscription.
+    let mut request = decide("made-up-token");
+    let spec = request.workspace_spec.as_mut().unwrap();
+    spec.model = "sub-1".into();
+    spec.credentials[0].env_name = "SUBSCRIPTION_TOKEN".into();
+    assert!(is_allow(&client.decide(request).await.unwrap().into_inner()));
     let page = shown.scrape().await;
+    page.is(r#"byokgate_verdicts_total{provider="subscription",verdict="NO_SERVER_SURFACE",served_from=""}"#, 1.0);
+    page.is(r#"byokgate_unverified_allows_total{provider="subscription",verdict="NO_SERVER_SURFACE"}"#, 1.0);
     page.is(r#"byokgate_breaker_state{provider="gone"}"#, 2.0);
     page.is(r#"byokgate_cache_lookups_total{result="breaker"}"#, 1.0);
     page.is(r#"byokgate_verdicts_total{provider="gone",verdict="UNREACHABLE",served_from="BREAKER"}"#, 1.0);
@@ -542,7 +550,10 @@ async fn scrapers_that_hang_keep_nobody_from_a_decision() {
         // A place is taken or refused when the server says so, and it says nothing to those that have one.
         let mut byte = [0];
         match timeout(Duration::from_millis(200), stream.read(&mut byte)).await {
-            Err(_) => hanging.push(stream),
+            Err(_) => {
+                hanging.push(stream);
+                assert!(hanging.len() <= 8, "a ninth was let in");
+            }
             Ok(read) => break read,
         }
     };
