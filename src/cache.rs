@@ -90,7 +90,7 @@ pub struct CacheSettings {
 pub struct Cache {
     asker: Arc<dyn Asker>,
     memory: Memory,
-    flights: Arc<Flights<Key, Timed>>,
+    flights: Arc<Flights<Key, Arc<Timed>>>,
     breakers: Arc<Breakers>,
     new_keys: NewKeys,
     ages: Ages,
@@ -143,15 +143,16 @@ struct Lookups {
 /// What is remembered under a key.
 #[derive(Debug, Clone, Default)]
 struct Remembered {
-    latest: Option<Timed>,
-    valid: Option<Timed>,
+    latest: Option<Arc<Timed>>,
+    /// The same one, as long as nothing else was seen since.
+    valid: Option<Arc<Timed>>,
     refused_at: Option<Instant>,
     /// There is more under the keys of single models.
     per_model: bool,
 }
 
 /// A finding and when it was made.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Timed {
     finding: Arc<Finding>,
     at: Instant,
@@ -257,7 +258,7 @@ impl Cache {
         keys: &Keys<'_>,
         max_age: Option<Duration>,
         begun: Begun,
-    ) -> Launch<Timed, Barred, impl Future<Output = Timed> + Send + use<>> {
+    ) -> Launch<Arc<Timed>, Barred, impl Future<Output = Arc<Timed>> + Send + use<>> {
         let (known, now) = (self.known(keys), Instant::now());
         if let Some(timed) = self.fresh(&known, max_age, now) {
             return Launch::Already(timed.clone());
@@ -273,7 +274,7 @@ impl Cache {
     }
 
     /// Asks, and stores what was found: the work of a flight.
-    fn fill(&self, inquiry: &Inquiry<'_>, keys: &Keys<'_>, begun: Begun) -> impl Future<Output = Timed> + Send + use<> {
+    fn fill(&self, inquiry: &Inquiry<'_>, keys: &Keys<'_>, begun: Begun) -> impl Future<Output = Arc<Timed>> + Send + use<> {
         let target = Arc::new(Target::of(inquiry.endpoint, inquiry.model));
         let question = Question { target, secret: Arc::clone(inquiry.secret), begun };
         let (asker, breakers, target) = (Arc::clone(&self.asker), Arc::clone(&self.breakers), Arc::clone(&question.target));
@@ -285,7 +286,8 @@ impl Cache {
             let age = ages.fresh_for(&finding);
             // What the provider asked for is kept to the second.
             let fresh_for = if finding.retry_after.is_some() { age } else { ages.jittered(age) };
-            let timed = Timed { finding: Arc::new(finding), at: Instant::now(), wall: SystemTime::now(), fresh_for, key };
+            let (finding, at, wall) = (Arc::new(finding), Instant::now(), SystemTime::now());
+            let timed = Arc::new(Timed { finding, at, wall, fresh_for, key });
             remember(&memory, first, &timed);
             breakers.report(target.endpoint.identity, &target.endpoint.provider, &timed.finding, timed.at);
             timed
@@ -302,7 +304,7 @@ impl Cache {
     }
 
     /// The newest observation, if it is young enough.
-    fn fresh<'k>(&self, known: &'k Known, max_age: Option<Duration>, now: Instant) -> Option<&'k Timed> {
+    fn fresh<'k>(&self, known: &'k Known, max_age: Option<Duration>, now: Instant) -> Option<&'k Arc<Timed>> {
         let latest = known.entries().filter_map(|entry| entry.latest.as_ref()).max_by_key(|timed| timed.at)?;
         let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.ages.floor_of(&latest.finding)));
         (now - latest.at < latest.fresh_for.min(wanted)).then_some(latest)
@@ -422,7 +424,7 @@ impl Measured for Cache {
 
 /// Stores an observation, and marks the first entry if that is another. Only the flight of the first key writes under it and what
 /// it leads to, so reading and writing back is no race.
-fn remember(memory: &Memory, first: Key, timed: &Timed) {
+fn remember(memory: &Memory, first: Key, timed: &Arc<Timed>) {
     let mut entry = memory.get(&timed.key).unwrap_or_default();
     match timed.finding.verdict {
         Verdict::Valid => entry.valid = Some(timed.clone()),
@@ -453,7 +455,7 @@ fn remember(memory: &Memory, first: Key, timed: &Timed) {
 // === impl Lookups ===
 
 impl Lookups {
-    fn of(&self, joined: &Joined<Timed, Barred>, first: bool) -> &Counter {
+    fn of(&self, joined: &Joined<Arc<Timed>, Barred>, first: bool) -> &Counter {
         match joined {
             Joined::Already(_) => &self.hit,
             Joined::Flight(_) if first => &self.fill,
@@ -549,7 +551,8 @@ mod tests {
             let mut key = [0; 32];
             key[..8].copy_from_slice(&index.to_le_bytes());
             let (finding, fresh_for) = (Arc::new(Finding::bare(Verdict::Valid)), Duration::from_secs(30));
-            remember(&cache.memory, key, &Timed { finding, at: Instant::now(), wall: SystemTime::UNIX_EPOCH, fresh_for, key });
+            let (at, wall) = (Instant::now(), SystemTime::UNIX_EPOCH);
+            remember(&cache.memory, key, &Arc::new(Timed { finding, at, wall, fresh_for, key }));
         }
         let mut page = Page::about(std::iter::empty());
         cache.tell(&mut page);
