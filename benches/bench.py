@@ -54,6 +54,8 @@ class Bench:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
+            elif process.returncode not in (0, -signal.SIGTERM):
+                print(f"ended by itself: {process.args[3:]}\n{process.log.read_text()[-2000:]}", file=sys.stderr)
             process.wait()
         shutil.rmtree(self.folder)
 
@@ -89,8 +91,10 @@ hosts:
 """)
 
     def start(self, name, command, core=SERVER_CORE, under=()):
-        log = open(self.folder / f"{name}.log", "wb")
-        process = subprocess.Popen(["taskset", "-c", core, *under, *map(str, command)], stdout=log, stderr=log)
+        log = self.folder / f"{name}.log"
+        with open(log, "wb") as out:
+            process = subprocess.Popen(["taskset", "-c", core, *under, *map(str, command)], stdout=out, stderr=out)
+        process.log = log
         self.processes.append(process)
         return process
 
