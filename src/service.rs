@@ -113,10 +113,7 @@ impl Shared {
     ) -> Result<pb::DecideResponse, Status> {
         let mut request = self.understood(method, message).map_err(|violations| {
             let status = bad_request(violations);
-            let (grpc_code, reason) = (word_of(status.code()), status.message());
-            let trace_id = traced.trace_id();
-            self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id });
-            traced.answered(status.code());
+            self.not_understood(method, &status, traced);
             status
         })?;
         request.caller.clone_from(&caller.name);
@@ -128,6 +125,12 @@ impl Shared {
         };
         pending.decided(&decided, began.elapsed());
         Ok(convert::response(decided))
+    }
+
+    fn not_understood(&self, method: &str, status: &Status, traced: &Traced) {
+        let (grpc_code, reason, trace_id) = (word_of(status.code()), status.message(), traced.trace_id());
+        self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id });
+        traced.answered(status.code());
     }
 
     fn understood(&self, method: &str, message: pb::DecideRequest) -> Result<spec::Request, Violations> {
@@ -212,9 +215,10 @@ impl pb::policy_decision_service_server::PolicyDecisionService for Call {
         let (requests, limits, deadline) = (message.requests, &self.shared.limits, self.deadline);
         let traced = Traced::begin(&metadata, NAME, BATCH_DECIDE);
         if requests.is_empty() || requests.len() > limits.batch_items {
-            traced.answered(Code::InvalidArgument);
             let found = format!("holds {}; it must hold 1 to {}", requests.len(), limits.batch_items);
-            return Err(bad_request(Violations(vec![("requests".to_owned(), found)])));
+            let status = bad_request(Violations(vec![("requests".to_owned(), found)]));
+            self.shared.not_understood(BATCH_DECIDE, &status, &traced);
+            return Err(status);
         }
         // What can still go wrong is an item's.
         traced.answered(Code::Ok);

@@ -208,6 +208,8 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     assert!(leaving.await.unwrap_err().is_cancelled());
     // Of bad input, of a message that is none, and of a time that is over before it begins.
     assert_eq!(client.decide(pb::DecideRequest::default()).await.unwrap_err().code(), Code::InvalidArgument);
+    let empty = pb::BatchDecideRequest::default();
+    assert_eq!(client.batch_decide(empty).await.unwrap_err().code(), Code::InvalidArgument);
     let mut sender = raw(serving.address.parse().unwrap()).await;
     let over = grpc(DECIDE, &[("grpc-timeout", "1n")], &missing("late").encode_to_vec());
     assert_eq!(code_of(&mut sender, over).await, Code::DeadlineExceeded);
@@ -221,7 +223,9 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     assert!(seen("RESOURCE_EXHAUSTED")["reason"].as_str().unwrap().contains("limits.decisions"));
     assert!(seen("INVALID_ARGUMENT")["reason"].as_str().unwrap().starts_with("checkpoint: "));
     assert_eq!(seen("DEADLINE_EXCEEDED")["method"], "Decide");
-    assert_eq!(told.len(), 4, "{told:?}");
+    let batch: Vec<_> = told.iter().filter(|event| event["method"] == "BatchDecide").collect();
+    assert!(matches!(batch[..], [one] if one["reason"].as_str().unwrap().starts_with("requests: ")), "{told:?}");
+    assert_eq!(told.len(), 5, "{told:?}");
 }
 
 /// Plain allows may be left out; what somebody may have to look up never is.
