@@ -7,7 +7,7 @@
 //! | layer | modules |
 //! |---|---|
 //! | 4, edge | [`cli`] commands · [`config`] files and flags · [`server`] sockets, health, leaving · [`service`] RPCs, proto <-> domain |
-//! | 3, effects | [`probe`] HTTPS, calibration, addresses · [`cache`] observations · `flight` one run per key · [`limits`] · [`breaker`] · [`reload`] changed files · [`telemetry`] logs |
+//! | 3, effects | [`probe`] HTTPS, calibration, addresses · [`cache`] observations · `flight` one run per key · [`limits`] · [`breaker`] · [`reload`] changed files · [`telemetry`] the log, the journal of decisions, traces |
 //! | 2, order of work | [`engine`]: the only pipeline; declares the traits that effects implement · [`meter`]: the page of numbers, and what modules put on it |
 //! | 1, pure core | [`assess`] the order of a decision · [`mod@derive`] · [`presence`] · [`endpoint`] whom to ask · [`liveness`] what an answer means · [`policy`] the ruling · [`registry`] · [`catalogue`] · `yaml` |
 //! | 0, words | [`spec`] · [`secret`] · [`decision`] · [`refusal`] every reason with its words · [`problem`] |
@@ -25,7 +25,8 @@
 //! # To change X, start in Y
 //!
 //! A reason or its words: [`refusal`]. The order of a decision: [`assess`]. What a verdict leads to: [`policy`]. How a vendor is asked or
-//! understood: `catalogue/default.yaml`. A case: `tests/cases`.
+//! understood: `catalogue/default.yaml`. A decision's event: [`telemetry::journal`] and its schema in `docs`. A number: the module
+//! that it is about, and `docs/metrics.md`. A case: `tests/cases`.
 
 pub mod assess;
 pub mod breaker;
