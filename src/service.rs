@@ -29,7 +29,11 @@ use self::{
 use crate::{
     config::settings::{Deadlines, Limits},
     engine::{Decided, Engine},
-    meter::{Measured, Page, calls::Calls, decisions::Decisions},
+    meter::{
+        Measured, Page,
+        calls::{BATCH_DECIDE, Calls, DECIDE, word_of},
+        decisions::Decisions,
+    },
     refusal::Refusal,
     spec,
     telemetry::{
@@ -40,10 +44,6 @@ use crate::{
 
 /// The service's name on the wire, as health checks name it.
 pub const NAME: &str = "byokgate.v1.PolicyDecisionService";
-/// The call of one decision.
-pub(crate) const DECIDE: &str = "Decide";
-/// The call of many decisions.
-pub(crate) const BATCH_DECIDE: &str = "BatchDecide";
 
 /// The service, waiting for calls.
 #[derive(Clone)]
@@ -128,7 +128,7 @@ impl Shared {
     }
 
     fn not_understood(&self, method: &str, status: &Status, traced: &Traced) {
-        let (grpc_code, reason, trace_id) = (word_of(status.code()), status.message(), traced.trace_id());
+        let (grpc_code, reason, trace_id) = (word_of(status.code() as i32), status.message(), traced.trace_id());
         self.journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id });
         traced.answered(status.code());
     }
@@ -184,7 +184,7 @@ impl Pending<'_> {
 
     fn tell(&self, code: Code, reason: &str) {
         let Self { shared, request, method, traced, .. } = *self;
-        let (grpc_code, trace_id) = (word_of(code), traced.trace_id());
+        let (grpc_code, trace_id) = (word_of(code as i32), traced.trace_id());
         shared.journal.undecided(Undecided { method, grpc_code, reason, request: Some(request), trace_id });
         traced.answered(code);
     }
@@ -293,27 +293,4 @@ fn bad_request(violations: Violations) -> Status {
         details.add_bad_request_violation(field, description);
     }
     Status::with_error_details(Code::InvalidArgument, first, details)
-}
-
-/// gRPC's own name of a code.
-pub(crate) const fn word_of(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
 }

@@ -10,7 +10,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
 };
 
-use jiff::Timestamp;
+use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
 use tracing_subscriber::{EnvFilter, filter::ParseError, layer::SubscriberExt, util::SubscriberInitExt};
 
 use self::lines::Lines;
@@ -68,6 +68,7 @@ fn own(stream: BorrowedFd<'_>) -> io::Result<File> {
 }
 
 /// Now, as the log's other lines have it.
-fn timestamp() -> String {
-    format!("{:.6}", Timestamp::now())
+fn put_timestamp(line: &mut Vec<u8>) {
+    // Into memory: it cannot fail.
+    drop(DateTimePrinter::new().precision(Some(6)).print_timestamp(&Timestamp::now(), line));
 }

@@ -26,8 +26,12 @@ const CODES: [&str; 17] = [
 const CANCELLED: usize = 1;
 /// A number that gRPC does not have.
 const UNKNOWN: usize = 2;
+/// The call of one decision.
+pub const DECIDE: &str = "Decide";
+/// The call of many decisions.
+pub const BATCH_DECIDE: &str = "BatchDecide";
 /// What is called. Whatever else somebody asks for has no name of its own: its path is the caller's word.
-const METHODS: [&str; 6] = ["Decide", "BatchDecide", "ResolveProvider", "ListModels", "GetRegistryStatus", "other"];
+const METHODS: [&str; 6] = [DECIDE, BATCH_DECIDE, "ResolveProvider", "ListModels", "GetRegistryStatus", "other"];
 
 /// Counts of calls that failed.
 #[derive(Debug, Default)]
@@ -46,6 +50,15 @@ pub fn known_method(method: &str) -> &'static str {
     METHODS.into_iter().find(|known| *known == method).unwrap_or_default()
 }
 
+/// gRPC's own name of a code.
+pub fn word_of(code: i32) -> &'static str {
+    CODES.get(index_of(code)).copied().unwrap_or_default()
+}
+
+fn index_of(code: i32) -> usize {
+    usize::try_from(code).ok().filter(|code| *code < CODES.len()).unwrap_or(UNKNOWN)
+}
+
 // === impl Calls ===
 
 impl Calls {
@@ -57,7 +70,7 @@ impl Calls {
 
     /// One item of a batch ended with this code; the batch itself goes on.
     pub fn item_failed(&self, code: i32) {
-        self.begin("BatchDecide").ended(code);
+        self.begin(BATCH_DECIDE).ended(code);
     }
 }
 
@@ -79,8 +92,7 @@ impl UnderWay<'_> {
     pub fn ended(mut self, code: i32) {
         let Some(counts) = self.of.take() else { return };
         if code != 0 {
-            let index = usize::try_from(code).ok().filter(|code| *code < CODES.len()).unwrap_or(UNKNOWN);
-            counts.get(index).into_iter().for_each(Counter::one);
+            counts.get(index_of(code)).into_iter().for_each(Counter::one);
         }
     }
 }

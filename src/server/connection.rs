@@ -31,11 +31,10 @@ use crate::{
     config::settings::{Deadlines, Limits, Server},
     meter::{
         Counter,
-        calls::{Calls, known_method},
+        calls::{BATCH_DECIDE, Calls, DECIDE, known_method, word_of},
     },
     service::{
-        BATCH_DECIDE, DECIDE, NAME, PolicyDecision, convert::pb::policy_decision_service_server::PolicyDecisionServiceServer,
-        deadline::Deadline, word_of,
+        NAME, PolicyDecision, convert::pb::policy_decision_service_server::PolicyDecisionServiceServer, deadline::Deadline,
     },
     telemetry::journal::{Journal, Undecided},
 };
@@ -163,11 +162,11 @@ impl Core {
         connected: &Connected,
         request: Request<Incoming>,
     ) -> impl Future<Output = Answered> + Send + use<> {
-        let method = method_of(request.uri().path()).map_or("", known_method);
-        let begun = self.begin_call(connected, request);
+        let method = method_of(request.uri().path()).map(known_method);
+        let begun = self.begin_call(connected, request, method);
         let core = Arc::clone(self);
         async move {
-            let call = core.calls.begin(method);
+            let call = core.calls.begin(method.unwrap_or_default());
             let Ok(response) = core.finish(begun).await;
             // How it ended, as far as its headers tell: a failure of the library's or ours has no body before its code.
             let code = response.headers().get(Status::GRPC_STATUS).map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()));
@@ -193,13 +192,11 @@ impl Core {
         }
     }
 
-    fn begin_call(&self, connected: &Connected, mut request: Request<Incoming>) -> Begun {
-        let path = request.uri().path();
-        let method = method_of(path);
+    fn begin_call(&self, connected: &Connected, mut request: Request<Incoming>, method: Option<&'static str>) -> Begun {
         let is_batch = method.map(|method| method == BATCH_DECIDE);
         // Of the calls that ask for a decision, the journal knows.
-        let asks = [DECIDE, BATCH_DECIDE].into_iter().find(|asks| method == Some(asks));
-        let caller = match self.callers.admit(connected, path, request.headers()) {
+        let asks = method.filter(|method| [DECIDE, BATCH_DECIDE].contains(method));
+        let caller = match self.callers.admit(connected, request.uri().path(), request.headers()) {
             Ok(caller) => caller,
             Err(status) => return Err(Box::new(undecided(&self.journal, asks, status))),
         };
@@ -229,7 +226,7 @@ fn method_of(path: &str) -> Option<&str> {
 /// A call that never comes to the service.
 fn undecided(journal: &Journal, asks: Option<&'static str>, status: Status) -> Response<Body> {
     if let Some(method) = asks {
-        let (grpc_code, reason) = (word_of(status.code()), status.message());
+        let (grpc_code, reason) = (word_of(status.code() as i32), status.message());
         journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id: None });
     }
     status.into_http()

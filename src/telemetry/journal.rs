@@ -8,16 +8,14 @@ use std::{
 };
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
-use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
-use serde::{Serialize, Serializer};
 use tracing::Level;
 use uuid::{Uuid, fmt::Hyphenated};
 
-use super::{lines::Lines, timestamp, traces::TraceId};
+use super::{lines::Lines, put_timestamp, traces::TraceId};
 use crate::{
     decision::{Decision, Outcome, Verdict},
     engine::Decided,
-    spec::{Checkpoint, Request},
+    spec::Request,
 };
 
 /// The version of the events' schema: it rises when a field goes or changes its meaning, not when one is added.
@@ -59,30 +57,6 @@ pub struct Undecided<'a> {
     pub request: Option<&'a Request>,
     /// The trace that it belongs to.
     pub trace_id: Option<TraceId>,
-}
-
-#[derive(Serialize)]
-struct UndecidedLine<'a> {
-    timestamp: &'a str,
-    level: &'static str,
-    event: &'static str,
-    schema_version: u32,
-    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "hex")]
-    trace_id: Option<TraceId>,
-    method: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    checkpoint: Option<&'static str>,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    workspace_id: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    organization_id: &'a str,
-    #[serde(skip_serializing_if = "str::is_empty")]
-    caller: &'a str,
-    grpc_code: &'a str,
-    reason: String,
-    /// How many more there were since the last one.
-    #[serde(skip_serializing_if = "is_zero")]
-    suppressed: u64,
 }
 
 // === impl Journal ===
@@ -129,9 +103,7 @@ impl Journal {
         };
         let mut line = Line::begin("decision", level);
         line.text(key!("decision_id"), id.hyphenated().encode_lower(&mut [0; Hyphenated::LENGTH]));
-        if let Some(id) = trace_id {
-            line.text(key!("trace_id"), &id.to_string());
-        }
+        line.trace(trace_id);
         line.word(key!("checkpoint"), checkpoint.as_str());
         line.given(key!("workspace_id"), &spec.workspace_id);
         line.given(key!("organization_id"), &spec.organization_id);
@@ -178,29 +150,27 @@ impl Journal {
             return;
         }
         let Undecided { method, grpc_code, reason, request, trace_id } = undecided;
-        let spec = request.map(|request| &request.spec);
-        write(
-            lines,
-            &UndecidedLine {
-                timestamp: &timestamp(),
-                level: "WARN",
-                event: "undecided",
-                schema_version: SCHEMA_VERSION,
-                trace_id,
-                method,
-                checkpoint: request.map(|request| Checkpoint::as_str(request.checkpoint)),
-                workspace_id: spec.map_or("", |spec| &spec.workspace_id),
-                organization_id: spec.map_or("", |spec| &spec.organization_id),
-                caller: request.map_or("", |request| &request.caller),
-                grpc_code,
-                reason: printable(reason),
-                suppressed: self.suppressed.swap(0, Ordering::Relaxed),
-            },
-        );
+        let mut line = Line::begin("undecided", "WARN");
+        line.trace(trace_id);
+        line.text(key!("method"), method);
+        if let Some(Request { spec, checkpoint, caller, .. }) = request {
+            line.word(key!("checkpoint"), checkpoint.as_str());
+            line.given(key!("workspace_id"), &spec.workspace_id);
+            line.given(key!("organization_id"), &spec.organization_id);
+            line.given(key!("caller"), caller);
+        }
+        line.text(key!("grpc_code"), grpc_code);
+        line.text(key!("reason"), &printable(reason));
+        // How many more there were since the last one.
+        let suppressed = self.suppressed.swap(0, Ordering::Relaxed);
+        if suppressed > 0 {
+            line.number(key!("suppressed"), suppressed);
+        }
+        lines.push(&line.end());
     }
 }
 
-/// A decision's line, member by member. Every decision writes one: a serializer would look at each byte of each name and text for
+/// An event's line, member by member. Every decision writes one: a serializer would look at each byte of each name and text for
 /// what JSON escapes, which cost a third of a decision.
 struct Line(Vec<u8>);
 
@@ -210,14 +180,19 @@ impl Line {
     fn begin(event: &'static str, level: &'static str) -> Self {
         let mut line = Vec::with_capacity(1024);
         line.extend_from_slice(b"{\"timestamp\":\"");
-        // Into memory: it cannot fail.
-        drop(DateTimePrinter::new().precision(Some(6)).print_timestamp(&Timestamp::now(), &mut line));
+        put_timestamp(&mut line);
         line.push(b'"');
         let mut line = Self(line);
         line.word(key!("level"), level);
         line.word(key!("event"), event);
         line.number(key!("schema_version"), u64::from(SCHEMA_VERSION));
         line
+    }
+
+    fn trace(&mut self, id: Option<TraceId>) {
+        if let Some(id) = id {
+            self.text(key!("trace_id"), &id.to_string());
+        }
     }
 
     fn text(&mut self, key: &str, text: &str) {
@@ -301,24 +276,6 @@ fn is_sampled(id: Uuid, ratio: f64) -> bool {
     f64::from(u32::from_be_bytes([a, b, c, d])) < ratio * 2_f64.powi(32)
 }
 
-fn write(lines: &Lines, event: &impl Serialize) {
-    let mut line = Vec::with_capacity(1024);
-    // Names and numbers into memory: it cannot fail. If it does, half a line is not a line.
-    if serde_json::to_writer(&mut line, event).is_ok() {
-        line.push(b'\n');
-        lines.push(&line);
-    }
-}
-
-fn hex<S: Serializer>(id: &Option<TraceId>, serializer: S) -> Result<S::Ok, S::Error> {
-    id.map(|id| id.to_string()).serialize(serializer)
-}
-
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde's signature")]
-fn is_zero(number: &u64) -> bool {
-    *number == 0
-}
-
 /// A reason may repeat what a caller sent. JSON escapes what breaks lines; what moves a terminal's cursor goes too.
 fn printable(text: &str) -> String {
     text.chars().take(MAX_REASON_CHARS).map(|letter| if letter.is_control() { '\u{fffd}' } else { letter }).collect()
@@ -360,7 +317,7 @@ mod tests {
         assert!(std::str::from_utf8(rest).unwrap().ends_with(&expect), "{rest:?}");
         assert_eq!(end, b"}\n");
         let told: serde_json::Value = serde_json::from_slice(&line).unwrap();
-        assert!(told["timestamp"].as_str().unwrap().parse::<Timestamp>().is_ok(), "{told}");
+        assert!(told["timestamp"].as_str().unwrap().parse::<jiff::Timestamp>().is_ok(), "{told}");
     }
 
     #[test]

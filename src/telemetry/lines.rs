@@ -158,7 +158,7 @@ impl Shared {
             let (count, dropped) = (mem::take(&mut state.count), state.dropped);
             drop(state);
             if dropped > told {
-                batch.extend(lost(dropped - told).bytes());
+                put_lost(&mut batch, dropped - told);
             }
             let written = stream.write_all(&batch).and_then(|()| stream.flush());
             batch.clear();
@@ -199,9 +199,10 @@ impl Drop for Owner {
     }
 }
 
-fn lost(count: u64) -> String {
-    let timestamp = super::timestamp();
-    format!("{{\"timestamp\":\"{timestamp}\",\"level\":\"ERROR\",\"event\":\"log_lines_dropped\",\"count\":{count}}}\n")
+fn put_lost(batch: &mut Vec<u8>, count: u64) {
+    batch.extend_from_slice(b"{\"timestamp\":\"");
+    super::put_timestamp(batch);
+    batch.extend(format!("\",\"level\":\"ERROR\",\"event\":\"log_lines_dropped\",\"count\":{count}}}\n").bytes());
 }
 
 #[cfg(test)]

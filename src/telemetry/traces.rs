@@ -328,6 +328,26 @@ impl Held {
 
 // === one call ===
 
+/// A span with what is told of it by [`Traced::decided`] and [`Traced::answered`]: what it does not name from the start is lost.
+macro_rules! span_of_a_decision {
+    ($parent:expr, $name:literal, $($own:tt)*) => {
+        tracing::info_span!(
+            target: TARGET,
+            parent: $parent,
+            $name,
+            $($own)*
+            otel.status_code = Empty,
+            rpc.grpc.status_code = Empty,
+            byokgate.decision_id = Empty,
+            byokgate.checkpoint = Empty,
+            byokgate.outcome = Empty,
+            byokgate.code = Empty,
+            byokgate.provider = Empty,
+            byokgate.verdict = Empty,
+        )
+    };
+}
+
 impl Traced {
     /// A call that begins now, of this method of this service.
     pub fn begin(metadata: &MetadataMap, service: &'static str, method: &'static str) -> Self {
@@ -338,23 +358,14 @@ impl Traced {
         if !sampled {
             return Self { span: Span::none(), trace_id };
         }
-        let span = tracing::info_span!(
-            target: TARGET,
-            parent: None,
+        let span = span_of_a_decision!(
+            None,
             "rpc",
             otel.name = format!("{service}/{method}"),
             otel.kind = "server",
-            otel.status_code = Empty,
             rpc.system = "grpc",
             rpc.service = service,
             rpc.method = method,
-            rpc.grpc.status_code = Empty,
-            byokgate.decision_id = Empty,
-            byokgate.checkpoint = Empty,
-            byokgate.outcome = Empty,
-            byokgate.code = Empty,
-            byokgate.provider = Empty,
-            byokgate.verdict = Empty,
         );
         if let Some(parent) = parent {
             // Fails only where there is no layer of ours, and so nothing to continue.
@@ -367,22 +378,7 @@ impl Traced {
 
     /// One item of a batch.
     pub fn item(&self, index: u32) -> Self {
-        let span = below(&self.span, |parent| {
-            tracing::info_span!(
-                target: TARGET,
-                parent: parent,
-                "decide",
-                byokgate.batch.index = i64::from(index),
-                otel.status_code = Empty,
-                rpc.grpc.status_code = Empty,
-                byokgate.decision_id = Empty,
-                byokgate.checkpoint = Empty,
-                byokgate.outcome = Empty,
-                byokgate.code = Empty,
-                byokgate.provider = Empty,
-                byokgate.verdict = Empty,
-            )
-        });
+        let span = below(&self.span, |parent| span_of_a_decision!(parent, "decide", byokgate.batch.index = i64::from(index),));
         Self { span, trace_id: self.trace_id }
     }
 
