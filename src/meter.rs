@@ -26,9 +26,6 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// Trace spans that were dropped since no collector took them: one tracer a process, so one count.
-pub static SPANS_DROPPED: Counter = Counter::new();
-
 /// How the page is written.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 

@@ -92,16 +92,17 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> 
     let prober = Arc::new(Prober::new(setup.settings.probe_settings(setup.probe_ca))?);
     let asker = Arc::new(Limited::new(prober.clone(), setup.settings.provider_limits()));
     let liveness = Arc::new(Cache::new(asker.clone(), setup.settings.cache_settings()));
-    let traces = setup.settings.trace_settings()?;
+    let traced = setup.settings.trace_settings()?;
     let stop = setup.settings.shutdown.clone();
     let journal = Journal::to(log.clone(), setup.settings.log.plain_allow_ratio);
     let mut bound = Bound::open(setup.settings).await?;
     bound.keep(journal);
     bound.show(Arc::new(log));
+    bound.show(Arc::new(traces::Exported));
     bound.show(prober);
     bound.show(asker);
     bound.show(liveness.clone());
-    if let Some(settings) = &traces {
+    if let Some(settings) = &traced {
         traces::start(settings)?;
     }
     let (registry, catalogue) = (setup.snapshot.registry.revision().to_owned(), setup.snapshot.catalogue.revision().to_owned());

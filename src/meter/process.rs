@@ -5,7 +5,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use super::{Measured, Page, SPANS_DROPPED};
+use super::{Measured, Page};
 
 /// In which units the kernel tells a process's CPU time: the same on every Linux.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -34,7 +34,6 @@ impl Measured for Process {
     fn tell(&self, page: &mut Page) {
         page.gauge("byokgate_build_info", "1, with what is running")
             .add(&[("version", env!("CARGO_PKG_VERSION")), ("revision", REVISION)], 1_u64);
-        page.counter("byokgate_spans_dropped", "Trace spans that no collector took").add(&[], &SPANS_DROPPED);
         let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
         page.gauge("process_start_time_seconds", "Since 1970, when the server was set up").add(&[], started.as_secs_f64());
         // Where there is no /proc, these are absent.

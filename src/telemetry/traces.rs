@@ -16,7 +16,7 @@ use std::{
     io,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -52,7 +52,7 @@ use crate::{
     endpoint::{self, Call, Target},
     engine::{Decided, Observed},
     liveness::{Calibration, Finding},
-    meter::SPANS_DROPPED,
+    meter::{Counter, Measured, Page},
 };
 
 /// What spans of ours are told by. Nobody else's become part of a trace: neither the HTTP library's, nor the exporter's own.
@@ -114,12 +114,16 @@ struct Export {
     sample_ratio: f64,
 }
 
+/// What became of the spans: numbers for the page.
+#[derive(Debug)]
+pub struct Exported;
+
 /// The spans that are waiting or on their way, and those that are lost.
 #[derive(Debug, Default)]
 struct Held {
     spans: AtomicUsize,
     limit: usize,
-    lost: AtomicU64,
+    lost: Counter,
     /// The last batch did not arrive.
     failing: AtomicBool,
     told: Mutex<Told>,
@@ -299,6 +303,13 @@ impl SpanExporter for Sender {
     }
 }
 
+impl Measured for Exported {
+    fn tell(&self, page: &mut Page) {
+        let lost = EXPORT.get().map_or(0, |export| export.held.lost.get());
+        page.counter("byokgate_spans_dropped", "Trace spans that no collector took").add(&[], lost);
+    }
+}
+
 // === impl Held ===
 
 impl Held {
@@ -311,14 +322,13 @@ impl Held {
     }
 
     fn lose(&self, spans: usize) {
-        self.lost.fetch_add(spans as u64, Ordering::Relaxed);
-        SPANS_DROPPED.many(spans as u64);
+        self.lost.many(spans as u64);
     }
 
     /// Tells of what was lost since it was told of last, if that is long enough ago.
     fn tell(&self, why: &str, every: Duration) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let total = self.lost.load(Ordering::Relaxed);
+        let total = self.lost.get();
         if total > told.lost && told.at.is_none_or(|at| at.elapsed() >= every) {
             tracing::warn!(event = "spans_lost", lost = total - told.lost, total, why);
             *told = Told { lost: total, at: Some(Instant::now()) };
