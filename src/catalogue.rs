@@ -26,6 +26,7 @@ pub struct Catalogue {
     /// Where providers are whose registry entry has no URL: their vendor's one host.
     homes: BTreeMap<String, Url>,
     unprobed: BTreeMap<String, Unprobed>,
+    /// As [`KeyShape::sort`] leaves them.
     key_shapes: Vec<KeyShape>,
     base_url_env: BTreeMap<String, Protocol>,
     openai: Vec<Probe>,
@@ -93,6 +94,8 @@ pub struct KeyShape {
     pub vendor: String,
     /// What kind of key it is.
     pub kind: KeyKind,
+    /// Its place among all that were declared.
+    declared: usize,
 }
 
 /// What kind of key a shape tells of.
@@ -224,7 +227,9 @@ impl Catalogue {
         self.homes.retain(|provider, _| !unprobed.contains_key(provider));
         self.unprobed.extend(unprobed);
         self.hosts.extend(hosts);
-        self.key_shapes.extend(key_shapes);
+        let declared = self.key_shapes.len();
+        self.key_shapes.extend(key_shapes.into_iter().map(|shape| KeyShape { declared: declared + shape.declared, ..shape }));
+        KeyShape::sort(&mut self.key_shapes);
         self.base_url_env.extend(base_url_env);
         if !openai.is_empty() {
             self.openai = openai;
@@ -276,19 +281,14 @@ impl Catalogue {
         }
     }
 
-    /// The longest known beginnings of this value: every shape of that length.
-    pub fn shapes_of(&self, value: &str) -> Vec<&KeyShape> {
-        let mut longest: Vec<&KeyShape> = Vec::new();
-        for shape in self.key_shapes.iter().filter(|shape| value.starts_with(&shape.prefix)) {
-            let so_far = longest.first().map_or(0, |first| first.prefix.len());
-            if shape.prefix.len() > so_far {
-                longest.clear();
-            }
-            if shape.prefix.len() >= so_far {
-                longest.push(shape);
-            }
-        }
-        longest
+    /// The longest known beginning of this value: every shape that has it.
+    pub fn shapes_of(&self, value: &str) -> &[KeyShape] {
+        // Most begin otherwise from the first byte on, which is cheaper to see than to compare them whole.
+        let first = value.as_bytes().first();
+        let begins = |shape: &KeyShape| shape.prefix.as_bytes().first() == first && value.starts_with(&shape.prefix);
+        let from = self.key_shapes.iter().position(begins);
+        let longest = from.and_then(|from| self.key_shapes.get(from..)).unwrap_or_default();
+        longest.chunk_by(|one, other| one.prefix == other.prefix).next().unwrap_or_default()
     }
 
     /// Which providers a base-URL variable concerns: those of a protocol, or all (`None`).
@@ -296,11 +296,12 @@ impl Catalogue {
         self.base_url_env.get(base_url_env).copied()
     }
 
-    /// A key of this vendor's shape begins so.
+    /// A key of this vendor's shape begins so: its first that was declared.
     pub fn key_prefix_of(&self, vendor: &str) -> Option<&str> {
         self.key_shapes
             .iter()
-            .find(|shape| shape.vendor == vendor && shape.kind == KeyKind::ApiKey)
+            .filter(|shape| shape.vendor == vendor && shape.kind == KeyKind::ApiKey)
+            .min_by_key(|shape| shape.declared)
             .map(|shape| shape.prefix.as_str())
     }
 }
@@ -309,6 +310,15 @@ impl Catalogue {
 pub fn host_of(url: &Url) -> Option<String> {
     let host = url.host_str()?.to_ascii_lowercase();
     Some(url.port().map_or_else(|| host.clone(), |port| format!("{host}:{port}")))
+}
+
+// === impl KeyShape ===
+
+impl KeyShape {
+    /// The longest beginning first, so that the first that fits is the one; those of one beginning side by side.
+    fn sort(shapes: &mut [Self]) {
+        shapes.sort_by(|one, other| (other.prefix.len(), &one.prefix).cmp(&(one.prefix.len(), &other.prefix)));
+    }
 }
 
 // === impl Confidence ===

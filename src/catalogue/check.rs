@@ -64,12 +64,13 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
         }
     }
     let unprobed = check_unprobed(unprobed.unwrap_or_default(), &homes, &mut problems);
-    let key_shapes = key_shapes
+    let mut key_shapes: Vec<KeyShape> = key_shapes
         .unwrap_or_default()
         .into_iter()
         .enumerate()
-        .filter_map(|(index, shape)| check_key_shape(shape, &format!("key_shapes[{index}]"), &mut problems))
+        .filter_map(|(index, shape)| check_key_shape(index, shape, &mut problems))
         .collect();
+    KeyShape::sort(&mut key_shapes);
     let mut surfaces = BTreeMap::new();
     for (name, surface) in base_url_env.unwrap_or_default() {
         match surface.as_str() {
@@ -211,7 +212,8 @@ fn check_unprobed(
     unprobed
 }
 
-fn check_key_shape(file: KeyShapeFile, place: &str, problems: &mut Vec<Problem>) -> Option<KeyShape> {
+fn check_key_shape(declared: usize, file: KeyShapeFile, problems: &mut Vec<Problem>) -> Option<KeyShape> {
+    let place = &format!("key_shapes[{declared}]");
     if file.prefix.is_empty() || file.vendor.is_empty() {
         problems.push(Problem::at(place, "needs a prefix and a vendor"));
         return None;
@@ -226,7 +228,7 @@ fn check_key_shape(file: KeyShapeFile, place: &str, problems: &mut Vec<Problem>)
             return None;
         }
     };
-    Some(KeyShape { prefix: file.prefix, vendor: file.vendor, kind })
+    Some(KeyShape { prefix: file.prefix, vendor: file.vendor, kind, declared })
 }
 
 fn check_probes(files: Option<Vec<ProbeFile>>, place: &str, problems: &mut Vec<Problem>) -> Vec<Probe> {
