@@ -9,6 +9,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use arc_swap::ArcSwap;
 use moka::notification::RemovalCause;
 use rand::Rng;
 use tokio::time::Instant;
@@ -90,7 +91,9 @@ pub struct CacheSettings {
 pub struct Cache {
     asker: Arc<dyn Asker>,
     memory: Memory,
-    flights: Arc<Flights<Key, Arc<Timed>>>,
+    flights: Arc<Flights<Key, Landed>>,
+    /// The last VALID.
+    usual: Arc<ArcSwap<Finding>>,
     breakers: Arc<Breakers>,
     new_keys: NewKeys,
     ages: Ages,
@@ -158,7 +161,12 @@ struct Timed {
     at: Instant,
     wall: SystemTime,
     fresh_for: Duration,
-    /// The key that it stands under.
+}
+
+/// What a flight found, and the key that it stands under.
+#[derive(Debug, Clone)]
+struct Landed {
+    timed: Arc<Timed>,
     key: Key,
 }
 
@@ -186,6 +194,7 @@ impl Cache {
                 })
                 .build_with_hasher(BuildHasherDefault::default()),
             flights: Flights::new(MAX_FLIGHTS),
+            usual: Arc::new(ArcSwap::from_pointee(Finding::bare(Verdict::Valid))),
             breakers: Arc::new(Breakers::new(breaker)),
             new_keys: NewKeys::new(new_keys),
             ages,
@@ -218,7 +227,7 @@ impl Cache {
             self.lookups.of(&joined, first).one();
             *part = matches!(joined, Joined::Flight(_)).then_some(if first { Part::Fill } else { Part::Wait });
             match joined {
-                Joined::Already(timed) => {
+                Joined::Already(Landed { timed, .. }) => {
                     return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
                 }
                 Joined::Withheld(Barred::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
@@ -228,7 +237,7 @@ impl Cache {
                 }
                 Joined::Full => return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age),
                 Joined::Flight(flight) => match wait(flight, deadline).await {
-                    Landing::Landed(timed) if timed.key == keys.first || Some(timed.key) == self.second(&keys) => {
+                    Landing::Landed(Landed { timed, key }) if key == keys.first || Some(key) == self.second(&keys) => {
                         return self.served(&self.known(&keys), &timed, ServedFrom::Probe, max_age, Instant::now());
                     }
                     Landing::Landed(_) => {}
@@ -258,10 +267,10 @@ impl Cache {
         keys: &Keys<'_>,
         max_age: Option<Duration>,
         begun: Begun,
-    ) -> Launch<Arc<Timed>, Barred, impl Future<Output = Arc<Timed>> + Send + use<>> {
+    ) -> Launch<Landed, Barred, impl Future<Output = Landed> + Send + use<>> {
         let (known, now) = (self.known(keys), Instant::now());
         if let Some(timed) = self.fresh(&known, max_age, now) {
-            return Launch::Already(timed.clone());
+            return Launch::Already(Landed { timed: timed.clone(), key: keys.first });
         }
         if let Some(opened) = self.breakers.admit(inquiry.endpoint.identity, now) {
             return Launch::Withheld(Barred::Open(opened));
@@ -274,11 +283,12 @@ impl Cache {
     }
 
     /// Asks, and stores what was found: the work of a flight.
-    fn fill(&self, inquiry: &Inquiry<'_>, keys: &Keys<'_>, begun: Begun) -> impl Future<Output = Arc<Timed>> + Send + use<> {
+    fn fill(&self, inquiry: &Inquiry<'_>, keys: &Keys<'_>, begun: Begun) -> impl Future<Output = Landed> + Send + use<> {
         let target = Arc::new(Target::of(inquiry.endpoint, inquiry.model));
         let question = Question { target, secret: Arc::clone(inquiry.secret), begun };
         let (asker, breakers, target) = (Arc::clone(&self.asker), Arc::clone(&self.breakers), Arc::clone(&question.target));
-        let (memory, ages, first, second) = (self.memory.clone(), self.ages, keys.first, self.second(keys));
+        let (memory, usual, ages) = (self.memory.clone(), Arc::clone(&self.usual), self.ages);
+        let (first, second) = (keys.first, self.second(keys));
         async move {
             let finding = asker.ask(question).await;
             traces::found(&finding);
@@ -286,11 +296,11 @@ impl Cache {
             let age = ages.fresh_for(&finding);
             // What the provider asked for is kept to the second.
             let fresh_for = if finding.retry_after.is_some() { age } else { ages.jittered(age) };
-            let (finding, at, wall) = (Arc::new(finding), Instant::now(), SystemTime::now());
-            let timed = Arc::new(Timed { finding, at, wall, fresh_for, key });
-            remember(&memory, first, &timed);
-            breakers.report(target.endpoint.identity, &target.endpoint.provider, &timed.finding, timed.at);
-            timed
+            let (finding, at, wall) = (shared(finding, &usual), Instant::now(), SystemTime::now());
+            let landed = Landed { timed: Arc::new(Timed { finding, at, wall, fresh_for }), key };
+            remember(&memory, first, &landed);
+            breakers.report(target.endpoint.identity, &target.endpoint.provider, &landed.timed.finding, at);
+            landed
         }
     }
 
@@ -329,7 +339,7 @@ impl Cache {
             served_from,
             // Asking again sooner would only be served from here.
             retry_after: timed.fresh_for.saturating_sub(age).max(self.ages.floor),
-            earlier_valid: self.earlier_valid(known, max_age, now),
+            earlier_valid: if timed.finding.verdict == Verdict::Valid { None } else { self.earlier_valid(known, max_age, now) },
         }
     }
 
@@ -422,10 +432,24 @@ impl Measured for Cache {
     }
 }
 
+/// A VALID that is as the last one is kept once for all keys: nearly all are, and each would take a fifth of its key's memory.
+fn shared(finding: Finding, usual: &ArcSwap<Finding>) -> Arc<Finding> {
+    let known = usual.load_full();
+    if *known == finding {
+        return known;
+    }
+    let finding = Arc::new(finding);
+    if finding.verdict == Verdict::Valid {
+        usual.store(Arc::clone(&finding));
+    }
+    finding
+}
+
 /// Stores an observation, and marks the first entry if that is another. Only the flight of the first key writes under it and what
 /// it leads to, so reading and writing back is no race.
-fn remember(memory: &Memory, first: Key, timed: &Arc<Timed>) {
-    let mut entry = memory.get(&timed.key).unwrap_or_default();
+fn remember(memory: &Memory, first: Key, landed: &Landed) {
+    let Landed { timed, key } = landed;
+    let mut entry = memory.get(key).unwrap_or_default();
     match timed.finding.verdict {
         Verdict::Valid => entry.valid = Some(timed.clone()),
         Verdict::Invalid | Verdict::Forbidden => {
@@ -445,8 +469,8 @@ fn remember(memory: &Memory, first: Key, timed: &Arc<Timed>) {
         | Verdict::ProbeDisabled => {}
     }
     entry.latest = Some(timed.clone());
-    memory.insert(timed.key, entry);
-    if timed.key != first {
+    memory.insert(*key, entry);
+    if *key != first {
         let entry = memory.get(&first).unwrap_or_default();
         memory.insert(first, Remembered { per_model: true, ..entry });
     }
@@ -455,7 +479,7 @@ fn remember(memory: &Memory, first: Key, timed: &Arc<Timed>) {
 // === impl Lookups ===
 
 impl Lookups {
-    fn of(&self, joined: &Joined<Arc<Timed>, Barred>, first: bool) -> &Counter {
+    fn of(&self, joined: &Joined<Landed, Barred>, first: bool) -> &Counter {
         match joined {
             Joined::Already(_) => &self.hit,
             Joined::Flight(_) if first => &self.fill,
@@ -544,6 +568,16 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_usual_finding_is_kept_once() {
+        let usual = ArcSwap::from_pointee(Finding::bare(Verdict::Valid));
+        let valid = || Finding { status: Some(200), ..Finding::bare(Verdict::Valid) };
+        let (first, refused) = (shared(valid(), &usual), shared(Finding::bare(Verdict::Invalid), &usual));
+        assert_eq!((&*first, refused.verdict), (&valid(), Verdict::Invalid));
+        assert!(Arc::ptr_eq(&first, &shared(valid(), &usual)), "an INVALID in between changes nothing");
+        assert_eq!(shared(Finding::bare(Verdict::Valid), &usual).status, None);
+    }
+
     #[tokio::test]
     async fn what_makes_room_is_counted() {
         let cache = Cache::new(Arc::new(Nobody), CacheSettings::default());
@@ -552,7 +586,7 @@ mod tests {
             key[..8].copy_from_slice(&index.to_le_bytes());
             let (finding, fresh_for) = (Arc::new(Finding::bare(Verdict::Valid)), Duration::from_secs(30));
             let (at, wall) = (Instant::now(), SystemTime::UNIX_EPOCH);
-            remember(&cache.memory, key, &Arc::new(Timed { finding, at, wall, fresh_for, key }));
+            remember(&cache.memory, key, &Landed { timed: Arc::new(Timed { finding, at, wall, fresh_for }), key });
         }
         let mut page = Page::about(std::iter::empty());
         cache.tell(&mut page);

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::{
     assess::{Inquiry, Next, Resolved, Snapshot, Trace, Unresolved, alternative_models, assess, resolve},
-    decision::{Decision, Liveness, Outcome, Seen, ServedFrom},
+    decision::{Decision, Liveness, Outcome, Seen, ServedFrom, Verdict},
     endpoint::Target,
     liveness::Finding,
     policy::{Facts, apply},
@@ -206,6 +206,9 @@ fn new_id() -> Uuid {
 }
 
 fn judged(inquiry: &Inquiry<'_>, observed: &Observed) -> Facts {
+    if observed.finding.verdict == Verdict::Valid {
+        return Facts::Valid;
+    }
     Facts::Judged {
         judged: Judged {
             verdict: observed.finding.verdict,
@@ -234,9 +237,12 @@ fn unasked(facts: &Facts) -> Option<Liveness> {
             probe: String::new(),
             seen: None,
         }),
-        Facts::Judged { .. } | Facts::Refused(_) | Facts::OverrideDisabled | Facts::ExemptRuntime | Facts::Platform { .. } => {
-            None
-        }
+        Facts::Valid
+        | Facts::Judged { .. }
+        | Facts::Refused(_)
+        | Facts::OverrideDisabled
+        | Facts::ExemptRuntime
+        | Facts::Platform { .. } => None,
     }
 }
 

@@ -83,7 +83,9 @@ pub enum Facts {
         /// The model.
         model: String,
     },
-    /// The tenant's own credential was judged.
+    /// The tenant's own credential is VALID. Nothing else is needed to say so.
+    Valid,
+    /// The tenant's own credential was judged, and is not VALID.
     Judged {
         /// The evidence.
         judged: Judged,
@@ -120,13 +122,9 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
             (PlatformProxy::Available, true) => Ruling::allow(Grounds::OverridePlatformManaged),
             (PlatformProxy::Available, false) => Ruling::allow(Grounds::PlatformOwnsModel),
         },
+        Facts::Valid => Ruling::allow(Grounds::Credential(Verdict::Valid)),
         Facts::Judged { judged, served_from: _, recently_valid, enforcement } => {
-            let verdict = judged.verdict;
-            let action = match group_of(verdict) {
-                Ruled::Valid => return Ruling::allow(Grounds::Credential(verdict)),
-                Ruled::Invalid => Action::Deny,
-                Ruled::ByGroup(group) => policy.action(checkpoint, group),
-            };
+            let action = group_of(judged.verdict).map_or(Action::Deny, |group| policy.action(checkpoint, group));
             // Whatever is configured: the service is no key checker, and a flood of keys does not get past it by being one.
             let starts = matches!(checkpoint, Checkpoint::Create | Checkpoint::Provision);
             if starts && judged.withheld == Some(Withheld::NewKeys) {
@@ -148,24 +146,17 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
     }
 }
 
-/// How a verdict is ruled on.
-enum Ruled {
-    Valid,
-    Invalid,
-    ByGroup(Group),
-}
-
-fn group_of(verdict: Verdict) -> Ruled {
-    Ruled::ByGroup(match verdict {
-        Verdict::Valid => return Ruled::Valid,
-        Verdict::Invalid => return Ruled::Invalid,
-        Verdict::Forbidden => Group::Forbidden,
-        Verdict::Timeout | Verdict::Unreachable | Verdict::NotAttempted => Group::Unanswered,
+/// By which group a verdict is ruled on. INVALID is by none: it is denied. So would VALID be, which is a fact of its own.
+fn group_of(verdict: Verdict) -> Option<Group> {
+    match verdict {
+        Verdict::Valid | Verdict::Invalid => None,
+        Verdict::Forbidden => Some(Group::Forbidden),
+        Verdict::Timeout | Verdict::Unreachable | Verdict::NotAttempted => Some(Group::Unanswered),
         Verdict::RateLimited | Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::QuotaExhausted => {
-            Group::Inconclusive
+            Some(Group::Inconclusive)
         }
-        Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => Group::Unverifiable,
-    })
+        Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => Some(Group::Unverifiable),
+    }
 }
 
 // === impl Policy ===

@@ -46,6 +46,7 @@ fn rule(snapshot: &Snapshot, request: &Request, verdict: Verdict, recently_valid
     let assessment = assess(snapshot, request, 0, &|_| String::new());
     let facts = match assessment.next {
         Next::Rule(facts) => facts,
+        Next::Ask(_) if verdict == Verdict::Valid => Facts::Valid,
         Next::Ask(inquiry) => Facts::Judged {
             judged: judged(verdict, &inquiry.endpoint.provider, inquiry.env_name),
             served_from: Some(ServedFrom::Probe),
@@ -239,11 +240,14 @@ fn the_policy_table() {
                             Some(Action::AllowIfRecentlyValid) => !recently_valid,
                             Some(Action::Deny) => true,
                         };
-                        let facts = Facts::Judged {
-                            judged: judged(verdict, "acme", "ACME_API_KEY"),
-                            served_from: None,
-                            recently_valid,
-                            enforcement,
+                        let facts = match verdict {
+                            V::Valid => Facts::Valid,
+                            verdict => Facts::Judged {
+                                judged: judged(verdict, "acme", "ACME_API_KEY"),
+                                served_from: None,
+                                recently_valid,
+                                enforcement,
+                            },
                         };
                         let ruling = apply(facts, checkpoint, &policy);
                         let place = format!("{verdict} {checkpoint:?} {action:?} {recently_valid} {enforcement:?}");

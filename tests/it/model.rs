@@ -259,9 +259,11 @@ impl Model {
     fn answer(&mut self, caller: usize, key: usize, max_age: Option<Ms>, verdict: Verdict, served_from: ServedFrom) {
         let memory = self.memory.get(&key).cloned().unwrap_or_default();
         let wanted = max_age.map_or(Ms::MAX, |age| age.max(FLOOR));
-        let earlier_valid = memory
-            .valid
-            .is_some_and(|at| self.now - at <= HARD_MAXIMUM.min(wanted) && memory.refused.is_none_or(|refused| refused < at));
+        // A VALID rests on nothing before it.
+        let earlier_valid = verdict != Verdict::Valid
+            && memory
+                .valid
+                .is_some_and(|at| self.now - at <= HARD_MAXIMUM.min(wanted) && memory.refused.is_none_or(|refused| refused < at));
         assert_eq!(self.got.insert(caller, Got { verdict, served_from, earlier_valid }), None);
     }
 }
