@@ -11,7 +11,13 @@ use std::{
 };
 
 use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
-use tracing_subscriber::{EnvFilter, filter::ParseError, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing::Metadata;
+use tracing_subscriber::{
+    EnvFilter, Layer,
+    filter::{ParseError, filter_fn},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
 
 use self::lines::Lines;
 
@@ -54,7 +60,9 @@ pub fn init(filter: &str, to: LogTo) -> Result<Lines, LogError> {
     match to {
         LogTo::StdoutJson => {
             let layer = layer.json().flatten_event(true).with_current_span(false).with_span_list(false);
-            registry.with(layer).with(traces::layer()).try_init()
+            // No line shows a span, but each field that a span is told would be written down for it, and read again for the next.
+            let events = filter_fn(|metadata: &Metadata<'_>| metadata.is_event());
+            registry.with(layer.with_filter(events)).with(traces::layer()).try_init()
         }
         LogTo::StderrText => registry.with(layer.with_ansi(false)).try_init(),
     }
