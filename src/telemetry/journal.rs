@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// The version of the events' schema: it rises when a field goes or changes its meaning, not when one is added.
-const SCHEMA_VERSION: u32 = 1;
+const SCHEMA_VERSION: &str = ",\"schema_version\":1";
 /// Calls without a decision are told one by one up to so many a second, and beyond that by their count: a flood of refusals
 /// does not push decisions out of the log.
 const UNDECIDED_PER_SECOND: NonZeroU32 = NonZeroU32::MIN.saturating_add(19);
@@ -30,6 +30,13 @@ const MAX_REASON_CHARS: usize = 500;
 macro_rules! key {
     ($name:literal) => {
         concat!(",\"", $name, "\":")
+    };
+}
+
+/// The same for a member that is a text, with the text's own quote.
+macro_rules! text {
+    ($name:literal) => {
+        concat!(",\"", $name, "\":\"")
     };
 }
 
@@ -102,31 +109,31 @@ impl Journal {
             Outcome::Deny(deny) => ("DENY", deny.refusal.code().as_str()),
         };
         let mut line = Line::begin("decision", level);
-        line.text(key!("decision_id"), id.hyphenated().encode_lower(&mut [0; Hyphenated::LENGTH]));
+        line.plain(text!("decision_id"), id.hyphenated().encode_lower(&mut [0; Hyphenated::LENGTH]));
         line.trace(trace_id);
-        line.word(key!("checkpoint"), checkpoint.as_str());
-        line.given(key!("workspace_id"), &spec.workspace_id);
-        line.given(key!("organization_id"), &spec.organization_id);
-        line.given(key!("caller"), caller);
-        line.text(key!("runtime"), &spec.runtime);
-        line.text(key!("model"), &spec.model);
-        line.word(key!("outcome"), word);
-        line.word(key!("code"), code);
-        line.given(key!("provider"), &resolution.provider);
-        line.word(key!("billing_mode"), resolution.billing_mode.map_or("", |mode| mode.as_str()));
-        line.word(key!("source"), resolution.source.as_str());
+        line.word(text!("checkpoint"), checkpoint.as_str());
+        line.given(text!("workspace_id"), &spec.workspace_id);
+        line.given(text!("organization_id"), &spec.organization_id);
+        line.given(text!("caller"), caller);
+        line.text(text!("runtime"), &spec.runtime);
+        line.text(text!("model"), &spec.model);
+        line.word(text!("outcome"), word);
+        line.word(text!("code"), code);
+        line.given(text!("provider"), &resolution.provider);
+        line.word(text!("billing_mode"), resolution.billing_mode.map_or("", |mode| mode.as_str()));
+        line.word(text!("source"), resolution.source.as_str());
         if let Some(credential) = &resolution.credential {
-            line.text(key!("credential_env"), &credential.env_name);
-            line.word(key!("credential_scope"), credential.scope.as_str());
-            line.given(key!("credential_fingerprint"), &credential.fingerprint);
+            line.text(text!("credential_env"), &credential.env_name);
+            line.word(text!("credential_scope"), credential.scope.as_str());
+            line.given(text!("credential_fingerprint"), &credential.fingerprint);
         }
         if let Some(liveness) = liveness {
-            line.word(key!("verdict"), liveness.verdict.as_str());
+            line.word(text!("verdict"), liveness.verdict.as_str());
             if let Some(status) = liveness.upstream_status {
                 line.number(key!("upstream_status"), u64::from(status));
             }
             if let Some(seen) = liveness.seen {
-                line.word(key!("served_from"), seen.served_from.as_str());
+                line.word(text!("served_from"), seen.served_from.as_str());
                 line.number(key!("age_ms"), u64::try_from(seen.age.as_millis()).unwrap_or(u64::MAX));
             }
         }
@@ -134,8 +141,8 @@ impl Journal {
         if !warnings.is_empty() {
             line.words(key!("warnings"), warnings.iter().map(|warning| warning.code.as_str()));
         }
-        line.text(key!("registry_revision"), registry_revision);
-        line.text(key!("catalogue_revision"), catalogue_revision);
+        line.plain(text!("registry_revision"), registry_revision);
+        line.plain(text!("catalogue_revision"), catalogue_revision);
         lines.push(&line.end());
     }
 
@@ -152,15 +159,15 @@ impl Journal {
         let Undecided { method, grpc_code, reason, request, trace_id } = undecided;
         let mut line = Line::begin("undecided", "WARN");
         line.trace(trace_id);
-        line.text(key!("method"), method);
+        line.text(text!("method"), method);
         if let Some(Request { spec, checkpoint, caller, .. }) = request {
-            line.word(key!("checkpoint"), checkpoint.as_str());
-            line.given(key!("workspace_id"), &spec.workspace_id);
-            line.given(key!("organization_id"), &spec.organization_id);
-            line.given(key!("caller"), caller);
+            line.word(text!("checkpoint"), checkpoint.as_str());
+            line.given(text!("workspace_id"), &spec.workspace_id);
+            line.given(text!("organization_id"), &spec.organization_id);
+            line.given(text!("caller"), caller);
         }
-        line.text(key!("grpc_code"), grpc_code);
-        line.text(key!("reason"), &printable(reason));
+        line.text(text!("grpc_code"), grpc_code);
+        line.text(text!("reason"), &printable(reason));
         // How many more there were since the last one.
         let suppressed = self.suppressed.swap(0, Ordering::Relaxed);
         if suppressed > 0 {
@@ -183,29 +190,40 @@ impl Line {
         put_timestamp(&mut line);
         line.push(b'"');
         let mut line = Self(line);
-        line.word(key!("level"), level);
-        line.word(key!("event"), event);
-        line.number(key!("schema_version"), u64::from(SCHEMA_VERSION));
+        line.word(text!("level"), level);
+        line.word(text!("event"), event);
+        line.0.extend_from_slice(SCHEMA_VERSION.as_bytes());
         line
     }
 
     fn trace(&mut self, id: Option<TraceId>) {
         if let Some(id) = id {
-            self.text(key!("trace_id"), &id.to_string());
+            self.plain(text!("trace_id"), &id.to_string());
         }
-    }
-
-    fn text(&mut self, key: &str, text: &str) {
-        self.0.extend_from_slice(key.as_bytes());
-        self.value(text);
     }
 
     /// One of our own words, which need no escape; none is left out.
     fn word(&mut self, key: &str, word: &'static str) {
         if !word.is_empty() {
-            self.0.extend_from_slice(key.as_bytes());
-            self.quoted(word);
+            self.plain(key, word);
         }
+    }
+
+    /// What needs no escape, as hexadecimal digits and dashes.
+    fn plain(&mut self, key: &str, text: &str) {
+        let Self(line) = self;
+        line.extend_from_slice(key.as_bytes());
+        line.extend_from_slice(text.as_bytes());
+        line.push(b'"');
+    }
+
+    fn text(&mut self, key: &str, text: &str) {
+        if text.bytes().fold(true, |plain, byte| plain & matches!(byte, b' ' | b'!' | b'#'..=b'[' | b']'..=b'~')) {
+            return self.plain(key, text);
+        }
+        let Self(line) = self;
+        line.extend_from_slice(key.trim_end_matches('"').as_bytes());
+        drop(serde_json::to_writer(line, text));
     }
 
     /// A text that may be empty: then it is left out.
@@ -221,30 +239,15 @@ impl Line {
     }
 
     fn words(&mut self, key: &str, words: impl Iterator<Item = &'static str>) {
-        self.0.extend_from_slice(key.as_bytes());
-        self.0.push(b'[');
-        for (at, word) in words.enumerate() {
-            if at > 0 {
-                self.0.push(b',');
-            }
-            self.quoted(word);
-        }
-        self.0.push(b']');
-    }
-
-    fn value(&mut self, text: &str) {
-        if text.bytes().fold(true, |plain, byte| plain & matches!(byte, b' ' | b'!' | b'#'..=b'[' | b']'..=b'~')) {
-            self.quoted(text);
-        } else {
-            drop(serde_json::to_writer(&mut self.0, text));
-        }
-    }
-
-    fn quoted(&mut self, text: &str) {
         let Self(line) = self;
-        line.push(b'"');
-        line.extend_from_slice(text.as_bytes());
-        line.push(b'"');
+        line.extend_from_slice(key.as_bytes());
+        line.push(b'[');
+        for (at, word) in words.enumerate() {
+            line.extend_from_slice(if at > 0 { b",\"" } else { b"\"" });
+            line.extend_from_slice(word.as_bytes());
+            line.push(b'"');
+        }
+        line.push(b']');
     }
 
     fn end(self) -> Vec<u8> {
@@ -299,8 +302,8 @@ mod tests {
         let texts = ["", "plain", "quo\"te", "back\\slash", "line\nbreak", "\u{1b}[2J", "é", "\u{7f}", "</script>"];
         let mut line = Line::begin("decision", "INFO");
         for text in texts {
-            line.text(key!("text"), text);
-            line.given(key!("given"), text);
+            line.text(text!("text"), text);
+            line.given(text!("given"), text);
         }
         line.number(key!("number"), u64::MAX);
         line.words(key!("none"), std::iter::empty());

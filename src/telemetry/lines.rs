@@ -24,8 +24,10 @@ pub const MAX_PENDING: usize = 4 << 20;
 const MOMENT: Duration = Duration::from_millis(20);
 /// So many writes of a moment are made at once: each wakes the thread, which is dear where there are few cores.
 const WRITES: u32 = 16;
+/// Lines are collected up to this: more at once saves no system call that counts, and would not stay in a core's cache.
+const BATCH: usize = 128 << 10;
 /// What an empty buffer may keep of its space, so that a burst is not remembered for ever.
-const KEPT: usize = 256 << 10;
+const KEPT: usize = 2 * BATCH;
 
 /// Where lines go. A clone goes to the same place; when the last one is dropped, the thread writes what is left and ends.
 #[derive(Clone)]
@@ -37,7 +39,7 @@ struct Shared {
     state: Mutex<State>,
     /// There is something to write, after a time without.
     more: Condvar,
-    /// There is no time to collect.
+    /// There is no time to collect, or enough is.
     hurry: Condvar,
     /// Everything is written.
     done: Condvar,
@@ -74,9 +76,10 @@ impl Lines {
 
     /// Takes a line with its line break; or, where there is no room for all of it, counts it as dropped.
     pub fn push(&self, line: &[u8]) {
-        let Shared { more, .. } = &*self.0.0;
+        let Shared { more, hurry, .. } = &*self.0.0;
         let mut state = self.0.0.lock();
-        if state.pending.len() + line.len() > MAX_PENDING {
+        let (before, after) = (state.pending.len(), state.pending.len() + line.len());
+        if after > MAX_PENDING {
             state.dropped += 1;
             return;
         }
@@ -85,6 +88,9 @@ impl Lines {
         if mem::take(&mut state.idle) {
             drop(state);
             more.notify_one();
+        } else if before < BATCH && after >= BATCH {
+            drop(state);
+            hurry.notify_one();
         }
     }
 
@@ -178,7 +184,8 @@ impl Shared {
             if left.is_zero() {
                 (began, writes) = (Instant::now(), 0);
             } else if writes >= WRITES {
-                let pause = self.hurry.wait_timeout_while(state, left, |state| !state.hurried && !state.closed);
+                let collects = |state: &mut State| !state.hurried && !state.closed && state.pending.len() < BATCH;
+                let pause = self.hurry.wait_timeout_while(state, left, collects);
                 state = pause.unwrap_or_else(PoisonError::into_inner).0;
             }
         }
