@@ -1,7 +1,7 @@
 //! What decisions came to.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -27,7 +27,7 @@ pub struct Decisions {
     panicked: Counter,
 }
 
-type ByProvider = HashMap<String, Arc<OfProvider>>;
+type ByProvider = BTreeMap<String, Arc<OfProvider>>;
 
 /// One provider's; of the empty name, what was decided before a provider was known.
 #[derive(Debug, Default)]
@@ -76,11 +76,7 @@ impl Decisions {
 
 impl Measured for Decisions {
     fn tell(&self, page: &mut Page) {
-        let by_provider = self.by_provider.load();
-        // In one order, so that two pages can be compared.
-        let by_provider: BTreeMap<&str, &OfProvider> =
-            by_provider.iter().map(|(name, of)| (name.as_str(), of.as_ref())).collect();
-        for (provider, of) in by_provider {
+        for (provider, of) in self.by_provider.load().iter() {
             of.tell(provider, page);
         }
         page.counter("byokgate_decisions_panicked", "Decisions that ended in a panic of ours: none was made")
