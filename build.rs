@@ -16,6 +16,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::write(out_dir.join("descriptors.bin"), descriptors.encode_to_vec())?;
     tonic_prost_build::configure()
         .skip_debug(HOLD_A_CREDENTIAL)
+        .codec_path("crate::service::codec::Codec")
         // Some 500 bytes beside a short status.
         .boxed("byokgate.v1.BatchDecideResponse.result.response")
         .compile_fds(descriptors)?;
