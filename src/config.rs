@@ -282,8 +282,6 @@ fn problems_of(settings: &Settings) -> Vec<Problem> {
     }
     for (place, span) in [
         ("server.reload_interval", server.reload_interval),
-        ("server.keepalive_interval", server.keepalive_interval),
-        ("server.keepalive_timeout", server.keepalive_timeout),
         ("deadlines.decide", deadlines.decide),
         ("deadlines.batch", deadlines.batch),
         ("deadlines.handshake", deadlines.handshake),
@@ -297,6 +295,14 @@ fn problems_of(settings: &Settings) -> Vec<Problem> {
     ] {
         if span.0.is_zero() {
             add(place, "must be more than 0".to_owned());
+        }
+    }
+    for (place, span) in
+        [("server.keepalive_interval", server.keepalive_interval), ("server.keepalive_timeout", server.keepalive_timeout)]
+    {
+        // The kernel's own bounds: whole seconds, in 15 bits.
+        if !(1..=32_400).contains(&span.0.as_secs()) {
+            add(place, format!("is {span}; it must be 1s to 9h"));
         }
     }
     if !(0.0..=1.0).contains(&settings.log.plain_allow_ratio) {
@@ -557,6 +563,8 @@ mod tests {
             ("limits: {decisions: -1}", None, "limits.decisions: invalid value"),
             ("deadlines: {decide: 5}", None, "deadlines.decide: "),
             ("deadlines: {decide: 0s}", None, "deadlines.decide: must be more than 0"),
+            ("server: {keepalive_interval: 500ms}", None, "server.keepalive_interval: is 500ms; it must be 1s to 9h"),
+            ("server: {keepalive_timeout: 10h}", None, "server.keepalive_timeout: is 36000s; it must be 1s to 9h"),
             ("server: {listen: []}", None, "server.listen: names no address"),
             ("server: {worker_threads: 100000}", None, "server.worker_threads: must be at most"),
             ("log: {plain_allow_ratio: 1.5}", None, "log.plain_allow_ratio: is 1.5; it must be 0 to 1"),

@@ -8,6 +8,7 @@ mod listen;
 mod reload;
 pub mod shutdown;
 mod tls;
+mod turns;
 
 use std::{
     convert::Infallible,
@@ -254,7 +255,7 @@ impl Bound {
             spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, Arc::new(Shown { engine, sources })))));
         }
         let failed = Arc::clone(&connections.failed);
-        let core = Core { callers, tls, service, routes, limits, deadlines, server, journal, phase: phases, calls, failed };
+        let core = Core { callers, tls, service, routes, limits, deadlines, journal, phase: phases, calls, failed };
         let core = Arc::new(core);
         // Every connection holds a sender; when the last one is dropped, all are gone.
         let (open, mut all_gone) = mpsc::channel::<Infallible>(1);
@@ -292,7 +293,7 @@ impl Bound {
 }
 
 async fn listener(address: Address, settings: &Settings) -> Result<Listener, ServerError> {
-    Listener::bind(&address, &settings.socket).await.map_err(|source| ServerError::Listen { address, source })
+    Listener::bind(&address, &settings.server, &settings.socket).await.map_err(|source| ServerError::Listen { address, source })
 }
 
 /// Numbers about connections, and about what takes them.

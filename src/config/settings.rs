@@ -88,9 +88,9 @@ pub struct Server {
     pub worker_threads: usize,
     /// How often certificates, keys and tokens are read again.
     pub reload_interval: Span,
-    /// How often a silent peer is asked whether it is still there.
+    /// After how long a silence the kernel asks a TCP peer whether it is still there, in whole seconds.
     pub keepalive_interval: Span,
-    /// How long it may take to say so.
+    /// How long it may take to say so, in whole seconds.
     pub keepalive_timeout: Span,
 }
 

@@ -162,17 +162,21 @@ impl Callers {
         if let Connected::Refused(why) = connected {
             return Err(Status::permission_denied(why));
         }
-        match (&self.tokens, bearer(headers)) {
-            (Some(_), Err(())) => Err(Status::unauthenticated("the authorization header is not one bearer token")),
-            (Some(tokens), Ok(Some(token))) => {
-                tokens.caller_of(token).ok_or_else(|| Status::unauthenticated("the bearer token is not known"))
-            }
-            (Some(_), Ok(None)) | (None, _) => match connected {
-                Connected::Caller(caller) => Ok(Arc::clone(caller)),
-                Connected::Unknown | Connected::Refused(_) => {
-                    Err(Status::unauthenticated("the call carries no bearer token: send `authorization: Bearer TOKEN`"))
+        if let Some(tokens) = &self.tokens {
+            match bearer(headers) {
+                Err(()) => return Err(Status::unauthenticated("the authorization header is not one bearer token")),
+                Ok(Some(token)) => {
+                    let caller = tokens.caller_of(token);
+                    return caller.ok_or_else(|| Status::unauthenticated("the bearer token is not known"));
                 }
-            },
+                Ok(None) => {}
+            }
+        }
+        match connected {
+            Connected::Caller(caller) => Ok(Arc::clone(caller)),
+            Connected::Unknown | Connected::Refused(_) => {
+                Err(Status::unauthenticated("the call carries no bearer token: send `authorization: Bearer TOKEN`"))
+            }
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::{
     convert::Infallible,
+    future::poll_fn,
     io,
     pin::Pin,
     sync::Arc,
@@ -11,7 +12,7 @@ use std::{
 
 use http::{Request, Response};
 use hyper::{body::Incoming, server::conn::http2, service::service_fn};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     sync::watch,
@@ -26,9 +27,10 @@ use super::{
     health::Phase,
     listen::{Accepted, Peer, Stream},
     tls::{Tls, names_of},
+    turns::Turns,
 };
 use crate::{
-    config::settings::{Deadlines, Limits, Server},
+    config::settings::{Deadlines, Limits},
     meter::{
         Counter,
         calls::{BATCH_DECIDE, Calls, DECIDE, known_method, word_of},
@@ -58,7 +60,6 @@ pub(super) struct Core {
     pub(super) routes: Routes,
     pub(super) limits: Limits,
     pub(super) deadlines: Deadlines,
-    pub(super) server: Server,
     pub(super) journal: Arc<Journal>,
     pub(super) phase: watch::Receiver<Phase>,
     pub(super) calls: Arc<Calls>,
@@ -94,12 +95,17 @@ impl Core {
             }
         };
         let service = service_fn(|request| self.call(&connected, request));
-        let mut connection = std::pin::pin!(self.http().serve_connection(TokioIo::new(io), service));
+        let turns = Turns::default();
+        let mut connection = std::pin::pin!(self.http(&turns).serve_connection(TokioIo::new(io), service));
         let mut stages = [Phase::Draining, Phase::Cut].into_iter();
         let mut next = stages.next();
         while let Some(stage) = next {
             tokio::select! {
-                ended = &mut connection => {
+                ended = poll_fn(|context| {
+                    let polled = connection.as_mut().poll(context);
+                    turns.take();
+                    polled
+                }) => {
                     if let Err(fault) = ended {
                         tracing::debug!(event = "connection_failed", fault = %fault);
                     }
@@ -142,16 +148,13 @@ impl Core {
         Ok((Prefaced { io, left: PREFACE }, connected))
     }
 
-    fn http(&self) -> http2::Builder<TokioExecutor> {
-        let mut http = http2::Builder::new(TokioExecutor::new());
-        http.timer(TokioTimer::new())
-            .max_concurrent_streams(self.limits.streams_per_connection)
+    fn http(&self, turns: &Turns) -> http2::Builder<Turns> {
+        let mut http = http2::Builder::new(turns.clone());
+        http.max_concurrent_streams(self.limits.streams_per_connection)
             .max_header_list_size(self.limits.header_list_bytes)
             .max_pending_accept_reset_streams(MAX_RESET_STREAMS)
             // No gRPC client reads it.
-            .auto_date_header(false)
-            .keep_alive_interval(self.server.keepalive_interval.0)
-            .keep_alive_timeout(self.server.keepalive_timeout.0);
+            .auto_date_header(false);
         http
     }
 
@@ -176,13 +179,18 @@ impl Core {
     }
 
     async fn finish(&self, begun: Begun) -> Answered {
-        let (answering, due) = match begun {
+        let (mut answering, due) = match begun {
             Ok(begun) => begun,
             Err(response) => return Ok(*response),
         };
         let Some(Due { end, limit, asks }) = due else { return answering.await };
-        // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
-        match timeout_at(end, answering).await {
+        // Most calls wait for nothing, and need no timer.
+        let answered = match poll_fn(|context| Poll::Ready(answering.as_mut().poll(context))).await {
+            Poll::Ready(answered) => Ok(answered),
+            // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
+            Poll::Pending => timeout_at(end, answering).await,
+        };
+        match answered {
             Ok(Ok(response)) => Ok(match explanation(&response, limit) {
                 Some(status) => undecided(&self.journal, asks, status),
                 None => response,

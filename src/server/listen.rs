@@ -13,12 +13,13 @@ use std::{
     time::Duration,
 };
 
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
 };
 
-use crate::config::settings::Socket;
+use crate::config::settings::{Server, Socket};
 
 /// After a fault of the machine's own (no descriptors, no memory) the next accept waits this long: some calls will have ended.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -101,10 +102,11 @@ impl fmt::Display for Address {
 // === impl Listener ===
 
 impl Listener {
-    pub(super) async fn bind(address: &Address, socket: &Socket) -> io::Result<Self> {
+    pub(super) async fn bind(address: &Address, server: &Server, socket: &Socket) -> io::Result<Self> {
         match address {
             Address::Tcp(address) => {
                 let listener = TcpListener::bind(address).await?;
+                keep_alive(&listener, server)?;
                 let address = listener.local_addr()?;
                 Ok(Self::Tcp(listener, address))
             }
@@ -146,6 +148,20 @@ impl Listener {
             }
         }
     }
+}
+
+/// What is accepted has this from its listener. The kernel asks a silent peer, and gives up one that acknowledges nothing or takes
+/// nothing. HTTP/2's own pings would tell no more here: calls are bounded by their deadlines, connections by their number, and a
+/// proxy answers for whoever is behind it. They would cost each call a clock read and a lock for every frame.
+fn keep_alive(listener: &TcpListener, server: &Server) -> io::Result<()> {
+    const PROBES: u32 = 4;
+    let (silent, patience) = (server.keepalive_interval.0, server.keepalive_timeout.0);
+    let every = (patience / PROBES).max(Duration::from_secs(1));
+    let socket = SockRef::from(listener);
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(silent).with_interval(every).with_retries(PROBES))?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(silent + patience))?;
+    Ok(())
 }
 
 /// The connection is gone; the socket is well.
@@ -213,6 +229,7 @@ impl Drop for SocketFile {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::settings::Span;
 
     #[test]
     fn addresses_parse_or_say_what_is_wrong() {
@@ -232,6 +249,22 @@ mod tests {
         {
             assert_eq!(text.parse::<Address>().unwrap().is_local(), local, "{text}");
         }
+    }
+
+    #[tokio::test]
+    async fn silent_peers_are_asked_after() {
+        let server = Server { keepalive_interval: Span(Duration::from_secs(21)), ..Server::default() };
+        let address = Address::Tcp("127.0.0.1:0".parse().unwrap());
+        let Listener::Tcp(listener, address) = Listener::bind(&address, &server, &Socket::default()).await.unwrap() else {
+            unreachable!()
+        };
+        let (_client, accepted) = tokio::join!(tokio::net::TcpStream::connect(address), listener.accept());
+        let (accepted, _) = accepted.unwrap();
+        let accepted = SockRef::from(&accepted);
+        assert!(accepted.keepalive().unwrap());
+        assert_eq!(accepted.tcp_keepalive_time().unwrap(), Duration::from_secs(21));
+        #[cfg(target_os = "linux")]
+        assert_eq!(accepted.tcp_user_timeout().unwrap(), Some(Duration::from_secs(31)));
     }
 
     #[test]
