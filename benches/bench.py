@@ -1,10 +1,11 @@
 """What the scripts of this folder share: building, starting, asking, counting. Python's standard library alone."""
-import json, pathlib, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
+import json, os, pathlib, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PATH = "/byokgate.v1.PolicyDecisionService/"
 # The server has one core to itself, and what asks it has the other: the numbers are those of one core.
 SERVER_CORE, LOAD_CORE = "0", "1"
+IMAGE_TARGET = "x86_64-unknown-linux-musl"
 
 
 def need(**packages):
@@ -15,16 +16,34 @@ def need(**packages):
         subprocess.run(["apt-get", "install", "-y", "-qq", *missing], check=True, stdout=subprocess.DEVNULL)
 
 
-def build(*targets):
-    """The executables of these targets (`bin=NAME`, `bench=NAME`), made by one build: all have the same libraries with the same
-    features. CARGO_PROFILE_RELEASE_STRIP=none in the environment leaves the names in that callgrind shows."""
-    command = ["cargo", "build", "--locked", "--release", "--message-format", "json-render-diagnostics"]
-    built = subprocess.run([*command, *(f"--{target}" for target in targets)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def build(*benches):
+    """The executables of these bench targets. CARGO_PROFILE_RELEASE_STRIP=none in the environment leaves the names in that callgrind
+    shows."""
+    found = made(*(f"--bench={name}" for name in benches))
+    return [found[name] for name in benches]
+
+
+def gate(profile="release", *target):
+    """The service's own executable, built by itself: beside a bench target it would have the features that tests ask of its libraries.
+    To be built after those, which put theirs in its place."""
+    return made("--bin=byok-gate", *target, profile=profile)["byok-gate"]
+
+
+def image_gate():
+    """The executable that deploy/image/build puts into the image."""
+    subprocess.run(["rustup", "--quiet", "target", "add", IMAGE_TARGET], check=True)
+    os.environ.setdefault(f"CC_{IMAGE_TARGET.replace('-', '_')}", "gcc")
+    return gate("image", f"--target={IMAGE_TARGET}")
+
+
+def made(*what, profile="release"):
+    """Executables by their targets' names."""
+    command = ["cargo", "build", "--locked", f"--profile={profile}", "--message-format=json-render-diagnostics", *what]
+    built = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if built.returncode:
         sys.exit("the build failed")
     lines = (json.loads(line) for line in built.stdout.splitlines() if line.startswith("{"))
-    found = {line["target"]["name"]: line["executable"] for line in lines if line.get("executable")}
-    return [found[target.partition("=")[2]] for target in targets]
+    return {line["target"]["name"]: line["executable"] for line in lines if line.get("executable")}
 
 
 def free_port():
@@ -98,10 +117,10 @@ hosts:
         self.processes.append(process)
         return process
 
-    def serve(self, name, listen, *flags, config="", under=()):
+    def serve(self, name, listen, *flags, config="", under=(), gate=None):
         """A gate with production's defaults: limits and the decision log on. Its log goes to a file."""
         (self.config / f"{name}.yaml").write_text(config)
-        command = [self.gate, "serve", "--allow-loopback-http", "--platform-proxy", "available"]
+        command = [gate or self.gate, "serve", "--allow-loopback-http", "--platform-proxy", "available"]
         command += ["--registry", self.config / "registry.yaml", "--probe-catalog", self.config / "catalogue.yaml"]
         command += ["--config", self.config / f"{name}.yaml"]
         for address in listen:
