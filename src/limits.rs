@@ -76,7 +76,7 @@ const fn count(number: u32) -> NonZeroU32 {
 
 /// Tokio's clock, so that tests can move it.
 #[derive(Debug, Clone)]
-struct TokioClock(Instant);
+pub(crate) struct TokioClock(Instant);
 
 impl Clock for TokioClock {
     type Instant = Duration;
@@ -87,7 +87,7 @@ impl Clock for TokioClock {
 }
 
 impl TokioClock {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(Instant::now())
     }
 }

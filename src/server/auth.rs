@@ -1,17 +1,19 @@
 //! Who is calling: by client certificate, by bearer token, by Unix peer; and which calls that one may make.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::BTreeSet,
     io::Read,
+    num::NonZeroU32,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
+use governor::{Quota, RateLimiter, middleware::NoOpMiddleware, state::keyed::HashMapStateStore};
 use http::{HeaderMap, header};
 use rand::Rng;
 use subtle::ConstantTimeEq;
-use tokio::time::Instant;
 use tonic::Status;
 use zeroize::Zeroizing;
 
@@ -22,6 +24,7 @@ use super::{
 };
 use crate::{
     config::settings::{Callers as CallerSettings, CertificateCaller, RoleWord, UnixCaller},
+    limits::TokioClock,
     service::{
         NAME,
         admission::exhausted,
@@ -43,8 +46,8 @@ pub(super) struct Callers {
     anonymous: Arc<Caller>,
     any_certificate: Arc<Caller>,
     any_unix_peer: Arc<Caller>,
-    rates: Mutex<HashMap<String, Bucket>>,
-    per_minute: f64,
+    rates: Rates,
+    per_minute: NonZeroU32,
 }
 
 /// Who may call by certificate or by Unix peer, as the configuration lists them.
@@ -78,16 +81,15 @@ struct Token {
     caller: Arc<Caller>,
 }
 
-/// Calls that are left to a caller, at a moment.
-struct Bucket {
-    left: f64,
-    at: Instant,
-}
+/// Calls of each caller whose rate is low, by its name: of as many as are configured.
+type Rates = RateLimiter<String, HashMapStateStore<String>, TokioClock, NoOpMiddleware<Duration>>;
 
 // === impl Callers ===
 
 impl Callers {
     pub(super) fn new(settings: &CallerSettings) -> Result<Self, ServerError> {
+        // Checked with the settings: it is not 0.
+        let per_minute = NonZeroU32::new(settings.workspace_calls_per_minute).unwrap_or(NonZeroU32::MIN);
         let named = |name: &str| Arc::new(Caller { name: name.to_owned(), role: Role::Platform });
         Ok(Self {
             listed: ArcSwap::from_pointee(Listed::of(settings)),
@@ -95,8 +97,8 @@ impl Callers {
             anonymous: named("anonymous"),
             any_certificate: named("certificate"),
             any_unix_peer: named("unix peer"),
-            rates: Mutex::new(HashMap::new()),
-            per_minute: f64::from(settings.workspace_calls_per_minute),
+            rates: RateLimiter::new(Quota::per_minute(per_minute), HashMapStateStore::default(), TokioClock::new()),
+            per_minute,
         })
     }
 
@@ -180,19 +182,10 @@ impl Callers {
         }
     }
 
-    /// One call of a caller whose rate is low. As many callers as are configured have a bucket, so the map is bounded.
+    /// One call of a caller whose rate is low.
     fn take(&self, name: &str) -> Result<(), Status> {
-        let now = Instant::now();
-        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
-        let bucket = rates.entry(name.to_owned()).or_insert(Bucket { left: self.per_minute, at: now });
-        let gained = now.duration_since(bucket.at).as_secs_f64() * self.per_minute / 60.0;
-        bucket.left = (bucket.left + gained).min(self.per_minute);
-        bucket.at = now;
-        if bucket.left < 1.0 {
-            return Err(exhausted("callers.workspace_calls_per_minute", &format!("{} calls a minute", self.per_minute)));
-        }
-        bucket.left -= 1.0;
-        Ok(())
+        let over = |_| exhausted("callers.workspace_calls_per_minute", &format!("{} calls a minute", self.per_minute));
+        self.rates.check_key(&name.to_owned()).map_err(over)
     }
 }
 

@@ -13,12 +13,16 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     task::JoinSet,
+    time::timeout,
 };
 use tonic::{Code, Request, Status};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::StatusExt;
 
-use crate::support::edge::{Edge, Held, code_of, decide, grpc, is_allow, raw, settings, span};
+use crate::support::{
+    binary::Serving,
+    edge::{Edge, Held, code_of, decide, grpc, is_allow, raw, settings, span},
+};
 
 const DECIDE: &str = "/byokgate.v1.PolicyDecisionService/Decide";
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
@@ -306,4 +310,55 @@ async fn hostile_connections_end_and_the_server_goes_on() {
     assert!(goaway, "no GOAWAY in {} bytes", ended.len());
     let mut client = PolicyDecisionServiceClient::new(edge.plain().await);
     assert!(is_allow(&client.decide(decide("made-up-key")).await.unwrap().into_inner()));
+}
+
+/// Who wants an answer to each frame and reads none is no longer read from, and who never ends its headers is cut off: nobody makes
+/// the server hold more than sockets do.
+#[tokio::test]
+async fn floods_of_frames_are_not_taken_in() {
+    /// More than the sockets of both ends hold.
+    const FLOOD: usize = 256 << 20;
+    const PING: &[u8] = b"\0\0\x08\x06\0\0\0\0\0made up!";
+    const SETTINGS: &[u8] = b"\0\0\0\x04\0\0\0\0\0";
+    /// `:method GET`, `:path /`, `:scheme http`, and more to follow.
+    const HEADERS: &[u8] = b"\0\0\x03\x01\0\0\0\0\x01\x82\x84\x86";
+    /// `x: y`, a hundred times, and more to follow.
+    let continuation = [b"\0\x01\xf4\x09\0\0\0\0\x01".to_vec(), b"\0\x01x\x01y".repeat(100)].concat();
+    let edge = Edge::start(settings(), Held::new(true).engine()).await;
+    for (opening, frame, is_cut) in [(&b""[..], PING, false), (b"", SETTINGS, false), (HEADERS, &continuation, true)] {
+        let mut stream = TcpStream::connect(edge.tcp()).await.unwrap();
+        stream.write_all(&[PREFACE, opening].concat()).await.unwrap();
+        let chunk = frame.repeat(1000);
+        let mut taken = 0;
+        let ended = loop {
+            match timeout(Duration::from_millis(500), stream.write_all(&chunk)).await {
+                Ok(Ok(())) => taken += chunk.len(),
+                Ok(Err(_)) => break "cut",
+                Err(_) => break "not read",
+            }
+            assert!(taken < FLOOD, "the server took {taken} bytes of frames of type {}", frame[3]);
+        };
+        assert_eq!(ended, if is_cut { "cut" } else { "not read" }, "after {taken} bytes of frames of type {}", frame[3]);
+        let mut client = PolicyDecisionServiceClient::new(edge.plain().await);
+        assert!(is_allow(&client.decide(decide("made-up-key")).await.unwrap().into_inner()));
+    }
+}
+
+/// Without a descriptor to accept with, the server says so and waits; who is connected goes on, and others come in as soon as some
+/// have left.
+#[tokio::test]
+async fn a_full_table_of_descriptors_is_waited_out() {
+    const DESCRIPTORS: usize = 48;
+    let server = Serving::start_with_descriptors(DESCRIPTORS).await;
+    let mut early = server.client().await;
+    let mut others = Vec::new();
+    for _ in 0..DESCRIPTORS {
+        others.push(TcpStream::connect(&server.address).await.unwrap());
+    }
+    early.get_registry_status(pb::GetRegistryStatusRequest {}).await.unwrap();
+    drop(others);
+    server.client().await.get_registry_status(pb::GetRegistryStatusRequest {}).await.unwrap();
+    server.terminate().await;
+    let ended = server.ended().await;
+    assert!(ended.status.success() && ended.stdout.contains("\"event\":\"accept_failed\""), "{ended:?}");
 }

@@ -20,6 +20,8 @@ use super::events;
 /// Long enough for a debug build on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
+const SERVE: [&str; 3] = ["serve", "--listen", "127.0.0.1:0"];
+
 /// `byok-gate serve`, on a free port. Killed when it is dropped.
 pub(crate) struct Serving {
     pub(crate) child: Child,
@@ -61,8 +63,19 @@ impl Serving {
 
     /// With this environment.
     pub(crate) async fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
-        let whole = [&["serve", "--listen", "127.0.0.1:0"], arguments].concat();
-        let mut child = command(&whole, environment).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        Self::spawned(command(&[&SERVE, arguments].concat(), environment)).await
+    }
+
+    /// With so many descriptors at most.
+    pub(crate) async fn start_with_descriptors(limit: usize) -> Self {
+        let mut shell = Command::new("sh");
+        let script = format!("ulimit -n {limit}; exec \"$0\" \"$@\"");
+        shell.args(["-c", &script, env!("CARGO_BIN_EXE_byok-gate")]).args(SERVE).stdin(Stdio::null()).kill_on_drop(true);
+        Self::spawned(shell).await
+    }
+
+    async fn spawned(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap());
         let mut stderr = child.stderr.take().unwrap();
         let stderr = tokio::spawn(async move {
