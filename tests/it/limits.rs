@@ -20,7 +20,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::StatusExt;
 
 use crate::support::{
-    binary::Serving,
+    binary::{PATIENCE, Serving},
     edge::{Edge, Held, code_of, decide, grpc, is_allow, raw, settings, span},
 };
 
@@ -322,7 +322,7 @@ async fn floods_of_frames_are_not_taken_in() {
     const SETTINGS: &[u8] = b"\0\0\0\x04\0\0\0\0\0";
     /// `:method GET`, `:path /`, `:scheme http`, and more to follow.
     const HEADERS: &[u8] = b"\0\0\x03\x01\0\0\0\0\x01\x82\x84\x86";
-    /// `x: y`, a hundred times, and more to follow.
+    // `x: y`, a hundred times, and more to follow.
     let continuation = [b"\0\x01\xf4\x09\0\0\0\0\x01".to_vec(), b"\0\x01x\x01y".repeat(100)].concat();
     let edge = Edge::start(settings(), Held::new(true).engine()).await;
     for (opening, frame, is_cut) in [(&b""[..], PING, false), (b"", SETTINGS, false), (HEADERS, &continuation, true)] {
@@ -357,7 +357,9 @@ async fn a_full_table_of_descriptors_is_waited_out() {
     }
     early.get_registry_status(pb::GetRegistryStatusRequest {}).await.unwrap();
     drop(others);
-    server.client().await.get_registry_status(pb::GetRegistryStatusRequest {}).await.unwrap();
+    let mut late = server.client().await;
+    // Whoever is not accepted waits for ever.
+    timeout(PATIENCE, late.get_registry_status(pb::GetRegistryStatusRequest {})).await.unwrap().unwrap();
     server.terminate().await;
     let ended = server.ended().await;
     assert!(ended.status.success() && ended.stdout.contains("\"event\":\"accept_failed\""), "{ended:?}");
