@@ -1,6 +1,6 @@
 //! How the server stops: health first, no accepted call lost, the deadline kept whatever clients do.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use byok_gate::{
     server::{Bound, Ended, ServerError},
@@ -12,7 +12,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::support::{
     binary::{PATIENCE, Serving},
-    edge::{Edge, Held, decide, is_allow, settings, span},
+    edge::{Edge, Held, decide, is_allow, settings, span, within},
 };
 
 fn nobody() -> HealthCheckRequest {
@@ -135,9 +135,8 @@ async fn a_background_task_that_ends_or_panics_ends_the_server() {
     for panics in [false, true] {
         let mut bound = Bound::open(settings()).await.unwrap();
         bound.supervise("test", async move { assert!(!panics, "made to") });
-        let edge = Edge::run(bound, Arc::clone(&Held::new(true)).engine());
-        let mut edge = edge;
-        let ended = (&mut edge.running).await.unwrap();
+        let mut edge = Edge::run(bound, Held::new(true).engine());
+        let ended = within(&mut edge.running).await.unwrap();
         assert!(matches!(ended, Err(ServerError::TaskEnded("test"))), "{ended:?}");
     }
 }

@@ -22,7 +22,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::support::{
     case,
-    edge::{Authority, Edge, Pair, ask_status, settings, span, tls_channel, tls_client, tls_connect},
+    edge::{Authority, Edge, Pair, ask_status, settings, span, tls_channel, tls_client, tls_connect, within},
     gate::Files,
 };
 
@@ -148,9 +148,12 @@ async fn tokens_are_required_over_tcp_and_turn_over_without_a_restart() {
     // Health is for everybody.
     assert!(HealthClient::new(channel.clone()).check(HealthCheckRequest::default()).await.is_ok());
     let becomes = async |token: &str, expect: Code| {
-        while ask_status(channel.clone(), Some(&bearer(token))).await != expect {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let asking = async {
+            while ask_status(channel.clone(), Some(&bearer(token))).await != expect {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        within(asking).await;
     };
     // Both, then a file that does not stand, then the new one alone.
     fs::write(&file, format!("{OLD_TOKEN}\n{TOKEN}\n")).unwrap();
@@ -215,9 +218,12 @@ async fn certificates_turn_over_without_a_restart() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(tls_connect(edge.tcp(), &by_old).await.is_ok(), "half of a pair was taken");
     put(&folder, "key.pem", &next.key);
-    while tls_connect(edge.tcp(), &by_new).await.is_err() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    within(async {
+        while tls_connect(edge.tcp(), &by_new).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
     assert!(tls_connect(edge.tcp(), &by_old).await.is_err());
     assert_eq!(ask_status(before, None).await, Code::Ok);
     fs::remove_file(folder.path().join("key.pem")).unwrap();

@@ -36,6 +36,7 @@ use tokio::{
     net::TcpStream,
     sync::{oneshot, watch},
     task::JoinHandle,
+    time::timeout,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::{
@@ -43,7 +44,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{case, gate::Files};
+use super::{binary::PATIENCE, case, gate::Files};
 
 /// A running server.
 pub(crate) struct Edge {
@@ -102,6 +103,11 @@ impl Edge {
         self.stop();
         (&mut self.running).await.unwrap()
     }
+}
+
+/// Waits in real time, but not for ever: a test that cannot end says nothing.
+pub(crate) async fn within<T>(waiting: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, waiting).await.unwrap()
 }
 
 impl Drop for Edge {
