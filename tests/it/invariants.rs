@@ -269,6 +269,25 @@ fn the_policy_table() {
     }
 }
 
+/// VALID has a fact of its own. Among what is judged it would be in doubt, and doubt is a denial whatever the groups' actions are.
+#[test]
+fn a_valid_among_what_was_judged_does_not_allow() {
+    let mut policy = Policy::default();
+    for checkpoint in CHECKPOINTS {
+        GROUPS.into_iter().for_each(|group| policy.set_action(checkpoint, group, Action::Allow));
+    }
+    for checkpoint in CHECKPOINTS {
+        let facts = Facts::Judged {
+            judged: judged(Verdict::Valid, "acme", "ACME_API_KEY"),
+            served_from: Some(ServedFrom::Cache),
+            recently_valid: true,
+            enforcement: Enforcement::Enforce,
+        };
+        let refusal = apply(facts, checkpoint, &policy).outcome.unwrap_err();
+        assert_eq!(refusal.code(), DenyCode::ByokNotVerifiable, "{checkpoint:?}");
+    }
+}
+
 /// A provider's exception ends on its day.
 #[test]
 fn an_exception_ends() {
