@@ -2,7 +2,7 @@
 
 pub(crate) mod admission;
 pub mod caller;
-pub mod codec;
+mod codec;
 pub mod convert;
 pub(crate) mod deadline;
 

@@ -158,8 +158,8 @@ impl Core {
         http
     }
 
-    /// One call: who, until when, then the service. Its future goes to a task of its own: it is small, since what can be told at
-    /// once has been told before.
+    /// One call: who, until when, then the service. Its future goes to the heap: it is small, since what can be told at once has
+    /// been told before.
     fn call(
         self: &Arc<Self>,
         connected: &Connected,
@@ -185,7 +185,7 @@ impl Core {
         };
         let Some(Due { end, limit, asks }) = due else { return answering.await };
         // Most calls wait for nothing, and need no timer.
-        let answered = match poll_fn(|context| Poll::Ready(answering.as_mut().poll(context))).await {
+        let answered = match futures_util::poll!(&mut answering) {
             Poll::Ready(answered) => Ok(answered),
             // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
             Poll::Pending => timeout_at(end, answering).await,

@@ -14,7 +14,7 @@ const SEND_BYTES: usize = 32 * 1024;
 
 /// What the generated code encodes and decodes by.
 #[derive(Debug, Clone)]
-pub struct Codec<T, U>(PhantomData<(T, U)>);
+pub(super) struct Codec<T, U>(PhantomData<(T, U)>);
 
 // === impl Codec ===
 

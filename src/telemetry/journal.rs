@@ -222,6 +222,7 @@ impl Line {
             return self.plain(key, text);
         }
         let Self(line) = self;
+        // The serializer brings the quote itself.
         line.extend_from_slice(key.trim_end_matches('"').as_bytes());
         drop(serde_json::to_writer(line, text));
     }

@@ -12,7 +12,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::support::{
     binary::{PATIENCE, Serving},
-    edge::{Edge, Held, decide, is_allow, settings, span, within},
+    edge::{Edge, Held, decide, is_allow, settings, span},
 };
 
 fn nobody() -> HealthCheckRequest {
@@ -136,7 +136,7 @@ async fn a_background_task_that_ends_or_panics_ends_the_server() {
         let mut bound = Bound::open(settings()).await.unwrap();
         bound.supervise("test", async move { assert!(!panics, "made to") });
         let mut edge = Edge::run(bound, Held::new(true).engine());
-        let ended = within(&mut edge.running).await.unwrap();
+        let ended = timeout(PATIENCE, &mut edge.running).await.unwrap().unwrap();
         assert!(matches!(ended, Err(ServerError::TaskEnded("test"))), "{ended:?}");
     }
 }

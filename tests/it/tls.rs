@@ -15,14 +15,18 @@ use byok_gate::{
 };
 use rustls::version::{TLS12, TLS13};
 use tempfile::TempDir;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    time::timeout,
+};
 use tokio_rustls::TlsConnector;
 use tonic::Code;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::support::{
+    binary::PATIENCE,
     case,
-    edge::{Authority, Edge, Pair, ask_status, settings, span, tls_channel, tls_client, tls_connect, within},
+    edge::{Authority, Edge, Pair, ask_status, settings, span, tls_channel, tls_client, tls_connect},
     gate::Files,
 };
 
@@ -153,7 +157,7 @@ async fn tokens_are_required_over_tcp_and_turn_over_without_a_restart() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         };
-        within(asking).await;
+        timeout(PATIENCE, asking).await.unwrap();
     };
     // Both, then a file that does not stand, then the new one alone.
     fs::write(&file, format!("{OLD_TOKEN}\n{TOKEN}\n")).unwrap();
@@ -218,12 +222,12 @@ async fn certificates_turn_over_without_a_restart() {
     tokio::time::sleep(Duration::from_millis(50)).await;
     assert!(tls_connect(edge.tcp(), &by_old).await.is_ok(), "half of a pair was taken");
     put(&folder, "key.pem", &next.key);
-    within(async {
+    let turning_over = async {
         while tls_connect(edge.tcp(), &by_new).await.is_err() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-    })
-    .await;
+    };
+    timeout(PATIENCE, turning_over).await.unwrap();
     assert!(tls_connect(edge.tcp(), &by_old).await.is_err());
     assert_eq!(ask_status(before, None).await, Code::Ok);
     fs::remove_file(folder.path().join("key.pem")).unwrap();

@@ -36,7 +36,6 @@ use tokio::{
     net::TcpStream,
     sync::{oneshot, watch},
     task::JoinHandle,
-    time::timeout,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::{
@@ -44,7 +43,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{binary::PATIENCE, case, gate::Files};
+use super::{case, gate::Files};
 
 /// A running server.
 pub(crate) struct Edge {
@@ -103,11 +102,6 @@ impl Edge {
         self.stop();
         (&mut self.running).await.unwrap()
     }
-}
-
-/// Waits in real time, but not for ever: a test that cannot end says nothing.
-pub(crate) async fn within<T>(waiting: impl Future<Output = T>) -> T {
-    timeout(PATIENCE, waiting).await.unwrap()
 }
 
 impl Drop for Edge {
