@@ -80,7 +80,7 @@ class Bench:
 
     def documents(self):
         """The embedded registry, with one provider at the fake's address, and how that is asked: as its real host is."""
-        registry = (ROOT / "src/registry/default.yaml").read_text()
+        registry = (ROOT / "src/core/registry/default.yaml").read_text()
         registry = registry.replace("https://api.anthropic.com/v1", f"http://{self.provider_address}/v1")
         (self.config / "registry.yaml").write_text(registry)
         (self.config / "catalogue.yaml").write_text(f"""catalogue_version: 1

@@ -5,7 +5,7 @@
 
 use std::{env, error::Error, fs, pin::Pin};
 
-use byok_gate::service::convert::pb::{
+use byok_gate::grpc::convert::pb::{
     self,
     policy_decision_service_server::{PolicyDecisionService, PolicyDecisionServiceServer},
 };

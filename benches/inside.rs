@@ -18,19 +18,25 @@ use std::{
 };
 
 use byok_gate::{
-    assess::{Origin, Snapshot},
-    cache::{Cache, CacheSettings},
-    catalogue::Catalogue,
-    decision::{Outcome, ServedFrom, Verdict},
-    derive::derive,
-    engine::{Asker, Boxed, Engine, Question},
-    limits::NewKeyLimits,
-    liveness::{Answer, Finding, classify},
-    policy::{Enforcement, Facts, Policy, apply},
-    refusal::Judged,
-    registry::Registry,
-    secret::Secret,
-    spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
+    core::{
+        catalogue::Catalogue,
+        classify::{Answer, Finding, classify},
+        derive::derive,
+        engine::{Asker, Boxed, Engine, Question},
+        evaluate::{Origin, Snapshot},
+        policy::{Enforcement, Facts, Policy, apply},
+        registry::Registry,
+    },
+    domain::{
+        decision::{Outcome, ServedFrom, Verdict},
+        denial::Judged,
+        request::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
+        secret::Secret,
+    },
+    liveness::{
+        cache::{Cache, CacheSettings},
+        provider_limits::NewKeyLimits,
+    },
 };
 use criterion::Criterion;
 use mimalloc::MiMalloc;
@@ -156,7 +162,7 @@ fn ruling(_: usize) -> Step {
 
 /// The embedded registry, with so many further models on the runtime that is asked about.
 fn registry(further: usize) -> Arc<Registry> {
-    let text = include_str!("../src/registry/default.yaml");
+    let text = include_str!("../src/core/registry/default.yaml");
     let first = "          - \"claude-sonnet-4-6\"\n";
     let models: String = (0..further).map(|index| format!("          - \"made-up-model-{index}\"\n")).collect();
     let text = text.replacen(first, &format!("{models}{first}"), 1);

@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use byok_gate::service::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient};
+use byok_gate::grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty, Full};
 use hyper_util::rt::TokioIo;

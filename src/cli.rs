@@ -23,9 +23,9 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::{
     config::{ConfigError, Flag, Overrides, Paths, Setup, load},
+    domain::request::PlatformProxy,
     server::ServerError,
-    spec::PlatformProxy,
-    telemetry::{self, LogError, LogTo, lines::Lines},
+    telemetry::{self, LogError, LogTo, log_writer::Lines},
 };
 
 /// Decides whether an AI-agent workspace may start, and who pays for its model calls.

@@ -20,17 +20,19 @@ use self::{
     settings::{OverridesWord, ProbeWord, ProviderException, ProxyWord, RoleWord, Settings, Tracing},
 };
 use crate::{
-    assess::{Origin as DocumentOrigin, Snapshot},
-    cache::CacheSettings,
-    catalogue::Catalogue,
-    limits::ProviderLimits,
-    policy::{Enforcement, Exception, Group, Policy},
-    probe::ProbeSettings,
-    problem::{Loaded, Problem, Problems},
-    registry::Registry,
-    spec::{Checkpoint, PlatformProxy},
+    core::{
+        catalogue::Catalogue,
+        evaluate::{Origin as DocumentOrigin, Snapshot},
+        policy::{Enforcement, Exception, Group, Policy},
+        registry::Registry,
+        yaml,
+    },
+    domain::{
+        problem::{Loaded, Problem, Problems},
+        request::{Checkpoint, PlatformProxy},
+    },
+    liveness::{cache::CacheSettings, prober::ProbeSettings, provider_limits::ProviderLimits},
     telemetry::traces::TraceSettings,
-    yaml,
 };
 
 /// The largest file that holds a secret of ours.
@@ -447,7 +449,7 @@ fn policy_of(settings: &Settings, registry: &Registry) -> Result<Policy, Vec<Pro
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::Action;
+    use crate::core::policy::Action;
 
     fn parsed(text: &str) -> Result<Policy, String> {
         let registry = Registry::embedded(&|_| None).unwrap().value;

@@ -4,11 +4,11 @@ mod admin;
 mod auth;
 mod connection;
 mod health;
+mod inline_executor;
 mod listen;
 mod reload;
 pub mod shutdown;
 mod tls;
-mod turns;
 
 use std::{
     convert::Infallible,
@@ -42,10 +42,12 @@ use self::{
 };
 use crate::{
     config::settings::{self, Settings},
-    engine::Engine,
-    meter::{Counter, Measured, Page, calls::Calls, process::Process, reloads::Reloads},
-    service::{PolicyDecision, convert},
-    telemetry::journal::Journal,
+    core::engine::Engine,
+    grpc::{PolicyDecision, convert},
+    telemetry::{
+        events::Journal,
+        metrics::{Counter, Measured, Page, calls::Calls, process::Process, reloads::Reloads},
+    },
 };
 
 /// A refusal of connections is logged once for so many.

@@ -1,7 +1,8 @@
 //! Logs: where lines go, and the event that every decision leaves. Traces.
 
-pub mod journal;
-pub mod lines;
+pub mod events;
+pub mod log_writer;
+pub mod metrics;
 pub mod traces;
 
 use std::{
@@ -19,7 +20,7 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use self::lines::Lines;
+use self::log_writer::Lines;
 
 /// Where and how logs are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

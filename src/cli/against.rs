@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Value, json};
 
-use crate::{
+use crate::core::{
     catalogue::Catalogue,
     derive::{Underivable, derive, relevant_names},
     endpoint::target,

@@ -14,13 +14,10 @@ use super::{
     print,
 };
 use crate::{
-    assess::Snapshot,
-    catalogue::Catalogue,
     config::{self, ConfigError, Setup},
-    endpoint::target,
-    problem::{Loaded, Problem, Problems},
-    registry::Registry,
-    reload, yaml,
+    core::{catalogue::Catalogue, endpoint::target, evaluate::Snapshot, registry::Registry, yaml},
+    domain::problem::{Loaded, Problem, Problems},
+    watch,
 };
 
 #[derive(Debug, Args)]
@@ -121,7 +118,7 @@ pub(super) fn catalogue(path: Option<&PathBuf>) -> Checked<Catalogue> {
 
 fn bytes(path: &Path) -> Result<Vec<u8>, Problems> {
     config::read(path, yaml::MAX_DOCUMENT_BYTES as u64).map_err(|fault| match fault {
-        ConfigError::Read { path, source } => reload::unreadable(&path, &source),
+        ConfigError::Read { path, source } => watch::unreadable(&path, &source),
         ConfigError::Content(problems) => problems,
     })
 }
@@ -144,7 +141,7 @@ impl Found {
                     None
                 }
                 Err(ConfigError::Read { path, source }) => {
-                    self.refuse(reload::unreadable(&path, &source));
+                    self.refuse(watch::unreadable(&path, &source));
                     None
                 }
             };

@@ -16,14 +16,15 @@ use url::Url;
 
 use super::{Exit, Format, UsageError, check, print};
 use crate::{
-    catalogue::{Catalogue, HostRow, Probe, Signal},
     config::ConfigError,
-    decision::Verdict,
-    endpoint::{Call, MODEL, call},
-    liveness::{Answer, Calibration, Classified, Heard, Ladder, Next, Reading, classified, is_page},
-    probe::{MAX_BODY_BYTES, retry_after},
-    problem::Loaded,
-    registry::Protocol,
+    core::{
+        catalogue::{Catalogue, HostRow, Probe, Signal},
+        classify::{Answer, Calibration, Classified, Heard, Ladder, Next, Reading, classified, is_page},
+        endpoint::{Call, MODEL, call},
+        registry::Protocol,
+    },
+    domain::{decision::Verdict, problem::Loaded},
+    liveness::prober::{MAX_BODY_BYTES, retry_after},
 };
 
 /// The longest line of a batch: the body that is read, twice as long in JSON's escapes, and a little.

@@ -14,15 +14,15 @@ use tonic::{Code, transport::Endpoint};
 
 use super::{EngineArgs, Exit, Format, ProbeArgs, ProxyArg, UsageError, print, report::Report, server_uri};
 use crate::{
-    cache::Cache,
     config::Setup,
-    engine::Engine,
-    limits::Limited,
-    probe::Prober,
-    secret::Secret,
-    service::convert::{self, pb},
-    spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
-    telemetry::{journal::Journal, lines::Lines},
+    core::engine::Engine,
+    domain::{
+        request::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
+        secret::Secret,
+    },
+    grpc::convert::{self, pb},
+    liveness::{cache::Cache, prober::Prober, provider_limits::Limited},
+    telemetry::{events::Journal, log_writer::Lines},
 };
 
 /// The longest that a command waits: the slowest row's budget of 10 s and a little.

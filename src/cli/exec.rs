@@ -20,10 +20,12 @@ use super::{
     report::Report,
 };
 use crate::{
-    secret::Secret,
+    domain::{
+        request::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
+        secret::Secret,
+    },
     server::shutdown::Signals,
-    spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
-    telemetry::lines::Lines,
+    telemetry::log_writer::Lines,
 };
 
 /// Where Kubernetes reads why a container ended.

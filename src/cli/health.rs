@@ -8,7 +8,7 @@ use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use super::{Exit, UsageError, print, server_uri};
-use crate::service::NAME;
+use crate::grpc::NAME;
 
 /// The longest that the check waits: less than the usual period of a container's check.
 const PATIENCE: Duration = Duration::from_secs(3);

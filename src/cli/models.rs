@@ -5,8 +5,8 @@ use serde_json::json;
 
 use super::{EngineArgs, Exit, Format, UsageError, print, report::word_of};
 use crate::{
-    refusal::Refusal,
-    service::convert::{self, pb},
+    domain::denial::Refusal,
+    grpc::convert::{self, pb},
 };
 
 #[derive(Debug, Args)]

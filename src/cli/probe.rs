@@ -9,15 +9,19 @@ use super::{
     print,
 };
 use crate::{
-    assess::unsendable,
-    catalogue::Method,
-    decision::{Unreached, Verdict},
-    endpoint::{self, Target},
-    liveness::{Calibration, Finding, Heard, Reading},
-    probe::{Prober, Rung},
-    refusal::{any_of, listed},
-    registry::{Provider, Registry},
-    spec::{CredentialValue, Scope},
+    core::{
+        catalogue::Method,
+        classify::{Calibration, Finding, Heard, Reading},
+        endpoint::{self, Target},
+        evaluate::unsendable,
+        registry::{Provider, Registry},
+    },
+    domain::{
+        decision::{Unreached, Verdict},
+        denial::{any_of, listed},
+        request::{CredentialValue, Scope},
+    },
+    liveness::prober::{Prober, Rung},
 };
 
 /// Exits 0 for VALID, 10 for a credential that is refused, 11 where nothing could be told.

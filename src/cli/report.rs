@@ -4,7 +4,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::Exit;
-use crate::service::convert::pb;
+use crate::grpc::convert::pb;
 
 /// Where the labels end and the values begin.
 const COLUMN: usize = 14;

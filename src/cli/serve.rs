@@ -16,14 +16,12 @@ use tokio::{
 
 use super::{EngineArgs, Exit, ProbeArgs};
 use crate::{
-    cache::Cache,
     config::{self, ConfigError, Flag, Overrides, Paths, Setup},
-    engine::Engine,
-    limits::Limited,
-    probe::Prober,
-    reload::{self, Reload},
+    core::engine::Engine,
+    liveness::{cache::Cache, prober::Prober, provider_limits::Limited},
     server::{Bound, Ended, shutdown::Signals},
-    telemetry::{journal::Journal, lines::Lines, traces},
+    telemetry::{events::Journal, log_writer::Lines, traces},
+    watch::{self, Reload},
 };
 
 /// The longest that the last spans hold up the end: a collector that is there takes them in far less.
@@ -127,7 +125,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> 
             Ok((setup.documents, setup.snapshot))
         }
         Err(ConfigError::Content(problems)) => Err(problems),
-        Err(ConfigError::Read { path, source }) => Err(reload::unreadable(&path, &source)),
+        Err(ConfigError::Read { path, source }) => Err(watch::unreadable(&path, &source)),
     };
     let reload = Reload::new(Arc::clone(&engine), files, Arc::new(load));
     bound.show(reload.counts());

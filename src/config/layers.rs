@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt};
 use serde_json::{Map, Value};
 
 use super::settings::Settings;
-use crate::{problem::Problem, yaml};
+use crate::{core::yaml, domain::problem::Problem};
 
 /// The environment's variables begin so; `__` stands between a section and a key.
 pub(crate) const PREFIX: &str = "BYOK_GATE__";

@@ -11,11 +11,13 @@ use std::{
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::{
-    breaker::BreakerSettings,
-    cache::Ages,
-    limits::{NewKeyLimits, ProviderLimits},
-    policy::{Action, Group, Policy},
-    spec::Checkpoint,
+    core::policy::{Action, Group, Policy},
+    domain::request::Checkpoint,
+    liveness::{
+        breaker::BreakerSettings,
+        cache::Ages,
+        provider_limits::{NewKeyLimits, ProviderLimits},
+    },
 };
 
 /// A length of time, written as a whole number and a unit: `500ms`, `10s`, `5m`, `1h`.

@@ -20,8 +20,8 @@ use tonic::body::Body;
 
 use super::listen::Listener;
 use crate::{
-    engine::Engine,
-    meter::{CONTENT_TYPE, Measured, Page, loaded},
+    core::engine::Engine,
+    telemetry::metrics::{CONTENT_TYPE, Measured, Page, loaded},
 };
 
 /// Scrapers at a time: a pair of Prometheus servers and a person or two.
@@ -132,8 +132,10 @@ mod tests {
     use super::*;
     use crate::{
         config,
-        engine::{Asker, Boxed, Question},
-        liveness::Finding,
+        core::{
+            classify::Finding,
+            engine::{Asker, Boxed, Question},
+        },
     };
 
     struct Nobody;
@@ -146,7 +148,7 @@ mod tests {
 
     fn shown() -> Arc<Shown> {
         let setup = config::load(&config::Paths::default(), &config::Overrides::default()).unwrap();
-        let cache = crate::cache::Cache::new(Arc::new(Nobody), crate::cache::CacheSettings::default());
+        let cache = crate::liveness::cache::Cache::new(Arc::new(Nobody), crate::liveness::cache::CacheSettings::default());
         Arc::new(Shown { engine: Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None)), sources: Vec::new() })
     }
 

@@ -24,12 +24,12 @@ use super::{
 };
 use crate::{
     config::settings::{Callers as CallerSettings, CertificateCaller, RoleWord, UnixCaller},
-    limits::TokioClock,
-    service::{
+    grpc::{
         NAME,
         admission::exhausted,
         caller::{Caller, Role},
     },
+    liveness::provider_limits::TokioClock,
 };
 
 /// The largest file of tokens.

@@ -25,20 +25,20 @@ use tower_service::Service;
 use super::{
     auth::{Callers, Connected},
     health::Phase,
+    inline_executor::Turns,
     listen::{Accepted, Peer, Stream},
     tls::{Tls, names_of},
-    turns::Turns,
 };
 use crate::{
     config::settings::{Deadlines, Limits},
-    meter::{
-        Counter,
-        calls::{BATCH_DECIDE, Calls, DECIDE, known_method, word_of},
+    grpc::{NAME, PolicyDecision, convert::pb::policy_decision_service_server::PolicyDecisionServiceServer, deadline::Deadline},
+    telemetry::{
+        events::{Journal, Undecided},
+        metrics::{
+            Counter,
+            calls::{BATCH_DECIDE, Calls, DECIDE, known_method, word_of},
+        },
     },
-    service::{
-        NAME, PolicyDecision, convert::pb::policy_decision_service_server::PolicyDecisionServiceServer, deadline::Deadline,
-    },
-    telemetry::journal::{Journal, Undecided},
 };
 
 /// What an HTTP/2 client says first.

@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::ServerError;
-use crate::meter::reloads::Reloads;
+use crate::telemetry::metrics::reloads::Reloads;
 
 /// What comes from files.
 pub(super) trait Source: Send + Sync {

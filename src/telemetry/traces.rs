@@ -47,12 +47,14 @@ use tracing_subscriber::{Layer, filter::filter_fn, registry::LookupSpan};
 use uuid::Uuid;
 
 use crate::{
-    catalogue::HeaderFamily,
-    decision::{Outcome, ServedFrom, Unreached},
-    endpoint::{self, Call, Target},
-    engine::{Decided, Observed},
-    liveness::{Calibration, Finding},
-    meter::{Counter, Measured, Page},
+    core::{
+        catalogue::HeaderFamily,
+        classify::{Calibration, Finding},
+        endpoint::{self, Call, Target},
+        engine::{Decided, Observed},
+    },
+    domain::decision::{Outcome, ServedFrom, Unreached},
+    telemetry::metrics::{Counter, Measured, Page},
 };
 
 /// What spans of ours are told by. Nobody else's become part of a trace: neither the HTTP library's, nor the exporter's own.

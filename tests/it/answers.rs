@@ -13,12 +13,14 @@ use std::{
 };
 
 use byok_gate::{
-    catalogue::{Catalogue, HostRow},
-    endpoint::{Target, target},
-    liveness::{Answer, Reading, classified},
-    probe::{ProbeSettings, Prober},
-    registry::Registry,
-    secret::Secret,
+    core::{
+        catalogue::{Catalogue, HostRow},
+        classify::{Answer, Reading, classified},
+        endpoint::{Target, target},
+        registry::Registry,
+    },
+    domain::secret::Secret,
+    liveness::prober::{ProbeSettings, Prober},
 };
 use bytes::Bytes;
 use http::{Request, Response};

@@ -3,8 +3,8 @@
 use std::{collections::BTreeSet, process::Stdio};
 
 use byok_gate::{
-    decision::{DenyCode, Verdict, WarningCode},
-    service::convert::{
+    domain::decision::{DenyCode, Verdict, WarningCode},
+    grpc::convert::{
         self,
         pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
     },

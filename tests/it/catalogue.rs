@@ -3,12 +3,13 @@
 use std::{fs, path::PathBuf};
 
 use byok_gate::{
-    catalogue::{Catalogue, HeaderFamily},
-    decision::Verdict,
-    endpoint::{NoSurface, target},
-    liveness::{Answer, Reading, classify},
-    problem::Problems,
-    registry::{Provider, Registry},
+    core::{
+        catalogue::{Catalogue, HeaderFamily},
+        classify::{Answer, Reading, classify},
+        endpoint::{NoSurface, target},
+        registry::{Provider, Registry},
+    },
+    domain::{decision::Verdict, problem::Problems},
 };
 
 fn fixture(name: &str) -> PathBuf {

@@ -123,7 +123,7 @@ async fn every_variable_is_one_that_exec_reads() {
 #[tokio::test]
 async fn the_documents_of_the_base_are_the_built_in_ones() {
     let base = deploy().join("kubernetes/base");
-    assert_eq!(fs::read_to_string(base.join("providers.yaml")).unwrap(), include_str!("../../src/registry/default.yaml"));
+    assert_eq!(fs::read_to_string(base.join("providers.yaml")).unwrap(), include_str!("../../src/core/registry/default.yaml"));
     let paths = [base.join("providers.yaml"), base.join("probe-catalogue.yaml")];
     let [registry, catalogue] = paths.each_ref().map(|path| path.to_str().unwrap());
     let ended = binary::run(&["check", "--registry", registry, "--probe-catalog", catalogue], &[]).await;

@@ -3,17 +3,23 @@
 use std::{collections::BTreeMap, num::NonZeroU32, sync::Arc, time::Duration};
 
 use byok_gate::{
-    breaker::BreakerSettings,
-    cache::{Cache, CacheSettings},
-    decision::{DenyCode, ServedFrom, Verdict, Withheld},
-    engine::{Asker, Begun, Decided, Engine, Question},
-    limits::{Limited, NewKeyLimits, ProviderLimits},
-    policy::{Action, Enforcement, Exception, Group},
-    probe::{ProbeSettings, Prober},
-    refusal::Refusal,
-    secret::Secret,
-    service::convert::{self, pb},
-    spec::Checkpoint,
+    core::{
+        engine::{Asker, Begun, Decided, Engine, Question},
+        policy::{Action, Enforcement, Exception, Group},
+    },
+    domain::{
+        decision::{DenyCode, ServedFrom, Verdict, Withheld},
+        denial::Refusal,
+        request::Checkpoint,
+        secret::Secret,
+    },
+    grpc::convert::{self, pb},
+    liveness::{
+        breaker::BreakerSettings,
+        cache::{Cache, CacheSettings},
+        prober::{ProbeSettings, Prober},
+        provider_limits::{Limited, NewKeyLimits, ProviderLimits},
+    },
 };
 use tokio::{
     task::JoinSet,

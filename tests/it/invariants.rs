@@ -6,15 +6,19 @@ use std::{
 };
 
 use byok_gate::{
-    assess::{Next, Origin, Snapshot, assess},
-    catalogue::Catalogue,
-    decision::{BillingMode, DenyCode, Grounds, Outcome, ServedFrom, Verdict},
-    policy::{Action, Enforcement, Exception, Facts, Group, Policy, Ruling, apply},
-    refusal::Judged,
-    registry::Registry,
-    secret::Secret,
-    service::convert::{self, pb},
-    spec::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
+    core::{
+        catalogue::Catalogue,
+        evaluate::{Next, Origin, Snapshot, assess},
+        policy::{Action, Enforcement, Exception, Facts, Group, Policy, Ruling, apply},
+        registry::Registry,
+    },
+    domain::{
+        decision::{BillingMode, DenyCode, Grounds, Outcome, ServedFrom, Verdict},
+        denial::Judged,
+        request::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
+        secret::Secret,
+    },
+    grpc::convert::{self, pb},
 };
 use proptest::prelude::*;
 use prost::Message;
@@ -451,7 +455,8 @@ proptest! {
 /// An outcome of a refusal is a denial that keeps it.
 #[test]
 fn a_refusal_becomes_a_denial() {
-    let ruling = apply(Facts::Refused(byok_gate::refusal::Refusal::RuntimeRequired), Checkpoint::Create, &Policy::default());
+    let ruling =
+        apply(Facts::Refused(byok_gate::domain::denial::Refusal::RuntimeRequired), Checkpoint::Create, &Policy::default());
     let Outcome::Deny(deny) = ruling.into_outcome(|| vec!["m".into()]) else { panic!("allowed") };
     assert_eq!((deny.refusal.code(), deny.alternative_models), (DenyCode::RuntimeRequired, vec!["m".to_owned()]));
 }

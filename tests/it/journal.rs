@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, process::Stdio};
 
 use byok_gate::{
-    decision::{BillingMode, DenyCode, ServedFrom, Source, Verdict, WarningCode},
-    service::convert::pb,
+    domain::decision::{BillingMode, DenyCode, ServedFrom, Source, Verdict, WarningCode},
+    grpc::convert::pb,
 };
 use futures_util::StreamExt;
 use prost::Message;

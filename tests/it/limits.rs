@@ -2,7 +2,7 @@
 
 use std::{convert::Infallible, net::SocketAddr, time::Duration};
 
-use byok_gate::service::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient};
+use byok_gate::grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 use http_body_util::StreamBody;

@@ -10,7 +10,7 @@ use std::{
 };
 
 use byok_gate::{
-    engine::Engine,
+    core::engine::Engine,
     server::{Address, Bound, ServerError},
 };
 use tonic::Code;

@@ -3,11 +3,13 @@
 use std::{collections::BTreeMap, future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
 use byok_gate::{
-    cache::{Cache, CacheSettings},
-    decision::{DenyCode, ServedFrom, Verdict, WarningCode},
-    engine::{Decided, Engine},
-    service::convert::{self, pb},
-    spec::Checkpoint,
+    core::engine::{Decided, Engine},
+    domain::{
+        decision::{DenyCode, ServedFrom, Verdict, WarningCode},
+        request::Checkpoint,
+    },
+    grpc::convert::{self, pb},
+    liveness::cache::{Cache, CacheSettings},
 };
 use tokio::time::{Instant, advance};
 

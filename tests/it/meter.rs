@@ -3,19 +3,21 @@
 use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
 
 use byok_gate::{
-    assess::Inquiry,
-    cache::{Cache, CacheSettings},
-    decision::Verdict,
-    engine::{Boxed, Engine, LivenessSource, Observed},
-    limits::{Limited, NewKeyLimits, ProviderLimits},
-    meter::decisions::Decisions,
-    server::{Address, Bound},
-    service::convert::{
+    core::{
+        engine::{Boxed, Engine, LivenessSource, Observed},
+        evaluate::Inquiry,
+    },
+    domain::{decision::Verdict, request::Checkpoint},
+    grpc::convert::{
         self,
         pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
     },
-    spec::Checkpoint,
-    telemetry::lines::Lines,
+    liveness::{
+        cache::{Cache, CacheSettings},
+        provider_limits::{Limited, NewKeyLimits, ProviderLimits},
+    },
+    server::{Address, Bound},
+    telemetry::{log_writer::Lines, metrics::decisions::Decisions},
 };
 use futures_util::StreamExt;
 use tokio::{
@@ -386,7 +388,7 @@ async fn too_many_connections_and_new_keys() -> Scraped {
 
 // === in this process, with time that is moved ===
 
-fn request(workspace: &str, organization: &str, runtime: &str, model: &str, key: &str) -> byok_gate::spec::Request {
+fn request(workspace: &str, organization: &str, runtime: &str, model: &str, key: &str) -> byok_gate::domain::request::Request {
     let mut message = decide(key);
     let spec = message.workspace_spec.as_mut().unwrap();
     spec.workspace_id = workspace.into();
@@ -396,7 +398,7 @@ fn request(workspace: &str, organization: &str, runtime: &str, model: &str, key:
     convert::request(message).unwrap()
 }
 
-async fn made(engine: &Engine, decisions: &Decisions, request: &byok_gate::spec::Request) {
+async fn made(engine: &Engine, decisions: &Decisions, request: &byok_gate::domain::request::Request) {
     let began = Instant::now();
     let decided = engine.decide(request, began + Duration::from_secs(5)).await;
     decisions.made(request.checkpoint, &decided.decision, began.elapsed());

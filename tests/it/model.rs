@@ -6,14 +6,20 @@
 use std::{collections::BTreeMap, env, sync::Arc, time::Duration};
 
 use byok_gate::{
-    assess::{Inquiry, Next, Snapshot, assess},
-    breaker::BreakerSettings,
-    cache::{Ages, Cache, CacheSettings},
-    decision::{ServedFrom, Verdict},
-    endpoint::Target,
-    engine::{Engine, LivenessSource, Observed},
-    service::convert::{self, pb},
-    spec::Request,
+    core::{
+        endpoint::Target,
+        engine::{Engine, LivenessSource, Observed},
+        evaluate::{Inquiry, Next, Snapshot, assess},
+    },
+    domain::{
+        decision::{ServedFrom, Verdict},
+        request::Request,
+    },
+    grpc::convert::{self, pb},
+    liveness::{
+        breaker::BreakerSettings,
+        cache::{Ages, Cache, CacheSettings},
+    },
 };
 use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use tokio::time::{Instant, sleep};

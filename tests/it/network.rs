@@ -10,11 +10,12 @@ use std::{
 };
 
 use byok_gate::{
-    decision::{Unreached, Verdict},
-    engine::Engine,
-    liveness::Finding,
-    probe::{ProbeSettings, Prober},
-    secret::Secret,
+    core::{classify::Finding, engine::Engine},
+    domain::{
+        decision::{Unreached, Verdict},
+        secret::Secret,
+    },
+    liveness::prober::{ProbeSettings, Prober},
 };
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};

@@ -9,9 +9,8 @@ use std::{
 };
 
 use byok_gate::{
-    catalogue::Catalogue,
-    problem::{Loaded, Problem},
-    registry::Registry,
+    core::{catalogue::Catalogue, registry::Registry},
+    domain::problem::{Loaded, Problem},
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -215,7 +214,7 @@ fn the_documentations_examples_load() {
 }
 
 mod any_bytes {
-    use byok_gate::{catalogue::Catalogue, registry::Registry};
+    use byok_gate::core::{catalogue::Catalogue, registry::Registry};
     use proptest::prelude::*;
 
     /// Documents with the schemas' own words in them get further than random bytes do.

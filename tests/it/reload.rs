@@ -13,14 +13,14 @@ use std::{
 };
 
 use byok_gate::{
-    assess::Snapshot,
     config::{self, ConfigError, Overrides, Paths},
-    engine::Engine,
-    problem::Problems,
-    registry::Registry,
-    reload::{self, Looked, Reload},
-    service::convert::pb,
-    spec::{Checkpoint, OperatorOverride, Request, WorkspaceSpec},
+    core::{engine::Engine, evaluate::Snapshot, registry::Registry},
+    domain::{
+        problem::Problems,
+        request::{Checkpoint, OperatorOverride, Request, WorkspaceSpec},
+    },
+    grpc::convert::pb,
+    watch::{self, Looked, Reload},
 };
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -105,7 +105,7 @@ fn watch(engine: &Arc<Engine>, registry: &Path) -> Reload {
 fn problems_of(fault: ConfigError) -> Problems {
     match fault {
         ConfigError::Content(problems) => problems,
-        ConfigError::Read { path, source } => reload::unreadable(&path, &source),
+        ConfigError::Read { path, source } => watch::unreadable(&path, &source),
     }
 }
 

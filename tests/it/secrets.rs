@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use byok_gate::service::convert::pb::DecideRequest;
+use byok_gate::grpc::convert::pb::DecideRequest;
 
 use crate::support::{
     binary::{self, Serving},
@@ -194,12 +194,12 @@ async fn a_redirect_takes_no_credential_along() {
                 workspace: BTreeMap::from([("ACME_API_KEY".into(), Some(CANARY.into()))]),
                 ..Spec::default()
             };
-            let request = byok_gate::service::convert::pb::DecideRequest {
+            let request = byok_gate::grpc::convert::pb::DecideRequest {
                 workspace_spec: Some(spec.message()),
                 checkpoint: 1,
                 ..Default::default()
             };
-            let request = byok_gate::service::convert::request(request).unwrap();
+            let request = byok_gate::grpc::convert::request(request).unwrap();
             engine.decide(&request, tokio::time::Instant::now() + binary::PATIENCE).await;
             assert!(vendor.asked_with(CANARY) > 0, "{family} {status}: the vendor was not asked");
         }

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use byok_gate::{
+    grpc::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient,
     server::{Bound, Ended, ServerError},
-    service::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient,
 };
 use tokio::{io::AsyncWriteExt, net::TcpStream, task::JoinSet, time::timeout};
 use tonic::Code;
@@ -25,7 +25,7 @@ async fn watchers_are_told_and_calls_go_on_while_it_is_noticed() {
     settings.shutdown.notice = span("300ms");
     let mut edge = Edge::start(settings, Held::new(true).engine()).await;
     let channel = edge.plain().await;
-    let service = HealthCheckRequest { service: byok_gate::service::NAME.to_owned() };
+    let service = HealthCheckRequest { service: byok_gate::grpc::NAME.to_owned() };
     let mut health = HealthClient::new(channel.clone());
     let mut watched = [health.watch(nobody()).await.unwrap().into_inner(), health.watch(service).await.unwrap().into_inner()];
     for watch in &mut watched {

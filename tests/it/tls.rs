@@ -9,9 +9,9 @@ use std::{
 
 use byok_gate::{
     config::settings::{CertificateCaller, RoleWord, Settings, UnixCaller},
-    engine::Engine,
+    core::engine::Engine,
+    grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
     server::{Bound, ServerError},
-    service::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
 };
 use rustls::version::{TLS12, TLS13};
 use tempfile::TempDir;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use byok_gate::service::convert::pb::{BatchDecideRequest, DecideRequest, DecideResponse};
+use byok_gate::grpc::convert::pb::{BatchDecideRequest, DecideRequest, DecideResponse};
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use serde_json::Value;
 use tokio::{io::AsyncReadExt, net::TcpListener};
@@ -20,7 +20,7 @@ use crate::{
     },
 };
 
-type Client = byok_gate::service::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient<Channel>;
+type Client = byok_gate::grpc::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient<Channel>;
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const OTHER: &str = "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";

@@ -3,9 +3,11 @@
 use std::{collections::BTreeSet, fs, path::Path};
 
 use byok_gate::{
-    derive::{Underivable, derive},
-    registry::Registry,
-    service::convert::pb,
+    core::{
+        derive::{Underivable, derive},
+        registry::Registry,
+    },
+    grpc::convert::pb,
 };
 use serde::Deserialize;
 use serde_json::Value;

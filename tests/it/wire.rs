@@ -3,13 +3,13 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use byok_gate::{
-    cache::{Cache, CacheSettings},
-    decision::Verdict,
-    server::Ended,
-    service::{
+    domain::decision::Verdict,
+    grpc::{
         NAME,
         convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
     },
+    liveness::cache::{Cache, CacheSettings},
+    server::Ended,
 };
 use tokio::task::JoinSet;
 use tonic::{Code, Request, transport::Channel};

@@ -10,9 +10,11 @@ use std::{
 };
 
 use byok_gate::{
-    decision::Verdict,
-    engine::{Asker, Boxed, Question},
-    liveness::Finding,
+    core::{
+        classify::Finding,
+        engine::{Asker, Boxed, Question},
+    },
+    domain::decision::Verdict,
 };
 
 /// What it answers next.

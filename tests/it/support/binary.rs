@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use byok_gate::service::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient;
+use byok_gate::grpc::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient;
 use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},

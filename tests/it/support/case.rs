@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
-use byok_gate::service::convert::pb;
+use byok_gate::grpc::convert::pb;
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 

@@ -14,15 +14,19 @@ use std::{
 };
 
 use byok_gate::{
-    assess::Snapshot,
-    cache::{Cache, CacheSettings},
     config::settings::Settings,
-    decision::Verdict,
-    engine::{Asker, Boxed, Engine, Question},
-    limits::NewKeyLimits,
-    liveness::Finding,
+    core::{
+        classify::Finding,
+        engine::{Asker, Boxed, Engine, Question},
+        evaluate::Snapshot,
+    },
+    domain::decision::Verdict,
+    grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
+    liveness::{
+        cache::{Cache, CacheSettings},
+        provider_limits::NewKeyLimits,
+    },
     server::{Address, Bound, Ended, ServerError},
-    service::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
 };
 use bytes::Bytes;
 use http::Uri;

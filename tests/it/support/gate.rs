@@ -3,15 +3,19 @@
 use std::{fs, net::SocketAddr, path::Path, sync::Arc};
 
 use byok_gate::{
-    cache::{Cache, CacheSettings},
     config::{self, Overrides, Paths},
-    engine::{Engine, LivenessSource},
-    limits::{Limited, ProviderLimits},
-    policy::Policy,
-    probe::{ProbeSettings, Prober},
+    core::{
+        engine::{Engine, LivenessSource},
+        policy::Policy,
+    },
+    domain::request::PlatformProxy,
+    grpc::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient,
+    liveness::{
+        cache::{Cache, CacheSettings},
+        prober::{ProbeSettings, Prober},
+        provider_limits::{Limited, ProviderLimits},
+    },
     server::{Bound, Ended, ServerError},
-    service::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient,
-    spec::PlatformProxy,
 };
 use tempfile::TempDir;
 use tokio::{sync::oneshot, task::JoinHandle};

@@ -8,13 +8,11 @@ use std::{
 };
 
 use byok_gate::{
-    cache::Cache,
     config::settings::Settings,
-    engine::{Asker, Engine},
-    limits::Limited,
-    meter::{Measured, Page, loaded},
-    probe::Prober,
+    core::engine::{Asker, Engine},
+    liveness::{cache::Cache, prober::Prober, provider_limits::Limited},
     server::{Address, Bound},
+    telemetry::metrics::{Measured, Page, loaded},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

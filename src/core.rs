@@ -1,0 +1,13 @@
+//! Layer 1: the decision itself. Pure: no clock, environment, file, network, log or task; `engine` alone is asynchronous, for it
+//! calls the one effect that a decision has through a trait.
+
+pub mod catalogue;
+pub mod classify;
+pub mod credentials;
+pub mod derive;
+pub mod endpoint;
+pub mod engine;
+pub mod evaluate;
+pub mod policy;
+pub mod registry;
+pub(crate) mod yaml;

@@ -1,0 +1,406 @@
+//! The probe catalogue: how each API host is asked whether a credential is alive, and what its answers mean. Data, not code.
+
+mod check;
+pub(crate) mod file;
+
+use std::{collections::BTreeMap, time::Duration};
+
+pub(crate) use check::check_probe;
+use url::Url;
+
+use crate::{
+    core::registry::Protocol,
+    domain::{
+        decision::Verdict,
+        problem::{Loaded, Problems},
+    },
+};
+
+/// The catalogue that is built in: our own text around what is known of the vendors.
+const EMBEDDED: &str = include_str!("catalogue/default.yaml");
+
+/// How every known host is asked.
+#[derive(Debug, Clone)]
+pub struct Catalogue {
+    revision: String,
+    /// Per host (with its port if not the default), rows with the longest path first.
+    hosts: BTreeMap<String, Vec<HostRow>>,
+    /// Where providers are whose registry entry has no URL: their vendor's one host.
+    homes: BTreeMap<String, Url>,
+    unprobed: BTreeMap<String, Unprobed>,
+    /// As [`KeyShape::sort`] leaves them.
+    key_shapes: Vec<KeyShape>,
+    base_url_env: BTreeMap<String, Protocol>,
+    openai: Vec<Probe>,
+    anthropic: Vec<Probe>,
+}
+
+/// How one host is asked.
+#[derive(Debug, Clone)]
+pub struct HostRow {
+    /// The path under which the row holds; empty for the whole host.
+    pub path_prefix: String,
+    /// Whose host it is. Hosts of one vendor take one another's key shapes.
+    pub vendor: String,
+    /// Other regions of the vendor, whose keys this host refuses.
+    pub siblings: Vec<String>,
+    /// What stands before the provider's own model id in a workspace's model, and is not sent.
+    pub strip_model_prefixes: Vec<String>,
+    /// The ladder: asked in this order until one is conclusive.
+    pub probes: Vec<Probe>,
+    /// How well what the row says is known.
+    pub confidence: Option<Confidence>,
+    /// Where it is known from.
+    pub sources: Vec<String>,
+    /// What a reader of the row should know.
+    pub note: Option<String>,
+}
+
+/// How well something is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Confidence {
+    /// The vendor's documentation says so.
+    Documented,
+    /// Published code relies on it.
+    Code,
+    /// Somebody reported it from a live call.
+    Live,
+    /// Inferred.
+    Inferred,
+}
+
+/// A provider that is not asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unprobed {
+    /// Why.
+    pub reason: UnprobedReason,
+    /// The same for a person.
+    pub note: String,
+}
+
+/// Why a provider is not asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UnprobedReason {
+    /// Its server takes no key at all: an answer would prove that it runs, and nothing of a credential.
+    Keyless,
+    /// Its address is the tenant's own, which this service does not know. Holds only without a URL in the registry.
+    TenantEndpoint,
+}
+
+/// What a known kind of key begins with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyShape {
+    /// The beginning.
+    pub prefix: String,
+    /// Whose keys begin so.
+    pub vendor: String,
+    /// What kind of key it is.
+    pub kind: KeyKind,
+    /// Its place among all that were declared.
+    declared: usize,
+}
+
+/// What kind of key a shape tells of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KeyKind {
+    /// A key for an API's header.
+    ApiKey,
+    /// An OAuth credential, which is never sent.
+    OAuth,
+    /// A key that administers an organization and cannot call models. Sent as any other, since only its vendor can refuse
+    /// it; the trace says what it looks like.
+    Administrative,
+}
+
+/// One authenticated call.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Probe {
+    /// Its name, as answers report it.
+    pub name: String,
+    /// GET or POST.
+    pub method: Method,
+    /// Absolute on the host, or beginning with `{base}`.
+    pub path: String,
+    /// The header families to send the credential in, tried in order until one is not refused.
+    pub auth: Vec<HeaderFamily>,
+    /// Further headers.
+    pub headers: Vec<(String, String)>,
+    /// A JSON body; the string `{model}` in it stands for the workspace's model.
+    pub body: Option<serde_json::Value>,
+    /// Members laid over the body for a provider whose `thinking_policy` is `require_enabled`.
+    pub thinking: Option<serde_json::Map<String, serde_json::Value>>,
+    /// The time for the whole ladder, if this host needs more than the service's own budget.
+    pub budget: Option<Duration>,
+    /// It costs the tenant money.
+    pub costs_money: bool,
+    /// It is documented, or known from those who use it, that this endpoint refuses bad keys.
+    pub refuses_bad_keys: bool,
+    /// Paths of which one must be in the JSON body of a 2xx answer.
+    pub expect: Vec<String>,
+    /// What answers mean, in order; the first match decides.
+    pub signals: Vec<Signal>,
+    /// Tells this probe, and every reading of its answers, from any other.
+    pub fingerprint: [u8; 32],
+}
+
+/// A request's method.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// GET.
+    Get,
+    /// POST.
+    Post,
+}
+
+/// The header that carries the credential.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum HeaderFamily {
+    /// `Authorization: Bearer KEY`.
+    Bearer,
+    /// `x-api-key: KEY`.
+    XApiKey,
+    /// `x-goog-api-key: KEY`.
+    XGoogApiKey,
+    /// `api-key: KEY`.
+    ApiKey,
+}
+
+/// One row: when an answer looks like this, it means that.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Signal {
+    /// The statuses that it is about; empty for any.
+    pub statuses: Vec<u16>,
+    /// What must hold of the body: all of these.
+    pub tests: Vec<BodyTest>,
+    /// What it means.
+    pub outcome: SignalOutcome,
+    /// How well it is known.
+    pub confidence: Option<Confidence>,
+    /// What a reader of the row should know.
+    pub note: Option<String>,
+}
+
+/// Something that may hold of a body.
+#[derive(Debug, Clone, PartialEq)]
+pub enum BodyTest {
+    /// It contains one of these texts, compared without case.
+    Contains(Vec<String>),
+    /// It does not contain this text, compared without case.
+    Lacks(String),
+    /// The JSON value at one of these paths is one of these values; a number and a string of the same digits are the same.
+    IsOneOf(Vec<String>, Vec<serde_json::Value>),
+    /// The JSON number at one of these paths is at most this one.
+    AtMost(Vec<String>, f64),
+}
+
+/// What a signal means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SignalOutcome {
+    /// The credential was accepted. Counts as VALID once the endpoint is known to refuse bad ones.
+    Accepted,
+    /// Alive, but restricted from this endpoint: the next probe decides.
+    Restricted,
+    /// This verdict.
+    Verdict(Verdict),
+}
+
+// === impl Catalogue ===
+
+impl Catalogue {
+    /// The embedded catalogue.
+    pub fn embedded() -> Result<Loaded<Self>, Problems> {
+        check::check("embedded catalogue", EMBEDDED.as_bytes())
+    }
+
+    /// The embedded catalogue with an operator's document laid over it: host by host, its rows replace ours.
+    pub fn overlaid(document: &str, bytes: &[u8]) -> Result<Loaded<Self>, Problems> {
+        let base = Self::embedded()?;
+        let over = check::check(document, bytes)?;
+        Ok(Loaded { value: base.value.overlay(over.value), warnings: over.warnings })
+    }
+
+    fn overlay(mut self, over: Self) -> Self {
+        let Self { revision, hosts, homes, unprobed, key_shapes, base_url_env, openai, anthropic } = over;
+        // A host's rows go whole, and with them the providers that they took in.
+        self.homes.retain(|_, home| !host_of(home).is_some_and(|host| hosts.contains_key(&host)));
+        self.homes.extend(homes);
+        // Whoever says where a provider is says that it is asked, and the other way round.
+        self.unprobed.retain(|provider, _| !self.homes.contains_key(provider));
+        self.homes.retain(|provider, _| !unprobed.contains_key(provider));
+        self.unprobed.extend(unprobed);
+        self.hosts.extend(hosts);
+        let declared = self.key_shapes.len();
+        self.key_shapes.extend(key_shapes.into_iter().map(|shape| KeyShape { declared: declared + shape.declared, ..shape }));
+        KeyShape::sort(&mut self.key_shapes);
+        self.base_url_env.extend(base_url_env);
+        if !openai.is_empty() {
+            self.openai = openai;
+        }
+        if !anthropic.is_empty() {
+            self.anthropic = anthropic;
+        }
+        self.revision = blake3::hash(format!("{} {revision}", self.revision).as_bytes()).to_hex().chars().take(16).collect();
+        self
+    }
+
+    /// Content hash, of the embedded document and the one laid over it.
+    pub fn revision(&self) -> &str {
+        &self.revision
+    }
+
+    /// How many hosts it knows.
+    pub fn host_count(&self) -> usize {
+        self.hosts.len()
+    }
+
+    /// The row for this host (with its port if not the default) and path: the longest prefix wins.
+    pub fn row(&self, host: &str, path: &str) -> Option<&HostRow> {
+        let rows = self.hosts.get(host)?;
+        rows.iter()
+            .find(|row| path.strip_prefix(row.path_prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
+    }
+
+    /// Every host that has a row, with its rows.
+    pub fn hosts(&self) -> impl Iterator<Item = (&str, &[HostRow])> {
+        self.hosts.iter().map(|(host, rows)| (host.as_str(), rows.as_slice()))
+    }
+
+    /// Where a provider is that the registry gives no URL: its vendor's one host.
+    pub fn home(&self, provider: &str) -> Option<&Url> {
+        self.homes.get(provider)
+    }
+
+    /// Why this provider is not asked, if it is not.
+    pub fn unprobed(&self, provider: &str) -> Option<&Unprobed> {
+        self.unprobed.get(provider)
+    }
+
+    /// The ladder for a host without a row.
+    pub fn default_probes(&self, protocol: Protocol) -> &[Probe] {
+        match protocol {
+            Protocol::OpenAi => &self.openai,
+            Protocol::Anthropic => &self.anthropic,
+        }
+    }
+
+    /// The longest known beginning of this value: every shape that has it.
+    pub fn shapes_of(&self, value: &str) -> &[KeyShape] {
+        // Most begin otherwise from the first byte on, which is cheaper to see than to compare them whole.
+        let first = value.as_bytes().first();
+        let begins = |shape: &KeyShape| shape.prefix.as_bytes().first() == first && value.starts_with(&shape.prefix);
+        let from = self.key_shapes.iter().position(begins);
+        let longest = from.and_then(|from| self.key_shapes.get(from..)).unwrap_or_default();
+        longest.chunk_by(|one, other| one.prefix == other.prefix).next().unwrap_or_default()
+    }
+
+    /// Which providers a base-URL variable concerns: those of a protocol, or all (`None`).
+    pub fn concerned_by(&self, base_url_env: &str) -> Option<Protocol> {
+        self.base_url_env.get(base_url_env).copied()
+    }
+
+    /// A key of this vendor's shape begins so: its first that was declared.
+    pub fn key_prefix_of(&self, vendor: &str) -> Option<&str> {
+        self.key_shapes
+            .iter()
+            .filter(|shape| shape.vendor == vendor && shape.kind == KeyKind::ApiKey)
+            .min_by_key(|shape| shape.declared)
+            .map(|shape| shape.prefix.as_str())
+    }
+}
+
+/// The host as the catalogue writes it: lower case, with the port only where it is not the scheme's own.
+pub fn host_of(url: &Url) -> Option<String> {
+    let host = url.host_str()?.to_ascii_lowercase();
+    Some(url.port().map_or_else(|| host.clone(), |port| format!("{host}:{port}")))
+}
+
+// === impl KeyShape ===
+
+impl KeyShape {
+    /// The longest beginning first, so that the first that fits is the one; those of one beginning side by side.
+    fn sort(shapes: &mut [Self]) {
+        shapes.sort_by(|one, other| (other.prefix.len(), &one.prefix).cmp(&(one.prefix.len(), &other.prefix)));
+    }
+}
+
+// === impl Confidence ===
+
+impl Confidence {
+    /// Every value.
+    pub const ALL: [Self; 4] = [Self::Documented, Self::Code, Self::Live, Self::Inferred];
+
+    /// Its letter in the catalogue.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Documented => "D",
+            Self::Code => "C",
+            Self::Live => "L",
+            Self::Inferred => "I",
+        }
+    }
+}
+
+// === impl UnprobedReason ===
+
+impl UnprobedReason {
+    /// Every value.
+    pub const ALL: [Self; 2] = [Self::Keyless, Self::TenantEndpoint];
+
+    /// Its word in the catalogue and in answers.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Keyless => "KEYLESS",
+            Self::TenantEndpoint => "TENANT_ENDPOINT",
+        }
+    }
+}
+
+// === impl SignalOutcome ===
+
+impl SignalOutcome {
+    /// Its word in the catalogue.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "ACCEPTED",
+            Self::Restricted => "RESTRICTED",
+            Self::Verdict(verdict) => verdict.as_str(),
+        }
+    }
+}
+
+// === impl Method ===
+
+impl Method {
+    /// Its name on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Post => "POST",
+        }
+    }
+}
+
+// === impl HeaderFamily ===
+
+impl HeaderFamily {
+    /// Its name in the catalogue.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Bearer => "bearer",
+            Self::XApiKey => "x-api-key",
+            Self::XGoogApiKey => "x-goog-api-key",
+            Self::ApiKey => "api-key",
+        }
+    }
+
+    /// The header's name on the wire.
+    pub const fn header(self) -> &'static str {
+        match self {
+            Self::Bearer => "authorization",
+            Self::XApiKey | Self::XGoogApiKey | Self::ApiKey => self.as_str(),
+        }
+    }
+
+    /// Every family.
+    pub const ALL: [Self; 4] = [Self::Bearer, Self::XApiKey, Self::XGoogApiKey, Self::ApiKey];
+}

@@ -1,0 +1,439 @@
+//! From the schema's words to a `Catalogue`: every rule, and every problem at once.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use url::Url;
+
+use super::{
+    BodyTest, Catalogue, Confidence, HeaderFamily, HostRow, KeyKind, KeyShape, Method, Probe, Signal, SignalOutcome, Unprobed,
+    UnprobedReason,
+    file::{CatalogueFile, HostFile, KeyShapeFile, OneOrMany, ProbeFile, SignalFile, UnprobedFile},
+};
+use crate::{
+    core::{
+        registry::{PLATFORM, Protocol},
+        yaml,
+    },
+    domain::{
+        decision::Verdict,
+        problem::{Loaded, Problem, Problems},
+    },
+};
+
+/// The version of the schema that this service reads.
+const CATALOGUE_VERSION: i64 = 1;
+/// The longest that one row may give a slow vendor.
+const MAX_BUDGET_MS: u64 = 10_000;
+/// What stands for the workspace's model in a path or a body.
+const MODEL: &str = "{model}";
+/// The provider whose endpoint is the tenant's own: no row may say where it is.
+const CUSTOM: &str = "custom";
+/// Headers that a row may not set: the credential has its own way, and these change where or how a request goes.
+const RESERVED_HEADERS: [&str; 9] = [
+    "authorization",
+    "x-api-key",
+    "x-goog-api-key",
+    "api-key",
+    "host",
+    "content-length",
+    "transfer-encoding",
+    "cookie",
+    "connection",
+];
+
+pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, Problems> {
+    let failed = |list| Problems { document: document.to_owned(), list: yaml::located(bytes, list) };
+    let Loaded { value: file, warnings } = yaml::parse::<CatalogueFile>(bytes).map_err(|problem| failed(vec![problem]))?;
+    let CatalogueFile { catalogue_version, hosts: host_files, key_shapes, base_url_env, unprobed, defaults } = file;
+    let mut problems = Vec::new();
+    if catalogue_version != Some(CATALOGUE_VERSION) {
+        let found = catalogue_version.map_or_else(|| "nothing".to_owned(), |version| version.to_string());
+        problems.push(Problem::at("catalogue_version", format!("must be {CATALOGUE_VERSION}, found {found}")));
+    }
+    let mut hosts: BTreeMap<String, Vec<HostRow>> = BTreeMap::new();
+    let mut homes = BTreeMap::new();
+    for (index, mut host) in host_files.unwrap_or_default().into_iter().enumerate() {
+        let place = format!("hosts[{index}]");
+        check_home(&mut host, &place, &mut homes, &mut problems);
+        if let Some((name, row)) = check_host(host, &place, &mut problems) {
+            let rows = hosts.entry(name.clone()).or_default();
+            if rows.iter().any(|other| other.path_prefix == row.path_prefix) {
+                problems.push(Problem::at(&place, format!("host `{name}` with path_prefix `{}` stands twice", row.path_prefix)));
+            }
+            rows.push(row);
+            rows.sort_by_key(|row| std::cmp::Reverse(row.path_prefix.len()));
+        }
+    }
+    let unprobed = check_unprobed(unprobed.unwrap_or_default(), &homes, &mut problems);
+    let mut key_shapes: Vec<KeyShape> = key_shapes
+        .unwrap_or_default()
+        .into_iter()
+        .enumerate()
+        .filter_map(|(index, shape)| check_key_shape(index, shape, &mut problems))
+        .collect();
+    KeyShape::sort(&mut key_shapes);
+    let mut surfaces = BTreeMap::new();
+    for (name, surface) in base_url_env.unwrap_or_default() {
+        match surface.as_str() {
+            "anthropic" => drop(surfaces.insert(name, Protocol::Anthropic)),
+            "openai" => drop(surfaces.insert(name, Protocol::OpenAi)),
+            other => problems
+                .push(Problem::at(format!("base_url_env.{name}"), format!("must be `anthropic` or `openai`, found `{other}`"))),
+        }
+    }
+    let defaults = defaults.unwrap_or_default();
+    let openai = check_probes(defaults.openai, "defaults.openai", &mut problems);
+    let anthropic = check_probes(defaults.anthropic, "defaults.anthropic", &mut problems);
+    if !problems.is_empty() {
+        return Err(failed(problems));
+    }
+    let revision = blake3::hash(bytes).to_hex().chars().take(16).collect();
+    let value = Catalogue { revision, hosts, homes, unprobed, key_shapes, base_url_env: surfaces, openai, anthropic };
+    Ok(Loaded { value, warnings })
+}
+
+/// Takes out of a host's row the providers that it gives a home.
+fn check_home(file: &mut HostFile, place: &str, homes: &mut BTreeMap<String, Url>, problems: &mut Vec<Problem>) {
+    let (providers, base_path) = (file.providers.take(), file.base_path.take());
+    let Some(providers) = providers else {
+        if base_path.is_some() {
+            problems.push(Problem::at(format!("{place}.base_path"), "goes with `providers`, which it is the base path of"));
+        }
+        return;
+    };
+    let base_path = base_path.unwrap_or_default();
+    let base_path = base_path.trim_end_matches('/');
+    let plain = |path: &str| path.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'/' | b'-' | b'_' | b'.'));
+    if !(base_path.is_empty() || base_path.starts_with('/') && plain(base_path) && !base_path.contains("..")) {
+        problems.push(Problem::at(format!("{place}.base_path"), format!("`{base_path}` must be a plain path such as `/api/v1`")));
+        return;
+    }
+    let Ok(home) = Url::parse(&format!("https://{}{base_path}", file.host)) else {
+        return; // the host is at fault, and is reported as such
+    };
+    for (index, provider) in providers.into_iter().enumerate() {
+        let place = format!("{place}.providers[{index}]");
+        if provider == CUSTOM || provider == PLATFORM {
+            problems.push(Problem::at(&place, format!("`{provider}` has no host of a vendor's; a row must not give it one")));
+        } else if homes.insert(provider.clone(), home.clone()).is_some() {
+            problems.push(Problem::at(&place, format!("provider `{provider}` has a home already; it has one host")));
+        }
+    }
+}
+
+fn check_host(file: HostFile, place: &str, problems: &mut Vec<Problem>) -> Option<(String, HostRow)> {
+    let before = problems.len();
+    let HostFile {
+        host,
+        path_prefix,
+        vendor,
+        siblings,
+        strip_model_prefixes,
+        providers: _,
+        base_path: _,
+        probes,
+        confidence,
+        sources,
+        note,
+    } = file;
+    let name = host.to_ascii_lowercase();
+    if !is_host(&name) {
+        problems.push(Problem::at(
+            format!("{place}.host"),
+            format!("`{host}` must be a host, with `:PORT` if that is not the scheme's own; no scheme, no path"),
+        ));
+    }
+    if vendor.trim().is_empty() {
+        problems.push(Problem::at(format!("{place}.vendor"), "is required: whose host this is"));
+    }
+    let path_prefix = path_prefix.unwrap_or_default().trim_end_matches('/').to_owned();
+    if !path_prefix.is_empty() && !path_prefix.starts_with('/') {
+        problems.push(Problem::at(format!("{place}.path_prefix"), "must begin with `/`"));
+    }
+    let siblings = siblings.unwrap_or_default();
+    for (index, sibling) in siblings.iter().enumerate().filter(|(_, sibling)| !is_host(sibling)) {
+        problems.push(Problem::at(format!("{place}.siblings[{index}]"), format!("`{sibling}` must be a host in lower case")));
+    }
+    let sources = sources.unwrap_or_default();
+    for (index, _) in sources.iter().enumerate().filter(|(_, source)| source.trim().is_empty()) {
+        problems.push(Problem::at(format!("{place}.sources[{index}]"), "is blank; say where the row is known from"));
+    }
+    let confidence = confidence.and_then(|word| {
+        check_confidence(&word).map_err(|message| problems.push(Problem::at(format!("{place}.confidence"), message))).ok()
+    });
+    let probes = check_probes(probes, &format!("{place}.probes"), problems);
+    let row = HostRow {
+        path_prefix,
+        vendor,
+        siblings,
+        strip_model_prefixes: strip_model_prefixes.unwrap_or_default(),
+        probes,
+        confidence,
+        sources,
+        note: note.filter(|note| !note.trim().is_empty()),
+    };
+    (problems.len() == before).then_some((name, row))
+}
+
+/// A host as a row's key: lower case, with a port where that is not the scheme's own.
+fn is_host(name: &str) -> bool {
+    let known = |url: Url| url.path() == "/" && url.query().is_none() && url.fragment().is_none() && url.username().is_empty();
+    let spelled = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '-' | ':' | '[' | ']');
+    !name.is_empty() && name.chars().all(spelled) && Url::parse(&format!("https://{name}")).is_ok_and(known)
+}
+
+fn check_confidence(word: &str) -> Result<Confidence, String> {
+    Confidence::ALL.into_iter().find(|confidence| confidence.as_str() == word).ok_or_else(|| {
+        format!(
+            "`{word}` is none of D (documented), C (published code relies on it), L (reported from a live call), I (inferred)"
+        )
+    })
+}
+
+fn check_unprobed(
+    files: BTreeMap<String, UnprobedFile>,
+    homes: &BTreeMap<String, Url>,
+    problems: &mut Vec<Problem>,
+) -> BTreeMap<String, Unprobed> {
+    let mut unprobed = BTreeMap::new();
+    for (provider, UnprobedFile { reason, note }) in files {
+        let place = format!("unprobed.{provider}");
+        if homes.contains_key(&provider) {
+            problems.push(Problem::at(&place, "a host's row says where this provider is; it cannot be both"));
+        }
+        if note.trim().is_empty() {
+            problems.push(Problem::at(format!("{place}.note"), "is required: say to a person why this provider is not asked"));
+        }
+        match UnprobedReason::ALL.into_iter().find(|known| known.as_str() == reason) {
+            Some(reason) => drop(unprobed.insert(provider, Unprobed { reason, note })),
+            None => problems
+                .push(Problem::at(format!("{place}.reason"), format!("must be KEYLESS or TENANT_ENDPOINT, found `{reason}`"))),
+        }
+    }
+    unprobed
+}
+
+fn check_key_shape(declared: usize, file: KeyShapeFile, problems: &mut Vec<Problem>) -> Option<KeyShape> {
+    let place = &format!("key_shapes[{declared}]");
+    if file.prefix.is_empty() || file.vendor.is_empty() {
+        problems.push(Problem::at(place, "needs a prefix and a vendor"));
+        return None;
+    }
+    let kind = match file.kind.as_deref() {
+        None | Some("api_key") => KeyKind::ApiKey,
+        Some("oauth") => KeyKind::OAuth,
+        Some("administrative") => KeyKind::Administrative,
+        Some(other) => {
+            let message = format!("must be `api_key`, `oauth` or `administrative`, found `{other}`");
+            problems.push(Problem::at(format!("{place}.kind"), message));
+            return None;
+        }
+    };
+    Some(KeyShape { prefix: file.prefix, vendor: file.vendor, kind, declared })
+}
+
+fn check_probes(files: Option<Vec<ProbeFile>>, place: &str, problems: &mut Vec<Problem>) -> Vec<Probe> {
+    let mut probes: Vec<Probe> = Vec::new();
+    for (index, file) in files.unwrap_or_default().into_iter().enumerate() {
+        let place = format!("{place}[{index}]");
+        match check_probe(file, &place) {
+            Ok(probe) if probes.iter().any(|other| other.name == probe.name) => {
+                problems.push(Problem::at(format!("{place}.name"), format!("`{}` stands twice in this ladder", probe.name)));
+            }
+            Ok(probe) => probes.push(probe),
+            Err(list) => problems.extend(list),
+        }
+    }
+    probes
+}
+
+/// One probe, or all that is wrong with it.
+pub(crate) fn check_probe(file: ProbeFile, place: &str) -> Result<Probe, Vec<Problem>> {
+    let mut problems = Vec::new();
+    let mut problem = |field: &str, message: String| problems.push(Problem::at(format!("{place}.{field}"), message));
+    let fingerprint = *blake3::hash(&serde_json::to_vec(&file).unwrap_or_default()).as_bytes();
+    if file.name.is_empty() || !file.name.bytes().all(|byte| byte.is_ascii_lowercase() || matches!(byte, b'-' | b'_')) {
+        problem("name", "is required: lower-case letters, `-` and `_`".into());
+    }
+    let method = match file.method.as_deref() {
+        None | Some("GET") => Method::Get,
+        Some("POST") => Method::Post,
+        Some(other) => {
+            problem("method", format!("must be GET or POST, found `{other}`"));
+            Method::Get
+        }
+    };
+    let tail = file.path.strip_prefix("{base}").unwrap_or(&file.path);
+    if !tail.starts_with('/') || tail.starts_with("//") || tail.contains(['\\', '#']) || tail.contains("..") {
+        problem("path", format!("`{}` must begin with `/` or `{{base}}/` and stay on the host", file.path));
+    }
+    if tail.replace(MODEL, "").contains(['{', '}']) {
+        problem(
+            "path",
+            format!("`{}` may hold `{{model}}` and, at its beginning, `{{base}}`; nothing else in braces", file.path),
+        );
+    }
+    match (method, &file.body) {
+        (Method::Get, Some(_)) => problem("body", "goes with POST only".into()),
+        (_, Some(body)) => {
+            if let Some(text) = misspelt_placeholder(body) {
+                problem("body", format!("`{text}` is no placeholder; the only one is the whole string `{{model}}`"));
+            }
+        }
+        (_, None) => {}
+    }
+    if file.thinking.is_some() && !file.body.as_ref().is_some_and(serde_json::Value::is_object) {
+        problem("thinking", "is laid over the body, which must be an object".into());
+    }
+    let auth = check_auth(file.auth.unwrap_or_default(), &mut problem);
+    let mut headers = Vec::new();
+    for (name, value) in file.headers.unwrap_or_default() {
+        let name = name.to_ascii_lowercase();
+        let token = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
+        if !token || RESERVED_HEADERS.contains(&name.as_str()) || !value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+            problem("headers", format!("`{name}` is not a header that a row may set, or its value is not plain ASCII"));
+        }
+        headers.push((name, value));
+    }
+    if file.budget_ms.is_some_and(|budget| budget == 0 || budget > MAX_BUDGET_MS) {
+        problem("budget_ms", format!("must be 1 to {MAX_BUDGET_MS}"));
+    }
+    let expect = file.expect.unwrap_or_default();
+    if expect.is_empty() || expect.iter().any(|path| path.trim().is_empty()) {
+        problem("expect", "is required: JSON paths of which a good answer has one; a bare 2xx proves nothing".into());
+    }
+    let mut signals: Vec<(usize, Signal)> = Vec::new();
+    for (index, signal) in file.signals.unwrap_or_default().into_iter().enumerate() {
+        match check_signal(signal) {
+            Ok(signal) => {
+                if let Some((earlier, _)) = signals.iter().find(|(_, earlier)| leaves_nothing_for(earlier, &signal)) {
+                    problem(&format!("signals[{index}]"), format!("can never match: signals[{earlier}] takes its every answer"));
+                }
+                signals.push((index, signal));
+            }
+            Err(message) => problem(&format!("signals[{index}]"), message),
+        }
+    }
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    Ok(Probe {
+        name: file.name,
+        method,
+        path: file.path,
+        auth,
+        headers,
+        body: file.body,
+        thinking: file.thinking,
+        budget: file.budget_ms.map(Duration::from_millis),
+        costs_money: file.costs_money.unwrap_or(false),
+        refuses_bad_keys: file.refuses_bad_keys.unwrap_or(false),
+        expect,
+        signals: signals.into_iter().map(|(_, signal)| signal).collect(),
+        fingerprint,
+    })
+}
+
+fn check_auth(words: Vec<String>, problem: &mut dyn FnMut(&str, String)) -> Vec<HeaderFamily> {
+    if words.is_empty() {
+        problem("auth", "is required: at least one of bearer, x-api-key, x-goog-api-key, api-key".into());
+    }
+    let mut auth = Vec::new();
+    for word in words {
+        match HeaderFamily::ALL.into_iter().find(|family| family.as_str() == word) {
+            Some(family) if auth.contains(&family) => problem("auth", format!("`{word}` stands twice")),
+            Some(family) => auth.push(family),
+            None => problem("auth", format!("`{word}` is none of bearer, x-api-key, x-goog-api-key, api-key")),
+        }
+    }
+    auth
+}
+
+/// A string in a body that looks like a placeholder and is not the one that there is.
+fn misspelt_placeholder(body: &serde_json::Value) -> Option<&str> {
+    use serde_json::Value;
+    match body {
+        Value::String(text) => (text.starts_with('{') && text.ends_with('}') && text != MODEL).then_some(text),
+        Value::Array(items) => items.iter().find_map(misspelt_placeholder),
+        Value::Object(fields) => fields.values().find_map(misspelt_placeholder),
+        Value::Null | Value::Bool(_) | Value::Number(_) => None,
+    }
+}
+
+fn check_signal(file: SignalFile) -> Result<Signal, String> {
+    let SignalFile { status, contains, lacks, path, equals, one_of, at_most, verdict, confidence, note } = file;
+    let outcome = check_outcome(&verdict)?;
+    let statuses = status.unwrap_or_default();
+    if let Some(status) = statuses.iter().find(|status| !(200..=599).contains(*status)) {
+        return Err(format!("status {status} is not an HTTP answer's"));
+    }
+    let mut tests = Vec::new();
+    if let Some(texts) = contains.map(OneOrMany::into_vec) {
+        if texts.is_empty() || texts.iter().any(String::is_empty) {
+            return Err("`contains` is empty, and so would match every body".into());
+        }
+        tests.push(BodyTest::Contains(texts.iter().map(|text| text.to_ascii_lowercase()).collect()));
+    }
+    if let Some(text) = lacks {
+        if text.is_empty() {
+            return Err("`lacks` is empty, and so would match no body".into());
+        }
+        tests.push(BodyTest::Lacks(text.to_ascii_lowercase()));
+    }
+    let values = match (equals, one_of) {
+        (Some(value), None) => Some(vec![value]),
+        (None, values) => values,
+        (Some(_), Some(_)) => return Err("takes `equals` or `one_of`, not both".into()),
+    };
+    let paths = path.map(OneOrMany::into_vec).filter(|paths| !paths.is_empty() && paths.iter().all(|path| !path.is_empty()));
+    match (paths, values, at_most) {
+        (None, None, None) => {}
+        (Some(paths), Some(values), None) if !values.is_empty() => tests.push(BodyTest::IsOneOf(paths, values)),
+        (Some(paths), None, Some(limit)) => tests.push(BodyTest::AtMost(paths, limit)),
+        _ => return Err("`path` goes with `equals`, `one_of` or `at_most`, and they with `path`".into()),
+    }
+    let positive = tests.iter().any(|test| !matches!(test, BodyTest::Lacks(_)));
+    if statuses.is_empty() && !positive {
+        return Err("matches every answer; give it a status or a test of the body".into());
+    }
+    // A bare status is never a "yes"; of a refusal, what the body says must be known too, and a failing server says nothing.
+    let says_yes = matches!(outcome, SignalOutcome::Accepted);
+    if says_yes && (!positive || statuses.is_empty() || statuses.iter().any(|status| *status >= 500)) {
+        return Err("ACCEPTED needs statuses below 500 and a test of what the body says".into());
+    }
+    let confidence = confidence.map(|word| check_confidence(&word)).transpose()?;
+    Ok(Signal { statuses, tests, outcome, confidence, note })
+}
+
+fn check_outcome(word: &str) -> Result<SignalOutcome, String> {
+    match word {
+        "ACCEPTED" => Ok(SignalOutcome::Accepted),
+        "RESTRICTED" => Ok(SignalOutcome::Restricted),
+        word => match Verdict::from_word(word) {
+            Some(
+                verdict @ (Verdict::Invalid
+                | Verdict::Forbidden
+                | Verdict::QuotaExhausted
+                | Verdict::RateLimited
+                | Verdict::ProviderError
+                | Verdict::UnexpectedResponse),
+            ) => Ok(SignalOutcome::Verdict(verdict)),
+            // VALID is earned by calibration, and the rest are not things that an answer can say.
+            _ => Err(format!(
+                "verdict `{word}` is none of ACCEPTED, RESTRICTED, INVALID, FORBIDDEN, QUOTA_EXHAUSTED, RATE_LIMITED, \
+                 PROVIDER_ERROR, UNEXPECTED_RESPONSE"
+            )),
+        },
+    }
+}
+
+/// The earlier row matches whatever the later one does.
+fn leaves_nothing_for(earlier: &Signal, later: &Signal) -> bool {
+    let statuses = BTreeSet::from_iter(&earlier.statuses);
+    let wider =
+        statuses.is_empty() || (!later.statuses.is_empty() && later.statuses.iter().all(|status| statuses.contains(status)));
+    wider && earlier.tests.iter().all(|test| later.tests.contains(test))
+}

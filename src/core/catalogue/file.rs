@@ -1,0 +1,153 @@
+//! The schema of the probe catalogue. Words only; `check.rs` has the rules.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+
+use crate::core::yaml;
+
+/// The document.
+#[derive(Debug, Deserialize)]
+pub(crate) struct CatalogueFile {
+    pub(super) catalogue_version: Option<i64>,
+    #[serde(default)]
+    pub(super) hosts: Option<Vec<HostFile>>,
+    #[serde(default)]
+    pub(super) key_shapes: Option<Vec<KeyShapeFile>>,
+    #[serde(default, deserialize_with = "yaml::unique_keys")]
+    pub(super) base_url_env: Option<BTreeMap<String, String>>,
+    #[serde(default, deserialize_with = "yaml::unique_keys")]
+    pub(super) unprobed: Option<BTreeMap<String, UnprobedFile>>,
+    #[serde(default)]
+    pub(super) defaults: Option<DefaultsFile>,
+}
+
+/// The ladders for hosts without a row.
+#[derive(Debug, Default, Deserialize)]
+pub(crate) struct DefaultsFile {
+    #[serde(default)]
+    pub(super) openai: Option<Vec<ProbeFile>>,
+    #[serde(default)]
+    pub(super) anthropic: Option<Vec<ProbeFile>>,
+}
+
+/// One host.
+#[derive(Debug, Deserialize)]
+pub(crate) struct HostFile {
+    #[serde(default)]
+    pub(super) host: String,
+    #[serde(default)]
+    pub(super) path_prefix: Option<String>,
+    #[serde(default)]
+    pub(super) vendor: String,
+    #[serde(default)]
+    pub(super) siblings: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) strip_model_prefixes: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) providers: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) base_path: Option<String>,
+    #[serde(default)]
+    pub(super) probes: Option<Vec<ProbeFile>>,
+    #[serde(default)]
+    pub(super) confidence: Option<String>,
+    #[serde(default)]
+    pub(super) sources: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) note: Option<String>,
+}
+
+/// A provider that is not asked, and why.
+#[derive(Debug, Deserialize)]
+pub(crate) struct UnprobedFile {
+    #[serde(default)]
+    pub(super) reason: String,
+    #[serde(default)]
+    pub(super) note: String,
+}
+
+/// What a kind of key begins with.
+#[derive(Debug, Deserialize)]
+pub(crate) struct KeyShapeFile {
+    #[serde(default)]
+    pub(super) prefix: String,
+    #[serde(default)]
+    pub(super) vendor: String,
+    #[serde(default)]
+    pub(super) kind: Option<String>,
+}
+
+/// One call. Serialised again, it is what the probe's fingerprint is taken of.
+#[derive(Debug, Clone, Deserialize, serde::Serialize)]
+pub(crate) struct ProbeFile {
+    #[serde(default)]
+    pub(super) name: String,
+    #[serde(default)]
+    pub(super) method: Option<String>,
+    #[serde(default)]
+    pub(super) path: String,
+    #[serde(default)]
+    pub(super) auth: Option<Vec<String>>,
+    #[serde(default, deserialize_with = "yaml::unique_keys")]
+    pub(super) headers: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    pub(super) body: Option<serde_json::Value>,
+    #[serde(default)]
+    pub(super) thinking: Option<serde_json::Map<String, serde_json::Value>>,
+    #[serde(default)]
+    pub(super) budget_ms: Option<u64>,
+    #[serde(default)]
+    pub(super) costs_money: Option<bool>,
+    #[serde(default)]
+    pub(super) refuses_bad_keys: Option<bool>,
+    #[serde(default)]
+    pub(super) expect: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) signals: Option<Vec<SignalFile>>,
+}
+
+/// One row of meaning.
+#[derive(Debug, Clone, Deserialize, serde::Serialize)]
+pub(crate) struct SignalFile {
+    #[serde(default)]
+    pub(super) status: Option<Vec<u16>>,
+    #[serde(default)]
+    pub(super) contains: Option<OneOrMany<String>>,
+    #[serde(default)]
+    pub(super) lacks: Option<String>,
+    #[serde(default)]
+    pub(super) path: Option<OneOrMany<String>>,
+    #[serde(default)]
+    pub(super) equals: Option<serde_json::Value>,
+    #[serde(default)]
+    pub(super) one_of: Option<Vec<serde_json::Value>>,
+    #[serde(default)]
+    pub(super) at_most: Option<f64>,
+    #[serde(default)]
+    pub(super) verdict: String,
+    // What is known of a row changes nothing of what it does, so it takes no part in the fingerprint.
+    #[serde(default, skip_serializing)]
+    pub(super) confidence: Option<String>,
+    #[serde(default, skip_serializing)]
+    pub(super) note: Option<String>,
+}
+
+/// One value, or a list of them.
+#[derive(Debug, Clone, Deserialize, serde::Serialize)]
+#[serde(untagged)]
+pub(crate) enum OneOrMany<T> {
+    /// One.
+    One(T),
+    /// Several.
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    pub(super) fn into_vec(self) -> Vec<T> {
+        match self {
+            Self::One(value) => vec![value],
+            Self::Many(values) => values,
+        }
+    }
+}

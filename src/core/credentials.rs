@@ -1,0 +1,163 @@
+//! Which credential answers for a provider? Scopes merged per name, unreadable never taken for absent.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use crate::{
+    core::registry::{Provider, Registry, Runtime},
+    domain::{
+        request::{Credential, CredentialValue, Scope, WorkspaceSpec},
+        secret::Secret,
+    },
+};
+
+/// The credentials of one spec, merged per name as the workspace's own environment would be.
+#[derive(Debug)]
+pub struct Wallet<'s> {
+    rows: BTreeMap<&'s str, Rows<'s>>,
+    workspace_unreadable: bool,
+    organization_unreadable: bool,
+}
+
+#[derive(Debug, Default)]
+struct Rows<'s> {
+    workspace: Option<&'s CredentialValue>,
+    organization: Option<&'s CredentialValue>,
+}
+
+/// What a name holds.
+#[derive(Debug, Clone, Copy)]
+pub enum Held<'s> {
+    /// A value that is not blank.
+    Value {
+        /// The value.
+        secret: &'s Arc<Secret>,
+        /// Where it is stored.
+        scope: Scope,
+        /// It hides an organization row of the same name.
+        shadows_organization: bool,
+    },
+    /// Nothing, or a blank value.
+    Nothing,
+    /// Could not be read: a value, a blank one, or nothing.
+    Unknown,
+}
+
+/// Which credential answers for a provider.
+#[derive(Debug)]
+pub enum Presence<'s> {
+    /// This one.
+    Found {
+        /// Its name.
+        env_name: &'s str,
+        /// Its value.
+        secret: &'s Arc<Secret>,
+        /// Where it is stored.
+        scope: Scope,
+        /// It hides an organization row of the same name.
+        shadows_organization: bool,
+    },
+    /// None.
+    Missing,
+    /// It depends on these names, which could not be read.
+    Unreadable(Vec<String>),
+}
+
+// === impl Wallet ===
+
+impl<'s> Wallet<'s> {
+    /// The wallet of a spec, and the names that were dropped since no provider accepts them.
+    pub fn of(spec: &'s WorkspaceSpec, known: &BTreeSet<String>) -> (Self, Vec<String>) {
+        let mut rows: BTreeMap<&str, Rows<'_>> = BTreeMap::new();
+        let mut dropped = BTreeSet::new();
+        for Credential { env_name, scope, value } in &spec.credentials {
+            if !known.contains(env_name) {
+                dropped.insert(env_name.clone());
+                continue;
+            }
+            let row = rows.entry(env_name).or_default();
+            match scope {
+                Scope::Workspace => row.workspace = Some(value),
+                Scope::Organization => row.organization = Some(value),
+            }
+        }
+        let unreadable = |scope| spec.unreadable_scopes.contains(&scope);
+        let wallet = Self {
+            rows,
+            workspace_unreadable: unreadable(Scope::Workspace),
+            organization_unreadable: unreadable(Scope::Organization),
+        };
+        (wallet, dropped.into_iter().collect())
+    }
+
+    /// What this name holds. A workspace row hides the organization's, even when it is blank or unreadable.
+    pub fn held(&self, name: &str) -> Held<'s> {
+        let row = self.rows.get(name);
+        let (workspace, organization) = row.map_or((None, None), |row| (row.workspace, row.organization));
+        match (workspace, organization) {
+            (Some(value), hidden) => of_row(value, Scope::Workspace, hidden.is_some_and(|hidden| !is_blank(hidden))),
+            // The workspace may have a row of this name that nobody could see, and that row would hide this one.
+            (None, _) if self.workspace_unreadable => Held::Unknown,
+            (None, Some(value)) => of_row(value, Scope::Organization, false),
+            (None, None) if self.organization_unreadable => Held::Unknown,
+            (None, None) => Held::Nothing,
+        }
+    }
+
+    /// This name holds a readable value that is not blank.
+    pub fn has(&self, name: &str) -> bool {
+        matches!(self.held(name), Held::Value { .. })
+    }
+
+    /// Something could not be read, whether or not it matters.
+    pub fn has_unreadable(&self) -> bool {
+        let unreadable = |value: Option<&CredentialValue>| matches!(value, Some(CredentialValue::Unreadable));
+        self.workspace_unreadable
+            || self.organization_unreadable
+            || self.rows.values().any(|row| unreadable(row.workspace) || unreadable(row.organization))
+    }
+
+    /// The first of the provider's names that holds a value, unless one before it could not be read.
+    pub fn answering_for<'p: 's>(&self, provider: &'p Provider) -> Presence<'s> {
+        let mut unknown = Vec::new();
+        for name in &provider.auth_env {
+            match self.held(name) {
+                Held::Value { secret, scope, shadows_organization } if unknown.is_empty() => {
+                    return Presence::Found { env_name: name, secret, scope, shadows_organization };
+                }
+                Held::Value { .. } => break,
+                Held::Nothing => {}
+                Held::Unknown => unknown.push(name.clone()),
+            }
+        }
+        if unknown.is_empty() { Presence::Missing } else { Presence::Unreadable(unknown) }
+    }
+
+    /// Names that hold a value and that this runtime could pick up instead of the one that was judged: those that its other
+    /// providers accept, and a second, different value that this provider accepts.
+    pub fn conflicts(&self, registry: &Registry, runtime: &Runtime, provider: &Provider, judged: &str) -> Vec<String> {
+        let Held::Value { secret: chosen, .. } = self.held(judged) else { return Vec::new() };
+        let others = || runtime.arms.iter().map(|arm| registry.provider(arm)).filter(|other| other.name != provider.name);
+        let conflicts = |name: &str| match self.held(name) {
+            Held::Value { secret, .. } if provider.accepts(name) => !secret.same_as(chosen),
+            Held::Value { .. } => others().any(|other| other.accepts(name)),
+            Held::Nothing | Held::Unknown => false,
+        };
+        // A spec holds few names, a runtime's providers accept many.
+        self.rows.keys().filter(|name| **name != judged && conflicts(name)).map(|name| (*name).to_owned()).collect()
+    }
+}
+
+fn of_row(value: &CredentialValue, scope: Scope, shadows_organization: bool) -> Held<'_> {
+    match value {
+        CredentialValue::Unreadable => Held::Unknown,
+        CredentialValue::Readable(secret) if secret.is_blank() => Held::Nothing,
+        CredentialValue::Readable(secret) => Held::Value { secret, scope, shadows_organization },
+    }
+}
+
+fn is_blank(value: &CredentialValue) -> bool {
+    matches!(value, CredentialValue::Readable(secret) if secret.is_blank())
+}

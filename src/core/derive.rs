@@ -1,0 +1,103 @@
+//! Who owns a model? One pure function of registry, runtime, model and the credential *names* at hand.
+
+use crate::{
+    core::registry::{Arm, Provider, Registry, Runtime},
+    domain::decision::MatchedBy,
+};
+
+/// The owner of a model.
+#[derive(Debug, Clone, Copy)]
+pub struct Derived<'r> {
+    /// Its place in the runtime.
+    pub arm: &'r Arm,
+    /// The owner.
+    pub provider: &'r Provider,
+    /// How it was found.
+    pub matched_by: MatchedBy,
+}
+
+/// Why there is no owner.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Underivable {
+    /// The model is blank.
+    ModelRequired,
+    /// The registry does not know the runtime.
+    UnknownRuntime,
+    /// No provider of the runtime lists the model or matches it.
+    Unregistered,
+    /// Several patterns match and the names single none out.
+    Ambiguous {
+        /// The possible owners' names, in declared order.
+        candidates: Vec<String>,
+    },
+}
+
+/// By which step the candidates for a model were found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    Exact,
+    Prefix,
+}
+
+/// The owner of `model` on `runtime`. The model is trimmed, otherwise every id is compared byte for byte.
+///
+/// An exact listing beats every pattern. Several listings are settled by the one that accepts a name at hand, else by the
+/// order of the declaration; several patterns are settled by the name at hand or not at all.
+pub fn derive<'r>(
+    registry: &'r Registry,
+    runtime: &str,
+    model: &str,
+    at_hand: &dyn Fn(&str) -> bool,
+) -> Result<Derived<'r>, Underivable> {
+    let model = model.trim();
+    if model.is_empty() {
+        return Err(Underivable::ModelRequired);
+    }
+    let runtime = registry.runtime(runtime).ok_or(Underivable::UnknownRuntime)?;
+    let (step, arms) = candidates(registry, runtime, model);
+    let owner = |arm: &'r Arm, matched_by| Ok(Derived { arm, provider: registry.provider(arm), matched_by });
+    let (first, others) = match arms.as_slice() {
+        [] => return Err(Underivable::Unregistered),
+        [only] => return owner(only, if step == Step::Exact { MatchedBy::ExactModel } else { MatchedBy::Prefix }),
+        [first, others @ ..] => (*first, others),
+    };
+    let accepting: Vec<&Arm> = std::iter::once(first)
+        .chain(others.iter().copied())
+        .filter(|arm| registry.provider(arm).auth_env.iter().any(|name| at_hand(name)))
+        .collect();
+    match (step, accepting.as_slice()) {
+        (Step::Exact, [only]) => owner(only, MatchedBy::ExactModelAndCredential),
+        (Step::Exact, _) => owner(first, MatchedBy::FirstDeclared),
+        (Step::Prefix, [only]) => owner(only, MatchedBy::PrefixAndCredential),
+        (Step::Prefix, narrowed) => {
+            let named = if narrowed.is_empty() { arms.as_slice() } else { narrowed };
+            Err(Underivable::Ambiguous { candidates: named.iter().map(|arm| registry.provider(arm).name.clone()).collect() })
+        }
+    }
+}
+
+/// Every credential name that could change the owner of this model, or answer for it. Empty where the platform owns it
+/// whatever is at hand, and where nobody does.
+pub fn relevant_names(registry: &Registry, runtime: &Runtime, model: &str) -> Vec<String> {
+    let (_, arms) = candidates(registry, runtime, model.trim());
+    let providers = || arms.iter().map(|arm| registry.provider(arm));
+    if providers().all(Provider::is_platform) {
+        return Vec::new();
+    }
+    let mut names = Vec::new();
+    for name in providers().flat_map(|provider| &provider.auth_env) {
+        if !names.contains(name) {
+            names.push(name.clone());
+        }
+    }
+    names
+}
+
+/// The arms that could own the model: those that list it, or else those whose pattern matches it.
+fn candidates<'r>(registry: &'r Registry, runtime: &'r Runtime, model: &str) -> (Step, Vec<&'r Arm>) {
+    let listing: Vec<&Arm> = runtime.listing(model).collect();
+    if !listing.is_empty() {
+        return (Step::Exact, listing);
+    }
+    (Step::Prefix, runtime.arms.iter().filter(|arm| registry.provider(arm).pattern.is_match(model)).collect())
+}

@@ -1,0 +1,591 @@
+//! The order of the decision, up to the point where the provider has to be asked: pure.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use crate::{
+    core::{
+        catalogue::{Catalogue, KeyKind},
+        credentials::{Held, Presence, Wallet},
+        derive::{Derived, Underivable, derive, relevant_names},
+        endpoint::{Endpoint, NoSurface, own_base_urls},
+        policy::{Enforcement, Facts, Policy},
+        registry::{Auth, Provider, Registry, Runtime},
+    },
+    domain::{
+        decision::{BillingMode, JudgedCredential, MatchedBy, Resolution, Source, TraceStep, Verdict, Warning, WarningCode},
+        denial::{Judged, Malformation, Refusal, listed},
+        request::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec, is_plain},
+        secret::Secret,
+    },
+};
+
+/// The longest value that could be a key. Anthropic's are about 110 bytes, JWT keys a few KiB.
+const MAX_KEY_BYTES: usize = 16 * 1024;
+
+/// What one decision is made by: one version of everything, for the whole call.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Who owns what.
+    pub registry: Arc<Registry>,
+    /// How to ask.
+    pub catalogue: Arc<Catalogue>,
+    /// What the operator decided.
+    pub policy: Arc<Policy>,
+    /// Where the registry came from.
+    pub registry_origin: Origin,
+    /// Where the catalogue came from.
+    pub catalogue_origin: Origin,
+    /// How each provider is asked, or why not. It follows from registry and catalogue alone; made anew for every call, it cost
+    /// more than all the rest of a decision.
+    endpoints: Arc<BTreeMap<String, Result<Arc<Endpoint>, NoSurface>>>,
+}
+
+/// Where a document came from.
+#[derive(Debug, Clone)]
+pub struct Origin {
+    /// `embedded`, or the file's path.
+    pub source: String,
+    /// When it was loaded.
+    pub loaded_at: SystemTime,
+    /// Why the version that should have followed it is not in force; empty if none should.
+    pub last_reload_error: String,
+}
+
+/// The decision so far.
+#[derive(Debug)]
+pub struct Assessment<'a> {
+    /// What is to be ruled on, or asked first.
+    pub next: Next<'a>,
+    /// Who owns the model, as far as that is settled.
+    pub resolution: Resolution,
+    /// What did not decide.
+    pub warnings: Vec<Warning>,
+    /// The steps, if they were asked for.
+    pub trace: Trace,
+}
+
+/// What happens next.
+#[derive(Debug)]
+pub enum Next<'a> {
+    /// Everything is known.
+    Rule(Facts),
+    /// The provider has to be asked.
+    Ask(Inquiry<'a>),
+}
+
+/// A credential to ask a provider about.
+#[derive(Debug, Clone, Copy)]
+pub struct Inquiry<'a> {
+    /// Whom and how.
+    pub endpoint: &'a Arc<Endpoint>,
+    /// The credential.
+    pub secret: &'a Arc<Secret>,
+    /// Its name.
+    pub env_name: &'a str,
+    /// The model that the workspace chose.
+    pub model: &'a str,
+    /// How seriously the verdict is taken.
+    pub enforcement: Enforcement,
+    /// For which tenant; empty on a platform of one.
+    pub organization: &'a str,
+    /// Who asks.
+    pub caller: &'a str,
+}
+
+/// The steps of one decision, kept only if they were asked for.
+#[derive(Debug, Default)]
+pub struct Trace {
+    on: bool,
+    steps: Vec<TraceStep>,
+}
+
+/// Assesses a request at this second of Unix time. `fingerprint` tells keys apart for a person.
+pub fn assess<'a>(
+    snapshot: &'a Snapshot,
+    request: &'a Request,
+    now: i64,
+    fingerprint: &dyn Fn(&Secret) -> String,
+) -> Assessment<'a> {
+    let Request { spec, checkpoint, explain, caller, max_liveness_age: _ } = request;
+    let mut notes =
+        Notes { resolution: Resolution::unsettled(), warnings: Vec::new(), trace: Trace { on: *explain, steps: Vec::new() } };
+    let proxy = proxy_of(snapshot, spec);
+    let walk = Walk { snapshot, spec, checkpoint: *checkpoint, proxy, caller, now, fingerprint };
+    let next = walk.run(&mut notes).unwrap_or_else(|facts| Next::Rule(*facts));
+    let Notes { resolution, warnings, trace } = notes;
+    Assessment { next, resolution, warnings, trace }
+}
+
+/// What the runtime offers without a key, for a workspace that is denied.
+pub fn alternative_models(snapshot: &Snapshot, spec: &WorkspaceSpec) -> Vec<String> {
+    match (proxy_of(snapshot, spec), snapshot.registry.runtime(&spec.runtime)) {
+        (PlatformProxy::Available, Some(runtime)) => snapshot.registry.keyless_models(runtime),
+        (PlatformProxy::Available | PlatformProxy::Absent, _) => Vec::new(),
+    }
+}
+
+fn proxy_of(snapshot: &Snapshot, spec: &WorkspaceSpec) -> PlatformProxy {
+    spec.platform_proxy.unwrap_or(snapshot.policy.platform_proxy)
+}
+
+/// Who owns a model by names alone: what `ResolveProvider` answers.
+pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeSet<String>) -> Result<Resolved, Unresolved> {
+    let mut resolution = Resolution::unsettled();
+    if snapshot.policy.exempt_runtimes.contains(runtime) {
+        resolution.billing_mode = Some(BillingMode::None);
+        resolution.source = Source::ExemptRuntime;
+        return Ok(Resolved { resolution, relevant_env: Vec::new(), withdrawn: false });
+    }
+    let registry = &snapshot.registry;
+    let found = known_runtime(registry, runtime)?;
+    let model = known_model(runtime, model)?;
+    // A refusal names them too: with one of them at hand, the model might have an owner, or another one.
+    let relevant_env = relevant_names(registry, found, model);
+    let derived = match derive(registry, runtime, model, &|name| at_hand.contains(name)) {
+        Ok(derived) => derived,
+        Err(underivable) => return Err(Unresolved { refusal: refusal_of(underivable, runtime, model, registry), relevant_env }),
+    };
+    if derived.provider.auth == Auth::Ambient {
+        let only = matches!(derived.matched_by, MatchedBy::ExactModel | MatchedBy::Prefix);
+        let relevant_env = if only { Vec::new() } else { relevant_env };
+        return Err(Unresolved { refusal: Box::new(not_byok(derived.provider, model)), relevant_env });
+    }
+    settle(&mut resolution, derived.provider, derived.matched_by);
+    Ok(Resolved { resolution, relevant_env, withdrawn: derived.arm.has_withdrawn(model) })
+}
+
+/// Who owns a model, and what to fetch before a decision.
+#[derive(Debug)]
+pub struct Resolved {
+    /// The owner.
+    pub resolution: Resolution,
+    /// Every name that could change the owner or answer for it.
+    pub relevant_env: Vec<String>,
+    /// Not for new workspaces.
+    pub withdrawn: bool,
+}
+
+/// Why there is no owner, or none that a workspace could start with.
+#[derive(Debug)]
+pub struct Unresolved {
+    /// The reason.
+    pub refusal: Box<Refusal>,
+    /// Every name that could change that.
+    pub relevant_env: Vec<String>,
+}
+
+impl From<Box<Refusal>> for Unresolved {
+    /// A refusal that no credential can change.
+    fn from(refusal: Box<Refusal>) -> Self {
+        Self { refusal, relevant_env: Vec::new() }
+    }
+}
+
+// === the walk through the steps ===
+
+struct Walk<'a, 'f> {
+    snapshot: &'a Snapshot,
+    spec: &'a WorkspaceSpec,
+    checkpoint: Checkpoint,
+    proxy: PlatformProxy,
+    caller: &'a str,
+    now: i64,
+    fingerprint: &'f dyn Fn(&Secret) -> String,
+}
+
+struct Notes {
+    resolution: Resolution,
+    warnings: Vec<Warning>,
+    trace: Trace,
+}
+
+/// `Err` is the early end: the facts are complete.
+type Step<T> = Result<T, Box<Facts>>;
+
+impl<'a> Walk<'a, '_> {
+    fn run(&self, notes: &mut Notes) -> Step<Next<'a>> {
+        self.heed_override(notes)?;
+        let runtime = self.runtime(notes)?;
+        let model = known_model(&self.spec.runtime, &self.spec.model).map_err(|refusal| refused(*refusal))?;
+        notes.trace.step("model", || format!("`{model}`"));
+        if self.spec.operator_override == OperatorOverride::PlatformManaged {
+            notes.resolution.billing_mode = Some(BillingMode::PlatformManaged);
+            return Err(Box::new(Facts::Platform { by_override: true, proxy: self.proxy, model: model.to_owned() }));
+        }
+        let (wallet, dropped) = Wallet::of(self.spec, self.snapshot.registry.credential_names());
+        if !dropped.is_empty() {
+            let message = format!("the registry knows no credential named {}; dropped", listed(&dropped));
+            notes.warn(WarningCode::UnknownCredentialName, message, dropped);
+        }
+        let derived = self.owner(&wallet, runtime, model, notes)?;
+        self.heed_withdrawal(&derived, model, notes)?;
+        let provider = derived.provider;
+        if provider.is_platform() {
+            return Err(Box::new(self.platform(model)));
+        }
+        if provider.auth == Auth::Ambient {
+            return Err(refused(not_byok(provider, model)));
+        }
+        self.credential(&wallet, runtime, provider, model, notes)
+    }
+
+    fn heed_override(&self, notes: &mut Notes) -> Step<()> {
+        let word = match self.spec.operator_override {
+            OperatorOverride::Derive => return Ok(()),
+            OperatorOverride::PlatformManaged => "PLATFORM_MANAGED",
+            OperatorOverride::Byok => "BYOK",
+            OperatorOverride::Disabled => "DISABLED",
+        };
+        notes.resolution.source = Source::OperatorOverride;
+        let honoured = self.snapshot.policy.honour_overrides;
+        notes.trace.step("override", || format!("{word}, {}", if honoured { "honoured" } else { "refused by configuration" }));
+        notes.warn(WarningCode::OperatorOverride, format!("an operator override of {word} was given"), Vec::new());
+        match (honoured, self.spec.operator_override) {
+            (false, _) => Err(refused(Refusal::OverrideNotAllowed)),
+            (true, OperatorOverride::Disabled) => {
+                notes.resolution.billing_mode = Some(BillingMode::None);
+                Err(Box::new(Facts::OverrideDisabled))
+            }
+            (true, OperatorOverride::Derive | OperatorOverride::PlatformManaged | OperatorOverride::Byok) => Ok(()),
+        }
+    }
+
+    fn runtime(&self, notes: &mut Notes) -> Step<&'a Runtime> {
+        let name = self.spec.runtime.as_str();
+        if self.snapshot.policy.exempt_runtimes.contains(name) {
+            notes.trace.step("runtime", || format!("`{name}` is exempt by configuration"));
+            notes.warn(WarningCode::ExemptRuntime, format!("runtime `{name}` is exempt: nothing was checked"), Vec::new());
+            notes.resolution.billing_mode = Some(BillingMode::None);
+            if notes.resolution.source == Source::Derived {
+                notes.resolution.source = Source::ExemptRuntime;
+            }
+            return Err(Box::new(Facts::ExemptRuntime));
+        }
+        let runtime = known_runtime(&self.snapshot.registry, name).map_err(|refusal| refused(*refusal))?;
+        notes.trace.step("runtime", || format!("`{name}` has {} providers", runtime.arms.len()));
+        Ok(runtime)
+    }
+
+    /// The owner by the names that are readable, provided that no unreadable one could change it.
+    ///
+    /// It is enough to add unreadable names one at a time: the set of candidates that accept a name at hand only grows, an
+    /// outcome other than the default needs that set to hold exactly one, and whatever several names make of it, one of
+    /// them alone has already made it differ.
+    fn owner(&self, wallet: &Wallet<'_>, runtime: &Runtime, model: &str, notes: &mut Notes) -> Step<Derived<'a>> {
+        let registry = &*self.snapshot.registry;
+        let name = self.spec.runtime.as_str();
+        let derived = derive(registry, name, model, &|name| wallet.has(name));
+        if wallet.has_unreadable() {
+            let owner =
+                |result: &Result<Derived<'a>, Underivable>| result.as_ref().ok().map(|derived| derived.provider.name.clone());
+            let changing: Vec<String> = relevant_names(registry, runtime, model)
+                .into_iter()
+                .filter(|unknown| matches!(wallet.held(unknown), Held::Unknown))
+                .filter(|unknown| {
+                    owner(&derive(registry, name, model, &|name| name == unknown || wallet.has(name))) != owner(&derived)
+                })
+                .collect();
+            if !changing.is_empty() {
+                notes.trace.step("derive", || format!("{} could not be read and could change the owner", listed(&changing)));
+                return Err(refused(Refusal::CredentialsUnreadable { names: changing, changes_owner: true }));
+            }
+        }
+        let derived = derived.map_err(|underivable| refused(*refusal_of(underivable, name, model, registry)))?;
+        settle(&mut notes.resolution, derived.provider, derived.matched_by);
+        notes.trace.step("derive", || format!("provider `{}` by {}", derived.provider.name, derived.matched_by));
+        Ok(derived)
+    }
+
+    fn heed_withdrawal(&self, derived: &Derived<'_>, model: &str, notes: &mut Notes) -> Step<()> {
+        if !derived.arm.has_withdrawn(model) {
+            return Ok(());
+        }
+        notes.trace.step("model", || "withdrawn".into());
+        match self.checkpoint {
+            Checkpoint::Create | Checkpoint::Update => Err(refused(Refusal::ModelWithdrawn {
+                runtime: self.spec.runtime.clone(),
+                model: model.to_owned(),
+                provider: derived.provider.name.clone(),
+            })),
+            Checkpoint::Provision => {
+                let message = format!("model `{model}` is withdrawn; this workspace keeps it, new ones cannot have it");
+                notes.warn(WarningCode::ModelWithdrawn, message, Vec::new());
+                Ok(())
+            }
+        }
+    }
+
+    fn platform(&self, model: &str) -> Facts {
+        let model = model.to_owned();
+        if self.spec.operator_override == OperatorOverride::Byok {
+            Facts::Refused(Refusal::OverrideConflictsWithModel { model })
+        } else {
+            Facts::Platform { by_override: false, proxy: self.proxy, model }
+        }
+    }
+
+    fn credential(
+        &self,
+        wallet: &Wallet<'a>,
+        runtime: &Runtime,
+        provider: &'a Provider,
+        model: &'a str,
+        notes: &mut Notes,
+    ) -> Step<Next<'a>> {
+        let (env_name, secret, scope, shadows_organization) = match wallet.answering_for(provider) {
+            Presence::Found { env_name, secret, scope, shadows_organization } => (env_name, secret, scope, shadows_organization),
+            Presence::Missing => {
+                notes.trace.step("presence", || format!("none of {} holds a value", listed(&provider.auth_env)));
+                return Err(refused(Refusal::MissingCredential {
+                    provider: provider.name.clone(),
+                    display_name: provider.display_name.clone(),
+                    model: model.to_owned(),
+                    accepted_env: provider.auth_env.clone(),
+                }));
+            }
+            Presence::Unreadable(names) => {
+                notes.trace.step("presence", || format!("{} could not be read", listed(&names)));
+                return Err(refused(Refusal::CredentialsUnreadable { names, changes_owner: false }));
+            }
+        };
+        notes.trace.step("presence", || format!("{env_name} answers, from scope {}", scope.as_str()));
+        notes.resolution.credential = Some(JudgedCredential {
+            env_name: env_name.to_owned(),
+            scope,
+            shadows_organization,
+            fingerprint: (self.fingerprint)(secret),
+        });
+        let conflicts = wallet.conflicts(&self.snapshot.registry, runtime, provider, env_name);
+        if !conflicts.is_empty() {
+            let message = format!(
+                "{env_name} was judged for provider `{}`; {} could be picked up instead by the runtime",
+                provider.name,
+                listed(&conflicts)
+            );
+            notes.warn(WarningCode::ConflictingCredential, message, conflicts);
+        }
+        if wallet.has_unreadable() {
+            let message = "some credentials could not be read; none of them could change this decision".to_owned();
+            notes.warn(WarningCode::UnreadableCredentials, message, Vec::new());
+        }
+        let enforcement = self.snapshot.policy.enforcement(&provider.name, self.now);
+        let unasked = |verdict, host: &str| {
+            Box::new(Facts::Judged {
+                judged: Judged {
+                    verdict,
+                    env_name: env_name.to_owned(),
+                    provider: provider.name.clone(),
+                    host: host.to_owned(),
+                    upstream_status: None,
+                    siblings: Vec::new(),
+                    retry_after: std::time::Duration::ZERO,
+                    withheld: None,
+                    unreached: None,
+                },
+                served_from: None,
+                recently_valid: false,
+                enforcement,
+            })
+        };
+        if enforcement == Enforcement::Off {
+            notes.trace.step("liveness", || "switched off for this provider".into());
+            return Err(unasked(Verdict::ProbeDisabled, ""));
+        }
+        let surface = self.endpoint(provider).and_then(|endpoint| {
+            let unfit = unsendable(&self.snapshot.catalogue, endpoint, env_name, secret)?;
+            Ok((endpoint, unfit))
+        });
+        match surface {
+            Err(reason) => {
+                notes.trace.step("liveness", || reason.text());
+                Err(unasked(Verdict::NoServerSurface, ""))
+            }
+            Ok((endpoint, Some(refusal))) => {
+                notes.trace.step("shape", || format!("the value is not one to send to {}", endpoint.host));
+                Err(refused(refusal))
+            }
+            Ok((endpoint, None)) => {
+                if notes.trace.on
+                    && let Some(vendor) = administrative(&self.snapshot.catalogue, secret)
+                {
+                    notes.trace.step("shape", || {
+                        format!("{env_name} looks like an administrative key of vendor `{vendor}`, which cannot call models")
+                    });
+                }
+                Ok(Next::Ask(Inquiry {
+                    endpoint,
+                    secret,
+                    env_name,
+                    model,
+                    enforcement,
+                    organization: &self.spec.organization_id,
+                    caller: self.caller,
+                }))
+            }
+        }
+    }
+
+    /// Whom to ask about this provider's credentials, unless the workspace dials a host of the tenant's own.
+    fn endpoint(&self, provider: &Provider) -> Result<&'a Arc<Endpoint>, NoSurface> {
+        let found = self.snapshot.endpoint(provider);
+        // What needs no address is told by that, whatever the tenant set.
+        if !matches!(found, Err(NoSurface::OAuth | NoSurface::Ambient | NoSurface::Platform)) {
+            let own = own_base_urls(provider, &self.snapshot.catalogue, &self.spec.tenant_base_url_env);
+            if !own.is_empty() {
+                return Err(NoSurface::TenantBaseUrl(own));
+            }
+        }
+        found.map_err(NoSurface::clone)
+    }
+}
+
+/// Why this value is not one to send to this endpoint: its characters, its length, or whose key it looks like.
+pub fn unsendable(
+    catalogue: &Catalogue,
+    endpoint: &Endpoint,
+    env_name: &str,
+    secret: &Secret,
+) -> Result<Option<Refusal>, NoSurface> {
+    let value = secret.expose();
+    let (env_name, provider) = (|| env_name.to_owned(), || endpoint.provider.clone());
+    if let Some(fault) = malformation(value) {
+        return Ok(Some(Refusal::Malformed { env_name: env_name(), provider: provider(), fault }));
+    }
+    let shapes = catalogue.shapes_of(value.trim_ascii_start());
+    let vendor = shapes.first().map(|shape| shape.vendor.as_str());
+    if let Some(vendor) = vendor
+        && shapes.iter().all(|shape| shape.vendor == vendor)
+        && endpoint.vendor.as_deref() != Some(vendor)
+    {
+        return Ok(Some(Refusal::ForeignKey {
+            env_name: env_name(),
+            provider: provider(),
+            host: endpoint.host.clone(),
+            vendor: vendor.to_owned(),
+        }));
+    }
+    if shapes.iter().any(|shape| shape.kind == KeyKind::OAuth) {
+        return Err(NoSurface::OAuthShaped);
+    }
+    Ok(None)
+}
+
+/// Whose administrative key this looks like.
+fn administrative<'c>(catalogue: &'c Catalogue, secret: &Secret) -> Option<&'c str> {
+    let shapes = catalogue.shapes_of(secret.expose().trim_ascii_start());
+    shapes.iter().find(|shape| shape.kind == KeyKind::Administrative).map(|shape| shape.vendor.as_str())
+}
+
+fn refused(refusal: Refusal) -> Box<Facts> {
+    Box::new(Facts::Refused(refusal))
+}
+
+fn known_runtime<'r>(registry: &'r Registry, name: &str) -> Result<&'r Runtime, Box<Refusal>> {
+    if name.is_empty() {
+        return Err(Box::new(Refusal::RuntimeRequired));
+    }
+    registry.runtime(name).ok_or_else(|| Box::new(unsupported(registry, name)))
+}
+
+fn unsupported(registry: &Registry, name: &str) -> Refusal {
+    Refusal::RuntimeUnsupported {
+        runtime: name.to_owned(),
+        known: registry.runtimes().map(|(name, _)| name.to_owned()).collect(),
+    }
+}
+
+fn known_model<'m>(runtime: &str, model: &'m str) -> Result<&'m str, Box<Refusal>> {
+    match model.trim() {
+        "" => Err(Box::new(Refusal::ModelRequired { runtime: runtime.to_owned() })),
+        model => Ok(model),
+    }
+}
+
+fn not_byok(provider: &Provider, model: &str) -> Refusal {
+    Refusal::ProviderNotByok { provider: provider.name.clone(), model: model.to_owned() }
+}
+
+fn refusal_of(underivable: Underivable, runtime: &str, model: &str, registry: &Registry) -> Box<Refusal> {
+    let (runtime, model) = (runtime.to_owned(), model.to_owned());
+    Box::new(match underivable {
+        Underivable::ModelRequired => Refusal::ModelRequired { runtime },
+        Underivable::UnknownRuntime => unsupported(registry, &runtime),
+        Underivable::Unregistered => Refusal::UnregisteredModel { runtime, model },
+        Underivable::Ambiguous { candidates } => Refusal::AmbiguousProvider { runtime, model, candidates },
+    })
+}
+
+fn settle(resolution: &mut Resolution, provider: &Provider, matched_by: MatchedBy) {
+    resolution.provider.clone_from(&provider.name);
+    resolution.matched_by = Some(matched_by);
+    // A provider of ambient identity takes no tenant credential: nobody would pay, and no name is accepted.
+    if provider.auth != Auth::Ambient {
+        resolution.billing_mode = Some(provider.billing_mode());
+    }
+    if provider.auth != Auth::Ambient && !provider.is_platform() {
+        resolution.accepted_env.clone_from(&provider.auth_env);
+    }
+}
+
+fn malformation(value: &str) -> Option<Malformation> {
+    if value.len() > MAX_KEY_BYTES {
+        return Some(Malformation::TooLong { length: value.len(), limit: MAX_KEY_BYTES });
+    }
+    if is_plain(value) {
+        return None;
+    }
+    let (at, byte) = value.bytes().enumerate().find(|(_, byte)| byte.is_ascii_control() || !byte.is_ascii())?;
+    if !byte.is_ascii() {
+        return Some(Malformation::NonAscii { at });
+    }
+    let trailing = value.bytes().skip(at).all(|byte| byte.is_ascii_control() || byte == b' ');
+    Some(Malformation::ControlCharacter { at, trailing })
+}
+
+// === impl Snapshot ===
+
+impl Snapshot {
+    /// These versions together.
+    pub fn new(
+        registry: Arc<Registry>,
+        catalogue: Arc<Catalogue>,
+        policy: Arc<Policy>,
+        registry_origin: Origin,
+        catalogue_origin: Origin,
+    ) -> Self {
+        let asked = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, &catalogue).map(Arc::new));
+        let endpoints = Arc::new(registry.providers().iter().map(asked).collect());
+        Self { registry, catalogue, policy, registry_origin, catalogue_origin, endpoints }
+    }
+
+    /// How a provider of this registry is asked, or why not.
+    pub fn endpoint(&self, provider: &Provider) -> Result<&Arc<Endpoint>, &NoSurface> {
+        self.endpoints.get(&provider.name).map_or(Err(&NoSurface::NoEndpoint), Result::as_ref)
+    }
+}
+
+// === impl Notes, Trace ===
+
+impl Notes {
+    fn warn(&mut self, code: WarningCode, message: String, env_names: Vec<String>) {
+        self.warnings.push(Warning { code, message, env_names });
+    }
+}
+
+impl Trace {
+    /// Notes a step, if steps are wanted.
+    pub fn step(&mut self, step: &'static str, detail: impl FnOnce() -> String) {
+        if self.on {
+            self.steps.push(TraceStep { step, detail: detail() });
+        }
+    }
+
+    /// The steps, in order.
+    pub fn into_steps(self) -> Vec<TraceStep> {
+        self.steps
+    }
+}

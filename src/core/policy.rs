@@ -1,0 +1,261 @@
+//! From facts to a ruling: total, synchronous, no clock. The only place that allows.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::domain::{
+    decision::{Allow, Deny, Grounds, Outcome, ServedFrom, Verdict, Warning, WarningCode, Withheld},
+    denial::{Judged, Refusal},
+    request::{Checkpoint, PlatformProxy},
+};
+
+/// Verdicts that an operator rules on together, per checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Group {
+    /// FORBIDDEN.
+    Forbidden,
+    /// TIMEOUT, UNREACHABLE, NOT_ATTEMPTED.
+    Unanswered,
+    /// RATE_LIMITED, PROVIDER_ERROR, UNEXPECTED_RESPONSE, QUOTA_EXHAUSTED.
+    Inconclusive,
+    /// NO_SERVER_SURFACE, NOT_CALIBRATED, PROBE_DISABLED.
+    Unverifiable,
+}
+
+/// What is done about a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Allow, with a warning.
+    Allow,
+    /// Allow, with a warning, if the credential was seen VALID within the hard maximum age; else deny.
+    AllowIfRecentlyValid,
+    /// Deny.
+    Deny,
+}
+
+/// How seriously one provider's verdicts are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Enforcement {
+    /// As the policy says.
+    Enforce,
+    /// Judged and shown, never denied for it.
+    Report,
+    /// Not asked.
+    Off,
+}
+
+/// A provider's enforcement, until its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exception {
+    /// Report or off.
+    pub enforcement: Enforcement,
+    /// From this second of Unix time on, `Enforce` holds again.
+    pub until: i64,
+}
+
+/// What the operator decided.
+#[derive(Debug, Clone)]
+pub struct Policy {
+    actions: BTreeMap<(Checkpoint, Group), Action>,
+    exceptions: BTreeMap<String, Exception>,
+    /// Whether operator overrides in a spec are honoured.
+    pub honour_overrides: bool,
+    /// Runtimes that are allowed without any check.
+    pub exempt_runtimes: BTreeSet<String>,
+    /// What an unspecified `platform_proxy` means. Built in as ABSENT: no zero value allows.
+    pub platform_proxy: PlatformProxy,
+}
+
+/// What the policy rules on. Each variant is all the evidence that its ruling needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Facts {
+    /// Refused before a credential was looked at, or for its shape.
+    Refused(Refusal),
+    /// The operator's override says that no model calls are expected.
+    OverrideDisabled,
+    /// The runtime is on the configured list.
+    ExemptRuntime,
+    /// The platform is to pay: by the registry, or by the operator's override.
+    Platform {
+        /// The operator's override says so, not the registry.
+        by_override: bool,
+        /// Whether it can.
+        proxy: PlatformProxy,
+        /// The model.
+        model: String,
+    },
+    /// The tenant's own credential is VALID. Nothing else is needed to say so.
+    Valid,
+    /// The tenant's own credential was judged, and is not VALID.
+    Judged {
+        /// The evidence.
+        judged: Judged,
+        /// Where the verdict came from, if something was asked.
+        served_from: Option<ServedFrom>,
+        /// It was seen VALID within the hard maximum age and the caller's.
+        recently_valid: bool,
+        /// How seriously this provider's verdicts are taken.
+        enforcement: Enforcement,
+    },
+}
+
+/// The ruling.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ruling {
+    /// Allowed, or the refusal.
+    pub outcome: Result<Allow, Refusal>,
+    /// What a person should know all the same.
+    pub warnings: Vec<Warning>,
+    /// Allowed on an earlier VALID, which the answer then shows.
+    pub on_earlier_valid: bool,
+}
+
+// === ruling ===
+
+/// The ruling on these facts. Total: every fact has its arm, and doubt is a denial.
+pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
+    match facts {
+        Facts::Refused(refusal) => Ruling::deny(refusal),
+        Facts::OverrideDisabled => Ruling::allow(Grounds::OverrideDisabled),
+        Facts::ExemptRuntime => Ruling::allow(Grounds::ExemptRuntime),
+        Facts::Platform { by_override, proxy, model } => match (proxy, by_override) {
+            (PlatformProxy::Absent, _) => Ruling::deny(Refusal::MissingPlatformProxy { model }),
+            (PlatformProxy::Available, true) => Ruling::allow(Grounds::OverridePlatformManaged),
+            (PlatformProxy::Available, false) => Ruling::allow(Grounds::PlatformOwnsModel),
+        },
+        Facts::Valid => Ruling::allow(Grounds::Credential(Verdict::Valid)),
+        Facts::Judged { judged, served_from: _, recently_valid, enforcement } => {
+            let action = group_of(judged.verdict).map_or(Action::Deny, |group| policy.action(checkpoint, group));
+            // Whatever is configured: the service is no key checker, and a flood of keys does not get past it by being one.
+            let starts = matches!(checkpoint, Checkpoint::Create | Checkpoint::Provision);
+            if starts && judged.withheld == Some(Withheld::NewKeys) {
+                return Ruling::deny(Refusal::Liveness(judged));
+            }
+            let denied = match action {
+                Action::Deny => true,
+                Action::AllowIfRecentlyValid => !recently_valid,
+                Action::Allow => false,
+            };
+            match (denied, enforcement) {
+                // A provider that is off was not asked: its PROBE_DISABLED is ruled on by the group, as any other verdict.
+                (true, Enforcement::Enforce | Enforcement::Off) => Ruling::deny(Refusal::Liveness(judged)),
+                (true, Enforcement::Report) => Ruling::allow_reported(judged),
+                (false, _) if action == Action::AllowIfRecentlyValid => Ruling::allow_on_earlier_valid(&judged),
+                (false, _) => Ruling::allow_unverified(&judged),
+            }
+        }
+    }
+}
+
+/// By which group a verdict is ruled on. INVALID is by none: it is denied. So would VALID be, which is a fact of its own.
+fn group_of(verdict: Verdict) -> Option<Group> {
+    match verdict {
+        Verdict::Valid | Verdict::Invalid => None,
+        Verdict::Forbidden => Some(Group::Forbidden),
+        Verdict::Timeout | Verdict::Unreachable | Verdict::NotAttempted => Some(Group::Unanswered),
+        Verdict::RateLimited | Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::QuotaExhausted => {
+            Some(Group::Inconclusive)
+        }
+        Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => Some(Group::Unverifiable),
+    }
+}
+
+// === impl Policy ===
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            actions: BTreeMap::new(),
+            exceptions: BTreeMap::new(),
+            honour_overrides: true,
+            exempt_runtimes: BTreeSet::new(),
+            platform_proxy: PlatformProxy::Absent,
+        }
+    }
+}
+
+impl Policy {
+    /// What is done about a group at a checkpoint.
+    pub fn action(&self, checkpoint: Checkpoint, group: Group) -> Action {
+        self.actions.get(&(checkpoint, group)).copied().unwrap_or(match (group, checkpoint) {
+            (Group::Forbidden, _) => Action::Deny,
+            (Group::Unanswered, Checkpoint::Create) => Action::Deny,
+            (Group::Unanswered, Checkpoint::Provision) => Action::AllowIfRecentlyValid,
+            // A leaked key must be replaceable while its vendor is down; PROVISION decides.
+            (Group::Unanswered, Checkpoint::Update) => Action::Allow,
+            (Group::Inconclusive | Group::Unverifiable, _) => Action::Allow,
+        })
+    }
+
+    /// Rules differently on a group at a checkpoint.
+    pub fn set_action(&mut self, checkpoint: Checkpoint, group: Group, action: Action) {
+        self.actions.insert((checkpoint, group), action);
+    }
+
+    /// Takes a provider's verdicts less seriously for a time.
+    pub fn set_exception(&mut self, provider: String, exception: Exception) {
+        self.exceptions.insert(provider, exception);
+    }
+
+    /// The providers with an exception.
+    pub fn exceptions(&self) -> impl Iterator<Item = (&str, Exception)> {
+        self.exceptions.iter().map(|(name, exception)| (name.as_str(), *exception))
+    }
+
+    /// How seriously a provider's verdicts are taken at this second of Unix time.
+    pub fn enforcement(&self, provider: &str, now: i64) -> Enforcement {
+        match self.exceptions.get(provider) {
+            Some(exception) if now < exception.until => exception.enforcement,
+            Some(_) | None => Enforcement::Enforce,
+        }
+    }
+}
+
+// === impl Ruling ===
+
+impl Ruling {
+    fn allow(grounds: Grounds) -> Self {
+        Self { outcome: Ok(Allow::on(grounds)), warnings: Vec::new(), on_earlier_valid: false }
+    }
+
+    fn deny(refusal: Refusal) -> Self {
+        Self { outcome: Err(refusal), warnings: Vec::new(), on_earlier_valid: false }
+    }
+
+    fn warned(mut self, code: WarningCode, judged: &Judged, message: String) -> Self {
+        self.warnings.push(Warning { code, message, env_names: vec![judged.env_name.clone()] });
+        self
+    }
+
+    fn allow_unverified(judged: &Judged) -> Self {
+        let Judged { verdict, env_name, provider, .. } = judged;
+        let message = format!("{env_name} of provider `{provider}` is present but was not verified ({verdict})");
+        Self::allow(Grounds::Credential(*verdict)).warned(WarningCode::CredentialUnverified, judged, message)
+    }
+
+    fn allow_on_earlier_valid(judged: &Judged) -> Self {
+        let Judged { verdict, env_name, provider, .. } = judged;
+        let message =
+            format!("{env_name} of provider `{provider}` could not be verified now ({verdict}); it was seen VALID not long ago");
+        let ruling = Self::allow(Grounds::Credential(*verdict)).warned(WarningCode::StaleLiveness, judged, message);
+        Self { on_earlier_valid: true, ..ruling }
+    }
+
+    fn allow_reported(judged: Judged) -> Self {
+        let refusal = Refusal::Liveness(judged.clone());
+        let message = format!(
+            "would have been denied with {} ({}); provider `{}` is on report only",
+            refusal.code(),
+            judged.verdict,
+            judged.provider
+        );
+        Self::allow(Grounds::Credential(judged.verdict)).warned(WarningCode::ReportOnly, &judged, message)
+    }
+
+    /// The ruling as an outcome, with what the runtime offers instead of a refusal.
+    pub fn into_outcome(self, alternative_models: impl FnOnce() -> Vec<String>) -> Outcome {
+        match self.outcome {
+            Ok(allow) => Outcome::Allow(allow),
+            Err(refusal) => Outcome::Deny(Box::new(Deny { refusal, alternative_models: alternative_models() })),
+        }
+    }
+}

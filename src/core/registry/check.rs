@@ -1,0 +1,400 @@
+//! From the schema's words to a `Registry`: every guard, and every problem at once.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use regex::Regex;
+use url::Url;
+
+use super::{
+    Arm, Auth, PLATFORM, Protocol, Provider, Registry, Runtime,
+    file::{ArmFile, EndpointVarFile, ProviderFile, RegistryFile, RuntimeFile, Skeleton},
+    overlap::Comparable,
+};
+use crate::{
+    core::{catalogue, yaml},
+    domain::{
+        problem::{Loaded, Problem, Problems},
+        request::is_env_name,
+    },
+};
+
+/// The version of the schema that this service reads.
+const SCHEMA_VERSION: i64 = 1;
+
+/// The ways of authenticating that are known to be used. Any other is taken for a key in a header, and warned of.
+const KNOWN_AUTH_MODES: [&str; 5] =
+    ["anthropic_api", "oauth", "third_party_anthropic_compat", "wif_adc", "openai_compat_responses"];
+/// The one policy about thinking that is known to be used.
+const THINKING_REQUIRED: &str = "require_enabled";
+
+/// Answers for a variable of the environment.
+type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
+
+/// What has been found wrong, and odd, so far.
+#[derive(Default)]
+struct Found {
+    problems: Vec<Problem>,
+    warnings: Vec<Problem>,
+}
+
+pub(super) fn check(document: &str, bytes: &[u8], env: Env<'_>) -> Result<Loaded<Registry>, Problems> {
+    let mut found = Found::default();
+    let file = match yaml::parse::<RegistryFile>(bytes) {
+        Ok(Loaded { value, warnings }) => {
+            found.warnings = warnings;
+            value
+        }
+        Err(problem) => match part_by_part(bytes, &mut found.problems) {
+            Some(file) => {
+                // What is wrong between the parts, such as a key that stands twice, shows in none of them.
+                if !found.problems.contains(&problem) {
+                    found.problems.push(problem);
+                }
+                file
+            }
+            None => return Err(Problems { document: document.to_owned(), list: vec![problem] }),
+        },
+    };
+    let value = check_file(file, bytes, env, &mut found);
+    let Found { problems, warnings } = found;
+    match value {
+        Some(value) if problems.is_empty() => Ok(Loaded { value, warnings: yaml::located(bytes, warnings) }),
+        _ => Err(Problems { document: document.to_owned(), list: yaml::located(bytes, problems) }),
+    }
+}
+
+/// A document that does not fit the schema, read part by part: what is wrong with one provider hides nothing of another.
+/// `None` if not even its parts can be told apart, or if there are too many of them.
+fn part_by_part(bytes: &[u8], problems: &mut Vec<Problem>) -> Option<RegistryFile> {
+    let mut parts = yaml::Parts::of(bytes)?;
+    let Skeleton { providers, runtimes } = parts.read::<Skeleton>("").ok()??;
+    let (providers, runtimes) = (providers.unwrap_or_default().len(), runtimes.unwrap_or_default());
+    // A provider that is at fault is read once more for its name.
+    if !parts.can_read(2 * providers + runtimes.len() + 1) {
+        return None;
+    }
+    fn keep<T>(read: Result<Option<T>, Problem>, problems: &mut Vec<Problem>) -> Option<T> {
+        read.unwrap_or_else(|problem| {
+            problems.push(problem);
+            None
+        })
+    }
+    let schema_version = keep(parts.read("schema_version"), problems);
+    let mut read_providers = Vec::new();
+    for index in 0..providers {
+        let place = format!("providers[{index}]");
+        let read = keep(parts.read::<ProviderFile>(&place), problems).unwrap_or_else(|| {
+            let name = parts.read::<String>(&format!("{place}.name")).ok().flatten().unwrap_or_default();
+            ProviderFile { name, unread: true, ..ProviderFile::default() }
+        });
+        read_providers.push(read);
+    }
+    let mut read_runtimes = BTreeMap::new();
+    for name in runtimes.into_keys() {
+        if let Some(read) = keep(parts.read::<RuntimeFile>(&format!("runtimes.{name}")), problems) {
+            read_runtimes.insert(name, read);
+        }
+    }
+    Some(RegistryFile { schema_version, providers: Some(read_providers), runtimes: Some(read_runtimes) })
+}
+
+fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Found) -> Option<Registry> {
+    let faulty_version = found.problems.iter().any(|problem| problem.place == "schema_version");
+    if file.schema_version != Some(SCHEMA_VERSION) && !faulty_version {
+        let version = file.schema_version.map_or_else(|| "nothing".to_owned(), |version| version.to_string());
+        found.problems.push(Problem::at("schema_version", format!("must be {SCHEMA_VERSION}, found {version}")));
+    }
+    let providers = check_providers(file.providers.unwrap_or_default(), env, found);
+    let runtimes = check_runtimes(file.runtimes.unwrap_or_default(), &providers, found);
+    // A provider that could not be built leaves problems behind, and then nothing is built from positions in this list.
+    let providers: Vec<Provider> = providers.into_iter().filter_map(|(_, provider)| provider).collect();
+    if !found.problems.is_empty() {
+        return None;
+    }
+    let credential_names = providers.iter().flat_map(|provider| provider.auth_env.iter().cloned()).collect();
+    let revision = blake3::hash(bytes).to_hex().chars().take(16).collect();
+    Some(Registry { revision, providers, runtimes, credential_names })
+}
+
+/// Each with its name, at its position, whether or not it could be built.
+fn check_providers(files: Vec<ProviderFile>, env: Env<'_>, found: &mut Found) -> Vec<(String, Option<Provider>)> {
+    if files.is_empty() {
+        found.problems.push(Problem::at("providers", "no providers; declare at least one"));
+    } else if !files.iter().any(|file| file.name == PLATFORM) {
+        found.warnings.push(Problem::at("providers", "none is named `platform`: nothing can be billed to the platform"));
+    }
+    let mut names = BTreeMap::new();
+    let mut vendors = BTreeMap::new();
+    let mut providers = Vec::new();
+    for (index, file) in files.into_iter().enumerate() {
+        let place = format!("providers[{index}]");
+        if let Some(first) = names.insert(file.name.clone(), index).filter(|_| !file.name.is_empty()) {
+            found.problems.push(Problem::at(
+                format!("{place}.name"),
+                format!("duplicate provider name `{}`, first used by providers[{first}]; rename one", file.name),
+            ));
+        }
+        if let Some(vendor) = file.upstream_vendor.clone().filter(|vendor| !vendor.is_empty())
+            && let Some(first) = vendors.insert(vendor.clone(), index)
+        {
+            found.problems.push(Problem::at(
+                format!("{place}.upstream_vendor"),
+                format!("upstream_vendor `{vendor}` must be unique; providers[{first}] has it too"),
+            ));
+        }
+        let name = file.name.clone();
+        providers.push((name, if file.unread { None } else { check_provider(file, &place, env, found) }));
+    }
+    providers
+}
+
+fn check_provider(file: ProviderFile, place: &str, env: Env<'_>, found: &mut Found) -> Option<Provider> {
+    let Found { problems, warnings } = found;
+    let before = problems.len();
+    let name = file.name.clone();
+    let of_this = if name.is_empty() { String::new() } else { format!(" (provider `{name}`)") };
+    let mut problem =
+        |field: &str, message: String| problems.push(Problem::at(format!("{place}.{field}"), format!("{message}{of_this}")));
+    let mut warning =
+        |field: &str, message: String| warnings.push(Problem::at(format!("{place}.{field}"), format!("{message}{of_this}")));
+    for (field, value) in [("name", &file.name), ("display_name", &file.display_name), ("auth_mode", &file.auth_mode)] {
+        if value.trim().is_empty() {
+            problem(field, "is required".into());
+        } else if value.chars().any(char::is_control) {
+            problem(field, "holds a control character; remove it".into());
+        }
+    }
+    if !file.auth_mode.trim().is_empty() && !KNOWN_AUTH_MODES.contains(&file.auth_mode.as_str()) {
+        let known = KNOWN_AUTH_MODES.join(", ");
+        warning("auth_mode", format!("`{}` is none of {known}; taken for a key in a header", file.auth_mode));
+    }
+    let protocol = match file.protocol.as_str() {
+        "openai" => Some(Protocol::OpenAi),
+        "anthropic" => Some(Protocol::Anthropic),
+        other => {
+            problem("protocol", format!("protocol must be `openai` or `anthropic`, found `{other}`"));
+            None
+        }
+    };
+    let auth_env = check_auth_env(file.auth_env.unwrap_or_default(), &mut problem);
+    let auth_token_env = file.auth_token_env.filter(|name| !name.is_empty());
+    if let Some(name) = auth_token_env.as_ref().filter(|name| !is_env_name(name)) {
+        problem("auth_token_env", not_a_variable(name));
+    }
+    let pattern = match file.model_prefix_match.as_str() {
+        "" => {
+            problem("model_prefix_match", "is required: a pattern for the models that no list names".into());
+            None
+        }
+        text => Regex::new(text)
+            .map_err(|fault| problem("model_prefix_match", format!("does not compile: {}", last_line(&fault.to_string()))))
+            .ok(),
+    };
+    let vars = file.endpoint_vars.unwrap_or_default();
+    for (name, EndpointVarFile { env, .. }) in &vars {
+        if !is_env_name(env) {
+            problem(&format!("endpoint_vars.{name}.env"), not_a_variable(env));
+        }
+        let placeholder = format!("{{{name}}}");
+        let used = |template: &Option<String>| template.as_ref().is_some_and(|template| template.contains(&placeholder));
+        if !used(&file.base_url_template) && !used(&file.base_url_anthropic) {
+            warning(&format!("endpoint_vars.{name}"), format!("no base URL holds `{placeholder}`"));
+        }
+    }
+    let mut base = |field: &str, template: &Option<String>| {
+        let template = template.as_deref().filter(|template| !template.is_empty())?;
+        let url = resolve(template, &vars, env).map_err(|message| problem(field, message)).ok()?;
+        if url.scheme() == "http" && !is_loopback(&url) {
+            warning(field, format!("`{url}` is plain http beyond loopback, which is never asked; use https"));
+        }
+        Some(url)
+    };
+    let openai = base("base_url_template", &file.base_url_template);
+    let anthropic = base("base_url_anthropic", &file.base_url_anthropic);
+    if let Some(policy) = file.thinking_policy.as_ref().filter(|policy| *policy != THINKING_REQUIRED) {
+        warning("thinking_policy", format!("`{policy}` is not known here and changes nothing; `{THINKING_REQUIRED}` is"));
+    }
+    let mut probes = Vec::new();
+    for (index, probe) in file.probe.unwrap_or_default().into_iter().enumerate() {
+        match catalogue::check_probe(probe, &format!("{place}.probe[{index}]")) {
+            Ok(probe) => probes.push(probe),
+            Err(list) => problems.extend(list),
+        }
+    }
+    if problems.len() > before {
+        return None;
+    }
+    let protocol = protocol?;
+    Some(Provider {
+        name: file.name,
+        display_name: file.display_name,
+        protocol,
+        auth: match file.auth_mode.as_str() {
+            "oauth" => Auth::OAuth,
+            "wif_adc" => Auth::Ambient,
+            _ => Auth::Key,
+        },
+        has_anthropic_surface: anthropic.is_some(),
+        base_url: match protocol {
+            Protocol::OpenAi => openai.or(anthropic),
+            Protocol::Anthropic => anthropic.or(openai),
+        },
+        auth_env,
+        auth_token_env,
+        pattern: pattern?,
+        wire_model_prefix: file.wire_model_prefix.unwrap_or_default(),
+        thinking_required: file.thinking_policy.as_deref() == Some(THINKING_REQUIRED),
+        probes,
+    })
+}
+
+fn check_auth_env(names: Vec<String>, problem: &mut dyn FnMut(&str, String)) -> Vec<String> {
+    if names.is_empty() {
+        problem("auth_env", "is required: name at least one variable".into());
+    }
+    for (index, name) in names.iter().enumerate() {
+        if !is_env_name(name) {
+            problem(&format!("auth_env[{index}]"), not_a_variable(name));
+        } else if names.iter().take(index).any(|earlier| earlier == name) {
+            problem(&format!("auth_env[{index}]"), format!("`{name}` stands twice; remove one"));
+        }
+    }
+    names
+}
+
+fn not_a_variable(name: &str) -> String {
+    format!("{name:?} is not a variable's name (A-Z a-z 0-9 _, not beginning with a digit)")
+}
+
+fn check_runtimes(
+    files: BTreeMap<String, RuntimeFile>,
+    providers: &[(String, Option<Provider>)],
+    found: &mut Found,
+) -> BTreeMap<String, Runtime> {
+    // Those that could not be read have left their problems.
+    if files.is_empty() && !found.problems.iter().any(|problem| problem.place.starts_with("runtimes.")) {
+        found.problems.push(Problem::at("runtimes", "no runtimes; declare at least one"));
+    }
+    let mut runtimes = BTreeMap::new();
+    for (name, file) in files {
+        let place = format!("runtimes.{name}");
+        if name.trim().is_empty() || name.chars().any(char::is_control) {
+            found.problems.push(Problem::at(&place, "a runtime's name is blank or holds a control character; rename it"));
+        }
+        let arms = file.providers.unwrap_or_default();
+        if arms.is_empty() {
+            found
+                .problems
+                .push(Problem::at(format!("{place}.providers"), "empty native provider set; name at least one provider"));
+        }
+        let mut seen = BTreeSet::new();
+        let mut built = Vec::new();
+        for (index, arm) in arms.into_iter().enumerate() {
+            let place = format!("{place}.providers[{index}]");
+            if !seen.insert(arm.name.clone()) {
+                let message = format!("provider `{}` is named twice in this runtime; remove one", arm.name);
+                found.problems.push(Problem::at(&place, message));
+            }
+            built.extend(check_arm(arm, &place, providers, found));
+        }
+        warn_of_overlaps(&place, &built, providers, &mut found.warnings);
+        runtimes.insert(name, Runtime::new(built));
+    }
+    runtimes
+}
+
+fn check_arm(arm: ArmFile, place: &str, providers: &[(String, Option<Provider>)], found: &mut Found) -> Option<Arm> {
+    let models = arm.models.unwrap_or_default();
+    let withdrawn = arm.withdrawn_models.unwrap_or_default();
+    for (field, list) in [("models", &models), ("withdrawn_models", &withdrawn)] {
+        for (index, model) in list.iter().enumerate() {
+            let place = format!("{place}.{field}[{index}]");
+            if model.trim() != model || model.is_empty() || model.chars().any(char::is_control) {
+                let message = format!("model id {model:?} is blank, padded or holds a control character; write the bare id");
+                found.problems.push(Problem::at(&place, message));
+            } else if list.iter().take(index).any(|earlier| earlier == model) {
+                found.problems.push(Problem::at(&place, format!("model id `{model}` stands twice; remove one")));
+            } else if field == "models" && withdrawn.contains(model) {
+                let message = format!("model id `{model}` is withdrawn too, and so not offered; take it off one of the lists");
+                found.warnings.push(Problem::at(&place, message));
+            }
+        }
+    }
+    if arm.name == PLATFORM && models.is_empty() && withdrawn.is_empty() {
+        found.problems.push(Problem::at(
+            place,
+            "the platform needs a list of models: by pattern alone it could own, and be billed for, a model that nobody listed",
+        ));
+    }
+    let Some(position) = providers.iter().position(|(name, _)| *name == arm.name) else {
+        let message = format!("unknown provider `{}`; declare it under `providers`, or correct the name", arm.name);
+        found.problems.push(Problem::at(place, message));
+        return None;
+    };
+    Some(Arm { provider: position, models, withdrawn })
+}
+
+/// Two patterns with a model id in common make it ambiguous where the names at hand single nobody out.
+fn warn_of_overlaps(place: &str, arms: &[Arm], providers: &[(String, Option<Provider>)], warnings: &mut Vec<Problem>) {
+    let owners = arms.iter().filter_map(|arm| providers.get(arm.provider)?.1.as_ref());
+    let compared: Vec<_> = owners.filter_map(|provider| Some((provider, Comparable::of(provider.pattern.as_str())?))).collect();
+    for (index, (one, pattern)) in compared.iter().enumerate() {
+        for (two, other) in compared.iter().skip(index + 1) {
+            if let Some(model) = pattern.common(other) {
+                let both = format!("the patterns of providers `{}` and `{}` overlap", one.name, two.name);
+                warnings.push(Problem::at(place, format!("{both}: both match `{model}`; make them disjoint")));
+            }
+        }
+    }
+}
+
+/// The template with its placeholders filled, as a URL without a trailing slash.
+fn resolve(template: &str, vars: &BTreeMap<String, EndpointVarFile>, env: Env<'_>) -> Result<Url, String> {
+    let mut text = String::new();
+    let mut rest = template;
+    while let Some((before, after)) = rest.split_once('{') {
+        let (name, tail) = after.split_once('}').ok_or_else(|| format!("`{template}` has a `{{` without a `}}`"))?;
+        text.push_str(before);
+        let var = vars.get(name).ok_or_else(|| format!("placeholder `{{{name}}}` has no entry in endpoint_vars"))?;
+        let value = env(&var.env)
+            .filter(|value| !value.trim().is_empty())
+            .or_else(|| var.default.clone())
+            .ok_or_else(|| format!("placeholder `{{{name}}}`: {} is not set and there is no default", var.env))?;
+        // A whole base URL may stand first, up to a slash; anything else is one label or segment, so that it cannot change
+        // the host.
+        let whole = text.is_empty() && (tail.is_empty() || tail.starts_with('/'));
+        let label = !value.is_empty() && value.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
+        if !(whole || label) {
+            let message = "could change the host: it may hold only letters, digits, `-` and `_`";
+            return Err(format!("the value of {} for `{{{name}}}` {message}", var.env));
+        }
+        text.push_str(if whole { value.trim_end_matches('/') } else { &value });
+        rest = tail;
+    }
+    text.push_str(rest);
+    let url = Url::parse(text.trim_end_matches('/')).map_err(|fault| format!("`{text}` is not a URL: {fault}"))?;
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(format!("base URL must be http(s), and https beyond loopback; `{text}` is neither"));
+    }
+    if !url.username().is_empty() || url.password().is_some() {
+        return Err("a base URL must not hold user information; credentials come from auth_env".into());
+    }
+    if url.query().is_some() || url.fragment().is_some() || url.host().is_none() {
+        // What stands in a query may be a key: it is not shown.
+        return Err("must be a base URL: a host and a path, no query, no fragment".into());
+    }
+    Ok(url)
+}
+
+fn is_loopback(url: &Url) -> bool {
+    match url.host() {
+        Some(url::Host::Domain(name)) => name == "localhost",
+        Some(url::Host::Ipv4(address)) => address.is_loopback(),
+        Some(url::Host::Ipv6(address)) => address.is_loopback(),
+        None => false,
+    }
+}
+
+fn last_line(text: &str) -> &str {
+    text.lines().last().unwrap_or(text).trim_start_matches("error: ")
+}

@@ -1,0 +1,321 @@
+//! The one door for YAML: size, encoding, syntax and schema, each fault with its place. Names the YAML crate; no other file does.
+
+use std::{collections::BTreeMap, fmt, marker::PhantomData};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, DeserializeOwned, DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
+
+use crate::domain::problem::{Loaded, Problem};
+
+/// The largest document that is read. The platform's own registry is under 40 KB; a file of this size is a mistake.
+pub(crate) const MAX_DOCUMENT_BYTES: usize = 1024 * 1024;
+/// How many bytes may be parsed again in order to say more about a faulty document: each line that is looked up, and each
+/// part that is read by itself, costs one pass. Enough for 200 of the platform's registry, and a second at the most.
+const SECOND_LOOK_BYTES: usize = 8 * 1024 * 1024;
+
+/// Parses one document. Keys that the schema does not know are accepted and come back as warnings.
+pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Loaded<T>, Problem> {
+    let text = text_of(bytes)?;
+    let mut warnings = Vec::new();
+    let value = serde_ignored::deserialize(serde_yaml::Deserializer::from_str(text), |path| {
+        warnings.push(Problem::at(spelled(&path), "is not a key that this schema knows; it was ignored"));
+    })
+    .map_err(|fault| problem_of(&fault))?;
+    Ok(Loaded { value, warnings: located(bytes, warnings) })
+}
+
+/// The problems in the order of the document, each with the line of its place, or of the nearest place around it.
+pub(crate) fn located(bytes: &[u8], mut problems: Vec<Problem>) -> Vec<Problem> {
+    let Ok(text) = text_of(bytes) else { return problems };
+    let affordable = SECOND_LOOK_BYTES / text.len().max(1);
+    for problem in problems.iter_mut().filter(|problem| problem.line.is_none() && !problem.place.is_empty()).take(affordable) {
+        problem.line = line_of(text, &problem.place);
+    }
+    problems.sort_by_key(|problem| problem.line.unwrap_or(0));
+    problems
+}
+
+/// Parts of one document, each read by itself: a fault in one then hides nothing of the others.
+pub(crate) struct Parts<'t> {
+    text: &'t str,
+    left: usize,
+}
+
+impl<'t> Parts<'t> {
+    /// The parts of this document, if it is text at all.
+    pub(crate) fn of(bytes: &'t [u8]) -> Option<Self> {
+        let text = text_of(bytes).ok()?;
+        Some(Self { text, left: SECOND_LOOK_BYTES / text.len().max(1) })
+    }
+
+    /// The value at a path such as `providers[3]`; `None` if there is none, or if too much has been read already.
+    pub(crate) fn read<T: DeserializeOwned>(&mut self, path: &str) -> Result<Option<T>, Problem> {
+        self.left = match self.left.checked_sub(1) {
+            Some(left) => left,
+            None => return Ok(None),
+        };
+        let walk = At { path, end: PhantomData::<T> };
+        walk.deserialize(serde_yaml::Deserializer::from_str(self.text)).map_err(|fault| problem_of(&fault))
+    }
+
+    /// So many parts can still be read.
+    pub(crate) fn can_read(&self, parts: usize) -> bool {
+        parts <= self.left
+    }
+}
+
+/// For maps by name: a name that stands twice is an error, where serde's own maps would keep the last.
+pub(crate) fn unique_keys<'de, D, V>(deserializer: D) -> Result<Option<BTreeMap<String, V>>, D::Error>
+where
+    D: Deserializer<'de>,
+    V: Deserialize<'de>,
+{
+    struct Unique<V>(BTreeMap<String, V>);
+
+    impl<'de, V: Deserialize<'de>> Deserialize<'de> for Unique<V> {
+        fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+            struct Names<V>(PhantomData<V>);
+
+            impl<'de, V: Deserialize<'de>> Visitor<'de> for Names<V> {
+                type Value = BTreeMap<String, V>;
+
+                fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    f.write_str("a map")
+                }
+
+                fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                    let mut values = BTreeMap::new();
+                    while let Some(key) = map.next_key::<String>()? {
+                        if values.contains_key(&key) {
+                            return Err(de::Error::custom(format_args!("duplicate key `{key}`")));
+                        }
+                        let value = map.next_value()?;
+                        values.insert(key, value);
+                    }
+                    Ok(values)
+                }
+            }
+
+            deserializer.deserialize_map(Names(PhantomData)).map(Self)
+        }
+    }
+
+    Ok(Option::<Unique<V>>::deserialize(deserializer)?.map(|unique| unique.0))
+}
+
+fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
+    if bytes.len() > MAX_DOCUMENT_BYTES {
+        return Err(Problem::at("", format!("is {} bytes long; the limit is {MAX_DOCUMENT_BYTES}", bytes.len())));
+    }
+    let text = std::str::from_utf8(bytes)
+        .map_err(|fault| Problem::at("", format!("is not UTF-8 (byte {}); save it as UTF-8", fault.valid_up_to())))?;
+    Ok(text.strip_prefix('\u{feff}').unwrap_or(text))
+}
+
+/// The parser's fault, its place told apart from what it says.
+fn problem_of(fault: &serde_yaml::Error) -> Problem {
+    let whole = fault.to_string();
+    let said = whole.rsplit_once(" at line ").map_or(whole.as_str(), |(said, _)| said);
+    let (place, said) = match said.split_once(": ") {
+        Some((place, rest)) if !place.contains([' ', '`']) => (place, rest),
+        _ => ("", said),
+    };
+    Problem { line: fault.location().map(|at| at.line()), ..Problem::at(place, format!("parse manifest: {said}")) }
+}
+
+/// A path as problems spell it: `providers[3].probe[0].headers`.
+fn spelled(path: &serde_ignored::Path<'_>) -> String {
+    use serde_ignored::Path;
+    match path {
+        Path::Root => String::new(),
+        Path::Seq { parent, index } => format!("{}[{index}]", spelled(parent)),
+        Path::Map { parent, key } => {
+            let parent = spelled(parent);
+            if parent.is_empty() { key.clone() } else { format!("{parent}.{key}") }
+        }
+        Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => spelled(parent),
+    }
+}
+
+/// The line of a path, else of the nearest one around it that is there. The parser tells lines in errors only, so the walk
+/// to the path ends in one.
+fn line_of(text: &str, path: &str) -> Option<usize> {
+    let mut path = path;
+    loop {
+        let walk = At { path, end: Fail };
+        match walk.deserialize(serde_yaml::Deserializer::from_str(text)) {
+            Err(fault) => return fault.location().map(|at| at.line()),
+            Ok(_) => path = path.rfind(['.', '[']).and_then(|end| path.get(..end))?,
+        }
+    }
+}
+
+/// Walks to a path and deserializes what is there with `end`; all else is skipped.
+struct At<'p, S> {
+    path: &'p str,
+    end: S,
+}
+
+/// An end that is an error: its location is the place that was walked to.
+#[derive(Clone, Copy)]
+struct Fail;
+
+impl<'de, S: DeserializeSeed<'de> + Copy> DeserializeSeed<'de> for At<'_, S> {
+    type Value = Option<S::Value>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        if self.path.is_empty() { self.end.deserialize(deserializer).map(Some) } else { deserializer.deserialize_any(self) }
+    }
+}
+
+impl<'de, S: DeserializeSeed<'de> + Copy> Visitor<'de> for At<'_, S> {
+    type Value = Option<S::Value>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("anything")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found = None;
+        while let Some(key) = map.next_key::<String>()? {
+            let rest = self.path.strip_prefix(key.as_str()).and_then(|rest| match rest.chars().next() {
+                Some('.') => rest.get(1..),
+                Some('[') | None => Some(rest),
+                Some(_) => None,
+            });
+            match rest {
+                Some(path) if found.is_none() => found = map.next_value_seed(At { path, end: self.end })?,
+                Some(_) | None => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(found)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+        let step = self.path.strip_prefix('[').and_then(|rest| rest.split_once(']'));
+        let step = step.and_then(|(index, rest)| Some((index.parse::<usize>().ok()?, rest.strip_prefix('.').unwrap_or(rest))));
+        let (mut at, mut found) = (0_usize, None);
+        loop {
+            match step {
+                Some((index, path)) if index == at => match seq.next_element_seed(At { path, end: self.end })? {
+                    Some(value) => found = value,
+                    None => return Ok(found),
+                },
+                _ => {
+                    if seq.next_element::<IgnoredAny>()?.is_none() {
+                        return Ok(found);
+                    }
+                }
+            }
+            at += 1;
+        }
+    }
+
+    fn visit_bool<E: de::Error>(self, _: bool) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_i64<E: de::Error>(self, _: i64) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_u64<E: de::Error>(self, _: u64) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_f64<E: de::Error>(self, _: f64) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_str<E: de::Error>(self, _: &str) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<Self::Value, E> {
+        Ok(None)
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Fail {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        struct Here;
+
+        impl<'de> Visitor<'de> for Here {
+            type Value = ();
+
+            // Every `visit_*` that is left out is an error, which is what is wanted.
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("nothing")
+            }
+        }
+
+        deserializer.deserialize_any(Here)
+    }
+}
+
+/// Parses one document into a tree without a schema. An empty document is null; a key that stands twice is a fault.
+pub(crate) fn tree(bytes: &[u8]) -> Result<serde_json::Value, Problem> {
+    let value = parse::<serde_yaml::Value>(bytes)?.value;
+    serde_json::to_value(value).map_err(|fault| Problem::at("", format!("parse manifest: {fault}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, PartialEq, serde::Deserialize)]
+    struct Doc {
+        name: String,
+        #[serde(default, deserialize_with = "unique_keys")]
+        by_name: Option<BTreeMap<String, String>>,
+    }
+
+    #[test]
+    fn a_byte_order_mark_and_carriage_returns_are_accepted() {
+        assert_eq!(parse::<Doc>("\u{feff}name: a\r\n".as_bytes()).unwrap().value.name, "a");
+    }
+
+    #[test]
+    fn unknown_keys_are_warnings_with_their_path_and_line() {
+        let loaded = parse::<Doc>(b"name: a\nnmae:\n  b\n").unwrap();
+        let unknown = Problem::at("nmae", "is not a key that this schema knows; it was ignored");
+        assert_eq!(loaded.warnings, [Problem { line: Some(3), ..unknown }]);
+    }
+
+    #[test]
+    fn faults_say_where() {
+        let place = |bytes: &[u8]| parse::<Doc>(bytes).unwrap_err().to_string();
+        assert!(place(b"name: [").contains("line "), "{}", place(b"name: ["));
+        assert!(place(b"name: \xff").contains("not UTF-8"));
+        assert!(place(&vec![b' '; MAX_DOCUMENT_BYTES + 1]).contains("limit"));
+        assert!(place(b"name: a\nname: b\n").contains("duplicate"));
+        assert!(place(b"name: a\nby_name: {x: 1, x: 2}\n").contains("duplicate key `x`"));
+        assert_eq!(place(b"\nname:\n  [a]\n"), "line 3: name: parse manifest: invalid type: sequence, expected a string");
+    }
+
+    #[test]
+    fn lines_of_paths() {
+        let text = "a:\n  b.c:\n    - x: 1\n    - y: [1,\n          2]\n  b: 5\n";
+        let line = |path: &str| line_of(text, path);
+        assert_eq!(line("a"), Some(2));
+        assert_eq!(line("a.b.c"), Some(3));
+        assert_eq!(line("a.b.c[0].x"), Some(3));
+        assert_eq!(line("a.b.c[1].y[1]"), Some(5));
+        assert_eq!(line("a.b"), Some(6));
+        assert_eq!(line("a.b.c[1].z"), Some(4), "not there: the nearest place around it");
+        assert_eq!(line("a.b.c[7]"), Some(3));
+        assert_eq!(line("nowhere"), None);
+    }
+
+    #[test]
+    fn parts_are_read_by_themselves() {
+        let mut parts = Parts::of(b"list:\n  - {name: a}\n  - {name: [b]}\n").unwrap();
+        assert_eq!(parts.read::<Doc>("list[0]").unwrap().unwrap().name, "a");
+        assert_eq!(parts.read::<Doc>("list[1]").unwrap_err().line, Some(3));
+        assert!(parts.read::<Doc>("list[2]").unwrap().is_none());
+    }
+}

@@ -1,0 +1,7 @@
+//! Layer 0: the words of the service. Plain types without effects.
+
+pub mod decision;
+pub mod denial;
+pub mod problem;
+pub mod request;
+pub mod secret;

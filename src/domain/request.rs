@@ -1,0 +1,138 @@
+//! What a caller asks about: parsed once at the door, then trusted.
+
+use std::{sync::Arc, time::Duration};
+
+use crate::domain::secret::Secret;
+
+/// The moment at which a decision is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Checkpoint {
+    /// A new workspace, before its row is written.
+    Create,
+    /// Start, restart or resume.
+    Provision,
+    /// A change of model, runtime or secret, before it is saved.
+    Update,
+}
+
+/// Where a credential is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scope {
+    /// The workspace's own secrets.
+    Workspace,
+    /// The organization's secrets.
+    Organization,
+}
+
+impl Scope {
+    /// The wire name, without the enum's own name as a prefix.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Workspace => "WORKSPACE",
+            Self::Organization => "ORGANIZATION",
+        }
+    }
+}
+
+impl Checkpoint {
+    /// The wire name, without the enum's own name as a prefix.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Create => "CREATE",
+            Self::Provision => "PROVISION",
+            Self::Update => "UPDATE",
+        }
+    }
+}
+
+/// What a credential's row holds.
+#[derive(Debug, Clone)]
+pub enum CredentialValue {
+    /// Its value, which may be blank.
+    Readable(Arc<Secret>),
+    /// The row exists and could not be read. Never taken for "no secret there".
+    Unreadable,
+}
+
+/// One credential at hand.
+#[derive(Debug, Clone)]
+pub struct Credential {
+    /// The environment variable's name.
+    pub env_name: String,
+    /// Where it is stored. A name stands at most once in each scope.
+    pub scope: Scope,
+    /// What its row holds.
+    pub value: CredentialValue,
+}
+
+/// The operator's escape hatch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OperatorOverride {
+    /// No override: derive.
+    Derive,
+    /// Bill the platform, whatever the model derives to.
+    PlatformManaged,
+    /// Require the tenant's own credential.
+    Byok,
+    /// No model calls are expected.
+    Disabled,
+}
+
+/// Whether the platform's metered proxy can serve the workspace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PlatformProxy {
+    /// It can.
+    Available,
+    /// There is none.
+    Absent,
+}
+
+/// The workspace as it would start.
+#[derive(Debug, Clone)]
+pub struct WorkspaceSpec {
+    /// The platform's id for the workspace; may be empty at create.
+    pub workspace_id: String,
+    /// The platform's id for the tenant; may be empty.
+    pub organization_id: String,
+    /// The effective runtime, as given.
+    pub runtime: String,
+    /// The effective model, trimmed of Unicode white space.
+    pub model: String,
+    /// The credentials at hand.
+    pub credentials: Vec<Credential>,
+    /// Scopes that could not be listed.
+    pub unreadable_scopes: Vec<Scope>,
+    /// The operator's override.
+    pub operator_override: OperatorOverride,
+    /// Whether the proxy is there; `None` is the configured default.
+    pub platform_proxy: Option<PlatformProxy>,
+    /// Base-URL variables that the tenant set.
+    pub tenant_base_url_env: Vec<String>,
+}
+
+/// One question.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The workspace.
+    pub spec: WorkspaceSpec,
+    /// The moment.
+    pub checkpoint: Checkpoint,
+    /// How old an observation may be; `None` is the service's own ages.
+    pub max_liveness_age: Option<Duration>,
+    /// Whether the steps are to be told.
+    pub explain: bool,
+    /// Who asks, by the name that the edge knows it by; empty where callers have none.
+    pub caller: String,
+}
+
+/// Nothing but printable ASCII, which nearly every text is: told several bytes at a time.
+pub fn is_plain(text: &str) -> bool {
+    text.bytes().fold(true, |plain, byte| plain & matches!(byte, b' '..=b'~'))
+}
+
+/// A variable's name as every shell takes it: letters, digits and `_`, not beginning with a digit, at most 128 bytes.
+pub fn is_env_name(name: &str) -> bool {
+    name.len() <= 128
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        && name.bytes().next().is_some_and(|first| !first.is_ascii_digit())
+}

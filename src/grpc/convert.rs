@@ -1,0 +1,707 @@
+//! Proto and domain, both ways. With `grpc.rs` and the CLI's client the only files that name generated code.
+
+use std::{
+    collections::BTreeSet,
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use crate::{
+    config::settings::Limits,
+    core::{
+        engine::Decided,
+        evaluate::{Origin, Resolved, Snapshot, Unresolved},
+    },
+    domain::{
+        decision::{
+            BillingMode, Decision, Deny, DenyCode, Liveness, MatchedBy, Outcome, Resolution, Seen, ServedFrom, Source, Verdict,
+            Warning, WarningCode,
+        },
+        request::{
+            Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec, is_plain,
+        },
+        secret::Secret,
+    },
+};
+
+/// Generated from `proto/`.
+#[expect(clippy::allow_attributes, clippy::allow_attributes_without_reason, reason = "generated code")]
+pub mod pb {
+    tonic::include_proto!("byokgate.v1");
+}
+
+/// The encoded descriptors, for reflection.
+pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
+
+/// What is wrong with a request: each field with what was found and what to do.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Violations(pub Vec<(String, String)>);
+
+impl Violations {
+    /// Fields and descriptions are made into text here and nowhere before: nearly every request has no violation.
+    fn add(&mut self, field: impl fmt::Display, description: impl fmt::Display) {
+        self.0.push((field.to_string(), description.to_string()));
+    }
+
+    fn or<T>(self, value: T) -> Result<T, Self> {
+        if self.0.is_empty() { Ok(value) } else { Err(self) }
+    }
+
+    /// A name that may stand in logs and messages.
+    fn check_name(&mut self, field: impl fmt::Display, name: &str, limit: usize) {
+        if name.len() > limit {
+            self.add(&field, format_args!("is {} bytes long; the limit is {limit}", name.len()));
+        }
+        if !is_plain(name)
+            && let Some(at) = name.find(char::is_control)
+        {
+            self.add(&field, format_args!("holds a control character at byte {at}"));
+        }
+    }
+}
+
+// === in ===
+
+/// A Decide request within the built-in limits: what a command takes.
+pub fn request(message: pb::DecideRequest) -> Result<Request, Violations> {
+    request_within(message, &Limits::default())
+}
+
+/// A Decide request, parsed once: inside, nothing is checked again.
+pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Request, Violations> {
+    let pb::DecideRequest { workspace_spec, checkpoint, max_liveness_age, explain } = message;
+    let mut violations = Violations::default();
+    let checkpoint = match pb::Checkpoint::try_from(checkpoint) {
+        Ok(pb::Checkpoint::Create) => Some(Checkpoint::Create),
+        Ok(pb::Checkpoint::Provision) => Some(Checkpoint::Provision),
+        Ok(pb::Checkpoint::Update) => Some(Checkpoint::Update),
+        Ok(pb::Checkpoint::Unspecified) | Err(_) => {
+            violations.add("checkpoint", "is required: CREATE, PROVISION or UPDATE");
+            None
+        }
+    };
+    let max_liveness_age = max_liveness_age.and_then(|age| match Duration::try_from(age) {
+        Ok(age) => Some(age),
+        Err(_) => {
+            violations.add("max_liveness_age", "must be a duration of 0 or more");
+            None
+        }
+    });
+    let spec = match workspace_spec {
+        Some(message) => Some(spec(message, limits, &mut violations)),
+        None => {
+            violations.add("workspace_spec", "is required");
+            None
+        }
+    };
+    match (spec, checkpoint) {
+        (Some(spec), Some(checkpoint)) => {
+            violations.or(Request { spec, checkpoint, max_liveness_age, explain, caller: String::new() })
+        }
+        _ => Err(violations),
+    }
+}
+
+fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations) -> WorkspaceSpec {
+    let pb::WorkspaceSpec {
+        workspace_id,
+        organization_id,
+        runtime,
+        model,
+        credentials,
+        unreadable_scopes,
+        operator_override,
+        platform_proxy,
+        tenant_base_url_env,
+    } = message;
+    const AT: &str = "workspace_spec";
+    violations.check_name(format_args!("{AT}.workspace_id"), &workspace_id, limits.name_bytes);
+    violations.check_name(format_args!("{AT}.organization_id"), &organization_id, limits.name_bytes);
+    violations.check_name(format_args!("{AT}.runtime"), &runtime, limits.name_bytes);
+    let model = trimmed(model);
+    violations.check_name(format_args!("{AT}.model"), &model, limits.model_bytes);
+    if credentials.len() > limits.credentials {
+        violations.add(
+            format_args!("{AT}.credentials"),
+            format_args!(
+                "holds {}; the limit is {}: send only names that the registry knows",
+                credentials.len(),
+                limits.credentials
+            ),
+        );
+    }
+    let mut parsed: Vec<Credential> = Vec::with_capacity(credentials.len().min(limits.credentials));
+    for (index, message) in credentials.into_iter().take(limits.credentials).enumerate() {
+        let place = format_args!("{AT}.credentials[{index}]");
+        if let Some(credential) = credential(message, place, limits, violations) {
+            let Credential { env_name, scope, .. } = &credential;
+            // There are few: looking through them is cheaper than keeping a set.
+            if parsed.iter().any(|other| other.scope == *scope && other.env_name == *env_name) {
+                violations.add(format_args!("{place}.env_name"), format_args!("`{env_name}` stands twice in one scope"));
+            }
+            parsed.push(credential);
+        }
+    }
+    let unreadable_scopes = unreadable_scopes
+        .into_iter()
+        .enumerate()
+        .filter_map(|(index, number)| scope(number, format_args!("{AT}.unreadable_scopes[{index}]"), violations))
+        .collect();
+    let operator_override = match pb::OperatorOverride::try_from(operator_override) {
+        Ok(pb::OperatorOverride::Unspecified) => OperatorOverride::Derive,
+        Ok(pb::OperatorOverride::PlatformManaged) => OperatorOverride::PlatformManaged,
+        Ok(pb::OperatorOverride::Byok) => OperatorOverride::Byok,
+        Ok(pb::OperatorOverride::Disabled) => OperatorOverride::Disabled,
+        Err(_) => {
+            violations.add(
+                format_args!("{AT}.operator_override"),
+                format_args!("{operator_override} is not a value of OperatorOverride"),
+            );
+            OperatorOverride::Derive
+        }
+    };
+    let platform_proxy = match pb::PlatformProxy::try_from(platform_proxy) {
+        Ok(pb::PlatformProxy::Unspecified) => None,
+        Ok(pb::PlatformProxy::Available) => Some(PlatformProxy::Available),
+        Ok(pb::PlatformProxy::Absent) => Some(PlatformProxy::Absent),
+        Err(_) => {
+            violations.add(format_args!("{AT}.platform_proxy"), format_args!("{platform_proxy} is not a value of PlatformProxy"));
+            None
+        }
+    };
+    if tenant_base_url_env.len() > limits.base_url_names {
+        violations.add(
+            format_args!("{AT}.tenant_base_url_env"),
+            format_args!("holds {}; the limit is {}", tenant_base_url_env.len(), limits.base_url_names),
+        );
+    }
+    for (index, name) in tenant_base_url_env.iter().take(limits.base_url_names).enumerate() {
+        let field = format_args!("{AT}.tenant_base_url_env[{index}]");
+        violations.check_name(field, name, limits.name_bytes);
+        if name.is_empty() {
+            violations.add(field, "is empty: name the variable, or leave it out");
+        }
+    }
+    WorkspaceSpec {
+        workspace_id,
+        organization_id,
+        runtime,
+        model,
+        credentials: parsed,
+        unreadable_scopes,
+        operator_override,
+        platform_proxy,
+        tenant_base_url_env,
+    }
+}
+
+/// Trimmed of Unicode white space; copied only where there is some.
+fn trimmed(text: String) -> String {
+    let kept = text.trim();
+    if kept.len() == text.len() { text } else { kept.to_owned() }
+}
+
+fn credential(
+    message: pb::Credential,
+    place: impl fmt::Display,
+    limits: &Limits,
+    violations: &mut Violations,
+) -> Option<Credential> {
+    let pb::Credential { env_name, scope: number, value, unreadable } = message;
+    let secret = Secret::new(value);
+    if env_name.is_empty() {
+        violations.add(format_args!("{place}.env_name"), "is required");
+    }
+    violations.check_name(format_args!("{place}.env_name"), &env_name, limits.name_bytes);
+    let (length, limit) = (secret.expose().len(), limits.credential_bytes);
+    if length > limit {
+        violations.add(format_args!("{place}.value"), format_args!("is {length} bytes long; the limit is {limit}"));
+    }
+    if unreadable && length > 0 {
+        violations.add(format_args!("{place}.value"), "must be empty where `unreadable` is set");
+    }
+    let value = if unreadable { CredentialValue::Unreadable } else { CredentialValue::Readable(Arc::new(secret)) };
+    Some(Credential { env_name, scope: scope(number, format_args!("{place}.scope"), violations)?, value })
+}
+
+fn scope(number: i32, field: impl fmt::Display, violations: &mut Violations) -> Option<Scope> {
+    match pb::Scope::try_from(number) {
+        Ok(pb::Scope::Workspace) => Some(Scope::Workspace),
+        Ok(pb::Scope::Organization) => Some(Scope::Organization),
+        Ok(pb::Scope::Unspecified) | Err(_) => {
+            violations.add(field, "is required: WORKSPACE or ORGANIZATION");
+            None
+        }
+    }
+}
+
+/// A ResolveProvider request: runtime, model, names.
+pub fn resolve_request(
+    message: pb::ResolveProviderRequest,
+    limits: &Limits,
+) -> Result<(String, String, BTreeSet<String>), Violations> {
+    let pb::ResolveProviderRequest { runtime, model, credential_names } = message;
+    let mut violations = Violations::default();
+    violations.check_name("runtime", &runtime, limits.name_bytes);
+    let model = trimmed(model);
+    violations.check_name("model", &model, limits.model_bytes);
+    if credential_names.len() > limits.resolve_names {
+        violations
+            .add("credential_names", format_args!("holds {}; the limit is {}", credential_names.len(), limits.resolve_names));
+    }
+    for (index, name) in credential_names.iter().take(limits.resolve_names).enumerate() {
+        violations.check_name(format_args!("credential_names[{index}]"), name, limits.name_bytes);
+    }
+    violations.or((runtime, model, credential_names.into_iter().collect()))
+}
+
+/// A ListModels request: the runtime, or every one.
+pub fn list_request(message: pb::ListModelsRequest, limits: &Limits) -> Result<Option<String>, Violations> {
+    let pb::ListModelsRequest { runtime } = message;
+    let mut violations = Violations::default();
+    violations.check_name("runtime", &runtime, limits.name_bytes);
+    violations.or(Some(runtime).filter(|runtime| !runtime.is_empty()))
+}
+
+/// A Decide request as a client sends it.
+pub fn to_request(request: &Request) -> pb::DecideRequest {
+    let Request { spec, checkpoint, max_liveness_age, explain, caller: _ } = request;
+    let scope = |scope: Scope| match scope {
+        Scope::Workspace => pb::Scope::Workspace as i32,
+        Scope::Organization => pb::Scope::Organization as i32,
+    };
+    let credential = |credential: &Credential| {
+        let (value, unreadable) = match &credential.value {
+            CredentialValue::Readable(secret) => (secret.expose().to_owned(), false),
+            CredentialValue::Unreadable => (String::new(), true),
+        };
+        pb::Credential { env_name: credential.env_name.clone(), scope: scope(credential.scope), value, unreadable }
+    };
+    let spec = pb::WorkspaceSpec {
+        workspace_id: spec.workspace_id.clone(),
+        organization_id: spec.organization_id.clone(),
+        runtime: spec.runtime.clone(),
+        model: spec.model.clone(),
+        credentials: spec.credentials.iter().map(credential).collect(),
+        unreadable_scopes: spec.unreadable_scopes.iter().map(|unreadable| scope(*unreadable)).collect(),
+        operator_override: match spec.operator_override {
+            OperatorOverride::Derive => pb::OperatorOverride::Unspecified,
+            OperatorOverride::PlatformManaged => pb::OperatorOverride::PlatformManaged,
+            OperatorOverride::Byok => pb::OperatorOverride::Byok,
+            OperatorOverride::Disabled => pb::OperatorOverride::Disabled,
+        } as i32,
+        platform_proxy: match spec.platform_proxy {
+            None => pb::PlatformProxy::Unspecified,
+            Some(PlatformProxy::Available) => pb::PlatformProxy::Available,
+            Some(PlatformProxy::Absent) => pb::PlatformProxy::Absent,
+        } as i32,
+        tenant_base_url_env: spec.tenant_base_url_env.clone(),
+    };
+    pb::DecideRequest {
+        workspace_spec: Some(spec),
+        checkpoint: match checkpoint {
+            Checkpoint::Create => pb::Checkpoint::Create,
+            Checkpoint::Provision => pb::Checkpoint::Provision,
+            Checkpoint::Update => pb::Checkpoint::Update,
+        } as i32,
+        max_liveness_age: max_liveness_age.map(duration),
+        explain: *explain,
+    }
+}
+
+// === out ===
+
+/// A decision.
+pub fn response(decided: Decided) -> pb::DecideResponse {
+    let Decided { id, decision, registry_revision, catalogue_revision } = decided;
+    let Decision { outcome, resolution, liveness, warnings, trace } = decision;
+    pb::DecideResponse {
+        decision_id: id.to_string(),
+        decision: Some(match outcome {
+            Outcome::Allow(_) => pb::decide_response::Decision::Allow(pb::Allow {}),
+            Outcome::Deny(refused) => pb::decide_response::Decision::Deny(deny(*refused)),
+        }),
+        resolution: Some(self::resolution(resolution)),
+        liveness: liveness.map(self::liveness),
+        warnings: warnings.into_iter().map(warning).collect(),
+        registry_revision,
+        catalogue_revision,
+        trace: trace.into_iter().map(|step| pb::TraceStep { step: step.step.to_owned(), detail: step.detail }).collect(),
+    }
+}
+
+/// An answer to ResolveProvider.
+pub fn resolve_response(result: Result<Resolved, Unresolved>, model: &str, snapshot: &Snapshot) -> pb::ResolveProviderResponse {
+    let registry_revision = snapshot.registry.revision().to_owned();
+    match result {
+        Ok(Resolved { resolution, relevant_env, withdrawn }) => pb::ResolveProviderResponse {
+            result: Some(pb::resolve_provider_response::Result::Resolution(self::resolution(resolution))),
+            relevant_env,
+            warnings: if withdrawn { vec![warning(withdrawal(model))] } else { Vec::new() },
+            registry_revision,
+        },
+        Err(Unresolved { refusal, relevant_env }) => pb::ResolveProviderResponse {
+            result: Some(pb::resolve_provider_response::Result::Deny(deny(Deny {
+                refusal: *refusal,
+                alternative_models: Vec::new(),
+            }))),
+            relevant_env,
+            warnings: Vec::new(),
+            registry_revision,
+        },
+    }
+}
+
+fn withdrawal(model: &str) -> Warning {
+    Warning {
+        code: WarningCode::ModelWithdrawn,
+        message: format!("model `{model}` is withdrawn: new workspaces cannot have it"),
+        env_names: Vec::new(),
+    }
+}
+
+/// What a runtime, or every one, offers.
+pub fn models(snapshot: &Snapshot, runtime: Option<&str>) -> pb::ListModelsResponse {
+    let registry = &snapshot.registry;
+    let mut models = Vec::new();
+    for (name, found) in registry.runtimes().filter(|(name, _)| runtime.is_none_or(|runtime| runtime == *name)) {
+        for arm in &found.arms {
+            let provider = registry.provider(arm);
+            let withdrawn_only = arm.withdrawn.iter().filter(|model| !arm.models.contains(model));
+            for model in arm.models.iter().chain(withdrawn_only) {
+                models.push(pb::OfferedModel {
+                    runtime: name.to_owned(),
+                    model: model.clone(),
+                    provider: provider.name.clone(),
+                    provider_display_name: provider.display_name.clone(),
+                    billing_mode: billing_mode(Some(provider.billing_mode())),
+                    accepted_env: if provider.is_platform() { Vec::new() } else { provider.auth_env.clone() },
+                    withdrawn: arm.has_withdrawn(model),
+                });
+            }
+        }
+    }
+    pb::ListModelsResponse { models, registry_revision: registry.revision().to_owned() }
+}
+
+/// The state of registry and catalogue.
+pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResponse {
+    let Snapshot { registry, catalogue, registry_origin, catalogue_origin, .. } = snapshot;
+    let source = |revision: &str, origin: &Origin| pb::SourceStatus {
+        revision: revision.to_owned(),
+        source: origin.source.clone(),
+        loaded_at: Some(origin.loaded_at.into()),
+        age: Some(duration(now.duration_since(origin.loaded_at).unwrap_or_default())),
+        last_reload_error: origin.last_reload_error.clone(),
+    };
+    let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+    pb::GetRegistryStatusResponse {
+        registry: Some(source(registry.revision(), registry_origin)),
+        catalogue: Some(source(catalogue.revision(), catalogue_origin)),
+        provider_count: count(registry.providers().len()),
+        runtime_count: count(registry.runtimes().count()),
+        model_count: count(registry.runtimes().flat_map(|(_, runtime)| &runtime.arms).map(|arm| arm.models.len()).sum()),
+        host_count: count(catalogue.host_count()),
+        credential_names: registry.credential_names().iter().cloned().collect(),
+    }
+}
+
+fn deny(deny: Deny) -> pb::Deny {
+    let Deny { refusal, alternative_models } = deny;
+    pb::Deny {
+        code: deny_code(refusal.code()),
+        message: refusal.message(),
+        remedy: refusal.remedy(),
+        missing_env: refusal.missing_env().to_vec(),
+        alternative_models,
+        retryable: refusal.code().retryable(),
+        retry_after: refusal.retry_after().map(duration),
+    }
+}
+
+fn resolution(resolution: Resolution) -> pb::Resolution {
+    let Resolution { provider, billing_mode, source, matched_by, accepted_env, credential } = resolution;
+    let (credential_env, scope, shadows_organization, credential_fingerprint) = match credential {
+        Some(judged) => (judged.env_name, Some(judged.scope), judged.shadows_organization, judged.fingerprint),
+        None => (String::new(), None, false, String::new()),
+    };
+    pb::Resolution {
+        provider,
+        billing_mode: self::billing_mode(billing_mode),
+        source: match source {
+            Source::Derived => pb::ResolutionSource::Derived,
+            Source::OperatorOverride => pb::ResolutionSource::OperatorOverride,
+            Source::ExemptRuntime => pb::ResolutionSource::ExemptRuntime,
+        } as i32,
+        matched_by: match matched_by {
+            None => pb::MatchedBy::Unspecified,
+            Some(MatchedBy::ExactModel) => pb::MatchedBy::ExactModel,
+            Some(MatchedBy::ExactModelAndCredential) => pb::MatchedBy::ExactModelAndCredential,
+            Some(MatchedBy::FirstDeclared) => pb::MatchedBy::FirstDeclared,
+            Some(MatchedBy::Prefix) => pb::MatchedBy::Prefix,
+            Some(MatchedBy::PrefixAndCredential) => pb::MatchedBy::PrefixAndCredential,
+        } as i32,
+        accepted_env,
+        credential_env,
+        credential_scope: match scope {
+            None => pb::Scope::Unspecified,
+            Some(Scope::Workspace) => pb::Scope::Workspace,
+            Some(Scope::Organization) => pb::Scope::Organization,
+        } as i32,
+        shadows_organization,
+        credential_fingerprint,
+    }
+}
+
+fn liveness(liveness: Liveness) -> pb::Liveness {
+    let Liveness { verdict, upstream_status, endpoint_host, probe, seen } = liveness;
+    pb::Liveness {
+        verdict: self::verdict(verdict),
+        upstream_status: upstream_status.map_or(0, u32::from),
+        endpoint_host,
+        probe,
+        observed_at: seen.map(|seen| seen.observed_at.into()),
+        age: seen.map(|seen| duration(seen.age)),
+        served_from: match seen {
+            None => pb::ServedFrom::Unspecified,
+            Some(Seen { served_from: ServedFrom::Probe, .. }) => pb::ServedFrom::Probe,
+            Some(Seen { served_from: ServedFrom::Cache, .. }) => pb::ServedFrom::Cache,
+            Some(Seen { served_from: ServedFrom::Stale, .. }) => pb::ServedFrom::Stale,
+            Some(Seen { served_from: ServedFrom::Breaker, .. }) => pb::ServedFrom::Breaker,
+        } as i32,
+    }
+}
+
+fn warning(warning: Warning) -> pb::Warning {
+    let Warning { code, message, env_names } = warning;
+    let code = match code {
+        WarningCode::OperatorOverride => pb::WarningCode::OperatorOverride,
+        WarningCode::ExemptRuntime => pb::WarningCode::ExemptRuntime,
+        WarningCode::ModelWithdrawn => pb::WarningCode::ModelWithdrawn,
+        WarningCode::UnknownCredentialName => pb::WarningCode::UnknownCredentialName,
+        WarningCode::ConflictingCredential => pb::WarningCode::ConflictingCredential,
+        WarningCode::CredentialUnverified => pb::WarningCode::CredentialUnverified,
+        WarningCode::StaleLiveness => pb::WarningCode::StaleLiveness,
+        WarningCode::ReportOnly => pb::WarningCode::ReportOnly,
+        WarningCode::UnreadableCredentials => pb::WarningCode::UnreadableCredentials,
+    };
+    pb::Warning { code: code as i32, message, env_names }
+}
+
+fn billing_mode(mode: Option<BillingMode>) -> i32 {
+    match mode {
+        None => pb::BillingMode::Unspecified as i32,
+        Some(BillingMode::PlatformManaged) => pb::BillingMode::PlatformManaged as i32,
+        Some(BillingMode::Byok) => pb::BillingMode::Byok as i32,
+        Some(BillingMode::None) => pb::BillingMode::None as i32,
+    }
+}
+
+fn verdict(verdict: Verdict) -> i32 {
+    (match verdict {
+        Verdict::Valid => pb::Verdict::Valid,
+        Verdict::Invalid => pb::Verdict::Invalid,
+        Verdict::Forbidden => pb::Verdict::Forbidden,
+        Verdict::QuotaExhausted => pb::Verdict::QuotaExhausted,
+        Verdict::RateLimited => pb::Verdict::RateLimited,
+        Verdict::ProviderError => pb::Verdict::ProviderError,
+        Verdict::UnexpectedResponse => pb::Verdict::UnexpectedResponse,
+        Verdict::Timeout => pb::Verdict::Timeout,
+        Verdict::Unreachable => pb::Verdict::Unreachable,
+        Verdict::NotAttempted => pb::Verdict::NotAttempted,
+        Verdict::NoServerSurface => pb::Verdict::NoServerSurface,
+        Verdict::NotCalibrated => pb::Verdict::NotCalibrated,
+        Verdict::ProbeDisabled => pb::Verdict::ProbeDisabled,
+    }) as i32
+}
+
+fn deny_code(code: DenyCode) -> i32 {
+    (match code {
+        DenyCode::RuntimeRequired => pb::DenyCode::RuntimeRequired,
+        DenyCode::RuntimeUnsupported => pb::DenyCode::RuntimeUnsupported,
+        DenyCode::ModelRequired => pb::DenyCode::ModelRequired,
+        DenyCode::UnregisteredModelForRuntime => pb::DenyCode::UnregisteredModelForRuntime,
+        DenyCode::AmbiguousProvider => pb::DenyCode::AmbiguousProvider,
+        DenyCode::DerivedProviderNotInRegistry => pb::DenyCode::DerivedProviderNotInRegistry,
+        DenyCode::ModelWithdrawn => pb::DenyCode::ModelWithdrawn,
+        DenyCode::CredentialScopeUnreadable => pb::DenyCode::CredentialScopeUnreadable,
+        DenyCode::MissingPlatformProxy => pb::DenyCode::MissingPlatformProxy,
+        DenyCode::ProviderNotByok => pb::DenyCode::ProviderNotByok,
+        DenyCode::OverrideNotAllowed => pb::DenyCode::OverrideNotAllowed,
+        DenyCode::OverrideConflictsWithModel => pb::DenyCode::OverrideConflictsWithModel,
+        DenyCode::MissingByokCredential => pb::DenyCode::MissingByokCredential,
+        DenyCode::MalformedByokCredential => pb::DenyCode::MalformedByokCredential,
+        DenyCode::InvalidByokCredential => pb::DenyCode::InvalidByokCredential,
+        DenyCode::ByokProbeTimeout => pb::DenyCode::ByokProbeTimeout,
+        DenyCode::ByokProviderUnreachable => pb::DenyCode::ByokProviderUnreachable,
+        DenyCode::ByokProbeNotAttempted => pb::DenyCode::ByokProbeNotAttempted,
+        DenyCode::ByokProviderRateLimited => pb::DenyCode::ByokProviderRateLimited,
+        DenyCode::ByokProviderError => pb::DenyCode::ByokProviderError,
+        DenyCode::ByokUnexpectedResponse => pb::DenyCode::ByokUnexpectedResponse,
+        DenyCode::ByokQuotaExhausted => pb::DenyCode::ByokQuotaExhausted,
+        DenyCode::ByokNotVerifiable => pb::DenyCode::ByokNotVerifiable,
+    }) as i32
+}
+
+fn duration(duration: Duration) -> prost_types::Duration {
+    // A duration beyond what the message can hold is cut to its maximum: nobody waits 10,000 years.
+    duration.try_into().unwrap_or(prost_types::Duration { seconds: 315_576_000_000, nanos: 0 })
+}
+
+// === printing without the value ===
+
+impl fmt::Debug for pb::Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { env_name, scope, value: _, unreadable } = self;
+        f.debug_struct("Credential")
+            .field("env_name", env_name)
+            .field("scope", scope)
+            .field("value", &format_args!(".."))
+            .field("unreadable", unreadable)
+            .finish()
+    }
+}
+
+impl fmt::Debug for pb::WorkspaceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { workspace_id, runtime, model, credentials, .. } = self;
+        f.debug_struct("WorkspaceSpec")
+            .field("workspace_id", workspace_id)
+            .field("runtime", runtime)
+            .field("model", model)
+            .field("credentials", credentials)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for pb::DecideRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { workspace_spec, checkpoint, max_liveness_age: _, explain: _ } = self;
+        f.debug_struct("DecideRequest")
+            .field("workspace_spec", workspace_spec)
+            .field("checkpoint", checkpoint)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for pb::BatchDecideRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BatchDecideRequest").field("requests", &self.requests.len()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CANARY: &str = "made-up-canary-value";
+
+    fn message() -> pb::DecideRequest {
+        pb::DecideRequest {
+            workspace_spec: Some(pb::WorkspaceSpec {
+                workspace_id: "ws-1".into(),
+                organization_id: "org-1".into(),
+                runtime: "claude-code".into(),
+                model: "sonnet".into(),
+                credentials: vec![pb::Credential {
+                    env_name: "ANTHROPIC_API_KEY".into(),
+                    scope: pb::Scope::Organization as i32,
+                    value: CANARY.into(),
+                    unreadable: false,
+                }],
+                unreadable_scopes: vec![pb::Scope::Workspace as i32],
+                operator_override: pb::OperatorOverride::Byok as i32,
+                platform_proxy: pb::PlatformProxy::Absent as i32,
+                tenant_base_url_env: vec!["OPENAI_BASE_URL".into()],
+            }),
+            checkpoint: pb::Checkpoint::Update as i32,
+            max_liveness_age: Some(prost_types::Duration { seconds: 1, nanos: 5 }),
+            explain: true,
+        }
+    }
+
+    #[test]
+    fn no_message_prints_a_credential() {
+        let message = message();
+        let spec = message.workspace_spec.clone().unwrap();
+        let batch = pb::BatchDecideRequest { requests: vec![message.clone()] };
+        let printed = format!("{:?} {:#?} {spec:?} {message:?} {batch:?}", spec.credentials, spec.credentials);
+        assert!(printed.contains("ANTHROPIC_API_KEY") && !printed.contains("canary"), "{printed}");
+        assert!(!format!("{:?}", request(message)).contains("canary"));
+    }
+
+    #[test]
+    fn a_request_survives_the_way_there_and_back() {
+        let parsed = request(message()).unwrap();
+        assert_eq!(to_request(&parsed), message());
+    }
+
+    #[track_caller]
+    fn violates(change: impl FnOnce(&mut pb::DecideRequest), expect: &[&str]) {
+        let mut message = message();
+        change(&mut message);
+        let fields: Vec<String> = request(message).unwrap_err().0.into_iter().map(|(field, _)| field).collect();
+        assert_eq!(fields, expect);
+    }
+
+    fn with_spec(change: impl FnOnce(&mut pb::WorkspaceSpec)) -> impl FnOnce(&mut pb::DecideRequest) {
+        move |message| change(message.workspace_spec.as_mut().unwrap())
+    }
+
+    #[test]
+    fn bad_input_names_its_field() {
+        violates(|message| *message = pb::DecideRequest::default(), &["checkpoint", "workspace_spec"]);
+        violates(|message| message.checkpoint = 7, &["checkpoint"]);
+        violates(
+            |message| message.max_liveness_age = Some(prost_types::Duration { seconds: -1, nanos: 0 }),
+            &["max_liveness_age"],
+        );
+        violates(with_spec(|spec| spec.runtime = "a\nb".into()), &["workspace_spec.runtime"]);
+        violates(with_spec(|spec| spec.workspace_id = "w".repeat(129)), &["workspace_spec.workspace_id"]);
+        violates(with_spec(|spec| spec.model = "m".repeat(513)), &["workspace_spec.model"]);
+        violates(with_spec(|spec| spec.operator_override = 9), &["workspace_spec.operator_override"]);
+        violates(with_spec(|spec| spec.platform_proxy = 9), &["workspace_spec.platform_proxy"]);
+        violates(
+            with_spec(|spec| spec.unreadable_scopes = vec![0, 3]),
+            &["workspace_spec.unreadable_scopes[0]", "workspace_spec.unreadable_scopes[1]"],
+        );
+        violates(with_spec(|spec| spec.credentials[0].scope = 0), &["workspace_spec.credentials[0].scope"]);
+        violates(with_spec(|spec| spec.credentials[0].unreadable = true), &["workspace_spec.credentials[0].value"]);
+        violates(with_spec(|spec| spec.credentials[0].value = "v".repeat(65 * 1024)), &["workspace_spec.credentials[0].value"]);
+        violates(
+            with_spec(|spec| spec.credentials.push(spec.credentials[0].clone())),
+            &["workspace_spec.credentials[1].env_name"],
+        );
+        violates(with_spec(|spec| spec.tenant_base_url_env = vec![String::new()]), &["workspace_spec.tenant_base_url_env[0]"]);
+        violates(
+            with_spec(|spec| spec.credentials = vec![spec.credentials[0].clone(); 65]),
+            &std::iter::once("workspace_spec.credentials".to_owned())
+                .chain((1..64).map(|index| format!("workspace_spec.credentials[{index}].env_name")))
+                .collect::<Vec<_>>()
+                .iter()
+                .map(String::as_str)
+                .collect::<Vec<_>>(),
+        );
+    }
+
+    #[test]
+    fn every_code_verdict_and_warning_keeps_its_name_on_the_wire() {
+        for &code in DenyCode::ALL {
+            assert_eq!(pb::DenyCode::try_from(deny_code(code)).unwrap().as_str_name(), format!("DENY_CODE_{code}"));
+        }
+        for &found in Verdict::ALL {
+            assert_eq!(pb::Verdict::try_from(verdict(found)).unwrap().as_str_name(), format!("VERDICT_{found}"));
+        }
+        for &code in WarningCode::ALL {
+            let message = warning(Warning { code, message: String::new(), env_names: vec![] });
+            assert_eq!(pb::WarningCode::try_from(message.code).unwrap().as_str_name(), format!("WARNING_CODE_{code}"));
+        }
+        for &mode in BillingMode::ALL {
+            assert_eq!(
+                pb::BillingMode::try_from(billing_mode(Some(mode))).unwrap().as_str_name(),
+                format!("BILLING_MODE_{mode}")
+            );
+        }
+    }
+}

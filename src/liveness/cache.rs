@@ -1,0 +1,604 @@
+//! Observations remembered for a short time: keyed hash, age per verdict, one probe per key, detached fill.
+//!
+//! moka holds and bounds them. Freshness is decided here, by tokio's clock, for two reasons: an age depends on who asks
+//! (`max_liveness_age`, the hard maximum at PROVISION), and tests can then move time instead of waiting for it.
+
+use std::{
+    hash::{BuildHasherDefault, Hasher},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use arc_swap::ArcSwap;
+use moka::notification::RemovalCause;
+use rand::Rng;
+use tokio::time::Instant;
+use tracing::Instrument;
+
+use crate::{
+    core::{
+        classify::Finding,
+        endpoint::Target,
+        engine::{Asker, Begun, Boxed, EarlierValid, LivenessSource, Observed, Question},
+        evaluate::Inquiry,
+    },
+    domain::decision::{ServedFrom, Verdict, Withheld},
+    liveness::{
+        breaker::{BreakerSettings, Breakers, Opened},
+        provider_limits::{NewKeyLimits, NewKeys},
+        single_flight::{Flights, Joined, Landing, Launch, wait},
+    },
+    telemetry::{
+        metrics::{Counter, Measured, Page},
+        traces::{self, Part},
+    },
+};
+
+/// How long observations count, per verdict.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ages {
+    /// VALID: revocation is seen within this time.
+    pub valid: Duration,
+    /// VALID, where a probe costs the tenant money.
+    pub valid_paid: Duration,
+    /// INVALID and FORBIDDEN: a repaired key is seen within this time.
+    pub refused: Duration,
+    /// TIMEOUT, UNREACHABLE.
+    pub unanswered: Duration,
+    /// PROVIDER_ERROR, UNEXPECTED_RESPONSE, QUOTA_EXHAUSTED, and RATE_LIMITED without a Retry-After.
+    pub inconclusive: Duration,
+    /// RATE_LIMITED: the provider's Retry-After, within these bounds.
+    pub rate_limited: (Duration, Duration),
+    /// A VALID past its age still counts at PROVISION, when there is no answer, up to this.
+    pub hard_maximum: Duration,
+    /// A caller's `max_liveness_age` is never taken for less than this.
+    pub floor: Duration,
+    /// The same, where a probe costs the tenant money.
+    pub floor_paid: Duration,
+    /// Each age is cut by up to this many percent, so that entries made together do not end together. Never longer: a configured
+    /// age is a maximum.
+    pub jitter_percent: u32,
+}
+
+impl Default for Ages {
+    fn default() -> Self {
+        Self {
+            valid: Duration::from_secs(30),
+            valid_paid: Duration::from_secs(300),
+            refused: Duration::from_secs(10),
+            unanswered: Duration::from_secs(3),
+            inconclusive: Duration::from_secs(5),
+            rate_limited: (Duration::from_secs(1), Duration::from_secs(60)),
+            hard_maximum: Duration::from_secs(900),
+            floor: Duration::from_secs(1),
+            floor_paid: Duration::from_secs(60),
+            jitter_percent: 20,
+        }
+    }
+}
+
+/// How many credentials are remembered.
+const MAX_ENTRIES: u64 = 100_000;
+/// How many probes may be under way at a time, over all providers.
+const MAX_FLIGHTS: usize = 1024;
+
+/// How the memory is kept, and what guards the providers behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct CacheSettings {
+    /// How long observations count.
+    pub ages: Ages,
+    /// When a provider's breaker opens.
+    pub breaker: BreakerSettings,
+    /// How many new credentials may be judged.
+    pub new_keys: NewKeyLimits,
+}
+
+/// A source that remembers.
+pub struct Cache {
+    asker: Arc<dyn Asker>,
+    memory: Memory,
+    flights: Arc<Flights<Key, Landed>>,
+    /// The last VALID.
+    usual: Arc<ArcSwap<Finding>>,
+    breakers: Arc<Breakers>,
+    new_keys: NewKeys,
+    ages: Ages,
+    lookups: Lookups,
+    evicted: Arc<Counter>,
+    /// One for keys of credentials, one for those of single models. Made anew by every process: a key in a memory image tells
+    /// nothing about a credential.
+    hash_keys: [[u8; 32]; 2],
+}
+
+type Key = [u8; 32];
+type Memory = moka::sync::Cache<Key, Remembered, BuildHasherDefault<Hashed>>;
+
+/// The hasher of keys that are hashes, under a key of this process, already.
+#[derive(Default)]
+struct Hashed(u64);
+
+impl Hasher for Hashed {
+    fn write(&mut self, bytes: &[u8]) {
+        for (at, byte) in bytes.iter().take(8).enumerate() {
+            self.0 ^= u64::from(*byte) << (8 * at);
+        }
+    }
+
+    /// The length of a key, which is always the same.
+    fn write_usize(&mut self, _: usize) {}
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
+/// How it went with those who looked for an observation.
+#[derive(Debug, Default)]
+struct Lookups {
+    /// It was there, young enough.
+    hit: Counter,
+    /// A probe was begun for it.
+    fill: Counter,
+    /// A probe was under way for somebody else.
+    wait: Counter,
+    /// The breaker's verdict was taken.
+    breaker: Counter,
+    /// Too many new credentials.
+    new_keys: Counter,
+    /// Too many probes under way, over all providers.
+    full: Counter,
+}
+
+/// What is remembered under a key.
+#[derive(Debug, Clone, Default)]
+struct Remembered {
+    latest: Option<Arc<Timed>>,
+    /// The same one, as long as nothing else was seen since.
+    valid: Option<Arc<Timed>>,
+    refused_at: Option<Instant>,
+    /// There is more under the keys of single models.
+    per_model: bool,
+}
+
+/// A finding and when it was made.
+#[derive(Debug)]
+struct Timed {
+    finding: Arc<Finding>,
+    at: Instant,
+    wall: SystemTime,
+    fresh_for: Duration,
+}
+
+/// What a flight found, and the key that it stands under.
+#[derive(Debug, Clone)]
+struct Landed {
+    timed: Arc<Timed>,
+    key: Key,
+}
+
+// === impl Cache ===
+
+impl Cache {
+    /// Remembers what `asker` finds.
+    pub fn new(asker: Arc<dyn Asker>, settings: CacheSettings) -> Self {
+        let CacheSettings { ages, breaker, new_keys } = settings;
+        let hash_keys = rand::rng().random();
+        let evicted = Arc::new(Counter::new());
+        let evicting = Arc::clone(&evicted);
+        Self {
+            asker,
+            // LRU: the default policy may refuse a new entry under pressure, and a key that is never stored is probed forever.
+            memory: moka::sync::Cache::builder()
+                .max_capacity(MAX_ENTRIES)
+                .eviction_policy(moka::policy::EvictionPolicy::lru())
+                .time_to_live(ages.hard_maximum)
+                // For want of room: whatever ends by its age was of no use any more.
+                .eviction_listener(move |_, _, cause| {
+                    if cause == RemovalCause::Size {
+                        evicting.one();
+                    }
+                })
+                .build_with_hasher(BuildHasherDefault::default()),
+            flights: Flights::new(MAX_FLIGHTS),
+            usual: Arc::new(ArcSwap::from_pointee(Finding::bare(Verdict::Valid))),
+            breakers: Arc::new(Breakers::new(breaker)),
+            new_keys: NewKeys::new(new_keys),
+            ages,
+            lookups: Lookups::default(),
+            evicted,
+            hash_keys,
+        }
+    }
+
+    /// `part` is told what part the call had in a flight, if there was one.
+    async fn observe(
+        &self,
+        inquiry: Inquiry<'_>,
+        max_age: Option<Duration>,
+        deadline: Instant,
+        part: &mut Option<Part>,
+    ) -> Observed {
+        let keys = self.keys(&inquiry);
+        // A flight for another model may land without an answer that holds for this one; then this one flies next.
+        loop {
+            if let Some(observed) = self.remembered(&keys, max_age) {
+                return observed;
+            }
+            let mut first = false;
+            let launch = |begun| {
+                first = true;
+                self.launch(&inquiry, &keys, max_age, begun)
+            };
+            let joined = self.flights.join(keys.first, launch);
+            self.lookups.of(&joined, first).one();
+            *part = matches!(joined, Joined::Flight(_)).then_some(if first { Part::Fill } else { Part::Wait });
+            match joined {
+                Joined::Already(Landed { timed, .. }) => {
+                    return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
+                }
+                Joined::Withheld(Barred::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
+                Joined::Withheld(Barred::NewKeys(wait)) => {
+                    let retry_after = wait.max(self.ages.floor);
+                    return Observed { retry_after, ..self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age) };
+                }
+                Joined::Full => return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age),
+                Joined::Flight(flight) => match wait(flight, deadline).await {
+                    Landing::Landed(Landed { timed, key }) if key == keys.first || Some(key) == self.second(&keys) => {
+                        return self.served(&self.known(&keys), &timed, ServedFrom::Probe, max_age, Instant::now());
+                    }
+                    Landing::Landed(_) => {}
+                    Landing::TimedOut { begun: true } => return self.unasked(&keys, Finding::bare(Verdict::Timeout), max_age),
+                    // It still waited for its turn: that is our doing, not the provider's.
+                    Landing::TimedOut { begun: false } => {
+                        return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age);
+                    }
+                    Landing::Lost => return self.unasked(&keys, Finding::withheld(Withheld::Fault), max_age),
+                },
+            }
+        }
+    }
+
+    /// What is remembered, if it is young enough.
+    fn remembered(&self, keys: &Keys<'_>, max_age: Option<Duration>) -> Option<Observed> {
+        let (known, now) = (self.known(keys), Instant::now());
+        let timed = self.fresh(&known, max_age, now)?;
+        self.lookups.hit.one();
+        Some(self.served(&known, timed, ServedFrom::Cache, max_age, now))
+    }
+
+    /// What the first caller of a key does: it takes what is there by now, is barred, or asks.
+    fn launch(
+        &self,
+        inquiry: &Inquiry<'_>,
+        keys: &Keys<'_>,
+        max_age: Option<Duration>,
+        begun: Begun,
+    ) -> Launch<Landed, Barred, impl Future<Output = Landed> + Send + use<>> {
+        let (known, now) = (self.known(keys), Instant::now());
+        if let Some(timed) = self.fresh(&known, max_age, now) {
+            return Launch::Already(Landed { timed: timed.clone(), key: keys.first });
+        }
+        if let Some(opened) = self.breakers.admit(inquiry.endpoint.identity, now) {
+            return Launch::Withheld(Barred::Open(opened));
+        }
+        if let (true, Err(wait)) = (known.is_nothing(), self.new_keys.count(inquiry.caller, inquiry.organization)) {
+            return Launch::Withheld(Barred::NewKeys(wait));
+        }
+        // Whoever launches it is its parent in a trace; the others' traces show that they waited.
+        Launch::Fly(self.fill(inquiry, keys, begun).instrument(traces::probe(inquiry.endpoint)))
+    }
+
+    /// Asks, and stores what was found: the work of a flight.
+    fn fill(&self, inquiry: &Inquiry<'_>, keys: &Keys<'_>, begun: Begun) -> impl Future<Output = Landed> + Send + use<> {
+        let target = Arc::new(Target::of(inquiry.endpoint, inquiry.model));
+        let question = Question { target, secret: Arc::clone(inquiry.secret), begun };
+        let (asker, breakers, target) = (Arc::clone(&self.asker), Arc::clone(&self.breakers), Arc::clone(&question.target));
+        let (memory, usual, ages) = (self.memory.clone(), Arc::clone(&self.usual), self.ages);
+        let (first, second) = (keys.first, self.second(keys));
+        async move {
+            let finding = asker.ask(question).await;
+            traces::found(&finding);
+            let key = second.filter(|_| finding.about_model).unwrap_or(first);
+            let age = ages.fresh_for(&finding);
+            // What the provider asked for is kept to the second.
+            let fresh_for = if finding.retry_after.is_some() { age } else { ages.jittered(age) };
+            let (finding, at, wall) = (shared(finding, &usual), Instant::now(), SystemTime::now());
+            let landed = Landed { timed: Arc::new(Timed { finding, at, wall, fresh_for }), key };
+            remember(&memory, first, &landed);
+            breakers.report(target.endpoint.identity, &target.endpoint.provider, &landed.timed.finding, at);
+            landed
+        }
+    }
+
+    /// What is remembered under these keys. Hardly any ladder comes to a probe that names the model, and where one did, the first
+    /// entry says so: one look is enough for nearly all.
+    fn known(&self, keys: &Keys<'_>) -> Known {
+        let first = self.memory.get(&keys.first);
+        let has_more = first.as_ref().is_some_and(|entry| entry.per_model);
+        let second = if has_more { self.second(keys).and_then(|key| self.memory.get(&key)) } else { None };
+        Known { first, second }
+    }
+
+    /// The newest observation, if it is young enough.
+    fn fresh<'k>(&self, known: &'k Known, max_age: Option<Duration>, now: Instant) -> Option<&'k Arc<Timed>> {
+        let latest = known.entries().filter_map(|entry| entry.latest.as_ref()).max_by_key(|timed| timed.at)?;
+        let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.ages.floor_of(&latest.finding)));
+        (now - latest.at < latest.fresh_for.min(wanted)).then_some(latest)
+    }
+
+    /// The newest VALID that a PROVISION may still rest on: within the hard maximum and the caller's age, not refused since.
+    fn earlier_valid(&self, known: &Known, max_age: Option<Duration>, now: Instant) -> Option<EarlierValid> {
+        let refused_at = known.entries().filter_map(|entry| entry.refused_at).max();
+        let valid = known.entries().filter_map(|entry| entry.valid.as_ref()).max_by_key(|timed| timed.at)?;
+        let age = now - valid.at;
+        let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.ages.floor_of(&valid.finding)));
+        let counts = age <= self.ages.hard_maximum.min(wanted) && refused_at.is_none_or(|refused_at| refused_at < valid.at);
+        counts.then(|| EarlierValid { finding: Arc::clone(&valid.finding), observed_at: valid.wall, age })
+    }
+
+    fn served(&self, known: &Known, timed: &Timed, served_from: ServedFrom, max_age: Option<Duration>, now: Instant) -> Observed {
+        let age = now - timed.at;
+        Observed {
+            finding: Arc::clone(&timed.finding),
+            observed_at: timed.wall,
+            age,
+            served_from,
+            // Asking again sooner would only be served from here.
+            retry_after: timed.fresh_for.saturating_sub(age).max(self.ages.floor),
+            earlier_valid: if timed.finding.verdict == Verdict::Valid { None } else { self.earlier_valid(known, max_age, now) },
+        }
+    }
+
+    /// The verdict that opened the breaker.
+    fn by_the_breaker(&self, keys: &Keys<'_>, opened: &Opened, max_age: Option<Duration>) -> Observed {
+        Observed {
+            finding: Arc::clone(&opened.finding),
+            observed_at: opened.wall,
+            age: opened.at.elapsed(),
+            served_from: ServedFrom::Breaker,
+            retry_after: opened.until.saturating_duration_since(Instant::now()).max(self.ages.floor),
+            earlier_valid: self.earlier_valid(&self.known(keys), max_age, Instant::now()),
+        }
+    }
+
+    /// A verdict of ours about not having an answer. It is never remembered and replaces nothing.
+    fn unasked(&self, keys: &Keys<'_>, finding: Finding, max_age: Option<Duration>) -> Observed {
+        Observed {
+            finding: Arc::new(finding),
+            observed_at: SystemTime::now(),
+            age: Duration::ZERO,
+            served_from: ServedFrom::Probe,
+            retry_after: self.ages.unanswered,
+            earlier_valid: self.earlier_valid(&self.known(keys), max_age, Instant::now()),
+        }
+    }
+
+    fn keys<'a>(&self, inquiry: &Inquiry<'a>) -> Keys<'a> {
+        let Inquiry { endpoint, secret, model, .. } = *inquiry;
+        let [of_credential, of_model] = &self.hash_keys;
+        let credential = hash(of_credential, &endpoint.identity, secret.expose());
+        if endpoint.names_model {
+            Keys { first: hash(of_model, &credential, model), model: None }
+        } else {
+            Keys { first: credential, model: Some(model) }
+        }
+    }
+
+    /// Under which key a finding about the model alone stands, if that is another one.
+    fn second(&self, keys: &Keys<'_>) -> Option<Key> {
+        let [_, of_model] = &self.hash_keys;
+        keys.model.map(|model| hash(of_model, &keys.first, model))
+    }
+}
+
+/// A key made of an identity or another key, which are of one length, and of a text.
+fn hash(hash_key: &[u8; 32], of: &[u8; 32], text: &str) -> Key {
+    *blake3::Hasher::new_keyed(hash_key).update(of).update(text.as_bytes()).finalize().as_bytes()
+}
+
+impl LivenessSource for Cache {
+    fn recall(&self, inquiry: &Inquiry<'_>, max_age: Option<Duration>) -> Option<Observed> {
+        // A trace shows the look as a step of its own: `observe` takes it.
+        if traces::is_traced() { None } else { self.remembered(&self.keys(inquiry), max_age) }
+    }
+
+    fn observe<'a>(&'a self, inquiry: Inquiry<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
+        let span = traces::cache();
+        if span.is_none() {
+            return Box::pin(async move { self.observe(inquiry, max_age, deadline, &mut None).await });
+        }
+        let told = span.clone();
+        let observing = async move {
+            let mut part = None;
+            let observed = self.observe(inquiry, max_age, deadline, &mut part).await;
+            traces::observed(&told, &observed, part);
+            observed
+        };
+        Box::pin(observing.instrument(span))
+    }
+}
+
+impl Measured for Cache {
+    fn tell(&self, page: &mut Page) {
+        // What moka has put off: its numbers are of what it has settled.
+        self.memory.run_pending_tasks();
+        let Lookups { hit, fill, wait, breaker, new_keys, full } = &self.lookups;
+        let mut lookups = page.counter("byokgate_cache_lookups", "Looks for an observation of a credential, by what came of it");
+        for (result, count) in
+            [("hit", hit), ("fill", fill), ("wait", wait), ("breaker", breaker), ("new_keys", new_keys), ("full", full)]
+        {
+            lookups.add(&[("result", result)], count);
+        }
+        page.counter("byokgate_cache_evictions", "Observations that made room for others").add(&[], &*self.evicted);
+        page.gauge("byokgate_cache_entries", "Observations that are remembered").add(&[], self.memory.entry_count());
+        page.counter("byokgate_probes_panicked", "Probes that ended in a panic of ours: nothing was found")
+            .add(&[], self.flights.lost());
+        self.breakers.tell(page);
+        self.new_keys.tell(page);
+    }
+}
+
+/// A VALID that is as the last one is kept once for all keys: nearly all are, and each would take a fifth of its key's memory.
+fn shared(finding: Finding, usual: &ArcSwap<Finding>) -> Arc<Finding> {
+    let known = usual.load_full();
+    if *known == finding {
+        return known;
+    }
+    let finding = Arc::new(finding);
+    if finding.verdict == Verdict::Valid {
+        usual.store(Arc::clone(&finding));
+    }
+    finding
+}
+
+/// Stores an observation, and marks the first entry if that is another. Only the flight of the first key writes under it and what
+/// it leads to, so reading and writing back is no race.
+fn remember(memory: &Memory, first: Key, landed: &Landed) {
+    let Landed { timed, key } = landed;
+    let mut entry = memory.get(key).unwrap_or_default();
+    match timed.finding.verdict {
+        Verdict::Valid => entry.valid = Some(timed.clone()),
+        Verdict::Invalid | Verdict::Forbidden => {
+            entry.valid = None;
+            entry.refused_at = Some(timed.at);
+        }
+        // Not ours to remember: nothing was asked.
+        Verdict::NotAttempted => return,
+        Verdict::QuotaExhausted
+        | Verdict::RateLimited
+        | Verdict::ProviderError
+        | Verdict::UnexpectedResponse
+        | Verdict::Timeout
+        | Verdict::Unreachable
+        | Verdict::NoServerSurface
+        | Verdict::NotCalibrated
+        | Verdict::ProbeDisabled => {}
+    }
+    entry.latest = Some(timed.clone());
+    memory.insert(*key, entry);
+    if *key != first {
+        let entry = memory.get(&first).unwrap_or_default();
+        memory.insert(first, Remembered { per_model: true, ..entry });
+    }
+}
+
+// === impl Lookups ===
+
+impl Lookups {
+    fn of(&self, joined: &Joined<Landed, Barred>, first: bool) -> &Counter {
+        match joined {
+            Joined::Already(_) => &self.hit,
+            Joined::Flight(_) if first => &self.fill,
+            Joined::Flight(_) => &self.wait,
+            Joined::Withheld(Barred::Open(_)) => &self.breaker,
+            Joined::Withheld(Barred::NewKeys(_)) => &self.new_keys,
+            Joined::Full => &self.full,
+        }
+    }
+}
+
+/// Why a first caller does not ask.
+#[derive(Debug)]
+enum Barred {
+    /// The provider's breaker is open.
+    Open(Opened),
+    /// Too many new credentials; another may come after this time.
+    NewKeys(Duration),
+}
+
+/// Under which keys an observation may stand.
+#[derive(Debug, Clone, Copy)]
+struct Keys<'a> {
+    /// Of the credential with any model; with its model, where every probe names that. One probe at a time per this key.
+    first: Key,
+    /// The model, where only some probes name it: what they find stands under a second key.
+    model: Option<&'a str>,
+}
+
+/// What is remembered under both keys.
+#[derive(Debug)]
+struct Known {
+    first: Option<Remembered>,
+    second: Option<Remembered>,
+}
+
+// === impl Known ===
+
+impl Known {
+    fn entries(&self) -> impl Iterator<Item = &Remembered> {
+        self.first.iter().chain(&self.second)
+    }
+
+    fn is_nothing(&self) -> bool {
+        self.entries().all(|entry| entry.latest.is_none())
+    }
+}
+
+// === impl Ages ===
+
+impl Ages {
+    fn fresh_for(&self, finding: &Finding) -> Duration {
+        match finding.verdict {
+            // An endpoint that cannot tell is asked as rarely as one that said yes.
+            Verdict::Valid | Verdict::NotCalibrated if finding.cost_money => self.valid_paid,
+            Verdict::Valid | Verdict::NotCalibrated => self.valid,
+            Verdict::Invalid | Verdict::Forbidden => self.refused,
+            Verdict::Timeout | Verdict::Unreachable => self.unanswered,
+            Verdict::RateLimited => {
+                finding.retry_after.map_or(self.inconclusive, |wanted| wanted.clamp(self.rate_limited.0, self.rate_limited.1))
+            }
+            Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::QuotaExhausted => self.inconclusive,
+            Verdict::NotAttempted | Verdict::NoServerSurface | Verdict::ProbeDisabled => Duration::ZERO,
+        }
+    }
+
+    fn jittered(&self, age: Duration) -> Duration {
+        let cut = f64::from(self.jitter_percent.min(100)) / 100.0;
+        age.mul_f64(1.0 - cut * rand::rng().random_range(0.0..=1.0))
+    }
+
+    fn floor_of(&self, finding: &Finding) -> Duration {
+        if finding.cost_money { self.floor_paid } else { self.floor }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Nobody;
+
+    impl Asker for Nobody {
+        fn ask(&self, _: Question) -> Boxed<'static, Finding> {
+            Box::pin(std::future::pending())
+        }
+    }
+
+    #[test]
+    fn a_usual_finding_is_kept_once() {
+        let usual = ArcSwap::from_pointee(Finding::bare(Verdict::Valid));
+        let valid = || Finding { status: Some(200), ..Finding::bare(Verdict::Valid) };
+        let (first, refused) = (shared(valid(), &usual), shared(Finding::bare(Verdict::Invalid), &usual));
+        assert_eq!((&*first, refused.verdict), (&valid(), Verdict::Invalid));
+        assert!(Arc::ptr_eq(&first, &shared(valid(), &usual)), "an INVALID in between changes nothing");
+        assert_eq!(shared(Finding::bare(Verdict::Valid), &usual).status, None);
+    }
+
+    #[tokio::test]
+    async fn what_makes_room_is_counted() {
+        let cache = Cache::new(Arc::new(Nobody), CacheSettings::default());
+        for index in 0..MAX_ENTRIES + 3 {
+            let mut key = [0; 32];
+            key[..8].copy_from_slice(&index.to_le_bytes());
+            let (finding, fresh_for) = (Arc::new(Finding::bare(Verdict::Valid)), Duration::from_secs(30));
+            let (at, wall) = (Instant::now(), SystemTime::UNIX_EPOCH);
+            remember(&cache.memory, key, &Landed { timed: Arc::new(Timed { finding, at, wall, fresh_for }), key });
+        }
+        let mut page = Page::about(std::iter::empty());
+        cache.tell(&mut page);
+        let text = page.text().unwrap();
+        for line in ["byokgate_cache_evictions_total 3\n", &format!("byokgate_cache_entries {MAX_ENTRIES}\n")] {
+            assert!(text.contains(line), "{line} in {text}");
+        }
+    }
+}

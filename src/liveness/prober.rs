@@ -1,0 +1,411 @@
+//! Asking over HTTPS: one total budget, no redirects, no proxies, guarded addresses, bounded bodies, sensitive headers.
+
+mod address;
+mod calibrate;
+
+use std::{
+    collections::BTreeMap,
+    io::ErrorKind,
+    net::SocketAddr,
+    sync::{Arc, Once},
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderName, HeaderValue, header};
+use tokio::time::{Instant, timeout_at};
+use tracing::Instrument;
+
+use self::{
+    address::{Guard, Unresolved},
+    calibrate::Calibrations,
+};
+use crate::{
+    core::{
+        catalogue::{HeaderFamily, Method},
+        classify::{Answer, Calibration, Finding, Heard, Ladder, Next, Reading, classify, is_page},
+        endpoint::{Call, Target},
+        engine::{Asker, Boxed, Question},
+    },
+    domain::{decision::Unreached, secret::Secret},
+    telemetry::{
+        metrics::{Measured, Page},
+        traces,
+    },
+};
+
+/// The most of a body that is read. An error is under 1 KiB; a list's beginning is enough to know its shape.
+pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
+/// Who is asking. Stable, so that vendors can tell; honest, so that none is deceived.
+const USER_AGENT: &str = concat!("byok-gate/", env!("CARGO_PKG_VERSION"), " (credential liveness check)");
+/// How long an idle connection is kept: a create storm reuses it, an idle service holds none for long.
+const POOL_IDLE: Duration = Duration::from_secs(30);
+
+/// How providers are asked.
+#[derive(Debug, Clone)]
+pub struct ProbeSettings {
+    /// The time for one walk up the ladder, connect included, where a row says nothing else.
+    pub budget: Duration,
+    /// Loopback addresses may be dialled, and plain http there. For tests and providers on the same host.
+    pub allow_loopback_http: bool,
+    /// Whether endpoints are tested with made-up keys. Off in one-shot commands, which rely on the catalogue.
+    pub calibrate: bool,
+    /// Further certificate authorities, in PEM.
+    pub extra_roots: Vec<u8>,
+    /// Host names that are at these addresses, as curl's `--resolve` has it.
+    pub resolve: BTreeMap<String, SocketAddr>,
+}
+
+/// Asks providers.
+pub struct Prober {
+    http: Arc<Http>,
+    calibrations: Option<Calibrations>,
+    budget: Duration,
+}
+
+/// The client could not be built.
+#[derive(Debug, thiserror::Error)]
+#[error("the probe's HTTPS client could not be built")]
+pub struct ProbeSetupError(#[source] reqwest::Error);
+
+/// The HTTPS client with its rules. Shared by probes and calibrations.
+struct Http {
+    client: reqwest::Client,
+    guard: Guard,
+}
+
+/// What one request came to.
+enum Exchange {
+    Answered(Box<Response>),
+    TimedOut,
+    Unreachable(Unreached),
+}
+
+/// One call of a walk up the ladder, for a person who looks on. No credential, no text of the provider's.
+#[derive(Debug, Clone)]
+pub struct Rung {
+    /// The probe's name.
+    pub probe: String,
+    /// Its method.
+    pub method: Method,
+    /// Where it went; the model may be part of it.
+    pub url: String,
+    /// In which header the credential went.
+    pub family: HeaderFamily,
+    /// What was heard.
+    pub heard: Heard,
+    /// What is known of the endpoint's way with made-up keys.
+    pub calibration: Calibration,
+    /// How long the call took, a waited-for calibration included.
+    pub took: Duration,
+}
+
+/// The facts of a response.
+struct Response {
+    status: u16,
+    body: Vec<u8>,
+    truncated: bool,
+    page: bool,
+    retry_after: Option<Duration>,
+}
+
+impl Default for ProbeSettings {
+    fn default() -> Self {
+        Self {
+            budget: Duration::from_secs(3),
+            allow_loopback_http: false,
+            calibrate: true,
+            extra_roots: Vec::new(),
+            resolve: BTreeMap::new(),
+        }
+    }
+}
+
+// === impl Prober ===
+
+impl Prober {
+    /// A prober with these settings.
+    pub fn new(settings: ProbeSettings) -> Result<Self, ProbeSetupError> {
+        let ProbeSettings { budget, allow_loopback_http, calibrate, extra_roots, resolve } = settings;
+        let http = Arc::new(Http::new(Guard::new(allow_loopback_http), resolve, &extra_roots)?);
+        let calibrations = calibrate.then(|| Calibrations::new(Arc::clone(&http)));
+        Ok(Self { http, calibrations, budget })
+    }
+
+    /// Asks once, and tells every call.
+    pub async fn explain(&self, target: &Target, secret: &Secret) -> (Finding, Vec<Rung>) {
+        let deadline = Instant::now() + target.endpoint.budget.unwrap_or(self.budget);
+        let mut rungs = Vec::new();
+        let finding = climb(&self.http, self.calibrations.as_ref(), target, secret, deadline, &mut |rung| rungs.push(rung)).await;
+        (finding, rungs)
+    }
+}
+
+impl Measured for Prober {
+    fn tell(&self, page: &mut Page) {
+        self.calibrations.iter().for_each(|calibrations| calibrations.tell(page));
+    }
+}
+
+impl Asker for Prober {
+    fn ask(&self, question: Question) -> Boxed<'static, Finding> {
+        let Question { target, secret, begun } = question;
+        let budget = target.endpoint.budget.unwrap_or(self.budget);
+        let (http, calibrations) = (Arc::clone(&self.http), self.calibrations.clone());
+        Box::pin(async move {
+            begun.now();
+            climb(&http, calibrations.as_ref(), &target, &secret, Instant::now() + budget, &mut |_| {}).await
+        })
+    }
+}
+
+/// Walks up the ladder until an answer is conclusive or the time is over.
+async fn climb(
+    http: &Http,
+    calibrations: Option<&Calibrations>,
+    target: &Target,
+    secret: &Secret,
+    deadline: Instant,
+    look: &mut (dyn FnMut(Rung) + Send),
+) -> Finding {
+    let mut ladder = Ladder::new(&target.calls);
+    loop {
+        let (call, family) = match ladder.proceed() {
+            Next::Ask(call, family) => (call, family),
+            Next::Done(finding) => return finding,
+        };
+        let began = Instant::now();
+        let calibrating = calibrations.map(|calibrations| calibrations.of(call, family, target));
+        // A "yes" of an endpoint that is not documented to refuse bad keys will need its calibration: begun beside the real
+        // call, it costs the caller no time.
+        let early = calibrating.as_ref().filter(|_| !call.probe.refuses_bad_keys).map(|calibrating| calibrating.begin());
+        let mut exchange = http.exchange(call, family, secret, deadline).await;
+        if matches!(exchange, Exchange::Unreachable(Unreached::Closed)) {
+            // Closed before any byte of an answer, as an idle connection or a restarting proxy does: once more, never after an
+            // answer.
+            exchange = http.exchange(call, family, secret, deadline).await;
+        }
+        let heard = match exchange {
+            Exchange::TimedOut => Heard::TimedOut,
+            Exchange::Unreachable(why) => Heard::Unreachable(why),
+            Exchange::Answered(response) => Heard::Answer {
+                status: response.status,
+                reading: classify(response.facts(), &call.probe),
+                retry_after: response.retry_after,
+            },
+        };
+        let calibration = match (&heard, calibrating) {
+            (Heard::Answer { reading: Reading::Accepted, .. }, Some(calibrating)) if call.probe.refuses_bad_keys => {
+                // Believed on its documentation, and checked in the background for the next time.
+                calibrating.begin().so_far()
+            }
+            (Heard::Answer { reading: Reading::Accepted | Reading::Forbidden(_), .. }, Some(calibrating)) => {
+                // Half of what is left: the next probe needs its time too.
+                let by = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
+                early.unwrap_or_else(|| calibrating.begin()).by(by).await
+            }
+            (Heard::Answer { .. } | Heard::TimedOut | Heard::Unreachable(_), _) => Calibration::Unknown,
+        };
+        look(Rung {
+            probe: call.probe.name.clone(),
+            method: call.probe.method,
+            url: call.url.to_string(),
+            family,
+            heard: heard.clone(),
+            calibration: calibration.clone(),
+            took: began.elapsed(),
+        });
+        if let Some(finding) = ladder.hear(heard, &calibration) {
+            return finding;
+        }
+    }
+}
+
+// === impl Http ===
+
+impl Http {
+    fn new(guard: Guard, resolve: BTreeMap<String, SocketAddr>, extra_roots: &[u8]) -> Result<Self, ProbeSetupError> {
+        static PROVIDER: Once = Once::new();
+        PROVIDER.call_once(|| {
+            // Err means that the process has one already, which serves as well.
+            drop(rustls::crypto::ring::default_provider().install_default());
+        });
+        let mut builder = reqwest::Client::builder()
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .referer(false)
+            .user_agent(USER_AGENT)
+            .pool_idle_timeout(POOL_IDLE)
+            .dns_resolver(guard.resolver(resolve));
+        if !extra_roots.is_empty() {
+            builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(extra_roots).map_err(ProbeSetupError)?);
+        }
+        Ok(Self { client: builder.build().map_err(ProbeSetupError)?, guard })
+    }
+
+    /// One request with this credential, and its answer, by the deadline.
+    async fn exchange(&self, call: &Call, family: HeaderFamily, secret: &Secret, deadline: Instant) -> Exchange {
+        let span = traces::request(call, family);
+        let exchange = self.send(call, family, secret, deadline).instrument(span.clone()).await;
+        traces::replied(
+            &span,
+            match &exchange {
+                Exchange::Answered(response) => Ok(response.status),
+                Exchange::TimedOut => Err(None),
+                Exchange::Unreachable(why) => Err(Some(*why)),
+            },
+        );
+        exchange
+    }
+
+    async fn send(&self, call: &Call, family: HeaderFamily, secret: &Secret, deadline: Instant) -> Exchange {
+        if !self.guard.may_ask(&call.url) {
+            return Exchange::Unreachable(Unreached::Address);
+        }
+        let Some(request) = self.request(call, family, secret) else { return Exchange::Unreachable(Unreached::Address) };
+        match timeout_at(deadline, self.client.execute(request)).await {
+            Err(_) => Exchange::TimedOut,
+            Ok(Err(fault)) if fault.is_timeout() => Exchange::TimedOut,
+            Ok(Err(fault)) => Exchange::Unreachable(unreached(&fault)),
+            Ok(Ok(response)) => Exchange::Answered(Box::new(read(response, deadline).await)),
+        }
+    }
+
+    /// `None` if the credential cannot be a header's value; the shape check rules that out before.
+    fn request(&self, call: &Call, family: HeaderFamily, secret: &Secret) -> Option<reqwest::Request> {
+        let method = match call.probe.method {
+            Method::Get => reqwest::Method::GET,
+            Method::Post => reqwest::Method::POST,
+        };
+        let mut request = reqwest::Request::new(method, call.url.clone());
+        let headers = request.headers_mut();
+        for (name, value) in &call.probe.headers {
+            headers.insert(HeaderName::from_bytes(name.as_bytes()).ok()?, HeaderValue::from_str(value).ok()?);
+        }
+        headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
+        let (name, value) = credential_header(family, secret)?;
+        headers.insert(name, value);
+        if let Some(body) = &call.body {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+            *request.body_mut() = Some(body.to_string().into());
+        }
+        Some(request)
+    }
+}
+
+/// What failed on the way, as far as the chain of causes tells.
+fn unreached(fault: &reqwest::Error) -> Unreached {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(fault);
+    while let Some(error) = cause {
+        if let Some(unresolved) = error.downcast_ref::<Unresolved>() {
+            return match unresolved {
+                Unresolved::Lookup(_) => Unreached::Dns,
+                Unresolved::Refused => Unreached::Address,
+            };
+        }
+        if error.is::<rustls::Error>() {
+            return Unreached::Tls;
+        }
+        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
+            return Unreached::Protocol;
+        }
+        if let Some(error) = error.downcast_ref::<hyper::Error>()
+            && (error.is_incomplete_message() || error.is_closed() || error.is_canceled())
+        {
+            return Unreached::Closed;
+        }
+        let io = error.downcast_ref::<std::io::Error>();
+        if io.is_some_and(|io| matches!(io.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof))
+        {
+            // Before the connection stands, that is how a peer that speaks no TLS ends the handshake.
+            return if fault.is_connect() { Unreached::Tls } else { Unreached::Closed };
+        }
+        // An I/O error's own `source` skips what it wraps.
+        cause = match io.and_then(std::io::Error::get_ref) {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        };
+    }
+    Unreached::Connect
+}
+
+/// The header that carries the credential: always marked sensitive, so that no client or HPACK table keeps or prints it.
+fn credential_header(family: HeaderFamily, secret: &Secret) -> Option<(HeaderName, HeaderValue)> {
+    let (name, mut value) = match family {
+        HeaderFamily::Bearer => {
+            let value = zeroize::Zeroizing::new(format!("Bearer {}", secret.expose()));
+            (header::AUTHORIZATION, HeaderValue::from_str(&value).ok()?)
+        }
+        HeaderFamily::XApiKey => (HeaderName::from_static("x-api-key"), HeaderValue::from_str(secret.expose()).ok()?),
+        HeaderFamily::XGoogApiKey => (HeaderName::from_static("x-goog-api-key"), HeaderValue::from_str(secret.expose()).ok()?),
+        HeaderFamily::ApiKey => (HeaderName::from_static("api-key"), HeaderValue::from_str(secret.expose()).ok()?),
+    };
+    value.set_sensitive(true);
+    Some((name, value))
+}
+
+/// Status, and the body up to the cap. A body that stalls, breaks off or is too long leaves what was read of it.
+async fn read(mut response: reqwest::Response, deadline: Instant) -> Response {
+    let status = response.status().as_u16();
+    let retry_after = response.headers().get(header::RETRY_AFTER).and_then(|value| retry_after(value, SystemTime::now()));
+    let page = is_page(response.headers());
+    let mut body = Vec::new();
+    let truncated = loop {
+        match timeout_at(deadline, response.chunk()).await {
+            Ok(Ok(Some(chunk))) => {
+                let room = MAX_BODY_BYTES.saturating_sub(body.len());
+                body.extend(chunk.iter().take(room));
+                if chunk.len() > room {
+                    break true;
+                }
+            }
+            Ok(Ok(None)) => break false,
+            Ok(Err(_)) | Err(_) => break true,
+        }
+    };
+    Response { status, body, truncated, page, retry_after }
+}
+
+/// Seconds, or an HTTP date.
+pub(crate) fn retry_after(value: &HeaderValue, now: SystemTime) -> Option<Duration> {
+    let text = value.to_str().ok()?.trim();
+    if let Ok(seconds) = text.parse::<u64>() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let at = jiff::fmt::rfc2822::parse(text).ok()?.timestamp();
+    Some(SystemTime::from(at).duration_since(now).unwrap_or_default())
+}
+
+// === impl Response ===
+
+impl Response {
+    fn facts(&self) -> Answer<'_> {
+        let Self { status, ref body, truncated, page, retry_after } = *self;
+        Answer { status, body, truncated, page, retry_after }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_credential_header_is_sensitive() {
+        let secret = Secret::new("made-up-canary".into());
+        for family in HeaderFamily::ALL {
+            let (name, value) = credential_header(family, &secret).unwrap();
+            assert!(value.is_sensitive(), "{name}");
+            assert_eq!(format!("{value:?}"), "Sensitive", "{name}");
+        }
+    }
+
+    #[test]
+    fn retry_after_takes_seconds_and_dates() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777); // Sun, 06 Nov 1994 08:49:37 GMT
+        let parse = |text| retry_after(&HeaderValue::from_static(text), now);
+        assert_eq!(parse("7"), Some(Duration::from_secs(7)));
+        assert_eq!(parse("Sun, 06 Nov 1994 08:49:47 GMT"), Some(Duration::from_secs(10)));
+        assert_eq!(parse("Sun, 06 Nov 1994 08:49:27 GMT"), Some(Duration::ZERO));
+        assert_eq!(parse("soon"), None);
+        assert_eq!(parse("-1"), None);
+    }
+}

@@ -1,0 +1,334 @@
+//! The one event that every decision leaves, and the one of a call that ended without a decision: JSON lines, described by
+//! `docs/decision-event.schema.json`. Names, codes and numbers; no value of a credential, no body, no header.
+
+use std::{
+    num::NonZeroU32,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use tracing::Level;
+use uuid::{Uuid, fmt::Hyphenated};
+
+use super::{log_writer::Lines, put_timestamp, traces::TraceId};
+use crate::{
+    core::engine::Decided,
+    domain::{
+        decision::{Decision, Outcome, Verdict},
+        request::Request,
+    },
+};
+
+/// The version of the events' schema: it rises when a field goes or changes its meaning, not when one is added.
+const SCHEMA_VERSION: &str = ",\"schema_version\":1";
+/// Calls without a decision are told one by one up to so many a second, and beyond that by their count: a flood of refusals
+/// does not push decisions out of the log.
+const UNDECIDED_PER_SECOND: NonZeroU32 = NonZeroU32::MIN.saturating_add(19);
+/// A reason is cut here.
+const MAX_REASON_CHARS: usize = 500;
+
+/// What begins a member of a line, of its name. Names need no escape.
+macro_rules! key {
+    ($name:literal) => {
+        concat!(",\"", $name, "\":")
+    };
+}
+
+/// The same for a member that is a text, with the text's own quote.
+macro_rules! text {
+    ($name:literal) => {
+        concat!(",\"", $name, "\":\"")
+    };
+}
+
+/// Where decisions are written down.
+pub struct Journal {
+    lines: Option<Lines>,
+    /// What the log's filter lets through.
+    warn: bool,
+    info: bool,
+    plain_allow_ratio: f64,
+    undecided: DefaultDirectRateLimiter,
+    suppressed: AtomicU64,
+}
+
+/// A call, or an item of a batch, that ended without a decision.
+#[derive(Debug, Clone, Copy)]
+pub struct Undecided<'a> {
+    /// The call's method.
+    pub method: &'a str,
+    /// gRPC's name of the status: `RESOURCE_EXHAUSTED`.
+    pub grpc_code: &'a str,
+    /// The status's message.
+    pub reason: &'a str,
+    /// What was asked, if that much was understood.
+    pub request: Option<&'a Request>,
+    /// The trace that it belongs to.
+    pub trace_id: Option<TraceId>,
+}
+
+// === impl Journal ===
+
+impl Journal {
+    /// Writes to these lines. Of plain allows only this share, from 0 to 1, is written; all else always is.
+    pub fn to(lines: Lines, plain_allow_ratio: f64) -> Self {
+        // Asked once, for the filter does not change: to ask without an event to follow also leaves the answer with the thread,
+        // where the next span would find it.
+        let warn = tracing::enabled!(target: "byok_gate::decision", Level::WARN);
+        let info = tracing::enabled!(target: "byok_gate::decision", Level::INFO);
+        Self { lines: Some(lines), warn, info, plain_allow_ratio, ..Self::off() }
+    }
+
+    /// Writes nothing.
+    pub fn off() -> Self {
+        Self {
+            lines: None,
+            warn: false,
+            info: false,
+            plain_allow_ratio: 0.0,
+            undecided: RateLimiter::direct(Quota::per_second(UNDECIDED_PER_SECOND)),
+            suppressed: AtomicU64::new(0),
+        }
+    }
+
+    /// Writes a decision's event. A denial is at WARN, and so is an allow that was not verified, but at INFO where there is
+    /// nothing to call by design.
+    pub fn decision(&self, request: &Request, decided: &Decided, took: Duration, trace_id: Option<TraceId>) {
+        let Some(lines) = &self.lines else { return };
+        let Decided { id, decision, registry_revision, catalogue_revision } = decided;
+        let Decision { outcome, resolution, liveness, warnings, trace: _ } = decision;
+        if is_plain(decision) && !is_sampled(*id, self.plain_allow_ratio) {
+            return;
+        }
+        let (level, passes) = if is_loud(decision) { ("WARN", self.warn) } else { ("INFO", self.info) };
+        if !passes {
+            return;
+        }
+        let Request { spec, checkpoint, caller, .. } = request;
+        let (word, code) = match outcome {
+            Outcome::Allow(_) => ("ALLOW", ""),
+            Outcome::Deny(deny) => ("DENY", deny.refusal.code().as_str()),
+        };
+        let mut line = Line::begin("decision", level);
+        line.plain(text!("decision_id"), id.hyphenated().encode_lower(&mut [0; Hyphenated::LENGTH]));
+        line.trace(trace_id);
+        line.word(text!("checkpoint"), checkpoint.as_str());
+        line.given(text!("workspace_id"), &spec.workspace_id);
+        line.given(text!("organization_id"), &spec.organization_id);
+        line.given(text!("caller"), caller);
+        line.text(text!("runtime"), &spec.runtime);
+        line.text(text!("model"), &spec.model);
+        line.word(text!("outcome"), word);
+        line.word(text!("code"), code);
+        line.given(text!("provider"), &resolution.provider);
+        line.word(text!("billing_mode"), resolution.billing_mode.map_or("", |mode| mode.as_str()));
+        line.word(text!("source"), resolution.source.as_str());
+        if let Some(credential) = &resolution.credential {
+            line.text(text!("credential_env"), &credential.env_name);
+            line.word(text!("credential_scope"), credential.scope.as_str());
+            line.given(text!("credential_fingerprint"), &credential.fingerprint);
+        }
+        if let Some(liveness) = liveness {
+            line.word(text!("verdict"), liveness.verdict.as_str());
+            if let Some(status) = liveness.upstream_status {
+                line.number(key!("upstream_status"), u64::from(status));
+            }
+            if let Some(seen) = liveness.seen {
+                line.word(text!("served_from"), seen.served_from.as_str());
+                line.number(key!("age_ms"), u64::try_from(seen.age.as_millis()).unwrap_or(u64::MAX));
+            }
+        }
+        line.number(key!("duration_us"), u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        if !warnings.is_empty() {
+            line.words(key!("warnings"), warnings.iter().map(|warning| warning.code.as_str()));
+        }
+        line.plain(text!("registry_revision"), registry_revision);
+        line.plain(text!("catalogue_revision"), catalogue_revision);
+        lines.push(&line.end());
+    }
+
+    /// Writes the event of a call that ended without a decision, at WARN.
+    pub fn undecided(&self, undecided: Undecided<'_>) {
+        let Some(lines) = &self.lines else { return };
+        if !self.warn {
+            return;
+        }
+        if self.undecided.check().is_err() {
+            self.suppressed.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let Undecided { method, grpc_code, reason, request, trace_id } = undecided;
+        let mut line = Line::begin("undecided", "WARN");
+        line.trace(trace_id);
+        line.text(text!("method"), method);
+        if let Some(Request { spec, checkpoint, caller, .. }) = request {
+            line.word(text!("checkpoint"), checkpoint.as_str());
+            line.given(text!("workspace_id"), &spec.workspace_id);
+            line.given(text!("organization_id"), &spec.organization_id);
+            line.given(text!("caller"), caller);
+        }
+        line.text(text!("grpc_code"), grpc_code);
+        line.text(text!("reason"), &printable(reason));
+        // How many more there were since the last one.
+        let suppressed = self.suppressed.swap(0, Ordering::Relaxed);
+        if suppressed > 0 {
+            line.number(key!("suppressed"), suppressed);
+        }
+        lines.push(&line.end());
+    }
+}
+
+/// An event's line, member by member. Every decision writes one: a serializer would look at each byte of each name and text for
+/// what JSON escapes, which cost a third of a decision.
+struct Line(Vec<u8>);
+
+// === impl Line ===
+
+impl Line {
+    fn begin(event: &'static str, level: &'static str) -> Self {
+        let mut line = Vec::with_capacity(1024);
+        line.extend_from_slice(b"{\"timestamp\":\"");
+        put_timestamp(&mut line);
+        line.push(b'"');
+        let mut line = Self(line);
+        line.word(text!("level"), level);
+        line.word(text!("event"), event);
+        line.0.extend_from_slice(SCHEMA_VERSION.as_bytes());
+        line
+    }
+
+    fn trace(&mut self, id: Option<TraceId>) {
+        if let Some(id) = id {
+            self.plain(text!("trace_id"), &id.to_string());
+        }
+    }
+
+    /// One of our own words, which need no escape; none is left out.
+    fn word(&mut self, key: &str, word: &'static str) {
+        if !word.is_empty() {
+            self.plain(key, word);
+        }
+    }
+
+    /// What needs no escape, as hexadecimal digits and dashes.
+    fn plain(&mut self, key: &str, text: &str) {
+        let Self(line) = self;
+        line.extend_from_slice(key.as_bytes());
+        line.extend_from_slice(text.as_bytes());
+        line.push(b'"');
+    }
+
+    fn text(&mut self, key: &str, text: &str) {
+        if text.bytes().fold(true, |plain, byte| plain & matches!(byte, b' ' | b'!' | b'#'..=b'[' | b']'..=b'~')) {
+            return self.plain(key, text);
+        }
+        let Self(line) = self;
+        // The serializer brings the quote itself.
+        line.extend_from_slice(key.trim_end_matches('"').as_bytes());
+        drop(serde_json::to_writer(line, text));
+    }
+
+    /// A text that may be empty: then it is left out.
+    fn given(&mut self, key: &str, text: &str) {
+        if !text.is_empty() {
+            self.text(key, text);
+        }
+    }
+
+    fn number(&mut self, key: &str, number: u64) {
+        self.0.extend_from_slice(key.as_bytes());
+        drop(serde_json::to_writer(&mut self.0, &number));
+    }
+
+    fn words(&mut self, key: &str, words: impl Iterator<Item = &'static str>) {
+        let Self(line) = self;
+        line.extend_from_slice(key.as_bytes());
+        line.push(b'[');
+        for (at, word) in words.enumerate() {
+            line.extend_from_slice(if at > 0 { b",\"" } else { b"\"" });
+            line.extend_from_slice(word.as_bytes());
+            line.push(b'"');
+        }
+        line.push(b']');
+    }
+
+    fn end(self) -> Vec<u8> {
+        let Self(mut line) = self;
+        line.extend_from_slice(b"}\n");
+        line
+    }
+}
+
+fn is_loud(decision: &Decision) -> bool {
+    let by_design = decision.liveness.as_ref().is_some_and(|liveness| liveness.verdict == Verdict::NoServerSurface);
+    match decision.outcome {
+        Outcome::Deny(_) => true,
+        Outcome::Allow(_) => decision.is_unverified_allow() && !by_design,
+    }
+}
+
+/// An allow about which there is nothing to say.
+fn is_plain(decision: &Decision) -> bool {
+    match decision.outcome {
+        Outcome::Deny(_) => false,
+        Outcome::Allow(_) => decision.warnings.is_empty() && !decision.is_unverified_allow(),
+    }
+}
+
+/// Whether a decision of this id is among this share of all. Its last bits are random.
+fn is_sampled(id: Uuid, ratio: f64) -> bool {
+    let [.., a, b, c, d] = id.into_bytes();
+    f64::from(u32::from_be_bytes([a, b, c, d])) < ratio * 2_f64.powi(32)
+}
+
+/// A reason may repeat what a caller sent. JSON escapes what breaks lines; what moves a terminal's cursor goes too.
+fn printable(text: &str) -> String {
+    text.chars().take(MAX_REASON_CHARS).map(|letter| if letter.is_control() { '\u{fffd}' } else { letter }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_of_ids_is_sampled_and_the_bounds_are_all_and_none() {
+        let ids: Vec<Uuid> = (0..10_000).map(|_| Uuid::now_v7()).collect();
+        let share = |ratio| ids.iter().filter(|id| is_sampled(**id, ratio)).count();
+        assert_eq!((share(0.0), share(1.0)), (0, ids.len()));
+        assert!((800..1200).contains(&share(0.1)), "{}", share(0.1));
+        assert!(is_sampled(Uuid::max(), 1.0) && !is_sampled(Uuid::nil(), 0.0));
+    }
+
+    #[test]
+    fn a_line_is_json_whatever_it_holds() {
+        let texts = ["", "plain", "quo\"te", "back\\slash", "line\nbreak", "\u{1b}[2J", "é", "\u{7f}", "</script>"];
+        let mut line = Line::begin("decision", "INFO");
+        for text in texts {
+            line.text(text!("text"), text);
+            line.given(text!("given"), text);
+        }
+        line.number(key!("number"), u64::MAX);
+        line.words(key!("none"), std::iter::empty());
+        line.words(key!("words"), ["ONE", "TWO"].into_iter());
+        let line = line.end();
+        let (rest, end) = line.split_at(line.len() - 2);
+        let expect: Vec<_> = texts
+            .iter()
+            .flat_map(|text| ["text", "given"].map(|name| (name, text)))
+            .filter(|(name, text)| *name == "text" || !text.is_empty())
+            .map(|(name, text)| format!(",\"{name}\":{}", serde_json::to_string(text).unwrap()))
+            .collect();
+        let expect = format!("{},\"number\":{},\"none\":[],\"words\":[\"ONE\",\"TWO\"]", expect.concat(), u64::MAX);
+        assert!(std::str::from_utf8(rest).unwrap().ends_with(&expect), "{rest:?}");
+        assert_eq!(end, b"}\n");
+        let told: serde_json::Value = serde_json::from_slice(&line).unwrap();
+        assert!(told["timestamp"].as_str().unwrap().parse::<jiff::Timestamp>().is_ok(), "{told}");
+    }
+
+    #[test]
+    fn a_reason_moves_no_cursor_and_ends() {
+        assert_eq!(printable("a\u{1b}[2J\nb\u{9b}c"), "a\u{fffd}[2J\u{fffd}b\u{fffd}c");
+        assert_eq!(printable(&"é".repeat(1000)).chars().count(), MAX_REASON_CHARS);
+    }
+}

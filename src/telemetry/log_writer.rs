@@ -1,0 +1,289 @@
+//! Whole lines on their way to a standard stream: a bounded buffer and a thread that empties it. Whoever logs never waits for
+//! whoever reads.
+//!
+//! A line is written at once as long as there are few; many are collected for a moment and written together, so that a line costs
+//! a busy server no system call. A process that is killed outright loses what it has not written yet: a busy one at most that
+//! moment's lines, any other hardly ever one.
+
+use std::{
+    io::{self, Write},
+    mem,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::telemetry::metrics::{Measured, Page};
+
+/// How much may wait to be written: about 6,000 decisions, a fifth of a second at full load. What does not fit is dropped and
+/// counted.
+pub const MAX_PENDING: usize = 4 << 20;
+/// How long lines are collected, where there are many.
+const MOMENT: Duration = Duration::from_millis(20);
+/// So many writes of a moment are made at once: each wakes the thread, which is dear where there are few cores.
+const WRITES: u32 = 16;
+/// Lines are collected up to this: more at once saves no system call that counts, and would not stay in a core's cache.
+const BATCH: usize = 128 << 10;
+/// What an empty buffer may keep of its space, so that a burst is not remembered for ever.
+const KEPT: usize = 2 * BATCH;
+
+/// Where lines go. A clone goes to the same place; when the last one is dropped, the thread writes what is left and ends.
+#[derive(Clone)]
+pub struct Lines(Arc<Owner>);
+
+struct Owner(Arc<Shared>);
+
+struct Shared {
+    state: Mutex<State>,
+    /// There is something to write, after a time without.
+    more: Condvar,
+    /// There is no time to collect, or enough is.
+    hurry: Condvar,
+    /// Everything is written.
+    done: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    pending: Vec<u8>,
+    /// How many lines that is.
+    count: u64,
+    dropped: u64,
+    writing: bool,
+    /// The thread waits for `more`. Without it every line would wake somebody who is awake: a system call.
+    idle: bool,
+    hurried: bool,
+    closed: bool,
+}
+
+// === impl Lines ===
+
+impl Lines {
+    /// Lines to this stream, which may block for ever and may fail.
+    pub fn to(stream: impl Write + Send + 'static) -> io::Result<Self> {
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State::default()),
+            more: Condvar::new(),
+            hurry: Condvar::new(),
+            done: Condvar::new(),
+        });
+        let writer = Arc::clone(&shared);
+        thread::Builder::new().name("log".into()).spawn(move || writer.write_all_to(stream))?;
+        Ok(Self(Arc::new(Owner(shared))))
+    }
+
+    /// Takes a line with its line break; or, where there is no room for all of it, counts it as dropped.
+    pub fn push(&self, line: &[u8]) {
+        let Shared { more, hurry, .. } = &*self.0.0;
+        let mut state = self.0.0.lock();
+        let (before, after) = (state.pending.len(), state.pending.len() + line.len());
+        if after > MAX_PENDING {
+            state.dropped += 1;
+            return;
+        }
+        state.pending.extend_from_slice(line);
+        state.count += 1;
+        if mem::take(&mut state.idle) {
+            drop(state);
+            more.notify_one();
+        } else if before < BATCH && after >= BATCH {
+            drop(state);
+            hurry.notify_one();
+        }
+    }
+
+    /// How many lines were dropped: the reader was too slow, or gone.
+    pub fn dropped(&self) -> u64 {
+        self.0.0.lock().dropped
+    }
+
+    /// Waits until everything is written, but not longer than this. Whether it is.
+    pub fn flush(&self, patience: Duration) -> bool {
+        let Shared { more, hurry, done, .. } = &*self.0.0;
+        let end = Instant::now() + patience;
+        let mut state = self.0.0.lock();
+        loop {
+            if state.pending.is_empty() && !state.writing {
+                return true;
+            }
+            let Some(left) = end.checked_duration_since(Instant::now()) else { return false };
+            state.hurried = true;
+            more.notify_one();
+            hurry.notify_one();
+            state = done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}
+
+impl Measured for Lines {
+    fn tell(&self, page: &mut Page) {
+        page.counter("byokgate_log_lines_dropped", "Log lines that nobody took in time").add(&[], self.dropped());
+    }
+}
+
+impl io::Write for Lines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.push(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+// === impl Shared ===
+
+impl Shared {
+    fn write_all_to(&self, mut stream: impl Write) {
+        let mut batch = Vec::new();
+        let mut told = 0;
+        let (mut began, mut writes) = (Instant::now(), 0);
+        let mut state = self.lock();
+        loop {
+            while state.pending.is_empty() {
+                if state.closed {
+                    return;
+                }
+                state.idle = true;
+                state = self.more.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            state.idle = false;
+            state.writing = true;
+            mem::swap(&mut state.pending, &mut batch);
+            let (count, dropped) = (mem::take(&mut state.count), state.dropped);
+            drop(state);
+            if dropped > told {
+                put_lost(&mut batch, dropped - told);
+            }
+            let written = stream.write_all(&batch).and_then(|()| stream.flush());
+            batch.clear();
+            batch.shrink_to(KEPT);
+            state = self.lock();
+            match written {
+                Ok(()) => told = dropped,
+                Err(_) => state.dropped += count,
+            }
+            state.writing = false;
+            if state.pending.is_empty() {
+                state.hurried = false;
+                self.done.notify_all();
+            }
+            let left = MOMENT.saturating_sub(began.elapsed());
+            writes += 1;
+            if left.is_zero() {
+                (began, writes) = (Instant::now(), 0);
+            } else if writes >= WRITES {
+                let collects = |state: &mut State| !state.hurried && !state.closed && state.pending.len() < BATCH;
+                let pause = self.hurry.wait_timeout_while(state, left, collects);
+                state = pause.unwrap_or_else(PoisonError::into_inner).0;
+            }
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere leaves nothing half-changed: every line is put in by one call.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        let Self(shared) = self;
+        shared.lock().closed = true;
+        shared.more.notify_one();
+        shared.hurry.notify_one();
+    }
+}
+
+fn put_lost(batch: &mut Vec<u8>, count: u64) {
+    batch.extend_from_slice(b"{\"timestamp\":\"");
+    super::put_timestamp(batch);
+    batch.extend(format!("\",\"level\":\"ERROR\",\"event\":\"log_lines_dropped\",\"count\":{count}}}\n").bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{BufRead, BufReader, Read},
+        sync::mpsc,
+    };
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn every_line_arrives_whole_and_in_order() {
+        let (reader, writer) = io::pipe().unwrap();
+        let lines = Lines::to(writer).unwrap();
+        let reading = thread::spawn(move || BufReader::new(reader).lines().map(Result::unwrap).collect::<Vec<_>>());
+        let expect: Vec<String> = (0..5000).map(|number| format!("line {number}")).collect();
+        expect.iter().for_each(|line| lines.push(format!("{line}\n").as_bytes()));
+        drop(lines);
+        assert_eq!(reading.join().unwrap(), expect);
+    }
+
+    /// Nobody reads: whoever logs goes on, memory stays bounded, and when somebody reads again the loss is told.
+    #[test]
+    fn a_stream_that_nobody_reads_drops_lines_and_says_how_many() {
+        let (reader, writer) = io::pipe().unwrap();
+        let lines = Lines::to(writer).unwrap();
+        let line = [&[b'x'; 1023][..], b"\n"].concat();
+        let pushed = 3 * MAX_PENDING / line.len();
+        for _ in 0..pushed {
+            lines.push(&line);
+        }
+        let dropped = lines.dropped();
+        assert!(dropped > 0 && !lines.flush(Duration::from_millis(1)));
+        assert!(lines.0.0.lock().pending.len() <= MAX_PENDING);
+        let reading = thread::spawn(move || BufReader::new(reader).lines().map(Result::unwrap).collect::<Vec<_>>());
+        assert!(lines.flush(PATIENCE));
+        drop(lines);
+        let (told, whole): (Vec<_>, Vec<_>) = reading.join().unwrap().into_iter().partition(|line| line.starts_with('{'));
+        assert!(whole.iter().all(|line| line.len() == 1023));
+        assert_eq!(whole.len() as u64 + dropped, pushed as u64);
+        let told: Vec<serde_json::Value> = told.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(told.iter().map(|line| line["count"].as_u64().unwrap()).sum::<u64>(), dropped, "{told:?}");
+    }
+
+    #[test]
+    fn a_stream_that_is_gone_is_counted_and_harms_nobody() {
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let lines = Lines::to(writer).unwrap();
+        for _ in 0..3 {
+            lines.push(b"one\n");
+            assert!(lines.flush(PATIENCE));
+        }
+        assert_eq!(lines.dropped(), 3);
+    }
+
+    #[test]
+    fn a_line_after_a_silence_wakes_the_writer() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        let lines = Lines::to(writer).unwrap();
+        let (read, reads) = mpsc::channel();
+        thread::spawn(move || {
+            let mut line = [0; 4];
+            while reader.read_exact(&mut line).is_ok() && read.send(line).is_ok() {}
+        });
+        for _ in 0..2 * WRITES {
+            while !lines.0.0.lock().idle {
+                thread::yield_now();
+            }
+            lines.push(b"one\n");
+            assert_eq!(&reads.recv_timeout(PATIENCE).unwrap(), b"one\n");
+        }
+    }
+}

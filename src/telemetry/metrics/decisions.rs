@@ -1,0 +1,138 @@
+//! What decisions came to.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+
+use super::{Counter, Histogram, Measured, PROVIDER, Page};
+use crate::domain::{
+    decision::{Decision, DenyCode, Grounds, Outcome, ServedFrom, Verdict},
+    request::Checkpoint,
+};
+
+const CHECKPOINTS: [Checkpoint; 3] = [Checkpoint::Create, Checkpoint::Provision, Checkpoint::Update];
+/// How many providers are kept. Their names are of registries that were loaded, so there are few; reloads for ever that rename
+/// them all must not fill the memory.
+const MAX_PROVIDERS: usize = 1_000;
+
+/// Counts of decisions.
+#[derive(Debug, Default)]
+pub struct Decisions {
+    by_provider: ArcSwap<ByProvider>,
+    adding: Mutex<()>,
+    panicked: Counter,
+}
+
+type ByProvider = BTreeMap<String, Arc<OfProvider>>;
+
+/// One provider's; of the empty name, what was decided before a provider was known.
+#[derive(Debug, Default)]
+struct OfProvider {
+    allowed: [Counter; CHECKPOINTS.len()],
+    denied: [[Counter; DenyCode::ALL.len()]; CHECKPOINTS.len()],
+    judged: [[Counter; ServedFrom::ALL.len()]; Verdict::ALL.len()],
+    /// Of verdicts that nobody was asked for.
+    unasked: [Counter; Verdict::ALL.len()],
+    unverified: [Counter; Verdict::ALL.len()],
+    took: Histogram,
+}
+
+// === impl Decisions ===
+
+impl Decisions {
+    /// One was made.
+    pub fn made(&self, checkpoint: Checkpoint, decision: &Decision, took: Duration) {
+        let name = decision.resolution.provider.as_str();
+        match self.by_provider.load().get(name) {
+            Some(of) => of.made(checkpoint, decision, took),
+            None => self.first_of(name).made(checkpoint, decision, took),
+        }
+    }
+
+    /// One ended in a panic.
+    pub fn panicked(&self) {
+        self.panicked.one();
+    }
+
+    #[cold]
+    fn first_of(&self, name: &str) -> Arc<OfProvider> {
+        // No panic can leave a map half made: it is put in place as a whole.
+        let _one_at_a_time = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.by_provider.load();
+        if let Some(of) = known.get(name) {
+            return Arc::clone(of);
+        }
+        let mut by_provider = if known.len() < MAX_PROVIDERS { ByProvider::clone(&known) } else { ByProvider::new() };
+        let of = Arc::new(OfProvider::default());
+        by_provider.insert(name.to_owned(), Arc::clone(&of));
+        self.by_provider.store(Arc::new(by_provider));
+        of
+    }
+}
+
+impl Measured for Decisions {
+    fn tell(&self, page: &mut Page) {
+        for (provider, of) in self.by_provider.load().iter() {
+            of.tell(provider, page);
+        }
+        page.counter("byokgate_decisions_panicked", "Decisions that ended in a panic of ours: none was made")
+            .add(&[], &self.panicked);
+    }
+}
+
+// === impl OfProvider ===
+
+impl OfProvider {
+    fn made(&self, checkpoint: Checkpoint, decision: &Decision, took: Duration) {
+        let (of, unverified) = match &decision.outcome {
+            Outcome::Allow(allow) => {
+                let verdict = if let Grounds::Credential(verdict) = allow.grounds() { Some(verdict) } else { None };
+                (self.allowed.get(checkpoint as usize), verdict.filter(|_| decision.is_unverified_allow()))
+            }
+            Outcome::Deny(deny) => {
+                let of = self.denied.get(checkpoint as usize).and_then(|denied| denied.get(deny.refusal.code() as usize));
+                (of, None)
+            }
+        };
+        let judged = decision.liveness.as_ref().and_then(|liveness| match liveness.seen {
+            Some(seen) => self.judged.get(liveness.verdict as usize).and_then(|judged| judged.get(seen.served_from as usize)),
+            None => self.unasked.get(liveness.verdict as usize),
+        });
+        let unverified = unverified.and_then(|verdict| self.unverified.get(verdict as usize));
+        [of, judged, unverified].into_iter().flatten().for_each(Counter::one);
+        self.took.observe(took);
+    }
+
+    fn tell(&self, provider: &str, page: &mut Page) {
+        let mut decisions = page.counter("byokgate_decisions", "Decisions made");
+        for (checkpoint, (allowed, denied)) in CHECKPOINTS.iter().zip(self.allowed.iter().zip(&self.denied)) {
+            let of =
+                |outcome, code| [("checkpoint", checkpoint.as_str()), ("outcome", outcome), ("code", code), (PROVIDER, provider)];
+            decisions.happened(&of("ALLOW", ""), allowed);
+            for (code, count) in DenyCode::ALL.iter().zip(denied) {
+                decisions.happened(&of("DENY", code.as_str()), count);
+            }
+        }
+        let mut verdicts = page.counter("byokgate_verdicts", "Decisions that rested on a verdict about a credential");
+        for (verdict, (judged, unasked)) in Verdict::ALL.iter().zip(self.judged.iter().zip(&self.unasked)) {
+            let of = |served_from| [(PROVIDER, provider), ("verdict", verdict.as_str()), ("served_from", served_from)];
+            for (served_from, count) in ServedFrom::ALL.iter().zip(judged) {
+                verdicts.happened(&of(served_from.as_str()), count);
+            }
+            verdicts.happened(&of(""), unasked);
+        }
+        let mut unverified =
+            page.counter("byokgate_unverified_allows", "Allows although nobody could show that the credential is alive");
+        for (verdict, count) in Verdict::ALL.iter().zip(&self.unverified) {
+            unverified.happened(&[(PROVIDER, provider), ("verdict", verdict.as_str())], count);
+        }
+        if let Some(took) = self.took.value() {
+            page.histogram("byokgate_decide_duration_seconds", "From a request that stands to its decision")
+                .add(&[(PROVIDER, provider)], took);
+        }
+    }
+}

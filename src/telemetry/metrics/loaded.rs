@@ -1,0 +1,35 @@
+//! What decisions are made by, as it is loaded now.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use super::{PROVIDER, Page};
+use crate::core::{
+    evaluate::{Origin, Snapshot},
+    policy::Enforcement,
+};
+
+/// Puts what is known of a snapshot at this time on the page.
+pub fn tell(snapshot: &Snapshot, now: SystemTime, page: &mut Page) {
+    let Snapshot { registry, catalogue, policy, registry_origin, catalogue_origin, .. } = snapshot;
+    page.gauge("byokgate_documents_info", "1, with the content hashes of what decisions are made by")
+        .add(&[("registry_revision", registry.revision()), ("catalogue_revision", catalogue.revision())], 1_u64);
+    let mut ages = page.gauge("byokgate_document_age_seconds", "Since the version in force was read");
+    for (document, Origin { loaded_at, .. }) in [("registry", registry_origin), ("catalogue", catalogue_origin)] {
+        let age = now.duration_since(*loaded_at).unwrap_or(Duration::ZERO);
+        ages.add(&[("document", document)], age.as_secs_f64());
+    }
+    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
+    for (provider, exception) in policy.exceptions() {
+        let mode = match policy.enforcement(provider, seconds) {
+            // Its date has passed.
+            Enforcement::Enforce => continue,
+            Enforcement::Report => "report",
+            Enforcement::Off => "off",
+        };
+        let labels = [(PROVIDER, provider), ("mode", mode)];
+        page.gauge("byokgate_provider_not_enforced", "1 while a provider's verdicts are on report, or it is not asked")
+            .add(&labels, 1_u64);
+        page.gauge("byokgate_provider_not_enforced_remaining_seconds", "Until it is enforced again")
+            .add(&labels, u64::try_from(exception.until.saturating_sub(seconds)).unwrap_or(0));
+    }
+}
