@@ -22,14 +22,14 @@ use byok_gate::{
         catalogue::Catalogue,
         classify::{Answer, Finding, classify},
         derive::derive,
-        engine::{Asker, Boxed, Engine, Question},
+        engine::{Boxed, Engine, ProbeRequest, Prober},
         evaluate::{Origin, Snapshot},
         policy::{Enforcement, Facts, Policy, apply},
         registry::Registry,
     },
     domain::{
         decision::{Outcome, ServedFrom, Verdict},
-        denial::Judged,
+        denial::LivenessEvidence,
         request::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
         secret::Secret,
     },
@@ -48,8 +48,8 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 /// A provider that answers at once: the way to a real one is not what is counted here.
 struct Prompt;
 
-impl Asker for Prompt {
-    fn ask(&self, _: Question) -> Boxed<'static, Finding> {
+impl Prober for Prompt {
+    fn probe(&self, _: ProbeRequest) -> Boxed<'static, Finding> {
         Box::pin(async { Finding { status: Some(200), probe: "models".into(), ..Finding::bare(Verdict::Valid) } })
     }
 }
@@ -137,7 +137,7 @@ fn classifying(_: usize) -> Step {
 fn ruling(_: usize) -> Step {
     let policy = Policy::default();
     Box::new(move || {
-        let judged = Judged {
+        let evidence = LivenessEvidence {
             verdict: black_box(Verdict::Invalid),
             env_name: "ANTHROPIC_API_KEY".into(),
             provider: "anthropic-api".into(),
@@ -148,8 +148,8 @@ fn ruling(_: usize) -> Step {
             withheld: None,
             unreached: None,
         };
-        let facts = Facts::Judged {
-            judged,
+        let facts = Facts::NotValid {
+            evidence,
             served_from: Some(ServedFrom::Cache),
             recently_valid: false,
             enforcement: Enforcement::Enforce,

@@ -25,7 +25,7 @@ use crate::{
     config::{ConfigError, Flag, Overrides, Paths, Setup, load},
     domain::request::PlatformProxy,
     server::ServerError,
-    telemetry::{self, LogError, LogTo, log_writer::Lines},
+    telemetry::{self, LogError, LogTo, log_writer::LogWriter},
 };
 
 /// Decides whether an AI-agent workspace may start, and who pays for its model calls.
@@ -169,7 +169,7 @@ impl Cli {
 // === impl Command ===
 
 impl Command {
-    fn run(self, log: &Lines) -> anyhow::Result<Exit> {
+    fn run(self, log: &LogWriter) -> anyhow::Result<Exit> {
         match self {
             Self::Serve(args) => serve::run(args, log.clone()),
             Self::Decide(args) => block_on(decide::run(args, log))?,

@@ -34,7 +34,7 @@ pub use self::listen::Address;
 use self::{
     admin::{Shown, answer_scrapers},
     auth::Callers,
-    connection::{Core, turn_away},
+    connection::{ConnectionContext, turn_away},
     health::{HealthService, Phase},
     listen::{Listener, Peer},
     reload::{Source, keep_fresh},
@@ -257,12 +257,13 @@ impl Bound {
             spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, Arc::new(Shown { engine, sources })))));
         }
         let failed = Arc::clone(&connections.failed);
-        let core = Core { callers, tls, service, routes, limits, deadlines, journal, phase: phases, calls, failed };
-        let core = Arc::new(core);
+        let context =
+            ConnectionContext { callers, tls, service, routes, limits, deadlines, journal, phase: phases, calls, failed };
+        let context = Arc::new(context);
         // Every connection holds a sender; when the last one is dropped, all are gone.
         let (open, mut all_gone) = mpsc::channel::<Infallible>(1);
         for (listener, places) in listeners.into_iter().zip(connections.places.clone()) {
-            let accepting = accept(listener, places, Arc::clone(&core), Arc::clone(&connections), open.clone());
+            let accepting = accept(listener, places, Arc::clone(&context), Arc::clone(&connections), open.clone());
             spawn(&mut tasks, ("accept", Box::pin(accepting)));
         }
         for task in supervised {
@@ -352,20 +353,20 @@ fn spawn(tasks: &mut JoinSet<&'static str>, (name, work): Task) {
 async fn accept(
     listener: Listener,
     places: Arc<Semaphore>,
-    core: Arc<Core>,
+    context: Arc<ConnectionContext>,
     connections: Arc<Connections>,
     open: mpsc::Sender<Infallible>,
 ) {
-    let limit = core.limits.connections;
+    let limit = context.limits.connections;
     let mut refused = 0_usize;
     loop {
         let accepted = listener.accept().await;
         match Arc::clone(&places).try_acquire_owned() {
             Ok(place) => {
                 connections.taken.one();
-                let (core, open) = (Arc::clone(&core), open.clone());
+                let (context, open) = (Arc::clone(&context), open.clone());
                 tokio::spawn(async move {
-                    core.serve(accepted).await;
+                    context.serve(accepted).await;
                     drop((place, open));
                 });
             }
@@ -375,7 +376,7 @@ async fn accept(
                     tracing::warn!(event = "connection_limit", address = %listener.address(), limit, refused);
                 }
                 refused = refused.wrapping_add(1);
-                let is_plain = core.tls.is_none() || matches!(accepted.peer, Peer::Unix { .. });
+                let is_plain = context.tls.is_none() || matches!(accepted.peer, Peer::Unix { .. });
                 if is_plain {
                     tokio::spawn(turn_away(accepted.io, limit));
                 }

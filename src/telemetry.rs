@@ -20,7 +20,7 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use self::log_writer::Lines;
+use self::log_writer::LogWriter;
 
 /// Where and how logs are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,14 +48,14 @@ pub enum LogError {
 }
 
 /// Starts logging. The filter is the first layer, so that spans and events below it are never built.
-pub fn init(filter: &str, to: LogTo) -> Result<Lines, LogError> {
+pub fn init(filter: &str, to: LogTo) -> Result<LogWriter, LogError> {
     let failed = |fault: String| LogError::Filter { filter: filter.to_owned(), fault };
     let spans = traces::DIRECTIVE.parse().map_err(|fault: ParseError| failed(fault.to_string()))?;
     let filter = EnvFilter::try_new(filter).map_err(|fault| failed(fault.to_string()))?.add_directive(spans);
     let registry = tracing_subscriber::registry().with(filter);
     let lines = match to {
-        LogTo::StdoutJson => Lines::to(own(io::stdout().as_fd())?)?,
-        LogTo::StderrText => Lines::to(own(io::stderr().as_fd())?)?,
+        LogTo::StdoutJson => LogWriter::to(own(io::stdout().as_fd())?)?,
+        LogTo::StderrText => LogWriter::to(own(io::stderr().as_fd())?)?,
     };
     let layer = tracing_subscriber::fmt::layer().with_writer(lines.clone());
     match to {

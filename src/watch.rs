@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// How often the files are looked at without any event: network and overlay file systems have none.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// How long after an event or an unsettled look the next look comes: a writer that truncates first has written by then.
 const SETTLE: Duration = Duration::from_millis(100);
 /// How many looks in a row may find the content changing before it is read all the same. A file that is being written is
@@ -57,7 +57,7 @@ pub struct Reload {
 
 /// What a look came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Looked {
+pub enum PollOutcome {
     /// Nothing is new.
     Same,
     /// Something is new, and may be half written.
@@ -86,58 +86,58 @@ impl Reload {
         Arc::clone(&self.counts)
     }
 
-    /// Looks again and again, soon after a folder of the files has changed, and at once when `hurry` says so. Ends when the
-    /// sender of `hurry` is gone.
-    pub async fn run(mut self, mut hurry: mpsc::Receiver<()>) {
+    /// Looks again and again, soon after a folder of the files has changed, and at once when `force` says so. Ends when the
+    /// sender of `force` is gone.
+    pub async fn run(mut self, mut force: mpsc::Receiver<()>) {
         let mut events = Events::of(&self.files);
         let mut next = Instant::now();
         loop {
-            let hurried = tokio::select! {
+            let forced = tokio::select! {
                 () = sleep_until(next) => false,
                 () = events.changed() => {
                     // Not put off by a further event: a file that never rests is looked at all the same.
                     next = next.min(Instant::now() + SETTLE);
                     continue;
                 }
-                asked = hurry.recv() => match asked {
+                asked = force.recv() => match asked {
                     Some(()) => true,
                     None => return,
                 },
             };
             // Reading and checking are work for a thread that may wait.
             let look = tokio::task::spawn_blocking(move || {
-                let looked = self.look(hurried);
+                let looked = self.poll(forced);
                 (self, looked)
             });
             // `look` does not panic, and the runtime does not cancel what blocks; if it ended all the same, so does this.
             let Ok((reload, looked)) = look.await else { return };
             self = reload;
-            next = Instant::now() + if looked == Looked::Unsettled { SETTLE } else { LOOK_EVERY };
+            next = Instant::now() + if looked == PollOutcome::Unsettled { SETTLE } else { POLL_INTERVAL };
             if events.files != self.files {
                 events = Events::of(&self.files);
             }
         }
     }
 
-    /// One look. `hurried` reads what is there even if it is the same, or may be half written.
-    pub fn look(&mut self, hurried: bool) -> Looked {
+    /// One look. `forced` reads what is there even if it is the same, or may be half written.
+    pub fn poll(&mut self, forced: bool) -> PollOutcome {
         let seen = hash(&self.files);
         let settled = seen == std::mem::replace(&mut self.last_seen, seen);
-        if seen == self.acted_on && !hurried {
+        if seen == self.acted_on && !forced {
             self.unsettled = 0;
-            return Looked::Same;
+            return PollOutcome::Same;
         }
-        if !hurried && !settled && self.unsettled < MAX_UNSETTLED {
+        if !forced && !settled && self.unsettled < MAX_UNSETTLED {
             self.unsettled += 1;
-            return Looked::Unsettled;
+            return PollOutcome::Unsettled;
         }
         self.unsettled = 0;
         let load = std::panic::AssertUnwindSafe(|| (self.load)());
         // A document must not be able to end the watch, whatever it does to the code that reads it.
         let loaded = std::panic::catch_unwind(load).unwrap_or_else(|_| Err(of_this_service("reading it ended in a panic")));
         // What was read is what was seen, or the next look sees to it.
-        if !hurried && hash(&self.files) != seen {
-            return Looked::Unsettled;
+        if !forced && hash(&self.files) != seen {
+            return PollOutcome::Unsettled;
         }
         let told_before = std::mem::replace(&mut self.acted_on, seen) == seen;
         match loaded {
@@ -155,7 +155,7 @@ impl Reload {
                 );
                 self.engine.swap(snapshot);
                 self.counts.taken();
-                Looked::Swapped
+                PollOutcome::Swapped
             }
             Err(problems) => {
                 self.failures += 1;
@@ -165,7 +165,7 @@ impl Reload {
                     tracing::error!(event = "reload_failed", failures, document, "{problems}");
                 }
                 self.engine.swap(marked(&self.engine.snapshot(), &problems));
-                Looked::Kept(problems)
+                PollOutcome::Kept(problems)
             }
         }
     }

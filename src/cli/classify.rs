@@ -19,7 +19,7 @@ use crate::{
     config::ConfigError,
     core::{
         catalogue::{Catalogue, HostRow, Probe, Signal},
-        classify::{Answer, Calibration, Classified, Heard, Ladder, Next, Reading, classified, is_page},
+        classify::{Answer, Calibration, Classification, Classified, Next, ProbePlan, ProbeResponse, classified, is_page},
         endpoint::{Call, MODEL, call},
         registry::Protocol,
     },
@@ -167,11 +167,11 @@ fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, Us
     let Some(probe) = probes.get(at) else {
         return Err(UsageError(format!("host `{host}` has no such probe")));
     };
-    let Classified { reading, signal } = classified(answer, probe);
+    let Classified { classification, signal } = classified(answer, probe);
     // So a calibration that tells would have been answered: as this answer was, where it is a refusal.
-    let refusing = Calibration::Refuses { status: given.status, error_code: code_of(&reading).to_owned() };
-    let (verdict, once_calibrated) = (verdict(&reading, probe.refuses_bad_keys), told_by(&reading));
-    let next = next(&calls, given.status, &reading, answer.retry_after, &refusing);
+    let refusing = Calibration::Refuses { status: given.status, error_code: code_of(&classification).to_owned() };
+    let (verdict, once_calibrated) = (verdict(&classification, probe.refuses_bad_keys), told_by(&classification));
+    let next = next(&calls, given.status, &classification, answer.retry_after, &refusing);
     let signal = signal.and_then(|position| Some((position, probe.signals.get(position)?)));
     Ok(json!({
         "host": host,
@@ -179,7 +179,7 @@ fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, Us
         "status": given.status,
         "asked_by": if row.is_some() { "row" } else { "default" },
         "probe": probe.name,
-        "reading": word(&reading),
+        "reading": word(&classification),
         "signal": signal.map(|(position, signal)| shown(position, signal)),
         "verdict": verdict.as_str(),
         "once_calibrated": once_calibrated.filter(|calibrated| *calibrated != verdict).map(Verdict::as_str),
@@ -253,38 +253,38 @@ fn header_map(given: &serde_json::Map<String, Value>) -> Result<HeaderMap, Usage
 }
 
 /// What this answer makes, if nothing that is heard later says otherwise.
-fn verdict(reading: &Reading, refuses_bad_keys: bool) -> Verdict {
-    match reading {
-        Reading::Accepted if refuses_bad_keys => Verdict::Valid,
-        Reading::Accepted => Verdict::NotCalibrated,
-        Reading::Restricted => Verdict::UnexpectedResponse,
-        Reading::Forbidden(_) => Verdict::Forbidden,
-        Reading::Verdict(verdict) => *verdict,
+fn verdict(classification: &Classification, refuses_bad_keys: bool) -> Verdict {
+    match classification {
+        Classification::Accepted if refuses_bad_keys => Verdict::Valid,
+        Classification::Accepted => Verdict::NotCalibrated,
+        Classification::Restricted => Verdict::UnexpectedResponse,
+        Classification::Forbidden(_) => Verdict::Forbidden,
+        Classification::Verdict(verdict) => *verdict,
     }
 }
 
 /// What it makes once the endpoint was seen to refuse a made-up key, in the same way where this is a refusal.
-fn told_by(reading: &Reading) -> Option<Verdict> {
-    match reading {
-        Reading::Accepted => Some(Verdict::Valid),
-        Reading::Forbidden(_) => Some(Verdict::Invalid),
-        Reading::Restricted | Reading::Verdict(_) => None,
+fn told_by(classification: &Classification) -> Option<Verdict> {
+    match classification {
+        Classification::Accepted => Some(Verdict::Valid),
+        Classification::Forbidden(_) => Some(Verdict::Invalid),
+        Classification::Restricted | Classification::Verdict(_) => None,
     }
 }
 
-fn code_of(reading: &Reading) -> &str {
-    match reading {
-        Reading::Forbidden(code) => code,
-        Reading::Accepted | Reading::Restricted | Reading::Verdict(_) => "",
+fn code_of(classification: &Classification) -> &str {
+    match classification {
+        Classification::Forbidden(code) => code,
+        Classification::Accepted | Classification::Restricted | Classification::Verdict(_) => "",
     }
 }
 
-fn word(reading: &Reading) -> &'static str {
-    match reading {
-        Reading::Accepted => "ACCEPTED",
-        Reading::Restricted => "RESTRICTED",
-        Reading::Forbidden(_) => Verdict::Forbidden.as_str(),
-        Reading::Verdict(verdict) => verdict.as_str(),
+fn word(classification: &Classification) -> &'static str {
+    match classification {
+        Classification::Accepted => "ACCEPTED",
+        Classification::Restricted => "RESTRICTED",
+        Classification::Forbidden(_) => Verdict::Forbidden.as_str(),
+        Classification::Verdict(verdict) => verdict.as_str(),
     }
 }
 
@@ -292,17 +292,17 @@ fn word(reading: &Reading) -> &'static str {
 fn next(
     calls: &[Call],
     status: u16,
-    reading: &Reading,
+    classification: &Classification,
     retry_after: Option<std::time::Duration>,
     calibration: &Calibration,
 ) -> Option<Value> {
-    let mut ladder = Ladder::new(calls);
-    let Next::Ask(..) = ladder.proceed() else { return None };
-    let heard = Heard::Answer { status, reading: reading.clone(), retry_after };
-    if ladder.hear(heard, calibration).is_some() {
+    let mut plan = ProbePlan::new(calls);
+    let Next::Ask(..) = plan.proceed() else { return None };
+    let response = ProbeResponse::Answer { status, classification: classification.clone(), retry_after };
+    if plan.record(response, calibration).is_some() {
         return None;
     }
-    match ladder.proceed() {
+    match plan.proceed() {
         Next::Done(_) => None,
         Next::Ask(call, family) => Some(json!({
             "probe": call.probe.name,

@@ -21,8 +21,8 @@ use crate::{
         secret::Secret,
     },
     grpc::convert::{self, pb},
-    liveness::{cache::Cache, prober::Prober, provider_limits::Limited},
-    telemetry::{events::Journal, log_writer::Lines},
+    liveness::{cache::Cache, prober::HttpProber, provider_limits::ProviderLimiter},
+    telemetry::{events::Journal, log_writer::LogWriter},
 };
 
 /// The longest that a command waits: the slowest row's budget of 10 s and a little.
@@ -97,7 +97,7 @@ enum OverrideArg {
     Disabled,
 }
 
-pub(super) async fn run(args: DecideArgs, log: &Lines) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: DecideArgs, log: &LogWriter) -> anyhow::Result<Exit> {
     let (request, format) = (request(&args)?, args.format);
     let response = match args.server {
         Some(server) => ask(&server, &request).await?,
@@ -112,19 +112,24 @@ pub(super) async fn run(args: DecideArgs, log: &Lines) -> anyhow::Result<Exit> {
 }
 
 /// In this process. Nothing is tested with made-up keys: a one-shot command relies on the catalogue.
-pub(super) async fn decide(setup: Setup, probe: &ProbeArgs, request: Request, log: &Lines) -> anyhow::Result<pb::DecideResponse> {
+pub(super) async fn decide(
+    setup: Setup,
+    probe: &ProbeArgs,
+    request: Request,
+    log: &LogWriter,
+) -> anyhow::Result<pb::DecideResponse> {
     let settings = setup.settings;
     let mut asking = settings.probe_settings(setup.probe_ca);
     asking.allow_loopback_http |= probe.allow_loopback_http;
     asking.calibrate = false;
-    let prober = Prober::new(asking)?;
+    let prober = HttpProber::new(asking)?;
     // The same door as the service's: what it refuses is refused here, with the same words.
     let request = convert::request(convert::to_request(&request)).map_err(|violations| {
         let said: Vec<String> = violations.0.into_iter().map(|(field, description)| format!("{field}: {description}")).collect();
         UsageError(said.join("; "))
     })?;
-    let asker = Arc::new(Limited::new(Arc::new(prober), settings.provider_limits()));
-    let engine = Engine::new(setup.snapshot, Arc::new(Cache::new(asker, settings.cache_settings())), setup.fingerprint_key);
+    let prober = Arc::new(ProviderLimiter::new(Arc::new(prober), settings.provider_limits()));
+    let engine = Engine::new(setup.snapshot, Arc::new(Cache::new(prober, settings.cache_settings())), setup.fingerprint_key);
     let began = Instant::now();
     let decided = engine.decide(&request, began + PATIENCE).await;
     Journal::to(log.clone(), settings.log.plain_allow_ratio).decision(&request, &decided, began.elapsed(), None);

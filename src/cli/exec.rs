@@ -25,7 +25,7 @@ use crate::{
         secret::Secret,
     },
     server::shutdown::Signals,
-    telemetry::log_writer::Lines,
+    telemetry::log_writer::LogWriter,
 };
 
 /// Where Kubernetes reads why a container ended.
@@ -78,7 +78,7 @@ pub(super) struct ExecArgs {
 }
 
 /// Does not return where CMD runs: the process has then become it, with its id, its signals and its exit code.
-pub(super) async fn run(args: ExecArgs, log: &Lines) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit> {
     let ExecArgs {
         runtime,
         model,
@@ -156,7 +156,7 @@ pub(super) async fn run(args: ExecArgs, log: &Lines) -> anyhow::Result<Exit> {
 }
 
 /// Replaces this process. Returns only if it could not.
-fn become_it(command: &[OsString], log: &Lines) -> anyhow::Result<(Exit, Value)> {
+fn become_it(command: &[OsString], log: &LogWriter) -> anyhow::Result<(Exit, Value)> {
     let (program, arguments) = command.split_first().ok_or_else(|| UsageError("exec needs a CMD behind `--`".into()))?;
     // Here, and not after the runtime's end: that would wait for a name lookup that nobody needs any more.
     log.flush(LAST_LINES);

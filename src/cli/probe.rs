@@ -11,7 +11,7 @@ use super::{
 use crate::{
     core::{
         catalogue::Method,
-        classify::{Calibration, Finding, Heard, Reading},
+        classify::{Calibration, Classification, Finding, ProbeResponse},
         endpoint::{self, Target},
         evaluate::unsendable,
         registry::{Provider, Registry},
@@ -21,7 +21,7 @@ use crate::{
         denial::{any_of, listed},
         request::{CredentialValue, Scope},
     },
-    liveness::prober::{Prober, Rung},
+    liveness::prober::{Attempt, HttpProber},
 };
 
 /// Exits 0 for VALID, 10 for a credential that is refused, 11 where nothing could be told.
@@ -86,9 +86,9 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
     let mut asking = setup.settings.probe_settings(setup.probe_ca);
     asking.allow_loopback_http |= probe.allow_loopback_http;
     asking.calibrate = calibrate;
-    let prober = Prober::new(asking)?;
-    let (finding, rungs) = prober.explain(&target, secret).await;
-    answer(format, &provider, Some(&target), &finding, &rungs, "", explain)
+    let prober = HttpProber::new(asking)?;
+    let (finding, attempts) = prober.explain(&target, secret).await;
+    answer(format, &provider, Some(&target), &finding, &attempts, "", explain)
 }
 
 fn find<'r>(registry: &'r Registry, name: &str) -> Result<&'r Provider, UsageError> {
@@ -108,12 +108,12 @@ fn answer(
     provider: &str,
     target: Option<&Target>,
     finding: &Finding,
-    rungs: &[Rung],
+    attempts: &[Attempt],
     why: &str,
     explain: bool,
 ) -> anyhow::Result<Exit> {
     let host = target.map_or("", |target| target.endpoint.host.as_str());
-    let shown: &[Rung] = if explain { rungs } else { &[] };
+    let shown: &[Attempt] = if explain { attempts } else { &[] };
     match format {
         Format::Json => {
             let whole = json!({
@@ -142,8 +142,8 @@ fn answer(
             {
                 out.push_str(&format!("  hint      a key of {} is refused here too\n", any_of(&target.endpoint.siblings)));
             }
-            for (index, rung) in shown.iter().enumerate() {
-                out.push_str(&format!("  call {}    {}\n", index + 1, call_text(rung)));
+            for (index, attempt) in shown.iter().enumerate() {
+                out.push_str(&format!("  call {}    {}\n", index + 1, call_text(attempt)));
             }
             print(&out)?;
         }
@@ -164,46 +164,46 @@ fn answer(
     })
 }
 
-fn method(rung: &Rung) -> &'static str {
-    match rung.method {
+fn method(attempt: &Attempt) -> &'static str {
+    match attempt.method {
         Method::Get => "GET",
         Method::Post => "POST",
     }
 }
 
-fn call_text(rung: &Rung) -> String {
-    let Rung { probe, url, family, took, .. } = rung;
+fn call_text(attempt: &Attempt) -> String {
+    let Attempt { probe, url, family, took, .. } = attempt;
     format!(
         "`{probe}` {} {url} ({}): {}; made-up keys: {}; {} ms",
-        method(rung),
+        method(attempt),
         family.as_str(),
-        heard(&rung.heard),
-        calibration(&rung.calibration),
+        response(&attempt.response),
+        calibration(&attempt.calibration),
         took.as_millis()
     )
 }
 
-fn call_json(rung: &Rung) -> Value {
-    let status = match rung.heard {
-        Heard::Answer { status, .. } => Some(status),
-        Heard::TimedOut | Heard::Unreachable(_) => None,
+fn call_json(attempt: &Attempt) -> Value {
+    let status = match attempt.response {
+        ProbeResponse::Answer { status, .. } => Some(status),
+        ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) => None,
     };
     json!({
-        "probe": rung.probe,
-        "method": method(rung),
-        "url": rung.url,
-        "header": rung.family.as_str(),
+        "probe": attempt.probe,
+        "method": method(attempt),
+        "url": attempt.url,
+        "header": attempt.family.as_str(),
         "status": status,
-        "heard": heard(&rung.heard),
-        "made_up_keys": calibration(&rung.calibration),
-        "milliseconds": u64::try_from(rung.took.as_millis()).unwrap_or(u64::MAX),
+        "heard": response(&attempt.response),
+        "made_up_keys": calibration(&attempt.calibration),
+        "milliseconds": u64::try_from(attempt.took.as_millis()).unwrap_or(u64::MAX),
     })
 }
 
-fn heard(heard: &Heard) -> String {
-    match heard {
-        Heard::TimedOut => "no answer in time".into(),
-        Heard::Unreachable(why) => match why {
+fn response(response: &ProbeResponse) -> String {
+    match response {
+        ProbeResponse::TimedOut => "no answer in time".into(),
+        ProbeResponse::Unreachable(why) => match why {
             Unreached::Dns => "the name could not be resolved".into(),
             Unreached::Address => "the address or scheme may not be dialled".into(),
             Unreached::Connect => "no connection".into(),
@@ -211,14 +211,14 @@ fn heard(heard: &Heard) -> String {
             Unreached::Closed => "closed without an answer".into(),
             Unreached::Protocol => "not HTTP".into(),
         },
-        Heard::Answer { status, reading, .. } => {
-            let reading = match reading {
-                Reading::Accepted => "accepted",
-                Reading::Restricted => "alive, but not for this endpoint",
-                Reading::Forbidden(_) => "forbidden",
-                Reading::Verdict(verdict) => verdict.as_str(),
+        ProbeResponse::Answer { status, classification, .. } => {
+            let classification = match classification {
+                Classification::Accepted => "accepted",
+                Classification::Restricted => "alive, but not for this endpoint",
+                Classification::Forbidden(_) => "forbidden",
+                Classification::Verdict(verdict) => verdict.as_str(),
             };
-            format!("HTTP {status}, {reading}")
+            format!("HTTP {status}, {classification}")
         }
     }
 }

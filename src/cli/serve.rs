@@ -18,9 +18,9 @@ use super::{EngineArgs, Exit, ProbeArgs};
 use crate::{
     config::{self, ConfigError, Flag, Overrides, Paths, Setup},
     core::engine::Engine,
-    liveness::{cache::Cache, prober::Prober, provider_limits::Limited},
+    liveness::{cache::Cache, prober::HttpProber, provider_limits::ProviderLimiter},
     server::{Bound, Ended, shutdown::Signals},
-    telemetry::{events::Journal, log_writer::Lines, traces},
+    telemetry::{events::Journal, log_writer::LogWriter, traces},
     watch::{self, Reload},
 };
 
@@ -68,7 +68,7 @@ pub(super) struct ServeArgs {
     probe: ProbeArgs,
 }
 
-pub(super) fn run(args: ServeArgs, log: Lines) -> anyhow::Result<Exit> {
+pub(super) fn run(args: ServeArgs, log: LogWriter) -> anyhow::Result<Exit> {
     let (paths, overrides) = args.layers();
     let setup = config::load(&paths, &overrides)?;
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
@@ -79,7 +79,7 @@ pub(super) fn run(args: ServeArgs, log: Lines) -> anyhow::Result<Exit> {
     runtime.enable_all().build()?.block_on(serve(setup, paths, overrides, log))
 }
 
-async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> anyhow::Result<Exit> {
+async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter) -> anyhow::Result<Exit> {
     for problem in &setup.warnings {
         tracing::warn!(event = "configuration_warning", place = problem.place, "{}", problem.message);
     }
@@ -87,9 +87,9 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> 
     let signals = Signals::catch()?;
     let hangup = signal(SignalKind::hangup())?;
     let files = setup.documents;
-    let prober = Arc::new(Prober::new(setup.settings.probe_settings(setup.probe_ca))?);
-    let asker = Arc::new(Limited::new(prober.clone(), setup.settings.provider_limits()));
-    let liveness = Arc::new(Cache::new(asker.clone(), setup.settings.cache_settings()));
+    let prober = Arc::new(HttpProber::new(setup.settings.probe_settings(setup.probe_ca))?);
+    let limiter = Arc::new(ProviderLimiter::new(prober.clone(), setup.settings.provider_limits()));
+    let liveness = Arc::new(Cache::new(limiter.clone(), setup.settings.cache_settings()));
     let traced = setup.settings.trace_settings()?;
     let stop = setup.settings.shutdown.clone();
     let journal = Journal::to(log.clone(), setup.settings.log.plain_allow_ratio);
@@ -98,7 +98,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> 
     bound.show(Arc::new(log));
     bound.show(Arc::new(traces::Exported));
     bound.show(prober);
-    bound.show(asker);
+    bound.show(limiter);
     bound.show(liveness.clone());
     if let Some(settings) = &traced {
         traces::start(settings)?;
@@ -129,7 +129,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> 
     };
     let reload = Reload::new(Arc::clone(&engine), files, Arc::new(load));
     bound.show(reload.counts());
-    keep_up(&mut background, reload, hangup);
+    spawn_watcher(&mut background, reload, hangup);
     let stopping = Arc::new(OnceLock::new());
     let shutdown = {
         let stopping = Arc::clone(&stopping);
@@ -151,7 +151,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: Lines) -> 
 }
 
 /// Follows changes of the files, and looks at once on SIGHUP.
-fn keep_up(background: &mut JoinSet<()>, reload: Reload, mut hangup: Signal) {
+fn spawn_watcher(background: &mut JoinSet<()>, reload: Reload, mut hangup: Signal) {
     let (hurry, hurried) = mpsc::channel(1);
     background.spawn(reload.run(hurried));
     background.spawn(async move {

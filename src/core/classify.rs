@@ -29,7 +29,7 @@ pub struct Answer<'a> {
 
 /// What one answer says about the credential.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Reading {
+pub enum Classification {
     /// A "yes", worth as much as the endpoint's refusal of bad keys.
     Accepted,
     /// Alive, but not for this endpoint.
@@ -42,13 +42,13 @@ pub enum Reading {
 
 /// What came of one call, as the ladder needs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Heard {
+pub enum ProbeResponse {
     /// An answer.
     Answer {
         /// Its status.
         status: u16,
         /// What it says.
-        reading: Reading,
+        classification: Classification,
         /// When the provider wants to be asked again.
         retry_after: Option<Duration>,
     },
@@ -127,7 +127,7 @@ pub enum Next<'t> {
 
 /// The walk through a target's calls: pure, so that every path can be tested without a network.
 #[derive(Debug)]
-pub struct Ladder<'t> {
+pub struct ProbePlan<'t> {
     calls: &'t [Call],
     at: usize,
     family: usize,
@@ -146,14 +146,14 @@ pub struct Ladder<'t> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Classified {
     /// What it says.
-    pub reading: Reading,
+    pub classification: Classification,
     /// The position of the signal that matched; none where status and shape alone were read.
     pub signal: Option<usize>,
 }
 
 /// What this answer says. The row's signals decide first; what they leave is read by status and shape alone.
-pub fn classify(answer: Answer<'_>, probe: &Probe) -> Reading {
-    classified(answer, probe).reading
+pub fn classify(answer: Answer<'_>, probe: &Probe) -> Classification {
+    classified(answer, probe).classification
 }
 
 /// What this answer says, and by which signal.
@@ -162,25 +162,25 @@ pub fn classified(answer: Answer<'_>, probe: &Probe) -> Classified {
     // A login page, a captive portal or a challenge is not the vendor's API speaking, whatever its status and its words.
     let page = json.is_none() && (answer.page || answer.body.trim_ascii_start().first() == Some(&b'<'));
     let signal = if page { None } else { probe.signals.iter().position(|signal| matches(signal, answer, json.as_ref())) };
-    let reading = match signal.and_then(|at| probe.signals.get(at)).map(|signal| signal.outcome) {
-        Some(SignalOutcome::Accepted) => Reading::Accepted,
-        Some(SignalOutcome::Restricted) => Reading::Restricted,
-        Some(SignalOutcome::Verdict(verdict)) => Reading::Verdict(verdict),
+    let classification = match signal.and_then(|at| probe.signals.get(at)).map(|signal| signal.outcome) {
+        Some(SignalOutcome::Accepted) => Classification::Accepted,
+        Some(SignalOutcome::Restricted) => Classification::Restricted,
+        Some(SignalOutcome::Verdict(verdict)) => Classification::Verdict(verdict),
         None => by_shape(answer, json.as_ref(), probe),
     };
-    Classified { reading, signal }
+    Classified { classification, signal }
 }
 
 /// What status and shape alone say.
-fn by_shape(answer: Answer<'_>, json: Option<&Value>, probe: &Probe) -> Reading {
+fn by_shape(answer: Answer<'_>, json: Option<&Value>, probe: &Probe) -> Classification {
     match (answer.status, json.and_then(error_code)) {
-        (200..=299, _) if has_expected_shape(answer, json, &probe.expect) => Reading::Accepted,
-        (401, Some(_)) => Reading::Verdict(Verdict::Invalid),
-        (402, Some(_)) => Reading::Verdict(Verdict::QuotaExhausted),
-        (403, Some(code)) => Reading::Forbidden(code),
-        (429, _) => Reading::Verdict(Verdict::RateLimited),
-        (500..=599, _) => Reading::Verdict(Verdict::ProviderError),
-        _ => Reading::Verdict(Verdict::UnexpectedResponse),
+        (200..=299, _) if has_expected_shape(answer, json, &probe.expect) => Classification::Accepted,
+        (401, Some(_)) => Classification::Verdict(Verdict::Invalid),
+        (402, Some(_)) => Classification::Verdict(Verdict::QuotaExhausted),
+        (403, Some(code)) => Classification::Forbidden(code),
+        (429, _) => Classification::Verdict(Verdict::RateLimited),
+        (500..=599, _) => Classification::Verdict(Verdict::ProviderError),
+        _ => Classification::Verdict(Verdict::UnexpectedResponse),
     }
 }
 
@@ -199,9 +199,11 @@ pub fn calibrated(answer: Answer<'_>, probe: &Probe) -> Calibration {
     };
     match classify(answer, probe) {
         // "Alive" said of a key that nobody issued proves as little as "accepted" does.
-        Reading::Accepted | Reading::Restricted | Reading::Verdict(Verdict::QuotaExhausted) => Calibration::AcceptsAnything,
-        Reading::Verdict(Verdict::Invalid) | Reading::Forbidden(_) => refuses(),
-        Reading::Verdict(_) => Calibration::Unknown,
+        Classification::Accepted | Classification::Restricted | Classification::Verdict(Verdict::QuotaExhausted) => {
+            Calibration::AcceptsAnything
+        }
+        Classification::Verdict(Verdict::Invalid) | Classification::Forbidden(_) => refuses(),
+        Classification::Verdict(_) => Calibration::Unknown,
     }
 }
 
@@ -289,9 +291,9 @@ fn error_code(json: &Value) -> Option<String> {
     says_error.then(|| code.unwrap_or_default().chars().take(64).collect())
 }
 
-// === impl Ladder ===
+// === impl ProbePlan ===
 
-impl<'t> Ladder<'t> {
+impl<'t> ProbePlan<'t> {
     /// At the foot.
     pub fn new(calls: &'t [Call]) -> Self {
         Self { calls, at: 0, family: 0, fallback: None, refused: None, named_model: false, cost_money: false }
@@ -317,7 +319,7 @@ impl<'t> Ladder<'t> {
     }
 
     /// Takes in what was heard to the last `Ask`. `calibration` is what is known of that endpoint now. Some is the end.
-    pub fn hear(&mut self, heard: Heard, calibration: &Calibration) -> Option<Finding> {
+    pub fn record(&mut self, response: ProbeResponse, calibration: &Calibration) -> Option<Finding> {
         let call = self.calls.get(self.at)?;
         self.named_model |= call.names_model;
         self.cost_money |= call.probe.costs_money;
@@ -330,38 +332,38 @@ impl<'t> Ladder<'t> {
             cost_money,
             ..Finding::bare(verdict)
         };
-        let (status, reading, retry_after) = match heard {
-            Heard::TimedOut => return Some(self.without_answer(finding(Verdict::Timeout, None, None))),
-            Heard::Unreachable(why) => {
+        let (status, classification, retry_after) = match response {
+            ProbeResponse::TimedOut => return Some(self.without_answer(finding(Verdict::Timeout, None, None))),
+            ProbeResponse::Unreachable(why) => {
                 let finding = Finding { unreached: Some(why), ..finding(Verdict::Unreachable, None, None) };
                 return Some(self.without_answer(finding));
             }
-            Heard::Answer { status, reading, retry_after } => (Some(status), reading, retry_after),
+            ProbeResponse::Answer { status, classification, retry_after } => (Some(status), classification, retry_after),
         };
-        match reading {
-            Reading::Accepted if believed(call, calibration) => Some(finding(Verdict::Valid, status, None)),
-            Reading::Accepted => {
+        match classification {
+            Classification::Accepted if believed(call, calibration) => Some(finding(Verdict::Valid, status, None)),
+            Classification::Accepted => {
                 self.fall_back_on(finding(Verdict::NotCalibrated, status, None));
                 self.step();
                 None
             }
-            Reading::Restricted | Reading::Verdict(Verdict::UnexpectedResponse) => {
+            Classification::Restricted | Classification::Verdict(Verdict::UnexpectedResponse) => {
                 self.fall_back_on(finding(Verdict::UnexpectedResponse, status, None));
                 self.step();
                 None
             }
-            Reading::Forbidden(code) => {
+            Classification::Forbidden(code) => {
                 let as_a_made_up_one =
                     matches!(calibration, Calibration::Refuses { status: 403, error_code } if *error_code == code);
                 let verdict = if as_a_made_up_one { Verdict::Invalid } else { Verdict::Forbidden };
                 self.refuse(finding(verdict, status, None));
                 None
             }
-            Reading::Verdict(verdict @ (Verdict::Invalid | Verdict::Forbidden)) => {
+            Classification::Verdict(verdict @ (Verdict::Invalid | Verdict::Forbidden)) => {
                 self.refuse(finding(verdict, status, None));
                 None
             }
-            Reading::Verdict(verdict) => Some(finding(verdict, status, retry_after)),
+            Classification::Verdict(verdict) => Some(finding(verdict, status, retry_after)),
         }
     }
 

@@ -15,7 +15,7 @@ use crate::{
 
 /// The credentials of one spec, merged per name as the workspace's own environment would be.
 #[derive(Debug)]
-pub struct Wallet<'s> {
+pub struct CredentialSet<'s> {
     rows: BTreeMap<&'s str, Rows<'s>>,
     workspace_unreadable: bool,
     organization_unreadable: bool,
@@ -29,7 +29,7 @@ struct Rows<'s> {
 
 /// What a name holds.
 #[derive(Debug, Clone, Copy)]
-pub enum Held<'s> {
+pub enum Lookup<'s> {
     /// A value that is not blank.
     Value {
         /// The value.
@@ -47,7 +47,7 @@ pub enum Held<'s> {
 
 /// Which credential answers for a provider.
 #[derive(Debug)]
-pub enum Presence<'s> {
+pub enum Selection<'s> {
     /// This one.
     Found {
         /// Its name.
@@ -65,9 +65,9 @@ pub enum Presence<'s> {
     Unreadable(Vec<String>),
 }
 
-// === impl Wallet ===
+// === impl CredentialSet ===
 
-impl<'s> Wallet<'s> {
+impl<'s> CredentialSet<'s> {
     /// The wallet of a spec, and the names that were dropped since no provider accepts them.
     pub fn of(spec: &'s WorkspaceSpec, known: &BTreeSet<String>) -> (Self, Vec<String>) {
         let mut rows: BTreeMap<&str, Rows<'_>> = BTreeMap::new();
@@ -84,31 +84,31 @@ impl<'s> Wallet<'s> {
             }
         }
         let unreadable = |scope| spec.unreadable_scopes.contains(&scope);
-        let wallet = Self {
+        let credentials = Self {
             rows,
             workspace_unreadable: unreadable(Scope::Workspace),
             organization_unreadable: unreadable(Scope::Organization),
         };
-        (wallet, dropped.into_iter().collect())
+        (credentials, dropped.into_iter().collect())
     }
 
     /// What this name holds. A workspace row hides the organization's, even when it is blank or unreadable.
-    pub fn held(&self, name: &str) -> Held<'s> {
+    pub fn lookup(&self, name: &str) -> Lookup<'s> {
         let row = self.rows.get(name);
         let (workspace, organization) = row.map_or((None, None), |row| (row.workspace, row.organization));
         match (workspace, organization) {
             (Some(value), hidden) => of_row(value, Scope::Workspace, hidden.is_some_and(|hidden| !is_blank(hidden))),
             // The workspace may have a row of this name that nobody could see, and that row would hide this one.
-            (None, _) if self.workspace_unreadable => Held::Unknown,
+            (None, _) if self.workspace_unreadable => Lookup::Unknown,
             (None, Some(value)) => of_row(value, Scope::Organization, false),
-            (None, None) if self.organization_unreadable => Held::Unknown,
-            (None, None) => Held::Nothing,
+            (None, None) if self.organization_unreadable => Lookup::Unknown,
+            (None, None) => Lookup::Nothing,
         }
     }
 
     /// This name holds a readable value that is not blank.
     pub fn has(&self, name: &str) -> bool {
-        matches!(self.held(name), Held::Value { .. })
+        matches!(self.lookup(name), Lookup::Value { .. })
     }
 
     /// Something could not be read, whether or not it matters.
@@ -120,41 +120,41 @@ impl<'s> Wallet<'s> {
     }
 
     /// The first of the provider's names that holds a value, unless one before it could not be read.
-    pub fn answering_for<'p: 's>(&self, provider: &'p Provider) -> Presence<'s> {
+    pub fn select_for<'p: 's>(&self, provider: &'p Provider) -> Selection<'s> {
         let mut unknown = Vec::new();
         for name in &provider.auth_env {
-            match self.held(name) {
-                Held::Value { secret, scope, shadows_organization } if unknown.is_empty() => {
-                    return Presence::Found { env_name: name, secret, scope, shadows_organization };
+            match self.lookup(name) {
+                Lookup::Value { secret, scope, shadows_organization } if unknown.is_empty() => {
+                    return Selection::Found { env_name: name, secret, scope, shadows_organization };
                 }
-                Held::Value { .. } => break,
-                Held::Nothing => {}
-                Held::Unknown => unknown.push(name.clone()),
+                Lookup::Value { .. } => break,
+                Lookup::Nothing => {}
+                Lookup::Unknown => unknown.push(name.clone()),
             }
         }
-        if unknown.is_empty() { Presence::Missing } else { Presence::Unreadable(unknown) }
+        if unknown.is_empty() { Selection::Missing } else { Selection::Unreadable(unknown) }
     }
 
     /// Names that hold a value and that this runtime could pick up instead of the one that was judged: those that its other
     /// providers accept, and a second, different value that this provider accepts.
     pub fn conflicts(&self, registry: &Registry, runtime: &Runtime, provider: &Provider, judged: &str) -> Vec<String> {
-        let Held::Value { secret: chosen, .. } = self.held(judged) else { return Vec::new() };
+        let Lookup::Value { secret: chosen, .. } = self.lookup(judged) else { return Vec::new() };
         let others = || runtime.arms.iter().map(|arm| registry.provider(arm)).filter(|other| other.name != provider.name);
-        let conflicts = |name: &str| match self.held(name) {
-            Held::Value { secret, .. } if provider.accepts(name) => !secret.same_as(chosen),
-            Held::Value { .. } => others().any(|other| other.accepts(name)),
-            Held::Nothing | Held::Unknown => false,
+        let conflicts = |name: &str| match self.lookup(name) {
+            Lookup::Value { secret, .. } if provider.accepts(name) => !secret.same_as(chosen),
+            Lookup::Value { .. } => others().any(|other| other.accepts(name)),
+            Lookup::Nothing | Lookup::Unknown => false,
         };
         // A spec holds few names, a runtime's providers accept many.
         self.rows.keys().filter(|name| **name != judged && conflicts(name)).map(|name| (*name).to_owned()).collect()
     }
 }
 
-fn of_row(value: &CredentialValue, scope: Scope, shadows_organization: bool) -> Held<'_> {
+fn of_row(value: &CredentialValue, scope: Scope, shadows_organization: bool) -> Lookup<'_> {
     match value {
-        CredentialValue::Unreadable => Held::Unknown,
-        CredentialValue::Readable(secret) if secret.is_blank() => Held::Nothing,
-        CredentialValue::Readable(secret) => Held::Value { secret, scope, shadows_organization },
+        CredentialValue::Unreadable => Lookup::Unknown,
+        CredentialValue::Readable(secret) if secret.is_blank() => Lookup::Nothing,
+        CredentialValue::Readable(secret) => Lookup::Value { secret, scope, shadows_organization },
     }
 }
 

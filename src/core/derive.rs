@@ -34,7 +34,7 @@ pub enum Underivable {
 
 /// By which step the candidates for a model were found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Step {
+enum MatchStep {
     Exact,
     Prefix,
 }
@@ -58,7 +58,7 @@ pub fn derive<'r>(
     let owner = |arm: &'r Arm, matched_by| Ok(Derived { arm, provider: registry.provider(arm), matched_by });
     let (first, others) = match arms.as_slice() {
         [] => return Err(Underivable::Unregistered),
-        [only] => return owner(only, if step == Step::Exact { MatchedBy::ExactModel } else { MatchedBy::Prefix }),
+        [only] => return owner(only, if step == MatchStep::Exact { MatchedBy::ExactModel } else { MatchedBy::Prefix }),
         [first, others @ ..] => (*first, others),
     };
     let accepting: Vec<&Arm> = std::iter::once(first)
@@ -66,10 +66,10 @@ pub fn derive<'r>(
         .filter(|arm| registry.provider(arm).auth_env.iter().any(|name| at_hand(name)))
         .collect();
     match (step, accepting.as_slice()) {
-        (Step::Exact, [only]) => owner(only, MatchedBy::ExactModelAndCredential),
-        (Step::Exact, _) => owner(first, MatchedBy::FirstDeclared),
-        (Step::Prefix, [only]) => owner(only, MatchedBy::PrefixAndCredential),
-        (Step::Prefix, narrowed) => {
+        (MatchStep::Exact, [only]) => owner(only, MatchedBy::ExactModelAndCredential),
+        (MatchStep::Exact, _) => owner(first, MatchedBy::FirstDeclared),
+        (MatchStep::Prefix, [only]) => owner(only, MatchedBy::PrefixAndCredential),
+        (MatchStep::Prefix, narrowed) => {
             let named = if narrowed.is_empty() { arms.as_slice() } else { narrowed };
             Err(Underivable::Ambiguous { candidates: named.iter().map(|arm| registry.provider(arm).name.clone()).collect() })
         }
@@ -94,10 +94,10 @@ pub fn relevant_names(registry: &Registry, runtime: &Runtime, model: &str) -> Ve
 }
 
 /// The arms that could own the model: those that list it, or else those whose pattern matches it.
-fn candidates<'r>(registry: &'r Registry, runtime: &'r Runtime, model: &str) -> (Step, Vec<&'r Arm>) {
+fn candidates<'r>(registry: &'r Registry, runtime: &'r Runtime, model: &str) -> (MatchStep, Vec<&'r Arm>) {
     let listing: Vec<&Arm> = runtime.listing(model).collect();
     if !listing.is_empty() {
-        return (Step::Exact, listing);
+        return (MatchStep::Exact, listing);
     }
-    (Step::Prefix, runtime.arms.iter().filter(|arm| registry.provider(arm).pattern.is_match(model)).collect())
+    (MatchStep::Prefix, runtime.arms.iter().filter(|arm| registry.provider(arm).pattern.is_match(model)).collect())
 }

@@ -19,12 +19,12 @@ use crate::{
     core::{
         classify::Finding,
         endpoint::Target,
-        evaluate::{Inquiry, Next, Resolved, Snapshot, Trace, Unresolved, alternative_models, assess, resolve},
+        evaluate::{LivenessQuery, Next, Resolved, Snapshot, Trace, Unresolved, alternative_models, evaluate, resolve},
         policy::{Facts, apply},
     },
     domain::{
         decision::{Decision, Liveness, Outcome, Seen, ServedFrom, Verdict},
-        denial::Judged,
+        denial::LivenessEvidence,
         request::Request,
         secret::Secret,
     },
@@ -34,36 +34,36 @@ use crate::{
 pub type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Asks a provider about a credential: one walk up the ladder, within its own time budget.
-pub trait Asker: Send + Sync + 'static {
+pub trait Prober: Send + Sync + 'static {
     /// What came of it. Bounds its own time, whoever waits.
-    fn ask(&self, question: Question) -> Boxed<'static, Finding>;
+    fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding>;
 }
 
 /// What is asked.
 #[derive(Debug)]
-pub struct Question {
+pub struct ProbeRequest {
     /// Whom and how.
     pub target: Arc<Target>,
     /// About which credential.
     pub secret: Arc<Secret>,
     /// To be told when the provider itself is asked, after what waiting there was.
-    pub begun: Begun,
+    pub started: ProbeStarted,
 }
 
 /// Whether the provider itself is being asked, or the question still waits for its turn.
 #[derive(Debug, Clone, Default)]
-pub struct Begun(Arc<AtomicBool>);
+pub struct ProbeStarted(Arc<AtomicBool>);
 
 /// What is known of a credential's liveness, remembered or asked.
 pub trait LivenessSource: Send + Sync + 'static {
     /// What is remembered, if it is no older than wanted. Most calls end here, without anything to wait for. A source that
     /// remembers nothing has nothing to recall.
-    fn recall(&self, _inquiry: &Inquiry<'_>, _max_age: Option<Duration>) -> Option<Observed> {
+    fn recall(&self, _inquiry: &LivenessQuery<'_>, _max_age: Option<Duration>) -> Option<Observed> {
         None
     }
 
     /// An observation no older than wanted, by the deadline.
-    fn observe<'a>(&'a self, inquiry: Inquiry<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed>;
+    fn observe<'a>(&'a self, query: LivenessQuery<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed>;
 }
 
 /// What was observed, or remembered.
@@ -114,16 +114,16 @@ pub struct Decided {
     pub catalogue_revision: String,
 }
 
-// === impl Begun ===
+// === impl ProbeStarted ===
 
-impl Begun {
+impl ProbeStarted {
     /// From now on the provider is asked.
-    pub fn now(&self) {
+    pub fn set(&self) {
         self.0.store(true, Ordering::Relaxed);
     }
 
     /// It is.
-    pub fn is_so(&self) -> bool {
+    pub fn is_set(&self) -> bool {
         self.0.load(Ordering::Relaxed)
     }
 }
@@ -151,30 +151,30 @@ impl Engine {
     pub async fn decide(&self, request: &Request, deadline: Instant) -> Decided {
         let snapshot = self.snapshot();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let assessment = assess(&snapshot, request, i64::try_from(now).unwrap_or(i64::MAX), &|secret| self.fingerprint(secret));
-        let mut trace = assessment.trace;
-        let (facts, seen) = match assessment.next {
+        let evaluation = evaluate(&snapshot, request, i64::try_from(now).unwrap_or(i64::MAX), &|secret| self.fingerprint(secret));
+        let mut trace = evaluation.trace;
+        let (facts, seen) = match evaluation.next {
             Next::Rule(facts) => (facts, None),
-            Next::Ask(inquiry) => {
-                let observed = match self.liveness.recall(&inquiry, request.max_liveness_age) {
+            Next::Ask(query) => {
+                let observed = match self.liveness.recall(&query, request.max_liveness_age) {
                     Some(observed) => observed,
-                    None => self.liveness.observe(inquiry, request.max_liveness_age, deadline).await,
+                    None => self.liveness.observe(query, request.max_liveness_age, deadline).await,
                 };
-                trace.step("liveness", || told(&inquiry, &observed));
-                (judged(&inquiry, &observed), Some((inquiry, observed)))
+                trace.step("liveness", || describe(&query, &observed));
+                (to_facts(&query, &observed), Some((query, observed)))
             }
         };
-        let unasked = unasked(&facts);
+        let static_liveness = static_liveness(&facts);
         let ruling = apply(facts, request.checkpoint, &snapshot.policy);
-        let liveness = seen.map(|(inquiry, observed)| shown(&inquiry, observed, ruling.on_earlier_valid)).or(unasked);
-        let mut warnings = assessment.warnings;
+        let liveness = seen.map(|(query, observed)| to_liveness(&query, observed, ruling.on_earlier_valid)).or(static_liveness);
+        let mut warnings = evaluation.warnings;
         warnings.extend(ruling.warnings.iter().cloned());
-        let mut resolution = assessment.resolution;
+        let mut resolution = evaluation.resolution;
         let outcome = ruling.into_outcome(|| alternative_models(&snapshot, &request.spec));
         if let Outcome::Allow(allow) = &outcome {
             resolution.billing_mode = Some(allow.billing_mode());
         }
-        ruled(&mut trace, &outcome);
+        trace_ruling(&mut trace, &outcome);
         Decided {
             id: new_id(),
             decision: Decision { outcome, resolution, liveness, warnings, trace: trace.into_steps() },
@@ -209,40 +209,40 @@ fn new_id() -> Uuid {
     uuid::Builder::from_unix_timestamp_millis(u64::try_from(millis).unwrap_or(u64::MAX), &rand::random()).into_uuid()
 }
 
-fn judged(inquiry: &Inquiry<'_>, observed: &Observed) -> Facts {
+fn to_facts(query: &LivenessQuery<'_>, observed: &Observed) -> Facts {
     if observed.finding.verdict == Verdict::Valid {
         return Facts::Valid;
     }
-    Facts::Judged {
-        judged: Judged {
+    Facts::NotValid {
+        evidence: LivenessEvidence {
             verdict: observed.finding.verdict,
-            env_name: inquiry.env_name.to_owned(),
-            provider: inquiry.endpoint.provider.clone(),
-            host: inquiry.endpoint.host.clone(),
+            env_name: query.env_name.to_owned(),
+            provider: query.endpoint.provider.clone(),
+            host: query.endpoint.host.clone(),
             upstream_status: observed.finding.status,
-            siblings: inquiry.endpoint.siblings.clone(),
+            siblings: query.endpoint.siblings.clone(),
             withheld: observed.finding.withheld,
             unreached: observed.finding.unreached,
             retry_after: observed.retry_after,
         },
         served_from: Some(observed.served_from),
         recently_valid: observed.earlier_valid.is_some(),
-        enforcement: inquiry.enforcement,
+        enforcement: query.enforcement,
     }
 }
 
 /// What is shown where nothing was asked.
-fn unasked(facts: &Facts) -> Option<Liveness> {
+fn static_liveness(facts: &Facts) -> Option<Liveness> {
     match facts {
-        Facts::Judged { judged, served_from: None, .. } => Some(Liveness {
-            verdict: judged.verdict,
+        Facts::NotValid { evidence, served_from: None, .. } => Some(Liveness {
+            verdict: evidence.verdict,
             upstream_status: None,
-            endpoint_host: judged.host.clone(),
+            endpoint_host: evidence.host.clone(),
             probe: String::new(),
             seen: None,
         }),
         Facts::Valid
-        | Facts::Judged { .. }
+        | Facts::NotValid { .. }
         | Facts::Refused(_)
         | Facts::OverrideDisabled
         | Facts::ExemptRuntime
@@ -251,7 +251,7 @@ fn unasked(facts: &Facts) -> Option<Liveness> {
 }
 
 /// What is shown: what was observed, or the earlier VALID that the ruling rests on.
-fn shown(inquiry: &Inquiry<'_>, observed: Observed, on_earlier_valid: bool) -> Liveness {
+fn to_liveness(query: &LivenessQuery<'_>, observed: Observed, on_earlier_valid: bool) -> Liveness {
     let Observed { finding, observed_at, age, served_from, earlier_valid, retry_after: _ } = observed;
     let (finding, seen) = match earlier_valid {
         Some(earlier) if on_earlier_valid => {
@@ -262,24 +262,24 @@ fn shown(inquiry: &Inquiry<'_>, observed: Observed, on_earlier_valid: bool) -> L
     Liveness {
         verdict: finding.verdict,
         upstream_status: finding.status,
-        endpoint_host: inquiry.endpoint.host.clone(),
+        endpoint_host: query.endpoint.host.clone(),
         probe: finding.probe.clone(),
         seen: Some(seen),
     }
 }
 
-fn told(inquiry: &Inquiry<'_>, observed: &Observed) -> String {
+fn describe(query: &LivenessQuery<'_>, observed: &Observed) -> String {
     let Finding { verdict, status, probe, .. } = &*observed.finding;
     let status = status.map_or_else(|| "no status".to_owned(), |status| format!("HTTP {status}"));
     format!(
         "{verdict} from {} (probe `{probe}`, {status}, served from {}, {} ms old)",
-        inquiry.endpoint.host,
+        query.endpoint.host,
         observed.served_from,
         observed.age.as_millis()
     )
 }
 
-fn ruled(trace: &mut Trace, outcome: &Outcome) {
+fn trace_ruling(trace: &mut Trace, outcome: &Outcome) {
     trace.step("policy", || match outcome {
         Outcome::Allow(allow) => format!("allow, billing {}", allow.billing_mode()),
         Outcome::Deny(deny) => format!("deny, {}", deny.refusal.code()),

@@ -9,7 +9,7 @@ use std::{
 use crate::{
     core::{
         catalogue::{Catalogue, KeyKind},
-        credentials::{Held, Presence, Wallet},
+        credentials::{CredentialSet, Lookup, Selection},
         derive::{Derived, Underivable, derive, relevant_names},
         endpoint::{Endpoint, NoSurface, own_base_urls},
         policy::{Enforcement, Facts, Policy},
@@ -17,7 +17,7 @@ use crate::{
     },
     domain::{
         decision::{BillingMode, JudgedCredential, MatchedBy, Resolution, Source, TraceStep, Verdict, Warning, WarningCode},
-        denial::{Judged, Malformation, Refusal, listed},
+        denial::{LivenessEvidence, Malformation, Refusal, listed},
         request::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec, is_plain},
         secret::Secret,
     },
@@ -57,7 +57,7 @@ pub struct Origin {
 
 /// The decision so far.
 #[derive(Debug)]
-pub struct Assessment<'a> {
+pub struct Evaluation<'a> {
     /// What is to be ruled on, or asked first.
     pub next: Next<'a>,
     /// Who owns the model, as far as that is settled.
@@ -74,12 +74,12 @@ pub enum Next<'a> {
     /// Everything is known.
     Rule(Facts),
     /// The provider has to be asked.
-    Ask(Inquiry<'a>),
+    Ask(LivenessQuery<'a>),
 }
 
 /// A credential to ask a provider about.
 #[derive(Debug, Clone, Copy)]
-pub struct Inquiry<'a> {
+pub struct LivenessQuery<'a> {
     /// Whom and how.
     pub endpoint: &'a Arc<Endpoint>,
     /// The credential.
@@ -104,20 +104,23 @@ pub struct Trace {
 }
 
 /// Assesses a request at this second of Unix time. `fingerprint` tells keys apart for a person.
-pub fn assess<'a>(
+pub fn evaluate<'a>(
     snapshot: &'a Snapshot,
     request: &'a Request,
     now: i64,
     fingerprint: &dyn Fn(&Secret) -> String,
-) -> Assessment<'a> {
+) -> Evaluation<'a> {
     let Request { spec, checkpoint, explain, caller, max_liveness_age: _ } = request;
-    let mut notes =
-        Notes { resolution: Resolution::unsettled(), warnings: Vec::new(), trace: Trace { on: *explain, steps: Vec::new() } };
+    let mut log = EvaluationLog {
+        resolution: Resolution::unsettled(),
+        warnings: Vec::new(),
+        trace: Trace { on: *explain, steps: Vec::new() },
+    };
     let proxy = proxy_of(snapshot, spec);
-    let walk = Walk { snapshot, spec, checkpoint: *checkpoint, proxy, caller, now, fingerprint };
-    let next = walk.run(&mut notes).unwrap_or_else(|facts| Next::Rule(*facts));
-    let Notes { resolution, warnings, trace } = notes;
-    Assessment { next, resolution, warnings, trace }
+    let evaluator = Evaluator { snapshot, spec, checkpoint: *checkpoint, proxy, caller, now, fingerprint };
+    let next = evaluator.run(&mut log).unwrap_or_else(|facts| Next::Rule(*facts));
+    let EvaluationLog { resolution, warnings, trace } = log;
+    Evaluation { next, resolution, warnings, trace }
 }
 
 /// What the runtime offers without a key, for a workspace that is denied.
@@ -154,7 +157,7 @@ pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeS
         let relevant_env = if only { Vec::new() } else { relevant_env };
         return Err(Unresolved { refusal: Box::new(not_byok(derived.provider, model)), relevant_env });
     }
-    settle(&mut resolution, derived.provider, derived.matched_by);
+    record_owner(&mut resolution, derived.provider, derived.matched_by);
     Ok(Resolved { resolution, relevant_env, withdrawn: derived.arm.has_withdrawn(model) })
 }
 
@@ -187,7 +190,7 @@ impl From<Box<Refusal>> for Unresolved {
 
 // === the walk through the steps ===
 
-struct Walk<'a, 'f> {
+struct Evaluator<'a, 'f> {
     snapshot: &'a Snapshot,
     spec: &'a WorkspaceSpec,
     checkpoint: Checkpoint,
@@ -197,32 +200,32 @@ struct Walk<'a, 'f> {
     fingerprint: &'f dyn Fn(&Secret) -> String,
 }
 
-struct Notes {
+struct EvaluationLog {
     resolution: Resolution,
     warnings: Vec<Warning>,
     trace: Trace,
 }
 
 /// `Err` is the early end: the facts are complete.
-type Step<T> = Result<T, Box<Facts>>;
+type Flow<T> = Result<T, Box<Facts>>;
 
-impl<'a> Walk<'a, '_> {
-    fn run(&self, notes: &mut Notes) -> Step<Next<'a>> {
-        self.heed_override(notes)?;
-        let runtime = self.runtime(notes)?;
+impl<'a> Evaluator<'a, '_> {
+    fn run(&self, log: &mut EvaluationLog) -> Flow<Next<'a>> {
+        self.check_override(log)?;
+        let runtime = self.runtime(log)?;
         let model = known_model(&self.spec.runtime, &self.spec.model).map_err(|refusal| refused(*refusal))?;
-        notes.trace.step("model", || format!("`{model}`"));
+        log.trace.step("model", || format!("`{model}`"));
         if self.spec.operator_override == OperatorOverride::PlatformManaged {
-            notes.resolution.billing_mode = Some(BillingMode::PlatformManaged);
+            log.resolution.billing_mode = Some(BillingMode::PlatformManaged);
             return Err(Box::new(Facts::Platform { by_override: true, proxy: self.proxy, model: model.to_owned() }));
         }
-        let (wallet, dropped) = Wallet::of(self.spec, self.snapshot.registry.credential_names());
+        let (credentials, dropped) = CredentialSet::of(self.spec, self.snapshot.registry.credential_names());
         if !dropped.is_empty() {
             let message = format!("the registry knows no credential named {}; dropped", listed(&dropped));
-            notes.warn(WarningCode::UnknownCredentialName, message, dropped);
+            log.warn(WarningCode::UnknownCredentialName, message, dropped);
         }
-        let derived = self.owner(&wallet, runtime, model, notes)?;
-        self.heed_withdrawal(&derived, model, notes)?;
+        let derived = self.owner(&credentials, runtime, model, log)?;
+        self.check_withdrawn(&derived, model, log)?;
         let provider = derived.provider;
         if provider.is_platform() {
             return Err(Box::new(self.platform(model)));
@@ -230,43 +233,43 @@ impl<'a> Walk<'a, '_> {
         if provider.auth == Auth::Ambient {
             return Err(refused(not_byok(provider, model)));
         }
-        self.credential(&wallet, runtime, provider, model, notes)
+        self.credential(&credentials, runtime, provider, model, log)
     }
 
-    fn heed_override(&self, notes: &mut Notes) -> Step<()> {
+    fn check_override(&self, log: &mut EvaluationLog) -> Flow<()> {
         let word = match self.spec.operator_override {
             OperatorOverride::Derive => return Ok(()),
             OperatorOverride::PlatformManaged => "PLATFORM_MANAGED",
             OperatorOverride::Byok => "BYOK",
             OperatorOverride::Disabled => "DISABLED",
         };
-        notes.resolution.source = Source::OperatorOverride;
+        log.resolution.source = Source::OperatorOverride;
         let honoured = self.snapshot.policy.honour_overrides;
-        notes.trace.step("override", || format!("{word}, {}", if honoured { "honoured" } else { "refused by configuration" }));
-        notes.warn(WarningCode::OperatorOverride, format!("an operator override of {word} was given"), Vec::new());
+        log.trace.step("override", || format!("{word}, {}", if honoured { "honoured" } else { "refused by configuration" }));
+        log.warn(WarningCode::OperatorOverride, format!("an operator override of {word} was given"), Vec::new());
         match (honoured, self.spec.operator_override) {
             (false, _) => Err(refused(Refusal::OverrideNotAllowed)),
             (true, OperatorOverride::Disabled) => {
-                notes.resolution.billing_mode = Some(BillingMode::None);
+                log.resolution.billing_mode = Some(BillingMode::None);
                 Err(Box::new(Facts::OverrideDisabled))
             }
             (true, OperatorOverride::Derive | OperatorOverride::PlatformManaged | OperatorOverride::Byok) => Ok(()),
         }
     }
 
-    fn runtime(&self, notes: &mut Notes) -> Step<&'a Runtime> {
+    fn runtime(&self, log: &mut EvaluationLog) -> Flow<&'a Runtime> {
         let name = self.spec.runtime.as_str();
         if self.snapshot.policy.exempt_runtimes.contains(name) {
-            notes.trace.step("runtime", || format!("`{name}` is exempt by configuration"));
-            notes.warn(WarningCode::ExemptRuntime, format!("runtime `{name}` is exempt: nothing was checked"), Vec::new());
-            notes.resolution.billing_mode = Some(BillingMode::None);
-            if notes.resolution.source == Source::Derived {
-                notes.resolution.source = Source::ExemptRuntime;
+            log.trace.step("runtime", || format!("`{name}` is exempt by configuration"));
+            log.warn(WarningCode::ExemptRuntime, format!("runtime `{name}` is exempt: nothing was checked"), Vec::new());
+            log.resolution.billing_mode = Some(BillingMode::None);
+            if log.resolution.source == Source::Derived {
+                log.resolution.source = Source::ExemptRuntime;
             }
             return Err(Box::new(Facts::ExemptRuntime));
         }
         let runtime = known_runtime(&self.snapshot.registry, name).map_err(|refusal| refused(*refusal))?;
-        notes.trace.step("runtime", || format!("`{name}` has {} providers", runtime.arms.len()));
+        log.trace.step("runtime", || format!("`{name}` has {} providers", runtime.arms.len()));
         Ok(runtime)
     }
 
@@ -275,36 +278,42 @@ impl<'a> Walk<'a, '_> {
     /// It is enough to add unreadable names one at a time: the set of candidates that accept a name at hand only grows, an
     /// outcome other than the default needs that set to hold exactly one, and whatever several names make of it, one of
     /// them alone has already made it differ.
-    fn owner(&self, wallet: &Wallet<'_>, runtime: &Runtime, model: &str, notes: &mut Notes) -> Step<Derived<'a>> {
+    fn owner(
+        &self,
+        credentials: &CredentialSet<'_>,
+        runtime: &Runtime,
+        model: &str,
+        log: &mut EvaluationLog,
+    ) -> Flow<Derived<'a>> {
         let registry = &*self.snapshot.registry;
         let name = self.spec.runtime.as_str();
-        let derived = derive(registry, name, model, &|name| wallet.has(name));
-        if wallet.has_unreadable() {
+        let derived = derive(registry, name, model, &|name| credentials.has(name));
+        if credentials.has_unreadable() {
             let owner =
                 |result: &Result<Derived<'a>, Underivable>| result.as_ref().ok().map(|derived| derived.provider.name.clone());
             let changing: Vec<String> = relevant_names(registry, runtime, model)
                 .into_iter()
-                .filter(|unknown| matches!(wallet.held(unknown), Held::Unknown))
+                .filter(|unknown| matches!(credentials.lookup(unknown), Lookup::Unknown))
                 .filter(|unknown| {
-                    owner(&derive(registry, name, model, &|name| name == unknown || wallet.has(name))) != owner(&derived)
+                    owner(&derive(registry, name, model, &|name| name == unknown || credentials.has(name))) != owner(&derived)
                 })
                 .collect();
             if !changing.is_empty() {
-                notes.trace.step("derive", || format!("{} could not be read and could change the owner", listed(&changing)));
+                log.trace.step("derive", || format!("{} could not be read and could change the owner", listed(&changing)));
                 return Err(refused(Refusal::CredentialsUnreadable { names: changing, changes_owner: true }));
             }
         }
         let derived = derived.map_err(|underivable| refused(*refusal_of(underivable, name, model, registry)))?;
-        settle(&mut notes.resolution, derived.provider, derived.matched_by);
-        notes.trace.step("derive", || format!("provider `{}` by {}", derived.provider.name, derived.matched_by));
+        record_owner(&mut log.resolution, derived.provider, derived.matched_by);
+        log.trace.step("derive", || format!("provider `{}` by {}", derived.provider.name, derived.matched_by));
         Ok(derived)
     }
 
-    fn heed_withdrawal(&self, derived: &Derived<'_>, model: &str, notes: &mut Notes) -> Step<()> {
+    fn check_withdrawn(&self, derived: &Derived<'_>, model: &str, log: &mut EvaluationLog) -> Flow<()> {
         if !derived.arm.has_withdrawn(model) {
             return Ok(());
         }
-        notes.trace.step("model", || "withdrawn".into());
+        log.trace.step("model", || "withdrawn".into());
         match self.checkpoint {
             Checkpoint::Create | Checkpoint::Update => Err(refused(Refusal::ModelWithdrawn {
                 runtime: self.spec.runtime.clone(),
@@ -313,7 +322,7 @@ impl<'a> Walk<'a, '_> {
             })),
             Checkpoint::Provision => {
                 let message = format!("model `{model}` is withdrawn; this workspace keeps it, new ones cannot have it");
-                notes.warn(WarningCode::ModelWithdrawn, message, Vec::new());
+                log.warn(WarningCode::ModelWithdrawn, message, Vec::new());
                 Ok(())
             }
         }
@@ -330,16 +339,16 @@ impl<'a> Walk<'a, '_> {
 
     fn credential(
         &self,
-        wallet: &Wallet<'a>,
+        credentials: &CredentialSet<'a>,
         runtime: &Runtime,
         provider: &'a Provider,
         model: &'a str,
-        notes: &mut Notes,
-    ) -> Step<Next<'a>> {
-        let (env_name, secret, scope, shadows_organization) = match wallet.answering_for(provider) {
-            Presence::Found { env_name, secret, scope, shadows_organization } => (env_name, secret, scope, shadows_organization),
-            Presence::Missing => {
-                notes.trace.step("presence", || format!("none of {} holds a value", listed(&provider.auth_env)));
+        log: &mut EvaluationLog,
+    ) -> Flow<Next<'a>> {
+        let (env_name, secret, scope, shadows_organization) = match credentials.select_for(provider) {
+            Selection::Found { env_name, secret, scope, shadows_organization } => (env_name, secret, scope, shadows_organization),
+            Selection::Missing => {
+                log.trace.step("presence", || format!("none of {} holds a value", listed(&provider.auth_env)));
                 return Err(refused(Refusal::MissingCredential {
                     provider: provider.name.clone(),
                     display_name: provider.display_name.clone(),
@@ -347,35 +356,35 @@ impl<'a> Walk<'a, '_> {
                     accepted_env: provider.auth_env.clone(),
                 }));
             }
-            Presence::Unreadable(names) => {
-                notes.trace.step("presence", || format!("{} could not be read", listed(&names)));
+            Selection::Unreadable(names) => {
+                log.trace.step("presence", || format!("{} could not be read", listed(&names)));
                 return Err(refused(Refusal::CredentialsUnreadable { names, changes_owner: false }));
             }
         };
-        notes.trace.step("presence", || format!("{env_name} answers, from scope {}", scope.as_str()));
-        notes.resolution.credential = Some(JudgedCredential {
+        log.trace.step("presence", || format!("{env_name} answers, from scope {}", scope.as_str()));
+        log.resolution.credential = Some(JudgedCredential {
             env_name: env_name.to_owned(),
             scope,
             shadows_organization,
             fingerprint: (self.fingerprint)(secret),
         });
-        let conflicts = wallet.conflicts(&self.snapshot.registry, runtime, provider, env_name);
+        let conflicts = credentials.conflicts(&self.snapshot.registry, runtime, provider, env_name);
         if !conflicts.is_empty() {
             let message = format!(
                 "{env_name} was judged for provider `{}`; {} could be picked up instead by the runtime",
                 provider.name,
                 listed(&conflicts)
             );
-            notes.warn(WarningCode::ConflictingCredential, message, conflicts);
+            log.warn(WarningCode::ConflictingCredential, message, conflicts);
         }
-        if wallet.has_unreadable() {
+        if credentials.has_unreadable() {
             let message = "some credentials could not be read; none of them could change this decision".to_owned();
-            notes.warn(WarningCode::UnreadableCredentials, message, Vec::new());
+            log.warn(WarningCode::UnreadableCredentials, message, Vec::new());
         }
         let enforcement = self.snapshot.policy.enforcement(&provider.name, self.now);
-        let unasked = |verdict, host: &str| {
-            Box::new(Facts::Judged {
-                judged: Judged {
+        let static_liveness = |verdict, host: &str| {
+            Box::new(Facts::NotValid {
+                evidence: LivenessEvidence {
                     verdict,
                     env_name: env_name.to_owned(),
                     provider: provider.name.clone(),
@@ -392,8 +401,8 @@ impl<'a> Walk<'a, '_> {
             })
         };
         if enforcement == Enforcement::Off {
-            notes.trace.step("liveness", || "switched off for this provider".into());
-            return Err(unasked(Verdict::ProbeDisabled, ""));
+            log.trace.step("liveness", || "switched off for this provider".into());
+            return Err(static_liveness(Verdict::ProbeDisabled, ""));
         }
         let surface = self.endpoint(provider).and_then(|endpoint| {
             let unfit = unsendable(&self.snapshot.catalogue, endpoint, env_name, secret)?;
@@ -401,22 +410,22 @@ impl<'a> Walk<'a, '_> {
         });
         match surface {
             Err(reason) => {
-                notes.trace.step("liveness", || reason.text());
-                Err(unasked(Verdict::NoServerSurface, ""))
+                log.trace.step("liveness", || reason.text());
+                Err(static_liveness(Verdict::NoServerSurface, ""))
             }
             Ok((endpoint, Some(refusal))) => {
-                notes.trace.step("shape", || format!("the value is not one to send to {}", endpoint.host));
+                log.trace.step("shape", || format!("the value is not one to send to {}", endpoint.host));
                 Err(refused(refusal))
             }
             Ok((endpoint, None)) => {
-                if notes.trace.on
+                if log.trace.on
                     && let Some(vendor) = administrative(&self.snapshot.catalogue, secret)
                 {
-                    notes.trace.step("shape", || {
+                    log.trace.step("shape", || {
                         format!("{env_name} looks like an administrative key of vendor `{vendor}`, which cannot call models")
                     });
                 }
-                Ok(Next::Ask(Inquiry {
+                Ok(Next::Ask(LivenessQuery {
                     endpoint,
                     secret,
                     env_name,
@@ -519,7 +528,7 @@ fn refusal_of(underivable: Underivable, runtime: &str, model: &str, registry: &R
     })
 }
 
-fn settle(resolution: &mut Resolution, provider: &Provider, matched_by: MatchedBy) {
+fn record_owner(resolution: &mut Resolution, provider: &Provider, matched_by: MatchedBy) {
     resolution.provider.clone_from(&provider.name);
     resolution.matched_by = Some(matched_by);
     // A provider of ambient identity takes no tenant credential: nobody would pay, and no name is accepted.
@@ -568,9 +577,9 @@ impl Snapshot {
     }
 }
 
-// === impl Notes, Trace ===
+// === impl EvaluationLog, Trace ===
 
-impl Notes {
+impl EvaluationLog {
     fn warn(&mut self, code: WarningCode, message: String, env_names: Vec<String>) {
         self.warnings.push(Warning { code, message, env_names });
     }

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::domain::{
     decision::{Allow, Deny, Grounds, Outcome, ServedFrom, Verdict, Warning, WarningCode, Withheld},
-    denial::{Judged, Refusal},
+    denial::{LivenessEvidence, Refusal},
     request::{Checkpoint, PlatformProxy},
 };
 
@@ -86,9 +86,9 @@ pub enum Facts {
     /// The tenant's own credential is VALID. Nothing else is needed to say so.
     Valid,
     /// The tenant's own credential was judged, and is not VALID.
-    Judged {
+    NotValid {
         /// The evidence.
-        judged: Judged,
+        evidence: LivenessEvidence,
         /// Where the verdict came from, if something was asked.
         served_from: Option<ServedFrom>,
         /// It was seen VALID within the hard maximum age and the caller's.
@@ -123,12 +123,12 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
             (PlatformProxy::Available, false) => Ruling::allow(Grounds::PlatformOwnsModel),
         },
         Facts::Valid => Ruling::allow(Grounds::Credential(Verdict::Valid)),
-        Facts::Judged { judged, served_from: _, recently_valid, enforcement } => {
-            let action = group_of(judged.verdict).map_or(Action::Deny, |group| policy.action(checkpoint, group));
+        Facts::NotValid { evidence, served_from: _, recently_valid, enforcement } => {
+            let action = group_of(evidence.verdict).map_or(Action::Deny, |group| policy.action(checkpoint, group));
             // Whatever is configured: the service is no key checker, and a flood of keys does not get past it by being one.
             let starts = matches!(checkpoint, Checkpoint::Create | Checkpoint::Provision);
-            if starts && judged.withheld == Some(Withheld::NewKeys) {
-                return Ruling::deny(Refusal::Liveness(judged));
+            if starts && evidence.withheld == Some(Withheld::NewKeys) {
+                return Ruling::deny(Refusal::Liveness(evidence));
             }
             let denied = match action {
                 Action::Deny => true,
@@ -137,10 +137,10 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
             };
             match (denied, enforcement) {
                 // A provider that is off was not asked: its PROBE_DISABLED is ruled on by the group, as any other verdict.
-                (true, Enforcement::Enforce | Enforcement::Off) => Ruling::deny(Refusal::Liveness(judged)),
-                (true, Enforcement::Report) => Ruling::allow_reported(judged),
-                (false, _) if action == Action::AllowIfRecentlyValid => Ruling::allow_on_earlier_valid(&judged),
-                (false, _) => Ruling::allow_unverified(&judged),
+                (true, Enforcement::Enforce | Enforcement::Off) => Ruling::deny(Refusal::Liveness(evidence)),
+                (true, Enforcement::Report) => Ruling::allow_reported(evidence),
+                (false, _) if action == Action::AllowIfRecentlyValid => Ruling::allow_on_earlier_valid(&evidence),
+                (false, _) => Ruling::allow_unverified(&evidence),
             }
         }
     }
@@ -221,34 +221,34 @@ impl Ruling {
         Self { outcome: Err(refusal), warnings: Vec::new(), on_earlier_valid: false }
     }
 
-    fn warned(mut self, code: WarningCode, judged: &Judged, message: String) -> Self {
-        self.warnings.push(Warning { code, message, env_names: vec![judged.env_name.clone()] });
+    fn warned(mut self, code: WarningCode, evidence: &LivenessEvidence, message: String) -> Self {
+        self.warnings.push(Warning { code, message, env_names: vec![evidence.env_name.clone()] });
         self
     }
 
-    fn allow_unverified(judged: &Judged) -> Self {
-        let Judged { verdict, env_name, provider, .. } = judged;
+    fn allow_unverified(evidence: &LivenessEvidence) -> Self {
+        let LivenessEvidence { verdict, env_name, provider, .. } = evidence;
         let message = format!("{env_name} of provider `{provider}` is present but was not verified ({verdict})");
-        Self::allow(Grounds::Credential(*verdict)).warned(WarningCode::CredentialUnverified, judged, message)
+        Self::allow(Grounds::Credential(*verdict)).warned(WarningCode::CredentialUnverified, evidence, message)
     }
 
-    fn allow_on_earlier_valid(judged: &Judged) -> Self {
-        let Judged { verdict, env_name, provider, .. } = judged;
+    fn allow_on_earlier_valid(evidence: &LivenessEvidence) -> Self {
+        let LivenessEvidence { verdict, env_name, provider, .. } = evidence;
         let message =
             format!("{env_name} of provider `{provider}` could not be verified now ({verdict}); it was seen VALID not long ago");
-        let ruling = Self::allow(Grounds::Credential(*verdict)).warned(WarningCode::StaleLiveness, judged, message);
+        let ruling = Self::allow(Grounds::Credential(*verdict)).warned(WarningCode::StaleLiveness, evidence, message);
         Self { on_earlier_valid: true, ..ruling }
     }
 
-    fn allow_reported(judged: Judged) -> Self {
-        let refusal = Refusal::Liveness(judged.clone());
+    fn allow_reported(evidence: LivenessEvidence) -> Self {
+        let refusal = Refusal::Liveness(evidence.clone());
         let message = format!(
             "would have been denied with {} ({}); provider `{}` is on report only",
             refusal.code(),
-            judged.verdict,
-            judged.provider
+            evidence.verdict,
+            evidence.provider
         );
-        Self::allow(Grounds::Credential(judged.verdict)).warned(WarningCode::ReportOnly, &judged, message)
+        Self::allow(Grounds::Credential(evidence.verdict)).warned(WarningCode::ReportOnly, &evidence, message)
     }
 
     /// The ruling as an outcome, with what the runtime offers instead of a refusal.

@@ -108,7 +108,7 @@ pub enum Refusal {
         vendor: String,
     },
     /// The verdict on the credential.
-    Liveness(Judged),
+    Liveness(LivenessEvidence),
 }
 
 /// What makes a value unfit to be sent.
@@ -137,7 +137,7 @@ pub enum Malformation {
 
 /// A credential that was judged, and what came of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Judged {
+pub struct LivenessEvidence {
     /// The verdict; never VALID.
     pub verdict: Verdict,
     /// The name.
@@ -178,7 +178,7 @@ impl Refusal {
             Self::MissingCredential { .. } => DenyCode::MissingByokCredential,
             Self::Malformed { .. } => DenyCode::MalformedByokCredential,
             Self::ForeignKey { .. } => DenyCode::InvalidByokCredential,
-            Self::Liveness(judged) => judged.code(),
+            Self::Liveness(evidence) => evidence.code(),
         }
     }
 
@@ -230,7 +230,7 @@ impl Refusal {
                 "the value of {env_name} has the shape of a key of vendor `{vendor}`, but provider `{provider}` is at {host}; \
                  it was not sent"
             ),
-            Self::Liveness(judged) => judged.message(),
+            Self::Liveness(evidence) => evidence.message(),
         }
     }
 
@@ -277,7 +277,7 @@ impl Refusal {
             Self::ForeignKey { env_name, provider, vendor, .. } => {
                 format!("save a key of provider `{provider}` as {env_name}, or choose a model of vendor `{vendor}`")
             }
-            Self::Liveness(judged) => judged.remedy(),
+            Self::Liveness(evidence) => evidence.remedy(),
         }
     }
 
@@ -308,15 +308,15 @@ impl Refusal {
             return None;
         }
         Some(match self {
-            Self::Liveness(judged) => judged.retry_after,
+            Self::Liveness(evidence) => evidence.retry_after,
             _ => UNREADABLE_RETRY_AFTER,
         })
     }
 }
 
-// === impl Judged ===
+// === impl LivenessEvidence ===
 
-impl Judged {
+impl LivenessEvidence {
     const fn code(&self) -> DenyCode {
         match self.verdict {
             // VALID is never refused; if a caller were to build it, the nearest truth is that it could not be verified.
@@ -462,7 +462,7 @@ mod tests {
     #[test]
     fn every_verdict_but_valid_has_its_code() {
         for &verdict in Verdict::ALL {
-            let refusal = Refusal::Liveness(Judged {
+            let refusal = Refusal::Liveness(LivenessEvidence {
                 verdict,
                 env_name: "ACME_API_KEY".into(),
                 provider: "acme".into(),

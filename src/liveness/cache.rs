@@ -19,14 +19,14 @@ use crate::{
     core::{
         classify::Finding,
         endpoint::Target,
-        engine::{Asker, Begun, Boxed, EarlierValid, LivenessSource, Observed, Question},
-        evaluate::Inquiry,
+        engine::{Boxed, EarlierValid, LivenessSource, Observed, ProbeRequest, ProbeStarted, Prober},
+        evaluate::LivenessQuery,
     },
     domain::decision::{ServedFrom, Verdict, Withheld},
     liveness::{
         breaker::{BreakerSettings, Breakers, Opened},
         provider_limits::{NewKeyLimits, NewKeys},
-        single_flight::{Flights, Joined, Landing, Launch, wait},
+        single_flight::{FlightEnd, Join, SingleFlight, Start, wait},
     },
     telemetry::{
         metrics::{Counter, Measured, Page},
@@ -95,11 +95,11 @@ pub struct CacheSettings {
 
 /// A source that remembers.
 pub struct Cache {
-    asker: Arc<dyn Asker>,
+    prober: Arc<dyn Prober>,
     memory: Memory,
-    flights: Arc<Flights<Key, Landed>>,
+    flights: Arc<SingleFlight<Key, Fetched>>,
     /// The last VALID.
-    usual: Arc<ArcSwap<Finding>>,
+    last_valid: Arc<ArcSwap<Finding>>,
     breakers: Arc<Breakers>,
     new_keys: NewKeys,
     ages: Ages,
@@ -171,7 +171,7 @@ struct Timed {
 
 /// What a flight found, and the key that it stands under.
 #[derive(Debug, Clone)]
-struct Landed {
+struct Fetched {
     timed: Arc<Timed>,
     key: Key,
 }
@@ -179,14 +179,14 @@ struct Landed {
 // === impl Cache ===
 
 impl Cache {
-    /// Remembers what `asker` finds.
-    pub fn new(asker: Arc<dyn Asker>, settings: CacheSettings) -> Self {
+    /// Remembers what `prober` finds.
+    pub fn new(prober: Arc<dyn Prober>, settings: CacheSettings) -> Self {
         let CacheSettings { ages, breaker, new_keys } = settings;
         let hash_keys = rand::rng().random();
         let evicted = Arc::new(Counter::new());
         let evicting = Arc::clone(&evicted);
         Self {
-            asker,
+            prober,
             // LRU: the default policy may refuse a new entry under pressure, and a key that is never stored is probed forever.
             memory: moka::sync::Cache::builder()
                 .max_capacity(MAX_ENTRIES)
@@ -199,8 +199,8 @@ impl Cache {
                     }
                 })
                 .build_with_hasher(BuildHasherDefault::default()),
-            flights: Flights::new(MAX_FLIGHTS),
-            usual: Arc::new(ArcSwap::from_pointee(Finding::bare(Verdict::Valid))),
+            flights: SingleFlight::new(MAX_FLIGHTS),
+            last_valid: Arc::new(ArcSwap::from_pointee(Finding::bare(Verdict::Valid))),
             breakers: Arc::new(Breakers::new(breaker)),
             new_keys: NewKeys::new(new_keys),
             ages,
@@ -213,46 +213,48 @@ impl Cache {
     /// `part` is told what part the call had in a flight, if there was one.
     async fn observe(
         &self,
-        inquiry: Inquiry<'_>,
+        query: LivenessQuery<'_>,
         max_age: Option<Duration>,
         deadline: Instant,
         part: &mut Option<Part>,
     ) -> Observed {
-        let keys = self.keys(&inquiry);
+        let keys = self.keys(&query);
         // A flight for another model may land without an answer that holds for this one; then this one flies next.
         loop {
             if let Some(observed) = self.remembered(&keys, max_age) {
                 return observed;
             }
             let mut first = false;
-            let launch = |begun| {
+            let launch = |started| {
                 first = true;
-                self.launch(&inquiry, &keys, max_age, begun)
+                self.launch(&query, &keys, max_age, started)
             };
             let joined = self.flights.join(keys.first, launch);
             self.lookups.of(&joined, first).one();
-            *part = matches!(joined, Joined::Flight(_)).then_some(if first { Part::Fill } else { Part::Wait });
+            *part = matches!(joined, Join::InFlight(_)).then_some(if first { Part::Fill } else { Part::Wait });
             match joined {
-                Joined::Already(Landed { timed, .. }) => {
+                Join::Known(Fetched { timed, .. }) => {
                     return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
                 }
-                Joined::Withheld(Barred::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
-                Joined::Withheld(Barred::NewKeys(wait)) => {
+                Join::Rejected(Rejected::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
+                Join::Rejected(Rejected::NewKeys(wait)) => {
                     let retry_after = wait.max(self.ages.floor);
                     return Observed { retry_after, ..self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age) };
                 }
-                Joined::Full => return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age),
-                Joined::Flight(flight) => match wait(flight, deadline).await {
-                    Landing::Landed(Landed { timed, key }) if key == keys.first || Some(key) == self.second(&keys) => {
+                Join::Full => return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age),
+                Join::InFlight(flight) => match wait(flight, deadline).await {
+                    FlightEnd::Completed(Fetched { timed, key }) if key == keys.first || Some(key) == self.second(&keys) => {
                         return self.served(&self.known(&keys), &timed, ServedFrom::Probe, max_age, Instant::now());
                     }
-                    Landing::Landed(_) => {}
-                    Landing::TimedOut { begun: true } => return self.unasked(&keys, Finding::bare(Verdict::Timeout), max_age),
+                    FlightEnd::Completed(_) => {}
+                    FlightEnd::TimedOut { started: true } => {
+                        return self.unasked(&keys, Finding::bare(Verdict::Timeout), max_age);
+                    }
                     // It still waited for its turn: that is our doing, not the provider's.
-                    Landing::TimedOut { begun: false } => {
+                    FlightEnd::TimedOut { started: false } => {
                         return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age);
                     }
-                    Landing::Lost => return self.unasked(&keys, Finding::withheld(Withheld::Fault), max_age),
+                    FlightEnd::Lost => return self.unasked(&keys, Finding::withheld(Withheld::Fault), max_age),
                 },
             }
         }
@@ -269,44 +271,49 @@ impl Cache {
     /// What the first caller of a key does: it takes what is there by now, is barred, or asks.
     fn launch(
         &self,
-        inquiry: &Inquiry<'_>,
+        query: &LivenessQuery<'_>,
         keys: &Keys<'_>,
         max_age: Option<Duration>,
-        begun: Begun,
-    ) -> Launch<Landed, Barred, impl Future<Output = Landed> + Send + use<>> {
+        started: ProbeStarted,
+    ) -> Start<Fetched, Rejected, impl Future<Output = Fetched> + Send + use<>> {
         let (known, now) = (self.known(keys), Instant::now());
         if let Some(timed) = self.fresh(&known, max_age, now) {
-            return Launch::Already(Landed { timed: timed.clone(), key: keys.first });
+            return Start::Known(Fetched { timed: timed.clone(), key: keys.first });
         }
-        if let Some(opened) = self.breakers.admit(inquiry.endpoint.identity, now) {
-            return Launch::Withheld(Barred::Open(opened));
+        if let Some(opened) = self.breakers.admit(query.endpoint.identity, now) {
+            return Start::Rejected(Rejected::Open(opened));
         }
-        if let (true, Err(wait)) = (known.is_nothing(), self.new_keys.count(inquiry.caller, inquiry.organization)) {
-            return Launch::Withheld(Barred::NewKeys(wait));
+        if let (true, Err(wait)) = (known.is_nothing(), self.new_keys.count(query.caller, query.organization)) {
+            return Start::Rejected(Rejected::NewKeys(wait));
         }
         // Whoever launches it is its parent in a trace; the others' traces show that they waited.
-        Launch::Fly(self.fill(inquiry, keys, begun).instrument(traces::probe(inquiry.endpoint)))
+        Start::Run(self.fill(query, keys, started).instrument(traces::probe(query.endpoint)))
     }
 
     /// Asks, and stores what was found: the work of a flight.
-    fn fill(&self, inquiry: &Inquiry<'_>, keys: &Keys<'_>, begun: Begun) -> impl Future<Output = Landed> + Send + use<> {
-        let target = Arc::new(Target::of(inquiry.endpoint, inquiry.model));
-        let question = Question { target, secret: Arc::clone(inquiry.secret), begun };
-        let (asker, breakers, target) = (Arc::clone(&self.asker), Arc::clone(&self.breakers), Arc::clone(&question.target));
-        let (memory, usual, ages) = (self.memory.clone(), Arc::clone(&self.usual), self.ages);
+    fn fill(
+        &self,
+        query: &LivenessQuery<'_>,
+        keys: &Keys<'_>,
+        started: ProbeStarted,
+    ) -> impl Future<Output = Fetched> + Send + use<> {
+        let target = Arc::new(Target::of(query.endpoint, query.model));
+        let request = ProbeRequest { target, secret: Arc::clone(query.secret), started };
+        let (prober, breakers, target) = (Arc::clone(&self.prober), Arc::clone(&self.breakers), Arc::clone(&request.target));
+        let (memory, last_valid, ages) = (self.memory.clone(), Arc::clone(&self.last_valid), self.ages);
         let (first, second) = (keys.first, self.second(keys));
         async move {
-            let finding = asker.ask(question).await;
+            let finding = prober.probe(request).await;
             traces::found(&finding);
             let key = second.filter(|_| finding.about_model).unwrap_or(first);
             let age = ages.fresh_for(&finding);
             // What the provider asked for is kept to the second.
             let fresh_for = if finding.retry_after.is_some() { age } else { ages.jittered(age) };
-            let (finding, at, wall) = (shared(finding, &usual), Instant::now(), SystemTime::now());
-            let landed = Landed { timed: Arc::new(Timed { finding, at, wall, fresh_for }), key };
-            remember(&memory, first, &landed);
-            breakers.report(target.endpoint.identity, &target.endpoint.provider, &landed.timed.finding, at);
-            landed
+            let (finding, at, wall) = (intern_valid(finding, &last_valid), Instant::now(), SystemTime::now());
+            let fetched = Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for }), key };
+            remember(&memory, first, &fetched);
+            breakers.report(target.endpoint.identity, &target.endpoint.provider, &fetched.timed.finding, at);
+            fetched
         }
     }
 
@@ -373,8 +380,8 @@ impl Cache {
         }
     }
 
-    fn keys<'a>(&self, inquiry: &Inquiry<'a>) -> Keys<'a> {
-        let Inquiry { endpoint, secret, model, .. } = *inquiry;
+    fn keys<'a>(&self, query: &LivenessQuery<'a>) -> Keys<'a> {
+        let LivenessQuery { endpoint, secret, model, .. } = *query;
         let [of_credential, of_model] = &self.hash_keys;
         let credential = hash(of_credential, &endpoint.identity, secret.expose());
         if endpoint.names_model {
@@ -397,20 +404,20 @@ fn hash(hash_key: &[u8; 32], of: &[u8; 32], text: &str) -> Key {
 }
 
 impl LivenessSource for Cache {
-    fn recall(&self, inquiry: &Inquiry<'_>, max_age: Option<Duration>) -> Option<Observed> {
+    fn recall(&self, query: &LivenessQuery<'_>, max_age: Option<Duration>) -> Option<Observed> {
         // A trace shows the look as a step of its own: `observe` takes it.
-        if traces::is_traced() { None } else { self.remembered(&self.keys(inquiry), max_age) }
+        if traces::is_traced() { None } else { self.remembered(&self.keys(query), max_age) }
     }
 
-    fn observe<'a>(&'a self, inquiry: Inquiry<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
+    fn observe<'a>(&'a self, query: LivenessQuery<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
         let span = traces::cache();
         if span.is_none() {
-            return Box::pin(async move { self.observe(inquiry, max_age, deadline, &mut None).await });
+            return Box::pin(async move { self.observe(query, max_age, deadline, &mut None).await });
         }
         let told = span.clone();
         let observing = async move {
             let mut part = None;
-            let observed = self.observe(inquiry, max_age, deadline, &mut part).await;
+            let observed = self.observe(query, max_age, deadline, &mut part).await;
             traces::observed(&told, &observed, part);
             observed
         };
@@ -439,22 +446,22 @@ impl Measured for Cache {
 }
 
 /// A VALID that is as the last one is kept once for all keys: nearly all are, and each would take a fifth of its key's memory.
-fn shared(finding: Finding, usual: &ArcSwap<Finding>) -> Arc<Finding> {
-    let known = usual.load_full();
+fn intern_valid(finding: Finding, last_valid: &ArcSwap<Finding>) -> Arc<Finding> {
+    let known = last_valid.load_full();
     if *known == finding {
         return known;
     }
     let finding = Arc::new(finding);
     if finding.verdict == Verdict::Valid {
-        usual.store(Arc::clone(&finding));
+        last_valid.store(Arc::clone(&finding));
     }
     finding
 }
 
 /// Stores an observation, and marks the first entry if that is another. Only the flight of the first key writes under it and what
 /// it leads to, so reading and writing back is no race.
-fn remember(memory: &Memory, first: Key, landed: &Landed) {
-    let Landed { timed, key } = landed;
+fn remember(memory: &Memory, first: Key, fetched: &Fetched) {
+    let Fetched { timed, key } = fetched;
     let mut entry = memory.get(key).unwrap_or_default();
     match timed.finding.verdict {
         Verdict::Valid => entry.valid = Some(timed.clone()),
@@ -485,21 +492,21 @@ fn remember(memory: &Memory, first: Key, landed: &Landed) {
 // === impl Lookups ===
 
 impl Lookups {
-    fn of(&self, joined: &Joined<Landed, Barred>, first: bool) -> &Counter {
+    fn of(&self, joined: &Join<Fetched, Rejected>, first: bool) -> &Counter {
         match joined {
-            Joined::Already(_) => &self.hit,
-            Joined::Flight(_) if first => &self.fill,
-            Joined::Flight(_) => &self.wait,
-            Joined::Withheld(Barred::Open(_)) => &self.breaker,
-            Joined::Withheld(Barred::NewKeys(_)) => &self.new_keys,
-            Joined::Full => &self.full,
+            Join::Known(_) => &self.hit,
+            Join::InFlight(_) if first => &self.fill,
+            Join::InFlight(_) => &self.wait,
+            Join::Rejected(Rejected::Open(_)) => &self.breaker,
+            Join::Rejected(Rejected::NewKeys(_)) => &self.new_keys,
+            Join::Full => &self.full,
         }
     }
 }
 
 /// Why a first caller does not ask.
 #[derive(Debug)]
-enum Barred {
+enum Rejected {
     /// The provider's breaker is open.
     Open(Opened),
     /// Too many new credentials; another may come after this time.
@@ -568,20 +575,20 @@ mod tests {
 
     struct Nobody;
 
-    impl Asker for Nobody {
-        fn ask(&self, _: Question) -> Boxed<'static, Finding> {
+    impl Prober for Nobody {
+        fn probe(&self, _: ProbeRequest) -> Boxed<'static, Finding> {
             Box::pin(std::future::pending())
         }
     }
 
     #[test]
     fn a_usual_finding_is_kept_once() {
-        let usual = ArcSwap::from_pointee(Finding::bare(Verdict::Valid));
+        let last_valid = ArcSwap::from_pointee(Finding::bare(Verdict::Valid));
         let valid = || Finding { status: Some(200), ..Finding::bare(Verdict::Valid) };
-        let (first, refused) = (shared(valid(), &usual), shared(Finding::bare(Verdict::Invalid), &usual));
+        let (first, refused) = (intern_valid(valid(), &last_valid), intern_valid(Finding::bare(Verdict::Invalid), &last_valid));
         assert_eq!((&*first, refused.verdict), (&valid(), Verdict::Invalid));
-        assert!(Arc::ptr_eq(&first, &shared(valid(), &usual)), "an INVALID in between changes nothing");
-        assert_eq!(shared(Finding::bare(Verdict::Valid), &usual).status, None);
+        assert!(Arc::ptr_eq(&first, &intern_valid(valid(), &last_valid)), "an INVALID in between changes nothing");
+        assert_eq!(intern_valid(Finding::bare(Verdict::Valid), &last_valid).status, None);
     }
 
     #[tokio::test]
@@ -592,7 +599,7 @@ mod tests {
             key[..8].copy_from_slice(&index.to_le_bytes());
             let (finding, fresh_for) = (Arc::new(Finding::bare(Verdict::Valid)), Duration::from_secs(30));
             let (at, wall) = (Instant::now(), SystemTime::UNIX_EPOCH);
-            remember(&cache.memory, key, &Landed { timed: Arc::new(Timed { finding, at, wall, fresh_for }), key });
+            remember(&cache.memory, key, &Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for }), key });
         }
         let mut page = Page::about(std::iter::empty());
         cache.tell(&mut page);

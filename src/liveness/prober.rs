@@ -22,9 +22,9 @@ use self::{
 use crate::{
     core::{
         catalogue::{HeaderFamily, Method},
-        classify::{Answer, Calibration, Finding, Heard, Ladder, Next, Reading, classify, is_page},
+        classify::{Answer, Calibration, Classification, Finding, Next, ProbePlan, ProbeResponse, classify, is_page},
         endpoint::{Call, Target},
-        engine::{Asker, Boxed, Question},
+        engine::{Boxed, ProbeRequest, Prober},
     },
     domain::{decision::Unreached, secret::Secret},
     telemetry::{
@@ -56,7 +56,7 @@ pub struct ProbeSettings {
 }
 
 /// Asks providers.
-pub struct Prober {
+pub struct HttpProber {
     http: Arc<Http>,
     calibrations: Option<Calibrations>,
     budget: Duration,
@@ -82,7 +82,7 @@ enum Exchange {
 
 /// One call of a walk up the ladder, for a person who looks on. No credential, no text of the provider's.
 #[derive(Debug, Clone)]
-pub struct Rung {
+pub struct Attempt {
     /// The probe's name.
     pub probe: String,
     /// Its method.
@@ -92,7 +92,7 @@ pub struct Rung {
     /// In which header the credential went.
     pub family: HeaderFamily,
     /// What was heard.
-    pub heard: Heard,
+    pub response: ProbeResponse,
     /// What is known of the endpoint's way with made-up keys.
     pub calibration: Calibration,
     /// How long the call took, a waited-for calibration included.
@@ -120,9 +120,9 @@ impl Default for ProbeSettings {
     }
 }
 
-// === impl Prober ===
+// === impl HttpProber ===
 
-impl Prober {
+impl HttpProber {
     /// A prober with these settings.
     pub fn new(settings: ProbeSettings) -> Result<Self, ProbeSetupError> {
         let ProbeSettings { budget, allow_loopback_http, calibrate, extra_roots, resolve } = settings;
@@ -132,44 +132,46 @@ impl Prober {
     }
 
     /// Asks once, and tells every call.
-    pub async fn explain(&self, target: &Target, secret: &Secret) -> (Finding, Vec<Rung>) {
+    pub async fn explain(&self, target: &Target, secret: &Secret) -> (Finding, Vec<Attempt>) {
         let deadline = Instant::now() + target.endpoint.budget.unwrap_or(self.budget);
-        let mut rungs = Vec::new();
-        let finding = climb(&self.http, self.calibrations.as_ref(), target, secret, deadline, &mut |rung| rungs.push(rung)).await;
-        (finding, rungs)
+        let mut attempts = Vec::new();
+        let finding =
+            run_plan(&self.http, self.calibrations.as_ref(), target, secret, deadline, &mut |attempt| attempts.push(attempt))
+                .await;
+        (finding, attempts)
     }
 }
 
-impl Measured for Prober {
+impl Measured for HttpProber {
     fn tell(&self, page: &mut Page) {
         self.calibrations.iter().for_each(|calibrations| calibrations.tell(page));
     }
 }
 
-impl Asker for Prober {
-    fn ask(&self, question: Question) -> Boxed<'static, Finding> {
-        let Question { target, secret, begun } = question;
+impl Prober for HttpProber {
+    fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding> {
+        let ProbeRequest { target, secret, started } = request;
         let budget = target.endpoint.budget.unwrap_or(self.budget);
         let (http, calibrations) = (Arc::clone(&self.http), self.calibrations.clone());
         Box::pin(async move {
-            begun.now();
-            climb(&http, calibrations.as_ref(), &target, &secret, Instant::now() + budget, &mut |_| {}).await
+            started.set();
+            run_plan(&http, calibrations.as_ref(), &target, &secret, Instant::now() + budget, &mut |_| {}).await
         })
     }
 }
 
 /// Walks up the ladder until an answer is conclusive or the time is over.
-async fn climb(
+async fn run_plan(
     http: &Http,
     calibrations: Option<&Calibrations>,
     target: &Target,
     secret: &Secret,
     deadline: Instant,
-    look: &mut (dyn FnMut(Rung) + Send),
+    look: &mut (dyn FnMut(Attempt) + Send),
 ) -> Finding {
-    let mut ladder = Ladder::new(&target.calls);
+    let mut plan = ProbePlan::new(&target.calls);
     loop {
-        let (call, family) = match ladder.proceed() {
+        let (call, family) = match plan.proceed() {
             Next::Ask(call, family) => (call, family),
             Next::Done(finding) => return finding,
         };
@@ -184,37 +186,42 @@ async fn climb(
             // answer.
             exchange = http.exchange(call, family, secret, deadline).await;
         }
-        let heard = match exchange {
-            Exchange::TimedOut => Heard::TimedOut,
-            Exchange::Unreachable(why) => Heard::Unreachable(why),
-            Exchange::Answered(response) => Heard::Answer {
+        let response = match exchange {
+            Exchange::TimedOut => ProbeResponse::TimedOut,
+            Exchange::Unreachable(why) => ProbeResponse::Unreachable(why),
+            Exchange::Answered(response) => ProbeResponse::Answer {
                 status: response.status,
-                reading: classify(response.facts(), &call.probe),
+                classification: classify(response.facts(), &call.probe),
                 retry_after: response.retry_after,
             },
         };
-        let calibration = match (&heard, calibrating) {
-            (Heard::Answer { reading: Reading::Accepted, .. }, Some(calibrating)) if call.probe.refuses_bad_keys => {
+        let calibration = match (&response, calibrating) {
+            (ProbeResponse::Answer { classification: Classification::Accepted, .. }, Some(calibrating))
+                if call.probe.refuses_bad_keys =>
+            {
                 // Believed on its documentation, and checked in the background for the next time.
                 calibrating.begin().so_far()
             }
-            (Heard::Answer { reading: Reading::Accepted | Reading::Forbidden(_), .. }, Some(calibrating)) => {
+            (
+                ProbeResponse::Answer { classification: Classification::Accepted | Classification::Forbidden(_), .. },
+                Some(calibrating),
+            ) => {
                 // Half of what is left: the next probe needs its time too.
                 let by = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
                 early.unwrap_or_else(|| calibrating.begin()).by(by).await
             }
-            (Heard::Answer { .. } | Heard::TimedOut | Heard::Unreachable(_), _) => Calibration::Unknown,
+            (ProbeResponse::Answer { .. } | ProbeResponse::TimedOut | ProbeResponse::Unreachable(_), _) => Calibration::Unknown,
         };
-        look(Rung {
+        look(Attempt {
             probe: call.probe.name.clone(),
             method: call.probe.method,
             url: call.url.to_string(),
             family,
-            heard: heard.clone(),
+            response: response.clone(),
             calibration: calibration.clone(),
             took: began.elapsed(),
         });
-        if let Some(finding) = ladder.hear(heard, &calibration) {
+        if let Some(finding) = plan.record(response, &calibration) {
             return finding;
         }
     }

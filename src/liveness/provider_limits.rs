@@ -24,7 +24,7 @@ use tokio::{
 use crate::{
     core::{
         classify::Finding,
-        engine::{Asker, Boxed, Question},
+        engine::{Boxed, ProbeRequest, Prober},
     },
     domain::decision::Withheld,
     telemetry::metrics::{Counter, Histogram, Measured, PROVIDER, Page},
@@ -97,13 +97,13 @@ impl TokioClock {
 // === each provider ===
 
 /// An asker that asks no more than it may.
-pub struct Limited {
-    inner: Arc<dyn Asker>,
+pub struct ProviderLimiter {
+    inner: Arc<dyn Prober>,
     limits: ProviderLimits,
-    gates: Mutex<HashMap<String, Arc<Gate>>>,
+    slots: Mutex<HashMap<String, Arc<ProviderSlot>>>,
 }
 
-struct Gate {
+struct ProviderSlot {
     in_flight: Semaphore,
     waiting: AtomicUsize,
     budget: RateLimiter<NotKeyed, InMemoryState, TokioClock, NoOpMiddleware<Duration>>,
@@ -115,42 +115,42 @@ struct Gate {
 /// A place in the queue.
 struct Waiting<'g>(&'g AtomicUsize);
 
-// === impl Limited ===
+// === impl ProviderLimiter ===
 
-impl Limited {
+impl ProviderLimiter {
     /// Asks through `inner`, within these limits.
-    pub fn new(inner: Arc<dyn Asker>, limits: ProviderLimits) -> Self {
-        Self { inner, limits, gates: Mutex::default() }
+    pub fn new(inner: Arc<dyn Prober>, limits: ProviderLimits) -> Self {
+        Self { inner, limits, slots: Mutex::default() }
     }
 
-    fn gate(&self, provider: &str) -> Arc<Gate> {
-        let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(gate) = gates.get(provider) {
-            return Arc::clone(gate);
+    fn slot(&self, provider: &str) -> Arc<ProviderSlot> {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(slot) = slots.get(provider) {
+            return Arc::clone(slot);
         }
         // Names come from registries that were loaded, so there are few.
-        let gate = Arc::new(Gate::new(self.limits));
-        gates.insert(provider.to_owned(), Arc::clone(&gate));
-        gate
+        let slot = Arc::new(ProviderSlot::new(self.limits));
+        slots.insert(provider.to_owned(), Arc::clone(&slot));
+        slot
     }
 }
 
-impl Asker for Limited {
-    fn ask(&self, question: Question) -> Boxed<'static, Finding> {
-        let gate = self.gate(&question.target.endpoint.provider);
+impl Prober for ProviderLimiter {
+    fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding> {
+        let slot = self.slot(&request.target.endpoint.provider);
         let (inner, limits) = (Arc::clone(&self.inner), self.limits);
         Box::pin(async move {
             let by = Instant::now() + limits.queue_time;
             // Taken before the first await: how many wait is known at once.
-            let Some(waiting) = gate.queue_up(limits.queue) else { return Finding::withheld(Withheld::Queue) };
-            let Ok(Ok(_permit)) = timeout_at(by, gate.in_flight.acquire()).await else {
+            let Some(waiting) = slot.queue_up(limits.queue) else { return Finding::withheld(Withheld::Queue) };
+            let Ok(Ok(_permit)) = timeout_at(by, slot.in_flight.acquire()).await else {
                 return Finding::withheld(Withheld::Queue);
             };
             loop {
-                match gate.budget.check() {
+                match slot.budget.check() {
                     Ok(()) => break,
                     Err(spent) => {
-                        let next = Instant::now() + spent.wait_time_from(gate.clock.now());
+                        let next = Instant::now() + spent.wait_time_from(slot.clock.now());
                         if next > by {
                             return Finding::withheld(Withheld::Budget);
                         }
@@ -160,39 +160,39 @@ impl Asker for Limited {
             }
             drop(waiting);
             let began = Instant::now();
-            let finding = inner.ask(question).await;
-            gate.took.observe(began.elapsed());
+            let finding = inner.probe(request).await;
+            slot.took.observe(began.elapsed());
             finding
         })
     }
 }
 
-impl Measured for Limited {
+impl Measured for ProviderLimiter {
     fn tell(&self, page: &mut Page) {
-        let gates: BTreeMap<String, Arc<Gate>> = {
-            let gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
-            gates.iter().map(|(name, gate)| (name.clone(), Arc::clone(gate))).collect()
+        let slots: BTreeMap<String, Arc<ProviderSlot>> = {
+            let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+            slots.iter().map(|(name, slot)| (name.clone(), Arc::clone(slot))).collect()
         };
-        for (provider, gate) in &gates {
+        for (provider, slot) in &slots {
             let labels = [(PROVIDER, provider.as_str())];
-            let in_flight = self.limits.in_flight.saturating_sub(gate.in_flight.available_permits());
+            let in_flight = self.limits.in_flight.saturating_sub(slot.in_flight.available_permits());
             page.gauge(
                 "byokgate_probes_in_flight",
                 "Probes that have a place, asking or waiting for the budget of calls per second",
             )
             .add(&labels, in_flight);
             page.gauge("byokgate_probes_queued", "Probes that wait for a place or for the budget of calls per second")
-                .add(&labels, gate.waiting.load(Ordering::Relaxed));
-            if let Some(took) = gate.took.value() {
+                .add(&labels, slot.waiting.load(Ordering::Relaxed));
+            if let Some(took) = slot.took.value() {
                 page.histogram("byokgate_probe_duration_seconds", "One walk up a provider's ladder of probes").add(&labels, took);
             }
         }
     }
 }
 
-// === impl Gate ===
+// === impl ProviderSlot ===
 
-impl Gate {
+impl ProviderSlot {
     fn new(limits: ProviderLimits) -> Self {
         let clock = TokioClock::new();
         Self {

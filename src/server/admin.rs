@@ -134,14 +134,14 @@ mod tests {
         config,
         core::{
             classify::Finding,
-            engine::{Asker, Boxed, Question},
+            engine::{Boxed, ProbeRequest, Prober},
         },
     };
 
     struct Nobody;
 
-    impl Asker for Nobody {
-        fn ask(&self, _: Question) -> Boxed<'static, Finding> {
+    impl Prober for Nobody {
+        fn probe(&self, _: ProbeRequest) -> Boxed<'static, Finding> {
             Box::pin(std::future::pending())
         }
     }

@@ -25,7 +25,7 @@ use tower_service::Service;
 use super::{
     auth::{Callers, Connected},
     health::Phase,
-    inline_executor::Turns,
+    inline_executor::InlineExecutor,
     listen::{Accepted, Peer, Stream},
     tls::{Tls, names_of},
 };
@@ -51,7 +51,7 @@ const ENHANCE_YOUR_CALM: u8 = 0x0b;
 const MAX_RESET_STREAMS: usize = 20;
 
 /// What every connection shares.
-pub(super) struct Core {
+pub(super) struct ConnectionContext {
     pub(super) callers: Arc<Callers>,
     pub(super) tls: Option<Arc<Tls>>,
     /// Called as it is: routing one service to itself would cost each call a tenth.
@@ -67,9 +67,9 @@ pub(super) struct Core {
     pub(super) failed: Arc<Counter>,
 }
 
-// === impl Core ===
+// === impl ConnectionContext ===
 
-impl Core {
+impl ConnectionContext {
     /// Serves a connection to its end.
     pub(super) async fn serve(self: Arc<Self>, accepted: Accepted) {
         let handshake_by = Instant::now() + self.deadlines.handshake.0;
@@ -95,15 +95,15 @@ impl Core {
             }
         };
         let service = service_fn(|request| self.call(&connected, request));
-        let turns = Turns::default();
-        let mut connection = std::pin::pin!(self.http(&turns).serve_connection(TokioIo::new(io), service));
+        let inline = InlineExecutor::default();
+        let mut connection = std::pin::pin!(self.http(&inline).serve_connection(TokioIo::new(io), service));
         let mut stages = [Phase::Draining, Phase::Cut].into_iter();
         let mut next = stages.next();
         while let Some(stage) = next {
             tokio::select! {
                 ended = poll_fn(|context| {
                     let polled = connection.as_mut().poll(context);
-                    turns.take();
+                    inline.poll_once();
                     polled
                 }) => {
                     if let Err(fault) = ended {
@@ -148,8 +148,8 @@ impl Core {
         Ok((Prefaced { io, left: PREFACE }, connected))
     }
 
-    fn http(&self, turns: &Turns) -> http2::Builder<Turns> {
-        let mut http = http2::Builder::new(turns.clone());
+    fn http(&self, inline: &InlineExecutor) -> http2::Builder<InlineExecutor> {
+        let mut http = http2::Builder::new(inline.clone());
         http.max_concurrent_streams(self.limits.streams_per_connection)
             .max_header_list_size(self.limits.header_list_bytes)
             .max_pending_accept_reset_streams(MAX_RESET_STREAMS)
@@ -166,11 +166,11 @@ impl Core {
         request: Request<Incoming>,
     ) -> impl Future<Output = Answered> + Send + use<> {
         let method = method_of(request.uri().path()).map(known_method);
-        let begun = self.begin_call(connected, request, method);
-        let core = Arc::clone(self);
+        let started = self.begin_call(connected, request, method);
+        let context = Arc::clone(self);
         async move {
-            let call = core.calls.begin(method.unwrap_or_default());
-            let Ok(response) = core.finish(begun).await;
+            let call = context.calls.begin(method.unwrap_or_default());
+            let Ok(response) = context.finish(started).await;
             // How it ended, as far as its headers tell: a failure of the library's or ours has no body before its code.
             let code = response.headers().get(Status::GRPC_STATUS).map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()));
             call.ended(code as i32);
@@ -178,12 +178,12 @@ impl Core {
         }
     }
 
-    async fn finish(&self, begun: Begun) -> Answered {
-        let (mut answering, due) = match begun {
-            Ok(begun) => begun,
+    async fn finish(&self, started: StartedCall) -> Answered {
+        let (mut answering, limits) = match started {
+            Ok(started) => started,
             Err(response) => return Ok(*response),
         };
-        let Some(Due { end, limit, asks }) = due else { return answering.await };
+        let Some(CallLimits { end, limit, decision_method }) = limits else { return answering.await };
         // Most calls wait for nothing, and need no timer.
         let answered = match futures_util::poll!(&mut answering) {
             Poll::Ready(answered) => Ok(answered),
@@ -192,7 +192,7 @@ impl Core {
         };
         match answered {
             Ok(Ok(response)) => Ok(match explanation(&response, limit) {
-                Some(status) => undecided(&self.journal, asks, status),
+                Some(status) => undecided(&self.journal, decision_method, status),
                 None => response,
             }),
             // The service has noticed that its call was given up.
@@ -200,13 +200,13 @@ impl Core {
         }
     }
 
-    fn begin_call(&self, connected: &Connected, mut request: Request<Incoming>, method: Option<&'static str>) -> Begun {
+    fn begin_call(&self, connected: &Connected, mut request: Request<Incoming>, method: Option<&'static str>) -> StartedCall {
         let is_batch = method.map(|method| method == BATCH_DECIDE);
         // Of the calls that ask for a decision, the journal knows.
-        let asks = method.filter(|method| [DECIDE, BATCH_DECIDE].contains(method));
+        let decision_method = method.filter(|method| [DECIDE, BATCH_DECIDE].contains(method));
         let caller = match self.callers.admit(connected, request.uri().path(), request.headers()) {
             Ok(caller) => caller,
-            Err(status) => return Err(Box::new(undecided(&self.journal, asks, status))),
+            Err(status) => return Err(Box::new(undecided(&self.journal, decision_method, status))),
         };
         // It has been read, and nothing behind this line is to know it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
@@ -219,10 +219,10 @@ impl Core {
             (self.deadlines.decide, self.limits.message_bytes)
         };
         let deadline = Deadline::of(request.headers(), cap.0);
-        let deadline = deadline.ok_or_else(|| Box::new(undecided(&self.journal, asks, late())))?;
+        let deadline = deadline.ok_or_else(|| Box::new(undecided(&self.journal, decision_method, late())))?;
         let service = PolicyDecisionServiceServer::new(self.service.to(caller, deadline));
         let answering = service.max_decoding_message_size(limit).call(request);
-        Ok((answering, Some(Due { end: deadline.end, limit, asks })))
+        Ok((answering, Some(CallLimits { end: deadline.end, limit, decision_method })))
     }
 }
 
@@ -232,8 +232,8 @@ fn method_of(path: &str) -> Option<&str> {
 }
 
 /// A call that never comes to the service.
-fn undecided(journal: &Journal, asks: Option<&'static str>, status: Status) -> Response<Body> {
-    if let Some(method) = asks {
+fn undecided(journal: &Journal, decision_method: Option<&'static str>, status: Status) -> Response<Body> {
+    if let Some(method) = decision_method {
         let (grpc_code, reason) = (word_of(status.code() as i32), status.message());
         journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id: None });
     }
@@ -243,16 +243,16 @@ fn undecided(journal: &Journal, asks: Option<&'static str>, status: Status) -> R
 /// What comes of a call.
 type Answered = Result<Response<Body>, Infallible>;
 /// A call that is being answered, or was refused at once.
-type Begun = Result<(Answering, Option<Due>), Box<Response<Body>>>;
+type StartedCall = Result<(Answering, Option<CallLimits>), Box<Response<Body>>>;
 type Answering = Pin<Box<dyn Future<Output = Answered> + Send>>;
 
 /// Of a call with a deadline.
-struct Due {
+struct CallLimits {
     end: Instant,
     /// How long its message may be.
     limit: usize,
     /// Its method, if it asks for a decision.
-    asks: Option<&'static str>,
+    decision_method: Option<&'static str>,
 }
 
 fn late() -> Status {

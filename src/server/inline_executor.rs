@@ -15,15 +15,15 @@ use hyper::rt::Executor;
 ///
 /// There are no more of them than a connection may have streams.
 #[derive(Clone, Default)]
-pub(super) struct Turns(Arc<Mutex<VecDeque<Running>>>);
+pub(super) struct InlineExecutor(Arc<Mutex<VecDeque<Running>>>);
 
 type Running = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-// === impl Turns ===
+// === impl InlineExecutor ===
 
-impl Turns {
+impl InlineExecutor {
     /// Gives each waiting call its first turn, on this thread. Whoever answers wakes the connection.
-    pub(super) fn take(&self) {
+    pub(super) fn poll_once(&self) {
         while let Some(mut call) = self.next() {
             // Nothing needs waking yet: a call that waits is polled again, by its task. A panic ends the call alone, as in a task.
             let mut unwoken = Context::from_waker(Waker::noop());
@@ -40,7 +40,7 @@ impl Turns {
     }
 }
 
-impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Turns {
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for InlineExecutor {
     fn execute(&self, call: F) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push_back(Box::pin(call));
     }
@@ -61,18 +61,18 @@ mod tests {
 
     #[tokio::test]
     async fn who_need_not_wait_gets_no_task_and_who_waits_gets_one() {
-        let (turns, answered) = (Turns::default(), Arc::new(AtomicUsize::new(0)));
+        let (inline, answered) = (InlineExecutor::default(), Arc::new(AtomicUsize::new(0)));
         let (tell, told) = oneshot::channel::<()>();
         let (first, second) = (Arc::clone(&answered), Arc::clone(&answered));
-        turns.execute(async move {
+        inline.execute(async move {
             told.await.unwrap();
             second.fetch_add(10, Ordering::Relaxed);
         });
-        turns.execute(async move {
+        inline.execute(async move {
             first.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(seen(&answered), (0, 0), "nobody has had a turn");
-        turns.take();
+        inline.poll_once();
         assert_eq!(seen(&answered), (1, 1));
         tell.send(()).unwrap();
         while seen(&answered).1 > 0 {
@@ -83,13 +83,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_panic_ends_its_own_call_alone() {
-        let (turns, answered) = (Turns::default(), Arc::new(AtomicUsize::new(0)));
-        turns.execute(async { panic!("a fault of one call") });
+        let (inline, answered) = (InlineExecutor::default(), Arc::new(AtomicUsize::new(0)));
+        inline.execute(async { panic!("a fault of one call") });
         let next = Arc::clone(&answered);
-        turns.execute(async move {
+        inline.execute(async move {
             next.fetch_add(1, Ordering::Relaxed);
         });
-        turns.take();
+        inline.poll_once();
         assert_eq!(seen(&answered), (1, 0));
     }
 }

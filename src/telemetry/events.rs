@@ -11,7 +11,7 @@ use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use tracing::Level;
 use uuid::{Uuid, fmt::Hyphenated};
 
-use super::{log_writer::Lines, put_timestamp, traces::TraceId};
+use super::{log_writer::LogWriter, put_timestamp, traces::TraceId};
 use crate::{
     core::engine::Decided,
     domain::{
@@ -44,7 +44,7 @@ macro_rules! text {
 
 /// Where decisions are written down.
 pub struct Journal {
-    lines: Option<Lines>,
+    lines: Option<LogWriter>,
     /// What the log's filter lets through.
     warn: bool,
     info: bool,
@@ -72,7 +72,7 @@ pub struct Undecided<'a> {
 
 impl Journal {
     /// Writes to these lines. Of plain allows only this share, from 0 to 1, is written; all else always is.
-    pub fn to(lines: Lines, plain_allow_ratio: f64) -> Self {
+    pub fn to(lines: LogWriter, plain_allow_ratio: f64) -> Self {
         // Asked once, for the filter does not change: to ask without an event to follow also leaves the answer with the thread,
         // where the next span would find it.
         let warn = tracing::enabled!(target: "byok_gate::decision", Level::WARN);

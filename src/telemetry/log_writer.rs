@@ -31,7 +31,7 @@ const KEPT: usize = 2 * BATCH;
 
 /// Where lines go. A clone goes to the same place; when the last one is dropped, the thread writes what is left and ends.
 #[derive(Clone)]
-pub struct Lines(Arc<Owner>);
+pub struct LogWriter(Arc<Owner>);
 
 struct Owner(Arc<Shared>);
 
@@ -58,9 +58,9 @@ struct State {
     closed: bool,
 }
 
-// === impl Lines ===
+// === impl LogWriter ===
 
-impl Lines {
+impl LogWriter {
     /// Lines to this stream, which may block for ever and may fail.
     pub fn to(stream: impl Write + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared {
@@ -117,13 +117,13 @@ impl Lines {
     }
 }
 
-impl Measured for Lines {
+impl Measured for LogWriter {
     fn tell(&self, page: &mut Page) {
         page.counter("byokgate_log_lines_dropped", "Log lines that nobody took in time").add(&[], self.dropped());
     }
 }
 
-impl io::Write for Lines {
+impl io::Write for LogWriter {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         self.push(line);
         Ok(line.len())
@@ -134,7 +134,7 @@ impl io::Write for Lines {
     }
 }
 
-impl<'a> MakeWriter<'a> for Lines {
+impl<'a> MakeWriter<'a> for LogWriter {
     type Writer = Self;
 
     fn make_writer(&'a self) -> Self {
@@ -226,7 +226,7 @@ mod tests {
     #[test]
     fn every_line_arrives_whole_and_in_order() {
         let (reader, writer) = io::pipe().unwrap();
-        let lines = Lines::to(writer).unwrap();
+        let lines = LogWriter::to(writer).unwrap();
         let reading = thread::spawn(move || BufReader::new(reader).lines().map(Result::unwrap).collect::<Vec<_>>());
         let expect: Vec<String> = (0..5000).map(|number| format!("line {number}")).collect();
         expect.iter().for_each(|line| lines.push(format!("{line}\n").as_bytes()));
@@ -238,7 +238,7 @@ mod tests {
     #[test]
     fn a_stream_that_nobody_reads_drops_lines_and_says_how_many() {
         let (reader, writer) = io::pipe().unwrap();
-        let lines = Lines::to(writer).unwrap();
+        let lines = LogWriter::to(writer).unwrap();
         let line = [&[b'x'; 1023][..], b"\n"].concat();
         let pushed = 3 * MAX_PENDING / line.len();
         for _ in 0..pushed {
@@ -261,7 +261,7 @@ mod tests {
     fn a_stream_that_is_gone_is_counted_and_harms_nobody() {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
-        let lines = Lines::to(writer).unwrap();
+        let lines = LogWriter::to(writer).unwrap();
         for _ in 0..3 {
             lines.push(b"one\n");
             assert!(lines.flush(PATIENCE));
@@ -272,7 +272,7 @@ mod tests {
     #[test]
     fn a_line_after_a_silence_wakes_the_writer() {
         let (mut reader, writer) = io::pipe().unwrap();
-        let lines = Lines::to(writer).unwrap();
+        let lines = LogWriter::to(writer).unwrap();
         let (read, reads) = mpsc::channel();
         thread::spawn(move || {
             let mut line = [0; 4];

@@ -15,12 +15,12 @@ use std::{
 use byok_gate::{
     core::{
         catalogue::{Catalogue, HostRow},
-        classify::{Answer, Reading, classified},
+        classify::{Answer, Classification, classified},
         endpoint::{Target, target},
         registry::Registry,
     },
     domain::secret::Secret,
-    liveness::prober::{ProbeSettings, Prober},
+    liveness::prober::{HttpProber, ProbeSettings},
 };
 use bytes::Bytes;
 use http::{Request, Response};
@@ -57,7 +57,7 @@ struct Line {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Expect {
-    reading: String,
+    classification: String,
     verdict: String,
 }
 
@@ -129,7 +129,7 @@ async fn classify_reads_every_answer() {
         assert_eq!(told.len(), lines.len());
         for (line, told) in lines.into_iter().zip(told) {
             let word = |name: &str| told[name].as_str().unwrap().to_owned();
-            let found = Expect { reading: word("reading"), verdict: word("verdict") };
+            let found = Expect { classification: word("reading"), verdict: word("verdict") };
             if found != line.expect {
                 wrong.push(format!("{}: expected {:?}, found {found:?}", line.case, line.expect));
             }
@@ -147,7 +147,7 @@ async fn the_prober_comes_to_the_same_verdicts() {
     let targets: Vec<Target> =
         registry.providers().iter().filter_map(|provider| target(provider, &catalogue, "made-up-model").ok()).collect();
     let vendor = TlsVendor::start(targets.iter().map(|target| target.endpoint.host.clone()).collect()).await;
-    let prober = Prober::new(ProbeSettings {
+    let prober = HttpProber::new(ProbeSettings {
         allow_loopback_http: true,
         calibrate: false,
         extra_roots: vendor.certificate.clone(),
@@ -180,7 +180,7 @@ proptest! {
         let answer = Answer { status, body: &body, truncated, page, retry_after: None };
         let catalogue = Catalogue::embedded().unwrap().value;
         for probe in catalogue.hosts().flat_map(|(_, rows)| rows).flat_map(|row| &row.probes) {
-            let accepted = classified(answer, probe).reading == Reading::Accepted;
+            let accepted = classified(answer, probe).classification == Classification::Accepted;
             prop_assert!(!accepted || (200..=299).contains(&status) || status == 400 && probe.name == "search");
         }
     }

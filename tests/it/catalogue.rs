@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use byok_gate::{
     core::{
         catalogue::{Catalogue, HeaderFamily},
-        classify::{Answer, Reading, classify},
+        classify::{Answer, Classification, classify},
         endpoint::{NoSurface, target},
         registry::{Provider, Registry},
     },
@@ -106,11 +106,15 @@ fn no_row_takes_a_failure_for_a_yes() {
             for status in 200..=599 {
                 for body in bodies {
                     let answer = Answer { status, body, truncated: false, page: false, retry_after: None };
-                    let reading = classify(answer, probe);
+                    let classification = classify(answer, probe);
                     // The one place where a refusal of the request shows that the key was looked at before it.
                     let empty_search = host == "ollama.com" && status == 400 && body.ends_with(b"}}");
-                    assert!(reading != Reading::Accepted || empty_search, "{host} {} {status} {body:?}", probe.name);
-                    assert_ne!(reading, Reading::Verdict(Verdict::Valid));
+                    assert!(
+                        classification != Classification::Accepted || empty_search,
+                        "{host} {} {status} {body:?}",
+                        probe.name
+                    );
+                    assert_ne!(classification, Classification::Verdict(Verdict::Valid));
                 }
             }
         }

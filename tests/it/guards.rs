@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, num::NonZeroU32, sync::Arc, time::Duration};
 
 use byok_gate::{
     core::{
-        engine::{Asker, Begun, Decided, Engine, Question},
+        engine::{Decided, Engine, ProbeRequest, ProbeStarted, Prober},
         policy::{Action, Enforcement, Exception, Group},
     },
     domain::{
@@ -17,8 +17,8 @@ use byok_gate::{
     liveness::{
         breaker::BreakerSettings,
         cache::{Cache, CacheSettings},
-        prober::{ProbeSettings, Prober},
-        provider_limits::{Limited, NewKeyLimits, ProviderLimits},
+        prober::{HttpProber, ProbeSettings},
+        provider_limits::{NewKeyLimits, ProviderLimiter, ProviderLimits},
     },
 };
 use tokio::{
@@ -27,9 +27,9 @@ use tokio::{
 };
 
 use crate::support::{
-    asker::{Scripted, finding},
     case::{self, Spec},
     gate::{Files, Server},
+    prober::{Scripted, finding},
     vendor::{Row, Vendor},
 };
 
@@ -83,9 +83,10 @@ async fn a_thousand_credentials_in_four_batches() {
     rows.push(Row { status: Some(401), body: r#"{"error": {"code": "no"}}"#.into(), delay_ms: 5, ..Row::default() });
     let vendor = Vendor::start(rows).await;
     let (registry, catalogue) = case::documents(vendor.address.port());
-    let prober = Prober::new(ProbeSettings { allow_loopback_http: true, calibrate: false, ..ProbeSettings::default() }).unwrap();
+    let prober =
+        HttpProber::new(ProbeSettings { allow_loopback_http: true, calibrate: false, ..ProbeSettings::default() }).unwrap();
     let limits = ProviderLimits { in_flight: 8, per_second: count(100_000), ..ProviderLimits::default() };
-    let cache = Cache::new(Arc::new(Limited::new(Arc::new(prober), limits)), CacheSettings::default());
+    let cache = Cache::new(Arc::new(ProviderLimiter::new(Arc::new(prober), limits)), CacheSettings::default());
     let server = Server::start(Files::new(&registry, &catalogue, None).engine_over(Arc::new(cache))).await;
     let mut batches = JoinSet::new();
     for batch in 0..4 {
@@ -118,12 +119,12 @@ async fn a_thousand_credentials_in_four_batches() {
 }
 
 /// Asks this often at once, and tells what each was: the verdict, or why it was withheld.
-async fn at_once(asker: &Limited, times: usize) -> Vec<Result<Verdict, Withheld>> {
+async fn at_once(prober: &ProviderLimiter, times: usize) -> Vec<Result<Verdict, Withheld>> {
     let engine = files().engine();
     let target = Arc::new(crate::model::Asked::about(&engine, 1).target());
     let questions = (0..times).map(|_| {
         let secret = Arc::new(Secret::new("made-up-key".into()));
-        let asked = asker.ask(Question { target: Arc::clone(&target), secret, begun: Begun::default() });
+        let asked = prober.probe(ProbeRequest { target: Arc::clone(&target), secret, started: ProbeStarted::default() });
         async move {
             let finding = asked.await;
             finding.withheld.map_or(Ok(finding.verdict), Err)
@@ -141,7 +142,7 @@ async fn the_queue_is_bounded_in_length_and_in_time() {
         scripted.set(|script| script.takes = Duration::from_secs(3));
         let queue_time = Duration::from_secs(queue_time);
         let limits = ProviderLimits { in_flight: 2, queue: 4, queue_time, per_second: count(1_000) };
-        let answers = at_once(&Limited::new(scripted.clone(), limits), 10).await;
+        let answers = at_once(&ProviderLimiter::new(scripted.clone(), limits), 10).await;
         let of = |what| answers.iter().filter(|answer| **answer == what).count();
         assert_eq!((of(Ok(Verdict::Valid)), of(Err(Withheld::Queue))), (asked, 10 - asked), "{answers:?}");
         assert_eq!(scripted.asked(), asked);
@@ -153,7 +154,7 @@ async fn calls_per_second_are_spread_and_then_withheld() {
     let scripted = Scripted::new(Verdict::Valid);
     let limits = ProviderLimits { in_flight: 100, queue: 100, queue_time: Duration::from_secs(2), per_second: count(10) };
     let began = Instant::now();
-    let answers = at_once(&Limited::new(scripted.clone(), limits), 50).await;
+    let answers = at_once(&ProviderLimiter::new(scripted.clone(), limits), 50).await;
     // Ten at once, ten in each of two seconds, and the rest would have to wait for longer than it may.
     let of = |what| answers.iter().filter(|answer| **answer == what).count();
     assert_eq!((of(Ok(Verdict::Valid)), of(Err(Withheld::Budget))), (30, 20), "{answers:?}");
@@ -167,7 +168,8 @@ async fn waiting_for_a_turn_is_not_the_providers_timeout() {
     let scripted = Scripted::new(Verdict::Valid);
     scripted.set(|script| script.takes = Duration::from_secs(3));
     let limits = ProviderLimits { in_flight: 1, ..ProviderLimits::default() };
-    let engine = files().engine_over(Arc::new(Cache::new(Arc::new(Limited::new(scripted, limits)), CacheSettings::default())));
+    let engine =
+        files().engine_over(Arc::new(Cache::new(Arc::new(ProviderLimiter::new(scripted, limits)), CacheSettings::default())));
     let decide = |value: &'static str| {
         let engine = Arc::clone(&engine);
         async move {

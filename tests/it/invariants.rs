@@ -8,13 +8,13 @@ use std::{
 use byok_gate::{
     core::{
         catalogue::Catalogue,
-        evaluate::{Next, Origin, Snapshot, assess},
+        evaluate::{Next, Origin, Snapshot, evaluate},
         policy::{Action, Enforcement, Exception, Facts, Group, Policy, Ruling, apply},
         registry::Registry,
     },
     domain::{
         decision::{BillingMode, DenyCode, Grounds, Outcome, ServedFrom, Verdict},
-        denial::Judged,
+        denial::LivenessEvidence,
         request::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
         secret::Secret,
     },
@@ -47,22 +47,22 @@ fn snapshot(policy: Policy) -> Snapshot {
 
 /// The ruling on a request, with this verdict wherever the provider has to be asked.
 fn rule(snapshot: &Snapshot, request: &Request, verdict: Verdict, recently_valid: bool) -> (Ruling, Option<String>) {
-    let assessment = assess(snapshot, request, 0, &|_| String::new());
-    let facts = match assessment.next {
+    let evaluation = evaluate(snapshot, request, 0, &|_| String::new());
+    let facts = match evaluation.next {
         Next::Rule(facts) => facts,
         Next::Ask(_) if verdict == Verdict::Valid => Facts::Valid,
-        Next::Ask(inquiry) => Facts::Judged {
-            judged: judged(verdict, &inquiry.endpoint.provider, inquiry.env_name),
+        Next::Ask(inquiry) => Facts::NotValid {
+            evidence: evidence(verdict, &inquiry.endpoint.provider, inquiry.env_name),
             served_from: Some(ServedFrom::Probe),
             recently_valid,
             enforcement: inquiry.enforcement,
         },
     };
-    (apply(facts, request.checkpoint, &snapshot.policy), Some(assessment.resolution.provider).filter(|name| !name.is_empty()))
+    (apply(facts, request.checkpoint, &snapshot.policy), Some(evaluation.resolution.provider).filter(|name| !name.is_empty()))
 }
 
-fn judged(verdict: Verdict, provider: &str, env_name: &str) -> Judged {
-    Judged {
+fn evidence(verdict: Verdict, provider: &str, env_name: &str) -> LivenessEvidence {
+    LivenessEvidence {
         verdict,
         env_name: env_name.into(),
         provider: provider.into(),
@@ -246,8 +246,8 @@ fn the_policy_table() {
                         };
                         let facts = match verdict {
                             V::Valid => Facts::Valid,
-                            verdict => Facts::Judged {
-                                judged: judged(verdict, "acme", "ACME_API_KEY"),
+                            verdict => Facts::NotValid {
+                                evidence: evidence(verdict, "acme", "ACME_API_KEY"),
                                 served_from: None,
                                 recently_valid,
                                 enforcement,
@@ -281,8 +281,8 @@ fn a_valid_among_what_was_judged_does_not_allow() {
         GROUPS.into_iter().for_each(|group| policy.set_action(checkpoint, group, Action::Allow));
     }
     for checkpoint in CHECKPOINTS {
-        let facts = Facts::Judged {
-            judged: judged(Verdict::Valid, "acme", "ACME_API_KEY"),
+        let facts = Facts::NotValid {
+            evidence: evidence(Verdict::Valid, "acme", "ACME_API_KEY"),
             served_from: Some(ServedFrom::Cache),
             recently_valid: true,
             enforcement: Enforcement::Enforce,
@@ -395,7 +395,7 @@ proptest! {
     #[test]
     fn the_same_request_gets_the_same_ruling(request in any_request(), verdict in any_verdict()) {
         let snapshot = &*DEFAULT;
-        let (first, second) = (assess(snapshot, &request, 0, &|_| String::new()), assess(snapshot, &request, 0, &|_| String::new()));
+        let (first, second) = (evaluate(snapshot, &request, 0, &|_| String::new()), evaluate(snapshot, &request, 0, &|_| String::new()));
         prop_assert_eq!((first.resolution, first.warnings, first.trace.into_steps()), (second.resolution, second.warnings, second.trace.into_steps()));
         prop_assert_eq!(rule(snapshot, &request, verdict, false), rule(snapshot, &request, verdict, false));
     }

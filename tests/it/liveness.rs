@@ -14,15 +14,15 @@ use byok_gate::{
 use tokio::time::{Instant, advance};
 
 use crate::support::{
-    asker::Scripted,
     case::{self, Spec},
     gate::Files,
+    prober::Scripted,
 };
 
 /// An engine whose provider answers by script.
 struct Bench {
     engine: Arc<Engine>,
-    asker: Arc<Scripted>,
+    prober: Arc<Scripted>,
 }
 
 /// What one call came to.
@@ -36,11 +36,11 @@ struct Told {
 
 impl Bench {
     fn new(verdict: Verdict) -> Self {
-        let asker = Scripted::new(verdict);
+        let prober = Scripted::new(verdict);
         let (registry, catalogue) = case::documents(1);
         let files = Files::new(&registry, &catalogue, None);
-        let engine = files.engine_over(Arc::new(Cache::new(asker.clone(), CacheSettings::default())));
-        Self { engine, asker }
+        let engine = files.engine_over(Arc::new(Cache::new(prober.clone(), CacheSettings::default())));
+        Self { engine, prober }
     }
 
     async fn ask(&self, value: &str, checkpoint: Checkpoint, max_age: Option<Duration>, time: Duration) -> Decided {
@@ -104,14 +104,14 @@ async fn every_verdict_has_its_age() {
         assert_eq!(bench.at(Checkpoint::Create).await.served_from, Some(ServedFrom::Cache), "{verdict}");
         advance(secs(age * 0.22)).await;
         assert_eq!(bench.at(Checkpoint::Create).await.served_from, Some(ServedFrom::Probe), "{verdict}");
-        assert_eq!(bench.asker.asked(), 2, "{verdict}");
+        assert_eq!(bench.prober.asked(), 2, "{verdict}");
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_valid_that_cost_money_is_asked_for_rarely() {
     let bench = Bench::new(Verdict::Valid);
-    bench.asker.set(|script| script.finding.cost_money = true);
+    bench.prober.set(|script| script.finding.cost_money = true);
     bench.at(Checkpoint::Create).await;
     advance(secs(239.0)).await;
     assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Cache));
@@ -122,7 +122,7 @@ async fn a_valid_that_cost_money_is_asked_for_rarely() {
     assert_eq!(bench.fresh().await, allowed(ServedFrom::Cache));
     advance(secs(2.0)).await;
     assert_eq!(bench.fresh().await, allowed(ServedFrom::Probe));
-    assert_eq!(bench.asker.asked(), 3);
+    assert_eq!(bench.prober.asked(), 3);
 }
 
 /// The provider's Retry-After, to the second, within 1 to 60.
@@ -130,7 +130,7 @@ async fn a_valid_that_cost_money_is_asked_for_rarely() {
 async fn retry_after_is_kept_within_bounds() {
     for (wanted, kept) in [(0.0, 1.0), (7.0, 7.0), (3600.0, 60.0)] {
         let bench = Bench::new(Verdict::RateLimited);
-        bench.asker.set(|script| script.finding.retry_after = Some(secs(wanted)));
+        bench.prober.set(|script| script.finding.retry_after = Some(secs(wanted)));
         bench.at(Checkpoint::Create).await;
         advance(secs(kept - 0.1)).await;
         assert_eq!(bench.at(Checkpoint::Create).await.served_from, Some(ServedFrom::Cache), "{wanted}");
@@ -147,9 +147,9 @@ async fn a_callers_age_is_honoured_down_to_a_second() {
     advance(secs(0.9)).await;
     assert_eq!(bench.fresh().await, allowed(ServedFrom::Cache));
     advance(secs(0.2)).await;
-    bench.asker.verdict(Verdict::Invalid);
+    bench.prober.verdict(Verdict::Invalid);
     assert_eq!(bench.fresh().await.code, Some(DenyCode::InvalidByokCredential));
-    assert_eq!(bench.asker.asked(), 2);
+    assert_eq!(bench.prober.asked(), 2);
 }
 
 /// Revoked: denied within the VALID age while the provider answers.
@@ -157,11 +157,11 @@ async fn a_callers_age_is_honoured_down_to_a_second() {
 async fn a_revoked_key_is_denied_within_the_valid_age() {
     let bench = Bench::new(Verdict::Valid);
     assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Probe));
-    bench.asker.verdict(Verdict::Invalid);
+    bench.prober.verdict(Verdict::Invalid);
     advance(secs(30.1)).await;
     assert_eq!(bench.at(Checkpoint::Provision).await.code, Some(DenyCode::InvalidByokCredential));
     // Repaired: allowed within the INVALID age.
-    bench.asker.verdict(Verdict::Valid);
+    bench.prober.verdict(Verdict::Valid);
     advance(secs(10.1)).await;
     assert_eq!(bench.at(Checkpoint::Provision).await, allowed(ServedFrom::Probe));
 }
@@ -171,7 +171,7 @@ async fn a_revoked_key_is_denied_within_the_valid_age() {
 async fn an_outage_is_bridged_at_provision_up_to_the_hard_maximum() {
     let bench = Bench::new(Verdict::Valid);
     bench.at(Checkpoint::Create).await;
-    bench.asker.verdict(Verdict::Unreachable);
+    bench.prober.verdict(Verdict::Unreachable);
     advance(secs(60.0)).await;
     let stale = Told {
         code: None,
@@ -196,9 +196,9 @@ async fn a_refusal_since_ends_the_bridge() {
         let bench = Bench::new(Verdict::Valid);
         bench.at(Checkpoint::Create).await;
         advance(secs(31.0)).await;
-        bench.asker.verdict(refused);
+        bench.prober.verdict(refused);
         bench.at(Checkpoint::Create).await;
-        bench.asker.verdict(Verdict::Unreachable);
+        bench.prober.verdict(Verdict::Unreachable);
         advance(secs(11.0)).await;
         assert_eq!(bench.at(Checkpoint::Provision).await.code, Some(DenyCode::ByokProviderUnreachable), "{refused}");
     }
@@ -210,10 +210,10 @@ async fn a_refusal_by_a_completion_ends_the_bridge_too() {
     let bench = Bench::new(Verdict::Valid);
     bench.at(Checkpoint::Create).await;
     advance(secs(31.0)).await;
-    bench.asker.verdict(Verdict::Invalid);
-    bench.asker.set(|script| script.finding.about_model = true);
+    bench.prober.verdict(Verdict::Invalid);
+    bench.prober.set(|script| script.finding.about_model = true);
     assert_eq!(bench.at(Checkpoint::Create).await.code, Some(DenyCode::InvalidByokCredential));
-    bench.asker.verdict(Verdict::Unreachable);
+    bench.prober.verdict(Verdict::Unreachable);
     advance(secs(11.0)).await;
     assert_eq!(bench.at(Checkpoint::Provision).await.code, Some(DenyCode::ByokProviderUnreachable));
 }
@@ -222,11 +222,11 @@ async fn a_refusal_by_a_completion_ends_the_bridge_too() {
 #[tokio::test(start_paused = true)]
 async fn a_completions_yes_is_remembered_and_bridges_an_outage() {
     let bench = Bench::new(Verdict::Valid);
-    bench.asker.set(|script| script.finding.about_model = true);
+    bench.prober.set(|script| script.finding.about_model = true);
     assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Probe));
     assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Cache));
     advance(secs(31.0)).await;
-    bench.asker.verdict(Verdict::Unreachable);
+    bench.prober.verdict(Verdict::Unreachable);
     assert_eq!(bench.at(Checkpoint::Create).await.code, Some(DenyCode::ByokProviderUnreachable));
     assert_eq!(bench.at(Checkpoint::Provision).await.served_from, Some(ServedFrom::Stale));
 }
@@ -236,7 +236,7 @@ async fn a_completions_yes_is_remembered_and_bridges_an_outage() {
 async fn a_rotated_value_is_asked_about_itself() {
     let bench = Bench::new(Verdict::Valid);
     bench.at(Checkpoint::Create).await;
-    bench.asker.verdict(Verdict::Invalid);
+    bench.prober.verdict(Verdict::Invalid);
     let rotated = told(&bench.ask("made-up-key-2", Checkpoint::Provision, None, secs(5.0)).await);
     assert_eq!(rotated.code, Some(DenyCode::InvalidByokCredential));
     assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Cache));
@@ -246,7 +246,7 @@ async fn a_rotated_value_is_asked_about_itself() {
 #[tokio::test(start_paused = true)]
 async fn short_deadlines_do_not_starve_the_memory() {
     let bench = Bench::new(Verdict::Valid);
-    bench.asker.set(|script| script.takes = secs(2.0));
+    bench.prober.set(|script| script.takes = secs(2.0));
     for _ in 0..10 {
         let early = told(&bench.ask("made-up-key", Checkpoint::Create, None, secs(0.05)).await);
         assert_eq!(early.code, Some(DenyCode::ByokProbeTimeout));
@@ -254,7 +254,7 @@ async fn short_deadlines_do_not_starve_the_memory() {
     advance(secs(1.6)).await;
     tokio::task::yield_now().await;
     assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Cache));
-    assert_eq!(bench.asker.asked(), 1);
+    assert_eq!(bench.prober.asked(), 1);
 }
 
 /// A caller that hangs up does not end the probe, at whatever point it does.
@@ -262,7 +262,7 @@ async fn short_deadlines_do_not_starve_the_memory() {
 async fn a_caller_that_hangs_up_does_not_end_the_probe() {
     for polls in 0..4 {
         let bench = Bench::new(Verdict::Valid);
-        bench.asker.set(|script| script.takes = secs(1.0));
+        bench.prober.set(|script| script.takes = secs(1.0));
         {
             let mut first = Box::pin(bench.at(Checkpoint::Create));
             for _ in 0..polls {
@@ -273,7 +273,7 @@ async fn a_caller_that_hangs_up_does_not_end_the_probe() {
         }
         let second = bench.at(Checkpoint::Create).await;
         assert_eq!((second.code, second.verdict), (None, Some(Verdict::Valid)), "dropped after {polls} polls");
-        assert_eq!(bench.asker.asked(), 1, "dropped after {polls} polls");
+        assert_eq!(bench.prober.asked(), 1, "dropped after {polls} polls");
     }
 }
 
@@ -283,10 +283,10 @@ async fn a_panicking_probe_is_not_remembered() {
     let bench = Bench::new(Verdict::Valid);
     bench.at(Checkpoint::Create).await;
     advance(secs(31.0)).await;
-    bench.asker.set(|script| script.panics = true);
+    bench.prober.set(|script| script.panics = true);
     assert_eq!(bench.at(Checkpoint::Create).await.code, Some(DenyCode::ByokProbeNotAttempted));
     assert_eq!(bench.at(Checkpoint::Provision).await.served_from, Some(ServedFrom::Stale));
-    bench.asker.set(|script| script.panics = false);
+    bench.prober.set(|script| script.panics = false);
     assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Probe));
 }
 
@@ -301,11 +301,11 @@ async fn ages_are_spread() {
     for _ in 0..4 {
         // From 24 s on, in quarters of what is left to 30 s.
         advance(if expired_by.is_empty() { secs(25.5) } else { secs(1.5) }).await;
-        let before = bench.asker.asked();
+        let before = bench.prober.asked();
         for index in 0..1_000 {
             bench.ask(&format!("made-up-key-{index}"), Checkpoint::Create, None, secs(5.0)).await;
         }
-        expired_by.push(bench.asker.asked() - before);
+        expired_by.push(bench.prober.asked() - before);
     }
     assert_eq!(expired_by.iter().sum::<usize>(), 1_000, "{expired_by:?}");
     // A quarter each, within five standard deviations (sqrt(1000 * 1/4 * 3/4) = 13.7).

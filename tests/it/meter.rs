@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
 use byok_gate::{
     core::{
         engine::{Boxed, Engine, LivenessSource, Observed},
-        evaluate::Inquiry,
+        evaluate::LivenessQuery,
     },
     domain::{decision::Verdict, request::Checkpoint},
     grpc::convert::{
@@ -14,10 +14,10 @@ use byok_gate::{
     },
     liveness::{
         cache::{Cache, CacheSettings},
-        provider_limits::{Limited, NewKeyLimits, ProviderLimits},
+        provider_limits::{NewKeyLimits, ProviderLimiter, ProviderLimits},
     },
     server::{Address, Bound},
-    telemetry::{log_writer::Lines, metrics::decisions::Decisions},
+    telemetry::{log_writer::LogWriter, metrics::decisions::Decisions},
 };
 use futures_util::StreamExt;
 use tokio::{
@@ -30,12 +30,12 @@ use tonic::Code;
 use crate::{
     secrets::is_not_in,
     support::{
-        asker::Scripted,
         binary::{PATIENCE, Serving},
         case,
         edge::{Edge, Held, decide, grpc, is_allow, raw, settings, span},
         gate::Files,
         page::{Scraped, Shown, say, scrape, scrape_until},
+        prober::Scripted,
         vendor::{Row, Vendor},
     },
 };
@@ -235,7 +235,7 @@ async fn calls_that_fail() -> Scraped {
     // And a log whose reader has gone.
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    let log = Lines::to(writer).unwrap();
+    let log = LogWriter::to(writer).unwrap();
     let shown = Shown::over(settings, &files(1, None), Held::new(true), vec![Arc::new(log.clone())]).await;
     shown.scrape().await.is("byokgate_log_lines_dropped_total", 0.0);
     log.push(b"a line\n");
@@ -287,7 +287,7 @@ async fn a_provider_on_report() -> Scraped {
 struct Panics;
 
 impl LivenessSource for Panics {
-    fn observe<'a>(&'a self, _: Inquiry<'a>, _: Option<Duration>, _: Instant) -> Boxed<'a, Observed> {
+    fn observe<'a>(&'a self, _: LivenessQuery<'a>, _: Option<Duration>, _: Instant) -> Boxed<'a, Observed> {
         Box::pin(async { panic!("made to panic") })
     }
 }
@@ -447,7 +447,7 @@ async fn an_earlier_valid_and_a_trial_are_seen() {
 async fn series_do_not_grow_with_tenants() {
     let many = 1_000_000.try_into().unwrap();
     let limited =
-        Arc::new(Limited::new(Scripted::new(Verdict::Valid), ProviderLimits { per_second: many, ..Default::default() }));
+        Arc::new(ProviderLimiter::new(Scripted::new(Verdict::Valid), ProviderLimits { per_second: many, ..Default::default() }));
     let new_keys = NewKeyLimits { per_organization: many, per_caller: many };
     let cache = Arc::new(Cache::new(limited.clone(), CacheSettings { new_keys, ..CacheSettings::default() }));
     let engine = files(1, None).engine_over(cache.clone());

@@ -9,7 +9,7 @@ use byok_gate::{
     core::{
         endpoint::Target,
         engine::{Engine, LivenessSource, Observed},
-        evaluate::{Inquiry, Next, Snapshot, assess},
+        evaluate::{LivenessQuery, Next, Snapshot, evaluate},
     },
     domain::{
         decision::{ServedFrom, Verdict},
@@ -25,9 +25,9 @@ use rand::{Rng, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use tokio::time::{Instant, sleep};
 
 use crate::support::{
-    asker::{Scripted, finding},
     case::{self, Spec},
     gate::Files,
+    prober::{Scripted, finding},
 };
 
 /// Milliseconds. Asks come at multiples of 100, answers take between 1 and 90 more than one, each a different number of them, and
@@ -278,7 +278,7 @@ impl Model {
 
 struct Real {
     cache: Arc<Cache>,
-    asker: Arc<Scripted>,
+    prober: Arc<Scripted>,
 }
 
 /// A question about a credential of one number.
@@ -298,32 +298,32 @@ impl Asked {
         Self { snapshot: engine.snapshot(), request: convert::request(message).unwrap() }
     }
 
-    pub(crate) fn inquiry(&self) -> Inquiry<'_> {
-        match assess(&self.snapshot, &self.request, 0, &|_| String::new()).next {
+    pub(crate) fn inquiry(&self) -> LivenessQuery<'_> {
+        match evaluate(&self.snapshot, &self.request, 0, &|_| String::new()).next {
             Next::Ask(inquiry) => inquiry,
             Next::Rule(facts) => panic!("{facts:?}"),
         }
     }
 
     pub(crate) fn target(&self) -> Target {
-        let Inquiry { endpoint, model, .. } = self.inquiry();
+        let LivenessQuery { endpoint, model, .. } = self.inquiry();
         Target::of(endpoint, model)
     }
 }
 
 async fn run(steps: &[Step], questions: &[Arc<Asked>]) -> (BTreeMap<usize, Got>, usize) {
-    let asker = Scripted::new(Verdict::Valid);
-    asker.set(|script| {
+    let prober = Scripted::new(Verdict::Valid);
+    prober.set(|script| {
         script.takes = Duration::from_millis(1);
         script.staggered = true;
     });
-    let real = Real { cache: Arc::new(Cache::new(asker.clone(), settings())), asker };
+    let real = Real { cache: Arc::new(Cache::new(prober.clone(), settings())), prober };
     let mut callers = Vec::new();
     for step in steps {
         match step {
             // Not `advance`: it jumps over what should happen in between.
             Step::Wait(time) => sleep(Duration::from_millis(*time)).await,
-            Step::Provide(Script { verdict, takes, panics }) => real.asker.set(|script| {
+            Step::Provide(Script { verdict, takes, panics }) => real.prober.set(|script| {
                 script.finding = finding(*verdict);
                 script.takes = Duration::from_millis(*takes);
                 script.panics = *panics;
@@ -349,7 +349,7 @@ async fn run(steps: &[Step], questions: &[Arc<Asked>]) -> (BTreeMap<usize, Got>,
     for (index, caller) in callers.into_iter().enumerate() {
         got.insert(index, caller.await.unwrap());
     }
-    (got, real.asker.asked())
+    (got, real.prober.asked())
 }
 
 #[tokio::test(start_paused = true)]

@@ -15,7 +15,7 @@ use byok_gate::{
         decision::{Unreached, Verdict},
         secret::Secret,
     },
-    liveness::prober::{ProbeSettings, Prober},
+    liveness::prober::{HttpProber, ProbeSettings},
 };
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -152,7 +152,7 @@ async fn ask(base: &str, roots: &[u8], resolve: &[(&str, &str)], loopback: bool)
         resolve: resolve.iter().map(|(name, address)| ((*name).to_owned(), address.parse().unwrap())).collect::<BTreeMap<_, _>>(),
         ..ProbeSettings::default()
     };
-    Prober::new(settings)
+    HttpProber::new(settings)
         .unwrap()
         .explain(&crate::model::Asked::about(&engine, 1).target(), &Secret::new("made-up-key".into()))
         .await

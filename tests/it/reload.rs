@@ -20,7 +20,7 @@ use byok_gate::{
         request::{Checkpoint, OperatorOverride, Request, WorkspaceSpec},
     },
     grpc::convert::pb,
-    watch::{self, Looked, Reload},
+    watch::{self, PollOutcome, Reload},
 };
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -56,7 +56,7 @@ impl Watched {
         let engine = files.engine();
         let reload = watch(&engine, &at);
         let mut watched = Self { _files: files, at, engine, reload };
-        assert_eq!(watched.reload.look(false), Looked::Swapped, "the first look reads again");
+        assert_eq!(watched.reload.poll(false), PollOutcome::Swapped, "the first look reads again");
         watched
     }
 
@@ -69,10 +69,10 @@ impl Watched {
     }
 
     /// Looks until the content has settled.
-    fn settle(&mut self) -> Looked {
+    fn record_owner(&mut self) -> PollOutcome {
         loop {
-            match self.reload.look(false) {
-                Looked::Unsettled => {}
+            match self.reload.poll(false) {
+                PollOutcome::Unsettled => {}
                 looked => return looked,
             }
         }
@@ -80,18 +80,18 @@ impl Watched {
 
     #[track_caller]
     fn takes_over(&mut self, owner: &str) {
-        assert_eq!(self.settle(), Looked::Swapped);
+        assert_eq!(self.record_owner(), PollOutcome::Swapped);
         assert_eq!((self.owner().as_str(), self.error().as_str()), (owner, ""));
-        assert_eq!(self.reload.look(false), Looked::Same);
+        assert_eq!(self.reload.poll(false), PollOutcome::Same);
     }
 
     #[track_caller]
     fn keeps(&mut self, owner: &str, because: &str) {
-        let looked = self.settle();
-        assert!(matches!(&looked, Looked::Kept(problems) if problems.to_string().contains(because)), "{looked:?}");
+        let looked = self.record_owner();
+        assert!(matches!(&looked, PollOutcome::Kept(problems) if problems.to_string().contains(because)), "{looked:?}");
         assert_eq!(self.owner(), owner);
         assert!(self.error().contains(because), "{}", self.error());
-        assert_eq!(self.reload.look(false), Looked::Same, "the same bad content is not read again");
+        assert_eq!(self.reload.poll(false), PollOutcome::Same, "the same bad content is not read again");
     }
 }
 
@@ -121,7 +121,7 @@ fn every_way_of_changing_a_file_is_seen() {
     watched.takes_over("gamma");
     // Touched, with the same content: nothing is new.
     fs::write(&at, registry("gamma")).unwrap();
-    assert_eq!(watched.settle(), Looked::Same);
+    assert_eq!(watched.record_owner(), PollOutcome::Same);
     fs::remove_file(&at).unwrap(); // deleted and made anew
     watched.keeps("gamma", "could not be read");
     fs::write(&at, registry("delta")).unwrap();
@@ -180,24 +180,24 @@ fn half_a_file_is_not_taken_for_a_whole_one() {
     let mut watched = Watched::new();
     let whole = registry("beta");
     fs::write(&watched.at, "").unwrap();
-    assert_eq!(watched.reload.look(false), Looked::Unsettled);
+    assert_eq!(watched.reload.poll(false), PollOutcome::Unsettled);
     fs::write(&watched.at, &whole[..40]).unwrap();
-    assert_eq!(watched.reload.look(false), Looked::Unsettled);
+    assert_eq!(watched.reload.poll(false), PollOutcome::Unsettled);
     fs::write(&watched.at, &whole).unwrap();
-    assert_eq!(watched.reload.look(false), Looked::Unsettled);
+    assert_eq!(watched.reload.poll(false), PollOutcome::Unsettled);
     assert_eq!(watched.owner(), "acme");
     watched.takes_over("beta");
-    let looks: Vec<Looked> = (0..6)
+    let looks: Vec<PollOutcome> = (0..6)
         .map(|number| {
             fs::write(&watched.at, format!("{}# {number}\n", registry("gamma"))).unwrap();
-            watched.reload.look(false)
+            watched.reload.poll(false)
         })
         .collect();
-    assert_eq!(looks.iter().filter(|looked| **looked == Looked::Swapped).count(), 1, "{looks:?}");
+    assert_eq!(looks.iter().filter(|looked| **looked == PollOutcome::Swapped).count(), 1, "{looks:?}");
     assert_eq!(watched.owner(), "gamma");
     // Who asks for it by name gets what is there.
     fs::write(&watched.at, registry("delta")).unwrap();
-    assert_eq!(watched.reload.look(true), Looked::Swapped);
+    assert_eq!(watched.reload.poll(true), PollOutcome::Swapped);
     assert_eq!(watched.owner(), "delta");
 }
 
@@ -205,14 +205,14 @@ fn half_a_file_is_not_taken_for_a_whole_one() {
 #[tokio::test(start_paused = true)]
 async fn it_looks_by_itself_and_ends_with_its_asker() {
     let watched = Watched::new();
-    let (hurry, hurried) = tokio::sync::mpsc::channel(1);
+    let (force, forced) = tokio::sync::mpsc::channel(1);
     let Watched { at, engine, reload, _files } = watched;
-    let running = tokio::spawn(reload.run(hurried));
+    let running = tokio::spawn(reload.run(forced));
     fs::write(&at, registry("beta")).unwrap();
     while engine.snapshot().registry.providers()[0].name != "beta" {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    drop(hurry);
+    drop(force);
     running.await.unwrap();
 }
 
@@ -226,12 +226,12 @@ fn a_change_of_the_configuration_is_followed() {
     let load =
         move || config::load(&paths, &Overrides::default()).map(|setup| (setup.documents, setup.snapshot)).map_err(problems_of);
     let mut reload = Reload::new(Arc::clone(&engine), watched, Arc::new(load));
-    assert_eq!(reload.look(true), Looked::Swapped);
+    assert_eq!(reload.poll(true), PollOutcome::Swapped);
     fs::write(&config, "exempt_runtimes: [two]\n").unwrap();
-    assert_eq!(reload.look(true), Looked::Swapped);
+    assert_eq!(reload.poll(true), PollOutcome::Swapped);
     assert!(engine.snapshot().policy.exempt_runtimes.contains("two"));
     fs::write(&config, "exempt_runtime: [three]\n").unwrap();
-    assert!(matches!(reload.look(true), Looked::Kept(_)));
+    assert!(matches!(reload.poll(true), PollOutcome::Kept(_)));
     let snapshot = engine.snapshot();
     assert!(snapshot.policy.exempt_runtimes.contains("two") && !snapshot.registry_origin.last_reload_error.is_empty());
 }
@@ -248,12 +248,12 @@ fn a_file_that_the_configuration_names_later_is_followed() {
         move || config::load(&paths, &Overrides::default()).map(|setup| (setup.documents, setup.snapshot)).map_err(problems_of);
     let mut reload = Reload::new(Arc::clone(&engine), vec![config.clone()], Arc::new(load));
     fs::write(&config, format!("registry: {{file: {}}}\n", other.display())).unwrap();
-    assert_eq!(reload.look(true), Looked::Swapped);
-    assert_eq!(reload.look(false), Looked::Swapped, "once more, since that file was not followed yet");
+    assert_eq!(reload.poll(true), PollOutcome::Swapped);
+    assert_eq!(reload.poll(false), PollOutcome::Swapped, "once more, since that file was not followed yet");
     let before = engine.snapshot().registry.revision().to_owned();
     fs::write(&other, registry("beta")).unwrap();
-    assert_eq!(reload.look(false), Looked::Unsettled);
-    assert_eq!(reload.look(false), Looked::Swapped);
+    assert_eq!(reload.poll(false), PollOutcome::Unsettled);
+    assert_eq!(reload.poll(false), PollOutcome::Swapped);
     assert_ne!(engine.snapshot().registry.revision(), before);
 }
 
@@ -294,7 +294,7 @@ async fn no_decision_mixes_two_versions() {
     let mut owners = BTreeMap::new();
     for owner in ["beta", "acme"] {
         fs::write(&watched.at, registry(owner)).unwrap();
-        watched.reload.look(true);
+        watched.reload.poll(true);
         owners.insert(watched.engine.snapshot().registry.revision().to_owned(), owner.to_owned());
     }
     assert_eq!(owners.len(), 2);
@@ -321,7 +321,7 @@ async fn no_decision_mixes_two_versions() {
     let reloading = tokio::task::spawn_blocking(move || {
         for number in 0..1000 {
             fs::write(&watched.at, registry(if number % 2 == 0 { "beta" } else { "acme" })).unwrap();
-            assert_eq!(watched.reload.look(true), Looked::Swapped);
+            assert_eq!(watched.reload.poll(true), PollOutcome::Swapped);
         }
     });
     reloading.await.unwrap();
@@ -339,12 +339,12 @@ async fn a_server_follows_its_files() {
     let flags = files.flags();
     let serving = Serving::start(&flags.iter().map(String::as_str).collect::<Vec<_>>()).await;
     let mut client = serving.client().await;
-    let mut until = async |wanted: &str, is_so: fn(&pb::SourceStatus) -> bool| {
+    let mut until = async |wanted: &str, is_set: fn(&pb::SourceStatus) -> bool| {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let status =
                 client.get_registry_status(pb::GetRegistryStatusRequest {}).await.unwrap().into_inner().registry.unwrap();
-            if is_so(&status) {
+            if is_set(&status) {
                 return status;
             }
             assert!(Instant::now() < deadline, "{wanted}: {status:?}");

@@ -20,10 +20,10 @@ use tonic_reflection::pb::v1::{
 };
 
 use crate::support::{
-    asker::Scripted,
     binary::Serving,
     case::{self, Spec},
     gate::{Files, Server},
+    prober::Scripted,
     vendor::{Behave, Row, Vendor},
 };
 
@@ -307,9 +307,9 @@ async fn a_request_over_the_limit_is_refused_with_the_limit() {
 
 #[tokio::test]
 async fn a_panic_in_the_probe_is_a_retryable_denial_and_the_server_goes_on() {
-    let asker = Scripted::new(Verdict::Valid);
-    asker.set(|script| script.panics = true);
-    let cache = Arc::new(Cache::new(asker, CacheSettings::default()));
+    let prober = Scripted::new(Verdict::Valid);
+    prober.set(|script| script.panics = true);
+    let cache = Arc::new(Cache::new(prober, CacheSettings::default()));
     let server = Server::start(files(&vendor().await).engine_over(cache)).await;
     let mut client = server.client().await;
     for _ in 0..3 {

@@ -19,7 +19,7 @@ use crate::{
         endpoint::{Call, Target},
     },
     domain::secret::Secret,
-    liveness::single_flight::{Flight, Flights, Joined, Landing, Launch, wait},
+    liveness::single_flight::{FlightEnd, InFlight, Join, SingleFlight, Start, wait},
     telemetry::{
         metrics::{Measured, PROVIDER, Page},
         traces,
@@ -49,7 +49,7 @@ type Key = [u8; 32];
 pub(super) struct Calibrations {
     http: Arc<Http>,
     known: moka::sync::Cache<Key, Known>,
-    flights: Arc<Flights<Key, Known>>,
+    flights: Arc<SingleFlight<Key, Known>>,
     shown: Arc<Mutex<BTreeMap<Shown, u64>>>,
 }
 
@@ -80,7 +80,7 @@ pub(super) struct Calibrating<'c> {
 /// One that is known or under way.
 pub(super) enum Asked {
     Known(Calibration),
-    UnderWay(Flight<Known>),
+    UnderWay(InFlight<Known>),
 }
 
 // === impl Calibrations ===
@@ -88,7 +88,7 @@ pub(super) enum Asked {
 impl Calibrations {
     pub(super) fn new(http: Arc<Http>) -> Self {
         let known = moka::sync::Cache::builder().max_capacity(MAX_ENDPOINTS).time_to_live(GOOD_FOR).build();
-        Self { http, known, flights: Flights::new(MAX_FLIGHTS), shown: Arc::default() }
+        Self { http, known, flights: SingleFlight::new(MAX_FLIGHTS), shown: Arc::default() }
     }
 
     pub(super) fn of<'c>(&'c self, call: &'c Call, family: HeaderFamily, target: &'c Target) -> Calibrating<'c> {
@@ -135,13 +135,13 @@ impl Calibrating<'_> {
         let Calibrations { flights, .. } = self.calibrations;
         let key = self.key();
         let launch = |_| match self.calibrations.current(key) {
-            Some(known) => Launch::<_, Infallible, _>::Already(known),
-            None => Launch::Fly(self.fly(key).instrument(traces::calibrate(self.target))),
+            Some(known) => Start::<_, Infallible, _>::Known(known),
+            None => Start::Run(self.fly(key).instrument(traces::calibrate(self.target))),
         };
         match flights.join(key, launch) {
-            Joined::Already(known) => Asked::Known(known.calibration),
-            Joined::Flight(flight) => Asked::UnderWay(flight),
-            Joined::Full => Asked::Known(Calibration::Unknown),
+            Join::Known(known) => Asked::Known(known.calibration),
+            Join::InFlight(flight) => Asked::UnderWay(flight),
+            Join::Full => Asked::Known(Calibration::Unknown),
         }
     }
 
@@ -193,8 +193,8 @@ impl Asked {
         match self {
             Self::Known(calibration) => calibration,
             Self::UnderWay(flight) => match wait(flight, deadline).await {
-                Landing::Landed(known) => known.calibration,
-                Landing::TimedOut { .. } | Landing::Lost => Calibration::Unknown,
+                FlightEnd::Completed(known) => known.calibration,
+                FlightEnd::TimedOut { .. } | FlightEnd::Lost => Calibration::Unknown,
             },
         }
     }

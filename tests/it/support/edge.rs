@@ -17,7 +17,7 @@ use byok_gate::{
     config::settings::Settings,
     core::{
         classify::Finding,
-        engine::{Asker, Boxed, Engine, Question},
+        engine::{Boxed, Engine, ProbeRequest, Prober},
         evaluate::Snapshot,
     },
     domain::decision::Verdict,
@@ -254,21 +254,21 @@ impl Held {
         let (registry, catalogue) = case::documents(1);
         let known = Files::new(&registry, &catalogue, None).engine().snapshot();
         let snapshot = Snapshot::clone(&known);
-        let asker: Arc<dyn Asker> = Arc::clone(self) as Arc<dyn Asker>;
+        let prober: Arc<dyn Prober> = Arc::clone(self) as Arc<dyn Prober>;
         // Not what is tested here.
         let many = NonZeroU32::new(1_000_000).unwrap();
         let new_keys = NewKeyLimits { per_organization: many, per_caller: many };
-        let cache = Cache::new(asker, CacheSettings { new_keys, ..CacheSettings::default() });
+        let cache = Cache::new(prober, CacheSettings { new_keys, ..CacheSettings::default() });
         Arc::new(Engine::new(snapshot, Arc::new(cache), None))
     }
 }
 
-impl Asker for Held {
-    fn ask(&self, question: Question) -> Boxed<'static, Finding> {
+impl Prober for Held {
+    fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding> {
         self.asked.fetch_add(1, Ordering::SeqCst);
         let mut open = self.open.subscribe();
         Box::pin(async move {
-            drop(question);
+            drop(request);
             drop(open.wait_for(|open| *open).await);
             Finding::bare(Verdict::Valid)
         })

@@ -12,8 +12,8 @@ use byok_gate::{
     grpc::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient,
     liveness::{
         cache::{Cache, CacheSettings},
-        prober::{ProbeSettings, Prober},
-        provider_limits::{Limited, ProviderLimits},
+        prober::{HttpProber, ProbeSettings},
+        provider_limits::{ProviderLimiter, ProviderLimits},
     },
     server::{Bound, Ended, ServerError},
 };
@@ -72,9 +72,9 @@ impl Files {
     }
 
     pub(crate) fn engine_with(&self, settings: ProbeSettings) -> Arc<Engine> {
-        let prober = Arc::new(Prober::new(settings).unwrap());
+        let prober = Arc::new(HttpProber::new(settings).unwrap());
         self.engine_over(Arc::new(Cache::new(
-            Arc::new(Limited::new(prober, ProviderLimits::default())),
+            Arc::new(ProviderLimiter::new(prober, ProviderLimits::default())),
             CacheSettings::default(),
         )))
     }

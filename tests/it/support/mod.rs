@@ -1,6 +1,5 @@
 //! What the tests share.
 
-pub(crate) mod asker;
 pub(crate) mod binary;
 pub(crate) mod case;
 pub(crate) mod collector;
@@ -8,4 +7,5 @@ pub(crate) mod edge;
 pub(crate) mod events;
 pub(crate) mod gate;
 pub(crate) mod page;
+pub(crate) mod prober;
 pub(crate) mod vendor;

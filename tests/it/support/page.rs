@@ -9,8 +9,8 @@ use std::{
 
 use byok_gate::{
     config::settings::Settings,
-    core::engine::{Asker, Engine},
-    liveness::{cache::Cache, prober::Prober, provider_limits::Limited},
+    core::engine::{Engine, Prober},
+    liveness::{cache::Cache, prober::HttpProber, provider_limits::ProviderLimiter},
     server::{Address, Bound},
     telemetry::metrics::{Measured, Page, loaded},
 };
@@ -122,7 +122,7 @@ impl Shown {
     /// With a real prober.
     pub(crate) async fn start(mut settings: Settings, files: &Files) -> Self {
         settings.probe.allow_loopback_http = true;
-        let prober = Arc::new(Prober::new(settings.probe_settings(Vec::new())).unwrap());
+        let prober = Arc::new(HttpProber::new(settings.probe_settings(Vec::new())).unwrap());
         Self::over(settings, files, prober.clone(), vec![prober]).await
     }
 
@@ -130,11 +130,11 @@ impl Shown {
     pub(crate) async fn over(
         mut settings: Settings,
         files: &Files,
-        asker: Arc<dyn Asker>,
+        prober: Arc<dyn Prober>,
         sources: Vec<Arc<dyn Measured>>,
     ) -> Self {
         settings.admin.listen = Some("127.0.0.1:0".to_owned());
-        let limited = Arc::new(Limited::new(asker, settings.provider_limits()));
+        let limited = Arc::new(ProviderLimiter::new(prober, settings.provider_limits()));
         let cache = Arc::new(Cache::new(limited.clone(), settings.cache_settings()));
         let engine = files.engine_over(cache.clone());
         let mut bound = Bound::open(settings).await.unwrap();

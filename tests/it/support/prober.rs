@@ -12,7 +12,7 @@ use std::{
 use byok_gate::{
     core::{
         classify::Finding,
-        engine::{Asker, Boxed, Question},
+        engine::{Boxed, ProbeRequest, Prober},
     },
     domain::decision::Verdict,
 };
@@ -56,9 +56,9 @@ impl Scripted {
     }
 }
 
-impl Asker for Scripted {
-    fn ask(&self, question: Question) -> Boxed<'static, Finding> {
-        question.begun.now();
+impl Prober for Scripted {
+    fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding> {
+        request.started.set();
         let before = self.asked.fetch_add(1, Ordering::SeqCst);
         let Script { finding, takes, panics, staggered } = self.script.lock().unwrap().clone();
         let takes = if staggered { takes + Duration::from_millis(before as u64) } else { takes };
