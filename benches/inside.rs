@@ -23,15 +23,16 @@ use byok_gate::{
         classify::{Answer, Finding, classify},
         derive::derive,
         engine::{Boxed, Engine, ProbeRequest, Prober},
-        evaluate::{Origin, Snapshot},
         policy::{Enforcement, Facts, Policy, apply},
         registry::Registry,
+        snapshot::{Origin, Snapshot},
     },
     domain::{
-        decision::{Outcome, ServedFrom, Verdict},
+        decision::Outcome,
         denial::LivenessEvidence,
         request::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
         secret::Secret,
+        verdict::{ServedFrom, Verdict},
     },
     liveness::{
         cache::{Cache, CacheSettings},

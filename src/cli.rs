@@ -1,32 +1,26 @@
 //! The command line: one file a command; exit codes as an enum. The only place with `anyhow`.
 
 mod against;
+mod args;
 mod check;
 mod classify;
 mod config;
 mod decide;
 mod exec;
+mod exit;
 mod health;
 mod models;
 mod probe;
 mod report;
 mod serve;
 
-use std::{
-    io::{self, Write},
-    path::PathBuf,
-    process::{ExitCode, Termination},
-    time::Duration,
-};
+use std::io::{self, Write};
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 
-use crate::{
-    config::{ConfigError, Flag, Overrides, Paths, Setup, load},
-    domain::request::PlatformProxy,
-    server::ServerError,
-    telemetry::{self, LogError, LogTo, log_writer::LogWriter},
-};
+pub use self::exit::Exit;
+use self::exit::{UsageError, exit_of};
+use crate::telemetry::{self, LogError, LogTo, log_writer::LogWriter};
 
 /// Decides whether an AI-agent workspace may start, and who pays for its model calls.
 #[derive(Debug, Parser)]
@@ -61,83 +55,6 @@ enum Command {
     Health(health::HealthArgs),
 }
 
-/// How long the last lines of the log may take.
-const LAST_LINES: Duration = Duration::from_secs(1);
-
-/// How a command ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Exit {
-    /// Allowed, or done.
-    Ok,
-    /// A fault: nothing was decided.
-    Fault,
-    /// The command line does not stand.
-    Usage,
-    /// Configuration, registry or catalogue do not stand.
-    Invalid,
-    /// Denied.
-    Denied,
-    /// Denied, and worth trying again with nothing changed.
-    DeniedRetryable,
-}
-
-/// How an answer is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// For people.
-    Text,
-    /// For programs.
-    Json,
-}
-
-/// The command line does not stand, beyond what its grammar says.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct UsageError(String);
-
-/// What decisions are made by.
-#[derive(Debug, Args)]
-struct EngineArgs {
-    /// The registry to decide by, in place of the embedded one.
-    #[arg(long, value_name = "FILE")]
-    registry: Option<PathBuf>,
-    /// A probe catalogue to lay over the embedded one, host by host.
-    #[arg(long, value_name = "FILE")]
-    probe_catalog: Option<PathBuf>,
-    /// The configuration file.
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// What a spec that does not say means: whether the platform's metered proxy is there [default: absent].
-    #[arg(long, value_name = "available|absent")]
-    platform_proxy: Option<ProxyArg>,
-    /// Refuse operator overrides.
-    #[arg(long)]
-    refuse_operator_overrides: bool,
-    /// Allow this runtime without any check (repeatable).
-    #[arg(long = "exempt-runtime", value_name = "RUNTIME")]
-    exempt_runtimes: Vec<String>,
-    /// A file whose content is the key of credential fingerprints; no fingerprints without it.
-    #[arg(long, value_name = "FILE")]
-    fingerprint_key_file: Option<PathBuf>,
-}
-
-/// How providers are asked.
-#[derive(Debug, Args)]
-struct ProbeArgs {
-    /// Allow loopback addresses, and plain http there: for tests and for providers on the same host.
-    #[arg(long)]
-    allow_loopback_http: bool,
-    /// Certificate authorities (PEM) to trust beside the system's.
-    #[arg(long, value_name = "FILE")]
-    probe_ca_file: Option<PathBuf>,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum ProxyArg {
-    Available,
-    Absent,
-}
-
 // === running ===
 
 impl Cli {
@@ -161,7 +78,7 @@ impl Cli {
         };
         let ended = command.run(&log);
         // Before what is said last; and whoever does not read what is logged does not hold up the end.
-        log.flush(LAST_LINES);
+        log.flush(exit::LAST_LINES);
         ended.unwrap_or_else(|fault| complain(&fault))
     }
 }
@@ -197,79 +114,6 @@ fn of_log(fault: LogError) -> anyhow::Error {
     }
 }
 
-fn exit_of(fault: &anyhow::Error) -> Exit {
-    if fault.is::<UsageError>() {
-        Exit::Usage
-    } else if fault.is::<ConfigError>() {
-        Exit::Invalid
-    } else {
-        match fault.downcast_ref::<ServerError>() {
-            Some(ServerError::Address { .. } | ServerError::Exposed(_) | ServerError::Anonymous(_)) => Exit::Usage,
-            Some(ServerError::File { .. } | ServerError::Content { .. }) => Exit::Invalid,
-            Some(ServerError::Listen { .. } | ServerError::Reflection(_) | ServerError::TaskEnded(_)) | None => Exit::Fault,
-        }
-    }
-}
-
 fn block_on<T>(work: impl Future<Output = T>) -> anyhow::Result<T> {
     Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work))
-}
-
-impl Termination for Exit {
-    fn report(self) -> ExitCode {
-        ExitCode::from(match self {
-            Self::Ok => 0,
-            Self::Fault => 1,
-            Self::Usage => 2,
-            Self::Invalid => 3,
-            Self::Denied => 10,
-            Self::DeniedRetryable => 11,
-        })
-    }
-}
-
-// === impl EngineArgs ===
-
-impl EngineArgs {
-    fn load(self, probe_ca: Option<PathBuf>) -> Result<Setup, ConfigError> {
-        let (paths, overrides) = self.layers(probe_ca, Vec::new());
-        load(&paths, &overrides)
-    }
-
-    fn layers(self, probe_ca: Option<PathBuf>, flags: Vec<Flag>) -> (Paths, Overrides) {
-        let Self {
-            registry,
-            probe_catalog,
-            config,
-            platform_proxy,
-            refuse_operator_overrides,
-            exempt_runtimes,
-            fingerprint_key_file,
-        } = self;
-        let paths = Paths { registry, probe_catalog, config, fingerprint_key: fingerprint_key_file, probe_ca };
-        let platform_proxy = platform_proxy.map(PlatformProxy::from);
-        (paths, Overrides { platform_proxy, refuse_operator_overrides, exempt_runtimes, flags })
-    }
-}
-
-impl From<ProxyArg> for PlatformProxy {
-    fn from(arg: ProxyArg) -> Self {
-        match arg {
-            ProxyArg::Available => Self::Available,
-            ProxyArg::Absent => Self::Absent,
-        }
-    }
-}
-
-/// Writes to standard output. A reader that has gone is no fault of ours.
-fn print(text: &str) -> anyhow::Result<()> {
-    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
-        Err(fault) if fault.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        ended => Ok(ended?),
-    }
-}
-
-/// A server's address as a URI: `HOST:PORT`, with `http://` before it, or `unix:PATH`.
-fn server_uri(address: &str) -> String {
-    if address.contains("://") || address.starts_with("unix:") { address.to_owned() } else { format!("http://{address}") }
 }

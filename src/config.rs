@@ -22,9 +22,9 @@ use self::{
 use crate::{
     core::{
         catalogue::Catalogue,
-        evaluate::{Origin as DocumentOrigin, Snapshot},
         policy::{Enforcement, Exception, Group, Policy},
         registry::Registry,
+        snapshot::{Origin as DocumentOrigin, Snapshot},
         yaml,
     },
     domain::{

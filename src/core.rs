@@ -8,6 +8,8 @@ pub mod derive;
 pub mod endpoint;
 pub mod engine;
 pub mod evaluate;
+pub mod key_shape;
 pub mod policy;
 pub mod registry;
+pub mod snapshot;
 pub(crate) mod yaml;

@@ -3,5 +3,7 @@
 pub mod decision;
 pub mod denial;
 pub mod problem;
+pub mod protocol;
 pub mod request;
 pub mod secret;
+pub mod verdict;

@@ -6,7 +6,7 @@
 //!
 //! | layer | modules |
 //! |---|---|
-//! | edge | [`cli`] commands · [`config`] files and flags · [`server`] sockets, health, leaving · [`grpc`] RPCs, proto <-> domain |
+//! | edge | [`cli`] commands · [`app`] the composition · [`config`] files and flags · [`server`] sockets, health, leaving · [`grpc`] RPCs, proto <-> domain |
 //! | effects | [`liveness`] cache, one probe per key, limits, breaker, HTTPS · [`mod@watch`] changed files |
 //! | telemetry | [`telemetry`] the log, the events, traces, metrics |
 //! | core | [`core`] registry, catalogue, derivation, the order of a decision, policy, the engine |
@@ -28,6 +28,7 @@
 //! vendor is asked or understood: `core/catalogue/default.yaml`. A decision's event: [`telemetry::events`] and its schema in `docs`. A
 //! number: the module that it is about, and `docs/metrics.md`. A case: `tests/cases`.
 
+pub mod app;
 pub mod cli;
 pub mod config;
 pub mod core;

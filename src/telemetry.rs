@@ -11,7 +11,6 @@ use std::{
     os::fd::{AsFd, BorrowedFd},
 };
 
-use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
 use tracing::Metadata;
 use tracing_subscriber::{
     EnvFilter, Layer,
@@ -74,10 +73,4 @@ pub fn init(filter: &str, to: LogTo) -> Result<LogWriter, LogError> {
 /// The stream without the standard library's lock and buffer, which a writer that is stuck would hold.
 fn own(stream: BorrowedFd<'_>) -> io::Result<File> {
     Ok(File::from(stream.try_clone_to_owned()?))
-}
-
-/// Now, as the log's other lines have it.
-fn put_timestamp(line: &mut Vec<u8>) {
-    // Into memory: it cannot fail.
-    drop(DateTimePrinter::new().precision(Some(6)).print_timestamp(&Timestamp::now(), line));
 }

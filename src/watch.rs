@@ -22,7 +22,7 @@ use tokio::{
 use crate::{
     core::{
         engine::Engine,
-        evaluate::{Origin, Snapshot},
+        snapshot::{Origin, Snapshot},
     },
     domain::problem::{Problem, Problems},
     telemetry::metrics::reloads::Reloads,

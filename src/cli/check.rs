@@ -9,13 +9,13 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{
-    EngineArgs, Exit, Format,
     against::{Changes, Side},
-    print,
+    args::{EngineArgs, ProbeArgs},
+    exit::{Exit, Format, print},
 };
 use crate::{
     config::{self, ConfigError, Setup},
-    core::{catalogue::Catalogue, endpoint::target, evaluate::Snapshot, registry::Registry, yaml},
+    core::{catalogue::Catalogue, endpoint::target, registry::Registry, snapshot::Snapshot, yaml},
     domain::problem::{Loaded, Problem, Problems},
     watch,
 };
@@ -131,7 +131,7 @@ impl Found {
         let stand = (registry(engine.registry.as_ref()), catalogue(engine.probe_catalog.as_ref()));
         if let (Ok(_), Ok(_)) = stand {
             // The configuration names providers of the registry, and may name other documents, so it is read with them.
-            return match engine.load(None) {
+            return match engine.load(ProbeArgs::default()) {
                 Ok(Setup { snapshot, warnings, .. }) => {
                     self.warnings = warnings.into_iter().map(|warning| told_apart(warning, &snapshot)).collect();
                     Some(snapshot)

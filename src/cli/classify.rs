@@ -14,16 +14,18 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use url::Url;
 
-use super::{Exit, Format, UsageError, check, print};
+use super::{
+    check,
+    exit::{Exit, Format, UsageError, print},
+};
 use crate::{
     config::ConfigError,
     core::{
         catalogue::{Catalogue, HostRow, Probe, Signal},
         classify::{Answer, Calibration, Classification, Classified, Next, ProbePlan, ProbeResponse, classified, is_page},
         endpoint::{Call, MODEL, call},
-        registry::Protocol,
     },
-    domain::{decision::Verdict, problem::Loaded},
+    domain::{problem::Loaded, protocol::Protocol, verdict::Verdict},
     liveness::prober::{MAX_BODY_BYTES, retry_after},
 };
 

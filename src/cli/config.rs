@@ -3,7 +3,10 @@
 use clap::Args;
 use serde_json::{Map, Value, json};
 
-use super::{Exit, Format, print, serve::ServeArgs};
+use super::{
+    exit::{Exit, Format, print},
+    serve::ServeArgs,
+};
 use crate::config::{self, Origin};
 
 #[derive(Debug, Args)]

@@ -12,16 +12,19 @@ use clap::{Args, ValueEnum};
 use tokio::time::Instant;
 use tonic::{Code, transport::Endpoint};
 
-use super::{EngineArgs, Exit, Format, ProbeArgs, ProxyArg, UsageError, print, report::Report, server_uri};
+use super::{
+    args::{EngineArgs, ProbeArgs, ProxyArg, server_uri},
+    exit::{Exit, Format, UsageError, print},
+    report::Report,
+};
 use crate::{
+    app::App,
     config::Setup,
-    core::engine::Engine,
     domain::{
         request::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
         secret::Secret,
     },
     grpc::convert::{self, pb},
-    liveness::{cache::Cache, prober::HttpProber, provider_limits::ProviderLimiter},
     telemetry::{events::Journal, log_writer::LogWriter},
 };
 
@@ -101,7 +104,7 @@ pub(super) async fn run(args: DecideArgs, log: &LogWriter) -> anyhow::Result<Exi
     let (request, format) = (request(&args)?, args.format);
     let response = match args.server {
         Some(server) => ask(&server, &request).await?,
-        None => decide(args.engine.load(args.probe.probe_ca_file.clone())?, &args.probe, request, log).await?,
+        None => decide(args.engine.load(args.probe)?, request, log).await?,
     };
     let report = Report::of(&response);
     match format {
@@ -112,24 +115,14 @@ pub(super) async fn run(args: DecideArgs, log: &LogWriter) -> anyhow::Result<Exi
 }
 
 /// In this process. Nothing is tested with made-up keys: a one-shot command relies on the catalogue.
-pub(super) async fn decide(
-    setup: Setup,
-    probe: &ProbeArgs,
-    request: Request,
-    log: &LogWriter,
-) -> anyhow::Result<pb::DecideResponse> {
-    let settings = setup.settings;
-    let mut asking = settings.probe_settings(setup.probe_ca);
-    asking.allow_loopback_http |= probe.allow_loopback_http;
-    asking.calibrate = false;
-    let prober = HttpProber::new(asking)?;
+pub(super) async fn decide(mut setup: Setup, request: Request, log: &LogWriter) -> anyhow::Result<pb::DecideResponse> {
     // The same door as the service's: what it refuses is refused here, with the same words.
     let request = convert::request(convert::to_request(&request)).map_err(|violations| {
         let said: Vec<String> = violations.0.into_iter().map(|(field, description)| format!("{field}: {description}")).collect();
         UsageError(said.join("; "))
     })?;
-    let prober = Arc::new(ProviderLimiter::new(Arc::new(prober), settings.provider_limits()));
-    let engine = Engine::new(setup.snapshot, Arc::new(Cache::new(prober, settings.cache_settings())), setup.fingerprint_key);
+    setup.settings.probe.calibrate = false;
+    let App { engine, settings, .. } = App::new(setup)?;
     let began = Instant::now();
     let decided = engine.decide(&request, began + PATIENCE).await;
     Journal::to(log.clone(), settings.log.plain_allow_ratio).decision(&request, &decided, began.elapsed(), None);

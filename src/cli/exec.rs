@@ -15,8 +15,9 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{
-    EngineArgs, Exit, LAST_LINES, ProbeArgs, ProxyArg, UsageError,
+    args::{EngineArgs, ProbeArgs, ProxyArg},
     decide::{MAX_VALUE_BYTES, ask, decide, without_line_break},
+    exit::{Exit, LAST_LINES, UsageError},
     report::Report,
 };
 use crate::{
@@ -101,7 +102,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
         let secrets_dir = secrets_dir.or_else(|| env::var_os("BYOK_GATE_SECRETS_DIR").map(PathBuf::from));
         let (workspace_id, organization_id) =
             (said(workspace_id, "BYOK_GATE_WORKSPACE_ID")?, said(organization_id, "BYOK_GATE_ORGANIZATION_ID")?);
-        let setup = engine.load(probe.probe_ca_file.clone())?;
+        let setup = engine.load(probe)?;
         let (credentials, unreadable_scopes) =
             found(setup.snapshot.registry.credential_names().iter(), secrets_dir.as_deref(), &|name| env::var_os(name));
         let request = Request {
@@ -124,7 +125,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
         };
         match server {
             Some(server) => ask(&server, &request).await,
-            None => decide(setup, &probe, request, log).await,
+            None => decide(setup, request, log).await,
         }
     };
     // A process with id 1 is not ended by a signal that it does not catch. Caught signals are CMD's to decide about again.

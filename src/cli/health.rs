@@ -7,7 +7,10 @@ use clap::Args;
 use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
-use super::{Exit, UsageError, print, server_uri};
+use super::{
+    args::server_uri,
+    exit::{Exit, UsageError, print},
+};
 use crate::grpc::NAME;
 
 /// The longest that the check waits: less than the usual period of a container's check.

@@ -3,7 +3,11 @@
 use clap::Args;
 use serde_json::json;
 
-use super::{EngineArgs, Exit, Format, UsageError, print, report::word_of};
+use super::{
+    args::{EngineArgs, ProbeArgs},
+    exit::{Exit, Format, UsageError, print},
+    report::word_of,
+};
 use crate::{
     domain::denial::Refusal,
     grpc::convert::{self, pb},
@@ -23,7 +27,7 @@ pub(super) struct ModelsArgs {
 
 pub(super) fn run(args: ModelsArgs) -> anyhow::Result<Exit> {
     let ModelsArgs { runtime, format, engine } = args;
-    let snapshot = engine.load(None)?.snapshot;
+    let snapshot = engine.load(ProbeArgs::default())?.snapshot;
     if let Some(runtime) = runtime.as_deref().filter(|runtime| snapshot.registry.runtime(runtime).is_none()) {
         let known = snapshot.registry.runtimes().map(|(name, _)| name.to_owned()).collect();
         return Err(UsageError(Refusal::RuntimeUnsupported { runtime: runtime.to_owned(), known }.message()).into());

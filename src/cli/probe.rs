@@ -4,24 +4,25 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{
-    EngineArgs, Exit, Format, ProbeArgs, UsageError,
+    args::{EngineArgs, ProbeArgs},
     decide::{from_environment, from_stdin},
-    print,
+    exit::{Exit, Format, UsageError, print},
 };
 use crate::{
+    app,
     core::{
-        catalogue::Method,
         classify::{Calibration, Classification, Finding, ProbeResponse},
         endpoint::{self, Target},
-        evaluate::unsendable,
+        key_shape::unsendable,
         registry::{Provider, Registry},
     },
     domain::{
-        decision::{Unreached, Verdict},
         denial::{any_of, listed},
+        protocol::Method,
         request::{CredentialValue, Scope},
+        verdict::{Unreached, Verdict},
     },
-    liveness::prober::{Attempt, HttpProber},
+    liveness::prober::Attempt,
 };
 
 /// Exits 0 for VALID, 10 for a credential that is refused, 11 where nothing could be told.
@@ -65,7 +66,7 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
     if secret.is_blank() {
         return Err(UsageError(format!("{} is blank: that counts as absent", credential.env_name)).into());
     }
-    let setup = engine.load(probe.probe_ca_file)?;
+    let mut setup = engine.load(probe)?;
     let snapshot = setup.snapshot;
     let found = find(&snapshot.registry, &provider)?;
     let model = model.or_else(|| first_model(&snapshot.registry, found)).unwrap_or_default();
@@ -83,10 +84,8 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
         let finding = Finding::bare(Verdict::Invalid);
         return answer(format, &provider, Some(&target), &finding, &[], &refusal.message(), explain);
     }
-    let mut asking = setup.settings.probe_settings(setup.probe_ca);
-    asking.allow_loopback_http |= probe.allow_loopback_http;
-    asking.calibrate = calibrate;
-    let prober = HttpProber::new(asking)?;
+    setup.settings.probe.calibrate = calibrate;
+    let prober = app::prober(&setup.settings, setup.probe_ca)?;
     let (finding, attempts) = prober.explain(&target, secret).await;
     answer(format, &provider, Some(&target), &finding, &attempts, "", explain)
 }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::Exit;
+use super::exit::Exit;
 use crate::grpc::convert::pb;
 
 /// Where the labels end and the values begin.

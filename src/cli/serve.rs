@@ -11,14 +11,15 @@ use serde_json::{Value, json};
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::mpsc,
-    task::JoinSet,
 };
 
-use super::{EngineArgs, Exit, ProbeArgs};
+use super::{
+    args::{EngineArgs, ProbeArgs},
+    exit::Exit,
+};
 use crate::{
+    app::App,
     config::{self, ConfigError, Flag, Overrides, Paths, Setup},
-    core::engine::Engine,
-    liveness::{cache::Cache, prober::HttpProber, provider_limits::ProviderLimiter},
     server::{Bound, Ended, shutdown::Signals},
     telemetry::{events::Journal, log_writer::LogWriter, traces},
     watch::{self, Reload},
@@ -86,25 +87,20 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     // Signals are caught before the socket opens: one that comes at once is not lost.
     let signals = Signals::catch()?;
     let hangup = signal(SignalKind::hangup())?;
-    let files = setup.documents;
-    let prober = Arc::new(HttpProber::new(setup.settings.probe_settings(setup.probe_ca))?);
-    let limiter = Arc::new(ProviderLimiter::new(prober.clone(), setup.settings.provider_limits()));
-    let liveness = Arc::new(Cache::new(limiter.clone(), setup.settings.cache_settings()));
-    let traced = setup.settings.trace_settings()?;
-    let stop = setup.settings.shutdown.clone();
-    let journal = Journal::to(log.clone(), setup.settings.log.plain_allow_ratio);
-    let mut bound = Bound::open(setup.settings).await?;
+    let files = setup.documents.clone();
+    let (registry, catalogue) = (setup.snapshot.registry.revision().to_owned(), setup.snapshot.catalogue.revision().to_owned());
+    let App { engine, measured, settings } = App::new(setup)?;
+    let traced = settings.trace_settings()?;
+    let stop = settings.shutdown.clone();
+    let journal = Journal::to(log.clone(), settings.log.plain_allow_ratio);
+    let mut bound = Bound::open(settings).await?;
     bound.keep(journal);
     bound.show(Arc::new(log));
     bound.show(Arc::new(traces::Exported));
-    bound.show(prober);
-    bound.show(limiter);
-    bound.show(liveness.clone());
+    measured.into_iter().for_each(|source| bound.show(source));
     if let Some(settings) = &traced {
         traces::start(settings)?;
     }
-    let (registry, catalogue) = (setup.snapshot.registry.revision().to_owned(), setup.snapshot.catalogue.revision().to_owned());
-    let engine = Arc::new(Engine::new(setup.snapshot, liveness, setup.fingerprint_key));
     if let Some(address) = bound.admin_address() {
         tracing::info!(event = "admin_listening", %address);
     }
@@ -117,7 +113,6 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
             catalogue_revision = catalogue,
         );
     }
-    let mut background = JoinSet::new();
     let relist = bound.relist();
     let load = move || match config::load(&paths, &overrides) {
         Ok(setup) => {
@@ -129,7 +124,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     };
     let reload = Reload::new(Arc::clone(&engine), files, Arc::new(load));
     bound.show(reload.counts());
-    spawn_watcher(&mut background, reload, hangup);
+    watch_files(&mut bound, reload, hangup);
     let stopping = Arc::new(OnceLock::new());
     let shutdown = {
         let stopping = Arc::clone(&stopping);
@@ -138,11 +133,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
             stopping.get_or_init(Instant::now);
         }
     };
-    let ended = tokio::select! {
-        ended = bound.run(engine, shutdown) => ended?,
-        // Neither of them ends by itself: without it, changes would pass unnoticed.
-        _ = background.join_next() => anyhow::bail!("what follows changes of the files has ended"),
-    };
+    let ended = bound.run(engine, shutdown).await?;
     // Within the time that it has for leaving: whoever waits for its end has counted on that.
     let took = stopping.get().map_or(Duration::ZERO, Instant::elapsed);
     traces::finish((stop.notice.0 + stop.drain.0).saturating_sub(took).min(LAST_SPANS));
@@ -151,13 +142,13 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
 }
 
 /// Follows changes of the files, and looks at once on SIGHUP.
-fn spawn_watcher(background: &mut JoinSet<()>, reload: Reload, mut hangup: Signal) {
-    let (hurry, hurried) = mpsc::channel(1);
-    background.spawn(reload.run(hurried));
-    background.spawn(async move {
+fn watch_files(bound: &mut Bound, reload: Reload, mut hangup: Signal) {
+    let (force, forced) = mpsc::channel(1);
+    bound.supervise("documents", reload.run(forced));
+    bound.supervise("hangup", async move {
         while hangup.recv().await.is_some() {
             // Full means that a look is due already.
-            let _full = hurry.try_send(());
+            let _full = force.try_send(());
         }
     });
 }
@@ -179,7 +170,7 @@ impl ServeArgs {
             allow_anonymous,
             no_calibration,
             engine,
-            probe: ProbeArgs { allow_loopback_http, probe_ca_file },
+            probe,
         } = self;
         let path = |path: Option<PathBuf>| path.map(|path| Value::from(path.to_string_lossy()));
         let switch = |on: bool, value: bool| on.then_some(Value::from(value));
@@ -195,9 +186,8 @@ impl ServeArgs {
             ("--allow-client-san", "callers.certificates", (!sans.is_empty()).then(|| Value::from(sans))),
             ("--token-file", "callers.token_file", path(token_file)),
             ("--no-calibration", "probe.calibrate", switch(no_calibration, false)),
-            ("--allow-loopback-http", "probe.allow_loopback_http", switch(allow_loopback_http, true)),
         ];
         let flags = flags.into_iter().filter_map(|(name, key, value)| Some(Flag { name, key, value: value? })).collect();
-        engine.layers(probe_ca_file, flags)
+        engine.layers(probe, flags)
     }
 }

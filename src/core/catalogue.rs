@@ -8,12 +8,10 @@ use std::{collections::BTreeMap, time::Duration};
 pub(crate) use check::check_probe;
 use url::Url;
 
-use crate::{
-    core::registry::Protocol,
-    domain::{
-        decision::Verdict,
-        problem::{Loaded, Problems},
-    },
+use crate::domain::{
+    problem::{Loaded, Problems},
+    protocol::{HeaderFamily, Method, Protocol},
+    verdict::Verdict,
 };
 
 /// The catalogue that is built in: our own text around what is known of the vendors.
@@ -141,28 +139,6 @@ pub struct Probe {
     pub signals: Vec<Signal>,
     /// Tells this probe, and every reading of its answers, from any other.
     pub fingerprint: [u8; 32],
-}
-
-/// A request's method.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Method {
-    /// GET.
-    Get,
-    /// POST.
-    Post,
-}
-
-/// The header that carries the credential.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum HeaderFamily {
-    /// `Authorization: Bearer KEY`.
-    Bearer,
-    /// `x-api-key: KEY`.
-    XApiKey,
-    /// `x-goog-api-key: KEY`.
-    XGoogApiKey,
-    /// `api-key: KEY`.
-    ApiKey,
 }
 
 /// One row: when an answer looks like this, it means that.
@@ -359,48 +335,11 @@ impl UnprobedReason {
 
 impl SignalOutcome {
     /// Its word in the catalogue.
-    pub const fn as_str(self) -> &'static str {
+    pub fn as_str(self) -> &'static str {
         match self {
             Self::Accepted => "ACCEPTED",
             Self::Restricted => "RESTRICTED",
             Self::Verdict(verdict) => verdict.as_str(),
         }
     }
-}
-
-// === impl Method ===
-
-impl Method {
-    /// Its name on the wire.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Get => "GET",
-            Self::Post => "POST",
-        }
-    }
-}
-
-// === impl HeaderFamily ===
-
-impl HeaderFamily {
-    /// Its name in the catalogue.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Bearer => "bearer",
-            Self::XApiKey => "x-api-key",
-            Self::XGoogApiKey => "x-goog-api-key",
-            Self::ApiKey => "api-key",
-        }
-    }
-
-    /// The header's name on the wire.
-    pub const fn header(self) -> &'static str {
-        match self {
-            Self::Bearer => "authorization",
-            Self::XApiKey | Self::XGoogApiKey | Self::ApiKey => self.as_str(),
-        }
-    }
-
-    /// Every family.
-    pub const ALL: [Self; 4] = [Self::Bearer, Self::XApiKey, Self::XGoogApiKey, Self::ApiKey];
 }

@@ -6,10 +6,13 @@ use serde_json::Value;
 
 use crate::{
     core::{
-        catalogue::{BodyTest, HeaderFamily, Probe, Signal, SignalOutcome},
+        catalogue::{BodyTest, Probe, Signal, SignalOutcome},
         endpoint::Call,
     },
-    domain::decision::{Unreached, Verdict, Withheld},
+    domain::{
+        protocol::HeaderFamily,
+        verdict::{Unreached, Verdict, Withheld},
+    },
 };
 
 /// The facts of one response.

@@ -2,7 +2,7 @@
 
 use crate::{
     core::registry::{Arm, Provider, Registry, Runtime},
-    domain::decision::MatchedBy,
+    domain::verdict::MatchedBy,
 };
 
 /// The owner of a model.

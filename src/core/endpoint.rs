@@ -7,10 +7,13 @@ use url::Url;
 
 use crate::{
     core::{
-        catalogue::{Catalogue, HeaderFamily, HostRow, Method, Probe, Unprobed, UnprobedReason, host_of},
-        registry::{Auth, PLATFORM, Protocol, Provider},
+        catalogue::{Catalogue, HostRow, Probe, Unprobed, UnprobedReason, host_of},
+        registry::{Auth, Provider},
     },
-    domain::denial::listed,
+    domain::{
+        denial::listed,
+        protocol::{HeaderFamily, Method, PLATFORM, Protocol},
+    },
 };
 
 /// How one provider is asked, whatever the model: made once, when registry and catalogue are loaded.

@@ -19,14 +19,16 @@ use crate::{
     core::{
         classify::Finding,
         endpoint::Target,
-        evaluate::{LivenessQuery, Next, Resolved, Snapshot, Trace, Unresolved, alternative_models, evaluate, resolve},
+        evaluate::{LivenessQuery, Next, Resolved, Trace, Unresolved, alternative_models, evaluate, resolve},
         policy::{Facts, apply},
+        snapshot::Snapshot,
     },
     domain::{
-        decision::{Decision, Liveness, Outcome, Seen, ServedFrom, Verdict},
+        decision::{Decision, Liveness, Outcome, Seen},
         denial::LivenessEvidence,
         request::Request,
         secret::Secret,
+        verdict::{ServedFrom, Verdict},
     },
 };
 

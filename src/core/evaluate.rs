@@ -1,59 +1,25 @@
 //! The order of the decision, up to the point where the provider has to be asked: pure.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::SystemTime,
-};
+use std::{collections::BTreeSet, sync::Arc};
 
 use crate::{
     core::{
-        catalogue::{Catalogue, KeyKind},
         credentials::{CredentialSet, Lookup, Selection},
         derive::{Derived, Underivable, derive, relevant_names},
         endpoint::{Endpoint, NoSurface, own_base_urls},
-        policy::{Enforcement, Facts, Policy},
+        key_shape::{administrative, unsendable},
+        policy::{Enforcement, Facts},
         registry::{Auth, Provider, Registry, Runtime},
+        snapshot::Snapshot,
     },
     domain::{
-        decision::{BillingMode, JudgedCredential, MatchedBy, Resolution, Source, TraceStep, Verdict, Warning, WarningCode},
-        denial::{LivenessEvidence, Malformation, Refusal, listed},
-        request::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec, is_plain},
+        decision::{JudgedCredential, Resolution, TraceStep, Warning},
+        denial::{LivenessEvidence, Refusal, listed},
+        request::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
         secret::Secret,
+        verdict::{BillingMode, MatchedBy, Source, Verdict, WarningCode},
     },
 };
-
-/// The longest value that could be a key. Anthropic's are about 110 bytes, JWT keys a few KiB.
-const MAX_KEY_BYTES: usize = 16 * 1024;
-
-/// What one decision is made by: one version of everything, for the whole call.
-#[derive(Debug, Clone)]
-pub struct Snapshot {
-    /// Who owns what.
-    pub registry: Arc<Registry>,
-    /// How to ask.
-    pub catalogue: Arc<Catalogue>,
-    /// What the operator decided.
-    pub policy: Arc<Policy>,
-    /// Where the registry came from.
-    pub registry_origin: Origin,
-    /// Where the catalogue came from.
-    pub catalogue_origin: Origin,
-    /// How each provider is asked, or why not. It follows from registry and catalogue alone; made anew for every call, it cost
-    /// more than all the rest of a decision.
-    endpoints: Arc<BTreeMap<String, Result<Arc<Endpoint>, NoSurface>>>,
-}
-
-/// Where a document came from.
-#[derive(Debug, Clone)]
-pub struct Origin {
-    /// `embedded`, or the file's path.
-    pub source: String,
-    /// When it was loaded.
-    pub loaded_at: SystemTime,
-    /// Why the version that should have followed it is not in force; empty if none should.
-    pub last_reload_error: String,
-}
 
 /// The decision so far.
 #[derive(Debug)]
@@ -452,43 +418,6 @@ impl<'a> Evaluator<'a, '_> {
     }
 }
 
-/// Why this value is not one to send to this endpoint: its characters, its length, or whose key it looks like.
-pub fn unsendable(
-    catalogue: &Catalogue,
-    endpoint: &Endpoint,
-    env_name: &str,
-    secret: &Secret,
-) -> Result<Option<Refusal>, NoSurface> {
-    let value = secret.expose();
-    let (env_name, provider) = (|| env_name.to_owned(), || endpoint.provider.clone());
-    if let Some(fault) = malformation(value) {
-        return Ok(Some(Refusal::Malformed { env_name: env_name(), provider: provider(), fault }));
-    }
-    let shapes = catalogue.shapes_of(value.trim_ascii_start());
-    let vendor = shapes.first().map(|shape| shape.vendor.as_str());
-    if let Some(vendor) = vendor
-        && shapes.iter().all(|shape| shape.vendor == vendor)
-        && endpoint.vendor.as_deref() != Some(vendor)
-    {
-        return Ok(Some(Refusal::ForeignKey {
-            env_name: env_name(),
-            provider: provider(),
-            host: endpoint.host.clone(),
-            vendor: vendor.to_owned(),
-        }));
-    }
-    if shapes.iter().any(|shape| shape.kind == KeyKind::OAuth) {
-        return Err(NoSurface::OAuthShaped);
-    }
-    Ok(None)
-}
-
-/// Whose administrative key this looks like.
-fn administrative<'c>(catalogue: &'c Catalogue, secret: &Secret) -> Option<&'c str> {
-    let shapes = catalogue.shapes_of(secret.expose().trim_ascii_start());
-    shapes.iter().find(|shape| shape.kind == KeyKind::Administrative).map(|shape| shape.vendor.as_str())
-}
-
 fn refused(refusal: Refusal) -> Box<Facts> {
     Box::new(Facts::Refused(refusal))
 }
@@ -537,43 +466,6 @@ fn record_owner(resolution: &mut Resolution, provider: &Provider, matched_by: Ma
     }
     if provider.auth != Auth::Ambient && !provider.is_platform() {
         resolution.accepted_env.clone_from(&provider.auth_env);
-    }
-}
-
-fn malformation(value: &str) -> Option<Malformation> {
-    if value.len() > MAX_KEY_BYTES {
-        return Some(Malformation::TooLong { length: value.len(), limit: MAX_KEY_BYTES });
-    }
-    if is_plain(value) {
-        return None;
-    }
-    let (at, byte) = value.bytes().enumerate().find(|(_, byte)| byte.is_ascii_control() || !byte.is_ascii())?;
-    if !byte.is_ascii() {
-        return Some(Malformation::NonAscii { at });
-    }
-    let trailing = value.bytes().skip(at).all(|byte| byte.is_ascii_control() || byte == b' ');
-    Some(Malformation::ControlCharacter { at, trailing })
-}
-
-// === impl Snapshot ===
-
-impl Snapshot {
-    /// These versions together.
-    pub fn new(
-        registry: Arc<Registry>,
-        catalogue: Arc<Catalogue>,
-        policy: Arc<Policy>,
-        registry_origin: Origin,
-        catalogue_origin: Origin,
-    ) -> Self {
-        let asked = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, &catalogue).map(Arc::new));
-        let endpoints = Arc::new(registry.providers().iter().map(asked).collect());
-        Self { registry, catalogue, policy, registry_origin, catalogue_origin, endpoints }
-    }
-
-    /// How a provider of this registry is asked, or why not.
-    pub fn endpoint(&self, provider: &Provider) -> Result<&Arc<Endpoint>, &NoSurface> {
-        self.endpoints.get(&provider.name).map_or(Err(&NoSurface::NoEndpoint), Result::as_ref)
     }
 }
 

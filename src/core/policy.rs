@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::domain::{
-    decision::{Allow, Deny, Grounds, Outcome, ServedFrom, Verdict, Warning, WarningCode, Withheld},
+    decision::{Allow, Deny, Grounds, Outcome, Warning},
     denial::{LivenessEvidence, Refusal},
     request::{Checkpoint, PlatformProxy},
+    verdict::{ServedFrom, Verdict, WarningCode, Withheld},
 };
 
 /// Verdicts that an operator rules on together, per checkpoint.

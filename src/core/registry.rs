@@ -11,16 +11,14 @@ use regex::Regex;
 use crate::{
     core::catalogue::Probe,
     domain::{
-        decision::BillingMode,
         problem::{Loaded, Problems},
+        protocol::{PLATFORM, Protocol},
+        verdict::BillingMode,
     },
 };
 
 /// The registry that is built in: our own text around the platform's facts.
 const EMBEDDED: &str = include_str!("registry/default.yaml");
-
-/// The closed name of the provider that the platform pays for.
-pub const PLATFORM: &str = "platform";
 
 /// All that is known about who owns which model.
 #[derive(Debug)]
@@ -58,15 +56,6 @@ pub struct Provider {
     pub thinking_required: bool,
     /// Probes written into the registry itself; they win over the catalogue.
     pub probes: Vec<Probe>,
-}
-
-/// The API that a provider speaks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Protocol {
-    /// OpenAI's.
-    OpenAi,
-    /// Anthropic's.
-    Anthropic,
 }
 
 /// How a provider authenticates.

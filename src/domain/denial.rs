@@ -1,9 +1,8 @@
 //! Every reason for a denial, with its evidence, its sentence and its remedy. One place, so that every checkpoint and every
 //! caller reads the same words.
 
+use crate::domain::verdict::{DenyCode, Unreached, Verdict, Withheld};
 use std::time::Duration;
-
-use crate::domain::decision::{DenyCode, Unreached, Verdict, Withheld};
 
 /// When to ask again about a secret store that could not be read: such faults pass quickly.
 const UNREADABLE_RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -448,6 +447,8 @@ fn joined(words: &[String], last: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use strum::VariantArray;
+
     use super::*;
 
     #[test]
@@ -461,7 +462,7 @@ mod tests {
 
     #[test]
     fn every_verdict_but_valid_has_its_code() {
-        for &verdict in Verdict::ALL {
+        for &verdict in Verdict::VARIANTS {
             let refusal = Refusal::Liveness(LivenessEvidence {
                 verdict,
                 env_name: "ACME_API_KEY".into(),

@@ -2,10 +2,13 @@
 
 use std::{sync::Arc, time::Duration};
 
+use strum::{IntoStaticStr, VariantArray};
+
 use crate::domain::secret::Secret;
 
 /// The moment at which a decision is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum Checkpoint {
     /// A new workspace, before its row is written.
     Create,
@@ -16,7 +19,8 @@ pub enum Checkpoint {
 }
 
 /// Where a credential is stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum Scope {
     /// The workspace's own secrets.
     Workspace,
@@ -24,24 +28,17 @@ pub enum Scope {
     Organization,
 }
 
-impl Scope {
+impl Checkpoint {
     /// The wire name, without the enum's own name as a prefix.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Workspace => "WORKSPACE",
-            Self::Organization => "ORGANIZATION",
-        }
+    pub fn as_str(self) -> &'static str {
+        self.into()
     }
 }
 
-impl Checkpoint {
+impl Scope {
     /// The wire name, without the enum's own name as a prefix.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Create => "CREATE",
-            Self::Provision => "PROVISION",
-            Self::Update => "UPDATE",
-        }
+    pub fn as_str(self) -> &'static str {
+        self.into()
     }
 }
 

@@ -1,28 +1,26 @@
 //! Proto and domain, both ways. With `grpc.rs` and the CLI's client the only files that name generated code.
 
+use crate::{
+    config::settings::Limits,
+    core::{
+        engine::Decided,
+        evaluate::{Resolved, Unresolved},
+        snapshot::{Origin, Snapshot},
+    },
+    domain::{
+        decision::{Decision, Deny, Liveness, Outcome, Resolution, Seen, Warning},
+        request::{
+            Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec, is_plain,
+        },
+        secret::Secret,
+        verdict::{BillingMode, DenyCode, MatchedBy, ServedFrom, Source, Verdict, WarningCode},
+    },
+};
 use std::{
     collections::BTreeSet,
     fmt,
     sync::Arc,
     time::{Duration, SystemTime},
-};
-
-use crate::{
-    config::settings::Limits,
-    core::{
-        engine::Decided,
-        evaluate::{Origin, Resolved, Snapshot, Unresolved},
-    },
-    domain::{
-        decision::{
-            BillingMode, Decision, Deny, DenyCode, Liveness, MatchedBy, Outcome, Resolution, Seen, ServedFrom, Source, Verdict,
-            Warning, WarningCode,
-        },
-        request::{
-            Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec, is_plain,
-        },
-        secret::Secret,
-    },
 };
 
 /// Generated from `proto/`.
@@ -593,6 +591,8 @@ impl fmt::Debug for pb::BatchDecideRequest {
 
 #[cfg(test)]
 mod tests {
+    use strum::VariantArray;
+
     use super::*;
 
     const CANARY: &str = "made-up-canary-value";
@@ -687,17 +687,17 @@ mod tests {
 
     #[test]
     fn every_code_verdict_and_warning_keeps_its_name_on_the_wire() {
-        for &code in DenyCode::ALL {
+        for &code in DenyCode::VARIANTS {
             assert_eq!(pb::DenyCode::try_from(deny_code(code)).unwrap().as_str_name(), format!("DENY_CODE_{code}"));
         }
-        for &found in Verdict::ALL {
+        for &found in Verdict::VARIANTS {
             assert_eq!(pb::Verdict::try_from(verdict(found)).unwrap().as_str_name(), format!("VERDICT_{found}"));
         }
-        for &code in WarningCode::ALL {
+        for &code in WarningCode::VARIANTS {
             let message = warning(Warning { code, message: String::new(), env_names: vec![] });
             assert_eq!(pb::WarningCode::try_from(message.code).unwrap().as_str_name(), format!("WARNING_CODE_{code}"));
         }
-        for &mode in BillingMode::ALL {
+        for &mode in BillingMode::VARIANTS {
             assert_eq!(
                 pb::BillingMode::try_from(billing_mode(Some(mode))).unwrap().as_str_name(),
                 format!("BILLING_MODE_{mode}")

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use crate::{
     core::classify::Finding,
-    domain::decision::Verdict,
+    domain::verdict::Verdict,
     telemetry::metrics::{Measured, PROVIDER, Page},
 };
 

@@ -22,7 +22,7 @@ use crate::{
         engine::{Boxed, EarlierValid, LivenessSource, Observed, ProbeRequest, ProbeStarted, Prober},
         evaluate::LivenessQuery,
     },
-    domain::decision::{ServedFrom, Verdict, Withheld},
+    domain::verdict::{ServedFrom, Verdict, Withheld},
     liveness::{
         breaker::{BreakerSettings, Breakers, Opened},
         provider_limits::{NewKeyLimits, NewKeys},

@@ -3,6 +3,7 @@
 mod address;
 mod calibrate;
 
+use http::{HeaderName, HeaderValue, header};
 use std::{
     collections::BTreeMap,
     io::ErrorKind,
@@ -10,8 +11,6 @@ use std::{
     sync::{Arc, Once},
     time::{Duration, SystemTime},
 };
-
-use http::{HeaderName, HeaderValue, header};
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
@@ -21,12 +20,15 @@ use self::{
 };
 use crate::{
     core::{
-        catalogue::{HeaderFamily, Method},
         classify::{Answer, Calibration, Classification, Finding, Next, ProbePlan, ProbeResponse, classify, is_page},
         endpoint::{Call, Target},
         engine::{Boxed, ProbeRequest, Prober},
     },
-    domain::{decision::Unreached, secret::Secret},
+    domain::{
+        protocol::{HeaderFamily, Method},
+        secret::Secret,
+        verdict::Unreached,
+    },
     telemetry::{
         metrics::{Measured, Page},
         traces,
@@ -393,12 +395,14 @@ impl Response {
 
 #[cfg(test)]
 mod tests {
+    use strum::VariantArray;
+
     use super::*;
 
     #[test]
     fn every_credential_header_is_sensitive() {
         let secret = Secret::new("made-up-canary".into());
-        for family in HeaderFamily::ALL {
+        for &family in HeaderFamily::VARIANTS {
             let (name, value) = credential_header(family, &secret).unwrap();
             assert!(value.is_sensitive(), "{name}");
             assert_eq!(format!("{value:?}"), "Sensitive", "{name}");

@@ -26,7 +26,7 @@ use crate::{
         classify::Finding,
         engine::{Boxed, ProbeRequest, Prober},
     },
-    domain::decision::Withheld,
+    domain::verdict::Withheld,
     telemetry::metrics::{Counter, Histogram, Measured, PROVIDER, Page},
 };
 

@@ -18,7 +18,7 @@ use tonic::Status;
 use zeroize::Zeroizing;
 
 use super::{
-    ServerError,
+    error::ServerError,
     listen::Peer,
     reload::{Refreshed, Source},
 };

@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::ServerError;
+use super::error::ServerError;
 use crate::telemetry::metrics::reloads::Reloads;
 
 /// What comes from files.
@@ -68,7 +68,7 @@ impl Failing {
                 }
             }
             Err(fault) => {
-                let fault = super::chain(&fault);
+                let fault = super::error::chain(&fault);
                 self.in_a_row += 1;
                 let failures = self.in_a_row;
                 if fault == self.last {

@@ -22,8 +22,8 @@ use tokio_rustls::TlsAcceptor;
 use zeroize::Zeroizing;
 
 use super::{
-    ServerError,
     auth::Callers,
+    error::ServerError,
     reload::{Refreshed, Source},
 };
 
@@ -336,7 +336,7 @@ mod tests {
         let tls = Tls::load(files.clone(), callers).unwrap();
         let in_force = Arc::as_ptr(&tls.config.load_full());
         let stays = |why: &str, fault: &str| {
-            let said = super::super::chain(&tls.refresh().unwrap_err());
+            let said = super::super::error::chain(&tls.refresh().unwrap_err());
             assert!(said.contains(fault), "{why}: {said}");
             assert_eq!(Arc::as_ptr(&tls.config.load_full()), in_force, "{why}");
         };

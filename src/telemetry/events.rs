@@ -11,12 +11,16 @@ use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use tracing::Level;
 use uuid::{Uuid, fmt::Hyphenated};
 
-use super::{log_writer::LogWriter, put_timestamp, traces::TraceId};
+use super::{
+    log_writer::{LogWriter, put_timestamp},
+    traces::TraceId,
+};
 use crate::{
     core::engine::Decided,
     domain::{
-        decision::{Decision, Outcome, Verdict},
+        decision::{Decision, Outcome},
         request::Request,
+        verdict::Verdict,
     },
 };
 

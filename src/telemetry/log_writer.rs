@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
 use tracing_subscriber::fmt::MakeWriter;
 
 use crate::telemetry::metrics::{Measured, Page};
@@ -208,8 +209,14 @@ impl Drop for Owner {
 
 fn put_lost(batch: &mut Vec<u8>, count: u64) {
     batch.extend_from_slice(b"{\"timestamp\":\"");
-    super::put_timestamp(batch);
+    put_timestamp(batch);
     batch.extend(format!("\",\"level\":\"ERROR\",\"event\":\"log_lines_dropped\",\"count\":{count}}}\n").bytes());
+}
+
+/// Now, as the log's other lines have it.
+pub(super) fn put_timestamp(line: &mut Vec<u8>) {
+    // Into memory: it cannot fail.
+    drop(DateTimePrinter::new().precision(Some(6)).print_timestamp(&Timestamp::now(), line));
 }
 
 #[cfg(test)]

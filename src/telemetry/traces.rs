@@ -48,12 +48,15 @@ use uuid::Uuid;
 
 use crate::{
     core::{
-        catalogue::HeaderFamily,
         classify::{Calibration, Finding},
         endpoint::{self, Call, Target},
         engine::{Decided, Observed},
     },
-    domain::decision::{Outcome, ServedFrom, Unreached},
+    domain::{
+        decision::Outcome,
+        protocol::HeaderFamily,
+        verdict::{ServedFrom, Unreached},
+    },
     telemetry::metrics::{Counter, Measured, Page},
 };
 

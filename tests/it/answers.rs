@@ -57,7 +57,7 @@ struct Line {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Expect {
-    classification: String,
+    reading: String,
     verdict: String,
 }
 
@@ -129,7 +129,7 @@ async fn classify_reads_every_answer() {
         assert_eq!(told.len(), lines.len());
         for (line, told) in lines.into_iter().zip(told) {
             let word = |name: &str| told[name].as_str().unwrap().to_owned();
-            let found = Expect { classification: word("reading"), verdict: word("verdict") };
+            let found = Expect { reading: word("reading"), verdict: word("verdict") };
             if found != line.expect {
                 wrong.push(format!("{}: expected {:?}, found {found:?}", line.case, line.expect));
             }

@@ -1,9 +1,10 @@
 //! Every case of `tests/cases`, by the engine, over gRPC and by the command line, with the same expectations.
 
 use std::{collections::BTreeSet, process::Stdio};
+use strum::VariantArray;
 
 use byok_gate::{
-    domain::decision::{DenyCode, Verdict, WarningCode},
+    domain::verdict::{DenyCode, Verdict, WarningCode},
     grpc::convert::{
         self,
         pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
@@ -249,18 +250,18 @@ async fn by_the_command_line() {
 fn cover_every_word() {
     let cases = case::all();
     let expects: Vec<_> = cases.iter().flat_map(|(_, case)| &case.expect).collect();
-    for &code in DenyCode::ALL {
+    for &code in DenyCode::VARIANTS {
         let met = expects.iter().any(|expect| expect.record.code == code.as_str());
         // The load guards rule out the one; the other needs a fault of ours, which `liveness.rs` makes.
         let elsewhere = matches!(code, DenyCode::DerivedProviderNotInRegistry | DenyCode::ByokProbeNotAttempted);
         assert_eq!(met, !elsewhere, "{code}");
     }
-    for &code in WarningCode::ALL {
+    for &code in WarningCode::VARIANTS {
         // Needs time to pass: `liveness.rs` has it.
         let here = code != WarningCode::StaleLiveness;
         assert_eq!(expects.iter().any(|expect| expect.record.warnings.contains(&code.as_str().to_owned())), here, "{code}");
     }
-    for &verdict in Verdict::ALL.iter().filter(|&&verdict| verdict != Verdict::NotAttempted) {
+    for &verdict in Verdict::VARIANTS.iter().filter(|&&verdict| verdict != Verdict::NotAttempted) {
         for checkpoint in ["CREATE", "PROVISION", "UPDATE"] {
             let at =
                 |expect: &&&case::Expect| expect.at.iter().any(|word| matches!(word, Word::Name(name) if name == checkpoint));

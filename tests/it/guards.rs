@@ -8,10 +8,10 @@ use byok_gate::{
         policy::{Action, Enforcement, Exception, Group},
     },
     domain::{
-        decision::{DenyCode, ServedFrom, Verdict, Withheld},
         denial::Refusal,
         request::Checkpoint,
         secret::Secret,
+        verdict::{DenyCode, ServedFrom, Verdict, Withheld},
     },
     grpc::convert::{self, pb},
     liveness::{

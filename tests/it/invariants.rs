@@ -4,19 +4,22 @@ use std::{
     sync::{Arc, LazyLock},
     time::{Duration, SystemTime},
 };
+use strum::VariantArray;
 
 use byok_gate::{
     core::{
         catalogue::Catalogue,
-        evaluate::{Next, Origin, Snapshot, evaluate},
+        evaluate::{Next, evaluate},
         policy::{Action, Enforcement, Exception, Facts, Group, Policy, Ruling, apply},
         registry::Registry,
+        snapshot::{Origin, Snapshot},
     },
     domain::{
-        decision::{BillingMode, DenyCode, Grounds, Outcome, ServedFrom, Verdict},
+        decision::{Grounds, Outcome},
         denial::LivenessEvidence,
         request::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
         secret::Secret,
+        verdict::{BillingMode, DenyCode, ServedFrom, Verdict},
     },
     grpc::convert::{self, pb},
 };
@@ -152,7 +155,7 @@ fn never_flip_exhaustively() {
     let (mut rulings, mut allows) = (0_u32, 0_u32);
     for (honoured, snapshot) in [(true, snapshot(policy)), (false, snapshot(strict))] {
         for request in every_request() {
-            for &verdict in Verdict::ALL {
+            for &verdict in Verdict::VARIANTS {
                 let (ruling, owner) = rule(&snapshot, &request, verdict, false);
                 rulings += 1;
                 let Ok(allow) = ruling.outcome else { continue };
@@ -221,7 +224,7 @@ fn the_policy_table() {
         (Group::Unanswered, Checkpoint::Provision) => Action::AllowIfRecentlyValid,
         (Group::Unanswered, Checkpoint::Update) | (Group::Inconclusive | Group::Unverifiable, _) => Action::Allow,
     };
-    for &verdict in V::ALL {
+    for &verdict in V::VARIANTS {
         for checkpoint in CHECKPOINTS {
             for action in [None, Some(Action::Allow), Some(Action::AllowIfRecentlyValid), Some(Action::Deny)] {
                 for recently_valid in [false, true] {
@@ -376,7 +379,7 @@ fn any_request() -> impl Strategy<Value = Request> {
 }
 
 fn any_verdict() -> impl Strategy<Value = Verdict> {
-    prop::sample::select(Verdict::ALL)
+    prop::sample::select(Verdict::VARIANTS)
 }
 
 proptest! {

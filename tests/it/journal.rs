@@ -1,9 +1,10 @@
 //! Every decision leaves one event, whatever its names hold and whoever reads the log.
 
 use std::{collections::BTreeMap, process::Stdio};
+use strum::VariantArray;
 
 use byok_gate::{
-    domain::decision::{BillingMode, DenyCode, ServedFrom, Source, Verdict, WarningCode},
+    domain::verdict::{BillingMode, DenyCode, ServedFrom, Source, Verdict, WarningCode},
     grpc::convert::pb,
 };
 use futures_util::StreamExt;
@@ -129,12 +130,12 @@ fn the_schema_knows_every_word() {
     let schema: Value = serde_json::from_str(events::SCHEMA).unwrap();
     let fields = &schema["$defs"]["decision"]["properties"];
     let words = |all: Vec<&str>| json!(all);
-    assert_eq!(fields["code"]["enum"], words(DenyCode::ALL.iter().map(|word| word.as_str()).collect()));
-    assert_eq!(fields["verdict"]["enum"], words(Verdict::ALL.iter().map(|word| word.as_str()).collect()));
-    assert_eq!(fields["billing_mode"]["enum"], words(BillingMode::ALL.iter().map(|word| word.as_str()).collect()));
-    assert_eq!(fields["source"]["enum"], words(Source::ALL.iter().map(|word| word.as_str()).collect()));
-    assert_eq!(fields["served_from"]["enum"], words(ServedFrom::ALL.iter().map(|word| word.as_str()).collect()));
-    assert_eq!(fields["warnings"]["items"]["enum"], words(WarningCode::ALL.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["code"]["enum"], words(DenyCode::VARIANTS.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["verdict"]["enum"], words(Verdict::VARIANTS.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["billing_mode"]["enum"], words(BillingMode::VARIANTS.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["source"]["enum"], words(Source::VARIANTS.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["served_from"]["enum"], words(ServedFrom::VARIANTS.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["warnings"]["items"]["enum"], words(WarningCode::VARIANTS.iter().map(|word| word.as_str()).collect()));
 }
 
 /// Names that would break a line, or move a terminal's cursor, are refused; and the refusal's own line does not hold them.

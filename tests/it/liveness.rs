@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, future::poll_fn, sync::Arc, task::Poll, time::D
 use byok_gate::{
     core::engine::{Decided, Engine},
     domain::{
-        decision::{DenyCode, ServedFrom, Verdict, WarningCode},
         request::Checkpoint,
+        verdict::{DenyCode, ServedFrom, Verdict, WarningCode},
     },
     grpc::convert::{self, pb},
     liveness::cache::{Cache, CacheSettings},

@@ -7,7 +7,7 @@ use byok_gate::{
         engine::{Boxed, Engine, LivenessSource, Observed},
         evaluate::LivenessQuery,
     },
-    domain::{decision::Verdict, request::Checkpoint},
+    domain::{request::Checkpoint, verdict::Verdict},
     grpc::convert::{
         self,
         pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},

@@ -9,11 +9,12 @@ use byok_gate::{
     core::{
         endpoint::Target,
         engine::{Engine, LivenessSource, Observed},
-        evaluate::{LivenessQuery, Next, Snapshot, evaluate},
+        evaluate::{LivenessQuery, Next, evaluate},
+        snapshot::Snapshot,
     },
     domain::{
-        decision::{ServedFrom, Verdict},
         request::Request,
+        verdict::{ServedFrom, Verdict},
     },
     grpc::convert::{self, pb},
     liveness::{

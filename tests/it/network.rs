@@ -12,8 +12,8 @@ use std::{
 use byok_gate::{
     core::{classify::Finding, engine::Engine},
     domain::{
-        decision::{Unreached, Verdict},
         secret::Secret,
+        verdict::{Unreached, Verdict},
     },
     liveness::prober::{HttpProber, ProbeSettings},
 };

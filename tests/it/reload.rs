@@ -14,7 +14,7 @@ use std::{
 
 use byok_gate::{
     config::{self, ConfigError, Overrides, Paths},
-    core::{engine::Engine, evaluate::Snapshot, registry::Registry},
+    core::{engine::Engine, registry::Registry, snapshot::Snapshot},
     domain::{
         problem::Problems,
         request::{Checkpoint, OperatorOverride, Request, WorkspaceSpec},

@@ -1,15 +1,18 @@
 //! Rules about the source itself: what may import what, what must be said, and that nothing lies about unused.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
+use strum::VariantArray;
 
-use byok_gate::domain::decision::DenyCode;
+use byok_gate::domain::verdict::DenyCode;
 
 /// The layers of `src/`, lowest first: a folder imports from those below it.
-const LAYERS: [&str; 9] = ["domain", "core", "telemetry", "watch", "liveness", "config", "grpc", "server", "cli"];
+const LAYERS: [&str; 10] = ["domain", "core", "telemetry", "watch", "liveness", "config", "grpc", "server", "app", "cli"];
+/// The most floors that the modules of `src/` may stand on: the longest chain of imports between them.
+const MAX_FLOORS: usize = 10;
 
 /// What a pure module has no use for: a clock, the environment, files, the network, a log, tasks.
 const EFFECTS: [&str; 12] = [
@@ -61,56 +64,166 @@ fn code(file: &str) -> String {
 }
 
 fn top_module(file: &str) -> &str {
-    file.trim_end_matches(".rs").split('/').next().unwrap()
+    file.trim_end_matches(".rs").split(['/', ':']).next().unwrap()
 }
 
 fn layer(module: &str) -> usize {
     LAYERS.iter().position(|layer| *layer == module).unwrap_or_else(|| panic!("`{module}` is in no layer"))
 }
 
-/// The modules that a file imports from this crate.
-fn imports(code: &str) -> BTreeSet<String> {
+/// A module as its folder and file have it: `core::engine`, `server`. What lies in a folder below a file is part of that file.
+fn module_of(file: &str) -> String {
+    let parts: Vec<&str> = file.trim_end_matches(".rs").split('/').take(2).collect();
+    parts.join("::")
+}
+
+/// The paths that some code imports from this crate, as `core::engine::Engine`, wherever `crate::` or `super::` stands.
+fn imports(file: &str, code: &str) -> BTreeSet<String> {
+    let folders: Vec<&str> = file.trim_end_matches(".rs").split('/').collect();
     let mut found = BTreeSet::new();
-    let mut add = |text: &str| {
-        let name: String = text.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect();
-        if !name.is_empty() {
-            found.insert(name);
-        }
-    };
-    for (at, _) in code.match_indices("crate::") {
-        // `#crate` of a macro and `pub(crate)` have no `::` behind them.
-        let rest = &code[at + "crate::".len()..];
-        match rest.strip_prefix('{') {
-            None => add(rest),
-            Some(list) => {
-                let mut depth = 0;
-                let mut word = String::new();
-                for c in list.chars() {
-                    match c {
-                        '{' => depth += 1,
-                        '}' if depth == 0 => break,
-                        '}' => depth -= 1,
-                        ',' if depth == 0 => add(std::mem::take(&mut word).trim()),
-                        _ if depth == 0 => word.push(c),
-                        _ => {}
-                    }
-                }
-                add(word.trim());
+    for (word, base) in [
+        ("crate::", String::new()),
+        ("self::", format!("{}::", folders.join("::"))),
+        ("super::", folders[..folders.len() - 1].iter().map(|folder| format!("{folder}::")).collect()),
+    ] {
+        for (at, _) in code.match_indices(word) {
+            // `pub(crate)` and `#crate` have no `::` behind them; a longer word may end like this one.
+            let before = code[..at].chars().next_back();
+            if before.is_none_or(|before| !before.is_alphanumeric() && before != '_' && before != ':') {
+                leaves(&code[at + word.len()..], &base, &mut found);
             }
+        }
+    }
+    // A file that declares `mod tls;` reaches it as `tls::` too.
+    for line in code.lines() {
+        let declared = line.trim_start_matches("pub(crate) ").trim_start_matches("pub ").strip_prefix("mod ");
+        if let Some(name) = declared.and_then(|rest| rest.strip_suffix(';'))
+            && code
+                .match_indices(&format!("{name}::"))
+                .any(|(at, _)| !code[..at].ends_with(|c: char| c.is_alphanumeric() || "_:".contains(c)))
+        {
+            found.insert(format!("{}::{name}", folders.join("::")));
         }
     }
     found
 }
 
+/// The leaves of a tree of imports. Returns what stands behind it.
+fn leaves<'c>(mut code: &'c str, prefix: &str, found: &mut BTreeSet<String>) -> &'c str {
+    let path: String = code.chars().take_while(|c| c.is_alphanumeric() || matches!(c, '_' | ':')).collect();
+    code = &code[path.len()..];
+    let prefix = format!("{prefix}{path}");
+    let Some(mut list) = code.strip_prefix('{') else {
+        found.insert(prefix.trim_end_matches("::self").to_owned());
+        return code;
+    };
+    loop {
+        list = list.trim_start_matches([' ', '\n', ',']);
+        match list.strip_prefix('}') {
+            Some(rest) => return rest,
+            None if list.is_empty() => return list,
+            None => {
+                let rest = leaves(list, &prefix, found);
+                // ` as other`
+                list = rest.trim_start_matches(|c| c != ',' && c != '}');
+            }
+        }
+    }
+}
+
+/// Which module imports which, over all of `src/`: folders, or the modules within them.
+fn graph(of: impl Fn(&str) -> String) -> BTreeMap<String, BTreeSet<String>> {
+    let files = rust_files("src");
+    let modules: BTreeSet<String> = files.iter().map(|file| module_of(file)).collect();
+    let mut graph = BTreeMap::new();
+    for file in files.iter().filter(|file| !matches!(file.as_str(), "lib.rs" | "main.rs")) {
+        let from = module_of(file);
+        let edges: &mut BTreeSet<String> = graph.entry(of(&from)).or_default();
+        for path in imports(file, &code(file)) {
+            let parts: Vec<&str> = path.split("::").collect();
+            let (one, two) = (parts[0].to_owned(), parts.iter().take(2).copied().collect::<Vec<_>>().join("::"));
+            let to = if modules.contains(&two) { two } else { one };
+            if modules.contains(&to) && of(&to) != of(&from) {
+                edges.insert(of(&to));
+            }
+        }
+    }
+    graph
+}
+
+/// The longest chain of imports from each module, or a circle.
+fn floors(graph: &BTreeMap<String, BTreeSet<String>>) -> Result<BTreeMap<String, usize>, Vec<String>> {
+    fn visit(
+        module: &str,
+        graph: &BTreeMap<String, BTreeSet<String>>,
+        path: &mut Vec<String>,
+        floors: &mut BTreeMap<String, usize>,
+    ) -> Result<usize, Vec<String>> {
+        if let Some(floor) = floors.get(module) {
+            return Ok(*floor);
+        }
+        if let Some(at) = path.iter().position(|other| other == module) {
+            return Err(path[at..].to_vec());
+        }
+        path.push(module.to_owned());
+        let mut floor = 1;
+        for import in graph.get(module).into_iter().flatten() {
+            floor = floor.max(1 + visit(import, graph, path, floors)?);
+        }
+        path.pop();
+        floors.insert(module.to_owned(), floor);
+        Ok(floor)
+    }
+    let mut found = BTreeMap::new();
+    for module in graph.keys() {
+        visit(module, graph, &mut Vec::new(), &mut found)?;
+    }
+    Ok(found)
+}
+
 #[test]
 fn imports_go_down_only() {
-    for file in rust_files("src") {
-        let module = top_module(&file);
-        if module == "lib" || module == "main" {
-            continue;
+    for (module, imports) in graph(|module| top_module(module).to_owned()) {
+        for import in imports {
+            assert!(layer(&import) < layer(&module), "`{module}` imports `{import}` from a layer above");
         }
-        for import in imports(&code(&file)) {
-            assert!(layer(&import) <= layer(module), "src/{file} imports `{import}` from a layer above");
+    }
+}
+
+/// No circle, neither between folders nor between the modules within one.
+#[test]
+fn nothing_goes_round_in_a_circle_and_the_floors_are_few() {
+    let circle = floors(&graph(str::to_owned)).err();
+    assert_eq!(circle, None, "these modules import each other in a circle");
+    let floors = floors(&graph(|module| top_module(module).to_owned())).unwrap();
+    let highest = floors.values().max().unwrap();
+    assert!(*highest <= MAX_FLOORS, "{highest} floors: {floors:?}");
+}
+
+/// What is public is used by the service itself: what only tests use is a part of the tests.
+#[test]
+fn nothing_is_public_for_tests_alone() {
+    let words = |text: &str| -> Vec<String> {
+        text.lines()
+            .filter(|line| !line.trim_start().starts_with("//"))
+            .flat_map(|line| line.split(|c: char| !c.is_alphanumeric() && c != '_'))
+            .map(str::to_owned)
+            .collect()
+    };
+    let files = rust_files("src");
+    let mut count: BTreeMap<String, usize> = BTreeMap::new();
+    for word in files.iter().flat_map(|file| words(&code(file))) {
+        *count.entry(word).or_default() += 1;
+    }
+    for file in &files {
+        for line in code(file).lines() {
+            let Some(item) = line.trim_start().strip_prefix("pub ") else { continue };
+            let mut words = words(item).into_iter().filter(|word| !matches!(word.as_str(), "async" | "const" | "unsafe"));
+            let (kind, name) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+            let kind = if kind.chars().all(char::is_uppercase) { "const" } else { &kind };
+            if matches!(kind, "fn" | "struct" | "enum" | "trait" | "type") {
+                assert!(count[&name] > 1, "src/{file}: `{name}` is public, and the service itself does not use it");
+            }
         }
     }
 }
@@ -160,7 +273,7 @@ fn every_file_is_reached_and_says_what_it_is() {
 #[test]
 fn every_deny_code_is_explained() {
     let (readme, proto) = (read("README.md"), read("proto/byokgate/v1/policy_decision.proto"));
-    for code in DenyCode::ALL {
+    for code in DenyCode::VARIANTS {
         assert!(readme.contains(&format!("| `{code}` |")), "README.md has no row for {code}");
         assert!(proto.contains(&format!("  DENY_CODE_{code} = ")), "the proto has no {code}");
     }

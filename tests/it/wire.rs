@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use byok_gate::{
-    domain::decision::Verdict,
+    domain::verdict::Verdict,
     grpc::{
         NAME,
         convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},

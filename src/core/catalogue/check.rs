@@ -8,18 +8,15 @@ use std::{
 use url::Url;
 
 use super::{
-    BodyTest, Catalogue, Confidence, HeaderFamily, HostRow, KeyKind, KeyShape, Method, Probe, Signal, SignalOutcome, Unprobed,
-    UnprobedReason,
+    BodyTest, Catalogue, Confidence, HostRow, KeyKind, KeyShape, Probe, Signal, SignalOutcome, Unprobed, UnprobedReason,
     file::{CatalogueFile, HostFile, KeyShapeFile, OneOrMany, ProbeFile, SignalFile, UnprobedFile},
 };
 use crate::{
-    core::{
-        registry::{PLATFORM, Protocol},
-        yaml,
-    },
+    core::yaml,
     domain::{
-        decision::Verdict,
         problem::{Loaded, Problem, Problems},
+        protocol::{HeaderFamily, Method, PLATFORM, Protocol},
+        verdict::Verdict,
     },
 };
 
@@ -258,14 +255,10 @@ pub(crate) fn check_probe(file: ProbeFile, place: &str) -> Result<Probe, Vec<Pro
     if file.name.is_empty() || !file.name.bytes().all(|byte| byte.is_ascii_lowercase() || matches!(byte, b'-' | b'_')) {
         problem("name", "is required: lower-case letters, `-` and `_`".into());
     }
-    let method = match file.method.as_deref() {
-        None | Some("GET") => Method::Get,
-        Some("POST") => Method::Post,
-        Some(other) => {
-            problem("method", format!("must be GET or POST, found `{other}`"));
-            Method::Get
-        }
-    };
+    let method = file.method.as_deref().map_or(Ok(Method::Get), str::parse).unwrap_or_else(|_| {
+        problem("method", format!("must be GET or POST, found `{}`", file.method.as_deref().unwrap_or_default()));
+        Method::Get
+    });
     let tail = file.path.strip_prefix("{base}").unwrap_or(&file.path);
     if !tail.starts_with('/') || tail.starts_with("//") || tail.contains(['\\', '#']) || tail.contains("..") {
         problem("path", format!("`{}` must begin with `/` or `{{base}}/` and stay on the host", file.path));
@@ -343,10 +336,10 @@ fn check_auth(words: Vec<String>, problem: &mut dyn FnMut(&str, String)) -> Vec<
     }
     let mut auth = Vec::new();
     for word in words {
-        match HeaderFamily::ALL.into_iter().find(|family| family.as_str() == word) {
-            Some(family) if auth.contains(&family) => problem("auth", format!("`{word}` stands twice")),
-            Some(family) => auth.push(family),
-            None => problem("auth", format!("`{word}` is none of bearer, x-api-key, x-goog-api-key, api-key")),
+        match word.parse::<HeaderFamily>() {
+            Ok(family) if auth.contains(&family) => problem("auth", format!("`{word}` stands twice")),
+            Ok(family) => auth.push(family),
+            Err(_) => problem("auth", format!("`{word}` is none of bearer, x-api-key, x-goog-api-key, api-key")),
         }
     }
     auth
@@ -412,7 +405,7 @@ fn check_outcome(word: &str) -> Result<SignalOutcome, String> {
     match word {
         "ACCEPTED" => Ok(SignalOutcome::Accepted),
         "RESTRICTED" => Ok(SignalOutcome::Restricted),
-        word => match Verdict::from_word(word) {
+        word => match word.parse::<Verdict>().ok() {
             Some(
                 verdict @ (Verdict::Invalid
                 | Verdict::Forbidden

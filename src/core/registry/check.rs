@@ -6,7 +6,7 @@ use regex::Regex;
 use url::Url;
 
 use super::{
-    Arm, Auth, PLATFORM, Protocol, Provider, Registry, Runtime,
+    Arm, Auth, Provider, Registry, Runtime,
     file::{ArmFile, EndpointVarFile, ProviderFile, RegistryFile, RuntimeFile, Skeleton},
     overlap::Comparable,
 };
@@ -14,6 +14,7 @@ use crate::{
     core::{catalogue, yaml},
     domain::{
         problem::{Loaded, Problem, Problems},
+        protocol::{PLATFORM, Protocol},
         request::is_env_name,
     },
 };

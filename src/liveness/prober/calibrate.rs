@@ -14,11 +14,10 @@ use tracing::Instrument;
 use super::{Exchange, Http};
 use crate::{
     core::{
-        catalogue::HeaderFamily,
         classify::{Calibration, calibrated},
         endpoint::{Call, Target},
     },
-    domain::secret::Secret,
+    domain::{protocol::HeaderFamily, secret::Secret},
     liveness::single_flight::{FlightEnd, InFlight, Join, SingleFlight, Start, wait},
     telemetry::{
         metrics::{Measured, PROVIDER, Page},

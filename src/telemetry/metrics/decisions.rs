@@ -5,13 +5,15 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
+use strum::VariantArray;
 
 use arc_swap::ArcSwap;
 
 use super::{Counter, Histogram, Measured, PROVIDER, Page};
 use crate::domain::{
-    decision::{Decision, DenyCode, Grounds, Outcome, ServedFrom, Verdict},
+    decision::{Decision, Grounds, Outcome},
     request::Checkpoint,
+    verdict::{DenyCode, ServedFrom, Verdict},
 };
 
 const CHECKPOINTS: [Checkpoint; 3] = [Checkpoint::Create, Checkpoint::Provision, Checkpoint::Update];
@@ -33,11 +35,11 @@ type ByProvider = BTreeMap<String, Arc<OfProvider>>;
 #[derive(Debug, Default)]
 struct OfProvider {
     allowed: [Counter; CHECKPOINTS.len()],
-    denied: [[Counter; DenyCode::ALL.len()]; CHECKPOINTS.len()],
-    judged: [[Counter; ServedFrom::ALL.len()]; Verdict::ALL.len()],
+    denied: [[Counter; DenyCode::VARIANTS.len()]; CHECKPOINTS.len()],
+    judged: [[Counter; ServedFrom::VARIANTS.len()]; Verdict::VARIANTS.len()],
     /// Of verdicts that nobody was asked for.
-    unasked: [Counter; Verdict::ALL.len()],
-    unverified: [Counter; Verdict::ALL.len()],
+    unasked: [Counter; Verdict::VARIANTS.len()],
+    unverified: [Counter; Verdict::VARIANTS.len()],
     took: Histogram,
 }
 
@@ -113,21 +115,21 @@ impl OfProvider {
             let of =
                 |outcome, code| [("checkpoint", checkpoint.as_str()), ("outcome", outcome), ("code", code), (PROVIDER, provider)];
             decisions.happened(&of("ALLOW", ""), allowed);
-            for (code, count) in DenyCode::ALL.iter().zip(denied) {
+            for (code, count) in DenyCode::VARIANTS.iter().zip(denied) {
                 decisions.happened(&of("DENY", code.as_str()), count);
             }
         }
         let mut verdicts = page.counter("byokgate_verdicts", "Decisions that rested on a verdict about a credential");
-        for (verdict, (judged, unasked)) in Verdict::ALL.iter().zip(self.judged.iter().zip(&self.unasked)) {
+        for (verdict, (judged, unasked)) in Verdict::VARIANTS.iter().zip(self.judged.iter().zip(&self.unasked)) {
             let of = |served_from| [(PROVIDER, provider), ("verdict", verdict.as_str()), ("served_from", served_from)];
-            for (served_from, count) in ServedFrom::ALL.iter().zip(judged) {
+            for (served_from, count) in ServedFrom::VARIANTS.iter().zip(judged) {
                 verdicts.happened(&of(served_from.as_str()), count);
             }
             verdicts.happened(&of(""), unasked);
         }
         let mut unverified =
             page.counter("byokgate_unverified_allows", "Allows although nobody could show that the credential is alive");
-        for (verdict, count) in Verdict::ALL.iter().zip(&self.unverified) {
+        for (verdict, count) in Verdict::VARIANTS.iter().zip(&self.unverified) {
             unverified.happened(&[(PROVIDER, provider), ("verdict", verdict.as_str())], count);
         }
         if let Some(took) = self.took.value() {

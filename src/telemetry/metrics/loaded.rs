@@ -4,8 +4,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::{PROVIDER, Page};
 use crate::core::{
-    evaluate::{Origin, Snapshot},
     policy::Enforcement,
+    snapshot::{Origin, Snapshot},
 };
 
 /// Puts what is known of a snapshot at this time on the page.

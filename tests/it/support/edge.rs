@@ -18,9 +18,9 @@ use byok_gate::{
     core::{
         classify::Finding,
         engine::{Boxed, Engine, ProbeRequest, Prober},
-        evaluate::Snapshot,
+        snapshot::Snapshot,
     },
-    domain::decision::Verdict,
+    domain::verdict::Verdict,
     grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
     liveness::{
         cache::{Cache, CacheSettings},

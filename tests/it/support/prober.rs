@@ -14,7 +14,7 @@ use byok_gate::{
         classify::Finding,
         engine::{Boxed, ProbeRequest, Prober},
     },
-    domain::decision::Verdict,
+    domain::verdict::Verdict,
 };
 
 /// What it answers next.

@@ -1,0 +1,96 @@
+//! Arguments that several commands take.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::{
+    config::{ConfigError, Flag, Overrides, Paths, Setup, load},
+    domain::request::PlatformProxy,
+};
+
+/// What decisions are made by.
+#[derive(Debug, Args)]
+pub(super) struct EngineArgs {
+    /// The registry to decide by, in place of the embedded one.
+    #[arg(long, value_name = "FILE")]
+    pub(super) registry: Option<PathBuf>,
+    /// A probe catalogue to lay over the embedded one, host by host.
+    #[arg(long, value_name = "FILE")]
+    pub(super) probe_catalog: Option<PathBuf>,
+    /// The configuration file.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// What a spec that does not say means: whether the platform's metered proxy is there [default: absent].
+    #[arg(long, value_name = "available|absent")]
+    pub(super) platform_proxy: Option<ProxyArg>,
+    /// Refuse operator overrides.
+    #[arg(long)]
+    pub(super) refuse_operator_overrides: bool,
+    /// Allow this runtime without any check (repeatable).
+    #[arg(long = "exempt-runtime", value_name = "RUNTIME")]
+    pub(super) exempt_runtimes: Vec<String>,
+    /// A file whose content is the key of credential fingerprints; no fingerprints without it.
+    #[arg(long, value_name = "FILE")]
+    pub(super) fingerprint_key_file: Option<PathBuf>,
+}
+
+/// How providers are asked.
+#[derive(Debug, Clone, Default, Args)]
+pub(super) struct ProbeArgs {
+    /// Allow loopback addresses, and plain http there: for tests and for providers on the same host.
+    #[arg(long)]
+    pub(super) allow_loopback_http: bool,
+    /// Certificate authorities (PEM) to trust beside the system's.
+    #[arg(long, value_name = "FILE")]
+    pub(super) probe_ca_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum ProxyArg {
+    Available,
+    Absent,
+}
+
+// === impl EngineArgs ===
+
+impl EngineArgs {
+    pub(super) fn load(self, probe: ProbeArgs) -> Result<Setup, ConfigError> {
+        let (paths, overrides) = self.layers(probe, Vec::new());
+        load(&paths, &overrides)
+    }
+
+    /// What the command line sets, as the configuration has it.
+    pub(super) fn layers(self, probe: ProbeArgs, mut flags: Vec<Flag>) -> (Paths, Overrides) {
+        let ProbeArgs { allow_loopback_http, probe_ca_file: probe_ca } = probe;
+        if allow_loopback_http {
+            flags.push(Flag { name: "--allow-loopback-http", key: "probe.allow_loopback_http", value: true.into() });
+        }
+        let Self {
+            registry,
+            probe_catalog,
+            config,
+            platform_proxy,
+            refuse_operator_overrides,
+            exempt_runtimes,
+            fingerprint_key_file,
+        } = self;
+        let paths = Paths { registry, probe_catalog, config, fingerprint_key: fingerprint_key_file, probe_ca };
+        let platform_proxy = platform_proxy.map(PlatformProxy::from);
+        (paths, Overrides { platform_proxy, refuse_operator_overrides, exempt_runtimes, flags })
+    }
+}
+
+impl From<ProxyArg> for PlatformProxy {
+    fn from(arg: ProxyArg) -> Self {
+        match arg {
+            ProxyArg::Available => Self::Available,
+            ProxyArg::Absent => Self::Absent,
+        }
+    }
+}
+
+/// A server's address as a URI: `HOST:PORT`, with `http://` before it, or `unix:PATH`.
+pub(super) fn server_uri(address: &str) -> String {
+    if address.contains("://") || address.starts_with("unix:") { address.to_owned() } else { format!("http://{address}") }
+}

@@ -1,0 +1,80 @@
+//! How commands end, and what they write.
+
+use std::{
+    io::{self, Write},
+    process::{ExitCode, Termination},
+    time::Duration,
+};
+
+use clap::ValueEnum;
+
+use crate::{config::ConfigError, server::ServerError};
+
+/// How long the last lines of the log may take.
+pub(super) const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// Allowed, or done.
+    Ok,
+    /// A fault: nothing was decided.
+    Fault,
+    /// The command line is wrong.
+    Usage,
+    /// Configuration, registry or catalogue are invalid.
+    Invalid,
+    /// Denied.
+    Denied,
+    /// Denied, and worth trying again with nothing changed.
+    DeniedRetryable,
+}
+
+/// How an answer is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Format {
+    /// For people.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// The command line is wrong beyond what its grammar tells.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct UsageError(pub(super) String);
+
+pub(super) fn exit_of(fault: &anyhow::Error) -> Exit {
+    if fault.is::<UsageError>() {
+        Exit::Usage
+    } else if fault.is::<ConfigError>() {
+        Exit::Invalid
+    } else {
+        match fault.downcast_ref::<ServerError>() {
+            Some(ServerError::Address { .. } | ServerError::Exposed(_) | ServerError::Anonymous(_)) => Exit::Usage,
+            Some(ServerError::File { .. } | ServerError::Content { .. }) => Exit::Invalid,
+            Some(ServerError::Listen { .. } | ServerError::Reflection(_) | ServerError::TaskEnded(_)) | None => Exit::Fault,
+        }
+    }
+}
+
+impl Termination for Exit {
+    fn report(self) -> ExitCode {
+        ExitCode::from(match self {
+            Self::Ok => 0,
+            Self::Fault => 1,
+            Self::Usage => 2,
+            Self::Invalid => 3,
+            Self::Denied => 10,
+            Self::DeniedRetryable => 11,
+        })
+    }
+}
+
+/// Writes to standard output. A reader that has gone is no fault of ours.
+pub(super) fn print(text: &str) -> anyhow::Result<()> {
+    match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+        Err(fault) if fault.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        ended => Ok(ended?),
+    }
+}
