@@ -227,6 +227,7 @@ fn request(registry: &Registry, model: &str, credentials: usize, key: &str) -> R
         checkpoint: Checkpoint::Create,
         max_liveness_age: None,
         explain: false,
+        report_only: false,
         caller: String::new(),
     }
 }

@@ -5,6 +5,7 @@ pub mod caller;
 mod codec;
 pub mod convert;
 pub(crate) mod deadline;
+pub(crate) mod errors;
 
 use std::{
     panic::AssertUnwindSafe,
@@ -18,14 +19,17 @@ use prost::Message;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Instant, timeout_at};
 use tonic::{Code, Request, Response, Status};
-use tonic_types::{ErrorDetails, StatusExt};
 use tracing::Instrument;
 
 use self::{
     admission::Admission,
     caller::Caller,
-    convert::{Violations, pb},
+    convert::{
+        Violations,
+        pb::{self, ErrorReason},
+    },
     deadline::Deadline,
+    errors::{bad_request, error},
 };
 use crate::{
     config::settings::{Deadlines, Limits},
@@ -112,7 +116,7 @@ impl Shared {
         traced: &Traced,
     ) -> Result<pb::DecideResponse, Status> {
         let mut request = self.understood(method, message).map_err(|violations| {
-            let status = bad_request(violations);
+            let status = bad_request(ErrorReason::BadRequest, violations);
             self.not_understood(method, &status, traced);
             status
         })?;
@@ -160,7 +164,7 @@ impl Shared {
         AssertUnwindSafe(deciding).catch_unwind().await.map_err(|_| {
             self.decisions.panicked();
             tracing::error!(event = "decision_panicked", "a decision panicked; no decision was made");
-            Status::internal("no decision was made: an internal error")
+            error(ErrorReason::Internal, "no decision was made: an internal error")
         })
     }
 }
@@ -172,7 +176,7 @@ impl Pending<'_> {
         self.ended = true;
         self.traced.decided(self.request.checkpoint.as_str(), decided);
         self.traced.answered(Code::Ok);
-        self.shared.decisions.made(self.request.checkpoint, &decided.decision, took);
+        self.shared.decisions.made(self.request, &decided.decision, took);
         self.shared.journal.decision(self.request, decided, took, self.traced.trace_id());
     }
 
@@ -216,7 +220,7 @@ impl pb::policy_decision_service_server::PolicyDecisionService for Call {
         let traced = Traced::begin(&metadata, NAME, BATCH_DECIDE);
         if requests.is_empty() || requests.len() > limits.batch_items {
             let found = format!("holds {}; it must hold 1 to {}", requests.len(), limits.batch_items);
-            let status = bad_request(Violations(vec![("requests".to_owned(), found)]));
+            let status = bad_request(ErrorReason::BadRequest, Violations(vec![("requests".to_owned(), found)]));
             self.shared.not_understood(BATCH_DECIDE, &status, &traced);
             return Err(status);
         }
@@ -232,7 +236,7 @@ impl pb::policy_decision_service_server::PolicyDecisionService for Call {
                     let deciding =
                         shared.decide_one(BATCH_DECIDE, &caller, message, shared.admission.enter_by(own), own, &traced);
                     let decided = timeout_at(deadline.answer_by, deciding).await;
-                    let late = || Status::deadline_exceeded("no decision was made before the batch's deadline");
+                    let late = || error(ErrorReason::Deadline, "no decision was made before the batch's deadline");
                     let decided = decided.unwrap_or_else(|_| Err(late()));
                     if let Err(status) = &decided {
                         shared.calls.item_failed(status.code() as i32);
@@ -248,19 +252,22 @@ impl pb::policy_decision_service_server::PolicyDecisionService for Call {
         &self,
         request: Request<pb::ResolveProviderRequest>,
     ) -> Result<Response<pb::ResolveProviderResponse>, Status> {
-        let (runtime, model, names) = convert::resolve_request(request.into_inner(), &self.shared.limits).map_err(bad_request)?;
+        let (runtime, model, names) = convert::resolve_request(request.into_inner(), &self.shared.limits)
+            .map_err(|violations| bad_request(ErrorReason::BadRequest, violations))?;
         let (result, snapshot) = self.shared.engine.resolve(&runtime, &model, &names);
         Ok(Response::new(convert::resolve_response(result, &model, &snapshot)))
     }
 
     async fn list_models(&self, request: Request<pb::ListModelsRequest>) -> Result<Response<pb::ListModelsResponse>, Status> {
-        let runtime = convert::list_request(request.into_inner(), &self.shared.limits).map_err(bad_request)?;
+        let runtime = convert::list_request(request.into_inner(), &self.shared.limits)
+            .map_err(|violations| bad_request(ErrorReason::BadRequest, violations))?;
         let snapshot = self.shared.engine.snapshot();
         if let Some(name) = runtime.as_deref()
             && snapshot.registry.runtime(name).is_none()
         {
             let known = snapshot.registry.runtimes().map(|(name, _)| name.to_owned()).collect();
-            return Err(Status::not_found(Refusal::RuntimeUnsupported { runtime: name.to_owned(), known }.message()));
+            let unknown = Refusal::RuntimeUnsupported { runtime: name.to_owned(), known };
+            return Err(error(ErrorReason::UnknownRuntime, unknown.message()));
         }
         Ok(Response::new(convert::models(&snapshot, runtime.as_deref())))
     }
@@ -276,21 +283,7 @@ impl pb::policy_decision_service_server::PolicyDecisionService for Call {
 fn item(index: u32, decided: Result<pb::DecideResponse, Status>) -> pb::BatchDecideResponse {
     let result = match decided {
         Ok(response) => pb::batch_decide_response::Result::Response(Box::new(response)),
-        Err(status) => {
-            let code = status.code() as i32;
-            pb::batch_decide_response::Result::Status(pb::ItemStatus { code, message: status.message().to_owned() })
-        }
+        Err(status) => pb::batch_decide_response::Result::Status(errors::item(&status)),
     };
     pb::BatchDecideResponse { index, result: Some(result) }
-}
-
-/// INVALID_ARGUMENT: the first violation in words, all of them as details.
-fn bad_request(violations: Violations) -> Status {
-    let Violations(list) = violations;
-    let first = list.first().map_or_else(String::new, |(field, description)| format!("{field}: {description}"));
-    let mut details = ErrorDetails::new();
-    for (field, description) in list {
-        details.add_bad_request_violation(field, description);
-    }
-    Status::with_error_details(Code::InvalidArgument, first, details)
 }

@@ -31,7 +31,7 @@ use tonic_health::pb::{FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS, health_server:
 use self::{
     admin::{Shown, answer_scrapers},
     auth::Callers,
-    connection::{ConnectionContext, turn_away},
+    connection::{ConnectionContext, LAST_WORDS, turn_away},
     health::{HealthService, Phase},
     listen::{Listener, Peer},
     reload::{Source, keep_fresh},
@@ -229,6 +229,10 @@ impl Bound {
         tasks.shutdown().await;
         let drained = timeout(stop.drain.0, all_gone.recv()).await;
         phase.send_replace(Phase::Cut);
+        if drained.is_err() {
+            // Calls that are cut off are told so, if their callers listen.
+            drop(timeout(LAST_WORDS * 2, all_gone.recv()).await);
+        }
         match (ended, drained) {
             (Some(name), _) => Err(ServerError::TaskEnded(name)),
             (None, Ok(_)) => Ok(Ended::Drained),

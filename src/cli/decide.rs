@@ -91,6 +91,7 @@ enum CheckpointArg {
     Create,
     Provision,
     Update,
+    Audit,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -179,9 +180,11 @@ fn request(args: &DecideArgs) -> anyhow::Result<Request> {
             CheckpointArg::Create => Checkpoint::Create,
             CheckpointArg::Provision => Checkpoint::Provision,
             CheckpointArg::Update => Checkpoint::Update,
+            CheckpointArg::Audit => Checkpoint::Audit,
         },
         max_liveness_age: args.max_liveness_age.map(|seconds| Duration::from_secs(u64::from(seconds))),
         explain: args.explain,
+        report_only: false,
         caller: String::new(),
     })
 }

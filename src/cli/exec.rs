@@ -121,6 +121,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
             checkpoint: Checkpoint::Provision,
             max_liveness_age: None,
             explain: false,
+            report_only: false,
             caller: String::new(),
         };
         match server {

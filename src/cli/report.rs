@@ -30,14 +30,17 @@ impl Report {
             registry_revision,
             catalogue_revision,
             trace,
+            relevant_env,
+            relevant_base_url_env,
         } = response;
-        let pays = resolution.as_ref().and_then(|resolution| pb::BillingMode::try_from(resolution.billing_mode).ok());
-        let pays = pays.filter(|mode| *mode != pb::BillingMode::Unspecified);
-        let (exit, word, deny) = match (decision, pays) {
-            (Some(pb::decide_response::Decision::Allow(_)), Some(_)) => (Exit::Ok, "ALLOW", None),
-            (Some(pb::decide_response::Decision::Deny(deny)), _) if deny.retryable => (Exit::DeniedRetryable, "DENY", Some(deny)),
-            (Some(pb::decide_response::Decision::Deny(deny)), _) => (Exit::Denied, "DENY", Some(deny)),
-            (Some(pb::decide_response::Decision::Allow(_)) | None, _) => (Exit::Fault, "UNDECIDED", None),
+        let says_who_pays = |allow: &pb::Allow| {
+            pb::BillingMode::try_from(allow.billing_mode).is_ok_and(|mode| mode != pb::BillingMode::Unspecified)
+        };
+        let (exit, word, deny) = match decision {
+            Some(pb::decide_response::Decision::Allow(allow)) if says_who_pays(allow) => (Exit::Ok, "ALLOW", None),
+            Some(pb::decide_response::Decision::Deny(deny)) if deny.retryable => (Exit::DeniedRetryable, "DENY", Some(deny)),
+            Some(pb::decide_response::Decision::Deny(deny)) => (Exit::Denied, "DENY", Some(deny)),
+            Some(pb::decide_response::Decision::Allow(_)) | None => (Exit::Fault, "UNDECIDED", None),
         };
         let mut body = json!({
             "decision": word,
@@ -47,6 +50,8 @@ impl Report {
             "warnings": warnings.iter().map(warning_of).collect::<Vec<_>>(),
             "registry_revision": registry_revision,
             "catalogue_revision": catalogue_revision,
+            "relevant_env": relevant_env,
+            "relevant_base_url_env": relevant_base_url_env,
         });
         if let (Some(deny), Some(body)) = (deny, body.as_object_mut()) {
             body.extend([

@@ -269,6 +269,11 @@ impl Catalogue {
         longest.chunk_by(|one, other| one.prefix == other.prefix).next().unwrap_or_default()
     }
 
+    /// The base-URL variables that it knows.
+    pub fn base_url_names(&self) -> impl Iterator<Item = &str> {
+        self.base_url_env.keys().map(String::as_str)
+    }
+
     /// Which providers a base-URL variable concerns: those of a protocol, or all (`None`).
     pub fn concerned_by(&self, base_url_env: &str) -> Option<Protocol> {
         self.base_url_env.get(base_url_env).copied()

@@ -103,6 +103,16 @@ pub fn own_base_urls(provider: &Provider, catalogue: &Catalogue, tenant_base_url
     tenant_base_url_env.iter().filter(|name| concerns(catalogue, name, provider)).cloned().collect()
 }
 
+/// The base-URL variables that concern this provider, as far as the catalogue knows them.
+pub fn relevant_base_urls(provider: &Provider, catalogue: &Catalogue) -> Vec<String> {
+    match provider.auth {
+        Auth::Key if !provider.is_platform() => {
+            catalogue.base_url_names().filter(|name| concerns(catalogue, name, provider)).map(str::to_owned).collect()
+        }
+        Auth::Key | Auth::OAuth | Auth::Ambient => Vec::new(),
+    }
+}
+
 // === impl Endpoint ===
 
 impl Endpoint {

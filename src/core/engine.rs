@@ -179,7 +179,14 @@ impl Engine {
         trace_ruling(&mut trace, &outcome);
         Decided {
             id: new_id(),
-            decision: Decision { outcome, resolution, liveness, warnings, trace: trace.into_steps() },
+            decision: Decision {
+                outcome,
+                resolution,
+                liveness,
+                warnings,
+                trace: trace.into_steps(),
+                relevant: evaluation.relevant,
+            },
             registry_revision: snapshot.registry.revision().to_owned(),
             catalogue_revision: snapshot.catalogue.revision().to_owned(),
         }

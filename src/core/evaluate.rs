@@ -6,14 +6,14 @@ use crate::{
     core::{
         credentials::{CredentialSet, Lookup, Selection},
         derive::{Derived, Underivable, derive, relevant_names},
-        endpoint::{Endpoint, NoSurface, own_base_urls},
+        endpoint::{Endpoint, NoSurface, own_base_urls, relevant_base_urls},
         key_shape::{administrative, unsendable},
         policy::{Enforcement, Facts},
         registry::{Auth, Provider, Registry, Runtime},
         snapshot::Snapshot,
     },
     domain::{
-        decision::{JudgedCredential, Resolution, TraceStep, Warning},
+        decision::{JudgedCredential, RelevantNames, Resolution, TraceStep, Warning},
         denial::{LivenessEvidence, Refusal, listed},
         request::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
         secret::Secret,
@@ -32,6 +32,8 @@ pub struct Evaluation<'a> {
     pub warnings: Vec<Warning>,
     /// The steps, if they were asked for.
     pub trace: Trace,
+    /// The names that mattered.
+    pub relevant: RelevantNames,
 }
 
 /// What happens next.
@@ -76,17 +78,18 @@ pub fn evaluate<'a>(
     now: i64,
     fingerprint: &dyn Fn(&Secret) -> String,
 ) -> Evaluation<'a> {
-    let Request { spec, checkpoint, explain, caller, max_liveness_age: _ } = request;
+    let Request { spec, checkpoint, explain, caller, max_liveness_age: _, report_only: _ } = request;
     let mut log = EvaluationLog {
-        resolution: Resolution::unsettled(),
+        resolution: Resolution::empty(),
         warnings: Vec::new(),
         trace: Trace { on: *explain, steps: Vec::new() },
+        relevant: RelevantNames::default(),
     };
     let proxy = proxy_of(snapshot, spec);
     let evaluator = Evaluator { snapshot, spec, checkpoint: *checkpoint, proxy, caller, now, fingerprint };
     let next = evaluator.run(&mut log).unwrap_or_else(|facts| Next::Rule(*facts));
-    let EvaluationLog { resolution, warnings, trace } = log;
-    Evaluation { next, resolution, warnings, trace }
+    let EvaluationLog { resolution, warnings, trace, relevant } = log;
+    Evaluation { next, resolution, warnings, trace, relevant }
 }
 
 /// What the runtime offers without a key, for a workspace that is denied.
@@ -103,11 +106,11 @@ fn proxy_of(snapshot: &Snapshot, spec: &WorkspaceSpec) -> PlatformProxy {
 
 /// Who owns a model by names alone: what `ResolveProvider` answers.
 pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeSet<String>) -> Result<Resolved, Unresolved> {
-    let mut resolution = Resolution::unsettled();
+    let mut resolution = Resolution::empty();
     if snapshot.policy.exempt_runtimes.contains(runtime) {
         resolution.billing_mode = Some(BillingMode::None);
         resolution.source = Source::ExemptRuntime;
-        return Ok(Resolved { resolution, relevant_env: Vec::new(), withdrawn: false });
+        return Ok(Resolved { resolution, relevant: RelevantNames::default(), withdrawn: false });
     }
     let registry = &snapshot.registry;
     let found = known_runtime(registry, runtime)?;
@@ -124,7 +127,9 @@ pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeS
         return Err(Unresolved { refusal: Box::new(not_byok(derived.provider, model)), relevant_env });
     }
     record_owner(&mut resolution, derived.provider, derived.matched_by);
-    Ok(Resolved { resolution, relevant_env, withdrawn: derived.arm.has_withdrawn(model) })
+    let base_url_env = relevant_base_urls(derived.provider, &snapshot.catalogue);
+    let relevant = RelevantNames { env: relevant_env, base_url_env };
+    Ok(Resolved { resolution, relevant, withdrawn: derived.arm.has_withdrawn(model) })
 }
 
 /// Who owns a model, and what to fetch before a decision.
@@ -132,8 +137,8 @@ pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeS
 pub struct Resolved {
     /// The owner.
     pub resolution: Resolution,
-    /// Every name that could change the owner or answer for it.
-    pub relevant_env: Vec<String>,
+    /// The names that matter.
+    pub relevant: RelevantNames,
     /// Not for new workspaces.
     pub withdrawn: bool,
 }
@@ -170,6 +175,7 @@ struct EvaluationLog {
     resolution: Resolution,
     warnings: Vec<Warning>,
     trace: Trace,
+    relevant: RelevantNames,
 }
 
 /// `Err` is the early end: the facts are complete.
@@ -193,6 +199,7 @@ impl<'a> Evaluator<'a, '_> {
         let derived = self.owner(&credentials, runtime, model, log)?;
         self.check_withdrawn(&derived, model, log)?;
         let provider = derived.provider;
+        log.relevant.base_url_env = relevant_base_urls(provider, &self.snapshot.catalogue);
         if provider.is_platform() {
             return Err(Box::new(self.platform(model)));
         }
@@ -254,15 +261,20 @@ impl<'a> Evaluator<'a, '_> {
         let registry = &*self.snapshot.registry;
         let name = self.spec.runtime.as_str();
         let derived = derive(registry, name, model, &|name| credentials.has(name));
+        log.relevant.env = relevant_names(registry, runtime, model);
         if credentials.has_unreadable() {
             let owner =
                 |result: &Result<Derived<'a>, Underivable>| result.as_ref().ok().map(|derived| derived.provider.name.clone());
-            let changing: Vec<String> = relevant_names(registry, runtime, model)
-                .into_iter()
+            let changing: Vec<String> = log
+                .relevant
+                .env
+                .iter()
                 .filter(|unknown| matches!(credentials.lookup(unknown), Lookup::Unknown))
                 .filter(|unknown| {
-                    owner(&derive(registry, name, model, &|name| name == unknown || credentials.has(name))) != owner(&derived)
+                    owner(&derive(registry, name, model, &|name| name == unknown.as_str() || credentials.has(name)))
+                        != owner(&derived)
                 })
+                .cloned()
                 .collect();
             if !changing.is_empty() {
                 log.trace.step("derive", || format!("{} could not be read and could change the owner", listed(&changing)));
@@ -286,7 +298,7 @@ impl<'a> Evaluator<'a, '_> {
                 model: model.to_owned(),
                 provider: derived.provider.name.clone(),
             })),
-            Checkpoint::Provision => {
+            Checkpoint::Provision | Checkpoint::Audit => {
                 let message = format!("model `{model}` is withdrawn; this workspace keeps it, new ones cannot have it");
                 log.warn(WarningCode::ModelWithdrawn, message, Vec::new());
                 Ok(())

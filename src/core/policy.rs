@@ -127,7 +127,7 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
         Facts::NotValid { evidence, served_from: _, recently_valid, enforcement } => {
             let action = group_of(evidence.verdict).map_or(Action::Deny, |group| policy.action(checkpoint, group));
             // Whatever is configured: the service is no key checker, and a flood of keys does not get past it by being one.
-            let starts = matches!(checkpoint, Checkpoint::Create | Checkpoint::Provision);
+            let starts = checkpoint != Checkpoint::Update;
             if starts && evidence.withheld == Some(Withheld::NewKeys) {
                 return Ruling::deny(Refusal::Liveness(evidence));
             }
@@ -177,10 +177,12 @@ impl Default for Policy {
 impl Policy {
     /// What is done about a group at a checkpoint.
     pub fn action(&self, checkpoint: Checkpoint, group: Group) -> Action {
+        // A running workspace is judged as it would be at its next start.
+        let checkpoint = if checkpoint == Checkpoint::Audit { Checkpoint::Provision } else { checkpoint };
         self.actions.get(&(checkpoint, group)).copied().unwrap_or(match (group, checkpoint) {
             (Group::Forbidden, _) => Action::Deny,
             (Group::Unanswered, Checkpoint::Create) => Action::Deny,
-            (Group::Unanswered, Checkpoint::Provision) => Action::AllowIfRecentlyValid,
+            (Group::Unanswered, Checkpoint::Provision | Checkpoint::Audit) => Action::AllowIfRecentlyValid,
             // A leaked key must be replaceable while its vendor is down; PROVISION decides.
             (Group::Unanswered, Checkpoint::Update) => Action::Allow,
             (Group::Inconclusive | Group::Unverifiable, _) => Action::Allow,

@@ -123,6 +123,15 @@ pub enum Outcome {
     Deny(Box<Deny>),
 }
 
+/// The names that mattered to a decision: who has sent what there is of them has sent enough.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct RelevantNames {
+    /// Credentials that could change the owner of the model, or answer for it.
+    pub env: Vec<String>,
+    /// Base-URL variables with which the workspace would dial another host.
+    pub base_url_env: Vec<String>,
+}
+
 /// One decision with its reasons.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
@@ -136,13 +145,15 @@ pub struct Decision {
     pub warnings: Vec<Warning>,
     /// The steps, if they were asked for.
     pub trace: Vec<TraceStep>,
+    /// The names that mattered.
+    pub relevant: RelevantNames,
 }
 
 // === impl Resolution ===
 
 impl Resolution {
     /// Nothing is settled yet.
-    pub const fn unsettled() -> Self {
+    pub const fn empty() -> Self {
         Self {
             provider: String::new(),
             billing_mode: None,

@@ -16,6 +16,8 @@ pub enum Checkpoint {
     Provision,
     /// A change of model, runtime or secret, before it is saved.
     Update,
+    /// A running workspace is looked at again.
+    Audit,
 }
 
 /// Where a credential is stored.
@@ -118,6 +120,8 @@ pub struct Request {
     pub max_liveness_age: Option<Duration>,
     /// Whether the steps are to be told.
     pub explain: bool,
+    /// The caller does not act on the answer: it is recorded and counted apart.
+    pub report_only: bool,
     /// Who asks, by the name that the edge knows it by; empty where callers have none.
     pub caller: String,
 }

@@ -6,13 +6,10 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{Instant, timeout, timeout_at},
 };
-use tonic::{Code, Status};
-use tonic_types::{ErrorDetails, StatusExt};
+use tonic::Status;
 
+use super::errors::{RETRY_AFTER, limit_reached};
 use crate::config::settings::Limits;
-
-/// When a refused caller should try again: long enough that a refused crowd does not come back as one, short for a person.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// The door to the engine.
 pub(super) struct Admission {
@@ -61,21 +58,15 @@ impl Admission {
     }
 
     fn full(&self) -> Status {
-        exhausted("limits.decisions", &self.words)
+        limit_reached("limits.decisions", &self.words, RETRY_AFTER)
     }
-}
-
-/// RESOURCE_EXHAUSTED that says which limit, and when to try again.
-pub(crate) fn exhausted(limit: &str, words: &str) -> Status {
-    let mut details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
-    details.add_quota_failure_violation(limit, words);
-    let message =
-        format!("no decision was made: the limit `{limit}` is reached ({words}); try again in {} s", RETRY_AFTER.as_secs());
-    Status::with_error_details(Code::ResourceExhausted, message, details)
 }
 
 #[cfg(test)]
 mod tests {
+    use tonic::Code;
+    use tonic_types::StatusExt;
+
     use super::*;
     use crate::config::settings::Span;
 

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use tonic::Status;
 
+use super::{convert::pb::ErrorReason, errors::error};
 use crate::domain::request::{Checkpoint, OperatorOverride, Request};
 
 /// A caller that the server knows. It travels with each call; a call without one is not answered.
@@ -33,17 +34,20 @@ impl Caller {
     pub(super) fn may_decide(&self, request: &Request) -> Result<(), Status> {
         match &self.role {
             Role::Platform => Ok(()),
-            Role::Operator => Err(Status::permission_denied("an `operator` caller may not ask for decisions")),
+            Role::Operator => Err(error(ErrorReason::MethodNotAllowed, "an `operator` caller may not ask for decisions")),
             Role::Workspace(ids) => {
                 let spec = &request.spec;
                 if request.checkpoint != Checkpoint::Provision {
-                    return Err(Status::permission_denied("a `workspace` caller may ask at PROVISION only"));
+                    return Err(error(ErrorReason::RequestNotAllowed, "a `workspace` caller may ask at PROVISION only"));
                 }
                 if !ids.contains(&spec.workspace_id) {
-                    return Err(Status::permission_denied("a `workspace` caller may ask for its own workspace_id only"));
+                    return Err(error(
+                        ErrorReason::RequestNotAllowed,
+                        "a `workspace` caller may ask for its own workspace_id only",
+                    ));
                 }
                 if spec.operator_override != OperatorOverride::Derive {
-                    return Err(Status::permission_denied("a `workspace` caller may not set an operator_override"));
+                    return Err(error(ErrorReason::RequestNotAllowed, "a `workspace` caller may not set an operator_override"));
                 }
                 Ok(())
             }

@@ -68,23 +68,24 @@ pub fn request(message: pb::DecideRequest) -> Result<Request, Violations> {
 
 /// A Decide request, parsed once: inside, nothing is checked again.
 pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Request, Violations> {
-    let pb::DecideRequest { workspace_spec, checkpoint, max_liveness_age, explain } = message;
+    let pb::DecideRequest { workspace_spec, checkpoint, max_liveness_age, explain, report_only } = message;
     let mut violations = Violations::default();
     let checkpoint = match pb::Checkpoint::try_from(checkpoint) {
         Ok(pb::Checkpoint::Create) => Some(Checkpoint::Create),
         Ok(pb::Checkpoint::Provision) => Some(Checkpoint::Provision),
         Ok(pb::Checkpoint::Update) => Some(Checkpoint::Update),
+        Ok(pb::Checkpoint::Audit) => Some(Checkpoint::Audit),
         Ok(pb::Checkpoint::Unspecified) | Err(_) => {
-            violations.add("checkpoint", "is required: CREATE, PROVISION or UPDATE");
+            violations.add("checkpoint", "is required: CREATE, PROVISION, UPDATE or AUDIT");
             None
         }
     };
-    let max_liveness_age = max_liveness_age.and_then(|age| match Duration::try_from(age) {
-        Ok(age) => Some(age),
-        Err(_) => {
-            violations.add("max_liveness_age", "must be a duration of 0 or more");
-            None
+    let max_liveness_age = max_liveness_age.and_then(|age| {
+        let found = length_of(age);
+        if found.is_none() {
+            violations.add("max_liveness_age", "must be a duration of 0 s to 315,576,000,000 s, its nanos 0 to 999,999,999");
         }
+        found
     });
     let spec = match workspace_spec {
         Some(message) => Some(spec(message, limits, &mut violations)),
@@ -95,10 +96,18 @@ pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Req
     };
     match (spec, checkpoint) {
         (Some(spec), Some(checkpoint)) => {
-            violations.or(Request { spec, checkpoint, max_liveness_age, explain, caller: String::new() })
+            violations.or(Request { spec, checkpoint, max_liveness_age, explain, report_only, caller: String::new() })
         }
         _ => Err(violations),
     }
+}
+
+/// A duration as the wire has it, if it is one that the well-known type allows. The library's own conversion panics at the smallest number
+/// of seconds, and takes parts of different signs.
+fn length_of(wire: prost_types::Duration) -> Option<Duration> {
+    const MAX_SECONDS: u64 = 315_576_000_000;
+    let (seconds, nanos) = (u64::try_from(wire.seconds).ok()?, u32::try_from(wire.nanos).ok()?);
+    (seconds <= MAX_SECONDS && nanos < 1_000_000_000).then(|| Duration::new(seconds, nanos))
 }
 
 fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations) -> WorkspaceSpec {
@@ -264,7 +273,7 @@ pub fn list_request(message: pb::ListModelsRequest, limits: &Limits) -> Result<O
 
 /// A Decide request as a client sends it.
 pub fn to_request(request: &Request) -> pb::DecideRequest {
-    let Request { spec, checkpoint, max_liveness_age, explain, caller: _ } = request;
+    let Request { spec, checkpoint, max_liveness_age, explain, report_only, caller: _ } = request;
     let scope = |scope: Scope| match scope {
         Scope::Workspace => pb::Scope::Workspace as i32,
         Scope::Organization => pb::Scope::Organization as i32,
@@ -302,9 +311,11 @@ pub fn to_request(request: &Request) -> pb::DecideRequest {
             Checkpoint::Create => pb::Checkpoint::Create,
             Checkpoint::Provision => pb::Checkpoint::Provision,
             Checkpoint::Update => pb::Checkpoint::Update,
+            Checkpoint::Audit => pb::Checkpoint::Audit,
         } as i32,
         max_liveness_age: max_liveness_age.map(duration),
         explain: *explain,
+        report_only: *report_only,
     }
 }
 
@@ -313,11 +324,13 @@ pub fn to_request(request: &Request) -> pb::DecideRequest {
 /// A decision.
 pub fn response(decided: Decided) -> pb::DecideResponse {
     let Decided { id, decision, registry_revision, catalogue_revision } = decided;
-    let Decision { outcome, resolution, liveness, warnings, trace } = decision;
+    let Decision { outcome, resolution, liveness, warnings, trace, relevant } = decision;
     pb::DecideResponse {
         decision_id: id.to_string(),
         decision: Some(match outcome {
-            Outcome::Allow(_) => pb::decide_response::Decision::Allow(pb::Allow {}),
+            Outcome::Allow(allow) => {
+                pb::decide_response::Decision::Allow(pb::Allow { billing_mode: billing_mode(Some(allow.billing_mode())) })
+            }
             Outcome::Deny(refused) => pb::decide_response::Decision::Deny(deny(*refused)),
         }),
         resolution: Some(self::resolution(resolution)),
@@ -326,6 +339,8 @@ pub fn response(decided: Decided) -> pb::DecideResponse {
         registry_revision,
         catalogue_revision,
         trace: trace.into_iter().map(|step| pb::TraceStep { step: step.step.to_owned(), detail: step.detail }).collect(),
+        relevant_env: relevant.env,
+        relevant_base_url_env: relevant.base_url_env,
     }
 }
 
@@ -333,9 +348,10 @@ pub fn response(decided: Decided) -> pb::DecideResponse {
 pub fn resolve_response(result: Result<Resolved, Unresolved>, model: &str, snapshot: &Snapshot) -> pb::ResolveProviderResponse {
     let registry_revision = snapshot.registry.revision().to_owned();
     match result {
-        Ok(Resolved { resolution, relevant_env, withdrawn }) => pb::ResolveProviderResponse {
+        Ok(Resolved { resolution, relevant, withdrawn }) => pb::ResolveProviderResponse {
             result: Some(pb::resolve_provider_response::Result::Resolution(self::resolution(resolution))),
-            relevant_env,
+            relevant_env: relevant.env,
+            relevant_base_url_env: relevant.base_url_env,
             warnings: if withdrawn { vec![warning(withdrawal(model))] } else { Vec::new() },
             registry_revision,
         },
@@ -345,6 +361,7 @@ pub fn resolve_response(result: Result<Resolved, Unresolved>, model: &str, snaps
                 alternative_models: Vec::new(),
             }))),
             relevant_env,
+            relevant_base_url_env: Vec::new(),
             warnings: Vec::new(),
             registry_revision,
         },
@@ -575,7 +592,7 @@ impl fmt::Debug for pb::WorkspaceSpec {
 
 impl fmt::Debug for pb::DecideRequest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { workspace_spec, checkpoint, max_liveness_age: _, explain: _ } = self;
+        let Self { workspace_spec, checkpoint, .. } = self;
         f.debug_struct("DecideRequest")
             .field("workspace_spec", workspace_spec)
             .field("checkpoint", checkpoint)
@@ -618,6 +635,7 @@ mod tests {
             checkpoint: pb::Checkpoint::Update as i32,
             max_liveness_age: Some(prost_types::Duration { seconds: 1, nanos: 5 }),
             explain: true,
+            report_only: true,
         }
     }
 
@@ -653,10 +671,19 @@ mod tests {
     fn bad_input_names_its_field() {
         violates(|message| *message = pb::DecideRequest::default(), &["checkpoint", "workspace_spec"]);
         violates(|message| message.checkpoint = 7, &["checkpoint"]);
-        violates(
-            |message| message.max_liveness_age = Some(prost_types::Duration { seconds: -1, nanos: 0 }),
-            &["max_liveness_age"],
-        );
+        for (seconds, nanos) in [
+            (-1, 0),
+            (0, -1),
+            (1, -1),
+            (-1, 1),
+            (0, 1_000_000_000),
+            (315_576_000_001, 0),
+            (i64::MIN, 0),
+            (i64::MIN, i32::MIN),
+            (i64::MAX, 0),
+        ] {
+            violates(|message| message.max_liveness_age = Some(prost_types::Duration { seconds, nanos }), &["max_liveness_age"]);
+        }
         violates(with_spec(|spec| spec.runtime = "a\nb".into()), &["workspace_spec.runtime"]);
         violates(with_spec(|spec| spec.workspace_id = "w".repeat(129)), &["workspace_spec.workspace_id"]);
         violates(with_spec(|spec| spec.model = "m".repeat(513)), &["workspace_spec.model"]);

@@ -10,7 +10,7 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use governor::{Quota, RateLimiter, middleware::NoOpMiddleware, state::keyed::HashMapStateStore};
+use governor::{Quota, RateLimiter, clock::Clock, middleware::NoOpMiddleware, state::keyed::HashMapStateStore};
 use http::{HeaderMap, header};
 use rand::Rng;
 use subtle::ConstantTimeEq;
@@ -26,8 +26,9 @@ use crate::{
     config::settings::{Callers as CallerSettings, CertificateCaller, RoleWord, UnixCaller},
     grpc::{
         NAME,
-        admission::exhausted,
         caller::{Caller, Role},
+        convert::pb::ErrorReason,
+        errors::{error, limit_reached},
     },
     liveness::provider_limits::TokioClock,
 };
@@ -151,25 +152,27 @@ impl Callers {
         match (&caller.role, method) {
             (Role::Platform, _) => {}
             (Role::Operator, Some("Decide" | "BatchDecide")) => {
-                return Err(Status::permission_denied("an `operator` caller may not ask for decisions"));
+                return Err(error(ErrorReason::MethodNotAllowed, "an `operator` caller may not ask for decisions"));
             }
             (Role::Operator, _) => {}
             (Role::Workspace(_), Some("Decide")) => self.take(&caller.name)?,
-            (Role::Workspace(_), _) => return Err(Status::permission_denied("a `workspace` caller may call Decide only")),
+            (Role::Workspace(_), _) => {
+                return Err(error(ErrorReason::MethodNotAllowed, "a `workspace` caller may call Decide only"));
+            }
         }
         Ok(Some(caller))
     }
 
     fn known(&self, connected: &Connected, headers: &HeaderMap) -> Result<Arc<Caller>, Status> {
         if let Connected::Refused(why) = connected {
-            return Err(Status::permission_denied(why));
+            return Err(error(ErrorReason::CallerUnknown, why));
         }
         if let Some(tokens) = &self.tokens {
             match bearer(headers) {
-                Err(()) => return Err(Status::unauthenticated("the authorization header is not one bearer token")),
+                Err(()) => return Err(error(ErrorReason::TokenMalformed, "the authorization header is not one bearer token")),
                 Ok(Some(token)) => {
                     let caller = tokens.caller_of(token);
-                    return caller.ok_or_else(|| Status::unauthenticated("the bearer token is not known"));
+                    return caller.ok_or_else(|| error(ErrorReason::TokenUnknown, "the bearer token is not known"));
                 }
                 Ok(None) => {}
             }
@@ -177,14 +180,17 @@ impl Callers {
         match connected {
             Connected::Caller(caller) => Ok(Arc::clone(caller)),
             Connected::Unknown | Connected::Refused(_) => {
-                Err(Status::unauthenticated("the call carries no bearer token: send `authorization: Bearer TOKEN`"))
+                Err(error(ErrorReason::TokenMissing, "the call carries no bearer token: send `authorization: Bearer TOKEN`"))
             }
         }
     }
 
     /// One call of a caller whose rate is low.
     fn take(&self, name: &str) -> Result<(), Status> {
-        let over = |_| exhausted("callers.workspace_calls_per_minute", &format!("{} calls a minute", self.per_minute));
+        let over = |spent: governor::NotUntil<Duration>| {
+            let words = format!("{} calls a minute", self.per_minute);
+            limit_reached("callers.workspace_calls_per_minute", &words, spent.wait_time_from(self.rates.clock().now()))
+        };
         self.rates.check_key(&name.to_owned()).map_err(over)
     }
 }

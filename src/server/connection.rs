@@ -16,10 +16,9 @@ use hyper_util::rt::TokioIo;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     sync::watch,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use tonic::{Code, Status, body::Body, service::Routes};
-use tonic_types::{ErrorDetails, StatusExt};
 use tower_service::Service;
 
 use super::{
@@ -31,7 +30,15 @@ use super::{
 };
 use crate::{
     config::settings::{Deadlines, Limits},
-    grpc::{NAME, PolicyDecision, convert::pb::policy_decision_service_server::PolicyDecisionServiceServer, deadline::Deadline},
+    grpc::{
+        NAME, PolicyDecision,
+        convert::{
+            Violations,
+            pb::{ErrorReason, policy_decision_service_server::PolicyDecisionServiceServer},
+        },
+        deadline::Deadline,
+        errors::{bad_request, draining, error, explained},
+    },
     telemetry::{
         events::{Journal, Undecided},
         metrics::{
@@ -49,6 +56,9 @@ const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 const ENHANCE_YOUR_CALM: u8 = 0x0b;
 /// Streams that a peer has reset and that are still being worked on: a rapid reset is cut off here.
 const MAX_RESET_STREAMS: usize = 20;
+
+/// How long the calls that are cut off at the end of a drain have to be told so.
+pub(super) const LAST_WORDS: Duration = Duration::from_millis(100);
 
 /// What every connection shares.
 pub(super) struct ConnectionContext {
@@ -97,9 +107,7 @@ impl ConnectionContext {
         let service = service_fn(|request| self.call(&connected, request));
         let inline = InlineExecutor::default();
         let mut connection = std::pin::pin!(self.http(&inline).serve_connection(TokioIo::new(io), service));
-        let mut stages = [Phase::Draining, Phase::Cut].into_iter();
-        let mut next = stages.next();
-        while let Some(stage) = next {
+        for stage in [Phase::Draining, Phase::Cut] {
             tokio::select! {
                 ended = poll_fn(|context| {
                     let polled = connection.as_mut().poll(context);
@@ -114,10 +122,11 @@ impl ConnectionContext {
                 () = reached(&mut phase, stage) => {
                     // GOAWAY: what is under way is finished, nothing new begins.
                     connection.as_mut().graceful_shutdown();
-                    next = stages.next();
                 }
             }
         }
+        // What was cut off is told so.
+        drop(timeout(LAST_WORDS, connection).await);
     }
 
     /// TLS where it is configured, then the preface: whoever does not speak HTTP/2 goes no further.
@@ -187,8 +196,15 @@ impl ConnectionContext {
         // Most calls wait for nothing, and need no timer.
         let answered = match futures_util::poll!(&mut answering) {
             Poll::Ready(answered) => Ok(answered),
-            // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
-            Poll::Pending => timeout_at(end, answering).await,
+            Poll::Pending => {
+                let mut phase = self.phase.clone();
+                tokio::select! {
+                    // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
+                    answered = timeout_at(end, answering) => answered,
+                    // The service notices that its call was given up.
+                    () = reached(&mut phase, Phase::Cut) => return Ok(draining().into_http()),
+                }
+            }
         };
         match answered {
             Ok(Ok(response)) => Ok(match explanation(&response, limit) {
@@ -204,6 +220,10 @@ impl ConnectionContext {
         let is_batch = method.map(|method| method == BATCH_DECIDE);
         // Of the calls that ask for a decision, the journal knows.
         let decision_method = method.filter(|method| [DECIDE, BATCH_DECIDE].contains(method));
+        if method == Some("") {
+            let status = error(ErrorReason::Unsupported, "the service has no such method");
+            return Err(Box::new(status.into_http()));
+        }
         let caller = match self.callers.admit(connected, request.uri().path(), request.headers()) {
             Ok(caller) => caller,
             Err(status) => return Err(Box::new(undecided(&self.journal, decision_method, status))),
@@ -256,20 +276,23 @@ struct CallLimits {
 }
 
 fn late() -> Status {
-    Status::deadline_exceeded("no decision was made before the call's deadline")
+    error(ErrorReason::Deadline, "no decision was made before the call's deadline")
 }
 
-/// What the library finds wrong with a message, in the contract's words: bad input is INVALID_ARGUMENT with a field.
+/// What the library finds wrong with a message, in the contract's words: bad input is INVALID_ARGUMENT with a field. And every error says
+/// its reason.
 fn explanation(response: &Response<Body>, limit: usize) -> Option<Status> {
     const UNDECODABLE: &str = "failed to decode Protobuf message";
-    let description = match response.extensions().get::<Status>().map(|status| (status.code(), status.message())) {
-        Some((Code::OutOfRange, _)) => format!("is longer than {limit} bytes, the limit"),
-        Some((Code::Internal, message)) if message.starts_with(UNDECODABLE) => "is not this call's message".to_owned(),
-        Some(_) | None => return None,
+    let status = response.extensions().get::<Status>()?;
+    let (reason, description) = match (status.code(), status.message()) {
+        (Code::Ok, _) => return None,
+        (Code::OutOfRange, _) => (ErrorReason::RequestTooLarge, format!("is longer than {limit} bytes, the limit")),
+        (Code::Internal, message) if message.starts_with(UNDECODABLE) => {
+            (ErrorReason::RequestUnreadable, "is not this call's message".to_owned())
+        }
+        _ => return status.details().is_empty().then(|| explained(status.clone())),
     };
-    let message = format!("request: {description}");
-    let details = ErrorDetails::with_bad_request_violation("request", description);
-    Some(Status::with_error_details(Code::InvalidArgument, message, details))
+    Some(bad_request(reason, Violations(vec![("request".to_owned(), description)])))
 }
 
 /// Waits until the server is that far.
@@ -291,7 +314,7 @@ pub(super) async fn turn_away(mut io: Box<dyn Stream>, limit: usize) {
         io.write_all(&frames).await?;
         io.shutdown().await
     };
-    drop(tokio::time::timeout(PATIENCE, telling).await);
+    drop(timeout(PATIENCE, telling).await);
 }
 
 /// A connection whose preface has been read, and is read again by the HTTP/2 library.

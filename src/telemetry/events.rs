@@ -97,15 +97,17 @@ impl Journal {
     }
 
     /// Writes a decision's event. A denial is at WARN, and so is an allow that was not verified, but at INFO where there is
-    /// nothing to call by design.
+    /// nothing to call by design, and where the caller does not act on the answer.
     pub fn decision(&self, request: &Request, decided: &Decided, took: Duration, trace_id: Option<TraceId>) {
         let Some(lines) = &self.lines else { return };
         let Decided { id, decision, registry_revision, catalogue_revision } = decided;
-        let Decision { outcome, resolution, liveness, warnings, trace: _ } = decision;
+        let Decision { outcome, resolution, liveness, warnings, trace: _, relevant: _ } = decision;
         if is_plain(decision) && !is_sampled(*id, self.plain_allow_ratio) {
             return;
         }
-        let (level, passes) = if is_loud(decision) { ("WARN", self.warn) } else { ("INFO", self.info) };
+        // Nobody was refused by an answer that its caller does not act on.
+        let loud = is_loud(decision) && !request.report_only;
+        let (level, passes) = if loud { ("WARN", self.warn) } else { ("INFO", self.info) };
         if !passes {
             return;
         }
@@ -118,6 +120,9 @@ impl Journal {
         line.plain(text!("decision_id"), id.hyphenated().encode_lower(&mut [0; Hyphenated::LENGTH]));
         line.trace(trace_id);
         line.word(text!("checkpoint"), checkpoint.as_str());
+        if request.report_only {
+            line.flag(key!("report_only"));
+        }
         line.given(text!("workspace_id"), &spec.workspace_id);
         line.given(text!("organization_id"), &spec.organization_id);
         line.given(text!("caller"), caller);
@@ -238,6 +243,11 @@ impl Line {
         if !text.is_empty() {
             self.text(key, text);
         }
+    }
+
+    fn flag(&mut self, key: &str) {
+        self.0.extend_from_slice(key.as_bytes());
+        self.0.extend_from_slice(b"true");
     }
 
     fn number(&mut self, key: &str, number: u64) {

@@ -28,6 +28,7 @@ use prost::Message;
 
 use crate::support::case;
 
+/// Those that have a policy of their own; AUDIT has PROVISION's.
 const CHECKPOINTS: [Checkpoint; 3] = [Checkpoint::Create, Checkpoint::Provision, Checkpoint::Update];
 const GROUPS: [Group; 4] = [Group::Forbidden, Group::Unanswered, Group::Inconclusive, Group::Unverifiable];
 const OVERRIDES: [OperatorOverride; 4] =
@@ -134,11 +135,12 @@ fn every_request() -> impl Iterator<Item = Request> {
         }
     }
     requests.into_iter().flat_map(|spec| {
-        CHECKPOINTS.map(|checkpoint| Request {
+        Checkpoint::VARIANTS.iter().map(move |checkpoint| Request {
             spec: spec.clone(),
-            checkpoint,
+            checkpoint: *checkpoint,
             max_liveness_age: None,
             explain: false,
+            report_only: false,
             caller: String::new(),
         })
     })
@@ -221,7 +223,7 @@ fn the_policy_table() {
     };
     let default = |group, checkpoint| match (group, checkpoint) {
         (Group::Forbidden, _) | (Group::Unanswered, Checkpoint::Create) => Action::Deny,
-        (Group::Unanswered, Checkpoint::Provision) => Action::AllowIfRecentlyValid,
+        (Group::Unanswered, Checkpoint::Provision | Checkpoint::Audit) => Action::AllowIfRecentlyValid,
         (Group::Unanswered, Checkpoint::Update) | (Group::Inconclusive | Group::Unverifiable, _) => Action::Allow,
     };
     for &verdict in V::VARIANTS {
@@ -256,6 +258,12 @@ fn the_policy_table() {
                                 enforcement,
                             },
                         };
+                        if checkpoint == Checkpoint::Provision {
+                            assert_eq!(
+                                apply(facts.clone(), Checkpoint::Audit, &policy),
+                                apply(facts.clone(), checkpoint, &policy)
+                            );
+                        }
                         let ruling = apply(facts, checkpoint, &policy);
                         let place = format!("{verdict} {checkpoint:?} {action:?} {recently_valid} {enforcement:?}");
                         match ruling.outcome {
@@ -373,8 +381,14 @@ fn any_spec() -> impl Strategy<Value = pb::WorkspaceSpec> {
 
 fn any_request() -> impl Strategy<Value = Request> {
     (any_spec(), 1..=3_i32).prop_map(|(spec, checkpoint)| {
-        convert::request(pb::DecideRequest { workspace_spec: Some(spec), checkpoint, max_liveness_age: None, explain: true })
-            .unwrap()
+        convert::request(pb::DecideRequest {
+            workspace_spec: Some(spec),
+            checkpoint,
+            max_liveness_age: None,
+            explain: true,
+            report_only: false,
+        })
+        .unwrap()
     })
 }
 
@@ -447,6 +461,7 @@ proptest! {
             checkpoint,
             max_liveness_age: Some(prost_types::Duration { seconds, nanos }),
             explain: true,
+            report_only: false,
         };
         if let Ok(request) = convert::request(message) {
             let (ruling, _) = rule(&DEFAULT, &request, Verdict::Invalid, false);

@@ -14,6 +14,7 @@ mod cases;
 mod catalogue;
 mod classify;
 mod config;
+mod contract;
 mod deploy;
 mod exec;
 mod guards;

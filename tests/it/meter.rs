@@ -124,6 +124,13 @@ async fn a_decision_and_its_repetition() -> Scraped {
     let mut nowhere = decide("");
     nowhere.workspace_spec.as_mut().unwrap().model = "no-such-model".into();
     assert!(!is_allow(&client.decide(nowhere).await.unwrap().into_inner()));
+    // A running workspace that is looked at, and answers that nobody acts on, are counted apart.
+    let audit = pb::DecideRequest { checkpoint: pb::Checkpoint::Audit as i32, ..decide("") };
+    assert!(!is_allow(&client.decide(audit).await.unwrap().into_inner()));
+    for key in ["made-up-key", ""] {
+        let reported = pb::DecideRequest { report_only: true, ..decide(key) };
+        assert_eq!(is_allow(&client.decide(reported).await.unwrap().into_inner()), !key.is_empty());
+    }
     // It is checked in the background that the endpoint refuses made-up keys.
     let page = shown.scrape_until(|page| page.has("byokgate_calibration_state")).await;
     let decisions = |outcome: &str, code: &str, provider: &str| {
@@ -133,14 +140,19 @@ async fn a_decision_and_its_repetition() -> Scraped {
     page.is(&decisions("DENY", "INVALID_BYOK_CREDENTIAL", "acme"), 1.0);
     page.is(&decisions("DENY", "MISSING_BYOK_CREDENTIAL", "acme"), 1.0);
     page.is(&decisions("DENY", "UNREGISTERED_MODEL_FOR_RUNTIME", ""), 1.0);
+    let at = |checkpoint: &str, series: String| series.replace("CREATE", checkpoint);
+    page.is(&at("AUDIT", decisions("DENY", "MISSING_BYOK_CREDENTIAL", "acme")), 1.0);
+    let reported = |series: String| series.replace("byokgate_decisions", "byokgate_report_only_decisions");
+    page.is(&reported(decisions("ALLOW", "", "acme")), 1.0);
+    page.is(&reported(decisions("DENY", "MISSING_BYOK_CREDENTIAL", "acme")), 1.0);
     page.is(r#"byokgate_verdicts_total{provider="acme",verdict="VALID",served_from="PROBE"}"#, 1.0);
-    page.is(r#"byokgate_verdicts_total{provider="acme",verdict="VALID",served_from="CACHE"}"#, 1.0);
+    page.is(r#"byokgate_verdicts_total{provider="acme",verdict="VALID",served_from="CACHE"}"#, 2.0);
     page.is(r#"byokgate_verdicts_total{provider="acme",verdict="INVALID",served_from="PROBE"}"#, 1.0);
-    page.is(r#"byokgate_cache_lookups_total{result="hit"}"#, 1.0);
+    page.is(r#"byokgate_cache_lookups_total{result="hit"}"#, 2.0);
     page.is(r#"byokgate_cache_lookups_total{result="fill"}"#, 2.0);
     page.is("byokgate_cache_entries", 2.0);
     page.is("byokgate_cache_evictions_total", 0.0);
-    page.is(r#"byokgate_decide_duration_seconds_count{provider="acme"}"#, 4.0);
+    page.is(r#"byokgate_decide_duration_seconds_count{provider="acme"}"#, 7.0);
     page.is(r#"byokgate_decide_duration_seconds_count{provider=""}"#, 1.0);
     page.is(r#"byokgate_probe_duration_seconds_count{provider="acme"}"#, 2.0);
     page.is(r#"byokgate_probe_duration_seconds_bucket{le="+Inf",provider="acme"}"#, 2.0);
@@ -401,7 +413,7 @@ fn request(workspace: &str, organization: &str, runtime: &str, model: &str, key:
 async fn made(engine: &Engine, decisions: &Decisions, request: &byok_gate::domain::request::Request) {
     let began = Instant::now();
     let decided = engine.decide(request, began + Duration::from_secs(5)).await;
-    decisions.made(request.checkpoint, &decided.decision, began.elapsed());
+    decisions.made(request, &decided.decision, began.elapsed());
 }
 
 /// A revoked vendor's silence at PROVISION, and a breaker that tries again.

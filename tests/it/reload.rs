@@ -273,6 +273,7 @@ fn request() -> Request {
         checkpoint: Checkpoint::Create,
         max_liveness_age: None,
         explain: false,
+        report_only: false,
         caller: String::new(),
     }
 }

@@ -9,6 +9,7 @@ use byok_gate::{
 use tokio::{io::AsyncWriteExt, net::TcpStream, task::JoinSet, time::timeout};
 use tonic::Code;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_types::StatusExt;
 
 use crate::support::{
     binary::{PATIENCE, Serving},
@@ -102,7 +103,9 @@ async fn no_client_holds_the_server_past_its_deadline() {
     }
     let ended = timeout(PATIENCE, edge.ended()).await.unwrap().unwrap();
     assert_eq!(ended, Ended::CutOff);
-    assert!(call.await.unwrap().is_err());
+    let cut_off = call.await.unwrap().unwrap_err();
+    let reason = cut_off.get_details_error_info().unwrap().reason;
+    assert_eq!((cut_off.code(), reason.as_str()), (Code::Unavailable, "DRAINING"), "{cut_off:?}");
     drop((idle, half, silent));
 }
 

@@ -189,7 +189,7 @@ async fn a_batch_answers_every_item_by_its_index() {
         "ALLOW",
         "DENY_CODE_MISSING_BYOK_CREDENTIAL",
         "DENY_CODE_INVALID_BYOK_CREDENTIAL",
-        "InvalidArgument checkpoint: is required: CREATE, PROVISION or UPDATE",
+        "InvalidArgument checkpoint: is required: CREATE, PROVISION, UPDATE or AUDIT",
         "ALLOW",
         "ALLOW",
         "DENY_CODE_MODEL_WITHDRAWN",

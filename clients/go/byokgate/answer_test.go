@@ -43,6 +43,8 @@ func TestRepliesThatCannotBeReadAreUndecided(t *testing.T) {
 	unknownMember.ProtoReflect().SetUnknown([]byte{0x82, 0x7d, 0x00})
 	allowOfNobody := allow(byokgatev1.BillingMode_BILLING_MODE_BYOK)
 	allowOfNobody.Resolution = nil
+	allowOfTwoMinds := allow(byokgatev1.BillingMode_BILLING_MODE_BYOK)
+	allowOfTwoMinds.Resolution.BillingMode = byokgatev1.BillingMode_BILLING_MODE_PLATFORM_MANAGED
 	allowWithoutID := allow(byokgatev1.BillingMode_BILLING_MODE_BYOK)
 	allowWithoutID.DecisionId = ""
 	for name, response := range map[string]*byokgatev1.DecideResponse{
@@ -53,6 +55,7 @@ func TestRepliesThatCannotBeReadAreUndecided(t *testing.T) {
 		"allow, negative billing mode":  allow(-1),
 		"allow, no billing mode":        allow(byokgatev1.BillingMode_BILLING_MODE_UNSPECIFIED),
 		"allow, no resolution":          allowOfNobody,
+		"allow, another resolution":     allowOfTwoMinds,
 		"allow, no id":                  allowWithoutID,
 		"deny, unknown code":            deny(&byokgatev1.Deny{Code: 999, Message: "a reason of tomorrow's"}),
 		"deny, no code":                 deny(&byokgatev1.Deny{}),

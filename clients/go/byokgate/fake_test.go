@@ -144,7 +144,7 @@ func resolution(revision string, names ...string) *byokgatev1.ResolveProviderRes
 func allow(mode byokgatev1.BillingMode) *byokgatev1.DecideResponse {
 	return &byokgatev1.DecideResponse{
 		DecisionId:       fakeDecision,
-		Decision:         &byokgatev1.DecideResponse_Allow{Allow: &byokgatev1.Allow{}},
+		Decision:         &byokgatev1.DecideResponse_Allow{Allow: &byokgatev1.Allow{BillingMode: mode}},
 		Resolution:       &byokgatev1.Resolution{Provider: "acme", BillingMode: mode},
 		RegistryRevision: "r1",
 	}

@@ -23,17 +23,19 @@ const (
 // read turns byok-gate's reply into the caller's answer: the only place where an Allowed is made.
 //
 // INVARIANT (sealed): an Allowed comes from a reply whose decision is "allow", whose billing mode is one that this package
-// knows and that has an id to find it by. A newer byok-gate may say what this package does not know, and a broken one may say
+// knows, with a resolution that says the same, and that has an id to find it by. A newer byok-gate may say what this package does not know, and a broken one may say
 // nothing, and neither is an allow.
 func read(spec Spec, response *byokgatev1.DecideResponse) (Allowed, Refusal) {
 	switch decision := response.GetDecision().(type) {
 	case *byokgatev1.DecideResponse_Allow:
-		mode := billingMode(response.GetResolution().GetBillingMode())
+		mode := billingMode(decision.Allow.GetBillingMode())
 		switch {
 		case decision.Allow == nil:
 			return Allowed{}, unreadable(spec, response, "an allow without content")
 		case mode == UnknownBilling:
 			return Allowed{}, unreadable(spec, response, "an allow that does not say who pays")
+		case billingMode(response.GetResolution().GetBillingMode()) != mode:
+			return Allowed{}, unreadable(spec, response, "an allow whose resolution says otherwise who pays")
 		case response.GetDecisionId() == "":
 			return Allowed{}, unreadable(spec, response, "an allow without an id")
 		}

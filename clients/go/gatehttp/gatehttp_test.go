@@ -78,7 +78,7 @@ func denial(deny *byokgatev1.Deny) *byokgatev1.DecideResponse {
 
 func allowance() *byokgatev1.DecideResponse {
 	return &byokgatev1.DecideResponse{
-		DecisionId: "d-1", Decision: &byokgatev1.DecideResponse_Allow{Allow: &byokgatev1.Allow{}}, RegistryRevision: "r1",
+		DecisionId: "d-1", Decision: &byokgatev1.DecideResponse_Allow{Allow: &byokgatev1.Allow{BillingMode: byokgatev1.BillingMode_BILLING_MODE_BYOK}}, RegistryRevision: "r1",
 		Resolution: &byokgatev1.Resolution{BillingMode: byokgatev1.BillingMode_BILLING_MODE_BYOK},
 	}
 }

@@ -28,6 +28,13 @@ const KNOWN_AUTH_MODES: [&str; 5] =
 /// The one policy about thinking that is known to be used.
 const THINKING_REQUIRED: &str = "require_enabled";
 
+/// How many credential names may matter to one model: twice as many credentials, one a scope, fit into a request.
+const MAX_RELEVANT_NAMES: usize = 32;
+/// The longest answer to ListModels: gRPC clients take 4 MiB.
+const MAX_MENU_BYTES: usize = 3 * 1024 * 1024;
+/// What an entry of that answer has beside its texts: tags, lengths, two numbers.
+const MENU_ENTRY_BYTES: usize = 32;
+
 /// Answers for a variable of the environment.
 type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 
@@ -107,6 +114,7 @@ fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Found)
     }
     let providers = check_providers(file.providers.unwrap_or_default(), env, found);
     let runtimes = check_runtimes(file.runtimes.unwrap_or_default(), &providers, found);
+    check_menu(&runtimes, &providers, found);
     // A provider that could not be built leaves problems behind, and then nothing is built from positions in this list.
     let providers: Vec<Provider> = providers.into_iter().filter_map(|(_, provider)| provider).collect();
     if !found.problems.is_empty() {
@@ -298,7 +306,8 @@ fn check_runtimes(
             }
             built.extend(check_arm(arm, &place, providers, found));
         }
-        warn_of_overlaps(&place, &built, providers, &mut found.warnings);
+        check_patterns(&place, &built, providers, found);
+        check_listings(&place, &built, providers, found);
         runtimes.insert(name, Runtime::new(built));
     }
     runtimes
@@ -335,17 +344,68 @@ fn check_arm(arm: ArmFile, place: &str, providers: &[(String, Option<Provider>)]
     Some(Arm { provider: position, models, withdrawn })
 }
 
-/// Two patterns with a model id in common make it ambiguous where the names at hand single nobody out.
-fn warn_of_overlaps(place: &str, arms: &[Arm], providers: &[(String, Option<Provider>)], warnings: &mut Vec<Problem>) {
+/// Two patterns with a model id in common make it ambiguous where the available names single nobody out; and all of them together decide how
+/// many names matter to it.
+fn check_patterns(place: &str, arms: &[Arm], providers: &[(String, Option<Provider>)], found: &mut Found) {
     let owners = arms.iter().filter_map(|arm| providers.get(arm.provider)?.1.as_ref());
-    let compared: Vec<_> = owners.filter_map(|provider| Some((provider, Comparable::of(provider.pattern.as_str())?))).collect();
+    let compared: Vec<_> = owners.map(|provider| (provider, Comparable::of(provider.pattern.as_str()))).collect();
     for (index, (one, pattern)) in compared.iter().enumerate() {
-        for (two, other) in compared.iter().skip(index + 1) {
-            if let Some(model) = pattern.common(other) {
+        // Who matches an id that this one matches too, as far as can be told.
+        let mut names: BTreeSet<&str> = one.auth_env.iter().map(String::as_str).collect();
+        for (at, (two, other)) in compared.iter().enumerate().filter(|(at, _)| *at != index) {
+            let (Some(pattern), Some(other)) = (pattern, other) else {
+                names.extend(two.auth_env.iter().map(String::as_str));
+                continue;
+            };
+            let Some(model) = pattern.common(other) else { continue };
+            names.extend(two.auth_env.iter().map(String::as_str));
+            if at > index {
                 let both = format!("the patterns of providers `{}` and `{}` overlap", one.name, two.name);
-                warnings.push(Problem::at(place, format!("{both}: both match `{model}`; make them disjoint")));
+                found.warnings.push(Problem::at(place, format!("{both}: both match `{model}`; make them disjoint")));
             }
         }
+        if names.len() > MAX_RELEVANT_NAMES {
+            let what = format!("a model that the pattern of provider `{}` matches", one.name);
+            found.problems.push(Problem::at(place, too_many_names(&what, names.len())));
+        }
+    }
+}
+
+/// How many names matter to each model that is listed.
+fn check_listings(place: &str, arms: &[Arm], providers: &[(String, Option<Provider>)], found: &mut Found) {
+    let mut names: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for arm in arms {
+        let Some(provider) = providers.get(arm.provider).and_then(|(_, provider)| provider.as_ref()) else { continue };
+        for model in arm.models.iter().chain(&arm.withdrawn) {
+            names.entry(model).or_default().extend(provider.auth_env.iter().map(String::as_str));
+        }
+    }
+    for (model, names) in names.iter().filter(|(_, names)| names.len() > MAX_RELEVANT_NAMES) {
+        found.problems.push(Problem::at(place, too_many_names(&format!("model `{model}`"), names.len())));
+    }
+}
+
+fn too_many_names(what: &str, count: usize) -> String {
+    format!("{count} credential names matter to {what}; a request has room for {MAX_RELEVANT_NAMES}: shorten `auth_env`")
+}
+
+/// Whether ListModels can answer with all of it.
+fn check_menu(runtimes: &BTreeMap<String, Runtime>, providers: &[(String, Option<Provider>)], found: &mut Found) {
+    let mut bytes = 0;
+    for (name, runtime) in runtimes {
+        for arm in &runtime.arms {
+            let Some(provider) = providers.get(arm.provider).and_then(|(_, provider)| provider.as_ref()) else { continue };
+            let names: usize = provider.auth_env.iter().map(|name| name.len() + 2).sum();
+            let around = MENU_ENTRY_BYTES + name.len() + provider.name.len() + provider.display_name.len() + names;
+            bytes += arm.models.iter().chain(&arm.withdrawn).map(|model| around + model.len()).sum::<usize>();
+        }
+    }
+    if bytes > MAX_MENU_BYTES {
+        let message = format!(
+            "ListModels would answer with about {bytes} bytes, and gRPC clients take 4 MiB; list fewer models, or own them by pattern \
+             (at most {MAX_MENU_BYTES} bytes)"
+        );
+        found.problems.push(Problem::at("runtimes", message));
     }
 }
 

@@ -12,11 +12,10 @@ use arc_swap::ArcSwap;
 use super::{Counter, Histogram, Measured, PROVIDER, Page};
 use crate::domain::{
     decision::{Decision, Grounds, Outcome},
-    request::Checkpoint,
+    request::{Checkpoint, Request},
     verdict::{DenyCode, ServedFrom, Verdict},
 };
 
-const CHECKPOINTS: [Checkpoint; 3] = [Checkpoint::Create, Checkpoint::Provision, Checkpoint::Update];
 /// How many providers are kept. Their names are of registries that were loaded, so there are few; reloads for ever that rename
 /// them all must not fill the memory.
 const MAX_PROVIDERS: usize = 1_000;
@@ -34,8 +33,9 @@ type ByProvider = BTreeMap<String, Arc<OfProvider>>;
 /// One provider's; of the empty name, what was decided before a provider was known.
 #[derive(Debug, Default)]
 struct OfProvider {
-    allowed: [Counter; CHECKPOINTS.len()],
-    denied: [[Counter; DenyCode::VARIANTS.len()]; CHECKPOINTS.len()],
+    made: ByOutcome,
+    /// Of answers that their callers do not act on.
+    reported: ByOutcome,
     judged: [[Counter; ServedFrom::VARIANTS.len()]; Verdict::VARIANTS.len()],
     /// Of verdicts that nobody was asked for.
     unasked: [Counter; Verdict::VARIANTS.len()],
@@ -43,15 +43,21 @@ struct OfProvider {
     took: Histogram,
 }
 
+#[derive(Debug, Default)]
+struct ByOutcome {
+    allowed: [Counter; Checkpoint::VARIANTS.len()],
+    denied: [[Counter; DenyCode::VARIANTS.len()]; Checkpoint::VARIANTS.len()],
+}
+
 // === impl Decisions ===
 
 impl Decisions {
     /// One was made.
-    pub fn made(&self, checkpoint: Checkpoint, decision: &Decision, took: Duration) {
+    pub fn made(&self, request: &Request, decision: &Decision, took: Duration) {
         let name = decision.resolution.provider.as_str();
         match self.by_provider.load().get(name) {
-            Some(of) => of.made(checkpoint, decision, took),
-            None => self.first_of(name).made(checkpoint, decision, took),
+            Some(of) => of.made(request, decision, took),
+            None => self.first_of(name).made(request, decision, took),
         }
     }
 
@@ -89,14 +95,17 @@ impl Measured for Decisions {
 // === impl OfProvider ===
 
 impl OfProvider {
-    fn made(&self, checkpoint: Checkpoint, decision: &Decision, took: Duration) {
+    fn made(&self, request: &Request, decision: &Decision, took: Duration) {
+        let Request { checkpoint, report_only, .. } = *request;
+        let ByOutcome { allowed, denied } = if report_only { &self.reported } else { &self.made };
         let (of, unverified) = match &decision.outcome {
             Outcome::Allow(allow) => {
                 let verdict = if let Grounds::Credential(verdict) = allow.grounds() { Some(verdict) } else { None };
-                (self.allowed.get(checkpoint as usize), verdict.filter(|_| decision.is_unverified_allow()))
+                let unverified = verdict.filter(|_| decision.is_unverified_allow() && !report_only);
+                (allowed.get(checkpoint as usize), unverified)
             }
             Outcome::Deny(deny) => {
-                let of = self.denied.get(checkpoint as usize).and_then(|denied| denied.get(deny.refusal.code() as usize));
+                let of = denied.get(checkpoint as usize).and_then(|denied| denied.get(deny.refusal.code() as usize));
                 (of, None)
             }
         };
@@ -110,13 +119,19 @@ impl OfProvider {
     }
 
     fn tell(&self, provider: &str, page: &mut Page) {
-        let mut decisions = page.counter("byokgate_decisions", "Decisions made");
-        for (checkpoint, (allowed, denied)) in CHECKPOINTS.iter().zip(self.allowed.iter().zip(&self.denied)) {
-            let of =
-                |outcome, code| [("checkpoint", checkpoint.as_str()), ("outcome", outcome), ("code", code), (PROVIDER, provider)];
-            decisions.happened(&of("ALLOW", ""), allowed);
-            for (code, count) in DenyCode::VARIANTS.iter().zip(denied) {
-                decisions.happened(&of("DENY", code.as_str()), count);
+        let reported = "Decisions whose callers do not act on them: no workspace was started or refused";
+        for (name, help, ByOutcome { allowed, denied }) in
+            [("byokgate_decisions", "Decisions made", &self.made), ("byokgate_report_only_decisions", reported, &self.reported)]
+        {
+            let mut decisions = page.counter(name, help);
+            for (checkpoint, (allowed, denied)) in Checkpoint::VARIANTS.iter().zip(allowed.iter().zip(denied)) {
+                let of = |outcome, code| {
+                    [("checkpoint", checkpoint.as_str()), ("outcome", outcome), ("code", code), (PROVIDER, provider)]
+                };
+                decisions.happened(&of("ALLOW", ""), allowed);
+                for (code, count) in DenyCode::VARIANTS.iter().zip(denied) {
+                    decisions.happened(&of("DENY", code.as_str()), count);
+                }
             }
         }
         let mut verdicts = page.counter("byokgate_verdicts", "Decisions that rested on a verdict about a credential");

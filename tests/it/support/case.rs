@@ -164,6 +164,7 @@ impl Case {
                 .max_liveness_age
                 .map(|seconds| prost_types::Duration { seconds: seconds.trunc() as i64, nanos: (seconds.fract() * 1e9) as i32 }),
             explain: false,
+            report_only: false,
         }
     }
 }
@@ -278,7 +279,11 @@ impl Answered {
         let resolution = response.resolution.clone().unwrap();
         let liveness = response.liveness.clone().unwrap_or_default();
         let deny = match response.decision.clone().unwrap() {
-            pb::decide_response::Decision::Allow(pb::Allow {}) => None,
+            pb::decide_response::Decision::Allow(allow) => {
+                assert_ne!(allow.billing_mode(), pb::BillingMode::Unspecified, "an allow says who pays: {response:?}");
+                assert_eq!(allow.billing_mode(), resolution.billing_mode(), "{response:?}");
+                None
+            }
             pb::decide_response::Decision::Deny(deny) => Some(deny),
         };
         assert!(
@@ -291,8 +296,6 @@ impl Answered {
             if deny.code() != pb::DenyCode::CredentialScopeUnreadable && deny.retryable {
                 assert!(response.liveness.is_some(), "{response:?}");
             }
-        } else {
-            assert_ne!(resolution.billing_mode(), pb::BillingMode::Unspecified, "an allow says who pays: {response:?}");
         }
         let deny = deny.unwrap_or_default();
         let decision = if said.is_empty() { "ALLOW" } else { "DENY" };

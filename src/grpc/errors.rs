@@ -1,0 +1,101 @@
+//! Why a call ended without a decision: gRPC's code, a sentence, and details by which a program tells one from another.
+
+use std::{collections::HashMap, time::Duration};
+
+use prost::Message;
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use super::convert::{
+    Violations,
+    pb::{self, ErrorReason},
+};
+
+/// Who says so, in google.rpc.ErrorInfo.
+pub(crate) const ERROR_DOMAIN: &str = "byok-gate";
+/// When a refused caller should try again: long enough that a refused crowd does not come back as one, short for a person.
+pub(super) const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// An error for this reason, in these words.
+pub(crate) fn error(reason: ErrorReason, message: impl Into<String>) -> Status {
+    with_details(reason, message, ErrorDetails::new(), HashMap::new())
+}
+
+/// RESOURCE_EXHAUSTED that says which limit, and when to try again.
+pub(crate) fn limit_reached(limit: &str, words: &str, retry_after: Duration) -> Status {
+    let mut details = ErrorDetails::with_retry_info(Some(retry_after));
+    details.add_quota_failure_violation(limit, words);
+    let message = format!(
+        "no decision was made: the limit `{limit}` is reached ({words}); try again in {} s",
+        retry_after.as_secs().max(1)
+    );
+    with_details(ErrorReason::LimitReached, message, details, HashMap::from([("limit".to_owned(), limit.to_owned())]))
+}
+
+/// UNAVAILABLE: the service stops before this call is answered.
+pub(crate) fn draining() -> Status {
+    let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
+    with_details(ErrorReason::Draining, "no decision was made: the service is stopping", details, HashMap::new())
+}
+
+/// INVALID_ARGUMENT: the first violation in words, all of them as details.
+pub(crate) fn bad_request(reason: ErrorReason, violations: Violations) -> Status {
+    let Violations(list) = violations;
+    let first = list.first().map_or_else(String::new, |(field, description)| format!("{field}: {description}"));
+    let mut details = ErrorDetails::new();
+    for (field, description) in list {
+        details.add_bad_request_violation(field, description);
+    }
+    with_details(reason, first, details, HashMap::new())
+}
+
+/// The same error, with the details that every error of this service has. An error of the gRPC library has none of its own.
+pub(crate) fn explained(status: Status) -> Status {
+    if !status.details().is_empty() {
+        return status;
+    }
+    let reason = match status.code() {
+        Code::InvalidArgument | Code::OutOfRange | Code::FailedPrecondition => ErrorReason::BadRequest,
+        Code::Unauthenticated => ErrorReason::TokenMissing,
+        Code::PermissionDenied => ErrorReason::MethodNotAllowed,
+        Code::ResourceExhausted => ErrorReason::LimitReached,
+        Code::DeadlineExceeded | Code::Cancelled => ErrorReason::Deadline,
+        Code::Unavailable => ErrorReason::Draining,
+        Code::NotFound => ErrorReason::UnknownRuntime,
+        Code::Unimplemented => ErrorReason::Unsupported,
+        Code::Ok | Code::Unknown | Code::AlreadyExists | Code::Aborted | Code::Internal | Code::DataLoss => ErrorReason::Internal,
+    };
+    error(reason, status.message())
+}
+
+/// An item's status in a batch: the same as that of a call.
+pub(super) fn item(status: &Status) -> pb::ItemStatus {
+    // What we encoded ourselves.
+    let details = tonic_types::Status::decode(status.details()).map(|status| status.details).unwrap_or_default();
+    pb::ItemStatus { code: status.code() as i32, message: status.message().to_owned(), details }
+}
+
+fn with_details(
+    reason: ErrorReason,
+    message: impl Into<String>,
+    mut details: ErrorDetails,
+    metadata: HashMap<String, String>,
+) -> Status {
+    let name = reason.as_str_name().trim_start_matches("ERROR_REASON_");
+    details.set_error_info(name, ERROR_DOMAIN, metadata);
+    Status::with_error_details(code_of(reason), message, details)
+}
+
+fn code_of(reason: ErrorReason) -> Code {
+    match reason {
+        ErrorReason::BadRequest | ErrorReason::RequestTooLarge | ErrorReason::RequestUnreadable => Code::InvalidArgument,
+        ErrorReason::TokenMissing | ErrorReason::TokenMalformed | ErrorReason::TokenUnknown => Code::Unauthenticated,
+        ErrorReason::CallerUnknown | ErrorReason::MethodNotAllowed | ErrorReason::RequestNotAllowed => Code::PermissionDenied,
+        ErrorReason::LimitReached => Code::ResourceExhausted,
+        ErrorReason::Deadline => Code::DeadlineExceeded,
+        ErrorReason::Draining => Code::Unavailable,
+        ErrorReason::UnknownRuntime => Code::NotFound,
+        ErrorReason::Unsupported => Code::Unimplemented,
+        ErrorReason::Unspecified | ErrorReason::Internal => Code::Internal,
+    }
+}
