@@ -36,7 +36,7 @@ use byok_gate::{
     },
     liveness::{
         cache::{Cache, CacheSettings},
-        provider_limits::NewKeyLimits,
+        new_keys::NewKeyLimits,
     },
 };
 use criterion::Criterion;

@@ -1,16 +1,27 @@
 //! The one composition of the service: prober, limits of each provider, cache, engine. `serve`, `decide`, `exec` and `probe` are made of it.
+//! And the documents that it follows while it serves.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
 use crate::{
-    config::{Setup, settings::Settings},
-    core::engine::Engine,
+    config::{
+        self, ConfigError, Setup,
+        changes::{Loosened, emptied, loosened, waiting_for_restart},
+        settings::Settings,
+    },
+    core::{
+        engine::Engine,
+        snapshot::{Origin, Snapshot},
+    },
+    domain::problem::Problems,
     liveness::{
         cache::Cache,
         prober::{HttpProber, ProbeSetupError},
         provider_limits::ProviderLimiter,
     },
+    server::settings::CallerSettings,
     telemetry::metrics::Measured,
+    watch::{Fault, Reloaded, Source},
 };
 
 /// The parts, put together.
@@ -19,25 +30,131 @@ pub struct App {
     pub engine: Arc<Engine>,
     /// Whatever has numbers to show.
     pub measured: Vec<Arc<dyn Measured>>,
-    /// Everything else that is set.
-    pub settings: Settings,
 }
+
+/// Registry, catalogue and configuration, followed while the service runs.
+pub struct Documents {
+    engine: Arc<Engine>,
+    load: Box<Load>,
+    relist: Box<Relist>,
+    /// Those in force.
+    settings: Settings,
+    files: Vec<PathBuf>,
+}
+
+/// Reads everything anew.
+pub type Load = dyn Fn() -> Result<Setup, ConfigError> + Send;
+/// Puts lists of callers in force.
+pub type Relist = dyn Fn(&CallerSettings) + Send;
 
 // === impl App ===
 
 impl App {
     /// A service of these settings and documents.
-    pub fn new(setup: Setup) -> Result<Self, ProbeSetupError> {
-        let Setup { snapshot, fingerprint_key, probe_ca, settings, .. } = setup;
-        let prober = Arc::new(prober(&settings, probe_ca)?);
-        let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits()));
+    pub fn new(setup: &Setup) -> Result<Self, ProbeSetupError> {
+        let Setup { snapshot, fingerprint_key, settings, .. } = setup;
+        let prober = Arc::new(prober(setup)?);
+        let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits));
         let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()));
-        let engine = Arc::new(Engine::new(snapshot, cache.clone(), fingerprint_key));
-        Ok(Self { engine, measured: vec![prober, limiter, cache], settings })
+        let engine = Arc::new(Engine::new(snapshot.clone(), cache.clone(), *fingerprint_key));
+        Ok(Self { engine, measured: vec![prober, limiter, cache] })
     }
 }
 
 /// The prober alone.
-pub fn prober(settings: &Settings, probe_ca: Vec<u8>) -> Result<HttpProber, ProbeSetupError> {
-    HttpProber::new(settings.probe_settings(probe_ca))
+pub fn prober(Setup { settings, probe_ca, .. }: &Setup) -> Result<HttpProber, ProbeSetupError> {
+    HttpProber::new(settings.probe_settings(probe_ca.clone()))
+}
+
+// === impl Documents ===
+
+impl Documents {
+    /// Those that this engine decides by; `relist` takes the lists of callers, at the same moment as the engine takes the rest.
+    pub fn new(engine: Arc<Engine>, setup: &Setup, load: Box<Load>, relist: Box<Relist>) -> Self {
+        Self { engine, load, relist, settings: setup.settings.clone(), files: setup.documents.clone() }
+    }
+
+    /// Everything that is wrong, in one text; and the status says it from now on.
+    fn refuse(&self, faults: &[Problems]) -> Fault {
+        self.engine.swap(marked(&self.engine.snapshot(), faults));
+        Fault(faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
+    }
+
+    /// The version in force is this one.
+    fn is_in_force(&self, setup: &Setup) -> bool {
+        let current = self.engine.snapshot();
+        let marked =
+            [&current.registry_origin, &current.catalogue_origin].iter().any(|origin| !origin.last_reload_error.is_empty());
+        !marked
+            && current.registry.revision() == setup.snapshot.registry.revision()
+            && current.catalogue.revision() == setup.snapshot.catalogue.revision()
+            && self.settings == setup.settings
+    }
+}
+
+impl Source for Documents {
+    fn name(&self) -> &'static str {
+        "documents"
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        self.files.clone()
+    }
+
+    fn reload(&mut self) -> Result<Reloaded, Fault> {
+        let setup = (self.load)().map_err(|ConfigError(faults)| self.refuse(&faults))?;
+        let lost = emptied(&self.settings, &setup.settings);
+        if !lost.is_empty() {
+            let document = "callers".to_owned();
+            return Err(self.refuse(&[Problems { document, list: lost }]));
+        }
+        if self.is_in_force(&setup) {
+            self.files = setup.documents;
+            return Ok(Reloaded::Unchanged);
+        }
+        let Setup { snapshot, settings, documents, warnings, .. } = setup;
+        for Loosened { setting, was, is } in loosened(&self.settings, &settings) {
+            tracing::warn!(event = "configuration_loosened", setting, was, is, "from now on more is let through than before");
+        }
+        let waiting = waiting_for_restart(&self.settings, &settings);
+        if !waiting.is_empty() {
+            let settings = waiting.join(", ");
+            tracing::warn!(
+                event = "restart_needed",
+                settings,
+                "these settings are read at the start; the old values stay in force"
+            );
+        }
+        config::warn(&warnings);
+        self.engine.swap(snapshot);
+        (self.relist)(&settings.callers);
+        self.settings = settings;
+        self.files = documents;
+        Ok(Reloaded::Taken)
+    }
+
+    fn log_taken(&self, failures: u64) {
+        let snapshot = self.engine.snapshot();
+        tracing::info!(
+            event = "reloaded",
+            what = self.name(),
+            failures,
+            registry_revision = snapshot.registry.revision(),
+            catalogue_revision = snapshot.catalogue.revision(),
+        );
+    }
+}
+
+/// The same version, saying what is wrong with the one that should have followed it.
+fn marked(snapshot: &Snapshot, faults: &[Problems]) -> Snapshot {
+    let mut marked = snapshot.clone();
+    // A fault of the configuration is shown with the registry, whose names it uses.
+    let (of_catalogue, of_registry): (Vec<_>, Vec<_>) =
+        faults.iter().partition(|fault| fault.document == snapshot.catalogue_origin.source);
+    let mark = |origin: &mut Origin, faults: &[&Problems]| {
+        origin.last_reload_error = faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
+    };
+    mark(&mut marked.registry_origin, &of_registry);
+    mark(&mut marked.catalogue_origin, &of_catalogue);
+    marked
 }

@@ -115,5 +115,9 @@ fn of_log(fault: LogError) -> anyhow::Error {
 }
 
 fn block_on<T>(work: impl Future<Output = T>) -> anyhow::Result<T> {
-    Ok(tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(work))
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let ended = runtime.block_on(work);
+    // Neither a name lookup nor a file that nobody needs any more is waited for.
+    runtime.shutdown_background();
+    Ok(ended)
 }

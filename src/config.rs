@@ -1,48 +1,42 @@
 //! Configuration: defaults, one YAML file, the environment and flags, into settings that are valid by construction.
 
+pub mod changes;
 mod layers;
 pub mod settings;
 
 use std::{
     collections::BTreeMap,
-    env, fs, io,
+    env, io,
     path::{Path, PathBuf},
     sync::Arc,
-    time::SystemTime,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use serde_json::Value;
-use url::Url;
+use zeroize::Zeroizing;
 
 pub use self::layers::{Flag, From as Origin};
 use self::{
-    layers::Layers,
-    settings::{OverridesWord, ProbeWord, ProviderException, ProxyWord, RoleWord, Settings, Tracing},
+    layers::{Layered, Layers},
+    settings::Settings,
 };
 use crate::{
     core::{
         catalogue::Catalogue,
-        policy::{Enforcement, Exception, Group, Policy},
+        policy::{Enforcement, Exception, Overrides as OverridesWord, Policy, ProviderException},
         registry::Registry,
         snapshot::{Origin as DocumentOrigin, Snapshot},
         yaml,
     },
     domain::{
         problem::{Loaded, Problem, Problems},
-        request::{Checkpoint, PlatformProxy},
+        request::PlatformProxy,
     },
-    liveness::{cache::CacheSettings, prober::ProbeSettings, provider_limits::ProviderLimits},
-    telemetry::traces::TraceSettings,
+    watch::files,
 };
 
 /// The largest file that holds a secret of ours.
 const MAX_KEY_FILE_BYTES: u64 = 64 * 1024;
-/// The largest count or size that a limit may have: far above any use, far below where arithmetic ends.
-const MAX_COUNT: usize = 1 << 30;
-/// A token of 4 KiB beside the usual headers must pass.
-const MIN_HEADER_LIST_BYTES: u32 = 8 * 1024;
-/// More threads than that help nobody.
-const MAX_WORKER_THREADS: usize = 256;
 
 /// Where things are, as the command line has it.
 #[derive(Debug, Clone, Default)]
@@ -81,71 +75,77 @@ pub struct Setup {
     pub fingerprint_key: Option<[u8; 32]>,
     /// Further certificate authorities for probes, in PEM.
     pub probe_ca: Vec<u8>,
+    /// Authorities of the traces' collector, in PEM.
+    pub tracing_ca: Option<Vec<u8>>,
     /// Everything else that is set.
     pub settings: Settings,
     /// Where each value came from that is not a default, by its key.
     pub origins: BTreeMap<String, Origin>,
     /// The files that decisions are made by: registry, catalogue, configuration.
     pub documents: Vec<PathBuf>,
-    /// What is odd about the files.
-    pub warnings: Vec<Problem>,
+    /// What is odd about the documents, document by document.
+    pub warnings: Vec<Problems>,
 }
 
-/// The configuration does not stand.
+/// What is wrong with the documents: all of it, document by document.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// A file could not be read. A configured file that is missing is never taken for one that was not configured.
-    #[error("{}: could not be read: {source}", path.display())]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// The fault.
-        source: io::Error,
-    },
-    /// A file's content does not stand.
-    #[error(transparent)]
-    Content(#[from] Problems),
+#[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+pub struct ConfigError(pub Vec<Problems>);
+
+/// Reads everything, in time. All problems of all documents are in its error.
+pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> {
+    let (paths, overrides) = (paths.clone(), overrides.clone());
+    let document = named(&paths);
+    files::in_time(move || read_all(&paths, &overrides)).unwrap_or_else(|fault| {
+        let list = vec![Problem::at("", fault.to_string())];
+        Err(ConfigError(vec![Problems { document, list }]))
+    })
 }
 
-/// Reads everything. All problems of a file are in its error.
-pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> {
-    let (settings, origins) = settings_of(paths, overrides, env::vars())?;
+fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> {
+    let mut found = Found::default();
+    let Layered { settings, origins, problems } = layered(paths, overrides, env::vars())?;
+    let (mut of_settings, odd) = settings.review();
+    of_settings.splice(0..0, problems);
+    found.odd(&named(paths), odd);
     let environment = |name: &str| env::var(name).ok();
-    let mut warnings = Vec::new();
-    let mut keep = |document: &str, found: Vec<Problem>| {
-        warnings.extend(found.into_iter().map(|problem| Problem { place: format!("{document}: {}", problem.place), ..problem }));
-    };
+    let registry_file = settings.registry.file.as_ref();
+    let registry = found.document(registry_file, |document, bytes| match bytes {
+        None => Registry::embedded(&environment),
+        Some(bytes) => Registry::parse(document, bytes, &environment),
+    });
+    let catalogue_file = settings.catalogue.file.as_ref();
+    let catalogue = found.document(catalogue_file, |document, bytes| match bytes {
+        None => Catalogue::embedded(),
+        Some(bytes) => Catalogue::overlaid(document, bytes),
+    });
     let now = SystemTime::now();
+    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
+    let (policy, in_the_past) = policy_of(&settings, registry.as_ref(), seconds, &mut of_settings);
+    found.odd(&named(paths), in_the_past);
+    let fingerprint_key = found.secret(settings.fingerprints.key_file.as_ref());
+    let fingerprint_key = fingerprint_key.map(|bytes| blake3::derive_key("byok-gate credential fingerprint v1", &bytes));
+    let probe_ca = found.bytes(settings.probe.ca_file.as_ref(), yaml::MAX_DOCUMENT_BYTES as u64);
+    let tracing_ca = found.bytes(settings.tracing.ca_file.as_ref(), yaml::MAX_DOCUMENT_BYTES as u64);
+    for file in [&settings.callers.token_file, &settings.tls.key].into_iter().flatten() {
+        found.warn_if_readable(file);
+    }
+    if !of_settings.is_empty() {
+        found.faults.insert(0, Problems { document: named(paths), list: of_settings });
+    }
+    let Found { faults, warnings } = found;
+    let (Some(registry), Some(catalogue), true) = (registry, catalogue, faults.is_empty()) else {
+        return Err(ConfigError(faults));
+    };
     let origin =
         |path: Option<&PathBuf>| DocumentOrigin { source: source_of(path), loaded_at: now, last_reload_error: String::new() };
-    let document = |path: &Path| path.display().to_string();
-    let registry_file = settings.registry.file.as_ref();
-    let Loaded { value: registry, warnings: found } = match registry_file {
-        None => Registry::embedded(&environment)?,
-        Some(path) => Registry::parse(&document(path), &read(path, yaml::MAX_DOCUMENT_BYTES as u64)?, &environment)?,
-    };
-    keep(&origin(registry_file).source, found);
-    let catalogue_file = settings.catalogue.file.as_ref();
-    let Loaded { value: catalogue, warnings: found } = match catalogue_file {
-        None => Catalogue::embedded()?,
-        Some(path) => Catalogue::overlaid(&document(path), &read(path, yaml::MAX_DOCUMENT_BYTES as u64)?)?,
-    };
-    keep(&origin(catalogue_file).source, found);
-    let policy = policy_of(&settings, &registry).map_err(|list| Problems { document: named(paths), list })?;
-    let fingerprint_key = match &settings.fingerprints.key_file {
-        None => None,
-        Some(path) => Some(blake3::derive_key("byok-gate credential fingerprint v1", &read(path, MAX_KEY_FILE_BYTES)?)),
-    };
-    let probe_ca = match &settings.probe.ca_file {
-        None => Vec::new(),
-        Some(path) => read(path, yaml::MAX_DOCUMENT_BYTES as u64)?,
-    };
     let (registry_origin, catalogue_origin) = (origin(registry_file), origin(catalogue_file));
     let documents = [registry_file, catalogue_file, paths.config.as_ref()].into_iter().flatten().cloned().collect();
     Ok(Setup {
         snapshot: Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin),
         fingerprint_key,
-        probe_ca,
+        probe_ca: probe_ca.unwrap_or_default().to_vec(),
+        tracing_ca: tracing_ca.map(|bytes| bytes.to_vec()),
         settings,
         origins,
         documents,
@@ -164,25 +164,50 @@ pub fn settings_of(
     overrides: &Overrides,
     environment: impl Iterator<Item = (String, String)>,
 ) -> Result<(Settings, BTreeMap<String, Origin>), ConfigError> {
-    let failed = |list| Problems { document: named(paths), list };
+    let Layered { settings, origins, mut problems } = layered(paths, overrides, environment)?;
+    problems.extend(settings.review().0);
+    if problems.is_empty() {
+        Ok((settings, origins))
+    } else {
+        Err(ConfigError(vec![Problems { document: named(paths), list: problems }]))
+    }
+}
+
+fn layered(
+    paths: &Paths,
+    overrides: &Overrides,
+    environment: impl Iterator<Item = (String, String)>,
+) -> Result<Layered, ConfigError> {
     let mut layers = Layers::new();
     if let Some(path) = &paths.config {
-        let tree = yaml::tree(&read(path, yaml::MAX_DOCUMENT_BYTES as u64)?).map_err(|problem| failed(vec![problem]))?;
-        layers.file(&path.display().to_string(), tree);
+        let document = path.display().to_string();
+        let bytes =
+            files::read(path, yaml::MAX_DOCUMENT_BYTES as u64).map_err(|fault| ConfigError(vec![unreadable(path, &fault)]))?;
+        let tree = yaml::tree(&bytes)
+            .map_err(|problem| ConfigError(vec![Problems { document: document.clone(), list: vec![problem] }]))?;
+        layers.file(&document, tree);
     }
     // In one order, whatever the process's environment has.
     layers.environment(environment.collect::<BTreeMap<_, _>>().into_iter());
     for flag in flags_of(paths, overrides) {
         layers.flag(flag);
     }
-    let (mut settings, mut origins) = layers.finish().map_err(failed)?;
+    let mut layered = layers.finish();
     if !overrides.exempt_runtimes.is_empty() {
         // The one list to which a flag adds: taking an exemption away is the file's to do.
-        settings.exempt_runtimes.extend(overrides.exempt_runtimes.iter().cloned());
-        origins.insert("exempt_runtimes".to_owned(), Origin::Flag("--exempt-runtime"));
+        layered.settings.exempt_runtimes.extend(overrides.exempt_runtimes.iter().cloned());
+        layered.origins.insert("exempt_runtimes".to_owned(), Origin::Flag("--exempt-runtime"));
     }
-    let problems = problems_of(&settings);
-    if problems.is_empty() { Ok((settings, origins)) } else { Err(failed(problems).into()) }
+    Ok(layered)
+}
+
+/// Logs what is odd, and may not have been meant.
+pub fn warn(warnings: &[Problems]) {
+    for Problems { document, list } in warnings {
+        for Problem { place, line, message } in list {
+            tracing::warn!(event = "configuration_warning", document, line, place, "{message}");
+        }
+    }
 }
 
 /// Every setting with its value.
@@ -193,6 +218,82 @@ pub fn listed(settings: &Settings) -> Vec<(String, Value)> {
 /// The document that a fault of the settings is told of.
 fn named(paths: &Paths) -> String {
     paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string())
+}
+
+/// A file that could not be read.
+pub(crate) fn unreadable(path: &Path, fault: &io::Error) -> Problems {
+    let list = vec![Problem::at("", format!("could not be read: {fault}"))];
+    Problems { document: path.display().to_string(), list }
+}
+
+/// What has been found in the documents so far.
+#[derive(Default)]
+struct Found {
+    faults: Vec<Problems>,
+    warnings: Vec<Problems>,
+}
+
+// === impl Found ===
+
+impl Found {
+    fn odd(&mut self, document: &str, list: Vec<Problem>) {
+        if !list.is_empty() {
+            self.warnings.push(Problems { document: document.to_owned(), list });
+        }
+    }
+
+    /// A document, embedded or a file's.
+    fn document<T>(
+        &mut self,
+        path: Option<&PathBuf>,
+        parse: impl FnOnce(&str, Option<&[u8]>) -> Result<Loaded<T>, Problems>,
+    ) -> Option<T> {
+        let source = source_of(path);
+        let bytes = match path {
+            None => None,
+            Some(_) => Some(self.bytes(path, yaml::MAX_DOCUMENT_BYTES as u64)?),
+        };
+        match parse(&source, bytes.as_ref().map(|bytes| bytes.as_slice())) {
+            Ok(Loaded { value, warnings }) => {
+                self.odd(&source, warnings);
+                Some(value)
+            }
+            Err(problems) => {
+                self.faults.push(problems);
+                None
+            }
+        }
+    }
+
+    /// A configured file. One that is missing is never taken for one that was not configured.
+    fn bytes(&mut self, path: Option<&PathBuf>, limit: u64) -> Option<Zeroizing<Vec<u8>>> {
+        let path = path?;
+        files::read(path, limit)
+            .map_err(|fault| {
+                self.faults.push(unreadable(path, &fault));
+            })
+            .ok()
+    }
+
+    /// A file that is a secret of ours. An empty one is none.
+    fn secret(&mut self, path: Option<&PathBuf>) -> Option<Zeroizing<Vec<u8>>> {
+        let bytes = self.bytes(path, MAX_KEY_FILE_BYTES)?;
+        self.warn_if_readable(path?);
+        if bytes.trim_ascii().is_empty() {
+            let list = vec![Problem::at("", "is empty; put random bytes into it")];
+            self.faults.push(Problems { document: path?.display().to_string(), list });
+            return None;
+        }
+        Some(bytes)
+    }
+
+    fn warn_if_readable(&mut self, path: &Path) {
+        if files::is_readable_by_all(path) {
+            let problem =
+                Problem::at("", "holds a secret, and every user of this machine can read it; give it mode 0600 or 0640");
+            self.odd(&path.display().to_string(), vec![problem]);
+        }
+    }
 }
 
 fn flags_of(paths: &Paths, overrides: &Overrides) -> Vec<Flag> {
@@ -223,214 +324,26 @@ fn flags_of(paths: &Paths, overrides: &Overrides) -> Vec<Flag> {
     files.chain(proxy).chain(refuse).chain(flags.iter().cloned()).collect()
 }
 
-/// A file's bytes, one more than the limit at most, so that the door behind it can say that there are too many.
-pub(crate) fn read(path: &Path, limit: u64) -> Result<Vec<u8>, ConfigError> {
-    use io::Read;
-    let mut bytes = Vec::new();
-    fs::File::open(path)
-        .and_then(|file| file.take(limit + 1).read_to_end(&mut bytes))
-        .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-    Ok(bytes)
-}
-
-// === from settings ===
-
-impl Settings {
-    /// For the memory of observations, and what guards the providers behind it.
-    pub fn cache_settings(&self) -> CacheSettings {
-        CacheSettings { ages: (&self.cache).into(), breaker: (&self.breaker).into(), new_keys: (&self.new_keys).into() }
-    }
-
-    /// For what is asked of each provider.
-    pub fn provider_limits(&self) -> ProviderLimits {
-        (&self.provider_limits).into()
-    }
-
-    /// For the prober.
-    pub fn probe_settings(&self, extra_roots: Vec<u8>) -> ProbeSettings {
-        ProbeSettings {
-            budget: self.probe.budget.0,
-            allow_loopback_http: self.probe.allow_loopback_http,
-            calibrate: self.probe.calibrate,
-            extra_roots,
-            ..ProbeSettings::default()
-        }
-    }
-
-    /// For traces, if there are any.
-    pub fn trace_settings(&self) -> Result<Option<TraceSettings>, ConfigError> {
-        let Tracing { otlp_endpoint, ca_file, sample_ratio, export_timeout, export_interval, queue_spans } = &self.tracing;
-        let Some(endpoint) = otlp_endpoint.clone() else { return Ok(None) };
-        let roots = ca_file.as_ref().map(|path| read(path, yaml::MAX_DOCUMENT_BYTES as u64)).transpose()?;
-        Ok(Some(TraceSettings {
-            endpoint,
-            roots,
-            sample_ratio: *sample_ratio,
-            timeout: export_timeout.0,
-            interval: export_interval.0,
-            queue: *queue_spans,
-        }))
-    }
-}
-
-/// What no single value shows.
-fn problems_of(settings: &Settings) -> Vec<Problem> {
-    let mut problems = Vec::new();
-    let mut add = |place: &str, message: String| problems.push(Problem::at(place, message));
-    let Settings { server, socket, tls, callers, limits, deadlines, cache, probe, provider_limits, breaker, tracing, .. } =
-        settings;
-    if server.listen.is_empty() {
-        add("server.listen", "names no address: give at least one HOST:PORT or unix:PATH".to_owned());
-    }
-    for (place, span) in [
-        ("server.reload_interval", server.reload_interval),
-        ("deadlines.decide", deadlines.decide),
-        ("deadlines.batch", deadlines.batch),
-        ("deadlines.handshake", deadlines.handshake),
-        ("probe.budget", probe.budget),
-        ("cache.hard_maximum", cache.hard_maximum),
-        ("provider_limits.queue_time", provider_limits.queue_time),
-        ("breaker.cool_down", breaker.cool_down),
-        ("breaker.trial", breaker.trial),
-        ("tracing.export_timeout", tracing.export_timeout),
-        ("tracing.export_interval", tracing.export_interval),
-    ] {
-        if span.0.is_zero() {
-            add(place, "must be more than 0".to_owned());
-        }
-    }
-    for (place, span) in
-        [("server.keepalive_interval", server.keepalive_interval), ("server.keepalive_timeout", server.keepalive_timeout)]
-    {
-        // The kernel's own bounds: whole seconds, in 15 bits.
-        if !(1..=32_400).contains(&span.0.as_secs()) {
-            add(place, format!("is {span}; it must be 1s to 9h"));
-        }
-    }
-    if !(0.0..=1.0).contains(&settings.log.plain_allow_ratio) {
-        add("log.plain_allow_ratio", format!("is {}; it must be 0 to 1", settings.log.plain_allow_ratio));
-    }
-    if cache.jitter_percent > 100 {
-        add("cache.jitter_percent", "must be 0 to 100".to_owned());
-    }
-    if breaker.cool_down > breaker.max_cool_down {
-        add("breaker.cool_down", "must not be more than breaker.max_cool_down".to_owned());
-    }
-    if cache.rate_limited_min > cache.rate_limited_max {
-        add("cache.rate_limited_min", "must not be more than cache.rate_limited_max".to_owned());
-    }
-    if cache.valid.0.max(cache.valid_paid.0) > cache.hard_maximum.0 {
-        add("cache.hard_maximum", "must not be less than cache.valid and cache.valid_paid".to_owned());
-    }
-    for (place, count) in [
-        ("limits.message_bytes", limits.message_bytes),
-        ("limits.batch_message_bytes", limits.batch_message_bytes),
-        ("limits.connections", limits.connections),
-        ("limits.streams_per_connection", limits.streams_per_connection as usize),
-        ("limits.decisions", limits.decisions),
-        ("limits.batch_items", limits.batch_items),
-        ("limits.batch_concurrency", limits.batch_concurrency),
-        ("limits.credentials", limits.credentials),
-        ("limits.credential_bytes", limits.credential_bytes),
-        ("limits.name_bytes", limits.name_bytes),
-        ("limits.model_bytes", limits.model_bytes),
-        ("limits.resolve_names", limits.resolve_names),
-        ("provider_limits.in_flight", provider_limits.in_flight),
-        ("breaker.failures", breaker.failures as usize),
-        ("tracing.queue_spans", tracing.queue_spans),
-        ("callers.workspace_calls_per_minute", callers.workspace_calls_per_minute as usize),
-    ] {
-        if count == 0 || count > MAX_COUNT {
-            add(place, format!("is {count}; it must be 1 to {MAX_COUNT}"));
-        }
-    }
-    if limits.header_list_bytes < MIN_HEADER_LIST_BYTES {
-        add("limits.header_list_bytes", format!("must be at least {MIN_HEADER_LIST_BYTES}: a token and a trace need that much"));
-    }
-    if server.worker_threads > MAX_WORKER_THREADS {
-        add("server.worker_threads", format!("must be at most {MAX_WORKER_THREADS}; 0 takes what the CPU quota gives"));
-    }
-    if u32::from_str_radix(&socket.mode, 8).is_err() || !(3..=4).contains(&socket.mode.len()) {
-        add("socket.mode", format!("`{}` is not a file mode in octal digits, such as \"0660\"", socket.mode));
-    }
-    if !(0.0..=1.0).contains(&tracing.sample_ratio) {
-        add("tracing.sample_ratio", format!("is {}; it must be 0 to 1", tracing.sample_ratio));
-    }
-    if let Some(endpoint) = &tracing.otlp_endpoint
-        && !is_collector(endpoint)
-    {
-        // What was given is not repeated: it may hold a password.
-        add("tracing.otlp_endpoint", "is not the address of a collector: http://HOST:PORT or https://HOST:PORT".to_owned());
-    }
-    match (&tls.certificate, &tls.key) {
-        (Some(_), None) => add("tls.key", "is required with tls.certificate".to_owned()),
-        (None, Some(_)) => add("tls.certificate", "is required with tls.key".to_owned()),
-        (None, None) if tls.client_ca.is_some() => add("tls.certificate", "is required with tls.client_ca".to_owned()),
-        _ => {}
-    }
-    if !callers.certificates.is_empty() && tls.client_ca.is_none() {
-        add("tls.client_ca", "is required with callers.certificates: nobody else's word makes a name true".to_owned());
-    }
-    let of_workspaces = |role, workspaces: usize| match role {
-        RoleWord::Workspace if workspaces == 0 => Some("names no workspaces: a `workspace` caller needs its ids"),
-        RoleWord::Platform | RoleWord::Operator if workspaces > 0 => Some("names workspaces: only a `workspace` caller has them"),
-        RoleWord::Workspace | RoleWord::Platform | RoleWord::Operator => None,
-    };
-    for (index, caller) in callers.certificates.iter().enumerate() {
-        if let Some(fault) = of_workspaces(caller.role, caller.workspaces.len()) {
-            add(&format!("callers.certificates[{index}]"), fault.to_owned());
-        }
-        if caller.san.trim().is_empty() {
-            add(&format!("callers.certificates[{index}].san"), "is empty".to_owned());
-        }
-    }
-    for (index, caller) in callers.unix_peers.iter().enumerate() {
-        if let Some(fault) = of_workspaces(caller.role, caller.workspaces.len()) {
-            add(&format!("callers.unix_peers[{index}]"), fault.to_owned());
-        }
-        if caller.uid.is_none() && caller.gid.is_none() {
-            add(&format!("callers.unix_peers[{index}]"), "needs a uid, a gid or both".to_owned());
-        }
-    }
-    problems
-}
-
-/// An address for OTLP over gRPC, which has neither path nor user.
-fn is_collector(endpoint: &str) -> bool {
-    let Ok(url) = Url::parse(endpoint) else { return false };
-    let is_bare = url.username().is_empty() && url.password().is_none() && url.query().is_none() && url.fragment().is_none();
-    matches!(url.scheme(), "http" | "https") && url.has_host() && is_bare && url.path() == "/"
-}
-
-/// The policy that the settings make.
-fn policy_of(settings: &Settings, registry: &Registry) -> Result<Policy, Vec<Problem>> {
+/// The policy that the settings make, and exceptions whose time is over.
+fn policy_of(settings: &Settings, registry: Option<&Registry>, now: i64, problems: &mut Vec<Problem>) -> (Policy, Vec<Problem>) {
     let mut policy = Policy::default();
-    let mut problems = Vec::new();
-    policy.platform_proxy = match settings.platform_proxy {
-        ProxyWord::Available => PlatformProxy::Available,
-        ProxyWord::Absent => PlatformProxy::Absent,
-    };
+    policy.platform_proxy = settings.platform_proxy;
     policy.honour_overrides = settings.operator_overrides == OverridesWord::Honour;
     policy.exempt_runtimes = settings.exempt_runtimes.clone();
-    let groups = &settings.policy;
-    for (checkpoint, groups) in
-        [(Checkpoint::Create, &groups.create), (Checkpoint::Provision, &groups.provision), (Checkpoint::Update, &groups.update)]
-    {
-        policy.set_action(checkpoint, Group::Forbidden, groups.forbidden.into());
-        policy.set_action(checkpoint, Group::Unanswered, groups.unanswered.into());
-        policy.set_action(checkpoint, Group::Inconclusive, groups.inconclusive.into());
-        policy.set_action(checkpoint, Group::Unverifiable, groups.unverifiable.into());
+    for (checkpoint, actions) in settings.policy.checkpoints() {
+        actions.groups().into_iter().for_each(|(group, action)| policy.set_action(checkpoint, group, action));
     }
-    for (name, ProviderException { probe, until }) in &settings.providers {
+    let mut warnings = Vec::new();
+    for (name, ProviderException { probe: enforcement, until }) in &settings.providers {
         let place = format!("providers.{name}");
-        if !registry.providers().iter().any(|provider| provider.name == *name) {
-            problems.push(Problem::at(&place, "the registry has no provider of this name"));
+        if let Some(registry) = registry
+            && !registry.providers().iter().any(|provider| provider.name == *name)
+        {
+            problems.push(Problem::at(&place, unknown_provider(name, registry)));
         }
-        let enforcement = match probe {
-            ProbeWord::Enforce => continue,
-            ProbeWord::Report => Enforcement::Report,
-            ProbeWord::Off => Enforcement::Off,
-        };
+        if *enforcement == Enforcement::Enforce {
+            continue;
+        }
         let Some(until) = until else {
             problems
                 .push(Problem::at(format!("{place}.until"), "is required with `report` and `off`: a date such as 2026-12-31"));
@@ -438,30 +351,52 @@ fn policy_of(settings: &Settings, registry: &Registry) -> Result<Policy, Vec<Pro
         };
         match until.parse::<jiff::civil::Date>().ok().and_then(|date| date.to_zoned(jiff::tz::TimeZone::UTC).ok()) {
             Some(midnight) => {
-                policy.set_exception(name.clone(), Exception { enforcement, until: midnight.timestamp().as_second() });
+                let until = midnight.timestamp().as_second();
+                if until <= now {
+                    warnings
+                        .push(Problem::at(format!("{place}.until"), "has passed: the provider is enforced; take the entry out"));
+                }
+                policy.set_exception(name.clone(), Exception { enforcement: *enforcement, until });
             }
             None => problems.push(Problem::at(format!("{place}.until"), format!("`{until}` is not a date such as 2026-12-31"))),
         }
     }
-    if problems.is_empty() { Ok(policy) } else { Err(problems) }
+    (policy, warnings)
+}
+
+fn unknown_provider(name: &str, registry: &Registry) -> String {
+    let similar = |other: &str| strsim::jaro_winkler(name, other);
+    let nearest = registry.providers().iter().map(|provider| provider.name.as_str());
+    let nearest = nearest.max_by(|one, other| similar(one).total_cmp(&similar(other)));
+    nearest.map_or_else(String::new, |nearest| format!("the registry has no provider of this name; the nearest is `{nearest}`"))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
-    use crate::core::policy::Action;
+    use crate::{
+        core::policy::{Action, Group},
+        domain::request::Checkpoint,
+        server::settings::{CallerList, RoleWord},
+    };
 
     fn parsed(text: &str) -> Result<Policy, String> {
         let registry = Registry::embedded(&|_| None).unwrap().value;
         let mut layers = Layers::new();
         layers.file("test", yaml::tree(text.as_bytes()).map_err(|problem| problem.to_string())?);
-        let settings = layers.finish().map_err(|problems| format!("{problems:?}"))?.0;
-        policy_of(&settings, &registry).map_err(|problems| format!("{problems:?}"))
+        let Layered { settings, mut problems, .. } = layers.finish();
+        let (policy, _) = policy_of(&settings, Some(&registry), 0, &mut problems);
+        if problems.is_empty() { Ok(policy) } else { Err(format!("{problems:?}")) }
     }
 
     #[test]
-    fn an_empty_file_is_the_default_policy() {
-        let policy = parsed("# nothing\n").unwrap();
+    fn an_empty_mapping_is_the_default_policy_and_an_empty_file_is_none() {
+        for text in ["", "# nothing\n", "---\n"] {
+            assert!(parsed(text).unwrap_err().contains("is empty; write `{}`"), "{text:?}");
+        }
+        let policy = parsed("{}").unwrap();
         assert_eq!(policy.action(Checkpoint::Provision, Group::Unanswered), Action::AllowIfRecentlyValid);
         assert_eq!(policy.platform_proxy, PlatformProxy::Absent);
         assert!(policy.honour_overrides);
@@ -541,14 +476,14 @@ mod tests {
             ("BYOK_GATE__POLICY__CREATE__INCONCLUSIVE", "deny"),
             ("BYOK_GATE__EXEMPT_RUNTIMES", "mock"),
         ];
-        let settings = settled("", &environment, Vec::new()).unwrap().0;
+        let settings = settled("{}", &environment, Vec::new()).unwrap().0;
         assert_eq!(settings.server.listen, ["127.0.0.1:1", "unix:/run/x.sock"]);
         assert!(settings.server.insecure_listen);
         assert_eq!((settings.socket.mode.as_str(), settings.socket.group), ("0600", Some(1000)));
         assert_eq!(settings.tls.certificate.as_deref(), Some(Path::new("7")));
-        assert_eq!(settings.deadlines.decide.0.as_millis(), 250);
+        assert_eq!(settings.deadlines.decide.as_millis(), 250);
         assert!((settings.log.plain_allow_ratio - 0.25).abs() < f64::EPSILON);
-        assert_eq!(settings.callers.unix_peers[0].role, RoleWord::Operator);
+        assert_eq!(settings.callers.unix_peers.entries()[0].role, RoleWord::Operator);
         assert!(settings.exempt_runtimes.contains("mock"));
     }
 
@@ -558,15 +493,19 @@ mod tests {
             ("limits: {decision: 1}", None, "limits.decision: is not a key (from file"),
             ("limits: {decision: 1}", None, "the nearest is `limits.decisions`"),
             ("limit: {decisions: 1}", None, "the nearest is `limits`"),
-            ("", Some(("BYOK_GATE__LIMITS__CONECTIONS", "1")), "the nearest is `limits.connections`"),
-            ("", Some(("BYOK_GATE__SHUTDOWN", "1")), "shutdown: is a section of keys"),
-            ("", Some(("BYOK_GATE__LIMITS__DECISIONS", "many")), "(from environment BYOK_GATE__LIMITS__DECISIONS)"),
+            ("{}", Some(("BYOK_GATE__LIMITS__CONECTIONS", "1")), "the nearest is `limits.connections`"),
+            ("{}", Some(("BYOK_GATE__SHUTDOWN", "1")), "shutdown: is a section of keys"),
+            ("{}", Some(("BYOK_GATE__LIMITS__DECISIONS", "many")), "(from environment BYOK_GATE__LIMITS__DECISIONS)"),
             ("limits: {decisions: 0}", None, "limits.decisions: is 0; it must be 1 to"),
             ("limits: {decisions: -1}", None, "limits.decisions: invalid value"),
             ("deadlines: {decide: 5}", None, "deadlines.decide: "),
-            ("deadlines: {decide: 0s}", None, "deadlines.decide: must be more than 0"),
+            ("deadlines: {decide: 0s}", None, "deadlines.decide: is 0s; it must be 100ms to"),
+            ("deadlines: {decide: 5ms}", None, "deadlines.decide: is 5ms; it must be 100ms to"),
+            ("limits: {message_bytes: 1}", None, "limits.message_bytes: is 1; it must be 4096 to"),
+            ("cache: {valid: 0s}", None, "cache.valid: is 0s; it must be 1s to"),
+            ("limits: {request_bytes: 1048576}", None, "limits.request_bytes: must not be less than"),
             ("server: {keepalive_interval: 500ms}", None, "server.keepalive_interval: is 500ms; it must be 1s to 9h"),
-            ("server: {keepalive_timeout: 10h}", None, "server.keepalive_timeout: is 36000s; it must be 1s to 9h"),
+            ("server: {keepalive_timeout: 10h}", None, "server.keepalive_timeout: is 10h; it must be 1s to 9h"),
             ("server: {listen: []}", None, "server.listen: names no address"),
             ("server: {worker_threads: 100000}", None, "server.worker_threads: must be at most"),
             ("log: {plain_allow_ratio: 1.5}", None, "log.plain_allow_ratio: is 1.5; it must be 0 to 1"),
@@ -574,7 +513,22 @@ mod tests {
             ("socket: {mode: '0990'}", None, "socket.mode: `0990` is not"),
             ("tls: {certificate: /c}", None, "tls.key: is required"),
             ("tls: {client_ca: /c}", None, "tls.certificate: is required"),
-            ("callers: {certificates: [{san: a}]}", None, "tls.client_ca: is required"),
+            ("exempt_runtimes: ['']", None, "exempt_runtimes: \"\" is empty or padded"),
+            ("exempt_runtimes: [' a']", None, "exempt_runtimes: \" a\" is empty or padded"),
+            ("{}", Some(("BYOK_GATE__EXEMPT_RUNTIMES", "a,,b")), "exempt_runtimes: \"\" is empty or padded"),
+            ("{}", Some(("BYOK_GATE__EXEMPT_RUNTIMES", ",")), "exempt_runtimes: \"\" is empty or padded"),
+            ("{}", Some(("BYOK_GATE__EXEMPT_RUNTIMES", "[\"\"]")), "exempt_runtimes: \"\" is empty or padded"),
+            ("server: {listen: ['']}", None, "server.listen[0]: is empty or padded"),
+            ("{}", Some(("BYOK_GATE__SERVER__LISTEN", "")), "server.listen: names no address"),
+            ("{}", Some(("BYOK_GATE__SERVER__LISTEN", ",")), "server.listen[0]: is empty or padded"),
+            (
+                "callers: {unix_peers: [{uid: 1, role: workspace, workspaces: ['']}]}",
+                None,
+                "callers.unix_peers[0].workspaces: holds an id that is empty",
+            ),
+            ("callers: {unix_peers: everyone}", None, "callers.unix_peers: invalid value"),
+            ("", None, "is empty; write `{}`"),
+            ("callers: {certificates: [{san: a}]}", None, "callers.certificates: needs tls.client_ca"),
             ("callers: {unix_peers: [{}]}", None, "callers.unix_peers[0]: needs a uid"),
             ("callers: {unix_peers: [{uid: 1, role: workspace}]}", None, "callers.unix_peers[0]: names no workspaces"),
             ("callers: {unix_peers: [{uid: 1, rule: workspace}]}", None, "unknown field `rule`"),
@@ -588,9 +542,57 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_variable_means_none() {
+        let environment = [
+            ("BYOK_GATE__EXEMPT_RUNTIMES", ""),
+            ("BYOK_GATE__CALLERS__UNIX_PEERS", " "),
+            ("BYOK_GATE__TLS__KEY", ""),
+            ("BYOK_GATE__ADMIN__LISTEN", ""),
+            ("BYOK_GATE__CALLERS__CERTIFICATES", "anyone"),
+        ];
+        let text = "exempt_runtimes: [mock]\ncallers: {unix_peers: [{uid: 1}]}\nadmin: {listen: '127.0.0.1:1'}\n";
+        let settings = settled(text, &environment, Vec::new()).unwrap().0;
+        assert!(settings.exempt_runtimes.is_empty() && settings.callers.unix_peers.entries().is_empty());
+        assert_eq!((settings.tls.key, settings.admin.listen, settings.callers.certificates), (None, None, CallerList::Anyone));
+    }
+
+    /// One fault hides no other: an unknown key, a value that its key does not take, one that is out of bounds, a provider that is not there.
+    #[test]
+    fn all_that_is_wrong_is_told_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("byok-gate.yaml");
+        let text = "limit: {}\nlimits: {decisions: many, batch_items: 0}\nproviders: {deepsek: {probe: report, until: 2026-12-01}}\n\
+                    registry: {file: /no/such/registry.yaml}\n";
+        fs::write(&config, text).unwrap();
+        let fault =
+            load(&Paths { config: Some(config.clone()), ..Paths::default() }, &Overrides::default()).unwrap_err().to_string();
+        for expect in
+            ["limit: is not a key", "limits.decisions: invalid type", "limits.batch_items: is 0", "/no/such/registry.yaml"]
+        {
+            assert!(fault.contains(expect), "{expect} in {fault}");
+        }
+        fs::write(&config, text.replace("registry: {file: /no/such/registry.yaml}\n", "")).unwrap();
+        let fault = load(&Paths { config: Some(config), ..Paths::default() }, &Overrides::default()).unwrap_err().to_string();
+        for expect in
+            ["limit: is not a key", "providers.deepsek: the registry has no provider of this name; the nearest is `deepseek`"]
+        {
+            assert!(fault.contains(expect), "{expect} in {fault}");
+        }
+    }
+
+    #[test]
     fn the_reference_file_says_every_default_and_nothing_else() {
-        let text = include_str!("../deploy/byok-gate.yaml");
-        let tree = yaml::tree(text.as_bytes()).unwrap();
-        assert_eq!(tree, serde_json::to_value(Settings::default()).unwrap());
+        let tree = yaml::tree(include_bytes!("../deploy/byok-gate.yaml")).unwrap();
+        let said: Settings = serde_json::from_value(tree.clone()).unwrap();
+        assert_eq!(said, Settings::default());
+        let keys = |value: &Value| leaves("", value);
+        assert_eq!(keys(&tree), keys(&serde_json::to_value(Settings::default()).unwrap()));
+    }
+
+    fn leaves(at: &str, value: &Value) -> Vec<String> {
+        match value.as_object().filter(|members| !members.is_empty()) {
+            Some(members) => members.iter().flat_map(|(name, value)| leaves(&format!("{at}.{name}"), value)).collect(),
+            None => vec![at.to_owned()],
+        }
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod decision;
 pub mod denial;
+pub mod duration;
 pub mod problem;
 pub mod protocol;
 pub mod request;

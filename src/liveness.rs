@@ -3,6 +3,8 @@
 
 pub mod breaker;
 pub mod cache;
+pub(crate) mod clock;
+pub mod new_keys;
 pub mod prober;
 pub mod provider_limits;
 pub(crate) mod single_flight;

@@ -1,13 +1,16 @@
 //! The server: bind, then run until told to stop. Who may call, limits, health, reflection, and the order of leaving.
 
+mod accept;
 mod admin;
-mod auth;
+mod callers;
 mod connection;
+mod connections;
 mod error;
 mod health;
 mod inline_executor;
 mod listen;
-mod reload;
+mod request_body;
+pub mod settings;
 pub mod shutdown;
 mod tls;
 
@@ -16,12 +19,12 @@ use std::{
     net::SocketAddr,
     panic::AssertUnwindSafe,
     pin::Pin,
-    sync::{Arc, OnceLock},
+    sync::{Arc, atomic::AtomicUsize},
 };
 
 use futures_util::FutureExt;
 use tokio::{
-    sync::{Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -29,38 +32,40 @@ use tonic::service::Routes;
 use tonic_health::pb::{FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS, health_server::HealthServer};
 
 use self::{
+    accept::{accept, affordable},
     admin::{Shown, answer_scrapers},
-    auth::Callers,
-    connection::{ConnectionContext, LAST_WORDS, turn_away},
+    callers::Callers,
+    connection::{ConnectionContext, LAST_WORDS},
+    connections::{ConnectionCounts, Connections},
     health::{HealthService, Phase},
-    listen::{Listener, Peer},
-    reload::{Source, keep_fresh},
+    listen::Listener,
+    request_body::ByteBudget,
+    settings::{CallerSettings, EdgeSettings},
     tls::{Tls, TlsFiles},
 };
 pub use self::{error::ServerError, listen::Address};
 use crate::{
-    config::settings::{self, Settings},
     core::engine::Engine,
-    grpc::{PolicyDecision, convert},
+    grpc::{authorize::Authorizer, call_record::Recorder, convert, service::PolicyDecision},
     telemetry::{
         events::Journal,
-        metrics::{Counter, Measured, Page, calls::Calls, process::Process, reloads::Reloads},
+        metrics::{Measured, process::Process},
     },
+    watch::{Source, Watcher, files},
 };
-
-/// A refusal of connections is logged once for so many.
-const LOG_EVERY_REFUSED: usize = 1000;
 
 /// A server that has its sockets and its files.
 pub struct Bound {
     listeners: Vec<Listener>,
     admin: Option<Listener>,
-    sources: Vec<Arc<dyn Measured>>,
+    measured: Vec<Arc<dyn Measured>>,
     callers: Arc<Callers>,
     tls: Option<Arc<Tls>>,
-    settings: Settings,
+    settings: EdgeSettings,
     journal: Journal,
-    supervised: Vec<Task>,
+    tasks: Vec<Task>,
+    /// Asks whoever follows files to look at once.
+    look: watch::Sender<()>,
 }
 
 /// Work in the background, by name. It ends only if it fails.
@@ -78,40 +83,10 @@ pub enum Ended {
 // === impl Bound ===
 
 impl Bound {
-    /// Takes one TCP address, with the default settings. Nothing is accepted yet.
-    pub async fn bind(address: SocketAddr) -> Result<Self, ServerError> {
-        let mut settings = Settings::default();
-        settings.server.listen = vec![address.to_string()];
-        Self::open(settings).await
-    }
-
     /// Takes the sockets and reads the files. Nothing is accepted yet.
-    pub async fn open(settings: Settings) -> Result<Self, ServerError> {
-        let parsed = |setting, text: &String| text.parse().map_err(|message| ServerError::Address { setting, message });
-        let addresses: Vec<Address> =
-            settings.server.listen.iter().map(|text| parsed("server.listen", text)).collect::<Result<_, _>>()?;
-        let admin = settings.admin.listen.as_ref().map(|text| parsed("admin.listen", text)).transpose()?;
-        let has_tls = settings.tls.certificate.is_some();
-        let knows_callers = settings.tls.client_ca.is_some() || settings.callers.token_file.is_some();
-        for address in &addresses {
-            if !address.is_local() && !has_tls && !settings.server.insecure_listen {
-                return Err(ServerError::Exposed(address.clone()));
-            }
-            // Whoever sets up TLS expects a network, on whatever address it arrives.
-            let is_tcp = matches!(address, Address::Tcp(_));
-            if is_tcp && has_tls && !knows_callers && !settings.server.allow_anonymous {
-                return Err(ServerError::Anonymous(address.clone()));
-            }
-        }
-        let callers = Arc::new(Callers::new(&settings.callers)?);
-        let tls = match (&settings.tls.certificate, &settings.tls.key) {
-            (Some(certificate), Some(key)) => {
-                let client_ca = settings.tls.client_ca.clone();
-                let files = TlsFiles { certificate: certificate.clone(), key: key.clone(), client_ca };
-                Some(Arc::new(Tls::load(files, Arc::clone(&callers))?))
-            }
-            (_, _) => None,
-        };
+    pub async fn open(settings: EdgeSettings) -> Result<Self, ServerError> {
+        let (addresses, admin) = addresses(&settings)?;
+        let (callers, tls) = secured(&settings)?;
         let mut listeners = Vec::new();
         for address in addresses {
             listeners.push(listener(address, &settings).await?);
@@ -120,24 +95,17 @@ impl Bound {
             None => None,
             Some(address) => Some(listener(address, &settings).await?),
         };
-        let sources: Vec<Arc<dyn Measured>> = vec![Arc::new(Process::started())];
-        Ok(Self { listeners, admin, sources, callers, tls, settings, journal: Journal::off(), supervised: Vec::new() })
-    }
-
-    /// Shows these numbers too.
-    pub fn show(&mut self, source: Arc<dyn Measured>) {
-        self.sources.push(source);
-    }
-
-    /// Where numbers are shown, if they are: with the port that was given for port 0.
-    pub fn admin_address(&self) -> Option<Address> {
-        self.admin.as_ref().map(Listener::address)
-    }
-
-    /// Takes the lists of callers anew, from the configuration as it is by then.
-    pub fn relist(&self) -> impl Fn(&settings::Callers) + Send + Sync + use<> {
-        let callers = Arc::clone(&self.callers);
-        move |settings| callers.relist(settings)
+        let measured: Vec<Arc<dyn Measured>> = vec![Arc::new(Process::started())];
+        let (look, _) = watch::channel(());
+        let (journal, tasks) = (Journal::off(), Vec::new());
+        let mut bound = Self { listeners, admin, measured, callers, tls, settings, journal, tasks, look };
+        if let Some(tls) = bound.tls.clone() {
+            bound.follow(tls);
+        }
+        if let Some(tokens) = bound.callers.tokens().cloned() {
+            bound.follow(tokens);
+        }
+        Ok(bound)
     }
 
     /// Where it listens: with the port that was given for port 0.
@@ -153,65 +121,70 @@ impl Bound {
         })
     }
 
+    /// Where numbers are shown, if they are: with the port that was given for port 0.
+    pub fn admin_address(&self) -> Option<Address> {
+        self.admin.as_ref().map(Listener::address)
+    }
+
     /// Writes decisions down there. Without it, nowhere.
-    pub fn keep(&mut self, journal: Journal) {
+    pub fn set_journal(&mut self, journal: Journal) {
         self.journal = journal;
+    }
+
+    /// Shows these numbers too.
+    pub fn measure(&mut self, source: Arc<dyn Measured>) {
+        self.measured.push(source);
     }
 
     /// Runs this beside the server. It is not to end by itself: the server then drains and fails.
     pub fn supervise(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
-        self.supervised.push((name, Box::pin(work)));
+        self.tasks.push((name, Box::pin(work)));
+    }
+
+    /// Follows what comes from files.
+    pub fn follow(&mut self, source: impl Source) {
+        let name = source.name();
+        let watcher = Watcher::new(source);
+        self.measure(watcher.counts());
+        self.supervise(name, watcher.run(self.settings.server.reload_interval, self.look.subscribe()));
+    }
+
+    /// Asks for a look at all files that are followed, at once.
+    pub fn look(&self) -> watch::Sender<()> {
+        self.look.clone()
+    }
+
+    /// Puts other lists of callers in force.
+    pub fn relist(&self) -> impl Fn(&CallerSettings) + Send + Sync + use<> {
+        let callers = Arc::clone(&self.callers);
+        move |settings| callers.relist(settings)
     }
 
     /// Serves until `shutdown`, then leaves: NOT_SERVING, a moment for that to be noticed, no new connections, GOAWAY, calls
     /// under way to the drain deadline.
     pub async fn run(self, engine: Arc<Engine>, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, ServerError> {
-        let Self { listeners, admin, mut sources, callers, tls, settings, journal, supervised } = self;
-        let journal = Arc::new(journal);
-        let Settings { server, limits, deadlines, shutdown: stop, .. } = settings;
+        let Self { listeners, admin, mut measured, callers, tls, settings, journal, tasks: supervised, look } = self;
         let (phase, phases) = watch::channel(Phase::Starting);
-        let calls = Arc::new(Calls::default());
-        let counted = (Arc::clone(&journal), Arc::clone(&calls));
-        let service = PolicyDecision::new(Arc::clone(&engine), limits.clone(), deadlines.clone(), counted);
-        let reflection = || {
-            tonic_reflection::server::Builder::configure()
-                .register_encoded_file_descriptor_set(convert::DESCRIPTORS)
-                .register_encoded_file_descriptor_set(HEALTH_DESCRIPTORS)
-        };
-        let routes = Routes::new(HealthServer::new(HealthService(phases.clone())))
-            .add_service(reflection().build_v1()?)
-            .add_service(reflection().build_v1alpha()?)
-            .prepare();
+        let limit = affordable(settings.limits.connections, listeners.len());
+        let recorder = Arc::new(Recorder::new(journal));
+        let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit))));
+        let context = context(&settings, callers, tls, Arc::clone(&engine), &recorder, phases, &counts)?;
+        measured.extend([Arc::new(context.service.clone()) as Arc<dyn Measured>, recorder, counts.clone()]);
         let mut tasks = JoinSet::new();
-        let files: Vec<(Arc<dyn Source>, Arc<Reloads>)> = tls
-            .iter()
-            .map(|tls| Arc::clone(tls) as Arc<dyn Source>)
-            .chain(callers.tokens().map(|tokens| Arc::clone(tokens) as Arc<dyn Source>))
-            .map(|source| (Arc::clone(&source), Arc::new(Reloads::of(source.name()))))
-            .collect();
-        let connections = Arc::new(Connections::new(listeners.len(), limits.connections));
-        sources.extend([Arc::new(service.clone()) as Arc<dyn Measured>, calls.clone(), connections.clone()]);
-        sources.extend(files.iter().map(|(_, counts)| Arc::clone(counts) as Arc<dyn Measured>));
-        if !files.is_empty() {
-            spawn(&mut tasks, ("reload", Box::pin(keep_fresh(files, server.reload_interval.0))));
-        }
         if let Some(listener) = admin {
-            spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, Arc::new(Shown { engine, sources })))));
+            spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, Arc::new(Shown { engine, sources: measured })))));
         }
-        let failed = Arc::clone(&connections.failed);
-        let context =
-            ConnectionContext { callers, tls, service, routes, limits, deadlines, journal, phase: phases, calls, failed };
-        let context = Arc::new(context);
         // Every connection holds a sender; when the last one is dropped, all are gone.
         let (open, mut all_gone) = mpsc::channel::<Infallible>(1);
-        for (listener, places) in listeners.into_iter().zip(connections.places.clone()) {
-            let accepting = accept(listener, places, Arc::clone(&context), Arc::clone(&connections), open.clone());
+        let context = Arc::new(context);
+        for (listener, connections) in listeners.into_iter().zip(counts.open.clone()) {
+            let accepting = accept(listener, connections, Arc::clone(&context), Arc::clone(&counts), open.clone());
             spawn(&mut tasks, ("accept", Box::pin(accepting)));
         }
         for task in supervised {
             spawn(&mut tasks, task);
         }
-        drop(open);
+        drop((open, context));
         phase.send_replace(Phase::Serving);
         let ended = tokio::select! {
             () = shutdown => None,
@@ -219,15 +192,16 @@ impl Bound {
         };
         if let Some(name) = ended {
             // The first one alone: the server stops with it.
-            let _is_first = connections.task_ended.set(name);
+            let _is_first = counts.task_ended.set(name);
             tracing::error!(event = "background_task_ended", task = name, "it never should; stopping");
         }
         phase.send_replace(Phase::Leaving);
-        sleep(stop.notice.0).await;
+        sleep(settings.shutdown.notice).await;
         phase.send_replace(Phase::Draining);
         // With the tasks go the sockets.
         tasks.shutdown().await;
-        let drained = timeout(stop.drain.0, all_gone.recv()).await;
+        drop(look);
+        let drained = timeout(settings.shutdown.drain, all_gone.recv()).await;
         phase.send_replace(Phase::Cut);
         if drained.is_err() {
             // Calls that are cut off are told so, if their callers listen.
@@ -241,50 +215,87 @@ impl Bound {
     }
 }
 
-async fn listener(address: Address, settings: &Settings) -> Result<Listener, ServerError> {
+/// Where it is to listen, and where its numbers are to be shown.
+fn addresses(
+    EdgeSettings { server, admin, tls, callers, .. }: &EdgeSettings,
+) -> Result<(Vec<Address>, Option<Address>), ServerError> {
+    let parsed = |setting, text: &String| text.parse().map_err(|message| ServerError::Address { setting, message });
+    let addresses: Vec<Address> = server.listen.iter().map(|text| parsed("server.listen", text)).collect::<Result<_, _>>()?;
+    let admin = admin.listen.as_ref().map(|text| parsed("admin.listen", text)).transpose()?;
+    let has_tls = tls.certificate.is_some();
+    let knows_callers = tls.client_ca.is_some() || callers.token_file.is_some();
+    for address in &addresses {
+        if !address.is_local() && !has_tls && !server.insecure_listen {
+            return Err(ServerError::Exposed(address.clone()));
+        }
+        // Whoever sets up TLS expects a network, on whatever address it arrives.
+        let is_tcp = matches!(address, Address::Tcp(_));
+        if is_tcp && has_tls && !knows_callers && !server.allow_anonymous {
+            return Err(ServerError::Anonymous(address.clone()));
+        }
+    }
+    Ok((addresses, admin))
+}
+
+/// Who may call, and TLS where it is set up: their files read, in time.
+fn secured(settings: &EdgeSettings) -> Result<(Arc<Callers>, Option<Arc<Tls>>), ServerError> {
+    let EdgeSettings { tls, callers, .. } = settings.clone();
+    let token_file = callers.token_file.clone();
+    let read = move || {
+        let callers = Arc::new(Callers::new(&callers)?);
+        let (Some(certificate), Some(key)) = (tls.certificate, tls.key) else { return Ok((callers, None)) };
+        let files = TlsFiles { certificate, key, client_ca: tls.client_ca };
+        let tls = Tls::load(files, Arc::clone(&callers))?;
+        Ok((callers, Some(Arc::new(tls))))
+    };
+    files::in_time(read).unwrap_or_else(|source| {
+        let path = token_file.or_else(|| settings.tls.certificate.clone()).unwrap_or_default();
+        Err(ServerError::File { path, source })
+    })
+}
+
+async fn listener(address: Address, settings: &EdgeSettings) -> Result<Listener, ServerError> {
     Listener::bind(&address, &settings.server, &settings.socket).await.map_err(|source| ServerError::Listen { address, source })
 }
 
-/// Numbers about connections, and about what takes them.
-struct Connections {
-    limit: usize,
-    /// Each listener's.
-    places: Vec<Arc<Semaphore>>,
-    taken: Counter,
-    refused: Counter,
-    failed: Arc<Counter>,
-    task_ended: OnceLock<&'static str>,
-}
-
-// === impl Connections ===
-
-impl Connections {
-    fn new(listeners: usize, limit: usize) -> Self {
-        let places = (0..listeners).map(|_| Arc::new(Semaphore::new(limit))).collect();
-        Self {
-            limit,
-            places,
-            taken: Counter::new(),
-            refused: Counter::new(),
-            failed: Arc::default(),
-            task_ended: OnceLock::new(),
-        }
-    }
-}
-
-impl Measured for Connections {
-    fn tell(&self, page: &mut Page) {
-        let open: usize = self.places.iter().map(|places| self.limit.saturating_sub(places.available_permits())).sum();
-        page.gauge("byokgate_connections_open", "Connections that are open").add(&[], open);
-        page.counter("byokgate_connections", "Connections that were taken").add(&[], &self.taken);
-        let mut refused = page.counter("byokgate_connections_refused", "Connections that came to no call");
-        refused.add(&[("reason", "limit")], &self.refused);
-        refused.add(&[("reason", "handshake")], &*self.failed);
-        if let Some(task) = self.task_ended.get() {
-            page.counter("byokgate_background_tasks_ended", "Work in the background that ended: the server is stopping")
-                .add(&[("task", task)], 1_u64);
-        }
-    }
+/// What every connection shares.
+fn context(
+    settings: &EdgeSettings,
+    callers: Arc<Callers>,
+    tls: Option<Arc<Tls>>,
+    engine: Arc<Engine>,
+    recorder: &Arc<Recorder>,
+    phase: watch::Receiver<Phase>,
+    counts: &Arc<ConnectionCounts>,
+) -> Result<ConnectionContext, ServerError> {
+    let EdgeSettings { server, limits, deadlines, .. } = settings.clone();
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(convert::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(HEALTH_DESCRIPTORS)
+    };
+    let routes = Routes::new(HealthServer::new(HealthService(phase.clone())))
+        .add_service(reflection().build_v1()?)
+        .add_service(reflection().build_v1alpha()?)
+        .prepare();
+    let authorizer = Arc::new(Authorizer::new(settings.callers.workspace_calls_per_minute));
+    let service = PolicyDecision::new(engine, Arc::clone(&authorizer), limits.clone(), deadlines.clone());
+    Ok(ConnectionContext {
+        callers,
+        authorizer,
+        tls,
+        service,
+        routes,
+        bytes: ByteBudget::new(limits.request_bytes),
+        settings: server,
+        limits,
+        deadlines,
+        recorder: Arc::clone(recorder),
+        phase,
+        unknown_calls: Arc::new(AtomicUsize::new(0)),
+        watches: Arc::new(AtomicUsize::new(0)),
+        counts: Arc::clone(counts),
+    })
 }
 
 /// Starts work in the background; a panic in it is an end like any other.
@@ -293,40 +304,4 @@ fn spawn(tasks: &mut JoinSet<&'static str>, (name, work): Task) {
         drop(AssertUnwindSafe(work).catch_unwind().await);
         name
     });
-}
-
-/// Takes connections for ever. Past the limit they are turned away at once, and not left waiting in the kernel's queue.
-async fn accept(
-    listener: Listener,
-    places: Arc<Semaphore>,
-    context: Arc<ConnectionContext>,
-    connections: Arc<Connections>,
-    open: mpsc::Sender<Infallible>,
-) {
-    let limit = context.limits.connections;
-    let mut refused = 0_usize;
-    loop {
-        let accepted = listener.accept().await;
-        match Arc::clone(&places).try_acquire_owned() {
-            Ok(place) => {
-                connections.taken.one();
-                let (context, open) = (Arc::clone(&context), open.clone());
-                tokio::spawn(async move {
-                    context.serve(accepted).await;
-                    drop((place, open));
-                });
-            }
-            Err(_) => {
-                connections.refused.one();
-                if refused.is_multiple_of(LOG_EVERY_REFUSED) {
-                    tracing::warn!(event = "connection_limit", address = %listener.address(), limit, refused);
-                }
-                refused = refused.wrapping_add(1);
-                let is_plain = context.tls.is_none() || matches!(accepted.peer, Peer::Unix { .. });
-                if is_plain {
-                    tokio::spawn(turn_away(accepted.io, limit));
-                }
-            }
-        }
-    }
 }

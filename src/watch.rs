@@ -1,35 +1,29 @@
-//! Registry, catalogue and configuration read again while the service runs: content decides, never a file's date or an event.
+//! Files that are read again while the server runs: by content, the last good version kept, every fault logged and counted. One watcher
+//! serves all that comes from files: registry, catalogue and configuration, certificates, tokens.
 //!
-//! The files are looked at by their content's hash, so that writing in place, truncating, renaming over, a swapped symlink and
-//! deleting and making anew all look the same. A version that does not stand changes nothing: the last good one stays in
-//! force, and the status says why.
+//! The content decides and never an event: a volume that is swapped by symlink, a file that is written in place and one that is renamed over
+//! then look alike, and nothing is missed.
+
+pub mod files;
 
 use std::{
     collections::BTreeSet,
-    fs,
-    io::Read,
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
 
-use notify::Watcher;
+use notify::Watcher as _;
+use rand::Rng;
 use tokio::{
-    sync::mpsc,
-    time::{Instant, sleep_until},
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until, timeout},
 };
 
-use crate::{
-    core::{
-        engine::Engine,
-        snapshot::{Origin, Snapshot},
-    },
-    domain::problem::{Problem, Problems},
-    telemetry::metrics::reloads::Reloads,
-};
+use crate::telemetry::metrics::reloads::Reloads;
 
-/// How often the files are looked at without any event: network and overlay file systems have none.
-const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// How long after an event or an unsettled look the next look comes: a writer that truncates first has written by then.
 const SETTLE: Duration = Duration::from_millis(100);
 /// How many looks in a row may find the content changing before it is read all the same. A file that is being written is
@@ -38,22 +32,35 @@ const MAX_UNSETTLED: u32 = 4;
 /// The most of one file that is looked at: more than any document that is accepted.
 const MAX_LOOKED_AT: u64 = 2 * 1024 * 1024;
 
-/// Reads everything anew, and tells which files that were: a configuration may name others than before.
-pub type Load = dyn Fn() -> Result<(Vec<PathBuf>, Snapshot), Problems> + Send + Sync;
+/// Something that comes from files.
+pub trait Source: Send + 'static {
+    /// For logs and numbers.
+    fn name(&self) -> &'static str;
 
-/// Keeps an engine's snapshot up with its files.
-pub struct Reload {
-    engine: Arc<Engine>,
-    files: Vec<PathBuf>,
-    load: Arc<Load>,
-    /// The content that was last acted on, whether it stood or not.
-    acted_on: Hash,
-    /// The content at the last look, and for how many looks it has been another each time.
-    last_seen: Hash,
-    unsettled: u32,
-    failures: u64,
-    counts: Arc<Reloads>,
+    /// The files. They may be others after a reload: a configuration names some.
+    fn files(&self) -> Vec<PathBuf>;
+
+    /// Reads the files, and puts in force what they hold if it is good. With a fault nothing changes.
+    fn reload(&mut self) -> Result<Reloaded, Fault>;
+
+    /// Logs that a new version is in force, after so many failures.
+    fn log_taken(&self, failures: u64) {
+        tracing::info!(event = "reloaded", what = self.name(), failures);
+    }
 }
+
+/// What came of reading again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reloaded {
+    /// The files hold what is in force.
+    Unchanged,
+    /// A new version is in force.
+    Taken,
+}
+
+/// What is wrong with the files, for the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fault(pub String);
 
 /// What a look came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,22 +70,48 @@ pub enum PollOutcome {
     /// Something is new, and may be half written.
     Unsettled,
     /// The new version is in force.
-    Swapped,
-    /// The new version does not stand, and the last good one stays.
-    Kept(Problems),
+    Taken,
+    /// The new version is bad, and the last good one stays.
+    Kept(Fault),
+}
+
+/// Follows one source's files.
+pub struct Watcher<S> {
+    source: S,
+    files: Vec<PathBuf>,
+    /// Of the hash: the content of a key or of a token must not be guessed from what stays in memory.
+    hash_key: [u8; 32],
+    /// The content that was last acted on, whether it was good or not.
+    acted_on: Hash,
+    /// The content at the last look, and for how many looks it has been another each time.
+    last_seen: Hash,
+    unsettled: u32,
+    failures: u64,
+    last_fault: Option<Fault>,
+    counts: Arc<Reloads>,
 }
 
 type Hash = [u8; 32];
 
-// === impl Reload ===
+// === impl Watcher ===
 
-impl Reload {
-    /// For an engine whose snapshot was loaded from these files. The first look reads them again: one of them may have
-    /// changed since.
-    pub fn new(engine: Arc<Engine>, files: Vec<PathBuf>, load: Arc<Load>) -> Self {
-        let last_seen = hash(&files);
-        let counts = Arc::new(Reloads::of("documents"));
-        Self { engine, files, load, acted_on: [0; 32], last_seen, unsettled: 0, failures: 0, counts }
+impl<S: Source> Watcher<S> {
+    /// Of a source that has been read. The first looks read it again: a file may have changed since.
+    pub fn new(source: S) -> Self {
+        let (files, hash_key) = (source.files(), rand::rng().random());
+        let counts = Arc::new(Reloads::of(source.name()));
+        let nothing = [0; 32];
+        Self {
+            source,
+            files,
+            hash_key,
+            acted_on: nothing,
+            last_seen: nothing,
+            unsettled: 0,
+            failures: 0,
+            last_fault: None,
+            counts,
+        }
     }
 
     /// How it went so far.
@@ -86,33 +119,48 @@ impl Reload {
         Arc::clone(&self.counts)
     }
 
-    /// Looks again and again, soon after a folder of the files has changed, and at once when `force` says so. Ends when the
-    /// sender of `force` is gone.
-    pub async fn run(mut self, mut force: mpsc::Receiver<()>) {
+    /// Looks this often, soon after a folder of the files has changed, and at once when `forced` says so. Ends when the sender of that is
+    /// gone.
+    pub async fn run(mut self, every: Duration, mut forced: watch::Receiver<()>) {
         let mut events = Events::of(&self.files);
         let mut next = Instant::now();
         loop {
-            let forced = tokio::select! {
+            let is_forced = tokio::select! {
                 () = sleep_until(next) => false,
                 () = events.changed() => {
                     // Not put off by a further event: a file that never rests is looked at all the same.
                     next = next.min(Instant::now() + SETTLE);
                     continue;
                 }
-                asked = force.recv() => match asked {
-                    Some(()) => true,
-                    None => return,
+                asked = forced.changed() => match asked {
+                    Ok(()) => true,
+                    Err(_) => return,
                 },
             };
+            let name = self.source.name();
+            let counts = self.counts();
             // Reading and checking are work for a thread that may wait.
-            let look = tokio::task::spawn_blocking(move || {
-                let looked = self.poll(forced);
-                (self, looked)
+            let mut polling = tokio::task::spawn_blocking(move || {
+                let outcome = self.poll(is_forced);
+                (self, outcome)
             });
-            // `look` does not panic, and the runtime does not cancel what blocks; if it ended all the same, so does this.
-            let Ok((reload, looked)) = look.await else { return };
-            self = reload;
-            next = Instant::now() + if looked == PollOutcome::Unsettled { SETTLE } else { POLL_INTERVAL };
+            let polled = match timeout(files::READ_TIME, &mut polling).await {
+                Ok(polled) => polled,
+                Err(_) => {
+                    counts.failed();
+                    tracing::error!(
+                        event = "reload_stuck",
+                        what = name,
+                        "the files cannot be read: their volume does not answer"
+                    );
+                    // One thread waits for it, and no more than one.
+                    polling.await
+                }
+            };
+            // `poll` does not panic, and the runtime does not cancel what blocks; if it ended all the same, so does this.
+            let Ok((watcher, outcome)) = polled else { return };
+            self = watcher;
+            next = Instant::now() + if outcome == PollOutcome::Unsettled { SETTLE } else { every };
             if events.files != self.files {
                 events = Events::of(&self.files);
             }
@@ -121,7 +169,7 @@ impl Reload {
 
     /// One look. `forced` reads what is there even if it is the same, or may be half written.
     pub fn poll(&mut self, forced: bool) -> PollOutcome {
-        let seen = hash(&self.files);
+        let seen = hash(&self.hash_key, &self.files);
         let settled = seen == std::mem::replace(&mut self.last_seen, seen);
         if seen == self.acted_on && !forced {
             self.unsettled = 0;
@@ -132,42 +180,60 @@ impl Reload {
             return PollOutcome::Unsettled;
         }
         self.unsettled = 0;
-        let load = std::panic::AssertUnwindSafe(|| (self.load)());
         // A document must not be able to end the watch, whatever it does to the code that reads it.
-        let loaded = std::panic::catch_unwind(load).unwrap_or_else(|_| Err(of_this_service("reading it ended in a panic")));
-        // What was read is what was seen, or the next look sees to it.
-        if !forced && hash(&self.files) != seen {
-            return PollOutcome::Unsettled;
+        let reloaded = catch_unwind(AssertUnwindSafe(|| self.source.reload()))
+            .unwrap_or_else(|_| Err(Fault("reading it ended in a panic of this service".to_owned())));
+        self.acted_on = seen;
+        let files = self.source.files();
+        if files != self.files {
+            self.files = files;
+            // Read once more: what was hashed is not what was read of files that were not followed yet.
+            self.last_seen = hash(&self.hash_key, &self.files);
+            self.acted_on = [0; 32];
+        } else if !forced && hash(&self.hash_key, &self.files) != seen {
+            // What was read is what was seen, or the next look sees to it.
+            self.acted_on = [0; 32];
         }
-        let told_before = std::mem::replace(&mut self.acted_on, seen) == seen;
-        match loaded {
-            Ok((files, snapshot)) => {
-                if files != self.files {
-                    self.files = files;
-                    // Read once more: what was hashed is not what was read of files that were not followed yet.
-                    self.last_seen = hash(&self.files);
-                    self.acted_on = [0; 32];
+        self.record(reloaded)
+    }
+
+    /// Counts it, and logs what is new: the same fault again is told at debug level.
+    fn record(&mut self, reloaded: Result<Reloaded, Fault>) -> PollOutcome {
+        let (what, failures) = (self.source.name(), self.failures);
+        match reloaded {
+            Ok(reloaded) => {
+                self.last_fault = None;
+                self.failures = 0;
+                if reloaded == Reloaded::Taken {
+                    self.source.log_taken(failures);
+                    self.counts.taken();
+                    return PollOutcome::Taken;
                 }
-                tracing::info!(
-                    event = "reloaded",
-                    registry_revision = snapshot.registry.revision(),
-                    catalogue_revision = snapshot.catalogue.revision(),
-                );
-                self.engine.swap(snapshot);
-                self.counts.taken();
-                PollOutcome::Swapped
+                self.counts.unchanged();
+                if failures > 0 {
+                    tracing::info!(event = "reload_recovered", what, failures, "the files are good again");
+                }
+                PollOutcome::Same
             }
-            Err(problems) => {
+            Err(fault) => {
                 self.failures += 1;
                 self.counts.failed();
-                if !told_before {
-                    let (failures, document) = (self.failures, problems.document.as_str());
-                    tracing::error!(event = "reload_failed", failures, document, "{problems}");
+                let failures = self.failures;
+                if self.last_fault.as_ref() == Some(&fault) {
+                    tracing::debug!(event = "reload_failed", what, failures, %fault);
+                } else {
+                    tracing::error!(event = "reload_failed", what, failures, %fault, "the last good version stays in force");
                 }
-                self.engine.swap(marked(&self.engine.snapshot(), &problems));
-                PollOutcome::Kept(problems)
+                self.last_fault = Some(fault.clone());
+                PollOutcome::Kept(fault)
             }
         }
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
     }
 }
 
@@ -176,7 +242,7 @@ impl Reload {
 struct Events {
     files: Vec<PathBuf>,
     changed: mpsc::Receiver<()>,
-    /// `None` where the system gives no events: looking every half second is then all there is.
+    /// `None` where the system gives no events: looking again and again is then all there is.
     watcher: Option<notify::RecommendedWatcher>,
 }
 
@@ -196,7 +262,7 @@ impl Events {
 
     fn watch(files: &[PathBuf], tell: mpsc::Sender<()>) -> notify::Result<notify::RecommendedWatcher> {
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Looking is an access too: heeding it would make each look the reason for the next.
+            // Looking is an access too: taking it for a change would make each look the reason for the next.
             if !event.is_ok_and(|event| event.kind.is_access()) {
                 // Full means that it is known already.
                 let _full = tell.try_send(());
@@ -220,24 +286,11 @@ impl Events {
     }
 }
 
-/// The same version, saying what is wrong with the one that should have followed it.
-fn marked(snapshot: &Snapshot, problems: &Problems) -> Snapshot {
-    let mark = |origin: &mut Origin, faulty: bool| {
-        origin.last_reload_error = if faulty { problems.to_string() } else { String::new() };
-    };
-    // A fault of the configuration is shown with the registry, whose names it uses.
-    let of_catalogue = problems.document == snapshot.catalogue_origin.source;
-    let mut marked = snapshot.clone();
-    mark(&mut marked.registry_origin, !of_catalogue);
-    mark(&mut marked.catalogue_origin, of_catalogue);
-    marked
-}
-
 /// The content of all files as one hash. A file that cannot be read has a content of its own: its absence.
-fn hash(files: &[PathBuf]) -> Hash {
-    let mut hasher = blake3::Hasher::new();
+fn hash(key: &[u8; 32], files: &[PathBuf]) -> Hash {
+    let mut hasher = blake3::Hasher::new_keyed(key);
     for file in files {
-        match bytes(file) {
+        match files::read(file, MAX_LOOKED_AT) {
             Ok(bytes) => hasher.update(&bytes.len().to_le_bytes()).update(&bytes),
             Err(fault) => hasher.update(&[0xff; 9]).update(format!("{:?}", fault.kind()).as_bytes()),
         };
@@ -245,24 +298,9 @@ fn hash(files: &[PathBuf]) -> Hash {
     *hasher.finalize().as_bytes()
 }
 
-fn bytes(file: &Path) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    fs::File::open(file)?.take(MAX_LOOKED_AT).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-fn of_this_service(fault: &str) -> Problems {
-    Problems { document: "configuration".into(), list: vec![Problem::at("", fault)] }
-}
-
-/// A file that cannot be read, as a problem of it.
-pub fn unreadable(file: &Path, fault: &std::io::Error) -> Problems {
-    Problems { document: file.display().to_string(), list: vec![Problem::at("", format!("could not be read: {fault}"))] }
-}
-
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
+    use std::{fs, os::unix::fs::symlink};
 
     use super::*;
 

@@ -7,6 +7,7 @@ use std::{
 
 use clap::Args;
 use serde_json::{Value, json};
+use zeroize::Zeroizing;
 
 use super::{
     against::{Changes, Side},
@@ -17,7 +18,7 @@ use crate::{
     config::{self, ConfigError, Setup},
     core::{catalogue::Catalogue, endpoint::target, registry::Registry, snapshot::Snapshot, yaml},
     domain::problem::{Loaded, Problem, Problems},
-    watch,
+    watch::files,
 };
 
 #[derive(Debug, Args)]
@@ -38,11 +39,11 @@ pub(super) struct CheckArgs {
     engine: EngineArgs,
 }
 
-/// What was found in the documents, each with the document that it stands in.
+/// What was found in the documents, document by document.
 #[derive(Default)]
 struct Found {
-    problems: Vec<(String, Problem)>,
-    warnings: Vec<(String, Problem)>,
+    problems: Vec<Problems>,
+    warnings: Vec<Problems>,
 }
 
 pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
@@ -54,7 +55,7 @@ pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
         Some(path) => {
             // What was odd about the earlier documents is nobody's concern now.
             let mut quiet = Found::default();
-            let sides = (quiet.take(registry_of(path)), quiet.take(self::catalogue(against_catalog.as_ref())));
+            let sides = (quiet.take(registry(path)), quiet.take(catalogue(against_catalog.as_ref())));
             found.problems.extend(quiet.problems);
             sides.0.zip(sides.1)
         }
@@ -94,14 +95,7 @@ pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
 /// A document's name with what it says.
 type Checked<T> = Result<(String, Loaded<T>), Problems>;
 
-fn registry(path: Option<&PathBuf>) -> Checked<Registry> {
-    match path {
-        Some(path) => registry_of(path),
-        None => Registry::embedded(&|name| env::var(name).ok()).map(|loaded| (config::source_of(None), loaded)),
-    }
-}
-
-fn registry_of(path: &PathBuf) -> Checked<Registry> {
+fn registry(path: &PathBuf) -> Checked<Registry> {
     let (document, bytes) = (config::source_of(Some(path)), bytes(path)?);
     Registry::parse(&document, &bytes, &|name| env::var(name).ok()).map(|loaded| (document, loaded))
 }
@@ -116,69 +110,31 @@ pub(super) fn catalogue(path: Option<&PathBuf>) -> Checked<Catalogue> {
     .map(|loaded| (document, loaded))
 }
 
-fn bytes(path: &Path) -> Result<Vec<u8>, Problems> {
-    config::read(path, yaml::MAX_DOCUMENT_BYTES as u64).map_err(|fault| match fault {
-        ConfigError::Read { path, source } => watch::unreadable(&path, &source),
-        ConfigError::Content(problems) => problems,
-    })
+fn bytes(path: &Path) -> Result<Zeroizing<Vec<u8>>, Problems> {
+    let owned = path.to_owned();
+    let read = files::in_time(move || files::read(&owned, yaml::MAX_DOCUMENT_BYTES as u64)).and_then(|read| read);
+    read.map_err(|fault| config::unreadable(path, &fault))
 }
 
 // === impl Found ===
 
 impl Found {
-    /// All that there is to say of the documents that a service would be started with; and they themselves, if they stand.
+    /// All that there is to say of what a service would be started with; and its documents, if they are good.
     fn all(&mut self, engine: EngineArgs) -> Option<Snapshot> {
-        let stand = (registry(engine.registry.as_ref()), catalogue(engine.probe_catalog.as_ref()));
-        if let (Ok(_), Ok(_)) = stand {
-            // The configuration names providers of the registry, and may name other documents, so it is read with them.
-            return match engine.load(ProbeArgs::default()) {
-                Ok(Setup { snapshot, warnings, .. }) => {
-                    self.warnings = warnings.into_iter().map(|warning| told_apart(warning, &snapshot)).collect();
-                    Some(snapshot)
-                }
-                Err(ConfigError::Content(problems)) => {
-                    self.refuse(problems);
-                    None
-                }
-                Err(ConfigError::Read { path, source }) => {
-                    self.refuse(watch::unreadable(&path, &source));
-                    None
-                }
-            };
-        }
-        self.take(stand.0);
-        self.take(stand.1);
-        None
-    }
-
-    fn take<T>(&mut self, checked: Checked<T>) -> Option<T> {
-        match checked {
-            Ok((document, Loaded { value, warnings })) => {
-                self.warnings.extend(warnings.into_iter().map(|problem| (document.clone(), problem)));
-                Some(value)
+        match engine.load(ProbeArgs::default()) {
+            Ok(Setup { snapshot, warnings, .. }) => {
+                self.warnings = warnings;
+                Some(snapshot)
             }
-            Err(problems) => {
-                self.refuse(problems);
+            Err(ConfigError(problems)) => {
+                self.problems = problems;
                 None
             }
         }
     }
 
-    fn refuse(&mut self, problems: Problems) {
-        let Problems { document, list } = problems;
-        self.problems.extend(list.into_iter().map(|problem| (document.clone(), problem)));
-    }
-}
-
-/// A warning of the whole, and the document that its place begins with.
-fn told_apart(warning: Problem, snapshot: &Snapshot) -> (String, Problem) {
-    let documents = [&snapshot.registry_origin.source, &snapshot.catalogue_origin.source];
-    let found = documents.into_iter().find_map(|document| {
-        Some((document.clone(), warning.place.strip_prefix(document.as_str())?.strip_prefix(": ")?.to_owned()))
-    });
-    match found {
-        Some((document, place)) => (document, Problem { place, ..warning }),
-        None => (String::new(), warning),
+    fn take<T>(&mut self, checked: Checked<T>) -> Option<T> {
+        checked.map(|(_, loaded)| loaded.value).map_err(|problems| self.problems.push(problems)).ok()
     }
 }
 
@@ -191,18 +147,23 @@ fn not_asked(registry: &Registry, catalogue: &Catalogue) -> Vec<Value> {
     reasons.collect()
 }
 
-fn rows(list: &[(String, Problem)]) -> Vec<Value> {
-    let row = |(document, Problem { place, line, message }): &(String, Problem)| json!({"document": document, "line": line, "place": place, "message": message});
-    list.iter().map(row).collect()
+fn rows(found: &[Problems]) -> Vec<Value> {
+    let rows = found.iter().flat_map(|Problems { document, list }| {
+        list.iter().map(move |Problem { place, line, message }| {
+            json!({"document": document, "line": line, "place": place, "message": message})
+        })
+    });
+    rows.collect()
 }
 
 /// `error: FILE:LINE: PLACE: MESSAGE`, as editors and CI systems read it.
-fn lines(level: &str, list: &[(String, Problem)]) -> String {
-    let line = |(document, problem): &(String, Problem)| {
-        let at = problem.line.map_or_else(String::new, |line| format!(":{line}"));
-        let document = if document.is_empty() { String::new() } else { format!("{document}{at}: ") };
-        let problem = Problem { line: None, ..problem.clone() };
-        format!("{level}: {document}{problem}\n")
-    };
-    list.iter().map(line).collect()
+fn lines(level: &str, found: &[Problems]) -> String {
+    let lines = found.iter().flat_map(|Problems { document, list }| {
+        list.iter().map(move |problem| {
+            let at = problem.line.map_or_else(String::new, |line| format!(":{line}"));
+            let problem = Problem { line: None, ..problem.clone() };
+            format!("{level}: {document}{at}: {problem}\n")
+        })
+    });
+    lines.collect()
 }

@@ -80,7 +80,8 @@ struct Given {
 
 pub(super) fn run(args: ClassifyArgs) -> anyhow::Result<Exit> {
     let ClassifyArgs { host, request, status, headers, body, batch, format, probe_catalog } = args;
-    let (_, Loaded { value: catalogue, .. }) = check::catalogue(probe_catalog.as_ref()).map_err(ConfigError::Content)?;
+    let (_, Loaded { value: catalogue, .. }) =
+        check::catalogue(probe_catalog.as_ref()).map_err(|problems| ConfigError(vec![problems]))?;
     let (host, request, status) = match (batch, host, request, status) {
         (Some(path), ..) => return run_batch(&catalogue, &path),
         (None, Some(host), Some(request), Some(status)) => (host, request, status),

@@ -1,10 +1,11 @@
 //! `byok-gate exec`: the gate in front of a workspace's own process.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     env,
     ffi::OsString,
-    fs::{self, File, OpenOptions},
-    io::{self, Read, Write},
+    fs::{self, OpenOptions},
+    io::{self, Write},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::Command,
@@ -27,6 +28,7 @@ use crate::{
     },
     server::shutdown::Signals,
     telemetry::log_writer::LogWriter,
+    watch::files,
 };
 
 /// Where Kubernetes reads why a container ended.
@@ -104,7 +106,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
             (said(workspace_id, "BYOK_GATE_WORKSPACE_ID")?, said(organization_id, "BYOK_GATE_ORGANIZATION_ID")?);
         let setup = engine.load(probe)?;
         let (credentials, unreadable_scopes) =
-            found(setup.snapshot.registry.credential_names().iter(), secrets_dir.as_deref(), &|name| env::var_os(name));
+            found(setup.snapshot.registry.credential_names(), secrets_dir.as_deref(), &|name| env::var_os(name));
         let request = Request {
             spec: WorkspaceSpec {
                 workspace_id,
@@ -177,25 +179,27 @@ fn said(flag: Option<String>, variable: &str) -> anyhow::Result<String> {
 
 /// The credentials of these names, and the scope if its folder could not be searched. What CMD sees in its environment answers for
 /// a name, even when it is blank; a file counts where the environment has nothing.
-fn found<'a>(
-    names: impl Iterator<Item = &'a String>,
+fn found(
+    names: &BTreeSet<String>,
     secrets_dir: Option<&Path>,
     environment: &dyn Fn(&str) -> Option<OsString>,
 ) -> (Vec<Credential>, Vec<Scope>) {
-    let mut unreadable = Vec::new();
-    if let Some(folder) = secrets_dir
-        && let Err(fault) = fs::read_dir(folder)
-    {
-        // Never taken for a folder without secrets; what does not depend on it is decided all the same.
-        note(&format!("{} could not be searched: {fault}", folder.display()));
-        unreadable.push(Scope::Workspace);
+    let (mut files, mut unreadable) = (Files::new(), Vec::new());
+    if let Some(folder) = secrets_dir {
+        match from_folder(folder, names) {
+            Ok(found) => files = found,
+            Err(fault) => {
+                // Never taken for a folder without secrets; what does not depend on it is decided all the same.
+                note(&format!("{} could not be searched: {fault}", folder.display()));
+                unreadable.push(Scope::Workspace);
+            }
+        }
     }
-    let secrets_dir = secrets_dir.filter(|_| unreadable.is_empty());
-    let value = |name: &str| match environment(name) {
+    let mut value = |name: &str| match environment(name) {
         Some(value) => Some(value.into_string().map_err(|_| format!("{name} in the environment is not UTF-8"))),
-        None => secrets_dir.and_then(|folder| from_file(&folder.join(name)).transpose()),
+        None => files.remove(name),
     };
-    let credentials = names.filter_map(|name| {
+    let credentials = names.iter().filter_map(|name| {
         let value = value(name)?.map_or_else(
             |fault| {
                 note(&fault);
@@ -208,11 +212,27 @@ fn found<'a>(
     (credentials.collect(), unreadable)
 }
 
+/// What mounted secrets hold, or why not, by name.
+type Files = BTreeMap<String, Result<String, String>>;
+
+/// The mounted secrets of these names, all of them in time: a volume that does not answer costs one wait.
+fn from_folder(folder: &Path, names: &BTreeSet<String>) -> io::Result<Files> {
+    let (folder, names) = (folder.to_owned(), names.clone());
+    files::in_time(move || {
+        fs::read_dir(&folder)?;
+        let found = |name: String| {
+            let value = from_file(&folder.join(&name)).transpose()?;
+            Some((name, value))
+        };
+        Ok(names.into_iter().filter_map(found).collect())
+    })
+    .and_then(|found| found)
+}
+
 /// A mounted secret; nothing where there is no such file.
 fn from_file(path: &Path) -> Result<Option<String>, String> {
-    let mut value = String::new();
-    match File::open(path).and_then(|file| file.take(MAX_VALUE_BYTES).read_to_string(&mut value)) {
-        Ok(_) => Ok(Some(without_line_break(value))),
+    match files::read_text(path, MAX_VALUE_BYTES) {
+        Ok(mut value) => Ok(Some(without_line_break(std::mem::take(&mut *value)))),
         Err(fault) if fault.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(fault) => Err(format!("{} could not be read: {fault}", path.display())),
     }

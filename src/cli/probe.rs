@@ -67,7 +67,7 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
         return Err(UsageError(format!("{} is blank: that counts as absent", credential.env_name)).into());
     }
     let mut setup = engine.load(probe)?;
-    let snapshot = setup.snapshot;
+    let snapshot = setup.snapshot.clone();
     let found = find(&snapshot.registry, &provider)?;
     let model = model.or_else(|| first_model(&snapshot.registry, found)).unwrap_or_default();
     let target = endpoint::target(found, &snapshot.catalogue, &model).and_then(|target| {
@@ -85,7 +85,7 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
         return answer(format, &provider, Some(&target), &finding, &[], &refusal.message(), explain);
     }
     setup.settings.probe.calibrate = calibrate;
-    let prober = app::prober(&setup.settings, setup.probe_ca)?;
+    let prober = app::prober(&setup)?;
     let (finding, attempts) = prober.explain(&target, secret).await;
     answer(format, &provider, Some(&target), &finding, &attempts, "", explain)
 }

@@ -8,21 +8,18 @@ use std::{
 
 use clap::Args;
 use serde_json::{Value, json};
-use tokio::{
-    signal::unix::{Signal, SignalKind, signal},
-    sync::mpsc,
-};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::{
     args::{EngineArgs, ProbeArgs},
     exit::Exit,
 };
 use crate::{
-    app::App,
-    config::{self, ConfigError, Flag, Overrides, Paths, Setup},
+    app::{App, Documents},
+    config::{self, Flag, Overrides, Paths, Setup},
+    core::snapshot::Snapshot,
     server::{Bound, Ended, shutdown::Signals},
     telemetry::{events::Journal, log_writer::LogWriter, traces},
-    watch::{self, Reload},
 };
 
 /// The longest that the last spans hold up the end: a collector that is there takes them in far less.
@@ -77,54 +74,31 @@ pub(super) fn run(args: ServeArgs, log: LogWriter) -> anyhow::Result<Exit> {
     if setup.settings.server.worker_threads > 0 {
         runtime.worker_threads(setup.settings.server.worker_threads);
     }
-    runtime.enable_all().build()?.block_on(serve(setup, paths, overrides, log))
+    let runtime = runtime.enable_all().build()?;
+    let ended = runtime.block_on(serve(setup, paths, overrides, log));
+    // A thread that waits for a volume that does not answer is not waited for.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter) -> anyhow::Result<Exit> {
-    for problem in &setup.warnings {
-        tracing::warn!(event = "configuration_warning", place = problem.place, "{}", problem.message);
-    }
+    config::warn(&setup.warnings);
     // Signals are caught before the socket opens: one that comes at once is not lost.
     let signals = Signals::catch()?;
     let hangup = signal(SignalKind::hangup())?;
-    let files = setup.documents.clone();
-    let (registry, catalogue) = (setup.snapshot.registry.revision().to_owned(), setup.snapshot.catalogue.revision().to_owned());
-    let App { engine, measured, settings } = App::new(setup)?;
-    let traced = settings.trace_settings()?;
+    let settings = &setup.settings;
     let stop = settings.shutdown.clone();
-    let journal = Journal::to(log.clone(), settings.log.plain_allow_ratio);
-    let mut bound = Bound::open(settings).await?;
-    bound.keep(journal);
-    bound.show(Arc::new(log));
-    bound.show(Arc::new(traces::Exported));
-    measured.into_iter().for_each(|source| bound.show(source));
-    if let Some(settings) = &traced {
-        traces::start(settings)?;
-    }
-    if let Some(address) = bound.admin_address() {
-        tracing::info!(event = "admin_listening", %address);
-    }
-    for address in bound.addresses() {
-        tracing::info!(
-            event = "listening",
-            %address,
-            version = env!("CARGO_PKG_VERSION"),
-            registry_revision = registry,
-            catalogue_revision = catalogue,
-        );
-    }
-    let relist = bound.relist();
-    let load = move || match config::load(&paths, &overrides) {
-        Ok(setup) => {
-            relist(&setup.settings.callers);
-            Ok((setup.documents, setup.snapshot))
-        }
-        Err(ConfigError::Content(problems)) => Err(problems),
-        Err(ConfigError::Read { path, source }) => Err(watch::unreadable(&path, &source)),
-    };
-    let reload = Reload::new(Arc::clone(&engine), files, Arc::new(load));
-    bound.show(reload.counts());
-    watch_files(&mut bound, reload, hangup);
+    let App { engine, measured } = App::new(&setup)?;
+    let mut bound = Bound::open(settings.edge()).await?;
+    bound.set_journal(Journal::to(log.clone(), settings.log.plain_allow_ratio));
+    bound.measure(Arc::new(log));
+    bound.measure(Arc::new(traces::Exported));
+    measured.into_iter().for_each(|source| bound.measure(source));
+    traces::start(&settings.tracing, setup.tracing_ca.as_deref())?;
+    let load = Box::new(move || config::load(&paths, &overrides));
+    bound.follow(Documents::new(Arc::clone(&engine), &setup, load, Box::new(bound.relist())));
+    look_at_hangup(&mut bound, hangup);
+    log_addresses(&bound, &setup.snapshot);
     let stopping = Arc::new(OnceLock::new());
     let shutdown = {
         let stopping = Arc::clone(&stopping);
@@ -136,21 +110,34 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     let ended = bound.run(engine, shutdown).await?;
     // Within the time that it has for leaving: whoever waits for its end has counted on that.
     let took = stopping.get().map_or(Duration::ZERO, Instant::elapsed);
-    traces::finish((stop.notice.0 + stop.drain.0).saturating_sub(took).min(LAST_SPANS));
+    traces::finish((stop.notice + stop.drain).saturating_sub(took).min(LAST_SPANS));
     tracing::info!(event = "stopped", drained = ended == Ended::Drained);
     Ok(Exit::Ok)
 }
 
-/// Follows changes of the files, and looks at once on SIGHUP.
-fn watch_files(bound: &mut Bound, reload: Reload, mut hangup: Signal) {
-    let (force, forced) = mpsc::channel(1);
-    bound.supervise("documents", reload.run(forced));
+/// SIGHUP asks for a look at all files.
+fn look_at_hangup(bound: &mut Bound, mut hangup: Signal) {
+    let look = bound.look();
     bound.supervise("hangup", async move {
         while hangup.recv().await.is_some() {
-            // Full means that a look is due already.
-            let _full = force.try_send(());
+            look.send_replace(());
         }
     });
+}
+
+fn log_addresses(bound: &Bound, snapshot: &Snapshot) {
+    if let Some(address) = bound.admin_address() {
+        tracing::info!(event = "admin_listening", %address);
+    }
+    for address in bound.addresses() {
+        tracing::info!(
+            event = "listening",
+            %address,
+            version = env!("CARGO_PKG_VERSION"),
+            registry_revision = snapshot.registry.revision(),
+            catalogue_revision = snapshot.catalogue.revision(),
+        );
+    }
 }
 
 // === impl ServeArgs ===

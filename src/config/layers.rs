@@ -12,6 +12,8 @@ pub(crate) const PREFIX: &str = "BYOK_GATE__";
 
 /// Sections whose keys are names of the operator's choosing.
 const FREE: [&str; 1] = ["providers"];
+/// What `callers: anyone` says, key by key.
+const CALLER_LISTS: [&str; 2] = ["callers.certificates", "callers.unix_peers"];
 
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,6 +47,13 @@ pub(super) struct Layers {
     problems: Vec<Problem>,
 }
 
+/// What came of all layers. With problems, what is at fault has its default in the settings, so that the rest can still be looked at.
+pub(super) struct Layered {
+    pub(super) settings: Settings,
+    pub(super) origins: BTreeMap<String, From>,
+    pub(super) problems: Vec<Problem>,
+}
+
 // === impl Layers ===
 
 impl Layers {
@@ -54,10 +63,10 @@ impl Layers {
         Self { tree: schema.clone(), schema, origins: BTreeMap::new(), problems: Vec::new() }
     }
 
-    /// Lays a file over it.
+    /// Lays a file over it. An empty one says nothing on purpose: it is what a full disk or a torn write leaves.
     pub(super) fn file(&mut self, document: &str, tree: Value) {
         match tree {
-            Value::Null => {}
+            Value::Null => self.problems.push(Problem::at("", "is empty; write `{}` if every default is meant")),
             Value::Object(map) => self.section("", map, &From::File(document.to_owned())),
             _ => self.problems.push(Problem::at("", "must be a mapping of sections")),
         }
@@ -83,22 +92,22 @@ impl Layers {
     }
 
     /// What came of it. A value that its key does not take is a problem of the layer that it came from.
-    pub(super) fn finish(mut self) -> Result<(Settings, BTreeMap<String, From>), Vec<Problem>> {
-        if !self.problems.is_empty() {
-            return Err(self.problems);
-        }
-        for (path, from) in &self.origins {
-            let Some(value) = get(&self.tree, path) else { continue };
-            if let Some(fault) = fault_of(path, value) {
-                self.problems.push(Problem::at(path, format!("{fault} (from {from})")));
+    pub(super) fn finish(self) -> Layered {
+        let Self { schema, mut tree, origins, mut problems } = self;
+        for (path, from) in &origins {
+            let Some(value) = get(&tree, path) else { continue };
+            let Some(fault) = fault_of(path, value) else { continue };
+            problems.push(Problem::at(path, format!("{fault} (from {from})")));
+            match get(&schema, path).cloned() {
+                Some(default) => put(&mut tree, path, default),
+                None => remove(&mut tree, path),
             }
         }
-        match serde_json::from_value(self.tree) {
-            Ok(settings) if self.problems.is_empty() => Ok((settings, self.origins)),
-            Ok(_) => Err(self.problems),
-            Err(fault) if self.problems.is_empty() => Err(vec![Problem::at("", fault.to_string())]),
-            Err(_) => Err(self.problems),
-        }
+        let settings = serde_json::from_value(tree).unwrap_or_else(|fault| {
+            problems.push(Problem::at("", fault.to_string()));
+            Settings::default()
+        });
+        Layered { settings, origins, problems }
     }
 
     fn section(&mut self, at: &str, map: Map<String, Value>, from: &From) {
@@ -117,14 +126,19 @@ impl Layers {
                     Value::Object(map) => self.section(&path, map, from),
                     // A section with all its keys commented out.
                     Value::Null => {}
+                    Value::String(word) if path == "callers" && word == "anyone" => {
+                        CALLER_LISTS.into_iter().for_each(|list| self.set(list.to_owned(), Value::from("anyone"), from));
+                    }
                     _ => self.problems.push(Problem::at(path, format!("is a section of keys, not a value (from {from})"))),
                 },
-                Some(_) | None => {
-                    put(&mut self.tree, &path, value);
-                    self.origins.insert(path, from.clone());
-                }
+                Some(_) | None => self.set(path, value, from),
             }
         }
+    }
+
+    fn set(&mut self, path: String, value: Value, from: &From) {
+        put(&mut self.tree, &path, value);
+        self.origins.insert(path, from.clone());
     }
 }
 
@@ -150,26 +164,43 @@ fn to_tree(settings: &Settings) -> Value {
     serde_json::to_value(settings).unwrap_or_default()
 }
 
-fn get<'a>(tree: &'a Value, path: &str) -> Option<&'a Value> {
-    // A free key may hold a dot itself.
-    if let Some((section, key)) = path.split_once('.').filter(|(section, _)| FREE.contains(section)) {
-        return tree.get(section)?.get(key);
+/// The keys of a path. A free key may hold a dot itself.
+fn keys(path: &str) -> Vec<&str> {
+    match path.split_once('.').filter(|(section, _)| FREE.contains(section)) {
+        Some((section, key)) => vec![section, key],
+        None => path.split('.').collect(),
     }
-    path.split('.').try_fold(tree, |tree, key| tree.get(key))
+}
+
+fn get<'a>(tree: &'a Value, path: &str) -> Option<&'a Value> {
+    keys(path).into_iter().try_fold(tree, |tree, key| tree.get(key))
 }
 
 fn put(tree: &mut Value, path: &str, value: Value) {
-    let free = path.split_once('.').filter(|(section, _)| FREE.contains(section));
-    let keys: Vec<&str> = free.map_or_else(|| path.split('.').collect(), |(section, key)| vec![section, key]);
-    let Some((last, sections)) = keys.split_last() else { return };
-    let section = sections.iter().try_fold(tree, |tree, key| tree.get_mut(key));
-    if let Some(Value::Object(map)) = section {
-        map.insert((*last).to_owned(), value);
+    if let Some((section, last)) = section_of(tree, path) {
+        section.insert(last, value);
     }
 }
 
-/// What a variable's text may mean: itself, a YAML value, a list with commas.
+fn remove(tree: &mut Value, path: &str) {
+    if let Some((section, last)) = section_of(tree, path) {
+        section.remove(&last);
+    }
+}
+
+/// The section that a path leads into, and the key within it.
+fn section_of<'t>(tree: &'t mut Value, path: &str) -> Option<(&'t mut Map<String, Value>, String)> {
+    let keys = keys(path);
+    let (last, sections) = keys.split_last()?;
+    let section = sections.iter().try_fold(tree, |tree, key| tree.get_mut(*key))?;
+    Some((section.as_object_mut()?, (*last).to_owned()))
+}
+
+/// What a variable's text may mean: itself, a YAML value, a list with commas. An empty one means "none".
 fn candidates(text: &str) -> Vec<Value> {
+    if text.trim().is_empty() {
+        return vec![Value::Null, Value::Array(Vec::new())];
+    }
     let list = || text.split(',').map(|part| Value::String(part.trim().to_owned())).collect();
     [Some(Value::String(text.to_owned())), yaml::tree(text.as_bytes()).ok(), Some(Value::Array(list()))]
         .into_iter()

@@ -2,7 +2,8 @@
 
 use std::{
     collections::BTreeSet,
-    future::Future,
+    convert::Infallible,
+    future::{Future, ready},
     pin::Pin,
     sync::{
         Arc,
@@ -18,7 +19,7 @@ use uuid::Uuid;
 use crate::{
     core::{
         classify::Finding,
-        endpoint::Target,
+        endpoint::{Endpoint, Target},
         evaluate::{LivenessQuery, Next, Resolved, Trace, Unresolved, alternative_models, evaluate, resolve},
         policy::{Facts, apply},
         snapshot::Snapshot,
@@ -149,8 +150,22 @@ impl Engine {
     }
 
     /// Decides, by the deadline.
-    /// INVARIANT (one-snapshot): registry, catalogue and policy are taken once, together, for the whole call.
     pub async fn decide(&self, request: &Request, deadline: Instant) -> Decided {
+        match self.decide_admitted(request, deadline, |_| ready(Ok::<_, Infallible>(()))).await {
+            Ok(decided) => decided,
+            Err(never) => match never {},
+        }
+    }
+
+    /// Decides, by the deadline. A decision that has to wait for a provider takes a place for that first, and for as long as it waits; all
+    /// others take none, so that a provider that hangs costs them nothing.
+    /// INVARIANT (one-snapshot): registry, catalogue and policy are taken once, together, for the whole call.
+    pub async fn decide_admitted<P, E, F: Future<Output = Result<P, E>>>(
+        &self,
+        request: &Request,
+        deadline: Instant,
+        place: impl FnOnce(Arc<Endpoint>) -> F,
+    ) -> Result<Decided, E> {
         let snapshot = self.snapshot();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let evaluation = evaluate(&snapshot, request, i64::try_from(now).unwrap_or(i64::MAX), &|secret| self.fingerprint(secret));
@@ -160,7 +175,10 @@ impl Engine {
             Next::Ask(query) => {
                 let observed = match self.liveness.recall(&query, request.max_liveness_age) {
                     Some(observed) => observed,
-                    None => self.liveness.observe(query, request.max_liveness_age, deadline).await,
+                    None => {
+                        let _place = place(Arc::clone(query.endpoint)).await?;
+                        self.liveness.observe(query, request.max_liveness_age, deadline).await
+                    }
                 };
                 trace.step("liveness", || describe(&query, &observed));
                 (to_facts(&query, &observed), Some((query, observed)))
@@ -177,7 +195,7 @@ impl Engine {
             resolution.billing_mode = Some(allow.billing_mode());
         }
         trace_ruling(&mut trace, &outcome);
-        Decided {
+        Ok(Decided {
             id: new_id(),
             decision: Decision {
                 outcome,
@@ -189,7 +207,7 @@ impl Engine {
             },
             registry_revision: snapshot.registry.revision().to_owned(),
             catalogue_revision: snapshot.catalogue.revision().to_owned(),
-        }
+        })
     }
 
     /// Who owns a model, by names alone.

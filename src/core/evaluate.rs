@@ -107,7 +107,7 @@ fn proxy_of(snapshot: &Snapshot, spec: &WorkspaceSpec) -> PlatformProxy {
 /// Who owns a model by names alone: what `ResolveProvider` answers.
 pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeSet<String>) -> Result<Resolved, Unresolved> {
     let mut resolution = Resolution::empty();
-    if snapshot.policy.exempt_runtimes.contains(runtime) {
+    if is_exempt(snapshot, runtime) {
         resolution.billing_mode = Some(BillingMode::None);
         resolution.source = Source::ExemptRuntime;
         return Ok(Resolved { resolution, relevant: RelevantNames::default(), withdrawn: false });
@@ -232,7 +232,7 @@ impl<'a> Evaluator<'a, '_> {
 
     fn runtime(&self, log: &mut EvaluationLog) -> Flow<&'a Runtime> {
         let name = self.spec.runtime.as_str();
-        if self.snapshot.policy.exempt_runtimes.contains(name) {
+        if is_exempt(self.snapshot, name) {
             log.trace.step("runtime", || format!("`{name}` is exempt by configuration"));
             log.warn(WarningCode::ExemptRuntime, format!("runtime `{name}` is exempt: nothing was checked"), Vec::new());
             log.resolution.billing_mode = Some(BillingMode::None);
@@ -432,6 +432,11 @@ impl<'a> Evaluator<'a, '_> {
 
 fn refused(refusal: Refusal) -> Box<Facts> {
     Box::new(Facts::Refused(refusal))
+}
+
+/// No list of exemptions can name the workspace that names nothing.
+fn is_exempt(snapshot: &Snapshot, runtime: &str) -> bool {
+    !runtime.is_empty() && snapshot.policy.exempt_runtimes.contains(runtime)
 }
 
 fn known_runtime<'r>(registry: &'r Registry, name: &str) -> Result<&'r Runtime, Box<Refusal>> {

@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::{Deserialize, Serialize};
+
 use crate::domain::{
     decision::{Allow, Deny, Grounds, Outcome, Warning},
     denial::{LivenessEvidence, Refusal},
@@ -23,7 +25,8 @@ pub enum Group {
 }
 
 /// What is done about a group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Action {
     /// Allow, with a warning.
     Allow,
@@ -34,7 +37,8 @@ pub enum Action {
 }
 
 /// How seriously one provider's verdicts are taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Enforcement {
     /// As the policy says.
     Enforce,
@@ -51,6 +55,53 @@ pub struct Exception {
     pub enforcement: Enforcement,
     /// From this second of Unix time on, `Enforce` holds again.
     pub until: i64,
+}
+
+/// What is done about each group at one checkpoint, as settings have it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Actions {
+    /// FORBIDDEN.
+    pub forbidden: Action,
+    /// TIMEOUT, UNREACHABLE, NOT_ATTEMPTED.
+    pub unanswered: Action,
+    /// RATE_LIMITED, PROVIDER_ERROR, UNEXPECTED_RESPONSE, QUOTA_EXHAUSTED.
+    pub inconclusive: Action,
+    /// NO_SERVER_SURFACE, NOT_CALIBRATED, PROBE_DISABLED.
+    pub unverifiable: Action,
+}
+
+/// The same for each checkpoint that has a policy of its own; AUDIT has PROVISION's.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct CheckpointActions {
+    /// CREATE.
+    pub create: Actions,
+    /// PROVISION.
+    pub provision: Actions,
+    /// UPDATE.
+    pub update: Actions,
+}
+
+/// Whether operator overrides count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
+pub enum Overrides {
+    /// They do.
+    #[default]
+    Honour,
+    /// They are refused.
+    Refuse,
+}
+
+/// How seriously one provider's verdicts are taken, and until when, as settings have it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ProviderException {
+    /// How.
+    pub probe: Enforcement,
+    /// Until when: a date such as 2026-12-31.
+    #[serde(default)]
+    pub until: Option<String>,
 }
 
 /// What the operator decided.
@@ -171,6 +222,40 @@ impl Default for Policy {
             exempt_runtimes: BTreeSet::new(),
             platform_proxy: PlatformProxy::Absent,
         }
+    }
+}
+
+impl Actions {
+    /// Each group with what is done about it.
+    pub fn groups(&self) -> [(Group, Action); 4] {
+        let Self { forbidden, unanswered, inconclusive, unverifiable } = *self;
+        [
+            (Group::Forbidden, forbidden),
+            (Group::Unanswered, unanswered),
+            (Group::Inconclusive, inconclusive),
+            (Group::Unverifiable, unverifiable),
+        ]
+    }
+}
+
+impl CheckpointActions {
+    /// Each checkpoint with its actions.
+    pub fn checkpoints(&self) -> [(Checkpoint, &Actions); 3] {
+        let Self { create, provision, update } = self;
+        [(Checkpoint::Create, create), (Checkpoint::Provision, provision), (Checkpoint::Update, update)]
+    }
+}
+
+impl Default for CheckpointActions {
+    fn default() -> Self {
+        let policy = Policy::default();
+        let of = |checkpoint| Actions {
+            forbidden: policy.action(checkpoint, Group::Forbidden),
+            unanswered: policy.action(checkpoint, Group::Unanswered),
+            inconclusive: policy.action(checkpoint, Group::Inconclusive),
+            unverifiable: policy.action(checkpoint, Group::Unverifiable),
+        };
+        Self { create: of(Checkpoint::Create), provision: of(Checkpoint::Provision), update: of(Checkpoint::Update) }
     }
 }
 

@@ -132,6 +132,24 @@ pub enum Malformation {
         /// The limit in bytes.
         limit: usize,
     },
+    /// The header's scheme stands in front of it.
+    BearerInFront,
+    /// Its variable's name stands in front of it.
+    NameInFront,
+    /// Quotation marks stand around it.
+    Quoted,
+    /// It is a variable's name, which nothing has put a value in for.
+    VariableName,
+    /// It is a template that was not expanded.
+    Template,
+    /// Its middle is asterisks, as consoles show a key that they no longer tell.
+    Masked,
+    /// It is an example's placeholder.
+    Placeholder,
+    /// It is a piece of JSON, or JSON that holds no token.
+    Json,
+    /// It is the beginning of a token and no more.
+    CutOff,
 }
 
 /// A credential that was judged, and what came of it.
@@ -269,7 +287,21 @@ impl Refusal {
                 Malformation::ControlCharacter { trailing: true, .. } => {
                     format!("save {env_name} again without the line break or control character at its end")
                 }
-                Malformation::ControlCharacter { .. } | Malformation::NonAscii { .. } | Malformation::TooLong { .. } => {
+                Malformation::BearerInFront | Malformation::NameInFront | Malformation::Quoted => {
+                    format!("save {env_name} again with the key alone")
+                }
+                Malformation::VariableName | Malformation::Template => {
+                    format!("save the key itself as {env_name}: it is passed on as it is saved, and nothing in it is expanded")
+                }
+                Malformation::Masked => {
+                    format!("the provider's console does not show this key again: make a new one there and save it as {env_name}")
+                }
+                Malformation::ControlCharacter { .. }
+                | Malformation::NonAscii { .. }
+                | Malformation::TooLong { .. }
+                | Malformation::Placeholder
+                | Malformation::Json
+                | Malformation::CutOff => {
                     format!("copy the key from the provider's console again and save it as {env_name}")
                 }
             },
@@ -423,6 +455,15 @@ impl Malformation {
             Self::ControlCharacter { at, trailing: false } => format!("it holds a control character at byte {at}"),
             Self::NonAscii { at } => format!("it holds a character that is not ASCII at byte {at}"),
             Self::TooLong { length, limit } => format!("it is {length} bytes long, and the limit is {limit}"),
+            Self::BearerInFront => "`Bearer ` stands in front of it".into(),
+            Self::NameInFront => "a variable's name and `=` stand in front of it".into(),
+            Self::Quoted => "it stands in quotation marks".into(),
+            Self::VariableName => "it is the name of a variable and not its value".into(),
+            Self::Template => "it is a template that was not expanded".into(),
+            Self::Masked => "part of it is hidden by asterisks".into(),
+            Self::Placeholder => "it is a placeholder out of an example".into(),
+            Self::Json => "it is JSON, or a piece of it, and holds no token".into(),
+            Self::CutOff => "it is only the beginning of a token".into(),
         }
     }
 }

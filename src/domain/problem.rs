@@ -1,6 +1,8 @@
 //! What is wrong with a file: each problem with its place, what was found and what to do.
 
-use std::fmt;
+use std::{fmt, time::Duration};
+
+use crate::domain::duration::text;
 
 /// One thing that is wrong, or odd, in a document.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,5 +60,46 @@ impl fmt::Display for Problems {
             write!(f, "\n  {problem}")?;
         }
         Ok(())
+    }
+}
+
+/// What a look at one section of settings has found: errors, and what is odd. Places are the keys of the configuration.
+#[derive(Debug)]
+pub struct Review<'r> {
+    section: &'static str,
+    problems: &'r mut Vec<Problem>,
+    warnings: &'r mut Vec<Problem>,
+}
+
+// === impl Review ===
+
+impl<'r> Review<'r> {
+    /// Of the section with this name.
+    pub fn of(section: &'static str, problems: &'r mut Vec<Problem>, warnings: &'r mut Vec<Problem>) -> Self {
+        Self { section, problems, warnings }
+    }
+
+    /// The key cannot be what it is.
+    pub fn error(&mut self, key: impl fmt::Display, message: impl Into<String>) {
+        self.problems.push(Problem::at(format!("{}.{key}", self.section), message));
+    }
+
+    /// The key can be what it is, and most likely was not meant so.
+    pub fn warning(&mut self, key: impl fmt::Display, message: impl Into<String>) {
+        self.warnings.push(Problem::at(format!("{}.{key}", self.section), message));
+    }
+
+    /// A length of time within bounds.
+    pub fn length(&mut self, key: &str, value: Duration, least: Duration, most: Duration) {
+        if !(least..=most).contains(&value) {
+            self.error(key, format!("is {}; it must be {} to {}", text(value), text(least), text(most)));
+        }
+    }
+
+    /// A number within bounds.
+    pub fn number<N: PartialOrd + Copy + fmt::Display>(&mut self, key: &str, value: N, least: N, most: N) {
+        if !(least..=most).contains(&value) {
+            self.error(key, format!("is {value}; it must be {least} to {most}"));
+        }
     }
 }

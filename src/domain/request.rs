@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use serde::{Deserialize, Serialize};
 use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::secret::Secret;
@@ -78,11 +79,13 @@ pub enum OperatorOverride {
 }
 
 /// Whether the platform's metered proxy can serve the workspace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, Default)]
+#[serde(rename_all = "lowercase")]
 pub enum PlatformProxy {
     /// It can.
     Available,
     /// There is none.
+    #[default]
     Absent,
 }
 

@@ -1,63 +1,115 @@
-//! How many decisions at a time: a few more may wait for a short time, all others are refused at once.
+//! How many decisions wait for providers at a time, over all and for one: a few more may wait for a place for a short time, all others are
+//! refused at once. A decision that waits for nobody takes no place.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, timeout_at},
 };
 use tonic::Status;
 
-use super::errors::{RETRY_AFTER, limit_reached};
-use crate::config::settings::Limits;
+use super::{
+    errors::{RETRY_AFTER, limit_reached},
+    limits::Limits,
+};
+use crate::domain::duration::text;
 
-/// The door to the engine.
+/// How many providers are kept. Their names are of registries that were loaded, so there are few.
+const MAX_PROVIDERS: usize = 10_000;
+
+/// The door to waiting.
 pub(super) struct Admission {
-    running: Arc<Semaphore>,
+    places: Arc<Semaphore>,
+    shares: Mutex<HashMap<String, Arc<Semaphore>>>,
+    share: usize,
     waiting: Semaphore,
     wait: Duration,
     words: String,
+}
+
+/// One place to wait for one provider.
+#[derive(Debug)]
+pub(super) struct Place {
+    _of_all: OwnedSemaphorePermit,
+    _of_provider: OwnedSemaphorePermit,
 }
 
 // === impl Admission ===
 
 impl Admission {
     pub(super) fn new(limits: &Limits) -> Self {
-        let Limits { decisions, decisions_waiting, decision_wait, .. } = limits;
+        let Limits { decisions, decisions_per_provider, decisions_waiting, decision_wait, .. } = limits;
         Self {
-            running: Arc::new(Semaphore::new(*decisions)),
+            places: Arc::new(Semaphore::new(*decisions)),
+            shares: Mutex::default(),
+            share: *decisions_per_provider,
             waiting: Semaphore::new(*decisions_waiting),
-            wait: decision_wait.0,
-            words: format!("{decisions} decisions at a time, {decisions_waiting} waiting at most {decision_wait} each"),
+            wait: *decision_wait,
+            words: format!(
+                "{decisions} decisions wait for providers, {decisions_waiting} more at most {} each",
+                text(*decision_wait)
+            ),
         }
     }
 
     /// A place for one decision.
-    pub(super) async fn enter(&self) -> Result<OwnedSemaphorePermit, Status> {
-        if let Ok(place) = Arc::clone(&self.running).try_acquire_owned() {
-            return Ok(place);
+    pub(super) async fn enter(&self, provider: &str) -> Result<Place, Status> {
+        let share = self.share_of(provider);
+        if let (Ok(_of_provider), Ok(_of_all)) =
+            (Arc::clone(&share).try_acquire_owned(), Arc::clone(&self.places).try_acquire_owned())
+        {
+            return Ok(Place { _of_all, _of_provider });
         }
-        let Ok(_seat) = self.waiting.try_acquire() else { return Err(self.full()) };
-        match timeout(self.wait, Arc::clone(&self.running).acquire_owned()).await {
-            Ok(Ok(place)) => Ok(place),
-            Ok(Err(_)) | Err(_) => Err(self.full()),
-        }
+        let Ok(_seat) = self.waiting.try_acquire() else { return Err(self.full(provider, &share)) };
+        self.acquire(share, provider, Instant::now() + self.wait).await
     }
 
     /// A place for one item of a batch, which is bounded by itself and has a deadline of its own.
-    pub(super) async fn enter_by(&self, deadline: Instant) -> Result<OwnedSemaphorePermit, Status> {
-        match timeout_at(deadline, Arc::clone(&self.running).acquire_owned()).await {
-            Ok(Ok(place)) => Ok(place),
-            Ok(Err(_)) | Err(_) => Err(self.full()),
-        }
+    pub(super) async fn enter_by(&self, provider: &str, deadline: Instant) -> Result<Place, Status> {
+        self.acquire(self.share_of(provider), provider, deadline).await
     }
 
-    /// How many are running.
+    /// How many are waiting for a provider.
     pub(super) fn in_flight(&self, limits: &Limits) -> usize {
-        limits.decisions.saturating_sub(self.running.available_permits())
+        limits.decisions.saturating_sub(self.places.available_permits())
     }
 
-    fn full(&self) -> Status {
+    async fn acquire(&self, share: Arc<Semaphore>, provider: &str, deadline: Instant) -> Result<Place, Status> {
+        // Its share first: who waits for a provider that is full holds no place of all.
+        let Ok(Ok(_of_provider)) = timeout_at(deadline, Arc::clone(&share).acquire_owned()).await else {
+            return Err(self.full(provider, &share));
+        };
+        let Ok(Ok(_of_all)) = timeout_at(deadline, Arc::clone(&self.places).acquire_owned()).await else {
+            return Err(self.full(provider, &share));
+        };
+        Ok(Place { _of_all, _of_provider })
+    }
+
+    fn share_of(&self, provider: &str) -> Arc<Semaphore> {
+        // A panic elsewhere cannot leave the map half-changed: every change to it is one call.
+        let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(share) = shares.get(provider) {
+            return Arc::clone(share);
+        }
+        if shares.len() >= MAX_PROVIDERS {
+            // Who holds a place keeps it; the names of registries that are no longer loaded go.
+            shares.clear();
+        }
+        let share = Arc::new(Semaphore::new(self.share));
+        shares.insert(provider.to_owned(), Arc::clone(&share));
+        share
+    }
+
+    fn full(&self, provider: &str, share: &Semaphore) -> Status {
+        if share.available_permits() == 0 {
+            let words = format!("{} decisions wait for provider `{provider}`", self.share);
+            return limit_reached("limits.decisions_per_provider", &words, RETRY_AFTER);
+        }
         limit_reached("limits.decisions", &self.words, RETRY_AFTER)
     }
 }
@@ -68,41 +120,56 @@ mod tests {
     use tonic_types::StatusExt;
 
     use super::*;
-    use crate::config::settings::Span;
 
-    fn door() -> Arc<Admission> {
-        let limits =
-            Limits { decisions: 1, decisions_waiting: 1, decision_wait: Span(Duration::from_millis(20)), ..Limits::default() };
+    fn door(decisions: usize, decisions_per_provider: usize) -> Arc<Admission> {
+        let decision_wait = Duration::from_millis(20);
+        let limits = Limits { decisions, decisions_per_provider, decisions_waiting: 1, decision_wait, ..Limits::default() };
         Arc::new(Admission::new(&limits))
+    }
+
+    fn subject(status: &Status) -> String {
+        status.get_details_quota_failure().unwrap().violations.remove(0).subject
     }
 
     #[tokio::test(start_paused = true)]
     async fn one_runs_one_waits_and_the_third_is_refused_at_once() {
-        let door = door();
-        let first = door.enter().await.unwrap();
+        let door = door(1, 9);
+        let first = door.enter("acme").await.unwrap();
         let second = tokio::spawn({
             let door = Arc::clone(&door);
-            async move { door.enter().await.map(drop) }
+            async move { door.enter("acme").await.map(drop) }
         });
         tokio::task::yield_now().await;
         let began = Instant::now();
-        let refused = door.enter().await.unwrap_err();
+        let refused = door.enter("acme").await.unwrap_err();
         assert_eq!(began.elapsed(), Duration::ZERO);
         assert_eq!(refused.code(), Code::ResourceExhausted);
         assert_eq!(refused.get_details_retry_info().unwrap().retry_delay, Some(RETRY_AFTER));
-        assert_eq!(refused.get_details_quota_failure().unwrap().violations[0].subject, "limits.decisions");
+        assert_eq!(subject(&refused), "limits.decisions");
         drop(first);
         second.await.unwrap().unwrap();
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_wait_has_an_end_and_a_seat_is_given_back() {
-        let door = door();
-        let _first = door.enter().await.unwrap();
+        let door = door(1, 9);
+        let _first = door.enter("acme").await.unwrap();
         for _ in 0..2 {
             let began = Instant::now();
-            assert_eq!(door.enter().await.unwrap_err().code(), Code::ResourceExhausted);
+            assert_eq!(door.enter("acme").await.unwrap_err().code(), Code::ResourceExhausted);
             assert_eq!(began.elapsed(), Duration::from_millis(20));
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_provider_that_hangs_leaves_places_for_the_others() {
+        let door = door(4, 2);
+        let held = [door.enter("hangs").await.unwrap(), door.enter("hangs").await.unwrap()];
+        assert_eq!(subject(&door.enter("hangs").await.unwrap_err()), "limits.decisions_per_provider");
+        let by = Instant::now() + Duration::from_secs(1);
+        assert_eq!(subject(&door.enter_by("hangs", by).await.unwrap_err()), "limits.decisions_per_provider");
+        let _others = [door.enter("acme").await.unwrap(), door.enter("acme").await.unwrap()];
+        drop(held);
+        door.enter("hangs").await.unwrap();
     }
 }

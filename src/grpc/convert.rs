@@ -1,7 +1,7 @@
 //! Proto and domain, both ways. With `grpc.rs` and the CLI's client the only files that name generated code.
 
+use super::limits::Limits;
 use crate::{
-    config::settings::Limits,
     core::{
         engine::Decided,
         evaluate::{Resolved, Unresolved},

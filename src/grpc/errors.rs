@@ -14,7 +14,7 @@ use super::convert::{
 /// Who says so, in google.rpc.ErrorInfo.
 pub(crate) const ERROR_DOMAIN: &str = "byok-gate";
 /// When a refused caller should try again: long enough that a refused crowd does not come back as one, short for a person.
-pub(super) const RETRY_AFTER: Duration = Duration::from_secs(1);
+pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// An error for this reason, in these words.
 pub(crate) fn error(reason: ErrorReason, message: impl Into<String>) -> Status {
@@ -47,6 +47,11 @@ pub(crate) fn bad_request(reason: ErrorReason, violations: Violations) -> Status
         details.add_bad_request_violation(field, description);
     }
     with_details(reason, first, details, HashMap::new())
+}
+
+/// INVALID_ARGUMENT for these fields.
+pub(super) fn invalid(violations: Violations) -> Status {
+    bad_request(ErrorReason::BadRequest, violations)
 }
 
 /// The same error, with the details that every error of this service has. An error of the gRPC library has none of its own.

@@ -1,7 +1,10 @@
 //! The circuit breaker: while a provider is down, its callers get the verdict that showed it, at once instead of after seconds.
 //!
-//! What counts is the provider, never one tenant: an answer that rests on the tenant's own model says nothing of the provider, so
-//! a single slow model opens no breaker for everybody.
+//! What counts is the provider, never one tenant. An answer that a tenant's own model or an unusual value may have caused does not count. An
+//! opening that rests on fewer than three organizations holds for these alone. A trial that tells nothing of the provider leaves the breaker
+//! ready for the next one.
+//!
+//! Written by hand: the breakers of libraries count calls, and know neither whose calls they are nor which answers say nothing.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -9,29 +12,40 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
 use crate::{
     core::classify::Finding,
     domain::verdict::Verdict,
+    domain::{duration, problem::Review},
     telemetry::metrics::{Measured, PROVIDER, Page},
 };
 
 /// When it opens, and for how long.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct BreakerSettings {
     /// This many failures in a row open it: fewer, and one lost packet would.
     pub failures: u32,
     /// How long it stays open at first; then one probe is let through.
+    #[serde(with = "duration")]
     pub cool_down: Duration,
     /// Each failed probe doubles that, up to this: a repaired provider is noticed within it.
+    #[serde(with = "duration")]
     pub max_cool_down: Duration,
     /// A probe that was let through and never reported is given up after this: longer than any probe may take.
+    #[serde(with = "duration")]
     pub trial: Duration,
 }
 
 /// How many providers' breakers are kept: far more than any registry has.
 const MAX_BREAKERS: usize = 10_000;
+/// So many organizations must have seen a provider fail before it is taken to be down for all.
+const MIN_SOURCES: usize = 3;
+
+/// Who has seen a provider fail: an organization, or a credential where none is named. A hash.
+pub(crate) type Source = [u8; 32];
 
 /// Every provider's breaker, by the identity of what is asked.
 #[derive(Debug)]
@@ -58,20 +72,26 @@ pub(crate) struct Opened {
     pub(crate) until: Instant,
 }
 
+/// An open breaker.
+#[derive(Debug)]
+struct Open {
+    opened: Opened,
+    /// How often it was opened in a row.
+    trips: u32,
+    /// One probe is on its way; the others still get the verdict.
+    trying: bool,
+}
+
 #[derive(Debug)]
 enum State {
     Closed {
         failures: u32,
+        /// Who saw them, as far as it matters: fewer than are needed to open it for all.
+        sources: Vec<Source>,
+        /// Open for these alone.
+        held: Option<Open>,
     },
-    Open {
-        opened: Opened,
-        trips: u32,
-    },
-    /// One probe is on its way; the others still get the verdict.
-    Trying {
-        opened: Opened,
-        trips: u32,
-    },
+    Open(Open),
 }
 
 impl Default for BreakerSettings {
@@ -85,6 +105,22 @@ impl Default for BreakerSettings {
     }
 }
 
+// === impl BreakerSettings ===
+
+impl BreakerSettings {
+    /// What is wrong with them.
+    pub fn review(&self, review: &mut Review<'_>) {
+        review.number("failures", self.failures, 1, 1_000_000);
+        let least = Duration::from_millis(100);
+        for (key, length) in [("cool_down", self.cool_down), ("max_cool_down", self.max_cool_down), ("trial", self.trial)] {
+            review.length(key, length, least, duration::MAX);
+        }
+        if self.cool_down > self.max_cool_down {
+            review.error("cool_down", "must not be more than breaker.max_cool_down");
+        }
+    }
+}
+
 // === impl Breakers ===
 
 impl Breakers {
@@ -93,61 +129,125 @@ impl Breakers {
     }
 
     /// `None` lets a probe through, which must be reported.
-    pub(crate) fn admit(&self, provider: [u8; 32], now: Instant) -> Option<Opened> {
+    pub(crate) fn admit(&self, provider: [u8; 32], source: Source, now: Instant) -> Option<Opened> {
         let mut states = self.lock();
         let Breaker { state, touched, .. } = states.get_mut(&provider)?;
-        match state {
-            State::Closed { .. } => None,
-            State::Open { opened, .. } | State::Trying { opened, .. } if now < opened.until => Some(opened.clone()),
-            State::Open { opened, trips } | State::Trying { opened, trips } => {
-                // Until it reports, or is given up.
-                let opened = Opened { until: now + self.settings.trial, ..opened.clone() };
-                *touched = now;
-                *state = State::Trying { opened, trips: *trips };
-                None
-            }
+        let open = match state {
+            State::Closed { held: None, .. } => return None,
+            State::Closed { sources, held: Some(held), .. } if sources.contains(&source) => held,
+            State::Closed { .. } => return None,
+            State::Open(open) => open,
+        };
+        if now < open.opened.until {
+            return Some(open.opened.clone());
         }
+        // Until it reports, or is given up.
+        open.opened.until = now + self.settings.trial;
+        open.trying = true;
+        *touched = now;
+        None
     }
 
-    /// What a probe of the provider with this name found.
-    pub(crate) fn report(&self, provider: [u8; 32], name: &str, finding: &Arc<Finding>, now: Instant) {
+    /// What a probe of the provider with this name found. `unusual`: the value may have been the cause.
+    pub(crate) fn report(
+        &self,
+        provider: [u8; 32],
+        name: &str,
+        (source, unusual): (Source, bool),
+        finding: &Arc<Finding>,
+        now: Instant,
+    ) {
         let mut states = self.lock();
-        let Some(failed) = failed(finding) else { return };
         if states.len() >= MAX_BREAKERS && !states.contains_key(&provider) {
             // Identities of registries that are no longer loaded: they are forgotten together.
             states.clear();
         }
-        let breaker = states.entry(provider).or_insert_with(|| Breaker {
-            provider: name.to_owned(),
-            touched: now,
-            state: State::Closed { failures: 0 },
-        });
-        breaker.touched = now;
-        let state = &mut breaker.state;
-        if !failed {
-            *state = State::Closed { failures: 0 };
-            return;
-        }
-        let trips = match state {
-            State::Closed { failures } => {
-                *failures += 1;
-                if *failures < self.settings.failures {
-                    return;
-                }
-                0
-            }
-            // A probe that began before it opened tells nothing new.
-            State::Open { .. } => return,
-            State::Trying { trips, .. } => trips.saturating_add(1),
+        let failed = failed(finding).filter(|failed| !(*failed && unusual));
+        let breaker = match (states.get_mut(&provider), failed) {
+            (Some(breaker), _) => breaker,
+            // Nothing is known of it, and nothing was learnt.
+            (None, None) => return,
+            (None, Some(_)) => states.entry(provider).or_insert_with(|| Breaker {
+                provider: name.to_owned(),
+                touched: now,
+                state: State::closed(),
+            }),
         };
-        let cool_down = self.settings.cool_down.saturating_mul(2_u32.saturating_pow(trips)).min(self.settings.max_cool_down);
-        let opened = Opened { finding: Arc::clone(finding), at: now, wall: SystemTime::now(), until: now + cool_down };
-        *state = State::Open { opened, trips };
+        breaker.touched = now;
+        match failed {
+            None => breaker.state.end_trial(now),
+            Some(false) => breaker.state = State::closed(),
+            Some(true) => breaker.state.count(&self.settings, source, finding, now),
+        }
+    }
+
+    /// A probe of the provider ended without a finding.
+    pub(crate) fn abandon(&self, provider: &[u8; 32], now: Instant) {
+        if let Some(breaker) = self.lock().get_mut(provider) {
+            breaker.state.end_trial(now);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<[u8; 32], Breaker>> {
         // No panic can leave a state half-changed: each change is one assignment.
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+// === impl State ===
+
+impl State {
+    const fn closed() -> Self {
+        Self::Closed { failures: 0, sources: Vec::new(), held: None }
+    }
+
+    /// A trial told nothing: the next caller is the next one.
+    fn end_trial(&mut self, now: Instant) {
+        if let Self::Open(open) | Self::Closed { held: Some(open), .. } = self
+            && open.trying
+        {
+            open.trying = false;
+            open.opened.until = now;
+        }
+    }
+
+    /// One more failure.
+    fn count(&mut self, settings: &BreakerSettings, source: Source, finding: &Arc<Finding>, now: Instant) {
+        match self {
+            // A probe that began before it opened tells nothing new.
+            Self::Open(open) if !open.trying => {}
+            Self::Open(open) => *open = Open::again(settings, open.trips.saturating_add(1), finding, now),
+            Self::Closed { failures, sources, held } => {
+                *failures = failures.saturating_add(1);
+                let is_new = !sources.contains(&source);
+                if is_new {
+                    sources.push(source);
+                }
+                if *failures < settings.failures {
+                    sources.truncate(MIN_SOURCES);
+                    return;
+                }
+                if sources.len() >= MIN_SOURCES {
+                    *self = Self::Open(Open::again(settings, 0, finding, now));
+                    return;
+                }
+                match held {
+                    Some(open) if !open.trying && !is_new => {}
+                    Some(open) => *open = Open::again(settings, open.trips.saturating_add(1), finding, now),
+                    None => *held = Some(Open::again(settings, 0, finding, now)),
+                }
+            }
+        }
+    }
+}
+
+// === impl Open ===
+
+impl Open {
+    fn again(settings: &BreakerSettings, trips: u32, finding: &Arc<Finding>, now: Instant) -> Self {
+        let cool_down = settings.cool_down.saturating_mul(2_u32.saturating_pow(trips)).min(settings.max_cool_down);
+        let opened = Opened { finding: Arc::clone(finding), at: now, wall: SystemTime::now(), until: now + cool_down };
+        Self { opened, trips, trying: false }
     }
 }
 
@@ -162,12 +262,13 @@ impl Measured for Breakers {
                 *newest = breaker;
             }
         }
-        let mut gauge = page.gauge("byokgate_breaker_state", "0 closed, 1 half-open: one trial is due or under way, 2 open");
+        let mut gauge =
+            page.gauge("byokgate_breaker_state", "0 closed, 1 half-open: one trial is due or under way, 2 open for everybody");
         for (provider, Breaker { state, .. }) in newest {
             let number = match state {
                 State::Closed { .. } => 0,
-                State::Open { opened, .. } if now < opened.until => 2_u64,
-                State::Open { .. } | State::Trying { .. } => 1,
+                State::Open(Open { opened, trying: false, .. }) if now < opened.until => 2_u64,
+                State::Open(_) => 1,
             };
             gauge.add(&[(PROVIDER, provider)], number);
         }

@@ -12,6 +12,7 @@ use std::{
 use arc_swap::ArcSwap;
 use moka::notification::RemovalCause;
 use rand::Rng;
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use tracing::Instrument;
 
@@ -23,9 +24,10 @@ use crate::{
         evaluate::LivenessQuery,
     },
     domain::verdict::{ServedFrom, Verdict, Withheld},
+    domain::{duration, problem::Review},
     liveness::{
-        breaker::{BreakerSettings, Breakers, Opened},
-        provider_limits::{NewKeyLimits, NewKeys},
+        breaker::{BreakerSettings, Breakers, Opened, Source},
+        new_keys::{NewKeyLimits, NewKeys},
         single_flight::{FlightEnd, Join, SingleFlight, Start, wait},
     },
     telemetry::{
@@ -35,25 +37,38 @@ use crate::{
 };
 
 /// How long observations count, per verdict.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Ages {
     /// VALID: revocation is seen within this time.
+    #[serde(with = "duration")]
     pub valid: Duration,
     /// VALID, where a probe costs the tenant money.
+    #[serde(with = "duration")]
     pub valid_paid: Duration,
     /// INVALID and FORBIDDEN: a repaired key is seen within this time.
+    #[serde(with = "duration")]
     pub refused: Duration,
     /// TIMEOUT, UNREACHABLE.
+    #[serde(with = "duration")]
     pub unanswered: Duration,
     /// PROVIDER_ERROR, UNEXPECTED_RESPONSE, QUOTA_EXHAUSTED, and RATE_LIMITED without a Retry-After.
+    #[serde(with = "duration")]
     pub inconclusive: Duration,
-    /// RATE_LIMITED: the provider's Retry-After, within these bounds.
-    pub rate_limited: (Duration, Duration),
+    /// RATE_LIMITED: the least that the provider's Retry-After counts.
+    #[serde(with = "duration")]
+    pub rate_limited_min: Duration,
+    /// The most.
+    #[serde(with = "duration")]
+    pub rate_limited_max: Duration,
     /// A VALID past its age still counts at PROVISION, when there is no answer, up to this.
+    #[serde(with = "duration")]
     pub hard_maximum: Duration,
     /// A caller's `max_liveness_age` is never taken for less than this.
+    #[serde(with = "duration")]
     pub floor: Duration,
     /// The same, where a probe costs the tenant money.
+    #[serde(with = "duration")]
     pub floor_paid: Duration,
     /// Each age is cut by up to this many percent, so that entries made together do not end together. Never longer: a configured
     /// age is a maximum.
@@ -68,7 +83,8 @@ impl Default for Ages {
             refused: Duration::from_secs(10),
             unanswered: Duration::from_secs(3),
             inconclusive: Duration::from_secs(5),
-            rate_limited: (Duration::from_secs(1), Duration::from_secs(60)),
+            rate_limited_min: Duration::from_secs(1),
+            rate_limited_max: Duration::from_secs(60),
             hard_maximum: Duration::from_secs(900),
             floor: Duration::from_secs(1),
             floor_paid: Duration::from_secs(60),
@@ -79,8 +95,11 @@ impl Default for Ages {
 
 /// How many credentials are remembered.
 const MAX_ENTRIES: u64 = 100_000;
-/// How many probes may be under way at a time, over all providers.
-const MAX_FLIGHTS: usize = 1024;
+/// How many probes may be under way at a time, over all providers and for one: what waits for a provider that hangs leaves room for others.
+const MAX_FLIGHTS: usize = 4096;
+const MAX_FLIGHTS_OF_ONE_PROVIDER: usize = 1024;
+/// The longest value that nobody wonders at: vendors' keys are under 200 bytes, some JWTs over 1 KiB.
+const USUAL_KEY_BYTES: usize = 1024;
 
 /// How the memory is kept, and what guards the providers behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -199,7 +218,7 @@ impl Cache {
                     }
                 })
                 .build_with_hasher(BuildHasherDefault::default()),
-            flights: SingleFlight::new(MAX_FLIGHTS),
+            flights: SingleFlight::new(MAX_FLIGHTS, MAX_FLIGHTS_OF_ONE_PROVIDER),
             last_valid: Arc::new(ArcSwap::from_pointee(Finding::bare(Verdict::Valid))),
             breakers: Arc::new(Breakers::new(breaker)),
             new_keys: NewKeys::new(new_keys),
@@ -229,7 +248,7 @@ impl Cache {
                 first = true;
                 self.launch(&query, &keys, max_age, started)
             };
-            let joined = self.flights.join(keys.first, launch);
+            let joined = self.flights.join(query.endpoint.identity, keys.first, launch);
             self.lookups.of(&joined, first).one();
             *part = matches!(joined, Join::InFlight(_)).then_some(if first { Part::Fill } else { Part::Wait });
             match joined {
@@ -280,11 +299,16 @@ impl Cache {
         if let Some(timed) = self.fresh(&known, max_age, now) {
             return Start::Known(Fetched { timed: timed.clone(), key: keys.first });
         }
-        if let Some(opened) = self.breakers.admit(query.endpoint.identity, now) {
-            return Start::Rejected(Rejected::Open(opened));
-        }
-        if let (true, Err(wait)) = (known.is_nothing(), self.new_keys.count(query.caller, query.organization)) {
+        // Before the breaker: what meets an open one is a new key as well.
+        let is_new = known.is_nothing();
+        if is_new && let Err(wait) = self.new_keys.count(keys.first, query.caller, query.organization) {
             return Start::Rejected(Rejected::NewKeys(wait));
+        }
+        if let Some(opened) = self.breakers.admit(query.endpoint.identity, self.source(query, keys), now) {
+            if is_new {
+                self.new_keys.keep_waiting(keys.first);
+            }
+            return Start::Rejected(Rejected::Open(opened));
         }
         // Whoever launches it is its parent in a trace; the others' traces show that they waited.
         Start::Run(self.fill(query, keys, started).instrument(traces::probe(query.endpoint)))
@@ -302,7 +326,9 @@ impl Cache {
         let (prober, breakers, target) = (Arc::clone(&self.prober), Arc::clone(&self.breakers), Arc::clone(&request.target));
         let (memory, last_valid, ages) = (self.memory.clone(), Arc::clone(&self.last_valid), self.ages);
         let (first, second) = (keys.first, self.second(keys));
+        let reporter = (self.source(query, keys), query.secret.expose().len() > USUAL_KEY_BYTES);
         async move {
+            let mut probe = Unreported { breakers: &breakers, provider: target.endpoint.identity, reported: false };
             let finding = prober.probe(request).await;
             traces::found(&finding);
             let key = second.filter(|_| finding.about_model).unwrap_or(first);
@@ -312,9 +338,19 @@ impl Cache {
             let (finding, at, wall) = (intern_valid(finding, &last_valid), Instant::now(), SystemTime::now());
             let fetched = Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for }), key };
             remember(&memory, first, &fetched);
-            breakers.report(target.endpoint.identity, &target.endpoint.provider, &fetched.timed.finding, at);
+            breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &fetched.timed.finding, at);
+            probe.reported = true;
             fetched
         }
+    }
+
+    /// Whose call it is, as the breaker tells them apart.
+    fn source(&self, query: &LivenessQuery<'_>, keys: &Keys<'_>) -> Source {
+        if query.organization.is_empty() {
+            return keys.first;
+        }
+        let [of_credential, _] = &self.hash_keys;
+        *blake3::keyed_hash(of_credential, query.organization.as_bytes()).as_bytes()
     }
 
     /// What is remembered under these keys. Hardly any ladder comes to a probe that names the model, and where one did, the first
@@ -405,8 +441,12 @@ fn hash(hash_key: &[u8; 32], of: &[u8; 32], text: &str) -> Key {
 
 impl LivenessSource for Cache {
     fn recall(&self, query: &LivenessQuery<'_>, max_age: Option<Duration>) -> Option<Observed> {
-        // A trace shows the look as a step of its own: `observe` takes it.
-        if traces::is_traced() { None } else { self.remembered(&self.keys(query), max_age) }
+        let observed = self.remembered(&self.keys(query), max_age)?;
+        if traces::is_traced() {
+            // A trace shows the look as a step of its own.
+            traces::observed(&traces::cache(), &observed, None);
+        }
+        Some(observed)
     }
 
     fn observe<'a>(&'a self, query: LivenessQuery<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
@@ -456,6 +496,21 @@ fn intern_valid(finding: Finding, last_valid: &ArcSwap<Finding>) -> Arc<Finding>
         last_valid.store(Arc::clone(&finding));
     }
     finding
+}
+
+/// A probe that the breaker has not heard of: one that ends in a panic says nothing of the provider, and holds up no other.
+struct Unreported<'b> {
+    breakers: &'b Breakers,
+    provider: [u8; 32],
+    reported: bool,
+}
+
+impl Drop for Unreported<'_> {
+    fn drop(&mut self) {
+        if !self.reported {
+            self.breakers.abandon(&self.provider, Instant::now());
+        }
+    }
 }
 
 /// Stores an observation, and marks the first entry if that is another. Only the flight of the first key writes under it and what
@@ -543,7 +598,35 @@ impl Known {
 
 // === impl Ages ===
 
+/// An age of nothing would have every decision ask its provider.
+const MIN_AGE: Duration = Duration::from_secs(1);
+
 impl Ages {
+    /// What is wrong with them.
+    pub fn review(&self, review: &mut Review<'_>) {
+        for (key, age) in [
+            ("valid", self.valid),
+            ("valid_paid", self.valid_paid),
+            ("refused", self.refused),
+            ("unanswered", self.unanswered),
+            ("inconclusive", self.inconclusive),
+            ("rate_limited_min", self.rate_limited_min),
+            ("rate_limited_max", self.rate_limited_max),
+            ("hard_maximum", self.hard_maximum),
+            ("floor", self.floor),
+            ("floor_paid", self.floor_paid),
+        ] {
+            review.length(key, age, MIN_AGE, duration::MAX);
+        }
+        review.number("jitter_percent", self.jitter_percent, 0, 100);
+        if self.rate_limited_min > self.rate_limited_max {
+            review.error("rate_limited_min", "must not be more than cache.rate_limited_max");
+        }
+        if self.valid.max(self.valid_paid) > self.hard_maximum {
+            review.error("hard_maximum", "must not be less than cache.valid and cache.valid_paid");
+        }
+    }
+
     fn fresh_for(&self, finding: &Finding) -> Duration {
         match finding.verdict {
             // An endpoint that cannot tell is asked as rarely as one that said yes.
@@ -552,7 +635,7 @@ impl Ages {
             Verdict::Invalid | Verdict::Forbidden => self.refused,
             Verdict::Timeout | Verdict::Unreachable => self.unanswered,
             Verdict::RateLimited => {
-                finding.retry_after.map_or(self.inconclusive, |wanted| wanted.clamp(self.rate_limited.0, self.rate_limited.1))
+                finding.retry_after.map_or(self.inconclusive, |wanted| wanted.clamp(self.rate_limited_min, self.rate_limited_max))
             }
             Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::QuotaExhausted => self.inconclusive,
             Verdict::NotAttempted | Verdict::NoServerSurface | Verdict::ProbeDisabled => Duration::ZERO,

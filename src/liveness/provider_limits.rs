@@ -1,4 +1,4 @@
-//! How much is asked of each provider, and how many new credentials anybody may have judged.
+//! How much is asked of each provider: probes in flight, a queue, calls per second.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,87 +14,54 @@ use governor::{
     Quota, RateLimiter,
     clock::Clock,
     middleware::NoOpMiddleware,
-    state::{InMemoryState, NotKeyed, keyed::HashMapStateStore},
+    state::{InMemoryState, NotKeyed},
 };
+use serde::{Deserialize, Serialize};
 use tokio::{
     sync::Semaphore,
     time::{Instant, sleep_until, timeout_at},
 };
 
+use super::clock::TokioClock;
 use crate::{
     core::{
         classify::Finding,
         engine::{Boxed, ProbeRequest, Prober},
     },
     domain::verdict::Withheld,
-    telemetry::metrics::{Counter, Histogram, Measured, PROVIDER, Page},
+    domain::{duration, problem::Review},
+    telemetry::metrics::{Histogram, Measured, PROVIDER, Page},
 };
 
 /// What may be asked of each provider.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ProviderLimits {
     /// Probes in flight at a time: enough for a create storm at a vendor's usual 200 ms, few enough not to look like an attack.
     pub in_flight: usize,
     /// Probes that wait for their turn; beyond it the answer is NOT_ATTEMPTED at once.
     pub queue: usize,
     /// The longest that one waits for its turn: no caller waits longer than that either.
+    #[serde(with = "duration")]
     pub queue_time: Duration,
     /// Calls begun per second, with as many at once: vendors' own limits are per key, what this spares is our address's name.
     pub per_second: NonZeroU32,
 }
 
-/// How many credentials that are not remembered may be judged per minute, with as many at once, so that nobody uses the service
-/// to find out which of many keys are alive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct NewKeyLimits {
-    /// For each organization. A large tenant whose workspaces have a key each restarts within minutes; who tries a list of keys
-    /// wants thousands.
-    pub per_organization: NonZeroU32,
-    /// For each caller: a platform that restarts a fleet of three thousand tenants at once.
-    pub per_caller: NonZeroU32,
-}
-
-/// How many organizations and callers are remembered at a time; beyond it those at rest are forgotten.
-const MAX_KEYS: usize = 100_000;
-
 impl Default for ProviderLimits {
     fn default() -> Self {
-        Self { in_flight: 16, queue: 512, queue_time: Duration::from_secs(5), per_second: count(100) }
+        Self { in_flight: 16, queue: 512, queue_time: Duration::from_secs(5), per_second: NonZeroU32::MIN.saturating_add(99) }
     }
 }
 
-impl Default for NewKeyLimits {
-    fn default() -> Self {
-        Self { per_organization: count(240), per_caller: count(3_000) }
+impl ProviderLimits {
+    /// What is wrong with them.
+    pub fn review(&self, review: &mut Review<'_>) {
+        review.number("in_flight", self.in_flight, 1, 1_000_000);
+        review.number("queue", self.queue, 1, 1_000_000);
+        review.length("queue_time", self.queue_time, Duration::from_millis(100), duration::MAX);
     }
 }
-
-const fn count(number: u32) -> NonZeroU32 {
-    match NonZeroU32::new(number) {
-        Some(number) => number,
-        None => NonZeroU32::MIN,
-    }
-}
-
-/// Tokio's clock, so that tests can move it.
-#[derive(Debug, Clone)]
-pub(crate) struct TokioClock(Instant);
-
-impl Clock for TokioClock {
-    type Instant = Duration;
-
-    fn now(&self) -> Duration {
-        self.0.elapsed()
-    }
-}
-
-impl TokioClock {
-    pub(crate) fn new() -> Self {
-        Self(Instant::now())
-    }
-}
-
-// === each provider ===
 
 /// An asker that asks no more than it may.
 pub struct ProviderLimiter {
@@ -214,62 +181,5 @@ impl ProviderSlot {
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-// === new keys ===
-
-type Keyed = RateLimiter<String, HashMapStateStore<String>, TokioClock, NoOpMiddleware<Duration>>;
-
-/// Counts credentials that are not remembered.
-pub(crate) struct NewKeys {
-    organizations: Keyed,
-    callers: Keyed,
-    clock: TokioClock,
-    refused: [Counter; 2],
-}
-
-/// By which limit a new credential was refused, in the order of `refused`.
-const REFUSED_BY: [&str; 2] = ["organization", "caller"];
-
-// === impl NewKeys ===
-
-impl NewKeys {
-    pub(crate) fn new(limits: NewKeyLimits) -> Self {
-        let clock = TokioClock::new();
-        let keyed = |per_minute| RateLimiter::hashmap_with_clock(Quota::per_minute(per_minute), clock.clone());
-        Self {
-            organizations: keyed(limits.per_organization),
-            callers: keyed(limits.per_caller),
-            clock,
-            refused: Default::default(),
-        }
-    }
-
-    /// Counts one; `Err` is the time after which another may come. Without an organization its caller alone is counted.
-    pub(crate) fn count(&self, caller: &str, organization: &str) -> Result<(), Duration> {
-        let [by_organization, by_caller] = &self.refused;
-        let named = [(&self.organizations, organization, by_organization)].into_iter().filter(|(_, name, _)| !name.is_empty());
-        for (limiter, name, refused) in named.chain([(&self.callers, caller, by_caller)]) {
-            if limiter.len() >= MAX_KEYS {
-                limiter.retain_recent();
-            }
-            // Where even so many are busy, the rest share one count.
-            let name = if limiter.len() < MAX_KEYS { name } else { "" };
-            limiter.check_key(&name.to_owned()).map_err(|spent| {
-                refused.one();
-                spent.wait_time_from(self.clock.now())
-            })?;
-        }
-        Ok(())
-    }
-}
-
-impl Measured for NewKeys {
-    fn tell(&self, page: &mut Page) {
-        let mut refusals = page.counter("byokgate_new_key_refusals", "Credentials not judged, since too many new ones came");
-        for (limit, count) in REFUSED_BY.iter().zip(&self.refused) {
-            refusals.add(&[("limit", limit)], count);
-        }
     }
 }

@@ -13,9 +13,17 @@ use crate::{core::engine::ProbeStarted, telemetry::metrics::Counter};
 /// The work under way, by key.
 #[derive(Debug)]
 pub(crate) struct SingleFlight<K, V> {
-    under_way: Mutex<HashMap<K, InFlight<V>>>,
+    under_way: Mutex<UnderWay<K, V>>,
     limit: usize,
+    share: usize,
     lost: Counter,
+}
+
+/// The work under way, and how much of it each group has.
+#[derive(Debug)]
+struct UnderWay<K, V> {
+    by_key: HashMap<K, InFlight<V>>,
+    by_group: HashMap<K, usize>,
 }
 
 /// One piece of work under way.
@@ -70,24 +78,31 @@ where
     K: Eq + Hash + Copy + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    /// At most `limit` keys at a time.
-    pub(crate) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { under_way: Mutex::new(HashMap::new()), limit, lost: Counter::new() })
+    /// At most `limit` keys at a time, and at most `share` of one group.
+    pub(crate) fn new(limit: usize, share: usize) -> Arc<Self> {
+        let under_way = UnderWay { by_key: HashMap::new(), by_group: HashMap::new() };
+        Arc::new(Self { under_way: Mutex::new(under_way), limit, share, lost: Counter::new() })
     }
 
     /// Joins the flight of this key, or launches it. `launch` runs under the lock: a flight that has landed since the caller
     /// last looked is then seen, and no second one starts.
     ///
     /// The work must store what it found before it returns, must bound its own time, and runs to its end whoever waits.
-    pub(crate) fn join<R, F>(self: &Arc<Self>, key: K, launch: impl FnOnce(ProbeStarted) -> Start<V, R, F>) -> Join<V, R>
+    pub(crate) fn join<R, F>(
+        self: &Arc<Self>,
+        group: K,
+        key: K,
+        launch: impl FnOnce(ProbeStarted) -> Start<V, R, F>,
+    ) -> Join<V, R>
     where
         F: Future<Output = V> + Send + 'static,
     {
         let mut under_way = self.lock();
-        if let Some(flight) = under_way.get(&key) {
+        if let Some(flight) = under_way.by_key.get(&key) {
             return Join::InFlight(flight.clone());
         }
-        if under_way.len() >= self.limit {
+        let of_group = under_way.by_group.get(&group).copied().unwrap_or(0);
+        if under_way.by_key.len() >= self.limit || of_group >= self.share {
             return Join::Full;
         }
         let started = ProbeStarted::default();
@@ -98,9 +113,10 @@ where
         };
         let (fetched, result) = watch::channel(None);
         let flight = InFlight { result, started };
-        under_way.insert(key, flight.clone());
+        under_way.by_key.insert(key, flight.clone());
+        under_way.by_group.insert(group, of_group + 1);
         drop(under_way);
-        let slot = Slot { flights: Arc::clone(self), key };
+        let slot = Slot { flights: Arc::clone(self), group, key };
         tokio::spawn(async move {
             // Frees the key when the work ends in any way, a panic included; waiters then see the sender gone.
             let slot = slot;
@@ -116,7 +132,7 @@ where
         &self.lost
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<K, InFlight<V>>> {
+    fn lock(&self) -> MutexGuard<'_, UnderWay<K, V>> {
         // A panic elsewhere cannot leave the map half-changed: every change to it is one call.
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -139,6 +155,7 @@ where
     V: Clone + Send + Sync + 'static,
 {
     flights: Arc<SingleFlight<K, V>>,
+    group: K,
     key: K,
 }
 
@@ -151,7 +168,12 @@ where
         if std::thread::panicking() {
             self.flights.lost.one();
         }
-        self.flights.lock().remove(&self.key);
+        let mut under_way = self.flights.lock();
+        under_way.by_key.remove(&self.key);
+        match under_way.by_group.get_mut(&self.group) {
+            Some(count) if *count > 1 => *count -= 1,
+            Some(_) | None => drop(under_way.by_group.remove(&self.group)),
+        }
     }
 }
 
@@ -171,23 +193,23 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_panic_releases_every_waiter_and_the_key() {
-        let flights = SingleFlight::<u8, u8>::new(1);
+        let flights = SingleFlight::<u8, u8>::new(1, 1);
         let mut waiters = Vec::new();
         for _ in 0..3 {
-            let Join::InFlight(flight) = flights.join(1, fly(async { panic!("made to") })) else { panic!("not full") };
+            let Join::InFlight(flight) = flights.join(0, 1, fly(async { panic!("made to") })) else { panic!("not full") };
             waiters.push(flight);
         }
         for waiter in waiters {
             assert_eq!(wait(waiter, soon()).await, FlightEnd::Lost);
         }
         assert_eq!(flights.lost().get(), 1);
-        let Join::InFlight(flight) = flights.join(1, fly(async { 7 })) else { panic!("the key was not freed") };
+        let Join::InFlight(flight) = flights.join(0, 1, fly(async { 7 })) else { panic!("the key was not freed") };
         assert_eq!(wait(flight, soon()).await, FlightEnd::Completed(7));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_waiter_that_leaves_does_not_end_the_flight() {
-        let flights = SingleFlight::<u8, u8>::new(1);
+        let flights = SingleFlight::<u8, u8>::new(1, 1);
         let work = |started: ProbeStarted| {
             Start::<_, Infallible, _>::Run(async move {
                 tokio::time::sleep(Duration::from_secs(2)).await;
@@ -196,20 +218,43 @@ mod tests {
                 9
             })
         };
-        let Join::InFlight(flight) = flights.join(1, work) else { panic!("not full") };
+        let Join::InFlight(flight) = flights.join(0, 1, work) else { panic!("not full") };
         assert_eq!(wait(flight, soon()).await, FlightEnd::TimedOut { started: false });
-        let Join::InFlight(flight) = flights.join(1, fly(async { 0 })) else { panic!("not under way") };
+        let Join::InFlight(flight) = flights.join(0, 1, fly(async { 0 })) else { panic!("not under way") };
         assert_eq!(wait(flight.clone(), Instant::now() + Duration::from_secs(2)).await, FlightEnd::TimedOut { started: true });
         assert_eq!(wait(flight, Instant::now() + Duration::from_secs(2)).await, FlightEnd::Completed(9));
     }
 
     #[tokio::test(start_paused = true)]
+    async fn one_group_has_its_share_and_gives_it_back() {
+        let flights = SingleFlight::<u8, u8>::new(4, 2);
+        let held = || {
+            fly(async {
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                0
+            })
+        };
+        let mut of_one = Vec::new();
+        for key in [1, 2] {
+            let Join::InFlight(flight) = flights.join(7, key, held()) else { panic!("not full") };
+            of_one.push(flight);
+        }
+        assert!(matches!(flights.join(7, 3, held()), Join::Full));
+        assert!(matches!(flights.join(8, 3, held()), Join::InFlight(_)), "another group has places");
+        for flight in of_one {
+            assert_eq!(wait(flight, soon() + Duration::from_secs(1)).await, FlightEnd::Completed(0));
+        }
+        tokio::task::yield_now().await;
+        assert!(matches!(flights.join(7, 4, held()), Join::InFlight(_)));
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn the_limit_holds_and_what_is_there_or_withheld_does_not_fly() {
-        let flights = SingleFlight::<u8, u8>::new(1);
+        let flights = SingleFlight::<u8, u8>::new(1, 1);
         let nothing = |launch: Start<u8, &'static str, std::future::Pending<u8>>| |_: ProbeStarted| launch;
-        assert!(matches!(flights.join(2, nothing(Start::Known(4))), Join::Known(4)));
-        assert!(matches!(flights.join(2, nothing(Start::Rejected("no"))), Join::Rejected("no")));
-        assert!(matches!(flights.join(1, fly(std::future::pending())), Join::InFlight(_)));
-        assert!(matches!(flights.join(2, fly(async { 0 })), Join::Full));
+        assert!(matches!(flights.join(0, 2, nothing(Start::Known(4))), Join::Known(4)));
+        assert!(matches!(flights.join(0, 2, nothing(Start::Rejected("no"))), Join::Rejected("no")));
+        assert!(matches!(flights.join(0, 1, fly(std::future::pending())), Join::InFlight(_)));
+        assert!(matches!(flights.join(0, 2, fly(async { 0 })), Join::Full));
     }
 }

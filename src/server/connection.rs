@@ -1,51 +1,62 @@
-//! One connection, and each of its calls: handshake, preface, HTTP/2; then caller, deadline, service.
+//! One connection, and each of its calls: handshake, preface, HTTP/2; then caller, limits, deadline, service.
+//!
+//! hyper is used as it is, without tonic's transport in between: that answers an expired grpc-timeout with CANCELLED, ends no client that
+//! never reads, and reads certificates once.
 
 use std::{
     convert::Infallible,
     future::poll_fn,
     io,
-    pin::Pin,
-    sync::Arc,
+    pin::{Pin, pin},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
 
-use http::{Request, Response};
-use hyper::{body::Incoming, server::conn::http2, service::service_fn};
+use http::{HeaderMap, Request, Response};
+use hyper::{
+    body::{Bytes, Frame, Incoming},
+    server::conn::http2,
+    service::service_fn,
+};
 use hyper_util::rt::TokioIo;
+use rand::Rng;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf},
     sync::watch,
-    time::{Instant, timeout, timeout_at},
+    time::{Instant, sleep, sleep_until, timeout, timeout_at},
 };
 use tonic::{Code, Status, body::Body, service::Routes};
 use tower_service::Service;
 
 use super::{
-    auth::{Callers, Connected},
+    callers::{Callers, Identity},
+    connections::{ConnectionCounts, ConnectionState, Place, Using},
     health::Phase,
     inline_executor::InlineExecutor,
     listen::{Accepted, Peer, Stream},
+    request_body::{ByteBudget, CountedBody},
+    settings::ServerSettings,
     tls::{Tls, names_of},
 };
 use crate::{
-    config::settings::{Deadlines, Limits},
     grpc::{
-        NAME, PolicyDecision,
+        NAME,
+        authorize::{Authorizer, Caller},
+        call_record::{CallRecord, Recorder},
         convert::{
             Violations,
             pb::{ErrorReason, policy_decision_service_server::PolicyDecisionServiceServer},
         },
         deadline::Deadline,
-        errors::{bad_request, draining, error, explained},
+        errors::{RETRY_AFTER, bad_request, draining, error, explained, limit_reached},
+        limits::{Deadlines, Limits},
+        service::PolicyDecision,
     },
-    telemetry::{
-        events::{Journal, Undecided},
-        metrics::{
-            Counter,
-            calls::{BATCH_DECIDE, Calls, DECIDE, known_method, word_of},
-        },
-    },
+    telemetry::metrics::calls::{BATCH_DECIDE, known_method},
 };
 
 /// What an HTTP/2 client says first.
@@ -54,195 +65,295 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 /// GOAWAY's code for a peer that asks too much.
 const ENHANCE_YOUR_CALM: u8 = 0x0b;
-/// Streams that a peer has reset and that are still being worked on: a rapid reset is cut off here.
-const MAX_RESET_STREAMS: usize = 20;
-
+/// What a peer may send of one call, and of all calls of a connection, before any of it has been read.
+const STREAM_WINDOW: u32 = 64 * 1024;
+const CONNECTION_WINDOW: u32 = 256 * 1024;
+/// What may wait to be sent of one answer that is not read.
+const SEND_BUFFER: usize = 64 * 1024;
+/// An answer that has not been read so long after its call's end is not read any more.
+const READ_TIME: Duration = Duration::from_secs(1);
 /// How long the calls that are cut off at the end of a drain have to be told so.
 pub(super) const LAST_WORDS: Duration = Duration::from_millis(100);
+/// How a connection that is told to end is given up that does not: what its calls may take, and a little.
+const AFTER_LAST_CALL: Duration = Duration::from_secs(2);
+/// Health, which everybody may ask: a kubelet has neither certificate nor token.
+const HEALTH_PREFIX: &str = "/grpc.health.v1.Health/";
+const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
 
 /// What every connection shares.
 pub(super) struct ConnectionContext {
     pub(super) callers: Arc<Callers>,
+    pub(super) authorizer: Arc<Authorizer>,
     pub(super) tls: Option<Arc<Tls>>,
     /// Called as it is: routing one service to itself would cost each call a tenth.
     pub(super) service: PolicyDecision,
     /// Health and reflection.
     pub(super) routes: Routes,
+    pub(super) settings: ServerSettings,
     pub(super) limits: Limits,
     pub(super) deadlines: Deadlines,
-    pub(super) journal: Arc<Journal>,
+    pub(super) recorder: Arc<Recorder>,
     pub(super) phase: watch::Receiver<Phase>,
-    pub(super) calls: Arc<Calls>,
-    /// Connections that never came to HTTP/2 by their own fault or ours.
-    pub(super) failed: Arc<Counter>,
+    pub(super) bytes: Arc<ByteBudget>,
+    /// Calls under way of callers that nobody knows, and health watches.
+    pub(super) unknown_calls: Arc<AtomicUsize>,
+    pub(super) watches: Arc<AtomicUsize>,
+    pub(super) counts: Arc<ConnectionCounts>,
+}
+
+/// One connection that speaks HTTP/2.
+struct Connection {
+    context: Arc<ConnectionContext>,
+    identity: Identity,
+    state: Arc<ConnectionState>,
+    inline: InlineExecutor,
 }
 
 // === impl ConnectionContext ===
 
 impl ConnectionContext {
     /// Serves a connection to its end.
-    pub(super) async fn serve(self: Arc<Self>, accepted: Accepted) {
-        let handshake_by = Instant::now() + self.deadlines.handshake.0;
+    pub(super) async fn serve(self: Arc<Self>, accepted: Accepted, place: &Place) {
+        let handshake_by = Instant::now() + self.deadlines.handshake;
         let mut phase = self.phase.clone();
-        let began = tokio::select! {
-            began = timeout_at(handshake_by, self.begin(accepted)) => began,
+        let started = tokio::select! {
+            started = timeout_at(handshake_by, self.begin(accepted)) => started,
             () = reached(&mut phase, Phase::Draining) => return,
+            () = place.state.makes_room() => return,
         };
-        let (io, connected) = match began {
-            Ok(Ok(began)) => began,
+        let (io, identity) = match started {
+            Ok(Ok(started)) => started,
             Ok(Err(fault)) => {
                 // Who connects and hangs up looks whether somebody listens, as load balancers do.
                 if !matches!(fault.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) {
-                    self.failed.one();
+                    self.counts.failed.one();
                 }
                 tracing::debug!(event = "connection_refused", fault = %fault);
                 return;
             }
             Err(_) => {
-                self.failed.one();
+                self.counts.failed.one();
                 tracing::debug!(event = "connection_refused", fault = "no HTTP/2 preface in time");
                 return;
             }
         };
-        let service = service_fn(|request| self.call(&connected, request));
+        place.state.speaks();
         let inline = InlineExecutor::default();
-        let mut connection = std::pin::pin!(self.http(&inline).serve_connection(TokioIo::new(io), service));
-        for stage in [Phase::Draining, Phase::Cut] {
-            tokio::select! {
-                ended = poll_fn(|context| {
-                    let polled = connection.as_mut().poll(context);
-                    inline.poll_once();
-                    polled
-                }) => {
-                    if let Err(fault) = ended {
-                        tracing::debug!(event = "connection_failed", fault = %fault);
-                    }
-                    return;
-                }
-                () = reached(&mut phase, stage) => {
-                    // GOAWAY: what is under way is finished, nothing new begins.
-                    connection.as_mut().graceful_shutdown();
-                }
-            }
-        }
-        // What was cut off is told so.
-        drop(timeout(LAST_WORDS, connection).await);
+        let connection = Arc::new(Connection { context: self, identity, state: Arc::clone(&place.state), inline });
+        connection.serve(io).await;
     }
 
     /// TLS where it is configured, then the preface: whoever does not speak HTTP/2 goes no further.
-    async fn begin(&self, accepted: Accepted) -> io::Result<(Prefaced, Connected)> {
+    async fn begin(&self, accepted: Accepted) -> io::Result<(Prefaced, Identity)> {
         let Accepted { io, peer } = accepted;
-        let (mut io, connected): (Box<dyn Stream>, _) = match (&self.tls, peer) {
+        let (mut io, names): (Box<dyn Stream>, _) = match (&self.tls, peer) {
             (Some(tls), Peer::Tcp(_)) => {
                 let stream = tls.acceptor().accept(io).await?;
-                let connected = match stream.get_ref().1.peer_certificates().and_then(<[_]>::first) {
-                    None => self.callers.by_peer(peer),
-                    // Looked up in the handshake already; a list that has no such name now has changed in between.
-                    Some(certificate) => names_of(certificate)
-                        .and_then(|names| self.callers.by_names(names.iter().map(String::as_str)))
-                        .map_or_else(
-                            || Connected::Refused("the certificate names nobody who may call".to_owned()),
-                            Connected::Caller,
-                        ),
-                };
-                (Box::new(stream), connected)
+                let names = stream.get_ref().1.peer_certificates().and_then(<[_]>::first).map(names_of);
+                // Verified in the handshake: it parses.
+                let names = names.map(|names| names.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))).transpose()?;
+                (Box::new(stream), names)
             }
-            (_, _) => (io, self.callers.by_peer(peer)),
+            (_, _) => (io, None),
         };
         let mut preface = [0; PREFACE.len()];
         io.read_exact(&mut preface).await?;
         if preface != *PREFACE {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "no HTTP/2 preface"));
         }
-        Ok((Prefaced { io, left: PREFACE }, connected))
+        Ok((Prefaced { io, left: PREFACE }, Identity { peer, names }))
     }
 
     fn http(&self, inline: &InlineExecutor) -> http2::Builder<InlineExecutor> {
+        let streams = self.limits.streams_per_connection;
         let mut http = http2::Builder::new(inline.clone());
-        http.max_concurrent_streams(self.limits.streams_per_connection)
+        http.max_concurrent_streams(streams)
             .max_header_list_size(self.limits.header_list_bytes)
-            .max_pending_accept_reset_streams(MAX_RESET_STREAMS)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(SEND_BUFFER)
+            // Calls that were reset before they were looked at. An honest client whose calls all reach their deadline at once resets as many
+            // as it may have; who goes on resetting is cut off.
+            .max_pending_accept_reset_streams(Some(streams as usize))
             // No gRPC client reads it.
             .auto_date_header(false);
         http
     }
 
-    /// One call: who, until when, then the service. Its future goes to the heap: it is small, since what can be told at once has
+    /// How old a connection gets: within a tenth, so that those made together do not end together.
+    fn max_age(&self) -> Duration {
+        self.settings.max_connection_age.mul_f64(rand::rng().random_range(0.9..=1.1))
+    }
+}
+
+// === impl Connection ===
+
+impl Connection {
+    async fn serve(self: Arc<Self>, io: Prefaced) {
+        let mut phase = self.context.phase.clone();
+        let ends_at = Instant::now() + self.context.max_age();
+        let service = service_fn(|request| self.call(request));
+        let mut connection = pin!(self.context.http(&self.inline).serve_connection(TokioIo::new(io), service));
+        macro_rules! running {
+            () => {
+                poll_fn(|context| {
+                    let polled = connection.as_mut().poll(context);
+                    self.inline.poll_once();
+                    polled
+                })
+            };
+        }
+        let ended = |ended: hyper::Result<()>| {
+            if let Err(fault) = ended {
+                tracing::debug!(event = "connection_failed", fault = %fault);
+            }
+        };
+        tokio::select! {
+            done = running!() => return ended(done),
+            () = reached(&mut phase, Phase::Draining) => {}
+            () = sleep_until(ends_at) => {}
+            () = self.state.idle(self.context.settings.max_connection_idle) => {}
+            () = self.state.makes_room() => return,
+        }
+        // GOAWAY: what is under way is finished, nothing new begins.
+        connection.as_mut().graceful_shutdown();
+        let Deadlines { decide, batch, .. } = self.context.deadlines;
+        tokio::select! {
+            done = running!() => return ended(done),
+            () = reached(&mut phase, Phase::Cut) => {}
+            () = sleep(decide.max(batch) + AFTER_LAST_CALL) => {}
+        }
+        // What was cut off is told so.
+        drop(timeout(LAST_WORDS, running!()).await);
+    }
+
+    /// One call: who, how much, until when, then the service. Its future goes to the heap: it is small, since what can be told at once has
     /// been told before.
-    fn call(
-        self: &Arc<Self>,
-        connected: &Connected,
-        request: Request<Incoming>,
-    ) -> impl Future<Output = Answered> + Send + use<> {
+    fn call(self: &Arc<Self>, request: Request<Incoming>) -> impl Future<Output = Answered> + Send + use<> {
         let method = method_of(request.uri().path()).map(known_method);
-        let started = self.begin_call(connected, request, method);
-        let context = Arc::clone(self);
+        let record = Arc::new(CallRecord::begin(&self.context.recorder, method.unwrap_or_default(), request.headers()));
+        let started = self.start(request, method, &record);
+        let end = started.as_ref().map_or_else(|_| Some(Instant::now()), |started| started.end);
+        self.inline.set_next_end(end.map(|end| end + READ_TIME));
+        let (context, using) = (Arc::clone(&self.context), self.state.begin_call());
         async move {
-            let call = context.calls.begin(method.unwrap_or_default());
-            let Ok(response) = context.finish(started).await;
+            let response = context.finish(started, using).await;
             // How it ended, as far as its headers tell: a failure of the library's or ours has no body before its code.
             let code = response.headers().get(Status::GRPC_STATUS).map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()));
-            call.ended(code as i32);
+            let reason = response.extensions().get::<Status>().map(Status::message);
+            record.end(code, reason.unwrap_or_default());
             Ok(response)
         }
     }
 
-    async fn finish(&self, started: StartedCall) -> Answered {
-        let (mut answering, limits) = match started {
-            Ok(started) => started,
-            Err(response) => return Ok(*response),
-        };
-        let Some(CallLimits { end, limit, decision_method }) = limits else { return answering.await };
-        // Most calls wait for nothing, and need no timer.
-        let answered = match futures_util::poll!(&mut answering) {
-            Poll::Ready(answered) => Ok(answered),
-            Poll::Pending => {
-                let mut phase = self.phase.clone();
-                tokio::select! {
-                    // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
-                    answered = timeout_at(end, answering) => answered,
-                    // The service notices that its call was given up.
-                    () = reached(&mut phase, Phase::Cut) => return Ok(draining().into_http()),
-                }
-            }
-        };
-        match answered {
-            Ok(Ok(response)) => Ok(match explanation(&response, limit) {
-                Some(status) => undecided(&self.journal, decision_method, status),
-                None => response,
-            }),
-            // The service has noticed that its call was given up.
-            Err(_) => Ok(late().into_http()),
-        }
+    fn start(
+        &self,
+        request: Request<Incoming>,
+        method: Option<&'static str>,
+        record: &Arc<CallRecord>,
+    ) -> Result<Started, Box<Response<Body>>> {
+        self.begin(request, method, record).map_err(|status| Box::new(status.into_http()))
     }
 
-    fn begin_call(&self, connected: &Connected, mut request: Request<Incoming>, method: Option<&'static str>) -> StartedCall {
-        let is_batch = method.map(|method| method == BATCH_DECIDE);
-        // Of the calls that ask for a decision, the journal knows.
-        let decision_method = method.filter(|method| [DECIDE, BATCH_DECIDE].contains(method));
+    fn begin(
+        &self,
+        mut request: Request<Incoming>,
+        method: Option<&'static str>,
+        record: &Arc<CallRecord>,
+    ) -> Result<Started, Status> {
+        let Self { context, identity, state, .. } = self;
         if method == Some("") {
-            let status = error(ErrorReason::Unsupported, "the service has no such method");
-            return Err(Box::new(status.into_http()));
+            return Err(error(ErrorReason::Unsupported, "the service has no such method"));
         }
-        let caller = match self.callers.admit(connected, request.uri().path(), request.headers()) {
-            Ok(caller) => caller,
-            Err(status) => return Err(Box::new(undecided(&self.journal, decision_method, status))),
+        let path = request.uri().path();
+        let (is_health, is_watch) = (path.starts_with(HEALTH_PREFIX), path == HEALTH_WATCH);
+        let caller = match context.callers.identify(identity, request.headers()) {
+            Ok(caller) => Some(caller),
+            Err(_) if is_health => None,
+            Err(status) => return Err(status),
         };
+        if let Some(caller) = caller.as_ref().filter(|_| !is_health) {
+            context.authorizer.call(caller, method)?;
+            state.is_known();
+        }
         // It has been read, and nothing behind this line is to know it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
-        let (Some(is_batch), Some(caller)) = (is_batch, caller) else {
-            return Ok((Box::pin(self.routes.clone().call(request)), None));
+        let limits = &context.limits;
+        let unknown = match &caller {
+            Some(_) => None,
+            None => Some(Counted::one(&context.unknown_calls, limits.unknown_calls, "limits.unknown_calls")?),
         };
-        let (cap, limit) = if is_batch {
+        let watch = if is_watch { Some(Counted::one(&context.watches, limits.watches, "limits.watches")?) } else { None };
+        let bytes = context.bytes.call(caller.is_some());
+        let request = request.map(|body| CountedBody::new(body, Arc::clone(&bytes)));
+        let held = Held { _unknown: unknown, _watch: watch, _bytes: bytes };
+        match (method, caller) {
+            (Some(method), Some(caller)) => context.service_call(request, method, caller, record, held),
+            (_, _) => context.route(request, !is_watch, held),
+        }
+    }
+}
+
+impl ConnectionContext {
+    /// A call of the service.
+    fn service_call(
+        &self,
+        request: Request<CountedBody>,
+        method: &'static str,
+        caller: Arc<Caller>,
+        record: &Arc<CallRecord>,
+        held: Held,
+    ) -> Result<Started, Status> {
+        let (cap, limit) = if method == BATCH_DECIDE {
             (self.deadlines.batch, self.limits.batch_message_bytes)
         } else {
             (self.deadlines.decide, self.limits.message_bytes)
         };
-        let deadline = Deadline::of(request.headers(), cap.0);
-        let deadline = deadline.ok_or_else(|| Box::new(undecided(&self.journal, decision_method, late())))?;
-        let service = PolicyDecisionServiceServer::new(self.service.to(caller, deadline));
+        let deadline = self.deadline(request.headers(), cap)?;
+        let service = PolicyDecisionServiceServer::new(self.service.to(caller, deadline, Arc::clone(record)));
         let answering = service.max_decoding_message_size(limit).call(request);
-        Ok((answering, Some(CallLimits { end: deadline.end, limit, decision_method })))
+        Ok(Started { answering, end: Some(deadline.end), limit, held, streams: method == BATCH_DECIDE })
+    }
+
+    /// Health and reflection, which have a deadline as any call, but for a watch.
+    fn route(&self, request: Request<CountedBody>, ends: bool, held: Held) -> Result<Started, Status> {
+        let end = if ends { Some(self.deadline(request.headers(), self.deadlines.decide)?.end) } else { None };
+        let limit = self.limits.message_bytes;
+        Ok(Started { answering: Box::pin(self.routes.clone().call(request)), end, limit, held, streams: !ends })
+    }
+
+    fn deadline(&self, headers: &HeaderMap, cap: Duration) -> Result<Deadline, Status> {
+        Deadline::of(headers, cap).ok_or_else(late)
+    }
+
+    async fn finish(&self, started: Result<Started, Box<Response<Body>>>, using: Using) -> Response<Body> {
+        let Started { mut answering, end, limit, held, streams } = match started {
+            Ok(started) => started,
+            Err(response) => return *response,
+        };
+        // Most calls wait for nothing, and need no timer.
+        let answered = match (futures_util::poll!(&mut answering), end) {
+            (Poll::Ready(answered), _) => answered,
+            (Poll::Pending, None) => answering.await,
+            (Poll::Pending, Some(end)) => {
+                let mut phase = self.phase.clone();
+                tokio::select! {
+                    // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
+                    answered = timeout_at(end, answering) => match answered {
+                        Ok(answered) => answered,
+                        // The service has noticed that its call was given up.
+                        Err(_) => return late().into_http(),
+                    },
+                    () = reached(&mut phase, Phase::Cut) => return draining().into_http(),
+                }
+            }
+        };
+        let Ok(response) = answered;
+        match explanation(&response, limit) {
+            Some(status) => status.into_http(),
+            None if streams => response.map(|body| Body::new(HoldingBody { body, _held: held, _using: using })),
+            None => response,
+        }
     }
 }
 
@@ -251,28 +362,67 @@ fn method_of(path: &str) -> Option<&str> {
     path.strip_prefix('/')?.strip_prefix(NAME)?.strip_prefix('/')
 }
 
-/// A call that never comes to the service.
-fn undecided(journal: &Journal, decision_method: Option<&'static str>, status: Status) -> Response<Body> {
-    if let Some(method) = decision_method {
-        let (grpc_code, reason) = (word_of(status.code() as i32), status.message());
-        journal.undecided(Undecided { method, grpc_code, reason, request: None, trace_id: None });
-    }
-    status.into_http()
-}
-
 /// What comes of a call.
 type Answered = Result<Response<Body>, Infallible>;
-/// A call that is being answered, or was refused at once.
-type StartedCall = Result<(Answering, Option<CallLimits>), Box<Response<Body>>>;
 type Answering = Pin<Box<dyn Future<Output = Answered> + Send>>;
 
-/// Of a call with a deadline.
-struct CallLimits {
-    end: Instant,
+/// A call that is being answered.
+struct Started {
+    answering: Answering,
+    end: Option<Instant>,
     /// How long its message may be.
     limit: usize,
-    /// Its method, if it asks for a decision.
-    decision_method: Option<&'static str>,
+    held: Held,
+    /// It goes on after its first answer.
+    streams: bool,
+}
+
+/// What a call has of what is limited over all connections, until it is answered.
+struct Held {
+    _unknown: Option<Counted>,
+    _watch: Option<Counted>,
+    _bytes: Arc<super::request_body::CallBytes>,
+}
+
+/// The answers of a call that goes on, which holds what it has to its end.
+struct HoldingBody {
+    body: Body,
+    _held: Held,
+    _using: Using,
+}
+
+impl hyper::body::Body for HoldingBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+}
+
+/// One of so many.
+struct Counted(Arc<AtomicUsize>);
+
+// === impl Counted ===
+
+impl Counted {
+    fn one(count: &Arc<AtomicUsize>, limit: usize, name: &str) -> Result<Self, Status> {
+        let counted = Self(Arc::clone(count));
+        if count.fetch_add(1, Ordering::Relaxed) < limit {
+            return Ok(counted);
+        }
+        Err(limit_reached(name, &format!("{limit} at a time"), RETRY_AFTER))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 fn late() -> Status {

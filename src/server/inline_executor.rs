@@ -1,4 +1,7 @@
-//! Where a connection's calls run: first on the connection's own task, and on tasks of their own if they have to wait.
+//! Where a connection's calls run: first on the connection's own task, and on tasks of their own if they have to wait; none past its end.
+//!
+//! Written by hand: a task for each call, as hyper's own executor has it, costs more than deciding from memory (docs/performance.md has the
+//! numbers), and nothing else in the HTTP library ends a call whose answer nobody reads.
 
 use std::{
     collections::VecDeque,
@@ -9,46 +12,76 @@ use std::{
 };
 
 use hyper::rt::Executor;
+use tokio::time::{Instant, timeout_at};
 
-/// The calls of one connection that have not had their first turn. Most need no other: they are answered from memory, and a task for
-/// each would cost more than deciding. They have it once all that came together has been read, so that the answers leave together.
+/// The calls of one connection that have not been polled. Most need no other poll: they are answered from memory. They have it once all that
+/// came together has been read, so that the answers leave together.
 ///
 /// There are no more of them than a connection may have streams.
 #[derive(Clone, Default)]
-pub(super) struct InlineExecutor(Arc<Mutex<VecDeque<Running>>>);
+pub(super) struct InlineExecutor(Arc<Mutex<State>>);
 
-type Running = Pin<Box<dyn Future<Output = ()> + Send>>;
+#[derive(Default)]
+struct State {
+    calls: VecDeque<Call>,
+    /// When the call ends that is executed next, whether its answer has been read or not.
+    next_end: Option<Instant>,
+}
+
+/// A call, with what sends its answer.
+struct Call {
+    running: Pin<Box<dyn Future<Output = ()> + Send>>,
+    end: Option<Instant>,
+}
 
 // === impl InlineExecutor ===
 
 impl InlineExecutor {
-    /// Gives each waiting call its first turn, on this thread. Whoever answers wakes the connection.
+    /// The call that the HTTP library hands over next ends then: its stream is reset, and what it holds is freed.
+    pub(super) fn set_next_end(&self, end: Option<Instant>) {
+        self.lock().next_end = end;
+    }
+
+    /// Polls each waiting call once, on this thread. Whoever answers wakes the connection.
     pub(super) fn poll_once(&self) {
-        while let Some(mut call) = self.next() {
+        loop {
+            let next = self.lock().calls.pop_front();
+            let Some(Call { mut running, end }) = next else { return };
             // Nothing needs waking yet: a call that waits is polled again, by its task. A panic ends the call alone, as in a task.
             let mut unwoken = Context::from_waker(Waker::noop());
-            let turn = catch_unwind(AssertUnwindSafe(|| call.as_mut().poll(&mut unwoken)));
-            if turn.is_ok_and(|turn| turn.is_pending()) {
-                tokio::spawn(call);
+            let polled = catch_unwind(AssertUnwindSafe(|| running.as_mut().poll(&mut unwoken)));
+            if polled.is_ok_and(|polled| polled.is_pending()) {
+                tokio::spawn(async move {
+                    match end {
+                        // Dropping it resets the stream.
+                        Some(end) => drop(timeout_at(end, running).await),
+                        None => running.await,
+                    }
+                });
             }
         }
     }
 
-    fn next(&self) -> Option<Running> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
         // Nothing panics while it is locked.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<F: Future<Output = ()> + Send + 'static> Executor<F> for InlineExecutor {
     fn execute(&self, call: F) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push_back(Box::pin(call));
+        let mut state = self.lock();
+        let end = state.next_end.take();
+        state.calls.push_back(Call { running: Box::pin(call), end });
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        time::Duration,
+    };
 
     use tokio::{runtime::Handle, sync::oneshot, task::yield_now};
 
@@ -71,7 +104,7 @@ mod tests {
         inline.execute(async move {
             first.fetch_add(1, Ordering::Relaxed);
         });
-        assert_eq!(seen(&answered), (0, 0), "nobody has had a turn");
+        assert_eq!(seen(&answered), (0, 0), "nobody has been polled");
         inline.poll_once();
         assert_eq!(seen(&answered), (1, 1));
         tell.send(()).unwrap();
@@ -91,5 +124,21 @@ mod tests {
         });
         inline.poll_once();
         assert_eq!(seen(&answered), (1, 0));
+    }
+
+    /// A call whose answer nobody takes ends all the same, and the one after it has an end of its own.
+    #[tokio::test(start_paused = true)]
+    async fn a_call_ends_at_its_end() {
+        let (inline, answered) = (InlineExecutor::default(), Arc::new(AtomicUsize::new(0)));
+        let began = Instant::now();
+        inline.set_next_end(Some(began + Duration::from_secs(1)));
+        inline.execute(std::future::pending());
+        inline.execute(std::future::pending());
+        inline.poll_once();
+        assert_eq!(seen(&answered), (0, 2));
+        while seen(&answered).1 > 1 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        assert!((1..2).contains(&began.elapsed().as_secs()), "{:?}", began.elapsed());
     }
 }

@@ -19,7 +19,7 @@ use tokio::{
     net::{TcpListener, UnixListener},
 };
 
-use crate::config::settings::{Server, Socket};
+use super::settings::{ServerSettings, SocketSettings};
 
 /// After a fault of the machine's own (no descriptors, no memory) the next accept waits this long: some calls will have ended.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -102,7 +102,7 @@ impl fmt::Display for Address {
 // === impl Listener ===
 
 impl Listener {
-    pub(super) async fn bind(address: &Address, server: &Server, socket: &Socket) -> io::Result<Self> {
+    pub(super) async fn bind(address: &Address, server: &ServerSettings, socket: &SocketSettings) -> io::Result<Self> {
         match address {
             Address::Tcp(address) => {
                 let listener = TcpListener::bind(address).await?;
@@ -153,9 +153,9 @@ impl Listener {
 /// What is accepted has this from its listener. The kernel asks a silent peer, and gives up one that acknowledges nothing or takes
 /// nothing. HTTP/2's own pings would tell no more here: calls are bounded by their deadlines, connections by their number, and a
 /// proxy answers for whoever is behind it. They would cost each call a clock read and a lock for every frame.
-fn keep_alive(listener: &TcpListener, server: &Server) -> io::Result<()> {
+fn keep_alive(listener: &TcpListener, server: &ServerSettings) -> io::Result<()> {
     const PROBES: u32 = 4;
-    let (silent, patience) = (server.keepalive_interval.0, server.keepalive_timeout.0);
+    let (silent, patience) = (server.keepalive_interval, server.keepalive_timeout);
     let every = (patience / PROBES).max(Duration::from_secs(1));
     let socket = SockRef::from(listener);
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(silent).with_interval(every).with_retries(PROBES))?;
@@ -181,7 +181,7 @@ fn is_of_one_connection(fault: &io::Error) -> bool {
 
 /// Binds in a folder that nobody else can enter, sets owner and mode there, and moves the socket into place: it is never to be
 /// reached with wider rights than it should have. The move also replaces a stale socket, and nothing but a socket.
-fn bind_unix(path: &Path, socket: &Socket) -> io::Result<Listener> {
+fn bind_unix(path: &Path, socket: &SocketSettings) -> io::Result<Listener> {
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
             return Err(io::Error::new(ErrorKind::AlreadyExists, "the path exists and is not a socket; it is left alone"));
@@ -229,7 +229,6 @@ impl Drop for SocketFile {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::settings::Span;
 
     #[test]
     fn addresses_parse_or_say_what_is_wrong() {
@@ -253,9 +252,10 @@ mod tests {
 
     #[tokio::test]
     async fn silent_peers_are_asked_after() {
-        let server = Server { keepalive_interval: Span(Duration::from_secs(21)), ..Server::default() };
+        let server = ServerSettings { keepalive_interval: Duration::from_secs(21), ..ServerSettings::default() };
         let address = Address::Tcp("127.0.0.1:0".parse().unwrap());
-        let Listener::Tcp(listener, address) = Listener::bind(&address, &server, &Socket::default()).await.unwrap() else {
+        let Listener::Tcp(listener, address) = Listener::bind(&address, &server, &SocketSettings::default()).await.unwrap()
+        else {
             unreachable!()
         };
         let (_client, accepted) = tokio::join!(tokio::net::TcpStream::connect(address), listener.accept());

@@ -1,7 +1,6 @@
 //! TLS: the server's certificate and key, the clients' authority, and their reload without a restart.
 
 use std::{
-    io::Read,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -22,10 +21,10 @@ use tokio_rustls::TlsAcceptor;
 use zeroize::Zeroizing;
 
 use super::{
-    auth::Callers,
-    error::ServerError,
-    reload::{Refreshed, Source},
+    callers::Callers,
+    error::{ServerError, chain},
 };
+use crate::watch::{Fault, Reloaded, Source, files};
 
 /// The largest file of certificates: a bundle of every public authority is a quarter of it.
 const MAX_PEM_BYTES: u64 = 1024 * 1024;
@@ -51,9 +50,9 @@ pub(super) struct Tls {
 
 /// The files' content.
 struct Content {
-    certificate: Vec<u8>,
+    certificate: Zeroizing<Vec<u8>>,
     key: Zeroizing<Vec<u8>>,
-    client_ca: Option<Vec<u8>>,
+    client_ca: Option<Zeroizing<Vec<u8>>>,
 }
 
 // === impl Tls ===
@@ -66,26 +65,35 @@ impl Tls {
         Ok(Self { last: Mutex::new(content.hash()), config: ArcSwap::from_pointee(config), files, callers })
     }
 
+    fn refresh(&self) -> Result<Reloaded, ServerError> {
+        let content = Content::read(&self.files)?;
+        let hash = content.hash();
+        if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
+            return Ok(Reloaded::Unchanged);
+        }
+        self.config.store(Arc::new(content.config(&self.files, &self.callers)?));
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
+        Ok(Reloaded::Taken)
+    }
+
     /// For one connection: what is in force now.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
         TlsAcceptor::from(self.config.load_full())
     }
 }
 
-impl Source for Tls {
+impl Source for Arc<Tls> {
     fn name(&self) -> &'static str {
         "tls"
     }
 
-    fn refresh(&self) -> Result<Refreshed, ServerError> {
-        let content = Content::read(&self.files)?;
-        let hash = content.hash();
-        if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
-            return Ok(Refreshed::Unchanged);
-        }
-        self.config.store(Arc::new(content.config(&self.files, &self.callers)?));
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
-        Ok(Refreshed::Changed)
+    fn files(&self) -> Vec<PathBuf> {
+        let TlsFiles { certificate, key, client_ca } = &self.files;
+        [Some(certificate), Some(key), client_ca.as_ref()].into_iter().flatten().cloned().collect()
+    }
+
+    fn reload(&mut self) -> Result<Reloaded, Fault> {
+        self.refresh().map_err(|fault| Fault(chain(&fault)))
     }
 }
 
@@ -95,15 +103,15 @@ impl Content {
     fn read(files: &TlsFiles) -> Result<Self, ServerError> {
         Ok(Self {
             certificate: read(&files.certificate)?,
-            key: Zeroizing::new(read(&files.key)?),
+            key: read(&files.key)?,
             client_ca: files.client_ca.as_deref().map(read).transpose()?,
         })
     }
 
     fn hash(&self) -> blake3::Hash {
         let mut hasher = blake3::Hasher::new();
-        for part in [Some(self.certificate.as_slice()), Some(self.key.as_slice()), self.client_ca.as_deref()] {
-            let part = part.unwrap_or_default();
+        for part in [Some(&self.certificate), Some(&self.key), self.client_ca.as_ref()] {
+            let part = part.map(|part| part.as_slice()).unwrap_or_default();
             hasher.update(&part.len().to_le_bytes()).update(part);
         }
         hasher.finalize()
@@ -141,13 +149,8 @@ impl Content {
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, ServerError> {
-    let failed = |source| ServerError::File { path: path.to_owned(), source };
-    let file = std::fs::File::open(path).map_err(failed)?;
-    // The whole size at once: a buffer that grows leaves its smaller selves behind, and one of these files is a key.
-    let size = file.metadata().map_err(failed)?.len().min(MAX_PEM_BYTES);
-    let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or_default() + 64);
-    file.take(MAX_PEM_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, ServerError> {
+    let bytes = files::read(path, MAX_PEM_BYTES).map_err(|source| ServerError::File { path: path.to_owned(), source })?;
     if bytes.len() as u64 > MAX_PEM_BYTES {
         return Err(ServerError::Content { path: path.to_owned(), message: format!("is over {MAX_PEM_BYTES} bytes long") });
     }
@@ -257,10 +260,7 @@ impl ClientCertVerifier for KnownClients {
     ) -> Result<ClientCertVerified, rustls::Error> {
         let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
         let names = names_of(end_entity).ok_or(CertificateError::BadEncoding)?;
-        match self.callers.0.by_names(names.iter().map(String::as_str)) {
-            Some(_) => Ok(verified),
-            None => Err(CertificateError::ApplicationVerificationFailure.into()),
-        }
+        if self.callers.0.knows(&names) { Ok(verified) } else { Err(CertificateError::ApplicationVerificationFailure.into()) }
     }
 
     fn verify_tls12_signature(
@@ -299,7 +299,7 @@ mod tests {
     use rcgen::{CertificateParams, KeyPair, date_time_ymd};
 
     use super::*;
-    use crate::config::settings::Callers as CallerSettings;
+    use crate::server::settings::CallerSettings;
 
     /// A self-signed certificate that ends on the first of January of this year, and its key.
     fn certificate(end: i32) -> (String, String) {
@@ -336,15 +336,15 @@ mod tests {
         let tls = Tls::load(files.clone(), callers).unwrap();
         let in_force = Arc::as_ptr(&tls.config.load_full());
         let stays = |why: &str, fault: &str| {
-            let said = super::super::error::chain(&tls.refresh().unwrap_err());
+            let said = super::chain(&tls.refresh().unwrap_err());
             assert!(said.contains(fault), "{why}: {said}");
             assert_eq!(Arc::as_ptr(&tls.config.load_full()), in_force, "{why}");
         };
-        assert_eq!(tls.refresh().unwrap(), Refreshed::Unchanged);
+        assert_eq!(tls.refresh().unwrap(), Reloaded::Unchanged);
         fs::write(&files.certificate, &second.0).unwrap();
         stays("certificate first", "does not go with the key");
         write(&first);
-        assert_eq!(tls.refresh().unwrap(), Refreshed::Unchanged);
+        assert_eq!(tls.refresh().unwrap(), Reloaded::Unchanged);
         fs::write(&files.key, &second.1).unwrap();
         stays("key first", "does not go with the key");
         write(&(first.0.clone(), "made-up-canary".to_owned()));
@@ -358,7 +358,7 @@ mod tests {
         fs::remove_file(&files.key).unwrap();
         stays("gone", "could not be read");
         write(&second);
-        assert_eq!(tls.refresh().unwrap(), Refreshed::Changed);
+        assert_eq!(tls.refresh().unwrap(), Reloaded::Taken);
         assert_ne!(Arc::as_ptr(&tls.config.load_full()), in_force);
     }
 }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
+use serde::{Deserialize, Serialize};
 use tracing::Level;
 use uuid::{Uuid, fmt::Hyphenated};
 
@@ -17,6 +18,7 @@ use super::{
 };
 use crate::{
     core::engine::Decided,
+    domain::problem::Review,
     domain::{
         decision::{Decision, Outcome},
         request::Request,
@@ -46,6 +48,14 @@ macro_rules! text {
     };
 }
 
+/// What is logged.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LogSettings {
+    /// The share, from 0 to 1, of plain allows that are logged. Everything else always is.
+    pub plain_allow_ratio: f64,
+}
+
 /// Where decisions are written down.
 pub struct Journal {
     lines: Option<LogWriter>,
@@ -70,6 +80,21 @@ pub struct Undecided<'a> {
     pub request: Option<&'a Request>,
     /// The trace that it belongs to.
     pub trace_id: Option<TraceId>,
+}
+
+// === impl LogSettings ===
+
+impl Default for LogSettings {
+    fn default() -> Self {
+        Self { plain_allow_ratio: 1.0 }
+    }
+}
+
+impl LogSettings {
+    /// What is wrong with them.
+    pub fn review(&self, review: &mut Review<'_>) {
+        review.number("plain_allow_ratio", self.plain_allow_ratio, 0.0, 1.0);
+    }
 }
 
 // === impl Journal ===

@@ -1,15 +1,16 @@
 //! The promises of the proto's comments, held against the service: bounds, reasons of errors, what an allow is.
 
-use std::{collections::BTreeMap, fs};
+use std::time::Duration;
+use std::{collections::BTreeMap, fs, num::NonZeroU32};
 
-use byok_gate::{config::settings::Limits, grpc::convert::pb};
+use byok_gate::grpc::{convert::pb, limits::Limits};
 use prost::Message;
 use tonic::{Code, Status};
 use tonic_types::StatusExt;
 
 use crate::support::{
     case::{self, Spec},
-    edge::{Edge, Held, code_of, decide, grpc, raw, settings, span},
+    edge::{Edge, Held, code_of, decide, grpc, raw, settings},
     gate::{Files, Server},
     prober::Scripted,
 };
@@ -106,11 +107,11 @@ async fn every_error_has_a_reason_of_the_closed_list() {
     .unwrap();
     let mut settings = settings();
     settings.callers.token_file = Some(file);
-    settings.callers.workspace_calls_per_minute = 2;
+    settings.callers.workspace_calls_per_minute = NonZeroU32::new(2).unwrap();
     settings.limits.message_bytes = 4096;
     settings.limits.decisions = 1;
     settings.limits.decisions_waiting = 0;
-    settings.deadlines.decide = span("300ms");
+    settings.deadlines.decide = Duration::from_millis(300);
     let held = Held::new(false);
     let edge = Edge::start(settings, held.engine()).await;
     let channel = edge.plain().await;
@@ -174,12 +175,13 @@ async fn every_error_has_a_reason_of_the_closed_list() {
 #[tokio::test]
 async fn what_the_library_refuses_has_a_reason_too() {
     let mut settings = settings();
-    settings.deadlines.decide = span("200ms");
+    settings.deadlines.decide = Duration::from_millis(200);
     let edge = Edge::start(settings, Held::new(false).engine()).await;
     let mut sender = raw(edge.tcp()).await;
     let message = decide("made-up-key").encode_to_vec();
     const DECIDE: &str = "/byokgate.v1.PolicyDecisionService/Decide";
-    let requests: [(&str, &[(&str, &str)], &[u8], Code, &str); 4] = [
+    type Refused<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a [u8], Code, &'a str);
+    let requests: [Refused<'_>; 4] = [
         (DECIDE, &[], b"\xff\xff\xff", Code::InvalidArgument, "REQUEST_UNREADABLE"),
         (DECIDE, &[("grpc-encoding", "gzip")], &message, Code::Unimplemented, "UNSUPPORTED"),
         ("/byokgate.v1.PolicyDecisionService/Nothing", &[], &message, Code::Unimplemented, "UNSUPPORTED"),

@@ -17,8 +17,9 @@ use byok_gate::{
     liveness::{
         breaker::BreakerSettings,
         cache::{Cache, CacheSettings},
+        new_keys::NewKeyLimits,
         prober::{HttpProber, ProbeSettings},
-        provider_limits::{NewKeyLimits, ProviderLimiter, ProviderLimits},
+        provider_limits::{ProviderLimiter, ProviderLimits},
     },
 };
 use tokio::{

@@ -49,18 +49,18 @@ async fn a_socket_has_its_rights_and_replaces_nothing_but_a_stale_socket() {
     settings.server.listen = vec![format!("unix:{}", path.display())];
     // A file that somebody put there by mistake is not ours to remove.
     fs::write(&path, "precious").unwrap();
-    let fault = Bound::open(settings.clone()).await.map(drop).unwrap_err();
+    let fault = Bound::open(settings.edge()).await.map(drop).unwrap_err();
     assert!(matches!(&fault, ServerError::Listen { source, .. } if source.to_string().contains("not a socket")), "{fault:?}");
     assert_eq!(fs::read_to_string(&path).unwrap(), "precious");
     fs::remove_file(&path).unwrap();
     // A live server keeps its socket; a dead one's is replaced.
     let alive = UnixListener::bind(&path).unwrap();
-    let fault = Bound::open(settings.clone()).await.map(drop).unwrap_err();
+    let fault = Bound::open(settings.edge()).await.map(drop).unwrap_err();
     assert!(matches!(&fault, ServerError::Listen { source, .. } if source.to_string().contains("another process")), "{fault:?}");
     drop(alive);
     for mode in ["0660", "600"] {
         settings.socket.mode = mode.into();
-        let bound = Bound::open(settings.clone()).await.unwrap();
+        let bound = Bound::open(settings.edge()).await.unwrap();
         let found = fs::symlink_metadata(&path).unwrap();
         assert!(found.file_type().is_socket());
         assert_eq!(found.permissions().mode() & 0o777, u32::from_str_radix(mode, 8).unwrap());
@@ -89,7 +89,7 @@ async fn beyond_loopback_something_must_be_said() {
     let mut settings = settings();
     settings.server.listen = vec!["0.0.0.0:0".into()];
     settings.server.insecure_listen = true;
-    assert!(Bound::open(settings).await.is_ok());
+    assert!(Bound::open(settings.edge()).await.is_ok());
 }
 
 /// The commands that ask a server reach it over a socket as well.

@@ -19,6 +19,7 @@ mod deploy;
 mod exec;
 mod guards;
 mod invariants;
+mod isolation;
 mod journal;
 mod limits;
 mod listen;

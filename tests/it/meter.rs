@@ -14,7 +14,8 @@ use byok_gate::{
     },
     liveness::{
         cache::{Cache, CacheSettings},
-        provider_limits::{NewKeyLimits, ProviderLimiter, ProviderLimits},
+        new_keys::NewKeyLimits,
+        provider_limits::{ProviderLimiter, ProviderLimits},
     },
     server::{Address, Bound},
     telemetry::{log_writer::LogWriter, metrics::decisions::Decisions},
@@ -32,7 +33,7 @@ use crate::{
     support::{
         binary::{PATIENCE, Serving},
         case,
-        edge::{Edge, Held, decide, grpc, is_allow, raw, settings, span},
+        edge::{Edge, Held, decide, grpc, is_allow, raw, settings},
         gate::Files,
         page::{Scraped, Shown, say, scrape, scrape_until},
         prober::Scripted,
@@ -315,7 +316,7 @@ async fn a_panic_of_ours() -> Scraped {
     // And in the decision itself.
     let mut settings = settings();
     settings.admin.listen = Some("127.0.0.1:0".into());
-    let bound = Bound::open(settings).await.unwrap();
+    let bound = Bound::open(settings.edge()).await.unwrap();
     let Some(Address::Tcp(admin)) = bound.admin_address() else { panic!("it shows nothing") };
     let edge = Edge::run(bound, files(1, None).engine_over(Arc::new(Panics)));
     assert_eq!(client(edge.plain().await).decide(decide("made-up-key")).await.unwrap_err().code(), Code::Internal);
@@ -326,8 +327,8 @@ async fn a_panic_of_ours() -> Scraped {
 /// The process itself, for what it follows: a registry and a list of tokens that break, and are mended. And its traces go to
 /// nobody.
 async fn files_read_again() -> Scraped {
-    let traced = "tracing: {otlp_endpoint: 'http://127.0.0.1:1', sample_ratio: 1, export_interval: 10ms}\n";
-    let files = files(1, Some(&format!("server: {{reload_interval: 10ms}}\n{traced}")));
+    let traced = "tracing: {otlp_endpoint: 'http://127.0.0.1:1', sample_ratio: 1, export_interval: 100ms}\n";
+    let files = files(1, Some(&format!("server: {{reload_interval: 100ms}}\n{traced}")));
     let tokens = files.folder().join("tokens");
     fs::write(&tokens, "made-up-token-0001 operator\n").unwrap();
     let flags = files.flags();
@@ -365,8 +366,8 @@ async fn a_task_that_ends() -> Scraped {
     let mut settings = settings();
     settings.admin.listen = Some("127.0.0.1:0".into());
     // While it still shows something.
-    settings.shutdown.notice = span("1h");
-    let mut bound = Bound::open(settings).await.unwrap();
+    settings.shutdown.notice = Duration::from_secs(3600);
+    let mut bound = Bound::open(settings.edge()).await.unwrap();
     let Some(Address::Tcp(admin)) = bound.admin_address() else { panic!("it shows nothing") };
     bound.supervise("test", async {});
     let edge = Edge::run(bound, Held::new(true).engine());
@@ -380,6 +381,8 @@ async fn too_many_connections_and_new_keys() -> Scraped {
     settings.limits.connections = 1;
     settings.new_keys.per_organization = 1.try_into().unwrap();
     let shown = Shown::over(settings, &files(1, None), Held::new(true), vec![]).await;
+    // It has said nothing yet, and goes.
+    let _idle = TcpStream::connect(shown.edge.tcp()).await.unwrap();
     let mut client = client(shown.edge.plain().await);
     for index in 0..3 {
         let mut request = decide(&format!("made-up-{index}"));
@@ -394,7 +397,8 @@ async fn too_many_connections_and_new_keys() -> Scraped {
     page.is(r#"byokgate_cache_lookups_total{result="new_keys"}"#, 2.0);
     page.is(r#"byokgate_connections_refused_total{reason="limit"}"#, 1.0);
     page.is(r#"byokgate_connections_refused_total{reason="handshake"}"#, 0.0);
-    page.is("byokgate_connections_total", 1.0);
+    page.is("byokgate_connections_made_room_total", 1.0);
+    page.is("byokgate_connections_total", 2.0);
     page
 }
 
@@ -423,14 +427,22 @@ async fn an_earlier_valid_and_a_trial_are_seen() {
     let cache = Arc::new(Cache::new(scripted.clone(), CacheSettings::default()));
     let engine = files(1, None).engine_over(cache.clone());
     let decisions = Decisions::default();
-    let mut request = request("ws", "", "agent", "acme-large", "made-up-key");
-    request.checkpoint = Checkpoint::Provision;
-    made(&engine, &decisions, &request).await;
-    scripted.verdict(Verdict::Timeout);
-    for _ in 0..5 {
-        advance(Duration::from_secs(31)).await;
-        made(&engine, &decisions, &request).await;
+    let requests: Vec<_> = ["org-1", "org-2", "org-3"]
+        .map(|organization| {
+            let mut request = request("ws", organization, "agent", "acme-large", organization);
+            request.checkpoint = Checkpoint::Provision;
+            request
+        })
+        .into();
+    for request in &requests {
+        made(&engine, &decisions, request).await;
     }
+    scripted.verdict(Verdict::Timeout);
+    for request in requests.iter().cycle().take(5) {
+        advance(Duration::from_secs(31)).await;
+        made(&engine, &decisions, request).await;
+    }
+    let request = &requests[0];
     let page = Scraped::in_process(&engine, &[&decisions, &*cache]);
     page.is(r#"byokgate_verdicts_total{provider="acme",verdict="VALID",served_from="STALE"}"#, 5.0);
     page.is(r#"byokgate_unverified_allows_total{provider="acme",verdict="TIMEOUT"}"#, 5.0);
@@ -439,7 +451,7 @@ async fn an_earlier_valid_and_a_trial_are_seen() {
     advance(Duration::from_secs(31)).await;
     Scraped::in_process(&engine, &[&*cache]).is(r#"byokgate_breaker_state{provider="acme"}"#, 1.0);
     scripted.set(|script| script.takes = Duration::from_secs(3));
-    let trial = made(&engine, &decisions, &request);
+    let trial = made(&engine, &decisions, request);
     tokio::pin!(trial);
     tokio::select! {
         biased;
@@ -450,7 +462,7 @@ async fn an_earlier_valid_and_a_trial_are_seen() {
     scripted.verdict(Verdict::Valid);
     trial.await;
     advance(Duration::from_secs(61)).await;
-    made(&engine, &decisions, &request).await;
+    made(&engine, &decisions, request).await;
     Scraped::in_process(&engine, &[&*cache]).is(r#"byokgate_breaker_state{provider="acme"}"#, 0.0);
 }
 

@@ -40,6 +40,8 @@ const FLOOR: Ms = 1_000;
 const VALID: Ms = 30_000;
 const HARD_MAXIMUM: Ms = 90_000;
 const FAILURES: u32 = 3;
+const MIN_SOURCES: usize = 3;
+const KEYS: usize = 5;
 const COOL_DOWN: Ms = 5_000;
 const MAX_COOL_DOWN: Ms = 20_000;
 const TRIAL: Ms = 20_000;
@@ -100,7 +102,7 @@ fn schedule(random: &mut StdRng) -> Vec<Step> {
                 panics: random.random_range(0..8) == 0,
             }),
             _ => Step::Ask {
-                key: random.random_range(0..3),
+                key: random.random_range(0..KEYS),
                 max_age: *[None, None, None, Some(0), Some(1_500), Some(20_000)].choose(random).unwrap(),
                 deadline: 100 * *[0_u64, 2, 20, 50].choose(random).unwrap() + 97,
             },
@@ -124,11 +126,21 @@ struct Flight {
     waiting: Vec<(usize, Option<Ms>, Ms)>,
 }
 
-#[derive(Debug, Clone)]
-enum Breaker {
-    Closed(u32),
-    /// Verdict, until, trips, trying.
-    Open(Verdict, Ms, u32, bool),
+/// What is known of the provider's failures, and the verdict that callers get meanwhile: all of them, or those who saw a failure.
+#[derive(Debug, Default)]
+struct Breaker {
+    failures: u32,
+    seen_by: Vec<usize>,
+    open: Option<Open>,
+    for_all: bool,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Open {
+    verdict: Verdict,
+    until: Ms,
+    trips: u32,
+    trying: bool,
 }
 
 struct Model {
@@ -139,6 +151,8 @@ struct Model {
     breaker: Breaker,
     got: BTreeMap<usize, Got>,
     asked: usize,
+    /// How often the breaker opened for some, and for all.
+    opened: [u32; 2],
 }
 
 fn age_of(verdict: Verdict) -> Ms {
@@ -157,9 +171,10 @@ impl Model {
             script: Script { verdict: Verdict::Valid, takes: 1, panics: false },
             memory: BTreeMap::new(),
             flights: BTreeMap::new(),
-            breaker: Breaker::Closed(0),
+            breaker: Breaker::default(),
             got: BTreeMap::new(),
             asked: 0,
+            opened: [0; 2],
         };
         let mut callers = 0;
         for step in steps {
@@ -214,29 +229,47 @@ impl Model {
                 Verdict::Invalid => (memory.valid, memory.refused) = (None, Some(self.now)),
                 _ => {}
             }
-            self.report(verdict);
+            self.report(key, verdict);
+        } else if let Some(open) = self.breaker.open.as_mut().filter(|open| open.trying) {
+            // Nothing was learnt: the next one tries.
+            (open.trying, open.until) = (false, self.now);
         }
         for (caller, max_age, _) in waiting {
             self.answer(caller, key, max_age, verdict, ServedFrom::Probe);
         }
     }
 
-    fn report(&mut self, verdict: Verdict) {
+    fn report(&mut self, key: usize, verdict: Verdict) {
         if !matches!(verdict, Verdict::Timeout | Verdict::Unreachable | Verdict::ProviderError) {
-            self.breaker = Breaker::Closed(0);
+            self.breaker = Breaker::default();
             return;
         }
-        let trips = match self.breaker {
-            Breaker::Closed(failures) if failures + 1 < FAILURES => {
-                self.breaker = Breaker::Closed(failures + 1);
+        let Breaker { failures, seen_by, open, for_all } = &mut self.breaker;
+        let trying = open.is_some_and(|open| open.trying);
+        let again = open.map_or(0, |open| open.trips + 1);
+        let trips = if *for_all {
+            // Without a trial it had begun before the breaker opened, and tells nothing new.
+            if !trying {
                 return;
             }
-            Breaker::Closed(_) => 0,
-            Breaker::Open(_, _, _, false) => return,
-            Breaker::Open(_, _, trips, true) => trips + 1,
+            again
+        } else {
+            let is_new = !seen_by.contains(&key);
+            seen_by.extend(is_new.then_some(key));
+            *failures += 1;
+            if *failures < FAILURES {
+                return;
+            }
+            *for_all = seen_by.len() >= MIN_SOURCES;
+            match open {
+                _ if *for_all => 0,
+                Some(_) if !trying && !is_new => return,
+                _ => again,
+            }
         };
         let cool_down = (COOL_DOWN << trips.min(10)).min(MAX_COOL_DOWN);
-        self.breaker = Breaker::Open(verdict, self.now + cool_down, trips, false);
+        *open = Some(Open { verdict, until: self.now + cool_down, trips, trying: false });
+        self.opened[usize::from(*for_all)] += 1;
     }
 
     fn ask(&mut self, caller: usize, key: usize, max_age: Option<Ms>, deadline: Ms) {
@@ -251,12 +284,14 @@ impl Model {
             flight.waiting.push((caller, max_age, deadline));
             return;
         }
-        if let Breaker::Open(verdict, until, trips, _) = self.breaker {
-            if self.now < until {
+        let concerned = self.breaker.for_all || self.breaker.seen_by.contains(&key);
+        if let Some(open) = self.breaker.open.as_mut().filter(|_| concerned) {
+            if self.now < open.until {
+                let verdict = open.verdict;
                 self.answer(caller, key, max_age, verdict, ServedFrom::Breaker);
                 return;
             }
-            self.breaker = Breaker::Open(verdict, self.now + TRIAL, trips, true);
+            (open.until, open.trying) = (self.now + TRIAL, true);
         }
         let ends = self.now + self.script.takes + self.asked as Ms;
         self.asked += 1;
@@ -357,14 +392,18 @@ async fn run(steps: &[Step], questions: &[Arc<Asked>]) -> (BTreeMap<usize, Got>,
 async fn the_memory_does_what_its_model_does() {
     let (registry, catalogue) = case::documents(1);
     let engine = Files::new(&registry, &catalogue, None).engine();
-    let questions: Vec<_> = (0..3).map(|key| Arc::new(Asked::about(&engine, key))).collect();
+    let questions: Vec<_> = (0..KEYS).map(|key| Arc::new(Asked::about(&engine, key))).collect();
     let schedules = env::var("BYOK_GATE_SCHEDULES").map_or(SCHEDULES, |text| text.parse().unwrap());
     let mut met: BTreeMap<(ServedFrom, Verdict), u32> = BTreeMap::new();
+    let mut opened = [0; 2];
     for seed in 0..schedules {
         let steps = schedule(&mut StdRng::seed_from_u64(seed));
         let model = Model::run(&steps);
         let (got, asked) = run(&steps, &questions).await;
         assert_eq!((&got, asked), (&model.got, model.asked), "seed {seed}: {steps:#?}");
+        for (count, more) in opened.iter_mut().zip(model.opened) {
+            *count += more;
+        }
         for got in got.into_values() {
             *met.entry((got.served_from, got.verdict)).or_default() += 1;
         }
@@ -375,6 +414,7 @@ async fn the_memory_does_what_its_model_does() {
             assert!(met.get(&(served_from, verdict)).is_some_and(|count| *count > 100), "{served_from} {verdict}: {met:?}");
         }
     }
+    assert!(opened.iter().all(|count| *count > 100), "for all, and for some: {opened:?}");
     assert!(met.get(&(ServedFrom::Breaker, Verdict::Unreachable)).is_some_and(|count| *count > 100), "{met:?}");
     assert!(met.get(&(ServedFrom::Probe, Verdict::NotAttempted)).is_some_and(|count| *count > 100), "{met:?}");
 }

@@ -98,7 +98,8 @@ async fn it_never_sends_what_a_decision_would_not() {
     let vendor = vendor().await;
     for (value, code, says) in [
         ("beta-key-made-up", 10, "vendor `beta`"),
-        ("acme-oauth-made-up", 11, "never sent"),
+        ("acme-oauth-made-up-and-as-long-as-a-real-one-is", 11, "never sent"),
+        ("acme-oauth-made-up", 10, "only the beginning"),
         ("made-up\nsecond-line", 10, "control character"),
     ] {
         let ended = probe(&vendor, &["--provider", "acme"], value).await;

@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     os::unix::fs::symlink,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -13,14 +13,12 @@ use std::{
 };
 
 use byok_gate::{
-    config::{self, ConfigError, Overrides, Paths},
+    app::Documents,
+    config::{self, ConfigError, Overrides, Paths, Setup, settings::Settings},
     core::{engine::Engine, registry::Registry, snapshot::Snapshot},
-    domain::{
-        problem::Problems,
-        request::{Checkpoint, OperatorOverride, Request, WorkspaceSpec},
-    },
+    domain::request::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
     grpc::convert::pb,
-    watch::{self, PollOutcome, Reload},
+    watch::{PollOutcome, Watcher},
 };
 use tempfile::TempDir;
 use tokio::time::Instant;
@@ -43,10 +41,10 @@ fn registry(owner: &str) -> String {
 
 /// An engine and its watch, over files in a folder.
 struct Watched {
-    _files: Files,
+    files: Files,
     at: PathBuf,
     engine: Arc<Engine>,
-    reload: Reload,
+    watcher: Watcher<Documents>,
 }
 
 impl Watched {
@@ -54,9 +52,9 @@ impl Watched {
         let files = Files::new(&registry("acme"), CATALOGUE, None);
         let at = files.folder().join("registry.yaml");
         let engine = files.engine();
-        let reload = watch(&engine, &at);
-        let mut watched = Self { _files: files, at, engine, reload };
-        assert_eq!(watched.reload.poll(false), PollOutcome::Swapped, "the first look reads again");
+        let watcher = watch(&engine, files.paths());
+        let mut watched = Self { files, at, engine, watcher };
+        assert_eq!(watched.settled(), PollOutcome::Same, "the first looks read again, and find what is in force");
         watched
     }
 
@@ -69,9 +67,9 @@ impl Watched {
     }
 
     /// Looks until the content has settled.
-    fn record_owner(&mut self) -> PollOutcome {
+    fn settled(&mut self) -> PollOutcome {
         loop {
-            match self.reload.poll(false) {
+            match self.watcher.poll(false) {
                 PollOutcome::Unsettled => {}
                 looked => return looked,
             }
@@ -80,33 +78,31 @@ impl Watched {
 
     #[track_caller]
     fn takes_over(&mut self, owner: &str) {
-        assert_eq!(self.record_owner(), PollOutcome::Swapped);
+        assert_eq!(self.settled(), PollOutcome::Taken);
         assert_eq!((self.owner().as_str(), self.error().as_str()), (owner, ""));
-        assert_eq!(self.reload.poll(false), PollOutcome::Same);
+        assert_eq!(self.watcher.poll(false), PollOutcome::Same);
     }
 
     #[track_caller]
     fn keeps(&mut self, owner: &str, because: &str) {
-        let looked = self.record_owner();
+        let looked = self.settled();
         assert!(matches!(&looked, PollOutcome::Kept(problems) if problems.to_string().contains(because)), "{looked:?}");
         assert_eq!(self.owner(), owner);
         assert!(self.error().contains(because), "{}", self.error());
-        assert_eq!(self.reload.poll(false), PollOutcome::Same, "the same bad content is not read again");
+        assert_eq!(self.watcher.poll(false), PollOutcome::Same, "the same bad content is not read again");
     }
 }
 
-fn watch(engine: &Arc<Engine>, registry: &Path) -> Reload {
-    let paths = Paths { registry: Some(registry.to_owned()), ..Paths::default() };
-    let load =
-        move || config::load(&paths, &Overrides::default()).map(|setup| (setup.documents, setup.snapshot)).map_err(problems_of);
-    Reload::new(Arc::clone(engine), vec![registry.to_owned()], Arc::new(load))
+/// What follows these files for this engine. The lists of callers are nobody's here.
+fn watch(engine: &Arc<Engine>, paths: Paths) -> Watcher<Documents> {
+    let load = move || config::load(&paths, &overrides());
+    let setup = load().unwrap();
+    Watcher::new(Documents::new(Arc::clone(engine), &setup, Box::new(load), Box::new(|_| {})))
 }
 
-fn problems_of(fault: ConfigError) -> Problems {
-    match fault {
-        ConfigError::Content(problems) => problems,
-        ConfigError::Read { path, source } => watch::unreadable(&path, &source),
-    }
+/// As the engine of these files has been made.
+fn overrides() -> Overrides {
+    Overrides { platform_proxy: Some(PlatformProxy::Available), ..Overrides::default() }
 }
 
 #[test]
@@ -121,7 +117,7 @@ fn every_way_of_changing_a_file_is_seen() {
     watched.takes_over("gamma");
     // Touched, with the same content: nothing is new.
     fs::write(&at, registry("gamma")).unwrap();
-    assert_eq!(watched.record_owner(), PollOutcome::Same);
+    assert_eq!(watched.settled(), PollOutcome::Same);
     fs::remove_file(&at).unwrap(); // deleted and made anew
     watched.keeps("gamma", "could not be read");
     fs::write(&at, registry("delta")).unwrap();
@@ -148,7 +144,7 @@ fn a_swapped_data_link_is_seen() {
     symlink("..data/providers.yaml", path("providers.yaml")).unwrap();
     let mut watched = Watched::new();
     watched.at = path("providers.yaml");
-    watched.reload = watch(&watched.engine, &watched.at);
+    watched.watcher = watch(&watched.engine, Paths { registry: Some(watched.at.clone()), ..watched.files.paths() });
     watched.takes_over("beta");
     symlink("v2", path("..data_tmp")).unwrap();
     fs::rename(path("..data_tmp"), path("..data")).unwrap();
@@ -180,24 +176,24 @@ fn half_a_file_is_not_taken_for_a_whole_one() {
     let mut watched = Watched::new();
     let whole = registry("beta");
     fs::write(&watched.at, "").unwrap();
-    assert_eq!(watched.reload.poll(false), PollOutcome::Unsettled);
+    assert_eq!(watched.watcher.poll(false), PollOutcome::Unsettled);
     fs::write(&watched.at, &whole[..40]).unwrap();
-    assert_eq!(watched.reload.poll(false), PollOutcome::Unsettled);
+    assert_eq!(watched.watcher.poll(false), PollOutcome::Unsettled);
     fs::write(&watched.at, &whole).unwrap();
-    assert_eq!(watched.reload.poll(false), PollOutcome::Unsettled);
+    assert_eq!(watched.watcher.poll(false), PollOutcome::Unsettled);
     assert_eq!(watched.owner(), "acme");
     watched.takes_over("beta");
     let looks: Vec<PollOutcome> = (0..6)
         .map(|number| {
             fs::write(&watched.at, format!("{}# {number}\n", registry("gamma"))).unwrap();
-            watched.reload.poll(false)
+            watched.watcher.poll(false)
         })
         .collect();
-    assert_eq!(looks.iter().filter(|looked| **looked == PollOutcome::Swapped).count(), 1, "{looks:?}");
+    assert_eq!(looks.iter().filter(|looked| **looked == PollOutcome::Taken).count(), 1, "{looks:?}");
     assert_eq!(watched.owner(), "gamma");
     // Who asks for it by name gets what is there.
     fs::write(&watched.at, registry("delta")).unwrap();
-    assert_eq!(watched.reload.poll(true), PollOutcome::Swapped);
+    assert_eq!(watched.watcher.poll(true), PollOutcome::Taken);
     assert_eq!(watched.owner(), "delta");
 }
 
@@ -205,14 +201,14 @@ fn half_a_file_is_not_taken_for_a_whole_one() {
 #[tokio::test(start_paused = true)]
 async fn it_looks_by_itself_and_ends_with_its_asker() {
     let watched = Watched::new();
-    let (force, forced) = tokio::sync::mpsc::channel(1);
-    let Watched { at, engine, reload, _files } = watched;
-    let running = tokio::spawn(reload.run(forced));
+    let (look, looks) = tokio::sync::watch::channel(());
+    let Watched { at, engine, watcher, files: _files } = watched;
+    let running = tokio::spawn(watcher.run(Duration::from_millis(500), looks));
     fs::write(&at, registry("beta")).unwrap();
     while engine.snapshot().registry.providers()[0].name != "beta" {
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    drop(force);
+    drop(look);
     running.await.unwrap();
 }
 
@@ -221,17 +217,14 @@ async fn it_looks_by_itself_and_ends_with_its_asker() {
 fn a_change_of_the_configuration_is_followed() {
     let files = Files::new(&registry("acme"), CATALOGUE, Some("exempt_runtimes: [one]\n"));
     let (engine, config) = (files.engine(), files.folder().join("config.yaml"));
-    let paths = Paths { registry: Some(files.folder().join("registry.yaml")), config: Some(config.clone()), ..Paths::default() };
-    let watched = [&paths.registry, &paths.config].into_iter().flatten().cloned().collect();
-    let load =
-        move || config::load(&paths, &Overrides::default()).map(|setup| (setup.documents, setup.snapshot)).map_err(problems_of);
-    let mut reload = Reload::new(Arc::clone(&engine), watched, Arc::new(load));
-    assert_eq!(reload.poll(true), PollOutcome::Swapped);
+    let paths = Paths { config: Some(config.clone()), ..files.paths() };
+    let mut watcher = watch(&engine, paths);
+    assert_eq!(watcher.poll(true), PollOutcome::Same);
     fs::write(&config, "exempt_runtimes: [two]\n").unwrap();
-    assert_eq!(reload.poll(true), PollOutcome::Swapped);
+    assert_eq!(watcher.poll(true), PollOutcome::Taken);
     assert!(engine.snapshot().policy.exempt_runtimes.contains("two"));
     fs::write(&config, "exempt_runtime: [three]\n").unwrap();
-    assert!(matches!(reload.poll(true), PollOutcome::Kept(_)));
+    assert!(matches!(watcher.poll(true), PollOutcome::Kept(_)));
     let snapshot = engine.snapshot();
     assert!(snapshot.policy.exempt_runtimes.contains("two") && !snapshot.registry_origin.last_reload_error.is_empty());
 }
@@ -239,21 +232,19 @@ fn a_change_of_the_configuration_is_followed() {
 /// A configuration that names another registry makes that one the file to follow.
 #[test]
 fn a_file_that_the_configuration_names_later_is_followed() {
-    let files = Files::new(&registry("acme"), CATALOGUE, Some(""));
+    let files = Files::new(&registry("acme"), CATALOGUE, Some("{}"));
     let (engine, config) = (files.engine(), files.folder().join("config.yaml"));
     let other = files.folder().join("other.yaml");
     fs::write(&other, registry("acme")).unwrap();
     let paths = Paths { config: Some(config.clone()), ..Paths::default() };
-    let load =
-        move || config::load(&paths, &Overrides::default()).map(|setup| (setup.documents, setup.snapshot)).map_err(problems_of);
-    let mut reload = Reload::new(Arc::clone(&engine), vec![config.clone()], Arc::new(load));
+    let mut watcher = watch(&engine, paths);
     fs::write(&config, format!("registry: {{file: {}}}\n", other.display())).unwrap();
-    assert_eq!(reload.poll(true), PollOutcome::Swapped);
-    assert_eq!(reload.poll(false), PollOutcome::Swapped, "once more, since that file was not followed yet");
+    assert_eq!(watcher.poll(true), PollOutcome::Taken);
+    assert_eq!(watcher.poll(false), PollOutcome::Same, "looked at once more, since that file was not followed yet");
     let before = engine.snapshot().registry.revision().to_owned();
     fs::write(&other, registry("beta")).unwrap();
-    assert_eq!(reload.poll(false), PollOutcome::Unsettled);
-    assert_eq!(reload.poll(false), PollOutcome::Swapped);
+    assert_eq!(watcher.poll(false), PollOutcome::Unsettled);
+    assert_eq!(watcher.poll(false), PollOutcome::Taken);
     assert_ne!(engine.snapshot().registry.revision(), before);
 }
 
@@ -286,16 +277,30 @@ async fn no_decision_mixes_two_versions() {
     let (engine, at) = (Arc::clone(&watched.engine), watched.at.clone());
     let load = move || {
         let Snapshot { catalogue, policy, registry_origin, catalogue_origin, .. } = &*engine.snapshot();
-        let registry = Arc::new(Registry::parse("registry", &fs::read(&at).unwrap(), &|_| None)?.value);
+        let registry = Arc::new(
+            Registry::parse("registry", &fs::read(&at).unwrap(), &|_| None)
+                .map_err(|problems| ConfigError(vec![problems]))?
+                .value,
+        );
         let (registry_origin, catalogue_origin) = (registry_origin.clone(), catalogue_origin.clone());
         let (catalogue, policy) = (Arc::clone(catalogue), Arc::clone(policy));
-        Ok((vec![at.clone()], Snapshot::new(registry, catalogue, policy, registry_origin, catalogue_origin)))
+        Ok(Setup {
+            snapshot: Snapshot::new(registry, catalogue, policy, registry_origin, catalogue_origin),
+            fingerprint_key: None,
+            probe_ca: Vec::new(),
+            tracing_ca: None,
+            settings: Settings::default(),
+            origins: BTreeMap::new(),
+            documents: vec![at.clone()],
+            warnings: Vec::new(),
+        })
     };
-    watched.reload = Reload::new(Arc::clone(&watched.engine), vec![watched.at.clone()], Arc::new(load));
+    let documents = Documents::new(Arc::clone(&watched.engine), &load().unwrap(), Box::new(load), Box::new(|_| {}));
+    watched.watcher = Watcher::new(documents);
     let mut owners = BTreeMap::new();
     for owner in ["beta", "acme"] {
         fs::write(&watched.at, registry(owner)).unwrap();
-        watched.reload.poll(true);
+        watched.watcher.poll(true);
         owners.insert(watched.engine.snapshot().registry.revision().to_owned(), owner.to_owned());
     }
     assert_eq!(owners.len(), 2);
@@ -322,7 +327,7 @@ async fn no_decision_mixes_two_versions() {
     let reloading = tokio::task::spawn_blocking(move || {
         for number in 0..1000 {
             fs::write(&watched.at, registry(if number % 2 == 0 { "beta" } else { "acme" })).unwrap();
-            assert_eq!(watched.reload.poll(true), PollOutcome::Swapped);
+            assert_eq!(watched.watcher.poll(true), PollOutcome::Taken);
         }
     });
     reloading.await.unwrap();

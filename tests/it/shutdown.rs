@@ -13,7 +13,7 @@ use tonic_types::StatusExt;
 
 use crate::support::{
     binary::{PATIENCE, Serving},
-    edge::{Edge, Held, decide, is_allow, settings, span},
+    edge::{Edge, Held, decide, is_allow, settings},
 };
 
 fn nobody() -> HealthCheckRequest {
@@ -23,7 +23,7 @@ fn nobody() -> HealthCheckRequest {
 #[tokio::test]
 async fn watchers_are_told_and_calls_go_on_while_it_is_noticed() {
     let mut settings = settings();
-    settings.shutdown.notice = span("300ms");
+    settings.shutdown.notice = Duration::from_millis(300);
     let mut edge = Edge::start(settings, Held::new(true).engine()).await;
     let channel = edge.plain().await;
     let service = HealthCheckRequest { service: byok_gate::grpc::NAME.to_owned() };
@@ -89,7 +89,7 @@ async fn a_drain_under_load_loses_no_accepted_call() {
 async fn no_client_holds_the_server_past_its_deadline() {
     let held = Held::new(false);
     let mut settings = settings();
-    settings.shutdown.drain = span("300ms");
+    settings.shutdown.drain = Duration::from_millis(300);
     let edge = Edge::start(settings, held.engine()).await;
     let idle = edge.plain().await;
     let mut half = TcpStream::connect(edge.tcp()).await.unwrap();
@@ -136,7 +136,7 @@ async fn a_process_ends_with_0_at_its_deadline_and_at_once_when_told_twice() {
 #[tokio::test]
 async fn a_background_task_that_ends_or_panics_ends_the_server() {
     for panics in [false, true] {
-        let mut bound = Bound::open(settings()).await.unwrap();
+        let mut bound = Bound::open(settings().edge()).await.unwrap();
         bound.supervise("test", async move { assert!(!panics, "made to") });
         let mut edge = Edge::run(bound, Held::new(true).engine());
         let ended = timeout(PATIENCE, &mut edge.running).await.unwrap().unwrap();

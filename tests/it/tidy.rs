@@ -10,7 +10,7 @@ use strum::VariantArray;
 use byok_gate::domain::verdict::DenyCode;
 
 /// The layers of `src/`, lowest first: a folder imports from those below it.
-const LAYERS: [&str; 10] = ["domain", "core", "telemetry", "watch", "liveness", "config", "grpc", "server", "app", "cli"];
+const LAYERS: [&str; 10] = ["domain", "core", "telemetry", "watch", "liveness", "grpc", "server", "config", "app", "cli"];
 /// The most floors that the modules of `src/` may stand on: the longest chain of imports between them.
 const MAX_FLOORS: usize = 10;
 

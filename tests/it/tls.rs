@@ -8,9 +8,10 @@ use std::{
 };
 
 use byok_gate::{
-    config::settings::{CertificateCaller, RoleWord, Settings, UnixCaller},
+    config::settings::Settings,
     core::engine::Engine,
     grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
+    server::settings::{CallerList, CertificateCaller, RoleWord, UnixCaller},
     server::{Bound, ServerError},
 };
 use rustls::version::{TLS12, TLS13};
@@ -26,7 +27,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use crate::support::{
     binary::PATIENCE,
     case,
-    edge::{Authority, Edge, Pair, ask_status, settings, span, tls_channel, tls_client, tls_connect},
+    edge::{Authority, Edge, Pair, ask_status, settings, tls_channel, tls_client, tls_connect},
     gate::Files,
 };
 
@@ -77,7 +78,7 @@ async fn client_certificates_are_judged_in_the_handshake() {
     settings.tls.client_ca = Some(put(&folder, "ca.pem", &authority.pem()));
     let known = |san: &str, role| CertificateCaller { san: san.to_owned(), role, workspaces: Default::default() };
     settings.callers.certificates =
-        vec![known("spiffe://example.org/platform/*", RoleWord::Platform), known(OPERATOR, RoleWord::Operator)];
+        CallerList::Only(vec![known("spiffe://example.org/platform/*", RoleWord::Platform), known(OPERATOR, RoleWord::Operator)]);
     let edge = Edge::start(settings, engine()).await;
     for versions in [&[&TLS13][..], &[&TLS12]] {
         for (who, own, expect) in [
@@ -113,25 +114,25 @@ async fn the_list_of_certificates_turns_over_without_a_restart() {
     let mut settings = with_tls(&folder, &authority.sign("localhost"));
     settings.tls.client_ca = Some(put(&folder, "ca.pem", &authority.pem()));
     let only = |san: &str| CertificateCaller { san: san.to_owned(), role: RoleWord::Platform, workspaces: Default::default() };
-    settings.callers.certificates = vec![only(PLATFORM)];
-    let bound = Bound::open(settings.clone()).await.unwrap();
+    settings.callers.certificates = CallerList::Only(vec![only(PLATFORM)]);
+    let bound = Bound::open(settings.edge()).await.unwrap();
     let relist = bound.relist();
     let edge = Edge::run(bound, engine());
     let by = |san: &str| tls_client(&authority, Some(&authority.sign(san)), &[&TLS13]);
     let before = tls_channel(edge.tcp(), &by(PLATFORM)).await.unwrap();
     assert!(answer(&edge, &by(OPERATOR)).await.contains("AccessDenied"));
-    settings.callers.certificates = vec![only(OPERATOR)];
+    settings.callers.certificates = CallerList::Only(vec![only(OPERATOR)]);
     relist(&settings.callers);
     assert!(answer(&edge, &by(OPERATOR)).await.contains("served"));
     assert!(answer(&edge, &by(PLATFORM)).await.contains("AccessDenied"));
-    assert_eq!(ask_status(before, None).await, Code::Ok, "a connection that stands keeps its caller");
+    assert_eq!(ask_status(before, None).await, Code::PermissionDenied, "nor does a standing connection keep its caller");
 }
 
 #[tokio::test]
 async fn tokens_are_required_over_tcp_and_turn_over_without_a_restart() {
     let folder = tempfile::tempdir().unwrap();
     let mut settings = settings();
-    settings.server.reload_interval = span("10ms");
+    settings.server.reload_interval = Duration::from_millis(10);
     let file = put(&folder, "tokens", &format!("{OLD_TOKEN}\n"));
     settings.callers.token_file = Some(file.clone());
     let edge = Edge::start(settings, engine()).await;
@@ -176,7 +177,7 @@ async fn tls_without_a_client_certificate_takes_tokens_or_everybody_if_it_is_tol
     let folder = tempfile::tempdir().unwrap();
     let authority = Authority::new();
     let anonymous = with_tls(&folder, &authority.sign("localhost"));
-    let refused = Bound::open(anonymous.clone()).await.map(drop).unwrap_err();
+    let refused = Bound::open(anonymous.edge()).await.map(drop).unwrap_err();
     assert!(matches!(refused, ServerError::Anonymous(_)), "{refused}");
     let client = tls_client(&authority, None, &[&TLS13]);
     let mut open = anonymous.clone();
@@ -199,7 +200,7 @@ async fn a_unix_peer_is_known_by_its_ids() {
         let mut settings = settings();
         settings.server.listen = vec![format!("unix:{}/gate.sock", folder.path().display())];
         let peer = UnixCaller { uid: Some(uid), gid: None, role: RoleWord::Operator, workspaces: Default::default() };
-        settings.callers.unix_peers = vec![peer];
+        settings.callers.unix_peers = CallerList::Only(vec![peer]);
         let edge = Edge::start(settings, engine()).await;
         assert_eq!(ask_status(edge.over_unix().await, None).await, expect, "{uid}");
         edge.ended().await.unwrap();
@@ -213,7 +214,7 @@ async fn certificates_turn_over_without_a_restart() {
     let (old, new) = (Authority::new(), Authority::new());
     let mut settings = with_tls(&folder, &old.sign("localhost"));
     settings.server.allow_anonymous = true;
-    settings.server.reload_interval = span("10ms");
+    settings.server.reload_interval = Duration::from_millis(10);
     let edge = Edge::start(settings, engine()).await;
     let (by_old, by_new) = (tls_client(&old, None, &[&TLS13]), tls_client(&new, None, &[&TLS13]));
     let before = tls_channel(edge.tcp(), &by_old).await.unwrap();
@@ -246,7 +247,7 @@ async fn a_configured_file_that_does_not_stand_is_fatal_at_the_start() {
         settings.callers.token_file = Some(put(&folder, "tokens", TOKEN));
         settings
     };
-    assert!(Bound::open(good()).await.is_ok());
+    assert!(Bound::open(good().edge()).await.is_ok());
     let absent = || Some(Path::new("/nowhere/at/all").to_owned());
     type File = fn(&mut Settings) -> &mut Option<PathBuf>;
     let broken: [(&str, File); 4] = [
@@ -258,11 +259,11 @@ async fn a_configured_file_that_does_not_stand_is_fatal_at_the_start() {
     for (what, file) in broken {
         let mut settings = good();
         *file(&mut settings) = absent();
-        let fault = Bound::open(settings).await.map(drop).unwrap_err();
+        let fault = Bound::open(settings.edge()).await.map(drop).unwrap_err();
         assert!(matches!(fault, ServerError::File { .. }), "{what}: {fault}");
         let mut settings = good();
         *file(&mut settings) = Some(put(&folder, "empty", ""));
-        let fault = Bound::open(settings).await.map(drop).unwrap_err();
+        let fault = Bound::open(settings.edge()).await.map(drop).unwrap_err();
         assert!(matches!(fault, ServerError::Content { .. }), "{what}: {fault}");
     }
 }

@@ -434,8 +434,8 @@ async fn settings_that_do_not_stand_end_the_start() {
         ("SAMPLE_RATIO", "1.5", "tracing.sample_ratio: is 1.5; it must be 0 to 1"),
         ("SAMPLE_RATIO", "-0.1", "tracing.sample_ratio: is -0.1; it must be 0 to 1"),
         ("SAMPLE_RATIO", ".nan", "tracing.sample_ratio"),
-        ("EXPORT_TIMEOUT", "0s", "tracing.export_timeout: must be more than 0"),
-        ("EXPORT_INTERVAL", "0s", "tracing.export_interval: must be more than 0"),
+        ("EXPORT_TIMEOUT", "0s", "tracing.export_timeout: is 0s; it must be 10ms to"),
+        ("EXPORT_INTERVAL", "0s", "tracing.export_interval: is 0s; it must be 10ms to"),
         ("QUEUE_SPANS", "0", "tracing.queue_spans: is 0; it must be 1 to"),
     ] {
         let ended = binary::run(&["serve", "--listen", "127.0.0.1:0"], &[(&format!("BYOK_GATE__TRACING__{key}"), value)]).await;

@@ -87,7 +87,7 @@ pub(super) enum Asked {
 impl Calibrations {
     pub(super) fn new(http: Arc<Http>) -> Self {
         let known = moka::sync::Cache::builder().max_capacity(MAX_ENDPOINTS).time_to_live(GOOD_FOR).build();
-        Self { http, known, flights: SingleFlight::new(MAX_FLIGHTS), shown: Arc::default() }
+        Self { http, known, flights: SingleFlight::new(MAX_FLIGHTS, MAX_FLIGHTS), shown: Arc::default() }
     }
 
     pub(super) fn of<'c>(&'c self, call: &'c Call, family: HeaderFamily, target: &'c Target) -> Calibrating<'c> {
@@ -137,7 +137,7 @@ impl Calibrating<'_> {
             Some(known) => Start::<_, Infallible, _>::Known(known),
             None => Start::Run(self.fly(key).instrument(traces::calibrate(self.target))),
         };
-        match flights.join(key, launch) {
+        match flights.join(key, key, launch) {
             Join::Known(known) => Asked::Known(known.calibration),
             Join::InFlight(flight) => Asked::UnderWay(flight),
             Join::Full => Asked::Known(Calibration::Unknown),

@@ -22,8 +22,6 @@ const CODES: [&str; 17] = [
     "DATA_LOSS",
     "UNAUTHENTICATED",
 ];
-/// A caller that went away before its answer.
-const CANCELLED: usize = 1;
 /// A number that gRPC does not have.
 const UNKNOWN: usize = 2;
 /// The call of one decision.
@@ -37,12 +35,6 @@ const METHODS: [&str; 6] = [DECIDE, BATCH_DECIDE, "ResolveProvider", "ListModels
 #[derive(Debug, Default)]
 pub struct Calls {
     failed: [[Counter; CODES.len()]; METHODS.len()],
-}
-
-/// A call that is under way. Dropped before it has ended, it was given up by its caller.
-#[derive(Debug)]
-pub struct UnderWay<'c> {
-    of: Option<&'c [Counter; CODES.len()]>,
 }
 
 /// The method, if it is one of ours; else empty.
@@ -62,15 +54,10 @@ fn index_of(code: i32) -> usize {
 // === impl Calls ===
 
 impl Calls {
-    /// One begins, of this method.
-    pub fn begin(&self, method: &str) -> UnderWay<'_> {
+    /// One of this method ended with this code, which is not OK.
+    pub fn failed(&self, method: &str, code: i32) {
         let index = METHODS.iter().position(|known| *known == method).unwrap_or(METHODS.len() - 1);
-        UnderWay { of: self.failed.get(index) }
-    }
-
-    /// One item of a batch ended with this code; the batch itself goes on.
-    pub fn item_failed(&self, code: i32) {
-        self.begin(BATCH_DECIDE).ended(code);
+        self.failed.get(index).and_then(|counts| counts.get(index_of(code))).into_iter().for_each(Counter::one);
     }
 }
 
@@ -82,23 +69,5 @@ impl Measured for Calls {
                 failed.happened(&[("method", method), ("grpc_code", code)], count);
             }
         }
-    }
-}
-
-// === impl UnderWay ===
-
-impl UnderWay<'_> {
-    /// It ended with this code.
-    pub fn ended(mut self, code: i32) {
-        let Some(counts) = self.of.take() else { return };
-        if code != 0 {
-            counts.get(index_of(code)).into_iter().for_each(Counter::one);
-        }
-    }
-}
-
-impl Drop for UnderWay<'_> {
-    fn drop(&mut self) {
-        self.of.and_then(|counts| counts.get(CANCELLED)).into_iter().for_each(Counter::one);
     }
 }

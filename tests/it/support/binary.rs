@@ -10,6 +10,7 @@ use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
     process::{Child, Command},
+    sync::watch,
     task::JoinHandle,
     time::timeout,
 };
@@ -27,6 +28,8 @@ pub(crate) struct Serving {
     pub(crate) child: Child,
     pub(crate) address: String,
     first: String,
+    /// What it has logged since then, as far as it has.
+    said: watch::Receiver<String>,
     stdout: JoinHandle<String>,
     stderr: JoinHandle<String>,
 }
@@ -94,12 +97,32 @@ impl Serving {
                 break event["address"].as_str().unwrap().to_owned();
             }
         };
+        let (tell, said) = watch::channel(String::new());
         let stdout = tokio::spawn(async move {
-            let mut text = String::new();
-            lines.read_to_string(&mut text).await.unwrap();
-            text
+            let mut line = String::new();
+            while lines.read_line(&mut line).await.unwrap() > 0 {
+                tell.send_modify(|said| said.push_str(&std::mem::take(&mut line)));
+            }
+            tell.borrow().clone()
         });
-        Self { child, address, first, stdout, stderr }
+        Self { child, address, first, said, stdout, stderr }
+    }
+
+    /// Waits until it has logged an event of this name since it listens, or has.
+    pub(crate) async fn until(&self, name: &str) -> Value {
+        self.until_fits(name, |event| event["event"] == name).await
+    }
+
+    /// The same, of an event that fits.
+    pub(crate) async fn until_fits(&self, what: &str, fits: impl Fn(&Value) -> bool) -> Value {
+        let found = |said: &str| {
+            let mut events = said.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+            events.find(|event| fits(event))
+        };
+        let mut said = self.said.clone();
+        let waiting = timeout(PATIENCE, said.wait_for(|said| found(said).is_some())).await.map(|waited| waited.unwrap().clone());
+        let said = waiting.unwrap_or_else(|_| panic!("{what}: not in {}", *self.said.borrow()));
+        found(&said).unwrap()
     }
 
     /// An event that it logged before it listened.

@@ -11,6 +11,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
     },
     task::{Context, Poll},
+    time::Duration,
 };
 
 use byok_gate::{
@@ -24,7 +25,7 @@ use byok_gate::{
     grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
     liveness::{
         cache::{Cache, CacheSettings},
-        provider_limits::NewKeyLimits,
+        new_keys::NewKeyLimits,
     },
     server::{Address, Bound, Ended, ServerError},
 };
@@ -60,18 +61,13 @@ pub(crate) struct Edge {
 pub(crate) fn settings() -> Settings {
     let mut settings = Settings::default();
     settings.server.listen = vec!["127.0.0.1:0".to_owned()];
-    settings.shutdown.notice = span("0s");
+    settings.shutdown.notice = Duration::ZERO;
     settings
-}
-
-/// A length of time as a configuration file has it.
-pub(crate) fn span(text: &str) -> byok_gate::config::settings::Span {
-    serde_json::from_value(text.into()).unwrap()
 }
 
 impl Edge {
     pub(crate) async fn start(settings: Settings, engine: Arc<Engine>) -> Self {
-        Self::run(Bound::open(settings).await.unwrap(), engine)
+        Self::run(Bound::open(settings.edge()).await.unwrap(), engine)
     }
 
     pub(crate) fn run(bound: Bound, engine: Arc<Engine>) -> Self {

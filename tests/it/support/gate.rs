@@ -21,6 +21,8 @@ use tempfile::TempDir;
 use tokio::{sync::oneshot, task::JoinHandle};
 use tonic::transport::Channel;
 
+use super::edge::settings;
+
 /// The files that a gate is started with, in a folder of their own.
 pub(crate) struct Files {
     folder: TempDir,
@@ -49,7 +51,7 @@ impl Files {
         self.folder.path()
     }
 
-    fn paths(&self) -> Paths {
+    pub(crate) fn paths(&self) -> Paths {
         Paths {
             registry: Some(self.folder().join("registry.yaml")),
             probe_catalog: Some(self.folder().join("catalogue.yaml")),
@@ -97,7 +99,7 @@ impl Files {
 
 impl Server {
     pub(crate) async fn start(engine: Arc<Engine>) -> Self {
-        let bound = Bound::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let bound = Bound::open(settings().edge()).await.unwrap();
         let address = bound.local_addr().unwrap();
         let (stop, stopped) = oneshot::channel();
         let running = tokio::spawn(bound.run(engine, async move { drop(stopped.await) }));

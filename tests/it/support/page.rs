@@ -134,13 +134,13 @@ impl Shown {
         sources: Vec<Arc<dyn Measured>>,
     ) -> Self {
         settings.admin.listen = Some("127.0.0.1:0".to_owned());
-        let limited = Arc::new(ProviderLimiter::new(prober, settings.provider_limits()));
+        let limited = Arc::new(ProviderLimiter::new(prober, settings.provider_limits));
         let cache = Arc::new(Cache::new(limited.clone(), settings.cache_settings()));
         let engine = files.engine_over(cache.clone());
-        let mut bound = Bound::open(settings).await.unwrap();
-        bound.show(limited);
-        bound.show(cache);
-        sources.into_iter().for_each(|source| bound.show(source));
+        let mut bound = Bound::open(settings.edge()).await.unwrap();
+        bound.measure(limited);
+        bound.measure(cache);
+        sources.into_iter().for_each(|source| bound.measure(source));
         let Some(Address::Tcp(admin)) = bound.admin_address() else { panic!("it shows nothing") };
         Self { edge: Edge::run(bound, engine), admin }
     }

@@ -1,44 +1,36 @@
-//! Who is calling: by client certificate, by bearer token, by Unix peer; and which calls that one may make.
+//! Who is calling: by client certificate, by bearer token, by Unix peer. Looked up for each call, so that whoever is taken off the list makes
+//! no further one, on whatever connection.
 
 use std::{
     collections::BTreeSet,
-    io::Read,
-    num::NonZeroU32,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 
 use arc_swap::ArcSwap;
-use governor::{Quota, RateLimiter, clock::Clock, middleware::NoOpMiddleware, state::keyed::HashMapStateStore};
 use http::{HeaderMap, header};
 use rand::Rng;
 use subtle::ConstantTimeEq;
 use tonic::Status;
-use zeroize::Zeroizing;
 
 use super::{
     error::ServerError,
     listen::Peer,
-    reload::{Refreshed, Source},
+    settings::{CallerSettings, CertificateCaller, RoleWord, UnixCaller},
 };
 use crate::{
-    config::settings::{Callers as CallerSettings, CertificateCaller, RoleWord, UnixCaller},
     grpc::{
-        NAME,
-        caller::{Caller, Role},
+        authorize::{Caller, Role},
         convert::pb::ErrorReason,
-        errors::{error, limit_reached},
+        errors::error,
     },
-    liveness::provider_limits::TokioClock,
+    watch::{Fault, Reloaded, Source, files},
 };
 
 /// The largest file of tokens.
 const MAX_TOKEN_FILE_BYTES: u64 = 64 * 1024;
 /// A token that can be guessed keeps nobody out: 16 characters of base64 are 96 bits.
 const MIN_TOKEN_BYTES: usize = 16;
-/// Health, which everybody may ask: a kubelet has neither certificate nor token.
-const HEALTH_PREFIX: &str = "/grpc.health.v1.Health/";
 
 /// Everybody who may call.
 pub(super) struct Callers {
@@ -47,8 +39,6 @@ pub(super) struct Callers {
     anonymous: Arc<Caller>,
     any_certificate: Arc<Caller>,
     any_unix_peer: Arc<Caller>,
-    rates: Rates,
-    per_minute: NonZeroU32,
 }
 
 /// Who may call by certificate or by Unix peer, as the configuration lists them.
@@ -57,15 +47,12 @@ struct Listed {
     unix_peers: Vec<(UnixCaller, Arc<Caller>)>,
 }
 
-/// What a connection says about its caller.
+/// What a connection proves about its caller.
 #[derive(Debug, Clone)]
-pub(super) enum Connected {
-    /// It is this one.
-    Caller(Arc<Caller>),
-    /// Nothing; a token can.
-    Unknown,
-    /// It may not call at all.
-    Refused(String),
+pub(super) struct Identity {
+    pub(super) peer: Peer,
+    /// The names of its client certificate, if it has one: they were verified in the handshake.
+    pub(super) names: Option<Vec<String>>,
 }
 
 /// Tokens, from a file that is read again.
@@ -82,15 +69,10 @@ struct Token {
     caller: Arc<Caller>,
 }
 
-/// Calls of each caller whose rate is low, by its name: of as many as are configured.
-type Rates = RateLimiter<String, HashMapStateStore<String>, TokioClock, NoOpMiddleware<Duration>>;
-
 // === impl Callers ===
 
 impl Callers {
     pub(super) fn new(settings: &CallerSettings) -> Result<Self, ServerError> {
-        // Checked with the settings: it is not 0.
-        let per_minute = NonZeroU32::new(settings.workspace_calls_per_minute).unwrap_or(NonZeroU32::MIN);
         let named = |name: &str| Arc::new(Caller { name: name.to_owned(), role: Role::Platform });
         Ok(Self {
             listed: ArcSwap::from_pointee(Listed::of(settings)),
@@ -98,12 +80,10 @@ impl Callers {
             anonymous: named("anonymous"),
             any_certificate: named("certificate"),
             any_unix_peer: named("unix peer"),
-            rates: RateLimiter::new(Quota::per_minute(per_minute), HashMapStateStore::default(), TokioClock::new()),
-            per_minute,
         })
     }
 
-    /// Takes the lists of certificates and Unix peers anew. Connections that stand keep the caller that they are.
+    /// Takes the lists of certificates and Unix peers anew.
     pub(super) fn relist(&self, settings: &CallerSettings) {
         self.listed.store(Arc::new(Listed::of(settings)));
     }
@@ -113,86 +93,58 @@ impl Callers {
         self.tokens.as_ref()
     }
 
-    /// Who a connection without a client's certificate is.
-    pub(super) fn by_peer(&self, peer: Peer) -> Connected {
-        let listed = self.listed.load();
-        match peer {
-            Peer::Tcp(_) if self.tokens.is_some() => Connected::Unknown,
-            Peer::Tcp(_) => Connected::Caller(Arc::clone(&self.anonymous)),
-            Peer::Unix { .. } if listed.unix_peers.is_empty() => Connected::Caller(Arc::clone(&self.any_unix_peer)),
-            Peer::Unix { uid, gid } => {
-                let matches = |wanted: Option<u32>, found| wanted.is_none_or(|wanted| wanted == found);
-                let found = listed.unix_peers.iter().find(|(peer, _)| matches(peer.uid, uid) && matches(peer.gid, gid));
-                found.map_or_else(
-                    || Connected::Refused(format!("uid {uid} with gid {gid} is not on the list of Unix peers")),
-                    |(_, caller)| Connected::Caller(Arc::clone(caller)),
-                )
+    /// Whether a certificate with these names may call.
+    pub(super) fn knows(&self, names: &[String]) -> bool {
+        self.by_names(names).is_some()
+    }
+
+    /// Who makes a call with these headers, on a connection that has proven this.
+    pub(super) fn identify(&self, identity: &Identity, headers: &HeaderMap) -> Result<Arc<Caller>, Status> {
+        let refused = |message: String| error(ErrorReason::CallerUnknown, message);
+        let by_connection = match (identity.peer, &identity.names) {
+            (Peer::Tcp(_), Some(names)) => {
+                let listed = "the client certificate's names are not on the list of callers";
+                Some(self.by_names(names).ok_or_else(|| refused(listed.to_owned()))?)
             }
+            (Peer::Tcp(_), None) if self.tokens.is_some() => None,
+            (Peer::Tcp(_), None) => Some(Arc::clone(&self.anonymous)),
+            (Peer::Unix { uid, gid }, _) => Some(
+                self.by_unix_peer(uid, gid)
+                    .ok_or_else(|| refused(format!("uid {uid} with gid {gid} is not on the list of Unix peers")))?,
+            ),
+        };
+        let Some(tokens) = &self.tokens else { return by_connection.ok_or_else(missing) };
+        match bearer(headers) {
+            Err(()) => Err(error(ErrorReason::TokenMalformed, "the authorization header is not one bearer token")),
+            Ok(Some(token)) => {
+                tokens.caller_of(token).ok_or_else(|| error(ErrorReason::TokenUnknown, "the bearer token is not known"))
+            }
+            Ok(None) => by_connection.ok_or_else(missing),
         }
     }
 
-    /// Who a certificate with these names is. None: nobody who may call.
-    pub(super) fn by_names<'a>(&self, names: impl Iterator<Item = &'a str>) -> Option<Arc<Caller>> {
+    fn by_unix_peer(&self, uid: u32, gid: u32) -> Option<Arc<Caller>> {
+        let listed = self.listed.load();
+        if listed.unix_peers.is_empty() {
+            return Some(Arc::clone(&self.any_unix_peer));
+        }
+        let matches = |wanted: Option<u32>, found| wanted.is_none_or(|wanted| wanted == found);
+        let found = listed.unix_peers.iter().find(|(peer, _)| matches(peer.uid, uid) && matches(peer.gid, gid));
+        found.map(|(_, caller)| Arc::clone(caller))
+    }
+
+    fn by_names(&self, names: &[String]) -> Option<Arc<Caller>> {
         let listed = self.listed.load();
         if listed.certificates.is_empty() {
             return Some(Arc::clone(&self.any_certificate));
         }
-        let names: Vec<&str> = names.collect();
         let found = listed.certificates.iter().find(|(san, _)| names.iter().any(|name| covers(san, name)));
         found.map(|(_, caller)| Arc::clone(caller))
     }
+}
 
-    /// Who makes this call, if that one may. None: somebody unknown who asks for health.
-    pub(super) fn admit(&self, connected: &Connected, path: &str, headers: &HeaderMap) -> Result<Option<Arc<Caller>>, Status> {
-        if path.starts_with(HEALTH_PREFIX) {
-            return Ok(None);
-        }
-        let caller = self.known(connected, headers)?;
-        let method = path.strip_prefix('/').and_then(|path| path.strip_prefix(NAME)).and_then(|path| path.strip_prefix('/'));
-        match (&caller.role, method) {
-            (Role::Platform, _) => {}
-            (Role::Operator, Some("Decide" | "BatchDecide")) => {
-                return Err(error(ErrorReason::MethodNotAllowed, "an `operator` caller may not ask for decisions"));
-            }
-            (Role::Operator, _) => {}
-            (Role::Workspace(_), Some("Decide")) => self.take(&caller.name)?,
-            (Role::Workspace(_), _) => {
-                return Err(error(ErrorReason::MethodNotAllowed, "a `workspace` caller may call Decide only"));
-            }
-        }
-        Ok(Some(caller))
-    }
-
-    fn known(&self, connected: &Connected, headers: &HeaderMap) -> Result<Arc<Caller>, Status> {
-        if let Connected::Refused(why) = connected {
-            return Err(error(ErrorReason::CallerUnknown, why));
-        }
-        if let Some(tokens) = &self.tokens {
-            match bearer(headers) {
-                Err(()) => return Err(error(ErrorReason::TokenMalformed, "the authorization header is not one bearer token")),
-                Ok(Some(token)) => {
-                    let caller = tokens.caller_of(token);
-                    return caller.ok_or_else(|| error(ErrorReason::TokenUnknown, "the bearer token is not known"));
-                }
-                Ok(None) => {}
-            }
-        }
-        match connected {
-            Connected::Caller(caller) => Ok(Arc::clone(caller)),
-            Connected::Unknown | Connected::Refused(_) => {
-                Err(error(ErrorReason::TokenMissing, "the call carries no bearer token: send `authorization: Bearer TOKEN`"))
-            }
-        }
-    }
-
-    /// One call of a caller whose rate is low.
-    fn take(&self, name: &str) -> Result<(), Status> {
-        let over = |spent: governor::NotUntil<Duration>| {
-            let words = format!("{} calls a minute", self.per_minute);
-            limit_reached("callers.workspace_calls_per_minute", &words, spent.wait_time_from(self.rates.clock().now()))
-        };
-        self.rates.check_key(&name.to_owned()).map_err(over)
-    }
+fn missing() -> Status {
+    error(ErrorReason::TokenMissing, "the call carries no bearer token: send `authorization: Bearer TOKEN`")
 }
 
 /// Whether an entry of the list covers a name: the same text, or everything below a URI that ends in `/*`.
@@ -238,8 +190,8 @@ impl Listed {
             (caller.clone(), Arc::new(Caller { name, role: role_of(caller.role, caller.workspaces.clone()) }))
         };
         Self {
-            certificates: settings.certificates.iter().map(certificate).collect(),
-            unix_peers: settings.unix_peers.iter().map(peer).collect(),
+            certificates: settings.certificates.entries().iter().map(certificate).collect(),
+            unix_peers: settings.unix_peers.entries().iter().map(peer).collect(),
         }
     }
 }
@@ -259,6 +211,17 @@ impl Tokens {
         })
     }
 
+    fn refresh(&self) -> Result<Reloaded, ServerError> {
+        let content = read(&self.path)?;
+        let hash = *blake3::keyed_hash(&self.key, content.as_bytes()).as_bytes();
+        if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
+            return Ok(Reloaded::Unchanged);
+        }
+        self.known.store(Arc::new(parse(&self.path, &content, &self.key)?));
+        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
+        Ok(Reloaded::Taken)
+    }
+
     /// Who has this token. Both sides are hashed under a key of this process, and every entry is looked at: the time tells
     /// nothing about how much of a token was right.
     fn caller_of(&self, token: &[u8]) -> Option<Arc<Caller>> {
@@ -273,30 +236,22 @@ impl Tokens {
     }
 }
 
-impl Source for Tokens {
+impl Source for Arc<Tokens> {
     fn name(&self) -> &'static str {
         "tokens"
     }
 
-    fn refresh(&self) -> Result<Refreshed, ServerError> {
-        let content = read(&self.path)?;
-        let hash = *blake3::keyed_hash(&self.key, content.as_bytes()).as_bytes();
-        if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
-            return Ok(Refreshed::Unchanged);
-        }
-        self.known.store(Arc::new(parse(&self.path, &content, &self.key)?));
-        *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
-        Ok(Refreshed::Changed)
+    fn files(&self) -> Vec<PathBuf> {
+        vec![self.path.clone()]
+    }
+
+    fn reload(&mut self) -> Result<Reloaded, Fault> {
+        self.refresh().map_err(|fault| Fault(super::error::chain(&fault)))
     }
 }
 
-fn read(path: &Path) -> Result<Zeroizing<String>, ServerError> {
-    // The whole size at once: a buffer that grows leaves its smaller selves behind.
-    let mut content = Zeroizing::new(String::with_capacity(usize::try_from(MAX_TOKEN_FILE_BYTES).unwrap_or_default() + 1));
-    std::fs::File::open(path)
-        .and_then(|file| file.take(MAX_TOKEN_FILE_BYTES + 1).read_to_string(&mut content))
-        .map_err(|source| ServerError::File { path: path.to_owned(), source })?;
-    Ok(content)
+fn read(path: &Path) -> Result<zeroize::Zeroizing<String>, ServerError> {
+    files::read_text(path, MAX_TOKEN_FILE_BYTES).map_err(|source| ServerError::File { path: path.to_owned(), source })
 }
 
 /// `TOKEN [ROLE [ID,ID..]]` a line; `#` begins a comment. What is wrong is told by line, never by content.
@@ -322,14 +277,15 @@ fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, Serve
         if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(fault(number, "the token holds a character that no header can carry"));
         }
-        let ids: BTreeSet<String>;
         let role = match (words.next(), words.next(), words.next()) {
             (_, _, Some(_)) => return Err(fault(number, "has too many words: TOKEN [ROLE [ID,ID..]]")),
             (None | Some("platform"), None, None) => Role::Platform,
             (Some("operator"), None, None) => Role::Operator,
             (Some("workspace"), Some(list), None) => {
-                ids = list.split(',').filter(|id| !id.is_empty()).map(str::to_owned).collect();
-                Role::Workspace(ids)
+                if list.split(',').any(str::is_empty) {
+                    return Err(fault(number, "a workspace's id is empty: ID,ID.."));
+                }
+                Role::Workspace(list.split(',').map(str::to_owned).collect())
             }
             (Some("workspace"), None, None) => return Err(fault(number, "`workspace` needs its ids behind it: ID,ID..")),
             (Some("platform" | "operator"), Some(_), None) => return Err(fault(number, "only `workspace` takes ids")),
@@ -337,7 +293,7 @@ fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, Serve
         };
         let hash = *blake3::keyed_hash(key, token.as_bytes()).as_bytes();
         if tokens.iter().any(|other| bool::from(other.hash.ct_eq(&hash))) {
-            return Err(fault(number, "the token stands twice"));
+            return Err(fault(number, "the token appears twice"));
         }
         tokens.push(Token { hash, caller: Arc::new(Caller { name: format!("token of line {number}"), role }) });
     }
@@ -349,11 +305,10 @@ fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, Serve
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use tonic::Code;
 
     use super::*;
+    use crate::server::settings::CallerList;
 
     const GOOD: &str = "made-up-token-of-the-platform";
 
@@ -376,7 +331,9 @@ mod tests {
             ("made-up-canary-0123456789 workspace", "line 1: `workspace` needs"),
             ("made-up-canary-0123456789 operator ws-1", "line 1: only `workspace`"),
             ("made-up-canary-0123456789 workspace a b", "line 1: has too many"),
-            ("made-up-canary-0123456789\nmade-up-canary-0123456789", "line 2: the token stands twice"),
+            ("made-up-canary-0123456789 workspace a,,b", "line 1: a workspace's id is empty"),
+            ("made-up-canary-0123456789 workspace ,", "line 1: a workspace's id is empty"),
+            ("made-up-canary-0123456789\nmade-up-canary-0123456789", "line 2: the token appears twice"),
             ("made-up-canary-0123456789-é", "line 1: the token holds"),
         ] {
             let Err(fault) = parsed(content) else { panic!("{content} was taken") };
@@ -402,49 +359,34 @@ mod tests {
         }
     }
 
-    fn callers(settings: CallerSettings) -> Callers {
-        Callers::new(&settings).unwrap()
+    #[test]
+    fn a_unix_peer_must_match_every_id_that_is_given_and_is_looked_up_for_each_call() {
+        let one = |uid, gid| UnixCaller { uid, gid, role: RoleWord::Operator, workspaces: BTreeSet::new() };
+        let listed = |peers| CallerSettings { unix_peers: CallerList::Only(peers), ..CallerSettings::default() };
+        let callers = Callers::new(&listed(vec![one(Some(1), Some(2)), one(None, Some(9))])).unwrap();
+        let identify = |uid, gid| {
+            let identity = Identity { peer: Peer::Unix { uid, gid }, names: None };
+            callers.identify(&identity, &HeaderMap::new()).map_err(|status| status.code())
+        };
+        for (uid, gid, allowed) in [(1, 2, true), (1, 3, false), (3, 2, false), (5, 9, true)] {
+            assert_eq!(identify(uid, gid).is_ok(), allowed, "{uid} {gid}");
+        }
+        callers.relist(&listed(vec![one(Some(1), Some(2))]));
+        assert_eq!(identify(5, 9).unwrap_err(), Code::PermissionDenied);
+        assert!(identify(1, 2).is_ok());
     }
 
     #[test]
-    fn a_unix_peer_must_match_every_id_that_is_given() {
-        let one = |uid, gid| UnixCaller { uid, gid, role: RoleWord::Operator, workspaces: BTreeSet::new() };
-        let callers =
-            callers(CallerSettings { unix_peers: vec![one(Some(1), Some(2)), one(None, Some(9))], ..CallerSettings::default() });
-        for (uid, gid, allowed) in [(1, 2, true), (1, 3, false), (3, 2, false), (5, 9, true)] {
-            let connected = callers.by_peer(Peer::Unix { uid, gid });
-            assert_eq!(matches!(connected, Connected::Caller(_)), allowed, "{uid} {gid}");
-            if !allowed {
-                let refused = callers.admit(&connected, &format!("/{NAME}/Decide"), &HeaderMap::new()).unwrap_err();
-                assert_eq!(refused.code(), Code::PermissionDenied);
-                assert_eq!(callers.admit(&connected, "/grpc.health.v1.Health/Check", &HeaderMap::new()).unwrap(), None);
-            }
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn roles_rule_over_methods_and_a_workspace_has_a_low_rate() {
-        let callers = callers(CallerSettings { workspace_calls_per_minute: 2, ..CallerSettings::default() });
-        let known = |role| Connected::Caller(Arc::new(Caller { name: "test".into(), role }));
-        let may = |connected: &Connected, method: &str| {
-            callers
-                .admit(connected, &format!("/{NAME}/{method}"), &HeaderMap::new())
-                .map_or_else(|status| status.code(), |_| Code::Ok)
-        };
-        let operator = known(Role::Operator);
-        let platform = known(Role::Platform);
-        for method in ["Decide", "BatchDecide", "ResolveProvider", "ListModels", "GetRegistryStatus"] {
-            assert_eq!(may(&platform, method), Code::Ok);
-            let expect = if method.ends_with("Decide") { Code::PermissionDenied } else { Code::Ok };
-            assert_eq!(may(&operator, method), expect, "{method}");
-        }
-        let workspace = known(Role::Workspace(BTreeSet::from(["ws-1".to_owned()])));
-        for method in ["BatchDecide", "ResolveProvider", "ListModels", "GetRegistryStatus"] {
-            assert_eq!(may(&workspace, method), Code::PermissionDenied, "{method}");
-        }
-        assert_eq!([may(&workspace, "Decide"), may(&workspace, "Decide")], [Code::Ok; 2]);
-        assert_eq!(may(&workspace, "Decide"), Code::ResourceExhausted);
-        tokio::time::advance(Duration::from_secs(30)).await;
-        assert_eq!([may(&workspace, "Decide"), may(&workspace, "Decide")], [Code::Ok, Code::ResourceExhausted]);
+    fn a_certificate_that_is_taken_off_the_list_makes_no_further_call() {
+        let one = |san: &str| CertificateCaller { san: san.into(), role: RoleWord::Platform, workspaces: BTreeSet::new() };
+        let listed = |names| CallerSettings { certificates: CallerList::Only(names), ..CallerSettings::default() };
+        let callers = Callers::new(&listed(vec![one("spiffe://a/*"), one("api.example")])).unwrap();
+        let identity =
+            Identity { peer: Peer::Tcp("127.0.0.1:1".parse().unwrap()), names: Some(vec!["spiffe://a/platform".into()]) };
+        assert_eq!(callers.identify(&identity, &HeaderMap::new()).unwrap().name, "certificate spiffe://a/*");
+        callers.relist(&listed(vec![one("api.example")]));
+        assert_eq!(callers.identify(&identity, &HeaderMap::new()).unwrap_err().code(), Code::PermissionDenied);
+        callers.relist(&CallerSettings { certificates: CallerList::Anyone, ..CallerSettings::default() });
+        assert!(callers.identify(&identity, &HeaderMap::new()).is_ok());
     }
 }

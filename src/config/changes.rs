@@ -1,0 +1,235 @@
+//! What a new configuration opens, and what of it needs a restart: said when it is taken, since a reload is quiet otherwise.
+
+use std::fmt::Debug;
+
+use super::{layers::leaves, settings::Settings};
+use crate::{
+    core::policy::{Enforcement, Overrides, ProviderException},
+    domain::{problem::Problem, request::PlatformProxy},
+    server::settings::{CallerList, CertificateCaller, RoleWord, UnixCaller},
+};
+
+/// Sections and keys that a reload takes; every other is read at the start alone.
+const LIVE: [&str; 8] = [
+    "callers.certificates",
+    "callers.unix_peers",
+    "exempt_runtimes",
+    "operator_overrides",
+    "platform_proxy",
+    "policy",
+    "providers",
+    "registry.file",
+];
+
+/// A setting that lets through what was refused before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Loosened {
+    /// Its key.
+    pub setting: String,
+    /// What was.
+    pub was: String,
+    /// What is.
+    pub is: String,
+}
+
+/// Lists of callers that have lost all their entries without the word that says so: a torn file must not open the service.
+pub fn emptied(old: &Settings, new: &Settings) -> Vec<Problem> {
+    fn one<T>(key: &str, old: &CallerList<T>, new: &CallerList<T>) -> Option<Problem> {
+        let entries = old.entries().len();
+        let lost = entries > 0 && matches!(new, CallerList::Only(list) if list.is_empty());
+        lost.then(|| {
+            let message = format!("had {entries} entries and has none; write `anyone` if everybody may call from now on");
+            Problem::at(key, message)
+        })
+    }
+    [
+        one("callers.certificates", &old.callers.certificates, &new.callers.certificates),
+        one("callers.unix_peers", &old.callers.unix_peers, &new.callers.unix_peers),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Everything that the new settings let through and the old ones did not.
+pub fn loosened(old: &Settings, new: &Settings) -> Vec<Loosened> {
+    let mut found = Vec::new();
+    let mut add = |setting: String, was: String, is: String| found.push(Loosened { setting, was, is });
+    if (old.operator_overrides, new.operator_overrides) == (Overrides::Refuse, Overrides::Honour) {
+        add("operator_overrides".into(), "refuse".into(), "honour".into());
+    }
+    if (old.platform_proxy, new.platform_proxy) == (PlatformProxy::Absent, PlatformProxy::Available) {
+        add("platform_proxy".into(), "absent".into(), "available".into());
+    }
+    for runtime in new.exempt_runtimes.difference(&old.exempt_runtimes) {
+        add("exempt_runtimes".into(), format!("without `{runtime}`"), format!("with `{runtime}`"));
+    }
+    for ((checkpoint, was), (_, is)) in old.policy.checkpoints().into_iter().zip(new.policy.checkpoints()) {
+        for ((group, was), (_, is)) in was.groups().into_iter().zip(is.groups()) {
+            if is < was {
+                let setting = format!("policy.{}.{group:?}", checkpoint.as_str()).to_lowercase();
+                add(setting, word(&was), word(&is));
+            }
+        }
+    }
+    for (provider, is) in &new.providers {
+        let was = old.providers.get(provider);
+        if is.probe != Enforcement::Enforce && looser(was, is) {
+            add(format!("providers.{provider}"), was.map_or_else(|| "enforce".to_owned(), exception), exception(is));
+        }
+    }
+    let (was, is) = (&old.callers, &new.callers);
+    callers("callers.certificates", &was.certificates, &is.certificates, &certificate, &mut add);
+    callers("callers.unix_peers", &was.unix_peers, &is.unix_peers, &peer, &mut add);
+    found
+}
+
+/// The keys whose new value is not in force before a restart.
+pub fn waiting_for_restart(old: &Settings, new: &Settings) -> Vec<String> {
+    let live =
+        |key: &str| LIVE.iter().any(|live| key == *live || key.starts_with(&format!("{live}."))) || key == "catalogue.file";
+    let (old, new) = (leaves(old), leaves(new));
+    let changed = new.into_iter().filter(|(key, value)| !old.iter().any(|(other, was)| other == key && was == value));
+    changed.map(|(key, _)| key).filter(|key| !live(key)).collect()
+}
+
+/// Entries that were not there, and a list that takes everybody now.
+fn callers<T: PartialEq>(
+    key: &str,
+    was: &CallerList<T>,
+    is: &CallerList<T>,
+    name: &dyn Fn(&T) -> String,
+    add: &mut dyn FnMut(String, String, String),
+) {
+    if was.entries().is_empty() {
+        // Everybody could call; nothing is looser than that.
+        return;
+    }
+    if is.entries().is_empty() {
+        add(key.to_owned(), format!("{} entries", was.entries().len()), "anyone".to_owned());
+    }
+    for entry in is.entries().iter().filter(|entry| !was.entries().contains(entry)) {
+        add(key.to_owned(), format!("without {}", name(entry)), format!("with {}", name(entry)));
+    }
+}
+
+fn certificate(CertificateCaller { san, role, .. }: &CertificateCaller) -> String {
+    format!("{san} ({})", role_word(*role))
+}
+
+fn peer(UnixCaller { uid, gid, role, .. }: &UnixCaller) -> String {
+    let id = |id: Option<u32>| id.map_or_else(|| "any".to_owned(), |id| id.to_string());
+    format!("uid {} gid {} ({})", id(*uid), id(*gid), role_word(*role))
+}
+
+const fn role_word(role: RoleWord) -> &'static str {
+    match role {
+        RoleWord::Platform => "platform",
+        RoleWord::Workspace => "workspace",
+        RoleWord::Operator => "operator",
+    }
+}
+
+/// Less is enforced than before, or for longer.
+fn looser(was: Option<&ProviderException>, is: &ProviderException) -> bool {
+    let weight = |enforcement| match enforcement {
+        Enforcement::Enforce => 0,
+        Enforcement::Report => 1,
+        Enforcement::Off => 2,
+    };
+    was.is_none_or(|was| weight(is.probe) > weight(was.probe) || is.until > was.until)
+}
+
+fn exception(ProviderException { probe, until }: &ProviderException) -> String {
+    format!("{} until {}", word(probe), until.as_deref().unwrap_or("no date"))
+}
+
+/// As the file has it.
+fn word(value: &impl Debug) -> String {
+    let mut out = String::new();
+    for (index, letter) in format!("{value:?}").char_indices() {
+        if letter.is_uppercase() && index > 0 {
+            out.push('-');
+        }
+        out.push(letter.to_ascii_lowercase());
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings(text: &str) -> Settings {
+        let mut layers = super::super::layers::Layers::new();
+        layers.file("test", crate::core::yaml::tree(text.as_bytes()).unwrap());
+        let layered = layers.finish();
+        assert_eq!(layered.problems, [], "{text}");
+        layered.settings
+    }
+
+    #[track_caller]
+    fn opens(old: &str, new: &str, expect: &[&str]) {
+        let (old, new) = (settings(old), settings(new));
+        let told = |list: Vec<Loosened>| -> Vec<String> {
+            list.into_iter().map(|Loosened { setting, was, is }| format!("{setting}: {was} -> {is}")).collect()
+        };
+        assert_eq!(told(loosened(&old, &new)), expect);
+        if !expect.is_empty() {
+            assert_eq!(loosened(&new, &old), [], "the way back opens nothing");
+        }
+    }
+
+    #[test]
+    fn whatever_opens_something_is_named_with_what_was_and_what_is() {
+        opens("{}", "{}", &[]);
+        opens("operator_overrides: refuse", "{}", &["operator_overrides: refuse -> honour"]);
+        opens("{}", "operator_overrides: refuse", &[]);
+        opens("{}", "platform_proxy: available", &["platform_proxy: absent -> available"]);
+        opens("exempt_runtimes: [a]", "exempt_runtimes: [a, b]", &["exempt_runtimes: without `b` -> with `b`"]);
+        opens(
+            "policy: {create: {inconclusive: deny}}",
+            "policy: {provision: {unanswered: allow}}",
+            &["policy.create.inconclusive: deny -> allow", "policy.provision.unanswered: allow-if-recently-valid -> allow"],
+        );
+        opens("{}", "policy: {create: {unverifiable: deny}}", &[]);
+        let report = "providers: {deepseek: {probe: report, until: 2026-12-01}}";
+        opens("{}", report, &["providers.deepseek: enforce -> report until 2026-12-01"]);
+        opens(report, "{}", &[]);
+        opens(
+            report,
+            "providers: {deepseek: {probe: off, until: 2026-12-01}}",
+            &["providers.deepseek: report until 2026-12-01 -> off until 2026-12-01"],
+        );
+        opens(
+            "callers: {unix_peers: [{uid: 1}]}",
+            "callers: {unix_peers: [{uid: 1}, {gid: 2, role: operator}]}",
+            &["callers.unix_peers: without uid any gid 2 (operator) -> with uid any gid 2 (operator)"],
+        );
+        opens("callers: {unix_peers: [{uid: 1}]}", "callers: anyone", &["callers.unix_peers: 1 entries -> anyone"]);
+    }
+
+    #[test]
+    fn a_list_of_callers_that_was_there_needs_a_word_to_go() {
+        let listed = settings("callers: {unix_peers: [{uid: 1}]}");
+        let places =
+            |new: &str| -> Vec<String> { emptied(&listed, &settings(new)).into_iter().map(|problem| problem.place).collect() };
+        assert_eq!(places("{}"), ["callers.unix_peers"]);
+        assert_eq!(places("callers: {unix_peers: []}"), ["callers.unix_peers"]);
+        assert!(places("callers: {unix_peers: anyone}").is_empty());
+        assert!(places("callers: anyone").is_empty());
+        assert!(places("callers: {unix_peers: [{uid: 2}]}").is_empty());
+        assert_eq!(emptied(&settings("{}"), &settings("{}")), []);
+    }
+
+    #[test]
+    fn what_is_read_at_the_start_alone_says_so() {
+        let waiting = |old: &str, new: &str| waiting_for_restart(&settings(old), &settings(new));
+        assert_eq!(waiting("{}", "limits: {decisions: 7}\ncache: {valid: 31s}"), ["cache.valid", "limits.decisions"]);
+        assert_eq!(
+            waiting("{}", "policy: {create: {unverifiable: deny}}\nexempt_runtimes: [a]\ncallers: anyone\nregistry: {file: /r}"),
+            [""; 0]
+        );
+        assert_eq!(waiting("callers: {token_file: /a}", "callers: {token_file: /b}"), ["callers.token_file"]);
+    }
+}

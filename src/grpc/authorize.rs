@@ -1,0 +1,128 @@
+//! Who may call what: by role the methods, then the request itself, and how often.
+
+use std::{collections::BTreeSet, num::NonZeroU32, time::Duration};
+
+use governor::{Quota, RateLimiter, clock::Clock, middleware::NoOpMiddleware, state::keyed::HashMapStateStore};
+use tonic::Status;
+
+use super::{
+    convert::pb::ErrorReason,
+    errors::{error, limit_reached},
+};
+use crate::{
+    domain::request::{Checkpoint, OperatorOverride, Request},
+    liveness::clock::TokioClock,
+    telemetry::metrics::calls::{BATCH_DECIDE, DECIDE},
+};
+
+/// A caller that the server knows. It travels with each call; a call without one is not answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Caller {
+    /// How it is known, for logs: never a secret.
+    pub name: String,
+    /// What it may do.
+    pub role: Role,
+}
+
+/// What a caller may do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// Everything.
+    Platform,
+    /// Decide at PROVISION for these workspaces, without an operator's override.
+    Workspace(BTreeSet<String>),
+    /// Status, models and providers: nothing that takes a credential.
+    Operator,
+}
+
+/// The rules, and the rates of callers whose rate is low.
+pub(crate) struct Authorizer {
+    /// By the name of the caller: of as many as are configured.
+    rates: RateLimiter<String, HashMapStateStore<String>, TokioClock, NoOpMiddleware<Duration>>,
+    per_minute: NonZeroU32,
+}
+
+// === impl Authorizer ===
+
+impl Authorizer {
+    /// Workspaces may call so often.
+    pub(crate) fn new(workspace_calls_per_minute: NonZeroU32) -> Self {
+        let quota = Quota::per_minute(workspace_calls_per_minute);
+        Self {
+            rates: RateLimiter::new(quota, HashMapStateStore::default(), TokioClock::new()),
+            per_minute: workspace_calls_per_minute,
+        }
+    }
+
+    /// Whether this caller may call this method of the service now; reflection and the like are `None`.
+    pub(crate) fn call(&self, caller: &Caller, method: Option<&str>) -> Result<(), Status> {
+        match (&caller.role, method) {
+            (Role::Platform, _) => Ok(()),
+            (Role::Operator, Some(DECIDE | BATCH_DECIDE)) => Err(not_an_operators()),
+            (Role::Operator, _) => Ok(()),
+            (Role::Workspace(_), Some(DECIDE)) => self.take(&caller.name),
+            (Role::Workspace(_), _) => Err(error(ErrorReason::MethodNotAllowed, "a `workspace` caller may call Decide only")),
+        }
+    }
+
+    /// Whether it may ask for this decision: a workspace next to a tenant's code vouches for nobody but itself.
+    pub(super) fn request(&self, caller: &Caller, request: &Request) -> Result<(), Status> {
+        let Role::Workspace(ids) = &caller.role else {
+            return if caller.role == Role::Operator { Err(not_an_operators()) } else { Ok(()) };
+        };
+        let refused = |message: &str| Err(error(ErrorReason::RequestNotAllowed, message));
+        if request.checkpoint != Checkpoint::Provision {
+            return refused("a `workspace` caller may ask at PROVISION only");
+        }
+        if !ids.contains(&request.spec.workspace_id) {
+            return refused("a `workspace` caller may ask for its own workspace_id only");
+        }
+        if request.spec.operator_override != OperatorOverride::Derive {
+            return refused("a `workspace` caller may not set an operator_override");
+        }
+        Ok(())
+    }
+
+    /// One call of a caller whose rate is low.
+    fn take(&self, name: &str) -> Result<(), Status> {
+        let over = |spent: governor::NotUntil<Duration>| {
+            let words = format!("{} calls a minute", self.per_minute);
+            limit_reached("callers.workspace_calls_per_minute", &words, spent.wait_time_from(self.rates.clock().now()))
+        };
+        self.rates.check_key(&name.to_owned()).map_err(over)
+    }
+}
+
+fn not_an_operators() -> Status {
+    error(ErrorReason::MethodNotAllowed, "an `operator` caller may not ask for decisions")
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn roles_rule_over_methods_and_a_workspace_has_a_low_rate() {
+        let authorizer = Authorizer::new(NonZeroU32::new(2).unwrap());
+        let known = |role| Caller { name: "test".into(), role };
+        let may =
+            |caller: &Caller, method| authorizer.call(caller, Some(method)).map_or_else(|status| status.code(), |()| Code::Ok);
+        let (operator, platform) = (known(Role::Operator), known(Role::Platform));
+        for method in ["Decide", "BatchDecide", "ResolveProvider", "ListModels", "GetRegistryStatus"] {
+            assert_eq!(may(&platform, method), Code::Ok);
+            let expect = if method.ends_with("Decide") { Code::PermissionDenied } else { Code::Ok };
+            assert_eq!(may(&operator, method), expect, "{method}");
+        }
+        let workspace = known(Role::Workspace(BTreeSet::from(["ws-1".to_owned()])));
+        for method in ["BatchDecide", "ResolveProvider", "ListModels", "GetRegistryStatus"] {
+            assert_eq!(may(&workspace, method), Code::PermissionDenied, "{method}");
+        }
+        assert!(authorizer.call(&workspace, None).is_err(), "reflection is not a workspace's");
+        assert_eq!([may(&workspace, "Decide"), may(&workspace, "Decide")], [Code::Ok; 2]);
+        assert_eq!(may(&workspace, "Decide"), Code::ResourceExhausted);
+        tokio::time::advance(Duration::from_secs(30)).await;
+        assert_eq!([may(&workspace, "Decide"), may(&workspace, "Decide")], [Code::Ok, Code::ResourceExhausted]);
+    }
+}

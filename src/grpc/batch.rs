@@ -1,0 +1,78 @@
+//! BatchDecide: items run by themselves, a few at a time, under the deadline; their results wait for whoever reads them. A reader that does
+//! not read holds up none of them.
+
+use futures_util::{Stream, StreamExt, stream};
+use tokio::{
+    sync::mpsc,
+    task::JoinSet,
+    time::{Instant, timeout_at},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Code, Status};
+
+use super::{
+    call_record::CallRecord,
+    convert::{
+        Violations,
+        pb::{self, ErrorReason},
+    },
+    deadline::Deadline,
+    decide::Decider,
+    errors::{self, error, invalid},
+};
+
+/// The results of a batch, as they are ready. Dropped, it ends the items that are under way.
+pub(super) fn run(
+    decider: Decider,
+    message: pb::BatchDecideRequest,
+    deadline: Deadline,
+    record: &CallRecord,
+) -> Result<impl Stream<Item = Result<pb::BatchDecideResponse, Status>> + Send + use<>, Status> {
+    let (requests, limits) = (message.requests, &decider.shared.limits);
+    if requests.is_empty() || requests.len() > limits.batch_items {
+        let found = format!("holds {}; it must hold 1 to {}", requests.len(), limits.batch_items);
+        return Err(invalid(Violations(vec![("requests".to_owned(), found)])));
+    }
+    // What can still go wrong is an item's.
+    record.end(Code::Ok, "");
+    // There is room for every result, so that no item waits for a reader.
+    let (tell, results) = mpsc::channel(requests.len());
+    let concurrency = limits.batch_concurrency;
+    let items: Vec<_> = (0_u32..).zip(requests).map(|(index, message)| (index, message, record.item(index))).collect();
+    let mut running = JoinSet::new();
+    running.spawn(async move {
+        let decided = stream::iter(items).map(|(index, message, record)| decide(&decider, index, message, deadline, record));
+        let mut decided = std::pin::pin!(decided.buffer_unordered(concurrency));
+        while let Some(item) = decided.next().await {
+            // There is room; without a reader nobody asks any more.
+            drop(tell.try_send(Ok(item)));
+        }
+    });
+    // The items end with the stream that is read.
+    Ok(ReceiverStream::new(results).map(move |result| {
+        let _while_read = &running;
+        result
+    }))
+}
+
+/// One item, whatever becomes of it.
+async fn decide(
+    decider: &Decider,
+    index: u32,
+    message: pb::DecideRequest,
+    deadline: Deadline,
+    record: CallRecord,
+) -> pb::BatchDecideResponse {
+    // An item's own time is a Decide's, within the batch's.
+    let own = deadline.answer_by.min(Instant::now() + decider.shared.deadlines.decide);
+    let decided = timeout_at(deadline.answer_by, decider.item(message, own, &record)).await.unwrap_or_else(|_| {
+        let status = error(ErrorReason::Deadline, "no decision was made before the batch's deadline");
+        record.failed(&status, None);
+        Err(status)
+    });
+    let result = match decided {
+        Ok(response) => pb::batch_decide_response::Result::Response(Box::new(response)),
+        Err(status) => pb::batch_decide_response::Result::Status(errors::item(&status)),
+    };
+    pb::BatchDecideResponse { index, result: Some(result) }
+}

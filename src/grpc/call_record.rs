@@ -1,0 +1,140 @@
+//! One record of each call, and of each item of a batch: started with it and ended once, with its decision or its code. Out of it the log's
+//! event, the numbers and the span are written.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use http::HeaderMap;
+use tonic::{Code, Status};
+use tracing::Span;
+
+use super::NAME;
+use crate::{
+    core::engine::Decided,
+    domain::request::Request,
+    telemetry::{
+        events::{Journal, Undecided},
+        metrics::{
+            Measured, Page,
+            calls::{BATCH_DECIDE, Calls, DECIDE, word_of},
+            decisions::Decisions,
+        },
+        traces::Traced,
+    },
+};
+
+/// Where records go.
+pub(crate) struct Recorder {
+    journal: Journal,
+    calls: Calls,
+    decisions: Decisions,
+}
+
+/// One call, or one item of a batch. Dropped before it has ended, it was given up by its caller.
+pub(crate) struct CallRecord {
+    recorder: Arc<Recorder>,
+    method: &'static str,
+    traced: Traced,
+    ended: AtomicBool,
+}
+
+// === impl Recorder ===
+
+impl Recorder {
+    /// Events go to this journal.
+    pub(crate) fn new(journal: Journal) -> Self {
+        Self { journal, calls: Calls::default(), decisions: Decisions::default() }
+    }
+}
+
+impl Measured for Recorder {
+    fn tell(&self, page: &mut Page) {
+        self.decisions.tell(page);
+        self.calls.tell(page);
+    }
+}
+
+// === impl CallRecord ===
+
+impl CallRecord {
+    /// Of a call that begins now. The method is empty where it is none of the service's.
+    pub(crate) fn begin(recorder: &Arc<Recorder>, method: &'static str, headers: &HeaderMap) -> Self {
+        let traced = if decides(method) { Traced::begin(headers, NAME, method) } else { Traced::default() };
+        Self { recorder: Arc::clone(recorder), method, traced, ended: AtomicBool::new(false) }
+    }
+
+    /// Of one item of this batch.
+    pub(super) fn item(&self, index: u32) -> Self {
+        let (recorder, method) = (Arc::clone(&self.recorder), self.method);
+        Self { recorder, method, traced: self.traced.item(index), ended: AtomicBool::new(false) }
+    }
+
+    /// The span of the work; none if it is not traced.
+    pub(super) fn span(&self) -> Span {
+        self.traced.span()
+    }
+
+    /// A decision was made.
+    pub(super) fn decided(&self, request: &Request, decided: &Decided, took: Duration) {
+        if self.ended.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let Recorder { journal, decisions, .. } = &*self.recorder;
+        self.traced.decided(request.checkpoint.as_str(), decided);
+        self.traced.answered(Code::Ok);
+        decisions.made(request, &decided.decision, took);
+        journal.decision(request, decided, took, self.traced.trace_id());
+    }
+
+    /// Something panicked on the way: a fault of ours, which ends this call alone.
+    pub(super) fn panicked(&self) {
+        self.recorder.decisions.panicked();
+        tracing::error!(event = "decision_panicked", method = self.method, "a panic of this service; no decision was made");
+    }
+
+    /// It ended with this status; `request` is what was asked, if that much was understood.
+    pub(super) fn failed(&self, status: &Status, request: Option<&Request>) {
+        self.end_with(status.code(), status.message(), request);
+    }
+
+    /// It was given up before it ended, if it has not ended.
+    pub(super) fn left(&self, request: Option<&Request>) {
+        self.end_with(Code::Cancelled, "the caller left, or its deadline passed, before a decision was made", request);
+    }
+
+    /// It ended so, unless it has ended before.
+    pub(crate) fn end(&self, code: Code, reason: &str) {
+        self.end_with(code, reason, None);
+    }
+
+    fn end_with(&self, code: Code, reason: &str, request: Option<&Request>) {
+        if self.ended.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let Recorder { journal, calls, .. } = &*self.recorder;
+        if code != Code::Ok {
+            calls.failed(self.method, code as i32);
+            if decides(self.method) {
+                let (method, grpc_code, trace_id) = (self.method, word_of(code as i32), self.traced.trace_id());
+                journal.undecided(Undecided { method, grpc_code, reason, request, trace_id });
+            }
+        }
+        self.traced.answered(code);
+    }
+}
+
+impl Drop for CallRecord {
+    fn drop(&mut self) {
+        self.left(None);
+    }
+}
+
+/// The journal knows of the calls that ask for a decision.
+fn decides(method: &str) -> bool {
+    matches!(method, DECIDE | BATCH_DECIDE)
+}

@@ -1,0 +1,141 @@
+//! One decision: bad input and faults of ours are statuses, everything else is a decision. Either is recorded.
+
+use std::{panic::AssertUnwindSafe, sync::Arc};
+
+use futures_util::FutureExt;
+use prost::Message;
+use tokio::time::Instant;
+use tonic::Status;
+use tracing::Instrument;
+
+use super::{
+    admission::Admission,
+    authorize::{Authorizer, Caller},
+    call_record::CallRecord,
+    convert::{
+        self, Violations,
+        pb::{self, ErrorReason},
+    },
+    errors::{bad_request, error, invalid},
+    limits::{Deadlines, Limits},
+};
+use crate::{
+    core::engine::{Decided, Engine},
+    domain::request::Request,
+};
+
+/// What all calls share.
+pub(super) struct Shared {
+    pub(super) engine: Arc<Engine>,
+    pub(super) admission: Admission,
+    pub(super) authorizer: Arc<Authorizer>,
+    pub(super) limits: Limits,
+    pub(super) deadlines: Deadlines,
+}
+
+/// Decides for one caller.
+#[derive(Clone)]
+pub(super) struct Decider {
+    pub(super) shared: Arc<Shared>,
+    pub(super) caller: Arc<Caller>,
+}
+
+// === impl Decider ===
+
+impl Decider {
+    /// A call of its own.
+    pub(super) async fn call(
+        &self,
+        message: pb::DecideRequest,
+        answer_by: Instant,
+        record: &CallRecord,
+    ) -> Result<pb::DecideResponse, Status> {
+        self.guarded(convert::request_within(message, &self.shared.limits).map_err(invalid), answer_by, false, record).await
+    }
+
+    /// An item of a batch. The library holds single messages to their length, but not these.
+    pub(super) async fn item(
+        &self,
+        message: pb::DecideRequest,
+        answer_by: Instant,
+        record: &CallRecord,
+    ) -> Result<pb::DecideResponse, Status> {
+        let (length, limit) = (message.encoded_len(), self.shared.limits.message_bytes);
+        let request = if length > limit {
+            let found = format!("the request is {length} bytes long; the limit is {limit}");
+            Err(bad_request(ErrorReason::RequestTooLarge, Violations(vec![("workspace_spec".to_owned(), found)])))
+        } else {
+            convert::request_within(message, &self.shared.limits).map_err(invalid)
+        };
+        self.guarded(request, answer_by, true, record).await
+    }
+
+    /// Whatever panics on the way is this call's end alone: not the connection's, and not that of a batch's other items.
+    async fn guarded(
+        &self,
+        request: Result<Request, Status>,
+        answer_by: Instant,
+        patient: bool,
+        record: &CallRecord,
+    ) -> Result<pb::DecideResponse, Status> {
+        let deciding = AssertUnwindSafe(self.decide(request, answer_by, patient, record)).catch_unwind().await;
+        deciding.unwrap_or_else(|_| {
+            record.panicked();
+            let status = internal();
+            record.failed(&status, None);
+            Err(status)
+        })
+    }
+
+    async fn decide(
+        &self,
+        request: Result<Request, Status>,
+        answer_by: Instant,
+        patient: bool,
+        record: &CallRecord,
+    ) -> Result<pb::DecideResponse, Status> {
+        let mut request = request.inspect_err(|status| record.failed(status, None))?;
+        request.caller.clone_from(&self.caller.name);
+        let began = Instant::now();
+        let _unfinished = Unfinished { record, request: &request };
+        let decided = self.decided(&request, answer_by, patient).instrument(record.span()).await;
+        let decided = decided.inspect_err(|status| record.failed(status, Some(&request)))?;
+        record.decided(&request, &decided, began.elapsed());
+        Ok(convert::response(decided))
+    }
+
+    /// An item of a batch waits for its place until its own deadline; a call is refused soon, and can try another replica.
+    async fn decided(&self, request: &Request, answer_by: Instant, patient: bool) -> Result<Decided, Status> {
+        let Shared { engine, admission, authorizer, .. } = &*self.shared;
+        authorizer.request(&self.caller, request)?;
+        engine
+            .decide_admitted(request, answer_by, |endpoint| async move {
+                if patient {
+                    admission.enter_by(&endpoint.provider, answer_by).await
+                } else {
+                    admission.enter(&endpoint.provider).await
+                }
+            })
+            .await
+    }
+}
+
+/// A decision under way. Dropped before it was recorded, its caller has left, or it has panicked: either way the record says of whom.
+struct Unfinished<'d> {
+    record: &'d CallRecord,
+    request: &'d Request,
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.record.failed(&internal(), Some(self.request));
+        } else {
+            self.record.left(Some(self.request));
+        }
+    }
+}
+
+fn internal() -> Status {
+    error(ErrorReason::Internal, "no decision was made: an internal error")
+}

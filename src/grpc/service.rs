@@ -1,0 +1,96 @@
+//! The service, and each of its calls: which method is answered where.
+
+use std::{pin::Pin, sync::Arc};
+
+use futures_util::Stream;
+use tonic::{Request, Response, Status};
+
+use super::{
+    admission::Admission,
+    authorize::{Authorizer, Caller},
+    batch,
+    call_record::CallRecord,
+    convert::pb,
+    deadline::Deadline,
+    decide::{Decider, Shared},
+    limits::{Deadlines, Limits},
+    queries,
+};
+use crate::{
+    core::engine::Engine,
+    telemetry::metrics::{Measured, Page},
+};
+
+/// The service, waiting for calls.
+#[derive(Clone)]
+pub(crate) struct PolicyDecision(Arc<Shared>);
+
+/// The service for one call. Who makes it, until when, and its record are part of it, so that nothing is answered without them.
+pub(crate) struct Call {
+    shared: Arc<Shared>,
+    caller: Arc<Caller>,
+    deadline: Deadline,
+    record: Arc<CallRecord>,
+}
+
+// === impl PolicyDecision ===
+
+impl PolicyDecision {
+    /// A service over this engine.
+    pub(crate) fn new(engine: Arc<Engine>, authorizer: Arc<Authorizer>, limits: Limits, deadlines: Deadlines) -> Self {
+        let admission = Admission::new(&limits);
+        Self(Arc::new(Shared { engine, admission, authorizer, limits, deadlines }))
+    }
+
+    /// What answers one call of this caller.
+    pub(crate) fn to(&self, caller: Arc<Caller>, deadline: Deadline, record: Arc<CallRecord>) -> Call {
+        Call { shared: Arc::clone(&self.0), caller, deadline, record }
+    }
+}
+
+impl Measured for PolicyDecision {
+    fn tell(&self, page: &mut Page) {
+        let Shared { admission, limits, .. } = self.0.as_ref();
+        page.gauge("byokgate_decisions_in_flight", "Decisions that wait for a provider").add(&[], admission.in_flight(limits));
+    }
+}
+
+// === impl Call ===
+
+impl Call {
+    fn decider(&self) -> Decider {
+        Decider { shared: Arc::clone(&self.shared), caller: Arc::clone(&self.caller) }
+    }
+}
+
+#[tonic::async_trait]
+impl pb::policy_decision_service_server::PolicyDecisionService for Call {
+    type BatchDecideStream = Pin<Box<dyn Stream<Item = Result<pb::BatchDecideResponse, Status>> + Send>>;
+
+    async fn decide(&self, request: Request<pb::DecideRequest>) -> Result<Response<pb::DecideResponse>, Status> {
+        self.decider().call(request.into_inner(), self.deadline.answer_by, &self.record).await.map(Response::new)
+    }
+
+    async fn batch_decide(&self, request: Request<pb::BatchDecideRequest>) -> Result<Response<Self::BatchDecideStream>, Status> {
+        let results = batch::run(self.decider(), request.into_inner(), self.deadline, &self.record)?;
+        Ok(Response::new(Box::pin(results)))
+    }
+
+    async fn resolve_provider(
+        &self,
+        request: Request<pb::ResolveProviderRequest>,
+    ) -> Result<Response<pb::ResolveProviderResponse>, Status> {
+        queries::resolve_provider(&self.shared, request.into_inner()).map(Response::new)
+    }
+
+    async fn list_models(&self, request: Request<pb::ListModelsRequest>) -> Result<Response<pb::ListModelsResponse>, Status> {
+        queries::list_models(&self.shared, request.into_inner()).map(Response::new)
+    }
+
+    async fn get_registry_status(
+        &self,
+        _request: Request<pb::GetRegistryStatusRequest>,
+    ) -> Result<Response<pb::GetRegistryStatusResponse>, Status> {
+        Ok(Response::new(queries::registry_status(&self.shared)))
+    }
+}

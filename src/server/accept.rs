@@ -1,0 +1,98 @@
+//! Taking connections: each with a place, and so many that descriptors are left for the rest of the work.
+
+use std::{convert::Infallible, sync::Arc, time::Duration};
+
+use tokio::{sync::mpsc, time::timeout};
+
+use super::{
+    connection::{ConnectionContext, turn_away},
+    connections::{ConnectionCounts, Connections},
+    listen::{Listener, Peer},
+};
+/// A refusal of connections is logged once for so many.
+const LOG_EVERY_REFUSED: u64 = 1000;
+/// What closes closes within this, unless the machine is that busy.
+const CLOSING_TIME: Duration = Duration::from_millis(100);
+/// Descriptors that connections leave for probes, files and the log.
+const KEPT_DESCRIPTORS: usize = 256;
+
+/// How many connections each of so many listeners may have: as many as the settings say, and as the process has descriptors for. It takes
+/// as many of those as the system lets it have.
+pub(super) fn affordable(limit: usize, listeners: usize) -> usize {
+    let Ok(descriptors) = rlimit::increase_nofile_limit(rlimit::INFINITY) else { return limit };
+    let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
+    let affordable = share(descriptors, listeners);
+    if affordable < limit {
+        tracing::warn!(
+            event = "descriptor_limit",
+            descriptors,
+            connections = affordable,
+            wanted = limit,
+            "the process may have too few open files for limits.connections; raise its limit (ulimit -n), or lower the setting"
+        );
+    }
+    limit.min(affordable)
+}
+
+fn share(descriptors: usize, listeners: usize) -> usize {
+    let kept = KEPT_DESCRIPTORS.min(descriptors / 2);
+    ((descriptors - kept) / listeners.max(1)).max(1)
+}
+
+/// Takes connections for ever. When there are as many as may be, the one that is needed least makes room; where none may go, the new one
+/// is told so at once, and not left waiting in the kernel's queue.
+pub(super) async fn accept(
+    listener: Listener,
+    connections: Arc<Connections>,
+    context: Arc<ConnectionContext>,
+    counts: Arc<ConnectionCounts>,
+    open: mpsc::Sender<Infallible>,
+) {
+    let limit = connections.limit();
+    let (mut refused, mut made_room) = (0_u64, 0_u64);
+    loop {
+        let accepted = listener.accept().await;
+        let Some(entered) = connections.enter() else {
+            counts.refused.one();
+            if refused.is_multiple_of(LOG_EVERY_REFUSED) {
+                tracing::warn!(event = "connection_limit", address = %listener.address(), limit, refused);
+            }
+            refused += 1;
+            let is_plain = context.tls.is_none() || matches!(accepted.peer, Peer::Unix { .. });
+            if is_plain {
+                tokio::spawn(turn_away(accepted.io, limit));
+            }
+            continue;
+        };
+        if let Some(going) = &entered.made_room {
+            counts.made_room.one();
+            if made_room.is_multiple_of(LOG_EVERY_REFUSED) {
+                let address = listener.address();
+                tracing::warn!(event = "connection_limit", %address, limit, made_room, "connections that wait make room for new ones");
+            }
+            made_room += 1;
+            // Its descriptor is given back first: a flood of connections does not outrun the closing of others.
+            drop(timeout(CLOSING_TIME, going.gone()).await);
+        }
+        counts.taken.one();
+        let (context, open) = (Arc::clone(&context), open.clone());
+        tokio::spawn(async move {
+            context.serve(accepted, &entered.place).await;
+            drop((entered, open));
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_are_kept_for_the_rest_of_the_work() {
+        for (descriptors, listeners, expect) in
+            [(1_048_576, 1, 1_048_320), (4_096, 2, 1_920), (1_024, 1, 768), (64, 2, 16), (1, 1, 1), (0, 0, 1)]
+        {
+            assert_eq!(share(descriptors, listeners), expect, "{descriptors} descriptors, {listeners} listeners");
+        }
+    }
+}

@@ -1,0 +1,569 @@
+//! Nothing of one caller costs another: each attack here was once felt by somebody else.
+
+use std::{collections::BTreeMap, fs, num::NonZeroU32, process::Command, sync::Arc, time::Duration};
+
+use byok_gate::{
+    core::{
+        classify::Finding,
+        engine::{Boxed, Engine, ProbeRequest, Prober},
+    },
+    domain::verdict::Verdict,
+    grpc::convert::{
+        self,
+        pb::{self, policy_decision_service_client::PolicyDecisionServiceClient},
+    },
+    liveness::{
+        cache::{Cache, CacheSettings},
+        new_keys::NewKeyLimits,
+    },
+    server::{
+        Bound,
+        settings::{CallerList, RoleWord, UnixCaller},
+    },
+};
+use futures_util::StreamExt;
+use prost::Message;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinSet,
+    time::{Instant, advance, timeout},
+};
+use tonic::{Code, Request, Status, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_types::StatusExt;
+
+use crate::support::{
+    binary::{PATIENCE, Serving, run},
+    case::{self, Spec},
+    edge::{Authority, Edge, Held, decide, grpc, is_allow, raw, settings, tls_channel, tls_client},
+    gate::Files,
+    page::Shown,
+    prober::Scripted,
+};
+
+const DECIDE: &str = "/byokgate.v1.PolicyDecisionService/Decide";
+const BATCH: &str = "/byokgate.v1.PolicyDecisionService/BatchDecide";
+const CHECK: &str = "/grpc.health.v1.Health/Check";
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
+fn client(channel: Channel) -> PolicyDecisionServiceClient<Channel> {
+    PolicyDecisionServiceClient::new(channel)
+}
+
+/// Which limit was reached.
+fn limit(status: &Status) -> String {
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    let details = status.get_error_details();
+    assert!(details.retry_info().unwrap().retry_delay.unwrap() > Duration::ZERO);
+    details.quota_failure().unwrap().violations[0].subject.clone()
+}
+
+/// A question about this model, with a key of its own vendor.
+fn about(model: &str, env_name: &str, key: &str) -> pb::DecideRequest {
+    let workspace = BTreeMap::from([(env_name.to_owned(), Some(key.to_owned()))]);
+    let spec = Spec { model: model.into(), workspace, ..Spec::default() };
+    pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: pb::Checkpoint::Create as i32, ..Default::default() }
+}
+
+async fn until(what: &str, mut fits: impl FnMut() -> bool) {
+    let waiting = timeout(PATIENCE, async {
+        while !fits() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    });
+    waiting.await.unwrap_or_else(|_| panic!("{what}"));
+}
+
+// === places ===
+
+/// A vendor that hangs has its share of the places; who asks another, and who asks nobody, goes on.
+#[tokio::test]
+async fn a_vendor_that_hangs_takes_no_more_than_its_share() {
+    let held = Held::new(false);
+    let mut settings = settings();
+    settings.limits.decisions = 16;
+    settings.limits.decisions_per_provider = 4;
+    settings.limits.decisions_waiting = 2;
+    let edge = Edge::start(settings, held.engine()).await;
+    let client = client(edge.plain().await);
+    let mut calls = JoinSet::new();
+    for index in 0..1400 {
+        let mut client = client.clone();
+        calls.spawn(async move { client.decide(decide(&format!("made-up-key-{index}"))).await });
+    }
+    for _ in 0..1396 {
+        let status = calls.join_next().await.unwrap().unwrap().unwrap_err();
+        assert_eq!(limit(&status), "limits.decisions_per_provider");
+    }
+    assert_eq!(held.asked(), 4);
+    // Nobody has to be asked about the platform's own model, nor about one without a credential.
+    let mut other = client.clone();
+    assert!(is_allow(&other.decide(about("platform-small", "ACME_API_KEY", "made-up")).await.unwrap().into_inner()));
+    assert!(!is_allow(&other.decide(about("acme-large", "OTHER", "made-up")).await.unwrap().into_inner()));
+    let of_another = tokio::spawn(async move { other.decide(about("beta-1", "BETA_API_KEY", "made-up")).await });
+    until("another vendor is asked", || held.asked() == 5).await;
+    held.open();
+    assert!(is_allow(&of_another.await.unwrap().unwrap().into_inner()));
+    while let Some(call) = calls.join_next().await {
+        assert!(is_allow(&call.unwrap().unwrap().into_inner()));
+    }
+}
+
+/// Batches whose results nobody reads end at their deadline, and hold nothing after it.
+#[tokio::test]
+async fn a_batch_that_nobody_reads_holds_no_place_after_its_deadline() {
+    let (registry, catalogue) = case::documents(1);
+    let files = Files::new(&registry, &catalogue, None);
+    let mut settings = settings();
+    settings.deadlines.batch = Duration::from_millis(400);
+    settings.deadlines.decide = Duration::from_millis(400);
+    let scripted = Scripted::new(Verdict::Valid);
+    scripted.set(|script| script.takes = Duration::from_millis(100));
+    let shown = Shown::over(settings, &files, scripted.clone(), vec![]).await;
+    // A window in which not even one result has room.
+    let stream = TcpStream::connect(shown.edge.tcp()).await.unwrap();
+    let mut http = hyper::client::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new());
+    http.initial_stream_window_size(1).initial_connection_window_size(65_535);
+    let (mut sender, connection) =
+        http.handshake::<_, http_body_util::Full<bytes::Bytes>>(hyper_util::rt::TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let mut unread = Vec::new();
+    for batch in 0..34 {
+        let requests = (0..8).map(|item| decide(&format!("made-up-key-{batch}-{item}"))).collect();
+        let message = pb::BatchDecideRequest { requests }.encode_to_vec();
+        let response = sender.send_request(grpc(BATCH, &[], &message)).await.unwrap();
+        unread.push(response.into_body());
+    }
+    until("they are under way", || scripted.asked() > 0).await;
+    let page = timeout(PATIENCE, async {
+        loop {
+            let page = shown.scrape().await;
+            if page.get("byokgate_decisions_in_flight") == Some(0.0) {
+                break page;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    });
+    page.await.unwrap_or_else(|_| panic!("places are held after the deadline"));
+    drop(unread);
+    assert!(is_allow(&client(shown.edge.plain().await).decide(decide("made-up-key")).await.unwrap().into_inner()));
+}
+
+/// An honest client whose calls all reach their deadline at once resets their streams together. That is no attack.
+#[tokio::test]
+async fn a_thousand_deadlines_at_once_keep_the_connection() {
+    let edge = Edge::start(settings(), Held::new(true).engine()).await;
+    let mut stream = TcpStream::connect(edge.tcp()).await.unwrap();
+    let mut frames = PREFACE.to_vec();
+    for stream in (1_u32..2000).step_by(2) {
+        // HEADERS (`:method POST`, `:path /`, `:scheme http`) and RST_STREAM (CANCEL) behind it: read together, none was looked at.
+        frames.extend([0, 0, 3, 1, 4]);
+        frames.extend(stream.to_be_bytes());
+        frames.extend([0x83, 0x84, 0x86, 0, 0, 4, 3, 0]);
+        frames.extend(stream.to_be_bytes());
+        frames.extend([0, 0, 0, 8]);
+    }
+    const PING: &[u8] = b"\0\0\x08\x06\0\0\0\0\0made up!";
+    frames.extend(PING);
+    stream.write_all(&frames).await.unwrap();
+    let answered = timeout(PATIENCE, async {
+        loop {
+            let mut head = [0; 9];
+            stream.read_exact(&mut head).await.unwrap();
+            let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+            stream.read_exact(&mut payload).await.unwrap();
+            match head[3] {
+                6 => break payload,
+                7 => panic!("GOAWAY: {}", String::from_utf8_lossy(&payload)),
+                _ => {}
+            }
+        }
+    });
+    assert_eq!(answered.await.unwrap(), b"made up!");
+}
+
+// === peers without a name ===
+
+/// Health has no token, and so a limit of its own and a deadline as any call.
+#[tokio::test]
+async fn unfinished_health_checks_are_few_and_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    fs::write(&file, "made-up-token-of-the-platform\n").unwrap();
+    let mut settings = settings();
+    settings.callers.token_file = Some(file);
+    settings.limits.unknown_calls = 4;
+    settings.deadlines.decide = Duration::from_millis(500);
+    let edge = Edge::start(settings, Held::new(true).engine()).await;
+    let mut sender = raw_streaming(&edge).await;
+    let mut open = Vec::new();
+    for _ in 0..4 {
+        open.push(tokio::spawn(sender.send_request(unfinished(CHECK, &[]))));
+    }
+    // The fifth is told at once; the platform, which is known, is not concerned.
+    let refused = sender.send_request(unfinished(CHECK, &[])).await.unwrap();
+    let refused = Status::from_header_map(refused.headers()).unwrap();
+    assert_eq!(limit(&refused), "limits.unknown_calls");
+    let mut known = Request::new(decide("made-up-key"));
+    known.metadata_mut().insert("authorization", "Bearer made-up-token-of-the-platform".parse().unwrap());
+    assert!(is_allow(&client(edge.plain().await).decide(known).await.unwrap().into_inner()));
+    for call in open {
+        let response = call.await.unwrap().unwrap();
+        assert_eq!(Status::from_header_map(response.headers()).unwrap().code(), Code::DeadlineExceeded);
+    }
+    HealthClient::new(edge.plain().await).check(HealthCheckRequest::default()).await.unwrap();
+}
+
+/// What is being read of all calls has one limit, and a far lower one where nobody knows the caller.
+#[tokio::test]
+async fn bytes_that_are_being_read_are_limited_over_all_connections() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    fs::write(&file, "made-up-token-of-the-platform\n").unwrap();
+    let mut settings = settings();
+    settings.callers.token_file = Some(file);
+    settings.limits.message_bytes = 64 * 1024;
+    settings.limits.batch_message_bytes = 64 * 1024;
+    settings.limits.request_bytes = 128 * 1024;
+    let edge = Edge::start(settings, Held::new(true).engine()).await;
+    const TOKEN: [(&str, &str); 1] = [("authorization", "Bearer made-up-token-of-the-platform")];
+    for (path, headers, enough) in [(CHECK, &[][..], 1), (DECIDE, &TOKEN[..], 4)] {
+        let mut answers = JoinSet::new();
+        for _ in 0..8 {
+            let mut sender = raw_streaming(&edge).await;
+            answers.spawn(async move { sender.send_request(partly(path, headers, 30_000)).await.unwrap() });
+        }
+        for _ in 0..8 - enough {
+            let refused = answers.join_next().await.unwrap().unwrap();
+            let refused = Status::from_header_map(refused.headers()).unwrap();
+            assert_eq!(limit(&refused), "limits.request_bytes", "{path}");
+        }
+    }
+    // What was given up is given back.
+    let mut known = Request::new(decide("made-up-key"));
+    known.metadata_mut().insert("authorization", TOKEN[0].1.parse().unwrap());
+    assert!(is_allow(&client(edge.plain().await).decide(known).await.unwrap().into_inner()));
+}
+
+#[tokio::test]
+async fn health_watches_are_few_and_their_places_come_back() {
+    let mut settings = settings();
+    settings.limits.watches = 2;
+    let edge = Edge::start(settings, Held::new(true).engine()).await;
+    let channel = edge.plain().await;
+    let watch = || HealthClient::new(channel.clone()).watch_owned();
+    let mut first = watch().await.unwrap();
+    let second = watch().await.unwrap();
+    assert_eq!(limit(&watch().await.unwrap_err()), "limits.watches");
+    assert_eq!(first.next().await.unwrap().unwrap().status, 1, "it goes on");
+    HealthClient::new(channel.clone()).check(HealthCheckRequest::default()).await.unwrap();
+    drop(second);
+    let again = timeout(PATIENCE, async {
+        loop {
+            match watch().await {
+                Ok(_) => break,
+                Err(status) => assert_eq!(limit(&status), "limits.watches"),
+            }
+        }
+    });
+    again.await.unwrap();
+}
+
+/// Connections that say nothing, or half a greeting, make room for those of callers.
+#[tokio::test]
+async fn idle_connections_make_room_for_the_platforms() {
+    let mut settings = settings();
+    settings.limits.connections = 8;
+    settings.deadlines.handshake = Duration::from_secs(60);
+    let edge = Edge::start(settings, Held::new(true).engine()).await;
+    let mut idle = Vec::new();
+    for index in 0..30 {
+        let mut stream = TcpStream::connect(edge.tcp()).await.unwrap();
+        if index % 2 == 0 {
+            stream.write_all(&PREFACE[..10]).await.unwrap();
+        } else {
+            stream.write_all(PREFACE).await.unwrap();
+        }
+        idle.push(stream);
+    }
+    let mut platform = client(edge.plain().await);
+    assert!(is_allow(&platform.decide(decide("made-up-key")).await.unwrap().into_inner()));
+    // More of them do not push out who is known.
+    let held = raw(edge.tcp()).await;
+    for _ in 0..30 {
+        idle.push(TcpStream::connect(edge.tcp()).await.unwrap());
+    }
+    assert!(is_allow(&platform.decide(decide("made-up-key")).await.unwrap().into_inner()));
+    drop(held);
+}
+
+/// A connection that has been without a call for long enough is closed, and so is one that is old: both are told so, and what is under
+/// way is finished.
+#[tokio::test]
+async fn idle_and_old_connections_end() {
+    let mut settings = settings();
+    settings.server.max_connection_idle = Duration::from_secs(1);
+    let held = Held::new(true);
+    let edge = Edge::start(settings.clone(), held.engine()).await;
+    let sender = raw(edge.tcp()).await;
+    until("an idle connection stays", || sender.is_closed()).await;
+    settings.server.max_connection_idle = Duration::from_secs(3600);
+    settings.server.max_connection_age = Duration::from_secs(1);
+    let held = Held::new(false);
+    let edge = Edge::start(settings, held.engine()).await;
+    let mut sender = raw(edge.tcp()).await;
+    let under_way = tokio::spawn(sender.send_request(grpc(DECIDE, &[], &decide("made-up-key").encode_to_vec())));
+    let mut other = client(edge.plain().await);
+    assert!(other.get_registry_status(pb::GetRegistryStatusRequest {}).await.is_ok());
+    until("an old connection takes further calls", || sender.is_closed() || !sender.is_ready()).await;
+    held.open();
+    assert_eq!(under_way.await.unwrap().unwrap().status(), 200);
+    until("an old connection stays", || sender.is_closed()).await;
+    // A client that knows GOAWAY has not noticed.
+    assert!(other.get_registry_status(pb::GetRegistryStatusRequest {}).await.is_ok());
+}
+
+// === callers that are taken off the list ===
+
+/// The next call of a caller that was taken off the list is refused, on the connection that it has.
+#[tokio::test]
+async fn a_standing_connection_outlives_no_caller() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let put = |name: &str, text: &str| {
+        let path = folder.path().join(name);
+        fs::write(&path, text).unwrap();
+        path
+    };
+    // By certificate.
+    let server = authority.sign("localhost");
+    let mut settings = settings();
+    settings.tls.certificate = Some(put("certificate.pem", &server.certificate));
+    settings.tls.key = Some(put("key.pem", &server.key));
+    settings.tls.client_ca = Some(put("ca.pem", &authority.pem()));
+    let of = |text: &str| serde_json::from_value(serde_json::json!([{"san": text}])).unwrap();
+    settings.callers.certificates = of("spiffe://example.org/platform");
+    let bound = Bound::open(settings.edge()).await.unwrap();
+    let relist = bound.relist();
+    let edge = Edge::run(bound, Held::new(true).engine());
+    let own = authority.sign("spiffe://example.org/platform");
+    let connector = tls_client(&authority, Some(&own), &[&rustls::version::TLS13]);
+    let mut standing = client(tls_channel(edge.tcp(), &connector).await.unwrap());
+    assert!(standing.decide(decide("made-up-key")).await.is_ok());
+    settings.callers.certificates = of("spiffe://example.org/other");
+    relist(&settings.callers);
+    assert_eq!(standing.decide(decide("made-up-key")).await.unwrap_err().code(), Code::PermissionDenied);
+    // By its user id, on a socket.
+    let mut settings = crate::support::edge::settings();
+    settings.server.listen = vec![format!("unix:{}/gate.sock", folder.path().display())];
+    let bound = Bound::open(settings.edge()).await.unwrap();
+    let relist = bound.relist();
+    let edge = Edge::run(bound, Held::new(true).engine());
+    let mut standing = client(edge.over_unix().await);
+    assert!(standing.decide(decide("made-up-key")).await.is_ok());
+    let other = UnixCaller { uid: Some(u32::MAX - 7), gid: None, role: RoleWord::Platform, workspaces: Default::default() };
+    settings.callers.unix_peers = CallerList::Only(vec![other]);
+    relist(&settings.callers);
+    assert_eq!(standing.decide(decide("made-up-key")).await.unwrap_err().code(), Code::PermissionDenied);
+}
+
+/// A configuration that lost what it held opens nothing; a word is needed for that, and is heard.
+#[tokio::test]
+async fn an_emptied_configuration_opens_nothing() {
+    let (registry, catalogue) = case::documents(1);
+    let nobody = "callers: {unix_peers: [{uid: 4294967288}]}\noperator_overrides: refuse\n";
+    let files = Files::new(&registry, &catalogue, Some(nobody));
+    let socket = files.folder().join("gate.sock");
+    let address = format!("unix:{}", socket.display());
+    let flags = files.flags();
+    let arguments: Vec<&str> = ["--listen", &address].into_iter().chain(flags.iter().map(String::as_str)).collect();
+    let serving = Serving::start(&arguments).await;
+    let config = files.folder().join("config.yaml");
+    let standing = tonic::transport::Endpoint::from_shared(address.clone()).unwrap().connect().await.unwrap();
+    let ask = async || client(standing.clone()).decide(decide("made-up-key")).await.map_err(|status| status.code());
+    assert_eq!(ask().await.unwrap_err(), Code::PermissionDenied);
+    fs::write(&config, "").unwrap();
+    assert!(serving.until("reload_failed").await["fault"].as_str().unwrap().contains("is empty"), "emptied in place");
+    assert_eq!(ask().await.unwrap_err(), Code::PermissionDenied);
+    // Cut off behind its first line.
+    fs::write(&config, "operator_overrides: refuse\n").unwrap();
+    let faults = |said: &str| said.contains("callers.unix_peers") && said.contains("anyone");
+    serving.until_fits("the list is missed", |event| event["event"] == "reload_failed" && faults(&event.to_string())).await;
+    assert_eq!(ask().await.unwrap_err(), Code::PermissionDenied);
+    // Meant, and loud.
+    fs::write(&config, "callers: {unix_peers: anyone}\n").unwrap();
+    let is_loosened = |setting: &'static str| {
+        move |event: &serde_json::Value| {
+            event["event"] == "configuration_loosened" && event["level"] == "WARN" && event["setting"] == setting
+        }
+    };
+    serving.until_fits("callers", is_loosened("callers.unix_peers")).await;
+    serving.until_fits("overrides", is_loosened("operator_overrides")).await;
+    serving.until_fits("in force", |event| event["event"] == "reloaded").await;
+    assert!(ask().await.is_ok());
+    serving.terminate().await;
+    assert!(serving.ended().await.status.success());
+}
+
+// === files that never end ===
+
+/// A registry that has become a pipe is a fault like any other, and nothing that it holds up ends the reload or the process.
+#[tokio::test]
+async fn a_pipe_in_a_files_place_holds_nothing_up() {
+    let (registry, catalogue) = case::documents(1);
+    let files = Files::new(&registry, &catalogue, None);
+    let flags = files.flags();
+    let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+    let serving = Serving::start(&flags).await;
+    let at = files.folder().join("registry.yaml");
+    fs::remove_file(&at).unwrap();
+    assert!(Command::new("mkfifo").arg(&at).status().unwrap().success());
+    let fault = serving.until("reload_failed").await;
+    assert!(fault["fault"].as_str().unwrap().contains("not a regular file"), "{fault}");
+    for command in [
+        &["check"][..],
+        &["decide", "--runtime", "agent", "--model", "acme-large"],
+        &["exec", "--runtime", "agent", "--model", "acme-large"],
+    ] {
+        let (behind, flags) = match command[0] {
+            "exec" => (&["--", "true"][..], &flags[..]),
+            "check" => (&[][..], &flags[..4]),
+            _ => (&[][..], &flags[..]),
+        };
+        let ended = run(&[command, flags, behind].concat(), &[]).await;
+        assert_eq!(ended.status.code(), Some(3), "{command:?} {ended:?}");
+        assert!((ended.stdout + &ended.stderr).contains("not a regular file"), "{command:?}");
+    }
+    fs::remove_file(&at).unwrap();
+    fs::write(&at, format!("{registry}\n# mended\n")).unwrap();
+    serving.until_fits("it is followed again", |event| event["event"] == "reloaded").await;
+    serving.terminate().await;
+    assert!(serving.ended().await.status.success());
+}
+
+// === keys ===
+
+/// A vendor whose front ends the connection over long headers, as common ones do, and which accepts every other key.
+struct Front;
+
+impl Prober for Front {
+    fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding> {
+        let verdict = if request.secret.expose().len() > 4096 { Verdict::Unreachable } else { Verdict::Valid };
+        Box::pin(async move { Finding::bare(verdict) })
+    }
+}
+
+fn engine(prober: Arc<dyn Prober>, new_keys: NewKeyLimits) -> Arc<Engine> {
+    let (registry, catalogue) = case::documents(1);
+    let cache = Cache::new(prober, CacheSettings { new_keys, ..CacheSettings::default() });
+    Files::new(&registry, &catalogue, None).engine_over(Arc::new(cache))
+}
+
+async fn verdict(engine: &Engine, organization: &str, key: &str) -> (bool, Option<Verdict>) {
+    let mut message = decide(key);
+    message.workspace_spec.as_mut().unwrap().organization_id = organization.into();
+    let request = convert::request(message).unwrap();
+    let decided = engine.decide(&request, Instant::now() + Duration::from_secs(5)).await;
+    (decided.decision.denial().is_none(), decided.decision.liveness.map(|liveness| liveness.verdict))
+}
+
+/// Long keys of one organization, which make the vendor's front end every connection that they travel on, cost nobody else a workspace.
+#[tokio::test(start_paused = true)]
+async fn a_flood_of_long_keys_costs_nobody_else_a_workspace() {
+    let many = NonZeroU32::new(1_000_000).unwrap();
+    let engine = engine(Arc::new(Front), NewKeyLimits { per_organization: many, per_caller: many });
+    let mut allowed = 0;
+    for index in 0..723 {
+        if index % 3 != 2 {
+            let key = format!("{index}-").repeat(2600)[..5000].to_owned();
+            assert!(!verdict(&engine, "attacker", &key).await.0);
+        }
+        allowed += u32::from(verdict(&engine, &format!("victim-{index}"), &format!("made-up-{index}")).await.0);
+    }
+    assert_eq!(allowed, 723);
+}
+
+/// New keys that meet an open breaker are new keys all the same: a list of them is not tried for free.
+#[tokio::test(start_paused = true)]
+async fn keys_that_meet_an_open_breaker_are_counted() {
+    let scripted = Scripted::new(Verdict::Unreachable);
+    let few = NonZeroU32::new(20).unwrap();
+    let engine = engine(scripted.clone(), NewKeyLimits { per_organization: few, ..NewKeyLimits::default() });
+    for index in 0..6 {
+        verdict(&engine, &format!("org-{index}"), &format!("made-up-{index}")).await;
+    }
+    let before = scripted.asked();
+    let mut heard = BTreeMap::new();
+    for index in 0..100 {
+        let (_, verdict) = verdict(&engine, "org-list", &format!("made-up-of-a-list-{index}")).await;
+        *heard.entry(verdict.unwrap().as_str()).or_insert(0) += 1;
+    }
+    assert_eq!(scripted.asked(), before, "the breaker is open");
+    assert_eq!(heard, BTreeMap::from([("UNREACHABLE", 20), ("NOT_ATTEMPTED", 80)]));
+}
+
+/// A trial that tells nothing of the vendor, because a tenant's model was slow or nothing was asked, leaves the next one free to try.
+#[tokio::test(start_paused = true)]
+async fn a_trial_that_tells_nothing_is_followed_by_another() {
+    for tells_nothing in [Finding { about_model: true, ..Finding::bare(Verdict::Timeout) }, Finding::bare(Verdict::NotAttempted)]
+    {
+        let scripted = Scripted::new(Verdict::Unreachable);
+        let engine = engine(scripted.clone(), NewKeyLimits::default());
+        for index in 0..5 {
+            verdict(&engine, &format!("org-{index}"), &format!("made-up-{index}")).await;
+        }
+        advance(Duration::from_secs(6)).await;
+        scripted.set(|script| script.finding = tells_nothing.clone());
+        verdict(&engine, "org-slow", "made-up-slow").await;
+        scripted.verdict(Verdict::Valid);
+        let (is_allowed, verdict) = verdict(&engine, "org-next", "made-up-next").await;
+        assert_eq!((is_allowed, verdict), (true, Some(Verdict::Valid)), "after {tells_nothing:?}");
+    }
+}
+
+// === HTTP/2 by hand ===
+
+type Streaming =
+    hyper::client::conn::http2::SendRequest<http_body_util::combinators::BoxBody<bytes::Bytes, std::convert::Infallible>>;
+
+async fn raw_streaming(edge: &Edge) -> Streaming {
+    let stream = TcpStream::connect(edge.tcp()).await.unwrap();
+    let (sender, connection) =
+        hyper::client::conn::http2::handshake(hyper_util::rt::TokioExecutor::new(), hyper_util::rt::TokioIo::new(stream))
+            .await
+            .unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+type Unfinished = http::Request<http_body_util::combinators::BoxBody<bytes::Bytes, std::convert::Infallible>>;
+
+/// A call whose message does not come.
+fn unfinished(path: &str, headers: &[(&str, &str)]) -> Unfinished {
+    partly(path, headers, 1)
+}
+
+/// A call of which so many bytes come, and then no more.
+fn partly(path: &str, headers: &[(&str, &str)], bytes: usize) -> Unfinished {
+    let mut part = vec![0, 0, 0, 0xf0, 0];
+    part.resize(5 + bytes, b'x');
+    let frame = hyper::body::Frame::data(bytes::Bytes::from(part));
+    let body = futures_util::stream::iter([Ok(frame)]).chain(futures_util::stream::pending());
+    let request = http::Request::post(format!("http://localhost{path}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers");
+    let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+    request.body(http_body_util::combinators::BoxBody::new(http_body_util::StreamBody::new(body))).unwrap()
+}
+
+/// A watch that owns its client.
+trait WatchOwned {
+    fn watch_owned(self) -> impl Future<Output = Result<tonic::Streaming<tonic_health::pb::HealthCheckResponse>, Status>>;
+}
+
+impl WatchOwned for HealthClient<Channel> {
+    async fn watch_owned(mut self) -> Result<tonic::Streaming<tonic_health::pb::HealthCheckResponse>, Status> {
+        self.watch(HealthCheckRequest::default()).await.map(tonic::Response::into_inner)
+    }
+}
