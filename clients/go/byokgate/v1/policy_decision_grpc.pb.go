@@ -5,8 +5,10 @@
 // - No zero value means "allow". Treat as a denial: a gRPC error, an empty `decision`, a member of it that you do not know, and every enum
 //   number that you do not know. A `Deny` whose code you do not know is still that denial: its message, remedy, `retryable` and
 //   `retry_after` hold.
-// - The one field to act on is `Allow.billing_mode`. It is set on every allow and nowhere else, so it reads BILLING_MODE_UNSPECIFIED on a
-//   denial, on an empty reply and on a decision of a kind that you do not know, in every language.
+// - The one field to act on is `Allow.billing_mode`: start the workspace if it is one of the three modes that you know, and only then. It is
+//   set on every allow and nowhere else. On a denial, on an empty reply and on a decision of a kind that you do not know it reads
+//   BILLING_MODE_UNSPECIFIED, or nothing at all where a language leaves an unset message undefined (proto-loader, Ruby): so ask whether it is
+//   a mode that you know, never whether it is not UNSPECIFIED.
 //
 // What is promised
 // - `Allow` never gains a field that has to be obeyed. A conditional allow would be a new member of `decision`, which callers of today
