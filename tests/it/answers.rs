@@ -14,8 +14,8 @@ use std::{
 
 use byok_gate::{
     core::{
-        catalogue::{Catalogue, HostRow},
-        classify::{Answer, Classification, classified},
+        catalogue::Catalogue,
+        classify::{Answer, Classification, ReadBy, classify, read},
         endpoint::{Target, target},
         registry::Registry,
     },
@@ -77,10 +77,6 @@ fn corpus() -> Vec<Line> {
     files().iter().flat_map(lines).collect()
 }
 
-fn rows_of<'c>(catalogue: &'c Catalogue, host: &'c str) -> impl Iterator<Item = &'c HostRow> {
-    catalogue.hosts().filter(move |(name, _)| *name == host).flat_map(|(_, rows)| rows)
-}
-
 #[test]
 fn the_corpus_is_wide_enough() {
     let (corpus, catalogue) = (corpus(), Catalogue::embedded().unwrap().value);
@@ -88,7 +84,7 @@ fn the_corpus_is_wide_enough() {
     assert_eq!(names.len(), corpus.len(), "a case's name stands twice");
     assert!(corpus.len() >= 150, "{} rows", corpus.len());
     let vendors: BTreeSet<&str> =
-        corpus.iter().flat_map(|line| rows_of(&catalogue, &line.host)).map(|row| row.vendor.as_str()).collect();
+        corpus.iter().flat_map(|line| catalogue.rows_of(&line.host)).map(|row| row.vendor.as_str()).collect();
     assert!(vendors.len() >= 20, "{vendors:?}");
     for (kind, count) in TRAPS {
         for number in 1..=count {
@@ -101,9 +97,11 @@ fn the_corpus_is_wide_enough() {
     for line in &corpus {
         let body = body_of(line);
         let Line { status, truncated, .. } = *line;
-        for probe in rows_of(&catalogue, &line.host).flat_map(|row| &row.probes) {
+        for probe in catalogue.rows_of(&line.host).iter().flat_map(|row| &row.probes) {
             let answer = Answer { status, body: &body, truncated, page: false, retry_after: None };
-            met.extend(classified(answer, probe).signal.map(|position| format!("{:?}", probe.signals[position])));
+            if let ReadBy::Signal(position) = read(answer, probe).by {
+                met.insert(format!("{:?}", probe.signals[position]));
+            }
         }
     }
     let unmet: Vec<String> = catalogue
@@ -180,7 +178,7 @@ proptest! {
         let answer = Answer { status, body: &body, truncated, page, retry_after: None };
         let catalogue = Catalogue::embedded().unwrap().value;
         for probe in catalogue.hosts().flat_map(|(_, rows)| rows).flat_map(|row| &row.probes) {
-            let accepted = classified(answer, probe).classification == Classification::Accepted;
+            let accepted = classify(answer, probe) == Classification::Accepted;
             prop_assert!(!accepted || (200..=299).contains(&status) || status == 400 && probe.name == "search");
         }
     }

@@ -72,7 +72,7 @@ fn every_provider_is_asked_by_a_row_of_its_own_or_says_why_not() {
             Ok(target) => {
                 let base = provider.base_url.as_ref().or(catalogue.home(&provider.name)).unwrap();
                 let row =
-                    catalogue.row(&target.endpoint.host, base.path()).unwrap_or_else(|| panic!("no row for {}", provider.name));
+                    catalogue.row(&target.endpoint.host, base.path(), provider.protocol).unwrap_or_else(|| panic!("no row for {}", provider.name));
                 assert!(!row.probes.is_empty(), "{} is asked by the default ladder", provider.name);
                 assert!(row.probes.iter().all(|probe| probe.auth.iter().all(|family| HeaderFamily::VARIANTS.contains(family))));
                 assert!(target.calls.iter().all(|call| call.url.host_str() == base.host_str()), "{}", provider.name);

@@ -16,6 +16,7 @@ mod classify;
 mod config;
 mod contract;
 mod deploy;
+mod dialects;
 mod exec;
 mod guards;
 mod invariants;
