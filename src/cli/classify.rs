@@ -217,7 +217,8 @@ fn asked<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> 
     let base = |path: &str| {
         Url::parse(&format!("https://{host}{path}")).map_err(|fault| UsageError(format!("`{host}` is not a host: {fault}")))
     };
-    let method: Method = method.parse().map_err(|_| UsageError(format!("`{method}` is no method of a probe; these are GET and POST")))?;
+    let method: Method =
+        method.parse().map_err(|_| UsageError(format!("`{method}` is no method of a probe; these are GET and POST")))?;
     let rows = catalogue.rows_of(host);
     let protocols = [Protocol::OpenAi, Protocol::Anthropic];
     let nearest: Vec<&HostRow> = protocols.iter().filter_map(|protocol| catalogue.row(host, path, *protocol)).collect();
@@ -238,12 +239,15 @@ fn asked<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> 
     // A request that no rung makes, as a tenant's own completion: by what the nearest rung's signals say, and the shape of its own surface.
     let surface = Surface::of_path(path);
     let rungs = || ladders.iter().flat_map(|(row, probes)| probes.iter().map(move |probe| (*row, probe)));
-    let kind = |probe: &Probe| (probe.surface == surface, probe.surface.is_inference() == surface.is_inference(), probe.method == method);
+    let kind = |probe: &Probe| {
+        (probe.surface == surface, probe.surface.is_inference() == surface.is_inference(), probe.method == method)
+    };
     let Some((row, probe)) = rungs().max_by_key(|(_, probe)| kind(probe)) else {
         return Err(UsageError(format!("host `{host}` is asked nothing")));
     };
     let shapes = protocols.iter().flat_map(|protocol| catalogue.default_probes(*protocol));
-    let expect = shapes.chain(rungs().map(|(_, probe)| probe)).find(|probe| probe.surface == surface).map(|probe| probe.expect.clone());
+    let expect =
+        shapes.chain(rungs().map(|(_, probe)| probe)).find(|probe| probe.surface == surface).map(|probe| probe.expect.clone());
     let probe = Probe { surface, expect: expect.unwrap_or_else(|| probe.expect.clone()), ..probe.clone() };
     Ok(Asked { row, probe, ladder: &[], base: base("")?, is_nearest: true })
 }
@@ -320,7 +324,7 @@ fn next(calls: &[Call], reading: &Reading, answer: Answer<'_>) -> Option<Value> 
     };
     let mut response = Some(ProbeResponse::Answer { reading: reading.clone(), look, retry_after: answer.retry_after });
     loop {
-        match (plan.next(), response.take()) {
+        match (plan.proceed(), response.take()) {
             (Next::Ask { .. }, Some(response)) => plan.take_response(response),
             (Next::Control { .. }, _) => plan.take_calibration(&calibration),
             (Next::Keyless { .. }, _) => plan.take_keyless(None),
@@ -380,7 +384,11 @@ fn text(report: &Value) -> String {
     line("cause", of("/cause"));
     let position = of("/signal/position");
     let by = if position.is_empty() {
-        if of("/cause") == "COMMON_CODE" { "no signal: a common code".to_owned() } else { "no signal: status and shape".to_owned() }
+        if of("/cause") == "COMMON_CODE" {
+            "no signal: a common code".to_owned()
+        } else {
+            "no signal: status and shape".to_owned()
+        }
     } else {
         let confidence = of("/signal/confidence");
         let known = if confidence.is_empty() { String::new() } else { format!(" (confidence {confidence})") };

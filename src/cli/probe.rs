@@ -146,7 +146,9 @@ fn answer(
             }
             if finding.wrong_header {
                 let family = finding.family.map_or("another header", HeaderFamily::header);
-                out.push_str(&format!("  header    accepted in {family}, which is not the one that the workspace's client uses\n"));
+                out.push_str(&format!(
+                    "  header    accepted in {family}, which is not the one that the workspace's client uses\n"
+                ));
             }
             if let Some(target) =
                 target.filter(|target| finding.verdict == Verdict::Invalid && !target.endpoint.siblings.is_empty())

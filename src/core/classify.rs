@@ -183,7 +183,8 @@ pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
             stop: signal.stop,
         };
     }
-    let shape = if matches!(answer.status, 200..=299) { says_yes(answer, json.as_ref(), &probe.expect) } else { Err(Cause::Status) };
+    let shape =
+        if matches!(answer.status, 200..=299) { says_yes(answer, json.as_ref(), &probe.expect) } else { Err(Cause::Status) };
     if shape.is_ok() {
         return Reading { classification: Classification::Accepted, by: ReadBy::Shape, cause: Cause::Status, stop: false };
     }
@@ -256,9 +257,9 @@ fn matches(signal: &Signal, answer: Answer<'_>, json: Option<&Value>, page: bool
     signal.tests.iter().all(|test| match test {
         BodyTest::Contains(texts) => texts.iter().any(|text| contains(answer.body, text)),
         BodyTest::Lacks(text) => !contains(answer.body, text),
-        BodyTest::IsOneOf(paths, values) => {
-            json.is_some_and(|json| paths.iter().any(|path| any_at(json, path, &|value| values.iter().any(|wanted| same(value, wanted)))))
-        }
+        BodyTest::IsOneOf(paths, values) => json.is_some_and(|json| {
+            paths.iter().any(|path| any_at(json, path, &|value| values.iter().any(|wanted| same(value, wanted))))
+        }),
         BodyTest::AtMost(paths, limit) => json.is_some_and(|json| {
             paths.iter().any(|path| any_at(json, path, &|value| number(value).is_some_and(|number| number <= *limit)))
         }),
@@ -311,7 +312,9 @@ fn has_error_beside(json: &Value) -> bool {
     };
     let not_zero = |value: &Value| match value {
         Value::Number(number) => number.as_f64() != Some(0.0),
-        Value::String(text) => !text.is_empty() && text.parse::<f64>().map_or(!text.eq_ignore_ascii_case("success"), |code| code != 0.0),
+        Value::String(text) => {
+            !text.is_empty() && text.parse::<f64>().map_or(!text.eq_ignore_ascii_case("success"), |code| code != 0.0)
+        }
         Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => false,
     };
     json.get("error").is_some_and(says_no)

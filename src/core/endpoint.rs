@@ -282,7 +282,10 @@ pub fn call(base: &Url, probe: &Probe, model: &str, thinking: bool, first: Optio
     });
     let request = {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&probe.fingerprint).update(&[u8::from(thinking)]).update(join(base, &probe.path, MODEL)?.as_str().as_bytes());
+        hasher
+            .update(&probe.fingerprint)
+            .update(&[u8::from(thinking)])
+            .update(join(base, &probe.path, MODEL)?.as_str().as_bytes());
         *hasher.finalize().as_bytes()
     };
     let mut probe = probe.clone();

@@ -40,7 +40,8 @@ impl Look {
         let credential = credential.to_lowercase();
         let words = text.split(|c: char| c.is_whitespace() || "\"'`{}[]()<>,:;=&".contains(c));
         let words = words.map(|word| word.trim_matches(|c: char| ".!?/".contains(c))).filter(|word| !word.is_empty());
-        let mut words: Vec<u64> = words.take(MAX_WORDS).map(|word| hash(if varies(word, &credential) { "#" } else { word })).collect();
+        let mut words: Vec<u64> =
+            words.take(MAX_WORDS).map(|word| hash(if varies(word, &credential) { "#" } else { word })).collect();
         words.sort_unstable();
         Self { status: answer.status, body, code, words }
     }
@@ -110,9 +111,11 @@ mod tests {
         alike(true, (401, "", "a"), (401, "  ", "b"));
         alike(true, (401, "Unauthorized (req_9f3a1c, 12:07:44)", "a"), (401, "Unauthorized (req_0b77de, 12:08:01)", "b"));
         alike(true, (401, "key tenant-one is unknown", "tenant-one"), (401, "key sk-made-up is unknown", "sk-made-up"));
-        let masked = |tail: &str| format!(r#"{{"error":{{"message":"Incorrect API key provided: sk-ab***{tail}.","code":"x"}}}}"#);
+        let masked =
+            |tail: &str| format!(r#"{{"error":{{"message":"Incorrect API key provided: sk-ab***{tail}.","code":"x"}}}}"#);
         alike(true, (401, &masked("wxyz"), "a"), (401, &masked("qrst"), "b"));
-        let with_id = |id: &str| format!(r#"{{"type":"error","error":{{"type":"x","message":"no such key"}},"request_id":"{id}"}}"#);
+        let with_id =
+            |id: &str| format!(r#"{{"type":"error","error":{{"type":"x","message":"no such key"}},"request_id":"{id}"}}"#);
         alike(true, (400, &with_id("reqabcdefgh"), "a"), (400, &with_id("reqijklmnop"), "b"));
     }
 

@@ -22,7 +22,7 @@ use crate::{
 /// What to do next.
 #[derive(Debug)]
 pub enum Next<'t> {
-    /// Ask this with the credential in these headers. `beside`: the made-up key's answer will be needed for a "yes".
+    /// Ask this with the credential in these headers.
     Ask {
         /// What is asked.
         call: &'t Call,
@@ -129,7 +129,12 @@ enum Own {
 
 impl<'t> ProbePlan<'t> {
     /// At the foot. `is_pointless`: a request in a header is known to tell nothing, since anybody is accepted there or it is not there at all.
-    pub fn new(calls: &'t [Call], client: Client, facts: &EndpointFacts, is_pointless: &dyn Fn(&Call, HeaderFamily) -> bool) -> Self {
+    pub fn new(
+        calls: &'t [Call],
+        client: Client,
+        facts: &EndpointFacts,
+        is_pointless: &dyn Fn(&Call, HeaderFamily) -> bool,
+    ) -> Self {
         let Client { preference, usual_header } = client;
         let wanted = preference.surface.filter(|wanted| calls.iter().any(|call| call.probe.surface == *wanted));
         let rungs: Vec<Rung<'t>> = calls
@@ -138,7 +143,9 @@ impl<'t> ProbePlan<'t> {
             .filter(|call| wanted.is_none_or(|wanted| !call.probe.surface.is_inference() || call.probe.surface == wanted))
             .map(|call| Rung { call, order: facts.order(&call.probe.auth, preference.family) })
             .collect();
-        let useful = |rung: &Rung<'_>| rung.order.first().and_then(|group| group.first()).is_none_or(|first| !is_pointless(rung.call, *first));
+        let useful = |rung: &Rung<'_>| {
+            rung.order.first().and_then(|group| group.first()).is_none_or(|first| !is_pointless(rung.call, *first))
+        };
         let any_useful = rungs.iter().any(useful);
         let mut rungs = rungs;
         if any_useful {
@@ -166,7 +173,7 @@ impl<'t> ProbePlan<'t> {
     }
 
     /// What to ask, or the end.
-    pub fn next(&mut self) -> Next<'t> {
+    pub fn proceed(&mut self) -> Next<'t> {
         let Some(Rung { call, order }) = self.rungs.get(self.at) else { return Next::Done(self.end()) };
         let families = order.get(self.group).cloned().unwrap_or_default();
         match &self.state {
@@ -222,23 +229,31 @@ impl<'t> ProbePlan<'t> {
         let Some(Rung { call, .. }) = self.rungs.get(self.at) else { return };
         let status = heard.look.status;
         match (&heard.reading.classification, calibration) {
-            (Classification::Accepted, _) => match (is_believed(call.probe.refuses_bad_keys, calibration), self.families().as_slice()) {
-                (true, [one]) => self.accept(*one, &heard),
-                (true, several) => self.state = State::Identify(several.to_vec(), heard),
-                (false, _) if self.group > 0 => self.finish_rung(),
-                (false, _) => {
-                    let cause = if *calibration == Calibration::AcceptsAnyone { Cause::AcceptsAnyone } else { Cause::MadeUpKeyUntold };
-                    self.fall_back_on(self.finding(Verdict::NotCalibrated, Some(cause), Some(status)));
-                    self.no_api = false;
-                    self.step();
+            (Classification::Accepted, _) => {
+                match (is_believed(call.probe.refuses_bad_keys, calibration), self.families().as_slice()) {
+                    (true, [one]) => self.accept(*one, &heard),
+                    (true, several) => self.state = State::Identify(several.to_vec(), heard),
+                    (false, _) if self.group > 0 => self.finish_rung(),
+                    (false, _) => {
+                        let cause = if *calibration == Calibration::AcceptsAnyone {
+                            Cause::AcceptsAnyone
+                        } else {
+                            Cause::MadeUpKeyUntold
+                        };
+                        self.fall_back_on(self.finding(Verdict::NotCalibrated, Some(cause), Some(status)));
+                        self.no_api = false;
+                        self.step();
+                    }
                 }
-            },
+            }
             // The same status and code, whatever the words.
             (Classification::Forbidden(code), Calibration::Refuses { look, .. }) if look.status == 403 && look.code == *code => {
                 self.refuse(self.finding(Verdict::Invalid, Some(Cause::AsAMadeUpKey), Some(status)));
             }
             (Classification::Forbidden(_), Calibration::Refuses { in_words: true, .. }) => self.restrict(status),
-            (Classification::Forbidden(_), _) => self.refuse(self.finding(Verdict::Forbidden, Some(heard.reading.cause), Some(status))),
+            (Classification::Forbidden(_), _) => {
+                self.refuse(self.finding(Verdict::Forbidden, Some(heard.reading.cause), Some(status)))
+            }
             (Classification::Restricted, Calibration::Refuses { look, .. }) if look.is_like(&heard.look) => {
                 self.refuse(self.finding(Verdict::Invalid, Some(Cause::AsAMadeUpKey), Some(status)));
             }
@@ -284,7 +299,9 @@ impl<'t> ProbePlan<'t> {
         let Reading { classification, by, cause, stop } = &heard.reading;
         let finding = |verdict| self.finding(verdict, Some(*cause), status);
         match classification {
-            Classification::Accepted | Classification::Forbidden(_) | Classification::Unread => self.state = State::Control(heard),
+            Classification::Accepted | Classification::Forbidden(_) | Classification::Unread => {
+                self.state = State::Control(heard)
+            }
             Classification::Restricted if *by == ReadBy::CommonCode => self.state = State::Control(heard),
             Classification::Restricted => self.restrict(heard.look.status),
             Classification::Verdict(Verdict::Invalid) => self.refuse(finding(Verdict::Invalid)),
@@ -315,7 +332,12 @@ impl<'t> ProbePlan<'t> {
 
     /// No answer takes away neither a refusal nor an earlier "yes" that could not be shown to prove anything.
     fn take_silence(&mut self, finding: Finding) {
-        if matches!(self.state, State::Identify(..)) || self.group > 0 {
+        if let State::Identify(families, first) = &self.state {
+            // One of them was the right one: the key is good, whatever comes of the search for which.
+            let (one, first) = (families.first().copied(), first.clone());
+            return one.map_or((), |one| self.accept(one, &first));
+        }
+        if self.group > 0 {
             return self.finish_rung();
         }
         self.state = State::Done(match self.fallback.take() {

@@ -86,7 +86,9 @@ impl RequestFacts {
             }
             Calibration::AcceptsAnyone => Calibration::AcceptsAnyone,
             Calibration::Refuses { look, in_words, .. } => {
-                let contrasts = |(accepted, at): &(String, Duration)| now.abs_diff(*at) <= CONTRAST && in_the_same_case(&look, accepted, model);
+                let contrasts = |(accepted, at): &(String, Duration)| {
+                    now.abs_diff(*at) <= CONTRAST && in_the_same_case(&look, accepted, model)
+                };
                 let in_contrast = self.accepted.iter().any(contrasts);
                 Calibration::Refuses { look, in_words, in_contrast }
             }

@@ -16,7 +16,7 @@ use tracing::Instrument;
 
 use self::{
     address::{Guard, Unresolved},
-    endpoints::{Endpoints, header_of},
+    endpoints::{BUDGET as MAX_BUDGET, Endpoints, header_of, made_up_key},
 };
 use crate::{
     core::{
@@ -146,6 +146,12 @@ impl HttpProber {
         let finding = run_plan(&self.http, self.endpoints.as_ref(), target, secret, deadline, &mut attempts).await;
         (finding, attempts)
     }
+
+    /// One request with a made-up key that begins like this vendor's, or, in no header, without any: for commands that look for what has
+    /// changed.
+    pub async fn control(&self, call: &Call, families: &[HeaderFamily], key_prefix: Option<&str>) -> ProbeResponse {
+        ask(&self.http, call, families, &made_up_key(key_prefix), Instant::now() + MAX_BUDGET).await
+    }
 }
 
 impl Measured for HttpProber {
@@ -182,7 +188,7 @@ async fn run_plan(
     // The last request in several headers at once.
     let mut in_several: Option<(&Call, Vec<HeaderFamily>)> = None;
     let finding = loop {
-        match plan.next() {
+        match plan.proceed() {
             Next::Done(finding) => break finding,
             Next::Ask { call, families } => {
                 let began = Instant::now();

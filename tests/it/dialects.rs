@@ -235,8 +235,7 @@ async fn decide(engine: &Engine, key: &str, organization: &str) -> Decided {
         organization_id: organization.into(),
         ..Spec::default()
     };
-    let message =
-        pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: 1, explain: true, ..Default::default() };
+    let message = pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: 1, explain: true, ..Default::default() };
     engine.decide(&convert::request(message).unwrap(), Instant::now() + PATIENCE).await
 }
 

@@ -13,7 +13,8 @@ use super::{
     AcceptsKeysOf, BodyTest, Catalogue, CommonCodes, Confidence, Expected, HostRow, KeyKind, KeyShape, Kind, Probe, Signal,
     SignalOutcome, Unprobed, UnprobedReason,
     file::{
-        CatalogueFile, CodesFile, CommonCodesFile, ExpectFile, HostFile, KeyShapeFile, OneOrMany, ProbeFile, SignalFile, UnprobedFile,
+        CatalogueFile, CodesFile, CommonCodesFile, ExpectFile, HostFile, KeyShapeFile, OneOrMany, ProbeFile, SignalFile,
+        UnprobedFile,
     },
 };
 use crate::{
@@ -113,18 +114,8 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
     let common_codes = Arc::new(common_codes);
     let free_models = free_models.unwrap_or_default().into();
     let base_url_env = surfaces;
-    let mut value = Catalogue {
-        revision,
-        hosts,
-        homes,
-        unprobed,
-        key_shapes,
-        base_url_env,
-        common_codes,
-        free_models,
-        openai,
-        anthropic,
-    };
+    let mut value =
+        Catalogue { revision, hosts, homes, unprobed, key_shapes, base_url_env, common_codes, free_models, openai, anthropic };
     value.share_codes();
     Ok(Loaded { value, warnings })
 }
@@ -152,7 +143,8 @@ fn check_common_codes(file: CommonCodesFile, problems: &mut Vec<Problem>) -> Com
         };
         for name in names {
             let meanings = codes.entry(name.to_ascii_lowercase()).or_default();
-            let taken = meanings.iter().any(|(other, _)| other.is_empty() || other.iter().any(|status| statuses.contains(status)));
+            let taken =
+                meanings.iter().any(|(other, _)| other.is_empty() || other.iter().any(|status| statuses.contains(status)));
             if taken {
                 problems.push(Problem::at(&place, format!("`{name}` has a meaning already")));
             }

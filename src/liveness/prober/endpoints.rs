@@ -35,7 +35,7 @@ const GOOD_FOR: Duration = Duration::from_secs(6 * 3600);
 /// How long a path that is not there stays unasked: lists are added one day.
 const ABSENT_FOR: Duration = Duration::from_secs(3600);
 /// The time for one made-up request. Nobody waits for longer than their own budget.
-const BUDGET: Duration = Duration::from_secs(10);
+pub(super) const BUDGET: Duration = Duration::from_secs(10);
 /// How many requests and endpoints are remembered: far more than any catalogue has.
 const MAX_ENTRIES: u64 = 10_000;
 /// How many made-up keys may be under way at a time.
@@ -102,7 +102,10 @@ impl Endpoints {
     /// In which headers this endpoint takes a credential, as far as it has taught.
     pub(super) fn facts_of(&self, endpoint: &Endpoint) -> EndpointFacts {
         let known = self.bases.get(&endpoint.base_identity);
-        known.map(|known| lock(&known).clone()).filter(|known| Instant::now() < known.until).map_or_else(EndpointFacts::default, |known| known.facts)
+        known
+            .map(|known| lock(&known).clone())
+            .filter(|known| Instant::now() < known.until)
+            .map_or_else(EndpointFacts::default, |known| known.facts)
     }
 
     /// This request tells nothing of a key: anybody is accepted, or it is not there.
@@ -193,7 +196,7 @@ impl Endpoints {
     ) -> impl Future<Output = Calibration> + Send + use<> {
         let (endpoints, call, families) = (self.clone(), call.clone(), families.to_vec());
         let (provider, host) = (target.endpoint.provider.clone(), target.endpoint.host.clone());
-        let made_up = made_up_key(target.endpoint.key_prefix.as_deref().unwrap_or(USUAL_PREFIX));
+        let made_up = made_up_key(target.endpoint.key_prefix.as_deref());
         async move {
             let exchange = endpoints.http.exchange(&call, &families, &made_up, Instant::now() + BUDGET).await;
             let told = match exchange {
@@ -245,8 +248,8 @@ impl Measured for Endpoints {
         for ([provider, header, result], count) in &shown.sent {
             sent.add(&[(PROVIDER, provider), ("header", header), ("result", result)], count);
         }
-        let mut no_api =
-            page.gauge("byokgate_no_api_at_base_url", "1 where everybody gets a page or no such path, so that the base URL is wrong");
+        let mut no_api = page
+            .gauge("byokgate_no_api_at_base_url", "1 where everybody gets a page or no such path, so that the base URL is wrong");
         for ([provider, host], missing) in &shown.no_api {
             no_api.add(&[(PROVIDER, provider), ("host", host)], u64::from(*missing));
         }
@@ -307,7 +310,7 @@ impl Asked {
 }
 
 /// A key of the vendor's shape that nobody issued.
-fn made_up_key(prefix: &str) -> Secret {
+pub(super) fn made_up_key(prefix: Option<&str>) -> Secret {
     let random = rand::rng().sample_iter(Alphanumeric).take(RANDOM_CHARACTERS).map(char::from);
-    Secret::new(prefix.chars().chain(random).collect())
+    Secret::new(prefix.unwrap_or(USUAL_PREFIX).chars().chain(random).collect())
 }
