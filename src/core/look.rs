@@ -16,7 +16,7 @@ const MAX_WORDS: usize = 256;
 const ONE_IN: usize = 8;
 /// A longer word is an id, a token, or a key.
 const MAX_WORD: usize = 32;
-/// A shorter part of a key is a word by chance.
+/// A shorter key, or part of one, is a word by chance.
 const MIN_ECHO: usize = 8;
 
 /// What an answer looks like.
@@ -82,7 +82,8 @@ impl Look {
 /// It is another one in each answer.
 fn varies(word: &str, credential: &str) -> bool {
     let masked = word.contains("**") || word.contains("...") || word.contains('…');
-    let echoed = !credential.is_empty() && (word.contains(credential) || word.len() >= MIN_ECHO && credential.contains(word));
+    let echoed =
+        credential.len() >= MIN_ECHO && (word.contains(credential) || word.len() >= MIN_ECHO && credential.contains(word));
     masked || echoed || word.len() > MAX_WORD || word.bytes().any(|byte| byte.is_ascii_digit())
 }
 
@@ -108,28 +109,41 @@ mod tests {
 
     #[test]
     fn what_varies_by_nature_makes_no_difference() {
-        alike(true, (401, "", "a"), (401, "  ", "b"));
-        alike(true, (401, "Unauthorized (req_9f3a1c, 12:07:44)", "a"), (401, "Unauthorized (req_0b77de, 12:08:01)", "b"));
+        alike(true, (401, "", "made-up-key-one"), (401, "  ", "made-up-key-two"));
+        alike(
+            true,
+            (401, "Unauthorized (req_9f3a1c, 12:07:44)", "made-up-key-one"),
+            (401, "Unauthorized (req_0b77de, 12:08:01)", "made-up-key-two"),
+        );
         alike(true, (401, "key tenant-one is unknown", "tenant-one"), (401, "key sk-made-up is unknown", "sk-made-up"));
         let masked =
             |tail: &str| format!(r#"{{"error":{{"message":"Incorrect API key provided: sk-ab***{tail}.","code":"x"}}}}"#);
-        alike(true, (401, &masked("wxyz"), "a"), (401, &masked("qrst"), "b"));
+        alike(true, (401, &masked("wxyz"), "made-up-key-one"), (401, &masked("qrst"), "made-up-key-two"));
         let with_id =
             |id: &str| format!(r#"{{"type":"error","error":{{"type":"x","message":"no such key"}},"request_id":"{id}"}}"#);
-        alike(true, (400, &with_id("reqabcdefgh"), "a"), (400, &with_id("reqijklmnop"), "b"));
+        alike(true, (400, &with_id("reqabcdefgh"), "made-up-key-one"), (400, &with_id("reqijklmnop"), "made-up-key-two"));
     }
 
     #[test]
     fn another_answer_is_another() {
-        alike(false, (401, "APIKEY is invalid", "a"), (401, "APIKEY is missing", "b"));
-        alike(false, (401, "no", "a"), (403, "no", "b"));
-        alike(false, (401, "no", "a"), (401, "", "b"));
-        alike(false, (401, r#"{"error":{"code":"a"}}"#, "a"), (401, r#"{"error":{"code":"b"}}"#, "b"));
-        alike(false, (200, r#"{"code":500,"data":null}"#, "a"), (200, r#"{"code":401,"data":null}"#, "b"));
-        alike(false, (401, r#""unauthorized""#, "a"), (401, "unauthorized", "b"));
-        let (page, text) = (look(401, "unauthorized", true, "a"), look(401, "unauthorized", false, "a"));
+        alike(false, (401, "APIKEY is invalid", "made-up-key-one"), (401, "APIKEY is missing", "made-up-key-two"));
+        alike(false, (401, "no", "made-up-key-one"), (403, "no", "made-up-key-two"));
+        alike(false, (401, "no", "made-up-key-one"), (401, "", "made-up-key-two"));
+        alike(
+            false,
+            (401, r#"{"error":{"code":"a"}}"#, "made-up-key-one"),
+            (401, r#"{"error":{"code":"b"}}"#, "made-up-key-two"),
+        );
+        alike(
+            false,
+            (200, r#"{"code":500,"data":null}"#, "made-up-key-one"),
+            (200, r#"{"code":401,"data":null}"#, "made-up-key-two"),
+        );
+        alike(false, (401, r#""unauthorized""#, "made-up-key-one"), (401, "unauthorized", "made-up-key-two"));
+        let (page, text) =
+            (look(401, "unauthorized", true, "made-up-key-one"), look(401, "unauthorized", false, "made-up-key-one"));
         assert!(!page.is_like(&text), "a page is not a text of the same words");
         let (login, block) = ("<html>please sign in to go on</html>", "<html>this site is blocked by policy</html>");
-        alike(false, (200, login, "a"), (200, block, "b"));
+        alike(false, (200, login, "made-up-key-one"), (200, block, "made-up-key-two"));
     }
 }
