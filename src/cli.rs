@@ -5,6 +5,7 @@ mod args;
 mod check;
 mod classify;
 mod config;
+mod copy;
 mod decide;
 mod exec;
 mod exit;
@@ -53,6 +54,8 @@ enum Command {
     Config(config::ConfigArgs),
     /// Ask a server whether it serves.
     Health(health::HealthArgs),
+    /// Copy this executable to FILE, for a container whose image does not have it.
+    Copy(copy::CopyArgs),
 }
 
 // === running ===
@@ -70,7 +73,8 @@ impl Cli {
             | Command::Check(_)
             | Command::Classify(_)
             | Command::Config(_)
-            | Command::Health(_) => ("error", LogTo::StderrText),
+            | Command::Health(_)
+            | Command::Copy(_) => ("error", LogTo::StderrText),
         };
         let log = match telemetry::init(log.as_deref().unwrap_or(default), to) {
             Ok(log) => log,
@@ -97,6 +101,7 @@ impl Command {
             Self::Classify(args) => classify::run(args),
             Self::Config(args) => config::run(args),
             Self::Health(args) => block_on(health::run(args))?,
+            Self::Copy(args) => copy::run(args),
         }
     }
 }
