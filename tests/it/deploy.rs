@@ -134,6 +134,45 @@ async fn the_documents_of_the_base_are_the_built_in_ones() {
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");
 }
 
+/// The schema of the chart refuses a section that is misspelt; so it has to know them all.
+#[test]
+fn the_chart_knows_every_section_of_the_settings() {
+    let schema: Value = serde_json::from_str(&fs::read_to_string(deploy().join("helm/values.schema.json")).unwrap()).unwrap();
+    let names = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
+    assert_eq!(names(&schema["properties"]["config"]["properties"]), names(&tree(&deploy().join("byok-gate.yaml"))));
+    // And every value of the chart, so that none is refused that it has.
+    let values = tree(&deploy().join("helm/values.yaml"));
+    let known = names(&schema["properties"]);
+    assert!(names(&values).is_subset(&known), "{:?}", names(&values).difference(&known));
+}
+
+/// One name and one version, whoever names the image.
+#[test]
+fn the_image_is_called_the_same_everywhere() {
+    let version = env!("CARGO_PKG_VERSION");
+    let image = format!("byok-gate:{version}");
+    let mut named = 0;
+    for (path, manifest) in manifests() {
+        for value in all(&manifest) {
+            if let Some(name) = value["newName"].as_str().filter(|name| *name == "byok-gate") {
+                assert_eq!((name, value["newTag"].as_str()), ("byok-gate", Some(version)), "{}", path.display());
+                named += 1;
+            }
+            for name in [&value["image"], &value["reference"]].into_iter().filter_map(Value::as_str) {
+                // Kustomize gives the tag to the one without.
+                if name.split(':').next() == Some("byok-gate") && name != "byok-gate" {
+                    assert_eq!(name, image, "{}", path.display());
+                    named += 1;
+                }
+            }
+        }
+    }
+    assert_eq!(named, 5, "base, sidecar, init-gate; exec's volume; compose.yaml");
+    let chart = tree(&deploy().join("helm/Chart.yaml"));
+    assert_eq!((&chart["version"], &chart["appVersion"]), (&version.into(), &version.into()));
+    assert_eq!(tree(&deploy().join("helm/values.yaml"))["image"]["repository"], "byok-gate");
+}
+
 #[test]
 fn every_container_of_ours_is_locked_down() {
     let mut containers = 0;
