@@ -215,7 +215,44 @@ async fn a_copy_of_the_binary_is_the_binary() {
     let within = binary::run(&["copy", folder.path().to_str().unwrap()], &[]).await;
     assert!(within.status.code() == Some(2) && within.stderr.contains("name the file within it"), "{within:?}");
     let nowhere = binary::run(&["copy", "/nowhere/byok-gate"], &[]).await;
-    assert!(nowhere.status.code() == Some(1) && nowhere.stderr.contains("/nowhere/byok-gate could not be written"), "{nowhere:?}");
+    assert!(
+        nowhere.status.code() == Some(1) && nowhere.stderr.contains("/nowhere/byok-gate could not be written"),
+        "{nowhere:?}"
+    );
+}
+
+/// A registry in a page that people copy from.
+#[tokio::test]
+async fn the_registry_of_the_page_about_self_hosted_servers_stands() {
+    let page = fs::read_to_string(deploy().join("../docs/self-hosted.md")).unwrap();
+    let registry = page.split("```yaml\n").nth(1).unwrap().split("```").next().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("providers.yaml");
+    fs::write(&path, registry).unwrap();
+    let ended = binary::run(&["check", "--strict", "--registry", path.to_str().unwrap()], &[]).await;
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+}
+
+/// What a package ships beside the binary: of every command that people see, its flags and its page.
+#[tokio::test]
+async fn completions_and_manual_are_what_the_commands_are() {
+    let help = binary::run(&["--help"], &[]).await.stdout;
+    let commands = help.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    let commands: Vec<&str> = commands.lines().map(|line| line.split_whitespace().next().unwrap()).collect();
+    assert!(commands.contains(&"serve") && commands.contains(&"copy") && !commands.contains(&"man"), "{commands:?}");
+    for shell in ["bash", "zsh", "fish"] {
+        let script = binary::run(&["completions", shell], &[]).await.stdout;
+        let missing: Vec<_> = commands.iter().filter(|command| !script.contains(**command)).collect();
+        assert!(missing.is_empty() && script.contains("probe-catalog"), "{shell}: {missing:?}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let ended = binary::run(&["man", folder.path().to_str().unwrap()], &[]).await;
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+    for command in commands.into_iter().filter(|command| *command != "help") {
+        let page = fs::read_to_string(folder.path().join(format!("byok-gate-{command}.1"))).unwrap();
+        assert!(page.contains(".TH") && page.contains(".SH"), "{command}: {page}");
+    }
+    assert!(fs::read_to_string(folder.path().join("byok-gate.1")).unwrap().contains("byok\\-gate\\-serve(1)"));
 }
 
 /// Where numbers are shown, somebody is let in to them, and they are found: settings, port, policy and annotation agree.
