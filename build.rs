@@ -1,4 +1,4 @@
-//! Compiles the proto without a system `protoc` and keeps its descriptors for gRPC reflection.
+//! Compiles the proto without a system `protoc` and keeps its descriptors for gRPC reflection. Tells the crate its version with the commit.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
@@ -11,6 +11,11 @@ const HOLD_A_CREDENTIAL: [&str; 4] =
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
+    println!("cargo:rerun-if-env-changed=BYOK_GATE_REVISION");
+    // Absent outside of the scripts that build a release: a build does not depend on what else lies beside it.
+    let revision = env::var("BYOK_GATE_REVISION").ok().filter(|revision| !revision.is_empty());
+    let version = env::var("CARGO_PKG_VERSION")?;
+    println!("cargo:rustc-env=BYOK_GATE_VERSION={version}{}", revision.map(|it| format!(" ({it})")).unwrap_or_default());
     let descriptors = protox::compile(["byokgate/v1/policy_decision.proto"], ["proto"])?;
     let out_dir = PathBuf::from(env::var("OUT_DIR")?);
     fs::write(out_dir.join("descriptors.bin"), descriptors.encode_to_vec())?;

@@ -5,7 +5,9 @@ mod args;
 mod catalogue;
 mod check;
 mod classify;
+mod completions;
 mod config;
+mod copy;
 mod decide;
 mod exec;
 mod exit;
@@ -17,7 +19,7 @@ mod serve;
 
 use std::io::{self, Write};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 pub use self::exit::Exit;
 use self::exit::{UsageError, exit_of};
@@ -25,7 +27,7 @@ use crate::telemetry::{self, LogError, LogTo, log_writer::LogWriter};
 
 /// Decides whether an AI-agent workspace may start, and who pays for its model calls.
 #[derive(Debug, Parser)]
-#[command(name = "byok-gate", version)]
+#[command(name = "byok-gate", version = env!("BYOK_GATE_VERSION"))]
 pub struct Cli {
     /// What is logged: off, error, warn, info, debug, trace, or a filter such as `info,byok_gate=debug`.
     #[arg(long, global = true, value_name = "FILTER")]
@@ -56,6 +58,14 @@ enum Command {
     Config(config::ConfigArgs),
     /// Ask a server whether it serves.
     Health(health::HealthArgs),
+    /// Copy this executable to FILE, for a container whose image does not have it.
+    Copy(copy::CopyArgs),
+    /// Write the completions of a shell to standard output.
+    #[command(hide = true)]
+    Completions(completions::CompletionsArgs),
+    /// Write the manual's pages.
+    #[command(hide = true)]
+    Man(completions::ManArgs),
 }
 
 // === running ===
@@ -74,7 +84,10 @@ impl Cli {
             | Command::Catalogue(_)
             | Command::Classify(_)
             | Command::Config(_)
-            | Command::Health(_) => ("error", LogTo::StderrText),
+            | Command::Health(_)
+            | Command::Copy(_)
+            | Command::Completions(_)
+            | Command::Man(_) => ("error", LogTo::StderrText),
         };
         let log = match telemetry::init(log.as_deref().unwrap_or(default), to) {
             Ok(log) => log,
@@ -102,6 +115,9 @@ impl Command {
             Self::Classify(args) => classify::run(args),
             Self::Config(args) => config::run(args),
             Self::Health(args) => block_on(health::run(args))?,
+            Self::Copy(args) => copy::run(args),
+            Self::Completions(args) => completions::completions(args, Cli::command()),
+            Self::Man(args) => completions::man(args, Cli::command()),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -14,11 +15,14 @@ fn deploy() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("deploy")
 }
 
-/// Every file below `deploy/` with this end to its name.
+/// Every file below `deploy/` with this end to its name. The chart's templates are no YAML yet: deploy/kubernetes/check fills them in.
 fn files(end: &str) -> Vec<PathBuf> {
     fn walk(folder: &Path, end: &str, found: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
+            if path.ends_with("helm/templates") {
+                continue;
+            }
             if path.is_dir() {
                 walk(&path, end, found);
             } else if path.to_str().unwrap().ends_with(end) {
@@ -54,7 +58,7 @@ fn all(value: &Value) -> Vec<&Value> {
 
 /// Every command line of byok-gate there is: a list that begins with one of its commands, or with the binary and one of them.
 fn command_lines() -> Vec<(PathBuf, Vec<String>)> {
-    const COMMANDS: [&str; 3] = ["serve", "exec", "health"];
+    const COMMANDS: [&str; 4] = ["serve", "exec", "health", "copy"];
     let mut found = Vec::new();
     for (path, manifest) in manifests() {
         for list in all(&manifest).into_iter().filter_map(Value::as_array) {
@@ -78,7 +82,7 @@ fn command_lines() -> Vec<(PathBuf, Vec<String>)> {
 async fn every_flag_of_every_command_line_is_one_of_the_binary() {
     let lines = command_lines();
     let of = |command: &str| lines.iter().filter(|(_, words)| words[0] == command).count();
-    assert!(of("serve") >= 5 && of("exec") >= 1 && of("health") >= 6, "{lines:?}");
+    assert!(of("serve") >= 5 && of("exec") >= 4 && of("health") >= 6 && of("copy") >= 1, "{lines:?}");
     for (path, words) in &lines {
         let help = binary::run(&[&words[0], "--help"], &[]).await.stdout;
         let known: BTreeSet<&str> = help.split([' ', '\n', ',', '[']).filter(|word| word.starts_with("--")).collect();
@@ -130,6 +134,45 @@ async fn the_documents_of_the_base_are_the_built_in_ones() {
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");
 }
 
+/// The schema of the chart refuses a section that is misspelt; so it has to know them all.
+#[test]
+fn the_chart_knows_every_section_of_the_settings() {
+    let schema: Value = serde_json::from_str(&fs::read_to_string(deploy().join("helm/values.schema.json")).unwrap()).unwrap();
+    let names = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
+    assert_eq!(names(&schema["properties"]["config"]["properties"]), names(&tree(&deploy().join("byok-gate.yaml"))));
+    // And every value of the chart, so that none is refused that it has.
+    let values = tree(&deploy().join("helm/values.yaml"));
+    let known = names(&schema["properties"]);
+    assert!(names(&values).is_subset(&known), "{:?}", names(&values).difference(&known));
+}
+
+/// One name and one version, whoever names the image.
+#[test]
+fn the_image_is_called_the_same_everywhere() {
+    let version = env!("CARGO_PKG_VERSION");
+    let image = format!("byok-gate:{version}");
+    let mut named = 0;
+    for (path, manifest) in manifests() {
+        for value in all(&manifest) {
+            if let Some(name) = value["newName"].as_str().filter(|name| *name == "byok-gate") {
+                assert_eq!((name, value["newTag"].as_str()), ("byok-gate", Some(version)), "{}", path.display());
+                named += 1;
+            }
+            for name in [&value["image"], &value["reference"]].into_iter().filter_map(Value::as_str) {
+                // Kustomize gives the tag to the one without.
+                if name.split(':').next() == Some("byok-gate") && name != "byok-gate" {
+                    assert_eq!(name, image, "{}", path.display());
+                    named += 1;
+                }
+            }
+        }
+    }
+    assert_eq!(named, 5, "base, sidecar, init-gate; exec's volume; compose.yaml");
+    let chart = tree(&deploy().join("helm/Chart.yaml"));
+    assert_eq!((&chart["version"], &chart["appVersion"]), (&version.into(), &version.into()));
+    assert_eq!(tree(&deploy().join("helm/values.yaml"))["image"]["repository"], "byok-gate");
+}
+
 #[test]
 fn every_container_of_ours_is_locked_down() {
     let mut containers = 0;
@@ -149,7 +192,67 @@ fn every_container_of_ours_is_locked_down() {
             assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault", "{}", path.display());
         }
     }
-    assert_eq!(containers, 3);
+    assert_eq!(containers, 5);
+}
+
+/// The binary gets into a tenant's container by its own doing, since its image has no `cp`.
+#[tokio::test]
+async fn a_copy_of_the_binary_is_the_binary() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("byok-gate");
+    let to = to.to_str().unwrap();
+    // An init container may be run again, and finds what it left; or what it left half.
+    fs::write(folder.path().join("byok-gate.half"), "half").unwrap();
+    for _ in 0..2 {
+        let ended = binary::run(&["copy", to], &[]).await;
+        assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+    }
+    let version = tokio::process::Command::new(to).arg("--version").output().await.unwrap();
+    assert_eq!(String::from_utf8(version.stdout).unwrap(), binary::run(&["--version"], &[]).await.stdout);
+    assert_eq!(fs::metadata(to).unwrap().permissions().mode() & 0o777, 0o755, "the agent is another user");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing else is left");
+
+    let within = binary::run(&["copy", folder.path().to_str().unwrap()], &[]).await;
+    assert!(within.status.code() == Some(2) && within.stderr.contains("name the file within it"), "{within:?}");
+    let nowhere = binary::run(&["copy", "/nowhere/byok-gate"], &[]).await;
+    assert!(
+        nowhere.status.code() == Some(1) && nowhere.stderr.contains("/nowhere/byok-gate could not be written"),
+        "{nowhere:?}"
+    );
+}
+
+/// A registry in a page that people copy from.
+#[tokio::test]
+async fn the_registry_of_the_page_about_self_hosted_servers_stands() {
+    let page = fs::read_to_string(deploy().join("../docs/self-hosted.md")).unwrap();
+    let registry = page.split("```yaml\n").nth(1).unwrap().split("```").next().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("providers.yaml");
+    fs::write(&path, registry).unwrap();
+    let ended = binary::run(&["check", "--strict", "--registry", path.to_str().unwrap()], &[]).await;
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+}
+
+/// What a package ships beside the binary: of every command that people see, its flags and its page.
+#[tokio::test]
+async fn completions_and_manual_are_what_the_commands_are() {
+    let help = binary::run(&["--help"], &[]).await.stdout;
+    let commands = help.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    let commands: Vec<&str> = commands.lines().map(|line| line.split_whitespace().next().unwrap()).collect();
+    assert!(commands.contains(&"serve") && commands.contains(&"copy") && !commands.contains(&"man"), "{commands:?}");
+    for shell in ["bash", "zsh", "fish"] {
+        let script = binary::run(&["completions", shell], &[]).await.stdout;
+        let missing: Vec<_> = commands.iter().filter(|command| !script.contains(**command)).collect();
+        assert!(missing.is_empty() && script.contains("probe-catalog"), "{shell}: {missing:?}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let ended = binary::run(&["man", folder.path().to_str().unwrap()], &[]).await;
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+    for command in commands.into_iter().filter(|command| *command != "help") {
+        let page = fs::read_to_string(folder.path().join(format!("byok-gate-{command}.1"))).unwrap();
+        assert!(page.contains(".TH") && page.contains(".SH"), "{command}: {page}");
+    }
+    assert!(fs::read_to_string(folder.path().join("byok-gate.1")).unwrap().contains("byok\\-gate\\-serve(1)"));
 }
 
 /// Where numbers are shown, somebody is let in to them, and they are found: settings, port, policy and annotation agree.
