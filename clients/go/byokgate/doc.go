@@ -43,6 +43,6 @@
 //
 // # Switching it on
 //
-// [Client.WithReportOnly] gives a [Reporter], which asks, logs and counts but has no answer that could be taken for an
+// [Client.ReportOnly] gives a [Reporter], which asks, logs and counts but has no answer that could be taken for an
 // [Allowed]: the platform's own checks go on deciding.
 package byokgate

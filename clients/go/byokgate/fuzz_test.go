@@ -30,7 +30,7 @@ func FuzzReply(f *testing.F) {
 		if proto.Unmarshal(text, &response) != nil {
 			return
 		}
-		allowed, refusal := read(Spec{Runtime: "agent", Model: "acme-large"}, &response)
+		allowed, refusal := read(&Spec{Runtime: "agent", Model: "acme-large"}, &response)
 		if (refusal == nil) != saysAllow(text) {
 			t.Fatalf("read %v, %v from %x", allowed, refusal, text)
 		}
@@ -55,10 +55,22 @@ func FuzzReply(f *testing.F) {
 	})
 }
 
-// saysAllow walks over the fields: the last decision is an allow, there is an id, and the last billing mode is 1, 2 or 3.
+// saysAllow walks over the fields: the last decision is an allow, there is an id, and who pays is 1, 2 or 3 in the allow and the same in the
+// resolution.
 func saysAllow(text []byte) bool {
 	var allowed, identified bool
-	var mode int32
+	var mode, resolved int32
+	varint := func(message []byte, field protowire.Number, into *int32) {
+		for len(message) > 0 {
+			number, kind, size := protowire.ConsumeTag(message)
+			message = message[size:]
+			if number == field && kind == protowire.VarintType {
+				found, _ := protowire.ConsumeVarint(message)
+				*into = int32(found)
+			}
+			message = message[protowire.ConsumeFieldValue(number, kind, message):]
+		}
+	}
 	for len(text) > 0 {
 		number, kind, size := protowire.ConsumeTag(text)
 		text = text[size:]
@@ -72,20 +84,17 @@ func saysAllow(text []byte) bool {
 		case 1:
 			identified = len(value) > 0
 		case 2:
+			if !allowed {
+				// Another member of the oneof before it is gone; a second allow is merged into the first.
+				mode = 0
+			}
 			allowed = true
+			varint(value, 1, &mode)
 		case 3:
 			allowed = false
 		case 4:
-			for len(value) > 0 {
-				number, kind, size := protowire.ConsumeTag(value)
-				value = value[size:]
-				if number == 2 && kind == protowire.VarintType {
-					found, _ := protowire.ConsumeVarint(value)
-					mode = int32(found)
-				}
-				value = value[protowire.ConsumeFieldValue(number, kind, value):]
-			}
+			varint(value, 2, &resolved)
 		}
 	}
-	return allowed && identified && mode >= 1 && mode <= 3
+	return allowed && identified && mode >= 1 && mode <= 3 && mode == resolved
 }

@@ -1,11 +1,13 @@
+//go:build go1.24
+
 package byokgate
 
 import (
 	"bufio"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"sync"
@@ -146,7 +148,7 @@ func TestHostilePeersAreNeverAnAllow(t *testing.T) {
 				_, _ = bufio.NewReader(conn).ReadString('\n')
 				_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 5\r\n\r\n<html")
 			})
-		}, 503},
+		}, 500},
 		"speaks TLS": {func(t *testing.T) string {
 			certificates := newCertificates(t)
 			return serveGRPC(t, listenTCP(t), func(*grpc.Server) {}, certificates.serverOption(false))
@@ -269,7 +271,13 @@ func TestContextsThatAreOver(t *testing.T) {
 	defer cancel()
 	for name, ctx := range map[string]context.Context{"cancelled": cancelled, "past": late} {
 		allowed, err := client.Decide(ctx, acme())
-		wantUndecided(t, allowed, err, http.StatusServiceUnavailable)
+		want, cause := http.StatusServiceUnavailable, context.DeadlineExceeded
+		if name == "cancelled" {
+			want, cause = statusClientClosed, context.Canceled
+		}
+		if wantUndecided(t, allowed, err, want); !errors.Is(err, cause) || !errors.Is(err, ErrUndecided) || errors.Is(err, ErrDenied) {
+			t.Errorf("%s: %v", name, err)
+		}
 		for _, result := range client.BatchDecide(ctx, []Request{acme()}) {
 			if allowed, err := result.Decision(); err == nil {
 				t.Errorf("%s: %v", name, allowed)
@@ -283,7 +291,7 @@ func TestContextsThatAreOver(t *testing.T) {
 
 func TestAClosedClientIsUndecided(t *testing.T) {
 	_, address := startFake(t)
-	client, err := New(address, WithLogger(slog.New(slog.DiscardHandler)))
+	client, err := New(address, WithLogger(discard))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -323,7 +331,7 @@ func TestAServerThatComesBackIsFound(t *testing.T) {
 		if allowed, err = client.Decide(background(), acme()); err == nil {
 			break
 		}
-		if time.Since(began) > MaxReconnectDelay+grace {
+		if time.Since(began) > maxReconnectDelay+grace {
 			t.Fatalf("not found after %v: %v", time.Since(began), err)
 		}
 	}

@@ -3,7 +3,6 @@ package byokgate
 import (
 	"fmt"
 	"maps"
-	"net/http"
 	"reflect"
 	"strings"
 	"sync"
@@ -35,7 +34,7 @@ func TestReportOnlyIsNeverEnforcement(t *testing.T) {
 	fake, address := startFake(t)
 	seen := &observations{}
 	client, logs := newLoggedClient(t, address, WithObserver(seen.observe))
-	reporter := client.WithReportOnly()
+	reporter := client.ReportOnly(ReportOptions{})
 	ask := func(response *byokgatev1.DecideResponse, fault error) (Report, error) {
 		fake.tell(response, fault)
 		report := reporter.Report(background(), acme())
@@ -44,20 +43,20 @@ func TestReportOnlyIsNeverEnforcement(t *testing.T) {
 	}
 
 	allowed, err := ask(allow(2), nil)
-	if err != nil || allowed.WouldRefuse() != nil || allowed.String() != "byok-gate, report only: would have been allowed" {
+	if err != nil || verdict(allowed) != "would_allow" || allowed.String() != "byok-gate, report only: would have been allowed, billing BYOK" {
 		t.Errorf("%v, %v", allowed, err)
 	}
 	denied, err := ask(missingKey("ACME_API_KEY"), nil)
-	if err == nil || denied.WouldRefuse().Code() != "MISSING_BYOK_CREDENTIAL" {
+	if err == nil || verdict(denied) != "would_deny MISSING_BYOK_CREDENTIAL" {
 		t.Errorf("%v, %v", denied, err)
 	}
 	undecided, err := ask(nil, status.Error(codes.Internal, "-"))
-	if err == nil || undecided.WouldRefuse().HTTPStatus() != http.StatusServiceUnavailable {
+	if err == nil || verdict(undecided) != "would_be_undecided DECISION_UNAVAILABLE" {
 		t.Errorf("%v, %v", undecided, err)
 	}
 
 	counts := reporter.Counts()
-	if want := map[string]uint64{"MISSING_BYOK_CREDENTIAL": 1, CodeDecisionUnavailable: 1}; counts.WouldAllow != 1 || !maps.Equal(counts.WouldRefuse, want) {
+	if want := map[Code]uint64{"MISSING_BYOK_CREDENTIAL": 1, DecisionUnavailable: 1}; counts.WouldAllow != 1 || !maps.Equal(counts.WouldRefuse, want) {
 		t.Errorf("counts %+v", counts)
 	}
 	counts.WouldRefuse["EDITED"] = 1
@@ -65,17 +64,17 @@ func TestReportOnlyIsNeverEnforcement(t *testing.T) {
 		t.Error("Counts is not a copy")
 	}
 	want := []Observation{
-		{Mode: ReportOnly, Checkpoint: Create, Outcome: "would_allow"},
-		{Mode: Enforce, Checkpoint: Create, Outcome: "allowed"},
-		{Mode: ReportOnly, Checkpoint: Create, Outcome: "would_deny", Code: "MISSING_BYOK_CREDENTIAL"},
-		{Mode: Enforce, Checkpoint: Create, Outcome: "denied", Code: "MISSING_BYOK_CREDENTIAL"},
-		{Mode: ReportOnly, Checkpoint: Create, Outcome: "would_be_undecided", Code: CodeDecisionUnavailable},
-		{Mode: Enforce, Checkpoint: Create, Outcome: "undecided", Code: CodeDecisionUnavailable},
+		{Mode: ReportOnly, Checkpoint: Create, Outcome: "would_allow", Provider: "acme", BillingMode: BYOK},
+		{Mode: Enforce, Checkpoint: Create, Outcome: "allowed", Provider: "acme", BillingMode: BYOK},
+		{Mode: ReportOnly, Checkpoint: Create, Outcome: "would_deny", Code: "MISSING_BYOK_CREDENTIAL", Provider: "acme"},
+		{Mode: Enforce, Checkpoint: Create, Outcome: "denied", Code: "MISSING_BYOK_CREDENTIAL", Provider: "acme"},
+		{Mode: ReportOnly, Checkpoint: Create, Outcome: "would_be_undecided", Code: DecisionUnavailable, Reason: ReasonUnreadableReply},
+		{Mode: Enforce, Checkpoint: Create, Outcome: "undecided", Code: DecisionUnavailable, Reason: ReasonUnreadableReply},
 	}
 	if !reflect.DeepEqual(seen.told, want) {
 		t.Errorf("observed\n%+v, expected\n%+v", seen.told, want)
 	}
-	for line := range strings.Lines(logs.String()) {
+	for _, line := range strings.Split(strings.TrimSpace(logs.String()), "\n") {
 		reports := strings.Contains(line, `"mode":"report_only"`)
 		if reports != strings.Contains(line, "report only: would have been") {
 			t.Errorf("a line that could be mistaken: %s", line)
@@ -87,6 +86,14 @@ func TestReportOnlyIsNeverEnforcement(t *testing.T) {
 	if refused := fmt.Sprint(denied); !strings.Contains(refused, "report only") {
 		t.Errorf("a report that could be mistaken: %s", refused)
 	}
+}
+
+func verdict(report Report) string {
+	outcome, refusal := report.Verdict()
+	if refusal == nil {
+		return string(outcome)
+	}
+	return string(outcome) + " " + string(refusal.Code())
 }
 
 // No method of a Reporter or a Report leads to an Allowed, so that code which needs one does not compile with them.

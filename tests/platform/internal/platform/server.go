@@ -125,7 +125,7 @@ func (s *Server) importAll(w http.ResponseWriter, r *http.Request) {
 		requests[index] = s.creation(ids[index], asked[index])
 	}
 	results := make([]ImportedBody, len(asked))
-	for index, result := range s.gate.BatchDecide(gatehttp.Context(r), requests) {
+	for index, result := range s.gate.BatchDecide(r.Context(), requests) {
 		allowed, err := result.Decision()
 		if err != nil {
 			results[index].Refusal = bodyOf(err)
