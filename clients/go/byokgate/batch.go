@@ -232,16 +232,24 @@ func (b *batch) feed() {
 // prepare fetches an item's credentials. It has a place among the lookups, and gives it back.
 func (b *batch) prepare(about *item) {
 	c, spec := b.client, &about.request.Spec
-	fast := true
+	fast, inHand, done := true, false, false
+	refuse := func(refusal Refusal) {
+		done = true
+		if inHand {
+			<-b.hands
+		}
+		b.settle(about, Allowed{}, refusal)
+		b.tell(event{about: about, what: isRefused})
+	}
 	defer func() {
+		if !done && b.ctx.Err() == nil {
+			// A log handler that ends its goroutine, most likely.
+			refuse(undecided(spec, ReasonInternal, errors.New("the goroutine that fetched the credentials was ended")))
+		}
 		if fast {
 			<-b.lookups
 		}
 	}()
-	refuse := func(refusal Refusal) {
-		b.settle(about, Allowed{}, refusal)
-		b.tell(event{about: about, what: isRefused})
-	}
 	if away := b.gate.gone(); away != nil {
 		refuse(c.failed(b.ctx, spec, away))
 		return
@@ -257,7 +265,7 @@ func (b *batch) prepare(about *item) {
 		}
 		about.names, about.settled, about.known = names, settled, true
 	}
-	if !b.take(b.hands) {
+	if inHand = b.take(b.hands); !inHand {
 		return
 	}
 	if names := about.held.lacks(about.names); len(names) > 0 {
@@ -283,6 +291,7 @@ func (b *batch) prepare(about *item) {
 	}
 	about.wire = about.request.wire(&about.held, c.mode)
 	about.size = proto.Size(about.wire)
+	done = true
 	b.tell(event{about: about, what: isReady})
 }
 

@@ -2,10 +2,12 @@ package byokgate
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -13,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
@@ -347,5 +350,163 @@ func TestListModels(t *testing.T) {
 	_, err = client.ListModels(background(), "x")
 	if got := wantUndecided(t, Allowed{}, err, http.StatusBadRequest); !strings.Contains(got.Body().Error, "no runtime `x`") {
 		t.Errorf("%v", got)
+	}
+}
+
+// One lookup in 33 hangs and never comes back: the others are answered as if it were not there, and the memory is bounded.
+func TestALargeBatchWithLookupsThatHang(t *testing.T) {
+	const items, hanging = 10_000, 300
+	fake, address := startFake(t)
+	client := newClient(t, address, WithLogger(discard))
+	ended := make(chan struct{})
+	defer close(ended)
+	requests := batchOf(items)
+	var looked, answered, most atomic.Int64
+	for index := range requests {
+		if index%(items/hanging) == 0 && index/(items/hanging) < hanging {
+			requests[index].Spec.Lookup = func(context.Context, Scope, []string) (Found, error) { <-ended; return nil, nil }
+			continue
+		}
+		requests[index].Spec.Lookup = func(_ context.Context, scope Scope, _ []string) (Found, error) {
+			if scope == Organization {
+				return nil, nil
+			}
+			held := looked.Add(1) - answered.Load()
+			for seen := most.Load(); held > seen && !most.CompareAndSwap(seen, held); seen = most.Load() {
+			}
+			return Found{"ACME_API_KEY": NewSecret(liveKey)}, nil
+		}
+	}
+	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		for index, asked := range request.GetRequests() {
+			response := allow(2)
+			if len(asked.GetWorkspaceSpec().GetUnreadableScopes()) > 0 {
+				response = deny(&byokgatev1.Deny{Code: byokgatev1.DenyCode_DENY_CODE_CREDENTIAL_SCOPE_UNREADABLE, Retryable: true})
+			} else {
+				answered.Add(1)
+			}
+			if err := stream.Send(decided(index, response)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	// All that do not hang are answered before the first that does is given up.
+	counted := map[string]int{}
+	before := 0
+	for index, result := range client.BatchDecide(background(), requests) {
+		_, err := result.Decision()
+		switch {
+		case err == nil:
+			counted["allowed"]++
+			if counted["unreadable"] == 0 {
+				before++
+			}
+		case errors.Is(err, CredentialScopeUnreadable):
+			counted["unreadable"]++
+		default:
+			t.Fatalf("%d: %v", index, err)
+		}
+	}
+	if counted["allowed"] != items-hanging || counted["unreadable"] != hanging {
+		t.Errorf("%v", counted)
+	}
+	if bound := int64(batchInHand + batchLookups); most.Load() > bound {
+		t.Errorf("%d requests held credentials at a time, expected %d at most", most.Load(), bound)
+	}
+	t.Logf("%d of %d were answered before the first that hangs was; %d held credentials at most", before, items-hanging, most.Load())
+}
+
+// A gate that is away is found out once, and not by each call.
+func TestABatchFindsOutOnceThatTheGateIsAway(t *testing.T) {
+	listener := listenTCP(t)
+	address := listener.Addr().String()
+	listener.Close()
+	// Each item by itself would take two seconds, 32 at a time: most would find that the batch's time is over.
+	client := newClient(t, address, WithLogger(discard), WithBatchTimeout(20*time.Second))
+	looked := &store{}
+	requests := batchOf(2000)
+	for index := range requests {
+		requests[index].Spec.Lookup = looked.lookup
+		requests[index].Spec.Model = fmt.Sprint("model-", index)
+	}
+	for _, result := range client.BatchDecide(background(), requests) {
+		var undecided *Undecided
+		if _, err := result.Decision(); !errors.As(err, &undecided) || undecided.Reason() != ReasonUnreachable {
+			t.Fatalf("%v", err)
+		}
+	}
+	if lookups := looked.lookups(); len(lookups) > 0 {
+		t.Errorf("%d lookups for a gate that is away", len(lookups))
+	}
+}
+
+// Items that byok-gate puts off are asked again when it said so, and the others do not wait for them.
+func TestABatchObeysRetryInfo(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	const pause = 300 * time.Millisecond
+	var mu sync.Mutex
+	seen := map[string][]time.Time{}
+	busy, err := anypb.New(retryIn(pause))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		for index, asked := range request.GetRequests() {
+			id := asked.GetWorkspaceSpec().GetWorkspaceId()
+			mu.Lock()
+			seen[id] = append(seen[id], time.Now())
+			tries := len(seen[id])
+			mu.Unlock()
+			reply := decided(index, allow(2))
+			if id == "1" && tries < 3 {
+				reply = said(index, codes.ResourceExhausted, "busy")
+				reply.GetStatus().Details = []*anypb.Any{busy}
+			}
+			if err := stream.Send(reply); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	var order []int
+	for index, result := range client.BatchDecide(background(), batchOf(3)) {
+		if _, err := result.Decision(); err != nil {
+			t.Errorf("%d: %v", index, err)
+		}
+		order = append(order, index)
+	}
+	if len(order) != 3 || order[2] != 1 || len(seen["1"]) != 3 || len(seen["0"]) != 1 {
+		t.Errorf("answered in order %v after %v", order, seen)
+	}
+	for try := 1; try < len(seen["1"]); try++ {
+		if waited := seen["1"][try].Sub(seen["1"][try-1]); waited < pause {
+			t.Errorf("asked again after %v, sooner than %v", waited, pause)
+		}
+	}
+}
+
+// A consumer that takes its time holds up nobody: all are answered while it is busy with the first.
+func TestASlowConsumerHoldsUpNothing(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address, WithLogger(discard))
+	const items = 2000
+	var answered atomic.Int64
+	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		answered.Add(int64(len(request.GetRequests())))
+		return answerAll(request, stream)
+	}
+	count := 0
+	for range client.BatchDecide(background(), batchOf(items)) {
+		for end := time.Now().Add(20 * time.Second); count == 0 && answered.Load() < items; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%d of %d were asked about while the consumer was busy", answered.Load(), items)
+			}
+		}
+		count++
+	}
+	if count != items {
+		t.Errorf("%d results", count)
 	}
 }

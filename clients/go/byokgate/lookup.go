@@ -28,8 +28,9 @@ type lookups struct {
 }
 
 var (
-	errLookupLate = errors.New("the lookup did not answer in time")
-	errLookupMany = errors.New("too many lookups are under way: those before it have not come back")
+	errLookupLate  = errors.New("the lookup did not answer in time")
+	errLookupEnded = errors.New("the lookup ended its goroutine")
+	errLookupMany  = errors.New("too many lookups are under way: those before it have not come back")
 )
 
 // wallet holds what was fetched for one request. It lives as long as the call.
@@ -66,20 +67,33 @@ type answer struct {
 // outlives its time is not waited for, and must be able to end.
 func (l *lookups) start(ctx context.Context, lookup Lookup, names []string) <-chan answer {
 	answers := make(chan answer, len(scopes))
-	for index, scope := range scopes {
+	// Each lookup gets names of its own, which it may change.
+	copies := make([]string, 0, len(scopes)*len(names))
+	for index := range scopes {
+		begin := len(copies)
+		copies = append(copies, names...)
 		if l.running.Add(1) > l.most {
 			l.running.Add(-1)
 			answers <- answer{index, nil, errLookupMany}
 			continue
 		}
-		apart("the lookup", func() (Found, error) {
-			return lookup(ctx, scope, slices.Clone(names))
-		}, func(found Found, err error) {
-			l.running.Add(-1)
-			answers <- answer{index, found, err}
-		})
+		go l.run(ctx, lookup, index, copies[begin:len(copies):len(copies)], answers)
 	}
 	return answers
+}
+
+// run is one lookup, whatever comes of it: see guard.go.
+func (l *lookups) run(ctx context.Context, lookup Lookup, index int, names []string, answers chan<- answer) {
+	// What stands if it neither returns nor panics.
+	got := answer{scope: index, err: errLookupEnded}
+	defer func() {
+		if thrown := recover(); thrown != nil {
+			got.err = panicked("the lookup", thrown)
+		}
+		l.running.Add(-1)
+		answers <- got
+	}()
+	got.found, got.err = lookup(ctx, scopes[index], names)
 }
 
 // fetch looks for names in both scopes.
