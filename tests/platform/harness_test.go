@@ -53,6 +53,8 @@ type vendor struct {
 	mu    sync.Mutex
 	live  map[string]bool
 	asked map[string]int
+	// storm is the status that everybody gets. Zero: what is right.
+	storm int
 }
 
 func startVendor(t *testing.T, live ...string) *vendor {
@@ -80,8 +82,13 @@ func (v *vendor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	v.mu.Lock()
 	v.asked[key]++
-	live := v.live[key]
+	live, storm := v.live[key], v.storm
 	v.mu.Unlock()
+	if storm != 0 {
+		w.WriteHeader(storm)
+		fmt.Fprint(w, `{"error":{"type":"overloaded_error","message":"not now"}}`)
+		return
+	}
 	if !live {
 		w.WriteHeader(http.StatusUnauthorized)
 		fmt.Fprint(w, `{"error":{"type":"authentication_error","code":"invalid_api_key","message":"nope"}}`)
@@ -92,6 +99,13 @@ func (v *vendor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (v *vendor) revoke(key string) { v.set(key, false) }
 func (v *vendor) repair(key string) { v.set(key, true) }
+
+// answerAll gives everybody this status, or what is right if it is zero.
+func (v *vendor) answerAll(status int) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.storm = status
+}
 
 func (v *vendor) set(key string, live bool) {
 	v.mu.Lock()
@@ -301,6 +315,8 @@ type platformServer struct {
 	// database is its own, for faults that only a store can have.
 	database *pgxpool.Pool
 	logs     *syncBuffer
+	handler  *platform.Server
+	gate     *byokgate.Client
 }
 
 // answer is the platform's, read in full.
@@ -387,7 +403,7 @@ func startPlatform(t *testing.T, gateAddress string, timeout time.Duration) *pla
 			t.Logf("the platform logged:\n%s", logs)
 		}
 	})
-	return &platformServer{url: server.URL, schema: schema, database: database, logs: logs}
+	return &platformServer{url: server.URL, schema: schema, database: database, logs: logs, handler: handler, gate: gate}
 }
 
 // breakStore is a fault that only a store can have.

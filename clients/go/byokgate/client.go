@@ -212,7 +212,11 @@ func (c *Client) fetch(ctx context.Context, spec *Spec, held *wallet, names []st
 
 func (c *Client) unread(ctx context.Context, spec *Spec, held *wallet) {
 	if err := held.failure(); err != nil {
-		c.logSafely(ctx, slog.LevelWarn, "byok-gate: credentials could not be read",
+		level := slog.LevelWarn
+		if c.quiet {
+			level = slog.LevelDebug
+		}
+		c.logSafely(ctx, level, "byok-gate: credentials could not be read",
 			slog.String("mode", string(c.mode)), slog.String("workspace_id", spec.WorkspaceID),
 			slog.String("organization_id", spec.OrganizationID), slog.String("error", err.Error()))
 	}
