@@ -259,7 +259,7 @@ impl pb::policy_decision_service_server::PolicyDecisionService for Call {
     }
 
     async fn list_models(&self, request: Request<pb::ListModelsRequest>) -> Result<Response<pb::ListModelsResponse>, Status> {
-        let runtime = convert::list_request(request.into_inner(), &self.shared.limits)
+        let (runtime, details) = convert::list_request(request.into_inner(), &self.shared.limits)
             .map_err(|violations| bad_request(ErrorReason::BadRequest, violations))?;
         let snapshot = self.shared.engine.snapshot();
         if let Some(name) = runtime.as_deref()
@@ -269,7 +269,7 @@ impl pb::policy_decision_service_server::PolicyDecisionService for Call {
             let unknown = Refusal::RuntimeUnsupported { runtime: name.to_owned(), known };
             return Err(error(ErrorReason::UnknownRuntime, unknown.message()));
         }
-        Ok(Response::new(convert::models(&snapshot, runtime.as_deref())))
+        Ok(Response::new(convert::models(&snapshot, runtime.as_deref(), details)))
     }
 
     async fn get_registry_status(

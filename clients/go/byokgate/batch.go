@@ -27,8 +27,9 @@ const (
 	maxBatchBytes = 4*1024*1024 - 64*1024
 	// batchPatience is how long a request that is ready waits for company.
 	batchPatience = 50 * time.Millisecond
-	// batchCalls is how many calls are under way at a time.
-	batchCalls = 4
+	// batchCalls is how many calls are under way at a time: few and full, or many and small where each organization has a lane of its own.
+	batchCalls       = 4
+	batchCallsInLane = 128
 	// batchLookups is how many requests' credentials are fetched at a time: a secret store is shared with everyone else. One that has not
 	// answered after slowLookup counts among the slow ones and makes room.
 	batchLookups = 32
@@ -84,6 +85,9 @@ func (c *Client) BatchDecide(ctx context.Context, requests []Request) iter.Seq2[
 			slow:    make(chan struct{}, batchSlow),
 			hands:   make(chan struct{}, batchInHand),
 			calls:   make(chan struct{}, batchCalls),
+		}
+		if c.lanes.key != nil {
+			b.calls = make(chan struct{}, batchCallsInLane)
 		}
 		defer b.work.Wait()
 		var cancel context.CancelFunc

@@ -320,7 +320,7 @@ func TestListModels(t *testing.T) {
 	}
 	for range 3 {
 		models, err := client.ListModels(background(), "agent")
-		want := "[{agent acme-large acme Acme BYOK [ACME_API_KEY] false} {agent of-tomorrow   UNSPECIFIED [] true}]"
+		want := "[{agent  acme-large acme Acme BYOK [ACME_API_KEY] false false} {agent  of-tomorrow   UNSPECIFIED [] true false}]"
 		if err != nil || fmt.Sprint(models) != want {
 			t.Errorf("%v, %v, expected %s", models, err, want)
 		}

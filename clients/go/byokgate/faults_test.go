@@ -27,9 +27,9 @@ import (
 
 // faults are what foreign code can do instead of returning.
 var faults = map[string]func(){
-	"panics with a value": func() { panic(keyMark + "thrown") },
-	"panics with nil map": func() { var none map[string]int; none["a"]++ },
-	"ends its goroutine":  runtime.Goexit,
+	"panics with a value":   func() { panic(keyMark + "thrown") },
+	"panics in the runtime": func() { var none []int; _ = none[len(keyMark)] },
+	"ends its goroutine":    runtime.Goexit,
 }
 
 func TestALookupThatFailsInOtherWaysIsUnreadable(t *testing.T) {

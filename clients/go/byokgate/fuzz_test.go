@@ -2,8 +2,12 @@ package byokgate
 
 import (
 	"encoding/json"
+	"net"
+	"strings"
 	"testing"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -52,6 +56,36 @@ func FuzzReply(f *testing.F) {
 		if !json.Valid(refusal.JSON()) || refusal.Code() == "" || refusal.Error() == "" {
 			t.Fatalf("%s", refusal.JSON())
 		}
+	})
+}
+
+// Whatever a target is: it is refused, or dialled as it was meant; and what is called private does not leave the machine.
+func FuzzTarget(f *testing.F) {
+	for _, seed := range []string{
+		"localhost:1", "unix:///run/a?b#c%20", "dns:///gate.example:443", "[::1]:1", "unix:@x", "unix-abstract:x", "127.0.0.1:1", "LOCALHOST.:1",
+		"[fe80::1%25eth0]:1", "xds:///a:1", "a:b@c:1", "unix://", "passthrough:///x:1",
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		to, err := parseTarget(text)
+		if err != nil {
+			return
+		}
+		if to.unix && (to.fixed == "" || len(to.fixed) > maxSocketPath || to.fixed[0] == '@' || strings.ContainsRune(to.fixed, 0)) {
+			t.Fatalf("%q is dialled as %q", text, to.fixed)
+		}
+		if !to.unix && to.private() {
+			host, _, err := net.SplitHostPort(strings.TrimPrefix(text, "dns:///"))
+			if ip := net.ParseIP(host); err != nil || (!strings.EqualFold(strings.TrimSuffix(host, "."), "localhost") && (ip == nil || !ip.IsLoopback())) {
+				t.Fatalf("%q is called private", text)
+			}
+		}
+		conn, err := grpc.NewClient(to.dial, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatalf("gRPC refuses %q for %q: %v", to.dial, text, err)
+		}
+		conn.Close()
 	})
 }
 

@@ -17,12 +17,37 @@ const (
 )
 
 // menuKey is what was asked for.
-type menuKey struct{ runtime string }
+type menuKey struct {
+	runtime string
+	details bool
+}
 
 // menu is what a runtime offers, as of a moment.
 type menu struct {
-	models []Model
-	at     time.Time
+	Menu
+	at time.Time
+}
+
+// Menu is what a runtime offers.
+type Menu struct {
+	Models []Model
+	// Open are the runtime's providers that list no model: whatever matches their pattern is theirs.
+	Open []OpenProvider
+}
+
+// OpenProvider is a provider of a runtime that lists no model.
+type OpenProvider struct {
+	Runtime      string
+	RuntimeName  string
+	Provider     string
+	ProviderName string
+	BillingMode  BillingMode
+	// AcceptedEnv are the credential names of which one is needed.
+	AcceptedEnv []string
+	// ModelPattern is an RE2 regular expression, which is searched for in a model's id.
+	ModelPattern string
+	// Deprecated says that the registry marks it so.
+	Deprecated bool
 }
 
 // Owner is who owns a model, by names alone: what a UI shows before it asks a person for a key.
@@ -43,7 +68,9 @@ type Owner struct {
 
 // Model is one model on a runtime's menu.
 type Model struct {
-	Runtime      string
+	Runtime string
+	// RuntimeName is the runtime's for people. Only from Client.Menu.
+	RuntimeName  string
 	Model        string
 	Provider     string
 	ProviderName string
@@ -52,14 +79,19 @@ type Model struct {
 	AcceptedEnv []string
 	// Withdrawn: not for new workspaces; those that have it keep it.
 	Withdrawn bool
+	// Deprecated says that the registry marks the provider so. Only from Client.Menu.
+	Deprecated bool
 }
 
-func cloneModels(models []Model) []Model {
-	models = slices.Clone(models)
-	for index := range models {
-		models[index].AcceptedEnv = slices.Clone(models[index].AcceptedEnv)
+func (m Menu) clone() Menu {
+	m.Models, m.Open = slices.Clone(m.Models), slices.Clone(m.Open)
+	for index := range m.Models {
+		m.Models[index].AcceptedEnv = slices.Clone(m.Models[index].AcceptedEnv)
 	}
-	return models
+	for index := range m.Open {
+		m.Open[index].AcceptedEnv = slices.Clone(m.Open[index].AcceptedEnv)
+	}
+	return m
 }
 
 // ResolveProvider asks who owns a model, with the names (not values) of the credentials at hand. No secret is sent and no
@@ -91,36 +123,96 @@ func (c *Client) ResolveProvider(ctx context.Context, runtime, model string, cre
 // ListModels asks what a runtime offers, or, for an empty name, what each does. The answer is remembered for as long as
 // byok-gate is seen to decide by the same registry, and for half a minute at most.
 func (c *Client) ListModels(ctx context.Context, runtime string) ([]Model, error) {
-	spec := &Spec{Runtime: runtime}
+	menu, err := c.menu(ctx, menuKey{runtime, false})
+	return menu.Models, err
+}
+
+// Menu is [Client.ListModels] with what a UI shows beside the models: the providers that list none, names for people, and what is on its way
+// out.
+func (c *Client) Menu(ctx context.Context, runtime string) (Menu, error) {
+	return c.menu(ctx, menuKey{runtime, true})
+}
+
+func (c *Client) menu(ctx context.Context, about menuKey) (Menu, error) {
+	spec := &Spec{Runtime: about.runtime}
 	if c.unusable() {
-		return nil, undecided(spec, ReasonClosed, errClosed)
+		return Menu{}, undecided(spec, ReasonClosed, errClosed)
 	}
-	about := menuKey{runtime}
-	if models, found := c.memory.recallMenu(about); found {
-		return models, nil
+	if known, found := c.memory.recallMenu(about); found {
+		return known, nil
 	}
 	ctx, cancel := context.WithTimeout(c.traced(orBackground(ctx)), c.timeout)
 	defer cancel()
 	response, _, err := retry(ctx, c.core, func() (*byokgatev1.ListModelsResponse, error) {
-		return c.service.ListModels(ctx, &byokgatev1.ListModelsRequest{Runtime: runtime})
+		return c.service.ListModels(ctx, &byokgatev1.ListModelsRequest{Runtime: about.runtime, Details: about.details})
 	})
 	if err != nil {
-		return nil, c.failed(ctx, spec, err)
+		return Menu{}, c.failed(ctx, spec, err)
 	}
-	models := make([]Model, 0, len(response.GetModels()))
+	made := Menu{Models: make([]Model, 0, len(response.GetModels()))}
 	for _, offered := range response.GetModels() {
-		models = append(models, Model{
+		made.Models = append(made.Models, Model{
 			Runtime:      offered.GetRuntime(),
+			RuntimeName:  offered.GetRuntimeDisplayName(),
 			Model:        offered.GetModel(),
 			Provider:     offered.GetProvider(),
 			ProviderName: offered.GetProviderDisplayName(),
 			BillingMode:  billingMode(offered.GetBillingMode()),
 			AcceptedEnv:  slices.Clone(offered.GetAcceptedEnv()),
 			Withdrawn:    offered.GetWithdrawn(),
+			Deprecated:   offered.GetDeprecated(),
+		})
+	}
+	for _, open := range response.GetOpenProviders() {
+		made.Open = append(made.Open, OpenProvider{
+			Runtime:      open.GetRuntime(),
+			RuntimeName:  open.GetRuntimeDisplayName(),
+			Provider:     open.GetProvider(),
+			ProviderName: open.GetProviderDisplayName(),
+			BillingMode:  billingMode(open.GetBillingMode()),
+			AcceptedEnv:  slices.Clone(open.GetAcceptedEnv()),
+			ModelPattern: open.GetModelPattern(),
+			Deprecated:   open.GetDeprecated(),
 		})
 	}
 	if revision := response.GetRegistryRevision(); revision != "" {
-		c.memory.keepMenu(about, revision, models)
+		c.memory.keepMenu(about, revision, made)
 	}
-	return models, nil
+	return made, nil
+}
+
+// RegistryStatus is by what byok-gate decides.
+type RegistryStatus struct {
+	// Revision and CatalogueRevision are content hashes, as decisions carry them.
+	Revision, CatalogueRevision string
+	// SHA256 is that of the registry's file, in hex: what a platform that ships the file compares with its own.
+	SHA256 string
+	// Source is the file, or "embedded". LoadedAt is when it was read.
+	Source   string
+	LoadedAt time.Time
+	// LastReloadError is why a newer version is not in force. Empty if none should be.
+	LastReloadError string
+	// CredentialNames are all that some provider accepts.
+	CredentialNames []string
+}
+
+// RegistryStatus asks by what byok-gate decides.
+func (c *Client) RegistryStatus(ctx context.Context) (RegistryStatus, error) {
+	if c.unusable() {
+		return RegistryStatus{}, undecided(nil, ReasonClosed, errClosed)
+	}
+	ctx, cancel := context.WithTimeout(c.traced(orBackground(ctx)), c.timeout)
+	defer cancel()
+	response, _, err := retry(ctx, c.core, func() (*byokgatev1.GetRegistryStatusResponse, error) {
+		return c.service.GetRegistryStatus(ctx, &byokgatev1.GetRegistryStatusRequest{})
+	})
+	if err != nil {
+		return RegistryStatus{}, c.failed(ctx, nil, err)
+	}
+	registry := response.GetRegistry()
+	return RegistryStatus{
+		Revision: registry.GetRevision(), CatalogueRevision: response.GetCatalogue().GetRevision(), SHA256: registry.GetSha256(),
+		Source: registry.GetSource(), LoadedAt: registry.GetLoadedAt().AsTime(), LastReloadError: registry.GetLastReloadError(),
+		CredentialNames: slices.Clone(response.GetCredentialNames()),
+	}, nil
 }

@@ -133,27 +133,27 @@ func (m *memory) hear(revision string) *generation {
 	return m.generations[0]
 }
 
-func (m *memory) recallMenu(about menuKey) ([]Model, bool) {
+func (m *memory) recallMenu(about menuKey) (Menu, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if len(m.generations) == 0 {
-		return nil, false
+		return Menu{}, false
 	}
 	kept, found := m.generations[0].menus[about]
 	if !found || time.Since(kept.at) > menuAge {
-		return nil, false
+		return Menu{}, false
 	}
-	return cloneModels(kept.models), true
+	return kept.clone(), true
 }
 
-func (m *memory) keepMenu(about menuKey, revision string, models []Model) {
+func (m *memory) keepMenu(about menuKey, revision string, made Menu) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	menus := m.hear(revision).menus
 	if len(menus) >= maxMenus {
 		clear(menus)
 	}
-	menus[about] = menu{models: cloneModels(models), at: time.Now()}
+	menus[about] = menu{Menu: made.clone(), at: time.Now()}
 }
 
 // names asks byok-gate which matter, or remembers. However many callers ask at a time, one of them does.

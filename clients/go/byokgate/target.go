@@ -92,5 +92,5 @@ func (t target) private() bool {
 		return true
 	}
 	address, err := netip.ParseAddr(t.host)
-	return err == nil && address.Unmap().IsLoopback()
+	return err == nil && address.Zone() == "" && address.Unmap().IsLoopback()
 }
