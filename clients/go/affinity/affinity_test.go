@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
@@ -330,5 +331,28 @@ func TestAKeyIsNeeded(t *testing.T) {
 	_, err := byokgate.New("dns:///localhost:1", byokgate.WithBalancing(byokgate.ByOrganization(byokgate.Unreadable())))
 	if err == nil || !strings.Contains(err.Error(), "the key is empty") || errors.Unwrap(err) == nil {
 		t.Errorf("%v", err)
+	}
+}
+
+// A gRPC that reads the setting and does not heed it, as all below 1.80, would send everything to one replica, in silence.
+func TestARingHashThatDoesNotHeedTheHeaderIsNotReliedOn(t *testing.T) {
+	const name = "GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY"
+	if os.Getenv(name) != "false" {
+		again := exec.Command(os.Args[0], "-test.run", "^"+t.Name()+"$")
+		again.Env = append(os.Environ(), name+"=false")
+		if output, err := again.CombinedOutput(); err != nil {
+			t.Errorf("%v\n%s", err, output)
+		}
+		return
+	}
+	_, err := byokgate.New("dns:///localhost:1", byokgate.WithBalancing(byokgate.ByOrganization(byokgate.NewSecret("made-up-key"))))
+	if err == nil || !strings.Contains(err.Error(), name) {
+		t.Errorf("%v", err)
+	}
+	// By default it goes round then.
+	replicas, target := startReplicas(t, 1)
+	client := dial(t, target)
+	if _, err := client.Decide(t.Context(), about("organization")); err != nil || len(replicas[0].lanes) != 0 {
+		t.Errorf("%v, lanes %v", err, replicas[0].lanes)
 	}
 }

@@ -269,3 +269,34 @@ func TestABodyIsACopy(t *testing.T) {
 		t.Errorf("missing_env is now %q", got)
 	}
 }
+
+// A code of tomorrow's is a denial, with byok-gate's words and its word on retries: were it "no decision", a caller would ask for ever.
+func TestADenialForAnUnknownReasonIsADenial(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	for number, code := range map[byokgatev1.DenyCode]Code{999: "DENY_CODE_999", 0: "DENY_CODE_0", -1: "DENY_CODE_-1"} {
+		for _, retryable := range []bool{false, true} {
+			fake.tell(deny(&byokgatev1.Deny{
+				Code: number, Message: "a reason of tomorrow's", Remedy: "what to do tomorrow", Retryable: retryable, RetryAfter: durationpb.New(7 * time.Second),
+			}), nil)
+			allowed, err := client.Decide(background(), acme())
+			denied := wantDenied(t, allowed, err, code)
+			status, after := http.StatusUnprocessableEntity, time.Duration(0)
+			if retryable {
+				status, after = http.StatusServiceUnavailable, 7*time.Second
+			}
+			if body := denied.Body(); body.Error != "a reason of tomorrow's" || body.Remedy != "what to do tomorrow" || denied.HTTPStatus() != status || denied.RetryAfter() != after {
+				t.Errorf("%s: %+v, %d after %v", code, body, denied.HTTPStatus(), denied.RetryAfter())
+			}
+			if !errors.Is(err, ErrDenied) || errors.Is(err, ErrUndecided) || errors.Is(err, MissingBYOKCredential) || !errors.Is(err, code) {
+				t.Errorf("%v", err)
+			}
+		}
+	}
+	// Without content it is one, too.
+	fake.tell(deny(&byokgatev1.Deny{}), nil)
+	allowed, err := client.Decide(background(), acme())
+	if body := wantDenied(t, allowed, err, "DENY_CODE_0").Body(); body.Error == "" || body.Remedy == "" {
+		t.Errorf("%+v", body)
+	}
+}

@@ -357,7 +357,7 @@ func TestListModels(t *testing.T) {
 func TestALargeBatchWithLookupsThatHang(t *testing.T) {
 	const items, hanging = 10_000, 300
 	fake, address := startFake(t)
-	client := newClient(t, address, WithLogger(discard))
+	client := newClient(t, address, WithLogger(discard), WithLookupBudget(5*time.Second, DefaultLookups))
 	ended := make(chan struct{})
 	defer close(ended)
 	requests := batchOf(items)
@@ -411,6 +411,10 @@ func TestALargeBatchWithLookupsThatHang(t *testing.T) {
 	if counted["allowed"] != items-hanging || counted["unreadable"] != hanging {
 		t.Errorf("%v", counted)
 	}
+	// Without room for slow ones, the places for lookups would be taken by those that hang before a tenth is through.
+	if least := 2 * batchLookups * items / hanging; before < least {
+		t.Errorf("only %d were answered before the first that hangs was given up, expected %d at least", before, least)
+	}
 	if bound := int64(batchInHand + batchLookups); most.Load() > bound {
 		t.Errorf("%d requests held credentials at a time, expected %d at most", most.Load(), bound)
 	}
@@ -438,6 +442,27 @@ func TestABatchFindsOutOnceThatTheGateIsAway(t *testing.T) {
 	}
 	if lookups := looked.lookups(); len(lookups) > 0 {
 		t.Errorf("%d lookups for a gate that is away", len(lookups))
+	}
+}
+
+// The same where it goes away after it named the names: a few calls find it out, and no item waits for the batch's end.
+func TestABatchWhoseGateGoesAwayInBetween(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address, WithLogger(discard), WithBatchTimeout(30*time.Second))
+	var calls atomic.Int64
+	fake.batch = func(*byokgatev1.BatchDecideRequest, batchStream) error {
+		calls.Add(1)
+		return status.Error(codes.Unavailable, "away")
+	}
+	for _, result := range client.BatchDecide(background(), batchOf(3000)) {
+		var undecided *Undecided
+		if _, err := result.Decision(); !errors.As(err, &undecided) || undecided.Reason() != ReasonUnreachable {
+			t.Fatalf("%v", err)
+		}
+	}
+	// At least a quarter of a second between two tries of a call, for two seconds, four calls at a time.
+	if calls.Load() > 150 {
+		t.Errorf("%d calls", calls.Load())
 	}
 }
 

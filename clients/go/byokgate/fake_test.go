@@ -280,6 +280,14 @@ func (b *syncBuffer) String() string {
 	return b.buffer.String()
 }
 
+// take gives what was written, and forgets it.
+func (b *syncBuffer) take() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	defer b.buffer.Reset()
+	return b.buffer.String()
+}
+
 func ptr[T any](value T) *T { return &value }
 
 // discard logs nothing.

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -264,7 +265,7 @@ func TestAHungServerIsLeftAtTheDeadline(t *testing.T) {
 
 func TestContextsThatAreOver(t *testing.T) {
 	_, address := startFake(t)
-	client := newClient(t, address)
+	client, logs := newLoggedClient(t, address)
 	cancelled, cancel := context.WithCancel(background())
 	cancel()
 	late, cancel := context.WithDeadline(background(), time.Now().Add(-time.Hour))
@@ -285,6 +286,10 @@ func TestContextsThatAreOver(t *testing.T) {
 		}
 		if _, err := client.ResolveProvider(ctx, "agent", "acme-large"); err == nil {
 			t.Errorf("%s: an owner", name)
+		}
+		// A tenant who hangs up is no error of anybody's.
+		if loud := strings.Contains(logs.take(), `"level":"ERROR"`); loud != (name == "past") {
+			t.Errorf("%s: logged as an error: %v", name, loud)
 		}
 	}
 }

@@ -242,6 +242,41 @@ func TestASweepThatIsKilledLosesNothing(t *testing.T) {
 	})
 }
 
+// A suspicion is confirmed by a look at the workspace itself, not by one at another with the same credentials: its own may have been
+// replaced in between.
+func TestASweepLooksAtTheWorkspaceItself(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld()
+		// Two workspaces of one question.
+		w.fleet = []Spec{w.fleet[0], w.fleet[3*worldKeys]}
+		store := NewSweepMemory()
+		for _, spec := range w.fleet {
+			record := SweepRecord{Health: Healthy, Suspect: Dead, Code: InvalidBYOKCredential, Seen: time.Now().Add(-time.Hour)}
+			if err := store.Save(background(), spec.WorkspaceID, record); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var reported []string
+		s := &sweep{options: SweepOptions{Store: store}.orDefaults(), running: w.running, gather: w.gather}
+		s.ask = func(_ context.Context, spec Spec) sighting {
+			if spec.WorkspaceID == w.fleet[0].WorkspaceID {
+				return sighting{health: Dead, code: InvalidBYOKCredential}
+			}
+			return sighting{health: Healthy}
+		}
+		s.yield = func(change Change, err error) bool {
+			reported = append(reported, change.Spec.WorkspaceID)
+			return true
+		}
+		ctx, cancel := context.WithTimeout(background(), 5*time.Minute)
+		defer cancel()
+		s.run(ctx)
+		if len(reported) != 1 || reported[0] != w.fleet[0].WorkspaceID {
+			t.Errorf("reported %v", reported)
+		}
+	})
+}
+
 // A loop that is left with a change has taken it.
 func TestASweepThatIsLeft(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

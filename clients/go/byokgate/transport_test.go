@@ -138,7 +138,13 @@ func TestTLS(t *testing.T) {
 			case ReasonUnreachable:
 				wantReason(t, wantUndecided(t, allowed, err, http.StatusServiceUnavailable), test.reason)
 			default:
-				wantReason(t, wantUndecided(t, allowed, err, http.StatusInternalServerError), test.reason)
+				undecided := wantUndecided(t, allowed, err, http.StatusInternalServerError)
+				wantReason(t, undecided, test.reason)
+				if says := map[string]string{
+					"TLS, another name on the server's": "for another name", "TLS, another authority": "does not trust", "mTLS, no certificate": "certificate required",
+				}[name]; !strings.Contains(undecided.OperatorHint(), says) {
+					t.Errorf("%q does not say %q", undecided.OperatorHint(), says)
+				}
 			}
 		})
 	}
