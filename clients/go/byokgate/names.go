@@ -163,6 +163,10 @@ func (c *Client) names(ctx context.Context, spec *Spec) ([]string, error) {
 		return names, nil
 	}
 	flight := c.flights.DoChan(about.key(), func() (any, error) {
+		if names, found := c.memory.recall(about); found {
+			// Learnt between this caller's look and its turn.
+			return names, nil
+		}
 		// Another's question as well: it goes on when this caller gives up.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.timeout)
 		defer cancel()
