@@ -32,7 +32,8 @@ pub(super) fn run(args: ModelsArgs) -> anyhow::Result<Exit> {
         let known = snapshot.registry.runtimes().map(|(name, _)| name.to_owned()).collect();
         return Err(UsageError(Refusal::RuntimeUnsupported { runtime: runtime.to_owned(), known }.message()).into());
     }
-    let pb::ListModelsResponse { models, registry_revision } = convert::models(&snapshot, runtime.as_deref());
+    let pb::ListModelsResponse { models, registry_revision, open_providers: _ } =
+        convert::models(&snapshot, runtime.as_deref(), false);
     match format {
         Format::Json => {
             let rows: Vec<_> = models

@@ -24,6 +24,7 @@ const EMBEDDED: &str = include_str!("registry/default.yaml");
 #[derive(Debug)]
 pub struct Registry {
     revision: String,
+    sha256: String,
     providers: Vec<Provider>,
     runtimes: BTreeMap<String, Runtime>,
     credential_names: BTreeSet<String>,
@@ -56,6 +57,8 @@ pub struct Provider {
     pub thinking_required: bool,
     /// Probes written into the registry itself; they win over the catalogue.
     pub probes: Vec<Probe>,
+    /// The registry marks it so; it decides nothing.
+    pub deprecated: bool,
 }
 
 /// How a provider authenticates.
@@ -72,6 +75,8 @@ pub enum Auth {
 /// One runtime: its providers in declared order.
 #[derive(Debug, Default)]
 pub struct Runtime {
+    /// Its name for people; empty if it has none.
+    pub display_name: String,
     /// The providers that it can use.
     pub arms: Vec<Arm>,
     /// Arms that list a model id, by the id.
@@ -104,6 +109,11 @@ impl Registry {
     /// Content hash.
     pub fn revision(&self) -> &str {
         &self.revision
+    }
+
+    /// SHA-256 of the file, in hex.
+    pub fn sha256(&self) -> &str {
+        &self.sha256
     }
 
     /// All providers, in declared order.
@@ -145,7 +155,7 @@ impl Registry {
 // === impl Runtime ===
 
 impl Runtime {
-    fn new(arms: Vec<Arm>) -> Self {
+    fn new(display_name: String, arms: Vec<Arm>) -> Self {
         let mut exact: HashMap<String, Vec<usize>> = HashMap::new();
         for (index, arm) in arms.iter().enumerate() {
             for model in arm.models.iter().chain(&arm.withdrawn) {
@@ -155,7 +165,7 @@ impl Runtime {
                 }
             }
         }
-        Self { arms, exact }
+        Self { display_name, arms, exact }
     }
 
     /// The arms that list this model id, in declared order; a withdrawn id counts.

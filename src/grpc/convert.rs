@@ -263,12 +263,12 @@ pub fn resolve_request(
     violations.or((runtime, model, credential_names.into_iter().collect()))
 }
 
-/// A ListModels request: the runtime, or every one.
-pub fn list_request(message: pb::ListModelsRequest, limits: &Limits) -> Result<Option<String>, Violations> {
-    let pb::ListModelsRequest { runtime } = message;
+/// A ListModels request: the runtime, or every one; and whether details are asked for.
+pub fn list_request(message: pb::ListModelsRequest, limits: &Limits) -> Result<(Option<String>, bool), Violations> {
+    let pb::ListModelsRequest { runtime, details } = message;
     let mut violations = Violations::default();
     violations.check_name("runtime", &runtime, limits.name_bytes);
-    violations.or(Some(runtime).filter(|runtime| !runtime.is_empty()))
+    violations.or((Some(runtime).filter(|runtime| !runtime.is_empty()), details))
 }
 
 /// A Decide request as a client sends it.
@@ -376,13 +376,27 @@ fn withdrawal(model: &str) -> Warning {
     }
 }
 
-/// What a runtime, or every one, offers.
-pub fn models(snapshot: &Snapshot, runtime: Option<&str>) -> pb::ListModelsResponse {
+/// What a runtime, or every one, offers. Details are what a menu for people shows beside it.
+pub fn models(snapshot: &Snapshot, runtime: Option<&str>, details: bool) -> pb::ListModelsResponse {
     let registry = &snapshot.registry;
-    let mut models = Vec::new();
+    let (mut models, mut open_providers) = (Vec::new(), Vec::new());
     for (name, found) in registry.runtimes().filter(|(name, _)| runtime.is_none_or(|runtime| runtime == *name)) {
         for arm in &found.arms {
             let provider = registry.provider(arm);
+            let accepted_env = || if provider.is_platform() { Vec::new() } else { provider.auth_env.clone() };
+            let runtime_display_name = || if details { found.display_name.clone() } else { String::new() };
+            if details && arm.models.is_empty() && arm.withdrawn.is_empty() {
+                open_providers.push(pb::OpenProvider {
+                    runtime: name.to_owned(),
+                    runtime_display_name: runtime_display_name(),
+                    provider: provider.name.clone(),
+                    provider_display_name: provider.display_name.clone(),
+                    billing_mode: billing_mode(Some(provider.billing_mode())),
+                    accepted_env: accepted_env(),
+                    model_pattern: provider.pattern.as_str().to_owned(),
+                    deprecated: provider.deprecated,
+                });
+            }
             let withdrawn_only = arm.withdrawn.iter().filter(|model| !arm.models.contains(model));
             for model in arm.models.iter().chain(withdrawn_only) {
                 models.push(pb::OfferedModel {
@@ -391,13 +405,15 @@ pub fn models(snapshot: &Snapshot, runtime: Option<&str>) -> pb::ListModelsRespo
                     provider: provider.name.clone(),
                     provider_display_name: provider.display_name.clone(),
                     billing_mode: billing_mode(Some(provider.billing_mode())),
-                    accepted_env: if provider.is_platform() { Vec::new() } else { provider.auth_env.clone() },
+                    accepted_env: accepted_env(),
                     withdrawn: arm.has_withdrawn(model),
+                    runtime_display_name: runtime_display_name(),
+                    deprecated: details && provider.deprecated,
                 });
             }
         }
     }
-    pb::ListModelsResponse { models, registry_revision: registry.revision().to_owned() }
+    pb::ListModelsResponse { models, registry_revision: registry.revision().to_owned(), open_providers }
 }
 
 /// The state of registry and catalogue.
@@ -409,10 +425,11 @@ pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResp
         loaded_at: Some(origin.loaded_at.into()),
         age: Some(duration(now.duration_since(origin.loaded_at).unwrap_or_default())),
         last_reload_error: origin.last_reload_error.clone(),
+        sha256: String::new(),
     };
     let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
     pb::GetRegistryStatusResponse {
-        registry: Some(source(registry.revision(), registry_origin)),
+        registry: Some(pb::SourceStatus { sha256: registry.sha256().to_owned(), ..source(registry.revision(), registry_origin) }),
         catalogue: Some(source(catalogue.revision(), catalogue_origin)),
         provider_count: count(registry.providers().len()),
         runtime_count: count(registry.runtimes().count()),

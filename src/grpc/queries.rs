@@ -24,7 +24,7 @@ pub(super) fn resolve_provider(
 }
 
 pub(super) fn list_models(shared: &Shared, request: pb::ListModelsRequest) -> Result<pb::ListModelsResponse, Status> {
-    let runtime = convert::list_request(request, &shared.limits).map_err(invalid)?;
+    let (runtime, details) = convert::list_request(request, &shared.limits).map_err(invalid)?;
     let snapshot = shared.engine.snapshot();
     if let Some(name) = runtime.as_deref()
         && snapshot.registry.runtime(name).is_none()
@@ -33,7 +33,7 @@ pub(super) fn list_models(shared: &Shared, request: pb::ListModelsRequest) -> Re
         let unknown = Refusal::RuntimeUnsupported { runtime: name.to_owned(), known };
         return Err(error(ErrorReason::UnknownRuntime, unknown.message()));
     }
-    Ok(convert::models(&snapshot, runtime.as_deref()))
+    Ok(convert::models(&snapshot, runtime.as_deref(), details))
 }
 
 pub(super) fn registry_status(shared: &Shared) -> pb::GetRegistryStatusResponse {

@@ -165,7 +165,7 @@ async fn every_error_has_a_reason_of_the_closed_list() {
     assert_eq!(often.get_details_error_info().unwrap().metadata["limit"], "callers.workspace_calls_per_minute");
     assert!(often.get_details_retry_info().unwrap().retry_delay.unwrap().as_secs() > 1, "{often:?}");
     // ListModels for a runtime that nobody knows.
-    let mut request = tonic::Request::new(pb::ListModelsRequest { runtime: "nowhere".into() });
+    let mut request = tonic::Request::new(pb::ListModelsRequest { runtime: "nowhere".into(), details: false });
     request.metadata_mut().insert("authorization", token("platform").parse().unwrap());
     let unknown = client().list_models(request).await.unwrap_err();
     assert_eq!((unknown.code(), reason(&unknown).as_str()), (Code::NotFound, "UNKNOWN_RUNTIME"));

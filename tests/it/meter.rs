@@ -286,7 +286,7 @@ async fn calls_that_fail() -> Scraped {
     let batch = pb::BatchDecideRequest { requests: vec![bad(), decide("made-up-key")] };
     assert_eq!(client.batch_decide(batch).await.unwrap().into_inner().collect::<Vec<_>>().await.len(), 2);
     assert!(client.resolve_provider(pb::ResolveProviderRequest { runtime: "r\n".into(), ..Default::default() }).await.is_err());
-    let status = client.list_models(pb::ListModelsRequest { runtime: "none".into() }).await.unwrap_err();
+    let status = client.list_models(pb::ListModelsRequest { runtime: "none".into(), details: false }).await.unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
     let mut sender = raw(shown.edge.tcp()).await;
     for path in [format!("/{CANARY}/Decide"), format!("/byokgate.v1.PolicyDecisionService/{CANARY}")] {

@@ -110,9 +110,10 @@ async fn resolve_provider_names_the_owner_and_what_to_fetch() {
 
 #[tokio::test]
 async fn list_models_and_status_tell_what_is_loaded() {
-    let server = Server::start(files(&vendor().await).engine()).await;
+    let files = files(&vendor().await);
+    let server = Server::start(files.engine()).await;
     let mut client = server.client().await;
-    let menu = client.list_models(pb::ListModelsRequest { runtime: "agent".into() }).await.unwrap().into_inner();
+    let menu = client.list_models(pb::ListModelsRequest { runtime: "agent".into(), details: false }).await.unwrap().into_inner();
     let rows: Vec<String> = menu
         .models
         .iter()
@@ -137,12 +138,23 @@ async fn list_models_and_status_tell_what_is_loaded() {
     );
     let all = client.list_models(pb::ListModelsRequest::default()).await.unwrap().into_inner();
     assert_eq!(all.models.len(), rows.len() + 1);
-    let unknown = client.list_models(pb::ListModelsRequest { runtime: "nowhere".into() }).await.unwrap_err();
+    // What a menu for people shows beside it, on request: providers that list nothing, names and what is on its way out.
+    assert!(menu.open_providers.is_empty() && menu.models.iter().all(|row| !row.deprecated));
+    let full = client.list_models(pb::ListModelsRequest { runtime: "agent".into(), details: true }).await.unwrap().into_inner();
+    assert_eq!(full.models.len(), menu.models.len());
+    let open: Vec<_> = full.open_providers.iter().map(|open| (open.provider.as_str(), open.model_pattern.as_str())).collect();
+    assert!(open.contains(&("ambient", "^ambient:")), "{open:?}");
+    assert!(full.open_providers.iter().all(|open| open.runtime == "agent" && !open.accepted_env.is_empty()));
+    let unknown = client.list_models(pb::ListModelsRequest { runtime: "nowhere".into(), details: false }).await.unwrap_err();
     assert_eq!(unknown.code(), Code::NotFound);
     let status = client.get_registry_status(pb::GetRegistryStatusRequest {}).await.unwrap().into_inner();
     let registry = status.registry.unwrap();
     assert_eq!(registry.revision, menu.registry_revision);
     assert!(registry.source.ends_with("registry.yaml") && registry.last_reload_error.is_empty());
+    let digest = ring::digest::digest(&ring::digest::SHA256, &std::fs::read(&registry.source).unwrap());
+    let hex: String = digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(registry.sha256, hex);
+    assert!(status.catalogue.unwrap().sha256.is_empty());
     assert_eq!((status.provider_count, status.runtime_count, status.model_count), (10, 2, 8));
     assert!(status.credential_names.contains(&"ACME_TOKEN".to_owned()) && status.credential_names.is_sorted());
 }

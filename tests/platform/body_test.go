@@ -105,6 +105,16 @@ func TestEveryBodyIsWhatTheSchemaSays(t *testing.T) {
 			}
 		}
 	}
+	for _, code := range []byokgatev1.DenyCode{24, 999, -1} {
+		check("a code of tomorrow's", asked, &byokgatev1.DecideResponse{
+			DecisionId: "d-1", Decision: &byokgatev1.DecideResponse_Deny{Deny: &byokgatev1.Deny{Code: code}},
+		}, nil)
+	}
+	check("everything", asked, &byokgatev1.DecideResponse{
+		DecisionId: "d-1", Resolution: &byokgatev1.Resolution{CredentialEnv: "ACME_API_KEY"},
+		Liveness: &byokgatev1.Liveness{UpstreamStatus: 401, EndpointHost: "api.acme.example"},
+		Decision: &byokgatev1.DecideResponse_Deny{Deny: &byokgatev1.Deny{Code: byokgatev1.DenyCode_DENY_CODE_INVALID_BYOK_CREDENTIAL}},
+	}, nil)
 	check("an empty reply", asked, &byokgatev1.DecideResponse{RegistryRevision: "r1"}, nil)
 	for code := codes.Canceled; code <= codes.Unauthenticated+1; code++ {
 		check(code.String(), asked, nil, status.Error(code, "-"))
@@ -163,7 +173,10 @@ func TestSchemaListsWhatTheProtoLists(t *testing.T) {
 		t.Fatal(err)
 	}
 	type enum struct {
-		Enum []string `json:"enum"`
+		Enum  []string `json:"enum"`
+		AnyOf []struct {
+			Enum []string `json:"enum"`
+		} `json:"anyOf"`
 	}
 	var schema struct {
 		Properties struct {
@@ -188,13 +201,13 @@ func TestSchemaListsWhatTheProtoLists(t *testing.T) {
 		slices.Sort(more)
 		return more
 	}
-	codes := names(byokgatev1.DenyCode_name, "DENY_CODE_", byokgate.CodeDecisionUnavailable)
-	// Never in a body: an answer with it is DECISION_UNAVAILABLE.
+	codes := names(byokgatev1.DenyCode_name, "DENY_CODE_", string(byokgate.DecisionUnavailable))
+	// Never in a body: one that is sent all the same reads DENY_CODE_0.
 	codes = slices.DeleteFunc(codes, func(name string) bool { return name == "UNSPECIFIED" })
 	for what, lists := range map[string][2][]string{
-		"code":          {schema.Properties.Code.Enum, codes},
+		"code":          {schema.Properties.Code.AnyOf[0].Enum, codes},
 		"billing_mode":  {schema.Properties.BillingMode.Enum, names(byokgatev1.BillingMode_name, "BILLING_MODE_")},
-		"warnings.code": {schema.Defs.Warning.Properties.Code.Enum, names(byokgatev1.WarningCode_name, "WARNING_CODE_")},
+		"warnings.code": {append(schema.Defs.Warning.Properties.Code.AnyOf[0].Enum, "UNSPECIFIED"), names(byokgatev1.WarningCode_name, "WARNING_CODE_")},
 	} {
 		slices.Sort(lists[0])
 		if !reflect.DeepEqual(lists[0], lists[1]) {

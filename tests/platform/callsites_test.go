@@ -305,7 +305,7 @@ func TestAnImportCreatesWhatMayExist(t *testing.T) {
 	for index, result := range results {
 		code := ""
 		if result.Refusal != nil {
-			code = result.Refusal.Code
+			code = string(result.Refusal.Code)
 		}
 		want := []string{"", "INVALID_BYOK_CREDENTIAL", "MISSING_BYOK_CREDENTIAL"}[index%3]
 		if code != want || (result.ID == "") != (want != "") {

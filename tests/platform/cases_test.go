@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -369,12 +370,21 @@ func (c caseData) askClient(
 	var denied *byokgate.Denied
 	switch {
 	case err == nil:
-		return allowed.Response(), relevant, nil
+		return whole(t, allowed.Reply()), relevant, nil
 	case errors.As(err, &denied):
-		return denied.Response(), relevant, nil
+		return whole(t, denied.Reply()), relevant, nil
 	default:
 		return nil, relevant, err
 	}
+}
+
+func whole(t *testing.T, reply []byte) *byokgatev1.DecideResponse {
+	t.Helper()
+	var response byokgatev1.DecideResponse
+	if err := protojson.Unmarshal(reply, &response); err != nil {
+		t.Fatal(err)
+	}
+	return &response
 }
 
 func (c caseData) askGenerated(t *testing.T, address string, checkpoint int32) (*byokgatev1.DecideResponse, error) {

@@ -204,7 +204,7 @@ func TestKilledWhileThePlatformCreates(t *testing.T) {
 	t.Logf("%d kills, %d creates (%d created, %d refused); from \"serving again\" to the first create: median %v, longest %v",
 		kills, done.Load(), created.Load(), refused.Load(), recovered[len(recovered)/2], recovered[len(recovered)-1])
 	// The client's pause before it connects again is capped at a second; the rest is room for a busy machine.
-	if longest := recovered[len(recovered)-1]; longest > byokgate.MaxReconnectDelay+2*time.Second {
+	if longest := recovered[len(recovered)-1]; longest > time.Second+2*time.Second {
 		t.Errorf("the longest recovery took %v", longest)
 	}
 }

@@ -28,7 +28,7 @@ func acme(keys ...string) payload {
 func denial(code, message, remedy string, missing ...string) byokgate.Body {
 	return byokgate.Body{
 		Error:             message,
-		Code:              code,
+		Code:              byokgate.Code(code),
 		Runtime:           "agent",
 		Model:             "acme-large",
 		Provider:          "acme",
@@ -44,7 +44,9 @@ func missingKey() byokgate.Body {
 }
 
 func invalidKey() byokgate.Body {
-	return denial("INVALID_BYOK_CREDENTIAL", "ACME_API_KEY", "ACME_API_KEY")
+	body := denial("INVALID_BYOK_CREDENTIAL", "ACME_API_KEY", "ACME_API_KEY")
+	body.CredentialEnv, body.UpstreamStatus, body.EndpointHost = "ACME_API_KEY", http.StatusUnauthorized, anyVendor
+	return body
 }
 
 func TestCreate(t *testing.T) {

@@ -53,6 +53,8 @@ type vendor struct {
 	mu    sync.Mutex
 	live  map[string]bool
 	asked map[string]int
+	// storm is the status that everybody gets. Zero: what is right.
+	storm int
 }
 
 func startVendor(t *testing.T, live ...string) *vendor {
@@ -80,8 +82,13 @@ func (v *vendor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	v.mu.Lock()
 	v.asked[key]++
-	live := v.live[key]
+	live, storm := v.live[key], v.storm
 	v.mu.Unlock()
+	if storm != 0 {
+		w.WriteHeader(storm)
+		fmt.Fprint(w, `{"error":{"type":"overloaded_error","message":"not now"}}`)
+		return
+	}
 	if !live {
 		w.WriteHeader(http.StatusUnauthorized)
 		fmt.Fprint(w, `{"error":{"type":"authentication_error","code":"invalid_api_key","message":"nope"}}`)
@@ -92,6 +99,13 @@ func (v *vendor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (v *vendor) revoke(key string) { v.set(key, false) }
 func (v *vendor) repair(key string) { v.set(key, true) }
+
+// answerAll gives everybody this status, or what is right if it is zero.
+func (v *vendor) answerAll(status int) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.storm = status
+}
 
 func (v *vendor) set(key string, live bool) {
 	v.mu.Lock()
@@ -301,6 +315,8 @@ type platformServer struct {
 	// database is its own, for faults that only a store can have.
 	database *pgxpool.Pool
 	logs     *syncBuffer
+	handler  *platform.Server
+	gate     *byokgate.Client
 }
 
 // answer is the platform's, read in full.
@@ -318,6 +334,9 @@ type payload struct {
 	Model          string            `json:"model"`
 	Secrets        map[string]string `json:"secrets,omitempty"`
 }
+
+// anyVendor is the host of a vendor that a test starts, on whatever port.
+const anyVendor = "127.0.0.1"
 
 // organization is every workspace's in these tests, but for those that say otherwise.
 const organization = "org-1"
@@ -384,7 +403,7 @@ func startPlatform(t *testing.T, gateAddress string, timeout time.Duration) *pla
 			t.Logf("the platform logged:\n%s", logs)
 		}
 	})
-	return &platformServer{url: server.URL, schema: schema, database: database, logs: logs}
+	return &platformServer{url: server.URL, schema: schema, database: database, logs: logs, handler: handler, gate: gate}
 }
 
 // breakStore is a fault that only a store can have.
@@ -545,12 +564,15 @@ func wantDenial(t *testing.T, got answer, status int, want byokgate.Body) {
 			t.Errorf("%s is %q, expected it to say %q", prose.name, prose.got, prose.want)
 		}
 	}
-	if decided := want.Code != byokgate.CodeDecisionUnavailable; decided && !decisionID.MatchString(body.DecisionID) {
+	if decided := want.Code != byokgate.DecisionUnavailable; decided && !decisionID.MatchString(body.DecisionID) {
 		t.Errorf("decision_id %q is no UUID of version 7", body.DecisionID)
 	} else if decided {
 		want.DecisionID = body.DecisionID
 	}
 	want.Error, want.Remedy = body.Error, body.Remedy
+	if want.EndpointHost == anyVendor && strings.HasPrefix(body.EndpointHost, "127.0.0.1:") {
+		want.EndpointHost = body.EndpointHost
+	}
 	if !reflect.DeepEqual(body, want) {
 		t.Errorf("got\n%+v, expected\n%+v", body, want)
 	}
@@ -559,7 +581,7 @@ func wantDenial(t *testing.T, got answer, status int, want byokgate.Body) {
 // unavailable is the body where no decision was made about spec.
 func unavailable(spec payload, retryable bool) byokgate.Body {
 	return byokgate.Body{
-		Code:              byokgate.CodeDecisionUnavailable,
+		Code:              byokgate.DecisionUnavailable,
 		Runtime:           spec.Runtime,
 		Model:             spec.Model,
 		MissingEnv:        []string{},

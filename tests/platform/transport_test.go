@@ -24,6 +24,12 @@ import (
 // certify writes NAME.pem and NAME.key, signed by an authority, or by itself if that is nil.
 func certify(t *testing.T, dir, name string, by *authority) *authority {
 	t.Helper()
+	return certifyAs(t, dir, name, by, func(*x509.Certificate) {})
+}
+
+// certifyAs is certify of a certificate that was edited.
+func certifyAs(t *testing.T, dir, name string, by *authority, edit func(*x509.Certificate)) *authority {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -38,6 +44,7 @@ func certify(t *testing.T, dir, name string, by *authority) *authority {
 		made.IsCA, made.KeyUsage, made.DNSNames, made.IPAddresses, made.ExtKeyUsage = true, x509.KeyUsageCertSign, nil, nil, nil
 		by = &authority{made, key}
 	}
+	edit(made)
 	der, err := x509.CreateCertificate(rand.Reader, made, by.certificate, &key.PublicKey, by.key)
 	if err != nil {
 		t.Fatal(err)
@@ -79,26 +86,34 @@ func TestTheRealTransports(t *testing.T) {
 	tls := []string{"--tls-cert", file("server.pem"), "--tls-key", file("server.key")}
 	trusting := byokgate.WithTLSFiles(file("ca.pem"), "", "")
 
-	const allowed = 0
+	certifyAs(t, dir, "expired", ours, func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) })
+	certifyAs(t, dir, "elsewhere", ours, func(c *x509.Certificate) { c.IPAddresses = nil })
+	serving := func(name string) []string {
+		return []string{"--tls-cert", file(name + ".pem"), "--tls-key", file(name + ".key"), "--allow-anonymous"}
+	}
+
+	const allowed = byokgate.Reason("")
 	for name, test := range map[string]struct {
 		listen string
 		serve  []string
 		dial   []byokgate.Option
-		want   int
+		want   byokgate.Reason
 	}{
 		"a socket":         {"unix:" + socket, nil, nil, allowed},
 		"TLS for everyone": {"", append(tls, "--allow-anonymous"), []byokgate.Option{trusting}, allowed},
 		"TLS, another authority": {
-			"", append(tls, "--allow-anonymous"), []byokgate.Option{byokgate.WithTLSFiles(file("other-ca.pem"), "", "")}, http.StatusServiceUnavailable,
+			"", append(tls, "--allow-anonymous"), []byokgate.Option{byokgate.WithTLSFiles(file("other-ca.pem"), "", "")}, byokgate.ReasonTLSUntrusted,
 		},
-		"TLS, a client without": {"", append(tls, "--allow-anonymous"), nil, http.StatusServiceUnavailable},
+		"TLS, a client without": {"", append(tls, "--allow-anonymous"), nil, byokgate.ReasonTLSMismatch},
+		"TLS, a server without": {"", nil, []byokgate.Option{trusting}, byokgate.ReasonTLSMismatch},
+		"TLS, another name":     {"", serving("elsewhere"), []byokgate.Option{trusting}, byokgate.ReasonTLSUntrusted},
 		"TLS and a token": {
 			"", append(tls, "--token-file", file("tokens")), []byokgate.Option{trusting, byokgate.WithTokenFile(file("token"))}, allowed,
 		},
-		"TLS, no token": {"", append(tls, "--token-file", file("tokens")), []byokgate.Option{trusting}, http.StatusInternalServerError},
+		"TLS, no token": {"", append(tls, "--token-file", file("tokens")), []byokgate.Option{trusting}, byokgate.ReasonUnauthenticated},
 		"TLS, a wrong token": {
 			"", append(tls, "--token-file", file("tokens")), []byokgate.Option{trusting, byokgate.WithTokenFile(file("wrong"))},
-			http.StatusInternalServerError,
+			byokgate.ReasonUnauthenticated,
 		},
 		"a token on loopback": {"", []string{"--token-file", file("tokens")}, []byokgate.Option{byokgate.WithTokenFile(file("token"))}, allowed},
 		"mTLS": {
@@ -106,11 +121,15 @@ func TestTheRealTransports(t *testing.T) {
 			[]byokgate.Option{byokgate.WithTLSFiles(file("ca.pem"), file("client.pem"), file("client.key"))}, allowed,
 		},
 		"mTLS, no certificate": {
-			"", append(tls, "--tls-client-ca", file("ca.pem")), []byokgate.Option{trusting}, http.StatusServiceUnavailable,
+			"", append(tls, "--tls-client-ca", file("ca.pem")), []byokgate.Option{trusting}, byokgate.ReasonClientCertificate,
+		},
+		"mTLS, expired": {
+			"", append(tls, "--tls-client-ca", file("ca.pem")),
+			[]byokgate.Option{byokgate.WithTLSFiles(file("ca.pem"), file("expired.pem"), file("expired.key"))}, byokgate.ReasonClientCertificate,
 		},
 		"mTLS, a stranger's": {
 			"", append(tls, "--tls-client-ca", file("ca.pem")),
-			[]byokgate.Option{byokgate.WithTLSFiles(file("ca.pem"), file("stranger.pem"), file("stranger.key"))}, http.StatusServiceUnavailable,
+			[]byokgate.Option{byokgate.WithTLSFiles(file("ca.pem"), file("stranger.pem"), file("stranger.key"))}, byokgate.ReasonClientCertificate,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -143,14 +162,15 @@ func TestTheRealTransports(t *testing.T) {
 				Lookup: byokgate.Static(byokgate.Found{"ACME_API_KEY": byokgate.NewSecret(liveKey)}, nil),
 			}}
 			answer, err := client.Decide(t.Context(), request)
-			var refusal byokgate.Refusal
+			var undecided *byokgate.Undecided
 			switch {
-			case errors.As(err, &refusal):
-				if refusal.HTTPStatus() != test.want {
-					t.Errorf("%v, expected status %d\n%s", errors.Unwrap(err), test.want, output)
+			case errors.As(err, &undecided):
+				if undecided.Reason() != test.want || undecided.HTTPStatus() != http.StatusInternalServerError || undecided.OperatorHint() == "" {
+					t.Errorf("%s, %v, %v, expected %q\n%s", undecided.Reason(), undecided, errors.Unwrap(err), test.want, output)
 				}
-			case test.want != allowed || answer.BillingMode() != byokgate.BYOK:
-				t.Errorf("%v, expected status %d", answer, test.want)
+				t.Log(undecided.OperatorHint())
+			case err != nil || test.want != allowed || answer.BillingMode() != byokgate.BYOK:
+				t.Errorf("%v, %v, expected %q", answer, err, test.want)
 			}
 		})
 	}

@@ -1,6 +1,7 @@
 package byokgate
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,20 +11,18 @@ import (
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/encoding/protojson"
 
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// CodeDecisionUnavailable is the code where byok-gate made no decision, or none that this package can read.
-const CodeDecisionUnavailable = "DECISION_UNAVAILABLE"
-
 // What is said where nothing better is known.
 const (
-	noDecision = "byok-gate made no decision, so nothing was started"
-	tryAgain   = "try again; if it goes on, tell the platform's operator"
+	noDecision   = "byok-gate made no decision, so nothing was started"
+	noReason     = "byok-gate refused the workspace and gave no reason"
+	tryAgain     = "try again; if it goes on, tell the platform's operator"
+	tellOperator = "tell the platform's operator"
 )
 
 // defaultRetryAfter is when to ask again where byok-gate does not say: about as long as its restart takes.
@@ -31,7 +30,7 @@ const defaultRetryAfter = time.Second
 
 // === Allowed ===
 
-// Allowed says that the workspace may start. Only [Client.Decide] and [Client.BatchDecide] make one that does.
+// Allowed says that the workspace may start. Only [Client.Decide], [Client.BatchDecide] and [Client.DecideUntil] make one that does.
 //
 // The zero Allowed is no allow: its methods panic, so that a caller who overlooked an error starts nothing and bills nobody.
 type Allowed struct {
@@ -66,8 +65,15 @@ func (a Allowed) Provider() string { return a.mustBe().GetResolution().GetProvid
 // Warnings are what a person should know, for instance that the credential could not be verified.
 func (a Allowed) Warnings() []Warning { return warnings(a.mustBe().GetWarnings()) }
 
-// Response is a copy of byok-gate's whole reply. It holds no credential.
-func (a Allowed) Response() *byokgatev1.DecideResponse { return proto.CloneOf(a.mustBe()) }
+// Unverified says that the workspace may start although its credential was not shown to be alive. A warning says why.
+func (a Allowed) Unverified() bool { return unverified(a.mustBe()) }
+
+// Details are what byok-gate said beside the decision.
+func (a Allowed) Details() Details { return detailsFrom(a.mustBe()) }
+
+// Reply is byok-gate's whole reply as JSON, for a person who looks for a fault. It holds no credential. Its form is protojson's, which is not
+// stable to the byte.
+func (a Allowed) Reply() []byte { return replyJSON(a.mustBe()) }
 
 // String is for people.
 func (a Allowed) String() string {
@@ -106,36 +112,135 @@ func (a Allowed) mustBe() *byokgatev1.DecideResponse {
 	return a.response
 }
 
+func unverified(response *byokgatev1.DecideResponse) bool {
+	return slices.ContainsFunc(response.GetWarnings(), func(warning *byokgatev1.Warning) bool {
+		switch warning.GetCode() {
+		case byokgatev1.WarningCode_WARNING_CODE_CREDENTIAL_UNVERIFIED, byokgatev1.WarningCode_WARNING_CODE_STALE_LIVENESS,
+			byokgatev1.WarningCode_WARNING_CODE_REPORT_ONLY:
+			return true
+		}
+		return false
+	})
+}
+
+// === Details ===
+
+// Details are what byok-gate said beside a decision: for a person, for a log, and for [Concerns]. They decide nothing.
+type Details struct {
+	// Provider owns the model. Empty if none was derived.
+	Provider string
+	// BillingMode is who pays; of a denial, who would have.
+	BillingMode BillingMode
+	// AcceptedEnv are the credential names that the provider accepts, in the order in which they are tried.
+	AcceptedEnv []string
+	// CredentialEnv is the name whose value was judged, and CredentialScope where it is stored. Empty and zero if none was.
+	CredentialEnv   string
+	CredentialScope Scope
+	// ShadowsOrganization: the value hides one of the organization's.
+	ShadowsOrganization bool
+	// Fingerprint tells which key was judged. Empty unless byok-gate is configured to.
+	Fingerprint string
+	// Verdict is what is known of the credential. Empty where none had to be judged.
+	Verdict Verdict
+	// UpstreamStatus is the provider's HTTP status, EndpointHost the host that was asked. Zero and empty if there was no answer.
+	UpstreamStatus int
+	EndpointHost   string
+	// ObservedAt is when the provider answered, Age how old that was, ServedFrom where byok-gate had it from (PROBE, CACHE, STALE, BREAKER).
+	ObservedAt time.Time
+	Age        time.Duration
+	ServedFrom string
+	// RelevantEnv and RelevantBaseURLEnv are the names that mattered.
+	RelevantEnv        []string
+	RelevantBaseURLEnv []string
+	// RegistryRevision and CatalogueRevision say by what was decided.
+	RegistryRevision  string
+	CatalogueRevision string
+	// Trace are the steps taken, if Request.Explain asked for them.
+	Trace []TraceStep
+}
+
+// TraceStep is one step of a decision, in words.
+type TraceStep struct{ Step, Detail string }
+
+func detailsFrom(response *byokgatev1.DecideResponse) Details {
+	resolution, liveness := response.GetResolution(), response.GetLiveness()
+	found := Details{
+		Provider:            resolution.GetProvider(),
+		BillingMode:         billingMode(resolution.GetBillingMode()),
+		AcceptedEnv:         filled(resolution.GetAcceptedEnv()),
+		CredentialEnv:       resolution.GetCredentialEnv(),
+		CredentialScope:     Scope(resolution.GetCredentialScope()),
+		ShadowsOrganization: resolution.GetShadowsOrganization(),
+		Fingerprint:         resolution.GetCredentialFingerprint(),
+		UpstreamStatus:      int(liveness.GetUpstreamStatus()),
+		EndpointHost:        liveness.GetEndpointHost(),
+		Age:                 liveness.GetAge().AsDuration(),
+		RelevantEnv:         filled(response.GetRelevantEnv()),
+		RelevantBaseURLEnv:  filled(response.GetRelevantBaseUrlEnv()),
+		RegistryRevision:    response.GetRegistryRevision(),
+		CatalogueRevision:   response.GetCatalogueRevision(),
+	}
+	if verdict := liveness.GetVerdict(); verdict != byokgatev1.Verdict_VERDICT_UNSPECIFIED {
+		found.Verdict = Verdict(shortName(verdict, verdictPrefix))
+	}
+	if served := liveness.GetServedFrom(); served != byokgatev1.ServedFrom_SERVED_FROM_UNSPECIFIED {
+		found.ServedFrom = shortName(served, servedPrefix)
+	}
+	if at := liveness.GetObservedAt(); at != nil {
+		found.ObservedAt = at.AsTime()
+	}
+	for _, step := range response.GetTrace() {
+		found.Trace = append(found.Trace, TraceStep{step.GetStep(), step.GetDetail()})
+	}
+	return found
+}
+
+func replyJSON(response *byokgatev1.DecideResponse) []byte {
+	text, err := protojson.Marshal(response)
+	if err != nil {
+		// Text that is not UTF-8: no reply that was read from the wire.
+		return []byte("{}")
+	}
+	return text
+}
+
 // === Refusal ===
 
-// Refusal is what a [*Denied] and an [*Undecided] have in common: the reason not to start, ready to be answered with.
+// Refusal is what a [*Denied] and an [*Undecided] have in common: the reason not to start, ready to be answered with. Nothing outside this
+// package is one.
 type Refusal interface {
 	error
-	// HTTPStatus is 422 for a denial, 503 where a retry may help, 400 for a request that cannot be judged, and 500 where the
-	// platform is not wired to byok-gate.
+	// HTTPStatus is 422 for a denial, 503 where a retry may help, 400 for a request that cannot be judged, 500 where the platform is not
+	// wired to byok-gate, and 499 for a caller that hung up.
 	HTTPStatus() int
 	// Code is the machine's reason, such as MISSING_BYOK_CREDENTIAL or DECISION_UNAVAILABLE.
-	Code() string
+	Code() Code
 	// Retryable says that the same request may be allowed later with nothing changed.
 	Retryable() bool
 	// RetryAfter is when to ask again. Zero where that changes nothing.
 	RetryAfter() time.Duration
+	// OperatorHint is what the platform's people should check. It is logged, and no part of the body. Empty where there is nothing.
+	OperatorHint() string
 	// Body is the answer's body.
 	Body() Body
 	// JSON is the body, as docs/denial-body.schema.json describes it.
 	JSON() []byte
+
+	sealed() *refusal
 }
 
 // Denied is byok-gate's decision against a workspace.
 type Denied struct {
-	refusal
+	refusal  refusal
 	response *byokgatev1.DecideResponse
 }
 
 // Undecided says that there was no decision, so that nothing may start.
 type Undecided struct {
-	refusal
-	cause error
+	refusal    refusal
+	reason     Reason
+	cause      error
+	violations []Violation
 }
 
 var (
@@ -143,62 +248,201 @@ var (
 	_ Refusal = (*Undecided)(nil)
 )
 
+// RefusalOf is the refusal in an error of this package, however deep it is wrapped. Any other error, nil among them, becomes an
+// [*Undecided] that does not repeat its words: they may hold what no tenant should read.
+func RefusalOf(err error) Refusal {
+	var refusal Refusal
+	if errors.As(err, &refusal) && refusal.sealed() != nil {
+		return refusal
+	}
+	made := &Undecided{cause: err, reason: ReasonInternal}
+	if errors.Is(err, context.Canceled) {
+		made = undecided(nil, ReasonCanceled, err)
+	}
+	return made
+}
+
 // Error is the code and the reason.
-func (d *Denied) Error() string { return "byokgate: denied: " + d.text() }
+func (d *Denied) Error() string { return "byokgate: denied: " + d.sealed().text() }
+
+// Is says that it is [ErrDenied] and its own code.
+func (d *Denied) Is(target error) bool { return target == ErrDenied || target == error(d.Code()) }
 
 // DecisionID is the decision's id, which byok-gate's log carries too.
-func (d *Denied) DecisionID() string { return d.body.DecisionID }
+func (d *Denied) DecisionID() string { return d.Body().DecisionID }
 
-// Response is a copy of byok-gate's whole reply. It holds no credential.
-func (d *Denied) Response() *byokgatev1.DecideResponse { return proto.CloneOf(d.response) }
+// Details are what byok-gate said beside the decision.
+func (d *Denied) Details() Details {
+	if d == nil {
+		return Details{}
+	}
+	return detailsFrom(d.response)
+}
 
-// Error is the code and the reason.
-func (u *Undecided) Error() string { return "byokgate: undecided: " + u.text() }
-
-// Unwrap is what went wrong: for instance a gRPC status, or the context's error.
-func (u *Undecided) Unwrap() error { return u.cause }
-
-// refusal is the part that both have. Its zero value is a refusal too.
-type refusal struct {
-	httpStatus int
-	retryAfter time.Duration
-	body       Body
+// Reply is byok-gate's whole reply as JSON, for a person who looks for a fault. It holds no credential. Its form is protojson's, which is not
+// stable to the byte.
+func (d *Denied) Reply() []byte {
+	if d == nil {
+		return replyJSON(nil)
+	}
+	return replyJSON(d.response)
 }
 
 // HTTPStatus is described at [Refusal].
-func (r *refusal) HTTPStatus() int {
-	if r.httpStatus == 0 {
+func (d *Denied) HTTPStatus() int { return d.sealed().status() }
+
+// Code is described at [Refusal].
+func (d *Denied) Code() Code { return d.sealed().code() }
+
+// Retryable is described at [Refusal].
+func (d *Denied) Retryable() bool { return d.sealed().retryable() }
+
+// RetryAfter is described at [Refusal].
+func (d *Denied) RetryAfter() time.Duration { return d.sealed().pause() }
+
+// OperatorHint is described at [Refusal].
+func (d *Denied) OperatorHint() string { return d.sealed().hint() }
+
+// Body is described at [Refusal].
+func (d *Denied) Body() Body { return d.sealed().content() }
+
+// JSON is described at [Refusal].
+func (d *Denied) JSON() []byte { return d.sealed().json() }
+
+// LogValue is the code and what belongs to it.
+func (d *Denied) LogValue() slog.Value { return d.sealed().logValue() }
+
+func (d *Denied) sealed() *refusal {
+	if d == nil {
+		return nil
+	}
+	return &d.refusal
+}
+
+// Error is the code, the reason, and what to check.
+func (u *Undecided) Error() string {
+	text := "byokgate: undecided: " + u.sealed().text()
+	if hint := u.OperatorHint(); hint != "" {
+		text += "; " + hint
+	}
+	return text
+}
+
+// Is says that it is [ErrUndecided], and [context.Canceled] or [context.DeadlineExceeded] where that is the reason.
+func (u *Undecided) Is(target error) bool {
+	switch target {
+	case ErrUndecided, error(u.Code()):
+		return true
+	case context.Canceled:
+		return u.Reason() == ReasonCanceled
+	case context.DeadlineExceeded:
+		return u.Reason() == ReasonTimedOut
+	}
+	return false
+}
+
+// Unwrap is what went wrong: for instance a gRPC status, or the context's error.
+func (u *Undecided) Unwrap() error {
+	if u == nil {
+		return nil
+	}
+	return u.cause
+}
+
+// Reason is why there was no decision.
+func (u *Undecided) Reason() Reason {
+	if u == nil || u.reason == "" {
+		return ReasonInternal
+	}
+	return u.reason
+}
+
+// Violations are the request's fields at fault, for [ReasonBadRequest]. The slice is the caller's.
+func (u *Undecided) Violations() []Violation {
+	if u == nil {
+		return nil
+	}
+	return slices.Clone(u.violations)
+}
+
+// HTTPStatus is described at [Refusal].
+func (u *Undecided) HTTPStatus() int { return u.sealed().status() }
+
+// Code is described at [Refusal].
+func (u *Undecided) Code() Code { return u.sealed().code() }
+
+// Retryable is described at [Refusal].
+func (u *Undecided) Retryable() bool { return u.sealed().retryable() }
+
+// RetryAfter is described at [Refusal].
+func (u *Undecided) RetryAfter() time.Duration { return u.sealed().pause() }
+
+// OperatorHint is described at [Refusal].
+func (u *Undecided) OperatorHint() string { return u.sealed().hint() }
+
+// Body is described at [Refusal].
+func (u *Undecided) Body() Body { return u.sealed().content() }
+
+// JSON is described at [Refusal].
+func (u *Undecided) JSON() []byte { return u.sealed().json() }
+
+// LogValue is the code and what belongs to it.
+func (u *Undecided) LogValue() slog.Value { return u.sealed().logValue() }
+
+func (u *Undecided) sealed() *refusal {
+	if u == nil {
+		return nil
+	}
+	return &u.refusal
+}
+
+// refusal is the part that both have. Nil and its zero value are refusals too.
+type refusal struct {
+	httpStatus   int
+	retryAfter   time.Duration
+	operatorHint string
+	body         Body
+}
+
+func (r *refusal) status() int {
+	if r == nil || r.httpStatus == 0 {
 		return http.StatusServiceUnavailable
 	}
 	return r.httpStatus
 }
 
-// Code is described at [Refusal].
-func (r *refusal) Code() string {
-	if r.body.Code == "" {
-		return CodeDecisionUnavailable
+func (r *refusal) code() Code {
+	if r == nil || r.body.Code == "" {
+		return DecisionUnavailable
 	}
 	return r.body.Code
 }
 
-// Retryable is described at [Refusal].
-func (r *refusal) Retryable() bool { return r.HTTPStatus() == http.StatusServiceUnavailable }
+func (r *refusal) retryable() bool { return r.status() == http.StatusServiceUnavailable }
 
-// RetryAfter is described at [Refusal].
-func (r *refusal) RetryAfter() time.Duration {
-	if !r.Retryable() {
+func (r *refusal) pause() time.Duration {
+	if !r.retryable() {
 		return 0
 	}
-	if r.retryAfter <= 0 {
+	if r == nil || r.retryAfter <= 0 {
 		return defaultRetryAfter
 	}
 	return r.retryAfter
 }
 
-// Body is described at [Refusal].
-func (r *refusal) Body() Body {
-	body := r.body
-	body.Code, body.Retryable = r.Code(), r.Retryable()
+func (r *refusal) hint() string {
+	if r == nil {
+		return ""
+	}
+	return r.operatorHint
+}
+
+func (r *refusal) content() Body {
+	var body Body
+	if r != nil {
+		body = r.body
+	}
+	body.Code, body.Retryable = r.code(), r.retryable()
 	if body.BillingMode == "" {
 		body.BillingMode = UnknownBilling
 	}
@@ -212,39 +456,44 @@ func (r *refusal) Body() Body {
 	body.MissingEnv = append([]string{}, body.MissingEnv...)
 	body.AlternativeModels = append([]string{}, body.AlternativeModels...)
 	body.Warnings = slices.Clone(body.Warnings)
+	for index := range body.Warnings {
+		body.Warnings[index].EnvNames = append([]string{}, body.Warnings[index].EnvNames...)
+	}
 	return body
 }
 
-// JSON is described at [Refusal].
-func (r *refusal) JSON() []byte {
-	text, err := json.Marshal(r.Body())
+func (r *refusal) json() []byte {
+	text, err := json.Marshal(r.content())
 	if err != nil {
-		// Strings, booleans and lists of them always marshal.
+		// Strings, numbers, booleans and lists of them always marshal.
 		panic(err)
 	}
 	return text
 }
 
-// LogValue is the code and what belongs to it.
-func (r *refusal) LogValue() slog.Value {
+func (r *refusal) logValue() slog.Value {
+	body := r.content()
 	return slog.GroupValue(
-		slog.String("code", r.Code()),
-		slog.String("reason", r.body.Error),
-		slog.String("provider", r.body.Provider),
-		slog.String("decision_id", r.body.DecisionID),
+		slog.String("code", string(body.Code)),
+		slog.String("reason", body.Error),
+		slog.String("provider", body.Provider),
+		slog.String("decision_id", body.DecisionID),
 	)
 }
 
-func (r *refusal) text() string { return r.Code() + ": " + r.Body().Error }
+func (r *refusal) text() string { return string(r.code()) + ": " + r.content().Error }
 
 // Body is the JSON of every refusal; docs/denial-body.schema.json describes it for those who read it.
 type Body struct {
 	Error             string      `json:"error"`
-	Code              string      `json:"code"`
+	Code              Code        `json:"code"`
 	Runtime           string      `json:"runtime"`
 	Model             string      `json:"model"`
 	Provider          string      `json:"provider"`
 	MissingEnv        []string    `json:"missing_env"`
+	CredentialEnv     string      `json:"credential_env,omitempty"`
+	UpstreamStatus    int         `json:"upstream_status,omitempty"`
+	EndpointHost      string      `json:"endpoint_host,omitempty"`
 	BillingMode       BillingMode `json:"billing_mode"`
 	Remedy            string      `json:"remedy"`
 	Retryable         bool        `json:"retryable"`
@@ -255,27 +504,32 @@ type Body struct {
 
 // Warning is what a person should know although it did not decide.
 type Warning struct {
-	Code     string   `json:"code"`
-	Message  string   `json:"message"`
-	EnvNames []string `json:"env_names"`
+	Code     WarningCode `json:"code"`
+	Message  string      `json:"message"`
+	EnvNames []string    `json:"env_names"`
 }
 
 // === How a Refusal is made ===
 
-// denied passes a denial on as it is.
-func denied(spec Spec, response *byokgatev1.DecideResponse, deny *byokgatev1.Deny) *Denied {
+// denied passes a denial on as it is, whatever its code is. Spec may be nil.
+func denied(spec *Spec, response *byokgatev1.DecideResponse, deny *byokgatev1.Deny) *Denied {
+	runtime, model := spec.named()
+	resolution, liveness := response.GetResolution(), response.GetLiveness()
 	made := &Denied{
 		response: response,
 		refusal: refusal{
-			httpStatus: http.StatusUnprocessableEntity,
+			httpStatus:   http.StatusUnprocessableEntity,
+			operatorHint: operatorHint(deny),
 			body: Body{
 				Error:             deny.GetMessage(),
-				Code:              shortName(deny.GetCode(), denyPrefix),
-				Runtime:           spec.Runtime,
-				Model:             spec.Model,
-				Provider:          response.GetResolution().GetProvider(),
+				Code:              denyCode(deny.GetCode()),
+				Runtime:           runtime,
+				Model:             model,
+				Provider:          resolution.GetProvider(),
 				MissingEnv:        filled(deny.GetMissingEnv()),
-				BillingMode:       billingMode(response.GetResolution().GetBillingMode()),
+				CredentialEnv:     resolution.GetCredentialEnv(),
+				EndpointHost:      liveness.GetEndpointHost(),
+				BillingMode:       billingMode(resolution.GetBillingMode()),
 				Remedy:            deny.GetRemedy(),
 				DecisionID:        response.GetDecisionId(),
 				AlternativeModels: filled(deny.GetAlternativeModels()),
@@ -283,63 +537,105 @@ func denied(spec Spec, response *byokgatev1.DecideResponse, deny *byokgatev1.Den
 			},
 		},
 	}
+	if status := liveness.GetUpstreamStatus(); status >= 100 && status <= 599 {
+		made.refusal.body.UpstreamStatus = int(status)
+	}
+	if made.refusal.body.Error == "" {
+		made.refusal.body.Error = noReason
+	}
+	if made.refusal.body.Remedy == "" {
+		made.refusal.body.Remedy = tellOperator
+	}
 	if deny.GetRetryable() {
-		made.httpStatus = http.StatusServiceUnavailable
-		made.retryAfter = deny.GetRetryAfter().AsDuration()
+		made.refusal.httpStatus = http.StatusServiceUnavailable
+		made.refusal.retryAfter = deny.GetRetryAfter().AsDuration()
+	}
+	return made
+}
+
+// denyCode keeps the number of a code that this package does not know, and of the one that is never sent.
+func denyCode(code byokgatev1.DenyCode) Code {
+	if code == byokgatev1.DenyCode_DENY_CODE_UNSPECIFIED {
+		return denyPrefix + "0"
+	}
+	return Code(shortName(code, denyPrefix))
+}
+
+// undecided is for a reason that needs no more words. Spec may be nil.
+func undecided(spec *Spec, reason Reason, cause error) *Undecided {
+	runtime, model := spec.named()
+	said := reasons[reason]
+	made := &Undecided{
+		reason: reason,
+		cause:  cause,
+		refusal: refusal{
+			httpStatus:   said.httpStatus,
+			operatorHint: said.hint,
+			body:         Body{Code: DecisionUnavailable, Error: said.sentence, Runtime: runtime, Model: model},
+		},
+	}
+	switch {
+	case reason.miswired():
+		made.refusal.body.Error = "the platform is not wired to byok-gate (" + string(reason) + ")"
+		made.refusal.body.Remedy = "tell the platform's operator; trying again changes nothing"
+	case reason == ReasonBadRequest:
+		made.refusal.body.Remedy = "correct the field that is named"
 	}
 	return made
 }
 
 // unreadable is for an answer that this package cannot read, most likely of a newer byok-gate during a rollout.
-func unreadable(spec Spec, response *byokgatev1.DecideResponse, what string) *Undecided {
-	made := undecided(spec, http.StatusServiceUnavailable, errors.New("byok-gate answered with "+what))
-	made.body.Error = "byok-gate answered with " + what + ", which is taken for a no"
-	made.body.Remedy = "try again; if it goes on, bring the platform and byok-gate to versions that know each other"
-	made.body.DecisionID = response.GetDecisionId()
+func unreadable(spec *Spec, response *byokgatev1.DecideResponse, what string) *Undecided {
+	made := undecided(spec, ReasonUnreadableReply, errors.New("byok-gate answered with "+what))
+	made.refusal.body.Error = "byok-gate answered with " + what + ", which is taken for a no"
+	made.refusal.body.DecisionID = response.GetDecisionId()
 	return made
-}
-
-// failed is for a gRPC error: byok-gate did not decide.
-func failed(spec Spec, err error) *Undecided {
-	said := status.Convert(err)
-	switch said.Code() {
-	case codes.InvalidArgument:
-		// Names the field at fault. byok-gate never repeats a credential's value.
-		return unjudgeable(spec, err, said.Message())
-	case codes.Unauthenticated, codes.PermissionDenied, codes.Unimplemented:
-		return miswired(spec, err, said.Code().String())
-	default:
-		made := undecided(spec, http.StatusServiceUnavailable, err)
-		made.body.Error = "byok-gate made no decision (" + said.Code().String() + "), so nothing was started"
-		made.retryAfter = retryInfo(said)
-		return made
-	}
 }
 
 // unjudgeable is for a request that is at fault itself.
-func unjudgeable(spec Spec, cause error, field string) *Undecided {
-	made := undecided(spec, http.StatusBadRequest, cause)
-	made.body.Error = "the workspace cannot be judged: " + field
-	made.body.Remedy = "correct the field that is named"
+func unjudgeable(spec *Spec, cause error, violation Violation) *Undecided {
+	made := undecided(spec, ReasonBadRequest, cause)
+	made.violations = []Violation{violation}
+	made.refusal.body.Error = "the workspace cannot be judged: " + violation.Field + ": " + violation.Description
 	return made
 }
 
-// miswired is for a fault of the platform's own that no tenant can help.
-func miswired(spec Spec, cause error, what string) *Undecided {
-	made := undecided(spec, http.StatusInternalServerError, cause)
-	made.body.Error = "the platform is not wired to byok-gate (" + what + ")"
-	made.body.Remedy = "tell the platform's operator; trying again changes nothing"
-	return made
+// unsettled is for a registry that changes more often than it can be asked.
+func unsettled(spec *Spec) *Undecided {
+	return undecided(spec, ReasonRegistryMoving, errors.New("byok-gate's registry kept changing"))
 }
 
-func undecided(spec Spec, httpStatus int, cause error) *Undecided {
-	return &Undecided{
-		cause: cause,
-		refusal: refusal{
-			httpStatus: httpStatus,
-			body:       Body{Code: CodeDecisionUnavailable, Runtime: spec.Runtime, Model: spec.Model},
-		},
+// missing is for a request that a batch did not answer.
+func missing(spec *Spec) *Undecided { return unreadable(spec, nil, "no result for this workspace") }
+
+// failed is for a gRPC error: byok-gate did not decide.
+func (c *core) failed(ctx context.Context, spec *Spec, err error) *Undecided {
+	said := status.Convert(err)
+	found := detailsOf(said)
+	fault := c.link.fault()
+	reason := reasonFor(ctx, said, found, fault)
+	if reason == ReasonUnauthenticated && c.token.unreadable() {
+		reason = ReasonTokenUnreadable
 	}
+	if reason != ReasonCanceled && c.closed() {
+		reason = ReasonClosed
+	}
+	made := undecided(spec, reason, err)
+	made.violations = found.violations
+	switch reason {
+	case ReasonBadRequest:
+		// Names the field at fault. byok-gate never repeats a credential's value.
+		made.refusal.body.Error = "the workspace cannot be judged: " + said.Message()
+	case ReasonUnreadableReply:
+		made.refusal.body.Error = "byok-gate's answer cannot be read (" + said.Code().String() + "), so nothing was started"
+	}
+	if made.refusal.httpStatus == http.StatusServiceUnavailable {
+		made.refusal.retryAfter = retryInfo(said)
+	}
+	if fault != nil && fault.reason == reason && fault.hint != "" {
+		made.refusal.operatorHint = fault.hint
+	}
+	return made
 }
 
 // retryInfo is when an overloaded byok-gate asks to be asked again. Zero if it does not say.
@@ -356,7 +652,7 @@ func warnings(given []*byokgatev1.Warning) []Warning {
 	var list []Warning
 	for _, warning := range given {
 		list = append(list, Warning{
-			Code:     shortName(warning.GetCode(), warningPrefix),
+			Code:     WarningCode(shortName(warning.GetCode(), warningPrefix)),
 			Message:  warning.GetMessage(),
 			EnvNames: append([]string{}, filled(warning.GetEnvNames())...),
 		})
@@ -364,7 +660,7 @@ func warnings(given []*byokgatev1.Warning) []Warning {
 	return list
 }
 
-// filled leaves empty names out: the body's schema has no place for them.
+// filled is a copy that leaves empty names out: the body's schema has no place for them.
 func filled(names []string) []string {
 	return slices.DeleteFunc(slices.Clone(names), func(name string) bool { return name == "" })
 }

@@ -14,7 +14,6 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
@@ -31,7 +30,7 @@ func TestEveryBillingModeOfAnAllow(t *testing.T) {
 			continue
 		}
 		wantAllowed(t, allowed, err, BillingMode(strings.TrimPrefix(name, "BILLING_MODE_")))
-		if allowed.Provider() != "acme" || allowed.Response().GetDecisionId() != fakeDecision {
+		if allowed.Provider() != "acme" || allowed.Details().Provider != "acme" {
 			t.Errorf("%s: %v", name, allowed)
 		}
 	}
@@ -57,8 +56,6 @@ func TestRepliesThatCannotBeReadAreUndecided(t *testing.T) {
 		"allow, no resolution":          allowOfNobody,
 		"allow, another resolution":     allowOfTwoMinds,
 		"allow, no id":                  allowWithoutID,
-		"deny, unknown code":            deny(&byokgatev1.Deny{Code: 999, Message: "a reason of tomorrow's"}),
-		"deny, no code":                 deny(&byokgatev1.Deny{}),
 	} {
 		t.Run(name, func(t *testing.T) {
 			fake, address := startFake(t)
@@ -80,7 +77,7 @@ func TestReadOfGoValuesThatNoWireHolds(t *testing.T) {
 		"nil allow": {DecisionId: fakeDecision, Decision: &byokgatev1.DecideResponse_Allow{}, Resolution: &byokgatev1.Resolution{BillingMode: 2}},
 		"nil deny":  {DecisionId: fakeDecision, Decision: &byokgatev1.DecideResponse_Deny{}},
 	} {
-		if allowed, refusal := read(Spec{}, response); refusal == nil || allowed != (Allowed{}) {
+		if allowed, refusal := read(nil, response); refusal == nil || allowed != (Allowed{}) {
 			t.Errorf("%s: %v, %v", name, allowed, refusal)
 		}
 	}
@@ -98,7 +95,7 @@ func TestEveryDenyCode(t *testing.T) {
 			AlternativeModels: []string{"platform-small"},
 		}), nil)
 		allowed, err := client.Decide(background(), acme())
-		denied := wantDenied(t, allowed, err, strings.TrimPrefix(name, "DENY_CODE_"))
+		denied := wantDenied(t, allowed, err, Code(strings.TrimPrefix(name, "DENY_CODE_")))
 		want := Body{
 			Error: "no", Code: denied.Code(), Runtime: "agent", Model: "acme-large", Provider: "acme",
 			MissingEnv: []string{"ACME_API_KEY"}, BillingMode: BYOK, Remedy: "none", DecisionID: fakeDecision,
@@ -110,7 +107,7 @@ func TestEveryDenyCode(t *testing.T) {
 		if denied.HTTPStatus() != http.StatusUnprocessableEntity || denied.Retryable() || denied.RetryAfter() != 0 {
 			t.Errorf("%s: status %d, retryable %v after %v", name, denied.HTTPStatus(), denied.Retryable(), denied.RetryAfter())
 		}
-		if want := "byokgate: denied: " + denied.Code() + ": no"; err.Error() != want {
+		if want := "byokgate: denied: " + string(denied.Code()) + ": no"; err.Error() != want {
 			t.Errorf("%q, expected %q", err, want)
 		}
 	}
@@ -139,7 +136,7 @@ func TestRetryableDenial(t *testing.T) {
 		if denied.HTTPStatus() != http.StatusServiceUnavailable || !denied.Body().Retryable || denied.RetryAfter() != test.want {
 			t.Errorf("%s: status %d, retry after %v", name, denied.HTTPStatus(), denied.RetryAfter())
 		}
-		warned := []Warning{{Code: "UNSPECIFIED", Message: "of tomorrow's", EnvNames: []string{}}}
+		warned := []Warning{{Code: "WARNING_CODE_999", Message: "of tomorrow's", EnvNames: []string{}}}
 		if !reflect.DeepEqual(denied.Body().Warnings, warned) {
 			t.Errorf("%s: warnings %+v", name, denied.Body().Warnings)
 		}
@@ -201,7 +198,8 @@ func TestTheZeroAllowedIsNoAllow(t *testing.T) {
 		"DecisionID":  func() { zero.DecisionID() },
 		"Provider":    func() { zero.Provider() },
 		"Warnings":    func() { zero.Warnings() },
-		"Response":    func() { zero.Response() },
+		"Unverified":  func() { zero.Unverified() },
+		"Details":     func() { zero.Details() },
 	} {
 		func() {
 			defer func() {
@@ -228,7 +226,7 @@ func TestTheZeroAllowedIsNoAllow(t *testing.T) {
 
 // What a caller sees of an allow, in logs and in JSON.
 func TestAnAllowShowsItself(t *testing.T) {
-	allowed, refusal := read(Spec{}, allow(byokgatev1.BillingMode_BILLING_MODE_BYOK))
+	allowed, refusal := read(nil, allow(byokgatev1.BillingMode_BILLING_MODE_BYOK))
 	if refusal != nil {
 		t.Fatal(refusal)
 	}
@@ -240,16 +238,16 @@ func TestAnAllowShowsItself(t *testing.T) {
 		t.Errorf("%v, %v", allowed, allowed.LogValue())
 	}
 	// A copy: a caller's edit does not reach the answer.
-	allowed.Response().Resolution.BillingMode = byokgatev1.BillingMode_BILLING_MODE_PLATFORM_MANAGED
-	if !proto.Equal(allowed.Response(), allow(byokgatev1.BillingMode_BILLING_MODE_BYOK)) {
-		t.Error("Response is not a copy")
+	allowed.Details().RelevantEnv[0] = "OTHER"
+	if allowed.Details().RelevantEnv[0] != "ACME_API_KEY" {
+		t.Error("Details are not a copy")
 	}
 }
 
 // A caller who makes one of these by hand gets a refusal, never a pass.
 func TestZeroRefusalsRefuse(t *testing.T) {
 	for _, refusal := range []Refusal{&Denied{}, &Undecided{}} {
-		body := Body{Error: noDecision, Remedy: tryAgain, Code: CodeDecisionUnavailable, BillingMode: UnknownBilling, Retryable: true, MissingEnv: []string{}, AlternativeModels: []string{}}
+		body := Body{Error: noDecision, Remedy: tryAgain, Code: DecisionUnavailable, BillingMode: UnknownBilling, Retryable: true, MissingEnv: []string{}, AlternativeModels: []string{}}
 		if refusal.HTTPStatus() != http.StatusServiceUnavailable || !reflect.DeepEqual(refusal.Body(), body) || refusal.RetryAfter() <= 0 {
 			t.Errorf("%T: status %d, body %+v", refusal, refusal.HTTPStatus(), refusal.Body())
 		}
@@ -265,9 +263,40 @@ func TestZeroRefusalsRefuse(t *testing.T) {
 
 // The body is a copy: a handler that edits it does not change what the next one reads.
 func TestABodyIsACopy(t *testing.T) {
-	_, refusal := read(Spec{}, missingKey("ACME_API_KEY"))
+	_, refusal := read(nil, missingKey("ACME_API_KEY"))
 	refusal.Body().MissingEnv[0] = "OTHER"
 	if got := refusal.Body().MissingEnv[0]; got != "ACME_API_KEY" {
 		t.Errorf("missing_env is now %q", got)
+	}
+}
+
+// A code of tomorrow's is a denial, with byok-gate's words and its word on retries: were it "no decision", a caller would ask for ever.
+func TestADenialForAnUnknownReasonIsADenial(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	for number, code := range map[byokgatev1.DenyCode]Code{999: "DENY_CODE_999", 0: "DENY_CODE_0", -1: "DENY_CODE_-1"} {
+		for _, retryable := range []bool{false, true} {
+			fake.tell(deny(&byokgatev1.Deny{
+				Code: number, Message: "a reason of tomorrow's", Remedy: "what to do tomorrow", Retryable: retryable, RetryAfter: durationpb.New(7 * time.Second),
+			}), nil)
+			allowed, err := client.Decide(background(), acme())
+			denied := wantDenied(t, allowed, err, code)
+			status, after := http.StatusUnprocessableEntity, time.Duration(0)
+			if retryable {
+				status, after = http.StatusServiceUnavailable, 7*time.Second
+			}
+			if body := denied.Body(); body.Error != "a reason of tomorrow's" || body.Remedy != "what to do tomorrow" || denied.HTTPStatus() != status || denied.RetryAfter() != after {
+				t.Errorf("%s: %+v, %d after %v", code, body, denied.HTTPStatus(), denied.RetryAfter())
+			}
+			if !errors.Is(err, ErrDenied) || errors.Is(err, ErrUndecided) || errors.Is(err, MissingBYOKCredential) || !errors.Is(err, code) {
+				t.Errorf("%v", err)
+			}
+		}
+	}
+	// Without content it is one, too.
+	fake.tell(deny(&byokgatev1.Deny{}), nil)
+	allowed, err := client.Decide(background(), acme())
+	if body := wantDenied(t, allowed, err, "DENY_CODE_0").Body(); body.Error == "" || body.Remedy == "" {
+		t.Errorf("%+v", body)
 	}
 }

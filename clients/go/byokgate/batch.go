@@ -5,9 +5,11 @@ import (
 	"errors"
 	"io"
 	"iter"
+	"slices"
 	"sync"
 	"time"
 
+	spb "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -15,13 +17,28 @@ import (
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
+// A batch is a pipeline. Each request's names and credentials are fetched by itself, so that a lookup that hangs holds nobody else; what is
+// ready goes out in calls of up to 256, several at a time; credentials are let go as soon as their call is answered. All stages share what
+// is known of byok-gate: that it is away is found out once.
+
 const (
-	// maxBatchItems and maxBatchBytes are byok-gate's limits for one call, the second less some room for framing. More
-	// requests become more calls.
+	// maxBatchItems and maxBatchBytes are byok-gate's limits for one call, the second less some room for framing.
 	maxBatchItems = 256
 	maxBatchBytes = 4*1024*1024 - 64*1024
-	// batchLookups is how many requests' credentials are fetched at a time: a secret store is shared with everyone else.
-	batchLookups = 16
+	// batchPatience is how long a request that is ready waits for company.
+	batchPatience = 50 * time.Millisecond
+	// batchCalls is how many calls are under way at a time: few and full, or many and small where each organization has a lane of its own.
+	batchCalls       = 4
+	batchCallsInLane = 128
+	// batchLookups is how many requests' credentials are fetched at a time: a secret store is shared with everyone else. One that has not
+	// answered after slowLookup counts among the slow ones and makes room.
+	batchLookups = 32
+	slowLookup   = 100 * time.Millisecond
+	batchSlow    = 1024
+	// batchInHand is how many requests hold credentials at a time.
+	batchInHand = (batchCalls + 1) * maxBatchItems
+	// batchTries is how often an item is asked again that byok-gate put off.
+	batchTries = 8
 )
 
 // Result is what came of one request of a batch. The zero Result is no allow.
@@ -36,148 +53,435 @@ func (r Result) Decision() (Allowed, error) {
 	case r.refusal != nil:
 		return Allowed{}, r.refusal
 	case r.allowed.response == nil:
-		return Allowed{}, missing(Spec{})
+		return Allowed{}, missing(nil)
 	default:
 		return r.allowed, nil
 	}
 }
 
-// item is one request of a batch on its way.
-type item struct {
-	index   int
-	request Request
-	held    *wallet
-	basis   relevance
-	wire    *byokgatev1.DecideRequest
-	began   time.Time
-	// failure is why the last call had no reply for it, if it had none.
-	failure error
-}
-
 // BatchDecide asks about many workspaces at once, for a fleet's restart. It yields one result for each request, by its index,
 // as soon as there is one and in no promised order. Leaving the loop ends the batch: the requests that were not yielded are
-// undecided.
+// undecided. A consumer that takes its time holds up nothing but itself.
 func (c *Client) BatchDecide(ctx context.Context, requests []Request) iter.Seq2[int, Result] {
 	return func(yield func(int, Result) bool) {
-		ctx, cancel := context.WithTimeout(ctx, c.batchTimeout)
+		if len(requests) == 0 {
+			return
+		}
+		if c.unusable() {
+			for index := range requests {
+				if !yield(index, Result{refusal: undecided(&requests[index].Spec, ReasonClosed, errClosed)}) {
+					return
+				}
+			}
+			return
+		}
+		b := &batch{
+			client: c, began: time.Now(),
+			requests: slices.Clone(requests),
+			events:   make(chan event, batchLookups),
+			// Room for all: results hold no credentials, and a slow consumer must not hold those that do.
+			results: make(chan settled, len(requests)),
+			lookups: make(chan struct{}, batchLookups),
+			slow:    make(chan struct{}, batchSlow),
+			hands:   make(chan struct{}, batchInHand),
+			calls:   make(chan struct{}, batchCalls),
+		}
+		if c.lanes.key != nil {
+			b.calls = make(chan struct{}, batchCallsInLane)
+		}
+		defer b.work.Wait()
+		var cancel context.CancelFunc
+		b.ctx, cancel = context.WithTimeout(c.traced(orBackground(ctx)), c.batchTimeout)
 		defer cancel()
-		pending := make([]*item, len(requests))
-		for index, request := range requests {
-			pending[index] = &item{index: index, request: request, held: newWallet(), began: time.Now()}
-		}
-		// settle yields a result. It says whether the loop goes on.
-		settle := func(about *item, allowed Allowed, refusal Refusal) bool {
-			c.record(ctx, about.request, allowed, refusal, time.Since(about.began))
-			return yield(about.index, Result{allowed, refusal})
-		}
-		window, began := retryWindow(ctx), time.Now()
-		for round := range maxRounds {
-			ready, refused := c.prepareAll(ctx, pending)
-			for about, refusal := range refused {
-				if !settle(about, Allowed{}, refusal) {
-					return
-				}
-			}
-			var left []*item
-			away := false
-			for _, call := range calls(ready) {
-				unanswered, err, goOn := c.askBatch(ctx, call, &left, settle)
-				if !goOn {
-					return
-				}
-				if _, again := retryPause(err, round); again && len(unanswered) > 0 {
-					for _, about := range unanswered {
-						about.failure = err
-					}
-					left, away = append(left, unanswered...), true
-					continue
-				}
-				for _, about := range unanswered {
-					about.failure = err
-					if !settle(about, Allowed{}, about.unanswered()) {
-						return
-					}
-				}
-			}
-			if pending = left; len(pending) == 0 {
+		b.gate.window = retryWindow(b.ctx)
+		b.start(b.coordinate)
+		b.start(b.feed)
+		b.yield(yield)
+	}
+}
+
+type batch struct {
+	client   *Client
+	ctx      context.Context
+	began    time.Time
+	requests []Request
+	gate     presence
+	events   chan event
+	results  chan settled
+	// Places: to look up, to look up slowly, to hold credentials, to call.
+	lookups, slow, hands, calls chan struct{}
+	work                        sync.WaitGroup
+}
+
+// item is one request on its way.
+type item struct {
+	index   int
+	request *Request
+	held    wallet
+	// names are those to look up next.
+	names   []string
+	known   bool
+	settled bool
+	wire    *byokgatev1.DecideRequest
+	size    int
+	rounds  int
+	tries   int
+}
+
+// event is what the coordinator hears of an item: that it is ready, that it is done for, or that it is to be prepared (again).
+type event struct {
+	about *item
+	what  happening
+	after time.Duration
+}
+
+type happening int
+
+const (
+	isReady happening = iota
+	isRefused
+	isAgain
+)
+
+// settled is a result.
+type settled struct {
+	about *item
+	Result
+}
+
+func (b *batch) start(work func()) {
+	b.work.Add(1)
+	go func() {
+		defer b.work.Done()
+		work()
+	}()
+}
+
+// take waits for a place. False: the batch is over.
+func (b *batch) take(places chan struct{}) bool {
+	select {
+	case places <- struct{}{}:
+		return true
+	case <-b.ctx.Done():
+		return false
+	}
+}
+
+func (b *batch) tell(told event) {
+	select {
+	case b.events <- told:
+	case <-b.ctx.Done():
+	}
+}
+
+func (b *batch) settle(about *item, allowed Allowed, refusal Refusal) {
+	about.wire, about.held = nil, wallet{}
+	b.results <- settled{about, Result{allowed, refusal}}
+}
+
+// yield hands results over, and says of what is left at the end that it is undecided.
+func (b *batch) yield(yield func(int, Result) bool) {
+	c := b.client
+	done := make([]bool, len(b.requests))
+	give := func(came settled) bool {
+		done[came.about.index] = true
+		c.record(b.ctx, came.about.request, came.allowed, came.refusal, time.Since(b.began), came.about.tries)
+		return yield(came.about.index, came.Result)
+	}
+	for range b.requests {
+		select {
+		case came := <-b.results:
+			if !give(came) {
 				return
 			}
-			if away && (time.Since(began) > window || !sleep(ctx, lastPause)) {
-				break
+			continue
+		case <-b.ctx.Done():
+		}
+		// What came in time stands.
+		for more := true; more; {
+			select {
+			case came := <-b.results:
+				if !give(came) {
+					return
+				}
+			default:
+				more = false
 			}
 		}
-		for _, about := range pending {
-			refusal := unsettled(about.request.Spec)
-			if about.failure != nil {
-				refusal = about.unanswered()
+		over := status.FromContextError(b.ctx.Err()).Err()
+		for index := range done {
+			if done[index] {
+				continue
 			}
-			if !settle(about, Allowed{}, refusal) {
+			about := &item{index: index, request: &b.requests[index]}
+			if !give(settled{about, Result{refusal: c.failed(b.ctx, &about.request.Spec, over)}}) {
 				return
+			}
+		}
+		return
+	}
+}
+
+// feed brings the requests in, a few at a time.
+func (b *batch) feed() {
+	for index := range b.requests {
+		if !b.take(b.lookups) {
+			return
+		}
+		about := &item{index: index, request: &b.requests[index]}
+		b.start(func() { b.prepare(about) })
+	}
+}
+
+// prepare fetches an item's credentials. It has a place among the lookups, and gives it back.
+func (b *batch) prepare(about *item) {
+	c, spec := b.client, &about.request.Spec
+	fast, inHand, done := true, false, false
+	refuse := func(refusal Refusal) {
+		done = true
+		if inHand {
+			<-b.hands
+		}
+		b.settle(about, Allowed{}, refusal)
+		b.tell(event{about: about, what: isRefused})
+	}
+	defer func() {
+		if !done && b.ctx.Err() == nil {
+			// A log handler that ends its goroutine, most likely.
+			refuse(undecided(spec, ReasonInternal, errors.New("the goroutine that fetched the credentials was ended")))
+		}
+		if fast {
+			<-b.lookups
+		}
+	}()
+	if away := b.gate.gone(); away != nil {
+		refuse(c.failed(b.ctx, spec, away))
+		return
+	}
+	if !about.known {
+		names, settled, refusal := c.prepare(b.ctx, spec)
+		if refusal != nil {
+			if gone, is := refusal.(*Undecided); is && status.Code(gone.cause) == codes.Unavailable {
+				b.gate.giveUp(gone.cause)
+			}
+			refuse(refusal)
+			return
+		}
+		about.names, about.settled, about.known = names, settled, true
+	}
+	if inHand = b.take(b.hands); !inHand {
+		return
+	}
+	if names := about.held.lacks(about.names); len(names) > 0 {
+		ctx, cancel := context.WithTimeout(b.ctx, min(c.lookups.perCall, time.Until(b.deadline())/2))
+		defer cancel()
+		answers := c.lookups.start(ctx, spec.Lookup, names)
+		soon, stop := context.WithTimeout(ctx, slowLookup)
+		defer stop()
+		got := unanswered()
+		if late := collect(soon, answers, &got, len(scopes)); late > 0 {
+			select {
+			case b.slow <- struct{}{}:
+				<-b.lookups
+				fast = false
+				defer func() { <-b.slow }()
+			default:
+				// There are slow ones enough: this one holds its place.
+			}
+			collect(ctx, answers, &got, late)
+		}
+		about.held.keep(names, got)
+		c.unread(b.ctx, spec, &about.held)
+	}
+	about.wire = about.request.wire(&about.held, c.mode)
+	about.size = proto.Size(about.wire)
+	done = true
+	b.tell(event{about: about, what: isReady})
+}
+
+func (b *batch) deadline() time.Time {
+	deadline, _ := b.ctx.Deadline()
+	return deadline
+}
+
+// pile is what is ready to go out together.
+type pile struct {
+	items []*item
+	bytes int
+	since time.Time
+}
+
+// coordinate makes calls of what is ready.
+func (b *batch) coordinate() {
+	unprepared := len(b.requests)
+	piles := map[string]*pile{}
+	flush := func(lane string) {
+		items := piles[lane].items
+		delete(piles, lane)
+		// In the requests' order, as far as they go together: a log of them can be read.
+		slices.SortFunc(items, func(a, b *item) int { return a.index - b.index })
+		b.start(func() { b.call(lane, items) })
+	}
+	patience := time.NewTimer(batchPatience)
+	defer patience.Stop()
+	for {
+		select {
+		case told := <-b.events:
+			switch told.what {
+			case isRefused:
+				unprepared--
+			case isAgain:
+				unprepared++
+				b.start(func() {
+					if sleep(b.ctx, told.after) && b.take(b.lookups) {
+						b.prepare(told.about)
+					}
+				})
+			case isReady:
+				unprepared--
+				lane := b.client.lanes.of(&told.about.request.Spec)
+				if full := piles[lane]; full != nil && full.bytes+told.about.size > maxBatchBytes {
+					flush(lane)
+				}
+				heap := piles[lane]
+				if heap == nil {
+					heap = &pile{since: time.Now()}
+					piles[lane] = heap
+				}
+				heap.items, heap.bytes = append(heap.items, told.about), heap.bytes+told.about.size
+				if len(heap.items) == maxBatchItems {
+					flush(lane)
+				}
+			}
+		case <-patience.C:
+			patience.Reset(batchPatience)
+		case <-b.ctx.Done():
+			return
+		}
+		for lane, heap := range piles {
+			// Nobody else is on the way, or they are not worth the wait.
+			if unprepared == 0 || time.Since(heap.since) >= batchPatience {
+				flush(lane)
 			}
 		}
 	}
 }
 
-// unanswered is for an item that the last call had no reply for.
-func (i *item) unanswered() *Undecided {
-	if i.failure != nil {
-		return failed(i.request.Spec, i.failure)
+// call asks about these items until each has its answer, as long as byok-gate is there.
+func (b *batch) call(lane string, items []*item) {
+	if !b.take(b.calls) {
+		return
 	}
-	return missing(i.request.Spec)
+	defer func() { <-b.calls }()
+	c := b.client
+	ctx := inLane(b.ctx, lane)
+	for attempt := 0; len(items) > 0; attempt++ {
+		var err error
+		if err = b.gate.gone(); err == nil {
+			items, err = b.ask(ctx, items)
+		}
+		if b.ctx.Err() != nil || len(items) == 0 {
+			return
+		}
+		pause, again := c.retryPause(err, attempt)
+		switch status.Code(err) {
+		case codes.Unavailable:
+			again = again && !b.gate.away(err)
+		default:
+			again = again && attempt < batchTries
+		}
+		if again && pause < time.Until(b.deadline()) && sleep(b.ctx, pause) {
+			continue
+		}
+		for _, about := range items {
+			refusal := missing(&about.request.Spec)
+			if err != nil {
+				refusal = c.failed(b.ctx, &about.request.Spec, err)
+			}
+			b.finish(about, Allowed{}, refusal)
+		}
+		return
+	}
 }
 
-// askBatch makes one call and settles what it answers. Items whose reply does not stand go to left; those without a reply
-// are returned, with the reason if the call failed.
-func (c *Client) askBatch(
-	ctx context.Context, items []*item, left *[]*item, settle func(*item, Allowed, Refusal) bool,
-) (unanswered []*item, failure error, goOn bool) {
+// finish settles an item that holds credentials.
+func (b *batch) finish(about *item, allowed Allowed, refusal Refusal) {
+	b.settle(about, allowed, refusal)
+	<-b.hands
+}
+
+// again lets an item's credentials go and has it prepared anew. False: it was put off too often.
+func (b *batch) again(about *item, after time.Duration) bool {
+	if after >= time.Until(b.deadline()) {
+		return false
+	}
+	about.tries++
+	about.wire = nil
+	<-b.hands
+	b.tell(event{about: about, what: isAgain, after: after})
+	return true
+}
+
+// ask makes one call and settles what it answers. It returns the items without an answer, and the reason if the call failed.
+func (b *batch) ask(ctx context.Context, items []*item) ([]*item, error) {
 	// Ends the stream however this function is left.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	request := &byokgatev1.BatchDecideRequest{}
-	open := map[uint32]*item{}
+	c := b.client
+	request := &byokgatev1.BatchDecideRequest{Requests: make([]*byokgatev1.DecideRequest, len(items))}
 	for place, about := range items {
-		request.Requests = append(request.Requests, about.wire)
-		open[uint32(place)] = about // at most maxBatchItems
+		request.Requests[place] = about.wire
 	}
+	open := slices.Clone(items)
 	stream, err := c.service.BatchDecide(ctx, request)
 	for err == nil {
 		var reply *byokgatev1.BatchDecideResponse
 		if reply, err = stream.Recv(); err != nil {
 			break
 		}
-		about, waiting := open[reply.GetIndex()]
-		if !waiting {
+		b.gate.here()
+		c.link.answered()
+		place := reply.GetIndex()
+		if uint64(place) >= uint64(len(open)) || open[place] == nil {
 			// No such item, or one that has its answer: nothing that could be acted on.
 			continue
 		}
-		delete(open, reply.GetIndex())
-		var allowed Allowed
-		var refusal Refusal
-		switch result := reply.GetResult().(type) {
-		case *byokgatev1.BatchDecideResponse_Response:
-			if !c.stands(ctx, about.request, about.held, about.basis, result.Response) {
-				about.failure = nil
-				*left = append(*left, about)
-				continue
-			}
-			allowed, refusal = read(about.request.Spec, result.Response)
-		case *byokgatev1.BatchDecideResponse_Status:
-			refusal = failed(about.request.Spec, itemError(result.Status))
-		default:
-			refusal = missing(about.request.Spec)
-		}
-		if !settle(about, allowed, refusal) {
-			return nil, nil, false
-		}
+		about := open[place]
+		open[place] = nil
+		b.hear(about, reply)
 	}
 	if errors.Is(err, io.EOF) {
 		err = nil
 	}
-	for _, place := range sortedKeys(open) {
-		unanswered = append(unanswered, open[place])
+	left := slices.DeleteFunc(open, func(about *item) bool { return about == nil })
+	return left, err
+}
+
+// hear takes one item's answer.
+func (b *batch) hear(about *item, reply *byokgatev1.BatchDecideResponse) {
+	c, spec := b.client, &about.request.Spec
+	switch result := reply.GetResult().(type) {
+	case *byokgatev1.BatchDecideResponse_Response:
+		names := c.learn(spec, &about.held, result.Response)
+		if !about.settled && len(names) > 0 {
+			about.names, about.rounds = names, about.rounds+1
+			if about.rounds < maxRounds && b.again(about, 0) {
+				return
+			}
+			b.finish(about, Allowed{}, unsettled(spec))
+			return
+		}
+		allowed, refusal := read(spec, result.Response)
+		b.finish(about, allowed, refusal)
+	case *byokgatev1.BatchDecideResponse_Status:
+		err := itemError(result.Status)
+		if pause, again := c.retryPause(err, about.tries); again && about.tries < batchTries && b.again(about, pause) {
+			return
+		}
+		b.finish(about, Allowed{}, c.failed(b.ctx, spec, err))
+	default:
+		b.finish(about, Allowed{}, missing(spec))
 	}
-	return unanswered, err, true
 }
 
 // itemError is never nil: a status that says OK is no decision either.
@@ -186,52 +490,51 @@ func itemError(said *byokgatev1.ItemStatus) error {
 	if code == codes.OK {
 		code = codes.Unknown
 	}
-	return status.Error(code, said.GetMessage())
+	return status.ErrorProto(&spb.Status{Code: int32(code), Message: said.GetMessage(), Details: said.GetDetails()})
 }
 
-// missing is for a request that a batch did not answer.
-func missing(spec Spec) *Undecided {
-	return unreadable(spec, nil, "no result for this workspace")
+// === Whether byok-gate is there ===
+
+// presence is what a batch knows of byok-gate. Once it has been away for longer than the window, it is gone for the rest of the batch.
+type presence struct {
+	window time.Duration
+
+	mu    sync.Mutex
+	since time.Time
+	lost  error
 }
 
-// prepareAll fetches credentials, several requests at a time. Requests that cannot be asked about are in refused.
-func (c *Client) prepareAll(ctx context.Context, items []*item) (ready []*item, refused map[*item]Refusal) {
-	var all sync.WaitGroup
-	refusals := make([]Refusal, len(items))
-	slots := make(chan struct{}, batchLookups)
-	for place, about := range items {
-		slots <- struct{}{}
-		all.Add(1)
-		go func() {
-			defer func() { <-slots; all.Done() }()
-			about.basis, refusals[place] = c.prepare(ctx, about.request, about.held)
-			about.wire = about.request.wire(about.held)
-		}()
-	}
-	all.Wait()
-	refused = map[*item]Refusal{}
-	for place, about := range items {
-		if refusals[place] != nil {
-			refused[about] = refusals[place]
-			continue
-		}
-		ready = append(ready, about)
-	}
-	return ready, refused
+// gone is why byok-gate is not asked any more. Nil if it is.
+func (p *presence) gone() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.lost
 }
 
-// calls divides items by the limits of one call.
-func calls(items []*item) [][]*item {
-	var divided [][]*item
-	size := 0
-	for _, about := range items {
-		bytes := proto.Size(about.wire)
-		if last := len(divided) - 1; last >= 0 && len(divided[last]) < maxBatchItems && size+bytes <= maxBatchBytes {
-			divided[last] = append(divided[last], about)
-			size += bytes
-			continue
-		}
-		divided, size = append(divided, []*item{about}), bytes
+func (p *presence) here() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.since = time.Time{}
+}
+
+// away says whether byok-gate has been away for too long.
+func (p *presence) away(err error) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.since.IsZero() {
+		p.since = time.Now()
 	}
-	return divided
+	if p.lost == nil && time.Since(p.since) > p.window {
+		p.lost = err
+	}
+	return p.lost != nil
+}
+
+// giveUp is for a call that has tried for the whole window already.
+func (p *presence) giveUp(err error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.lost == nil {
+		p.lost = err
+	}
 }

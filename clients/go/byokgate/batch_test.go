@@ -2,9 +2,12 @@ package byokgate
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -12,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
@@ -48,7 +52,7 @@ func batchOf(count int) []Request {
 }
 
 // collect takes a whole batch and expects each index once.
-func collect(t *testing.T, client *Client, requests []Request) map[int]string {
+func collectResults(t *testing.T, client *Client, requests []Request) map[int]string {
 	t.Helper()
 	got := map[int]string{}
 	for index, result := range client.BatchDecide(background(), requests) {
@@ -80,9 +84,9 @@ func wantResults(t *testing.T, got map[int]string, want ...string) {
 }
 
 const (
-	undecided503 = "503 " + CodeDecisionUnavailable
-	undecided400 = "400 " + CodeDecisionUnavailable
-	undecided500 = "500 " + CodeDecisionUnavailable
+	undecided503 = "503 " + string(DecisionUnavailable)
+	undecided400 = "400 " + string(DecisionUnavailable)
+	undecided500 = "500 " + string(DecisionUnavailable)
 )
 
 func TestEveryKindOfBatchResult(t *testing.T) {
@@ -113,7 +117,7 @@ func TestEveryKindOfBatchResult(t *testing.T) {
 		}
 		return nil // and nothing about item 10
 	}
-	wantResults(t, collect(t, client, batchOf(11)),
+	wantResults(t, collectResults(t, client, batchOf(11)),
 		"allow BYOK", "422 MISSING_BYOK_CREDENTIAL", undecided503, undecided503, undecided400, undecided500, undecided503, undecided503,
 		undecided503, undecided503, undecided503)
 }
@@ -130,24 +134,35 @@ func answerAll(request *byokgatev1.BatchDecideRequest, stream batchStream) error
 
 func TestAnEmptyBatchAsksNothing(t *testing.T) {
 	_, address := startFake(t)
-	collect(t, newClient(t, address), nil)
+	collectResults(t, newClient(t, address), nil)
+}
+
+func sum(sizes []int) (total, most int) {
+	for _, size := range sizes {
+		total, most = total+size, max(most, size)
+	}
+	return total, most
 }
 
 func TestALargeBatchBecomesSeveralCalls(t *testing.T) {
 	fake, address := startFake(t)
 	client := newClient(t, address)
+	var mu sync.Mutex
 	var sizes []int
 	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		mu.Lock()
 		sizes = append(sizes, len(request.GetRequests()))
+		mu.Unlock()
 		return answerAll(request, stream)
 	}
 	requests := batchOf(2*maxBatchItems + 3)
-	for index, result := range collect(t, client, requests) {
+	for index, result := range collectResults(t, client, requests) {
 		if result != "allow BYOK" {
 			t.Errorf("%d: %s", index, result)
 		}
 	}
-	if fmt.Sprint(sizes) != "[256 256 3]" {
+	// How they fall into calls depends on when each was ready.
+	if total, most := sum(sizes); total != len(requests) || most > maxBatchItems || len(sizes) < 3 {
 		t.Errorf("calls of %v", sizes)
 	}
 	// By bytes: 64 KiB each, so that about 63 fit into one call.
@@ -156,8 +171,8 @@ func TestALargeBatchBecomesSeveralCalls(t *testing.T) {
 	for index := range requests {
 		requests[index].Spec.Lookup = Static(Found{"ACME_API_KEY": NewSecret(keyMark + strings.Repeat("x", 64*1024))}, nil)
 	}
-	collect(t, client, requests)
-	if fmt.Sprint(sizes) != "[62 38]" {
+	collectResults(t, client, requests)
+	if total, most := sum(sizes); total != len(requests) || most > 62 || len(sizes) < 2 {
 		t.Errorf("calls of %v", sizes)
 	}
 }
@@ -177,7 +192,7 @@ func TestABatchThatIsCutOffIsFinished(t *testing.T) {
 		}
 		return status.Error(codes.Unavailable, "draining")
 	}
-	wantResults(t, collect(t, client, batchOf(3)), "allow BYOK", "422 MISSING_BYOK_CREDENTIAL", "allow BYOK")
+	wantResults(t, collectResults(t, client, batchOf(3)), "allow BYOK", "422 MISSING_BYOK_CREDENTIAL", "allow BYOK")
 	if fmt.Sprint(sizes) != "[3 2]" {
 		t.Errorf("calls of %v", sizes)
 	}
@@ -193,7 +208,7 @@ func TestABatchThatFails(t *testing.T) {
 		fake.batch = func(_ *byokgatev1.BatchDecideRequest, stream batchStream) error {
 			return status.Error(code, "-")
 		}
-		wantResults(t, collect(t, client, batchOf(2)), want, want)
+		wantResults(t, collectResults(t, client, batchOf(2)), want, want)
 	}
 }
 
@@ -208,7 +223,7 @@ func TestABatchThatHangsEndsAtItsDeadline(t *testing.T) {
 		return nil
 	}
 	began := time.Now()
-	wantResults(t, collect(t, client, batchOf(2)), "allow BYOK", undecided503)
+	wantResults(t, collectResults(t, client, batchOf(2)), "allow BYOK", undecided503)
 	if took := time.Since(began); took > impatient+grace {
 		t.Errorf("took %v", took)
 	}
@@ -234,7 +249,7 @@ func TestABatchFollowsTheRegistry(t *testing.T) {
 		}
 		return stream.Send(decided(0, allow(2)))
 	}
-	wantResults(t, collect(t, client, batchOf(2)), "allow BYOK", "allow BYOK")
+	wantResults(t, collectResults(t, client, batchOf(2)), "allow BYOK", "allow BYOK")
 	if fmt.Sprint(sizes) != "[2 1]" {
 		t.Errorf("calls of %v", sizes)
 	}
@@ -247,7 +262,7 @@ func TestABatchOfRequestsThatCannotBeSent(t *testing.T) {
 	requests := batchOf(3)
 	requests[0].Spec.Lookup = nil
 	requests[1].Spec.Model = "\xff"
-	wantResults(t, collect(t, client, requests), undecided500, undecided400, "allow BYOK")
+	wantResults(t, collectResults(t, client, requests), undecided500, undecided400, "allow BYOK")
 }
 
 func TestLeavingABatchEndsIt(t *testing.T) {
@@ -305,7 +320,7 @@ func TestListModels(t *testing.T) {
 	}
 	for range 3 {
 		models, err := client.ListModels(background(), "agent")
-		want := "[{agent acme-large acme Acme BYOK [ACME_API_KEY] false} {agent of-tomorrow   UNSPECIFIED [] true}]"
+		want := "[{agent  acme-large acme Acme BYOK [ACME_API_KEY] false false} {agent  of-tomorrow   UNSPECIFIED [] true false}]"
 		if err != nil || fmt.Sprint(models) != want {
 			t.Errorf("%v, %v, expected %s", models, err, want)
 		}
@@ -325,10 +340,198 @@ func TestListModels(t *testing.T) {
 		t.Errorf("%v, asked %d times", err, fake.listed)
 	}
 	fake.menu = func() (*byokgatev1.ListModelsResponse, error) {
-		return nil, status.Error(codes.NotFound, "no runtime `x`")
+		said, err := status.New(codes.NotFound, "no runtime `x`").WithDetails(
+			&errdetails.ErrorInfo{Domain: errorDomain, Reason: "UNKNOWN_RUNTIME"})
+		if err != nil {
+			t.Error(err)
+		}
+		return nil, said.Err()
 	}
 	_, err = client.ListModels(background(), "x")
 	if got := wantUndecided(t, Allowed{}, err, http.StatusBadRequest); !strings.Contains(got.Body().Error, "no runtime `x`") {
 		t.Errorf("%v", got)
+	}
+}
+
+// One lookup in 33 hangs and never comes back: the others are answered as if it were not there, and the memory is bounded.
+func TestALargeBatchWithLookupsThatHang(t *testing.T) {
+	const items, hanging = 10_000, 300
+	fake, address := startFake(t)
+	client := newClient(t, address, WithLogger(discard), WithLookupBudget(5*time.Second, DefaultLookups))
+	ended := make(chan struct{})
+	defer close(ended)
+	requests := batchOf(items)
+	var looked, answered, most atomic.Int64
+	for index := range requests {
+		if index%(items/hanging) == 0 && index/(items/hanging) < hanging {
+			requests[index].Spec.Lookup = func(context.Context, Scope, []string) (Found, error) { <-ended; return nil, nil }
+			continue
+		}
+		requests[index].Spec.Lookup = func(_ context.Context, scope Scope, _ []string) (Found, error) {
+			if scope == Organization {
+				return nil, nil
+			}
+			held := looked.Add(1) - answered.Load()
+			for seen := most.Load(); held > seen && !most.CompareAndSwap(seen, held); seen = most.Load() {
+			}
+			return Found{"ACME_API_KEY": NewSecret(liveKey)}, nil
+		}
+	}
+	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		for index, asked := range request.GetRequests() {
+			response := allow(2)
+			if len(asked.GetWorkspaceSpec().GetUnreadableScopes()) > 0 {
+				response = deny(&byokgatev1.Deny{Code: byokgatev1.DenyCode_DENY_CODE_CREDENTIAL_SCOPE_UNREADABLE, Retryable: true})
+			} else {
+				answered.Add(1)
+			}
+			if err := stream.Send(decided(index, response)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	// All that do not hang are answered before the first that does is given up.
+	counted := map[string]int{}
+	before := 0
+	for index, result := range client.BatchDecide(background(), requests) {
+		_, err := result.Decision()
+		switch {
+		case err == nil:
+			counted["allowed"]++
+			if counted["unreadable"] == 0 {
+				before++
+			}
+		case errors.Is(err, CredentialScopeUnreadable):
+			counted["unreadable"]++
+		default:
+			t.Fatalf("%d: %v", index, err)
+		}
+	}
+	if counted["allowed"] != items-hanging || counted["unreadable"] != hanging {
+		t.Errorf("%v", counted)
+	}
+	// Without room for slow ones, the places for lookups would be taken by those that hang before a tenth is through.
+	if least := 2 * batchLookups * items / hanging; before < least {
+		t.Errorf("only %d were answered before the first that hangs was given up, expected %d at least", before, least)
+	}
+	if bound := int64(batchInHand + batchLookups); most.Load() > bound {
+		t.Errorf("%d requests held credentials at a time, expected %d at most", most.Load(), bound)
+	}
+	t.Logf("%d of %d were answered before the first that hangs was; %d held credentials at most", before, items-hanging, most.Load())
+}
+
+// A gate that is away is found out once, and not by each call.
+func TestABatchFindsOutOnceThatTheGateIsAway(t *testing.T) {
+	listener := listenTCP(t)
+	address := listener.Addr().String()
+	listener.Close()
+	// Each item by itself would take two seconds, 32 at a time: most would find that the batch's time is over.
+	client := newClient(t, address, WithLogger(discard), WithBatchTimeout(20*time.Second))
+	looked := &store{}
+	requests := batchOf(2000)
+	for index := range requests {
+		requests[index].Spec.Lookup = looked.lookup
+		requests[index].Spec.Model = fmt.Sprint("model-", index)
+	}
+	for _, result := range client.BatchDecide(background(), requests) {
+		var undecided *Undecided
+		if _, err := result.Decision(); !errors.As(err, &undecided) || undecided.Reason() != ReasonUnreachable {
+			t.Fatalf("%v", err)
+		}
+	}
+	if lookups := looked.lookups(); len(lookups) > 0 {
+		t.Errorf("%d lookups for a gate that is away", len(lookups))
+	}
+}
+
+// The same where it goes away after it named the names: a few calls find it out, and no item waits for the batch's end.
+func TestABatchWhoseGateGoesAwayInBetween(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address, WithLogger(discard), WithBatchTimeout(30*time.Second))
+	var calls atomic.Int64
+	fake.batch = func(*byokgatev1.BatchDecideRequest, batchStream) error {
+		calls.Add(1)
+		return status.Error(codes.Unavailable, "away")
+	}
+	for _, result := range client.BatchDecide(background(), batchOf(3000)) {
+		var undecided *Undecided
+		if _, err := result.Decision(); !errors.As(err, &undecided) || undecided.Reason() != ReasonUnreachable {
+			t.Fatalf("%v", err)
+		}
+	}
+	// At least a quarter of a second between two tries of a call, for two seconds, four calls at a time.
+	if calls.Load() > 150 {
+		t.Errorf("%d calls", calls.Load())
+	}
+}
+
+// Items that byok-gate puts off are asked again when it said so, and the others do not wait for them.
+func TestABatchObeysRetryInfo(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	const pause = 300 * time.Millisecond
+	var mu sync.Mutex
+	seen := map[string][]time.Time{}
+	busy, err := anypb.New(retryIn(pause))
+	if err != nil {
+		t.Fatal(err)
+	}
+	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		for index, asked := range request.GetRequests() {
+			id := asked.GetWorkspaceSpec().GetWorkspaceId()
+			mu.Lock()
+			seen[id] = append(seen[id], time.Now())
+			tries := len(seen[id])
+			mu.Unlock()
+			reply := decided(index, allow(2))
+			if id == "1" && tries < 3 {
+				reply = said(index, codes.ResourceExhausted, "busy")
+				reply.GetStatus().Details = []*anypb.Any{busy}
+			}
+			if err := stream.Send(reply); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	var order []int
+	for index, result := range client.BatchDecide(background(), batchOf(3)) {
+		if _, err := result.Decision(); err != nil {
+			t.Errorf("%d: %v", index, err)
+		}
+		order = append(order, index)
+	}
+	if len(order) != 3 || order[2] != 1 || len(seen["1"]) != 3 || len(seen["0"]) != 1 {
+		t.Errorf("answered in order %v after %v", order, seen)
+	}
+	for try := 1; try < len(seen["1"]); try++ {
+		if waited := seen["1"][try].Sub(seen["1"][try-1]); waited < pause {
+			t.Errorf("asked again after %v, sooner than %v", waited, pause)
+		}
+	}
+}
+
+// A consumer that takes its time holds up nobody: all are answered while it is busy with the first.
+func TestASlowConsumerHoldsUpNothing(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address, WithLogger(discard))
+	const items = 2000
+	var answered atomic.Int64
+	fake.batch = func(request *byokgatev1.BatchDecideRequest, stream batchStream) error {
+		answered.Add(int64(len(request.GetRequests())))
+		return answerAll(request, stream)
+	}
+	count := 0
+	for range client.BatchDecide(background(), batchOf(items)) {
+		for end := time.Now().Add(20 * time.Second); count == 0 && answered.Load() < items; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%d of %d were asked about while the consumer was busy", answered.Load(), items)
+			}
+		}
+		count++
+	}
+	if count != items {
+		t.Errorf("%d results", count)
 	}
 }

@@ -4,14 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 
 	"github.com/byok-gate/byok-gate/clients/go/byokgate"
 )
 
 // The values that a create brings along stand for the workspace's scope; the organization's come from the store.
 func ExampleClient_Decide() {
-	client, err := byokgate.New("unix:///run/byok-gate/gate.sock", byokgate.WithLogger(slog.New(slog.DiscardHandler)))
+	client, err := byokgate.New("unix:///run/byok-gate/gate.sock")
 	if err != nil {
 		panic(err)
 	}

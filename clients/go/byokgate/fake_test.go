@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -136,6 +138,7 @@ func resolution(revision string, names ...string) *byokgatev1.ResolveProviderRes
 	return &byokgatev1.ResolveProviderResponse{
 		Result: &byokgatev1.ResolveProviderResponse_Resolution{Resolution: &byokgatev1.Resolution{
 			Provider: "acme", BillingMode: byokgatev1.BillingMode_BILLING_MODE_BYOK, AcceptedEnv: names,
+			Source: byokgatev1.ResolutionSource_RESOLUTION_SOURCE_DERIVED, MatchedBy: byokgatev1.MatchedBy_MATCHED_BY_EXACT_MODEL,
 		}},
 		RelevantEnv: names, RegistryRevision: revision,
 	}
@@ -145,8 +148,9 @@ func allow(mode byokgatev1.BillingMode) *byokgatev1.DecideResponse {
 	return &byokgatev1.DecideResponse{
 		DecisionId:       fakeDecision,
 		Decision:         &byokgatev1.DecideResponse_Allow{Allow: &byokgatev1.Allow{BillingMode: mode}},
-		Resolution:       &byokgatev1.Resolution{Provider: "acme", BillingMode: mode},
+		Resolution:       derived(mode),
 		RegistryRevision: "r1",
+		RelevantEnv:      []string{"ACME_API_KEY"},
 	}
 }
 
@@ -154,8 +158,16 @@ func deny(deny *byokgatev1.Deny) *byokgatev1.DecideResponse {
 	return &byokgatev1.DecideResponse{
 		DecisionId:       fakeDecision,
 		Decision:         &byokgatev1.DecideResponse_Deny{Deny: deny},
-		Resolution:       &byokgatev1.Resolution{Provider: "acme", BillingMode: byokgatev1.BillingMode_BILLING_MODE_BYOK},
+		Resolution:       derived(byokgatev1.BillingMode_BILLING_MODE_BYOK),
 		RegistryRevision: "r1",
+		RelevantEnv:      []string{"ACME_API_KEY"},
+	}
+}
+
+func derived(mode byokgatev1.BillingMode) *byokgatev1.Resolution {
+	return &byokgatev1.Resolution{
+		Provider: "acme", BillingMode: mode, Source: byokgatev1.ResolutionSource_RESOLUTION_SOURCE_DERIVED,
+		MatchedBy: byokgatev1.MatchedBy_MATCHED_BY_EXACT_MODEL,
 	}
 }
 
@@ -212,13 +224,20 @@ func wantUndecided(t *testing.T, allowed Allowed, err error, httpStatus int) *Un
 	if allowed != (Allowed{}) {
 		t.Fatalf("an Allowed beside an error: %v", allowed)
 	}
-	if undecided.HTTPStatus() != httpStatus || undecided.Code() != CodeDecisionUnavailable {
+	if undecided.HTTPStatus() != httpStatus || undecided.Code() != DecisionUnavailable {
 		t.Fatalf("status %d, code %s, expected %d: %v", undecided.HTTPStatus(), undecided.Code(), httpStatus, err)
 	}
 	return undecided
 }
 
-func wantDenied(t *testing.T, allowed Allowed, err error, code string) *Denied {
+func wantReason(t *testing.T, undecided *Undecided, reason Reason) {
+	t.Helper()
+	if undecided.Reason() != reason || (undecided.HTTPStatus() == http.StatusInternalServerError && undecided.OperatorHint() == "") {
+		t.Errorf("%s, %q, expected %s", undecided.Reason(), undecided.OperatorHint(), reason)
+	}
+}
+
+func wantDenied(t *testing.T, allowed Allowed, err error, code Code) *Denied {
 	t.Helper()
 	var denied *Denied
 	if !errors.As(err, &denied) || denied.Code() != code {
@@ -261,7 +280,18 @@ func (b *syncBuffer) String() string {
 	return b.buffer.String()
 }
 
+// take gives what was written, and forgets it.
+func (b *syncBuffer) take() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	defer b.buffer.Reset()
+	return b.buffer.String()
+}
+
 func ptr[T any](value T) *T { return &value }
+
+// discard logs nothing.
+var discard = slog.New(slog.NewTextHandler(io.Discard, &slog.HandlerOptions{Level: slog.Level(100)}))
 
 // grace is how much later than its deadline an answer may come on a busy machine.
 const grace = 2 * time.Second

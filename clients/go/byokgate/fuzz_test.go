@@ -2,8 +2,12 @@ package byokgate
 
 import (
 	"encoding/json"
+	"net"
+	"strings"
 	"testing"
 
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/encoding/protowire"
 	"google.golang.org/protobuf/proto"
 
@@ -30,7 +34,7 @@ func FuzzReply(f *testing.F) {
 		if proto.Unmarshal(text, &response) != nil {
 			return
 		}
-		allowed, refusal := read(Spec{Runtime: "agent", Model: "acme-large"}, &response)
+		allowed, refusal := read(&Spec{Runtime: "agent", Model: "acme-large"}, &response)
 		if (refusal == nil) != saysAllow(text) {
 			t.Fatalf("read %v, %v from %x", allowed, refusal, text)
 		}
@@ -55,10 +59,52 @@ func FuzzReply(f *testing.F) {
 	})
 }
 
-// saysAllow walks over the fields: the last decision is an allow, there is an id, and the last billing mode is 1, 2 or 3.
+// Whatever a target is: it is refused, or dialled as it was meant; and what is called private does not leave the machine.
+func FuzzTarget(f *testing.F) {
+	for _, seed := range []string{
+		"localhost:1", "unix:///run/a?b#c%20", "dns:///gate.example:443", "[::1]:1", "unix:@x", "unix-abstract:x", "127.0.0.1:1", "LOCALHOST.:1",
+		"[fe80::1%25eth0]:1", "xds:///a:1", "a:b@c:1", "unix://", "passthrough:///x:1",
+	} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		to, err := parseTarget(text)
+		if err != nil {
+			return
+		}
+		if to.unix && (to.fixed == "" || len(to.fixed) > maxSocketPath || to.fixed[0] == '@' || strings.ContainsRune(to.fixed, 0)) {
+			t.Fatalf("%q is dialled as %q", text, to.fixed)
+		}
+		if !to.unix && to.private() {
+			host, _, err := net.SplitHostPort(strings.TrimPrefix(text, "dns:///"))
+			if ip := net.ParseIP(host); err != nil || (!strings.EqualFold(strings.TrimSuffix(host, "."), "localhost") && (ip == nil || !ip.IsLoopback())) {
+				t.Fatalf("%q is called private", text)
+			}
+		}
+		conn, err := grpc.NewClient(to.dial, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			t.Fatalf("gRPC refuses %q for %q: %v", to.dial, text, err)
+		}
+		conn.Close()
+	})
+}
+
+// saysAllow walks over the fields: the last decision is an allow, there is an id, and who pays is 1, 2 or 3 in the allow and the same in the
+// resolution.
 func saysAllow(text []byte) bool {
 	var allowed, identified bool
-	var mode int32
+	var mode, resolved int32
+	varint := func(message []byte, field protowire.Number, into *int32) {
+		for len(message) > 0 {
+			number, kind, size := protowire.ConsumeTag(message)
+			message = message[size:]
+			if number == field && kind == protowire.VarintType {
+				found, _ := protowire.ConsumeVarint(message)
+				*into = int32(found)
+			}
+			message = message[protowire.ConsumeFieldValue(number, kind, message):]
+		}
+	}
 	for len(text) > 0 {
 		number, kind, size := protowire.ConsumeTag(text)
 		text = text[size:]
@@ -72,20 +118,17 @@ func saysAllow(text []byte) bool {
 		case 1:
 			identified = len(value) > 0
 		case 2:
+			if !allowed {
+				// Another member of the oneof before it is gone; a second allow is merged into the first.
+				mode = 0
+			}
 			allowed = true
+			varint(value, 1, &mode)
 		case 3:
 			allowed = false
 		case 4:
-			for len(value) > 0 {
-				number, kind, size := protowire.ConsumeTag(value)
-				value = value[size:]
-				if number == 2 && kind == protowire.VarintType {
-					found, _ := protowire.ConsumeVarint(value)
-					mode = int32(found)
-				}
-				value = value[protowire.ConsumeFieldValue(number, kind, value):]
-			}
+			varint(value, 2, &resolved)
 		}
 	}
-	return allowed && identified && mode >= 1 && mode <= 3
+	return allowed && identified && mode >= 1 && mode <= 3 && mode == resolved
 }

@@ -1,13 +1,16 @@
+//go:build go1.24
+
 package byokgate
 
 import (
 	"bufio"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
-	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -146,7 +149,7 @@ func TestHostilePeersAreNeverAnAllow(t *testing.T) {
 				_, _ = bufio.NewReader(conn).ReadString('\n')
 				_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 5\r\n\r\n<html")
 			})
-		}, 503},
+		}, 500},
 		"speaks TLS": {func(t *testing.T) string {
 			certificates := newCertificates(t)
 			return serveGRPC(t, listenTCP(t), func(*grpc.Server) {}, certificates.serverOption(false))
@@ -262,14 +265,20 @@ func TestAHungServerIsLeftAtTheDeadline(t *testing.T) {
 
 func TestContextsThatAreOver(t *testing.T) {
 	_, address := startFake(t)
-	client := newClient(t, address)
+	client, logs := newLoggedClient(t, address)
 	cancelled, cancel := context.WithCancel(background())
 	cancel()
 	late, cancel := context.WithDeadline(background(), time.Now().Add(-time.Hour))
 	defer cancel()
 	for name, ctx := range map[string]context.Context{"cancelled": cancelled, "past": late} {
 		allowed, err := client.Decide(ctx, acme())
-		wantUndecided(t, allowed, err, http.StatusServiceUnavailable)
+		want, cause := http.StatusServiceUnavailable, context.DeadlineExceeded
+		if name == "cancelled" {
+			want, cause = statusClientClosed, context.Canceled
+		}
+		if wantUndecided(t, allowed, err, want); !errors.Is(err, cause) || !errors.Is(err, ErrUndecided) || errors.Is(err, ErrDenied) {
+			t.Errorf("%s: %v", name, err)
+		}
 		for _, result := range client.BatchDecide(ctx, []Request{acme()}) {
 			if allowed, err := result.Decision(); err == nil {
 				t.Errorf("%s: %v", name, allowed)
@@ -278,12 +287,16 @@ func TestContextsThatAreOver(t *testing.T) {
 		if _, err := client.ResolveProvider(ctx, "agent", "acme-large"); err == nil {
 			t.Errorf("%s: an owner", name)
 		}
+		// A tenant who hangs up is no error of anybody's.
+		if loud := strings.Contains(logs.take(), `"level":"ERROR"`); loud != (name == "past") {
+			t.Errorf("%s: logged as an error: %v", name, loud)
+		}
 	}
 }
 
 func TestAClosedClientIsUndecided(t *testing.T) {
 	_, address := startFake(t)
-	client, err := New(address, WithLogger(slog.New(slog.DiscardHandler)))
+	client, err := New(address, WithLogger(discard))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -323,7 +336,7 @@ func TestAServerThatComesBackIsFound(t *testing.T) {
 		if allowed, err = client.Decide(background(), acme()); err == nil {
 			break
 		}
-		if time.Since(began) > MaxReconnectDelay+grace {
+		if time.Since(began) > maxReconnectDelay+grace {
 			t.Fatalf("not found after %v: %v", time.Since(began), err)
 		}
 	}

@@ -2,22 +2,52 @@ package byokgate
 
 import (
 	"context"
+	"slices"
 	"time"
-
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// MenuAge is how long [Client.ListModels] may answer from memory: as long as an operator who looks whether a change has
-// arrived can be expected to wait.
-const MenuAge = 30 * time.Second
+const (
+	// menuAge is how long [Client.ListModels] may answer from memory: as long as an operator who looks whether a change has
+	// arrived can be expected to wait.
+	menuAge = 30 * time.Second
+	// maxMenus is more than any registry has runtimes.
+	maxMenus = 256
+)
+
+// menuKey is what was asked for.
+type menuKey struct {
+	runtime string
+	details bool
+}
 
 // menu is what a runtime offers, as of a moment.
 type menu struct {
-	models []Model
-	at     time.Time
+	Menu
+	at time.Time
+}
+
+// Menu is what a runtime offers.
+type Menu struct {
+	Models []Model
+	// Open are the runtime's providers that list no model: whatever matches their pattern is theirs.
+	Open []OpenProvider
+}
+
+// OpenProvider is a provider of a runtime that lists no model.
+type OpenProvider struct {
+	Runtime      string
+	RuntimeName  string
+	Provider     string
+	ProviderName string
+	BillingMode  BillingMode
+	// AcceptedEnv are the credential names of which one is needed.
+	AcceptedEnv []string
+	// ModelPattern is an RE2 regular expression, which is searched for in a model's id.
+	ModelPattern string
+	// Deprecated says that the registry marks it so.
+	Deprecated bool
 }
 
 // Owner is who owns a model, by names alone: what a UI shows before it asks a person for a key.
@@ -30,13 +60,17 @@ type Owner struct {
 	AcceptedEnv []string
 	// RelevantEnv are the names that could change the owner or answer for it.
 	RelevantEnv []string
+	// RelevantBaseURLEnv are the base-URL variables that matter: what to look for among those that the tenant set.
+	RelevantBaseURLEnv []string
 	// Warnings are what a person should know, for instance that the model is withdrawn.
 	Warnings []Warning
 }
 
 // Model is one model on a runtime's menu.
 type Model struct {
-	Runtime      string
+	Runtime string
+	// RuntimeName is the runtime's for people. Only from Client.Menu.
+	RuntimeName  string
 	Model        string
 	Provider     string
 	ProviderName string
@@ -45,62 +79,140 @@ type Model struct {
 	AcceptedEnv []string
 	// Withdrawn: not for new workspaces; those that have it keep it.
 	Withdrawn bool
+	// Deprecated says that the registry marks the provider so. Only from Client.Menu.
+	Deprecated bool
+}
+
+func (m Menu) clone() Menu {
+	m.Models, m.Open = slices.Clone(m.Models), slices.Clone(m.Open)
+	for index := range m.Models {
+		m.Models[index].AcceptedEnv = slices.Clone(m.Models[index].AcceptedEnv)
+	}
+	for index := range m.Open {
+		m.Open[index].AcceptedEnv = slices.Clone(m.Open[index].AcceptedEnv)
+	}
+	return m
 }
 
 // ResolveProvider asks who owns a model, with the names (not values) of the credentials at hand. No secret is sent and no
 // provider is called. The error is a [*Denied] where nobody owns it, or nobody that a workspace could start with.
 func (c *Client) ResolveProvider(ctx context.Context, runtime, model string, credentialNames ...string) (Owner, error) {
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	spec := &Spec{Runtime: runtime, Model: model}
+	if c.unusable() {
+		return Owner{}, undecided(spec, ReasonClosed, errClosed)
+	}
+	ctx, cancel := context.WithTimeout(c.traced(orBackground(ctx)), c.timeout)
 	defer cancel()
-	spec := Spec{Runtime: runtime, Model: model}
 	response, err := c.resolve(ctx, runtime, model, credentialNames...)
 	if err != nil {
-		return Owner{}, failed(spec, err)
+		return Owner{}, c.failed(ctx, spec, err)
 	}
 	if deny := response.GetDeny(); deny != nil {
-		_, refusal := read(spec, &byokgatev1.DecideResponse{Decision: &byokgatev1.DecideResponse_Deny{Deny: deny}})
-		return Owner{}, refusal
+		return Owner{}, denied(spec, nil, deny)
 	}
 	return Owner{
-		Provider:    response.GetResolution().GetProvider(),
-		BillingMode: billingMode(response.GetResolution().GetBillingMode()),
-		AcceptedEnv: response.GetResolution().GetAcceptedEnv(),
-		RelevantEnv: response.GetRelevantEnv(),
-		Warnings:    warnings(response.GetWarnings()),
+		Provider:           response.GetResolution().GetProvider(),
+		BillingMode:        billingMode(response.GetResolution().GetBillingMode()),
+		AcceptedEnv:        filled(response.GetResolution().GetAcceptedEnv()),
+		RelevantEnv:        filled(response.GetRelevantEnv()),
+		RelevantBaseURLEnv: filled(response.GetRelevantBaseUrlEnv()),
+		Warnings:           warnings(response.GetWarnings()),
 	}, nil
 }
 
 // ListModels asks what a runtime offers, or, for an empty name, what each does. The answer is remembered for as long as
-// byok-gate is seen to decide by the same registry, and for [MenuAge] at most.
+// byok-gate is seen to decide by the same registry, and for half a minute at most.
 func (c *Client) ListModels(ctx context.Context, runtime string) ([]Model, error) {
-	if models, found := c.memory.recallMenu(runtime); found {
-		return models, nil
+	menu, err := c.menu(ctx, menuKey{runtime, false})
+	return menu.Models, err
+}
+
+// Menu is [Client.ListModels] with what a UI shows beside the models: the providers that list none, names for people, and what is on its way
+// out.
+func (c *Client) Menu(ctx context.Context, runtime string) (Menu, error) {
+	return c.menu(ctx, menuKey{runtime, true})
+}
+
+func (c *Client) menu(ctx context.Context, about menuKey) (Menu, error) {
+	spec := &Spec{Runtime: about.runtime}
+	if c.unusable() {
+		return Menu{}, undecided(spec, ReasonClosed, errClosed)
 	}
-	ctx, cancel := context.WithTimeout(ctx, c.timeout)
+	if known, found := c.memory.recallMenu(about); found {
+		return known, nil
+	}
+	ctx, cancel := context.WithTimeout(c.traced(orBackground(ctx)), c.timeout)
 	defer cancel()
-	response, err := retry(ctx, func() (*byokgatev1.ListModelsResponse, error) {
-		return c.service.ListModels(ctx, &byokgatev1.ListModelsRequest{Runtime: runtime})
+	response, _, err := retry(ctx, c.core, func() (*byokgatev1.ListModelsResponse, error) {
+		return c.service.ListModels(ctx, &byokgatev1.ListModelsRequest{Runtime: about.runtime, Details: about.details})
 	})
-	spec := Spec{Runtime: runtime}
-	if status.Code(err) == codes.NotFound {
-		return nil, unjudgeable(spec, err, status.Convert(err).Message())
-	} else if err != nil {
-		return nil, failed(spec, err)
+	if err != nil {
+		return Menu{}, c.failed(ctx, spec, err)
 	}
-	models := make([]Model, 0, len(response.GetModels()))
+	made := Menu{Models: make([]Model, 0, len(response.GetModels()))}
 	for _, offered := range response.GetModels() {
-		models = append(models, Model{
+		made.Models = append(made.Models, Model{
 			Runtime:      offered.GetRuntime(),
+			RuntimeName:  offered.GetRuntimeDisplayName(),
 			Model:        offered.GetModel(),
 			Provider:     offered.GetProvider(),
 			ProviderName: offered.GetProviderDisplayName(),
 			BillingMode:  billingMode(offered.GetBillingMode()),
-			AcceptedEnv:  offered.GetAcceptedEnv(),
+			AcceptedEnv:  slices.Clone(offered.GetAcceptedEnv()),
 			Withdrawn:    offered.GetWithdrawn(),
+			Deprecated:   offered.GetDeprecated(),
+		})
+	}
+	for _, open := range response.GetOpenProviders() {
+		made.Open = append(made.Open, OpenProvider{
+			Runtime:      open.GetRuntime(),
+			RuntimeName:  open.GetRuntimeDisplayName(),
+			Provider:     open.GetProvider(),
+			ProviderName: open.GetProviderDisplayName(),
+			BillingMode:  billingMode(open.GetBillingMode()),
+			AcceptedEnv:  slices.Clone(open.GetAcceptedEnv()),
+			ModelPattern: open.GetModelPattern(),
+			Deprecated:   open.GetDeprecated(),
 		})
 	}
 	if revision := response.GetRegistryRevision(); revision != "" {
-		c.memory.keepMenu(runtime, revision, models)
+		c.memory.keepMenu(about, revision, made)
 	}
-	return models, nil
+	return made, nil
+}
+
+// RegistryStatus is by what byok-gate decides.
+type RegistryStatus struct {
+	// Revision and CatalogueRevision are content hashes, as decisions carry them.
+	Revision, CatalogueRevision string
+	// SHA256 is that of the registry's file, in hex: what a platform that ships the file compares with its own.
+	SHA256 string
+	// Source is the file, or "embedded". LoadedAt is when it was read.
+	Source   string
+	LoadedAt time.Time
+	// LastReloadError is why a newer version is not in force. Empty if none should be.
+	LastReloadError string
+	// CredentialNames are all that some provider accepts.
+	CredentialNames []string
+}
+
+// RegistryStatus asks by what byok-gate decides.
+func (c *Client) RegistryStatus(ctx context.Context) (RegistryStatus, error) {
+	if c.unusable() {
+		return RegistryStatus{}, undecided(nil, ReasonClosed, errClosed)
+	}
+	ctx, cancel := context.WithTimeout(c.traced(orBackground(ctx)), c.timeout)
+	defer cancel()
+	response, _, err := retry(ctx, c.core, func() (*byokgatev1.GetRegistryStatusResponse, error) {
+		return c.service.GetRegistryStatus(ctx, &byokgatev1.GetRegistryStatusRequest{})
+	})
+	if err != nil {
+		return RegistryStatus{}, c.failed(ctx, nil, err)
+	}
+	registry := response.GetRegistry()
+	return RegistryStatus{
+		Revision: registry.GetRevision(), CatalogueRevision: response.GetCatalogue().GetRevision(), SHA256: registry.GetSha256(),
+		Source: registry.GetSource(), LoadedAt: registry.GetLoadedAt().AsTime(), LastReloadError: registry.GetLastReloadError(),
+		CredentialNames: slices.Clone(response.GetCredentialNames()),
+	}, nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -97,9 +98,14 @@ func TestNothingIsFetchedThatCannotMatter(t *testing.T) {
 	client := newClient(t, address)
 	secrets := &store{}
 	fake.name("r1") // a model that the platform owns
+	platforms := allow(byokgatev1.BillingMode_BILLING_MODE_PLATFORM_MANAGED)
+	platforms.RelevantEnv = nil
+	fake.tell(platforms, nil)
 	allowed, err := client.Decide(background(), with(secrets.lookup))
-	wantAllowed(t, allowed, err, BYOK)
+	wantAllowed(t, allowed, err, PlatformManaged)
+	// An override settles it, whatever names matter to the model.
 	fake.name("r1", "ACME_API_KEY")
+	fake.tell(allow(byokgatev1.BillingMode_BILLING_MODE_BYOK), nil)
 	for _, override := range []OperatorOverride{OverridePlatformManaged, OverrideDisabled} {
 		request := with(secrets.lookup)
 		request.Spec.OperatorOverride = override
@@ -113,6 +119,7 @@ func TestNothingIsFetchedThatCannotMatter(t *testing.T) {
 			RegistryRevision: "r1",
 		}, nil
 	}
+	fake.tell(platforms, nil)
 	request := with(secrets.lookup)
 	request.Spec.Model = "no-such-model"
 	if _, err = client.Decide(background(), request); err != nil {
@@ -255,9 +262,14 @@ func TestABadRequestIsLeftToTheDecision(t *testing.T) {
 	if got := wantUndecided(t, allowed, err, http.StatusBadRequest); !strings.Contains(got.Body().Error, "workspace_spec.model") {
 		t.Errorf("%v", got)
 	}
+	// Were it an allow after all, it is believed once the names that it comes with were looked for.
+	asked := len(fake.requests())
 	fake.tell(allow(byokgatev1.BillingMode_BILLING_MODE_BYOK), nil)
 	allowed, err = client.Decide(background(), acme())
-	wantUndecided(t, allowed, err, http.StatusServiceUnavailable)
+	wantAllowed(t, allowed, err, BYOK)
+	if got := fake.requests()[asked:]; len(got) != 2 || len(got[1].GetWorkspaceSpec().GetCredentials()) != 1 {
+		t.Errorf("asked %v", got)
+	}
 }
 
 // The registry gains a name after the client asked for the names: its credential is fetched before a "missing" is believed,
@@ -274,9 +286,9 @@ func TestNamesFollowTheRegistry(t *testing.T) {
 			wantAllowed(t, allowed, err, BYOK)
 
 			stale.RegistryRevision = "r2"
+			stale.RelevantEnv = []string{"ACME_API_KEY", "NEW_API_KEY"}
 			fresh := allow(byokgatev1.BillingMode_BILLING_MODE_BYOK)
-			fresh.RegistryRevision = "r2"
-			fake.name("r2", "ACME_API_KEY", "NEW_API_KEY")
+			fresh.RegistryRevision, fresh.RelevantEnv = "r2", stale.RelevantEnv
 			fake.decide = func(_ context.Context, request *byokgatev1.DecideRequest) (*byokgatev1.DecideResponse, error) {
 				for _, sent := range request.GetWorkspaceSpec().GetCredentials() {
 					if sent.GetEnvName() == "NEW_API_KEY" {
@@ -297,21 +309,73 @@ func TestNamesFollowTheRegistry(t *testing.T) {
 	}
 }
 
-// Nothing new comes of the new registry: the reply stands, and is not asked for twice.
+// Another registry with the same names: it is names that are compared, and the reply stands at once.
 func TestANewRegistryWithTheSameNames(t *testing.T) {
 	fake, address := startFake(t)
 	client := newClient(t, address)
 	if _, err := client.Decide(background(), acme()); err != nil {
 		t.Fatal(err)
 	}
-	fake.name("r2", "ACME_API_KEY")
 	response := missingKey("ACME_API_KEY")
 	response.RegistryRevision = "r2"
 	fake.tell(response, nil)
 	allowed, err := client.Decide(background(), acme())
-	wantDenied(t, allowed, err, "MISSING_BYOK_CREDENTIAL")
-	if len(fake.requests()) != 2 || fake.resolved != 2 {
+	wantDenied(t, allowed, err, MissingBYOKCredential)
+	if len(fake.requests()) != 2 || fake.resolved != 1 {
 		t.Errorf("%d decisions, names asked for %d times", len(fake.requests()), fake.resolved)
+	}
+}
+
+// Two replicas with two registries behind one balancer: after each was heard once, they cost no refusal and no second call.
+func TestTwoRevisionsBehindOneBalancer(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	replies := map[bool]*byokgatev1.DecideResponse{false: allow(2), true: allow(2)}
+	replies[true].RegistryRevision, replies[true].RelevantEnv = "r2", []string{"ACME_API_KEY", "NEW_API_KEY"}
+	var turn atomic.Int32
+	fake.decide = func(context.Context, *byokgatev1.DecideRequest) (*byokgatev1.DecideResponse, error) {
+		return replies[turn.Add(1)%2 == 0], nil
+	}
+	secrets := &store{found: map[Scope]Found{Workspace: {"NEW_API_KEY": NewSecret(liveKey)}}}
+	const decisions = 20
+	for range decisions {
+		allowed, err := client.Decide(background(), with(secrets.lookup))
+		wantAllowed(t, allowed, err, BYOK)
+	}
+	if asked := len(fake.requests()); asked != decisions+1 || fake.resolved != 1 {
+		t.Errorf("%d calls for %d decisions, names asked for %d times", asked, decisions, fake.resolved)
+	}
+}
+
+func TestManyColdCallersAskForTheNamesOnce(t *testing.T) {
+	fake, address := startFake(t)
+	hold := make(chan struct{})
+	fake.resolve = func() (*byokgatev1.ResolveProviderResponse, error) {
+		<-hold
+		return resolution("r1", "ACME_API_KEY"), nil
+	}
+	client := newClient(t, address, WithTimeout(30*time.Second), WithLogger(discard))
+	const callers = 1000
+	var waiting sync.WaitGroup
+	var refused atomic.Int32
+	for range callers {
+		waiting.Add(1)
+		go func() {
+			defer waiting.Done()
+			if _, err := client.Decide(background(), acme()); err != nil {
+				refused.Add(1)
+			}
+		}()
+	}
+	// One that gives up takes nobody along.
+	gone, cancel := context.WithCancel(background())
+	cancel()
+	allowed, err := client.Decide(gone, acme())
+	wantUndecided(t, allowed, err, statusClientClosed)
+	close(hold)
+	waiting.Wait()
+	if refused.Load() != 0 || fake.resolved != 1 {
+		t.Errorf("%d of %d refused, names asked for %d times", refused.Load(), callers, fake.resolved)
 	}
 }
 
@@ -322,7 +386,9 @@ func TestAMissingNameThatWasNotLookedForIsLookedFor(t *testing.T) {
 	exempt := resolution("r1")
 	exempt.GetResolution().Source = byokgatev1.ResolutionSource_RESOLUTION_SOURCE_EXEMPT_RUNTIME
 	fake.resolve = func() (*byokgatev1.ResolveProviderResponse, error) { return exempt, nil }
-	fake.tell(allow(byokgatev1.BillingMode_BILLING_MODE_NONE), nil)
+	exempted := allow(byokgatev1.BillingMode_BILLING_MODE_NONE)
+	exempted.RelevantEnv, exempted.Resolution.Source = nil, exempt.GetResolution().GetSource()
+	fake.tell(exempted, nil)
 	for range 2 {
 		allowed, err := client.Decide(background(), acme())
 		wantAllowed(t, allowed, err, NoBilling)
@@ -345,35 +411,55 @@ func TestAMissingNameThatWasNotLookedForIsLookedFor(t *testing.T) {
 	wantAllowed(t, allowed, err, BYOK)
 }
 
-// Two replicas with two registries behind one address: nothing is believed.
+// A registry that names another credential whenever it is asked: nothing is believed.
 func TestARegistryThatNeverSettlesIsUndecided(t *testing.T) {
 	fake, address := startFake(t)
 	client := newClient(t, address)
-	response := allow(byokgatev1.BillingMode_BILLING_MODE_BYOK)
-	response.RegistryRevision = "another"
-	fake.tell(response, nil)
+	fake.decide = func(_ context.Context, request *byokgatev1.DecideRequest) (*byokgatev1.DecideResponse, error) {
+		response := allow(byokgatev1.BillingMode_BILLING_MODE_BYOK)
+		response.RelevantEnv = []string{"NAME_" + strconv.Itoa(len(fake.requests()))}
+		return response, nil
+	}
 	allowed, err := client.Decide(background(), acme())
-	wantUndecided(t, allowed, err, http.StatusServiceUnavailable)
-	if asked := len(fake.requests()); asked != maxRounds {
-		t.Errorf("asked %d times", asked)
+	undecided := wantUndecided(t, allowed, err, http.StatusServiceUnavailable)
+	if asked := len(fake.requests()); asked != maxRounds || undecided.Reason() != ReasonRegistryMoving {
+		t.Errorf("asked %d times, %s", asked, undecided.Reason())
 	}
 }
 
 func TestTheMemoryIsBounded(t *testing.T) {
+	const exact, prefix = byokgatev1.MatchedBy_MATCHED_BY_EXACT_MODEL, byokgatev1.MatchedBy_MATCHED_BY_PREFIX
 	var held memory
+	held.keep(subject{model: "listed"}, "r1", []string{"A"}, exact)
 	for model := range maxRemembered + 10 {
-		held.keep(subject{model: string(rune(model))}, relevance{revision: "r1"})
-		if len(held.names) > maxRemembered {
-			t.Fatalf("%d models are remembered", len(held.names))
-		}
+		held.keep(subject{model: strconv.Itoa(model)}, "r1", []string{"A"}, prefix)
+		held.keep(subject{model: "junk" + strconv.Itoa(model)}, "r1", []string{"A"}, byokgatev1.MatchedBy_MATCHED_BY_UNSPECIFIED)
 	}
-	held.forget("another")
-	if _, found := held.recall(subject{model: string(rune(maxRemembered + 9))}); !found {
-		t.Error("a revision that is gone took the present one along")
+	if kept := len(held.generations[0].matched); kept != maxRemembered || len(held.generations[0].listed) != 1 {
+		t.Errorf("%d models are remembered", kept)
 	}
-	held.forget("r1")
-	if _, found := held.recall(subject{model: string(rune(maxRemembered + 9))}); found {
-		t.Error("a forgotten revision is remembered")
+	// What tenants make up does not push out what the registry lists.
+	if names, found := held.recall(subject{model: "listed"}); !found || !slices.Equal(names, []string{"A"}) {
+		t.Errorf("%v, %v", names, found)
+	}
+	if _, found := held.recall(subject{model: "junk1"}); found {
+		t.Error("a model that nobody owns is remembered")
+	}
+	held.keep(subject{model: strings.Repeat("x", maxSubjectBytes+1)}, "r1", nil, exact)
+	if len(held.generations[0].listed) != 1 {
+		t.Error("a model of any length is remembered")
+	}
+	// Two registries, and no third.
+	for _, revision := range []string{"r2", "r3", "r4"} {
+		held.keep(subject{model: "listed"}, revision, []string{revision}, exact)
+	}
+	if names, _ := held.recall(subject{model: "listed"}); len(held.generations) != 2 || !slices.Equal(names, []string{"r4", "r3"}) {
+		t.Errorf("%d generations, names %v", len(held.generations), names)
+	}
+	// One that was not heard of for long takes no part.
+	held.generations[1].heard = time.Now().Add(-2 * generationAge)
+	if names, _ := held.recall(subject{model: "listed"}); !slices.Equal(names, []string{"r4"}) {
+		t.Errorf("names %v", names)
 	}
 }
 
@@ -441,12 +527,12 @@ func TestRetriesEndWithinTheirPartOfTheTime(t *testing.T) {
 func TestPausesGrowAndAreBounded(t *testing.T) {
 	away := status.Error(codes.Unavailable, "-")
 	for attempt := range 200 {
-		pause, again := retryPause(away, attempt)
+		pause, again := (&core{}).retryPause(away, attempt)
 		if most := min(lastPause, firstPause<<min(attempt, 8)); !again || pause > most || pause < most/2 {
 			t.Errorf("attempt %d: %v, %v, expected %v to %v", attempt, pause, again, most/2, most)
 		}
 	}
-	if _, again := retryPause(nil, 0); again {
+	if _, again := (&core{}).retryPause(nil, 0); again {
 		t.Error("a success is repeated")
 	}
 }

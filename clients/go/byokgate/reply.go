@@ -1,31 +1,17 @@
 package byokgate
 
 import (
-	"cmp"
-	"maps"
-	"slices"
-	"strings"
-
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-const (
-	billingPrefix    = "BILLING_MODE_"
-	checkpointPrefix = "CHECKPOINT_"
-	denyPrefix       = "DENY_CODE_"
-	scopePrefix      = "SCOPE_"
-	warningPrefix    = "WARNING_CODE_"
-	unspecified      = "UNSPECIFIED"
-)
-
 // read turns byok-gate's reply into the caller's answer: the only place where an Allowed is made.
 //
 // INVARIANT (sealed): an Allowed comes from a reply whose decision is "allow", whose billing mode is one that this package
-// knows, with a resolution that says the same, and that has an id to find it by. A newer byok-gate may say what this package does not know, and a broken one may say
-// nothing, and neither is an allow.
-func read(spec Spec, response *byokgatev1.DecideResponse) (Allowed, Refusal) {
+// knows, with a resolution that says the same, and that has an id to find it by. A newer byok-gate may say what this package
+// does not know, and a broken one may say nothing, and neither is an allow.
+func read(spec *Spec, response *byokgatev1.DecideResponse) (Allowed, Refusal) {
 	switch decision := response.GetDecision().(type) {
 	case *byokgatev1.DecideResponse_Allow:
 		mode := billingMode(decision.Allow.GetBillingMode())
@@ -41,9 +27,7 @@ func read(spec Spec, response *byokgatev1.DecideResponse) (Allowed, Refusal) {
 		}
 		return Allowed{response: response, mode: mode}, nil
 	case *byokgatev1.DecideResponse_Deny:
-		if shortName(decision.Deny.GetCode(), denyPrefix) == unspecified {
-			return Allowed{}, unreadable(spec, response, "a denial for an unknown reason")
-		}
+		// Whatever its code is, and with no content even: it says no.
 		return Allowed{}, denied(spec, response, decision.Deny)
 	default:
 		return Allowed{}, unreadable(spec, response, "neither an allow nor a denial")
@@ -64,14 +48,14 @@ func billingMode(mode byokgatev1.BillingMode) BillingMode {
 	}
 }
 
-// shortName is an enum value's name without the prefix that its enum gives it. A number that this package does not know is
-// UNSPECIFIED, which is never an allow.
-func shortName(value protoreflect.Enum, prefix string) string {
-	known := value.Descriptor().Values().ByNumber(value.Number())
-	if known == nil {
-		return unspecified
+// operatorHint is what a denial says to the platform's people alone, where this package's version of the contract has a place for it.
+func operatorHint(deny *byokgatev1.Deny) string {
+	if deny == nil {
+		return ""
 	}
-	return strings.TrimPrefix(string(known.Name()), prefix)
+	field := deny.ProtoReflect().Descriptor().Fields().ByName("operator_hint")
+	if field == nil || field.Kind() != protoreflect.StringKind {
+		return ""
+	}
+	return deny.ProtoReflect().Get(field).String()
 }
-
-func sortedKeys[K cmp.Ordered, V any](held map[K]V) []K { return slices.Sorted(maps.Keys(held)) }

@@ -2,75 +2,236 @@ package byokgate
 
 import (
 	"context"
+	"iter"
 	"maps"
 	"sync"
 )
 
 // Reporter asks byok-gate without obeying it: to see what would be denied before it is. It makes no [Allowed], so that code
 // which needs one does not compile with a Reporter in a client's place; its log lines, outcomes and counts have names of
-// their own.
+// their own, and byok-gate records and counts its questions apart.
 type Reporter struct {
 	client *Client
+	queue  int
+	slots  chan struct{}
 
-	mu     sync.Mutex
-	counts Counts
+	mu      sync.Mutex
+	pending int
+	// idle is closed when nothing is pending. Nil if nothing waits for it.
+	idle chan struct{}
 }
 
-// Counts are how often a [Reporter] saw what, since it was made.
+// ReportOptions are a [Reporter]'s.
+type ReportOptions struct {
+	// Queue is how many questions of [Reporter.Go] may be pending; more are dropped and counted. Zero: 256.
+	Queue int
+	// Concurrent is how many of these are asked at a time. Zero: 8.
+	Concurrent int
+}
+
+const (
+	defaultReportQueue      = 256
+	defaultReportConcurrent = 8
+)
+
+// Counts are how often the [Reporter]s of a client saw what, since it was made.
 type Counts struct {
 	// WouldAllow is how many would have been allowed.
 	WouldAllow uint64
+	// Unverified is how many of these although their credential was not shown to be alive.
+	Unverified uint64
 	// WouldRefuse is how many would have been refused, by code: a denial's, or DECISION_UNAVAILABLE.
-	WouldRefuse map[string]uint64
+	WouldRefuse map[Code]uint64
+	// Dropped is how many were not asked, since the queue of [Reporter.Go] was full.
+	Dropped uint64
+}
+
+// counts are shared by all reporters of a client.
+type counts struct {
+	mu   sync.Mutex
+	seen Counts
 }
 
 // Report is what would have come of a request. It decides nothing.
 type Report struct {
 	refusal Refusal
+	mode    BillingMode
 	asked   bool
 }
 
-// WithReportOnly gives a reporter that asks over this client's connection, with its settings. The client itself goes on to
+// ReportOnly gives a reporter that asks over this client's connections, with its settings. The client itself goes on to
 // enforce.
-func (c *Client) WithReportOnly() *Reporter {
-	return &Reporter{client: &Client{conn: c.conn, service: c.service, config: c.config, mode: ReportOnly}}
+func (c *Client) ReportOnly(options ReportOptions) *Reporter {
+	if options.Queue <= 0 {
+		options.Queue = defaultReportQueue
+	}
+	if options.Concurrent <= 0 {
+		options.Concurrent = defaultReportConcurrent
+	}
+	reporter := &Reporter{client: &Client{mode: ReportOnly}, queue: options.Queue, slots: make(chan struct{}, options.Concurrent)}
+	if c != nil {
+		reporter.client.core = c.core
+	}
+	return reporter
 }
 
-// Report asks, logs and counts. It takes as long as [Client.Decide] would; run it in a goroutine where that must not show.
+// Report asks, logs and counts. It takes as long as [Client.Decide] would; see [Reporter.Go] where that must not show.
 func (r *Reporter) Report(ctx context.Context, request Request) Report {
-	_, refusal := r.client.decide(ctx, request)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if refusal == nil {
-		r.counts.WouldAllow++
-		return Report{asked: true}
+	if r == nil {
+		return Report{}
 	}
-	if r.counts.WouldRefuse == nil {
-		r.counts.WouldRefuse = map[string]uint64{}
-	}
-	r.counts.WouldRefuse[refusal.Code()]++
-	return Report{refusal: refusal, asked: true}
+	allowed, refusal := r.client.decide(orBackground(ctx), &request)
+	return r.count(allowed, refusal)
 }
 
-// Counts are those so far.
+// Go asks in the background, for a handler that goes on and returns: the question outlives the context's end, but keeps its values. It never
+// blocks. It says whether the question was taken: where the queue is full, it is dropped and counted.
+//
+// The request's Lookup is called after the handler has returned, so it must not use what ends with the handler.
+func (r *Reporter) Go(ctx context.Context, request Request) bool {
+	if r == nil {
+		return false
+	}
+	if ctx = orBackground(ctx); !r.client.unusable() {
+		// The hook is the caller's: it is asked while the caller's goroutine and context are there.
+		ctx = r.client.traced(ctx)
+	}
+	ctx = context.WithoutCancel(ctx)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.pending >= r.queue {
+		r.client.drop()
+		return false
+	}
+	r.pending++
+	go func() {
+		defer r.done()
+		r.slots <- struct{}{}
+		defer func() { <-r.slots }()
+		untraced := *r.client
+		untraced.traceless = true
+		allowed, refusal := untraced.decide(ctx, &request)
+		r.count(allowed, refusal)
+	}()
+	return true
+}
+
+func (r *Reporter) done() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.pending--; r.pending == 0 && r.idle != nil {
+		close(r.idle)
+		r.idle = nil
+	}
+}
+
+// Wait returns when no question of [Reporter.Go] is pending, or with the context's error.
+func (r *Reporter) Wait(ctx context.Context) error {
+	if r == nil {
+		return nil
+	}
+	r.mu.Lock()
+	if r.pending == 0 {
+		r.mu.Unlock()
+		return nil
+	}
+	if r.idle == nil {
+		r.idle = make(chan struct{})
+	}
+	idle := r.idle
+	r.mu.Unlock()
+	select {
+	case <-idle:
+		return nil
+	case <-orBackground(ctx).Done():
+		return ctx.Err()
+	}
+}
+
+// BatchReport asks about many workspaces at once, as [Client.BatchDecide] does, and decides nothing.
+func (r *Reporter) BatchReport(ctx context.Context, requests []Request) iter.Seq2[int, Report] {
+	return func(yield func(int, Report) bool) {
+		if r == nil {
+			return
+		}
+		for index, result := range r.client.BatchDecide(ctx, requests) {
+			if !yield(index, r.count(result.allowed, result.refusal)) {
+				return
+			}
+		}
+	}
+}
+
+func (r *Reporter) count(allowed Allowed, refusal Refusal) Report {
+	if refusal == nil && allowed.response == nil {
+		refusal = missing(nil)
+	}
+	if core := r.client.core; core != nil {
+		core.counts.mu.Lock()
+		defer core.counts.mu.Unlock()
+		seen := &core.counts.seen
+		switch {
+		case refusal == nil:
+			seen.WouldAllow++
+			if unverified(allowed.response) {
+				seen.Unverified++
+			}
+		default:
+			if seen.WouldRefuse == nil {
+				seen.WouldRefuse = map[Code]uint64{}
+			}
+			seen.WouldRefuse[refusal.Code()]++
+		}
+	}
+	return Report{refusal: refusal, mode: allowed.mode, asked: true}
+}
+
+func (c *Client) drop() {
+	if c.core == nil {
+		return
+	}
+	c.counts.mu.Lock()
+	defer c.counts.mu.Unlock()
+	c.counts.seen.Dropped++
+}
+
+// Counts are those so far, of all reporters of the client.
 func (r *Reporter) Counts() Counts {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return Counts{WouldAllow: r.counts.WouldAllow, WouldRefuse: maps.Clone(r.counts.WouldRefuse)}
+	if r == nil || r.client.core == nil {
+		return Counts{}
+	}
+	held := &r.client.counts
+	held.mu.Lock()
+	defer held.mu.Unlock()
+	seen := held.seen
+	seen.WouldRefuse = maps.Clone(seen.WouldRefuse)
+	return seen
 }
 
-// WouldRefuse is why the request would have been refused. Nil if it would not have been, or if nothing was asked (the zero
+// Verdict is what would have come of the request, and the refusal if it was one. The outcome is empty where nothing was asked (the zero
 // Report). It is no error to act on, and no permission either.
-func (r Report) WouldRefuse() Refusal { return r.refusal }
+func (r Report) Verdict() (Outcome, Refusal) {
+	if !r.asked {
+		return "", nil
+	}
+	switch r.refusal.(type) {
+	case nil:
+		return OutcomeWouldAllow, nil
+	case *Denied:
+		return OutcomeWouldDeny, r.refusal
+	default:
+		return OutcomeWouldUndecided, r.refusal
+	}
+}
 
 // String is for people.
 func (r Report) String() string {
-	switch {
-	case !r.asked:
+	switch outcome, refusal := r.Verdict(); outcome {
+	case "":
 		return "byok-gate, report only: nothing was asked"
-	case r.refusal == nil:
-		return "byok-gate, report only: would have been allowed"
+	case OutcomeWouldAllow:
+		return "byok-gate, report only: would have been allowed, billing " + string(r.mode)
 	default:
-		return "byok-gate, report only: would have been refused: " + r.refusal.Code()
+		return "byok-gate, report only: would have been refused: " + string(refusal.Code())
 	}
 }

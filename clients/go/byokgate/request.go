@@ -2,7 +2,6 @@ package byokgate
 
 import (
 	"context"
-	"fmt"
 	"time"
 	"unicode/utf8"
 
@@ -17,12 +16,21 @@ type Request struct {
 	Checkpoint Checkpoint
 	// Spec is the workspace as it would start.
 	Spec Spec
-	// MaxLivenessAge is how old an observation of the credential may be. Nil: byok-gate's own ages. Zero: a new one, at most
-	// once a second for each credential.
+	// MaxLivenessAge is how old an observation of the credential may be: [Fresh] or [AtMost]. Nil: byok-gate's own ages.
 	MaxLivenessAge *time.Duration
-	// Explain asks for the steps of the decision, which are then in the Response of the answer.
+	// Explain asks for the steps of the decision, which are then in the Details of the answer.
 	Explain bool
+	// Timeout is how long this decision may take, lookups and retries included. Zero: the client's own; see [WithTimeout]. The context's
+	// deadline holds too. In a batch it does not count.
+	Timeout time.Duration
 }
+
+// Fresh asks for an observation of now. byok-gate makes one at most once a second for each credential, and once a minute where it costs
+// money.
+func Fresh() *time.Duration { return AtMost(0) }
+
+// AtMost asks for an observation that is no older than that.
+func AtMost(age time.Duration) *time.Duration { return &age }
 
 // Checkpoint is the moment at which a decision is asked for. The zero Checkpoint is refused.
 type Checkpoint int
@@ -34,6 +42,8 @@ const (
 	Provision
 	// Update is a change of model, runtime or secret, before it is saved.
 	Update
+	// Audit looks at a running workspace again: Provision's policy, counted apart, since nothing is to start. See [Client.Sweep].
+	Audit
 )
 
 // Spec is a workspace: the effective runtime and model, after templates and stored settings.
@@ -61,10 +71,11 @@ type Spec struct {
 //
 // A name that is not in Found has no row there. A row that exists but cannot be decrypted is [Unreadable]. An error means that
 // the scope could not be read at all; byok-gate then denies where it could have mattered. The error is logged, so it must not
-// hold a value. A lookup that takes more than half of the time that is left counts as failed.
+// hold a value. A lookup that takes more than half of the time that is left, or more than [WithLookupBudget] gives it, counts as
+// failed, and so does one that panics.
 type Lookup func(ctx context.Context, scope Scope, names []string) (Found, error)
 
-// Found are the credentials that exist, by name.
+// Found are the credentials that exist, by name. The client reads it once, when the lookup returns.
 type Found map[string]Secret
 
 // Static looks credentials up in memory: a create's payload, or a test's.
@@ -126,32 +137,42 @@ func (c Checkpoint) String() string {
 func (s Scope) String() string { return shortName(byokgatev1.Scope(s), scopePrefix) }
 
 // needsNoCredential says that no credential can change the answer, as far as the caller alone can know.
-func (s Spec) needsNoCredential() bool {
+func (s *Spec) needsNoCredential() bool {
 	return s.OperatorOverride == OverridePlatformManaged || s.OperatorOverride == OverrideDisabled
 }
 
+// named is what a refusal says of the workspace. The spec may be nil.
+func (s *Spec) named() (runtime, model string) {
+	if s == nil {
+		return "", ""
+	}
+	return s.Runtime, s.Model
+}
+
+const notUTF8 = "is not valid UTF-8"
+
 // check refuses what could not be sent. Everything else is byok-gate's to refuse, so that it is said in one way.
-func (r Request) check() error {
-	for field, text := range map[string]string{
-		"workspace_spec.workspace_id":    r.Spec.WorkspaceID,
-		"workspace_spec.organization_id": r.Spec.OrganizationID,
-		"workspace_spec.runtime":         r.Spec.Runtime,
-		"workspace_spec.model":           r.Spec.Model,
-	} {
-		if !utf8.ValidString(text) {
-			return fmt.Errorf("%s: is not valid UTF-8", field)
-		}
+func (s *Spec) check() (Violation, bool) {
+	switch {
+	case !utf8.ValidString(s.WorkspaceID):
+		return Violation{"workspace_spec.workspace_id", notUTF8}, false
+	case !utf8.ValidString(s.OrganizationID):
+		return Violation{"workspace_spec.organization_id", notUTF8}, false
+	case !utf8.ValidString(s.Runtime):
+		return Violation{"workspace_spec.runtime", notUTF8}, false
+	case !utf8.ValidString(s.Model):
+		return Violation{"workspace_spec.model", notUTF8}, false
 	}
-	for _, name := range r.Spec.TenantBaseURLEnv {
+	for _, name := range s.TenantBaseURLEnv {
 		if !utf8.ValidString(name) {
-			return fmt.Errorf("workspace_spec.tenant_base_url_env: is not valid UTF-8")
+			return Violation{"workspace_spec.tenant_base_url_env", notUTF8}, false
 		}
 	}
-	return nil
+	return Violation{}, true
 }
 
 // wire is the request with these credentials.
-func (r Request) wire(held *wallet) *byokgatev1.DecideRequest {
+func (r *Request) wire(held *wallet, mode Mode) *byokgatev1.DecideRequest {
 	request := &byokgatev1.DecideRequest{
 		Checkpoint: byokgatev1.Checkpoint(r.Checkpoint),
 		WorkspaceSpec: &byokgatev1.WorkspaceSpec{
@@ -165,7 +186,8 @@ func (r Request) wire(held *wallet) *byokgatev1.DecideRequest {
 			PlatformProxy:    byokgatev1.PlatformProxy(r.Spec.PlatformProxy),
 			TenantBaseUrlEnv: r.Spec.TenantBaseURLEnv,
 		},
-		Explain: r.Explain,
+		Explain:    r.Explain,
+		ReportOnly: mode == ReportOnly,
 	}
 	if r.MaxLivenessAge != nil {
 		request.MaxLivenessAge = durationpb.New(*r.MaxLivenessAge)

@@ -20,15 +20,25 @@ const (
 )
 
 // retry repeats a call while byok-gate is away, or once it said when to come back, for as long as that leaves time for the
-// answer. What it is not safe or not sensible to repeat is returned at once: a deadline, a fault, a bad request.
-func retry[T any](ctx context.Context, call func() (T, error)) (T, error) {
+// answer. What it is not safe or not sensible to repeat is returned at once: a deadline, a fault, a bad request. It gives the number of
+// repetitions, too.
+func retry[T any](ctx context.Context, c *core, call func() (T, error)) (T, int, error) {
 	window := retryWindow(ctx)
 	began := time.Now()
 	for attempt := 0; ; attempt++ {
+		generation := c.token.generation()
 		reply, err := call()
-		pause, again := retryPause(err, attempt)
+		if err == nil {
+			c.link.answered()
+			return reply, attempt, nil
+		}
+		pause, again := c.retryPause(err, attempt)
+		if status.Code(err) == codes.Unauthenticated && attempt == 0 {
+			// The token may have been rotated since its file was read.
+			pause, again = 0, c.token.renewed(ctx, generation)
+		}
 		if !again || time.Since(began)+pause > window || !sleep(ctx, pause) {
-			return reply, err
+			return reply, attempt, err
 		}
 	}
 }
@@ -42,9 +52,13 @@ func retryWindow(ctx context.Context) time.Duration {
 }
 
 // retryPause says how long to wait before the call that failed with err is repeated, if it may be.
-func retryPause(err error, attempt int) (time.Duration, bool) {
-	switch said := status.Convert(err); said.Code() {
+func (c *core) retryPause(err error, attempt int) (time.Duration, bool) {
+	said := status.Convert(err)
+	switch said.Code() {
 	case codes.Unavailable:
+		if fault := c.link.fault(); fault != nil && fault.reason.miswired() && detailsOf(said).reason == "" {
+			return 0, false
+		}
 		// No reply was had: the connection failed, or byok-gate is starting or stopping. All calls are questions, so that
 		// one that did arrive does no harm twice.
 		pause := lastPause
@@ -55,7 +69,11 @@ func retryPause(err error, attempt int) (time.Duration, bool) {
 	case codes.ResourceExhausted:
 		// Only if byok-gate names the time: a flood is not met with more of it.
 		pause := retryInfo(said)
-		return pause, pause > 0
+		if pause <= 0 {
+			return 0, false
+		}
+		// Never sooner, and not all at once.
+		return pause + rand.N(pause/4+1), true
 	default:
 		return 0, false
 	}
@@ -63,6 +81,9 @@ func retryPause(err error, attempt int) (time.Duration, bool) {
 
 // sleep says whether the time passed before the context's end.
 func sleep(ctx context.Context, pause time.Duration) bool {
+	if pause <= 0 {
+		return ctx.Err() == nil
+	}
 	timer := time.NewTimer(pause)
 	defer timer.Stop()
 	select {

@@ -1,13 +1,12 @@
 package byokgate
 
 import (
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
+	"regexp"
+	"strconv"
 	"strings"
 )
 
@@ -15,82 +14,83 @@ import (
 type target struct {
 	// dial is what gRPC is given.
 	dial string
+	// fixed is what is dialled whatever gRPC says: a socket's path, or an address that needs no name server. gRPC reads targets as URLs,
+	// in which "?", "#" and "%" mean something else.
+	fixed string
+	// authority is what the server is called. Empty: gRPC's own choice.
+	authority string
 	// unix is a socket file: no network in between.
 	unix bool
 	// host is empty for a socket.
 	host string
+	// several: one name may stand for several addresses.
+	several bool
 }
+
+// maxSocketPath is what fits into an address of a Unix socket (sun_path, with its end).
+const maxSocketPath = 107
+
+var hostName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?$`)
+
+// fixedDial is for targets of one address.
+const fixedDial = "passthrough:///byok-gate"
 
 // parseTarget takes host:port, dns:///host:port, unix:PATH and unix:///PATH.
 func parseTarget(text string) (target, error) {
 	switch {
 	case text == "":
 		return target{}, errors.New("is empty; give host:port or unix:///path")
+	case strings.HasPrefix(text, "unix-abstract:"):
+		return target{}, errAbstract
 	case strings.HasPrefix(text, "unix:"):
-		path := strings.TrimPrefix(strings.TrimPrefix(text, "unix:"), "//")
-		if path == "" {
-			return target{}, errors.New("names no socket; give unix:///path")
-		}
-		if strings.HasPrefix(text, "unix://") && !strings.HasPrefix(path, "/") {
-			return target{}, errors.New("unix:// takes an absolute path; give unix:///path or unix:path")
-		}
-		return target{dial: "unix:" + path, unix: true}, nil
+		return parseSocket(text)
 	}
 	address := strings.TrimPrefix(text, "dns:///")
 	host, port, err := net.SplitHostPort(address)
-	if err != nil || host == "" || port == "" || strings.ContainsAny(address, "/ ") {
+	if err != nil || host == "" || port == "" {
 		return target{}, errors.New("is neither host:port nor unix:///path")
 	}
-	return target{dial: "dns:///" + address, host: host}, nil
+	if strings.ContainsAny(address, "/ ") {
+		return target{}, errors.New("is neither host:port nor unix:///path")
+	}
+	if number, err := strconv.ParseUint(port, 10, 16); err != nil || number == 0 {
+		return target{}, fmt.Errorf("has the port %q, which is no number from 1 to 65535", port)
+	}
+	if _, err := netip.ParseAddr(host); err == nil {
+		return target{dial: fixedDial, fixed: address, authority: address, host: host}, nil
+	}
+	if !hostName.MatchString(host) {
+		return target{}, fmt.Errorf("has the host %q, which is neither a name nor an address", host)
+	}
+	return target{dial: "dns:///" + address, host: host, several: true}, nil
+}
+
+var errAbstract = errors.New("is an abstract socket, which any process of the machine can take before byok-gate does; " +
+	"give a socket in a folder that only byok-gate can write: unix:///path")
+
+func parseSocket(text string) (target, error) {
+	path := strings.TrimPrefix(strings.TrimPrefix(text, "unix:"), "//")
+	switch {
+	case path == "":
+		return target{}, errors.New("names no socket; give unix:///path")
+	case path[0] == '@' || path[0] == 0:
+		return target{}, errAbstract
+	case strings.ContainsRune(path, 0):
+		return target{}, errors.New("holds a NUL byte, which no path can")
+	case strings.HasPrefix(text, "unix://") && !strings.HasPrefix(path, "/"):
+		return target{}, errors.New("unix:// takes an absolute path; give unix:///path or unix:path")
+	case len(path) > maxSocketPath:
+		return target{}, fmt.Errorf("is a socket with a path of %d bytes, and a socket's has %d at most", len(path), maxSocketPath)
+	}
+	// The socket's path is no authority: servers refuse it.
+	return target{dial: fixedDial, fixed: path, authority: "localhost", unix: true}, nil
 }
 
 // private says that nothing between the two ends can read along.
 func (t target) private() bool {
-	if t.unix || t.host == "localhost" {
+	if t.unix || strings.EqualFold(strings.TrimSuffix(t.host, "."), "localhost") {
 		return true
 	}
 	address, err := netip.ParseAddr(t.host)
-	return err == nil && address.Unmap().IsLoopback()
-}
-
-// checkTLS refuses a configuration that encrypts but believes everyone.
-func checkTLS(config *tls.Config) error {
-	if config == nil {
-		return errors.New("no TLS configuration")
-	}
-	if config.InsecureSkipVerify && config.VerifyConnection == nil && config.VerifyPeerCertificate == nil {
-		return errors.New("InsecureSkipVerify accepts any server, which could then read every credential; " +
-			"set RootCAs, or verify in VerifyConnection")
-	}
-	return nil
-}
-
-// tlsFromFiles trusts the authorities in ca (the system's, if it is empty) and shows the certificate in cert and key (none, if
-// both are empty). The certificate is read again for each connection, so that a renewed one is used without a restart.
-func tlsFromFiles(ca, cert, key string) (*tls.Config, error) {
-	config := &tls.Config{MinVersion: tls.VersionTLS12}
-	if ca != "" {
-		text, err := os.ReadFile(ca)
-		if err != nil {
-			return nil, fmt.Errorf("certificate authorities: %w", err)
-		}
-		config.RootCAs = x509.NewCertPool()
-		if !config.RootCAs.AppendCertsFromPEM(text) {
-			return nil, fmt.Errorf("certificate authorities: %s holds no certificate in PEM", ca)
-		}
-	}
-	switch {
-	case cert == "" && key == "":
-	case cert == "" || key == "":
-		return nil, errors.New("a client certificate needs both its file and its key's")
-	default:
-		if _, err := tls.LoadX509KeyPair(cert, key); err != nil {
-			return nil, fmt.Errorf("client certificate: %w", err)
-		}
-		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			pair, err := tls.LoadX509KeyPair(cert, key)
-			return &pair, err
-		}
-	}
-	return config, nil
+	return err == nil && address.Zone() == "" && address.Unmap().IsLoopback()
 }

@@ -20,7 +20,10 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
 
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
@@ -47,6 +50,9 @@ func newCertificates(t *testing.T) *certificates {
 		}
 	}
 	made.issue(t, "server", leaf(2, x509.ExtKeyUsageServerAuth), ca, key)
+	expired := leaf(4, x509.ExtKeyUsageServerAuth)
+	expired.NotAfter = time.Now().Add(-time.Minute)
+	made.issue(t, "expired", expired, ca, key)
 	made.issue(t, "client", leaf(3, x509.ExtKeyUsageClientAuth), ca, key)
 	return made
 }
@@ -86,7 +92,11 @@ func (c *certificates) issue(t *testing.T, name string, made, by *x509.Certifica
 func (c *certificates) file(name string) string { return filepath.Join(c.dir, name) }
 
 func (c *certificates) serverOption(mutual bool) grpc.ServerOption {
-	pair, err := tls.LoadX509KeyPair(c.file("server.pem"), c.file("server.key"))
+	return c.optionOf("server", mutual)
+}
+
+func (c *certificates) optionOf(name string, mutual bool) grpc.ServerOption {
+	pair, err := tls.LoadX509KeyPair(c.file(name+".pem"), c.file(name+".key"))
 	if err != nil {
 		panic(err)
 	}
@@ -100,20 +110,20 @@ func (c *certificates) serverOption(mutual bool) grpc.ServerOption {
 func TestTLS(t *testing.T) {
 	ours, others := newCertificates(t), newCertificates(t)
 	for name, test := range map[string]struct {
-		mutual  bool
-		option  Option
-		allowed bool
+		mutual bool
+		option Option
+		reason Reason // empty: it stands
 	}{
-		"TLS":                               {false, WithTLSFiles(ours.file("ca.pem"), "", ""), true},
-		"TLS, a configuration":              {false, WithTLS(&tls.Config{RootCAs: ours.pool}), true},
-		"TLS, another authority":            {false, WithTLSFiles(others.file("ca.pem"), "", ""), false},
-		"TLS, the system's authorities":     {false, WithTLSFiles("", "", ""), false},
-		"mTLS":                              {true, WithTLSFiles(ours.file("ca.pem"), ours.file("client.pem"), ours.file("client.key")), true},
-		"mTLS, no certificate":              {true, WithTLSFiles(ours.file("ca.pem"), "", ""), false},
-		"mTLS, another authority's":         {true, WithTLSFiles(ours.file("ca.pem"), others.file("client.pem"), others.file("client.key")), false},
-		"mTLS, a server's certificate":      {true, WithTLSFiles(ours.file("ca.pem"), ours.file("server.pem"), ours.file("server.key")), false},
-		"TLS server, client without TLS":    {false, WithInsecureNetwork(), false},
-		"TLS, another name on the server's": {false, WithTLS(&tls.Config{RootCAs: ours.pool, ServerName: "elsewhere.example"}), false},
+		"TLS":                               {false, WithTLSFiles(ours.file("ca.pem"), "", ""), ""},
+		"TLS, a configuration":              {false, WithTLS(&tls.Config{RootCAs: ours.pool}), ""},
+		"TLS, another authority":            {false, WithTLSFiles(others.file("ca.pem"), "", ""), ReasonTLSUntrusted},
+		"TLS, the system's authorities":     {false, WithTLSFiles("", "", ""), ReasonTLSUntrusted},
+		"mTLS":                              {true, WithTLSFiles(ours.file("ca.pem"), ours.file("client.pem"), ours.file("client.key")), ""},
+		"mTLS, no certificate":              {true, WithTLSFiles(ours.file("ca.pem"), "", ""), ReasonClientCertificate},
+		"mTLS, another authority's":         {true, WithTLSFiles(ours.file("ca.pem"), others.file("client.pem"), others.file("client.key")), ReasonClientCertificate},
+		"mTLS, a server's certificate":      {true, WithTLSFiles(ours.file("ca.pem"), ours.file("server.pem"), ours.file("server.key")), ReasonClientCertificate},
+		"TLS server, client without TLS":    {false, WithInsecureNetwork(), ReasonUnreachable},
+		"TLS, another name on the server's": {false, WithTLS(&tls.Config{RootCAs: ours.pool, ServerName: "elsewhere.example"}), ReasonTLSUntrusted},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -122,12 +132,34 @@ func TestTLS(t *testing.T) {
 			}, ours.serverOption(test.mutual))
 			client := newClient(t, address, test.option, WithTimeout(2*time.Second))
 			allowed, err := client.Decide(background(), acme())
-			if test.allowed {
+			switch test.reason {
+			case "":
 				wantAllowed(t, allowed, err, BYOK)
-			} else {
-				wantUndecided(t, allowed, err, http.StatusServiceUnavailable)
+			case ReasonUnreachable:
+				wantReason(t, wantUndecided(t, allowed, err, http.StatusServiceUnavailable), test.reason)
+			default:
+				undecided := wantUndecided(t, allowed, err, http.StatusInternalServerError)
+				wantReason(t, undecided, test.reason)
+				if says := map[string]string{
+					"TLS, another name on the server's": "for another name", "TLS, another authority": "does not trust", "mTLS, no certificate": "certificate required",
+				}[name]; !strings.Contains(undecided.OperatorHint(), says) {
+					t.Errorf("%q does not say %q", undecided.OperatorHint(), says)
+				}
 			}
 		})
+	}
+}
+
+func TestACertificateThatHasExpired(t *testing.T) {
+	ours := newCertificates(t)
+	address := serveGRPC(t, listenTCP(t), func(server *grpc.Server) {
+		byokgatev1.RegisterPolicyDecisionServiceServer(server, newFake())
+	}, ours.optionOf("expired", false))
+	client := newClient(t, address, WithTLSFiles(ours.file("ca.pem"), "", ""))
+	allowed, err := client.Decide(background(), acme())
+	undecided := wantUndecided(t, allowed, err, http.StatusInternalServerError)
+	if wantReason(t, undecided, ReasonTLSUntrusted); !strings.Contains(undecided.OperatorHint(), "has expired") {
+		t.Errorf("%q", undecided.OperatorHint())
 	}
 }
 
@@ -153,9 +185,9 @@ func TestAClientCertificateIsReadAgain(t *testing.T) {
 	client := newClient(t, address, WithTimeout(time.Second),
 		WithTLSFiles(ours.file("ca.pem"), filepath.Join(dir, "client.pem"), filepath.Join(dir, "client.key")))
 	allowed, err := client.Decide(background(), acme())
-	wantUndecided(t, allowed, err, http.StatusServiceUnavailable)
+	wantReason(t, wantUndecided(t, allowed, err, http.StatusInternalServerError), ReasonClientCertificate)
 	show(ours)
-	for end := time.Now().Add(MaxReconnectDelay + grace); ; {
+	for end := time.Now().Add(maxReconnectDelay + grace); ; {
 		if allowed, err = client.Decide(background(), acme()); err == nil || time.Now().After(end) {
 			break
 		}
@@ -164,7 +196,8 @@ func TestAClientCertificateIsReadAgain(t *testing.T) {
 }
 
 func TestUnixSocket(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "gate.sock")
+	// What gRPC would take for parts of a URL.
+	path := filepath.Join(t.TempDir(), "gate?a=1#b%20c d.sock")
 	listener, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
@@ -201,20 +234,31 @@ func TestToken(t *testing.T) {
 
 	write(keyMark + "token-2\n")
 	client = newClient(t, address, WithTokenFile(file))
-	for _, token := range []string{"token-2", "token-3"} {
-		write(keyMark + token + "\n")
-		allowed, err = client.Decide(background(), acme())
-		wantAllowed(t, allowed, err, BYOK)
-		if !slices.Equal(sent(), []string{"Bearer " + keyMark + token}) {
-			t.Errorf("sent %q", sent())
+	allowed, err = client.Decide(background(), acme())
+	wantAllowed(t, allowed, err, BYOK)
+	// Once byok-gate does not know the old one any more, the new one is used within the same call.
+	current := "token-3"
+	fake.decide = func(ctx context.Context, _ *byokgatev1.DecideRequest) (*byokgatev1.DecideResponse, error) {
+		if shown, _ := metadata.FromIncomingContext(ctx); !slices.Equal(shown.Get("authorization"), []string{"Bearer " + keyMark + current}) {
+			return nil, status.Error(codes.Unauthenticated, "no such token")
 		}
+		return allow(byokgatev1.BillingMode_BILLING_MODE_BYOK), nil
 	}
-	// A token that has become unreadable is not left out: the call fails.
-	asked := len(fake.requests())
+	write(keyMark + "token-3\n")
+	allowed, err = client.Decide(background(), acme())
+	wantAllowed(t, allowed, err, BYOK)
+	// A file that is being written, or is no file any more, changes nothing as long as the last token is good.
 	write("")
-	if allowed, err = client.Decide(background(), acme()); err == nil || len(fake.requests()) != asked {
-		t.Errorf("asked without the token: %v, %v", allowed, err)
-	}
+	client.token.renewed(background(), 0)
+	allowed, err = client.Decide(background(), acme())
+	wantAllowed(t, allowed, err, BYOK)
+	current = "token-4"
+	allowed, err = client.Decide(background(), acme())
+	wantReason(t, wantUndecided(t, allowed, err, http.StatusInternalServerError), ReasonTokenUnreadable)
+	write(keyMark + "token-5\n")
+	allowed, err = client.Decide(background(), acme())
+	wantReason(t, wantUndecided(t, allowed, err, http.StatusInternalServerError), ReasonUnauthenticated)
+	fake.tell(allow(byokgatev1.BillingMode_BILLING_MODE_BYOK), nil)
 
 	client = newClient(t, address)
 	allowed, err = client.Decide(background(), acme())
@@ -289,6 +333,30 @@ func TestTargetsAndOptionsThatDoNotStand(t *testing.T) {
 		"no host":                  {target: ":50051", says: "neither host:port"},
 		"URL":                      {target: "http://localhost:50051", says: "neither host:port"},
 		"another scheme":           {target: "xds:///gate", says: "neither host:port"},
+		"loopback, in capitals":    {target: "LOCALHOST:50051"},
+		"loopback, rooted":         {target: "localhost.:50051"},
+		"a zone":                   {target: "[fe80::1%eth0]:50051", options: []Option{WithInsecureNetwork()}},
+		"a query":                  {target: "localhost:50051?x=1", says: "port"},
+		"a fragment":               {target: "localhost:50051#x", says: "port"},
+		"a percent sign":           {target: "local%68ost:50051", says: "neither a name nor an address"},
+		"a host and a query":       {target: "gate?x:50051", says: "neither a name nor an address"},
+		"port 0":                   {target: "localhost:0", says: "from 1 to 65535"},
+		"port 65536":               {target: "localhost:65536", says: "from 1 to 65535"},
+		"port by name":             {target: "localhost:https", says: "from 1 to 65535"},
+		"abstract socket":          {target: "unix:@gate", says: "abstract socket"},
+		"abstract socket, gRPC's":  {target: "unix-abstract:gate", says: "abstract socket"},
+		"socket, NUL first":        {target: "unix:\x00gate", says: "abstract socket"},
+		"socket, NUL":              {target: "unix:///run/ga\x00te", says: "NUL byte"},
+		"socket, long":             {target: "unix:///" + strings.Repeat("x", 106)},
+		"socket, too long":         {target: "unix:///" + strings.Repeat("x", 107), says: "108 bytes"},
+		"nil option":               {target: "localhost:1", options: []Option{nil}, says: "an option is nil"},
+		"no dialer":                {target: "localhost:1", options: []Option{WithDialer(nil)}, says: "WithDialer"},
+		"no stats handler":         {target: "localhost:1", options: []Option{WithStatsHandler(nil)}, says: "WithStatsHandler"},
+		"a user agent of two lines": {
+			target: "localhost:1", options: []Option{WithUserAgent("a\nb")}, says: "WithUserAgent",
+		},
+		"no lookups":               {target: "localhost:1", options: []Option{WithLookupBudget(time.Second, 0)}, says: "WithLookupBudget"},
+		"by organization, no ring": {target: "localhost:1", options: []Option{WithBalancing(ByOrganization(NewSecret("k")))}, says: "clients/go/affinity"},
 		"socket without a path":    {target: "unix://", says: "names no socket"},
 		"socket, relative URL":     {target: "unix://gate.sock", says: "absolute path"},
 		"no deadline":              {target: "localhost:1", options: []Option{WithTimeout(0)}, says: "WithTimeout: 0s"},
@@ -307,7 +375,7 @@ func TestTargetsAndOptionsThatDoNotStand(t *testing.T) {
 		"a certificate without its key":  {target: "gate:1", options: []Option{WithTLSFiles("", empty, "")}, says: "needs both"},
 		"a key without its certificate":  {target: "gate:1", options: []Option{WithTLSFiles("", "", empty)}, says: "needs both"},
 		"a certificate that is empty": {
-			target: "gate:1", options: []Option{WithTLSFiles("", empty, certificates.file("client.key"))}, says: "client certificate",
+			target: "gate:1", options: []Option{WithTLSFiles("", empty, certificates.file("client.key"))}, says: "client's certificate",
 		},
 		"a token that is empty":       {target: "localhost:1", options: []Option{WithToken(NewSecret(""))}, says: "the token is empty"},
 		"a token of two lines":        {target: "localhost:1", options: []Option{WithToken(NewSecret("a\nb"))}, says: "white space"},

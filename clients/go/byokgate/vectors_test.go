@@ -83,15 +83,15 @@ func TestVectors(t *testing.T) {
 }
 
 func meaning(response *byokgatev1.DecideResponse) string {
-	allowed, refusal := read(Spec{}, response)
+	allowed, refusal := read(nil, response)
 	switch refusal := refusal.(type) {
 	case nil:
 		return "allow " + string(allowed.BillingMode())
 	case *Denied:
 		if refusal.Retryable() {
-			return "deny " + refusal.Code() + ", again after " + refusal.RetryAfter().String()
+			return "deny " + string(refusal.Code()) + ", again after " + refusal.RetryAfter().String()
 		}
-		return "deny " + refusal.Code()
+		return "deny " + string(refusal.Code())
 	default:
 		return "undecided"
 	}

@@ -2,16 +2,18 @@
 //
 // It works wherever there is an [http.ResponseWriter] and an [http.Request]. With gin these are c.Writer and c.Request:
 //
-//	allowed, passed := gatehttp.Decide(c.Writer, c.Request, client, request)
+//	allowed, passed := gatehttp.Decide(c.Writer, c.Request, gate, request)
 //	if !passed {
 //		c.Abort()
 //		return
 //	}
+//
+// For routers that take middleware (chi, [http.ServeMux]) there is [Middleware]; for frameworks that have a writer of their own (echo,
+// fiber) there is the answer as a value, [AnswerFor].
 package gatehttp
 
 import (
 	"context"
-	"errors"
 	"net/http"
 	"strconv"
 	"time"
@@ -21,12 +23,10 @@ import (
 
 // Decide asks, and answers unless the workspace may start. Where it returns false, the response is finished: write nothing
 // more to it, and start nothing.
-//
-// The request's own trace context goes on to byok-gate, unless the client has another one.
 func Decide(
-	w http.ResponseWriter, r *http.Request, client *byokgate.Client, request byokgate.Request,
+	w http.ResponseWriter, r *http.Request, gate byokgate.Decider, request byokgate.Request,
 ) (allowed byokgate.Allowed, passed bool) {
-	allowed, err := client.Decide(Context(r), request)
+	allowed, err := gate.Decide(r.Context(), request)
 	if err != nil {
 		Refuse(w, err)
 		return byokgate.Allowed{}, false
@@ -34,31 +34,88 @@ func Decide(
 	return allowed, true
 }
 
-// Report asks without obeying: nothing is written, whatever came of it, and the handler goes on.
+// Report asks without obeying: nothing is written, whatever came of it, and the handler goes on. It takes as long as [Decide] would; where
+// that must not show, there is Reporter.Go.
 func Report(r *http.Request, reporter *byokgate.Reporter, request byokgate.Request) byokgate.Report {
-	return reporter.Report(Context(r), request)
+	return reporter.Report(r.Context(), request)
 }
 
 // Refuse writes the answer for an error of [byokgate.Client]. Any other error becomes a 503 that does not repeat it: it may
 // hold what no tenant should read.
 func Refuse(w http.ResponseWriter, err error) {
-	var refusal byokgate.Refusal = &byokgate.Undecided{}
-	_ = errors.As(err, &refusal)
+	answer := AnswerFor(err)
 	header := w.Header()
-	header.Set("Content-Type", "application/json")
-	// A decision is for this moment alone.
-	header.Set("Cache-Control", "no-store")
-	if refusal.Retryable() {
-		header.Set("Retry-After", retryAfter(refusal.RetryAfter()))
+	for name, values := range answer.Header {
+		header[name] = values
 	}
-	w.WriteHeader(refusal.HTTPStatus())
+	w.WriteHeader(answer.Status)
 	// The status is sent: a caller that hung up is all that can go wrong now.
-	_, _ = w.Write(append(refusal.JSON(), '\n'))
+	_, _ = w.Write(answer.Body)
 }
 
-// Context is the request's, with its W3C trace context.
-func Context(r *http.Request) context.Context {
-	return byokgate.ContextWithTrace(r.Context(), r.Header.Get("traceparent"), r.Header.Get("tracestate"))
+// Answer is what an HTTP response says.
+type Answer struct {
+	Status int
+	Header http.Header
+	// Body is JSON, as docs/denial-body.schema.json describes it.
+	Body []byte
+}
+
+// AnswerFor is the answer for an error of [byokgate.Client], as [Refuse] would write it. With echo:
+//
+//	answer := gatehttp.AnswerFor(err)
+//	maps.Copy(c.Response().Header(), answer.Header)
+//	return c.Blob(answer.Status, answer.Header.Get("Content-Type"), answer.Body)
+func AnswerFor(err error) Answer {
+	refusal := byokgate.RefusalOf(err)
+	answer := Answer{Status: refusal.HTTPStatus(), Body: append(refusal.JSON(), '\n'), Header: http.Header{
+		"Content-Type": {"application/json"},
+		// A decision is for this moment alone.
+		"Cache-Control": {"no-store"},
+	}}
+	if refusal.Retryable() {
+		answer.Header.Set("Retry-After", retryAfter(refusal.RetryAfter()))
+	}
+	return answer
+}
+
+// === Middleware ===
+
+type allowedKey struct{}
+
+// Middleware lets a request through to the handler if the workspace that it asks for may start, and answers it otherwise. The handler finds
+// the allow with [AllowedFor]. The function says what is asked; its error is answered as [Refuse] does. A function that reads the body must
+// give the request another one.
+func Middleware(
+	gate byokgate.Decider, ask func(*http.Request) (byokgate.Request, error),
+) func(http.Handler) http.Handler {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			request, err := ask(r)
+			if err != nil {
+				Refuse(w, err)
+				return
+			}
+			if allowed, passed := Decide(w, r, gate, request); passed {
+				next.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), allowedKey{}, allowed)))
+			}
+		})
+	}
+}
+
+// AllowedFor is the allow with which [Middleware] let the request through. False: it did not come through one, and nothing may start.
+func AllowedFor(r *http.Request) (byokgate.Allowed, bool) {
+	allowed, passed := r.Context().Value(allowedKey{}).(byokgate.Allowed)
+	return allowed, passed
+}
+
+// === Trace context ===
+
+// TrustTrace is the request with its W3C trace context taken over, so that byok-gate's spans are children of the caller's. Use it only where
+// the caller is trusted to choose a trace id, such as behind an ingress that sets the header: a tenant who may can join another's trace, or
+// have all of theirs sampled.
+func TrustTrace(r *http.Request) *http.Request {
+	return r.WithContext(byokgate.ContextWithTrace(r.Context(), r.Header.Get("traceparent"), r.Header.Get("tracestate")))
 }
 
 // retryAfter is in whole seconds, which is all that the header can say; rounded up and never 0, which would invite a busy

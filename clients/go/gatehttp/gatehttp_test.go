@@ -56,7 +56,7 @@ func start(t *testing.T) (*fakeGate, *byokgate.Client) {
 	byokgatev1.RegisterPolicyDecisionServiceServer(server, fake)
 	go func() { _ = server.Serve(listener) }()
 	t.Cleanup(server.Stop)
-	client, err := byokgate.New(listener.Addr().String(), byokgate.WithLogger(slog.New(slog.DiscardHandler)), byokgate.WithTimeout(time.Second))
+	client, err := byokgate.New(listener.Addr().String(), byokgate.WithLogger(slog.New(slog.NewTextHandler(io.Discard, nil))), byokgate.WithTimeout(time.Second))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,7 +129,7 @@ func TestPassOrAFinishedAnswer(t *testing.T) {
 				return
 			}
 			var body byokgate.Body
-			if err := json.Unmarshal(answer.Body.Bytes(), &body); err != nil || body.Code != test.code || body.Model != "acme-large" {
+			if err := json.Unmarshal(answer.Body.Bytes(), &body); err != nil || body.Code != byokgate.Code(test.code) || body.Model != "acme-large" {
 				t.Errorf("%v, %s", err, answer.Body)
 			}
 			if rows != 0 || answer.Header().Get("Content-Type") != "application/json" || answer.Header().Get("Cache-Control") != "no-store" {
@@ -140,7 +140,13 @@ func TestPassOrAFinishedAnswer(t *testing.T) {
 }
 
 func TestOtherErrorsAreRefusedWithoutTheirWords(t *testing.T) {
-	for _, err := range []error{nil, errors.New("password is hunter2"), fmt.Errorf("row: %w", context.Canceled)} {
+	hungUp := httptest.NewRecorder()
+	Refuse(hungUp, fmt.Errorf("row: %w", context.Canceled))
+	if hungUp.Code != 499 || hungUp.Header().Get("Retry-After") != "" {
+		t.Errorf("a caller that hung up: %d, %v", hungUp.Code, hungUp.Header())
+	}
+	var nobody *byokgate.Denied
+	for _, err := range []error{nil, errors.New("password is hunter2"), nobody} {
 		answer := httptest.NewRecorder()
 		Refuse(answer, err)
 		var body byokgate.Body
@@ -153,7 +159,7 @@ func TestOtherErrorsAreRefusedWithoutTheirWords(t *testing.T) {
 	answer := httptest.NewRecorder()
 	fake, client := start(t)
 	fake.response = denial(&byokgatev1.Deny{Code: byokgatev1.DenyCode_DENY_CODE_MODEL_REQUIRED})
-	_, err := client.Decide(t.Context(), request())
+	_, err := client.Decide(context.Background(), request())
 	Refuse(answer, fmt.Errorf("import: %w", err))
 	if answer.Code != 422 {
 		t.Errorf("status %d", answer.Code)
@@ -163,24 +169,29 @@ func TestOtherErrorsAreRefusedWithoutTheirWords(t *testing.T) {
 func TestReportNeverAnswers(t *testing.T) {
 	fake, client := start(t)
 	fake.response = denial(&byokgatev1.Deny{Code: byokgatev1.DenyCode_DENY_CODE_MODEL_REQUIRED})
-	report := Report(httptest.NewRequest(http.MethodPost, "/", nil), client.WithReportOnly(), request())
-	if report.WouldRefuse() == nil || report.WouldRefuse().Code() != "MODEL_REQUIRED" {
+	report := Report(httptest.NewRequest(http.MethodPost, "/", nil), client.ReportOnly(byokgate.ReportOptions{}), request())
+	if outcome, refusal := report.Verdict(); outcome != byokgate.OutcomeWouldDeny || refusal.Code() != byokgate.ModelRequired {
 		t.Errorf("%v", report)
 	}
 }
 
-func TestTheTraceContextGoesOn(t *testing.T) {
+func TestTheTraceContextGoesOnWhereItIsTrusted(t *testing.T) {
 	const parent, state = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "vendor=1"
 	fake, client := start(t)
 	fake.response = allowance()
 	incoming := httptest.NewRequest(http.MethodPost, "/", nil)
 	incoming.Header.Set("traceparent", parent)
 	incoming.Header.Set("tracestate", state)
-	if _, passed := Decide(httptest.NewRecorder(), incoming, client, request()); !passed {
-		t.Fatal("refused")
-	}
-	if fmt.Sprint(fake.trace) != fmt.Sprint([]string{parent, state}) {
-		t.Errorf("sent %q", fake.trace)
+	for _, test := range []struct {
+		incoming *http.Request
+		want     []string
+	}{{incoming, nil}, {TrustTrace(incoming), []string{parent, state}}} {
+		if _, passed := Decide(httptest.NewRecorder(), test.incoming, client, request()); !passed {
+			t.Fatal("refused")
+		}
+		if fmt.Sprint(fake.trace) != fmt.Sprint(test.want) {
+			t.Errorf("sent %q, expected %q", fake.trace, test.want)
+		}
 	}
 }
 
@@ -191,5 +202,42 @@ func TestRetryAfterIsNeverZero(t *testing.T) {
 		if got := retryAfter(pause); got != want {
 			t.Errorf("%v: %s, expected %s", pause, got, want)
 		}
+	}
+}
+
+func TestMiddlewareLetsThroughWhatMayStart(t *testing.T) {
+	fake, client := start(t)
+	created := 0
+	handler := Middleware(client, func(r *http.Request) (byokgate.Request, error) {
+		if r.URL.Path == "/nonsense" {
+			return byokgate.Request{}, errors.New("no such form")
+		}
+		return request(), nil
+	})(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		allowed, passed := AllowedFor(r)
+		if !passed {
+			t.Error("no allow in the context")
+		}
+		created++
+		_, _ = io.WriteString(w, allowed.DecisionID())
+	}))
+	ask := func(path string) *httptest.ResponseRecorder {
+		answer := httptest.NewRecorder()
+		handler.ServeHTTP(answer, httptest.NewRequest(http.MethodPost, path, nil))
+		return answer
+	}
+	fake.response = allowance()
+	if answer := ask("/workspaces"); answer.Code != 200 || answer.Body.String() != "d-1" || created != 1 {
+		t.Errorf("%d, %s", answer.Code, answer.Body)
+	}
+	fake.response = denial(&byokgatev1.Deny{Code: byokgatev1.DenyCode_DENY_CODE_MODEL_REQUIRED})
+	if answer := ask("/workspaces"); answer.Code != 422 || created != 1 {
+		t.Errorf("%d, %d created", answer.Code, created)
+	}
+	if answer := ask("/nonsense"); answer.Code != 503 || created != 1 {
+		t.Errorf("%d, %d created", answer.Code, created)
+	}
+	if _, passed := AllowedFor(httptest.NewRequest(http.MethodPost, "/", nil)); passed {
+		t.Error("an allow without the middleware")
 	}
 }

@@ -122,7 +122,8 @@ fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Found)
     }
     let credential_names = providers.iter().flat_map(|provider| provider.auth_env.iter().cloned()).collect();
     let revision = blake3::hash(bytes).to_hex().chars().take(16).collect();
-    Some(Registry { revision, providers, runtimes, credential_names })
+    let sha256 = ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    Some(Registry { revision, sha256, providers, runtimes, credential_names })
 }
 
 /// Each with its name, at its position, whether or not it could be built.
@@ -254,6 +255,7 @@ fn check_provider(file: ProviderFile, place: &str, env: Env<'_>, found: &mut Fou
         wire_model_prefix: file.wire_model_prefix.unwrap_or_default(),
         thinking_required: file.thinking_policy.as_deref() == Some(THINKING_REQUIRED),
         probes,
+        deprecated: file.deprecated.unwrap_or_default(),
     })
 }
 
@@ -308,7 +310,7 @@ fn check_runtimes(
         }
         check_patterns(&place, &built, providers, found);
         check_listings(&place, &built, providers, found);
-        runtimes.insert(name, Runtime::new(built));
+        runtimes.insert(name, Runtime::new(file.display_name.unwrap_or_default(), built));
     }
     runtimes
 }
@@ -396,7 +398,15 @@ fn check_menu(runtimes: &BTreeMap<String, Runtime>, providers: &[(String, Option
         for arm in &runtime.arms {
             let Some(provider) = providers.get(arm.provider).and_then(|(_, provider)| provider.as_ref()) else { continue };
             let names: usize = provider.auth_env.iter().map(|name| name.len() + 2).sum();
-            let around = MENU_ENTRY_BYTES + name.len() + provider.name.len() + provider.display_name.len() + names;
+            let around = MENU_ENTRY_BYTES
+                + name.len()
+                + runtime.display_name.len()
+                + provider.name.len()
+                + provider.display_name.len()
+                + names;
+            if arm.models.is_empty() {
+                bytes += around + provider.pattern.as_str().len();
+            }
             bytes += arm.models.iter().chain(&arm.withdrawn).map(|model| around + model.len()).sum::<usize>();
         }
     }

@@ -58,11 +58,11 @@ pub(super) struct ProviderFile {
     pub(super) thinking_policy: Option<String>,
     #[serde(default)]
     pub(super) probe: Option<Vec<ProbeFile>>,
+    #[serde(default)]
+    pub(super) deprecated: Option<bool>,
     // Known to the platform, of no meaning here; named so that they are not taken for typing errors.
     #[serde(default, rename = "model_aliases")]
     pub(super) _model_aliases: Option<Vec<String>>,
-    #[serde(default, rename = "deprecated")]
-    pub(super) _deprecated: Option<bool>,
     #[serde(default, rename = "vendor_logo")]
     pub(super) _vendor_logo: Option<String>,
     /// It could not be read, and is here for its name alone.
@@ -84,8 +84,8 @@ pub(super) struct EndpointVarFile {
 pub(super) struct RuntimeFile {
     #[serde(default)]
     pub(super) providers: Option<Vec<ArmFile>>,
-    #[serde(default, rename = "display_name")]
-    pub(super) _display_name: Option<String>,
+    #[serde(default)]
+    pub(super) display_name: Option<String>,
 }
 
 /// One provider of a runtime.

@@ -2281,7 +2281,9 @@ func (*ResolveProviderResponse_Deny) isResolveProviderResponse_Result() {}
 type ListModelsRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The runtime's name. At most 128 bytes. Empty: every runtime.
-	Runtime       string `protobuf:"bytes,1,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	Runtime string `protobuf:"bytes,1,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	// Fill `open_providers`, and `runtime_display_name` and `deprecated` of each model.
+	Details       bool `protobuf:"varint,2,opt,name=details,proto3" json:"details,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2323,6 +2325,13 @@ func (x *ListModelsRequest) GetRuntime() string {
 	return ""
 }
 
+func (x *ListModelsRequest) GetDetails() bool {
+	if x != nil {
+		return x.Details
+	}
+	return false
+}
+
 // What a runtime offers. At most 3145728 bytes for all runtimes: a registry that offers more is refused when it is loaded, so that the
 // answer is within the 4 MiB that gRPC clients take.
 type ListModelsResponse struct {
@@ -2332,8 +2341,10 @@ type ListModelsResponse struct {
 	Models []*OfferedModel `protobuf:"bytes,1,rep,name=models,proto3" json:"models,omitempty"`
 	// Content hash of the registry that answered.
 	RegistryRevision string `protobuf:"bytes,2,opt,name=registry_revision,json=registryRevision,proto3" json:"registry_revision,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Providers that a runtime can use and that list no model: whatever matches their pattern is theirs. Only when `details` was asked for.
+	OpenProviders []*OpenProvider `protobuf:"bytes,3,rep,name=open_providers,json=openProviders,proto3" json:"open_providers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListModelsResponse) Reset() {
@@ -2380,6 +2391,122 @@ func (x *ListModelsResponse) GetRegistryRevision() string {
 	return ""
 }
 
+func (x *ListModelsResponse) GetOpenProviders() []*OpenProvider {
+	if x != nil {
+		return x.OpenProviders
+	}
+	return nil
+}
+
+// A provider of a runtime that lists no model.
+type OpenProvider struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The runtime's name.
+	Runtime string `protobuf:"bytes,1,opt,name=runtime,proto3" json:"runtime,omitempty"`
+	// The runtime's name for people. Empty if the registry has none.
+	RuntimeDisplayName string `protobuf:"bytes,2,opt,name=runtime_display_name,json=runtimeDisplayName,proto3" json:"runtime_display_name,omitempty"`
+	// The provider's name.
+	Provider string `protobuf:"bytes,3,opt,name=provider,proto3" json:"provider,omitempty"`
+	// The provider's name for people.
+	ProviderDisplayName string `protobuf:"bytes,4,opt,name=provider_display_name,json=providerDisplayName,proto3" json:"provider_display_name,omitempty"`
+	// Who would pay.
+	BillingMode BillingMode `protobuf:"varint,5,opt,name=billing_mode,json=billingMode,proto3,enum=byokgate.v1.BillingMode" json:"billing_mode,omitempty"`
+	// The credential names that the provider accepts.
+	AcceptedEnv []string `protobuf:"bytes,6,rep,name=accepted_env,json=acceptedEnv,proto3" json:"accepted_env,omitempty"`
+	// The pattern of its models' ids: an RE2 regular expression, searched for.
+	ModelPattern string `protobuf:"bytes,7,opt,name=model_pattern,json=modelPattern,proto3" json:"model_pattern,omitempty"`
+	// The registry marks the provider as deprecated.
+	Deprecated    bool `protobuf:"varint,8,opt,name=deprecated,proto3" json:"deprecated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenProvider) Reset() {
+	*x = OpenProvider{}
+	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenProvider) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenProvider) ProtoMessage() {}
+
+func (x *OpenProvider) ProtoReflect() protoreflect.Message {
+	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenProvider.ProtoReflect.Descriptor instead.
+func (*OpenProvider) Descriptor() ([]byte, []int) {
+	return file_byokgate_v1_policy_decision_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *OpenProvider) GetRuntime() string {
+	if x != nil {
+		return x.Runtime
+	}
+	return ""
+}
+
+func (x *OpenProvider) GetRuntimeDisplayName() string {
+	if x != nil {
+		return x.RuntimeDisplayName
+	}
+	return ""
+}
+
+func (x *OpenProvider) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *OpenProvider) GetProviderDisplayName() string {
+	if x != nil {
+		return x.ProviderDisplayName
+	}
+	return ""
+}
+
+func (x *OpenProvider) GetBillingMode() BillingMode {
+	if x != nil {
+		return x.BillingMode
+	}
+	return BillingMode_BILLING_MODE_UNSPECIFIED
+}
+
+func (x *OpenProvider) GetAcceptedEnv() []string {
+	if x != nil {
+		return x.AcceptedEnv
+	}
+	return nil
+}
+
+func (x *OpenProvider) GetModelPattern() string {
+	if x != nil {
+		return x.ModelPattern
+	}
+	return ""
+}
+
+func (x *OpenProvider) GetDeprecated() bool {
+	if x != nil {
+		return x.Deprecated
+	}
+	return false
+}
+
 // One model on a runtime's menu.
 type OfferedModel struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2396,14 +2523,18 @@ type OfferedModel struct {
 	// The credential names that the provider accepts. Empty for a platform-managed model.
 	AcceptedEnv []string `protobuf:"bytes,6,rep,name=accepted_env,json=acceptedEnv,proto3" json:"accepted_env,omitempty"`
 	// Not for new workspaces; those that have it keep it.
-	Withdrawn     bool `protobuf:"varint,7,opt,name=withdrawn,proto3" json:"withdrawn,omitempty"`
+	Withdrawn bool `protobuf:"varint,7,opt,name=withdrawn,proto3" json:"withdrawn,omitempty"`
+	// The runtime's name for people. Empty if the registry has none. Only when `details` was asked for.
+	RuntimeDisplayName string `protobuf:"bytes,8,opt,name=runtime_display_name,json=runtimeDisplayName,proto3" json:"runtime_display_name,omitempty"`
+	// The registry marks the provider as deprecated. Only when `details` was asked for.
+	Deprecated    bool `protobuf:"varint,9,opt,name=deprecated,proto3" json:"deprecated,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *OfferedModel) Reset() {
 	*x = OfferedModel{}
-	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[17]
+	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2415,7 +2546,7 @@ func (x *OfferedModel) String() string {
 func (*OfferedModel) ProtoMessage() {}
 
 func (x *OfferedModel) ProtoReflect() protoreflect.Message {
-	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[17]
+	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2428,7 +2559,7 @@ func (x *OfferedModel) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OfferedModel.ProtoReflect.Descriptor instead.
 func (*OfferedModel) Descriptor() ([]byte, []int) {
-	return file_byokgate_v1_policy_decision_proto_rawDescGZIP(), []int{17}
+	return file_byokgate_v1_policy_decision_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *OfferedModel) GetRuntime() string {
@@ -2480,6 +2611,20 @@ func (x *OfferedModel) GetWithdrawn() bool {
 	return false
 }
 
+func (x *OfferedModel) GetRuntimeDisplayName() string {
+	if x != nil {
+		return x.RuntimeDisplayName
+	}
+	return ""
+}
+
+func (x *OfferedModel) GetDeprecated() bool {
+	if x != nil {
+		return x.Deprecated
+	}
+	return false
+}
+
 // Asks for the state of registry and catalogue.
 type GetRegistryStatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -2489,7 +2634,7 @@ type GetRegistryStatusRequest struct {
 
 func (x *GetRegistryStatusRequest) Reset() {
 	*x = GetRegistryStatusRequest{}
-	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[18]
+	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2501,7 +2646,7 @@ func (x *GetRegistryStatusRequest) String() string {
 func (*GetRegistryStatusRequest) ProtoMessage() {}
 
 func (x *GetRegistryStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[18]
+	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2514,7 +2659,7 @@ func (x *GetRegistryStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRegistryStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetRegistryStatusRequest) Descriptor() ([]byte, []int) {
-	return file_byokgate_v1_policy_decision_proto_rawDescGZIP(), []int{18}
+	return file_byokgate_v1_policy_decision_proto_rawDescGZIP(), []int{19}
 }
 
 // The state of registry and catalogue.
@@ -2540,7 +2685,7 @@ type GetRegistryStatusResponse struct {
 
 func (x *GetRegistryStatusResponse) Reset() {
 	*x = GetRegistryStatusResponse{}
-	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[19]
+	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2552,7 +2697,7 @@ func (x *GetRegistryStatusResponse) String() string {
 func (*GetRegistryStatusResponse) ProtoMessage() {}
 
 func (x *GetRegistryStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[19]
+	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2565,7 +2710,7 @@ func (x *GetRegistryStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetRegistryStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetRegistryStatusResponse) Descriptor() ([]byte, []int) {
-	return file_byokgate_v1_policy_decision_proto_rawDescGZIP(), []int{19}
+	return file_byokgate_v1_policy_decision_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *GetRegistryStatusResponse) GetRegistry() *SourceStatus {
@@ -2630,13 +2775,15 @@ type SourceStatus struct {
 	Age *durationpb.Duration `protobuf:"bytes,4,opt,name=age,proto3" json:"age,omitempty"`
 	// Why the newest attempt to load another revision failed. Empty if it did not.
 	LastReloadError string `protobuf:"bytes,5,opt,name=last_reload_error,json=lastReloadError,proto3" json:"last_reload_error,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// SHA-256 of the registry's file as it was read, in hex: what `sha256sum` prints. Empty for the catalogue, which is several documents.
+	Sha256        string `protobuf:"bytes,6,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SourceStatus) Reset() {
 	*x = SourceStatus{}
-	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[20]
+	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2648,7 +2795,7 @@ func (x *SourceStatus) String() string {
 func (*SourceStatus) ProtoMessage() {}
 
 func (x *SourceStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[20]
+	mi := &file_byokgate_v1_policy_decision_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2661,7 +2808,7 @@ func (x *SourceStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourceStatus.ProtoReflect.Descriptor instead.
 func (*SourceStatus) Descriptor() ([]byte, []int) {
-	return file_byokgate_v1_policy_decision_proto_rawDescGZIP(), []int{20}
+	return file_byokgate_v1_policy_decision_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *SourceStatus) GetRevision() string {
@@ -2695,6 +2842,13 @@ func (x *SourceStatus) GetAge() *durationpb.Duration {
 func (x *SourceStatus) GetLastReloadError() string {
 	if x != nil {
 		return x.LastReloadError
+	}
+	return ""
+}
+
+func (x *SourceStatus) GetSha256() string {
+	if x != nil {
+		return x.Sha256
 	}
 	return ""
 }
@@ -2815,12 +2969,25 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"\bwarnings\x18\x04 \x03(\v2\x14.byokgate.v1.WarningR\bwarnings\x12+\n" +
 	"\x11registry_revision\x18\x05 \x01(\tR\x10registryRevision\x121\n" +
 	"\x15relevant_base_url_env\x18\x06 \x03(\tR\x12relevantBaseUrlEnvB\b\n" +
-	"\x06result\"-\n" +
+	"\x06result\"G\n" +
 	"\x11ListModelsRequest\x12\x18\n" +
-	"\aruntime\x18\x01 \x01(\tR\aruntime\"t\n" +
+	"\aruntime\x18\x01 \x01(\tR\aruntime\x12\x18\n" +
+	"\adetails\x18\x02 \x01(\bR\adetails\"\xb6\x01\n" +
 	"\x12ListModelsResponse\x121\n" +
 	"\x06models\x18\x01 \x03(\v2\x19.byokgate.v1.OfferedModelR\x06models\x12+\n" +
-	"\x11registry_revision\x18\x02 \x01(\tR\x10registryRevision\"\x8c\x02\n" +
+	"\x11registry_revision\x18\x02 \x01(\tR\x10registryRevision\x12@\n" +
+	"\x0eopen_providers\x18\x03 \x03(\v2\x19.byokgate.v1.OpenProviderR\ropenProviders\"\xcf\x02\n" +
+	"\fOpenProvider\x12\x18\n" +
+	"\aruntime\x18\x01 \x01(\tR\aruntime\x120\n" +
+	"\x14runtime_display_name\x18\x02 \x01(\tR\x12runtimeDisplayName\x12\x1a\n" +
+	"\bprovider\x18\x03 \x01(\tR\bprovider\x122\n" +
+	"\x15provider_display_name\x18\x04 \x01(\tR\x13providerDisplayName\x12;\n" +
+	"\fbilling_mode\x18\x05 \x01(\x0e2\x18.byokgate.v1.BillingModeR\vbillingMode\x12!\n" +
+	"\faccepted_env\x18\x06 \x03(\tR\vacceptedEnv\x12#\n" +
+	"\rmodel_pattern\x18\a \x01(\tR\fmodelPattern\x12\x1e\n" +
+	"\n" +
+	"deprecated\x18\b \x01(\bR\n" +
+	"deprecated\"\xde\x02\n" +
 	"\fOfferedModel\x12\x18\n" +
 	"\aruntime\x18\x01 \x01(\tR\aruntime\x12\x14\n" +
 	"\x05model\x18\x02 \x01(\tR\x05model\x12\x1a\n" +
@@ -2828,7 +2995,11 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"\x15provider_display_name\x18\x04 \x01(\tR\x13providerDisplayName\x12;\n" +
 	"\fbilling_mode\x18\x05 \x01(\x0e2\x18.byokgate.v1.BillingModeR\vbillingMode\x12!\n" +
 	"\faccepted_env\x18\x06 \x03(\tR\vacceptedEnv\x12\x1c\n" +
-	"\twithdrawn\x18\a \x01(\bR\twithdrawn\"\x1a\n" +
+	"\twithdrawn\x18\a \x01(\bR\twithdrawn\x120\n" +
+	"\x14runtime_display_name\x18\b \x01(\tR\x12runtimeDisplayName\x12\x1e\n" +
+	"\n" +
+	"deprecated\x18\t \x01(\bR\n" +
+	"deprecated\"\x1a\n" +
 	"\x18GetRegistryStatusRequest\"\xc2\x02\n" +
 	"\x19GetRegistryStatusResponse\x125\n" +
 	"\bregistry\x18\x01 \x01(\v2\x19.byokgate.v1.SourceStatusR\bregistry\x127\n" +
@@ -2839,13 +3010,14 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"modelCount\x12\x1d\n" +
 	"\n" +
 	"host_count\x18\x06 \x01(\rR\thostCount\x12)\n" +
-	"\x10credential_names\x18\a \x03(\tR\x0fcredentialNames\"\xd4\x01\n" +
+	"\x10credential_names\x18\a \x03(\tR\x0fcredentialNames\"\xec\x01\n" +
 	"\fSourceStatus\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\x127\n" +
 	"\tloaded_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\bloadedAt\x12+\n" +
 	"\x03age\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x03age\x12*\n" +
-	"\x11last_reload_error\x18\x05 \x01(\tR\x0flastReloadError*\x86\x01\n" +
+	"\x11last_reload_error\x18\x05 \x01(\tR\x0flastReloadError\x12\x16\n" +
+	"\x06sha256\x18\x06 \x01(\tR\x06sha256*\x86\x01\n" +
 	"\n" +
 	"Checkpoint\x12\x1a\n" +
 	"\x16CHECKPOINT_UNSPECIFIED\x10\x00\x12\x15\n" +
@@ -2983,7 +3155,7 @@ func file_byokgate_v1_policy_decision_proto_rawDescGZIP() []byte {
 }
 
 var file_byokgate_v1_policy_decision_proto_enumTypes = make([]protoimpl.EnumInfo, 12)
-var file_byokgate_v1_policy_decision_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_byokgate_v1_policy_decision_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_byokgate_v1_policy_decision_proto_goTypes = []any{
 	(Checkpoint)(0),                   // 0: byokgate.v1.Checkpoint
 	(Scope)(0),                        // 1: byokgate.v1.Scope
@@ -3014,13 +3186,14 @@ var file_byokgate_v1_policy_decision_proto_goTypes = []any{
 	(*ResolveProviderResponse)(nil),   // 26: byokgate.v1.ResolveProviderResponse
 	(*ListModelsRequest)(nil),         // 27: byokgate.v1.ListModelsRequest
 	(*ListModelsResponse)(nil),        // 28: byokgate.v1.ListModelsResponse
-	(*OfferedModel)(nil),              // 29: byokgate.v1.OfferedModel
-	(*GetRegistryStatusRequest)(nil),  // 30: byokgate.v1.GetRegistryStatusRequest
-	(*GetRegistryStatusResponse)(nil), // 31: byokgate.v1.GetRegistryStatusResponse
-	(*SourceStatus)(nil),              // 32: byokgate.v1.SourceStatus
-	(*durationpb.Duration)(nil),       // 33: google.protobuf.Duration
-	(*timestamppb.Timestamp)(nil),     // 34: google.protobuf.Timestamp
-	(*anypb.Any)(nil),                 // 35: google.protobuf.Any
+	(*OpenProvider)(nil),              // 29: byokgate.v1.OpenProvider
+	(*OfferedModel)(nil),              // 30: byokgate.v1.OfferedModel
+	(*GetRegistryStatusRequest)(nil),  // 31: byokgate.v1.GetRegistryStatusRequest
+	(*GetRegistryStatusResponse)(nil), // 32: byokgate.v1.GetRegistryStatusResponse
+	(*SourceStatus)(nil),              // 33: byokgate.v1.SourceStatus
+	(*durationpb.Duration)(nil),       // 34: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil),     // 35: google.protobuf.Timestamp
+	(*anypb.Any)(nil),                 // 36: google.protobuf.Any
 }
 var file_byokgate_v1_policy_decision_proto_depIdxs = []int32{
 	1,  // 0: byokgate.v1.Credential.scope:type_name -> byokgate.v1.Scope
@@ -3030,7 +3203,7 @@ var file_byokgate_v1_policy_decision_proto_depIdxs = []int32{
 	3,  // 4: byokgate.v1.WorkspaceSpec.platform_proxy:type_name -> byokgate.v1.PlatformProxy
 	13, // 5: byokgate.v1.DecideRequest.workspace_spec:type_name -> byokgate.v1.WorkspaceSpec
 	0,  // 6: byokgate.v1.DecideRequest.checkpoint:type_name -> byokgate.v1.Checkpoint
-	33, // 7: byokgate.v1.DecideRequest.max_liveness_age:type_name -> google.protobuf.Duration
+	34, // 7: byokgate.v1.DecideRequest.max_liveness_age:type_name -> google.protobuf.Duration
 	16, // 8: byokgate.v1.DecideResponse.allow:type_name -> byokgate.v1.Allow
 	17, // 9: byokgate.v1.DecideResponse.deny:type_name -> byokgate.v1.Deny
 	18, // 10: byokgate.v1.DecideResponse.resolution:type_name -> byokgate.v1.Resolution
@@ -3039,44 +3212,46 @@ var file_byokgate_v1_policy_decision_proto_depIdxs = []int32{
 	21, // 13: byokgate.v1.DecideResponse.trace:type_name -> byokgate.v1.TraceStep
 	4,  // 14: byokgate.v1.Allow.billing_mode:type_name -> byokgate.v1.BillingMode
 	9,  // 15: byokgate.v1.Deny.code:type_name -> byokgate.v1.DenyCode
-	33, // 16: byokgate.v1.Deny.retry_after:type_name -> google.protobuf.Duration
+	34, // 16: byokgate.v1.Deny.retry_after:type_name -> google.protobuf.Duration
 	4,  // 17: byokgate.v1.Resolution.billing_mode:type_name -> byokgate.v1.BillingMode
 	5,  // 18: byokgate.v1.Resolution.source:type_name -> byokgate.v1.ResolutionSource
 	6,  // 19: byokgate.v1.Resolution.matched_by:type_name -> byokgate.v1.MatchedBy
 	1,  // 20: byokgate.v1.Resolution.credential_scope:type_name -> byokgate.v1.Scope
 	7,  // 21: byokgate.v1.Liveness.verdict:type_name -> byokgate.v1.Verdict
-	34, // 22: byokgate.v1.Liveness.observed_at:type_name -> google.protobuf.Timestamp
-	33, // 23: byokgate.v1.Liveness.age:type_name -> google.protobuf.Duration
+	35, // 22: byokgate.v1.Liveness.observed_at:type_name -> google.protobuf.Timestamp
+	34, // 23: byokgate.v1.Liveness.age:type_name -> google.protobuf.Duration
 	8,  // 24: byokgate.v1.Liveness.served_from:type_name -> byokgate.v1.ServedFrom
 	11, // 25: byokgate.v1.Warning.code:type_name -> byokgate.v1.WarningCode
 	14, // 26: byokgate.v1.BatchDecideRequest.requests:type_name -> byokgate.v1.DecideRequest
 	15, // 27: byokgate.v1.BatchDecideResponse.response:type_name -> byokgate.v1.DecideResponse
 	24, // 28: byokgate.v1.BatchDecideResponse.status:type_name -> byokgate.v1.ItemStatus
-	35, // 29: byokgate.v1.ItemStatus.details:type_name -> google.protobuf.Any
+	36, // 29: byokgate.v1.ItemStatus.details:type_name -> google.protobuf.Any
 	18, // 30: byokgate.v1.ResolveProviderResponse.resolution:type_name -> byokgate.v1.Resolution
 	17, // 31: byokgate.v1.ResolveProviderResponse.deny:type_name -> byokgate.v1.Deny
 	20, // 32: byokgate.v1.ResolveProviderResponse.warnings:type_name -> byokgate.v1.Warning
-	29, // 33: byokgate.v1.ListModelsResponse.models:type_name -> byokgate.v1.OfferedModel
-	4,  // 34: byokgate.v1.OfferedModel.billing_mode:type_name -> byokgate.v1.BillingMode
-	32, // 35: byokgate.v1.GetRegistryStatusResponse.registry:type_name -> byokgate.v1.SourceStatus
-	32, // 36: byokgate.v1.GetRegistryStatusResponse.catalogue:type_name -> byokgate.v1.SourceStatus
-	34, // 37: byokgate.v1.SourceStatus.loaded_at:type_name -> google.protobuf.Timestamp
-	33, // 38: byokgate.v1.SourceStatus.age:type_name -> google.protobuf.Duration
-	14, // 39: byokgate.v1.PolicyDecisionService.Decide:input_type -> byokgate.v1.DecideRequest
-	22, // 40: byokgate.v1.PolicyDecisionService.BatchDecide:input_type -> byokgate.v1.BatchDecideRequest
-	25, // 41: byokgate.v1.PolicyDecisionService.ResolveProvider:input_type -> byokgate.v1.ResolveProviderRequest
-	27, // 42: byokgate.v1.PolicyDecisionService.ListModels:input_type -> byokgate.v1.ListModelsRequest
-	30, // 43: byokgate.v1.PolicyDecisionService.GetRegistryStatus:input_type -> byokgate.v1.GetRegistryStatusRequest
-	15, // 44: byokgate.v1.PolicyDecisionService.Decide:output_type -> byokgate.v1.DecideResponse
-	23, // 45: byokgate.v1.PolicyDecisionService.BatchDecide:output_type -> byokgate.v1.BatchDecideResponse
-	26, // 46: byokgate.v1.PolicyDecisionService.ResolveProvider:output_type -> byokgate.v1.ResolveProviderResponse
-	28, // 47: byokgate.v1.PolicyDecisionService.ListModels:output_type -> byokgate.v1.ListModelsResponse
-	31, // 48: byokgate.v1.PolicyDecisionService.GetRegistryStatus:output_type -> byokgate.v1.GetRegistryStatusResponse
-	44, // [44:49] is the sub-list for method output_type
-	39, // [39:44] is the sub-list for method input_type
-	39, // [39:39] is the sub-list for extension type_name
-	39, // [39:39] is the sub-list for extension extendee
-	0,  // [0:39] is the sub-list for field type_name
+	30, // 33: byokgate.v1.ListModelsResponse.models:type_name -> byokgate.v1.OfferedModel
+	29, // 34: byokgate.v1.ListModelsResponse.open_providers:type_name -> byokgate.v1.OpenProvider
+	4,  // 35: byokgate.v1.OpenProvider.billing_mode:type_name -> byokgate.v1.BillingMode
+	4,  // 36: byokgate.v1.OfferedModel.billing_mode:type_name -> byokgate.v1.BillingMode
+	33, // 37: byokgate.v1.GetRegistryStatusResponse.registry:type_name -> byokgate.v1.SourceStatus
+	33, // 38: byokgate.v1.GetRegistryStatusResponse.catalogue:type_name -> byokgate.v1.SourceStatus
+	35, // 39: byokgate.v1.SourceStatus.loaded_at:type_name -> google.protobuf.Timestamp
+	34, // 40: byokgate.v1.SourceStatus.age:type_name -> google.protobuf.Duration
+	14, // 41: byokgate.v1.PolicyDecisionService.Decide:input_type -> byokgate.v1.DecideRequest
+	22, // 42: byokgate.v1.PolicyDecisionService.BatchDecide:input_type -> byokgate.v1.BatchDecideRequest
+	25, // 43: byokgate.v1.PolicyDecisionService.ResolveProvider:input_type -> byokgate.v1.ResolveProviderRequest
+	27, // 44: byokgate.v1.PolicyDecisionService.ListModels:input_type -> byokgate.v1.ListModelsRequest
+	31, // 45: byokgate.v1.PolicyDecisionService.GetRegistryStatus:input_type -> byokgate.v1.GetRegistryStatusRequest
+	15, // 46: byokgate.v1.PolicyDecisionService.Decide:output_type -> byokgate.v1.DecideResponse
+	23, // 47: byokgate.v1.PolicyDecisionService.BatchDecide:output_type -> byokgate.v1.BatchDecideResponse
+	26, // 48: byokgate.v1.PolicyDecisionService.ResolveProvider:output_type -> byokgate.v1.ResolveProviderResponse
+	28, // 49: byokgate.v1.PolicyDecisionService.ListModels:output_type -> byokgate.v1.ListModelsResponse
+	32, // 50: byokgate.v1.PolicyDecisionService.GetRegistryStatus:output_type -> byokgate.v1.GetRegistryStatusResponse
+	46, // [46:51] is the sub-list for method output_type
+	41, // [41:46] is the sub-list for method input_type
+	41, // [41:41] is the sub-list for extension type_name
+	41, // [41:41] is the sub-list for extension extendee
+	0,  // [0:41] is the sub-list for field type_name
 }
 
 func init() { file_byokgate_v1_policy_decision_proto_init() }
@@ -3102,7 +3277,7 @@ func file_byokgate_v1_policy_decision_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_byokgate_v1_policy_decision_proto_rawDesc), len(file_byokgate_v1_policy_decision_proto_rawDesc)),
 			NumEnums:      12,
-			NumMessages:   21,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -2,7 +2,6 @@ package platform
 
 import (
 	"context"
-	"errors"
 	"net/http"
 	"slices"
 
@@ -75,7 +74,7 @@ func (s *Server) deleteOrganizationSecret(w http.ResponseWriter, r *http.Request
 // editSecret saves a secret, or deletes it if it is nil, unless that would break a workspace; then it restarts those that it
 // reaches. One batch asks for all of them.
 func (s *Server) editSecret(w http.ResponseWriter, r *http.Request, scope byokgate.Scope, secret *byokgate.Secret) {
-	ctx := gatehttp.Context(r)
+	ctx := r.Context()
 	at := place{scope: scope, owner: r.PathValue("id"), name: r.PathValue("name")}
 	rows, err := s.reachedBy(ctx, at)
 	if err != nil {
@@ -85,15 +84,24 @@ func (s *Server) editSecret(w http.ResponseWriter, r *http.Request, scope byokga
 	requests := make([]byokgate.Request, len(rows))
 	for index, row := range rows {
 		spec := s.spec(row)
-		spec.Lookup = over(spec.Lookup, scope, map[string]*byokgate.Secret{at.name: secret})
+		spec.Lookup = byokgate.Overlay(spec.Lookup, scope, map[string]*byokgate.Secret{at.name: secret})
 		requests[index] = byokgate.Request{Checkpoint: byokgate.Update, Spec: spec}
 	}
-	for _, result := range s.gate.BatchDecide(ctx, requests) {
-		if _, err := result.Decision(); err != nil && isAbout(err, at.name) {
-			// Nothing is saved: one workspace that it would break is enough.
-			gatehttp.Refuse(w, err)
-			return
+	for index, result := range s.gate.BatchDecide(ctx, requests) {
+		_, err := result.Decision()
+		if err == nil || !byokgate.Concerns(err, at.name) {
+			continue
 		}
+		if secret == nil {
+			// A key that is of no use as it is may go.
+			requests[index].Spec.Lookup = s.spec(rows[index]).Lookup
+			if _, before := s.gate.Decide(ctx, requests[index]); byokgate.MayDelete(err, before, at.name) {
+				continue
+			}
+		}
+		// Nothing is saved: one workspace that it would break is enough.
+		gatehttp.Refuse(w, err)
+		return
 	}
 	if secret == nil {
 		err = s.store.remove(ctx, at)
@@ -116,20 +124,10 @@ func (s *Server) reachedBy(ctx context.Context, at place) ([]Row, error) {
 	return []Row{row}, err
 }
 
-// isAbout says whether a refusal has to do with this secret. A workspace that is refused for another reason (its model was
-// withdrawn, say) is not made worse by the change. What could not be decided or read may have to do with it.
-func isAbout(err error, name string) bool {
-	var denied *byokgate.Denied
-	if !errors.As(err, &denied) || denied.Retryable() {
-		return true
-	}
-	return slices.Contains(denied.Body().MissingEnv, name) || denied.Response().GetResolution().GetCredentialEnv() == name
-}
-
 // restart restarts those of the workspaces that run, and answers.
 func (s *Server) restart(w http.ResponseWriter, r *http.Request, rows []Row) {
 	running := slices.DeleteFunc(slices.Clone(rows), func(row Row) bool { return row.Box == "" })
-	replaced, kept, err := s.startAll(gatehttp.Context(r), running)
+	replaced, kept, err := s.startAll(r.Context(), running)
 	if err != nil {
 		s.fault(w, err)
 		return

@@ -12,7 +12,15 @@ CREATE TABLE workspaces (
     -- Which box runs it: a new one for each start. Empty while none does.
     box             text NOT NULL DEFAULT '',
     -- Why it was last refused. Empty since it was last allowed.
-    last_error      text NOT NULL DEFAULT ''
+    last_error      text NOT NULL DEFAULT '',
+    -- What a look at the running box's credential last came to. Empty until something was reported.
+    credential_health text NOT NULL DEFAULT ''
+);
+
+-- What the sweep remembers of each workspace. No secret.
+CREATE TABLE sweep_records (
+    workspace_id text PRIMARY KEY REFERENCES workspaces ON DELETE CASCADE,
+    record       jsonb NOT NULL
 );
 
 -- The two scopes. The values are encrypted, each bound to its own place.

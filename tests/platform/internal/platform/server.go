@@ -1,9 +1,10 @@
 // Package platform stands for the platform that calls byok-gate: an HTTP service that keeps workspaces and their secrets in
-// PostgreSQL, small enough to copy from. What a caller owes is done in three files:
+// PostgreSQL, small enough to copy from. What a caller owes is done in four files:
 //
 //   - server.go decides before a row is written, for one workspace and for an import of many.
 //   - start.go decides before a running box is stopped, and tries again what may be tried again.
 //   - edit.go decides before a change is saved, for all workspaces that it reaches.
+//   - sweep.go looks at what runs, since a key may die later.
 //
 // store.go has the lookups by which byok-gate's client fetches secrets.
 package platform
@@ -125,7 +126,7 @@ func (s *Server) importAll(w http.ResponseWriter, r *http.Request) {
 		requests[index] = s.creation(ids[index], asked[index])
 	}
 	results := make([]ImportedBody, len(asked))
-	for index, result := range s.gate.BatchDecide(gatehttp.Context(r), requests) {
+	for index, result := range s.gate.BatchDecide(r.Context(), requests) {
 		allowed, err := result.Decision()
 		if err != nil {
 			results[index].Refusal = bodyOf(err)

@@ -17,7 +17,7 @@ func (s *Server) start(w http.ResponseWriter, r *http.Request) {
 	if !found {
 		return
 	}
-	row, err := s.startRow(gatehttp.Context(r), row)
+	row, err := s.startRow(r.Context(), row)
 	var refusal byokgate.Refusal
 	switch {
 	case errors.As(err, &refusal):
@@ -65,7 +65,7 @@ func (s *Server) startAll(ctx context.Context, rows []Row) (replaced, kept []str
 
 // provision asks for a fresh observation, since the key may have died after the create.
 func (s *Server) provision(row Row) byokgate.Request {
-	return byokgate.Request{Checkpoint: byokgate.Provision, MaxLivenessAge: new(time.Duration), Spec: s.spec(row)}
+	return byokgate.Request{Checkpoint: byokgate.Provision, MaxLivenessAge: byokgate.Fresh(), Spec: s.spec(row)}
 }
 
 // spec is a workspace as it is stored.
@@ -94,11 +94,11 @@ func (s *Server) refused(ctx context.Context, id string, err error) error {
 		return err
 	}
 	body := refusal.Body()
-	if _, err := s.store.change(ctx, id, func(row *Row) { row.LastError = body.Code + ": " + body.Error }); err != nil {
+	if _, err := s.store.change(ctx, id, func(row *Row) { row.LastError = string(body.Code) + ": " + body.Error }); err != nil {
 		return err
 	}
 	if refusal.Retryable() {
-		s.startLater(id, refusal.RetryAfter())
+		s.startLater(id, byokgate.Pause(refusal, 1))
 	}
 	return refusal
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -163,25 +162,6 @@ func (s *Store) lookup(workspace, organization string) byokgate.Lookup {
 			return nil
 		})
 		return found, err
-	}
-}
-
-// over is a lookup in which changes stand over what is stored: what it would be after they are saved. A change that is nil is
-// a deletion.
-func over(lookup byokgate.Lookup, changed byokgate.Scope, changes map[string]*byokgate.Secret) byokgate.Lookup {
-	return func(ctx context.Context, scope byokgate.Scope, names []string) (byokgate.Found, error) {
-		found, err := lookup(ctx, scope, names)
-		if err != nil || scope != changed {
-			return found, err
-		}
-		found = maps.Clone(found)
-		for name, secret := range changes {
-			delete(found, name)
-			if secret != nil {
-				found[name] = *secret
-			}
-		}
-		return found, nil
 	}
 }
 

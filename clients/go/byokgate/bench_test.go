@@ -1,0 +1,81 @@
+package byokgate
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"testing"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
+)
+
+// cannedGate answers at once, without a look at the question.
+type cannedGate struct {
+	byokgatev1.UnimplementedPolicyDecisionServiceServer
+	names    *byokgatev1.ResolveProviderResponse
+	response *byokgatev1.DecideResponse
+}
+
+func (g *cannedGate) ResolveProvider(
+	context.Context, *byokgatev1.ResolveProviderRequest,
+) (*byokgatev1.ResolveProviderResponse, error) {
+	return g.names, nil
+}
+
+func (g *cannedGate) Decide(context.Context, *byokgatev1.DecideRequest) (*byokgatev1.DecideResponse, error) {
+	return g.response, nil
+}
+
+func startCanned(b *testing.B) string {
+	return serveGRPC(b, listenTCP(b), func(server *grpc.Server) {
+		byokgatev1.RegisterPolicyDecisionServiceServer(server, &cannedGate{names: resolution("r1", "ACME_API_KEY"), response: allow(2)})
+	})
+}
+
+// What the generated code alone costs, with the same question.
+func BenchmarkBareStub(b *testing.B) {
+	conn, err := grpc.NewClient(startCanned(b), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer conn.Close()
+	stub := byokgatev1.NewPolicyDecisionServiceClient(conn)
+	b.ReportAllocs()
+	for range b.N {
+		ctx, cancel := context.WithTimeout(context.Background(), DefaultTimeout)
+		response, err := stub.Decide(ctx, &byokgatev1.DecideRequest{
+			Checkpoint: byokgatev1.Checkpoint_CHECKPOINT_CREATE,
+			WorkspaceSpec: &byokgatev1.WorkspaceSpec{
+				WorkspaceId: "ws-1", OrganizationId: "org-1", Runtime: "agent", Model: "acme-large",
+				Credentials: []*byokgatev1.Credential{{EnvName: "ACME_API_KEY", Scope: byokgatev1.Scope_SCOPE_WORKSPACE, Value: liveKey}},
+			},
+		})
+		cancel()
+		if err != nil || response.GetAllow() == nil {
+			b.Fatal(response, err)
+		}
+	}
+}
+
+func BenchmarkDecide(b *testing.B) {
+	for name, log := range map[string]*slog.Logger{
+		"log=none": discard, "log=json": slog.New(slog.NewJSONHandler(io.Discard, nil)),
+	} {
+		b.Run(name, func(b *testing.B) {
+			client, err := New(startCanned(b), WithLogger(log))
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer client.Close()
+			b.ReportAllocs()
+			for range b.N {
+				if allowed, err := client.Decide(context.Background(), acme()); err != nil || allowed.BillingMode() != BYOK {
+					b.Fatal(allowed, err)
+				}
+			}
+		})
+	}
+}

@@ -1,0 +1,257 @@
+package byokgate
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync/atomic"
+	"syscall"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+	"google.golang.org/grpc/stats"
+)
+
+// link remembers why the last connection could not be made or broke: gRPC tells its callers in words alone, and "byok-gate is away" and
+// "the certificate is for another name" are for different people.
+type link struct {
+	last atomic.Pointer[connectionFault]
+	// cutOff counts TLS handshakes in a row that the other side ended without a word.
+	cutOff atomic.Int32
+}
+
+// enoughCutOff handshakes are no restart of byok-gate any more.
+const enoughCutOff = 2
+
+func (l *link) fault() *connectionFault { return l.last.Load() }
+func (l *link) note(err error)          { l.last.Store(faultOf(err)) }
+
+// answered forgets: byok-gate itself spoke.
+func (l *link) answered() {
+	if l.last.Load() != nil {
+		l.last.Store(nil)
+	}
+}
+
+// dialer connects, and notes why it could not.
+func (l *link) dialer(to target, dial func(context.Context, string) (net.Conn, error)) func(context.Context, string) (net.Conn, error) {
+	own := dial == nil
+	if own {
+		dial = func(ctx context.Context, address string) (net.Conn, error) {
+			plain := net.Dialer{Control: limitUnsentTime}
+			if to.unix {
+				return plain.DialContext(ctx, "unix", address)
+			}
+			return plain.DialContext(ctx, "tcp", address)
+		}
+	}
+	return func(ctx context.Context, address string) (net.Conn, error) {
+		if to.fixed != "" {
+			address = to.fixed
+		}
+		var conn net.Conn
+		var err error
+		if own {
+			conn, err = dial(ctx, address)
+		} else {
+			conn, err = within(ctx, "the dialer", func() (net.Conn, error) { return dial(ctx, address) })
+			if err == nil && conn == nil {
+				err = errors.New("the dialer gave no connection")
+			}
+		}
+		if err != nil {
+			l.note(err)
+			return nil, err
+		}
+		return conn, nil
+	}
+}
+
+// watchedCredentials are others, with an eye on what goes wrong. They are made anew for each connection, so that renewed files are used.
+type watchedCredentials struct {
+	credentials.TransportCredentials
+	fresh func() (credentials.TransportCredentials, error)
+	link  *link
+	tls   bool
+}
+
+func (w *watchedCredentials) ClientHandshake(
+	ctx context.Context, authority string, raw net.Conn,
+) (net.Conn, credentials.AuthInfo, error) {
+	made, err := w.fresh()
+	if err != nil {
+		w.link.note(err)
+		return nil, nil, err
+	}
+	conn, info, err := made.ClientHandshake(ctx, authority, raw)
+	if err != nil {
+		if w.tls && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
+			// What a listener without TLS does to one who begins with it, and what a process does that is being killed.
+			if w.link.cutOff.Add(1) >= enoughCutOff {
+				err = fmt.Errorf("%w: %w", errNoTLS, err)
+			}
+		}
+		w.link.note(err)
+		return nil, nil, err
+	}
+	w.link.cutOff.Store(0)
+	return &watchedConn{Conn: conn, link: w.link, plain: !w.tls}, info, nil
+}
+
+func (w *watchedCredentials) Clone() credentials.TransportCredentials {
+	cloned := *w
+	cloned.TransportCredentials = w.TransportCredentials.Clone()
+	return &cloned
+}
+
+// What a peer that is not byok-gate says first.
+var (
+	errSpeaksTLS   = errors.New("the other side speaks TLS")
+	errNoTLS       = errors.New("the other side ends each TLS handshake")
+	errSpeaksHTTP1 = errors.New("the other side speaks HTTP/1.1")
+	errSilent      = errors.New("the other side closed the connection without a word")
+)
+
+// watchedConn notes what a server says that gRPC does not understand: an alert of TLS after the handshake, or the wrong protocol. Only one
+// goroutine reads.
+type watchedConn struct {
+	net.Conn
+	link *link
+	// plain: no TLS of ours. The first bytes tell what the other side speaks.
+	plain bool
+	first []byte
+}
+
+func (c *watchedConn) Read(into []byte) (int, error) {
+	size, err := c.Conn.Read(into)
+	if err != nil {
+		var operation *net.OpError
+		if errors.As(err, &operation) && operation.Op == "remote error" {
+			c.link.note(err)
+		} else if c.plain && size == 0 && len(c.first) == 0 && errors.Is(err, io.EOF) {
+			c.link.note(errSilent)
+		}
+	}
+	if c.plain && size > 0 {
+		c.first = append(c.first, into[:min(size, 5-len(c.first))]...)
+		switch {
+		case len(c.first) >= 2 && (c.first[0] == 0x15 || c.first[0] == 0x16) && c.first[1] == 3:
+			c.link.note(errSpeaksTLS)
+			c.plain = false
+		case bytes.Equal(c.first, []byte("HTTP/")):
+			c.link.note(errSpeaksHTTP1)
+			c.plain = false
+		case len(c.first) == 5:
+			c.plain = false
+		}
+	}
+	return size, err
+}
+
+func (c *core) dialOptions(to target) ([]grpc.DialOption, error) {
+	balancing, err := c.balancing.orDefault(to)
+	if err != nil {
+		return nil, err
+	}
+	c.lanes = balancing.lanes
+	watched := &watchedCredentials{
+		TransportCredentials: insecure.NewCredentials(), link: &c.link,
+		fresh: func() (credentials.TransportCredentials, error) { return insecure.NewCredentials(), nil },
+	}
+	if c.tls != nil {
+		watched.tls = true
+		watched.TransportCredentials = credentials.NewTLS(&tls.Config{})
+		watched.fresh = func() (credentials.TransportCredentials, error) {
+			config, err := c.tls()
+			if err != nil {
+				return nil, err
+			}
+			return credentials.NewTLS(config), nil
+		}
+	}
+	options := []grpc.DialOption{
+		grpc.WithTransportCredentials(watched),
+		grpc.WithContextDialer(c.link.dialer(to, c.dial)),
+		// gRPC honours HTTPS_PROXY, and these requests must not leave through it.
+		grpc.WithNoProxy(),
+		// DNS may carry a gRPC configuration: timeouts and retries are not for a name server to set.
+		grpc.WithDisableServiceConfig(),
+		grpc.WithDefaultServiceConfig(balancing.serviceConfig),
+		// Connections stay: reconnecting after a quiet hour would cost the next caller.
+		grpc.WithIdleTimeout(0),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: baseReconnectDelay, Multiplier: 1.6, Jitter: 0.2, MaxDelay: maxReconnectDelay},
+			MinConnectTimeout: minConnectTimeout,
+		}),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{
+			Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true,
+		}),
+		grpc.WithUserAgent(c.userAgent + "byok-gate-go/" + Version),
+	}
+	if to.authority != "" {
+		options = append(options, grpc.WithAuthority(to.authority))
+	}
+	if c.token != nil {
+		options = append(options, grpc.WithPerRPCCredentials(bearer{c.token}))
+	}
+	if c.stats != nil {
+		options = append(options, grpc.WithStatsHandler(payloadless{c.stats}))
+	}
+	return options, nil
+}
+
+// === What others may watch ===
+
+// payloadless passes a call's statistics on without what was sent and received: it holds credentials.
+type payloadless struct{ to stats.Handler }
+
+func (p payloadless) TagRPC(ctx context.Context, info *stats.RPCTagInfo) (tagged context.Context) {
+	tagged = ctx
+	hook(func() {
+		if made := p.to.TagRPC(ctx, info); made != nil {
+			tagged = made
+		}
+	}, nil)
+	return tagged
+}
+
+func (p payloadless) HandleRPC(ctx context.Context, event stats.RPCStats) {
+	switch full := event.(type) {
+	case *stats.InPayload:
+		bare := *full
+		bare.Payload = nil
+		event = &bare
+	case *stats.OutPayload:
+		bare := *full
+		bare.Payload = nil
+		event = &bare
+	case *stats.OutHeader:
+		bare := *full
+		// The token.
+		bare.Header = bare.Header.Copy()
+		delete(bare.Header, "authorization")
+		event = &bare
+	}
+	hook(func() { p.to.HandleRPC(ctx, event) }, nil)
+}
+
+func (p payloadless) TagConn(ctx context.Context, info *stats.ConnTagInfo) (tagged context.Context) {
+	tagged = ctx
+	hook(func() {
+		if made := p.to.TagConn(ctx, info); made != nil {
+			tagged = made
+		}
+	}, nil)
+	return tagged
+}
+
+func (p payloadless) HandleConn(ctx context.Context, event stats.ConnStats) {
+	hook(func() { p.to.HandleConn(ctx, event) }, nil)
+}

@@ -1,0 +1,193 @@
+package byokgate
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
+)
+
+const (
+	// DefaultLookupTime is how long one lookup may take, whatever the call's own deadline is.
+	DefaultLookupTime = 2 * time.Second
+	// DefaultLookups is how many lookups may be under way at a time, those that were given up and never came back among them.
+	DefaultLookups = 1024
+)
+
+// lookups bounds those under way. One that ignores its context keeps its place until it returns: a secret store that hangs costs a bounded
+// number of goroutines, and then answers at once that it cannot be read.
+type lookups struct {
+	perCall time.Duration
+	most    int64
+	running atomic.Int64
+}
+
+var (
+	errLookupLate  = errors.New("the lookup did not answer in time")
+	errLookupEnded = errors.New("the lookup ended its goroutine")
+	errLookupMany  = errors.New("too many lookups are under way: those before it have not come back")
+)
+
+// wallet holds what was fetched for one request. It lives as long as the call.
+type wallet struct {
+	// asked are the names for which both scopes were looked through. There are few.
+	asked []string
+	// found are credentials in the order of scopes and, in each, of names.
+	found []*byokgatev1.Credential
+	// failed are the scopes that could not be read, in the order of scopes.
+	failed [len(scopes)]error
+}
+
+// lacks are those of the names that were not looked for.
+func (w *wallet) lacks(names ...[]string) []string {
+	var lacking []string
+	for _, list := range names {
+		for _, name := range list {
+			if name != "" && !slices.Contains(w.asked, name) && !slices.Contains(lacking, name) {
+				lacking = append(lacking, name)
+			}
+		}
+	}
+	return lacking
+}
+
+// answer is what one lookup came to.
+type answer struct {
+	scope int
+	found Found
+	err   error
+}
+
+// start begins to look for these names in both scopes at a time. The channel gets an answer for each, and has room for both: a lookup that
+// outlives its time is not waited for, and must be able to end.
+func (l *lookups) start(ctx context.Context, lookup Lookup, names []string) <-chan answer {
+	answers := make(chan answer, len(scopes))
+	// Each lookup gets names of its own, which it may change.
+	copies := make([]string, 0, len(scopes)*len(names))
+	for index := range scopes {
+		begin := len(copies)
+		copies = append(copies, names...)
+		if l.running.Add(1) > l.most {
+			l.running.Add(-1)
+			answers <- answer{index, nil, errLookupMany}
+			continue
+		}
+		go l.run(ctx, lookup, index, copies[begin:len(copies):len(copies)], answers)
+	}
+	return answers
+}
+
+// run is one lookup, whatever comes of it: see guard.go.
+func (l *lookups) run(ctx context.Context, lookup Lookup, index int, names []string, answers chan<- answer) {
+	// What stands if it neither returns nor panics.
+	got := answer{scope: index, err: errLookupEnded}
+	defer func() {
+		if thrown := recover(); thrown != nil {
+			got.err = panicked("the lookup", thrown)
+		}
+		l.running.Add(-1)
+		answers <- got
+	}()
+	got.found, got.err = lookup(ctx, scopes[index], names)
+}
+
+// fetch looks for names in both scopes.
+func (l *lookups) fetch(ctx context.Context, held *wallet, lookup Lookup, names []string) {
+	if len(names) == 0 {
+		return
+	}
+	// The other half is for byok-gate: a decision on unreadable credentials says more than none in time.
+	limit := l.perCall
+	if deadline, limited := ctx.Deadline(); limited {
+		limit = min(limit, time.Until(deadline)/2)
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	got := unanswered()
+	collect(ctx, l.start(ctx, lookup, names), &got, len(scopes))
+	held.keep(names, got)
+}
+
+// unanswered is what stands for both scopes until an answer comes.
+func unanswered() (got [len(scopes)]answer) {
+	for index := range got {
+		got[index].err = errLookupLate
+	}
+	return got
+}
+
+// collect waits for so many answers, until the context ends at the latest, and says how many are missing.
+func collect(ctx context.Context, answers <-chan answer, into *[len(scopes)]answer, missing int) int {
+	for missing > 0 {
+		select {
+		case one := <-answers:
+			into[one.scope] = one
+			missing--
+			continue
+		default:
+		}
+		select {
+		case one := <-answers:
+			into[one.scope] = one
+			missing--
+		case <-ctx.Done():
+			return missing
+		}
+	}
+	return 0
+}
+
+// keep takes what was asked for, and nothing else that a lookup may have come with.
+func (w *wallet) keep(names []string, got [len(scopes)]answer) {
+	w.asked = append(w.asked, names...)
+	for index, scope := range scopes {
+		if got[index].err != nil {
+			w.failed[index] = got[index].err
+			continue
+		}
+		for _, name := range names {
+			if secret, exists := got[index].found[name]; exists {
+				w.found = append(w.found, &byokgatev1.Credential{
+					EnvName: name, Scope: byokgatev1.Scope(scope), Value: secret.wire(), Unreadable: !secret.Readable(),
+				})
+			}
+		}
+	}
+}
+
+// credentials are what was found, in a settled order.
+func (w *wallet) credentials() []*byokgatev1.Credential {
+	slices.SortFunc(w.found, func(a, b *byokgatev1.Credential) int {
+		if a.Scope != b.Scope {
+			return int(a.Scope - b.Scope)
+		}
+		return strings.Compare(a.EnvName, b.EnvName)
+	})
+	return w.found
+}
+
+func (w *wallet) unreadableScopes() []byokgatev1.Scope {
+	var list []byokgatev1.Scope
+	for index, scope := range scopes {
+		if w.failed[index] != nil {
+			list = append(list, byokgatev1.Scope(scope))
+		}
+	}
+	return list
+}
+
+// failure is what the log says of a scope that could not be read.
+func (w *wallet) failure() error {
+	var faults []error
+	for index, scope := range scopes {
+		if err := w.failed[index]; err != nil {
+			faults = append(faults, fmt.Errorf("%s: %w", scope, err))
+		}
+	}
+	return errors.Join(faults...)
+}

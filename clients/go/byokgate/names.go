@@ -1,0 +1,216 @@
+package byokgate
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
+)
+
+// Which names matter to a model is byok-gate's to say. It says so when it is asked (ResolveProvider) and in each decision, so that the
+// client learns of a change from the decisions themselves. What decides is always the names, never the registry's revision: two replicas
+// with two registries behind one balancer are two memories here, and the names of both are fetched.
+
+const (
+	// maxRemembered bounds what is remembered of models that no registry lists: their ids come from tenants.
+	maxRemembered = 4096
+	// maxSubjectBytes is more than byok-gate takes as a runtime and a model.
+	maxSubjectBytes = 128 + 512
+	// generationAge is how long a registry that is not heard of any more takes part beside the present one.
+	generationAge = time.Minute
+)
+
+// subject is what the names depend on, but for the registry.
+type subject struct{ runtime, model string }
+
+func (s *Spec) subject() subject { return subject{s.Runtime, s.Model} }
+
+func (s subject) key() string { return s.runtime + "\x00" + s.model }
+
+// generation is what one registry said.
+type generation struct {
+	revision string
+	heard    time.Time
+	// listed are models that the registry names, matched those that fit a pattern: of these a tenant can make up any number.
+	listed, matched map[subject][]string
+	menus           map[menuKey]menu
+}
+
+// memory holds what the two registries said that were heard of last, the latest first.
+type memory struct {
+	mu          sync.Mutex
+	generations []*generation
+}
+
+func (g *generation) recall(about subject) ([]string, bool) {
+	if names, found := g.listed[about]; found {
+		return names, true
+	}
+	names, found := g.matched[about]
+	return names, found
+}
+
+// recall gives all names that could matter by the registries that are heard of. The slice is not the caller's to change.
+func (m *memory) recall(about subject) (names []string, found bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for place, generation := range m.generations {
+		if place > 0 && m.generations[0].heard.Sub(generation.heard) > generationAge {
+			continue
+		}
+		more, known := generation.recall(about)
+		if !known {
+			continue
+		}
+		if !found {
+			names, found = more, true
+			continue
+		}
+		for _, name := range more {
+			if !slices.Contains(names, name) {
+				// Clipped, so that what is remembered stays as it is.
+				names = append(slices.Clip(names), name)
+			}
+		}
+	}
+	return names, found
+}
+
+// keep notes what a registry said. It says whether it was not known yet.
+func (m *memory) keep(about subject, revision string, names []string, matchedBy byokgatev1.MatchedBy) {
+	if revision == "" || len(about.runtime)+len(about.model) > maxSubjectBytes {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	heard := m.hear(revision)
+	if known, found := heard.recall(about); found && slices.Equal(known, names) {
+		return
+	}
+	names = slices.Clone(names)
+	switch matchedBy {
+	case byokgatev1.MatchedBy_MATCHED_BY_EXACT_MODEL, byokgatev1.MatchedBy_MATCHED_BY_EXACT_MODEL_AND_CREDENTIAL,
+		byokgatev1.MatchedBy_MATCHED_BY_FIRST_DECLARED:
+		bounded(heard.listed, about)
+		heard.listed[about] = names
+	case byokgatev1.MatchedBy_MATCHED_BY_PREFIX, byokgatev1.MatchedBy_MATCHED_BY_PREFIX_AND_CREDENTIAL:
+		bounded(heard.matched, about)
+		heard.matched[about] = names
+	}
+	// Whatever else: nobody owns it, and what tenants make up is not worth a place.
+}
+
+// bounded makes room for one more, at the cost of any other.
+func bounded(in map[subject][]string, about subject) {
+	if _, there := in[about]; there || len(in) < maxRemembered {
+		return
+	}
+	for any := range in {
+		delete(in, any)
+		return
+	}
+}
+
+// hear brings the generation of that revision to the front. Locked.
+func (m *memory) hear(revision string) *generation {
+	place := slices.IndexFunc(m.generations, func(known *generation) bool { return known.revision == revision })
+	switch {
+	case place == 0:
+	case place > 0:
+		m.generations[0], m.generations[place] = m.generations[place], m.generations[0]
+	default:
+		fresh := &generation{
+			revision: revision, listed: map[subject][]string{}, matched: map[subject][]string{}, menus: map[menuKey]menu{},
+		}
+		m.generations = append([]*generation{fresh}, m.generations[:min(1, len(m.generations))]...)
+	}
+	m.generations[0].heard = time.Now()
+	return m.generations[0]
+}
+
+func (m *memory) recallMenu(about menuKey) (Menu, bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if len(m.generations) == 0 {
+		return Menu{}, false
+	}
+	kept, found := m.generations[0].menus[about]
+	if !found || time.Since(kept.at) > menuAge {
+		return Menu{}, false
+	}
+	return kept.clone(), true
+}
+
+func (m *memory) keepMenu(about menuKey, revision string, made Menu) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	menus := m.hear(revision).menus
+	if len(menus) >= maxMenus {
+		clear(menus)
+	}
+	menus[about] = menu{Menu: made.clone(), at: time.Now()}
+}
+
+// names asks byok-gate which matter, or remembers. However many callers ask at a time, one of them does.
+func (c *Client) names(ctx context.Context, spec *Spec) ([]string, error) {
+	about := spec.subject()
+	if names, found := c.memory.recall(about); found {
+		return names, nil
+	}
+	flight := c.flights.DoChan(about.key(), func() (any, error) {
+		if names, found := c.memory.recall(about); found {
+			// Learnt between this caller's look and its turn.
+			return names, nil
+		}
+		// Another's question as well: it goes on when this caller gives up.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.timeout)
+		defer cancel()
+		response, err := c.resolve(ctx, spec.Runtime, spec.Model)
+		if err != nil {
+			return nil, err
+		}
+		// A runtime is exempt by byok-gate's configuration, which no registry revision tells of.
+		if resolution := response.GetResolution(); resolution.GetSource() == byokgatev1.ResolutionSource_RESOLUTION_SOURCE_DERIVED {
+			c.memory.keep(about, response.GetRegistryRevision(), response.GetRelevantEnv(), resolution.GetMatchedBy())
+		}
+		return response.GetRelevantEnv(), nil
+	})
+	select {
+	case came := <-flight:
+		names, _ := came.Val.([]string)
+		return names, came.Err
+	case <-ctx.Done():
+		return nil, status.FromContextError(ctx.Err()).Err()
+	}
+}
+
+// learn takes the names from a decision, and gives those that mattered to it and were not looked for.
+func (c *Client) learn(spec *Spec, held *wallet, response *byokgatev1.DecideResponse) []string {
+	if resolution := response.GetResolution(); resolution.GetSource() == byokgatev1.ResolutionSource_RESOLUTION_SOURCE_DERIVED {
+		c.memory.keep(spec.subject(), response.GetRegistryRevision(), response.GetRelevantEnv(), resolution.GetMatchedBy())
+	}
+	return held.lacks(response.GetRelevantEnv(), response.GetDeny().GetMissingEnv())
+}
+
+// resolve asks who owns a model. An answer that says nothing is an error.
+func (c *Client) resolve(
+	ctx context.Context, runtime, model string, atHand ...string,
+) (*byokgatev1.ResolveProviderResponse, error) {
+	response, _, err := retry(ctx, c.core, func() (*byokgatev1.ResolveProviderResponse, error) {
+		return c.service.ResolveProvider(ctx, &byokgatev1.ResolveProviderRequest{
+			Runtime: runtime, Model: model, CredentialNames: atHand,
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	if response.GetRegistryRevision() == "" || response.GetResult() == nil {
+		return nil, status.Error(codes.DataLoss, "an answer about the model's owner that says nothing")
+	}
+	return response, nil
+}

@@ -1,0 +1,249 @@
+package byokgate
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"io/fs"
+	"net"
+	"net/http"
+	"strings"
+	"syscall"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+)
+
+// Reason is why there was no decision. Some are byok-gate's, some the network's, and some are faults of the platform's own wiring, which
+// no tenant can help: [Undecided.OperatorHint] then says what to check.
+type Reason string
+
+// The reasons.
+const (
+	// ReasonUnreachable: nothing answers where byok-gate should be.
+	ReasonUnreachable Reason = "UNREACHABLE"
+	// ReasonTimedOut: no decision within the call's time.
+	ReasonTimedOut Reason = "TIMED_OUT"
+	// ReasonCanceled: the caller gave up, as when a tenant hangs up.
+	ReasonCanceled Reason = "CANCELED"
+	// ReasonOverloaded: one of byok-gate's limits is reached.
+	ReasonOverloaded Reason = "OVERLOADED"
+	// ReasonDraining: byok-gate is stopping.
+	ReasonDraining Reason = "DRAINING"
+	// ReasonBadRequest: a field of the request is at fault; see [Undecided.Violations].
+	ReasonBadRequest Reason = "BAD_REQUEST"
+	// ReasonTLSUntrusted: byok-gate's certificate is of an authority that is not trusted, of another name, or out of date. Mis-wired.
+	ReasonTLSUntrusted Reason = "TLS_UNTRUSTED"
+	// ReasonTLSMismatch: one side speaks TLS, the other does not. Mis-wired.
+	ReasonTLSMismatch Reason = "TLS_MISMATCH"
+	// ReasonClientCertificate: byok-gate does not take the client's certificate, or there is none. Mis-wired.
+	ReasonClientCertificate Reason = "CLIENT_CERTIFICATE"
+	// ReasonUnauthenticated: byok-gate does not know the token, or there is none. Mis-wired.
+	ReasonUnauthenticated Reason = "UNAUTHENTICATED"
+	// ReasonPermissionDenied: byok-gate knows the caller and does not let it ask this. Mis-wired.
+	ReasonPermissionDenied Reason = "PERMISSION_DENIED"
+	// ReasonNotAGate: something else answers where byok-gate should be, or one too old for the question. Mis-wired.
+	ReasonNotAGate Reason = "NOT_A_GATE"
+	// ReasonTokenUnreadable: the token's file has become unreadable, and byok-gate does not take the last token that was read. Mis-wired.
+	ReasonTokenUnreadable Reason = "TOKEN_UNREADABLE"
+	// ReasonUnreadableReply: the reply says what this package cannot read.
+	ReasonUnreadableReply Reason = "UNREADABLE_REPLY"
+	// ReasonRegistryMoving: the registry changed whenever it was asked.
+	ReasonRegistryMoving Reason = "REGISTRY_MOVING"
+	// ReasonLookupMissing: the request has no Lookup. Mis-wired.
+	ReasonLookupMissing Reason = "LOOKUP_MISSING"
+	// ReasonClosed: the client is closed, nil or zero.
+	ReasonClosed Reason = "CLOSED"
+	// ReasonInternal: byok-gate failed at its task.
+	ReasonInternal Reason = "INTERNAL"
+)
+
+// statusClientClosed is what nginx and others log for a client that hung up. Nobody reads it.
+const statusClientClosed = 499
+
+// told is what is said of a reason.
+type told struct {
+	httpStatus int
+	// sentence is for a person, and empty where another one is made.
+	sentence string
+	// hint is for the platform's operator.
+	hint string
+}
+
+var reasons = map[Reason]told{
+	ReasonUnreachable: {503, "byok-gate cannot be reached, so nothing was started",
+		"check that byok-gate runs, that the target names it, and that this process may reach it"},
+	ReasonTimedOut:   {503, "byok-gate made no decision in time, so nothing was started", ""},
+	ReasonCanceled:   {statusClientClosed, "the caller gave up before there was a decision, so nothing was started", ""},
+	ReasonOverloaded: {503, "byok-gate is overloaded, so nothing was started", ""},
+	ReasonDraining:   {503, "byok-gate is restarting, so nothing was started", ""},
+	ReasonBadRequest: {400, "", ""},
+	ReasonTLSUntrusted: {500, "", "check the authority that the client trusts (WithTLSFiles), the name in the target, and the dates of " +
+		"byok-gate's certificate"},
+	ReasonTLSMismatch: {500, "", "one side speaks TLS and the other does not: give the client WithTLS or WithTLSFiles if byok-gate's " +
+		"listener has a certificate, and neither if it has none"},
+	ReasonClientCertificate: {500, "", "byok-gate asks for a client certificate that it trusts: check the pair given to WithTLSFiles, its " +
+		"dates, and the authority in byok-gate's configuration"},
+	ReasonUnauthenticated: {500, "", "byok-gate does not know this token: check WithToken or WithTokenFile against the callers in " +
+		"byok-gate's configuration"},
+	ReasonPermissionDenied: {500, "", "byok-gate knows this caller and does not let it ask this: check the caller's role in byok-gate's " +
+		"configuration"},
+	ReasonNotAGate: {500, "", "what answers at the target is not byok-gate, or is older than this client: check the target"},
+	ReasonTokenUnreadable: {500, "", "the token's file cannot be read any more, and byok-gate does not take the token that was read last: " +
+		"check the file given to WithTokenFile"},
+	ReasonUnreadableReply: {503, "", "bring the platform and byok-gate to versions that know each other"},
+	ReasonRegistryMoving: {503, "byok-gate's registry changed while it was asked, so nothing was started",
+		"bring all replicas of byok-gate to the same registry"},
+	ReasonLookupMissing: {500, "", "the request has no Lookup: set Spec.Lookup"},
+	ReasonClosed:        {503, "the platform is stopping, so nothing was started", "the byokgate.Client is closed, nil or zero"},
+	ReasonInternal:      {503, "byok-gate failed, so nothing was started", "byok-gate's log says why"},
+}
+
+// miswired says that the platform's wiring is at fault: trying again changes nothing, and no tenant can help.
+func (r Reason) miswired() bool { return reasons[r].httpStatus == http.StatusInternalServerError }
+
+// Violation is what is wrong with one field of a request.
+type Violation struct {
+	// Field is the field's path, for instance workspace_spec.model.
+	Field string
+	// Description is what is wrong with it. No credential's value.
+	Description string
+}
+
+// errorDomain is what byok-gate signs its errors with.
+const errorDomain = "byok-gate"
+
+// details are what an error carries beside its code.
+type details struct {
+	// reason is byok-gate's own. Empty if the error is not byok-gate's.
+	reason     string
+	violations []Violation
+}
+
+func detailsOf(said *status.Status) details {
+	var found details
+	for _, detail := range said.Details() {
+		switch detail := detail.(type) {
+		case *errdetails.ErrorInfo:
+			if detail.GetDomain() == errorDomain {
+				found.reason = detail.GetReason()
+			}
+		case *errdetails.BadRequest:
+			for _, violation := range detail.GetFieldViolations() {
+				found.violations = append(found.violations, Violation{violation.GetField(), violation.GetDescription()})
+			}
+		}
+	}
+	return found
+}
+
+// reasonFor says why a call failed. The fault is the connection's last, or nil.
+func reasonFor(ctx context.Context, said *status.Status, found details, fault *connectionFault) Reason {
+	switch code := said.Code(); code {
+	case codes.Canceled:
+		if ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded) {
+			return ReasonCanceled
+		}
+		return ReasonUnreachable
+	case codes.DeadlineExceeded:
+		return ReasonTimedOut
+	case codes.InvalidArgument:
+		return ReasonBadRequest
+	case codes.NotFound:
+		if found.reason == "UNKNOWN_RUNTIME" {
+			return ReasonBadRequest
+		}
+		return ReasonUnreadableReply
+	case codes.ResourceExhausted:
+		if found.reason == "" && strings.HasPrefix(said.Message(), "grpc: received message") {
+			// This side's own: the reply is longer than any of byok-gate's.
+			return ReasonUnreadableReply
+		}
+		return ReasonOverloaded
+	case codes.Unauthenticated:
+		return ReasonUnauthenticated
+	case codes.PermissionDenied:
+		return ReasonPermissionDenied
+	case codes.Unimplemented:
+		return ReasonNotAGate
+	case codes.Unavailable:
+		switch {
+		case found.reason == "DRAINING":
+			return ReasonDraining
+		case found.reason == "" && fault != nil:
+			return fault.reason
+		}
+		return ReasonUnreachable
+	default:
+		if found.reason == "" {
+			// gRPC's words for a reply that is torn or no gRPC at all.
+			return ReasonUnreadableReply
+		}
+		return ReasonInternal
+	}
+}
+
+// === Faults of the connection ===
+
+// connectionFault is why a connection could not be made or broke. gRPC gives it to callers as text alone.
+type connectionFault struct {
+	reason Reason
+	// hint is for the operator. Empty: the reason's.
+	hint string
+	err  error
+}
+
+// faultOf tells one fault of a connection from another.
+func faultOf(err error) *connectionFault {
+	fault := &connectionFault{reason: ReasonUnreachable, err: err}
+	var (
+		authority x509.UnknownAuthorityError
+		name      x509.HostnameError
+		invalid   x509.CertificateInvalidError
+		verifying *tls.CertificateVerificationError
+		record    tls.RecordHeaderError
+		operation *net.OpError
+	)
+	switch {
+	case errors.As(err, &authority):
+		fault.reason = ReasonTLSUntrusted
+		fault.hint = "byok-gate's certificate comes from an authority that this client does not trust: check the first file given to WithTLSFiles"
+	case errors.As(err, &name):
+		fault.reason = ReasonTLSUntrusted
+		fault.hint = "byok-gate's certificate is for another name than the target's: check the target, or the certificate's names"
+	case errors.As(err, &invalid):
+		fault.reason = ReasonTLSUntrusted
+		fault.hint = "byok-gate's certificate does not stand"
+		if invalid.Reason == x509.Expired {
+			fault.hint = "byok-gate's certificate has expired or is not valid yet: renew it, or check this machine's clock"
+		}
+	case errors.As(err, &verifying):
+		fault.reason = ReasonTLSUntrusted
+	case errors.As(err, &record), errors.Is(err, errSpeaksTLS), errors.Is(err, errNoTLS):
+		fault.reason = ReasonTLSMismatch
+	case errors.As(err, &operation) && operation.Op == "remote error":
+		// An alert of TLS, which the standard library gives as text alone.
+		if alert := operation.Err.Error(); strings.Contains(alert, "certificate") || strings.Contains(alert, "access denied") {
+			fault.reason = ReasonClientCertificate
+			fault.hint = "byok-gate refused the client's certificate (" + alert + "): check the pair given to WithTLSFiles, its dates, " +
+				"and the authority in byok-gate's configuration"
+		} else {
+			fault.reason = ReasonTLSMismatch
+			fault.hint = "byok-gate ended the TLS handshake (" + alert + ")"
+		}
+	case errors.Is(err, errClientPair):
+		fault.reason = ReasonClientCertificate
+		fault.hint = "the client's certificate or key cannot be read: check the pair given to WithTLSFiles"
+	case errors.Is(err, errSilent):
+		fault.hint = "what listens there closed the connection at once: check whether it wants TLS (WithTLSFiles)"
+	case errors.Is(err, errSpeaksHTTP1):
+		fault.reason = ReasonNotAGate
+	case errors.Is(err, syscall.EACCES), errors.Is(err, fs.ErrPermission):
+		fault.hint = "this process may not open byok-gate's socket: check its owner, its group and its mode"
+	case errors.Is(err, fs.ErrNotExist):
+		fault.hint = "there is no socket at that path: check that byok-gate runs and the path in the target"
+	}
+	return fault
+}

@@ -1,0 +1,155 @@
+package byokgate
+
+import (
+	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/singleflight"
+)
+
+// maxFileBytes is far above any file of certificates, and keeps a wrong one out of memory.
+const maxFileBytes = 4 << 20
+
+// fileTimeout is how long a file may take to read: one on a network that hangs must not hold a connection for ever.
+const fileTimeout = 2 * time.Second
+
+// reads joins those who read the same file, so that one which hangs holds one goroutine, however often it is asked for.
+var reads singleflight.Group
+
+// readFile reads a regular file. A pipe or a device would block, or give its content away once.
+func readFile(path string) ([]byte, error) {
+	late := time.NewTimer(fileTimeout)
+	defer late.Stop()
+	select {
+	case read := <-reads.DoChan(path, func() (any, error) { return readRegular(path) }):
+		text, _ := read.Val.([]byte)
+		return text, read.Err
+	case <-late.C:
+		return nil, fmt.Errorf("%s: no content within %v", path, fileTimeout)
+	}
+}
+
+func readRegular(path string) ([]byte, error) {
+	about, err := os.Stat(path)
+	switch {
+	case err != nil:
+		return nil, err
+	case !about.Mode().IsRegular():
+		return nil, fmt.Errorf("%s is not a regular file", path)
+	case about.Size() > maxFileBytes:
+		return nil, fmt.Errorf("%s has %d bytes, and may have %d", path, about.Size(), maxFileBytes)
+	}
+	return os.ReadFile(path)
+}
+
+// checkTLS refuses a configuration that encrypts but believes everyone.
+func checkTLS(config *tls.Config) error {
+	if config == nil {
+		return errors.New("no TLS configuration")
+	}
+	if config.InsecureSkipVerify && config.VerifyConnection == nil && config.VerifyPeerCertificate == nil {
+		return errors.New("InsecureSkipVerify accepts any server, which could then read every credential; " +
+			"set RootCAs, or verify in VerifyConnection")
+	}
+	return nil
+}
+
+// shieldedTLS is a copy whose callbacks may panic: gRPC calls them in goroutines of its own.
+func shieldedTLS(config *tls.Config) *tls.Config {
+	config = config.Clone()
+	fault := func(into *error) func(any) {
+		return func(thrown any) { *into = panicked("a callback of the TLS configuration", thrown) }
+	}
+	if verify := config.VerifyConnection; verify != nil {
+		config.VerifyConnection = func(state tls.ConnectionState) (err error) {
+			hook(func() { err = verify(state) }, fault(&err))
+			return err
+		}
+	}
+	if verify := config.VerifyPeerCertificate; verify != nil {
+		config.VerifyPeerCertificate = func(raw [][]byte, chains [][]*x509.Certificate) (err error) {
+			hook(func() { err = verify(raw, chains) }, fault(&err))
+			return err
+		}
+	}
+	if show := config.GetClientCertificate; show != nil {
+		config.GetClientCertificate = func(request *tls.CertificateRequestInfo) (shown *tls.Certificate, err error) {
+			hook(func() { shown, err = show(request) }, fault(&err))
+			if err == nil && shown == nil {
+				err = errors.New("GetClientCertificate gave neither a certificate nor an error")
+			}
+			return shown, err
+		}
+	}
+	return config
+}
+
+// errClientPair says that this side's certificate is at fault.
+var errClientPair = errors.New("the client's certificate")
+
+// tlsFiles are certificates that are renewed while the platform runs: read again for each connection. What stands when it cannot be read
+// goes on standing.
+type tlsFiles struct {
+	ca, cert, key string
+
+	mu   sync.Mutex
+	last *tls.Config
+	// read is what the last configuration was made of.
+	read [3][]byte
+}
+
+// config trusts the authorities in ca (the system's, if it is empty) and shows the certificate in cert and key (none, if both are empty).
+func (f *tlsFiles) config() (*tls.Config, error) {
+	var read [3][]byte
+	var fault error
+	for index, path := range []string{f.ca, f.cert, f.key} {
+		if path != "" && fault == nil {
+			read[index], fault = readFile(path)
+		}
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if fault == nil {
+		if f.last != nil && bytes.Equal(read[0], f.read[0]) && bytes.Equal(read[1], f.read[1]) && bytes.Equal(read[2], f.read[2]) {
+			return f.last, nil
+		}
+		var made *tls.Config
+		if made, fault = f.parse(read); fault == nil {
+			f.last, f.read = made, read
+			return made, nil
+		}
+	}
+	if f.last != nil {
+		// Half way through a renewal, most likely.
+		return f.last, nil
+	}
+	return nil, fault
+}
+
+func (f *tlsFiles) parse(read [3][]byte) (*tls.Config, error) {
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if f.ca != "" {
+		config.RootCAs = x509.NewCertPool()
+		if !config.RootCAs.AppendCertsFromPEM(read[0]) {
+			return nil, fmt.Errorf("certificate authorities: %s holds no certificate in PEM", f.ca)
+		}
+	}
+	switch {
+	case f.cert == "" && f.key == "":
+	case f.cert == "" || f.key == "":
+		return nil, errors.New("a client certificate needs both its file and its key's")
+	default:
+		pair, err := tls.X509KeyPair(read[1], read[2])
+		if err != nil {
+			return nil, fmt.Errorf("%w: %w", errClientPair, err)
+		}
+		config.Certificates = []tls.Certificate{pair}
+	}
+	return config, nil
+}

@@ -1,0 +1,74 @@
+package byokgate
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"time"
+)
+
+// RetryPolicy is how [Client.DecideUntil] goes on. Its zero value tries ten times, with pauses of a minute at most.
+type RetryPolicy struct {
+	// MaxAttempts is how often is asked at most. Zero: 10.
+	MaxAttempts int
+	// MaxPause is the longest pause that is waited for; a longer one ends the attempts. Zero: a minute.
+	MaxPause time.Duration
+	// OnRefusal is told of each refusal that is tried again, before the pause.
+	OnRefusal func(attempt int, refusal Refusal, pause time.Duration)
+}
+
+const (
+	defaultAttempts = 10
+	defaultMaxPause = time.Minute
+	// patientAttempts is how often byok-gate's own word on when to come back is taken as it is. After that it doubles.
+	patientAttempts = 3
+)
+
+// Pause is when to ask again after a refusal, the attempt counted from 1: never before [Refusal.RetryAfter], later by up to a half at random,
+// so that a crowd which was refused at one time does not come back at one, and doubling from the fourth attempt on. Zero: never, since the same
+// question would have the same answer.
+func Pause(refusal Refusal, attempt int) time.Duration {
+	if refusal == nil || refusal.RetryAfter() <= 0 {
+		return 0
+	}
+	pause := refusal.RetryAfter()
+	for range min(attempt, 16) - patientAttempts {
+		if pause < defaultMaxPause {
+			pause *= 2
+		}
+	}
+	return pause + rand.N(pause/2+1)
+}
+
+// DecideUntil asks until the workspace may start, or asking again would change nothing, or the attempts are spent, or the context ends. It
+// obeys byok-gate's word on when to come back. The error is the last refusal, joined with the context's error where that ended it.
+func (c *Client) DecideUntil(ctx context.Context, request Request, policy RetryPolicy) (Allowed, error) {
+	ctx = orBackground(ctx)
+	attempts, longest := policy.MaxAttempts, policy.MaxPause
+	if attempts <= 0 {
+		attempts = defaultAttempts
+	}
+	if longest <= 0 {
+		longest = defaultMaxPause
+	}
+	for attempt := 1; ; attempt++ {
+		allowed, refusal := c.decide(ctx, &request)
+		if refusal == nil {
+			return allowed, nil
+		}
+		pause := Pause(refusal, attempt)
+		if attempt >= attempts || pause <= 0 || pause > longest || c.unusable() {
+			return Allowed{}, refusal
+		}
+		if deadline, limited := ctx.Deadline(); limited && time.Until(deadline) < pause {
+			return Allowed{}, errors.Join(refusal, context.DeadlineExceeded)
+		}
+		if policy.OnRefusal != nil {
+			hook(func() { policy.OnRefusal(attempt, refusal, pause) },
+				func(thrown any) { c.fault(ctx, panicked("RetryPolicy.OnRefusal", thrown)) })
+		}
+		if !sleep(ctx, pause) {
+			return Allowed{}, errors.Join(refusal, ctx.Err())
+		}
+	}
+}
