@@ -30,6 +30,7 @@ use byok_gate::{
     domain::{
         decision::Outcome,
         denial::LivenessEvidence,
+        protocol::Protocol,
         request::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
         secret::Secret,
         verdict::{ServedFrom, Verdict},
@@ -125,7 +126,7 @@ fn deriving(_: usize) -> Step {
 
 fn classifying(_: usize) -> Step {
     let catalogue = Catalogue::embedded().expect("the embedded catalogue stands").value;
-    let row = catalogue.row("api.openai.com", "/v1").expect("the catalogue knows it");
+    let row = catalogue.row("api.openai.com", "/v1", Protocol::OpenAi).expect("the catalogue knows it");
     let probe = row.probes.first().expect("it is asked").clone();
     // A refusal of the usual size, told by the fifth signal.
     let body = br#"{"error":{"message":"Incorrect API key provided: made-up.","type":"invalid_request_error","param":null,"code":"invalid_api_key"}}"#;

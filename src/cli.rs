@@ -2,6 +2,7 @@
 
 mod against;
 mod args;
+mod catalogue;
 mod check;
 mod classify;
 mod config;
@@ -45,6 +46,8 @@ enum Command {
     Models(models::ModelsArgs),
     /// Check configuration, registry and catalogue.
     Check(check::CheckArgs),
+    /// Look after the probe catalogue.
+    Catalogue(catalogue::CatalogueArgs),
     /// Tell which verdict an answer would get, by which row of the catalogue, without any network.
     Classify(classify::ClassifyArgs),
     /// Check one credential at its provider, live.
@@ -68,6 +71,7 @@ impl Cli {
             | Command::Models(_)
             | Command::Probe(_)
             | Command::Check(_)
+            | Command::Catalogue(_)
             | Command::Classify(_)
             | Command::Config(_)
             | Command::Health(_) => ("error", LogTo::StderrText),
@@ -93,7 +97,8 @@ impl Command {
             Self::Exec(args) => block_on(exec::run(args, log))?,
             Self::Models(args) => models::run(args),
             Self::Probe(args) => block_on(probe::run(args))?,
-            Self::Check(args) => check::run(args),
+            Self::Check(args) => block_on(check::run(args))?,
+            Self::Catalogue(args) => block_on(catalogue::run(args))?,
             Self::Classify(args) => classify::run(args),
             Self::Config(args) => config::run(args),
             Self::Health(args) => block_on(health::run(args))?,

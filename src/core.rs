@@ -1,6 +1,7 @@
 //! Layer 1: the decision itself. Pure: no clock, environment, file, network, log or task; `engine` alone is asynchronous, for it
 //! calls the one effect that a decision has through a trait.
 
+pub mod answer;
 pub mod catalogue;
 pub mod classify;
 pub mod credentials;
@@ -9,7 +10,10 @@ pub mod endpoint;
 pub mod engine;
 pub mod evaluate;
 pub mod key_shape;
+pub mod look;
 pub mod policy;
+pub mod probe_plan;
 pub mod registry;
 pub mod snapshot;
+pub mod taught;
 pub(crate) mod yaml;

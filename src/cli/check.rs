@@ -6,7 +6,9 @@ use std::{
 };
 
 use clap::Args;
+use jiff::civil::Date;
 use serde_json::{Value, json};
+use url::Url;
 
 use super::{
     against::{Changes, Side},
@@ -14,17 +16,32 @@ use super::{
     exit::{Exit, Format, print},
 };
 use crate::{
+    app,
     config::{self, ConfigError, Setup},
-    core::{catalogue::Catalogue, endpoint::target, registry::Registry, snapshot::Snapshot, yaml},
-    domain::problem::{Loaded, Problem, Problems},
+    core::{
+        catalogue::{Catalogue, HostRow, host_of},
+        classify::ProbeResponse,
+        endpoint::target,
+        registry::{Provider, Registry},
+        snapshot::Snapshot,
+        yaml,
+    },
+    domain::{
+        problem::{Loaded, Problem, Problems},
+        verdict::{Cause, Unreached},
+    },
+    liveness::prober::HttpProber,
     watch,
 };
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
-    /// Take warnings for errors.
+    /// Take warnings for errors. That a row has grown old is no mistake of a document, and stays a warning.
     #[arg(long)]
     strict: bool,
+    /// Ask each provider once, without any key, whether there is an API at its base URL.
+    #[arg(long)]
+    probe: bool,
     /// Tell what changes for people against this earlier registry.
     #[arg(long, value_name = "OLD REGISTRY")]
     against: Option<PathBuf>,
@@ -36,6 +53,8 @@ pub(super) struct CheckArgs {
     format: Format,
     #[command(flatten)]
     engine: EngineArgs,
+    #[command(flatten)]
+    network: ProbeArgs,
 }
 
 /// What was found in the documents, each with the document that it stands in.
@@ -43,12 +62,24 @@ pub(super) struct CheckArgs {
 struct Found {
     problems: Vec<(String, Problem)>,
     warnings: Vec<(String, Problem)>,
+    /// Rows whose facts have grown old.
+    aged: Vec<(String, Problem)>,
 }
 
-pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
-    let CheckArgs { strict, against, against_catalog, format, engine } = args;
+pub(super) async fn run(args: CheckArgs) -> anyhow::Result<Exit> {
+    let CheckArgs { strict, probe, against, against_catalog, format, engine, network } = args;
     let mut found = Found::default();
-    let whole = found.all(engine);
+    let whole = found.all(engine, network);
+    let whole = match whole {
+        Some(setup) if probe => {
+            let prober = app::prober(&setup.settings, setup.probe_ca)?;
+            let told = found.ask(&setup.snapshot, &prober).await;
+            Some((setup.snapshot, Some(told)))
+        }
+        other => other.map(|setup| (setup.snapshot, None)),
+    };
+    let (whole, asked) = whole.unzip();
+    let asked: Vec<Value> = asked.flatten().unwrap_or_default();
     let old = match &against {
         None => None,
         Some(path) => {
@@ -70,9 +101,10 @@ pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
             let whole = json!({
                 "valid": valid,
                 "problems": rows(&found.problems),
-                "warnings": rows(&found.warnings),
+                "warnings": rows(&found.warnings.iter().chain(&found.aged).cloned().collect::<Vec<_>>()),
                 "registry_revision": sides.map(|(registry, _)| registry.revision()),
                 "catalogue_revision": sides.map(|(_, catalogue)| catalogue.revision()),
+                "asked_without_a_key": asked,
                 "not_asked": sides.map(|(registry, catalogue)| not_asked(registry, catalogue)),
                 "changes": changes.as_ref().map(Changes::json),
             });
@@ -81,6 +113,11 @@ pub(super) fn run(args: CheckArgs) -> anyhow::Result<Exit> {
         Format::Text => {
             let mut out = lines("error", &found.problems);
             out.push_str(&lines(if strict { "error" } else { "warning" }, &found.warnings));
+            out.push_str(&lines("warning", &found.aged));
+            for answer in &asked {
+                let of = |name: &str| answer[name].as_str().map_or_else(|| answer[name].to_string(), str::to_owned);
+                out.push_str(&format!("asked: provider `{}` at {}: {}\n", of("provider"), of("host"), of("answer")));
+            }
             if let Some((registry, catalogue)) = sides {
                 out.push_str(&format!("ok: registry {}, catalogue {}\n", registry.revision(), catalogue.revision()));
             }
@@ -127,14 +164,20 @@ fn bytes(path: &Path) -> Result<Vec<u8>, Problems> {
 
 impl Found {
     /// All that there is to say of the documents that a service would be started with; and they themselves, if they stand.
-    fn all(&mut self, engine: EngineArgs) -> Option<Snapshot> {
+    fn all(&mut self, engine: EngineArgs, network: ProbeArgs) -> Option<Setup> {
         let stand = (registry(engine.registry.as_ref()), catalogue(engine.probe_catalog.as_ref()));
         if let (Ok(_), Ok(_)) = stand {
             // The configuration names providers of the registry, and may name other documents, so it is read with them.
-            return match engine.load(ProbeArgs::default()) {
-                Ok(Setup { snapshot, warnings, .. }) => {
-                    self.warnings = warnings.into_iter().map(|warning| told_apart(warning, &snapshot)).collect();
-                    Some(snapshot)
+            return match engine.load(network) {
+                Ok(mut setup) => {
+                    let warnings = std::mem::take(&mut setup.warnings);
+                    let Snapshot { registry, catalogue, catalogue_origin, .. } = &setup.snapshot;
+                    self.warnings = warnings.into_iter().map(|warning| told_apart(warning, &setup.snapshot)).collect();
+                    let named = |problem| (catalogue_origin.source.clone(), problem);
+                    self.warnings.extend(unused_rows(registry, catalogue).into_iter().map(named));
+                    let today = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date();
+                    self.aged.extend(aged_rows(catalogue, today).into_iter().map(named));
+                    Some(setup)
                 }
                 Err(ConfigError::Content(problems)) => {
                     self.refuse(problems);
@@ -149,6 +192,44 @@ impl Found {
         self.take(stand.0);
         self.take(stand.1);
         None
+    }
+
+    /// Asks each provider without a key, until an answer is one of an API: a list may be missing where there is one.
+    async fn ask(&mut self, snapshot: &Snapshot, prober: &HttpProber) -> Vec<Value> {
+        let mut told = Vec::new();
+        for provider in snapshot.registry.providers() {
+            let Ok(target) = target(provider, &snapshot.catalogue, "made-up-model") else { continue };
+            let mut last = None;
+            for call in &target.calls {
+                let response = prober.control(call, &[], None).await;
+                let is_missing = is_missing(&response);
+                last = Some(response);
+                if !is_missing {
+                    break;
+                }
+            }
+            let Some(response) = last else { continue };
+            let (answer, fault, warning) = match &response {
+                ProbeResponse::Answer { reading, look, .. } if is_missing(&response) => {
+                    let cause = Cause::NoApiAtBaseUrl;
+                    (format!("HTTP {}, {}: {cause}", look.status, reading.cause.text()), Some(cause.text()), None)
+                }
+                ProbeResponse::Answer { look, .. } => (format!("HTTP {}", look.status), None, None),
+                ProbeResponse::TimedOut => ("no answer in time".into(), None, Some("gave no answer in time")),
+                ProbeResponse::Unreachable(Unreached::Address) => {
+                    ("not dialled".into(), Some("its address or scheme may not be dialled by this configuration"), None)
+                }
+                ProbeResponse::Unreachable(_) => ("not reachable".into(), None, Some("could not be reached from here")),
+            };
+            let problem = |text: &str| {
+                let place = format!("providers.{}", provider.name);
+                (snapshot.registry_origin.source.clone(), Problem::at(place, format!("{}: {text}", target.endpoint.host)))
+            };
+            self.problems.extend(fault.map(problem));
+            self.warnings.extend(warning.map(problem));
+            told.push(json!({"provider": provider.name, "host": target.endpoint.host, "answer": answer}));
+        }
+        told
     }
 
     fn take<T>(&mut self, checked: Checked<T>) -> Option<T> {
@@ -180,6 +261,59 @@ fn told_apart(warning: Problem, snapshot: &Snapshot) -> (String, Problem) {
         Some((document, place)) => (document, Problem { place, ..warning }),
         None => (String::new(), warning),
     }
+}
+
+/// Nothing that an API says: no such path, or a page.
+fn is_missing(response: &ProbeResponse) -> bool {
+    let ProbeResponse::Answer { reading, look, .. } = response else { return false };
+    reading.cause == Cause::NotFound || reading.cause == Cause::Page && !matches!(look.status, 401 | 403 | 407)
+}
+
+/// Rows of an operator's that no provider of the registry is asked by: a host that is misspelt, or given without its port.
+fn unused_rows(registry: &Registry, catalogue: &Catalogue) -> Vec<Problem> {
+    let bases: Vec<(&Provider, &Url)> = registry
+        .providers()
+        .iter()
+        .filter_map(|provider| Some((provider, provider.base_url.as_ref().or_else(|| catalogue.home(&provider.name))?)))
+        .collect();
+    let used: Vec<*const HostRow> = bases
+        .iter()
+        .filter_map(|(provider, base)| {
+            Some(std::ptr::from_ref(catalogue.row(&host_of(base)?, base.path(), provider.protocol)?))
+        })
+        .collect();
+    let mut problems = Vec::new();
+    for (host, rows) in catalogue.hosts() {
+        for row in rows.iter().filter(|row| row.is_overlaid && !used.contains(&std::ptr::from_ref(*row))) {
+            let other_port = bases
+                .iter()
+                .find(|(_, base)| base.host_str() == host.split(':').next() && host_of(base).as_deref() != Some(host));
+            let message = match other_port {
+                Some((provider, base)) => format!(
+                    "matches no provider of the registry: provider `{}` is dialled at `{}`; write the port with the host",
+                    provider.name,
+                    host_of(base).unwrap_or_default()
+                ),
+                None => "matches no provider of the registry: nobody is asked by this row".to_owned(),
+            };
+            problems.push(Problem::at(format!("hosts.{host}{}", row.path_prefix), message));
+        }
+    }
+    problems
+}
+
+/// Rows whose facts are known for longer than a year: the vendor may answer otherwise by now.
+fn aged_rows(catalogue: &Catalogue, today: Date) -> Vec<Problem> {
+    let rows = catalogue.hosts().flat_map(|(host, rows)| rows.iter().map(move |row| (host, row)));
+    let aged = rows.filter_map(|(host, row)| {
+        let since = row.since?;
+        let last_year = since.saturating_add(jiff::Span::new().years(1)) < today;
+        last_year.then(|| {
+            let message = format!("its facts are of {since}; `byok-gate catalogue verify` tells whether they still hold");
+            Problem::at(format!("hosts.{host}{}", row.path_prefix), message)
+        })
+    });
+    aged.collect()
 }
 
 /// The registry's providers whose credentials cannot be checked, and why: presence alone governs them.

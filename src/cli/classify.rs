@@ -22,10 +22,17 @@ use crate::{
     config::ConfigError,
     core::{
         catalogue::{Catalogue, HostRow, Probe, Signal},
-        classify::{Answer, Calibration, Classification, Classified, Next, ProbePlan, ProbeResponse, classified, is_page},
+        classify::{Answer, Calibration, Classification, ProbeResponse, ReadBy, Reading, is_page, read},
         endpoint::{Call, MODEL, call},
+        look::Look,
+        probe_plan::{Client, Next, ProbePlan},
+        taught::EndpointFacts,
     },
-    domain::{problem::Loaded, protocol::Protocol, verdict::Verdict},
+    domain::{
+        problem::Loaded,
+        protocol::{HeaderFamily, Method, Protocol, Surface},
+        verdict::Verdict,
+    },
     liveness::prober::{MAX_BODY_BYTES, retry_after},
 };
 
@@ -156,7 +163,7 @@ fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, Us
         return Err(UsageError(format!("status {} is not an HTTP answer's", given.status)));
     }
     let host = given.host.to_ascii_lowercase();
-    let Asked { row, probes, at, base } = asked(catalogue, &host, method, path)?;
+    let Asked { row, probe, ladder, base, is_nearest } = asked(catalogue, &host, method, path)?;
     let headers = header_map(&given.headers)?;
     let answer = Answer {
         status: given.status,
@@ -165,66 +172,84 @@ fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, Us
         page: is_page(&headers),
         retry_after: headers.get(header::RETRY_AFTER).and_then(|value| retry_after(value, SystemTime::now())),
     };
-    let calls: Vec<Call> = probes.iter().skip(at).filter_map(|probe| call(&base, probe, SOME_MODEL, false, None)).collect();
-    let Some(probe) = probes.get(at) else {
-        return Err(UsageError(format!("host `{host}` has no such probe")));
+    let reading = read(answer, &probe);
+    let calls: Vec<Call> = ladder.iter().filter_map(|probe| call(&base, probe, SOME_MODEL, false, None)).collect();
+    let is_last = !calls.iter().skip(1).any(|call| call.probe.surface.is_inference());
+    let at_last = probe.surface.is_inference() && (is_nearest || is_last);
+    let verdict = verdict(&reading.classification, probe.refuses_bad_keys, at_last);
+    let once_calibrated = told_by(&reading.classification).filter(|calibrated| *calibrated != verdict);
+    let next = if is_nearest { None } else { next(&calls, &reading, answer) };
+    let signal = match reading.by {
+        ReadBy::Signal(position) => probe.signals.get(position).map(|signal| (position, signal)),
+        ReadBy::CommonCode | ReadBy::Shape => None,
     };
-    let Classified { classification, signal } = classified(answer, probe);
-    // So a calibration that tells would have been answered: as this answer was, where it is a refusal.
-    let refusing = Calibration::Refuses { status: given.status, error_code: code_of(&classification).to_owned() };
-    let (verdict, once_calibrated) = (verdict(&classification, probe.refuses_bad_keys), told_by(&classification));
-    let next = next(&calls, given.status, &classification, answer.retry_after, &refusing);
-    let signal = signal.and_then(|position| Some((position, probe.signals.get(position)?)));
     Ok(json!({
         "host": host,
         "request": given.request,
         "status": given.status,
-        "asked_by": if row.is_some() { "row" } else { "default" },
+        "asked_by": match (is_nearest, row) { (true, _) => "nearest", (false, Some(_)) => "row", (false, None) => "default" },
         "probe": probe.name,
-        "reading": word(&classification),
+        "surface": probe.surface.as_str(),
+        "reading": word(&reading.classification),
+        "cause": reading.cause.as_str(),
         "signal": signal.map(|(position, signal)| shown(position, signal)),
         "verdict": verdict.as_str(),
-        "once_calibrated": once_calibrated.filter(|calibrated| *calibrated != verdict).map(Verdict::as_str),
+        "once_calibrated": once_calibrated.map(Verdict::as_str),
         "next": next,
         "confidence": row.and_then(|row| row.confidence).map(|confidence| confidence.as_str()),
+        "since": row.and_then(|row| row.since).map(|since| since.to_string()),
         "sources": row.map(|row| row.sources.as_slice()).unwrap_or_default(),
     }))
 }
 
-/// The rung of a ladder that sends a request.
+/// The rung of a ladder that sends a request, or the one that is nearest to it.
 struct Asked<'c> {
     row: Option<&'c HostRow>,
-    probes: &'c [Probe],
-    at: usize,
+    probe: Probe,
+    /// The rung with those above it.
+    ladder: &'c [Probe],
     base: Url,
+    is_nearest: bool,
 }
 
 fn asked<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> Result<Asked<'c>, UsageError> {
     let path = path.split('?').next().unwrap_or(path);
-    let rows = catalogue.hosts().find(|(name, _)| *name == host).map(|(_, rows)| rows).unwrap_or_default();
-    let nearest = catalogue.row(host, path);
-    let by_row = nearest.into_iter().chain(rows).map(|row| (Some(row), row.probes.as_slice()));
+    let base = |path: &str| {
+        Url::parse(&format!("https://{host}{path}")).map_err(|fault| UsageError(format!("`{host}` is not a host: {fault}")))
+    };
+    let method: Method =
+        method.parse().map_err(|_| UsageError(format!("`{method}` is no method of a probe; these are GET and POST")))?;
+    let rows = catalogue.rows_of(host);
+    let protocols = [Protocol::OpenAi, Protocol::Anthropic];
+    let nearest: Vec<&HostRow> = protocols.iter().filter_map(|protocol| catalogue.row(host, path, *protocol)).collect();
     // A host without a ladder of its own is asked by its protocol's.
     let with_ladder = rows.iter().any(|row| !row.probes.is_empty());
-    let defaults = [Protocol::OpenAi, Protocol::Anthropic].map(|protocol| (nearest, catalogue.default_probes(protocol)));
-    let ladders: Vec<_> = by_row.chain(defaults.into_iter().filter(|_| !with_ladder)).collect();
+    let default = nearest.first().copied();
+    let defaults = protocols.map(|protocol| (default, catalogue.default_probes(protocol)));
+    let by_row = nearest.iter().copied().chain(rows).map(|row| (Some(row), row.probes.as_slice()));
+    let ladders: Vec<(Option<&HostRow>, &[Probe])> = by_row.chain(defaults.into_iter().filter(|_| !with_ladder)).collect();
     for (row, probes) in &ladders {
         for (at, probe) in probes.iter().enumerate() {
-            if let Some(base_path) = (probe.method.as_str() == method).then(|| base_path(&probe.path, path)).flatten() {
-                let base = Url::parse(&format!("https://{host}{base_path}"))
-                    .map_err(|fault| UsageError(format!("`{host}` is not a host: {fault}")))?;
-                return Ok(Asked { row: *row, probes, at, base });
+            if let Some(base_path) = (probe.method == method).then(|| base_path(&probe.path, path)).flatten() {
+                let ladder = probes.get(at..).unwrap_or_default();
+                return Ok(Asked { row: *row, probe: probe.clone(), ladder, base: base(base_path)?, is_nearest: false });
             }
         }
     }
-    let mut known: Vec<String> = Vec::new();
-    for probe in ladders.iter().flat_map(|(_, probes)| probes.iter()) {
-        let request = format!("`{} {}`", probe.method.as_str(), probe.path);
-        if !known.contains(&request) {
-            known.push(request);
-        }
-    }
-    Err(UsageError(format!("host `{host}` is not asked `{method} {path}`; it is asked {}", known.join(", "))))
+    // A request that no rung makes, as a tenant's own completion: by what the nearest rung's signals say, and the shape of its own surface.
+    let surface = Surface::of_path(path);
+    let rungs = || ladders.iter().flat_map(|(row, probes)| probes.iter().map(move |probe| (*row, probe)));
+    let kind = |probe: &Probe| {
+        (probe.surface == surface, probe.surface.is_inference() == surface.is_inference(), probe.method == method)
+    };
+    let Some((row, probe)) = rungs().max_by_key(|(_, probe)| kind(probe)) else {
+        return Err(UsageError(format!("host `{host}` is asked nothing")));
+    };
+    let shapes = protocols.iter().flat_map(|protocol| catalogue.default_probes(*protocol));
+    let expect =
+        shapes.chain(rungs().map(|(_, probe)| probe)).find(|probe| probe.surface == surface).map(|probe| probe.expect.clone());
+    let probe = Probe { surface, expect: expect.unwrap_or_else(|| probe.expect.clone()), ..probe.clone() };
+    Ok(Asked { row, probe, ladder: &[], base: base("")?, is_nearest: true })
 }
 
 /// The path of the base URL that makes this request of a probe's path; `None` if none does.
@@ -235,7 +260,9 @@ fn base_path<'p>(template: &str, path: &'p str) -> Option<&'p str> {
     let mut rest = path;
     for segment in wanted.iter().rev() {
         let (before, found) = rest.rsplit_once('/')?;
-        if *segment != MODEL && *segment != found {
+        // A placeholder stands for a model, and something may follow it.
+        let fits = segment.strip_prefix(MODEL).map_or(*segment == found, |behind| found.ends_with(behind));
+        if !fits {
             return None;
         }
         rest = before;
@@ -254,12 +281,13 @@ fn header_map(given: &serde_json::Map<String, Value>) -> Result<HeaderMap, Usage
     Ok(headers)
 }
 
-/// What this answer makes, if nothing that is heard later says otherwise.
-fn verdict(classification: &Classification, refuses_bad_keys: bool) -> Verdict {
+/// What this answer makes, if nothing that is heard later says otherwise. `at_last`: where models are called, and no other way is left.
+fn verdict(classification: &Classification, refuses_bad_keys: bool, at_last: bool) -> Verdict {
     match classification {
         Classification::Accepted if refuses_bad_keys => Verdict::Valid,
         Classification::Accepted => Verdict::NotCalibrated,
-        Classification::Restricted => Verdict::UnexpectedResponse,
+        Classification::Restricted if at_last => Verdict::Forbidden,
+        Classification::Restricted | Classification::Unread => Verdict::UnexpectedResponse,
         Classification::Forbidden(_) => Verdict::Forbidden,
         Classification::Verdict(verdict) => *verdict,
     }
@@ -269,15 +297,8 @@ fn verdict(classification: &Classification, refuses_bad_keys: bool) -> Verdict {
 fn told_by(classification: &Classification) -> Option<Verdict> {
     match classification {
         Classification::Accepted => Some(Verdict::Valid),
-        Classification::Forbidden(_) => Some(Verdict::Invalid),
+        Classification::Forbidden(_) | Classification::Unread => Some(Verdict::Invalid),
         Classification::Restricted | Classification::Verdict(_) => None,
-    }
-}
-
-fn code_of(classification: &Classification) -> &str {
-    match classification {
-        Classification::Forbidden(code) => code,
-        Classification::Accepted | Classification::Restricted | Classification::Verdict(_) => "",
     }
 }
 
@@ -286,31 +307,37 @@ fn word(classification: &Classification) -> &'static str {
         Classification::Accepted => "ACCEPTED",
         Classification::Restricted => "RESTRICTED",
         Classification::Forbidden(_) => Verdict::Forbidden.as_str(),
+        Classification::Unread => Verdict::UnexpectedResponse.as_str(),
         Classification::Verdict(verdict) => verdict.as_str(),
     }
 }
 
-/// What the ladder asks after this answer, the endpoint's calibration being known and good.
-fn next(
-    calls: &[Call],
-    status: u16,
-    classification: &Classification,
-    retry_after: Option<std::time::Duration>,
-    calibration: &Calibration,
-) -> Option<Value> {
-    let mut plan = ProbePlan::new(calls);
-    let Next::Ask(..) = plan.proceed() else { return None };
-    let response = ProbeResponse::Answer { status, classification: classification.clone(), retry_after };
-    if plan.record(response, calibration).is_some() {
-        return None;
-    }
-    match plan.proceed() {
-        Next::Done(_) => None,
-        Next::Ask(call, family) => Some(json!({
-            "probe": call.probe.name,
-            "request": format!("{} {}", call.probe.method.as_str(), call.url.path()),
-            "header": family.header(),
-        })),
+/// What is asked after this answer, a made-up key being refused there: so, where this is a 403.
+fn next(calls: &[Call], reading: &Reading, answer: Answer<'_>) -> Option<Value> {
+    let mut plan = ProbePlan::new(calls, Client::default(), &EndpointFacts::default(), &|_, _| false);
+    let look = Look::of(answer, "");
+    let calibration = match reading.classification {
+        Classification::Accepted | Classification::Forbidden(_) => {
+            Calibration::Refuses { look: look.clone(), in_words: true, in_contrast: false }
+        }
+        Classification::Restricted | Classification::Unread | Classification::Verdict(_) => Calibration::NotAsked,
+    };
+    let mut response = Some(ProbeResponse::Answer { reading: reading.clone(), look, retry_after: answer.retry_after });
+    loop {
+        match (plan.proceed(), response.take()) {
+            (Next::Ask { .. }, Some(response)) => plan.take_response(response),
+            (Next::Control { .. }, _) => plan.take_calibration(&calibration),
+            (Next::Keyless { .. }, _) => plan.take_keyless(None),
+            (Next::Done(_), _) => return None,
+            (Next::Ask { call, families }, None) => {
+                let headers: Vec<&str> = families.iter().map(|family: &HeaderFamily| family.header()).collect();
+                return Some(json!({
+                    "probe": call.probe.name,
+                    "request": format!("{} {}", call.probe.method.as_str(), call.url.path()),
+                    "header": headers.join(", "),
+                }));
+            }
+        }
     }
 }
 
@@ -338,17 +365,30 @@ fn text(report: &Value) -> String {
     };
     let calibrated = of("/once_calibrated");
     if !calibrated.is_empty() {
-        line("calibrated", format!("{calibrated}, once the endpoint was seen to refuse a made-up key so"));
+        line("calibrated", format!("{calibrated}, once a made-up key was seen to be refused there; so, where this is a refusal"));
     }
     line(
         "host",
-        format!("{}, asked by {}", of("/host"), if of("/asked_by") == "row" { "its row" } else { "the default ladder" }),
+        format!(
+            "{}, {}",
+            of("/host"),
+            match of("/asked_by").as_str() {
+                "row" => "asked by its row",
+                "default" => "asked by the default ladder",
+                _ => "which no probe asks this: read by the nearest probe's signals",
+            }
+        ),
     );
     line("probe", format!("{} ({})", of("/probe"), of("/request")));
     line("reading", of("/reading"));
+    line("cause", of("/cause"));
     let position = of("/signal/position");
     let by = if position.is_empty() {
-        "no signal: status and shape".to_owned()
+        if of("/cause") == "COMMON_CODE" {
+            "no signal: a common code".to_owned()
+        } else {
+            "no signal: status and shape".to_owned()
+        }
     } else {
         let confidence = of("/signal/confidence");
         let known = if confidence.is_empty() { String::new() } else { format!(" (confidence {confidence})") };
@@ -356,6 +396,7 @@ fn text(report: &Value) -> String {
     };
     line("by", by);
     line("note", of("/signal/note"));
+    line("since", of("/since"));
     line("sources", of("/sources"));
     let probe = of("/next/probe");
     let next = format!("{probe}: {}, key in {}", of("/next/request"), of("/next/header"));

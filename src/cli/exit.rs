@@ -28,6 +28,8 @@ pub enum Exit {
     Denied,
     /// Denied, and worth trying again with nothing changed.
     DeniedRetryable,
+    /// A vendor does not answer as the catalogue says.
+    Drift,
 }
 
 /// How an answer is written.
@@ -67,6 +69,7 @@ impl Termination for Exit {
             Self::Invalid => 3,
             Self::Denied => 10,
             Self::DeniedRetryable => 11,
+            Self::Drift => 12,
         })
     }
 }

@@ -11,16 +11,17 @@ use super::{
 use crate::{
     app,
     core::{
-        classify::{Calibration, Classification, Finding, ProbeResponse},
+        classify::{Classification, Finding, ProbeResponse},
         endpoint::{self, Target},
         key_shape::unsendable,
+        probe_plan::made_up_key,
         registry::{Provider, Registry},
     },
     domain::{
         denial::{any_of, listed},
-        protocol::Method,
+        protocol::{HeaderFamily, Method},
         request::{CredentialValue, Scope},
-        verdict::{Unreached, Verdict},
+        verdict::{Cause, Unreached, Verdict},
     },
     liveness::prober::Attempt,
 };
@@ -121,6 +122,10 @@ fn answer(
                 "endpoint_host": host,
                 "probe": finding.probe,
                 "upstream_status": finding.status,
+                "cause": finding.cause.map(Cause::as_str),
+                "header": finding.family.map(HeaderFamily::as_str),
+                "wrong_header": finding.wrong_header,
+                "made_up_keys": finding.made_up.text(),
                 "reason": why,
                 "calls": shown.iter().map(call_json).collect::<Vec<_>>(),
             });
@@ -135,6 +140,15 @@ fn answer(
             }
             if !why.is_empty() {
                 out.push_str(&format!("  reason    {why}\n"));
+            }
+            if let Some(cause) = finding.cause {
+                out.push_str(&format!("  cause     {cause}: {}\n", cause.text()));
+            }
+            if finding.wrong_header {
+                let family = finding.family.map_or("another header", HeaderFamily::header);
+                out.push_str(&format!(
+                    "  header    accepted in {family}, which is not the one that the workspace's client uses\n"
+                ));
             }
             if let Some(target) =
                 target.filter(|target| finding.verdict == Verdict::Invalid && !target.endpoint.siblings.is_empty())
@@ -171,30 +185,30 @@ fn method(attempt: &Attempt) -> &'static str {
 }
 
 fn call_text(attempt: &Attempt) -> String {
-    let Attempt { probe, url, family, took, .. } = attempt;
+    let Attempt { probe, url, header, took, .. } = attempt;
     format!(
-        "`{probe}` {} {url} ({}): {}; made-up keys: {}; {} ms",
+        "`{probe}` {} {url} ({header}): {}; made-up keys: {}; {} ms",
         method(attempt),
-        family.as_str(),
         response(&attempt.response),
-        calibration(&attempt.calibration),
+        made_up_key(&attempt.calibration).text(),
         took.as_millis()
     )
 }
 
 fn call_json(attempt: &Attempt) -> Value {
-    let status = match attempt.response {
-        ProbeResponse::Answer { status, .. } => Some(status),
-        ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) => None,
+    let (status, cause) = match &attempt.response {
+        ProbeResponse::Answer { reading, look, .. } => (Some(look.status), Some(reading.cause.as_str())),
+        ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) => (None, None),
     };
     json!({
         "probe": attempt.probe,
         "method": method(attempt),
         "url": attempt.url,
-        "header": attempt.family.as_str(),
+        "header": attempt.header,
         "status": status,
+        "cause": cause,
         "heard": response(&attempt.response),
-        "made_up_keys": calibration(&attempt.calibration),
+        "made_up_keys": made_up_key(&attempt.calibration).text(),
         "milliseconds": u64::try_from(attempt.took.as_millis()).unwrap_or(u64::MAX),
     })
 }
@@ -210,22 +224,15 @@ fn response(response: &ProbeResponse) -> String {
             Unreached::Closed => "closed without an answer".into(),
             Unreached::Protocol => "not HTTP".into(),
         },
-        ProbeResponse::Answer { status, classification, .. } => {
-            let classification = match classification {
+        ProbeResponse::Answer { reading, look, .. } => {
+            let says = match &reading.classification {
                 Classification::Accepted => "accepted",
                 Classification::Restricted => "alive, but not for this endpoint",
                 Classification::Forbidden(_) => "forbidden",
+                Classification::Unread => reading.cause.text(),
                 Classification::Verdict(verdict) => verdict.as_str(),
             };
-            format!("HTTP {status}, {classification}")
+            format!("HTTP {}, {says}", look.status)
         }
-    }
-}
-
-fn calibration(calibration: &Calibration) -> String {
-    match calibration {
-        Calibration::Refuses { status, .. } => format!("refused with HTTP {status}"),
-        Calibration::AcceptsAnything => "accepted".into(),
-        Calibration::Unknown => "not asked".into(),
     }
 }

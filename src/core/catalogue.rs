@@ -3,15 +3,24 @@
 mod check;
 pub(crate) mod file;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    cell::Cell,
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 pub(crate) use check::check_probe;
+use jiff::civil::Date;
 use url::Url;
 
-use crate::domain::{
-    problem::{Loaded, Problems},
-    protocol::{HeaderFamily, Method, Protocol},
-    verdict::Verdict,
+use crate::{
+    core::answer::any_at,
+    domain::{
+        problem::{Loaded, Problems},
+        protocol::{HeaderFamily, Method, Protocol, Surface},
+        verdict::Verdict,
+    },
 };
 
 /// The catalogue that is built in: our own text around what is known of the vendors.
@@ -21,7 +30,7 @@ const EMBEDDED: &str = include_str!("catalogue/default.yaml");
 #[derive(Debug, Clone)]
 pub struct Catalogue {
     revision: String,
-    /// Per host (with its port if not the default), rows with the longest path first.
+    /// Per host (with its port if not the default) or pattern of hosts, rows with the longest path first.
     hosts: BTreeMap<String, Vec<HostRow>>,
     /// Where providers are whose registry entry has no URL: their vendor's one host.
     homes: BTreeMap<String, Url>,
@@ -29,6 +38,8 @@ pub struct Catalogue {
     /// As [`KeyShape::sort`] leaves them.
     key_shapes: Vec<KeyShape>,
     base_url_env: BTreeMap<String, Protocol>,
+    common_codes: Arc<CommonCodes>,
+    free_models: Arc<[String]>,
     openai: Vec<Probe>,
     anthropic: Vec<Probe>,
 }
@@ -38,20 +49,40 @@ pub struct Catalogue {
 pub struct HostRow {
     /// The path under which the row holds; empty for the whole host.
     pub path_prefix: String,
+    /// The API that it is about, where the host speaks two.
+    pub protocol: Option<Protocol>,
     /// Whose host it is. Hosts of one vendor take one another's key shapes.
     pub vendor: String,
     /// Other regions of the vendor, whose keys this host refuses.
     pub siblings: Vec<String>,
+    /// Whose keys it takes beside its own vendor's: a gateway's.
+    pub accepts_keys_of: AcceptsKeysOf,
     /// What stands before the provider's own model id in a workspace's model, and is not sent.
     pub strip_model_prefixes: Vec<String>,
     /// The ladder: asked in this order until one is conclusive.
     pub probes: Vec<Probe>,
     /// How well what the row says is known.
     pub confidence: Option<Confidence>,
+    /// Since when it is known to be so.
+    pub since: Option<Date>,
     /// Where it is known from.
     pub sources: Vec<String>,
     /// What a reader of the row should know.
     pub note: Option<String>,
+    /// An operator's document has it, not ours.
+    pub is_overlaid: bool,
+}
+
+/// Whose keys a host takes beside its own vendor's.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum AcceptsKeysOf {
+    /// Nobody's.
+    #[default]
+    Nobody,
+    /// These vendors'.
+    Vendors(Vec<String>),
+    /// Anybody's: a gateway that hands them on.
+    Any,
 }
 
 /// How well something is known.
@@ -133,11 +164,53 @@ pub struct Probe {
     pub costs_money: bool,
     /// It is documented, or known from those who use it, that this endpoint refuses bad keys.
     pub refuses_bad_keys: bool,
-    /// Paths of which one must be in the JSON body of a 2xx answer.
-    pub expect: Vec<String>,
+    /// Which of the provider's surfaces it asks.
+    pub surface: Surface,
+    /// What a good answer's JSON body holds: one of these.
+    pub expect: Vec<Expected>,
     /// What answers mean, in order; the first match decides.
     pub signals: Vec<Signal>,
+    /// What codes mean that no signal is about.
+    pub common: Arc<CommonCodes>,
     /// Tells this probe, and every reading of its answers, from any other.
+    pub fingerprint: [u8; 32],
+}
+
+/// A value of a good answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expected {
+    /// Where it is.
+    pub path: String,
+    /// What it is. Null is never one.
+    pub kind: Kind,
+}
+
+/// What kind a value is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::EnumString, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "lowercase")]
+pub enum Kind {
+    /// Any but null.
+    Any,
+    /// A list.
+    List,
+    /// An object.
+    Object,
+    /// A text.
+    Text,
+    /// A number, or a text that is one: balances come as both.
+    Number,
+    /// True or false.
+    Flag,
+}
+
+/// What codes mean that many servers share.
+#[derive(Debug, Default, PartialEq)]
+pub struct CommonCodes {
+    /// Where codes stand in a body.
+    paths: Vec<String>,
+    /// By the code in lower case: for which statuses (none: any), and what it means.
+    codes: HashMap<String, Vec<(Vec<u16>, SignalOutcome)>>,
+    /// Tells this list from any other.
     pub fingerprint: [u8; 32],
 }
 
@@ -150,6 +223,10 @@ pub struct Signal {
     pub tests: Vec<BodyTest>,
     /// What it means.
     pub outcome: SignalOutcome,
+    /// A page for people is met too.
+    pub page: bool,
+    /// No other endpoint will tell more: nothing further is asked.
+    pub stop: bool,
     /// How well it is known.
     pub confidence: Option<Confidence>,
     /// What a reader of the row should know.
@@ -196,7 +273,9 @@ impl Catalogue {
     }
 
     fn overlay(mut self, over: Self) -> Self {
-        let Self { revision, hosts, homes, unprobed, key_shapes, base_url_env, openai, anthropic } = over;
+        let Self { revision, mut hosts, homes, unprobed, key_shapes, base_url_env, common_codes, free_models, openai, anthropic } =
+            over;
+        hosts.values_mut().flatten().for_each(|row| row.is_overlaid = true);
         // A host's rows go whole, and with them the providers that they took in.
         self.homes.retain(|_, home| !host_of(home).is_some_and(|host| hosts.contains_key(&host)));
         self.homes.extend(homes);
@@ -215,6 +294,9 @@ impl Catalogue {
         if !anthropic.is_empty() {
             self.anthropic = anthropic;
         }
+        self.common_codes = Arc::new(self.common_codes.overlaid(&common_codes));
+        self.free_models = self.free_models.iter().chain(free_models.iter()).cloned().collect();
+        self.share_codes();
         self.revision = blake3::hash(format!("{} {revision}", self.revision).as_bytes()).to_hex().chars().take(16).collect();
         self
     }
@@ -229,11 +311,39 @@ impl Catalogue {
         self.hosts.len()
     }
 
-    /// The row for this host (with its port if not the default) and path: the longest prefix wins.
-    pub fn row(&self, host: &str, path: &str) -> Option<&HostRow> {
-        let rows = self.hosts.get(host)?;
-        rows.iter()
-            .find(|row| path.strip_prefix(row.path_prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/')))
+    /// The row for this host (with its port if not the default), path and API: the longest prefix wins.
+    pub fn row(&self, host: &str, path: &str, protocol: Protocol) -> Option<&HostRow> {
+        let below = |row: &HostRow| {
+            path.strip_prefix(row.path_prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        self.rows_of(host).iter().find(|row| below(row) && row.protocol.is_none_or(|about| about == protocol))
+    }
+
+    /// The rows for this host: its own, else those of the pattern that says the most of it.
+    pub fn rows_of(&self, host: &str) -> &[HostRow] {
+        let by_pattern = || {
+            let patterns = self.hosts.iter().filter(|(pattern, _)| pattern.contains('*') && fits(pattern, host));
+            patterns.max_by_key(|(pattern, _)| pattern.len()).map(|(_, rows)| rows)
+        };
+        self.hosts.get(host).or_else(by_pattern).map(Vec::as_slice).unwrap_or_default()
+    }
+
+    /// Codes that many servers share.
+    pub fn common_codes(&self) -> &Arc<CommonCodes> {
+        &self.common_codes
+    }
+
+    /// How the ids of models end that vendors serve without a key.
+    pub fn free_models(&self) -> &Arc<[String]> {
+        &self.free_models
+    }
+
+    /// Every probe reads by the same list.
+    fn share_codes(&mut self) {
+        let probes = self.hosts.values_mut().flatten().flat_map(|row| &mut row.probes);
+        for probe in probes.chain(&mut self.openai).chain(&mut self.anthropic) {
+            probe.common = Arc::clone(&self.common_codes);
+        }
     }
 
     /// Every host that has a row, with its rows.
@@ -289,10 +399,60 @@ impl Catalogue {
     }
 }
 
+/// A host of this pattern: a `*` stands for letters, digits and dashes, within one label.
+fn fits(pattern: &str, host: &str) -> bool {
+    let (mut wanted, mut labels) = (pattern.split('.'), host.split('.'));
+    loop {
+        match (wanted.next(), labels.next()) {
+            (None, None) => return true,
+            (Some(wanted), Some(label)) => {
+                let fits = match wanted.split_once('*') {
+                    None => wanted == label,
+                    Some((begin, end)) => {
+                        let middle = label.strip_prefix(begin).and_then(|rest| rest.strip_suffix(end));
+                        middle.is_some_and(|middle| !middle.is_empty() && !middle.contains(':'))
+                    }
+                };
+                if !fits {
+                    return false;
+                }
+            }
+            _ => return false,
+        }
+    }
+}
+
 /// The host as the catalogue writes it: lower case, with the port only where it is not the scheme's own.
 pub fn host_of(url: &Url) -> Option<String> {
     let host = url.host_str()?.to_ascii_lowercase();
     Some(url.port().map_or_else(|| host.clone(), |port| format!("{host}:{port}")))
+}
+
+// === impl CommonCodes ===
+
+impl CommonCodes {
+    /// What the first code in this body means, for an answer of this status.
+    pub fn outcome(&self, status: u16, json: &serde_json::Value) -> Option<SignalOutcome> {
+        let found = Cell::new(None);
+        let is_known = |value: &serde_json::Value| {
+            let code = value.as_str().unwrap_or_default().to_ascii_lowercase();
+            let meanings = self.codes.get(&code).map(Vec::as_slice).unwrap_or_default();
+            let meaning = meanings.iter().find(|(statuses, _)| statuses.is_empty() || statuses.contains(&status));
+            found.set(meaning.map(|(_, outcome)| *outcome));
+            meaning.is_some()
+        };
+        self.paths.iter().any(|path| any_at(json, path, &is_known));
+        found.get()
+    }
+
+    fn overlaid(&self, over: &Self) -> Self {
+        let mut paths = self.paths.clone();
+        paths.extend(over.paths.iter().filter(|path| !self.paths.contains(path)).cloned());
+        let mut codes = self.codes.clone();
+        codes.extend(over.codes.iter().map(|(code, meanings)| (code.clone(), meanings.clone())));
+        let fingerprint = *blake3::hash(&[self.fingerprint, over.fingerprint].concat()).as_bytes();
+        Self { paths, codes, fingerprint }
+    }
 }
 
 // === impl KeyShape ===

@@ -1,34 +1,21 @@
-//! What an answer means, and what to ask next: pure functions of the catalogue's rows and the facts of a response.
+//! What an answer means: pure functions of the catalogue's rows and the facts of a response.
 
 use std::time::Duration;
 
 use serde_json::Value;
 
+pub use crate::core::answer::{Answer, Body};
 use crate::{
     core::{
-        catalogue::{BodyTest, Probe, Signal, SignalOutcome},
-        endpoint::Call,
+        answer::{any_at, body_of, contains, error_code},
+        catalogue::{BodyTest, Expected, Kind, Probe, Signal, SignalOutcome},
+        look::Look,
     },
     domain::{
         protocol::HeaderFamily,
-        verdict::{Unreached, Verdict, Withheld},
+        verdict::{Cause, MadeUpKey, Unreached, Verdict, Withheld},
     },
 };
-
-/// The facts of one response.
-#[derive(Debug, Clone, Copy)]
-pub struct Answer<'a> {
-    /// The status.
-    pub status: u16,
-    /// The body, as far as it was read.
-    pub body: &'a [u8],
-    /// There was more of it than is read.
-    pub truncated: bool,
-    /// It is a page for people, not an API's answer: HTML by its own account, or a challenge.
-    pub page: bool,
-    /// When the provider wants to be asked again.
-    pub retry_after: Option<Duration>,
-}
 
 /// What one answer says about the credential.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,21 +24,47 @@ pub enum Classification {
     Accepted,
     /// Alive, but not for this endpoint.
     Restricted,
-    /// A 403 with this error code: dead if a made-up key gets the same, else forbidden.
+    /// A 403 with this error code: dead if a made-up key gets the same, restricted if that gets a 401, else forbidden.
     Forbidden(String),
+    /// Nothing, by itself: a refusal if a made-up key gets the same, else an answer that does not tell.
+    Unread,
     /// This verdict; never VALID.
     Verdict(Verdict),
 }
 
-/// What came of one call, as the ladder needs it.
+/// What said so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadBy {
+    /// The signal at this position of the probe's.
+    Signal(usize),
+    /// The list of codes that many servers share.
+    CommonCode,
+    /// Status and shape alone.
+    Shape,
+}
+
+/// What an answer says, and what said so.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reading {
+    /// What it says.
+    pub classification: Classification,
+    /// What said so.
+    pub by: ReadBy,
+    /// Why it is read so.
+    pub cause: Cause,
+    /// A row's word that no other endpoint will tell more.
+    pub stop: bool,
+}
+
+/// What came of one call, as the plan needs it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ProbeResponse {
     /// An answer.
     Answer {
-        /// Its status.
-        status: u16,
         /// What it says.
-        classification: Classification,
+        reading: Reading,
+        /// What it looks like.
+        look: Look,
         /// When the provider wants to be asked again.
         retry_after: Option<Duration>,
     },
@@ -61,31 +74,44 @@ pub enum ProbeResponse {
     Unreachable(Unreached),
 }
 
-/// What is known of an endpoint's way with made-up keys.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What is known of an endpoint's way with made-up keys in one header.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Calibration {
     /// It refuses them, so.
     Refuses {
-        /// The status.
-        status: u16,
-        /// The error code in the body, if there is one.
-        error_code: String,
+        /// What the refusal looks like.
+        look: Look,
+        /// It is one by its own words: INVALID by a signal, a code, or a 401.
+        in_words: bool,
+        /// A real key was accepted there within minutes of it: whatever it looks like, it is no answer for everybody.
+        in_contrast: bool,
     },
     /// It accepts them: its "yes" proves nothing.
-    AcceptsAnything,
-    /// Not known: not asked, or no answer that tells.
-    Unknown,
+    AcceptsAnyone,
+    /// It was asked, and the answer tells nothing: the status, if there was one.
+    Untold(Option<u16>),
+    /// It was not asked.
+    #[default]
+    NotAsked,
 }
 
-/// The end of a ladder.
+/// The end of a probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
     /// The verdict.
     pub verdict: Verdict,
+    /// Why; none where VALID, or where nothing was heard.
+    pub cause: Option<Cause>,
     /// The provider's status, if it answered.
     pub status: Option<u16>,
     /// The conclusive probe.
     pub probe: String,
+    /// In which header the credential was, where the provider was asked. Of a VALID: the one that was accepted.
+    pub family: Option<HeaderFamily>,
+    /// Of a VALID: the workspace's client sends the credential in another header.
+    pub wrong_header: bool,
+    /// What a made-up key got there.
+    pub made_up: MadeUpKey,
     /// When the provider wants to be asked again.
     pub retry_after: Option<Duration>,
     /// It is about the workspace's model alone, not about the credential with any model.
@@ -103,8 +129,12 @@ impl Finding {
     pub const fn bare(verdict: Verdict) -> Self {
         Self {
             verdict,
+            cause: None,
             status: None,
             probe: String::new(),
+            family: None,
+            wrong_header: false,
+            made_up: MadeUpKey::NotAsked,
             retry_after: None,
             about_model: false,
             cost_money: false,
@@ -113,77 +143,88 @@ impl Finding {
         }
     }
 
+    /// Why, for a person: the cause, the header, and what a made-up key got. Nothing of the provider's own text.
+    pub fn why(&self) -> String {
+        let cause = self.cause.map_or_else(String::new, |cause| format!(", {cause}: {}", cause.text()));
+        let header = match (self.family, self.wrong_header) {
+            (None, _) => String::new(),
+            (Some(family), false) => format!(", key in {}", family.header()),
+            (Some(family), true) => format!(", key in {}: another header than the workspace's client uses", family.header()),
+        };
+        let made_up = if self.status.is_none() { String::new() } else { format!(", made-up keys: {}", self.made_up.text()) };
+        format!("{cause}{header}{made_up}")
+    }
+
     /// Nothing was asked, by our own doing.
     pub fn withheld(why: Withheld) -> Self {
         Self { withheld: Some(why), ..Self::bare(Verdict::NotAttempted) }
     }
 }
 
-/// What to do next.
-#[derive(Debug)]
-pub enum Next<'t> {
-    /// Ask this, with the credential in this header.
-    Ask(&'t Call, HeaderFamily),
-    /// Done.
-    Done(Finding),
-}
-
-/// The walk through a target's calls: pure, so that every path can be tested without a network.
-#[derive(Debug)]
-pub struct ProbePlan<'t> {
-    calls: &'t [Call],
-    at: usize,
-    family: usize,
-    /// The best that was heard without being conclusive: NOT_CALIBRATED beats UNEXPECTED_RESPONSE.
-    fallback: Option<Finding>,
-    /// Every header family tried so far was refused, first so.
-    refused: Option<Finding>,
-    /// A call so far named the model, or cost money: what is found then rests on it.
-    named_model: bool,
-    cost_money: bool,
-}
-
 // === reading an answer ===
 
-/// What an answer says, and which of the probe's signals said it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Classified {
-    /// What it says.
-    pub classification: Classification,
-    /// The position of the signal that matched; none where status and shape alone were read.
-    pub signal: Option<usize>,
-}
-
-/// What this answer says. The row's signals decide first; what they leave is read by status and shape alone.
+/// What this answer says.
 pub fn classify(answer: Answer<'_>, probe: &Probe) -> Classification {
-    classified(answer, probe).classification
+    read(answer, probe).classification
 }
 
-/// What this answer says, and by which signal.
-pub fn classified(answer: Answer<'_>, probe: &Probe) -> Classified {
+/// What this answer says, and what said so. The row's signals decide first, then the codes that many servers share; what they leave is
+/// read by status and shape alone.
+pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
     let json = serde_json::from_slice::<Value>(answer.body).ok();
-    // A login page, a captive portal or a challenge is not the vendor's API speaking, whatever its status and its words.
-    let page = json.is_none() && (answer.page || answer.body.trim_ascii_start().first() == Some(&b'<'));
-    let signal = if page { None } else { probe.signals.iter().position(|signal| matches(signal, answer, json.as_ref())) };
-    let classification = match signal.and_then(|at| probe.signals.get(at)).map(|signal| signal.outcome) {
-        Some(SignalOutcome::Accepted) => Classification::Accepted,
-        Some(SignalOutcome::Restricted) => Classification::Restricted,
-        Some(SignalOutcome::Verdict(verdict)) => Classification::Verdict(verdict),
-        None => by_shape(answer, json.as_ref(), probe),
+    let body = body_of(answer, json.as_ref());
+    let page = body == Body::Page;
+    let signal = probe.signals.iter().enumerate().find(|(_, signal)| matches(signal, answer, json.as_ref(), page));
+    if let Some((position, signal)) = signal {
+        return Reading {
+            classification: outcome(signal.outcome),
+            by: ReadBy::Signal(position),
+            cause: Cause::RowSignal,
+            stop: signal.stop,
+        };
+    }
+    let shape =
+        if matches!(answer.status, 200..=299) { says_yes(answer, json.as_ref(), &probe.expect) } else { Err(Cause::Status) };
+    if shape.is_ok() {
+        return Reading { classification: Classification::Accepted, by: ReadBy::Shape, cause: Cause::Status, stop: false };
+    }
+    // A failing server says nothing of a key, whatever it repeats; and a limit is a limit, unless its code says more.
+    if answer.status < 500
+        && let Some(found) = json.as_ref().and_then(|json| probe.common.outcome(answer.status, json))
+    {
+        // Where the network is what is not wanted, no other endpoint tells more.
+        let stop = found == SignalOutcome::Verdict(Verdict::UnexpectedResponse);
+        return Reading { classification: outcome(found), by: ReadBy::CommonCode, cause: Cause::CommonCode, stop };
+    }
+    let code = json.as_ref().and_then(error_code);
+    let (classification, cause) = match (answer.status, code) {
+        (401, Some(_)) => (Classification::Verdict(Verdict::Invalid), Cause::Status),
+        (402, Some(_)) => (Classification::Verdict(Verdict::QuotaExhausted), Cause::Status),
+        (403, Some(code)) => (Classification::Forbidden(code), Cause::Status),
+        (429, _) => (Classification::Verdict(Verdict::RateLimited), Cause::Status),
+        (500..=599, _) => (Classification::Verdict(Verdict::ProviderError), Cause::Status),
+        (status, _) => (Classification::Unread, why_unread(status, body, shape.err())),
     };
-    Classified { classification, signal }
+    Reading { classification, by: ReadBy::Shape, cause, stop: false }
 }
 
-/// What status and shape alone say.
-fn by_shape(answer: Answer<'_>, json: Option<&Value>, probe: &Probe) -> Classification {
-    match (answer.status, json.and_then(error_code)) {
-        (200..=299, _) if has_expected_shape(answer, json, &probe.expect) => Classification::Accepted,
-        (401, Some(_)) => Classification::Verdict(Verdict::Invalid),
-        (402, Some(_)) => Classification::Verdict(Verdict::QuotaExhausted),
-        (403, Some(code)) => Classification::Forbidden(code),
-        (429, _) => Classification::Verdict(Verdict::RateLimited),
-        (500..=599, _) => Classification::Verdict(Verdict::ProviderError),
-        _ => Classification::Verdict(Verdict::UnexpectedResponse),
+const fn outcome(outcome: SignalOutcome) -> Classification {
+    match outcome {
+        SignalOutcome::Accepted => Classification::Accepted,
+        SignalOutcome::Restricted => Classification::Restricted,
+        SignalOutcome::Verdict(verdict) => Classification::Verdict(verdict),
+    }
+}
+
+fn why_unread(status: u16, body: Body, shape: Option<Cause>) -> Cause {
+    match (status, body, shape) {
+        (300..=399, _, _) => Cause::Redirect,
+        (_, Body::Page, _) => Cause::Page,
+        (404 | 405 | 410, _, _) => Cause::NotFound,
+        (_, Body::Empty, _) => Cause::EmptyBody,
+        (_, Body::Text, _) => Cause::PlainText,
+        (200..=299, Body::Json, Some(shape)) => shape,
+        (_, Body::Json, _) => Cause::RequestRefused,
     }
 }
 
@@ -195,48 +236,40 @@ pub fn is_page(headers: &http::HeaderMap) -> bool {
 }
 
 /// What a made-up key's answer says about the endpoint.
-pub fn calibrated(answer: Answer<'_>, probe: &Probe) -> Calibration {
-    let refuses = || Calibration::Refuses {
-        status: answer.status,
-        error_code: serde_json::from_slice::<Value>(answer.body).ok().as_ref().and_then(error_code).unwrap_or_default(),
-    };
-    match classify(answer, probe) {
-        // "Alive" said of a key that nobody issued proves as little as "accepted" does.
-        Classification::Accepted | Classification::Restricted | Classification::Verdict(Verdict::QuotaExhausted) => {
-            Calibration::AcceptsAnything
-        }
-        Classification::Verdict(Verdict::Invalid) | Classification::Forbidden(_) => refuses(),
-        Classification::Verdict(_) => Calibration::Unknown,
+pub fn calibrated(reading: &Reading, look: &Look) -> Calibration {
+    match (&reading.classification, look.status) {
+        (Classification::Accepted, _) => Calibration::AcceptsAnyone,
+        (Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError), status) => Calibration::Untold(Some(status)),
+        // Nothing of a key: too slow, too early, too many, a server that fails.
+        (_, status @ (408 | 409 | 425 | 429 | 500..=599)) => Calibration::Untold(Some(status)),
+        (classification, status) => Calibration::Refuses {
+            look: look.clone(),
+            in_words: *classification == Classification::Verdict(Verdict::Invalid) || status == 401,
+            in_contrast: false,
+        },
     }
 }
 
-fn matches(signal: &Signal, answer: Answer<'_>, json: Option<&Value>) -> bool {
-    if !signal.statuses.is_empty() && !signal.statuses.contains(&answer.status) {
+fn matches(signal: &Signal, answer: Answer<'_>, json: Option<&Value>, page: bool) -> bool {
+    if page && !signal.page || !signal.statuses.is_empty() && !signal.statuses.contains(&answer.status) {
         return false;
     }
     signal.tests.iter().all(|test| match test {
         BodyTest::Contains(texts) => texts.iter().any(|text| contains(answer.body, text)),
         BodyTest::Lacks(text) => !contains(answer.body, text),
-        BodyTest::IsOneOf(paths, values) => found(json, paths).any(|value| values.iter().any(|wanted| same(value, wanted))),
-        BodyTest::AtMost(paths, limit) => found(json, paths).filter_map(number).any(|number| number <= *limit),
+        BodyTest::IsOneOf(paths, values) => json.is_some_and(|json| {
+            paths.iter().any(|path| any_at(json, path, &|value| values.iter().any(|wanted| same(value, wanted))))
+        }),
+        BodyTest::AtMost(paths, limit) => json.is_some_and(|json| {
+            paths.iter().any(|path| any_at(json, path, &|value| number(value).is_some_and(|number| number <= *limit)))
+        }),
     })
 }
 
-/// Compared without case.
-fn contains(body: &[u8], text: &str) -> bool {
-    // The first byte rules nearly every place out, at a tenth of what comparing all of them costs.
-    let text = text.as_bytes();
-    let begins = |window: &[u8]| window.iter().zip(text).next().is_some_and(|(one, other)| one.eq_ignore_ascii_case(other));
-    body.windows(text.len()).any(|window| begins(window) && window.eq_ignore_ascii_case(text))
-}
-
-fn found<'v>(json: Option<&'v Value>, paths: &[String]) -> impl Iterator<Item = &'v Value> {
-    json.into_iter().flat_map(move |json| paths.iter().filter_map(move |path| at(json, path)))
-}
-
-/// Equal, or a number and a string of the same digits: vendors write one code now so, now so.
+/// Equal, texts without case; or a number and a string of the same digits: vendors write one code now so, now so.
 fn same(value: &Value, wanted: &Value) -> bool {
     match (value, wanted) {
+        (Value::String(text), Value::String(wanted)) => text.eq_ignore_ascii_case(wanted),
         (Value::String(text), Value::Number(number)) | (Value::Number(number), Value::String(text)) => {
             *text == number.to_string()
         }
@@ -249,167 +282,67 @@ fn number(value: &Value) -> Option<f64> {
     value.as_f64().or_else(|| value.as_str()?.parse().ok())
 }
 
-/// The value at a dotted path of object keys and list positions.
-fn at<'v>(json: &'v Value, path: &str) -> Option<&'v Value> {
-    path.split('.').try_fold(json, |value, key| match value {
-        Value::Array(items) => items.get(key.parse::<usize>().ok()?),
-        value => value.get(key),
-    })
+/// Whether this 2xx is a "yes": something that was expected is there, is not null and is of its kind, and no error stands beside it.
+fn says_yes(answer: Answer<'_>, json: Option<&Value>, expect: &[Expected]) -> Result<(), Cause> {
+    let Some(json) = json else { return if begins_well(answer, expect) { Ok(()) } else { Err(Cause::WrongShape) } };
+    if has_error_beside(json) {
+        return Err(Cause::ErrorBeside);
+    }
+    let there = expect.iter().any(|Expected { path, kind }| any_at(json, path, &|value| is_of(value, *kind)));
+    if there { Ok(()) } else { Err(Cause::WrongShape) }
 }
 
-/// A body that was cut off cannot be parsed; then its beginning must be JSON's and hold an expected key by name.
-fn has_expected_shape(answer: Answer<'_>, json: Option<&Value>, expect: &[String]) -> bool {
-    if let Some(json) = json {
-        return expect.iter().any(|path| at(json, path).is_some());
+fn is_of(value: &Value, kind: Kind) -> bool {
+    match kind {
+        Kind::Any => !value.is_null(),
+        Kind::List => value.is_array(),
+        Kind::Object => value.is_object(),
+        Kind::Text => value.is_string(),
+        Kind::Flag => value.is_boolean(),
+        Kind::Number => number(value).is_some(),
     }
-    let begins_as_object = answer.body.trim_ascii_start().first() == Some(&b'{');
+}
+
+fn has_error_beside(json: &Value) -> bool {
+    let says_no = |value: &Value| match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::String(text) => !text.is_empty(),
+        Value::Array(items) => !items.is_empty(),
+        Value::Bool(true) | Value::Number(_) | Value::Object(_) => true,
+    };
+    let not_zero = |value: &Value| match value {
+        Value::Number(number) => number.as_f64() != Some(0.0),
+        Value::String(text) => {
+            !text.is_empty() && text.parse::<f64>().map_or(!text.eq_ignore_ascii_case("success"), |code| code != 0.0)
+        }
+        Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => false,
+    };
+    json.get("error").is_some_and(says_no)
+        || json.get("errors").is_some_and(says_no)
+        || json.get("success") == Some(&Value::Bool(false))
+        || json.get("code").is_some_and(not_zero)
+        || json.get("base_resp").and_then(|base| base.get("status_code")).is_some_and(not_zero)
+}
+
+/// A body that was cut off cannot be parsed: it must begin as an object that holds an expected key, of its kind as far as that shows, and
+/// no error before it.
+fn begins_well(answer: Answer<'_>, expect: &[Expected]) -> bool {
+    let body = answer.body.trim_ascii_start();
     answer.truncated
-        && begins_as_object
-        && expect.iter().any(|path| {
-            let quoted = format!("\"{}\"", path.split('.').next().unwrap_or(path));
-            answer.body.windows(quoted.len()).any(|window| window == quoted.as_bytes())
+        && body.first() == Some(&b'{')
+        && expect.iter().any(|Expected { path, kind }| {
+            let (key, deeper) = path.split_once('.').map_or((path.as_str(), false), |(key, _)| (key, true));
+            let quoted = format!("\"{key}\"");
+            let Some(at) = body.windows(quoted.len()).position(|window| window == quoted.as_bytes()) else { return false };
+            let (before, behind) = body.split_at(at);
+            let value = behind.get(quoted.len()..).unwrap_or_default().trim_ascii_start();
+            let first = value.strip_prefix(b":").and_then(|value| value.trim_ascii_start().first());
+            let fits = match (first, deeper, kind) {
+                (None, ..) | (Some(b'n'), ..) => false,
+                (Some(first), false, Kind::List) => *first == b'[',
+                (Some(first), true, _) | (Some(first), false, Kind::Object) => matches!(first, b'{' | b'['),
+                (Some(_), false, Kind::Any | Kind::Text | Kind::Flag | Kind::Number) => true,
+            };
+            fits && !contains(before, "\"error\"") && !contains(before, "\"success\":false")
         })
-}
-
-/// The error's code, if the body is a machine-readable error: an object with one of the usual members.
-fn error_code(json: &Value) -> Option<String> {
-    // One vendor's compatible surface wraps its errors in a list.
-    let object = match json {
-        Value::Array(items) => items.first()?.as_object()?,
-        json => json.as_object()?,
-    };
-    let text = |value: &Value| match value {
-        Value::String(text) => Some(text.clone()),
-        Value::Number(number) => Some(number.to_string()),
-        Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => None,
-    };
-    let inner = object.get("error").filter(|error| !error.is_null());
-    let code = inner
-        .and_then(Value::as_object)
-        .into_iter()
-        .chain([object])
-        .find_map(|fields| ["code", "type", "status", "reason"].iter().find_map(|key| fields.get(*key).and_then(text)));
-    let says_error =
-        inner.is_some() || ["errors", "code", "message", "detail", "msg"].iter().any(|key| object.contains_key(*key));
-    says_error.then(|| code.unwrap_or_default().chars().take(64).collect())
-}
-
-// === impl ProbePlan ===
-
-impl<'t> ProbePlan<'t> {
-    /// At the foot.
-    pub fn new(calls: &'t [Call]) -> Self {
-        Self { calls, at: 0, family: 0, fallback: None, refused: None, named_model: false, cost_money: false }
-    }
-
-    /// The next call, or the end.
-    pub fn proceed(&mut self) -> Next<'t> {
-        let Some(call) = self.calls.get(self.at) else {
-            let finding = self.fallback.take().unwrap_or_else(|| Finding::bare(Verdict::UnexpectedResponse));
-            return Next::Done(Finding { about_model: self.named_model, cost_money: self.cost_money, ..finding });
-        };
-        match call.probe.auth.get(self.family) {
-            Some(family) => Next::Ask(call, *family),
-            // Every family was refused: only now may the credential be called dead.
-            None => match self.refused.take() {
-                Some(finding) => Next::Done(finding),
-                None => {
-                    self.step();
-                    self.proceed()
-                }
-            },
-        }
-    }
-
-    /// Takes in what was heard to the last `Ask`. `calibration` is what is known of that endpoint now. Some is the end.
-    pub fn record(&mut self, response: ProbeResponse, calibration: &Calibration) -> Option<Finding> {
-        let call = self.calls.get(self.at)?;
-        self.named_model |= call.names_model;
-        self.cost_money |= call.probe.costs_money;
-        let (about_model, cost_money) = (self.named_model, self.cost_money);
-        let finding = |verdict, status, retry_after| Finding {
-            status,
-            probe: call.probe.name.clone(),
-            retry_after,
-            about_model,
-            cost_money,
-            ..Finding::bare(verdict)
-        };
-        let (status, classification, retry_after) = match response {
-            ProbeResponse::TimedOut => return Some(self.without_answer(finding(Verdict::Timeout, None, None))),
-            ProbeResponse::Unreachable(why) => {
-                let finding = Finding { unreached: Some(why), ..finding(Verdict::Unreachable, None, None) };
-                return Some(self.without_answer(finding));
-            }
-            ProbeResponse::Answer { status, classification, retry_after } => (Some(status), classification, retry_after),
-        };
-        match classification {
-            Classification::Accepted if believed(call, calibration) => Some(finding(Verdict::Valid, status, None)),
-            Classification::Accepted => {
-                self.fall_back_on(finding(Verdict::NotCalibrated, status, None));
-                self.step();
-                None
-            }
-            Classification::Restricted | Classification::Verdict(Verdict::UnexpectedResponse) => {
-                self.fall_back_on(finding(Verdict::UnexpectedResponse, status, None));
-                self.step();
-                None
-            }
-            Classification::Forbidden(code) => {
-                let as_a_made_up_one =
-                    matches!(calibration, Calibration::Refuses { status: 403, error_code } if *error_code == code);
-                let verdict = if as_a_made_up_one { Verdict::Invalid } else { Verdict::Forbidden };
-                self.refuse(finding(verdict, status, None));
-                None
-            }
-            Classification::Verdict(verdict @ (Verdict::Invalid | Verdict::Forbidden)) => {
-                self.refuse(finding(verdict, status, None));
-                None
-            }
-            Classification::Verdict(verdict) => Some(finding(verdict, status, retry_after)),
-        }
-    }
-
-    /// No answer from a later rung takes nothing away from an earlier "yes" that could not be shown to prove anything.
-    fn without_answer(&mut self, finding: Finding) -> Finding {
-        match self.fallback.take() {
-            Some(earlier) if earlier.verdict == Verdict::NotCalibrated => Finding { cost_money: finding.cost_money, ..earlier },
-            Some(_) | None => finding,
-        }
-    }
-
-    /// Refused in one header family: the next one is tried.
-    fn refuse(&mut self, finding: Finding) {
-        self.family += 1;
-        // The milder reading stands: a 403 in one header and a 401 in another do not add up to "dead".
-        match &self.refused {
-            Some(earlier) if earlier.verdict == Verdict::Forbidden => {}
-            _ => self.refused = Some(finding),
-        }
-    }
-
-    fn fall_back_on(&mut self, finding: Finding) {
-        let better = match &self.fallback {
-            None => true,
-            Some(earlier) => earlier.verdict != Verdict::NotCalibrated || finding.verdict == Verdict::NotCalibrated,
-        };
-        if better {
-            self.fallback = Some(finding);
-        }
-    }
-
-    fn step(&mut self) {
-        self.at += 1;
-        self.family = 0;
-        self.refused = None;
-    }
-}
-
-/// A "yes" of this endpoint counts: it was seen to refuse a made-up key, or is documented to and was not seen to accept one.
-fn believed(call: &Call, calibration: &Calibration) -> bool {
-    match calibration {
-        Calibration::Refuses { .. } => true,
-        Calibration::AcceptsAnything => false,
-        Calibration::Unknown => call.probe.refuses_bad_keys,
-    }
 }

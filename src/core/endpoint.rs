@@ -7,12 +7,12 @@ use url::Url;
 
 use crate::{
     core::{
-        catalogue::{Catalogue, HostRow, Probe, Unprobed, UnprobedReason, host_of},
+        catalogue::{AcceptsKeysOf, Catalogue, HostRow, Probe, Unprobed, UnprobedReason, host_of},
         registry::{Auth, Provider},
     },
     domain::{
         denial::listed,
-        protocol::{HeaderFamily, Method, PLATFORM, Protocol},
+        protocol::{HeaderFamily, Method, PLATFORM, Protocol, Surface},
     },
 };
 
@@ -29,6 +29,12 @@ pub struct Endpoint {
     pub siblings: Vec<String>,
     /// How a key of this vendor begins, where the catalogue knows.
     pub key_prefix: Option<String>,
+    /// Whose keys it takes beside its own vendor's.
+    pub accepts_keys_of: AcceptsKeysOf,
+    /// In which header the clients of this API send a credential, where nobody wrote a row that says what the vendor takes.
+    pub client_header: Option<HeaderFamily>,
+    /// Tells the base URL from any other: what it teaches of its headers holds for every provider there.
+    pub base_identity: [u8; 32],
     /// The time for the whole ladder, if a row asks for more or less than the service's own.
     pub budget: Option<Duration>,
     /// Tells this endpoint, and every reading of its answers, from any other; the model takes no part.
@@ -40,6 +46,17 @@ pub struct Endpoint {
     probes: Vec<Probe>,
     wire_ids: WireIds,
     thinking: bool,
+    /// How the ids of models end that vendors serve without a key.
+    free_models: Arc<[String]>,
+}
+
+/// How the workspace's own client will use a credential, as far as that is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Preference {
+    /// The header in which it sends it.
+    pub family: Option<HeaderFamily>,
+    /// The surface that it calls.
+    pub surface: Option<Surface>,
 }
 
 /// An endpoint, with the requests for one model.
@@ -47,6 +64,8 @@ pub struct Endpoint {
 pub struct Target {
     /// Whom to ask.
     pub endpoint: Arc<Endpoint>,
+    /// How the workspace's own client will use the credential.
+    pub preference: Preference,
     /// The ladder, in order. Never empty.
     pub calls: Vec<Call>,
 }
@@ -71,6 +90,10 @@ pub struct Call {
     pub body: Option<Arc<str>>,
     /// The body or the path holds the model: the answer is about this model alone.
     pub names_model: bool,
+    /// The vendor's id of the model, where the request names it; else empty.
+    pub model: String,
+    /// Tells the request from any other, whatever the model: of models only whether such a one is served without a key takes part.
+    pub request: [u8; 32],
 }
 
 /// Why there is nothing to call.
@@ -126,23 +149,28 @@ impl Endpoint {
         }
         let base = base(provider, catalogue)?;
         let host = host_of(base).ok_or(NoSurface::NoEndpoint)?;
-        let row = catalogue.row(&host, base.path());
-        let probes = match (provider.probes.as_slice(), row.map(|row| row.probes.as_slice())) {
-            ([], Some(probes)) if !probes.is_empty() => probes,
-            ([], _) => catalogue.default_probes(provider.protocol),
-            (inline, _) => inline,
+        let row = catalogue.row(&host, base.path(), provider.protocol);
+        let (probes, is_default) = match (provider.probes.as_slice(), row.map(|row| row.probes.as_slice())) {
+            ([], Some(probes)) if !probes.is_empty() => (probes, false),
+            ([], _) => (catalogue.default_probes(provider.protocol), true),
+            (inline, _) => (inline, false),
         };
         // The header that the workspace's own client will use is tried first.
         let first = (provider.auth_token_env.as_deref() == Some("ANTHROPIC_API_KEY")).then_some(HeaderFamily::XApiKey);
         let thinking = provider.thinking_required;
         let calls: Vec<Call> = probes.iter().filter_map(|probe| call(base, probe, MODEL, thinking, first)).collect();
         let names_model = calls.first().is_some_and(|call| call.names_model);
-        let probes: Vec<Probe> = calls.into_iter().map(|call| call.probe).collect();
+        let with_codes = |probe: Probe| Probe { common: Arc::clone(catalogue.common_codes()), ..probe };
+        let probes: Vec<Probe> = calls.into_iter().map(|call| with_codes(call.probe)).collect();
         if probes.is_empty() {
             return Err(NoSurface::NoEndpoint);
         }
         Ok(Self {
-            identity: identity(provider, base, row, &probes),
+            identity: identity(provider, base, row, &probes, &catalogue.common_codes().fingerprint),
+            base_identity: *blake3::hash(base.as_str().as_bytes()).as_bytes(),
+            accepts_keys_of: row.map(|row| row.accepts_keys_of.clone()).unwrap_or_default(),
+            // OpenAI's clients send a bearer token; Anthropic's send either, by the variable.
+            client_header: (is_default && provider.protocol == Protocol::OpenAi).then_some(HeaderFamily::Bearer),
             provider: provider.name.clone(),
             host,
             vendor: row.map(|row| row.vendor.clone()),
@@ -154,6 +182,7 @@ impl Endpoint {
             probes,
             wire_ids: WireIds::of(provider, row),
             thinking,
+            free_models: Arc::clone(catalogue.free_models()),
         })
     }
 }
@@ -163,11 +192,21 @@ impl Endpoint {
 impl Target {
     /// This endpoint's requests for this model.
     pub fn of(endpoint: &Arc<Endpoint>, model: &str) -> Self {
-        let Endpoint { base, probes, wire_ids, thinking, .. } = &**endpoint;
+        let Endpoint { base, probes, wire_ids, thinking, free_models, .. } = &**endpoint;
         let model = wire_ids.id_of(model);
-        // The header families stand in their order already.
-        let calls = probes.iter().filter_map(|probe| call(base, probe, &model, *thinking, None)).collect();
-        Self { endpoint: Arc::clone(endpoint), calls }
+        let is_free = free_models.iter().any(|end| model.ends_with(end.as_str()));
+        let calls = probes.iter().filter_map(|probe| {
+            // The header families stand in their order already.
+            let call = call(base, probe, &model, *thinking, None)?;
+            let request = if call.names_model && is_free { *blake3::hash(&call.request).as_bytes() } else { call.request };
+            Some(Call { request, ..call })
+        });
+        Self { endpoint: Arc::clone(endpoint), preference: Preference::default(), calls: calls.collect() }
+    }
+
+    /// The same for a workspace whose client is known.
+    pub fn preferring(self, preference: Preference) -> Self {
+        Self { preference, ..self }
     }
 }
 
@@ -212,8 +251,9 @@ fn concerns(catalogue: &Catalogue, name: &str, provider: &Provider) -> bool {
 }
 
 /// Provider, endpoint, how wire ids are made, and effective rows, as one hash.
-fn identity(provider: &Provider, base: &Url, row: Option<&HostRow>, probes: &[Probe]) -> [u8; 32] {
+fn identity(provider: &Provider, base: &Url, row: Option<&HostRow>, probes: &[Probe], codes: &[u8; 32]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
+    hasher.update(codes);
     let wire_ids = row.map(|row| row.strip_model_prefixes.as_slice()).unwrap_or_default();
     let thinking = if provider.thinking_required { "thinking" } else { "" };
     let parts = [provider.name.as_str(), base.as_str(), provider.wire_model_prefix.as_str(), thinking];
@@ -240,10 +280,19 @@ pub fn call(base: &Url, probe: &Probe, model: &str, thinking: bool, first: Optio
         }
         Arc::from(body.to_string())
     });
+    let request = {
+        let mut hasher = blake3::Hasher::new();
+        hasher
+            .update(&probe.fingerprint)
+            .update(&[u8::from(thinking)])
+            .update(join(base, &probe.path, MODEL)?.as_str().as_bytes());
+        *hasher.finalize().as_bytes()
+    };
     let mut probe = probe.clone();
     probe.auth.sort_by_key(|family| Some(*family) != first);
     debug_assert!(probe.method == Method::Post || body.is_none(), "the catalogue's check rules it out");
-    Some(Call { probe, url, body, names_model })
+    let model = if names_model { model.to_owned() } else { String::new() };
+    Some(Call { probe, url, body, names_model, model, request })
 }
 
 /// What stands for the model in a path or a body.

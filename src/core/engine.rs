@@ -281,10 +281,11 @@ fn describe(query: &LivenessQuery<'_>, observed: &Observed) -> String {
     let Finding { verdict, status, probe, .. } = &*observed.finding;
     let status = status.map_or_else(|| "no status".to_owned(), |status| format!("HTTP {status}"));
     format!(
-        "{verdict} from {} (probe `{probe}`, {status}, served from {}, {} ms old)",
+        "{verdict} from {} (probe `{probe}`, {status}, served from {}, {} ms old{})",
         query.endpoint.host,
         observed.served_from,
-        observed.age.as_millis()
+        observed.age.as_millis(),
+        observed.finding.why()
     )
 }
 

@@ -6,7 +6,7 @@ use crate::{
     core::{
         credentials::{CredentialSet, Lookup, Selection},
         derive::{Derived, Underivable, derive, relevant_names},
-        endpoint::{Endpoint, NoSurface, own_base_urls, relevant_base_urls},
+        endpoint::{Endpoint, NoSurface, Preference, own_base_urls, relevant_base_urls},
         key_shape::{administrative, unsendable},
         policy::{Enforcement, Facts},
         registry::{Auth, Provider, Registry, Runtime},
@@ -56,6 +56,8 @@ pub struct LivenessQuery<'a> {
     pub env_name: &'a str,
     /// The model that the workspace chose.
     pub model: &'a str,
+    /// How the workspace's own client will use it, as far as that is known.
+    pub preference: Preference,
     /// How seriously the verdict is taken.
     pub enforcement: Enforcement,
     /// For which tenant; empty on a platform of one.
@@ -408,6 +410,7 @@ impl<'a> Evaluator<'a, '_> {
                     secret,
                     env_name,
                     model,
+                    preference: Preference::default(),
                     enforcement,
                     organization: &self.spec.organization_id,
                     caller: self.caller,

@@ -194,6 +194,59 @@ pub enum Unreached {
     Protocol,
 }
 
+/// Why a probe ended in its verdict. A VALID needs none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Display, EnumString, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
+pub enum Cause {
+    /// A signal of the host's row says so.
+    RowSignal,
+    /// A code that many servers share says so.
+    CommonCode,
+    /// The status of a machine-readable answer says so.
+    Status,
+    /// The answer is the one that a made-up key gets.
+    AsAMadeUpKey,
+    /// Alive, and not for this endpoint.
+    Restricted,
+    /// The endpoint accepts a made-up key too.
+    AcceptsAnyone,
+    /// No made-up key was asked about there, or its answer told nothing: the endpoint's "yes" is not shown to mean anything.
+    MadeUpKeyUntold,
+    /// A page for people.
+    Page,
+    /// Text that no machine reads.
+    PlainText,
+    /// Nothing but a status.
+    EmptyBody,
+    /// A 2xx without what a good answer holds.
+    WrongShape,
+    /// A 2xx that says that something is wrong.
+    ErrorBeside,
+    /// Elsewhere, says the provider. Nobody follows.
+    Redirect,
+    /// There is no such path.
+    NotFound,
+    /// The request is refused for what the credential need not have a part in.
+    RequestRefused,
+    /// Nobody gets anything else there than "no such path", or a page: the base URL leads to no API.
+    NoApiAtBaseUrl,
+}
+
+/// What a made-up key got where the real one was asked about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum MadeUpKey {
+    /// This service has not asked.
+    NotAsked,
+    /// No answer, or none yet.
+    NoAnswer,
+    /// An answer that tells nothing: a limit, a failing server.
+    Inconclusive(u16),
+    /// A refusal, in whatever words.
+    Refused(u16),
+    /// A "yes".
+    Accepted,
+}
+
 /// The wire name, without the enum's own name as a prefix.
 macro_rules! as_str {
     ($($name:ty),+ $(,)?) => { $(
@@ -206,7 +259,46 @@ macro_rules! as_str {
     )+ };
 }
 
-as_str!(DenyCode, WarningCode, Verdict, BillingMode, Source, MatchedBy, ServedFrom);
+as_str!(DenyCode, WarningCode, Verdict, BillingMode, Source, MatchedBy, ServedFrom, Cause);
+
+// === impl Cause, MadeUpKey ===
+
+impl Cause {
+    /// The same for a person.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Self::RowSignal => "a signal of the host's row says so",
+            Self::CommonCode => "a code that many servers share says so",
+            Self::Status => "the status says so",
+            Self::AsAMadeUpKey => "a made-up key gets the same answer",
+            Self::Restricted => "alive, but not for this endpoint",
+            Self::AcceptsAnyone => "a made-up key is accepted too",
+            Self::MadeUpKeyUntold => "nothing shows that a made-up key would be refused",
+            Self::Page => "a page for people",
+            Self::PlainText => "plain text",
+            Self::EmptyBody => "an empty body",
+            Self::WrongShape => "not what a good answer holds",
+            Self::ErrorBeside => "a 2xx with an error in it",
+            Self::Redirect => "a redirect, which is not followed",
+            Self::NotFound => "no such path",
+            Self::RequestRefused => "the request is refused",
+            Self::NoApiAtBaseUrl => "everybody gets a page or no such path: no API at this base URL",
+        }
+    }
+}
+
+impl MadeUpKey {
+    /// The same for a person.
+    pub fn text(self) -> String {
+        match self {
+            Self::NotAsked => "not asked".into(),
+            Self::NoAnswer => "no answer yet".into(),
+            Self::Inconclusive(status) => format!("HTTP {status}, which tells nothing"),
+            Self::Refused(status) => format!("refused with HTTP {status}"),
+            Self::Accepted => "accepted".into(),
+        }
+    }
+}
 
 // === impl DenyCode ===
 

@@ -18,11 +18,14 @@ use tracing::Instrument;
 use crate::{
     core::{
         classify::Finding,
-        endpoint::Target,
+        endpoint::{Preference, Target},
         engine::{Boxed, EarlierValid, LivenessSource, Observed, ProbeRequest, ProbeStarted, Prober},
         evaluate::LivenessQuery,
     },
-    domain::verdict::{ServedFrom, Verdict, Withheld},
+    domain::{
+        protocol::{HeaderFamily, Surface},
+        verdict::{ServedFrom, Verdict, Withheld},
+    },
     liveness::{
         breaker::{BreakerSettings, Breakers, Opened},
         provider_limits::{NewKeyLimits, NewKeys},
@@ -297,7 +300,7 @@ impl Cache {
         keys: &Keys<'_>,
         started: ProbeStarted,
     ) -> impl Future<Output = Fetched> + Send + use<> {
-        let target = Arc::new(Target::of(query.endpoint, query.model));
+        let target = Arc::new(Target::of(query.endpoint, query.model).preferring(query.preference));
         let request = ProbeRequest { target, secret: Arc::clone(query.secret), started };
         let (prober, breakers, target) = (Arc::clone(&self.prober), Arc::clone(&self.breakers), Arc::clone(&request.target));
         let (memory, last_valid, ages) = (self.memory.clone(), Arc::clone(&self.last_valid), self.ages);
@@ -381,9 +384,15 @@ impl Cache {
     }
 
     fn keys<'a>(&self, query: &LivenessQuery<'a>) -> Keys<'a> {
-        let LivenessQuery { endpoint, secret, model, .. } = *query;
+        let LivenessQuery { endpoint, secret, model, preference, .. } = *query;
         let [of_credential, of_model] = &self.hash_keys;
-        let credential = hash(of_credential, &endpoint.identity, secret.expose());
+        let mut credential = hash(of_credential, &endpoint.identity, secret.expose());
+        // Another client may get another verdict.
+        if preference != Preference::default() {
+            let Preference { family, surface } = preference;
+            let words = [family.map_or("", HeaderFamily::as_str), surface.map_or("", Surface::as_str)].join(" ");
+            credential = hash(of_credential, &credential, &words);
+        }
         if endpoint.names_model {
             Keys { first: hash(of_model, &credential, model), model: None }
         } else {

@@ -1,7 +1,7 @@
 //! Asking over HTTPS: one total budget, no redirects, no proxies, guarded addresses, bounded bodies, sensitive headers.
 
 mod address;
-mod calibrate;
+mod endpoints;
 
 use http::{HeaderName, HeaderValue, header};
 use std::{
@@ -16,13 +16,16 @@ use tracing::Instrument;
 
 use self::{
     address::{Guard, Unresolved},
-    calibrate::Calibrations,
+    endpoints::{BUDGET as MAX_BUDGET, Endpoints, header_of, made_up_key},
 };
 use crate::{
     core::{
-        classify::{Answer, Calibration, Classification, Finding, Next, ProbePlan, ProbeResponse, classify, is_page},
+        classify::{Answer, Calibration, Classification, Finding, ProbeResponse, is_page, read},
         endpoint::{Call, Target},
         engine::{Boxed, ProbeRequest, Prober},
+        look::Look,
+        probe_plan::{Client, Lesson, Next, ProbePlan},
+        taught::EndpointFacts,
     },
     domain::{
         protocol::{HeaderFamily, Method},
@@ -60,7 +63,8 @@ pub struct ProbeSettings {
 /// Asks providers.
 pub struct HttpProber {
     http: Arc<Http>,
-    calibrations: Option<Calibrations>,
+    /// What endpoints have taught; none where no made-up key may be sent.
+    endpoints: Option<Endpoints>,
     budget: Duration,
 }
 
@@ -87,17 +91,19 @@ enum Exchange {
 pub struct Attempt {
     /// The probe's name.
     pub probe: String,
+    /// Tells the request from any other.
+    request: [u8; 32],
     /// Its method.
     pub method: Method,
     /// Where it went; the model may be part of it.
     pub url: String,
-    /// In which header the credential went.
-    pub family: HeaderFamily,
+    /// In which header the credential went, or in which of them.
+    pub header: String,
     /// What was heard.
     pub response: ProbeResponse,
-    /// What is known of the endpoint's way with made-up keys.
+    /// What a made-up key got there, where that was looked at.
     pub calibration: Calibration,
-    /// How long the call took, a waited-for calibration included.
+    /// How long the call took.
     pub took: Duration,
 }
 
@@ -129,24 +135,28 @@ impl HttpProber {
     pub fn new(settings: ProbeSettings) -> Result<Self, ProbeSetupError> {
         let ProbeSettings { budget, allow_loopback_http, calibrate, extra_roots, resolve } = settings;
         let http = Arc::new(Http::new(Guard::new(allow_loopback_http), resolve, &extra_roots)?);
-        let calibrations = calibrate.then(|| Calibrations::new(Arc::clone(&http)));
-        Ok(Self { http, calibrations, budget })
+        let endpoints = calibrate.then(|| Endpoints::new(Arc::clone(&http)));
+        Ok(Self { http, endpoints, budget })
     }
 
     /// Asks once, and tells every call.
     pub async fn explain(&self, target: &Target, secret: &Secret) -> (Finding, Vec<Attempt>) {
         let deadline = Instant::now() + target.endpoint.budget.unwrap_or(self.budget);
         let mut attempts = Vec::new();
-        let finding =
-            run_plan(&self.http, self.calibrations.as_ref(), target, secret, deadline, &mut |attempt| attempts.push(attempt))
-                .await;
+        let finding = run_plan(&self.http, self.endpoints.as_ref(), target, secret, deadline, &mut attempts).await;
         (finding, attempts)
+    }
+
+    /// One request with a made-up key that begins like this vendor's, or, in no header, without any: for commands that look for what has
+    /// changed.
+    pub async fn control(&self, call: &Call, families: &[HeaderFamily], key_prefix: Option<&str>) -> ProbeResponse {
+        ask(&self.http, call, families, &made_up_key(key_prefix), Instant::now() + MAX_BUDGET).await
     }
 }
 
 impl Measured for HttpProber {
     fn tell(&self, page: &mut Page) {
-        self.calibrations.iter().for_each(|calibrations| calibrations.tell(page));
+        self.endpoints.iter().for_each(|endpoints| endpoints.tell(page));
     }
 }
 
@@ -154,78 +164,119 @@ impl Prober for HttpProber {
     fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding> {
         let ProbeRequest { target, secret, started } = request;
         let budget = target.endpoint.budget.unwrap_or(self.budget);
-        let (http, calibrations) = (Arc::clone(&self.http), self.calibrations.clone());
+        let (http, endpoints) = (Arc::clone(&self.http), self.endpoints.clone());
         Box::pin(async move {
             started.set();
-            run_plan(&http, calibrations.as_ref(), &target, &secret, Instant::now() + budget, &mut |_| {}).await
+            run_plan(&http, endpoints.as_ref(), &target, &secret, Instant::now() + budget, &mut Vec::new()).await
         })
     }
 }
 
-/// Walks up the ladder until an answer is conclusive or the time is over.
+/// Does what the plan says until it has come to an end. The deadline ends what is under way.
 async fn run_plan(
     http: &Http,
-    calibrations: Option<&Calibrations>,
+    endpoints: Option<&Endpoints>,
     target: &Target,
     secret: &Secret,
     deadline: Instant,
-    look: &mut (dyn FnMut(Attempt) + Send),
+    attempts: &mut Vec<Attempt>,
 ) -> Finding {
-    let mut plan = ProbePlan::new(&target.calls);
-    loop {
-        let (call, family) = match plan.proceed() {
-            Next::Ask(call, family) => (call, family),
-            Next::Done(finding) => return finding,
-        };
-        let began = Instant::now();
-        let calibrating = calibrations.map(|calibrations| calibrations.of(call, family, target));
-        // A "yes" of an endpoint that is not documented to refuse bad keys will need its calibration: begun beside the real
-        // call, it costs the caller no time.
-        let early = calibrating.as_ref().filter(|_| !call.probe.refuses_bad_keys).map(|calibrating| calibrating.begin());
-        let mut exchange = http.exchange(call, family, secret, deadline).await;
-        if matches!(exchange, Exchange::Unreachable(Unreached::Closed)) {
-            // Closed before any byte of an answer, as an idle connection or a restarting proxy does: once more, never after an
-            // answer.
-            exchange = http.exchange(call, family, secret, deadline).await;
+    let facts = endpoints.map_or_else(EndpointFacts::default, |endpoints| endpoints.facts_of(&target.endpoint));
+    let is_pointless = |call: &Call, family| endpoints.is_some_and(|endpoints| endpoints.is_pointless(call, family));
+    let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
+    let mut plan = ProbePlan::new(&target.calls, client, &facts, &is_pointless);
+    // The last request in several headers at once.
+    let mut in_several: Option<(&Call, Vec<HeaderFamily>)> = None;
+    let finding = loop {
+        match plan.proceed() {
+            Next::Done(finding) => break finding,
+            Next::Ask { call, families } => {
+                let began = Instant::now();
+                // A "yes" of an endpoint that is not documented to refuse bad keys will need a made-up key's answer: begun beside the first
+                // real call, it costs the caller no time.
+                let is_first = attempts.last().is_none_or(|attempt| attempt.request != call.request);
+                let beside = endpoints.filter(|_| is_first && !call.probe.refuses_bad_keys);
+                drop(beside.map(|endpoints| endpoints.begin(call, &families, target)));
+                let response = ask(http, call, &families, secret, deadline).await;
+                if let (ProbeResponse::Answer { reading, .. }, Some(endpoints)) = (&response, endpoints)
+                    && reading.classification == Classification::Accepted
+                {
+                    endpoints.accepted(call, &families);
+                }
+                attempts.push(Attempt {
+                    probe: call.probe.name.clone(),
+                    request: call.request,
+                    method: call.probe.method,
+                    url: call.url.to_string(),
+                    header: header_of(&families),
+                    response: response.clone(),
+                    calibration: Calibration::NotAsked,
+                    took: began.elapsed(),
+                });
+                if families.len() > 1 {
+                    in_several = Some((call, families));
+                }
+                plan.take_response(response);
+            }
+            Next::Control { call, families, needed } => {
+                let calibration = match endpoints.map(|endpoints| endpoints.begin(call, &families, target)) {
+                    None => Calibration::NotAsked,
+                    Some(asked) if needed => asked.by(half_of(deadline)).await,
+                    // Believed on its documentation, and checked in the background for the next time.
+                    Some(asked) => asked.so_far(),
+                };
+                if let Some(attempt) = attempts.last_mut() {
+                    attempt.calibration = calibration.clone();
+                }
+                plan.take_calibration(&calibration);
+            }
+            Next::Keyless { call } => {
+                let calibration = match endpoints.map(|endpoints| endpoints.begin(call, &[], target)) {
+                    None => Calibration::NotAsked,
+                    Some(asked) => asked.by(half_of(deadline)).await,
+                };
+                plan.take_keyless(match &calibration {
+                    Calibration::Refuses { look, .. } => Some(look),
+                    Calibration::AcceptsAnyone | Calibration::Untold(_) | Calibration::NotAsked => None,
+                });
+            }
         }
-        let response = match exchange {
-            Exchange::TimedOut => ProbeResponse::TimedOut,
-            Exchange::Unreachable(why) => ProbeResponse::Unreachable(why),
-            Exchange::Answered(response) => ProbeResponse::Answer {
-                status: response.status,
-                classification: classify(response.facts(), &call.probe),
-                retry_after: response.retry_after,
-            },
-        };
-        let calibration = match (&response, calibrating) {
-            (ProbeResponse::Answer { classification: Classification::Accepted, .. }, Some(calibrating))
-                if call.probe.refuses_bad_keys =>
+    };
+    if let Some(endpoints) = endpoints {
+        let lessons = plan.into_lessons();
+        for lesson in &lessons {
+            if let (Lesson::Family { right, .. }, Some((call, several))) = (lesson, &in_several)
+                && several.contains(right)
             {
-                // Believed on its documentation, and checked in the background for the next time.
-                calibrating.begin().so_far()
+                endpoints.single_out(call, several, *right);
             }
-            (
-                ProbeResponse::Answer { classification: Classification::Accepted | Classification::Forbidden(_), .. },
-                Some(calibrating),
-            ) => {
-                // Half of what is left: the next probe needs its time too.
-                let by = Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2;
-                early.unwrap_or_else(|| calibrating.begin()).by(by).await
-            }
-            (ProbeResponse::Answer { .. } | ProbeResponse::TimedOut | ProbeResponse::Unreachable(_), _) => Calibration::Unknown,
-        };
-        look(Attempt {
-            probe: call.probe.name.clone(),
-            method: call.probe.method,
-            url: call.url.to_string(),
-            family,
-            response: response.clone(),
-            calibration: calibration.clone(),
-            took: began.elapsed(),
-        });
-        if let Some(finding) = plan.record(response, &calibration) {
-            return finding;
         }
+        endpoints.learn(&target.endpoint, lessons);
+        endpoints.show(&target.endpoint, &finding);
+    }
+    finding
+}
+
+/// Half of what is left: the next request needs its time too.
+fn half_of(deadline: Instant) -> Instant {
+    Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2
+}
+
+/// One request, and once more where the connection was closed before any byte of an answer, as an idle connection or a restarting proxy does;
+/// never after an answer.
+async fn ask(http: &Http, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> ProbeResponse {
+    let mut exchange = http.exchange(call, families, secret, deadline).await;
+    if matches!(exchange, Exchange::Unreachable(Unreached::Closed)) {
+        exchange = http.exchange(call, families, secret, deadline).await;
+    }
+    match exchange {
+        Exchange::TimedOut => ProbeResponse::TimedOut,
+        Exchange::Unreachable(why) => ProbeResponse::Unreachable(why),
+        Exchange::Answered(response) => ProbeResponse::Answer {
+            reading: read(response.facts(), &call.probe),
+            look: Look::of(response.facts(), secret.expose()),
+            retry_after: response.retry_after,
+        },
     }
 }
 
@@ -251,10 +302,10 @@ impl Http {
         Ok(Self { client: builder.build().map_err(ProbeSetupError)?, guard })
     }
 
-    /// One request with this credential, and its answer, by the deadline.
-    async fn exchange(&self, call: &Call, family: HeaderFamily, secret: &Secret, deadline: Instant) -> Exchange {
-        let span = traces::request(call, family);
-        let exchange = self.send(call, family, secret, deadline).instrument(span.clone()).await;
+    /// One request with this credential in these headers, and its answer, by the deadline.
+    async fn exchange(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
+        let span = traces::request(call, &header_of(families));
+        let exchange = self.send(call, families, secret, deadline).instrument(span.clone()).await;
         traces::replied(
             &span,
             match &exchange {
@@ -266,21 +317,21 @@ impl Http {
         exchange
     }
 
-    async fn send(&self, call: &Call, family: HeaderFamily, secret: &Secret, deadline: Instant) -> Exchange {
+    async fn send(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
         if !self.guard.may_ask(&call.url) {
             return Exchange::Unreachable(Unreached::Address);
         }
-        let Some(request) = self.request(call, family, secret) else { return Exchange::Unreachable(Unreached::Address) };
+        let Some(request) = self.request(call, families, secret) else { return Exchange::Unreachable(Unreached::Address) };
         match timeout_at(deadline, self.client.execute(request)).await {
             Err(_) => Exchange::TimedOut,
             Ok(Err(fault)) if fault.is_timeout() => Exchange::TimedOut,
             Ok(Err(fault)) => Exchange::Unreachable(unreached(&fault)),
-            Ok(Ok(response)) => Exchange::Answered(Box::new(read(response, deadline).await)),
+            Ok(Ok(response)) => Exchange::Answered(Box::new(receive(response, deadline).await)),
         }
     }
 
     /// `None` if the credential cannot be a header's value; the shape check rules that out before.
-    fn request(&self, call: &Call, family: HeaderFamily, secret: &Secret) -> Option<reqwest::Request> {
+    fn request(&self, call: &Call, families: &[HeaderFamily], secret: &Secret) -> Option<reqwest::Request> {
         let method = match call.probe.method {
             Method::Get => reqwest::Method::GET,
             Method::Post => reqwest::Method::POST,
@@ -291,8 +342,10 @@ impl Http {
             headers.insert(HeaderName::from_bytes(name.as_bytes()).ok()?, HeaderValue::from_str(value).ok()?);
         }
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
-        let (name, value) = credential_header(family, secret)?;
-        headers.insert(name, value);
+        for family in families {
+            let (name, value) = credential_header(*family, secret)?;
+            headers.insert(name, value);
+        }
         if let Some(body) = &call.body {
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
             *request.body_mut() = Some(body.to_string().into());
@@ -353,7 +406,7 @@ fn credential_header(family: HeaderFamily, secret: &Secret) -> Option<(HeaderNam
 }
 
 /// Status, and the body up to the cap. A body that stalls, breaks off or is too long leaves what was read of it.
-async fn read(mut response: reqwest::Response, deadline: Instant) -> Response {
+async fn receive(mut response: reqwest::Response, deadline: Instant) -> Response {
     let status = response.status().as_u16();
     let retry_after = response.headers().get(header::RETRY_AFTER).and_then(|value| retry_after(value, SystemTime::now()));
     let page = is_page(response.headers());

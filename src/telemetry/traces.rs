@@ -54,7 +54,6 @@ use crate::{
     },
     domain::{
         decision::Outcome,
-        protocol::HeaderFamily,
         verdict::{ServedFrom, Unreached},
     },
     telemetry::metrics::{Counter, Measured, Page},
@@ -591,15 +590,15 @@ pub(crate) fn calibrated(calibration: &Calibration) {
     if EXPORT.get().is_some() {
         let word = match calibration {
             Calibration::Refuses { .. } => "refuses",
-            Calibration::AcceptsAnything => "accepts anything",
-            Calibration::Unknown => "unknown",
+            Calibration::AcceptsAnyone => "accepts anyone",
+            Calibration::Untold(_) | Calibration::NotAsked => "untold",
         };
         Span::current().record("byokgate.calibration", word);
     }
 }
 
 /// One request. Its path is left out: it may hold what an operator wrote into a base URL.
-pub(crate) fn request(call: &Call, family: HeaderFamily) -> Span {
+pub(crate) fn request(call: &Call, header: &str) -> Span {
     here(|parent| {
         let method = call.probe.method.as_str();
         tracing::info_span!(
@@ -614,7 +613,7 @@ pub(crate) fn request(call: &Call, family: HeaderFamily) -> Span {
             server.address = call.url.host_str(),
             server.port = call.url.port_or_known_default().map(i64::from),
             byokgate.probe = call.probe.name,
-            byokgate.header = family.as_str(),
+            byokgate.header = header,
             http.response.status_code = Empty,
             error.type = Empty,
         )

@@ -1,16 +1,20 @@
 //! The embedded catalogue as a whole: whom it covers, where each call goes, and what a faulty document is told.
 
-use std::{fs, path::PathBuf};
+use std::{collections::BTreeSet, fs, path::PathBuf};
 use strum::VariantArray;
 
 use byok_gate::{
     core::{
-        catalogue::Catalogue,
+        catalogue::{AcceptsKeysOf, Catalogue},
         classify::{Answer, Classification, classify},
         endpoint::{NoSurface, target},
         registry::{Provider, Registry},
     },
-    domain::{problem::Problems, protocol::HeaderFamily, verdict::Verdict},
+    domain::{
+        problem::Problems,
+        protocol::{HeaderFamily, Protocol, Surface},
+        verdict::Verdict,
+    },
 };
 
 fn fixture(name: &str) -> PathBuf {
@@ -71,8 +75,9 @@ fn every_provider_is_asked_by_a_row_of_its_own_or_says_why_not() {
         match target(provider, &catalogue, "made-up") {
             Ok(target) => {
                 let base = provider.base_url.as_ref().or(catalogue.home(&provider.name)).unwrap();
-                let row =
-                    catalogue.row(&target.endpoint.host, base.path()).unwrap_or_else(|| panic!("no row for {}", provider.name));
+                let row = catalogue
+                    .row(&target.endpoint.host, base.path(), provider.protocol)
+                    .unwrap_or_else(|| panic!("no row for {}", provider.name));
                 assert!(!row.probes.is_empty(), "{} is asked by the default ladder", provider.name);
                 assert!(row.probes.iter().all(|probe| probe.auth.iter().all(|family| HeaderFamily::VARIANTS.contains(family))));
                 assert!(target.calls.iter().all(|call| call.url.host_str() == base.host_str()), "{}", provider.name);
@@ -88,7 +93,7 @@ fn every_row_says_how_well_it_is_known_and_where_from() {
     let (_, catalogue) = embedded();
     for (host, rows) in catalogue.hosts() {
         for row in rows {
-            assert!(row.confidence.is_some() && !row.sources.is_empty(), "{host}");
+            assert!(row.confidence.is_some() && row.since.is_some() && !row.sources.is_empty(), "{host}");
             for probe in &row.probes {
                 assert!(probe.signals.iter().all(|signal| signal.confidence.is_some()), "{host} {}", probe.name);
             }
@@ -119,6 +124,78 @@ fn no_row_takes_a_failure_for_a_yes() {
                 }
             }
         }
+    }
+}
+
+/// A row for a pattern of hosts is a row for each of them, and for no other; a host's own row wins; a row about one API is for that.
+#[test]
+fn patterns_name_hosts_and_nobody_elses() {
+    let document = "catalogue_version: 1\nhosts:\n\
+        \u{20} - {host: \"*.llm.acme.example\", vendor: acme}\n\
+        \u{20} - {host: own.llm.acme.example, vendor: own}\n\
+        \u{20} - {host: \"run-*.acme.example\", vendor: run}\n\
+        \u{20} - {host: \"{eu,us}.acme.example\", vendor: regional}\n\
+        \u{20} - {host: both.acme.example, protocol: anthropic, vendor: messages}\n\
+        \u{20} - {host: both.acme.example, protocol: openai, vendor: chat}\n\
+        \u{20} - {host: half.acme.example, protocol: openai, vendor: half}\n";
+    let catalogue = Catalogue::overlaid("test", document.as_bytes()).unwrap().value;
+    let vendor = |host: &str, protocol| catalogue.row(host, "/v1", protocol).map(|row| row.vendor.clone());
+    for (host, expected) in [
+        ("a.llm.acme.example", Some("acme")),
+        ("own.llm.acme.example", Some("own")),
+        ("llm.acme.example", None),
+        (".llm.acme.example", None),
+        ("a.b.llm.acme.example", None),
+        ("a.llm.acme.example:8443", None),
+        ("a.llm.acme.example.evil.example", None),
+        ("run-1.acme.example", Some("run")),
+        ("run-.acme.example", None),
+        ("eu.acme.example", Some("regional")),
+        ("us.acme.example", Some("regional")),
+        ("ap.acme.example", None),
+        ("both.acme.example", Some("chat")),
+        ("made-up.openai.azure.com", Some("azure")),
+        ("openai.azure.com", None),
+        ("europe-west1-aiplatform.googleapis.com", Some("google")),
+    ] {
+        assert_eq!(vendor(host, Protocol::OpenAi).as_deref(), expected, "{host}");
+    }
+    assert_eq!(vendor("both.acme.example", Protocol::Anthropic).as_deref(), Some("messages"));
+    assert_eq!(vendor("half.acme.example", Protocol::Anthropic), None);
+    for host in ["*.com", "*", "api.*", "a.*.example", "**.acme.example", "a.b*c*d.acme.example"] {
+        let document = format!("catalogue_version: 1\nhosts:\n  - {{host: \"{host}\", vendor: acme}}\n");
+        assert_eq!(problems(&document).len(), 1, "{host}: {:?}", problems(&document));
+    }
+}
+
+/// The embedded catalogue knows the vendors of 2026, free rungs stand before paid ones, and whatever it says of keys of others is of gateways.
+#[test]
+fn the_embedded_catalogue_is_wide_and_cheap() {
+    let (_, catalogue) = embedded();
+    let rows: Vec<_> = catalogue.hosts().flat_map(|(host, rows)| rows.iter().map(move |row| (host, row))).collect();
+    let vendors: BTreeSet<&str> = rows.iter().map(|(_, row)| row.vendor.as_str()).collect();
+    assert!(vendors.len() >= 45, "{}: {vendors:?}", vendors.len());
+    for (host, row) in &rows {
+        let paid: Vec<bool> = row.probes.iter().map(|probe| probe.costs_money).collect();
+        assert!(paid.is_sorted(), "{host}: a probe that costs money stands before a free one");
+        let gateway = row.accepts_keys_of != AcceptsKeysOf::Nobody;
+        assert_eq!(
+            gateway,
+            ["portkey", "cloudflare", "helicone"].contains(&row.vendor.as_str()) && host.contains("gateway")
+                || host.contains("helicone")
+                || *host == "api.portkey.ai",
+            "{host}"
+        );
+    }
+    for surface in [
+        Surface::Models,
+        Surface::KeyInformation,
+        Surface::ChatCompletions,
+        Surface::Responses,
+        Surface::Messages,
+        Surface::GenerateContent,
+    ] {
+        assert!(rows.iter().any(|(_, row)| row.probes.iter().any(|probe| probe.surface == surface)), "{}", surface.as_str());
     }
 }
 

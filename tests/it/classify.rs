@@ -15,13 +15,13 @@ async fn one_answer_by_its_row() {
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");
     assert!(ended.stdout.starts_with("UNEXPECTED_RESPONSE\n"), "{}", ended.stdout);
     for words in
-        ["signals[0] -> RESTRICTED (confidence L)", "a restricted key", "completion: POST /v1/responses, key in authorization"]
+        ["signals[0] -> RESTRICTED (confidence L)", "a restricted key", "responses: POST /v1/responses, key in authorization"]
     {
         assert!(ended.stdout.contains(words), "{}", ended.stdout);
     }
     let ended = run(&[&asked[..], &["--format", "json"]].concat(), &[]).await;
     let answer: Value = serde_json::from_str(&ended.stdout).unwrap();
-    assert_eq!(answer["next"], json!({"probe": "completion", "request": "POST /v1/responses", "header": "authorization"}));
+    assert_eq!(answer["next"], json!({"probe": "responses", "request": "POST /v1/responses", "header": "authorization"}));
     assert_eq!((&answer["asked_by"], &answer["confidence"]), (&json!("row"), &json!("D")));
 }
 
@@ -40,7 +40,7 @@ async fn a_host_without_a_row() {
     );
     let no = classify("401", r#"{"error": "no"}"#).await;
     assert_eq!((&no["verdict"], &no["once_calibrated"]), (&json!("INVALID"), &Value::Null));
-    assert_eq!(no["next"], json!({"probe": "models", "request": "GET /gateway/v1/models", "header": "x-api-key"}));
+    assert_eq!(no["next"], json!({"probe": "models", "request": "GET /gateway/v1/models", "header": "x-api-key, api-key"}));
     let forbidden = classify("403", r#"{"error": {"code": "no"}}"#).await;
     assert_eq!((&forbidden["verdict"], &forbidden["once_calibrated"]), (&json!("FORBIDDEN"), &json!("INVALID")));
     assert_eq!(forbidden["asked_by"], "default");
@@ -57,6 +57,48 @@ async fn headers_count() {
     }
 }
 
+/// An answer that no probe asks for has the shape of its own surface, and the row's words.
+#[tokio::test]
+async fn any_answer_of_a_host() {
+    let classify = async |request: &str, status: &str, body: &str| -> Value {
+        let asked = [
+            "classify",
+            "--host",
+            "api.deepseek.com",
+            "--format",
+            "json",
+            "--request",
+            request,
+            "--status",
+            status,
+            "--body",
+            body,
+        ];
+        let ended = run(&asked, &[]).await;
+        assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+        serde_json::from_str(&ended.stdout).unwrap()
+    };
+    let word = |told: &Value, name: &str| told[name].as_str().unwrap_or_default().to_owned();
+    let told = classify("POST /v1/chat/completions", "401", "{}").await;
+    assert_eq!((word(&told, "asked_by"), word(&told, "verdict")), ("nearest".into(), "INVALID".into()));
+    let told = classify("POST /v1/chat/completions", "200", r#"{"choices": []}"#).await;
+    assert_eq!((word(&told, "reading"), word(&told, "surface")), ("ACCEPTED".into(), "chat-completions".into()));
+    let told = classify("POST /v1/chat/completions", "200", r#"{"is_available": true}"#).await;
+    assert_eq!((word(&told, "reading"), word(&told, "cause")), ("UNEXPECTED_RESPONSE".into(), "WRONG_SHAPE".into()));
+    let told = classify("GET /user/balance", "200", r#"{"is_available": true}"#).await;
+    assert_eq!((word(&told, "asked_by"), word(&told, "verdict")), ("row".into(), "VALID".into()));
+    for (status, body, cause) in [
+        ("404", "{}", "NOT_FOUND"),
+        ("200", "<html>", "PAGE"),
+        ("403", "no", "PLAIN_TEXT"),
+        ("403", "", "EMPTY_BODY"),
+        ("302", "", "REDIRECT"),
+        ("200", r#"{"error": "x"}"#, "ERROR_BESIDE"),
+    ] {
+        assert_eq!(word(&classify("GET /user/balance", status, body).await, "cause"), cause, "{status} {body}");
+    }
+}
+
 /// A row in the making is tried on an answer before anybody is asked by it.
 #[tokio::test]
 async fn a_new_row_is_tried() {
@@ -68,9 +110,13 @@ async fn a_new_row_is_tried() {
     let rows = ["classify", "--probe-catalog", catalogue.to_str().unwrap(), "--host", "llm.acme.example", "--status", "418"];
     let ended = run(&[&rows[..], &["--request", "GET /me"]].concat(), &[]).await;
     assert!(ended.stdout.starts_with("QUOTA_EXHAUSTED\n"), "{ended:?}");
-    let ended = run(&[&rows[..], &["--request", "GET /v1/models"]].concat(), &[]).await;
+    let ended = run(&[&rows[..], &["--request", "PATCH /me"]].concat(), &[]).await;
     assert_eq!(ended.status.code(), Some(2));
-    assert!(ended.stderr.contains("is not asked `GET /v1/models`; it is asked `GET /me`"), "{ended:?}");
+    assert!(ended.stderr.contains("`PATCH` is no method of a probe"), "{ended:?}");
+    // A request of a tenant's own is read by the nearest probe's signals, and said to be so.
+    let ended = run(&[&rows[..], &["--request", "POST /v1/chat/completions"]].concat(), &[]).await;
+    assert!(ended.stdout.starts_with("QUOTA_EXHAUSTED\n"), "{ended:?}");
+    assert!(ended.stdout.contains("read by the nearest probe's signals"), "{ended:?}");
 }
 
 /// A line that cannot be classified is told so, in its place, and the others are answered.

@@ -72,6 +72,7 @@ async fn every_number_moves_and_is_documented() {
     let mut seen = BTreeSet::new();
     for page in [
         a_decision_and_its_repetition().await,
+        a_base_url_that_leads_nowhere().await,
         an_outage().await,
         what_waits_is_seen_waiting().await,
         calls_that_fail().await,
@@ -106,6 +107,8 @@ async fn a_decision_and_its_repetition() -> Scraped {
         "byokgate_calls_failed",
         "byokgate_breaker_state",
         "byokgate_calibration_state",
+        "byokgate_calibration_requests",
+        "byokgate_no_api_at_base_url",
         "byokgate_decide_duration_seconds",
         "byokgate_probe_duration_seconds",
         "byokgate_probes_in_flight",
@@ -159,7 +162,8 @@ async fn a_decision_and_its_repetition() -> Scraped {
     page.is(r#"byokgate_probes_in_flight{provider="acme"}"#, 0.0);
     page.is(r#"byokgate_breaker_state{provider="acme"}"#, 0.0);
     let host = vendor.address;
-    page.is(&format!(r#"byokgate_calibration_state{{provider="acme",host="{host}",probe="models"}}"#), 0.0);
+    page.is(&format!(r#"byokgate_calibration_state{{provider="acme",host="{host}",probe="models",header="bearer"}}"#), 0.0);
+    page.is(r#"byokgate_calibration_requests_total{provider="acme",header="bearer",result="refused"}"#, 1.0);
     page.is("byokgate_decisions_in_flight", 0.0);
     page.is("byokgate_connections_open", 1.0);
     page.is("byokgate_connections_total", 1.0);
@@ -170,6 +174,28 @@ async fn a_decision_and_its_repetition() -> Scraped {
     for own in ["start_time_seconds", "resident_memory_bytes", "open_fds", "max_fds", "cpu_seconds_total"] {
         assert!(page.get(&format!("process_{own}")).unwrap() > 0.0, "{own}");
     }
+    page
+}
+
+/// Every path of a vendor is a page: said so as long as it is so.
+async fn a_base_url_that_leads_nowhere() -> Scraped {
+    let page =
+        Row { headers: [("content-type".into(), "text/html".into())].into(), body: "<html>app</html>".into(), ..Row::default() };
+    let vendor = Vendor::start(vec![page]).await;
+    let shown = Shown::start(settings(), &files(vendor.address.port(), None)).await;
+    let mut request = decide("made-up-key");
+    let spec = request.workspace_spec.as_mut().unwrap();
+    spec.model = "loose/m".into();
+    spec.credentials[0].env_name = "LOOSE_API_KEY".into();
+    assert!(is_allow(&client(shown.edge.plain().await).decide(request).await.unwrap().into_inner()));
+    let page = shown.scrape().await;
+    page.is(&format!(r#"byokgate_no_api_at_base_url{{provider="loose",host="{}"}}"#, vendor.address), 1.0);
+    page.is(r#"byokgate_calibration_requests_total{provider="loose",header="bearer",result="refused_oddly"}"#, 2.0);
+    let at = |probe: &str| {
+        format!(r#"byokgate_calibration_state{{provider="loose",host="{}",probe="{probe}",header="bearer"}}"#, vendor.address)
+    };
+    page.is(&at("models"), 3.0);
+    page.is(&at("completion"), 3.0);
     page
 }
 

@@ -7,10 +7,13 @@ use std::{collections::BTreeMap, env, sync::Arc, time::Duration};
 
 use byok_gate::{
     core::{
+        classify::{Answer, Calibration},
         endpoint::Target,
         engine::{Engine, LivenessSource, Observed},
         evaluate::{LivenessQuery, Next, evaluate},
+        look::Look,
         snapshot::Snapshot,
+        taught::RequestFacts,
     },
     domain::{
         request::Request,
@@ -273,6 +276,101 @@ impl Model {
                 .is_some_and(|at| self.now - at <= HARD_MAXIMUM.min(wanted) && memory.refused.is_none_or(|refused| refused < at));
         assert_eq!(self.got.insert(caller, Got { verdict, served_from, earlier_valid }), None);
     }
+}
+
+// === what an endpoint has taught ===
+
+/// One thing that happens to the facts of one request, at a second.
+#[derive(Debug, Clone)]
+enum Taught {
+    /// A made-up key for this model got: 0 a 401, 1 a 404, 2 a "yes", 3 a 503, 4 nothing.
+    MadeUp(&'static str, u8),
+    Accepted(&'static str),
+}
+
+const GOOD_FOR: u64 = 6 * 3600;
+
+fn taught_look(status: u16) -> Look {
+    Look::of(Answer { status, body: b"no", truncated: false, page: false, retry_after: None }, "")
+}
+
+/// What is known of it then, from all that happened and nothing else.
+fn taught_by(log: &[(u64, Taught)], model: &str, now: u64) -> Calibration {
+    let auth = |kind: u8| kind == 0;
+    let mut standing: Vec<(u64, &str, u8)> = Vec::new();
+    let (mut misses, mut untold, mut back_off_until) = (0_u32, None, 0);
+    for (at, event) in log {
+        match event {
+            Taught::MadeUp(model, kind @ 0..=2) => {
+                standing.retain(|(since, other, _)| other != model && at < &(since + GOOD_FOR));
+                standing.push((*at, model, *kind));
+                (misses, untold) = (0, None);
+            }
+            Taught::MadeUp(_, kind) => {
+                back_off_until = at + (60 << misses.min(20)).min(3600);
+                misses += 1;
+                untold = Some((*kind == 3).then_some(503));
+            }
+            Taught::Accepted(_) => {}
+        }
+    }
+    let found = standing.iter().find(|(at, of, kind)| now < at + GOOD_FOR && (*of == model || *kind != 1));
+    match (found, untold) {
+        (Some((_, _, 2)), _) => Calibration::AcceptsAnyone,
+        (Some((at, of, kind)), _) => {
+            let contrasts = |(accepted_at, event): &(u64, Taught)| match event {
+                Taught::Accepted(model) => accepted_at.abs_diff(*at) <= 600 && (model == of || auth(*kind)),
+                Taught::MadeUp(..) => false,
+            };
+            let status = if auth(*kind) { 401 } else { 404 };
+            Calibration::Refuses { look: taught_look(status), in_words: auth(*kind), in_contrast: log.iter().any(contrasts) }
+        }
+        (None, Some(status)) if now < back_off_until => Calibration::Untold(status),
+        (None, _) => Calibration::NotAsked,
+    }
+}
+
+/// What an endpoint has taught is what a model of it says that keeps every event and forgets nothing by itself.
+#[test]
+fn what_an_endpoint_taught_is_what_its_model_says() {
+    let mut met: BTreeMap<String, u32> = BTreeMap::new();
+    for seed in 0..SCHEDULES {
+        let random = &mut StdRng::seed_from_u64(seed);
+        let (mut facts, mut log, mut now) = (RequestFacts::default(), Vec::new(), 0);
+        for _ in 0..random.random_range(1..20) {
+            now += *[1, 30, 61, 300, 601, 3_000, 10_000, 22_000].choose(random).unwrap();
+            let model = *["", "m", "n"].choose(random).unwrap();
+            let at = Duration::from_secs(now);
+            if random.random_bool(0.4) {
+                facts.take_acceptance(model, at);
+                log.push((now, Taught::Accepted(model)));
+            } else {
+                let kind = random.random_range(0..5);
+                let refuses = |status, in_words| Calibration::Refuses { look: taught_look(status), in_words, in_contrast: false };
+                let calibration = match kind {
+                    0 => refuses(401, true),
+                    1 => refuses(404, false),
+                    2 => Calibration::AcceptsAnyone,
+                    3 => Calibration::Untold(Some(503)),
+                    _ => Calibration::Untold(None),
+                };
+                facts.take_answer(model, calibration, at, Duration::from_secs(GOOD_FOR), 1.0);
+                log.push((now, Taught::MadeUp(model, kind)));
+            }
+            let later = now + *[0, 10, 100, 700, 20_000].choose(random).unwrap();
+            for model in ["", "m", "n"] {
+                let expected = taught_by(&log, model, later);
+                let found = facts.calibration(model, Duration::from_secs(later));
+                assert_eq!(found, expected, "seed {seed}, at {later}, `{model}`: {log:#?}");
+                let word = format!("{found:?}").chars().take_while(|c| c.is_alphanumeric()).collect::<String>();
+                let contrast = matches!(found, Calibration::Refuses { in_contrast: true, .. });
+                *met.entry(format!("{word} {contrast}")).or_default() += 1;
+                // Nobody is asked about what is known, or too soon after what told nothing.
+                assert!(!facts.is_due(model, Duration::from_secs(later)) || found == Calibration::NotAsked);
+            }
+        }
+    }
+    assert!(met.len() == 5 && met.values().all(|count| *count > 100), "{met:?}");
 }
 
 // === the real thing ===

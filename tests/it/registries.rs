@@ -10,7 +10,10 @@ use std::{
 
 use byok_gate::{
     core::{catalogue::Catalogue, registry::Registry},
-    domain::problem::{Loaded, Problem},
+    domain::{
+        problem::{Loaded, Problem},
+        protocol::Protocol,
+    },
 };
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -210,7 +213,7 @@ fn the_documentations_examples_load() {
     assert_eq!(told(&loaded.warnings), "line 3: providers: none is named `platform`: nothing can be billed to the platform\n");
     let row = block("liveness.md", "   ");
     let loaded = Catalogue::overlaid("test", row.trim_start().as_bytes()).unwrap();
-    assert!(loaded.value.row("api.acme.example", "/v1").is_some() && loaded.warnings.is_empty());
+    assert!(loaded.value.row("api.acme.example", "/v1", Protocol::OpenAi).is_some() && loaded.warnings.is_empty());
 }
 
 mod any_bytes {

@@ -1,21 +1,27 @@
 //! From the schema's words to a `Catalogue`: every rule, and every problem at once.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
     time::Duration,
 };
 
+use strum::VariantArray;
 use url::Url;
 
 use super::{
-    BodyTest, Catalogue, Confidence, HostRow, KeyKind, KeyShape, Probe, Signal, SignalOutcome, Unprobed, UnprobedReason,
-    file::{CatalogueFile, HostFile, KeyShapeFile, OneOrMany, ProbeFile, SignalFile, UnprobedFile},
+    AcceptsKeysOf, BodyTest, Catalogue, CommonCodes, Confidence, Expected, HostRow, KeyKind, KeyShape, Kind, Probe, Signal,
+    SignalOutcome, Unprobed, UnprobedReason,
+    file::{
+        CatalogueFile, CodesFile, CommonCodesFile, ExpectFile, HostFile, KeyShapeFile, OneOrMany, ProbeFile, SignalFile,
+        UnprobedFile,
+    },
 };
 use crate::{
     core::yaml,
     domain::{
         problem::{Loaded, Problem, Problems},
-        protocol::{HeaderFamily, Method, PLATFORM, Protocol},
+        protocol::{HeaderFamily, Method, PLATFORM, Protocol, Surface},
         verdict::Verdict,
     },
 };
@@ -44,7 +50,16 @@ const RESERVED_HEADERS: [&str; 9] = [
 pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, Problems> {
     let failed = |list| Problems { document: document.to_owned(), list: yaml::located(bytes, list) };
     let Loaded { value: file, warnings } = yaml::parse::<CatalogueFile>(bytes).map_err(|problem| failed(vec![problem]))?;
-    let CatalogueFile { catalogue_version, hosts: host_files, key_shapes, base_url_env, unprobed, defaults } = file;
+    let CatalogueFile {
+        catalogue_version,
+        hosts: host_files,
+        key_shapes,
+        base_url_env,
+        unprobed,
+        common_codes,
+        free_models,
+        defaults,
+    } = file;
     let mut problems = Vec::new();
     if catalogue_version != Some(CATALOGUE_VERSION) {
         let found = catalogue_version.map_or_else(|| "nothing".to_owned(), |version| version.to_string());
@@ -55,13 +70,17 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
     for (index, mut host) in host_files.unwrap_or_default().into_iter().enumerate() {
         let place = format!("hosts[{index}]");
         check_home(&mut host, &place, &mut homes, &mut problems);
-        if let Some((name, row)) = check_host(host, &place, &mut problems) {
-            let rows = hosts.entry(name.clone()).or_default();
-            if rows.iter().any(|other| other.path_prefix == row.path_prefix) {
-                problems.push(Problem::at(&place, format!("host `{name}` with path_prefix `{}` stands twice", row.path_prefix)));
+        if let Some((names, row)) = check_host(host, &place, &mut problems) {
+            for name in names {
+                let rows = hosts.entry(name.clone()).or_default();
+                if rows.iter().any(|other| other.path_prefix == row.path_prefix && other.protocol == row.protocol) {
+                    let message = format!("host `{name}` with path_prefix `{}` stands twice", row.path_prefix);
+                    problems.push(Problem::at(&place, message));
+                }
+                rows.push(row.clone());
+                // A row about one API before one about both.
+                rows.sort_by_key(|row| (std::cmp::Reverse(row.path_prefix.len()), row.protocol.is_none()));
             }
-            rows.push(row);
-            rows.sort_by_key(|row| std::cmp::Reverse(row.path_prefix.len()));
         }
     }
     let unprobed = check_unprobed(unprobed.unwrap_or_default(), &homes, &mut problems);
@@ -81,6 +100,10 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
                 .push(Problem::at(format!("base_url_env.{name}"), format!("must be `anthropic` or `openai`, found `{other}`"))),
         }
     }
+    let common_codes = check_common_codes(common_codes.unwrap_or_default(), &mut problems);
+    if free_models.iter().flatten().any(|end| end.trim().is_empty()) {
+        problems.push(Problem::at("free_models", "holds a blank, which every model ends in"));
+    }
     let defaults = defaults.unwrap_or_default();
     let openai = check_probes(defaults.openai, "defaults.openai", &mut problems);
     let anthropic = check_probes(defaults.anthropic, "defaults.anthropic", &mut problems);
@@ -88,8 +111,47 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
         return Err(failed(problems));
     }
     let revision = blake3::hash(bytes).to_hex().chars().take(16).collect();
-    let value = Catalogue { revision, hosts, homes, unprobed, key_shapes, base_url_env: surfaces, openai, anthropic };
+    let common_codes = Arc::new(common_codes);
+    let free_models = free_models.unwrap_or_default().into();
+    let base_url_env = surfaces;
+    let mut value =
+        Catalogue { revision, hosts, homes, unprobed, key_shapes, base_url_env, common_codes, free_models, openai, anthropic };
+    value.share_codes();
     Ok(Loaded { value, warnings })
+}
+
+fn check_common_codes(file: CommonCodesFile, problems: &mut Vec<Problem>) -> CommonCodes {
+    let fingerprint = *blake3::hash(&serde_json::to_vec(&file).unwrap_or_default()).as_bytes();
+    let CommonCodesFile { paths, codes: files } = file;
+    let mut codes: HashMap<String, Vec<(Vec<u16>, SignalOutcome)>> = HashMap::new();
+    for (index, CodesFile { status, codes: names, verdict }) in files.unwrap_or_default().into_iter().enumerate() {
+        let place = format!("common_codes.codes[{index}]");
+        let statuses = status.unwrap_or_default();
+        if let Some(status) = statuses.iter().find(|status| !(200..500).contains(*status)) {
+            problems.push(Problem::at(format!("{place}.status"), format!("status {status} is not one of 200 to 499")));
+        }
+        let outcome = match check_outcome(&verdict) {
+            Ok(SignalOutcome::Accepted) => {
+                problems.push(Problem::at(format!("{place}.verdict"), "a code is never a `yes`"));
+                continue;
+            }
+            Ok(outcome) => outcome,
+            Err(message) => {
+                problems.push(Problem::at(format!("{place}.verdict"), message));
+                continue;
+            }
+        };
+        for name in names {
+            let meanings = codes.entry(name.to_ascii_lowercase()).or_default();
+            let taken =
+                meanings.iter().any(|(other, _)| other.is_empty() || other.iter().any(|status| statuses.contains(status)));
+            if taken {
+                problems.push(Problem::at(&place, format!("`{name}` has a meaning already")));
+            }
+            meanings.push((statuses.clone(), outcome));
+        }
+    }
+    CommonCodes { paths: paths.unwrap_or_default(), codes, fingerprint }
 }
 
 /// Takes out of a host's row the providers that it gives a home.
@@ -108,6 +170,10 @@ fn check_home(file: &mut HostFile, place: &str, homes: &mut BTreeMap<String, Url
         problems.push(Problem::at(format!("{place}.base_path"), format!("`{base_path}` must be a plain path such as `/api/v1`")));
         return;
     }
+    if file.host.contains(['*', '{']) {
+        problems.push(Problem::at(format!("{place}.providers"), "goes with one host; a pattern is no address"));
+        return;
+    }
     let Ok(home) = Url::parse(&format!("https://{}{base_path}", file.host)) else {
         return; // the host is at fault, and is reported as such
     };
@@ -121,12 +187,16 @@ fn check_home(file: &mut HostFile, place: &str, homes: &mut BTreeMap<String, Url
     }
 }
 
-fn check_host(file: HostFile, place: &str, problems: &mut Vec<Problem>) -> Option<(String, HostRow)> {
+/// The hosts that a row is for, and the row.
+fn check_host(file: HostFile, place: &str, problems: &mut Vec<Problem>) -> Option<(Vec<String>, HostRow)> {
     let before = problems.len();
     let HostFile {
         host,
         path_prefix,
+        protocol,
         vendor,
+        accepts_keys_of,
+        since,
         siblings,
         strip_model_prefixes,
         providers: _,
@@ -136,13 +206,47 @@ fn check_host(file: HostFile, place: &str, problems: &mut Vec<Problem>) -> Optio
         sources,
         note,
     } = file;
-    let name = host.to_ascii_lowercase();
-    if !is_host(&name) {
-        problems.push(Problem::at(
-            format!("{place}.host"),
-            format!("`{host}` must be a host, with `:PORT` if that is not the scheme's own; no scheme, no path"),
-        ));
+    let names = spelled_out(&host.to_ascii_lowercase());
+    for name in &names {
+        if !is_host(&name.replace('*', "x")) {
+            problems.push(Problem::at(
+                format!("{place}.host"),
+                format!("`{host}` must be a host, with `:PORT` if that is not the scheme's own; no scheme, no path"),
+            ));
+        } else if !is_narrow(name) {
+            problems.push(Problem::at(
+                format!("{place}.host"),
+                format!("`{host}`: a `*` stands for a part of one label, once in it, and never for one of the last two"),
+            ));
+        }
     }
+    let protocol = match protocol.as_deref() {
+        None => None,
+        Some("openai") => Some(Protocol::OpenAi),
+        Some("anthropic") => Some(Protocol::Anthropic),
+        Some(other) => {
+            problems.push(Problem::at(format!("{place}.protocol"), format!("must be `openai` or `anthropic`, found `{other}`")));
+            None
+        }
+    };
+    let accepts_keys_of = match accepts_keys_of.map(OneOrMany::into_vec) {
+        None => AcceptsKeysOf::Nobody,
+        Some(words) if words == ["any"] => AcceptsKeysOf::Any,
+        Some(vendors) => {
+            if vendors.is_empty() || vendors.iter().any(|vendor| vendor.trim().is_empty() || vendor == "any") {
+                let message = "must be `any`, or the names of vendors whose keys the host takes beside its own";
+                problems.push(Problem::at(format!("{place}.accepts_keys_of"), message));
+            }
+            AcceptsKeysOf::Vendors(vendors)
+        }
+    };
+    let since = since.and_then(|text| {
+        let date = text.parse().ok();
+        if date.is_none() {
+            problems.push(Problem::at(format!("{place}.since"), format!("`{text}` must be a date such as 2026-11-26")));
+        }
+        date
+    });
     if vendor.trim().is_empty() {
         problems.push(Problem::at(format!("{place}.vendor"), "is required: whose host this is"));
     }
@@ -164,15 +268,37 @@ fn check_host(file: HostFile, place: &str, problems: &mut Vec<Problem>) -> Optio
     let probes = check_probes(probes, &format!("{place}.probes"), problems);
     let row = HostRow {
         path_prefix,
+        protocol,
         vendor,
         siblings,
+        accepts_keys_of,
         strip_model_prefixes: strip_model_prefixes.unwrap_or_default(),
         probes,
         confidence,
+        since,
         sources,
         note: note.filter(|note| !note.trim().is_empty()),
+        is_overlaid: false,
     };
-    (problems.len() == before).then_some((name, row))
+    (problems.len() == before).then_some((names, row))
+}
+
+/// Every host that `{a,b}.example.com` stands for.
+fn spelled_out(host: &str) -> Vec<String> {
+    let parts = host.split_once('{').and_then(|(before, rest)| Some((before, rest.split_once('}')?)));
+    match parts {
+        None => vec![host.to_owned()],
+        Some((before, (choices, behind))) => {
+            choices.split(',').flat_map(|choice| spelled_out(&format!("{before}{choice}{behind}"))).collect()
+        }
+    }
+}
+
+/// A pattern of hosts that one vendor has: the last two labels stand as they are.
+fn is_narrow(pattern: &str) -> bool {
+    let labels: Vec<&str> = pattern.split('.').collect();
+    let last_two = labels.len().saturating_sub(2);
+    labels.iter().enumerate().all(|(index, label)| label.matches('*').count() <= usize::from(index < last_two))
 }
 
 /// A host as a row's key: lower case, with a port where that is not the scheme's own.
@@ -294,10 +420,15 @@ pub(crate) fn check_probe(file: ProbeFile, place: &str) -> Result<Probe, Vec<Pro
     if file.budget_ms.is_some_and(|budget| budget == 0 || budget > MAX_BUDGET_MS) {
         problem("budget_ms", format!("must be 1 to {MAX_BUDGET_MS}"));
     }
-    let expect = file.expect.unwrap_or_default();
-    if expect.is_empty() || expect.iter().any(|path| path.trim().is_empty()) {
-        problem("expect", "is required: JSON paths of which a good answer has one; a bare 2xx proves nothing".into());
-    }
+    let expect = check_expect(file.expect, &mut problem);
+    let surface = match file.surface.as_deref() {
+        None => Surface::of_path(&file.path),
+        Some(word) => word.parse().unwrap_or_else(|_| {
+            let known: Vec<&str> = Surface::VARIANTS.iter().map(|surface| surface.as_str()).collect();
+            problem("surface", format!("`{word}` is none of {}", known.join(", ")));
+            Surface::KeyInformation
+        }),
+    };
     let mut signals: Vec<(usize, Signal)> = Vec::new();
     for (index, signal) in file.signals.unwrap_or_default().into_iter().enumerate() {
         match check_signal(signal) {
@@ -324,10 +455,34 @@ pub(crate) fn check_probe(file: ProbeFile, place: &str) -> Result<Probe, Vec<Pro
         budget: file.budget_ms.map(Duration::from_millis),
         costs_money: file.costs_money.unwrap_or(false),
         refuses_bad_keys: file.refuses_bad_keys.unwrap_or(false),
+        surface,
         expect,
         signals: signals.into_iter().map(|(_, signal)| signal).collect(),
+        common: Arc::default(),
         fingerprint,
     })
+}
+
+fn check_expect(file: Option<ExpectFile>, problem: &mut dyn FnMut(&str, String)) -> Vec<Expected> {
+    let pairs: Vec<(String, String)> = match file {
+        None => Vec::new(),
+        Some(ExpectFile::Paths(paths)) => paths.into_iter().map(|path| (path, "any".to_owned())).collect(),
+        Some(ExpectFile::Kinds(kinds)) => kinds.into_iter().collect(),
+    };
+    if pairs.is_empty() || pairs.iter().any(|(path, _)| path.trim().is_empty()) {
+        problem("expect", "is required: JSON paths of which a good answer has one; a bare 2xx proves nothing".into());
+    }
+    let mut expect = Vec::new();
+    for (path, word) in pairs {
+        match word.parse::<Kind>() {
+            Ok(kind) => expect.push(Expected { path, kind }),
+            Err(_) => {
+                let known: Vec<&str> = Kind::VARIANTS.iter().map(|kind| (*kind).into()).collect();
+                problem("expect", format!("`{path}: {word}` is none of {}", known.join(", ")));
+            }
+        }
+    }
+    expect
 }
 
 fn check_auth(words: Vec<String>, problem: &mut dyn FnMut(&str, String)) -> Vec<HeaderFamily> {
@@ -357,7 +512,7 @@ fn misspelt_placeholder(body: &serde_json::Value) -> Option<&str> {
 }
 
 fn check_signal(file: SignalFile) -> Result<Signal, String> {
-    let SignalFile { status, contains, lacks, path, equals, one_of, at_most, verdict, confidence, note } = file;
+    let SignalFile { status, contains, lacks, path, equals, one_of, at_most, verdict, page, stop, confidence, note } = file;
     let outcome = check_outcome(&verdict)?;
     let statuses = status.unwrap_or_default();
     if let Some(status) = statuses.iter().find(|status| !(200..=599).contains(*status)) {
@@ -397,8 +552,13 @@ fn check_signal(file: SignalFile) -> Result<Signal, String> {
     if says_yes && (!positive || statuses.is_empty() || statuses.iter().any(|status| *status >= 500)) {
         return Err("ACCEPTED needs statuses below 500 and a test of what the body says".into());
     }
+    let page = page.unwrap_or(false);
+    if page && says_yes {
+        return Err("ACCEPTED does not go with `page`: a page for people is never a `yes`".into());
+    }
+    let stop = stop.unwrap_or(false);
     let confidence = confidence.map(|word| check_confidence(&word)).transpose()?;
-    Ok(Signal { statuses, tests, outcome, confidence, note })
+    Ok(Signal { statuses, tests, outcome, page, stop, confidence, note })
 }
 
 fn check_outcome(word: &str) -> Result<SignalOutcome, String> {

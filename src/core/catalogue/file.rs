@@ -19,7 +19,31 @@ pub(crate) struct CatalogueFile {
     #[serde(default, deserialize_with = "yaml::unique_keys")]
     pub(super) unprobed: Option<BTreeMap<String, UnprobedFile>>,
     #[serde(default)]
+    pub(super) common_codes: Option<CommonCodesFile>,
+    #[serde(default)]
+    pub(super) free_models: Option<Vec<String>>,
+    #[serde(default)]
     pub(super) defaults: Option<DefaultsFile>,
+}
+
+/// Codes that many servers share.
+#[derive(Debug, Default, Deserialize, serde::Serialize)]
+pub(crate) struct CommonCodesFile {
+    #[serde(default)]
+    pub(super) paths: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) codes: Option<Vec<CodesFile>>,
+}
+
+/// Codes with one meaning.
+#[derive(Debug, Default, Deserialize, serde::Serialize)]
+pub(crate) struct CodesFile {
+    #[serde(default)]
+    pub(super) status: Option<Vec<u16>>,
+    #[serde(default)]
+    pub(super) codes: Vec<String>,
+    #[serde(default)]
+    pub(super) verdict: String,
 }
 
 /// The ladders for hosts without a row.
@@ -39,7 +63,13 @@ pub(crate) struct HostFile {
     #[serde(default)]
     pub(super) path_prefix: Option<String>,
     #[serde(default)]
+    pub(super) protocol: Option<String>,
+    #[serde(default)]
     pub(super) vendor: String,
+    #[serde(default)]
+    pub(super) accepts_keys_of: Option<OneOrMany<String>>,
+    #[serde(default)]
+    pub(super) since: Option<String>,
     #[serde(default)]
     pub(super) siblings: Option<Vec<String>>,
     #[serde(default)]
@@ -102,7 +132,9 @@ pub(crate) struct ProbeFile {
     #[serde(default)]
     pub(super) refuses_bad_keys: Option<bool>,
     #[serde(default)]
-    pub(super) expect: Option<Vec<String>>,
+    pub(super) surface: Option<String>,
+    #[serde(default)]
+    pub(super) expect: Option<ExpectFile>,
     #[serde(default)]
     pub(super) signals: Option<Vec<SignalFile>>,
 }
@@ -126,11 +158,25 @@ pub(crate) struct SignalFile {
     pub(super) at_most: Option<f64>,
     #[serde(default)]
     pub(super) verdict: String,
+    #[serde(default)]
+    pub(super) page: Option<bool>,
+    #[serde(default)]
+    pub(super) stop: Option<bool>,
     // What is known of a row changes nothing of what it does, so it takes no part in the fingerprint.
     #[serde(default, skip_serializing)]
     pub(super) confidence: Option<String>,
     #[serde(default, skip_serializing)]
     pub(super) note: Option<String>,
+}
+
+/// Paths with the kind of value that is there, or without.
+#[derive(Debug, Clone, Deserialize, serde::Serialize)]
+#[serde(untagged)]
+pub(crate) enum ExpectFile {
+    /// Any value but null.
+    Paths(Vec<String>),
+    /// Of this kind.
+    Kinds(BTreeMap<String, String>),
 }
 
 /// One value, or a list of them.

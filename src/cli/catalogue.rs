@@ -1,0 +1,185 @@
+//! `byok-gate catalogue verify`: do endpoints still refuse made-up keys as the catalogue says? For a weekly job from the operator's own network,
+//! with no key at all.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+use url::Url;
+
+use super::{
+    args::{EngineArgs, ProbeArgs},
+    exit::{Exit, Format, UsageError, print},
+};
+use crate::{
+    app,
+    core::{
+        catalogue::Catalogue,
+        classify::{Calibration, Classification, ProbeResponse, calibrated},
+        endpoint::{self, Call},
+        registry::Registry,
+    },
+    domain::protocol::HeaderFamily,
+};
+
+/// The model of requests that name one, where no runtime lists any for the provider.
+const SOME_MODEL: &str = "made-up-model";
+
+#[derive(Debug, Args)]
+pub(super) struct CatalogueArgs {
+    #[command(subcommand)]
+    command: CatalogueCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum CatalogueCommand {
+    /// Ask every endpoint once in each header with a made-up key, slowly, and tell which do not refuse it as the catalogue says.
+    Verify(VerifyArgs),
+}
+
+/// Exits 0 where all is as the catalogue says, 12 where something is not. What could not be reached tells nothing.
+#[derive(Debug, Args)]
+struct VerifyArgs {
+    /// This provider of the registry alone.
+    #[arg(long, value_name = "NAME")]
+    provider: Option<String>,
+    /// Seconds between two requests.
+    #[arg(long, default_value_t = 2.0)]
+    pause: f64,
+    /// How the answer is written.
+    #[arg(long, value_enum, default_value_t = Format::Text)]
+    format: Format,
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    probe: ProbeArgs,
+}
+
+/// One request to be made.
+struct Asked {
+    host: String,
+    key_prefix: Option<String>,
+    call: Call,
+    family: HeaderFamily,
+}
+
+pub(super) async fn run(args: CatalogueArgs) -> anyhow::Result<Exit> {
+    let CatalogueCommand::Verify(VerifyArgs { provider, pause, format, engine, probe }) = args.command;
+    let pause =
+        Duration::try_from_secs_f64(pause).map_err(|_| UsageError(format!("--pause {pause}: a number of seconds, 0 or more")))?;
+    let mut setup = engine.load(probe)?;
+    let (registry, catalogue) = (&setup.snapshot.registry, &setup.snapshot.catalogue);
+    let asked = match &provider {
+        Some(name) if !registry.providers().iter().any(|provider| provider.name == *name) => {
+            return Err(UsageError(format!("--provider {name}: the registry has no such provider")).into());
+        }
+        _ => asked(registry, catalogue, provider.as_deref()),
+    };
+    // What is asked here is asked once, and remembered by nobody.
+    setup.settings.probe.calibrate = false;
+    let prober = app::prober(&setup.settings, setup.probe_ca)?;
+    let (mut rows, mut drifted) = (Vec::new(), 0_usize);
+    for (index, Asked { host, key_prefix, call, family }) in asked.iter().enumerate() {
+        if index > 0 {
+            tokio::time::sleep(pause).await;
+        }
+        let response = prober.control(call, &[*family], key_prefix.as_deref()).await;
+        let (result, status, code) = told(&response);
+        let drift = call.probe.refuses_bad_keys && matches!(result, "ACCEPTED" | "REFUSED_ODDLY");
+        drifted += usize::from(drift);
+        let row = json!({
+            "host": host,
+            "probe": call.probe.name,
+            "request": format!("{} {}", call.probe.method.as_str(), call.url.path()),
+            "header": family.as_str(),
+            "documented": call.probe.refuses_bad_keys,
+            "result": result,
+            "status": status,
+            "code": code,
+            "drift": drift,
+        });
+        if format == Format::Text {
+            print(&text(&row))?;
+        }
+        rows.push(row);
+    }
+    match format {
+        Format::Json => {
+            let whole = json!({"asked": rows.len(), "drifted": drifted, "endpoints": rows});
+            print(&format!("{}\n", serde_json::to_string_pretty(&whole)?))?;
+        }
+        Format::Text => print(&format!("{} requests, {drifted} not as the catalogue says\n", rows.len()))?,
+    }
+    Ok(if drifted == 0 { Exit::Ok } else { Exit::Drift })
+}
+
+/// Every endpoint once in each of its headers: those of the registry's providers, and of the rows that no provider is at.
+fn asked(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> Vec<Asked> {
+    let mut found = Vec::new();
+    let mut seen = BTreeSet::new();
+    let mut add = |host: &str, key_prefix: Option<&str>, call: Call| {
+        for family in call.probe.auth.clone() {
+            if seen.insert((call.url.to_string(), call.probe.method.as_str(), family)) {
+                let key_prefix = key_prefix.map(str::to_owned);
+                found.push(Asked { host: host.to_owned(), key_prefix, call: call.clone(), family });
+            }
+        }
+    };
+    for provider in registry.providers().iter().filter(|provider| only.is_none_or(|only| provider.name == only)) {
+        let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);
+        let mut listed = arms.filter(|arm| registry.provider(arm).name == provider.name).flat_map(|arm| &arm.models);
+        let model = listed.next().map_or(SOME_MODEL, String::as_str);
+        let Ok(target) = endpoint::target(provider, catalogue, model) else { continue };
+        for call in target.calls {
+            add(&target.endpoint.host, target.endpoint.key_prefix.as_deref(), call);
+        }
+    }
+    if only.is_some() {
+        return found;
+    }
+    for (host, rows) in catalogue.hosts() {
+        for row in rows {
+            // A pattern is no address, and a path below an unknown base URL leads nowhere.
+            let Ok(base) = Url::parse(&format!("https://{host}{}", row.path_prefix)) else { continue };
+            for probe in row.probes.iter().filter(|probe| probe.path.starts_with('/') && !host.contains('*')) {
+                if let Some(call) = endpoint::call(&base, probe, SOME_MODEL, false, None) {
+                    add(host, catalogue.key_prefix_of(&row.vendor), call);
+                }
+            }
+        }
+    }
+    found
+}
+
+fn told(response: &ProbeResponse) -> (&'static str, Option<u16>, Option<&str>) {
+    let ProbeResponse::Answer { reading, look, .. } = response else { return ("NO_ANSWER", None, None) };
+    let code = Some(look.code.as_str()).filter(|code| !code.is_empty());
+    let result = match calibrated(reading, look) {
+        Calibration::Refuses { in_words: true, .. } => "REFUSED",
+        // A 403 of its own, or "alive" by a row: a refusal, in words that are not those of a dead key.
+        Calibration::Refuses { .. } if matches!(reading.classification, Classification::Forbidden(_)) => "REFUSED",
+        Calibration::Refuses { .. } => "REFUSED_ODDLY",
+        Calibration::AcceptsAnyone => "ACCEPTED",
+        Calibration::Untold(_) | Calibration::NotAsked => "UNTOLD",
+    };
+    (result, Some(look.status), code)
+}
+
+fn text(row: &Value) -> String {
+    let of = |name: &str| row[name].as_str().map_or_else(|| row[name].to_string(), str::to_owned);
+    let says = if row["drift"] == true { "DRIFT" } else { "ok   " };
+    let documented = if row["documented"] == true { "documented to refuse" } else { "calibrated" };
+    let answer = match (&row["status"], &row["code"]) {
+        (Value::Null, _) => String::new(),
+        (status, Value::Null) => format!(" HTTP {status}"),
+        (status, _) => format!(" HTTP {status} {}", of("code")),
+    };
+    format!(
+        "{says} {} `{}` {} ({}): {}{answer}, {documented}\n",
+        of("host"),
+        of("probe"),
+        of("request"),
+        of("header"),
+        of("result")
+    )
+}

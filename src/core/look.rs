@@ -1,0 +1,149 @@
+//! What an answer looks like, so that two of them can be compared: is this what a made-up key gets?
+//!
+//! Two answers look alike if their status, the kind of their body and their error code are the same, and of their words no more than one in
+//! eight differs. What differs from answer to answer by nature is taken out before: words with a digit (ids, times, counts), words
+//! without end, keys that are echoed whole or masked.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+
+use super::answer::{Answer, Body};
+
+/// So much of a body is looked at.
+const MAX_BYTES: usize = 16 * 1024;
+/// So many words are compared.
+const MAX_WORDS: usize = 256;
+/// Of so many words one may differ.
+const ONE_IN: usize = 8;
+/// A longer word is an id, a token, or a key.
+const MAX_WORD: usize = 32;
+/// A shorter key, or part of one, is a word by chance.
+const MIN_ECHO: usize = 8;
+
+/// What an answer looks like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Look {
+    /// Its status.
+    pub status: u16,
+    /// The kind of its body.
+    pub body: Body,
+    /// Its error code, if it has one.
+    pub code: String,
+    /// The hashes of its words, sorted.
+    words: Vec<u64>,
+}
+
+impl Look {
+    /// What this answer to a request with this credential looks like.
+    pub fn of(answer: Answer<'_>, credential: &str) -> Self {
+        let (body, code) = answer.body_and_code();
+        let text = String::from_utf8_lossy(answer.body.get(..MAX_BYTES).unwrap_or(answer.body)).to_lowercase();
+        let credential = credential.to_lowercase();
+        let words = text.split(|c: char| c.is_whitespace() || "\"'`{}[]()<>,:;=&".contains(c));
+        let words = words.map(|word| word.trim_matches(|c: char| ".!?/".contains(c))).filter(|word| !word.is_empty());
+        let mut words: Vec<u64> =
+            words.take(MAX_WORDS).map(|word| hash(if varies(word, &credential) { "#" } else { word })).collect();
+        words.sort_unstable();
+        Self { status: answer.status, body, code, words }
+    }
+
+    /// About the same answer.
+    pub fn is_like(&self, other: &Self) -> bool {
+        let same = self.status == other.status && self.body == other.body && self.code == other.code;
+        same && self.differing_words(other) <= self.words.len().max(other.words.len()) / ONE_IN
+    }
+
+    fn differing_words(&self, other: &Self) -> usize {
+        let (mut one, mut two) = (self.words.iter().peekable(), other.words.iter().peekable());
+        let (mut only_one, mut only_two) = (0, 0);
+        loop {
+            match (one.peek(), two.peek()) {
+                (Some(left), Some(right)) if left == right => {
+                    one.next();
+                    two.next();
+                }
+                (Some(left), Some(right)) if left < right => {
+                    one.next();
+                    only_one += 1;
+                }
+                (_, Some(_)) => {
+                    two.next();
+                    only_two += 1;
+                }
+                (Some(_), None) => {
+                    one.next();
+                    only_one += 1;
+                }
+                (None, None) => return only_one.max(only_two),
+            }
+        }
+    }
+}
+
+/// It is another one in each answer.
+fn varies(word: &str, credential: &str) -> bool {
+    let masked = word.contains("**") || word.contains("...") || word.contains('…');
+    let echoed =
+        credential.len() >= MIN_ECHO && (word.contains(credential) || word.len() >= MIN_ECHO && credential.contains(word));
+    masked || echoed || word.len() > MAX_WORD || word.bytes().any(|byte| byte.is_ascii_digit())
+}
+
+fn hash(word: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    word.hash(&mut hasher);
+    hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn look(status: u16, body: &str, page: bool, key: &str) -> Look {
+        Look::of(Answer { status, body: body.as_bytes(), truncated: false, page, retry_after: None }, key)
+    }
+
+    #[track_caller]
+    fn alike(expected: bool, one: (u16, &str, &str), two: (u16, &str, &str)) {
+        let (one, two) = (look(one.0, one.1, false, one.2), look(two.0, two.1, false, two.2));
+        assert_eq!((one.is_like(&two), two.is_like(&one)), (expected, expected), "{one:?} {two:?}");
+    }
+
+    #[test]
+    fn what_varies_by_nature_makes_no_difference() {
+        alike(true, (401, "", "made-up-key-one"), (401, "  ", "made-up-key-two"));
+        alike(
+            true,
+            (401, "Unauthorized (req_9f3a1c, 12:07:44)", "made-up-key-one"),
+            (401, "Unauthorized (req_0b77de, 12:08:01)", "made-up-key-two"),
+        );
+        alike(true, (401, "key tenant-one is unknown", "tenant-one"), (401, "key sk-made-up is unknown", "sk-made-up"));
+        let masked =
+            |tail: &str| format!(r#"{{"error":{{"message":"Incorrect API key provided: sk-ab***{tail}.","code":"x"}}}}"#);
+        alike(true, (401, &masked("wxyz"), "made-up-key-one"), (401, &masked("qrst"), "made-up-key-two"));
+        let with_id =
+            |id: &str| format!(r#"{{"type":"error","error":{{"type":"x","message":"no such key"}},"request_id":"{id}"}}"#);
+        alike(true, (400, &with_id("reqabcdefgh"), "made-up-key-one"), (400, &with_id("reqijklmnop"), "made-up-key-two"));
+    }
+
+    #[test]
+    fn another_answer_is_another() {
+        alike(false, (401, "APIKEY is invalid", "made-up-key-one"), (401, "APIKEY is missing", "made-up-key-two"));
+        alike(false, (401, "no", "made-up-key-one"), (403, "no", "made-up-key-two"));
+        alike(false, (401, "no", "made-up-key-one"), (401, "", "made-up-key-two"));
+        alike(
+            false,
+            (401, r#"{"error":{"code":"a"}}"#, "made-up-key-one"),
+            (401, r#"{"error":{"code":"b"}}"#, "made-up-key-two"),
+        );
+        alike(
+            false,
+            (200, r#"{"code":500,"data":null}"#, "made-up-key-one"),
+            (200, r#"{"code":401,"data":null}"#, "made-up-key-two"),
+        );
+        alike(false, (401, r#""unauthorized""#, "made-up-key-one"), (401, "unauthorized", "made-up-key-two"));
+        let (page, text) =
+            (look(401, "unauthorized", true, "made-up-key-one"), look(401, "unauthorized", false, "made-up-key-one"));
+        assert!(!page.is_like(&text), "a page is not a text of the same words");
+        let (login, block) = ("<html>please sign in to go on</html>", "<html>this site is blocked by policy</html>");
+        alike(false, (200, login, "made-up-key-one"), (200, block, "made-up-key-two"));
+    }
+}

@@ -1,0 +1,316 @@
+//! The owner of what endpoints have taught: how they refuse a made-up key, whether they accept anybody, in which headers, and which requests
+//! lead nowhere. Shared by every probe, bounded, and forgotten after hours. A made-up key is asked about once per request and header in that
+//! time, one at a time, and never on a caller's time alone.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use rand::{Rng, distr::Alphanumeric};
+use tokio::time::Instant;
+use tracing::Instrument;
+
+use super::{Exchange, Http};
+use crate::{
+    core::{
+        classify::{Calibration, Finding, calibrated, read},
+        endpoint::{Call, Endpoint, Target},
+        look::Look,
+        probe_plan::Lesson,
+        taught::{EndpointFacts, RequestFacts},
+    },
+    domain::{protocol::HeaderFamily, secret::Secret, verdict::Cause},
+    liveness::single_flight::{FlightEnd, InFlight, Join, SingleFlight, Start, wait},
+    telemetry::{
+        metrics::{Counter, Measured, PROVIDER, Page},
+        traces,
+    },
+};
+
+/// How long what was taught is good for, jittered downwards: endpoints change rarely, and every check is a refused request.
+const GOOD_FOR: Duration = Duration::from_secs(6 * 3600);
+/// How long a path that is not there stays unasked: lists are added one day.
+const ABSENT_FOR: Duration = Duration::from_secs(3600);
+/// The time for one made-up request. Nobody waits for longer than their own budget.
+pub(super) const BUDGET: Duration = Duration::from_secs(10);
+/// How many requests and endpoints are remembered: far more than any catalogue has.
+const MAX_ENTRIES: u64 = 10_000;
+/// How many made-up keys may be under way at a time.
+const MAX_FLIGHTS: usize = 64;
+/// The random part of a made-up key.
+const RANDOM_CHARACTERS: usize = 48;
+/// How a key begins where the catalogue does not know.
+const USUAL_PREFIX: &str = "sk-";
+
+type Key = [u8; 32];
+
+/// What is known of endpoints.
+#[derive(Clone)]
+pub(super) struct Endpoints {
+    http: Arc<Http>,
+    since: Instant,
+    requests: moka::sync::Cache<Key, Arc<Mutex<RequestFacts>>>,
+    bases: moka::sync::Cache<Key, Arc<Mutex<BaseFacts>>>,
+    absent: moka::sync::Cache<Key, ()>,
+    flights: Arc<SingleFlight<Key, Calibration>>,
+    shown: Arc<Mutex<Shown>>,
+}
+
+/// What a base URL taught, and until when it is good.
+#[derive(Debug, Clone)]
+struct BaseFacts {
+    facts: EndpointFacts,
+    until: Instant,
+}
+
+/// What the page of numbers shows, under names of the loaded documents, so there are few.
+#[derive(Debug, Default)]
+struct Shown {
+    /// By provider, host, probe and header.
+    states: BTreeMap<[String; 4], u64>,
+    /// By provider, header and result.
+    sent: BTreeMap<[String; 3], Counter>,
+    /// By provider and host: whether there is no API at the base URL.
+    no_api: BTreeMap<[String; 2], bool>,
+}
+
+/// One that is known or under way.
+pub(super) enum Asked {
+    Known(Calibration),
+    UnderWay(InFlight<Calibration>),
+}
+
+// === impl Endpoints ===
+
+impl Endpoints {
+    pub(super) fn new(http: Arc<Http>) -> Self {
+        let bounded = || moka::sync::Cache::builder().max_capacity(MAX_ENTRIES);
+        Self {
+            http,
+            since: Instant::now(),
+            requests: bounded().time_to_idle(2 * GOOD_FOR).build(),
+            bases: moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).build(),
+            absent: moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(ABSENT_FOR).build(),
+            flights: SingleFlight::new(MAX_FLIGHTS),
+            shown: Arc::default(),
+        }
+    }
+
+    /// In which headers this endpoint takes a credential, as far as it has taught.
+    pub(super) fn facts_of(&self, endpoint: &Endpoint) -> EndpointFacts {
+        let known = self.bases.get(&endpoint.base_identity);
+        known
+            .map(|known| lock(&known).clone())
+            .filter(|known| Instant::now() < known.until)
+            .map_or_else(EndpointFacts::default, |known| known.facts)
+    }
+
+    /// This request tells nothing of a key: anybody is accepted, or it is not there.
+    pub(super) fn is_pointless(&self, call: &Call, family: HeaderFamily) -> bool {
+        self.absent.contains_key(&call.request) || self.known(call, &[family]) == Calibration::AcceptsAnyone
+    }
+
+    /// Takes in what a probe has learnt.
+    pub(super) fn learn(&self, endpoint: &Endpoint, lessons: Vec<Lesson>) {
+        for lesson in lessons {
+            match lesson {
+                Lesson::Absent(request) => self.absent.insert(request, ()),
+                Lesson::Family { right, wrong } => {
+                    let now = Instant::now();
+                    let fresh = || BaseFacts { facts: EndpointFacts::default(), until: now + GOOD_FOR.mul_f64(jitter()) };
+                    let known = self.bases.get_with(endpoint.base_identity, || Arc::new(Mutex::new(fresh())));
+                    let mut known = lock(&known);
+                    if known.until <= now {
+                        *known = fresh();
+                    }
+                    known.facts.take_family(right, &wrong);
+                }
+            }
+        }
+    }
+
+    /// What a probe came to, for the page of numbers.
+    pub(super) fn show(&self, endpoint: &Endpoint, finding: &Finding) {
+        let missing = finding.cause == Some(Cause::NoApiAtBaseUrl);
+        let name = [endpoint.provider.clone(), endpoint.host.clone()];
+        let mut shown = lock(&self.shown);
+        // What never was so is absent.
+        if missing || finding.status.is_some() && shown.no_api.contains_key(&name) {
+            bounded(&mut shown.no_api);
+            shown.no_api.insert(name, missing);
+        }
+    }
+
+    /// A real key was accepted there.
+    pub(super) fn accepted(&self, call: &Call, families: &[HeaderFamily]) {
+        lock(&self.request(call, families)).take_acceptance(&call.model, self.since.elapsed());
+    }
+
+    /// What was learnt in several headers at once holds for the one of them that was the right one.
+    pub(super) fn single_out(&self, call: &Call, families: &[HeaderFamily], right: HeaderFamily) {
+        let known = lock(&self.request(call, families)).clone();
+        self.requests.insert(key(call, &[right]), Arc::new(Mutex::new(known)));
+    }
+
+    /// Asks with a made-up key in these headers, or without any where there are none, unless the answer is known or under way.
+    pub(super) fn begin(&self, call: &Call, families: &[HeaderFamily], target: &Target) -> Asked {
+        let key = key(call, families);
+        let facts = self.request(call, families);
+        let launch = |_| {
+            let (known, due) = {
+                let (facts, now) = (lock(&facts), self.since.elapsed());
+                (facts.calibration(&call.model, now), facts.is_due(&call.model, now))
+            };
+            if due {
+                Start::Run(self.fly(call, families, target, Arc::clone(&facts)).instrument(traces::calibrate(target)))
+            } else {
+                Start::<_, Infallible, _>::Known(known)
+            }
+        };
+        match self.flights.join(key, launch) {
+            Join::Known(known) => Asked::Known(known),
+            Join::InFlight(flight) => Asked::UnderWay(flight),
+            Join::Full => Asked::Known(Calibration::NotAsked),
+        }
+    }
+
+    /// What is known without asking.
+    fn known(&self, call: &Call, families: &[HeaderFamily]) -> Calibration {
+        let facts = self.requests.get(&key(call, families));
+        facts.map_or(Calibration::NotAsked, |facts| lock(&facts).calibration(&call.model, self.since.elapsed()))
+    }
+
+    fn request(&self, call: &Call, families: &[HeaderFamily]) -> Arc<Mutex<RequestFacts>> {
+        self.requests.get_with(key(call, families), Arc::default)
+    }
+
+    fn fly(
+        &self,
+        call: &Call,
+        families: &[HeaderFamily],
+        target: &Target,
+        facts: Arc<Mutex<RequestFacts>>,
+    ) -> impl Future<Output = Calibration> + Send + use<> {
+        let (endpoints, call, families) = (self.clone(), call.clone(), families.to_vec());
+        let (provider, host) = (target.endpoint.provider.clone(), target.endpoint.host.clone());
+        let made_up = made_up_key(target.endpoint.key_prefix.as_deref());
+        async move {
+            let exchange = endpoints.http.exchange(&call, &families, &made_up, Instant::now() + BUDGET).await;
+            let told = match exchange {
+                Exchange::Answered(response) => {
+                    let (reading, look) = (read(response.facts(), &call.probe), Look::of(response.facts(), made_up.expose()));
+                    // What nobody's request gets is told apart by its look alone.
+                    let seen = |look| Calibration::Refuses { look, in_words: false, in_contrast: false };
+                    if families.is_empty() { seen(look) } else { calibrated(&reading, &look) }
+                }
+                Exchange::TimedOut | Exchange::Unreachable(_) => Calibration::Untold(None),
+            };
+            traces::calibrated(&told);
+            if !families.is_empty() {
+                endpoints.count([provider, host, call.probe.name.clone(), header_of(&families)], &told);
+            }
+            let (mut facts, now) = (lock(&facts), endpoints.since.elapsed());
+            facts.take_answer(&call.model, told, now, GOOD_FOR, jitter());
+            facts.calibration(&call.model, now)
+        }
+    }
+
+    fn count(&self, name: [String; 4], told: &Calibration) {
+        let (number, result) = match told {
+            Calibration::Refuses { in_words: true, .. } => (0, "refused"),
+            Calibration::Untold(_) | Calibration::NotAsked => (1, "untold"),
+            Calibration::AcceptsAnyone => (2, "accepted"),
+            Calibration::Refuses { in_words: false, .. } => (3, "refused_oddly"),
+        };
+        let mut shown = lock(&self.shown);
+        let [provider, _, _, header] = &name;
+        bounded(&mut shown.sent);
+        shown.sent.entry([provider.clone(), header.clone(), result.to_owned()]).or_default().one();
+        bounded(&mut shown.states);
+        shown.states.insert(name, number);
+    }
+}
+
+impl Measured for Endpoints {
+    fn tell(&self, page: &mut Page) {
+        let shown = lock(&self.shown);
+        let mut states = page.gauge(
+            "byokgate_calibration_state",
+            "What a made-up key got: 0 refused, 1 nothing that tells, 2 accepted, so that a yes proves nothing, 3 refused in no known words",
+        );
+        for ([provider, host, probe, header], number) in &shown.states {
+            states.add(&[(PROVIDER, provider), ("host", host), ("probe", probe), ("header", header)], *number);
+        }
+        let mut sent = page.counter("byokgate_calibration_requests", "Made-up keys that were sent, by what they got");
+        for ([provider, header, result], count) in &shown.sent {
+            sent.add(&[(PROVIDER, provider), ("header", header), ("result", result)], count);
+        }
+        let mut no_api = page
+            .gauge("byokgate_no_api_at_base_url", "1 where everybody gets a page or no such path, so that the base URL is wrong");
+        for ([provider, host], missing) in &shown.no_api {
+            no_api.add(&[(PROVIDER, provider), ("host", host)], u64::from(*missing));
+        }
+    }
+}
+
+/// Names of documents that are no longer loaded are forgotten together.
+fn bounded<K: Ord, V>(map: &mut BTreeMap<K, V>) {
+    if map.len() as u64 >= MAX_ENTRIES {
+        map.clear();
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic elsewhere cannot leave it half-changed: what changes it cannot panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn jitter() -> f64 {
+    rand::rng().random_range(0.8..=1.0)
+}
+
+/// The header or headers of a request, as numbers and traces name them.
+pub(super) fn header_of(families: &[HeaderFamily]) -> String {
+    if families.is_empty() { "none".into() } else { families.iter().map(|family| family.as_str()).collect::<Vec<_>>().join("+") }
+}
+
+fn key(call: &Call, families: &[HeaderFamily]) -> Key {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&call.request);
+    for family in families {
+        hasher.update(family.as_str().as_bytes()).update(b" ");
+    }
+    *hasher.finalize().as_bytes()
+}
+
+// === impl Asked ===
+
+impl Asked {
+    /// What it came to by the deadline.
+    pub(super) async fn by(self, deadline: Instant) -> Calibration {
+        match self {
+            Self::Known(calibration) => calibration,
+            Self::UnderWay(flight) => match wait(flight, deadline).await {
+                FlightEnd::Completed(known) => known,
+                FlightEnd::TimedOut { .. } | FlightEnd::Lost => Calibration::Untold(None),
+            },
+        }
+    }
+
+    /// What is known without waiting.
+    pub(super) fn so_far(self) -> Calibration {
+        match self {
+            Self::Known(calibration) => calibration,
+            Self::UnderWay(_) => Calibration::Untold(None),
+        }
+    }
+}
+
+/// A key of the vendor's shape that nobody issued.
+pub(super) fn made_up_key(prefix: Option<&str>) -> Secret {
+    let random = rand::rng().sample_iter(Alphanumeric).take(RANDOM_CHARACTERS).map(char::from);
+    Secret::new(prefix.unwrap_or(USUAL_PREFIX).chars().chain(random).collect())
+}

@@ -1,0 +1,332 @@
+//! Servers that nobody wrote a row for, each with its own way to refuse: the real engine, prober and memory against real sockets.
+//!
+//! `tests/fixtures/dialects.yaml` says how each server answers and what a decision must make of it. `BYOK_GATE_DIALECTS=FILE` runs another file of the
+//! same form; `BYOK_GATE_CALLS=1` prints what each verdict cost the server in calls.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    env, fs,
+    net::SocketAddr,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use byok_gate::{
+    core::engine::{Decided, Engine},
+    grpc::convert::{self, pb},
+};
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use serde::Deserialize;
+use tokio::{net::TcpListener, task::JoinSet, time::Instant};
+
+use crate::support::{case::Spec, gate::Files};
+
+const PATIENCE: Duration = Duration::from_secs(8);
+/// How many dialects run at a time: they wait for timers more than for a core.
+const AT_ONCE: usize = 8;
+
+#[derive(Debug, Deserialize)]
+struct File {
+    dialects: Vec<Dialect>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Dialect {
+    name: String,
+    #[serde(default = "openai")]
+    protocol: String,
+    header: Vec<String>,
+    #[serde(default)]
+    list: Option<Answers>,
+    #[serde(default)]
+    completion: Option<Answers>,
+    expect: Expect,
+    #[serde(default)]
+    warm: bool,
+    #[serde(default)]
+    cause: Option<String>,
+    #[serde(default)]
+    header_is_wrong: bool,
+}
+
+fn openai() -> String {
+    "openai".into()
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Expect {
+    good: String,
+    bad: String,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct Answers {
+    good: Answer,
+    bad: Answer,
+    none: Answer,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+enum Answer {
+    Ok(String),
+    Plain(u16, String, String),
+    More(u16, String, String, More),
+}
+
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct More {
+    headers: BTreeMap<String, String>,
+    delay_ms: u64,
+}
+
+/// What the server saw of keys: the tenant's own, made-up ones, none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Calls {
+    own: usize,
+    made_up: usize,
+    keyless: usize,
+}
+
+struct Server {
+    address: SocketAddr,
+    calls: Arc<Mutex<Calls>>,
+    _tasks: JoinSet<()>,
+}
+
+struct State {
+    dialect: Dialect,
+    calls: Arc<Mutex<Calls>>,
+    now: AtomicU64,
+}
+
+impl Server {
+    async fn start(dialect: Dialect) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let calls = Arc::new(Mutex::new(Calls::default()));
+        let state = Arc::new(State { dialect, calls: Arc::clone(&calls), now: AtomicU64::new(100_000) });
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async move {
+            let mut connections = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let state = Arc::clone(&state);
+                connections.spawn(async move {
+                    let service = hyper::service::service_fn(|request| answer(request, Arc::clone(&state)));
+                    drop(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await);
+                });
+            }
+        });
+        Self { address, calls, _tasks: tasks }
+    }
+
+    /// The calls since the last look, once those on their way have come.
+    async fn calls(&self) -> Calls {
+        let mut before = *self.calls.lock().unwrap();
+        // A made-up key is asked beside the real one, and nobody waits for its answer where it is not needed.
+        loop {
+            tokio::time::sleep(Duration::from_millis(60)).await;
+            let now = *self.calls.lock().unwrap();
+            if now == before {
+                return std::mem::take(&mut self.calls.lock().unwrap());
+            }
+            before = now;
+        }
+    }
+}
+
+fn key_in<'h>(headers: &'h HeaderMap, family: &str) -> Option<&'h str> {
+    let value = match family {
+        "bearer" => headers.get("authorization")?.to_str().ok()?.strip_prefix("Bearer ")?,
+        name => headers.get(name)?.to_str().ok()?,
+    };
+    Some(value).filter(|value| !value.is_empty())
+}
+
+async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Response<Full<Bytes>>, Infallible> {
+    let State { dialect, calls, now } = &*state;
+    let families = ["bearer", "x-api-key", "api-key", "x-goog-api-key"];
+    let any = families.iter().find_map(|family| key_in(request.headers(), family));
+    {
+        let mut calls = calls.lock().unwrap();
+        match any {
+            None => calls.keyless += 1,
+            Some(key) if key.starts_with("tenant-") => calls.own += 1,
+            Some(_) => calls.made_up += 1,
+        }
+    }
+    let key = dialect.header.iter().find_map(|family| key_in(request.headers(), family));
+    let chat = if dialect.protocol == "openai" { "/v1/chat/completions" } else { "/v1/messages" };
+    let (answers, good) = match (request.method().as_str(), request.uri().path()) {
+        ("GET", "/v1/models") => (&dialect.list, r#"{"object":"list","data":[{"id":"m-1","object":"model"}]}"#),
+        ("POST", path) if path == chat && dialect.protocol == "openai" => {
+            (&dialect.completion, r#"{"id":"c-1","choices":[{"index":0,"message":{"role":"assistant","content":"."}}]}"#)
+        }
+        ("POST", path) if path == chat => (&dialect.completion, r#"{"type":"message","content":[{"type":"text","text":"."}]}"#),
+        _ => (&None, ""),
+    };
+    let missing = Answer::Plain(404, "json".into(), r#"{"error":{"message":"no such route"}}"#.into());
+    let answer = match (answers, key) {
+        (None, _) => missing,
+        (Some(answers), None) => answers.none.clone(),
+        (Some(answers), Some(key)) if key.starts_with("tenant-good") => answers.good.clone(),
+        (Some(answers), Some(_)) => answers.bad.clone(),
+    };
+    let (status, kind, body, More { headers, delay_ms }) = match answer {
+        Answer::Ok(word) => {
+            assert_eq!(word, "OK");
+            (200, "json".to_owned(), good.to_owned(), More::default())
+        }
+        Answer::Plain(status, kind, body) => (status, kind, body, More::default()),
+        Answer::More(status, kind, body, more) => (status, kind, body, more),
+    };
+    tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+    let id = format!("req_{:016x}", rand::random::<u64>());
+    let now = now.fetch_add(7_919, Ordering::SeqCst).to_string();
+    let body = body.replace("{key}", key.unwrap_or("-")).replace("{id}", &id).replace("{now}", &now);
+    let kind = match kind.as_str() {
+        "json" => "application/json",
+        "text" => "text/plain; charset=utf-8",
+        "html" => "text/html; charset=utf-8",
+        "xml" => "application/xml",
+        "none" => "",
+        other => other,
+    };
+    let mut response = Response::builder().status(status);
+    if !kind.is_empty() {
+        response = response.header("content-type", kind);
+    }
+    for (name, value) in &headers {
+        response = response.header(name, value);
+    }
+    Ok(response.body(Full::from(body)).unwrap())
+}
+
+/// A gate before this server, as a long-running one is.
+fn gate(dialect: &Dialect, server: &Server) -> (Files, Arc<Engine>) {
+    let base = match dialect.protocol.as_str() {
+        "openai" => format!("base_url_template: \"http://{}/v1\"", server.address),
+        _ => format!("base_url_anthropic: \"http://{}\"", server.address),
+    };
+    let registry = format!(
+        "schema_version: 1\nproviders:\n  - {{name: house, display_name: House, protocol: {}, auth_mode: third_party_anthropic_compat, \
+         {base}, auth_env: [HOUSE_KEY], model_prefix_match: '^house'}}\nruntimes:\n  agent:\n    providers:\n      - {{name: house}}\n",
+        dialect.protocol
+    );
+    let files = Files::new(&registry, "catalogue_version: 1\n", None);
+    let engine = files.engine();
+    (files, engine)
+}
+
+async fn decide(engine: &Engine, key: &str, organization: &str) -> Decided {
+    let spec = Spec {
+        model: "house-large".into(),
+        workspace: BTreeMap::from([("HOUSE_KEY".into(), Some(key.into()))]),
+        organization_id: organization.into(),
+        ..Spec::default()
+    };
+    let message = pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: 1, explain: true, ..Default::default() };
+    engine.decide(&convert::request(message).unwrap(), Instant::now() + PATIENCE).await
+}
+
+fn verdict(decided: &Decided) -> String {
+    decided.decision.liveness.as_ref().unwrap().verdict.as_str().to_owned()
+}
+
+fn said(decided: &Decided) -> String {
+    let steps = decided.decision.trace.iter().filter(|step| step.step == "liveness");
+    steps.map(|step| step.detail.clone()).collect::<Vec<_>>().join("; ")
+}
+
+/// What one dialect came to: its faults, and what each verdict cost.
+async fn run(dialect: Dialect) -> (Vec<String>, String) {
+    let mut faults = Vec::new();
+    let Expect { good, bad } = dialect.expect.clone();
+    let mut check = |what: &str, decided: &Decided, wanted: &[&str]| {
+        let found = verdict(decided);
+        if !wanted.contains(&found.as_str()) {
+            faults.push(format!("{}, {what}: {found}, expected {}: {}", dialect.name, wanted.join(" or "), said(decided)));
+        }
+    };
+    let mut costs = BTreeMap::new();
+    // Good key first: cold, again, another tenant's bad key, and a second bad one.
+    {
+        let server = Server::start(dialect.clone()).await;
+        let (_files, engine) = gate(&dialect, &server);
+        let first = decide(&engine, "tenant-good-1", "org-1").await;
+        check("a good key, cold", &first, &[&good]);
+        if dialect.header_is_wrong && !said(&first).contains("another header") {
+            check(&format!("no word of the wrong header in `{}`", said(&first)), &first, &[]);
+        }
+        costs.insert("cold good", server.calls().await);
+        check("a good key, again", &decide(&engine, "tenant-good-1", "org-1").await, &[&good]);
+        check("a good key, from a neighbour", &decide(&engine, "tenant-good-1", "org-2").await, &[&good]);
+        server.calls().await;
+        let refused = decide(&engine, "tenant-bad-1", "org-3").await;
+        check("a bad key after a good one", &refused, &[&bad]);
+        if let Some(cause) = &dialect.cause
+            && !said(&refused).contains(cause)
+        {
+            check(&format!("no word of {cause} in `{}`", said(&refused)), &refused, &[]);
+        }
+        costs.insert("warm bad", server.calls().await);
+        check("a second good key", &decide(&engine, "tenant-good-2", "org-4").await, &[&good]);
+        costs.insert("warm good", server.calls().await);
+    }
+    // Bad key first.
+    {
+        let server = Server::start(dialect.clone()).await;
+        let (_files, engine) = gate(&dialect, &server);
+        let cold: &[&str] = if dialect.warm { &["UNEXPECTED_RESPONSE", "NOT_CALIBRATED"] } else { &[&bad] };
+        check("a bad key, cold", &decide(&engine, "tenant-bad-1", "org-1").await, cold);
+        costs.insert("cold bad", server.calls().await);
+        check("a bad key, again", &decide(&engine, "tenant-bad-1", "org-1").await, cold);
+        check("a bad key, from a neighbour", &decide(&engine, "tenant-bad-2", "org-2").await, cold);
+        check("a good key after bad ones", &decide(&engine, "tenant-good-1", "org-3").await, &[&good]);
+        check("a bad key after all", &decide(&engine, "tenant-bad-3", "org-4").await, &[&bad]);
+    }
+    let cell = |what: &str| {
+        let Calls { own, made_up, keyless } = costs[what];
+        format!("{own}+{made_up}+{keyless}")
+    };
+    let cells: Vec<String> = ["cold good", "cold bad", "warm good", "warm bad"].map(cell).to_vec();
+    (faults, format!("| {} | {} |", dialect.name, cells.join(" | ")))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_dialect_is_read_right() {
+    let own = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/dialects.yaml").to_owned();
+    let file = env::var("BYOK_GATE_DIALECTS").unwrap_or(own);
+    let File { dialects } = serde_yaml::from_str(&fs::read_to_string(file).unwrap()).unwrap();
+    let (mut faults, mut costs) = (Vec::new(), Vec::new());
+    let mut running = JoinSet::new();
+    for dialect in dialects {
+        if running.len() >= AT_ONCE {
+            let (fault, cost) = running.join_next().await.unwrap().unwrap();
+            faults.extend(fault);
+            costs.push(cost);
+        }
+        running.spawn(run(dialect));
+    }
+    while let Some(ended) = running.join_next().await {
+        let (fault, cost) = ended.unwrap();
+        faults.extend(fault);
+        costs.push(cost);
+    }
+    costs.sort();
+    if env::var_os("BYOK_GATE_CALLS").is_some() {
+        println!("| dialect | cold good | cold bad | warm good | warm bad |\n|---|---|---|---|---|\n{}", costs.join("\n"));
+    }
+    faults.sort();
+    assert!(faults.is_empty(), "{} of {} dialects:\n{}", faults.len(), costs.len(), faults.join("\n"));
+}

@@ -1,0 +1,112 @@
+//! What finds a wrong base URL, a row that nobody is asked by, and a vendor that has changed: `check`, `check --probe`, `catalogue verify`.
+
+use serde_json::{Value, json};
+
+use crate::support::{
+    binary::{Ended, run},
+    case,
+    gate::Files,
+    vendor::{Row, Vendor},
+};
+
+fn row(path: &str, status: u16, body: &str) -> Row {
+    Row { path: Some(path.into()), status: Some(status), body: body.into(), ..Row::default() }
+}
+
+async fn ask(files: &Files, arguments: &[&str]) -> Ended {
+    let flags = files.flags();
+    run(&[arguments, &flags.iter().map(String::as_str).collect::<Vec<_>>()].concat(), &[]).await
+}
+
+/// Each provider is asked once, without a key; a page on every path is a wrong base URL.
+#[tokio::test]
+async fn check_probe_finds_a_base_url_without_an_api() {
+    let refused = r#"{"error": {"code": "missing"}}"#;
+    let vendor = Vendor::start(vec![
+        row("/acme/v1/models", 401, refused),
+        row("/beta/v1/models", 401, refused),
+        Row { headers: [("content-type".into(), "text/html".into())].into(), body: "<html>app</html>".into(), ..Row::default() },
+    ])
+    .await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let files = Files::new(&registry, &catalogue, None);
+    let ended = ask(&files, &["check", "--probe"]).await;
+    assert_eq!(ended.status.code(), Some(3), "{ended:?}");
+    for words in [
+        "asked: provider `acme` at 127.0.0.1",
+        "HTTP 401",
+        "providers.loose: 127.0.0.1",
+        "no API at this base URL",
+        "warning: ",
+        "providers.gone: 127.0.0.1:1: could not be reached from here",
+    ] {
+        assert!(ended.stdout.contains(words), "{words} in {}", ended.stdout);
+    }
+    assert!(vendor.asked().iter().all(|asked| asked.keys().is_empty()), "a key was sent: {:?}", vendor.asked());
+    let of = |path: &str| vendor.asked().iter().filter(|asked| asked.path.starts_with(path)).count();
+    assert_eq!((of("/acme"), of("/beta"), of("/loose")), (1, 1, 2));
+}
+
+#[tokio::test]
+async fn check_tells_of_rows_that_nobody_is_asked_by_and_that_have_grown_old() {
+    let (registry, catalogue) = case::documents(4343);
+    let more = "  - {host: llm.nowhere.example, vendor: nobody}\n  - {host: 127.0.0.1, vendor: portless}\n  - {host: \"127.0.0.1:1\", vendor: gone, since: 2019-01-01}\nkey_shapes:";
+    let files = Files::new(&registry, &catalogue.replacen("key_shapes:", more, 1), None);
+    let ended = ask(&files, &["check"]).await;
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+    for words in [
+        "hosts.llm.nowhere.example: matches no provider of the registry: nobody is asked by this row",
+        "is dialled at `127.0.0.1:4343`; write the port with the host",
+        "hosts.127.0.0.1:1: its facts are of 2019-01-01",
+    ] {
+        assert!(ended.stdout.contains(words), "{words} in {}", ended.stdout);
+    }
+    assert_eq!(ended.stdout.matches("matches no provider").count(), 2, "{}", ended.stdout);
+    assert_eq!(ask(&files, &["check", "--strict"]).await.status.code(), Some(3));
+    // Growing old is no mistake of a document.
+    let aged = catalogue.replacen("key_shapes:", "  - {host: \"127.0.0.1:1\", vendor: gone, since: 2019-01-01}\nkey_shapes:", 1);
+    let ended = ask(&Files::new(&registry, &aged, None), &["check", "--strict"]).await;
+    let line = ended.stdout.lines().find(|line| line.contains("hosts.127.0.0.1:1")).unwrap();
+    assert!(line.starts_with("warning: "), "{ended:?}");
+}
+
+/// One made-up key for each endpoint and header; what is documented to refuse it and does not is drift.
+#[tokio::test]
+async fn verify_finds_drift_with_made_up_keys_alone() {
+    let refused = r#"{"error": {"code": "invalid_api_key"}}"#;
+    let good = vec![
+        row("/acme/v1/models", 401, refused),
+        row("/acme/v1/chat/completions", 401, refused),
+        row("/beta/v1/models", 401, refused),
+    ];
+    let lost = vec![
+        row("/acme/v1/models", 200, r#"{"data": []}"#),
+        row("/acme/v1/chat/completions", 400, r#"{"error": {"code": "x"}}"#),
+    ];
+    for (rows, code, results) in [(good, 0, ["REFUSED", "REFUSED"]), (lost, 12, ["ACCEPTED", "REFUSED_ODDLY"])] {
+        let vendor = Vendor::start(rows).await;
+        let (registry, catalogue) = case::documents(vendor.address.port());
+        let files = Files::new(&registry, &catalogue, None);
+        let verify = ["catalogue", "verify", "--provider", "acme", "--pause", "0", "--format", "json"];
+        let ended = ask(&files, &verify).await;
+        assert_eq!(ended.status.code(), Some(code), "{ended:?}");
+        let told: Value = serde_json::from_str(&ended.stdout).unwrap();
+        let found: Vec<&str> = told["endpoints"].as_array().unwrap().iter().map(|row| row["result"].as_str().unwrap()).collect();
+        assert_eq!(found, results);
+        assert_eq!(told["drifted"], json!(if code == 0 { 0 } else { 2 }));
+        // The acme vendor's own shape.
+        assert!(
+            vendor.asked().iter().all(|asked| asked.keys().iter().all(|key| key.starts_with("acme-key-"))),
+            "{:?}",
+            vendor.asked()
+        );
+        assert_eq!(vendor.asked().len(), 2);
+    }
+    let (registry, catalogue) = case::documents(1);
+    let files = Files::new(&registry, &catalogue, None);
+    assert_eq!(ask(&files, &["catalogue", "verify", "--provider", "nobody"]).await.status.code(), Some(2));
+    // What cannot be reached tells nothing.
+    let ended = ask(&files, &["catalogue", "verify", "--provider", "gone", "--pause", "0"]).await;
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+    assert!(ended.stdout.contains("NO_ANSWER"), "{ended:?}");
+}

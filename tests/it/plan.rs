@@ -1,0 +1,316 @@
+//! The plan of a probe without a network: what is asked, in which order and header, and what is known in the end.
+
+use std::sync::Arc;
+
+use HeaderFamily::{ApiKey, Bearer, XApiKey};
+use byok_gate::{
+    core::{
+        catalogue::Catalogue,
+        classify::{Answer, Calibration, Finding, ProbeResponse, calibrated, read},
+        endpoint::{Call, Endpoint, Preference, Target, target},
+        look::Look,
+        probe_plan::{Client, Lesson, Next, ProbePlan},
+        registry::Registry,
+        taught::EndpointFacts,
+    },
+    domain::{
+        protocol::{HeaderFamily, Surface},
+        verdict::{Cause, MadeUpKey, Unreached, Verdict},
+    },
+};
+
+const LIST: (u16, &str) = (200, r#"{"data":[{"id":"m"}]}"#);
+const CHAT: (u16, &str) = (200, r#"{"choices":[]}"#);
+const RESPONSE: (u16, &str) = (200, r#"{"output":[]}"#);
+const DEAD: (u16, &str) = (401, r#"{"error":{"code":"invalid_api_key"}}"#);
+const SCOPE: (u16, &str) = (403, r#"{"error":{"code":"missing_scope"}}"#);
+const SCOPES_IN_WORDS: (u16, &str) = (401, r#"{"error":{"message":"Missing scopes: x"}}"#);
+const PAGE: (u16, &str) = (200, "<html>app</html>");
+/// Nothing comes.
+const SILENCE: (u16, &str) = (0, "");
+
+/// Whose key a request carries.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Key {
+    Real,
+    MadeUp,
+    None,
+}
+use Key::{MadeUp, Real};
+
+type World<'w> = &'w dyn Fn(Surface, &[HeaderFamily], Key) -> (u16, &'static str);
+
+/// What was asked, in order, and what came of it.
+struct Came {
+    finding: Finding,
+    asked: Vec<String>,
+    lessons: Vec<Lesson>,
+}
+
+fn endpoint(url: &str, protocol: &str) -> Arc<Endpoint> {
+    let registry = format!(
+        "schema_version: 1\nproviders:\n  - {{name: house, display_name: x, protocol: {protocol}, auth_mode: x, auth_env: [X], \
+         model_prefix_match: x, base_url_template: \"{url}\"}}\nruntimes: {{r: {{providers: [{{name: house}}]}}}}\n"
+    );
+    let registry = Registry::parse("test", registry.as_bytes(), &|_| None).unwrap().value;
+    target(&registry.providers()[0], &Catalogue::embedded().unwrap().value, "m").unwrap().endpoint
+}
+
+fn response(call: &Call, (status, body): (u16, &str)) -> ProbeResponse {
+    if (status, body) == SILENCE {
+        return ProbeResponse::TimedOut;
+    }
+    let answer = Answer { status, body: body.as_bytes(), truncated: false, page: false, retry_after: None };
+    ProbeResponse::Answer { reading: read(answer, &call.probe), look: Look::of(answer, ""), retry_after: None }
+}
+
+fn run(target: &Target, facts: &EndpointFacts, in_contrast: bool, world: World<'_>) -> Came {
+    let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
+    let mut plan = ProbePlan::new(&target.calls, client, facts, &|_, _| false);
+    let mut asked = Vec::new();
+    let finding = loop {
+        assert!(asked.len() < 40, "no end: {asked:?}");
+        match plan.proceed() {
+            Next::Done(finding) => break finding,
+            Next::Ask { call, families } => {
+                let headers: Vec<&str> = families.iter().map(|family| family.as_str()).collect();
+                asked.push(format!("{} {}", call.probe.surface.as_str(), headers.join("+")));
+                plan.take_response(response(call, world(call.probe.surface, &families, Real)));
+            }
+            Next::Control { call, families, .. } => {
+                let calibration = match response(call, world(call.probe.surface, &families, MadeUp)) {
+                    ProbeResponse::Answer { reading, look, .. } => calibrated(&reading, &look),
+                    _ => Calibration::Untold(None),
+                };
+                plan.take_calibration(&match calibration {
+                    Calibration::Refuses { look, in_words, .. } => Calibration::Refuses { look, in_words, in_contrast },
+                    other => other,
+                });
+            }
+            Next::Keyless { call } => match response(call, world(call.probe.surface, &[], Key::None)) {
+                ProbeResponse::Answer { look, .. } => plan.take_keyless(Some(&look)),
+                _ => plan.take_keyless(None),
+            },
+        }
+    };
+    Came { finding, asked, lessons: plan.into_lessons() }
+}
+
+#[track_caller]
+fn comes_to(world: World<'_>, verdict: Verdict, cause: Option<Cause>, asked: &[&str]) -> Came {
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let came = run(&target, &EndpointFacts::default(), false, world);
+    assert_eq!((came.finding.verdict, came.finding.cause), (verdict, cause), "{:?} {:?}", came.asked, came.finding);
+    assert_eq!(came.asked, asked);
+    came
+}
+
+const OWN: &str = "models bearer";
+const OTHERS: &str = "models x-api-key+api-key";
+
+#[test]
+fn a_refusal_is_never_lost() {
+    for later in [
+        (429, "slow"),
+        (500, "oops"),
+        (400, "{}"),
+        (404, ""),
+        (401, "who"),
+        (403, r#"{"error":{"code":"x"}}"#),
+        (402, r#"{"error":{}}"#),
+        PAGE,
+        SILENCE,
+    ] {
+        let world = |_, families: &[HeaderFamily], _| if families == [Bearer] { DEAD } else { later };
+        comes_to(&world, Verdict::Invalid, Some(Cause::CommonCode), &[OWN, OTHERS]);
+    }
+    // But for a "yes" that counts.
+    let world = |_, families: &[HeaderFamily], key| if families.contains(&ApiKey) && key == Real { LIST } else { DEAD };
+    let came = comes_to(&world, Verdict::Valid, None, &[OWN, OTHERS, "models x-api-key"]);
+    assert_eq!((came.finding.family, came.finding.wrong_header), (Some(ApiKey), true));
+    assert_eq!(came.lessons, [Lesson::Family { right: ApiKey, wrong: vec![Bearer] }]);
+    // Which one it was may stay open: the key is good.
+    let world = |_, families: &[HeaderFamily], key| match (families, key) {
+        ([Bearer], _) | (_, MadeUp | Key::None) => DEAD,
+        ([_], Real) => SILENCE,
+        _ => LIST,
+    };
+    comes_to(&world, Verdict::Valid, None, &[OWN, OTHERS, "models x-api-key"]);
+    // One that does not count changes nothing.
+    let world = |_, families: &[HeaderFamily], _| if families == [Bearer] { DEAD } else { LIST };
+    comes_to(&world, Verdict::Invalid, Some(Cause::CommonCode), &[OWN, OTHERS]);
+}
+
+#[test]
+fn a_refusal_on_a_later_rung_outranks_a_list_that_accepts_anyone() {
+    let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { LIST } else { DEAD };
+    comes_to(
+        &world,
+        Verdict::Invalid,
+        Some(Cause::CommonCode),
+        &[OWN, "chat-completions bearer", "chat-completions x-api-key+api-key"],
+    );
+    // No answer there takes nothing away from it.
+    let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { LIST } else { SILENCE };
+    let came = comes_to(&world, Verdict::NotCalibrated, Some(Cause::AcceptsAnyone), &[OWN, "chat-completions bearer"]);
+    assert_eq!(came.finding.made_up, MadeUpKey::Accepted);
+    let world = |_, _: &[HeaderFamily], key| if key == MadeUp { (503, "") } else { LIST };
+    comes_to(&world, Verdict::NotCalibrated, Some(Cause::MadeUpKeyUntold), &[OWN, "chat-completions bearer"]);
+}
+
+#[test]
+fn a_dialect_is_a_refusal_only_by_proof() {
+    let same =
+        |answer: (u16, &'static str)| move |_, _: &[HeaderFamily], key| if key == Key::None { (500, "oops") } else { answer };
+    // In words that a machine reads, or not: a 401 is about the credential.
+    for body in ["", "no", "{}"] {
+        comes_to(
+            &|_, _, _| {
+                if body.is_empty() {
+                    (401, "")
+                } else if body == "no" {
+                    (401, "no")
+                } else {
+                    (401, "{}")
+                }
+            },
+            Verdict::Invalid,
+            Some(Cause::AsAMadeUpKey),
+            &[OWN, OTHERS],
+        );
+    }
+    comes_to(&same((400, r#"{"error":{"code":"x"}}"#)), Verdict::Invalid, Some(Cause::AsAMadeUpKey), &[OWN, OTHERS]);
+    // Everybody gets it: nothing is known.
+    let completion = ["chat-completions bearer", "chat-completions x-api-key+api-key"];
+    let all = [&[OWN, OTHERS][..], &completion].concat();
+    comes_to(&|_, _, _| (400, r#"{"error":{"code":"x"}}"#), Verdict::UnexpectedResponse, Some(Cause::RequestRefused), &all);
+    comes_to(&|_, _, _| PAGE, Verdict::UnexpectedResponse, Some(Cause::NoApiAtBaseUrl), &[OWN, completion[0]]);
+    comes_to(&|_, _, _| (404, "{}"), Verdict::UnexpectedResponse, Some(Cause::NoApiAtBaseUrl), &[OWN, completion[0]]);
+    comes_to(&|_, _, _| (302, ""), Verdict::UnexpectedResponse, Some(Cause::Redirect), &[OWN, completion[0]]);
+    comes_to(&|_, _, _| (401, "<html>401</html>"), Verdict::UnexpectedResponse, Some(Cause::Page), &all);
+    // Once a real key was accepted beside it, a page is a refusal too.
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    for answer in [PAGE, (404, "{}"), (302, ""), (401, "<html>401</html>"), (400, "no")] {
+        let came = run(&target, &EndpointFacts::default(), true, &|_, _, _| answer);
+        assert_eq!((came.finding.verdict, came.finding.cause), (Verdict::Invalid, Some(Cause::AsAMadeUpKey)), "{answer:?}");
+    }
+    // A made-up key that got something else proves nothing.
+    for made_up in [(503, "busy"), (429, "slow"), (401, "other words of another server"), SILENCE] {
+        let world = |_, _: &[HeaderFamily], key| if key == MadeUp { made_up } else { (401, "no such key here") };
+        let came = run(&target, &EndpointFacts::default(), true, &world);
+        assert_eq!(came.finding.verdict, Verdict::UnexpectedResponse, "{made_up:?} {:?}", came.finding);
+    }
+}
+
+#[test]
+fn a_403_is_told_apart_by_what_a_made_up_key_gets() {
+    let forbidden = (403, r#"{"error":{"code":"no"}}"#);
+    let world = |made_up: (u16, &'static str)| {
+        move |surface, _: &[HeaderFamily], key| match (surface, key) {
+            (Surface::Models, Real) => forbidden,
+            (Surface::Models, _) => made_up,
+            (_, Real) => CHAT,
+            _ => DEAD,
+        }
+    };
+    comes_to(&world(DEAD), Verdict::Valid, None, &[OWN, "chat-completions bearer"]);
+    comes_to(&world(forbidden), Verdict::Invalid, Some(Cause::AsAMadeUpKey), &[OWN, OTHERS]);
+    comes_to(&world((403, r#"{"error":{"code":"other"}}"#)), Verdict::Forbidden, Some(Cause::Status), &[OWN, OTHERS]);
+    comes_to(&world((503, "")), Verdict::Forbidden, Some(Cause::Status), &[OWN, OTHERS]);
+    // Restricted where models are called is of no use.
+    let everywhere = |_, _: &[HeaderFamily], key| if key == Real { SCOPE } else { DEAD };
+    comes_to(&everywhere, Verdict::Forbidden, Some(Cause::Restricted), &[OWN, "chat-completions bearer"]);
+    let code_for_all = |_, _: &[HeaderFamily], _| SCOPE;
+    comes_to(&code_for_all, Verdict::Invalid, Some(Cause::AsAMadeUpKey), &[OWN, OTHERS]);
+}
+
+/// A key that may do chat completions and nothing else is judged by what the workspace's runtime does.
+#[test]
+fn the_surface_is_the_runtimes() {
+    let endpoint = endpoint("https://api.openai.com/v1", "openai");
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::ChatCompletions, Real) => CHAT,
+        (Surface::Responses, Real) => SCOPES_IN_WORDS,
+        (_, Real) => SCOPES_IN_WORDS,
+        _ => DEAD,
+    };
+    let judged = |surface| {
+        let target = Target::of(&endpoint, "m").preferring(Preference { family: None, surface });
+        let came = run(&target, &EndpointFacts::default(), false, &world);
+        (came.finding.verdict, came.asked)
+    };
+    let asked = |rungs: &[&str]| rungs.iter().map(|rung| format!("{rung} bearer")).collect::<Vec<_>>();
+    assert_eq!(judged(None), (Verdict::Valid, asked(&["models", "responses", "chat-completions"])));
+    assert_eq!(judged(Some(Surface::ChatCompletions)), (Verdict::Valid, asked(&["models", "chat-completions"])));
+    assert_eq!(judged(Some(Surface::Responses)), (Verdict::Forbidden, asked(&["models", "responses"])));
+    // A surface that the host does not have narrows nothing down.
+    assert_eq!(judged(Some(Surface::Messages)).0, Verdict::Valid);
+    let good = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Responses, Real) => RESPONSE,
+        (_, Real) => SCOPES_IN_WORDS,
+        _ => DEAD,
+    };
+    let target = Target::of(&endpoint, "m").preferring(Preference { family: None, surface: Some(Surface::Responses) });
+    assert_eq!(run(&target, &EndpointFacts::default(), false, &good).finding.verdict, Verdict::Valid);
+}
+
+#[test]
+fn the_header_is_the_workspaces_and_one_is_enough_once_it_is_known() {
+    let endpoint = endpoint("https://llm.acme.example", "anthropic");
+    let world = |_, families: &[HeaderFamily], key| if families.contains(&Bearer) && key == Real { LIST } else { DEAD };
+    let judged = |family, facts: &EndpointFacts| {
+        let target = Target::of(&endpoint, "m").preferring(Preference { family, surface: None });
+        let came = run(&target, facts, false, &world);
+        (came.finding.verdict, came.finding.wrong_header, came.asked)
+    };
+    let mut facts = EndpointFacts::default();
+    assert_eq!(judged(Some(Bearer), &facts), (Verdict::Valid, false, vec![OWN.to_owned()]));
+    let walk = ["models x-api-key", "models bearer+api-key", "models bearer"].map(str::to_owned).to_vec();
+    assert_eq!(judged(Some(XApiKey), &facts), (Verdict::Valid, true, walk.clone()));
+    // Of a client that nobody knows anything of, no header is wrong.
+    assert_eq!(judged(None, &facts), (Verdict::Valid, false, walk));
+    facts.take_family(Bearer, &[XApiKey]);
+    assert_eq!(judged(Some(XApiKey), &facts), (Verdict::Valid, true, vec![OWN.to_owned()]));
+    assert_eq!(judged(None, &facts), (Verdict::Valid, false, vec![OWN.to_owned()]));
+}
+
+/// Nothing further is asked where a row, or a region's code, says that nobody else will tell more; and a silent first rung is a silent vendor.
+#[test]
+fn some_answers_end_it() {
+    let region = (403, r#"{"error":{"code":"unsupported_country_region_territory"}}"#);
+    comes_to(&|_, _, _| region, Verdict::UnexpectedResponse, Some(Cause::CommonCode), &[OWN]);
+    comes_to(&|_, _, _| SILENCE, Verdict::Timeout, None, &[OWN]);
+    comes_to(&|_, _, _| (503, ""), Verdict::ProviderError, Some(Cause::Status), &[OWN]);
+    comes_to(&|_, _, _| (429, ""), Verdict::RateLimited, Some(Cause::Status), &[OWN]);
+    let target = Target::of(&endpoint("https://api.anthropic.com", "anthropic"), "m");
+    let linked =
+        (400, r#"{"type":"error","error":{"type":"invalid_request_error","message":"anthropic-workspace-id is required"}}"#);
+    let came = run(&target, &EndpointFacts::default(), false, &|_, _, _| linked);
+    assert_eq!((came.finding.verdict, came.asked.len()), (Verdict::UnexpectedResponse, 1), "no paid rung");
+    let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), &|_, _| false);
+    plan.take_response(ProbeResponse::Unreachable(Unreached::Dns));
+    let Next::Done(finding) = plan.proceed() else { panic!("not the end") };
+    assert_eq!((finding.verdict, finding.unreached), (Verdict::Unreachable, Some(Unreached::Dns)));
+}
+
+/// A list that accepts anybody, or is not there, is not asked again.
+#[test]
+fn what_tells_nothing_is_left_out() {
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let first = |pointless: &dyn Fn(&Call) -> bool| {
+        let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), &|call, _| pointless(call));
+        let Next::Ask { call, .. } = plan.proceed() else { panic!("nothing is asked") };
+        call.probe.name.clone()
+    };
+    assert_eq!(first(&|_| false), "models");
+    assert_eq!(first(&|call| call.probe.name == "models"), "completion");
+    assert_eq!(first(&|_| true), "models");
+    let absent = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, _) => (404, "{}"),
+        (_, Real) => CHAT,
+        _ => DEAD,
+    };
+    let came = run(&target, &EndpointFacts::default(), false, &absent);
+    assert_eq!(came.finding.verdict, Verdict::Valid);
+    assert!(came.lessons.contains(&Lesson::Absent(target.calls[0].request)), "{:?}", came.lessons);
+}
