@@ -147,7 +147,9 @@ async fn a_batch_that_nobody_reads_holds_no_place_after_its_deadline() {
     });
     page.await.unwrap_or_else(|_| panic!("places are held after the deadline"));
     drop(unread);
-    assert!(is_allow(&client(shown.edge.plain().await).decide(decide("made-up-key")).await.unwrap().into_inner()));
+    assert!(is_allow(
+        &client(shown.edge.plain().await).decide(about("platform-small", "ACME_API_KEY", "made-up")).await.unwrap().into_inner()
+    ));
 }
 
 /// An honest client whose calls all reach their deadline at once resets their streams together. That is no attack.
