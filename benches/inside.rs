@@ -149,6 +149,10 @@ fn ruling(_: usize) -> Step {
             retry_after: Duration::from_secs(10),
             withheld: None,
             unreached: None,
+            cause: None,
+            tenant_endpoint: false,
+            plan: None,
+            model: String::new(),
         };
         let facts = Facts::NotValid {
             evidence,

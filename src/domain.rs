@@ -2,6 +2,7 @@
 
 pub mod decision;
 pub mod denial;
+mod denial_text;
 pub mod duration;
 pub mod problem;
 pub mod protocol;

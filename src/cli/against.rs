@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::core::{
     catalogue::Catalogue,
-    derive::{Underivable, derive, relevant_names},
+    derive::{Underivable, candidate_arms, derive},
     endpoint::target,
     registry::Registry,
 };
@@ -180,8 +180,11 @@ fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
     for (runtime, model) in pairs {
         let names: BTreeSet<String> = [old, new]
             .into_iter()
-            .filter_map(|registry| Some(relevant_names(registry, registry.runtime(runtime)?, model)))
-            .flatten()
+            .filter_map(|registry| Some((registry, registry.runtime(runtime)?)))
+            .flat_map(|(registry, runtime)| {
+                candidate_arms(registry, runtime, model).into_iter().map(|arm| registry.provider(arm))
+            })
+            .flat_map(|provider| provider.auth_env.iter().cloned())
             .collect();
         let change = |at_hand: &str| {
             let (before, after) = (owner(old, runtime, model, at_hand), owner(new, runtime, model, at_hand));

@@ -13,12 +13,12 @@ use crate::{
     core::{
         classify::{Classification, Finding, ProbeResponse},
         endpoint::{self, Target},
-        key_shape::unsendable,
+        key_shape::{Unfit, unfit},
         probe_plan::made_up_key,
         registry::{Provider, Registry},
     },
     domain::{
-        denial::{any_of, listed},
+        denial::{Refusal, any_of, listed},
         protocol::{HeaderFamily, Method},
         request::{CredentialValue, Scope},
         verdict::{Cause, Unreached, Verdict},
@@ -71,17 +71,21 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
     let snapshot = setup.snapshot.clone();
     let found = find(&snapshot.registry, &provider)?;
     let model = model.or_else(|| first_model(&snapshot.registry, found)).unwrap_or_default();
-    let target = endpoint::target(found, &snapshot.catalogue, &model).and_then(|target| {
-        unsendable(&snapshot.catalogue, &target.endpoint, &credential.env_name, secret).map(|unfit| (target, unfit))
-    });
-    let (target, unfit) = match target {
+    let untold = |reason: &str| answer(format, &provider, None, &Finding::bare(Verdict::NoServerSurface), &[], reason, explain);
+    let target = match endpoint::target(found, &snapshot.catalogue, &model) {
         Ok(target) => target,
-        Err(reason) => {
-            let finding = Finding::bare(Verdict::NoServerSurface);
-            return answer(format, &provider, None, &finding, &[], &reason.text(), explain);
+        Err(reason) => return untold(&reason.text()),
+    };
+    let refusal = match unfit(&snapshot.catalogue, &target.endpoint, &credential.env_name, secret, true) {
+        None => None,
+        Some(Unfit::NoSurface(reason)) => return untold(&reason.text()),
+        Some(Unfit::Refused(refusal)) => Some(*refusal),
+        Some(Unfit::Malformed(fault)) => {
+            let env_name = credential.env_name.clone();
+            Some(Refusal::Malformed { env_name, provider: provider.clone(), fault, right_name: None })
         }
     };
-    if let Some(refusal) = unfit {
+    if let Some(refusal) = refusal {
         let finding = Finding::bare(Verdict::Invalid);
         return answer(format, &provider, Some(&target), &finding, &[], &refusal.message(), explain);
     }

@@ -10,7 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    core::policy::{CheckpointActions, Overrides, ProviderException},
+    core::policy::{Action, CheckpointActions, Overrides, ProviderException},
     domain::{
         duration,
         problem::{Problem, Review},
@@ -138,6 +138,14 @@ impl Settings {
         of("provider_limits", &|review| self.provider_limits.review(review));
         of("breaker", &|review| self.breaker.review(review));
         of("tracing", &|review| self.tracing.review(review));
+        for (name, actions) in
+            [("create", &self.policy.create), ("provision", &self.policy.provision), ("update", &self.policy.update)]
+        {
+            if actions.exposure == Action::AllowIfRecentlyValid {
+                let message = "must be allow or deny: it is not about whether a key is alive";
+                problems.push(Problem::at(format!("policy.{name}.exposure"), message));
+            }
+        }
         for name in self.exempt_runtimes.iter().filter(|name| name.trim() != *name || name.is_empty()) {
             let message = format!("{name:?} is empty or padded: write a runtime's name, or leave it out");
             problems.push(Problem::at("exempt_runtimes", message));

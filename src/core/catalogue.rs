@@ -15,7 +15,7 @@ use jiff::civil::Date;
 use url::Url;
 
 use crate::{
-    core::answer::any_at,
+    core::{answer::any_at, foreign_secrets::ForeignSecrets, oauth_credential::CredentialKind, runtimes::Runtimes},
     domain::{
         problem::{Loaded, Problems},
         protocol::{HeaderFamily, Method, Protocol, Surface},
@@ -25,6 +25,9 @@ use crate::{
 
 /// The catalogue that is built in: our own text around what is known of the vendors.
 const EMBEDDED: &str = include_str!("catalogue/default.yaml");
+/// Further parts of it.
+const RUNTIMES: &str = include_str!("runtimes/default.yaml");
+const FOREIGN_SECRETS: &str = include_str!("catalogue/foreign-secrets.yaml");
 
 /// How every known host is asked.
 #[derive(Debug, Clone)]
@@ -42,6 +45,11 @@ pub struct Catalogue {
     free_models: Arc<[String]>,
     openai: Vec<Probe>,
     anthropic: Vec<Probe>,
+    /// What agent programs do with credentials.
+    pub runtimes: Runtimes,
+    /// What is no key of an LLM provider.
+    pub foreign_secrets: ForeignSecrets,
+    credential_kinds: BTreeMap<String, CredentialKind>,
 }
 
 /// How one host is asked.
@@ -125,6 +133,10 @@ pub struct KeyShape {
     pub vendor: String,
     /// What kind of key it is.
     pub kind: KeyKind,
+    /// The plan that it is of, whose keys only the plan's own hosts take.
+    pub plan: Option<String>,
+    /// The providers that such a key is for, where its vendor has several that refuse one another's.
+    pub providers: Vec<String>,
     /// Its place among all that were declared.
     declared: usize,
 }
@@ -136,8 +148,9 @@ pub enum KeyKind {
     ApiKey,
     /// An OAuth credential, which is never sent.
     OAuth,
-    /// A key that administers an organization and cannot call models. Sent as any other, since only its vendor can refuse
-    /// it; the trace says what it looks like.
+    /// A token that makes OAuth tokens, and calls nothing.
+    RefreshToken,
+    /// A key that administers an organization and cannot call models. Never sent: whoever gets hold of it can make keys.
     Administrative,
 }
 
@@ -257,12 +270,29 @@ pub enum SignalOutcome {
     Verdict(Verdict),
 }
 
+// === impl AcceptsKeysOf ===
+
+impl AcceptsKeysOf {
+    /// It takes a key of this vendor.
+    pub fn takes(&self, vendor: &str) -> bool {
+        match self {
+            Self::Nobody => false,
+            Self::Vendors(vendors) => vendors.iter().any(|known| known == vendor),
+            Self::Any => true,
+        }
+    }
+}
+
 // === impl Catalogue ===
 
 impl Catalogue {
     /// The embedded catalogue.
     pub fn embedded() -> Result<Loaded<Self>, Problems> {
-        check::check("embedded catalogue", EMBEDDED.as_bytes())
+        let Loaded { mut value, warnings } = check::check("embedded catalogue", EMBEDDED.as_bytes())?;
+        for (document, text) in [("embedded runtimes", RUNTIMES), ("embedded foreign secrets", FOREIGN_SECRETS)] {
+            value = value.overlay(check::check(document, text.as_bytes())?.value);
+        }
+        Ok(Loaded { value, warnings })
     }
 
     /// The embedded catalogue with an operator's document laid over it: host by host, its rows replace ours.
@@ -273,8 +303,24 @@ impl Catalogue {
     }
 
     fn overlay(mut self, over: Self) -> Self {
-        let Self { revision, mut hosts, homes, unprobed, key_shapes, base_url_env, common_codes, free_models, openai, anthropic } =
-            over;
+        let Self {
+            revision,
+            mut hosts,
+            homes,
+            unprobed,
+            key_shapes,
+            base_url_env,
+            common_codes,
+            free_models,
+            openai,
+            anthropic,
+            runtimes,
+            foreign_secrets,
+            credential_kinds,
+        } = over;
+        self.runtimes.lay_over(runtimes);
+        self.foreign_secrets.lay_over(foreign_secrets);
+        self.credential_kinds.extend(credential_kinds);
         hosts.values_mut().flatten().for_each(|row| row.is_overlaid = true);
         // A host's rows go whole, and with them the providers that they took in.
         self.homes.retain(|_, home| !host_of(home).is_some_and(|host| hosts.contains_key(&host)));
@@ -304,6 +350,11 @@ impl Catalogue {
     /// Content hash, of the embedded document and the one laid over it.
     pub fn revision(&self) -> &str {
         &self.revision
+    }
+
+    /// What kind of credential a variable holds that is never sent.
+    pub fn credential_kind(&self, env_name: &str) -> Option<CredentialKind> {
+        self.credential_kinds.get(env_name).copied()
     }
 
     /// How many hosts it knows.

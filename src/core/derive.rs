@@ -54,6 +54,11 @@ pub fn derive<'r>(
         return Err(Underivable::ModelRequired);
     }
     let runtime = registry.runtime(runtime).ok_or(Underivable::UnknownRuntime)?;
+    let listed = runtime.listing(model);
+    // Most models are listed once.
+    if let (Some(only), None) = (listed.clone().next(), listed.clone().nth(1)) {
+        return Ok(Derived { arm: only, provider: registry.provider(only), matched_by: MatchedBy::ExactModel });
+    }
     let (step, arms) = candidates(registry, runtime, model);
     let owner = |arm: &'r Arm, matched_by| Ok(Derived { arm, provider: registry.provider(arm), matched_by });
     let (first, others) = match arms.as_slice() {
@@ -76,24 +81,11 @@ pub fn derive<'r>(
     }
 }
 
-/// Every credential name that could change the owner of this model, or answer for it. Empty where the platform owns it
-/// whatever is at hand, and where nobody does.
-pub fn relevant_names(registry: &Registry, runtime: &Runtime, model: &str) -> Vec<String> {
-    let (_, arms) = candidates(registry, runtime, model.trim());
-    let providers = || arms.iter().map(|arm| registry.provider(arm));
-    if providers().all(Provider::is_platform) {
-        return Vec::new();
-    }
-    let mut names = Vec::new();
-    for name in providers().flat_map(|provider| &provider.auth_env) {
-        if !names.contains(name) {
-            names.push(name.clone());
-        }
-    }
-    names
+/// The arms that could own the model, in declared order: those that list it, or else those whose pattern matches it.
+pub fn candidate_arms<'r>(registry: &'r Registry, runtime: &'r Runtime, model: &str) -> Vec<&'r Arm> {
+    candidates(registry, runtime, model.trim()).1
 }
 
-/// The arms that could own the model: those that list it, or else those whose pattern matches it.
 fn candidates<'r>(registry: &'r Registry, runtime: &'r Runtime, model: &str) -> (MatchStep, Vec<&'r Arm>) {
     let listing: Vec<&Arm> = runtime.listing(model).collect();
     if !listing.is_empty() {

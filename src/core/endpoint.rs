@@ -120,14 +120,8 @@ pub fn target(provider: &Provider, catalogue: &Catalogue, model: &str) -> Result
     Endpoint::of(provider, catalogue).map(|endpoint| Target::of(&Arc::new(endpoint), model))
 }
 
-/// The base-URL variables of the tenant's own that concern this provider: with one of them the workspace dials a host of the
-/// tenant's choosing.
-pub fn own_base_urls(provider: &Provider, catalogue: &Catalogue, tenant_base_url_env: &[String]) -> Vec<String> {
-    tenant_base_url_env.iter().filter(|name| concerns(catalogue, name, provider)).cloned().collect()
-}
-
-/// The base-URL variables that concern this provider, as far as the catalogue knows them.
-pub fn relevant_base_urls(provider: &Provider, catalogue: &Catalogue) -> Vec<String> {
+/// The base-URL variables that concern a provider of which nothing more is known, by its API.
+pub fn base_url_names(provider: &Provider, catalogue: &Catalogue) -> Vec<String> {
     match provider.auth {
         Auth::Key if !provider.is_platform() => {
             catalogue.base_url_names().filter(|name| concerns(catalogue, name, provider)).map(str::to_owned).collect()
@@ -147,12 +141,31 @@ impl Endpoint {
             Auth::Key if provider.name == PLATFORM => return Err(NoSurface::Platform),
             Auth::Key => {}
         }
-        let base = base(provider, catalogue)?;
+        Self::new(provider, base(provider, catalogue)?, provider.protocol, provider.probes.as_slice(), catalogue)
+    }
+
+    /// The endpoint that a runtime dials for this provider, where it is another one. Probes of the registry's own are about the registry's.
+    pub fn dialled(provider: &Provider, base: &Url, surface: Option<Surface>, catalogue: &Catalogue) -> Result<Self, NoSurface> {
+        let protocol = match surface {
+            Some(Surface::Messages) => Protocol::Anthropic,
+            Some(_) => Protocol::OpenAi,
+            None => provider.protocol,
+        };
+        Self::new(provider, base, protocol, &[], catalogue)
+    }
+
+    fn new(
+        provider: &Provider,
+        base: &Url,
+        protocol: Protocol,
+        inline: &[Probe],
+        catalogue: &Catalogue,
+    ) -> Result<Self, NoSurface> {
         let host = host_of(base).ok_or(NoSurface::NoEndpoint)?;
-        let row = catalogue.row(&host, base.path(), provider.protocol);
-        let (probes, is_default) = match (provider.probes.as_slice(), row.map(|row| row.probes.as_slice())) {
+        let row = catalogue.row(&host, base.path(), protocol);
+        let (probes, is_default) = match (inline, row.map(|row| row.probes.as_slice())) {
             ([], Some(probes)) if !probes.is_empty() => (probes, false),
-            ([], _) => (catalogue.default_probes(provider.protocol), true),
+            ([], _) => (catalogue.default_probes(protocol), true),
             (inline, _) => (inline, false),
         };
         // The header that the workspace's own client will use is tried first.
@@ -170,7 +183,7 @@ impl Endpoint {
             base_identity: *blake3::hash(base.as_str().as_bytes()).as_bytes(),
             accepts_keys_of: row.map(|row| row.accepts_keys_of.clone()).unwrap_or_default(),
             // OpenAI's clients send a bearer token; Anthropic's send either, by the variable.
-            client_header: (is_default && provider.protocol == Protocol::OpenAi).then_some(HeaderFamily::Bearer),
+            client_header: (is_default && protocol == Protocol::OpenAi).then_some(HeaderFamily::Bearer),
             provider: provider.name.clone(),
             host,
             vendor: row.map(|row| row.vendor.clone()),
@@ -241,11 +254,11 @@ fn base<'a>(provider: &'a Provider, catalogue: &'a Catalogue) -> Result<&'a Url,
     }
 }
 
-/// Whether a base-URL variable of the tenant's concerns a provider with this API. An unknown name concerns all.
+/// Whether a base-URL variable of the tenant's concerns a provider with this API.
 fn concerns(catalogue: &Catalogue, name: &str, provider: &Provider) -> bool {
     match catalogue.concerned_by(name) {
-        None => true,
-        Some(Protocol::Anthropic) => provider.protocol == Protocol::Anthropic || provider.has_anthropic_surface,
+        None => false,
+        Some(Protocol::Anthropic) => provider.protocol == Protocol::Anthropic || provider.anthropic_base_url.is_some(),
         Some(Protocol::OpenAi) => provider.protocol == Protocol::OpenAi,
     }
 }

@@ -19,17 +19,19 @@ use uuid::Uuid;
 use crate::{
     core::{
         classify::Finding,
+        credential::{LivenessQuery, QueryContext, Questions},
         endpoint::{Endpoint, Target},
-        evaluate::{LivenessQuery, Next, Resolved, Trace, Unresolved, alternative_models, evaluate, resolve},
-        policy::{Facts, apply},
+        evaluate::{Next, Resolved, Unresolved, alternative_models, evaluate, resolve},
+        evaluation_log::Trace,
+        policy::{Facts, WrongHeader, apply},
         snapshot::Snapshot,
     },
     domain::{
-        decision::{Decision, Liveness, Outcome, Seen},
-        denial::LivenessEvidence,
+        decision::{Decision, Liveness, Outcome, Seen, Warning},
+        denial::{LivenessEvidence, Refusal, ShadowCause},
         request::Request,
         secret::Secret,
-        verdict::{ServedFrom, Verdict},
+        verdict::{ServedFrom, Verdict, WarningCode},
     },
 };
 
@@ -61,7 +63,7 @@ pub struct ProbeStarted(Arc<AtomicBool>);
 pub trait LivenessSource: Send + Sync + 'static {
     /// What is remembered, if it is no older than wanted. Most calls end here, without anything to wait for. A source that
     /// remembers nothing has nothing to recall.
-    fn recall(&self, _inquiry: &LivenessQuery<'_>, _max_age: Option<Duration>) -> Option<Observed> {
+    fn recall(&self, _query: &LivenessQuery<'_>, _max_age: Option<Duration>) -> Option<Observed> {
         None
     }
 
@@ -169,27 +171,33 @@ impl Engine {
         let snapshot = self.snapshot();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let evaluation = evaluate(&snapshot, request, i64::try_from(now).unwrap_or(i64::MAX), &|secret| self.fingerprint(secret));
-        let mut trace = evaluation.trace;
+        let (mut trace, mut resolution, mut warnings) = (evaluation.trace, evaluation.resolution, evaluation.warnings);
         let (facts, seen) = match evaluation.next {
             Next::Rule(facts) => (facts, None),
-            Next::Ask(query) => {
-                let observed = match self.liveness.recall(&query, request.max_liveness_age) {
-                    Some(observed) => observed,
-                    None => {
-                        let _place = place(Arc::clone(query.endpoint)).await?;
-                        self.liveness.observe(query, request.max_liveness_age, deadline).await
+            Next::Ask(Questions { first, then }) => {
+                let mut place = Some(place);
+                let mut held = None;
+                let mut query = first;
+                let mut observed = self.ask(&query, request.max_liveness_age, deadline, &mut place, &mut held).await?;
+                for (next, judged) in then {
+                    // The runtime goes on to the next credential where one is refused, and there alone.
+                    if observed.finding.verdict != Verdict::Invalid {
+                        break;
                     }
-                };
+                    trace.step("liveness", || describe(&query, &observed));
+                    warnings.push(refused_first(&query, next.env_name));
+                    observed = self.ask(&next, request.max_liveness_age, deadline, &mut place, &mut held).await?;
+                    resolution.credential = Some(judged);
+                    query = next;
+                }
                 trace.step("liveness", || describe(&query, &observed));
-                (to_facts(&query, &observed), Some((query, observed)))
+                (to_facts(&snapshot, &query, &observed), Some((query, observed)))
             }
         };
         let static_liveness = static_liveness(&facts);
         let ruling = apply(facts, request.checkpoint, &snapshot.policy);
         let liveness = seen.map(|(query, observed)| to_liveness(&query, observed, ruling.on_earlier_valid)).or(static_liveness);
-        let mut warnings = evaluation.warnings;
         warnings.extend(ruling.warnings.iter().cloned());
-        let mut resolution = evaluation.resolution;
         let outcome = ruling.into_outcome(|| alternative_models(&snapshot, &request.spec));
         if let Outcome::Allow(allow) = &outcome {
             resolution.billing_mode = Some(allow.billing_mode());
@@ -208,6 +216,24 @@ impl Engine {
             registry_revision: snapshot.registry.revision().to_owned(),
             catalogue_revision: snapshot.catalogue.revision().to_owned(),
         })
+    }
+
+    /// What is remembered, or observed now: with a place for the waiting, which is taken once for a decision.
+    async fn ask<P, E, F: Future<Output = Result<P, E>>>(
+        &self,
+        query: &LivenessQuery<'_>,
+        max_age: Option<Duration>,
+        deadline: Instant,
+        place: &mut Option<impl FnOnce(Arc<Endpoint>) -> F>,
+        held: &mut Option<P>,
+    ) -> Result<Observed, E> {
+        if let Some(observed) = self.liveness.recall(query, max_age) {
+            return Ok(observed);
+        }
+        if let Some(place) = place.take() {
+            *held = Some(place(Arc::clone(query.endpoint)).await?);
+        }
+        Ok(self.liveness.observe(query.clone(), max_age, deadline).await)
     }
 
     /// Who owns a model, by names alone.
@@ -236,25 +262,83 @@ fn new_id() -> Uuid {
     uuid::Builder::from_unix_timestamp_millis(u64::try_from(millis).unwrap_or(u64::MAX), &rand::random()).into_uuid()
 }
 
-fn to_facts(query: &LivenessQuery<'_>, observed: &Observed) -> Facts {
-    if observed.finding.verdict == Verdict::Valid {
-        return Facts::Valid;
+fn to_facts(snapshot: &Snapshot, query: &LivenessQuery<'_>, observed: &Observed) -> Facts {
+    let Observed { finding, .. } = observed;
+    if finding.verdict == Verdict::Valid {
+        return wrong_header(query, finding).unwrap_or(Facts::Valid);
     }
-    Facts::NotValid {
-        evidence: LivenessEvidence {
-            verdict: observed.finding.verdict,
-            env_name: query.env_name.to_owned(),
-            provider: query.endpoint.provider.clone(),
-            host: query.endpoint.host.clone(),
-            upstream_status: observed.finding.status,
-            siblings: query.endpoint.siblings.clone(),
-            withheld: observed.finding.withheld,
-            unreached: observed.finding.unreached,
-            retry_after: observed.retry_after,
+    let evidence = LivenessEvidence {
+        verdict: finding.verdict,
+        env_name: query.env_name.to_owned(),
+        provider: query.endpoint.provider.clone(),
+        host: query.endpoint.host.clone(),
+        upstream_status: finding.status,
+        siblings: query.endpoint.siblings.clone(),
+        withheld: finding.withheld,
+        unreached: finding.unreached,
+        retry_after: observed.retry_after,
+        cause: finding.cause,
+        tenant_endpoint: false,
+        plan: plan_of(snapshot, query),
+        model: query.model.to_owned(),
+    };
+    let enforcement = query.enforcement;
+    match (&query.context.passed_over, finding.verdict) {
+        (Some((sent, other)), Verdict::Invalid | Verdict::Forbidden) => {
+            let why = ShadowCause::Refused(Box::new(Refusal::Liveness(evidence.clone())));
+            let (sent, other, provider) = (sent.clone(), other.clone(), evidence.provider.clone());
+            Facts::Shadowed { refusal: Box::new(Refusal::Shadowed { sent, why, other, provider }), evidence, enforcement }
+        }
+        _ => Facts::NotValid {
+            evidence,
+            served_from: Some(observed.served_from),
+            recently_valid: observed.earlier_valid.is_some(),
+            enforcement,
         },
-        served_from: Some(observed.served_from),
-        recently_valid: observed.earlier_valid.is_some(),
-        enforcement: query.enforcement,
+    }
+}
+
+/// A good key that was accepted in another header than the workspace's own.
+fn wrong_header(query: &LivenessQuery<'_>, finding: &Finding) -> Option<Facts> {
+    let accepted_in = finding.family.filter(|_| finding.wrong_header)?;
+    let QueryContext { own_headers, facts, .. } = &query.context;
+    if own_headers.contains(&accepted_in) {
+        return None;
+    }
+    let (env_name, host) = (query.env_name.to_owned(), query.endpoint.host.clone());
+    let sent_in = own_headers.first().copied();
+    let right_name = facts.and_then(|facts| facts.name_for(accepted_in)).filter(|name| *name != env_name);
+    let refusal = sent_in.zip(right_name).map(|(sent_in, right_name)| {
+        Box::new(Refusal::WrongName {
+            env_name: env_name.clone(),
+            provider: query.endpoint.provider.clone(),
+            host: host.clone(),
+            sent_in,
+            accepted_in,
+            right_name: right_name.to_owned(),
+        })
+    });
+    let usual = sent_in
+        .map_or_else(|| "its clients use by default".to_owned(), |family| format!("the runtime uses (`{}`)", family.as_str()));
+    let message = format!("{host} accepts {env_name} as `{}`, and not in the header that {usual}", accepted_in.as_str());
+    Some(Facts::WrongHeader { evidence: WrongHeader { env_name, message, refusal }, enforcement: query.enforcement })
+}
+
+/// The plan whose keys begin so, if this provider is none of those that are for it.
+fn plan_of(snapshot: &Snapshot, query: &LivenessQuery<'_>) -> Option<(String, Vec<String>)> {
+    let shape = snapshot.catalogue.shapes_of(query.secret.expose()).first()?;
+    let plan = shape.plan.clone()?;
+    (!shape.providers.contains(&query.endpoint.provider)).then(|| (plan, shape.providers.clone()))
+}
+
+fn refused_first(query: &LivenessQuery<'_>, next: &str) -> Warning {
+    Warning {
+        code: WarningCode::ConflictingCredential,
+        message: format!(
+            "{} refused {}; the runtime goes on to {next}: remove {}",
+            query.endpoint.host, query.env_name, query.env_name
+        ),
+        env_names: vec![query.env_name.to_owned()],
     }
 }
 
@@ -266,9 +350,13 @@ fn static_liveness(facts: &Facts) -> Option<Liveness> {
             upstream_status: None,
             endpoint_host: evidence.host.clone(),
             probe: String::new(),
+            header: None,
+            cause: None,
             seen: None,
         }),
         Facts::Valid
+        | Facts::WrongHeader { .. }
+        | Facts::Shadowed { .. }
         | Facts::NotValid { .. }
         | Facts::Refused(_)
         | Facts::OverrideDisabled
@@ -291,6 +379,8 @@ fn to_liveness(query: &LivenessQuery<'_>, observed: Observed, on_earlier_valid: 
         upstream_status: finding.status,
         endpoint_host: query.endpoint.host.clone(),
         probe: finding.probe.clone(),
+        header: finding.family,
+        cause: finding.cause,
         seen: Some(seen),
     }
 }

@@ -4,22 +4,27 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use crate::{
     core::{
-        credentials::{CredentialSet, Lookup, Selection},
-        derive::{Derived, Underivable, derive, relevant_names},
-        endpoint::{Endpoint, NoSurface, Preference, own_base_urls, relevant_base_urls},
-        key_shape::{administrative, unsendable},
-        policy::{Enforcement, Facts},
+        credential::{CredentialStep, Questions},
+        credentials::{CredentialSet, Lookup},
+        derive::{Derived, Underivable, derive},
+        evaluation_log::{EvaluationLog, Trace},
+        policy::Facts,
         registry::{Auth, Provider, Registry, Runtime},
         snapshot::Snapshot,
     },
     domain::{
-        decision::{JudgedCredential, RelevantNames, Resolution, TraceStep, Warning},
-        denial::{LivenessEvidence, Refusal, listed},
+        decision::{RelevantNames, Resolution, Warning},
+        denial::{Refusal, listed},
         request::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
         secret::Secret,
-        verdict::{BillingMode, MatchedBy, Source, Verdict, WarningCode},
+        verdict::{BillingMode, MatchedBy, Source, WarningCode},
     },
 };
+
+/// So many of a runtime's models are named where one is not offered.
+const MAX_OFFERED: usize = 12;
+/// Less alike, and a model is no misspelling of another.
+const ALIKE: f64 = 0.8;
 
 /// The decision so far.
 #[derive(Debug)]
@@ -42,35 +47,7 @@ pub enum Next<'a> {
     /// Everything is known.
     Rule(Facts),
     /// The provider has to be asked.
-    Ask(LivenessQuery<'a>),
-}
-
-/// A credential to ask a provider about.
-#[derive(Debug, Clone, Copy)]
-pub struct LivenessQuery<'a> {
-    /// Whom and how.
-    pub endpoint: &'a Arc<Endpoint>,
-    /// The credential.
-    pub secret: &'a Arc<Secret>,
-    /// Its name.
-    pub env_name: &'a str,
-    /// The model that the workspace chose.
-    pub model: &'a str,
-    /// How the workspace's own client will use it, as far as that is known.
-    pub preference: Preference,
-    /// How seriously the verdict is taken.
-    pub enforcement: Enforcement,
-    /// For which tenant; empty on a platform of one.
-    pub organization: &'a str,
-    /// Who asks.
-    pub caller: &'a str,
-}
-
-/// The steps of one decision, kept only if they were asked for.
-#[derive(Debug, Default)]
-pub struct Trace {
-    on: bool,
-    steps: Vec<TraceStep>,
+    Ask(Questions<'a>),
 }
 
 /// Assesses a request at this second of Unix time. `fingerprint` tells keys apart for a person.
@@ -81,12 +58,7 @@ pub fn evaluate<'a>(
     fingerprint: &dyn Fn(&Secret) -> String,
 ) -> Evaluation<'a> {
     let Request { spec, checkpoint, explain, caller, max_liveness_age: _, report_only: _ } = request;
-    let mut log = EvaluationLog {
-        resolution: Resolution::empty(),
-        warnings: Vec::new(),
-        trace: Trace { on: *explain, steps: Vec::new() },
-        relevant: RelevantNames::default(),
-    };
+    let mut log = EvaluationLog::new(*explain);
     let proxy = proxy_of(snapshot, spec);
     let evaluator = Evaluator { snapshot, spec, checkpoint: *checkpoint, proxy, caller, now, fingerprint };
     let next = evaluator.run(&mut log).unwrap_or_else(|facts| Next::Rule(*facts));
@@ -118,18 +90,18 @@ pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeS
     let found = known_runtime(registry, runtime)?;
     let model = known_model(runtime, model)?;
     // A refusal names them too: with one of them at hand, the model might have an owner, or another one.
-    let relevant_env = relevant_names(registry, found, model);
+    let relevant_env = snapshot.relevant_names(found, model);
     let derived = match derive(registry, runtime, model, &|name| at_hand.contains(name)) {
         Ok(derived) => derived,
         Err(underivable) => return Err(Unresolved { refusal: refusal_of(underivable, runtime, model, registry), relevant_env }),
     };
     if derived.provider.auth == Auth::Ambient {
         let only = matches!(derived.matched_by, MatchedBy::ExactModel | MatchedBy::Prefix);
-        let relevant_env = if only { Vec::new() } else { relevant_env };
+        let relevant_env = if only { Arc::default() } else { relevant_env };
         return Err(Unresolved { refusal: Box::new(not_byok(derived.provider, model)), relevant_env });
     }
     record_owner(&mut resolution, derived.provider, derived.matched_by);
-    let base_url_env = relevant_base_urls(derived.provider, &snapshot.catalogue);
+    let base_url_env = Arc::clone(&snapshot.arm(derived.arm).base_url_env);
     let relevant = RelevantNames { env: relevant_env, base_url_env };
     Ok(Resolved { resolution, relevant, withdrawn: derived.arm.has_withdrawn(model) })
 }
@@ -151,13 +123,13 @@ pub struct Unresolved {
     /// The reason.
     pub refusal: Box<Refusal>,
     /// Every name that could change that.
-    pub relevant_env: Vec<String>,
+    pub relevant_env: Arc<[String]>,
 }
 
 impl From<Box<Refusal>> for Unresolved {
     /// A refusal that no credential can change.
     fn from(refusal: Box<Refusal>) -> Self {
-        Self { refusal, relevant_env: Vec::new() }
+        Self { refusal, relevant_env: Arc::default() }
     }
 }
 
@@ -173,13 +145,6 @@ struct Evaluator<'a, 'f> {
     fingerprint: &'f dyn Fn(&Secret) -> String,
 }
 
-struct EvaluationLog {
-    resolution: Resolution,
-    warnings: Vec<Warning>,
-    trace: Trace,
-    relevant: RelevantNames,
-}
-
 /// `Err` is the early end: the facts are complete.
 type Flow<T> = Result<T, Box<Facts>>;
 
@@ -193,22 +158,47 @@ impl<'a> Evaluator<'a, '_> {
             log.resolution.billing_mode = Some(BillingMode::PlatformManaged);
             return Err(Box::new(Facts::Platform { by_override: true, proxy: self.proxy, model: model.to_owned() }));
         }
-        let (credentials, dropped) = CredentialSet::of(self.spec, self.snapshot.registry.credential_names());
+        let (credentials, dropped) = CredentialSet::of(self.spec, self.snapshot.credential_names());
         if !dropped.is_empty() {
-            let message = format!("the registry knows no credential named {}; dropped", listed(&dropped));
+            let message = format!("nothing reads a credential named {}; it was left out", listed(&dropped));
             log.warn(WarningCode::UnknownCredentialName, message, dropped);
         }
         let derived = self.owner(&credentials, runtime, model, log)?;
         self.check_withdrawn(&derived, model, log)?;
         let provider = derived.provider;
-        log.relevant.base_url_env = relevant_base_urls(provider, &self.snapshot.catalogue);
+        log.relevant.base_url_env = Arc::clone(&self.snapshot.arm(derived.arm).base_url_env);
+        self.check_base_url_names(log);
         if provider.is_platform() {
             return Err(Box::new(self.platform(model)));
         }
         if provider.auth == Auth::Ambient {
             return Err(refused(not_byok(provider, model)));
         }
-        self.credential(&credentials, runtime, provider, model, log)
+        let step = CredentialStep {
+            snapshot: self.snapshot,
+            spec: self.spec,
+            runtime,
+            enforcement: self.snapshot.policy.enforcement(&provider.name, self.now),
+            derived,
+            model,
+            checkpoint: self.checkpoint,
+            caller: self.caller,
+            fingerprint: self.fingerprint,
+        };
+        step.run(&credentials, log).map(Next::Ask)
+    }
+
+    /// A base-URL variable that nothing reads moves no host: it is told, and changes nothing.
+    fn check_base_url_names(&self, log: &mut EvaluationLog) {
+        let is_known = |name: &str| {
+            let catalogue = &self.snapshot.catalogue;
+            catalogue.concerned_by(name).is_some() || catalogue.runtimes.reads_base_url(name)
+        };
+        let unknown: Vec<String> = self.spec.tenant_base_url_env.iter().filter(|name| !is_known(name)).cloned().collect();
+        if !unknown.is_empty() {
+            let message = format!("no runtime reads a base URL from {}; it changes nothing", listed(&unknown));
+            log.warn(WarningCode::UnknownBaseUrlName, message, unknown);
+        }
     }
 
     fn check_override(&self, log: &mut EvaluationLog) -> Flow<()> {
@@ -263,7 +253,7 @@ impl<'a> Evaluator<'a, '_> {
         let registry = &*self.snapshot.registry;
         let name = self.spec.runtime.as_str();
         let derived = derive(registry, name, model, &|name| credentials.has(name));
-        log.relevant.env = relevant_names(registry, runtime, model);
+        log.relevant.env = self.snapshot.relevant_names(runtime, model);
         if credentials.has_unreadable() {
             let owner =
                 |result: &Result<Derived<'a>, Underivable>| result.as_ref().ok().map(|derived| derived.provider.name.clone());
@@ -316,121 +306,6 @@ impl<'a> Evaluator<'a, '_> {
             Facts::Platform { by_override: false, proxy: self.proxy, model }
         }
     }
-
-    fn credential(
-        &self,
-        credentials: &CredentialSet<'a>,
-        runtime: &Runtime,
-        provider: &'a Provider,
-        model: &'a str,
-        log: &mut EvaluationLog,
-    ) -> Flow<Next<'a>> {
-        let (env_name, secret, scope, shadows_organization) = match credentials.select_for(provider) {
-            Selection::Found { env_name, secret, scope, shadows_organization } => (env_name, secret, scope, shadows_organization),
-            Selection::Missing => {
-                log.trace.step("presence", || format!("none of {} holds a value", listed(&provider.auth_env)));
-                return Err(refused(Refusal::MissingCredential {
-                    provider: provider.name.clone(),
-                    display_name: provider.display_name.clone(),
-                    model: model.to_owned(),
-                    accepted_env: provider.auth_env.clone(),
-                }));
-            }
-            Selection::Unreadable(names) => {
-                log.trace.step("presence", || format!("{} could not be read", listed(&names)));
-                return Err(refused(Refusal::CredentialsUnreadable { names, changes_owner: false }));
-            }
-        };
-        log.trace.step("presence", || format!("{env_name} answers, from scope {}", scope.as_str()));
-        log.resolution.credential = Some(JudgedCredential {
-            env_name: env_name.to_owned(),
-            scope,
-            shadows_organization,
-            fingerprint: (self.fingerprint)(secret),
-        });
-        let conflicts = credentials.conflicts(&self.snapshot.registry, runtime, provider, env_name);
-        if !conflicts.is_empty() {
-            let message = format!(
-                "{env_name} was judged for provider `{}`; {} could be picked up instead by the runtime",
-                provider.name,
-                listed(&conflicts)
-            );
-            log.warn(WarningCode::ConflictingCredential, message, conflicts);
-        }
-        if credentials.has_unreadable() {
-            let message = "some credentials could not be read; none of them could change this decision".to_owned();
-            log.warn(WarningCode::UnreadableCredentials, message, Vec::new());
-        }
-        let enforcement = self.snapshot.policy.enforcement(&provider.name, self.now);
-        let static_liveness = |verdict, host: &str| {
-            Box::new(Facts::NotValid {
-                evidence: LivenessEvidence {
-                    verdict,
-                    env_name: env_name.to_owned(),
-                    provider: provider.name.clone(),
-                    host: host.to_owned(),
-                    upstream_status: None,
-                    siblings: Vec::new(),
-                    retry_after: std::time::Duration::ZERO,
-                    withheld: None,
-                    unreached: None,
-                },
-                served_from: None,
-                recently_valid: false,
-                enforcement,
-            })
-        };
-        if enforcement == Enforcement::Off {
-            log.trace.step("liveness", || "switched off for this provider".into());
-            return Err(static_liveness(Verdict::ProbeDisabled, ""));
-        }
-        let surface = self.endpoint(provider).and_then(|endpoint| {
-            let unfit = unsendable(&self.snapshot.catalogue, endpoint, env_name, secret)?;
-            Ok((endpoint, unfit))
-        });
-        match surface {
-            Err(reason) => {
-                log.trace.step("liveness", || reason.text());
-                Err(static_liveness(Verdict::NoServerSurface, ""))
-            }
-            Ok((endpoint, Some(refusal))) => {
-                log.trace.step("shape", || format!("the value is not one to send to {}", endpoint.host));
-                Err(refused(refusal))
-            }
-            Ok((endpoint, None)) => {
-                if log.trace.on
-                    && let Some(vendor) = administrative(&self.snapshot.catalogue, secret)
-                {
-                    log.trace.step("shape", || {
-                        format!("{env_name} looks like an administrative key of vendor `{vendor}`, which cannot call models")
-                    });
-                }
-                Ok(Next::Ask(LivenessQuery {
-                    endpoint,
-                    secret,
-                    env_name,
-                    model,
-                    preference: Preference::default(),
-                    enforcement,
-                    organization: &self.spec.organization_id,
-                    caller: self.caller,
-                }))
-            }
-        }
-    }
-
-    /// Whom to ask about this provider's credentials, unless the workspace dials a host of the tenant's own.
-    fn endpoint(&self, provider: &Provider) -> Result<&'a Arc<Endpoint>, NoSurface> {
-        let found = self.snapshot.endpoint(provider);
-        // What needs no address is told by that, whatever the tenant set.
-        if !matches!(found, Err(NoSurface::OAuth | NoSurface::Ambient | NoSurface::Platform)) {
-            let own = own_base_urls(provider, &self.snapshot.catalogue, &self.spec.tenant_base_url_env);
-            if !own.is_empty() {
-                return Err(NoSurface::TenantBaseUrl(own));
-            }
-        }
-        found.map_err(NoSurface::clone)
-    }
 }
 
 fn refused(refusal: Refusal) -> Box<Facts> {
@@ -472,9 +347,32 @@ fn refusal_of(underivable: Underivable, runtime: &str, model: &str, registry: &R
     Box::new(match underivable {
         Underivable::ModelRequired => Refusal::ModelRequired { runtime },
         Underivable::UnknownRuntime => unsupported(registry, &runtime),
-        Underivable::Unregistered => Refusal::UnregisteredModel { runtime, model },
+        Underivable::Unregistered => {
+            let offered = registry.runtime(&runtime).map(|found| offered(registry, found)).unwrap_or_default();
+            let nearest = nearest(&model, offered.iter().map(String::as_str)).map(str::to_owned);
+            Refusal::UnregisteredModel { runtime, model, nearest, offered: offered.into_iter().take(MAX_OFFERED).collect() }
+        }
         Underivable::Ambiguous { candidates } => Refusal::AmbiguousProvider { runtime, model, candidates },
     })
+}
+
+/// The model that is written most like this one, if any is.
+fn nearest<'m>(model: &str, models: impl Iterator<Item = &'m str>) -> Option<&'m str> {
+    let rated = models.map(|known| (strsim::jaro_winkler(model, known), known)).filter(|(alike, _)| *alike >= ALIKE);
+    rated.max_by(|one, other| one.0.total_cmp(&other.0)).map(|(_, known)| known)
+}
+
+/// What a runtime offers to new workspaces by name.
+fn offered(registry: &Registry, runtime: &Runtime) -> Vec<String> {
+    let mut models: Vec<String> = Vec::new();
+    for arm in runtime.arms.iter().filter(|arm| registry.provider(arm).auth != Auth::Ambient) {
+        for model in arm.models.iter().filter(|model| !arm.has_withdrawn(model)) {
+            if !models.contains(model) {
+                models.push(model.clone());
+            }
+        }
+    }
+    models
 }
 
 fn record_owner(resolution: &mut Resolution, provider: &Provider, matched_by: MatchedBy) {
@@ -486,27 +384,5 @@ fn record_owner(resolution: &mut Resolution, provider: &Provider, matched_by: Ma
     }
     if provider.auth != Auth::Ambient && !provider.is_platform() {
         resolution.accepted_env.clone_from(&provider.auth_env);
-    }
-}
-
-// === impl EvaluationLog, Trace ===
-
-impl EvaluationLog {
-    fn warn(&mut self, code: WarningCode, message: String, env_names: Vec<String>) {
-        self.warnings.push(Warning { code, message, env_names });
-    }
-}
-
-impl Trace {
-    /// Notes a step, if steps are wanted.
-    pub fn step(&mut self, step: &'static str, detail: impl FnOnce() -> String) {
-        if self.on {
-            self.steps.push(TraceStep { step, detail: detail() });
-        }
-    }
-
-    /// The steps, in order.
-    pub fn into_steps(self) -> Vec<TraceStep> {
-        self.steps
     }
 }

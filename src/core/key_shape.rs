@@ -26,52 +26,63 @@ const OAUTH_MEMBERS: [&str; 6] = ["access_token", "refresh_token", "id_token", "
 /// How deep they may lie: programs wrap them once or twice.
 const OAUTH_MEMBER_DEPTH: usize = 4;
 
-/// Why this value is not one to send to this endpoint: its characters, its length, or whose key it looks like.
-pub fn unsendable(
-    catalogue: &Catalogue,
-    endpoint: &Endpoint,
-    env_name: &str,
-    secret: &Secret,
-) -> Result<Option<Refusal>, NoSurface> {
-    let value = secret.expose();
-    let malformed =
-        |fault| Some(Refusal::Malformed { env_name: env_name.to_owned(), provider: endpoint.provider.clone(), fault });
-    let shapes = catalogue.shapes_of(value.trim_ascii_start());
-    let is_of_vendor = |shape: &&KeyShape| endpoint.vendor.as_deref() == Some(&shape.vendor);
-    let oauth = shapes.iter().filter(is_of_vendor).find(|shape| shape.kind == KeyKind::OAuth);
-    // JSON may have line breaks, and be longer than any key.
-    if value.trim_ascii_start().starts_with('{') {
-        return match oauth {
-            Some(_) if holds_oauth_members(value) => Err(NoSurface::OAuthShaped),
-            Some(_) | None => Ok(malformed(if value.contains("{{") { Malformation::Template } else { Malformation::Json })),
-        };
-    }
-    if let Some(fault) = malformation(value).or_else(|| pasted(value.trim_ascii(), env_name)) {
-        return Ok(malformed(fault));
-    }
-    if let Some(shape) = oauth {
-        let whole = value.trim_ascii().len() >= MIN_OAUTH_TOKEN_BYTES.max(shape.prefix.len());
-        return if whole { Err(NoSurface::OAuthShaped) } else { Ok(malformed(Malformation::CutOff)) };
-    }
-    let vendor = shapes.first().map(|shape| shape.vendor.as_str());
-    if let Some(vendor) = vendor
-        && shapes.iter().all(|shape| shape.vendor == vendor)
-        && endpoint.vendor.as_deref() != Some(vendor)
-    {
-        return Ok(Some(Refusal::ForeignKey {
-            env_name: env_name.to_owned(),
-            provider: endpoint.provider.clone(),
-            host: endpoint.host.clone(),
-            vendor: vendor.to_owned(),
-        }));
-    }
-    Ok(None)
+/// Why a value is not sent.
+#[derive(Debug)]
+pub enum Unfit {
+    /// It cannot be a key.
+    Malformed(Malformation),
+    /// It is one of another kind, or somebody else's.
+    Refused(Box<Refusal>),
+    /// It is never sent.
+    NoSurface(NoSurface),
 }
 
-/// Whose administrative key this looks like.
-pub(super) fn administrative<'c>(catalogue: &'c Catalogue, secret: &Secret) -> Option<&'c str> {
-    let shapes = catalogue.shapes_of(secret.expose().trim_ascii_start());
-    shapes.iter().find(|shape| shape.kind == KeyKind::Administrative).map(|shape| shape.vendor.as_str())
+/// Why this value is not one to send to this endpoint: its characters, its length, or whose key it looks like. `takes_oauth`: an OAuth token
+/// may be of use in a key's place, as far as is known.
+pub fn unfit(catalogue: &Catalogue, endpoint: &Endpoint, env_name: &str, secret: &Secret, takes_oauth: bool) -> Option<Unfit> {
+    let value = secret.expose();
+    let shapes = catalogue.shapes_of(value.trim_ascii_start());
+    let oauth = shapes.iter().find(|shape| shape.kind == KeyKind::OAuth && endpoint.vendor.as_deref() == Some(&shape.vendor));
+    // JSON may have line breaks, and be longer than any key.
+    if value.trim_ascii_start().starts_with('{') {
+        return Some(match oauth {
+            Some(_) if holds_oauth_members(value) => Unfit::NoSurface(NoSurface::OAuthShaped),
+            Some(_) | None => Unfit::Malformed(if value.contains("{{") { Malformation::Template } else { Malformation::Json }),
+        });
+    }
+    if let Some(fault) = malformation(value).or_else(|| pasted(value, env_name)) {
+        return Some(Unfit::Malformed(fault));
+    }
+    if let Some(shape) = oauth {
+        return Some(if value.len() < MIN_OAUTH_TOKEN_BYTES.max(shape.prefix.len()) {
+            Unfit::Malformed(Malformation::CutOff)
+        } else if takes_oauth {
+            Unfit::NoSurface(NoSurface::OAuthShaped)
+        } else {
+            Unfit::Malformed(Malformation::TokenForKey)
+        });
+    }
+    let (env_name, provider) = (|| env_name.to_owned(), || endpoint.provider.clone());
+    let refused = |refusal| Some(Unfit::Refused(Box::new(refusal)));
+    match shapes.first() {
+        Some(KeyShape { kind: KeyKind::RefreshToken, .. }) => return Some(Unfit::Malformed(Malformation::RefreshToken)),
+        Some(KeyShape { kind: KeyKind::Administrative, vendor, .. }) => {
+            return refused(Refusal::AdministrativeKey { env_name: env_name(), provider: provider(), vendor: vendor.clone() });
+        }
+        Some(KeyShape { vendor, .. }) => {
+            if let Some(host) = &endpoint.vendor
+                && shapes.iter().all(|shape| shape.vendor == *vendor)
+                && host != vendor
+                && !endpoint.accepts_keys_of.takes(vendor)
+            {
+                let (host, vendor) = (endpoint.host.clone(), vendor.clone());
+                return refused(Refusal::ForeignKey { env_name: env_name(), provider: provider(), host, vendor });
+            }
+        }
+        None => {}
+    }
+    let what = catalogue.foreign_secrets.what(value)?;
+    refused(Refusal::ForeignSecret { env_name: env_name(), provider: provider(), what: what.to_owned() })
 }
 
 fn malformation(value: &str) -> Option<Malformation> {

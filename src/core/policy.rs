@@ -22,6 +22,10 @@ pub enum Group {
     Inconclusive,
     /// NO_SERVER_SURFACE, NOT_CALIBRATED, PROBE_DISABLED.
     Unverifiable,
+    /// NO_SERVER_SURFACE, because the workspace dials a base URL of the tenant's own.
+    TenantEndpoint,
+    /// A credential that travels to a vendor that is not its own.
+    Exposure,
 }
 
 /// What is done about a group.
@@ -68,6 +72,10 @@ pub struct Actions {
     pub inconclusive: Action,
     /// NO_SERVER_SURFACE, NOT_CALIBRATED, PROBE_DISABLED.
     pub unverifiable: Action,
+    /// NO_SERVER_SURFACE, because the workspace dials a base URL of the tenant's own.
+    pub tenant_endpoint: Action,
+    /// A credential that travels to a vendor that is not its own: allow, with a warning, or deny.
+    pub exposure: Action,
 }
 
 /// The same for each checkpoint that has a policy of its own; AUDIT has PROVISION's.
@@ -137,6 +145,22 @@ pub enum Facts {
     },
     /// The tenant's own credential is VALID. Nothing else is needed to say so.
     Valid,
+    /// It is VALID, in a header in which the workspace does not send it.
+    WrongHeader {
+        /// What is said of it.
+        evidence: WrongHeader,
+        /// How seriously this provider's verdicts are taken.
+        enforcement: Enforcement,
+    },
+    /// The workspace sends another value than the one that would do, and that one is not VALID.
+    Shadowed {
+        /// What is said of it.
+        refusal: Box<Refusal>,
+        /// The verdict on what is sent.
+        evidence: LivenessEvidence,
+        /// How seriously this provider's verdicts are taken.
+        enforcement: Enforcement,
+    },
     /// The tenant's own credential was judged, and is not VALID.
     NotValid {
         /// The evidence.
@@ -148,6 +172,17 @@ pub enum Facts {
         /// How seriously this provider's verdicts are taken.
         enforcement: Enforcement,
     },
+}
+
+/// A good key in the wrong header.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WrongHeader {
+    /// Its name.
+    pub env_name: String,
+    /// What is known about it.
+    pub message: String,
+    /// Where the runtime's facts are sure and there is a right name: the denial.
+    pub refusal: Option<Box<Refusal>>,
 }
 
 /// The ruling.
@@ -175,8 +210,20 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
             (PlatformProxy::Available, false) => Ruling::allow(Grounds::PlatformOwnsModel),
         },
         Facts::Valid => Ruling::allow(Grounds::Credential(Verdict::Valid)),
+        Facts::WrongHeader { evidence: WrongHeader { env_name, message, refusal }, enforcement } => {
+            match refusal.filter(|_| enforcement == Enforcement::Enforce) {
+                Some(refusal) => Ruling::deny(*refusal),
+                None => {
+                    let warning = Warning { code: WarningCode::WrongHeader, message, env_names: vec![env_name] };
+                    let ruling = Ruling::allow(Grounds::Credential(Verdict::Valid));
+                    Ruling { warnings: vec![warning], ..ruling }
+                }
+            }
+        }
+        Facts::Shadowed { refusal, evidence: _, enforcement: Enforcement::Enforce | Enforcement::Off } => Ruling::deny(*refusal),
+        Facts::Shadowed { refusal: _, evidence, enforcement: Enforcement::Report } => Ruling::allow_reported(evidence),
         Facts::NotValid { evidence, served_from: _, recently_valid, enforcement } => {
-            let action = group_of(evidence.verdict).map_or(Action::Deny, |group| policy.action(checkpoint, group));
+            let action = group_of(&evidence).map_or(Action::Deny, |group| policy.action(checkpoint, group));
             // Whatever is configured: the service is no key checker, and a flood of keys does not get past it by being one.
             let starts = checkpoint != Checkpoint::Update;
             if starts && evidence.withheld == Some(Withheld::NewKeys) {
@@ -199,14 +246,15 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
 }
 
 /// By which group a verdict is ruled on. INVALID is by none: it is denied. So would VALID be, which is a fact of its own.
-fn group_of(verdict: Verdict) -> Option<Group> {
-    match verdict {
+fn group_of(evidence: &LivenessEvidence) -> Option<Group> {
+    match evidence.verdict {
         Verdict::Valid | Verdict::Invalid => None,
         Verdict::Forbidden => Some(Group::Forbidden),
         Verdict::Timeout | Verdict::Unreachable | Verdict::NotAttempted => Some(Group::Unanswered),
         Verdict::RateLimited | Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::QuotaExhausted => {
             Some(Group::Inconclusive)
         }
+        Verdict::NoServerSurface if evidence.tenant_endpoint => Some(Group::TenantEndpoint),
         Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => Some(Group::Unverifiable),
     }
 }
@@ -227,13 +275,15 @@ impl Default for Policy {
 
 impl Actions {
     /// Each group with what is done about it.
-    pub fn groups(&self) -> [(Group, Action); 4] {
-        let Self { forbidden, unanswered, inconclusive, unverifiable } = *self;
+    pub fn groups(&self) -> [(Group, Action); 6] {
+        let Self { forbidden, unanswered, inconclusive, unverifiable, tenant_endpoint, exposure } = *self;
         [
             (Group::Forbidden, forbidden),
             (Group::Unanswered, unanswered),
             (Group::Inconclusive, inconclusive),
             (Group::Unverifiable, unverifiable),
+            (Group::TenantEndpoint, tenant_endpoint),
+            (Group::Exposure, exposure),
         ]
     }
 }
@@ -254,6 +304,8 @@ impl Default for CheckpointActions {
             unanswered: policy.action(checkpoint, Group::Unanswered),
             inconclusive: policy.action(checkpoint, Group::Inconclusive),
             unverifiable: policy.action(checkpoint, Group::Unverifiable),
+            tenant_endpoint: policy.action(checkpoint, Group::TenantEndpoint),
+            exposure: policy.action(checkpoint, Group::Exposure),
         };
         Self { create: of(Checkpoint::Create), provision: of(Checkpoint::Provision), update: of(Checkpoint::Update) }
     }
@@ -270,7 +322,7 @@ impl Policy {
             (Group::Unanswered, Checkpoint::Provision | Checkpoint::Audit) => Action::AllowIfRecentlyValid,
             // A leaked key must be replaceable while its vendor is down; PROVISION decides.
             (Group::Unanswered, Checkpoint::Update) => Action::Allow,
-            (Group::Inconclusive | Group::Unverifiable, _) => Action::Allow,
+            (Group::Inconclusive | Group::Unverifiable | Group::TenantEndpoint | Group::Exposure, _) => Action::Allow,
         })
     }
 

@@ -43,8 +43,8 @@ pub struct Provider {
     pub auth: Auth,
     /// Where it is, if it can be called at all: placeholders resolved, no trailing slash.
     pub base_url: Option<url::Url>,
-    /// It can also be called by Anthropic's API, whatever its protocol.
-    pub has_anthropic_surface: bool,
+    /// Where it can be called by Anthropic's API, whatever its protocol.
+    pub anthropic_base_url: Option<url::Url>,
     /// The credential names that it accepts, in the order in which they are tried. Never empty.
     pub auth_env: Vec<String>,
     /// The variable through which a workspace hands the credential to its client; tells the header family to try first.
@@ -87,6 +87,8 @@ pub struct Runtime {
 #[derive(Debug)]
 pub struct Arm {
     provider: usize,
+    /// Its place among all arms of the registry.
+    pub index: usize,
     /// The models that it lists; none for a name-only arm, which owns by pattern alone.
     pub models: Vec<String>,
     /// Models that new workspaces cannot have; it still owns them.
@@ -169,7 +171,7 @@ impl Runtime {
     }
 
     /// The arms that list this model id, in declared order; a withdrawn id counts.
-    pub fn listing(&self, model: &str) -> impl Iterator<Item = &Arm> {
+    pub fn listing(&self, model: &str) -> impl Iterator<Item = &Arm> + Clone {
         self.exact.get(model).into_iter().flatten().filter_map(|&index| self.arms.get(index))
     }
 }

@@ -1,12 +1,24 @@
 //! What one decision is made by: one version of registry, catalogue and policy, with what follows from them.
 
-use std::{collections::BTreeMap, sync::Arc, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::SystemTime,
+};
 
-use crate::core::{
-    catalogue::Catalogue,
-    endpoint::{Endpoint, NoSurface},
-    policy::Policy,
-    registry::{Provider, Registry},
+use url::Url;
+
+use crate::{
+    core::{
+        catalogue::Catalogue,
+        derive::candidate_arms,
+        endpoint::{Endpoint, NoSurface, base_url_names},
+        policy::Policy,
+        registry::{Arm, Provider, Registry, Runtime},
+        runtimes::Way,
+        workspace_call::ArmRoute,
+    },
+    domain::protocol::Surface,
 };
 
 /// What one decision is made by: one version of everything, for the whole call.
@@ -22,9 +34,39 @@ pub struct Snapshot {
     pub registry_origin: Origin,
     /// Where the catalogue came from.
     pub catalogue_origin: Origin,
-    /// How each provider is asked, or why not. It follows from registry and catalogue alone; made anew for every call, it cost
-    /// more than all the rest of a decision.
-    endpoints: Arc<BTreeMap<String, Result<Arc<Endpoint>, NoSurface>>>,
+    /// What follows from registry and catalogue alone: made anew for every call, it cost more than all the rest of a decision.
+    derived: Arc<Follows>,
+}
+
+/// What follows from registry and catalogue.
+#[derive(Debug)]
+struct Follows {
+    /// How each provider is asked, or why not.
+    endpoints: BTreeMap<String, Result<Arc<Endpoint>, NoSurface>>,
+    /// By the arms' places.
+    arms: Vec<ArmUse>,
+    /// Every name that a caller may send.
+    credential_names: BTreeSet<String>,
+}
+
+/// How a runtime uses one of its providers.
+#[derive(Debug)]
+pub struct ArmUse {
+    /// How the provider's credential leaves a workspace, where that is known.
+    pub route: Option<ArmRoute>,
+    /// The credentials that take part.
+    pub names: Arc<[String]>,
+    /// The base-URL variables with which a workspace would dial another host.
+    pub base_url_env: Arc<[String]>,
+    /// How the hosts are asked that the runtime dials, where they are others than the registry's.
+    dialled: Vec<Dialled>,
+}
+
+#[derive(Debug)]
+struct Dialled {
+    base: Url,
+    surface: Option<Surface>,
+    endpoint: Result<Arc<Endpoint>, NoSurface>,
 }
 
 /// Where a document came from.
@@ -49,13 +91,115 @@ impl Snapshot {
         registry_origin: Origin,
         catalogue_origin: Origin,
     ) -> Self {
-        let asked = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, &catalogue).map(Arc::new));
-        let endpoints = Arc::new(registry.providers().iter().map(asked).collect());
-        Self { registry, catalogue, policy, registry_origin, catalogue_origin, endpoints }
+        let derived = Arc::new(Follows::from(&registry, &catalogue));
+        Self { registry, catalogue, policy, registry_origin, catalogue_origin, derived }
     }
 
     /// How a provider of this registry is asked, or why not.
     pub fn endpoint(&self, provider: &Provider) -> Result<&Arc<Endpoint>, &NoSurface> {
-        self.endpoints.get(&provider.name).map_or(Err(&NoSurface::NoEndpoint), Result::as_ref)
+        self.derived.endpoints.get(&provider.name).map_or(Err(&NoSurface::NoEndpoint), Result::as_ref)
+    }
+
+    /// How a runtime uses the provider of this arm.
+    pub fn arm(&self, arm: &Arm) -> &ArmUse {
+        #[expect(clippy::indexing_slicing, reason = "there is one for each arm of this registry, in their order")]
+        &self.derived.arms[arm.index]
+    }
+
+    /// How the host is asked that a workspace dials for this provider with a value that is sent this way.
+    pub fn dialled<'s>(
+        &'s self,
+        provider: &Provider,
+        arm: &'s ArmUse,
+        way: Option<&Way>,
+        moved_to: Option<&Url>,
+    ) -> Result<&'s Arc<Endpoint>, &'s NoSurface> {
+        let base = moved_to.or_else(|| way?.base.as_ref());
+        // Probes of the registry's own say where to ask.
+        let Some(base) = base.filter(|_| provider.probes.is_empty()) else { return self.endpoint(provider) };
+        let surface = way.and_then(|way| way.surface);
+        let dialled = arm.dialled.iter().find(|dialled| dialled.base == *base && dialled.surface == surface);
+        dialled.map_or(Err(&NoSurface::NoEndpoint), |dialled| dialled.endpoint.as_ref())
+    }
+
+    /// Every credential name that could change the owner of this model, or answer for it. Empty where the platform owns it whatever is
+    /// there, and where nobody does.
+    pub fn relevant_names(&self, runtime: &Runtime, model: &str) -> Arc<[String]> {
+        let arms = candidate_arms(&self.registry, runtime, model);
+        let providers = || arms.iter().map(|arm| self.registry.provider(arm));
+        if providers().all(Provider::is_platform) {
+            return Arc::default();
+        }
+        if let [only] = arms.as_slice() {
+            return Arc::clone(&self.arm(only).names);
+        }
+        let mut names: Vec<String> = Vec::new();
+        for name in arms.iter().flat_map(|arm| self.arm(arm).names.iter()) {
+            if !names.contains(name) {
+                names.push(name.clone());
+            }
+        }
+        names.into()
+    }
+
+    /// Every name that a caller may send: the registry's, and those that runtimes read.
+    pub fn credential_names(&self) -> &BTreeSet<String> {
+        &self.derived.credential_names
+    }
+}
+
+// === impl Follows ===
+
+impl Follows {
+    fn from(registry: &Registry, catalogue: &Catalogue) -> Self {
+        let asked = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, catalogue).map(Arc::new));
+        let mut arms: Vec<(usize, ArmUse)> = Vec::new();
+        let mut credential_names = registry.credential_names().clone();
+        for (runtime, found) in registry.runtimes() {
+            let facts = catalogue.runtimes.get(runtime);
+            for arm in &found.arms {
+                let provider = registry.provider(arm);
+                let others_accept =
+                    |name: &str| registry.providers().iter().any(|other| other.name != provider.name && other.accepts(name));
+                let route =
+                    facts.filter(|_| !provider.is_platform()).and_then(|facts| ArmRoute::of(facts, provider, &others_accept));
+                let arm_use = ArmUse::of(route, provider, catalogue);
+                credential_names.extend(arm_use.names.iter().cloned());
+                arms.push((arm.index, arm_use));
+            }
+        }
+        arms.sort_by_key(|(index, _)| *index);
+        let arms = arms.into_iter().map(|(_, arm)| arm).collect();
+        Self { endpoints: registry.providers().iter().map(asked).collect(), arms, credential_names }
+    }
+}
+
+// === impl ArmUse ===
+
+impl ArmUse {
+    fn of(route: Option<ArmRoute>, provider: &Provider, catalogue: &Catalogue) -> Self {
+        let mut names: Vec<String> = Vec::new();
+        let of_route = route.iter().flat_map(ArmRoute::names);
+        for name in provider.auth_env.iter().map(String::as_str).chain(of_route) {
+            if !names.iter().any(|known| known == name) {
+                names.push(name.to_owned());
+            }
+        }
+        let mut dialled: Vec<Dialled> = Vec::new();
+        if let Some(ArmRoute { route, .. }) = &route {
+            let ways = std::iter::once(&route.way).chain(route.by_prefix.iter().map(|(_, way)| way));
+            let moved = route.by_env.iter().map(|(_, base)| (base, route.way.surface));
+            for (base, surface) in ways.filter_map(|way| Some((way.base.as_ref()?, way.surface))).chain(moved) {
+                if !dialled.iter().any(|known| known.base == *base && known.surface == surface) {
+                    let endpoint = Endpoint::dialled(provider, base, surface, catalogue).map(Arc::new);
+                    dialled.push(Dialled { base: base.clone(), surface, endpoint });
+                }
+            }
+        }
+        let base_url_env = match route.as_ref().and_then(|arm| arm.route.base_url_env.clone()) {
+            Some(names) => names,
+            None => base_url_names(provider, catalogue),
+        };
+        Self { route, names: names.into(), base_url_env: base_url_env.into(), dialled }
     }
 }

@@ -1,11 +1,15 @@
 //! The words of an answer: who pays, what was observed, what was refused. No rule lives here; `policy.rs` has them.
 
-use std::time::{Duration, SystemTime};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use crate::domain::{
     denial::Refusal,
+    protocol::HeaderFamily,
     request::Scope,
-    verdict::{BillingMode, MatchedBy, ServedFrom, Source, Verdict, WarningCode},
+    verdict::{BillingMode, Cause, MatchedBy, ServedFrom, Source, Verdict, WarningCode},
 };
 
 /// What a person should know although it did not decide.
@@ -54,8 +58,27 @@ pub struct JudgedCredential {
     pub scope: Scope,
     /// It hides an organization row of the same name.
     pub shadows_organization: bool,
+    /// Why this value and no other.
+    pub chosen_because: ChosenBecause,
     /// 8 hex digits under the configured key; empty without one.
     pub fingerprint: String,
+}
+
+/// Why one value is judged and no other.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChosenBecause {
+    /// It is the first of the provider's names that holds a value; of the runtime nothing more is known.
+    FirstDeclared,
+    /// The runtime sends it.
+    Sent,
+    /// The runtime sends it before this one.
+    SentBefore(String),
+    /// The runtime sends it and not this one.
+    SentInPlaceOf(String),
+    /// The runtime goes on to it after a refusal.
+    SentAfterARefusal,
+    /// The registry accepts it, and the runtime does not read it.
+    Unread,
 }
 
 /// What is known about the credential, and since when.
@@ -69,6 +92,10 @@ pub struct Liveness {
     pub endpoint_host: String,
     /// The conclusive probe's name; empty if none.
     pub probe: String,
+    /// In which header the credential was, where the provider was asked.
+    pub header: Option<HeaderFamily>,
+    /// Why the verdict is what it is.
+    pub cause: Option<Cause>,
     /// When the provider answered, and how old that was at the decision; `None` if nothing was asked.
     pub seen: Option<Seen>,
 }
@@ -127,9 +154,9 @@ pub enum Outcome {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RelevantNames {
     /// Credentials that could change the owner of the model, or answer for it.
-    pub env: Vec<String>,
+    pub env: Arc<[String]>,
     /// Base-URL variables with which the workspace would dial another host.
-    pub base_url_env: Vec<String>,
+    pub base_url_env: Arc<[String]>,
 }
 
 /// One decision with its reasons.
@@ -161,6 +188,22 @@ impl Resolution {
             matched_by: None,
             accepted_env: Vec::new(),
             credential: None,
+        }
+    }
+}
+
+// === impl ChosenBecause ===
+
+impl ChosenBecause {
+    /// The same for a person.
+    pub fn text(&self) -> String {
+        match self {
+            Self::FirstDeclared => "the first of the provider's names that is set".into(),
+            Self::Sent => "the runtime sends it".into(),
+            Self::SentBefore(other) => format!("the runtime sends it before {other}"),
+            Self::SentInPlaceOf(other) => format!("the runtime sends it and not {other}"),
+            Self::SentAfterARefusal => "the runtime goes on to it after a refusal".into(),
+            Self::Unread => "the registry accepts it; the runtime does not read it".into(),
         }
     }
 }

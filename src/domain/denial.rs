@@ -1,8 +1,13 @@
 //! Every reason for a denial, with its evidence, its sentence and its remedy. One place, so that every checkpoint and every
 //! caller reads the same words.
 
-use crate::domain::verdict::{DenyCode, Unreached, Verdict, Withheld};
 use std::time::Duration;
+
+use crate::domain::{
+    protocol::HeaderFamily,
+    request::Scope,
+    verdict::{Cause, DenyCode, Unreached, Verdict, Withheld},
+};
 
 /// When to ask again about a secret store that could not be read: such faults pass quickly.
 const UNREADABLE_RETRY_AFTER: Duration = Duration::from_secs(2);
@@ -37,6 +42,10 @@ pub enum Refusal {
         runtime: String,
         /// The model.
         model: String,
+        /// The offered model that is written most like it.
+        nearest: Option<String>,
+        /// Some of what the runtime offers.
+        offered: Vec<String>,
     },
     /// Several possible owners.
     AmbiguousProvider {
@@ -85,8 +94,12 @@ pub enum Refusal {
         model: String,
         /// The names that it accepts.
         accepted_env: Vec<String>,
+        /// Who else could own the model, with the names that would make it so.
+        others: Vec<(String, Vec<String>)>,
+        /// All names, for programs.
+        missing_env: Vec<String>,
     },
-    /// The value cannot be a key.
+    /// The value cannot be what its variable is for.
     Malformed {
         /// The name.
         env_name: String,
@@ -94,6 +107,59 @@ pub enum Refusal {
         provider: String,
         /// What is wrong with it, and where.
         fault: Malformation,
+        /// The variable that such a value belongs into, if there is one.
+        right_name: Option<String>,
+    },
+    /// No key of an LLM provider at all.
+    ForeignSecret {
+        /// The name.
+        env_name: String,
+        /// The provider.
+        provider: String,
+        /// What it is, with its article.
+        what: String,
+    },
+    /// A key that administers an organization, and calls no model.
+    AdministrativeKey {
+        /// The name.
+        env_name: String,
+        /// The provider.
+        provider: String,
+        /// Whose.
+        vendor: String,
+    },
+    /// The workspace would send another value than the one that would do.
+    Shadowed {
+        /// What it sends.
+        sent: NameAndScope,
+        /// Why that is no use.
+        why: ShadowCause,
+        /// What would do.
+        other: NameAndScope,
+        /// The provider.
+        provider: String,
+    },
+    /// Good, in a header in which the workspace does not send it.
+    WrongName {
+        /// The name.
+        env_name: String,
+        /// The provider.
+        provider: String,
+        /// Who accepted it.
+        host: String,
+        /// In which header it is sent.
+        sent_in: HeaderFamily,
+        /// In which it was accepted.
+        accepted_in: HeaderFamily,
+        /// The name under which it is sent in that.
+        right_name: String,
+    },
+    /// Another credential would travel along.
+    Exposed {
+        /// Which.
+        env_names: Vec<String>,
+        /// Where to.
+        host: String,
     },
     /// Another vendor's key.
     ForeignKey {
@@ -108,6 +174,24 @@ pub enum Refusal {
     },
     /// The verdict on the credential.
     Liveness(LivenessEvidence),
+}
+
+/// A variable, and where its value is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NameAndScope {
+    /// Its name.
+    pub env_name: String,
+    /// Its scope.
+    pub scope: Scope,
+}
+
+/// Why a value that wins is no use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ShadowCause {
+    /// Its variable is none of the provider's.
+    NotOfProvider,
+    /// It would have been refused by itself, for this.
+    Refused(Box<Refusal>),
 }
 
 /// What makes a value unfit to be sent.
@@ -150,6 +234,26 @@ pub enum Malformation {
     Json,
     /// It is the beginning of a token and no more.
     CutOff,
+    /// A blank or line break stands in front of it, and is sent along.
+    BlankInFront,
+    /// The same behind it.
+    BlankBehind,
+    /// A blank stands within it.
+    BlankWithin,
+    /// An API key in the place of a subscription's token.
+    KeyForToken,
+    /// A subscription's token in the place of an API key.
+    TokenForKey,
+    /// A refresh token.
+    RefreshToken,
+    /// The code of a login that was not finished.
+    AuthorizationCode,
+    /// A whole credentials file in the place of its token.
+    CredentialsFile,
+    /// No JSON, or not all of it.
+    NoJson,
+    /// JSON without a usable token or key.
+    NoToken,
 }
 
 /// A credential that was judged, and what came of it.
@@ -173,6 +277,14 @@ pub struct LivenessEvidence {
     pub withheld: Option<Withheld>,
     /// What failed on the way, where something did.
     pub unreached: Option<Unreached>,
+    /// The answer's own reason, where it has one.
+    pub cause: Option<Cause>,
+    /// The workspace dials a host of the tenant's choosing.
+    pub tenant_endpoint: bool,
+    /// What plan the key's beginning tells of, and which providers are for it.
+    pub plan: Option<(String, Vec<String>)>,
+    /// The model.
+    pub model: String,
 }
 
 // === impl Refusal ===
@@ -194,128 +306,20 @@ impl Refusal {
             Self::ProviderNotByok { .. } => DenyCode::ProviderNotByok,
             Self::MissingCredential { .. } => DenyCode::MissingByokCredential,
             Self::Malformed { .. } => DenyCode::MalformedByokCredential,
-            Self::ForeignKey { .. } => DenyCode::InvalidByokCredential,
+            Self::ForeignKey { .. } | Self::ForeignSecret { .. } | Self::AdministrativeKey { .. } => {
+                DenyCode::InvalidByokCredential
+            }
+            Self::Shadowed { .. } => DenyCode::ShadowedByokCredential,
+            Self::WrongName { .. } => DenyCode::WrongCredentialName,
+            Self::Exposed { .. } => DenyCode::ExposedCredential,
             Self::Liveness(evidence) => evidence.code(),
-        }
-    }
-
-    /// The reason in one or two sentences.
-    pub fn message(&self) -> String {
-        match self {
-            Self::OverrideNotAllowed => "this service is configured to refuse operator overrides".into(),
-            Self::OverrideConflictsWithModel { model } => {
-                format!("the operator override asks for BYOK, but model `{model}` belongs to the platform")
-            }
-            Self::RuntimeRequired => "the workspace names no runtime".into(),
-            Self::RuntimeUnsupported { runtime, known } => {
-                format!("runtime `{runtime}` is not in the registry, which knows {}", listed(known))
-            }
-            Self::ModelRequired { runtime } => {
-                format!("the workspace names no model for runtime `{runtime}`; there are no default models")
-            }
-            Self::UnregisteredModel { runtime, model } => {
-                format!("no provider of runtime `{runtime}` owns model `{model}`")
-            }
-            Self::AmbiguousProvider { runtime, model, candidates } => format!(
-                "model `{model}` on runtime `{runtime}` could belong to {}, and the credentials at hand single none out",
-                listed(candidates)
-            ),
-            Self::ModelWithdrawn { runtime, model, provider } => {
-                format!("model `{model}` of provider `{provider}` is withdrawn from runtime `{runtime}`")
-            }
-            Self::CredentialsUnreadable { names, changes_owner } => format!(
-                "{} could not be read, and {} depends on it; unreadable is not taken for absent",
-                listed(names),
-                if *changes_owner { "who owns the model" } else { "which credential answers for the model" },
-            ),
-            Self::MissingPlatformProxy { model } => {
-                format!("model `{model}` is billed to the platform, and the platform's model proxy is absent")
-            }
-            Self::ProviderNotByok { provider, model } => format!(
-                "model `{model}` belongs to provider `{provider}`, which authenticates by ambient cloud identity; \
-                 a tenant cannot bring a credential for it"
-            ),
-            Self::MissingCredential { provider, display_name, model, accepted_env } => format!(
-                "model `{model}` belongs to {display_name} (provider `{provider}`) and needs the tenant's own credential; \
-                 none of {} holds a value",
-                listed(accepted_env)
-            ),
-            Self::Malformed { env_name, provider, fault } => {
-                format!("the value of {env_name} cannot be a key for provider `{provider}`: {}; it was not sent", fault.text())
-            }
-            Self::ForeignKey { env_name, provider, host, vendor } => format!(
-                "the value of {env_name} has the shape of a key of vendor `{vendor}`, but provider `{provider}` is at {host}; \
-                 it was not sent"
-            ),
-            Self::Liveness(evidence) => evidence.message(),
-        }
-    }
-
-    /// What to do about it.
-    pub fn remedy(&self) -> String {
-        match self {
-            Self::OverrideNotAllowed => {
-                "remove the override, or set `operator_overrides: honour` in the service's configuration".into()
-            }
-            Self::OverrideConflictsWithModel { .. } => {
-                "pick a model of a provider that takes the tenant's own key, or remove the override".into()
-            }
-            Self::RuntimeRequired => "set the workspace's runtime".into(),
-            Self::RuntimeUnsupported { .. } => {
-                "use one of the registry's runtimes, or add this one to the registry or to `exempt_runtimes`".into()
-            }
-            Self::ModelRequired { .. } => "choose a model; ListModels shows what the runtime offers".into(),
-            Self::UnregisteredModel { runtime, .. } => format!(
-                "choose a model that runtime `{runtime}` offers (ListModels shows them); ids are compared exactly, \
-                 so `a/b`, `a:b` and `b` are different models"
-            ),
-            Self::AmbiguousProvider { .. } => {
-                "keep the credential of the one provider that is meant, or make the registry's patterns disjoint".into()
-            }
-            Self::ModelWithdrawn { .. } => "choose another model; ListModels shows which are withdrawn".into(),
-            Self::CredentialsUnreadable { .. } => {
-                "try again; if it goes on, repair the platform's secret store or its encryption key".into()
-            }
-            Self::MissingPlatformProxy { .. } => {
-                "choose a model with a key of the tenant's own, or wire the platform's proxy and say that it is AVAILABLE".into()
-            }
-            Self::ProviderNotByok { .. } => "choose a model of another provider".into(),
-            Self::MissingCredential { accepted_env, .. } => {
-                format!("set {} as a secret of the workspace or of the organization, then try again", any_of(accepted_env))
-            }
-            Self::Malformed { env_name, fault, .. } => match fault {
-                Malformation::ControlCharacter { trailing: true, .. } => {
-                    format!("save {env_name} again without the line break or control character at its end")
-                }
-                Malformation::BearerInFront | Malformation::NameInFront | Malformation::Quoted => {
-                    format!("save {env_name} again with the key alone")
-                }
-                Malformation::VariableName | Malformation::Template => {
-                    format!("save the key itself as {env_name}: it is passed on as it is saved, and nothing in it is expanded")
-                }
-                Malformation::Masked => {
-                    format!("the provider's console does not show this key again: make a new one there and save it as {env_name}")
-                }
-                Malformation::ControlCharacter { .. }
-                | Malformation::NonAscii { .. }
-                | Malformation::TooLong { .. }
-                | Malformation::Placeholder
-                | Malformation::Json
-                | Malformation::CutOff => {
-                    format!("copy the key from the provider's console again and save it as {env_name}")
-                }
-            },
-            Self::ForeignKey { env_name, provider, vendor, .. } => {
-                format!("save a key of provider `{provider}` as {env_name}, or choose a model of vendor `{vendor}`")
-            }
-            Self::Liveness(evidence) => evidence.remedy(),
         }
     }
 
     /// The names of which one is needed, where one is missing.
     pub fn missing_env(&self) -> &[String] {
         match self {
-            Self::MissingCredential { accepted_env, .. } => accepted_env,
+            Self::MissingCredential { missing_env, .. } => missing_env,
             Self::OverrideNotAllowed
             | Self::OverrideConflictsWithModel { .. }
             | Self::RuntimeRequired
@@ -329,26 +333,37 @@ impl Refusal {
             | Self::ProviderNotByok { .. }
             | Self::Malformed { .. }
             | Self::ForeignKey { .. }
+            | Self::ForeignSecret { .. }
+            | Self::AdministrativeKey { .. }
+            | Self::Shadowed { .. }
+            | Self::WrongName { .. }
+            | Self::Exposed { .. }
             | Self::Liveness(_) => &[],
         }
     }
 
+    /// The same request may be allowed later with nothing changed.
+    pub fn retryable(&self) -> bool {
+        // An address that this service may not dial is no outage.
+        let is_address = matches!(self, Self::Liveness(LivenessEvidence { unreached: Some(Unreached::Address), .. }));
+        self.code().retryable() && !is_address
+    }
+
     /// When to try again: on every retryable refusal, and on no other.
     pub fn retry_after(&self) -> Option<Duration> {
-        if !self.code().retryable() {
-            return None;
-        }
-        Some(match self {
+        let wait = match self {
             Self::Liveness(evidence) => evidence.retry_after,
             _ => UNREADABLE_RETRY_AFTER,
-        })
+        };
+        self.retryable().then_some(wait)
     }
 }
 
 // === impl LivenessEvidence ===
 
 impl LivenessEvidence {
-    const fn code(&self) -> DenyCode {
+    /// The machine's reason.
+    pub const fn code(&self) -> DenyCode {
         match self.verdict {
             // VALID is never refused; if a caller were to build it, the nearest truth is that it could not be verified.
             Verdict::Valid | Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => {
@@ -362,108 +377,6 @@ impl LivenessEvidence {
             Verdict::Timeout => DenyCode::ByokProbeTimeout,
             Verdict::Unreachable => DenyCode::ByokProviderUnreachable,
             Verdict::NotAttempted => DenyCode::ByokProbeNotAttempted,
-        }
-    }
-
-    fn message(&self) -> String {
-        let Self { verdict, env_name, provider, host, upstream_status, siblings: _, retry_after: _, withheld, unreached } = self;
-        let status = upstream_status.map_or_else(String::new, |status| format!(" with HTTP {status}"));
-        match verdict {
-            Verdict::Invalid => {
-                format!("{env_name} was found for provider `{provider}` but refused by {host}{status}")
-            }
-            Verdict::Forbidden => format!(
-                "{env_name} was found for provider `{provider}` but {host} forbids it{status}: a dead key, one without the \
-                 permission, or one that may not be used from this network"
-            ),
-            Verdict::QuotaExhausted => {
-                format!("{host} says that the account behind {env_name} is out of credit or suspended{status}")
-            }
-            Verdict::RateLimited => format!("{host} limits the rate{status}, so {env_name} could not be verified"),
-            Verdict::ProviderError => format!("{host} failed{status}, so {env_name} could not be verified"),
-            Verdict::UnexpectedResponse => {
-                format!("the answer of {host}{status} says nothing about {env_name}, which could not be verified")
-            }
-            Verdict::Timeout => format!("{host} gave no usable answer in time, so {env_name} could not be verified"),
-            Verdict::Unreachable => {
-                let why = match unreached {
-                    Some(Unreached::Dns) => "could not be resolved",
-                    Some(Unreached::Address) => "is at an address or in a scheme that this service may not dial",
-                    Some(Unreached::Tls) => "could not be reached securely (TLS failed)",
-                    Some(Unreached::Closed) => "closed the connection without an answer",
-                    Some(Unreached::Protocol) => "answers with something that is not HTTP",
-                    Some(Unreached::Connect) | None => "could not be reached",
-                };
-                format!("{host} {why}, so {env_name} could not be verified")
-            }
-            Verdict::NotAttempted => {
-                let why = match withheld {
-                    Some(Withheld::Queue) => "too many questions to this provider wait already",
-                    Some(Withheld::Budget) => "its calls per second to this provider are spent",
-                    Some(Withheld::NewKeys) => {
-                        "too many new credentials were judged for this organization or caller within a minute"
-                    }
-                    Some(Withheld::Fault) | None => "a fault of its own",
-                };
-                format!("this service did not ask {host} about {env_name}: {why}")
-            }
-            Verdict::Valid | Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => {
-                format!("{env_name} for provider `{provider}` cannot be verified ({verdict})")
-            }
-        }
-    }
-
-    fn remedy(&self) -> String {
-        let env_name = &self.env_name;
-        match self.verdict {
-            Verdict::Invalid | Verdict::Forbidden => {
-                let sibling = if self.siblings.is_empty() {
-                    String::new()
-                } else {
-                    format!("; a key of the same vendor's {} is refused here too", any_of(&self.siblings))
-                };
-                format!("check that the key is active, rotate it with the provider and save it as {env_name}{sibling}")
-            }
-            Verdict::QuotaExhausted => "add credit to the account with the provider, or use another key".into(),
-            Verdict::RateLimited | Verdict::ProviderError | Verdict::Timeout => {
-                "try again later; if it goes on, look at the provider's status page".into()
-            }
-            Verdict::UnexpectedResponse => {
-                "try again later; if it goes on, check the provider's base URL in the registry and its row in the probe \
-                 catalogue"
-                    .into()
-            }
-            Verdict::Unreachable => {
-                "try again later; if it goes on, check DNS, the service's way out to port 443 and the provider's base URL".into()
-            }
-            Verdict::NotAttempted => "try again later; if it goes on, look at this service's log".into(),
-            Verdict::Valid | Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => {
-                "choose a provider whose keys can be verified, or let the policy group `unverifiable` allow".into()
-            }
-        }
-    }
-}
-
-// === impl Malformation ===
-
-impl Malformation {
-    fn text(self) -> String {
-        match self {
-            Self::ControlCharacter { at, trailing: true } => {
-                format!("it ends in a line break or another control character (byte {at})")
-            }
-            Self::ControlCharacter { at, trailing: false } => format!("it holds a control character at byte {at}"),
-            Self::NonAscii { at } => format!("it holds a character that is not ASCII at byte {at}"),
-            Self::TooLong { length, limit } => format!("it is {length} bytes long, and the limit is {limit}"),
-            Self::BearerInFront => "`Bearer ` stands in front of it".into(),
-            Self::NameInFront => "a variable's name and `=` stand in front of it".into(),
-            Self::Quoted => "it stands in quotation marks".into(),
-            Self::VariableName => "it is the name of a variable and not its value".into(),
-            Self::Template => "it is a template that was not expanded".into(),
-            Self::Masked => "part of it is hidden by asterisks".into(),
-            Self::Placeholder => "it is a placeholder out of an example".into(),
-            Self::Json => "it is JSON, or a piece of it, and holds no token".into(),
-            Self::CutOff => "it is only the beginning of a token".into(),
         }
     }
 }
@@ -514,6 +427,10 @@ mod tests {
                 retry_after: Duration::from_secs(3),
                 withheld: None,
                 unreached: None,
+                cause: None,
+                tenant_endpoint: false,
+                plan: None,
+                model: "acme-large".into(),
             });
             assert!(!refusal.message().is_empty() && !refusal.remedy().is_empty());
             assert_eq!(refusal.retry_after().is_some(), refusal.code().retryable(), "{verdict}");

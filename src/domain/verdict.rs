@@ -52,6 +52,12 @@ pub enum DenyCode {
     ByokQuotaExhausted,
     /// Cannot be verified.
     ByokNotVerifiable,
+    /// Another value is sent in the place of the one that would do.
+    ShadowedByokCredential,
+    /// Good, in a header in which the runtime does not send it.
+    WrongCredentialName,
+    /// Another credential would travel to a vendor that is not its own, and policy forbids that.
+    ExposedCredential,
 }
 
 /// What a person should know although it did not decide.
@@ -76,6 +82,16 @@ pub enum WarningCode {
     ReportOnly,
     /// Not readable, and without influence.
     UnreadableCredentials,
+    /// It travels to a vendor that is not its own.
+    ExposedCredential,
+    /// The runtime does not read the variable that answers.
+    UnusedCredential,
+    /// Good, in another header than the one that is tried first.
+    WrongHeader,
+    /// Judged without the blanks around it.
+    TrimmedCredential,
+    /// A base-URL variable that nothing reads.
+    UnknownBaseUrlName,
 }
 
 /// What is known about a credential.
@@ -328,7 +344,10 @@ impl DenyCode {
             | Self::MalformedByokCredential
             | Self::InvalidByokCredential
             | Self::ByokQuotaExhausted
-            | Self::ByokNotVerifiable => false,
+            | Self::ByokNotVerifiable
+            | Self::ShadowedByokCredential
+            | Self::WrongCredentialName
+            | Self::ExposedCredential => false,
         }
     }
 }

@@ -339,8 +339,8 @@ pub fn response(decided: Decided) -> pb::DecideResponse {
         registry_revision,
         catalogue_revision,
         trace: trace.into_iter().map(|step| pb::TraceStep { step: step.step.to_owned(), detail: step.detail }).collect(),
-        relevant_env: relevant.env,
-        relevant_base_url_env: relevant.base_url_env,
+        relevant_env: relevant.env.to_vec(),
+        relevant_base_url_env: relevant.base_url_env.to_vec(),
     }
 }
 
@@ -350,8 +350,8 @@ pub fn resolve_response(result: Result<Resolved, Unresolved>, model: &str, snaps
     match result {
         Ok(Resolved { resolution, relevant, withdrawn }) => pb::ResolveProviderResponse {
             result: Some(pb::resolve_provider_response::Result::Resolution(self::resolution(resolution))),
-            relevant_env: relevant.env,
-            relevant_base_url_env: relevant.base_url_env,
+            relevant_env: relevant.env.to_vec(),
+            relevant_base_url_env: relevant.base_url_env.to_vec(),
             warnings: if withdrawn { vec![warning(withdrawal(model))] } else { Vec::new() },
             registry_revision,
         },
@@ -360,7 +360,7 @@ pub fn resolve_response(result: Result<Resolved, Unresolved>, model: &str, snaps
                 refusal: *refusal,
                 alternative_models: Vec::new(),
             }))),
-            relevant_env,
+            relevant_env: relevant_env.to_vec(),
             relevant_base_url_env: Vec::new(),
             warnings: Vec::new(),
             registry_revision,
@@ -447,13 +447,15 @@ fn deny(deny: Deny) -> pb::Deny {
         remedy: refusal.remedy(),
         missing_env: refusal.missing_env().to_vec(),
         alternative_models,
-        retryable: refusal.code().retryable(),
+        retryable: refusal.retryable(),
         retry_after: refusal.retry_after().map(duration),
+        operator_hint: refusal.operator_hint(),
     }
 }
 
 fn resolution(resolution: Resolution) -> pb::Resolution {
     let Resolution { provider, billing_mode, source, matched_by, accepted_env, credential } = resolution;
+    let credential_reason = credential.as_ref().map_or_else(String::new, |judged| judged.chosen_because.text());
     let (credential_env, scope, shadows_organization, credential_fingerprint) = match credential {
         Some(judged) => (judged.env_name, Some(judged.scope), judged.shadows_organization, judged.fingerprint),
         None => (String::new(), None, false, String::new()),
@@ -483,11 +485,12 @@ fn resolution(resolution: Resolution) -> pb::Resolution {
         } as i32,
         shadows_organization,
         credential_fingerprint,
+        credential_reason,
     }
 }
 
 fn liveness(liveness: Liveness) -> pb::Liveness {
-    let Liveness { verdict, upstream_status, endpoint_host, probe, seen } = liveness;
+    let Liveness { verdict, upstream_status, endpoint_host, probe, header, cause, seen } = liveness;
     pb::Liveness {
         verdict: self::verdict(verdict),
         upstream_status: upstream_status.map_or(0, u32::from),
@@ -502,6 +505,8 @@ fn liveness(liveness: Liveness) -> pb::Liveness {
             Some(Seen { served_from: ServedFrom::Stale, .. }) => pb::ServedFrom::Stale,
             Some(Seen { served_from: ServedFrom::Breaker, .. }) => pb::ServedFrom::Breaker,
         } as i32,
+        header: header.map_or_else(String::new, |header| header.as_str().to_owned()),
+        cause: cause.map_or_else(String::new, |cause| cause.as_str().to_owned()),
     }
 }
 
@@ -517,6 +522,11 @@ fn warning(warning: Warning) -> pb::Warning {
         WarningCode::StaleLiveness => pb::WarningCode::StaleLiveness,
         WarningCode::ReportOnly => pb::WarningCode::ReportOnly,
         WarningCode::UnreadableCredentials => pb::WarningCode::UnreadableCredentials,
+        WarningCode::ExposedCredential => pb::WarningCode::ExposedCredential,
+        WarningCode::UnusedCredential => pb::WarningCode::UnusedCredential,
+        WarningCode::WrongHeader => pb::WarningCode::WrongHeader,
+        WarningCode::TrimmedCredential => pb::WarningCode::TrimmedCredential,
+        WarningCode::UnknownBaseUrlName => pb::WarningCode::UnknownBaseUrlName,
     };
     pb::Warning { code: code as i32, message, env_names }
 }
@@ -573,6 +583,9 @@ fn deny_code(code: DenyCode) -> i32 {
         DenyCode::ByokUnexpectedResponse => pb::DenyCode::ByokUnexpectedResponse,
         DenyCode::ByokQuotaExhausted => pb::DenyCode::ByokQuotaExhausted,
         DenyCode::ByokNotVerifiable => pb::DenyCode::ByokNotVerifiable,
+        DenyCode::ShadowedByokCredential => pb::DenyCode::ShadowedByokCredential,
+        DenyCode::WrongCredentialName => pb::DenyCode::WrongCredentialName,
+        DenyCode::ExposedCredential => pb::DenyCode::ExposedCredential,
     }) as i32
 }
 

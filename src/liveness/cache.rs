@@ -19,9 +19,9 @@ use tracing::Instrument;
 use crate::{
     core::{
         classify::Finding,
+        credential::LivenessQuery,
         endpoint::{Preference, Target},
         engine::{Boxed, EarlierValid, LivenessSource, Observed, ProbeRequest, ProbeStarted, Prober},
-        evaluate::LivenessQuery,
     },
     domain::{
         duration,
@@ -326,7 +326,7 @@ impl Cache {
         started: ProbeStarted,
     ) -> impl Future<Output = Fetched> + Send + use<> {
         let target = Arc::new(Target::of(query.endpoint, query.model).preferring(query.preference));
-        let request = ProbeRequest { target, secret: Arc::clone(query.secret), started };
+        let request = ProbeRequest { target, secret: Arc::clone(&query.secret), started };
         let (prober, breakers, target) = (Arc::clone(&self.prober), Arc::clone(&self.breakers), Arc::clone(&request.target));
         let (memory, last_valid, ages) = (self.memory.clone(), Arc::clone(&self.last_valid), self.ages);
         let (first, second) = (keys.first, self.second(keys));
@@ -421,7 +421,7 @@ impl Cache {
     }
 
     fn keys<'a>(&self, query: &LivenessQuery<'a>) -> Keys<'a> {
-        let LivenessQuery { endpoint, secret, model, preference, .. } = *query;
+        let LivenessQuery { endpoint, ref secret, model, preference, .. } = *query;
         let [of_credential, of_model] = &self.hash_keys;
         let mut credential = hash(of_credential, &endpoint.identity, secret.expose());
         // Another client may get another verdict.

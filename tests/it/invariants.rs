@@ -9,6 +9,7 @@ use strum::VariantArray;
 use byok_gate::{
     core::{
         catalogue::Catalogue,
+        credential::Questions,
         evaluate::{Next, evaluate},
         policy::{Action, Enforcement, Exception, Facts, Group, Policy, Ruling, apply},
         registry::Registry,
@@ -30,7 +31,8 @@ use crate::support::case;
 
 /// Those that have a policy of their own; AUDIT has PROVISION's.
 const CHECKPOINTS: [Checkpoint; 3] = [Checkpoint::Create, Checkpoint::Provision, Checkpoint::Update];
-const GROUPS: [Group; 4] = [Group::Forbidden, Group::Unanswered, Group::Inconclusive, Group::Unverifiable];
+const GROUPS: [Group; 6] =
+    [Group::Forbidden, Group::Unanswered, Group::Inconclusive, Group::Unverifiable, Group::TenantEndpoint, Group::Exposure];
 const OVERRIDES: [OperatorOverride; 4] =
     [OperatorOverride::Derive, OperatorOverride::PlatformManaged, OperatorOverride::Byok, OperatorOverride::Disabled];
 
@@ -55,11 +57,11 @@ fn rule(snapshot: &Snapshot, request: &Request, verdict: Verdict, recently_valid
     let facts = match evaluation.next {
         Next::Rule(facts) => facts,
         Next::Ask(_) if verdict == Verdict::Valid => Facts::Valid,
-        Next::Ask(inquiry) => Facts::NotValid {
-            evidence: evidence(verdict, &inquiry.endpoint.provider, inquiry.env_name),
+        Next::Ask(Questions { first, .. }) => Facts::NotValid {
+            evidence: evidence(verdict, &first.endpoint.provider, first.env_name),
             served_from: Some(ServedFrom::Probe),
             recently_valid,
-            enforcement: inquiry.enforcement,
+            enforcement: first.enforcement,
         },
     };
     (apply(facts, request.checkpoint, &snapshot.policy), Some(evaluation.resolution.provider).filter(|name| !name.is_empty()))
@@ -76,6 +78,10 @@ fn evidence(verdict: Verdict, provider: &str, env_name: &str) -> LivenessEvidenc
         retry_after: Duration::from_secs(1),
         withheld: None,
         unreached: None,
+        cause: None,
+        tenant_endpoint: false,
+        plan: None,
+        model: "acme-large".into(),
     }
 }
 
@@ -202,7 +208,8 @@ fn never_flip_exhaustively() {
 fn the_policy_table() {
     use DenyCode as Code;
     use Verdict as V;
-    let group = |verdict| match verdict {
+    let group = |verdict, tenant_endpoint| match verdict {
+        V::NoServerSurface if tenant_endpoint => Some(Group::TenantEndpoint),
         V::Valid | V::Invalid => None,
         V::Forbidden => Some(Group::Forbidden),
         V::Timeout | V::Unreachable | V::NotAttempted => Some(Group::Unanswered),
@@ -224,9 +231,12 @@ fn the_policy_table() {
     let default = |group, checkpoint| match (group, checkpoint) {
         (Group::Forbidden, _) | (Group::Unanswered, Checkpoint::Create) => Action::Deny,
         (Group::Unanswered, Checkpoint::Provision | Checkpoint::Audit) => Action::AllowIfRecentlyValid,
-        (Group::Unanswered, Checkpoint::Update) | (Group::Inconclusive | Group::Unverifiable, _) => Action::Allow,
+        (Group::Unanswered, Checkpoint::Update)
+        | (Group::Inconclusive | Group::Unverifiable | Group::TenantEndpoint | Group::Exposure, _) => Action::Allow,
     };
-    for &verdict in V::VARIANTS {
+    let verdicts = V::VARIANTS.iter().map(|verdict| (*verdict, false)).chain([(V::NoServerSurface, true)]);
+    for (verdict, tenant_endpoint) in verdicts {
+        let group = |verdict| group(verdict, tenant_endpoint);
         for checkpoint in CHECKPOINTS {
             for action in [None, Some(Action::Allow), Some(Action::AllowIfRecentlyValid), Some(Action::Deny)] {
                 for recently_valid in [false, true] {
@@ -252,7 +262,7 @@ fn the_policy_table() {
                         let facts = match verdict {
                             V::Valid => Facts::Valid,
                             verdict => Facts::NotValid {
-                                evidence: evidence(verdict, "acme", "ACME_API_KEY"),
+                                evidence: LivenessEvidence { tenant_endpoint, ..evidence(verdict, "acme", "ACME_API_KEY") },
                                 served_from: None,
                                 recently_valid,
                                 enforcement,

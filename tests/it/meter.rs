@@ -4,8 +4,8 @@ use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
 
 use byok_gate::{
     core::{
+        credential::LivenessQuery,
         engine::{Boxed, Engine, LivenessSource, Observed},
-        evaluate::LivenessQuery,
     },
     domain::{request::Checkpoint, verdict::Verdict},
     grpc::convert::{

@@ -8,9 +8,10 @@ use std::{collections::BTreeMap, env, sync::Arc, time::Duration};
 use byok_gate::{
     core::{
         classify::{Answer, Calibration},
+        credential::LivenessQuery,
         endpoint::Target,
         engine::{Engine, LivenessSource, Observed},
-        evaluate::{LivenessQuery, Next, evaluate},
+        evaluate::{Next, evaluate},
         look::Look,
         snapshot::Snapshot,
         taught::RequestFacts,
@@ -432,15 +433,15 @@ impl Asked {
         Self { snapshot: engine.snapshot(), request: convert::request(message).unwrap() }
     }
 
-    pub(crate) fn inquiry(&self) -> LivenessQuery<'_> {
+    pub(crate) fn query(&self) -> LivenessQuery<'_> {
         match evaluate(&self.snapshot, &self.request, 0, &|_| String::new()).next {
-            Next::Ask(inquiry) => inquiry,
+            Next::Ask(questions) => questions.first,
             Next::Rule(facts) => panic!("{facts:?}"),
         }
     }
 
     pub(crate) fn target(&self) -> Target {
-        let LivenessQuery { endpoint, model, .. } = self.inquiry();
+        let LivenessQuery { endpoint, model, .. } = self.query();
         Target::of(endpoint, model)
     }
 }
@@ -468,7 +469,7 @@ async fn run(steps: &[Step], questions: &[Arc<Asked>]) -> (BTreeMap<usize, Got>,
                 callers.push(tokio::spawn(async move {
                     // By the trait, as the engine calls it.
                     let source: &dyn LivenessSource = &*cache;
-                    let observed = source.observe(asked.inquiry(), max_age, deadline).await;
+                    let observed = source.observe(asked.query(), max_age, deadline).await;
                     let Observed { finding, served_from, earlier_valid, .. } = observed;
                     Got { verdict: finding.verdict, served_from, earlier_valid: earlier_valid.is_some() }
                 }));

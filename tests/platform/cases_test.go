@@ -107,6 +107,7 @@ type vendorRow struct {
 	Method  string            `yaml:"method"`
 	Path    string            `yaml:"path"`
 	Key     string            `yaml:"key"`
+	Header  string            `yaml:"header"`
 	Status  int               `yaml:"status"`
 	Headers map[string]string `yaml:"headers"`
 	Body    string            `yaml:"body"`
@@ -153,7 +154,8 @@ func (v *caseVendor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	row := vendorRow{Status: http.StatusNotFound, Body: `{"error": {"code": "not_found", "message": "no such path"}}`}
 	for _, candidate := range v.rows {
 		if (candidate.Method == "" || candidate.Method == r.Method) && (candidate.Path == "" || candidate.Path == r.URL.Path) &&
-			(candidate.Key == "" || slices.Contains(keys, candidate.Key)) {
+			(candidate.Key == "" || slices.Contains(keys, candidate.Key)) &&
+			(candidate.Header == "" || r.Header.Get(candidate.Header) != "") {
 			row = candidate
 			break
 		}

@@ -18,7 +18,7 @@ use super::{
     },
 };
 use crate::{
-    core::yaml,
+    core::{foreign_secrets, oauth_credential::CredentialKind, runtimes, yaml},
     domain::{
         problem::{Loaded, Problem, Problems},
         protocol::{HeaderFamily, Method, PLATFORM, Protocol, Surface},
@@ -59,6 +59,9 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
         common_codes,
         free_models,
         defaults,
+        runtimes,
+        foreign_secrets,
+        credential_kinds,
     } = file;
     let mut problems = Vec::new();
     if catalogue_version != Some(CATALOGUE_VERSION) {
@@ -100,6 +103,17 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
                 .push(Problem::at(format!("base_url_env.{name}"), format!("must be `anthropic` or `openai`, found `{other}`"))),
         }
     }
+    let runtimes = runtimes::check(runtimes.unwrap_or_default(), &mut problems);
+    let foreign_secrets = foreign_secrets::check(foreign_secrets.unwrap_or_default(), &mut problems);
+    let kinds = credential_kinds.unwrap_or_default().into_iter().filter_map(|(name, word)| {
+        let kind = word.parse().ok();
+        if kind.is_none() {
+            let known = CredentialKind::VARIANTS.iter().map(|kind| <&str>::from(*kind)).collect::<Vec<_>>().join(", ");
+            problems.push(Problem::at(format!("credential_kinds.{name}"), format!("must be one of {known}, found `{word}`")));
+        }
+        Some((name, kind?))
+    });
+    let credential_kinds = kinds.collect();
     let common_codes = check_common_codes(common_codes.unwrap_or_default(), &mut problems);
     if free_models.iter().flatten().any(|end| end.trim().is_empty()) {
         problems.push(Problem::at("free_models", "holds a blank, which every model ends in"));
@@ -114,8 +128,21 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
     let common_codes = Arc::new(common_codes);
     let free_models = free_models.unwrap_or_default().into();
     let base_url_env = surfaces;
-    let mut value =
-        Catalogue { revision, hosts, homes, unprobed, key_shapes, base_url_env, common_codes, free_models, openai, anthropic };
+    let mut value = Catalogue {
+        revision,
+        hosts,
+        homes,
+        unprobed,
+        key_shapes,
+        base_url_env,
+        common_codes,
+        free_models,
+        openai,
+        anthropic,
+        runtimes,
+        foreign_secrets,
+        credential_kinds,
+    };
     value.share_codes();
     Ok(Loaded { value, warnings })
 }
@@ -348,14 +375,22 @@ fn check_key_shape(declared: usize, file: KeyShapeFile, problems: &mut Vec<Probl
     let kind = match file.kind.as_deref() {
         None | Some("api_key") => KeyKind::ApiKey,
         Some("oauth") => KeyKind::OAuth,
+        Some("refresh_token") => KeyKind::RefreshToken,
         Some("administrative") => KeyKind::Administrative,
         Some(other) => {
-            let message = format!("must be `api_key`, `oauth` or `administrative`, found `{other}`");
+            let message = format!("must be `api_key`, `oauth`, `refresh_token` or `administrative`, found `{other}`");
             problems.push(Problem::at(format!("{place}.kind"), message));
             return None;
         }
     };
-    Some(KeyShape { prefix: file.prefix, vendor: file.vendor, kind, declared })
+    Some(KeyShape {
+        prefix: file.prefix,
+        vendor: file.vendor,
+        kind,
+        plan: file.plan,
+        providers: file.providers.unwrap_or_default(),
+        declared,
+    })
 }
 
 fn check_probes(files: Option<Vec<ProbeFile>>, place: &str, problems: &mut Vec<Problem>) -> Vec<Probe> {

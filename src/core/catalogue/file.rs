@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Deserialize;
 
-use crate::core::yaml;
+use crate::core::{foreign_secrets::ForeignSecretFile, runtimes::RuntimeFile, yaml};
 
 /// The document.
 #[derive(Debug, Deserialize)]
@@ -24,6 +24,12 @@ pub(crate) struct CatalogueFile {
     pub(super) free_models: Option<Vec<String>>,
     #[serde(default)]
     pub(super) defaults: Option<DefaultsFile>,
+    #[serde(default, deserialize_with = "yaml::unique_keys")]
+    pub(super) runtimes: Option<BTreeMap<String, RuntimeFile>>,
+    #[serde(default)]
+    pub(super) foreign_secrets: Option<Vec<ForeignSecretFile>>,
+    #[serde(default, deserialize_with = "yaml::unique_keys")]
+    pub(super) credential_kinds: Option<BTreeMap<String, String>>,
 }
 
 /// Codes that many servers share.
@@ -106,6 +112,10 @@ pub(crate) struct KeyShapeFile {
     pub(super) vendor: String,
     #[serde(default)]
     pub(super) kind: Option<String>,
+    #[serde(default)]
+    pub(super) providers: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) plan: Option<String>,
 }
 
 /// One call. Serialised again, it is what the probe's fingerprint is taken of.

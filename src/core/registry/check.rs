@@ -123,6 +123,10 @@ fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Found)
     let credential_names = providers.iter().flat_map(|provider| provider.auth_env.iter().cloned()).collect();
     let revision = blake3::hash(bytes).to_hex().chars().take(16).collect();
     let sha256 = ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+    let mut runtimes = runtimes;
+    for (index, arm) in runtimes.values_mut().flat_map(|runtime: &mut Runtime| &mut runtime.arms).enumerate() {
+        arm.index = index;
+    }
     Some(Registry { revision, sha256, providers, runtimes, credential_names })
 }
 
@@ -244,11 +248,11 @@ fn check_provider(file: ProviderFile, place: &str, env: Env<'_>, found: &mut Fou
             "wif_adc" => Auth::Ambient,
             _ => Auth::Key,
         },
-        has_anthropic_surface: anthropic.is_some(),
         base_url: match protocol {
-            Protocol::OpenAi => openai.or(anthropic),
-            Protocol::Anthropic => anthropic.or(openai),
+            Protocol::OpenAi => openai.or_else(|| anthropic.clone()),
+            Protocol::Anthropic => anthropic.clone().or(openai),
         },
+        anthropic_base_url: anthropic,
         auth_env,
         auth_token_env,
         pattern: pattern?,
@@ -343,7 +347,7 @@ fn check_arm(arm: ArmFile, place: &str, providers: &[(String, Option<Provider>)]
         found.problems.push(Problem::at(place, message));
         return None;
     };
-    Some(Arm { provider: position, models, withdrawn })
+    Some(Arm { provider: position, index: 0, models, withdrawn })
 }
 
 /// Two patterns with a model id in common make it ambiguous where the available names single nobody out; and all of them together decide how

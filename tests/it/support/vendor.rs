@@ -26,6 +26,8 @@ pub(crate) struct Row {
     pub(crate) method: Option<String>,
     pub(crate) path: Option<String>,
     pub(crate) key: Option<String>,
+    /// The key stands in this header, lower case.
+    pub(crate) header: Option<String>,
     pub(crate) status: Option<u16>,
     pub(crate) headers: BTreeMap<String, String>,
     pub(crate) body: String,
@@ -120,6 +122,7 @@ impl Row {
         self.method.as_ref().is_none_or(|method| *method == asked.method)
             && self.path.as_ref().is_none_or(|expected| expected == path)
             && self.key.as_deref().is_none_or(|key| asked.keys().contains(&key))
+            && self.header.as_deref().is_none_or(|header| asked.headers.contains_key(header))
     }
 }
 

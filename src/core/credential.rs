@@ -1,0 +1,438 @@
+//! Which value is judged, and is it fit to be sent: the steps of a decision between the owner of the model and the question to its provider.
+
+use std::{sync::Arc, time::Duration};
+
+use url::Url;
+
+use crate::{
+    core::{
+        credentials::CredentialSet,
+        derive::{Derived, candidate_arms},
+        endpoint::{Endpoint, NoSurface, Preference},
+        evaluation_log::EvaluationLog,
+        key_shape::{Unfit, unfit},
+        oauth_credential::Look,
+        policy::{Action, Enforcement, Facts, Group},
+        registry::{Auth, Provider, Runtime},
+        runtimes::{RuntimeFacts, Trims, Way},
+        snapshot::{ArmUse, Snapshot},
+        workspace_call::{Found, Prediction, WorkspaceCall, predict},
+    },
+    domain::{
+        decision::{ChosenBecause, JudgedCredential},
+        denial::{LivenessEvidence, Malformation, NameAndScope, Refusal, ShadowCause, any_of, listed},
+        protocol::HeaderFamily,
+        request::{Checkpoint, WorkspaceSpec},
+        secret::Secret,
+        verdict::{Verdict, WarningCode},
+    },
+};
+
+/// A credential to ask a provider about.
+#[derive(Debug, Clone)]
+pub struct LivenessQuery<'a> {
+    /// Whom and how.
+    pub endpoint: &'a Arc<Endpoint>,
+    /// The credential.
+    pub secret: Arc<Secret>,
+    /// Its name.
+    pub env_name: &'a str,
+    /// The model that the workspace chose.
+    pub model: &'a str,
+    /// How the workspace's own client will use it.
+    pub preference: Preference,
+    /// How seriously the verdict is taken.
+    pub enforcement: Enforcement,
+    /// For which tenant; empty on a platform of one.
+    pub organization: &'a str,
+    /// Who asks.
+    pub caller: &'a str,
+    /// What the answer is told with.
+    pub context: QueryContext<'a>,
+}
+
+/// What a verdict means for this workspace beside what it is.
+#[derive(Debug, Clone, Default)]
+pub struct QueryContext<'a> {
+    /// The value that would do in its place, where this one wins over it and the runtime's facts are sure.
+    pub passed_over: Option<(NameAndScope, NameAndScope)>,
+    /// Headers that are the workspace's own, the preferred one first.
+    pub own_headers: &'a [HeaderFamily],
+    /// What is known of the runtime, where it is sure.
+    pub facts: Option<&'a RuntimeFacts>,
+}
+
+/// What to ask first, and then, where the runtime goes on to another credential after a refusal.
+#[derive(Debug)]
+pub struct Questions<'a> {
+    /// About the credential that the workspace sends first.
+    pub first: LivenessQuery<'a>,
+    /// About those that follow it.
+    pub then: Vec<(LivenessQuery<'a>, JudgedCredential)>,
+}
+
+/// One decision's step from the owner to the question.
+pub(super) struct CredentialStep<'a, 'f> {
+    pub(super) snapshot: &'a Snapshot,
+    pub(super) spec: &'a WorkspaceSpec,
+    pub(super) runtime: &'a Runtime,
+    pub(super) derived: Derived<'a>,
+    pub(super) model: &'a str,
+    pub(super) checkpoint: Checkpoint,
+    pub(super) enforcement: Enforcement,
+    pub(super) caller: &'a str,
+    pub(super) fingerprint: &'f dyn Fn(&Secret) -> String,
+}
+
+/// `Err` is the early end: the facts are complete.
+type Flow<T> = Result<T, Box<Facts>>;
+
+/// A value with the host that it goes to.
+struct Sent<'a> {
+    found: Found<'a>,
+    secret: Arc<Secret>,
+    endpoint: &'a Arc<Endpoint>,
+    way: Option<&'a Way>,
+}
+
+impl<'a> CredentialStep<'a, '_> {
+    pub(super) fn run(&self, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) -> Flow<Questions<'a>> {
+        let (provider, arm) = (self.derived.provider, self.arm());
+        let call = match predict(arm.route.as_ref(), provider, credentials) {
+            Prediction::Sends(call) => call,
+            Prediction::Missing => {
+                log.trace.step("presence", || format!("none of {} is set", listed(&provider.auth_env)));
+                return Err(refused(self.missing()));
+            }
+            Prediction::Unreadable(names) => {
+                log.trace.step("presence", || format!("{} could not be read", listed(&names)));
+                return Err(refused(Refusal::CredentialsUnreadable { names, changes_owner: false }));
+            }
+        };
+        self.note_choice(&call, credentials, log);
+        if !call.is_own {
+            // Another value wins over one that is the provider's own.
+            return Err(match call.passed_over.first() {
+                Some(other) => refused(self.shadowed(&call.judged, ShadowCause::NotOfProvider, other)),
+                None => refused(self.missing()),
+            });
+        }
+        if self.enforcement == Enforcement::Off {
+            log.trace.step("liveness", || "switched off for this provider".into());
+            return Err(self.not_asked(&call, Verdict::ProbeDisabled, None));
+        }
+        let sent = match self.sent(call.judged, call.moved_to, log) {
+            Ok(sent) => sent,
+            Err(unsent) => return Err(self.unsent(unsent, &call, log)),
+        };
+        self.check_exposure(&call, sent.endpoint, log)?;
+        let then = self.fallbacks(&call, log);
+        let first = self.query(&sent, if then.is_empty() { call.passed_over.first() } else { None });
+        Ok(Questions { first, then })
+    }
+
+    fn arm(&self) -> &'a ArmUse {
+        self.snapshot.arm(self.derived.arm)
+    }
+
+    fn is_certain(&self) -> bool {
+        self.arm().route.as_ref().is_some_and(|arm| arm.route.is_certain())
+    }
+
+    /// Notes which value is judged and why, and what could be taken for it.
+    fn note_choice(&self, call: &WorkspaceCall<'a>, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) {
+        let (provider, judged) = (self.derived.provider, &call.judged);
+        let because = self.because(call);
+        log.trace
+            .step("presence", || format!("{} of scope {} is judged: {}", judged.env_name, judged.scope.as_str(), because.text()));
+        log.resolution.credential = Some(self.judged(judged, because));
+        if call.is_unread {
+            let right = self.arm().route.as_ref().map(|arm| arm.route.reads.as_slice()).unwrap_or_default();
+            let what = if right.is_empty() {
+                "nor any other key of this provider".to_owned()
+            } else {
+                format!("save the key as {}", any_of(right))
+            };
+            let message = format!("runtime `{}` does not read {}; {what}", self.spec.runtime, judged.env_name);
+            log.warn(WarningCode::UnusedCredential, message, vec![judged.env_name.to_owned()]);
+        }
+        let conflicts = match &self.arm().route {
+            // What is known of the runtime says what it takes; only what is not sure is told as a possibility.
+            Some(arm) if arm.route.is_certain() => Vec::new(),
+            _ => credentials.conflicts(&self.snapshot.registry, self.runtime, provider, judged.env_name),
+        };
+        if !conflicts.is_empty() {
+            let message = format!(
+                "{} was judged for provider `{}`; the runtime could take {} instead",
+                judged.env_name,
+                provider.name,
+                listed(&conflicts)
+            );
+            log.warn(WarningCode::ConflictingCredential, message, conflicts);
+        }
+        if credentials.has_unreadable() {
+            let message = "some credentials could not be read; none of them could change this decision".to_owned();
+            log.warn(WarningCode::UnreadableCredentials, message, Vec::new());
+        }
+    }
+
+    /// Why this value is judged and no other, where the runtime's facts say so.
+    fn because(&self, call: &WorkspaceCall<'_>) -> ChosenBecause {
+        let Some(arm) = &self.arm().route else { return ChosenBecause::FirstDeclared };
+        match call.passed_over.first() {
+            _ if call.is_unread => ChosenBecause::Unread,
+            None => ChosenBecause::Sent,
+            Some(other) if arm.falls_back => ChosenBecause::SentBefore(other.env_name.to_owned()),
+            Some(other) => ChosenBecause::SentInPlaceOf(other.env_name.to_owned()),
+        }
+    }
+
+    fn judged(&self, found: &Found<'_>, chosen_because: ChosenBecause) -> JudgedCredential {
+        JudgedCredential {
+            env_name: found.env_name.to_owned(),
+            scope: found.scope,
+            shadows_organization: found.shadows_organization,
+            chosen_because,
+            fingerprint: (self.fingerprint)(found.secret),
+        }
+    }
+
+    /// The value as it will be sent, and where to; or why it is not.
+    fn sent(&self, found: Found<'a>, moved_to: Option<&'a Url>, log: &mut EvaluationLog) -> Result<Sent<'a>, Unsent> {
+        let arm = self.arm();
+        let secret = self.trimmed(&found, log)?;
+        let kind = self.snapshot.catalogue.credential_kind(found.env_name);
+        let secret = match kind.map(|kind| kind.look(secret.expose())) {
+            Some(Look::Malformed(fault)) => {
+                let right_name = self.right_name(found.env_name, fault);
+                return Err(Unsent::Refused(Box::new(self.malformed(&found, fault, right_name))));
+            }
+            Some(Look::Key(key)) => Arc::new(key),
+            Some(Look::Plausible) => return Err(Unsent::NoSurface(NoSurface::OAuth)),
+            None => secret,
+        };
+        let route = arm.route.as_ref().map(|arm| &arm.route);
+        let way = route.map(|route| route.way_of(secret.expose()));
+        let endpoint = self.endpoint(way, moved_to).map_err(Unsent::NoSurface)?;
+        let takes_oauth = route.is_none_or(|route| !route.is_certain() || route.has_way_for(secret.expose()));
+        match unfit(&self.snapshot.catalogue, endpoint, found.env_name, &secret, takes_oauth) {
+            None => Ok(Sent { found, secret, endpoint, way }),
+            Some(Unfit::NoSurface(reason)) => Err(Unsent::NoSurface(reason)),
+            Some(Unfit::Malformed(fault)) => {
+                let right_name = self.right_name(found.env_name, fault);
+                Err(Unsent::Refused(Box::new(self.malformed(&found, fault, right_name))))
+            }
+            Some(Unfit::Refused(refusal)) => Err(Unsent::Refused(refusal)),
+        }
+    }
+
+    /// The value without the blanks around it, where the runtime cuts them off; it is refused where nobody does.
+    fn trimmed(&self, found: &Found<'a>, log: &mut EvaluationLog) -> Result<Arc<Secret>, Unsent> {
+        let value = found.secret.expose();
+        let is_blank = |byte: Option<u8>| byte.is_some_and(|byte| matches!(byte, b' ' | b'\t' | b'\r' | b'\n'));
+        let (in_front, behind) = (is_blank(value.bytes().next()), is_blank(value.bytes().next_back()));
+        if !in_front && !behind {
+            return Ok(Arc::clone(found.secret));
+        }
+        let trims = self.arm().route.as_ref().filter(|arm| arm.route.is_certain()).map_or(Trims::Nothing, |arm| arm.trims);
+        // A login's file or token is never sent as it is: what is around it harms nobody.
+        let is_login =
+            self.derived.provider.auth == Auth::OAuth || self.snapshot.catalogue.credential_kind(found.env_name).is_some();
+        let fault = match trims {
+            _ if is_login => return Ok(Arc::clone(found.secret)),
+            Trims::BothEnds => None,
+            Trims::End => in_front.then_some(Malformation::BlankInFront),
+            Trims::Nothing if in_front => Some(Malformation::BlankInFront),
+            Trims::Nothing => {
+                let at = value.trim_end().len();
+                let is_line = value.bytes().skip(at).any(|byte| byte != b' ');
+                Some(if is_line { Malformation::ControlCharacter { at, trailing: true } } else { Malformation::BlankBehind })
+            }
+        };
+        if let Some(fault) = fault {
+            return Err(Unsent::Refused(Box::new(self.malformed(found, fault, None))));
+        }
+        let message = format!(
+            "blanks or line breaks around {} were left out, as runtime `{}` does; save it again without them",
+            found.env_name, self.spec.runtime
+        );
+        log.warn(WarningCode::TrimmedCredential, message, vec![found.env_name.to_owned()]);
+        Ok(Arc::new(Secret::new(value.trim_matches([' ', '\t', '\r', '\n']).to_owned())))
+    }
+
+    /// Whom to ask, unless the workspace dials a host of the tenant's own.
+    fn endpoint(&self, way: Option<&Way>, moved_to: Option<&Url>) -> Result<&'a Arc<Endpoint>, NoSurface> {
+        let found = self.snapshot.dialled(self.derived.provider, self.arm(), way, moved_to);
+        // What needs no address is told by that, whatever the tenant set.
+        if !matches!(found, Err(NoSurface::OAuth | NoSurface::Ambient | NoSurface::Platform)) {
+            let concerns = |name: &&String| self.arm().base_url_env.contains(name);
+            let own: Vec<String> = self.spec.tenant_base_url_env.iter().filter(concerns).cloned().collect();
+            if !own.is_empty() {
+                return Err(NoSurface::TenantBaseUrl(own));
+            }
+        }
+        found.map_err(NoSurface::clone)
+    }
+
+    /// What comes of a value that is not sent.
+    fn unsent(&self, unsent: Unsent, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Box<Facts> {
+        match unsent {
+            Unsent::NoSurface(reason) => {
+                log.trace.step("liveness", || reason.text());
+                self.not_asked(call, Verdict::NoServerSurface, Some(&reason))
+            }
+            Unsent::Refused(refusal) => {
+                log.trace.step("shape", || format!("{} is not sent: {}", call.judged.env_name, refusal.code()));
+                let usable = self.usable(call);
+                refused(match usable {
+                    Some(other) if self.is_certain() => self.shadowed(&call.judged, ShadowCause::Refused(refusal), &other),
+                    _ => *refusal,
+                })
+            }
+        }
+    }
+
+    /// Another of the provider's own values that is not used, and could be sent.
+    fn usable(&self, call: &WorkspaceCall<'a>) -> Option<Found<'a>> {
+        let mut unnoted = EvaluationLog::new(false);
+        call.passed_over.iter().find(|other| self.sent(**other, call.moved_to, &mut unnoted).is_ok()).copied()
+    }
+
+    /// Refused, or warned of, where another credential goes to a vendor that is not its own.
+    fn check_exposure(&self, call: &WorkspaceCall<'a>, endpoint: &Endpoint, log: &mut EvaluationLog) -> Flow<()> {
+        let arm = self.arm().route.as_ref();
+        let is_own = |name: &str| arm.is_some_and(|arm| arm.own.iter().any(|own| own == name));
+        let is_of_another = |found: &Found<'_>| {
+            let shapes = self.snapshot.catalogue.shapes_of(found.secret.expose().trim_ascii_start());
+            let vendor = endpoint.vendor.as_deref();
+            !shapes.is_empty() && vendor.is_some_and(|vendor| shapes.iter().all(|shape| shape.vendor != vendor))
+        };
+        let exposed = call.travels.iter().filter(|(found, _)| !is_own(found.env_name) || is_of_another(found));
+        let env_names: Vec<String> = exposed.map(|(found, _)| found.env_name.to_owned()).collect();
+        if env_names.is_empty() {
+            return Ok(());
+        }
+        let exposed = Refusal::Exposed { env_names: env_names.clone(), host: endpoint.host.clone() };
+        log.trace.step("exposure", || exposed.message());
+        if self.is_certain() && self.snapshot.policy.action(self.checkpoint, Group::Exposure) == Action::Deny {
+            return Err(refused(exposed));
+        }
+        log.warn(WarningCode::ExposedCredential, exposed.message(), env_names);
+        Ok(())
+    }
+
+    /// The credentials that the runtime goes on to after a refusal.
+    fn fallbacks(&self, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Vec<(LivenessQuery<'a>, JudgedCredential)> {
+        let Some(arm) = self.arm().route.as_ref().filter(|arm| arm.falls_back) else { return Vec::new() };
+        let read = |found: &&Found<'_>| arm.route.reads.iter().any(|name| name == found.env_name);
+        let others = call.passed_over.iter().filter(read).filter_map(|found| {
+            let sent = self.sent(*found, call.moved_to, log).ok()?;
+            Some((self.query(&sent, None), self.judged(found, ChosenBecause::SentAfterARefusal)))
+        });
+        others.collect()
+    }
+
+    fn query(&self, sent: &Sent<'a>, passed_over: Option<&Found<'a>>) -> LivenessQuery<'a> {
+        let Sent { found, secret, endpoint, way } = sent;
+        let (headers, surface) = way.map_or((&[][..], None), |way| (way.headers.as_slice(), way.surface));
+        let named = |found: &Found<'_>| NameAndScope { env_name: found.env_name.to_owned(), scope: found.scope };
+        let certain = self.is_certain();
+        LivenessQuery {
+            endpoint,
+            secret: Arc::clone(secret),
+            env_name: found.env_name,
+            model: self.model,
+            preference: Preference { family: headers.first().copied(), surface },
+            enforcement: self.enforcement,
+            organization: &self.spec.organization_id,
+            caller: self.caller,
+            context: QueryContext {
+                passed_over: passed_over.filter(|_| certain).map(|other| (named(found), named(other))),
+                own_headers: headers,
+                facts: self.snapshot.catalogue.runtimes.get(&self.spec.runtime).filter(|_| certain),
+            },
+        }
+    }
+
+    fn missing(&self) -> Refusal {
+        let Provider { name, display_name, auth_env, .. } = self.derived.provider;
+        let registry = &self.snapshot.registry;
+        let mut missing_env = auth_env.clone();
+        let mut others = Vec::new();
+        for arm in candidate_arms(registry, self.runtime, self.model) {
+            let other = registry.provider(arm);
+            if other.name != *name && other.auth != Auth::Ambient && !other.is_platform() {
+                let further = other.auth_env.iter().filter(|name| !missing_env.contains(name)).cloned().collect::<Vec<_>>();
+                if !further.is_empty() {
+                    missing_env.extend(further.iter().cloned());
+                    others.push((other.display_name.clone(), further));
+                }
+            }
+        }
+        Refusal::MissingCredential {
+            provider: name.clone(),
+            display_name: display_name.clone(),
+            model: self.model.to_owned(),
+            accepted_env: auth_env.clone(),
+            others,
+            missing_env,
+        }
+    }
+
+    fn shadowed(&self, sent: &Found<'_>, why: ShadowCause, other: &Found<'_>) -> Refusal {
+        let named = |found: &Found<'_>| NameAndScope { env_name: found.env_name.to_owned(), scope: found.scope };
+        Refusal::Shadowed { sent: named(sent), why, other: named(other), provider: self.derived.provider.name.clone() }
+    }
+
+    fn malformed(&self, found: &Found<'_>, fault: Malformation, right_name: Option<String>) -> Refusal {
+        let provider = self.derived.provider.name.clone();
+        Refusal::Malformed { env_name: found.env_name.to_owned(), provider, fault, right_name }
+    }
+
+    /// The variable that such a value belongs into: of a token the subscription's, of a key that of the same API's provider.
+    fn right_name(&self, env_name: &str, fault: Malformation) -> Option<String> {
+        let wanted = match fault {
+            Malformation::TokenForKey => Auth::OAuth,
+            Malformation::KeyForToken => Auth::Key,
+            _ => return None,
+        };
+        let registry = &self.snapshot.registry;
+        let providers = self.runtime.arms.iter().map(|arm| registry.provider(arm));
+        let mut fitting = providers
+            .filter(|other| other.auth == wanted && other.protocol == self.derived.provider.protocol && !other.is_platform());
+        fitting.find_map(|other| other.auth_env.iter().find(|name| *name != env_name).cloned())
+    }
+
+    fn not_asked(&self, call: &WorkspaceCall<'_>, verdict: Verdict, reason: Option<&NoSurface>) -> Box<Facts> {
+        Box::new(Facts::NotValid {
+            evidence: LivenessEvidence {
+                verdict,
+                env_name: call.judged.env_name.to_owned(),
+                provider: self.derived.provider.name.clone(),
+                host: String::new(),
+                upstream_status: None,
+                siblings: Vec::new(),
+                retry_after: Duration::ZERO,
+                withheld: None,
+                unreached: None,
+                cause: None,
+                tenant_endpoint: matches!(reason, Some(NoSurface::TenantBaseUrl(_))),
+                plan: None,
+                model: self.model.to_owned(),
+            },
+            served_from: None,
+            recently_valid: false,
+            enforcement: self.enforcement,
+        })
+    }
+}
+
+/// Why a value is not sent.
+enum Unsent {
+    Refused(Box<Refusal>),
+    NoSurface(NoSurface),
+}
+
+fn refused(refusal: Refusal) -> Box<Facts> {
+    Box::new(Facts::Refused(refusal))
+}

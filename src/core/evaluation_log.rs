@@ -1,0 +1,55 @@
+//! What a decision notes on its way: who owns the model, warnings, steps, names.
+
+use crate::domain::{
+    decision::{RelevantNames, Resolution, TraceStep, Warning},
+    verdict::WarningCode,
+};
+
+/// Everything that is noted before the ruling.
+#[derive(Debug)]
+pub(super) struct EvaluationLog {
+    pub(super) resolution: Resolution,
+    pub(super) warnings: Vec<Warning>,
+    pub(super) trace: Trace,
+    pub(super) relevant: RelevantNames,
+}
+
+/// The steps of one decision, kept only if they were asked for.
+#[derive(Debug, Default)]
+pub struct Trace {
+    pub(super) on: bool,
+    steps: Vec<TraceStep>,
+}
+
+// === impl EvaluationLog ===
+
+impl EvaluationLog {
+    pub(super) fn new(explain: bool) -> Self {
+        Self {
+            resolution: Resolution::empty(),
+            warnings: Vec::new(),
+            trace: Trace { on: explain, steps: Vec::new() },
+            relevant: RelevantNames::default(),
+        }
+    }
+
+    pub(super) fn warn(&mut self, code: WarningCode, message: String, env_names: Vec<String>) {
+        self.warnings.push(Warning { code, message, env_names });
+    }
+}
+
+// === impl Trace ===
+
+impl Trace {
+    /// Notes a step, if steps are wanted.
+    pub fn step(&mut self, step: &'static str, detail: impl FnOnce() -> String) {
+        if self.on {
+            self.steps.push(TraceStep { step, detail: detail() });
+        }
+    }
+
+    /// The steps, in order.
+    pub fn into_steps(self) -> Vec<TraceStep> {
+        self.steps
+    }
+}

@@ -1,0 +1,406 @@
+//! Every denial in words: what is wrong and what to do, for the tenant; and what only the platform's people can do, for them.
+//! One place, so that every checkpoint and every caller reads the same words. Names, hosts and statuses only: never a value.
+
+use super::{
+    denial::{LivenessEvidence, Malformation, NameAndScope, Refusal, ShadowCause, any_of, listed},
+    request::Scope,
+    verdict::{Cause, Unreached, Verdict, Withheld},
+};
+
+// === impl Refusal ===
+
+impl Refusal {
+    /// What is wrong, in one or two sentences.
+    pub fn message(&self) -> String {
+        match self {
+            Self::OverrideNotAllowed => "operator overrides are not allowed on this platform".into(),
+            Self::OverrideConflictsWithModel { model } => {
+                format!("the override asks for the tenant's own key, but model `{model}` belongs to the platform")
+            }
+            Self::RuntimeRequired => "the workspace names no runtime".into(),
+            Self::RuntimeUnsupported { runtime, known } => {
+                format!("runtime `{runtime}` is unknown; there are {}", listed(known))
+            }
+            Self::ModelRequired { runtime } => {
+                format!("the workspace names no model for runtime `{runtime}`; there is no default model")
+            }
+            Self::UnregisteredModel { runtime, model, .. } => format!("runtime `{runtime}` does not offer model `{model}`"),
+            Self::AmbiguousProvider { runtime, model, candidates } => format!(
+                "model `{model}` on runtime `{runtime}` could belong to {}, and the credentials that are set do not tell which",
+                listed(candidates)
+            ),
+            Self::ModelWithdrawn { runtime, model, provider } => {
+                format!("model `{model}` of provider `{provider}` is withdrawn from runtime `{runtime}`")
+            }
+            Self::CredentialsUnreadable { names, changes_owner } => format!(
+                "{} could not be read, and {} depends on it; unreadable is not taken for absent",
+                listed(names),
+                if *changes_owner { "who owns the model" } else { "which credential is used" },
+            ),
+            Self::MissingPlatformProxy { model } => {
+                format!("model `{model}` is billed to the platform, whose model proxy is not available")
+            }
+            Self::ProviderNotByok { provider, model } => format!(
+                "model `{model}` belongs to provider `{provider}`, which authenticates by a cloud identity; \
+                 a tenant cannot bring a credential for it"
+            ),
+            Self::MissingCredential { provider, display_name, model, accepted_env, .. } => format!(
+                "model `{model}` belongs to {display_name} (provider `{provider}`) and needs the tenant's own credential; \
+                 {} {} not set",
+                listed(accepted_env),
+                if accepted_env.len() == 1 { "is" } else { "are" },
+            ),
+            Self::Malformed { env_name, provider, fault, .. } => {
+                format!("{env_name} cannot be a credential of provider `{provider}`: {}; it was not sent", fault.text())
+            }
+            Self::ForeignKey { env_name, provider, host, vendor } => format!(
+                "{env_name} holds what looks like a key of vendor `{vendor}`, but provider `{provider}` is at {host}; it was not sent"
+            ),
+            Self::ForeignSecret { env_name, provider, what } => format!(
+                "{env_name} holds what looks like {what}, which is no key of provider `{provider}` or of any LLM provider; \
+                 it was not sent"
+            ),
+            Self::AdministrativeKey { env_name, vendor, .. } => format!(
+                "{env_name} holds what looks like an administrative key of vendor `{vendor}`, which cannot call models; it was not sent"
+            ),
+            Self::Shadowed { sent, why, other, provider } => format!(
+                "the workspace sends {} to provider `{provider}` and not {}: {}",
+                stored(sent),
+                stored(other),
+                match why {
+                    ShadowCause::NotOfProvider => format!("{} is no credential of that provider", sent.env_name),
+                    ShadowCause::Refused(refusal) => refusal.message(),
+                }
+            ),
+            Self::WrongName { env_name, host, sent_in, accepted_in, .. } => format!(
+                "the key in {env_name} is good, but the runtime sends {env_name} as `{}`, and {host} takes it as `{}` only",
+                sent_in.as_str(),
+                accepted_in.as_str()
+            ),
+            Self::Exposed { env_names, host } => {
+                format!("{} would be sent to {host} too, which is not {} own vendor", listed(env_names), their(env_names))
+            }
+            Self::Liveness(evidence) => evidence.message(),
+        }
+    }
+
+    /// What the tenant can do about it.
+    pub fn remedy(&self) -> String {
+        match self {
+            Self::OverrideNotAllowed => "remove the override".into(),
+            Self::OverrideConflictsWithModel { .. } => {
+                "choose a model of a provider that takes the tenant's own key, or remove the override".into()
+            }
+            Self::RuntimeRequired => "choose a runtime".into(),
+            Self::RuntimeUnsupported { .. } => "choose one of these runtimes".into(),
+            Self::ModelRequired { .. } => "choose a model that the runtime offers".into(),
+            Self::UnregisteredModel { runtime, nearest, offered, .. } => {
+                let nearest = nearest.as_ref().map_or_else(String::new, |model| format!("did you mean `{model}`? "));
+                let offers = if offered.is_empty() {
+                    format!("choose a model that runtime `{runtime}` offers")
+                } else {
+                    format!("runtime `{runtime}` offers {}", listed(offered))
+                };
+                format!("{nearest}{offers}; ids are compared exactly: `a/b`, `a:b` and `b` are different models")
+            }
+            Self::AmbiguousProvider { .. } => "set only the credential of the provider that is meant".into(),
+            Self::ModelWithdrawn { .. } => "choose another model".into(),
+            Self::CredentialsUnreadable { .. } => "try again".into(),
+            Self::MissingPlatformProxy { .. } => "choose a model with a key of your own, or try again later".into(),
+            Self::ProviderNotByok { .. } => "choose a model of another provider".into(),
+            Self::MissingCredential { accepted_env, others, .. } => {
+                let others = others.iter().map(|(owner, names)| format!("; or {} for {owner}", any_of(names)));
+                format!(
+                    "set {} as a secret of the workspace or of the organization{}",
+                    any_of(accepted_env),
+                    others.collect::<String>()
+                )
+            }
+            Self::Malformed { env_name, fault, right_name, .. } => fault.remedy(env_name, right_name.as_deref()),
+            Self::ForeignKey { env_name, provider, vendor, .. } => {
+                format!("save a key of provider `{provider}` as {env_name}, or choose a model of vendor `{vendor}`")
+            }
+            Self::ForeignSecret { env_name, provider, .. } => format!(
+                "save a key of provider `{provider}` as {env_name}, and think of replacing the secret that was put there by mistake"
+            ),
+            Self::AdministrativeKey { env_name, provider, .. } => {
+                format!("make a key for the API in the console of provider `{provider}` and save it as {env_name}")
+            }
+            Self::Shadowed { sent, other, .. } => format!(
+                "remove {} from the {}'s secrets, or save there what {} holds",
+                sent.env_name,
+                scope_word(sent.scope),
+                other.env_name
+            ),
+            Self::WrongName { env_name, right_name, .. } => format!("save the key as {right_name} and remove {env_name}"),
+            Self::Exposed { env_names, .. } => {
+                format!(
+                    "remove {} from the workspace's and the organization's secrets, or choose another model",
+                    listed(env_names)
+                )
+            }
+            Self::Liveness(evidence) => evidence.remedy(),
+        }
+    }
+
+    /// What only the platform's people can do; empty where the tenant can do all there is.
+    pub fn operator_hint(&self) -> String {
+        match self {
+            Self::OverrideNotAllowed => "`operator_overrides: honour` in the service's configuration would allow it".into(),
+            Self::RuntimeUnsupported { .. } => {
+                "a runtime that calls no models goes into `exempt_runtimes`; any other into the registry".into()
+            }
+            Self::AmbiguousProvider { .. } => {
+                "make the registry's patterns disjoint (`byok-gate check` names the overlaps)".into()
+            }
+            Self::UnregisteredModel { .. } => "a model that should be offered has to be added to the registry".into(),
+            Self::CredentialsUnreadable { .. } => {
+                "if it goes on, look at the platform's secret store and at its encryption key".into()
+            }
+            Self::MissingPlatformProxy { .. } => {
+                "wire the platform's model proxy, and say in the spec that it is AVAILABLE, or set `platform_proxy`".into()
+            }
+            Self::ProviderNotByok { .. } => "the registry offers a provider with `auth_mode: wif_adc` to tenants".into(),
+            Self::Exposed { .. } => "the policy group `exposure` denies here; `allow` would warn".into(),
+            Self::Shadowed { .. } | Self::WrongName { .. } => {
+                "what the runtime sends is said by `runtimes:` in the catalogue; tests/runtimes/run tells whether it still holds"
+                    .into()
+            }
+            Self::Liveness(evidence) => evidence.operator_hint(),
+            Self::OverrideConflictsWithModel { .. }
+            | Self::RuntimeRequired
+            | Self::ModelRequired { .. }
+            | Self::ModelWithdrawn { .. }
+            | Self::MissingCredential { .. }
+            | Self::Malformed { .. }
+            | Self::ForeignKey { .. }
+            | Self::ForeignSecret { .. }
+            | Self::AdministrativeKey { .. } => String::new(),
+        }
+    }
+}
+
+/// `KEY (workspace)`.
+fn stored(NameAndScope { env_name, scope }: &NameAndScope) -> String {
+    format!("{env_name} (of the {})", scope_word(*scope))
+}
+
+fn scope_word(scope: Scope) -> &'static str {
+    match scope {
+        Scope::Workspace => "workspace",
+        Scope::Organization => "organization",
+    }
+}
+
+fn their(names: &[String]) -> &'static str {
+    if names.len() == 1 { "its" } else { "their" }
+}
+
+// === impl LivenessEvidence ===
+
+impl LivenessEvidence {
+    fn message(&self) -> String {
+        let Self { verdict, env_name, provider, host, upstream_status, unreached, withheld, cause, model, .. } = self;
+        let status = upstream_status.map_or_else(String::new, |status| format!(" with HTTP {status}"));
+        let why = cause.map_or_else(String::new, |cause| format!(" ({})", cause.text()));
+        match verdict {
+            Verdict::Invalid => format!("{host} refused {env_name} of provider `{provider}`{status}"),
+            Verdict::Forbidden if *cause == Some(Cause::Restricted) => {
+                format!("{env_name} is alive, but {host} does not let it call model `{model}`{status}")
+            }
+            Verdict::Forbidden => format!(
+                "{host} forbids {env_name} of provider `{provider}`{status}: the key is dead, lacks the permission, or may not be \
+                 used from this network"
+            ),
+            Verdict::QuotaExhausted => {
+                format!("the account behind {env_name} is out of credit or suspended, says {host}{status}")
+            }
+            Verdict::RateLimited => format!("{host} limits the rate{status}, so {env_name} could not be verified"),
+            Verdict::ProviderError => format!("{host} failed{status}, so {env_name} could not be verified"),
+            Verdict::UnexpectedResponse => {
+                format!("the answer of {host}{status} says nothing about {env_name}{why}, which could not be verified")
+            }
+            Verdict::Timeout => format!("{host} gave no usable answer in time, so {env_name} could not be verified"),
+            Verdict::Unreachable => {
+                let why = match unreached {
+                    Some(Unreached::Dns) => "could not be resolved",
+                    Some(Unreached::Address) => "is at an address, or in a scheme, that this platform does not dial",
+                    Some(Unreached::Tls) => "could not be reached securely (TLS failed)",
+                    Some(Unreached::Closed) => "closed the connection without an answer",
+                    Some(Unreached::Protocol) => "answers with something that is not HTTP",
+                    Some(Unreached::Connect) | None => "could not be reached",
+                };
+                format!("{host} {why}, so {env_name} could not be verified")
+            }
+            Verdict::NotAttempted => {
+                let why = match withheld {
+                    Some(Withheld::Queue) => "too many questions to this provider are waiting",
+                    Some(Withheld::Budget) => "as many calls as allowed were made to this provider in this second",
+                    Some(Withheld::NewKeys) => "too many new keys of this organization or caller were checked within a minute",
+                    Some(Withheld::Fault) | None => "a fault in the service that checks keys",
+                };
+                format!("{env_name} was not checked at {host}: {why}")
+            }
+            Verdict::NoServerSurface if self.tenant_endpoint => {
+                format!("{env_name} of provider `{provider}` cannot be checked: the workspace dials a base URL of its own")
+            }
+            Verdict::Valid | Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => {
+                format!("{env_name} of provider `{provider}` cannot be checked ({verdict})")
+            }
+        }
+    }
+
+    fn remedy(&self) -> String {
+        let Self { verdict, env_name, plan, siblings, cause, .. } = self;
+        match verdict {
+            Verdict::Invalid | Verdict::Forbidden if plan.is_some() => {
+                let (plan, providers) = plan.clone().unwrap_or_default();
+                let choose = if providers.is_empty() {
+                    "it is taken at that plan's own hosts only; use another key, or a model of a provider for that plan"
+                        .to_owned()
+                } else {
+                    format!("choose a model of provider {}", any_of(&quoted(&providers)))
+                };
+                format!("this is a key of {plan}: {choose}")
+            }
+            Verdict::Forbidden if *cause == Some(Cause::Restricted) => {
+                "give the key the permission for this model in the provider's console, or choose another model".into()
+            }
+            Verdict::Forbidden => format!(
+                "look in the provider's console at the key's permissions and at the addresses that it may be used from; \
+                 a new key goes into {env_name}"
+            ),
+            Verdict::Invalid => {
+                let sibling = if siblings.is_empty() {
+                    String::new()
+                } else {
+                    format!("; a key for {} is refused here too", any_of(siblings))
+                };
+                format!("check that the key is active; make a new one if it is not, and save it as {env_name}{sibling}")
+            }
+            Verdict::QuotaExhausted => "add credit to the account with the provider, or use another key".into(),
+            Verdict::RateLimited | Verdict::ProviderError | Verdict::Timeout => {
+                "try again later; if it goes on, look at the provider's status page".into()
+            }
+            Verdict::UnexpectedResponse | Verdict::Unreachable | Verdict::NotAttempted => {
+                "try again later; if it goes on, tell the platform".into()
+            }
+            Verdict::NoServerSurface if self.tenant_endpoint => {
+                "remove the base URL from the workspace's settings, so that the provider itself is used".into()
+            }
+            Verdict::Valid | Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => {
+                "choose a model of a provider whose keys can be checked".into()
+            }
+        }
+    }
+
+    fn operator_hint(&self) -> String {
+        let Self { verdict, unreached, withheld, host, tenant_endpoint, .. } = self;
+        match verdict {
+            Verdict::Unreachable => match unreached {
+                Some(Unreached::Address) => format!(
+                    "{host} resolves to an address that may not be dialled, or is plain http: name it in `egress.allow`, or set \
+                     `egress.proxy`"
+                ),
+                Some(Unreached::Dns) => format!("look up {host} from the service's pod; its DNS may not know it"),
+                Some(Unreached::Tls) => "the service does not trust that certificate: `probe.ca_file` adds authorities".into(),
+                Some(Unreached::Connect | Unreached::Closed | Unreached::Protocol) | None => {
+                    format!("check the service's way out to {host}, and the provider's base URL in the registry")
+                }
+            },
+            Verdict::UnexpectedResponse => {
+                "check the provider's base URL in the registry and its row in the probe catalogue".into()
+            }
+            Verdict::NotAttempted => match withheld {
+                Some(Withheld::Queue | Withheld::Budget) => "`provider_limits` bounds what a provider is asked".into(),
+                Some(Withheld::NewKeys) => "`new_keys` bounds how many unknown keys are checked".into(),
+                Some(Withheld::Fault) | None => "the service's log says which fault".into(),
+            },
+            Verdict::NoServerSurface if *tenant_endpoint => "the policy group `tenant_endpoint` denies here".into(),
+            Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => {
+                "the policy group `unverifiable` denies here".into()
+            }
+            Verdict::Valid
+            | Verdict::Invalid
+            | Verdict::Forbidden
+            | Verdict::QuotaExhausted
+            | Verdict::RateLimited
+            | Verdict::ProviderError
+            | Verdict::Timeout => String::new(),
+        }
+    }
+}
+
+fn quoted(words: &[String]) -> Vec<String> {
+    words.iter().map(|word| format!("`{word}`")).collect()
+}
+
+// === impl Malformation ===
+
+impl Malformation {
+    /// What is wrong, behind "cannot be a credential:". Places are counted in characters from 1.
+    fn text(self) -> String {
+        match self {
+            Self::ControlCharacter { at: 0, .. } => "it begins with a line break or another control character".into(),
+            Self::ControlCharacter { at, trailing: true } => {
+                format!("it ends in a line break or another control character (after character {at})")
+            }
+            Self::ControlCharacter { at, trailing: false } => {
+                format!("a line break or another control character follows character {at}")
+            }
+            Self::NonAscii { at } => format!("character {} is not ASCII", at + 1),
+            Self::TooLong { length, limit } => format!("it is {length} bytes long, and the limit is {limit}"),
+            Self::BearerInFront => "`Bearer ` stands in front of it".into(),
+            Self::NameInFront => "a variable's name and `=` stand in front of it".into(),
+            Self::Quoted => "it is in quotation marks".into(),
+            Self::VariableName => "it is the name of a variable and not its value".into(),
+            Self::Template => "it is a template that was not expanded".into(),
+            Self::Masked => "part of it is hidden by asterisks".into(),
+            Self::Placeholder => "it is a placeholder out of an example".into(),
+            Self::Json => "it is JSON, or a piece of it, and holds no token".into(),
+            Self::CutOff => "it is only the beginning of a token".into(),
+            Self::BlankInFront => "a blank stands in front of it, which the runtime sends along or refuses to send".into(),
+            Self::BlankBehind => "a blank stands behind it, which the runtime sends along or refuses to send".into(),
+            Self::BlankWithin => "a blank stands within it".into(),
+            Self::KeyForToken => "it is an API key, and this variable is for a subscription's token".into(),
+            Self::TokenForKey => "it is a subscription's token, and the runtime sends this variable as an API key".into(),
+            Self::RefreshToken => "it is a refresh token, which no model call takes".into(),
+            Self::AuthorizationCode => "it is the code of a login that was not finished (`code#state`), and no token".into(),
+            Self::CredentialsFile => "it is a whole credentials file, and this variable is for the token in it".into(),
+            Self::NoJson => "it is no JSON, or only part of a file".into(),
+            Self::NoToken => "it holds neither a usable token nor a key".into(),
+        }
+    }
+
+    fn remedy(self, env_name: &str, right_name: Option<&str>) -> String {
+        match self {
+            Self::ControlCharacter { trailing: true, .. } | Self::BlankInFront | Self::BlankBehind => {
+                format!("save {env_name} again without blanks and line breaks around it")
+            }
+            Self::BearerInFront | Self::NameInFront | Self::Quoted => format!("save {env_name} again with the key alone"),
+            Self::VariableName | Self::Template => {
+                format!("save the key itself as {env_name}: what is saved is passed on as it is, and nothing in it is expanded")
+            }
+            Self::Masked => {
+                format!("the provider's console does not show this key again: make a new one there and save it as {env_name}")
+            }
+            Self::KeyForToken | Self::TokenForKey => match right_name {
+                Some(right) => format!("save it as {right}, and remove {env_name}"),
+                None => format!("save what {env_name} is for, or choose another model"),
+            },
+            Self::RefreshToken | Self::AuthorizationCode | Self::CredentialsFile => {
+                format!("finish the login and save the token that it ends with as {env_name}")
+            }
+            Self::NoJson | Self::NoToken => {
+                format!("log in once more and save the whole file that the login writes as {env_name}")
+            }
+            Self::ControlCharacter { .. }
+            | Self::NonAscii { .. }
+            | Self::TooLong { .. }
+            | Self::Placeholder
+            | Self::Json
+            | Self::CutOff
+            | Self::BlankWithin => format!("copy the key from the provider's console again and save it as {env_name}"),
+        }
+    }
+}
