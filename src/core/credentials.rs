@@ -45,26 +45,6 @@ pub enum Lookup<'s> {
     Unknown,
 }
 
-/// Which credential answers for a provider.
-#[derive(Debug)]
-pub enum Selection<'s> {
-    /// This one.
-    Found {
-        /// Its name.
-        env_name: &'s str,
-        /// Its value.
-        secret: &'s Arc<Secret>,
-        /// Where it is stored.
-        scope: Scope,
-        /// It hides an organization row of the same name.
-        shadows_organization: bool,
-    },
-    /// None.
-    Missing,
-    /// It depends on these names, which could not be read.
-    Unreadable(Vec<String>),
-}
-
 // === impl CredentialSet ===
 
 impl<'s> CredentialSet<'s> {
@@ -117,22 +97,6 @@ impl<'s> CredentialSet<'s> {
         self.workspace_unreadable
             || self.organization_unreadable
             || self.rows.values().any(|row| unreadable(row.workspace) || unreadable(row.organization))
-    }
-
-    /// The first of the provider's names that holds a value, unless one before it could not be read.
-    pub fn select_for<'p: 's>(&self, provider: &'p Provider) -> Selection<'s> {
-        let mut unknown = Vec::new();
-        for name in &provider.auth_env {
-            match self.lookup(name) {
-                Lookup::Value { secret, scope, shadows_organization } if unknown.is_empty() => {
-                    return Selection::Found { env_name: name, secret, scope, shadows_organization };
-                }
-                Lookup::Value { .. } => break,
-                Lookup::Nothing => {}
-                Lookup::Unknown => unknown.push(name.clone()),
-            }
-        }
-        if unknown.is_empty() { Selection::Missing } else { Selection::Unreadable(unknown) }
     }
 
     /// Names that hold a value and that this runtime could pick up instead of the one that was judged: those that its other
