@@ -466,8 +466,10 @@ func (c caseData) values() []string {
 // name that the registry does not know, or one that could not answer for this model. Nothing else may differ.
 func (r caseRecord) asSeenBy(relevant []string) caseRecord {
 	var warned []string
+	// Base-URL variables are sent by name, whatever is relevant.
+	isBaseURL := slices.Contains(r.Warnings, "UNKNOWN_BASE_URL_NAME")
 	for _, name := range r.WarnedEnv {
-		if slices.Contains(relevant, name) {
+		if isBaseURL || slices.Contains(relevant, name) {
 			warned = append(warned, name)
 		}
 	}

@@ -519,7 +519,7 @@ func denied(spec *Spec, response *byokgatev1.DecideResponse, deny *byokgatev1.De
 		response: response,
 		refusal: refusal{
 			httpStatus:   http.StatusUnprocessableEntity,
-			operatorHint: operatorHint(deny),
+			operatorHint: deny.GetOperatorHint(),
 			body: Body{
 				Error:             deny.GetMessage(),
 				Code:              denyCode(deny.GetCode()),

@@ -50,6 +50,14 @@ const (
 	BYOKQuotaExhausted Code = "BYOK_QUOTA_EXHAUSTED"
 	// BYOKNotVerifiable: The key cannot be verified at all, and policy denies that.
 	BYOKNotVerifiable Code = "BYOK_NOT_VERIFIABLE"
+	// ShadowedBYOKCredential: The workspace would send another value than the one that would do: one that is not the provider's, or that is refused. The remedy says
+	// which to remove.
+	ShadowedBYOKCredential Code = "SHADOWED_BYOK_CREDENTIAL"
+	// WrongCredentialName: The key is good, and the runtime sends the variable that it is in in a header that the provider does not take. The remedy has the right
+	// name.
+	WrongCredentialName Code = "WRONG_CREDENTIAL_NAME"
+	// ExposedCredential: Another credential would travel to a vendor that is not its own, and policy denies that.
+	ExposedCredential Code = "EXPOSED_CREDENTIAL"
 )
 
 // Codes are those that this package knows.
@@ -78,6 +86,9 @@ func Codes() []Code {
 		BYOKUnexpectedResponse,
 		BYOKQuotaExhausted,
 		BYOKNotVerifiable,
+		ShadowedBYOKCredential,
+		WrongCredentialName,
+		ExposedCredential,
 	}
 }
 
@@ -89,7 +100,7 @@ const (
 	WarnExemptRuntime WarningCode = "EXEMPT_RUNTIME"
 	// WarnModelWithdrawn: The model is withdrawn; the workspace that has it keeps it.
 	WarnModelWithdrawn WarningCode = "MODEL_WITHDRAWN"
-	// WarnUnknownCredentialName: The registry knows no such credential name; the credential was dropped. `env_names` lists them.
+	// WarnUnknownCredentialName: Neither the registry nor a runtime knows such a credential name; the credential was left out. `env_names` lists them.
 	WarnUnknownCredentialName WarningCode = "UNKNOWN_CREDENTIAL_NAME"
 	// WarnConflictingCredential: Other credentials are present that this runtime could pick up instead. The message says which one was judged.
 	WarnConflictingCredential WarningCode = "CONFLICTING_CREDENTIAL"
@@ -101,6 +112,16 @@ const (
 	WarnReportOnly WarningCode = "REPORT_ONLY"
 	// WarnUnreadableCredentials: A secret store or row could not be read, but nothing in it could change this decision.
 	WarnUnreadableCredentials WarningCode = "UNREADABLE_CREDENTIALS"
+	// WarnExposedCredential: The runtime sends these credentials to a vendor that is not their own. The message names the host.
+	WarnExposedCredential WarningCode = "EXPOSED_CREDENTIAL"
+	// WarnUnusedCredential: The runtime does not read the variable that was judged. The message has the right name.
+	WarnUnusedCredential WarningCode = "UNUSED_CREDENTIAL"
+	// WarnWrongHeader: The key was accepted in another header than the one that is tried first. The message names both.
+	WarnWrongHeader WarningCode = "WRONG_HEADER"
+	// WarnTrimmedCredential: Blanks or line breaks around the value were left out, as the runtime does.
+	WarnTrimmedCredential WarningCode = "TRIMMED_CREDENTIAL"
+	// WarnUnknownBaseUrlName: Nothing reads a base URL from these names: they change nothing.
+	WarnUnknownBaseUrlName WarningCode = "UNKNOWN_BASE_URL_NAME"
 )
 
 // WarningCodes are those that this package knows.
@@ -115,6 +136,11 @@ func WarningCodes() []WarningCode {
 		WarnStaleLiveness,
 		WarnReportOnly,
 		WarnUnreadableCredentials,
+		WarnExposedCredential,
+		WarnUnusedCredential,
+		WarnWrongHeader,
+		WarnTrimmedCredential,
+		WarnUnknownBaseUrlName,
 	}
 }
 

@@ -1,8 +1,6 @@
 package byokgate
 
 import (
-	"google.golang.org/protobuf/reflect/protoreflect"
-
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
@@ -46,16 +44,4 @@ func billingMode(mode byokgatev1.BillingMode) BillingMode {
 	default:
 		return UnknownBilling
 	}
-}
-
-// operatorHint is what a denial says to the platform's people alone, where this package's version of the contract has a place for it.
-func operatorHint(deny *byokgatev1.Deny) string {
-	if deny == nil {
-		return ""
-	}
-	field := deny.ProtoReflect().Descriptor().Fields().ByName("operator_hint")
-	if field == nil || field.Kind() != protoreflect.StringKind {
-		return ""
-	}
-	return deny.ProtoReflect().Get(field).String()
 }

@@ -29,63 +29,72 @@ const (
 
 // what maps each code to its words. {runtime}, {model}, {env}, {any of} and {all of} are filled in.
 var what = map[byokgate.Code]words{
-	byokgate.RuntimeRequired:    {message: "the workspace names no runtime", remedy: "set the workspace's runtime"},
-	byokgate.RuntimeUnsupported: {message: "runtime `{runtime}` is not in the registry, which knows agent", remedy: "use one of the registry's runtimes, or add this one to the registry or to `exempt_runtimes`"},
+	byokgate.RuntimeRequired:    {message: "the workspace names no runtime", remedy: "choose a runtime"},
+	byokgate.RuntimeUnsupported: {message: "runtime `{runtime}` is unknown; there are agent", remedy: "choose one of these runtimes"},
 	byokgate.ModelRequired: {
-		message: "the workspace names no model for runtime `{runtime}`; there are no default models",
-		remedy:  "choose a model; ListModels shows what the runtime offers",
+		message: "the workspace names no model for runtime `{runtime}`; there is no default model",
+		remedy:  "choose a model that the runtime offers",
 	},
 	byokgate.UnregisteredModelForRuntime: {
-		message: "no provider of runtime `{runtime}` owns model `{model}`",
-		remedy: "choose a model that runtime `{runtime}` offers (ListModels shows them); ids are compared exactly, so `a/b`, `a:b` and `b` are " +
-			"different models",
+		message: "runtime `{runtime}` does not offer model `{model}`",
+		remedy:  "runtime `{runtime}` offers acme-large and platform-small; ids are compared exactly: `a/b`, `a:b` and `b` are different models",
 	},
 	byokgate.AmbiguousProvider: {
-		message: "model `{model}` on runtime `{runtime}` could belong to acme and other, and the credentials at hand single none out",
-		remedy:  "keep the credential of the one provider that is meant, or make the registry's patterns disjoint",
+		message: "model `{model}` on runtime `{runtime}` could belong to acme and other, and the credentials that are set do not tell which",
+		remedy:  "set only the credential of the provider that is meant",
 	},
 	byokgate.DerivedProviderNotInRegistry: {
-		message: "the owner of model `{model}` is not in the registry", remedy: "report a fault of byok-gate",
+		message: "the owner of model `{model}` is not in the registry", remedy: "tell the platform: this is a fault of byok-gate",
 	},
 	byokgate.ModelWithdrawn: {
 		message: "model `{model}` of provider `acme` is withdrawn from runtime `{runtime}`",
-		remedy:  "choose another model; ListModels shows which are withdrawn",
+		remedy:  "choose another model",
 	},
 	byokgate.CredentialScopeUnreadable: {
-		message:   "{all of} could not be read, and which credential answers for the model depends on it; unreadable is not taken for absent",
-		remedy:    "try again; if it goes on, repair the platform's secret store or its encryption key",
+		message:   "{all of} could not be read, and which credential is used depends on it; unreadable is not taken for absent",
+		remedy:    "try again",
 		retryable: true,
 	},
 	byokgate.MissingPlatformProxy: {
-		message: "model `{model}` is billed to the platform, and the platform's model proxy is absent",
-		remedy:  "choose a model with a key of the tenant's own, or wire the platform's proxy and say that it is AVAILABLE",
+		message: "model `{model}` is billed to the platform, whose model proxy is not available",
+		remedy:  "choose a model with a key of your own, or try again later",
 	},
 	byokgate.ProviderNotBYOK: {
-		message: "model `{model}` belongs to provider `acme`, which authenticates by ambient cloud identity; a tenant cannot bring a credential " +
-			"for it",
-		remedy: "choose a model of another provider",
+		message: "model `{model}` belongs to provider `acme`, which authenticates by a cloud identity; a tenant cannot bring a credential for it",
+		remedy:  "choose a model of another provider",
 	},
-	byokgate.OverrideNotAllowed: {
-		message: "this service is configured to refuse operator overrides",
-		remedy:  "remove the override, or set `operator_overrides: honour` in the service's configuration",
-	},
+	byokgate.OverrideNotAllowed: {message: "operator overrides are not allowed on this platform", remedy: "remove the override"},
 	byokgate.OverrideConflictsWithModel: {
-		message: "the operator override asks for BYOK, but model `{model}` belongs to the platform",
-		remedy:  "pick a model of a provider that takes the tenant's own key, or remove the override",
+		message: "the override asks for the tenant's own key, but model `{model}` belongs to the platform",
+		remedy:  "choose a model of a provider that takes the tenant's own key, or remove the override",
 	},
 	byokgate.MissingBYOKCredential: {
-		message: "model `{model}` belongs to Acme AI (provider `acme`) and needs the tenant's own credential; none of {all of} holds a value",
-		remedy:  "set {any of} as a secret of the workspace or of the organization, then try again",
+		message: "model `{model}` belongs to Acme AI (provider `acme`) and needs the tenant's own credential; {all of} {are} not set",
+		remedy:  "set {any of} as a secret of the workspace or of the organization",
 	},
 	byokgate.MalformedBYOKCredential: {
-		message: "the value of {env} cannot be a key for provider `acme`: it ends in a line break or another control character (byte 12); it " +
-			"was not sent",
-		remedy: "save {env} again without the line break or control character at its end",
+		message: "{env} cannot be a credential of provider `acme`: it ends in a line break or another control character (after character 12); " +
+			"it was not sent",
+		remedy: "save {env} again without blanks and line breaks around it",
 	},
 	byokgate.InvalidBYOKCredential: {
-		message: "{env} was found for provider `acme` but refused by api.acme.example with HTTP 401",
-		remedy:  "check that the key is active, rotate it with the provider and save it as {env}",
+		message: "api.acme.example refused {env} of provider `acme` with HTTP 401",
+		remedy:  "check that the key is active; make a new one if it is not, and save it as {env}",
 		verdict: byokgatev1.Verdict_VERDICT_INVALID, upstream: 401,
+	},
+	byokgate.ShadowedBYOKCredential: {
+		message: "the workspace sends OTHER_TOKEN (of the workspace) to provider `acme` and not {env} (of the workspace): OTHER_TOKEN is no " +
+			"credential of that provider",
+		remedy: "remove OTHER_TOKEN from the workspace's secrets, or save there what {env} holds",
+	},
+	byokgate.WrongCredentialName: {
+		message: "the key in {env} is good, but the runtime sends {env} as `bearer`, and api.acme.example takes it as `x-api-key` only",
+		remedy:  "save the key as ACME_X_KEY and remove {env}",
+		verdict: byokgatev1.Verdict_VERDICT_VALID, upstream: 200,
+	},
+	byokgate.ExposedCredential: {
+		message: "OTHER_API_KEY would be sent to api.acme.example too, which is not its own vendor",
+		remedy:  "remove OTHER_API_KEY from the workspace's and the organization's secrets, or choose another model",
 	},
 	byokgate.BYOKProbeTimeout: {
 		message: "api.acme.example gave no usable answer in time, so {env} could not be verified",
@@ -94,12 +103,12 @@ var what = map[byokgate.Code]words{
 	},
 	byokgate.BYOKProviderUnreachable: {
 		message: "api.acme.example could not be reached, so {env} could not be verified",
-		remedy:  "try again later; if it goes on, check DNS, the service's way out to port 443 and the provider's base URL",
+		remedy:  "try again later; if it goes on, tell the platform",
 		verdict: byokgatev1.Verdict_VERDICT_UNREACHABLE, retryable: true,
 	},
 	byokgate.BYOKProbeNotAttempted: {
-		message: "this service did not ask api.acme.example about {env}: too many questions to this provider wait already",
-		remedy:  "try again later; if it goes on, look at this service's log",
+		message: "{env} was not checked at api.acme.example: too many questions to this provider are waiting",
+		remedy:  "try again later; if it goes on, tell the platform",
 		verdict: byokgatev1.Verdict_VERDICT_NOT_ATTEMPTED, retryable: true,
 	},
 	byokgate.BYOKProviderRateLimited: {
@@ -114,17 +123,17 @@ var what = map[byokgate.Code]words{
 	},
 	byokgate.BYOKUnexpectedResponse: {
 		message: "the answer of api.acme.example with HTTP 404 says nothing about {env}, which could not be verified",
-		remedy:  "try again later; if it goes on, check the provider's base URL in the registry and its row in the probe catalogue",
+		remedy:  "try again later; if it goes on, tell the platform",
 		verdict: byokgatev1.Verdict_VERDICT_UNEXPECTED_RESPONSE, upstream: 404, retryable: true,
 	},
 	byokgate.BYOKQuotaExhausted: {
-		message: "api.acme.example says that the account behind {env} is out of credit or suspended with HTTP 402",
+		message: "the account behind {env} is out of credit or suspended, says api.acme.example with HTTP 402",
 		remedy:  "add credit to the account with the provider, or use another key",
 		verdict: byokgatev1.Verdict_VERDICT_QUOTA_EXHAUSTED, upstream: 402,
 	},
 	byokgate.BYOKNotVerifiable: {
-		message: "{env} for provider `acme` cannot be verified (NO_SERVER_SURFACE)",
-		remedy:  "choose a provider whose keys can be verified, or let the policy group `unverifiable` allow",
+		message: "{env} of provider `acme` cannot be checked (NO_SERVER_SURFACE)",
+		remedy:  "choose a model of a provider whose keys can be checked",
 		verdict: byokgatev1.Verdict_VERDICT_NO_SERVER_SURFACE,
 	},
 }
@@ -142,7 +151,11 @@ func deny(code byokgate.Code, runtime, model string, names []string) (*byokgatev
 	if len(names) == 0 {
 		names = []string{noName}
 	}
-	fill := strings.NewReplacer("{runtime}", runtime, "{model}", model, "{env}", names[0], "{any of}", joined(names, "or"),
+	are := "are"
+	if len(names) == 1 {
+		are = "is"
+	}
+	fill := strings.NewReplacer("{are}", are, "{runtime}", runtime, "{model}", model, "{env}", names[0], "{any of}", joined(names, "or"),
 		"{all of}", joined(names, "and"))
 	made := &byokgatev1.Deny{
 		Code: byokgatev1.DenyCode(number), Message: fill.Replace(said.message), Remedy: fill.Replace(said.remedy), Retryable: said.retryable,

@@ -664,6 +664,14 @@ const (
 	DenyCode_DENY_CODE_BYOK_QUOTA_EXHAUSTED DenyCode = 22
 	// The key cannot be verified at all, and policy denies that.
 	DenyCode_DENY_CODE_BYOK_NOT_VERIFIABLE DenyCode = 23
+	// The workspace would send another value than the one that would do: one that is not the provider's, or that is refused. The remedy says
+	// which to remove.
+	DenyCode_DENY_CODE_SHADOWED_BYOK_CREDENTIAL DenyCode = 24
+	// The key is good, and the runtime sends the variable that it is in in a header that the provider does not take. The remedy has the right
+	// name.
+	DenyCode_DENY_CODE_WRONG_CREDENTIAL_NAME DenyCode = 25
+	// Another credential would travel to a vendor that is not its own, and policy denies that.
+	DenyCode_DENY_CODE_EXPOSED_CREDENTIAL DenyCode = 26
 )
 
 // Enum value maps for DenyCode.
@@ -693,6 +701,9 @@ var (
 		21: "DENY_CODE_BYOK_UNEXPECTED_RESPONSE",
 		22: "DENY_CODE_BYOK_QUOTA_EXHAUSTED",
 		23: "DENY_CODE_BYOK_NOT_VERIFIABLE",
+		24: "DENY_CODE_SHADOWED_BYOK_CREDENTIAL",
+		25: "DENY_CODE_WRONG_CREDENTIAL_NAME",
+		26: "DENY_CODE_EXPOSED_CREDENTIAL",
 	}
 	DenyCode_value = map[string]int32{
 		"DENY_CODE_UNSPECIFIED":                      0,
@@ -719,6 +730,9 @@ var (
 		"DENY_CODE_BYOK_UNEXPECTED_RESPONSE":         21,
 		"DENY_CODE_BYOK_QUOTA_EXHAUSTED":             22,
 		"DENY_CODE_BYOK_NOT_VERIFIABLE":              23,
+		"DENY_CODE_SHADOWED_BYOK_CREDENTIAL":         24,
+		"DENY_CODE_WRONG_CREDENTIAL_NAME":            25,
+		"DENY_CODE_EXPOSED_CREDENTIAL":               26,
 	}
 )
 
@@ -868,7 +882,7 @@ const (
 	WarningCode_WARNING_CODE_EXEMPT_RUNTIME WarningCode = 2
 	// The model is withdrawn; the workspace that has it keeps it.
 	WarningCode_WARNING_CODE_MODEL_WITHDRAWN WarningCode = 3
-	// The registry knows no such credential name; the credential was dropped. `env_names` lists them.
+	// Neither the registry nor a runtime knows such a credential name; the credential was left out. `env_names` lists them.
 	WarningCode_WARNING_CODE_UNKNOWN_CREDENTIAL_NAME WarningCode = 4
 	// Other credentials are present that this runtime could pick up instead. The message says which one was judged.
 	WarningCode_WARNING_CODE_CONFLICTING_CREDENTIAL WarningCode = 5
@@ -880,21 +894,36 @@ const (
 	WarningCode_WARNING_CODE_REPORT_ONLY WarningCode = 8
 	// A secret store or row could not be read, but nothing in it could change this decision.
 	WarningCode_WARNING_CODE_UNREADABLE_CREDENTIALS WarningCode = 9
+	// The runtime sends these credentials to a vendor that is not their own. The message names the host.
+	WarningCode_WARNING_CODE_EXPOSED_CREDENTIAL WarningCode = 10
+	// The runtime does not read the variable that was judged. The message has the right name.
+	WarningCode_WARNING_CODE_UNUSED_CREDENTIAL WarningCode = 11
+	// The key was accepted in another header than the one that is tried first. The message names both.
+	WarningCode_WARNING_CODE_WRONG_HEADER WarningCode = 12
+	// Blanks or line breaks around the value were left out, as the runtime does.
+	WarningCode_WARNING_CODE_TRIMMED_CREDENTIAL WarningCode = 13
+	// Nothing reads a base URL from these names: they change nothing.
+	WarningCode_WARNING_CODE_UNKNOWN_BASE_URL_NAME WarningCode = 14
 )
 
 // Enum value maps for WarningCode.
 var (
 	WarningCode_name = map[int32]string{
-		0: "WARNING_CODE_UNSPECIFIED",
-		1: "WARNING_CODE_OPERATOR_OVERRIDE",
-		2: "WARNING_CODE_EXEMPT_RUNTIME",
-		3: "WARNING_CODE_MODEL_WITHDRAWN",
-		4: "WARNING_CODE_UNKNOWN_CREDENTIAL_NAME",
-		5: "WARNING_CODE_CONFLICTING_CREDENTIAL",
-		6: "WARNING_CODE_CREDENTIAL_UNVERIFIED",
-		7: "WARNING_CODE_STALE_LIVENESS",
-		8: "WARNING_CODE_REPORT_ONLY",
-		9: "WARNING_CODE_UNREADABLE_CREDENTIALS",
+		0:  "WARNING_CODE_UNSPECIFIED",
+		1:  "WARNING_CODE_OPERATOR_OVERRIDE",
+		2:  "WARNING_CODE_EXEMPT_RUNTIME",
+		3:  "WARNING_CODE_MODEL_WITHDRAWN",
+		4:  "WARNING_CODE_UNKNOWN_CREDENTIAL_NAME",
+		5:  "WARNING_CODE_CONFLICTING_CREDENTIAL",
+		6:  "WARNING_CODE_CREDENTIAL_UNVERIFIED",
+		7:  "WARNING_CODE_STALE_LIVENESS",
+		8:  "WARNING_CODE_REPORT_ONLY",
+		9:  "WARNING_CODE_UNREADABLE_CREDENTIALS",
+		10: "WARNING_CODE_EXPOSED_CREDENTIAL",
+		11: "WARNING_CODE_UNUSED_CREDENTIAL",
+		12: "WARNING_CODE_WRONG_HEADER",
+		13: "WARNING_CODE_TRIMMED_CREDENTIAL",
+		14: "WARNING_CODE_UNKNOWN_BASE_URL_NAME",
 	}
 	WarningCode_value = map[string]int32{
 		"WARNING_CODE_UNSPECIFIED":             0,
@@ -907,6 +936,11 @@ var (
 		"WARNING_CODE_STALE_LIVENESS":          7,
 		"WARNING_CODE_REPORT_ONLY":             8,
 		"WARNING_CODE_UNREADABLE_CREDENTIALS":  9,
+		"WARNING_CODE_EXPOSED_CREDENTIAL":      10,
+		"WARNING_CODE_UNUSED_CREDENTIAL":       11,
+		"WARNING_CODE_WRONG_HEADER":            12,
+		"WARNING_CODE_TRIMMED_CREDENTIAL":      13,
+		"WARNING_CODE_UNKNOWN_BASE_URL_NAME":   14,
 	}
 )
 
@@ -1453,7 +1487,7 @@ type Deny struct {
 	Code DenyCode `protobuf:"varint,1,opt,name=code,proto3,enum=byokgate.v1.DenyCode" json:"code,omitempty"`
 	// The reason in one or two sentences, for a person. No secret, no text of the provider's.
 	Message string `protobuf:"bytes,2,opt,name=message,proto3" json:"message,omitempty"`
-	// What to do about it.
+	// What the tenant can do about it.
 	Remedy string `protobuf:"bytes,3,opt,name=remedy,proto3" json:"remedy,omitempty"`
 	// The credential names of which one is needed, where one is missing.
 	MissingEnv []string `protobuf:"bytes,4,rep,name=missing_env,json=missingEnv,proto3" json:"missing_env,omitempty"`
@@ -1462,7 +1496,9 @@ type Deny struct {
 	// The same request may be allowed later with nothing changed.
 	Retryable bool `protobuf:"varint,6,opt,name=retryable,proto3" json:"retryable,omitempty"`
 	// When to try again. Set on every retryable denial.
-	RetryAfter    *durationpb.Duration `protobuf:"bytes,7,opt,name=retry_after,json=retryAfter,proto3" json:"retry_after,omitempty"`
+	RetryAfter *durationpb.Duration `protobuf:"bytes,7,opt,name=retry_after,json=retryAfter,proto3" json:"retry_after,omitempty"`
+	// What only the platform's people can do. Not for the tenant; empty where the tenant can do all there is.
+	OperatorHint  string `protobuf:"bytes,8,opt,name=operator_hint,json=operatorHint,proto3" json:"operator_hint,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1546,6 +1582,13 @@ func (x *Deny) GetRetryAfter() *durationpb.Duration {
 	return nil
 }
 
+func (x *Deny) GetOperatorHint() string {
+	if x != nil {
+		return x.OperatorHint
+	}
+	return ""
+}
+
 // Who owns the model and which credential answers for it.
 type Resolution struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1567,8 +1610,10 @@ type Resolution struct {
 	ShadowsOrganization bool `protobuf:"varint,8,opt,name=shadows_organization,json=shadowsOrganization,proto3" json:"shadows_organization,omitempty"`
 	// 8 hex digits that tell which key was judged, equal on every replica with the same fingerprint key. Empty without one.
 	CredentialFingerprint string `protobuf:"bytes,9,opt,name=credential_fingerprint,json=credentialFingerprint,proto3" json:"credential_fingerprint,omitempty"`
-	unknownFields         protoimpl.UnknownFields
-	sizeCache             protoimpl.SizeCache
+	// Why this value was judged and no other, for a person: what the runtime is known to send, or the order of the registry.
+	CredentialReason string `protobuf:"bytes,10,opt,name=credential_reason,json=credentialReason,proto3" json:"credential_reason,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *Resolution) Reset() {
@@ -1664,6 +1709,13 @@ func (x *Resolution) GetCredentialFingerprint() string {
 	return ""
 }
 
+func (x *Resolution) GetCredentialReason() string {
+	if x != nil {
+		return x.CredentialReason
+	}
+	return ""
+}
+
 // What is known about the credential.
 type Liveness struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1680,7 +1732,12 @@ type Liveness struct {
 	// How old the observation was when the decision was made.
 	Age *durationpb.Duration `protobuf:"bytes,6,opt,name=age,proto3" json:"age,omitempty"`
 	// Where the observation came from.
-	ServedFrom    ServedFrom `protobuf:"varint,7,opt,name=served_from,json=servedFrom,proto3,enum=byokgate.v1.ServedFrom" json:"served_from,omitempty"`
+	ServedFrom ServedFrom `protobuf:"varint,7,opt,name=served_from,json=servedFrom,proto3,enum=byokgate.v1.ServedFrom" json:"served_from,omitempty"`
+	// In which header the credential was sent: `bearer`, `x-api-key`, `x-goog-api-key` or `api-key`. Of a VALID, the one that was accepted.
+	// Empty if nobody was asked.
+	Header string `protobuf:"bytes,8,opt,name=header,proto3" json:"header,omitempty"`
+	// Why a verdict that is not VALID is what it is, as a word in upper case: `AS_A_MADE_UP_KEY`, `COMMON_CODE`. New words may come.
+	Cause         string `protobuf:"bytes,9,opt,name=cause,proto3" json:"cause,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1764,6 +1821,20 @@ func (x *Liveness) GetServedFrom() ServedFrom {
 	return ServedFrom_SERVED_FROM_UNSPECIFIED
 }
 
+func (x *Liveness) GetHeader() string {
+	if x != nil {
+		return x.Header
+	}
+	return ""
+}
+
+func (x *Liveness) GetCause() string {
+	if x != nil {
+		return x.Cause
+	}
+	return ""
+}
+
 // What a person should know although it did not decide.
 type Warning struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1831,7 +1902,7 @@ func (x *Warning) GetEnvNames() []string {
 // One step of a decision, in words.
 type TraceStep struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The step: `override`, `runtime`, `model`, `derive`, `presence`, `shape`, `liveness`, `policy`.
+	// The step: `override`, `runtime`, `model`, `derive`, `presence`, `shape`, `exposure`, `liveness`, `policy`.
 	Step string `protobuf:"bytes,1,opt,name=step,proto3" json:"step,omitempty"`
 	// What was found. No secret.
 	Detail        string `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
@@ -2904,7 +2975,7 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"\n" +
 	"\bdecision\"D\n" +
 	"\x05Allow\x12;\n" +
-	"\fbilling_mode\x18\x01 \x01(\x0e2\x18.byokgate.v1.BillingModeR\vbillingMode\"\x8d\x02\n" +
+	"\fbilling_mode\x18\x01 \x01(\x0e2\x18.byokgate.v1.BillingModeR\vbillingMode\"\xb2\x02\n" +
 	"\x04Deny\x12)\n" +
 	"\x04code\x18\x01 \x01(\x0e2\x15.byokgate.v1.DenyCodeR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x16\n" +
@@ -2914,7 +2985,8 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"\x12alternative_models\x18\x05 \x03(\tR\x11alternativeModels\x12\x1c\n" +
 	"\tretryable\x18\x06 \x01(\bR\tretryable\x12:\n" +
 	"\vretry_after\x18\a \x01(\v2\x19.google.protobuf.DurationR\n" +
-	"retryAfter\"\xc6\x03\n" +
+	"retryAfter\x12#\n" +
+	"\roperator_hint\x18\b \x01(\tR\foperatorHint\"\xf3\x03\n" +
 	"\n" +
 	"Resolution\x12\x1a\n" +
 	"\bprovider\x18\x01 \x01(\tR\bprovider\x12;\n" +
@@ -2926,7 +2998,9 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"\x0ecredential_env\x18\x06 \x01(\tR\rcredentialEnv\x12=\n" +
 	"\x10credential_scope\x18\a \x01(\x0e2\x12.byokgate.v1.ScopeR\x0fcredentialScope\x121\n" +
 	"\x14shadows_organization\x18\b \x01(\bR\x13shadowsOrganization\x125\n" +
-	"\x16credential_fingerprint\x18\t \x01(\tR\x15credentialFingerprint\"\xc2\x02\n" +
+	"\x16credential_fingerprint\x18\t \x01(\tR\x15credentialFingerprint\x12+\n" +
+	"\x11credential_reason\x18\n" +
+	" \x01(\tR\x10credentialReason\"\xf0\x02\n" +
 	"\bLiveness\x12.\n" +
 	"\averdict\x18\x01 \x01(\x0e2\x14.byokgate.v1.VerdictR\averdict\x12'\n" +
 	"\x0fupstream_status\x18\x02 \x01(\rR\x0eupstreamStatus\x12#\n" +
@@ -2936,7 +3010,9 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"observedAt\x12+\n" +
 	"\x03age\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x03age\x128\n" +
 	"\vserved_from\x18\a \x01(\x0e2\x17.byokgate.v1.ServedFromR\n" +
-	"servedFrom\"n\n" +
+	"servedFrom\x12\x16\n" +
+	"\x06header\x18\b \x01(\tR\x06header\x12\x14\n" +
+	"\x05cause\x18\t \x01(\tR\x05cause\"n\n" +
 	"\aWarning\x12,\n" +
 	"\x04code\x18\x01 \x01(\x0e2\x18.byokgate.v1.WarningCodeR\x04code\x12\x18\n" +
 	"\amessage\x18\x02 \x01(\tR\amessage\x12\x1b\n" +
@@ -3077,7 +3153,7 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"\x11SERVED_FROM_PROBE\x10\x01\x12\x15\n" +
 	"\x11SERVED_FROM_CACHE\x10\x02\x12\x15\n" +
 	"\x11SERVED_FROM_STALE\x10\x03\x12\x17\n" +
-	"\x13SERVED_FROM_BREAKER\x10\x04*\x8e\a\n" +
+	"\x13SERVED_FROM_BREAKER\x10\x04*\xfd\a\n" +
 	"\bDenyCode\x12\x19\n" +
 	"\x15DENY_CODE_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aDENY_CODE_RUNTIME_REQUIRED\x10\x01\x12!\n" +
@@ -3103,7 +3179,10 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"\x1dDENY_CODE_BYOK_PROVIDER_ERROR\x10\x14\x12&\n" +
 	"\"DENY_CODE_BYOK_UNEXPECTED_RESPONSE\x10\x15\x12\"\n" +
 	"\x1eDENY_CODE_BYOK_QUOTA_EXHAUSTED\x10\x16\x12!\n" +
-	"\x1dDENY_CODE_BYOK_NOT_VERIFIABLE\x10\x17*\x91\x04\n" +
+	"\x1dDENY_CODE_BYOK_NOT_VERIFIABLE\x10\x17\x12&\n" +
+	"\"DENY_CODE_SHADOWED_BYOK_CREDENTIAL\x10\x18\x12#\n" +
+	"\x1fDENY_CODE_WRONG_CREDENTIAL_NAME\x10\x19\x12 \n" +
+	"\x1cDENY_CODE_EXPOSED_CREDENTIAL\x10\x1a*\x91\x04\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1c\n" +
 	"\x18ERROR_REASON_BAD_REQUEST\x10\x01\x12\"\n" +
@@ -3121,7 +3200,7 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"\x15ERROR_REASON_DRAINING\x10\f\x12\x19\n" +
 	"\x15ERROR_REASON_INTERNAL\x10\r\x12 \n" +
 	"\x1cERROR_REASON_UNKNOWN_RUNTIME\x10\x0e\x12\x1c\n" +
-	"\x18ERROR_REASON_UNSUPPORTED\x10\x0f*\xf5\x02\n" +
+	"\x18ERROR_REASON_UNSUPPORTED\x10\x0f*\xaa\x04\n" +
 	"\vWarningCode\x12\x1c\n" +
 	"\x18WARNING_CODE_UNSPECIFIED\x10\x00\x12\"\n" +
 	"\x1eWARNING_CODE_OPERATOR_OVERRIDE\x10\x01\x12\x1f\n" +
@@ -3132,7 +3211,13 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"\"WARNING_CODE_CREDENTIAL_UNVERIFIED\x10\x06\x12\x1f\n" +
 	"\x1bWARNING_CODE_STALE_LIVENESS\x10\a\x12\x1c\n" +
 	"\x18WARNING_CODE_REPORT_ONLY\x10\b\x12'\n" +
-	"#WARNING_CODE_UNREADABLE_CREDENTIALS\x10\t2\xbf\x03\n" +
+	"#WARNING_CODE_UNREADABLE_CREDENTIALS\x10\t\x12#\n" +
+	"\x1fWARNING_CODE_EXPOSED_CREDENTIAL\x10\n" +
+	"\x12\"\n" +
+	"\x1eWARNING_CODE_UNUSED_CREDENTIAL\x10\v\x12\x1d\n" +
+	"\x19WARNING_CODE_WRONG_HEADER\x10\f\x12#\n" +
+	"\x1fWARNING_CODE_TRIMMED_CREDENTIAL\x10\r\x12&\n" +
+	"\"WARNING_CODE_UNKNOWN_BASE_URL_NAME\x10\x0e2\xbf\x03\n" +
 	"\x15PolicyDecisionService\x12A\n" +
 	"\x06Decide\x12\x1a.byokgate.v1.DecideRequest\x1a\x1b.byokgate.v1.DecideResponse\x12R\n" +
 	"\vBatchDecide\x12\x1f.byokgate.v1.BatchDecideRequest\x1a .byokgate.v1.BatchDecideResponse0\x01\x12\\\n" +
