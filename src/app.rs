@@ -62,8 +62,8 @@ impl App {
 }
 
 /// The prober alone.
-pub fn prober(Setup { settings, probe_ca, .. }: &Setup) -> Result<HttpProber, ProbeSetupError> {
-    HttpProber::new(settings.probe_settings(probe_ca.clone()))
+pub fn prober(Setup { settings, probe_ca, proxy, .. }: &Setup) -> Result<HttpProber, ProbeSetupError> {
+    HttpProber::new(settings.probe_settings(probe_ca.clone(), proxy.clone()))
 }
 
 // === impl Documents ===

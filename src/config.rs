@@ -32,6 +32,7 @@ use crate::{
         problem::{Loaded, Problem, Problems},
         request::PlatformProxy,
     },
+    liveness::egress::{EgressSettings, ForwardProxy},
     watch::files,
 };
 
@@ -75,6 +76,8 @@ pub struct Setup {
     pub fingerprint_key: Option<[u8; 32]>,
     /// Further certificate authorities for probes, in PEM.
     pub probe_ca: Vec<u8>,
+    /// The way of probes out.
+    pub proxy: Option<ForwardProxy>,
     /// Authorities of the traces' collector, in PEM.
     pub tracing_ca: Option<Vec<u8>>,
     /// Everything else that is set.
@@ -126,6 +129,8 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     let fingerprint_key = found.secret(settings.fingerprints.key_file.as_ref());
     let fingerprint_key = fingerprint_key.map(|bytes| blake3::derive_key("byok-gate credential fingerprint v1", &bytes));
     let probe_ca = found.bytes(settings.probe.ca_file.as_ref(), yaml::MAX_DOCUMENT_BYTES as u64);
+    let proxy_credentials = found.secret(settings.egress.proxy.credentials_file.as_ref());
+    let proxy = proxy_of(&settings.egress, proxy_credentials.as_ref().map(|bytes| bytes.as_slice()), &mut of_settings);
     let tracing_ca = found.bytes(settings.tracing.ca_file.as_ref(), yaml::MAX_DOCUMENT_BYTES as u64);
     for file in [&settings.callers.token_file, &settings.tls.key].into_iter().flatten() {
         found.warn_if_readable(file);
@@ -145,6 +150,7 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
         snapshot: Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin),
         fingerprint_key,
         probe_ca: probe_ca.unwrap_or_default().to_vec(),
+        proxy,
         tracing_ca: tracing_ca.map(|bytes| bytes.to_vec()),
         settings,
         origins,
@@ -280,7 +286,7 @@ impl Found {
         let bytes = self.bytes(path, MAX_KEY_FILE_BYTES)?;
         self.warn_if_readable(path?);
         if bytes.trim_ascii().is_empty() {
-            let list = vec![Problem::at("", "is empty; put random bytes into it")];
+            let list = vec![Problem::at("", "is empty, and has to hold a secret")];
             self.faults.push(Problems { document: path?.display().to_string(), list });
             return None;
         }
@@ -293,6 +299,28 @@ impl Found {
                 Problem::at("", "holds a secret, and every user of this machine can read it; give it mode 0600 or 0640");
             self.odd(&path.display().to_string(), vec![problem]);
         }
+    }
+}
+
+/// The forward proxy, with its credentials; what is wrong with them is a problem of the settings.
+fn proxy_of(egress: &EgressSettings, credentials: Option<&[u8]>, problems: &mut Vec<Problem>) -> Option<ForwardProxy> {
+    let place = "egress.proxy.credentials_file";
+    let text = match credentials.map(std::str::from_utf8).transpose() {
+        Ok(text) => text,
+        Err(_) => {
+            problems.push(Problem::at(place, "is not UTF-8"));
+            return None;
+        }
+    };
+    // The review has told of the URL.
+    egress.proxy.url.as_ref()?;
+    match egress.forward_proxy(text) {
+        Ok(proxy) => proxy,
+        Err(message) if text.is_some() => {
+            problems.push(Problem::at(place, message));
+            None
+        }
+        Err(_) => None,
     }
 }
 

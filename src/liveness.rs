@@ -4,6 +4,7 @@
 pub mod breaker;
 pub mod cache;
 pub(crate) mod clock;
+pub mod egress;
 pub mod new_keys;
 pub mod prober;
 pub mod provider_limits;

@@ -227,6 +227,7 @@ fn response(response: &ProbeResponse) -> String {
             Unreached::Tls => "TLS failed".into(),
             Unreached::Closed => "closed without an answer".into(),
             Unreached::Protocol => "not HTTP".into(),
+            Unreached::Proxy => "the forward proxy could not be reached, or did not let the call through".into(),
         },
         ProbeResponse::Answer { reading, look, .. } => {
             let says = match &reading.classification {

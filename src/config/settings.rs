@@ -20,6 +20,7 @@ use crate::{
     liveness::{
         breaker::BreakerSettings,
         cache::{Ages, CacheSettings},
+        egress::{EgressSettings, ForwardProxy},
         new_keys::NewKeyLimits,
         prober::ProbeSettings,
         provider_limits::ProviderLimits,
@@ -56,6 +57,8 @@ pub struct Settings {
     pub cache: Ages,
     /// How providers are asked.
     pub probe: Probe,
+    /// Where probes may go beside public addresses.
+    pub egress: EgressSettings,
     /// How much is asked of each provider.
     pub provider_limits: ProviderLimits,
     /// How many new credentials may be judged.
@@ -135,6 +138,7 @@ impl Settings {
         of("log", &|review| self.log.review(review));
         of("cache", &|review| self.cache.review(review));
         of("probe", &|review| self.review_probe(review));
+        of("egress", &|review| self.egress.review(review));
         of("provider_limits", &|review| self.provider_limits.review(review));
         of("breaker", &|review| self.breaker.review(review));
         of("tracing", &|review| self.tracing.review(review));
@@ -176,8 +180,9 @@ impl Settings {
     }
 
     /// For the prober.
-    pub fn probe_settings(&self, extra_roots: Vec<u8>) -> ProbeSettings {
+    pub fn probe_settings(&self, extra_roots: Vec<u8>, proxy: Option<ForwardProxy>) -> ProbeSettings {
         let Probe { budget, calibrate, allow_loopback_http, .. } = self.probe;
-        ProbeSettings { budget, calibrate, allow_loopback_http, extra_roots, ..ProbeSettings::default() }
+        let egress = self.egress.clone();
+        ProbeSettings { budget, calibrate, allow_loopback_http, egress, proxy, extra_roots, ..ProbeSettings::default() }
     }
 }

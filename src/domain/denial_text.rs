@@ -228,6 +228,7 @@ impl LivenessEvidence {
                     Some(Unreached::Tls) => "could not be reached securely (TLS failed)",
                     Some(Unreached::Closed) => "closed the connection without an answer",
                     Some(Unreached::Protocol) => "answers with something that is not HTTP",
+                    Some(Unreached::Proxy) => "could not be reached through this platform's proxy",
                     Some(Unreached::Connect) | None => "could not be reached",
                 };
                 format!("{host} {why}, so {env_name} could not be verified")
@@ -299,11 +300,16 @@ impl LivenessEvidence {
         match verdict {
             Verdict::Unreachable => match unreached {
                 Some(Unreached::Address) => format!(
-                    "{host} resolves to an address that may not be dialled, or is plain http: name it in `egress.allow`, or set \
-                     `egress.proxy`"
+                    "{host} resolves to an address that may not be dialled, or is plain http: name it in `egress.allow` or \
+                     `egress.allow_plain_http`"
                 ),
                 Some(Unreached::Dns) => format!("look up {host} from the service's pod; its DNS may not know it"),
                 Some(Unreached::Tls) => "the service does not trust that certificate: `probe.ca_file` adds authorities".into(),
+                Some(Unreached::Proxy) => {
+                    format!(
+                        "`egress.proxy` could not be reached, or refuses the way to {host}: look at its log and at its credentials"
+                    )
+                }
                 Some(Unreached::Connect | Unreached::Closed | Unreached::Protocol) | None => {
                     format!("check the service's way out to {host}, and the provider's base URL in the registry")
                 }

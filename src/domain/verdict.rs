@@ -208,6 +208,8 @@ pub enum Unreached {
     Closed,
     /// What came is not HTTP.
     Protocol,
+    /// The forward proxy could not be reached, or did not let the call through.
+    Proxy,
 }
 
 /// Why a probe ended in its verdict. A VALID needs none.

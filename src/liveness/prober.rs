@@ -1,6 +1,5 @@
-//! Asking over HTTPS: one total budget, no redirects, no proxies, guarded addresses, bounded bodies, sensitive headers.
+//! Asking over HTTPS: one total budget, no redirects, no proxy but the configured one, guarded addresses, bounded bodies, sensitive headers.
 
-mod address;
 mod endpoints;
 
 use http::{HeaderName, HeaderValue, header};
@@ -14,10 +13,7 @@ use std::{
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
-use self::{
-    address::{Guard, Unresolved},
-    endpoints::{BUDGET as MAX_BUDGET, Endpoints, header_of, made_up_key},
-};
+use self::endpoints::{BUDGET as MAX_BUDGET, Endpoints, header_of, made_up_key};
 use crate::{
     core::{
         classify::{Answer, Calibration, Classification, Finding, ProbeResponse, is_page, read},
@@ -32,6 +28,7 @@ use crate::{
         secret::Secret,
         verdict::Unreached,
     },
+    liveness::egress::{Egress, EgressSettings, ForwardProxy, Unresolved},
     telemetry::{
         metrics::{Measured, Page},
         traces,
@@ -52,6 +49,10 @@ pub struct ProbeSettings {
     pub budget: Duration,
     /// Loopback addresses may be dialled, and plain http there. For tests and providers on the same host.
     pub allow_loopback_http: bool,
+    /// What else may be dialled.
+    pub egress: EgressSettings,
+    /// The way for everything that is not within the operator's own network.
+    pub proxy: Option<ForwardProxy>,
     /// Whether endpoints are tested with made-up keys. Off in one-shot commands, which rely on the catalogue.
     pub calibrate: bool,
     /// Further certificate authorities, in PEM.
@@ -76,7 +77,7 @@ pub struct ProbeSetupError(#[source] reqwest::Error);
 /// The HTTPS client with its rules. Shared by probes and calibrations.
 struct Http {
     client: reqwest::Client,
-    guard: Guard,
+    egress: Egress,
 }
 
 /// What one request came to.
@@ -121,6 +122,8 @@ impl Default for ProbeSettings {
         Self {
             budget: Duration::from_secs(3),
             allow_loopback_http: false,
+            egress: EgressSettings::default(),
+            proxy: None,
             calibrate: true,
             extra_roots: Vec::new(),
             resolve: BTreeMap::new(),
@@ -133,8 +136,9 @@ impl Default for ProbeSettings {
 impl HttpProber {
     /// A prober with these settings.
     pub fn new(settings: ProbeSettings) -> Result<Self, ProbeSetupError> {
-        let ProbeSettings { budget, allow_loopback_http, calibrate, extra_roots, resolve } = settings;
-        let http = Arc::new(Http::new(Guard::new(allow_loopback_http), resolve, &extra_roots)?);
+        let ProbeSettings { budget, allow_loopback_http, egress, proxy, calibrate, extra_roots, resolve } = settings;
+        let egress = Egress::new(allow_loopback_http, &egress, proxy.as_ref());
+        let http = Arc::new(Http::new(egress, proxy, resolve, &extra_roots)?);
         let endpoints = calibrate.then(|| Endpoints::new(Arc::clone(&http)));
         Ok(Self { http, endpoints, budget })
     }
@@ -283,7 +287,12 @@ async fn ask(http: &Http, call: &Call, families: &[HeaderFamily], secret: &Secre
 // === impl Http ===
 
 impl Http {
-    fn new(guard: Guard, resolve: BTreeMap<String, SocketAddr>, extra_roots: &[u8]) -> Result<Self, ProbeSetupError> {
+    fn new(
+        egress: Egress,
+        proxy: Option<ForwardProxy>,
+        resolve: BTreeMap<String, SocketAddr>,
+        extra_roots: &[u8],
+    ) -> Result<Self, ProbeSetupError> {
         static PROVIDER: Once = Once::new();
         PROVIDER.call_once(|| {
             // Err means that the process has one already, which serves as well.
@@ -295,11 +304,19 @@ impl Http {
             .referer(false)
             .user_agent(USER_AGENT)
             .pool_idle_timeout(POOL_IDLE)
-            .dns_resolver(guard.resolver(resolve));
+            .dns_resolver(egress.resolver(resolve));
+        if let Some(ForwardProxy { credentials, .. }) = proxy {
+            let rule = egress.clone();
+            let mut proxy = reqwest::Proxy::custom(move |url| rule.proxied(url).cloned());
+            if let Some((user, password)) = credentials {
+                proxy = proxy.basic_auth(&user, password.expose());
+            }
+            builder = builder.proxy(proxy);
+        }
         if !extra_roots.is_empty() {
             builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(extra_roots).map_err(ProbeSetupError)?);
         }
-        Ok(Self { client: builder.build().map_err(ProbeSetupError)?, guard })
+        Ok(Self { client: builder.build().map_err(ProbeSetupError)?, egress })
     }
 
     /// One request with this credential in these headers, and its answer, by the deadline.
@@ -318,14 +335,22 @@ impl Http {
     }
 
     async fn send(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
-        if !self.guard.may_ask(&call.url) {
+        if !self.egress.may_ask(&call.url) {
             return Exchange::Unreachable(Unreached::Address);
         }
         let Some(request) = self.request(call, families, secret) else { return Exchange::Unreachable(Unreached::Address) };
         match timeout_at(deadline, self.client.execute(request)).await {
             Err(_) => Exchange::TimedOut,
             Ok(Err(fault)) if fault.is_timeout() => Exchange::TimedOut,
-            Ok(Err(fault)) => Exchange::Unreachable(unreached(&fault)),
+            Ok(Err(fault)) => Exchange::Unreachable(match unreached(&fault) {
+                // The proxy, and not the provider, is what could not be reached, or did not let the call through.
+                Unreached::Connect | Unreached::Closed | Unreached::Dns
+                    if fault.is_connect() && self.egress.proxied(&call.url).is_some() =>
+                {
+                    Unreached::Proxy
+                }
+                why => why,
+            }),
             Ok(Ok(response)) => Exchange::Answered(Box::new(receive(response, deadline).await)),
         }
     }

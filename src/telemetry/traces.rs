@@ -658,6 +658,7 @@ pub(crate) fn replied(span: &Span, reply: Result<u16, Option<Unreached>>) {
                 Some(Unreached::Tls) => "tls",
                 Some(Unreached::Closed) => "closed",
                 Some(Unreached::Protocol) => "protocol",
+                Some(Unreached::Proxy) => "proxy",
             };
             Some(word.to_owned())
         }

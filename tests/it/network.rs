@@ -4,7 +4,7 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -15,13 +15,16 @@ use byok_gate::{
         secret::Secret,
         verdict::{Unreached, Verdict},
     },
-    liveness::prober::{HttpProber, ProbeSettings},
+    liveness::{
+        egress::{EgressSettings, ProxySettings},
+        prober::{HttpProber, ProbeSettings},
+    },
 };
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     task::JoinSet,
 };
 use tokio_rustls::TlsAcceptor;
@@ -49,14 +52,18 @@ struct Listener {
     _task: JoinSet<()>,
 }
 
-/// A certificate for `localhost`, signed by itself, with its key; `years` from 1990 or now on.
+/// A certificate for `localhost` or another name, signed by itself, with its key; `years` from 1990 or now on.
 struct Identity {
     pem: Vec<u8>,
     acceptor: TlsAcceptor,
 }
 
 fn identity(expired: bool, http2: bool) -> Identity {
-    let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    identity_of("localhost", expired, http2)
+}
+
+fn identity_of(name: &str, expired: bool, http2: bool) -> Identity {
+    let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
     if expired {
         params.not_before = rcgen::date_time_ymd(1990, 1, 1);
         params.not_after = rcgen::date_time_ymd(1991, 1, 1);
@@ -140,18 +147,23 @@ async fn act(mut stream: impl AsyncRead + AsyncWrite + Unpin, play: Play, bytes:
 
 /// Asks the catalogue's Acme row, which has a second, at this base URL.
 async fn ask(base: &str, roots: &[u8], resolve: &[(&str, &str)], loopback: bool) -> Finding {
+    let resolve = resolve.iter().map(|(name, address)| ((*name).to_owned(), address.parse().unwrap()));
+    let settings = ProbeSettings {
+        allow_loopback_http: loopback,
+        calibrate: false,
+        extra_roots: roots.to_vec(),
+        resolve: resolve.collect::<BTreeMap<_, _>>(),
+        ..ProbeSettings::default()
+    };
+    ask_with(base, settings).await
+}
+
+async fn ask_with(base: &str, settings: ProbeSettings) -> Finding {
     let (registry, catalogue) = case::documents(1);
     let registry = registry.replace("http://127.0.0.1:1/acme/v1", base);
     let host = base.split("//").nth(1).unwrap().split('/').next().unwrap();
     let catalogue = catalogue.replacen("127.0.0.1:1", host.strip_suffix(":443").unwrap_or(host), 1);
     let engine: Arc<Engine> = Files::new(&registry, &catalogue, None).engine();
-    let settings = ProbeSettings {
-        allow_loopback_http: loopback,
-        calibrate: false,
-        extra_roots: roots.to_vec(),
-        resolve: resolve.iter().map(|(name, address)| ((*name).to_owned(), address.parse().unwrap())).collect::<BTreeMap<_, _>>(),
-        ..ProbeSettings::default()
-    };
     HttpProber::new(settings)
         .unwrap()
         .explain(&crate::model::Asked::about(&engine, 1).target(), &Secret::new("made-up-key".into()))
@@ -278,4 +290,131 @@ async fn a_graceful_goaway_is_tried_on_another_connection() {
     let listener = Listener::start(vec![Play::Hold(go_away), Play::Hold(good)], Some(identity.acceptor)).await;
     let found = ask(&format!("https://localhost:{}/acme/v1", listener.address.port()), &identity.pem, &[], true).await;
     assert_eq!((found.verdict, found.status, listener.connections()), (Verdict::Valid, Some(200), 2));
+}
+
+/// A forward proxy: takes CONNECT alone, asks for a password if it has one, and leads every name to one address.
+struct ForwardProxy {
+    address: SocketAddr,
+    /// What was asked for, one line a request.
+    asked: Arc<Mutex<Vec<String>>>,
+    _task: JoinSet<()>,
+}
+
+impl ForwardProxy {
+    async fn start(leads_to: SocketAddr, authorization: Option<&'static str>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&asked);
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            let mut open = JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                open.spawn(through(stream, leads_to, authorization, Arc::clone(&log)));
+            }
+        });
+        Self { address, asked, _task: task }
+    }
+
+    fn asked(&self) -> Vec<String> {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+async fn through(mut stream: TcpStream, leads_to: SocketAddr, authorization: Option<&'static str>, log: Arc<Mutex<Vec<String>>>) {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let Ok(byte) = stream.read_u8().await else { return };
+        head.push(byte);
+    }
+    let head = String::from_utf8(head).unwrap();
+    log.lock().unwrap().push(head.lines().next().unwrap().to_owned());
+    let is_known = |authorization| {
+        let line = format!("proxy-authorization: {authorization}");
+        head.lines().any(|header| header.eq_ignore_ascii_case(&line))
+    };
+    if !head.starts_with("CONNECT ") || authorization.is_some_and(|authorization| !is_known(authorization)) {
+        let refusal = "HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n";
+        drop(stream.write_all(refusal.as_bytes()).await);
+        return;
+    }
+    stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.unwrap();
+    let mut vendor = TcpStream::connect(leads_to).await.unwrap();
+    // Either side may hang up first.
+    drop(tokio::io::copy_bidirectional(&mut stream, &mut vendor).await);
+}
+
+/// The settings with this proxy, and with what else is allowed.
+fn by_proxy(proxy: &str, credentials: Option<&str>, allow: &[&str], roots: &[u8]) -> ProbeSettings {
+    let egress = EgressSettings {
+        allow: allow.iter().map(|entry| (*entry).to_owned()).collect(),
+        proxy: ProxySettings { url: Some(proxy.to_owned()), credentials_file: None },
+        ..EgressSettings::default()
+    };
+    let proxy = egress.forward_proxy(credentials).unwrap();
+    ProbeSettings { calibrate: false, extra_roots: roots.to_vec(), egress, proxy, ..ProbeSettings::default() }
+}
+
+#[tokio::test]
+async fn a_forward_proxy_is_the_way_out_with_and_without_a_password_and_down() {
+    let vendor = identity_of("api.acme.example", false, false);
+    let good = Play::Say(whole("200 OK", r#"{"data": []}"#));
+    let listener = Listener::start(vec![good], Some(vendor.acceptor.clone())).await;
+    let base = "https://api.acme.example/acme/v1";
+    let found = |finding: Finding| (finding.verdict, finding.unreached);
+    let through = (Verdict::Unreachable, Some(Unreached::Proxy));
+
+    // Nobody resolves the name here: the proxy does.
+    let open = ForwardProxy::start(listener.address, None).await;
+    let url = format!("http://{}", open.address);
+    assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &vendor.pem)).await), (Verdict::Valid, None));
+    assert_eq!(open.asked(), ["CONNECT api.acme.example:443 HTTP/1.1"]);
+    // TLS is the vendor's, end to end: the proxy's word is not enough.
+    assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &[])).await), (Verdict::Unreachable, Some(Unreached::Tls)));
+
+    let closed = ForwardProxy::start(listener.address, Some("Basic dXNlcjptYWRlLXVw")).await;
+    let url = format!("http://{}", closed.address);
+    assert_eq!(found(ask_with(base, by_proxy(&url, Some("user:made-up\n"), &[], &vendor.pem)).await), (Verdict::Valid, None));
+    assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &vendor.pem)).await), through);
+    assert_eq!(found(ask_with(base, by_proxy(&url, Some("user:wrong"), &[], &vendor.pem)).await), through);
+
+    let down = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", down.local_addr().unwrap());
+    drop(down);
+    assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &vendor.pem)).await), through);
+}
+
+#[tokio::test]
+async fn what_the_operator_names_is_dialled_straight_and_metadata_by_nobody() {
+    let vendor = identity_of("llm.corp.example", false, false);
+    let good = Play::Say(whole("200 OK", r#"{"data": []}"#));
+    let listener = Listener::start(vec![good.clone()], Some(vendor.acceptor.clone())).await;
+    let proxy = ForwardProxy::start(listener.address, None).await;
+    let url = format!("http://{}", proxy.address);
+    let base = format!("https://llm.corp.example:{}/acme/v1", listener.address.port());
+    let mut settings = by_proxy(&url, None, &["llm.corp.example"], &vendor.pem);
+    settings.resolve = BTreeMap::from([("llm.corp.example".to_owned(), listener.address)]);
+    assert_eq!(ask_with(&base, settings.clone()).await.verdict, Verdict::Valid);
+    assert_eq!(proxy.asked(), [""; 0]);
+    // Without its name it is a private address like any other.
+    settings.egress.allow.clear();
+    settings.proxy = None;
+    let found = ask_with(&base, settings).await;
+    assert_eq!((found.verdict, found.unreached), (Verdict::Unreachable, Some(Unreached::Address)));
+
+    // Plain http to a network that is named so.
+    let plain = Listener::start(vec![good], None).await;
+    let mut settings = ProbeSettings { calibrate: false, ..ProbeSettings::default() };
+    settings.egress.allow_plain_http = vec!["127.0.0.0/8".to_owned()];
+    assert_eq!(ask_with(&format!("http://{}/acme/v1", plain.address), settings.clone()).await.verdict, Verdict::Valid);
+    settings.egress.allow_plain_http = vec!["0.0.0.0/0".to_owned()];
+    for address in ["169.254.169.254", "169.254.170.2", "100.100.100.200"] {
+        let found = ask_with(&format!("http://{address}/acme/v1"), settings.clone()).await;
+        assert_eq!((found.verdict, found.unreached), (Verdict::Unreachable, Some(Unreached::Address)), "{address}");
+        // Nor through a proxy, which would be asked to do it.
+        let found = ask_with(&format!("https://{address}/acme/v1"), by_proxy(&url, None, &[], &[])).await;
+        assert_eq!((found.verdict, found.unreached), (Verdict::Unreachable, Some(Unreached::Address)), "{address}");
+    }
+    assert_eq!(proxy.asked(), [""; 0]);
 }

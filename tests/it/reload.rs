@@ -288,6 +288,7 @@ async fn no_decision_mixes_two_versions() {
             snapshot: Snapshot::new(registry, catalogue, policy, registry_origin, catalogue_origin),
             fingerprint_key: None,
             probe_ca: Vec::new(),
+            proxy: None,
             tracing_ca: None,
             settings: Settings::default(),
             origins: BTreeMap::new(),

@@ -156,7 +156,7 @@ async fn list_models_and_status_tell_what_is_loaded() {
     let hex: String = digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(registry.sha256, hex);
     assert!(status.catalogue.unwrap().sha256.is_empty());
-    assert_eq!((status.provider_count, status.runtime_count, status.model_count), (10, 2, 8));
+    assert_eq!((status.provider_count, status.runtime_count, status.model_count), (13, 5, 23));
     assert!(status.credential_names.contains(&"ACME_TOKEN".to_owned()) && status.credential_names.is_sorted());
 }
 

@@ -122,7 +122,7 @@ impl Shown {
     /// With a real prober.
     pub(crate) async fn start(mut settings: Settings, files: &Files) -> Self {
         settings.probe.allow_loopback_http = true;
-        let prober = Arc::new(HttpProber::new(settings.probe_settings(Vec::new())).unwrap());
+        let prober = Arc::new(HttpProber::new(settings.probe_settings(Vec::new(), None)).unwrap());
         Self::over(settings, files, prober.clone(), vec![prober]).await
     }
 
