@@ -424,15 +424,13 @@ impl Cache {
     fn keys<'a>(&self, query: &LivenessQuery<'a>) -> Keys<'a> {
         let LivenessQuery { endpoint, ref secret, model, preference, .. } = *query;
         let [of_credential, of_model] = &self.hash_keys;
-        let mut credential = hash(of_credential, &endpoint.identity, secret.expose());
         // Another client may get another verdict.
-        if preference != Preference::default() {
-            let Preference { family, surface } = preference;
-            let words = [family.map_or("", HeaderFamily::as_str), surface.map_or("", Surface::as_str)].join(" ");
-            credential = hash(of_credential, &credential, &words);
-        }
+        let Preference { family, surface } = preference;
+        let client = [family.map_or(0, |family| family as u8 + 1), surface.map_or(0, |surface| surface as u8 + 1)];
+        // The one hash that reads the secret.
+        let credential = with_stack_wiped(|| hash(of_credential, &[&endpoint.identity, &client, secret.expose().as_bytes()]));
         if endpoint.names_model {
-            Keys { first: hash(of_model, &credential, model), model: None }
+            Keys { first: hash(of_model, &[&credential, model.as_bytes()]), model: None }
         } else {
             Keys { first: credential, model: Some(model) }
         }
@@ -441,13 +439,17 @@ impl Cache {
     /// Under which key a finding about the model alone stands, if that is another one.
     fn second(&self, keys: &Keys<'_>) -> Option<Key> {
         let [_, of_model] = &self.hash_keys;
-        keys.model.map(|model| hash(of_model, &keys.first, model))
+        keys.model.map(|model| hash(of_model, &[&keys.first, model.as_bytes()]))
     }
 }
 
-/// A key made of an identity or another key, which are of one length, and of a text, which may be a credential.
-fn hash(hash_key: &[u8; 32], of: &[u8; 32], text: &str) -> Key {
-    with_stack_wiped(|| *blake3::Hasher::new_keyed(hash_key).update(of).update(text.as_bytes()).finalize().as_bytes())
+/// A key made of parts, of which all but the last are always of one length.
+fn hash(hash_key: &[u8; 32], parts: &[&[u8]]) -> Key {
+    let mut hasher = blake3::Hasher::new_keyed(hash_key);
+    for part in parts {
+        hasher.update(part);
+    }
+    *hasher.finalize().as_bytes()
 }
 
 impl LivenessSource for Cache {
