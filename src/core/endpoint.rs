@@ -244,6 +244,10 @@ impl WireIds {
 /// Where the provider is: by its registry entry, else its vendor's one host by the catalogue.
 fn base<'a>(provider: &'a Provider, catalogue: &'a Catalogue) -> Result<&'a Url, NoSurface> {
     let unprobed = catalogue.unprobed(&provider.name);
+    // Its vendor's one host is not the tenant's.
+    if provider.is_per_tenant {
+        return Err(NoSurface::NoEndpoint);
+    }
     match (&provider.base_url, unprobed) {
         // Probes of the registry's own say that there is something to ask.
         (Some(base), _) if !provider.probes.is_empty() => Ok(base),

@@ -45,6 +45,8 @@ pub struct Provider {
     pub base_url: Option<url::Url>,
     /// Where it can be called by Anthropic's API, whatever its protocol.
     pub anthropic_base_url: Option<url::Url>,
+    /// Its base URL differs from tenant to tenant and is not known here: nothing can be asked.
+    pub is_per_tenant: bool,
     /// The credential names that it accepts, in the order in which they are tried. Never empty.
     pub auth_env: Vec<String>,
     /// The variable through which a workspace hands the credential to its client; tells the header family to try first.

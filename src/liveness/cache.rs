@@ -26,7 +26,6 @@ use crate::{
     domain::{
         duration,
         problem::Review,
-        protocol::{HeaderFamily, Surface},
         secret::with_stack_wiped,
         verdict::{ServedFrom, Verdict, Withheld},
     },

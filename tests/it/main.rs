@@ -34,6 +34,7 @@ mod plan;
 mod probe;
 mod registries;
 mod reload;
+mod runtimes;
 mod secrets;
 mod shutdown;
 mod support;

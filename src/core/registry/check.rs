@@ -215,9 +215,21 @@ fn check_provider(file: ProviderFile, place: &str, env: Env<'_>, found: &mut Fou
             warning(&format!("endpoint_vars.{name}"), format!("no base URL holds `{placeholder}`"));
         }
     }
+    let mut is_per_tenant = false;
     let mut base = |field: &str, template: &Option<String>| {
         let template = template.as_deref().filter(|template| !template.is_empty())?;
-        let url = resolve(template, &vars, env).map_err(|message| problem(field, message)).ok()?;
+        let url = match resolve(template, &vars, env) {
+            Ok(url) => url,
+            Err(Unresolved::Wrong(message)) => {
+                problem(field, message);
+                return None;
+            }
+            Err(Unresolved::PerTenant(message)) => {
+                is_per_tenant = true;
+                warning(field, message);
+                return None;
+            }
+        };
         if url.scheme() == "http" && !is_loopback(&url) {
             warning(field, format!("`{url}` is plain http beyond loopback, which is never asked; use https"));
         }
@@ -225,6 +237,8 @@ fn check_provider(file: ProviderFile, place: &str, env: Env<'_>, found: &mut Fou
     };
     let openai = base("base_url_template", &file.base_url_template);
     let anthropic = base("base_url_anthropic", &file.base_url_anthropic);
+    // With one of the two unknown nobody can say which would be dialled.
+    let (openai, anthropic) = if is_per_tenant { (None, None) } else { (openai, anthropic) };
     if let Some(policy) = file.thinking_policy.as_ref().filter(|policy| *policy != THINKING_REQUIRED) {
         warning("thinking_policy", format!("`{policy}` is not known here and changes nothing; `{THINKING_REQUIRED}` is"));
     }
@@ -253,6 +267,7 @@ fn check_provider(file: ProviderFile, place: &str, env: Env<'_>, found: &mut Fou
             Protocol::Anthropic => anthropic.clone().or(openai),
         },
         anthropic_base_url: anthropic,
+        is_per_tenant,
         auth_env,
         auth_token_env,
         pattern: pattern?,
@@ -423,25 +438,41 @@ fn check_menu(runtimes: &BTreeMap<String, Runtime>, providers: &[(String, Option
     }
 }
 
+/// Why a template is no URL.
+enum Unresolved {
+    /// It cannot be one.
+    Wrong(String),
+    /// A placeholder has no value here.
+    PerTenant(String),
+}
+
+impl From<String> for Unresolved {
+    fn from(message: String) -> Self {
+        Self::Wrong(message)
+    }
+}
+
 /// The template with its placeholders filled, as a URL without a trailing slash.
-fn resolve(template: &str, vars: &BTreeMap<String, EndpointVarFile>, env: Env<'_>) -> Result<Url, String> {
+fn resolve(template: &str, vars: &BTreeMap<String, EndpointVarFile>, env: Env<'_>) -> Result<Url, Unresolved> {
     let mut text = String::new();
     let mut rest = template;
     while let Some((before, after)) = rest.split_once('{') {
         let (name, tail) = after.split_once('}').ok_or_else(|| format!("`{template}` has a `{{` without a `}}`"))?;
         text.push_str(before);
         let var = vars.get(name).ok_or_else(|| format!("placeholder `{{{name}}}` has no entry in endpoint_vars"))?;
-        let value = env(&var.env)
-            .filter(|value| !value.trim().is_empty())
-            .or_else(|| var.default.clone())
-            .ok_or_else(|| format!("placeholder `{{{name}}}`: {} is not set and there is no default", var.env))?;
+        let value = env(&var.env).filter(|value| !value.trim().is_empty()).or_else(|| var.default.clone()).ok_or_else(|| {
+            Unresolved::PerTenant(format!(
+                "placeholder `{{{name}}}`: {} is not set here and there is no default; keys of this provider cannot be checked",
+                var.env
+            ))
+        })?;
         // A whole base URL may stand first, up to a slash; anything else is one label or segment, so that it cannot change
         // the host.
         let whole = text.is_empty() && (tail.is_empty() || tail.starts_with('/'));
         let label = !value.is_empty() && value.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
         if !(whole || label) {
             let message = "could change the host: it may hold only letters, digits, `-` and `_`";
-            return Err(format!("the value of {} for `{{{name}}}` {message}", var.env));
+            return Err(format!("the value of {} for `{{{name}}}` {message}", var.env).into());
         }
         text.push_str(if whole { value.trim_end_matches('/') } else { &value });
         rest = tail;
@@ -449,14 +480,14 @@ fn resolve(template: &str, vars: &BTreeMap<String, EndpointVarFile>, env: Env<'_
     text.push_str(rest);
     let url = Url::parse(text.trim_end_matches('/')).map_err(|fault| format!("`{text}` is not a URL: {fault}"))?;
     if !matches!(url.scheme(), "http" | "https") {
-        return Err(format!("base URL must be http(s), and https beyond loopback; `{text}` is neither"));
+        return Err(format!("base URL must be http(s), and https beyond loopback; `{text}` is neither").into());
     }
     if !url.username().is_empty() || url.password().is_some() {
-        return Err("a base URL must not hold user information; credentials come from auth_env".into());
+        return Err("a base URL must not hold user information; credentials come from auth_env".to_owned().into());
     }
     if url.query().is_some() || url.fragment().is_some() || url.host().is_none() {
         // What stands in a query may be a key: it is not shown.
-        return Err("must be a base URL: a host and a path, no query, no fragment".into());
+        return Err("must be a base URL: a host and a path, no query, no fragment".to_owned().into());
     }
     Ok(url)
 }

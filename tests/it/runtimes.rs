@@ -1,0 +1,329 @@
+//! What is known of runtimes, over the embedded registry and catalogue: every pair of variables that takes part, in every scope.
+
+use std::sync::Arc;
+
+use byok_gate::{
+    core::{
+        catalogue::Catalogue,
+        credential::LivenessQuery,
+        evaluate::{Next, evaluate},
+        policy::{Facts, Policy},
+        registry::{Auth, Registry},
+        snapshot::{Origin, Snapshot},
+    },
+    domain::{
+        protocol::HeaderFamily,
+        request::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
+        secret::Secret,
+        verdict::{DenyCode, WarningCode},
+    },
+};
+
+fn snapshot() -> Snapshot {
+    let (registry, catalogue) = (Registry::embedded(&|_| None).unwrap().value, Catalogue::embedded().unwrap().value);
+    let origin = Origin { source: String::new(), loaded_at: std::time::SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
+    Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(Policy::default()), origin.clone(), origin)
+}
+
+fn request(runtime: &str, model: &str, credentials: &[(&str, Scope, Option<&str>)]) -> Request {
+    let credentials = credentials.iter().map(|(name, scope, value)| Credential {
+        env_name: (*name).to_owned(),
+        scope: *scope,
+        value: value
+            .map_or(CredentialValue::Unreadable, |value| CredentialValue::Readable(Arc::new(Secret::new(value.to_owned())))),
+    });
+    Request {
+        spec: WorkspaceSpec {
+            workspace_id: String::new(),
+            organization_id: "org-1".into(),
+            runtime: runtime.into(),
+            model: model.into(),
+            credentials: credentials.collect(),
+            unreadable_scopes: Vec::new(),
+            operator_override: OperatorOverride::Derive,
+            platform_proxy: None,
+            tenant_base_url_env: Vec::new(),
+        },
+        checkpoint: Checkpoint::Create,
+        max_liveness_age: None,
+        explain: true,
+        report_only: false,
+        caller: String::new(),
+    }
+}
+
+/// What comes of it, in words: `asks NAME in HEADER at HOST`, or the code of the refusal, then the warnings.
+fn told(snapshot: &Snapshot, request: &Request) -> String {
+    let evaluation = evaluate(snapshot, request, 0, &|_| String::new());
+    let asks = |query: &LivenessQuery<'_>| {
+        let header = query.preference.family.map_or("any header", HeaderFamily::as_str);
+        format!("asks {} in {header} at {}", query.env_name, query.endpoint.host)
+    };
+    let first = match &evaluation.next {
+        Next::Ask(questions) => {
+            let then = questions.then.iter().map(|(query, _)| format!(", then {}", asks(query))).collect::<String>();
+            format!("{}{then}", asks(&questions.first))
+        }
+        Next::Rule(Facts::Refused(refusal)) => refusal.code().as_str().to_owned(),
+        Next::Rule(Facts::NotValid { evidence, .. }) => format!("{} of {}", evidence.verdict, evidence.env_name),
+        Next::Rule(other) => format!("{other:?}"),
+    };
+    let warnings = evaluation.warnings.iter().map(|warning| format!(" {}:{}", warning.code, warning.env_names.join("+")));
+    first + &warnings.collect::<String>()
+}
+
+/// The facts, one by one: who sends what. Each was seen at a recording server or read in the launcher (the catalogue has the sources).
+#[test]
+fn the_launchers_and_programs_of_november_2026() {
+    use Scope::{Organization, Workspace};
+    let snapshot = snapshot();
+    for (runtime, model, credentials, expected) in TABLE {
+        let credentials: Vec<_> = credentials
+            .iter()
+            .map(|(name, scope, value)| (*name, if *scope == 'w' { Workspace } else { Organization }, *value))
+            .collect();
+        assert_eq!(told(&snapshot, &request(runtime, model, &credentials)), *expected, "{runtime} {model} {credentials:?}");
+    }
+}
+
+type Row = (&'static str, &'static str, &'static [(&'static str, char, Option<&'static str>)], &'static str);
+
+const TABLE: &[Row] = &[
+    (
+        "claude-code",
+        "kimi-for-coding",
+        &[("KIMI_API_KEY", 'w', Some("made-up-k"))],
+        "asks KIMI_API_KEY in x-api-key at api.kimi.com",
+    ),
+    (
+        "claude-code",
+        "kimi-for-coding",
+        &[("KIMI_API_KEY", 'w', Some("made-up-k")), ("ANTHROPIC_API_KEY", 'o', Some("sk-ant-api03-made-up"))],
+        "SHADOWED_BYOK_CREDENTIAL",
+    ),
+    (
+        "claude-code",
+        "kimi-for-coding",
+        &[("KIMI_API_KEY", 'w', Some("made-up-k")), ("ANTHROPIC_API_KEY", 'w', Some("made-up-k"))],
+        "asks ANTHROPIC_API_KEY in x-api-key at api.kimi.com",
+    ),
+    (
+        "claude-code",
+        "kimi-for-coding",
+        &[("KIMI_API_KEY", 'w', Some("made-up-k")), ("ANTHROPIC_AUTH_TOKEN", 'w', Some("sk-ant-api03-made-up"))],
+        "asks KIMI_API_KEY in x-api-key at api.kimi.com EXPOSED_CREDENTIAL:ANTHROPIC_AUTH_TOKEN",
+    ),
+    (
+        "claude-code",
+        "kimi-for-coding",
+        &[("KIMI_API_KEY", 'w', Some("made-up-k")), ("ANTHROPIC_API_KEY", 'w', None)],
+        "CREDENTIAL_SCOPE_UNREADABLE",
+    ),
+    (
+        "claude-code",
+        "kimi-for-coding",
+        &[("KIMI_API_KEY", 'w', Some(" made-up-k\n"))],
+        "asks KIMI_API_KEY in x-api-key at api.kimi.com TRIMMED_CREDENTIAL:KIMI_API_KEY",
+    ),
+    (
+        "claude-code",
+        "claude-opus-4-8",
+        &[("ANTHROPIC_API_KEY", 'w', Some("made-up-a"))],
+        "asks ANTHROPIC_API_KEY in x-api-key at api.anthropic.com",
+    ),
+    (
+        "claude-code",
+        "claude-opus-4-8",
+        &[("ANTHROPIC_AUTH_TOKEN", 'w', Some("made-up-a"))],
+        "asks ANTHROPIC_AUTH_TOKEN in x-api-key at api.anthropic.com",
+    ),
+    (
+        "claude-code",
+        "claude-opus-4-8",
+        &[("ANTHROPIC_API_KEY", 'o', Some("made-up-a"))],
+        "asks ANTHROPIC_API_KEY in x-api-key at api.anthropic.com",
+    ),
+    (
+        "claude-code",
+        "claude-opus-4-8",
+        &[("ANTHROPIC_API_KEY", 'w', Some("sk-ant-oat01-made-up-and-no-other-one-is-so-and-here-is-its-other-half-made-up"))],
+        "MALFORMED_BYOK_CREDENTIAL",
+    ),
+    (
+        "claude-code",
+        "opus",
+        &[(
+            "CLAUDE_CODE_OAUTH_TOKEN",
+            'w',
+            Some("sk-ant-oat01-made-up-and-no-other-one-is-so-and-here-is-its-other-half-made-up"),
+        )],
+        "NO_SERVER_SURFACE of CLAUDE_CODE_OAUTH_TOKEN",
+    ),
+    (
+        "claude-code",
+        "opus",
+        &[
+            (
+                "CLAUDE_CODE_OAUTH_TOKEN",
+                'w',
+                Some("sk-ant-oat01-made-up-and-no-other-one-is-so-and-here-is-its-other-half-made-up"),
+            ),
+            ("ANTHROPIC_API_KEY", 'w', Some("made-up-a")),
+        ],
+        "SHADOWED_BYOK_CREDENTIAL",
+    ),
+    ("claude-code", "opus", &[("CLAUDE_CODE_OAUTH_TOKEN", 'w', Some("sk-ant-api03-made-up"))], "MALFORMED_BYOK_CREDENTIAL"),
+    (
+        "claude-code",
+        "MiniMax-M2.7",
+        &[("MINIMAX_API_KEY", 'w', Some("made-up-m"))],
+        "asks MINIMAX_API_KEY in bearer at api.minimax.io",
+    ),
+    (
+        "claude-code",
+        "MiniMax-M2.7",
+        &[("MINIMAX_API_KEY", 'w', Some("made-up-m")), ("ANTHROPIC_API_KEY", 'w', Some("sk-ant-api03-made-up"))],
+        "asks MINIMAX_API_KEY in bearer at api.minimax.io EXPOSED_CREDENTIAL:ANTHROPIC_API_KEY",
+    ),
+    (
+        "claude-code",
+        "MiniMax-M2.7",
+        &[("MINIMAX_API_KEY", 'w', Some("made-up-m")), ("ANTHROPIC_API_KEY", 'o', Some("sk-ant-api03-made-up"))],
+        "asks MINIMAX_API_KEY in bearer at api.minimax.io EXPOSED_CREDENTIAL:ANTHROPIC_API_KEY",
+    ),
+    (
+        "codex",
+        "gpt-5.5",
+        &[("OPENAI_API_KEY", 'w', Some("made-up-o"))],
+        "asks OPENAI_API_KEY in bearer at api.openai.com UNUSED_CREDENTIAL:OPENAI_API_KEY",
+    ),
+    (
+        "codex",
+        "gpt-5.5",
+        &[("CODEX_AUTH_JSON", 'w', Some("{\"OPENAI_API_KEY\": \"made-up-o\"}"))],
+        "asks CODEX_AUTH_JSON in bearer at api.openai.com",
+    ),
+    ("codex", "gpt-5.5", &[("CODEX_AUTH_JSON", 'w', Some("{\"tokens\":"))], "MALFORMED_BYOK_CREDENTIAL"),
+    (
+        "codex",
+        "gpt-5.5",
+        &[("CODEX_AUTH_JSON", 'w', Some("{}")), ("OPENAI_API_KEY", 'w', Some("made-up-o"))],
+        "MALFORMED_BYOK_CREDENTIAL",
+    ),
+    (
+        "hermes",
+        "kimi-coding/kimi-k2",
+        &[("KIMI_API_KEY", 'w', Some("made-up-k"))],
+        "asks KIMI_API_KEY in bearer at api.moonshot.ai",
+    ),
+    (
+        "hermes",
+        "kimi-coding/kimi-k2",
+        &[("KIMI_API_KEY", 'w', Some("sk-kimi-made-up"))],
+        "asks KIMI_API_KEY in x-api-key at api.kimi.com",
+    ),
+    (
+        "hermes",
+        "openrouter/made/up",
+        &[("OPENROUTER_API_KEY", 'w', Some("made-up-r")), ("OPENAI_API_KEY", 'w', Some("made-up-o"))],
+        "asks OPENROUTER_API_KEY in bearer at openrouter.ai",
+    ),
+    (
+        "hermes",
+        "minimax-cn/made-up",
+        &[("MINIMAX_CN_API_KEY", 'w', Some("made-up-c"))],
+        "asks MINIMAX_CN_API_KEY in bearer at api.minimaxi.com",
+    ),
+    (
+        "hermes",
+        "minimax-cn/made-up",
+        &[("MINIMAX_CN_API_KEY", 'w', Some("made-up-c")), ("MINIMAX_API_KEY", 'w', Some("made-up-m"))],
+        "asks MINIMAX_CN_API_KEY in bearer at api.minimax.io, then asks MINIMAX_API_KEY in bearer at api.minimax.io",
+    ),
+    (
+        "hermes",
+        "deepseek/made-up",
+        &[("DEEPSEEK_API_KEY", 'w', Some("made-up-d"))],
+        "asks DEEPSEEK_API_KEY in bearer at api.deepseek.com",
+    ),
+    (
+        "openclaw",
+        "moonshot:kimi-k2.6",
+        &[("KIMI_API_KEY", 'w', Some("made-up-k"))],
+        "asks KIMI_API_KEY in bearer at api.moonshot.ai",
+    ),
+];
+
+/// Whatever is set: what is asked about is a value under one of the provider's own names, it is one of those that were given, and no
+/// other provider's key is sent.
+#[test]
+fn only_values_under_the_providers_own_names_are_ever_asked_about() {
+    let snapshot = snapshot();
+    let (mut requests, mut asked) = (0, 0);
+    for (runtime, found) in snapshot.registry.runtimes() {
+        for arm in &found.arms {
+            let provider = snapshot.registry.provider(arm);
+            let Some(model) = arm.models.iter().find(|model| !arm.withdrawn.contains(model)) else { continue };
+            if provider.is_platform() || provider.auth == Auth::Ambient {
+                continue;
+            }
+            let names = snapshot.relevant_names(found, model);
+            for (one, other) in names.iter().flat_map(|one| names.iter().map(move |other| (one, other))) {
+                for (scope, second) in [
+                    (Scope::Workspace, Scope::Workspace),
+                    (Scope::Organization, Scope::Workspace),
+                    (Scope::Workspace, Scope::Organization),
+                ] {
+                    for unreadable in [false, true] {
+                        let value = |name: &str| format!("made-up-value-of-{name}");
+                        let (first_value, second_value) = (value(one), value(other));
+                        let mut rows = vec![(one.as_str(), scope, Some(first_value.as_str()))];
+                        if one != other {
+                            rows.push((other, second, Some(second_value.as_str()).filter(|_| !unreadable)));
+                        }
+                        let request = request(runtime, model, &rows);
+                        requests += 1;
+                        let evaluation = evaluate(&snapshot, &request, 0, &|_| String::new());
+                        // Another arm may own the model by the names at hand.
+                        let owner =
+                            snapshot.registry.providers().iter().find(|known| known.name == evaluation.resolution.provider);
+                        let Next::Ask(questions) = &evaluation.next else { continue };
+                        let owner = owner.unwrap();
+                        for query in std::iter::once(&questions.first).chain(questions.then.iter().map(|(query, _)| query)) {
+                            asked += 1;
+                            let others_own = |name: &str| {
+                                let mut others = snapshot.registry.providers().iter().filter(|known| known.name != owner.name);
+                                !owner.accepts(name) && others.any(|known| known.accepts(name))
+                            };
+                            assert!(!others_own(query.env_name), "{runtime} {model} {rows:?} asks about {}", query.env_name);
+                            assert_eq!(query.secret.expose(), value(query.env_name), "{runtime} {model} {rows:?}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(requests > 300 && asked > 200, "{requests} requests, {asked} questions");
+}
+
+/// What a program is known by report to do denies nobody.
+#[test]
+fn reports_never_deny() {
+    let mut snapshot = snapshot();
+    let text = "catalogue_version: 1\nruntimes: {claude-code: {version: x, sources: [x], certainty: reported, trims: both_ends, \
+                sends: {ANTHROPIC_API_KEY: x-api-key, ANTHROPIC_AUTH_TOKEN: bearer}, surface: messages}}\n";
+    let catalogue = Catalogue::overlaid("test", text.as_bytes()).unwrap().value;
+    let origin = snapshot.registry_origin.clone();
+    snapshot =
+        Snapshot::new(Arc::clone(&snapshot.registry), Arc::new(catalogue), Arc::clone(&snapshot.policy), origin.clone(), origin);
+    let two =
+        [("KIMI_API_KEY", Scope::Workspace, Some("made-up-one")), ("ANTHROPIC_API_KEY", Scope::Workspace, Some("made-up-two"))];
+    let asked = request("claude-code", "kimi-for-coding", &two);
+    let evaluation = evaluate(&snapshot, &asked, 0, &|_| String::new());
+    assert!(
+        !matches!(&evaluation.next, Next::Rule(Facts::Refused(refusal)) if refusal.code() == DenyCode::ExposedCredential),
+        "{:?}",
+        evaluation.next
+    );
+    assert!(evaluation.warnings.iter().any(|warning| warning.code != WarningCode::OperatorOverride));
+}
