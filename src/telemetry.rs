@@ -1,5 +1,6 @@
 //! Logs: where lines go, and the event that every decision leaves. Traces.
 
+pub mod cause;
 pub mod events;
 pub mod log_writer;
 pub mod metrics;
