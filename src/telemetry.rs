@@ -2,8 +2,10 @@
 
 pub mod cause;
 pub mod events;
+pub mod lately;
 pub mod log_writer;
 pub mod metrics;
+pub mod status;
 pub mod traces;
 
 use std::{
