@@ -27,7 +27,7 @@ use super::{
     refused::presented,
 };
 use crate::{
-    domain::duration,
+    domain::{duration, secret::with_stack_wiped},
     telemetry::{
         metrics::{Measured, Page},
         status::{CERTIFICATE_NEAR_END, CertificateEnd},
@@ -204,12 +204,14 @@ impl Content {
     }
 
     fn hash(&self) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new();
-        for part in [Some(&self.certificate), Some(&self.key), self.client_ca.as_ref()] {
-            let part = part.map(|part| part.as_slice()).unwrap_or_default();
-            hasher.update(&part.len().to_le_bytes()).update(part);
-        }
-        hasher.finalize()
+        with_stack_wiped(|| {
+            let mut hasher = blake3::Hasher::new();
+            for part in [Some(&self.certificate), Some(&self.key), self.client_ca.as_ref()] {
+                let part = part.map(|part| part.as_slice()).unwrap_or_default();
+                hasher.update(&part.len().to_le_bytes()).update(part);
+            }
+            hasher.finalize()
+        })
     }
 
     fn in_force(&self, files: &TlsFiles, callers: &Arc<Callers>) -> Result<InForce, ServerError> {
