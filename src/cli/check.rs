@@ -25,7 +25,7 @@ use crate::{
         classify::ProbeResponse,
         endpoint::target,
         policy::Enforcement,
-        registry::{Provider, Registry},
+        registry::{Provider, Registry, is_loopback},
         snapshot::Snapshot,
         yaml,
     },
@@ -46,6 +46,10 @@ pub(super) struct CheckArgs {
     /// Ask each provider once, without any key, whether there is an API at its base URL.
     #[arg(long)]
     probe: bool,
+    /// The configuration is for another machine: leave out what is a matter of this one's files, such as certificates, tokens and the folders
+    /// of sockets.
+    #[arg(long)]
+    elsewhere: bool,
     /// Tell what changes for people against this earlier registry.
     #[arg(long, value_name = "OLD REGISTRY")]
     against: Option<PathBuf>,
@@ -70,9 +74,9 @@ struct Found {
 }
 
 pub(super) async fn run(args: CheckArgs) -> anyhow::Result<Exit> {
-    let CheckArgs { strict, probe, against, against_catalog, format, serve } = args;
+    let CheckArgs { strict, probe, elsewhere, against, against_catalog, format, serve } = args;
     let mut found = Found::default();
-    let whole = found.all(serve);
+    let whole = found.all(serve, elsewhere);
     let whole = match whole {
         Some(setup) if probe => {
             let prober = app::prober(&setup)?;
@@ -159,18 +163,22 @@ fn bytes(path: &Path) -> Result<Zeroizing<Vec<u8>>, Problems> {
 
 impl Found {
     /// All that there is to say of what a service would be started with; and that itself, if it is good.
-    fn all(&mut self, serve: ServeArgs) -> Option<Setup> {
+    fn all(&mut self, serve: ServeArgs, elsewhere: bool) -> Option<Setup> {
         let (paths, overrides) = serve.layers();
         let loaded = config::load(&paths, &overrides);
         // Whatever is wrong with the documents hides nothing of the edge.
         if let Ok((settings, _)) = config::settings_of(&paths, &overrides, env::vars()) {
             let document = paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string());
-            self.problems.extend(server::review(&settings.edge()).iter().map(|fault| of_server(&document, fault)));
+            let is_of_here = |fault: &ServerError| {
+                matches!(fault, ServerError::File { .. } | ServerError::Content { .. } | ServerError::Listen { .. })
+            };
+            let faults = server::review(&settings.edge()).into_iter().filter(|fault| !(elsewhere && is_of_here(fault)));
+            self.problems.extend(faults.map(|fault| of_server(&document, &fault)));
         }
         match loaded {
             Ok(mut setup) => {
-                self.undialled(&setup);
                 self.warnings = std::mem::take(&mut setup.warnings);
+                self.undialled(&setup);
                 let Snapshot { registry, catalogue, catalogue_origin, .. } = &setup.snapshot;
                 let today = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date();
                 for (of, list) in
@@ -202,20 +210,26 @@ impl Found {
             }
         };
         let now = jiff::Timestamp::now().as_second();
-        let providers = snapshot.registry.providers().iter();
-        let undialled = providers.filter(|provider| snapshot.policy.enforcement(&provider.name, now) == Enforcement::Enforce).filter_map(|provider| {
-            let target = target(provider, &snapshot.catalogue, "made-up-model").ok()?;
-            let call = target.calls.iter().find(|call| !prober.may_ask(call))?;
+        let mut list = Vec::new();
+        for provider in snapshot.registry.providers() {
+            if snapshot.policy.enforcement(&provider.name, now) != Enforcement::Enforce {
+                continue;
+            }
+            let Ok(target) = target(provider, &snapshot.catalogue, "made-up-model") else { continue };
+            // Of plain http beyond loopback the registry's own warning tells.
+            let Some(call) = target.calls.iter().find(|call| !prober.may_ask(call)) else { continue };
+            if call.url.scheme() == "http" && !is_loopback(&call.url) {
+                continue;
+            }
             let message = format!(
                 "{}: its address or scheme may not be dialled by this configuration, so that every credential of it is denied; use https and \
                  a public address, allow it under `probe`, or switch the provider's probe off with a date",
                 call.url.origin().ascii_serialization()
             );
-            Some(Problem::at(format!("providers.{}", provider.name), message))
-        });
-        let list: Vec<Problem> = undialled.collect();
+            list.push(Problem::at(format!("providers.{}", provider.name), message));
+        }
         if !list.is_empty() {
-            self.problems.push(Problems { document: snapshot.registry_origin.source.clone(), list });
+            self.warnings.push(Problems { document: snapshot.registry_origin.source.clone(), list });
         }
     }
 

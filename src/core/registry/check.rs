@@ -135,7 +135,7 @@ fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Found)
 /// A key that is not known, with the one that was most likely meant.
 fn with_nearest_key(mut problem: Problem) -> Problem {
     /// Below it two words have no more in common than any two.
-    const SIMILAR: f64 = 0.85;
+    const SIMILAR: f64 = 0.92;
     let fields = [
         yaml::fields_of::<RegistryFile>(),
         yaml::fields_of::<ProviderFile>(),
@@ -483,7 +483,8 @@ fn resolve(template: &str, vars: &BTreeMap<String, EndpointVarFile>, env: Env<'_
     Ok(url)
 }
 
-fn is_loopback(url: &Url) -> bool {
+/// Its host is this machine, by name or by address.
+pub(crate) fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost",
         Some(url::Host::Ipv4(address)) => address.is_loopback(),
