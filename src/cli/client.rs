@@ -5,17 +5,20 @@ use std::{
     error::Error,
     io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
 use anyhow::Context;
 use clap::Args;
-use rustls::CertificateError;
+use rustls::{CertificateError, ClientConfig, RootCertStore, crypto::ring};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     time::timeout,
 };
+use tokio_rustls::TlsConnector;
 use tonic::{
     Code, Request, Status,
     metadata::{Ascii, MetadataValue},
@@ -207,12 +210,51 @@ impl Server {
         if let Some(said) = of_tls(fault) {
             return format!("{address}: {said}");
         }
+        if let Some(said) = self.alert().await {
+            return format!("{address}: {said}");
+        }
         match (self.tls.is_some(), self.heard().await) {
             (false, Heard::Tls) => format!("{address} speaks TLS: write https:// before the address, or give --server-ca"),
             (true, Heard::Plain) => {
                 format!("{address} speaks no TLS: leave out https://, --server-ca, --server-name and --client-cert")
             }
             _ => format!("{address} could not be reached: {}", chain(fault)),
+        }
+    }
+
+    /// What the server ends the handshake with, where the HTTP/2 library has not kept it: a write to a connection that is closed already may
+    /// come before the read of why.
+    async fn alert(&self) -> Option<String> {
+        let Tls { authorities, name, identity } = self.tls.as_ref()?;
+        let uri: http::Uri = self.uri.parse().ok()?;
+        let mut roots = RootCertStore::empty();
+        for authority in CertificateDer::pem_slice_iter(authorities.as_ref()?.as_slice()) {
+            roots.add(authority.ok()?).ok()?;
+        }
+        let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .ok()?
+            .with_root_certificates(roots);
+        let mut config = match identity {
+            None => builder.with_no_client_auth(),
+            Some((certificate, key)) => {
+                let chain = CertificateDer::pem_slice_iter(certificate.as_slice()).collect::<Result<Vec<_>, _>>().ok()?;
+                builder.with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(key.as_slice()).ok()?).ok()?
+            }
+        };
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let host = name.clone().unwrap_or_else(|| uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned());
+        let name = ServerName::try_from(host).ok()?;
+        let authority = uri.authority()?.to_string();
+        let look = async move {
+            let stream = TcpStream::connect(authority).await?;
+            let mut stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
+            // It says nothing before we do, unless it ends the connection.
+            stream.read_u8().await
+        };
+        match timeout(LOOK, look).await {
+            Ok(Err(fault)) => of_tls(&fault),
+            Ok(Ok(_)) | Err(_) => None,
         }
     }
 
