@@ -20,7 +20,7 @@ use crate::{
         provider_limits::ProviderLimiter,
     },
     server::settings::CallerSettings,
-    telemetry::metrics::Measured,
+    telemetry::metrics::{Counter, Measured, Page},
     watch::{Fault, Reloaded, Source},
 };
 
@@ -40,6 +40,18 @@ pub struct Documents {
     /// Those in force.
     settings: Settings,
     files: Vec<PathBuf>,
+    loosenings: Arc<Loosenings>,
+}
+
+/// How many settings were changed to let through more than before.
+#[derive(Debug, Default)]
+pub struct Loosenings(Counter);
+
+impl Measured for Loosenings {
+    fn tell(&self, page: &mut Page) {
+        page.counter("byokgate_configuration_loosened", "Settings that a reload has changed to let through more than before")
+            .add(&[], &self.0);
+    }
 }
 
 /// Reads everything anew.
@@ -71,7 +83,13 @@ pub fn prober(Setup { settings, probe_ca, proxy, .. }: &Setup) -> Result<HttpPro
 impl Documents {
     /// Those that this engine decides by; `relist` takes the lists of callers, at the same moment as the engine takes the rest.
     pub fn new(engine: Arc<Engine>, setup: &Setup, load: Box<Load>, relist: Box<Relist>) -> Self {
-        Self { engine, load, relist, settings: setup.settings.clone(), files: setup.documents.clone() }
+        let loosenings = Arc::default();
+        Self { engine, load, relist, settings: setup.settings.clone(), files: setup.documents.clone(), loosenings }
+    }
+
+    /// What reloads have loosened.
+    pub fn loosenings(&self) -> Arc<Loosenings> {
+        Arc::clone(&self.loosenings)
     }
 
     /// Everything that is wrong, in one text; and the status says it from now on.
@@ -114,6 +132,7 @@ impl Source for Documents {
         }
         let Setup { snapshot, settings, documents, warnings, .. } = setup;
         for Loosened { setting, was, is } in loosened(&self.settings, &settings) {
+            self.loosenings.0.one();
             tracing::warn!(event = "configuration_loosened", setting, was, is, "from now on more is let through than before");
         }
         let waiting = waiting_for_restart(&self.settings, &settings);

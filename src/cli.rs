@@ -5,6 +5,7 @@ mod args;
 mod catalogue;
 mod check;
 mod classify;
+mod client;
 mod completions;
 mod config;
 mod copy;
@@ -16,6 +17,7 @@ mod models;
 mod probe;
 mod report;
 mod serve;
+mod status;
 
 use std::io::{self, Write};
 
@@ -58,6 +60,8 @@ enum Command {
     Config(config::ConfigArgs),
     /// Ask a server whether it serves.
     Health(health::HealthArgs),
+    /// Show how a running server is: what needs attention, providers, the last denials.
+    Status(status::StatusArgs),
     /// Copy this executable to FILE, for a container whose image does not have it.
     Copy(copy::CopyArgs),
     /// Write the completions of a shell to standard output.
@@ -85,6 +89,7 @@ impl Cli {
             | Command::Classify(_)
             | Command::Config(_)
             | Command::Health(_)
+            | Command::Status(_)
             | Command::Copy(_)
             | Command::Completions(_)
             | Command::Man(_) => ("error", LogTo::StderrText),
@@ -115,6 +120,7 @@ impl Command {
             Self::Classify(args) => classify::run(args),
             Self::Config(args) => config::run(args),
             Self::Health(args) => block_on(health::run(args))?,
+            Self::Status(args) => block_on(status::run(args))?,
             Self::Copy(args) => copy::run(args),
             Self::Completions(args) => completions::completions(args, Cli::command()),
             Self::Man(args) => completions::man(args, Cli::command()),

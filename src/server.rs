@@ -9,9 +9,11 @@ mod error;
 mod health;
 mod inline_executor;
 mod listen;
+mod refused;
 mod request_body;
 pub mod settings;
 pub mod shutdown;
+mod status_page;
 mod tls;
 
 use std::{
@@ -33,7 +35,7 @@ use tonic_health::pb::{FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS, health_server:
 
 use self::{
     accept::{accept, affordable},
-    admin::{Shown, answer_scrapers},
+    admin::{Shown, answer_scrapers, note_counts},
     callers::Callers,
     connection::{ConnectionContext, LAST_WORDS},
     connections::{ConnectionCounts, Connections},
@@ -41,14 +43,15 @@ use self::{
     listen::Listener,
     request_body::ByteBudget,
     settings::{CallerSettings, EdgeSettings},
-    tls::{Tls, TlsFiles},
+    tls::{Tls, TlsFiles, watch_ends},
 };
-pub use self::{error::ServerError, listen::Address};
+pub use self::{connection::SPEAKS_TLS, error::ServerError, listen::Address};
 use crate::{
     core::engine::Engine,
     grpc::{authorize::Authorizer, call_record::Recorder, convert, service::PolicyDecision},
     telemetry::{
         events::Journal,
+        lately::Lately,
         metrics::{Measured, process::Process},
     },
     watch::{Source, Watcher, files},
@@ -100,6 +103,8 @@ impl Bound {
         let (journal, tasks) = (Journal::off(), Vec::new());
         let mut bound = Self { listeners, admin, measured, callers, tls, settings, journal, tasks, look };
         if let Some(tls) = bound.tls.clone() {
+            bound.measure(tls.clone());
+            bound.supervise("certificates", watch_ends(tls.clone()));
             bound.follow(tls);
         }
         if let Some(tokens) = bound.callers.tokens().cloned() {
@@ -166,13 +171,16 @@ impl Bound {
         let Self { listeners, admin, mut measured, callers, tls, settings, journal, tasks: supervised, look } = self;
         let (phase, phases) = watch::channel(Phase::Starting);
         let limit = affordable(settings.limits.connections, listeners.len());
-        let recorder = Arc::new(Recorder::new(journal));
+        let lately = Arc::new(Lately::new(settings.admin.show_workspace_ids));
+        let recorder = Arc::new(Recorder::new(journal, Arc::clone(&lately)));
         let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit))));
-        let context = context(&settings, callers, tls, Arc::clone(&engine), &recorder, phases, &counts)?;
+        let context = context(&settings, callers, tls.clone(), Arc::clone(&engine), &recorder, phases, &counts)?;
         measured.extend([Arc::new(context.service.clone()) as Arc<dyn Measured>, recorder, counts.clone()]);
         let mut tasks = JoinSet::new();
         if let Some(listener) = admin {
-            spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, Arc::new(Shown { engine, sources: measured })))));
+            let shown = Arc::new(Shown::new(engine, measured, lately, tls, Arc::clone(&counts)));
+            spawn(&mut tasks, ("status counts", Box::pin(note_counts(Arc::clone(&shown)))));
+            spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, shown))));
         }
         // Every connection holds a sender; when the last one is dropped, all are gone.
         let (open, mut all_gone) = mpsc::channel::<Infallible>(1);
@@ -216,25 +224,27 @@ impl Bound {
 }
 
 /// Where it is to listen, and where its numbers are to be shown.
-fn addresses(
-    EdgeSettings { server, admin, tls, callers, .. }: &EdgeSettings,
-) -> Result<(Vec<Address>, Option<Address>), ServerError> {
+fn addresses(settings: &EdgeSettings) -> Result<(Vec<Address>, Option<Address>), ServerError> {
+    let EdgeSettings { server, admin, .. } = settings;
     let parsed = |setting, text: &String| text.parse().map_err(|message| ServerError::Address { setting, message });
     let addresses: Vec<Address> = server.listen.iter().map(|text| parsed("server.listen", text)).collect::<Result<_, _>>()?;
     let admin = admin.listen.as_ref().map(|text| parsed("admin.listen", text)).transpose()?;
+    match addresses.iter().find_map(|address| exposed(address, settings)) {
+        Some(fault) => Err(fault),
+        None => Ok((addresses, admin)),
+    }
+}
+
+/// Why this address may not be listened on with these settings.
+fn exposed(address: &Address, EdgeSettings { server, tls, callers, .. }: &EdgeSettings) -> Option<ServerError> {
     let has_tls = tls.certificate.is_some();
     let knows_callers = tls.client_ca.is_some() || callers.token_file.is_some();
-    for address in &addresses {
-        if !address.is_local() && !has_tls && !server.insecure_listen {
-            return Err(ServerError::Exposed(address.clone()));
-        }
-        // Whoever sets up TLS expects a network, on whatever address it arrives.
-        let is_tcp = matches!(address, Address::Tcp(_));
-        if is_tcp && has_tls && !knows_callers && !server.allow_anonymous {
-            return Err(ServerError::Anonymous(address.clone()));
-        }
+    if !address.is_local() && !has_tls && !server.insecure_listen {
+        return Some(ServerError::Exposed(address.clone()));
     }
-    Ok((addresses, admin))
+    // Whoever sets up TLS expects a network, on whatever address it arrives.
+    let is_tcp = matches!(address, Address::Tcp(_));
+    (is_tcp && has_tls && !knows_callers && !server.allow_anonymous).then(|| ServerError::Anonymous(address.clone()))
 }
 
 /// Who may call, and TLS where it is set up: their files read, in time.
@@ -252,6 +262,49 @@ fn secured(settings: &EdgeSettings) -> Result<(Arc<Callers>, Option<Arc<Tls>>), 
         let path = token_file.or_else(|| settings.tls.certificate.clone()).unwrap_or_default();
         Err(ServerError::File { path, source })
     })
+}
+
+/// Everything about these settings that would keep a server from starting, without taking a socket: addresses, certificates, tokens.
+pub fn review(settings: &EdgeSettings) -> Vec<ServerError> {
+    let (mut faults, mut addresses_of) = (Vec::new(), Vec::new());
+    let EdgeSettings { server, admin, tls, callers, .. } = settings;
+    let listed = server.listen.iter().map(|text| ("server.listen", text));
+    for (setting, text) in listed.chain(admin.listen.iter().map(|text| ("admin.listen", text))) {
+        match text.parse::<Address>() {
+            Ok(address) => addresses_of.push((setting, address)),
+            Err(message) => faults.push(ServerError::Address { setting, message }),
+        }
+    }
+    for (setting, address) in addresses_of {
+        if setting == "server.listen" {
+            faults.extend(exposed(&address, settings));
+        }
+        if let Err(source) = address.may_be_bound() {
+            faults.push(ServerError::Listen { address, source });
+        }
+    }
+    let (tls, callers) = (tls.clone(), callers.clone());
+    let read = move || {
+        let mut faults = Vec::new();
+        let known = Callers::new(&callers).map_err(|fault| faults.push(fault)).ok();
+        // Certificates are looked at whoever may call.
+        let unlisted = CallerSettings { token_file: None, ..callers };
+        if let (Some(certificate), Some(key), Some(callers)) =
+            (tls.certificate, tls.key, known.or_else(|| Callers::new(&unlisted).ok()))
+        {
+            let files = TlsFiles { certificate, key, client_ca: tls.client_ca };
+            faults.extend(Tls::review(&files, &Arc::new(callers)));
+        }
+        faults
+    };
+    match files::in_time(read) {
+        Ok(found) => faults.extend(found),
+        Err(source) => {
+            let path = settings.tls.certificate.clone().or_else(|| settings.callers.token_file.clone()).unwrap_or_default();
+            faults.push(ServerError::File { path, source });
+        }
+    }
+    faults
 }
 
 async fn listener(address: Address, settings: &EdgeSettings) -> Result<Listener, ServerError> {

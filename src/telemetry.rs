@@ -1,8 +1,11 @@
 //! Logs: where lines go, and the event that every decision leaves. Traces.
 
+pub mod cause;
 pub mod events;
+pub mod lately;
 pub mod log_writer;
 pub mod metrics;
+pub mod status;
 pub mod traces;
 
 use std::{

@@ -89,8 +89,3 @@ impl From<ProxyArg> for PlatformProxy {
         }
     }
 }
-
-/// A server's address as a URI: `HOST:PORT`, with `http://` before it, or `unix:PATH`.
-pub(super) fn server_uri(address: &str) -> String {
-    if address.contains("://") || address.starts_with("unix:") { address.to_owned() } else { format!("http://{address}") }
-}

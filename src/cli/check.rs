@@ -13,8 +13,9 @@ use zeroize::Zeroizing;
 
 use super::{
     against::{Changes, Side},
-    args::{EngineArgs, ProbeArgs},
+    client::chain,
     exit::{Exit, Format, print},
+    serve::ServeArgs,
 };
 use crate::{
     app,
@@ -23,7 +24,8 @@ use crate::{
         catalogue::{Catalogue, HostRow, host_of},
         classify::ProbeResponse,
         endpoint::target,
-        registry::{Provider, Registry},
+        policy::Enforcement,
+        registry::{Provider, Registry, is_loopback},
         snapshot::Snapshot,
         yaml,
     },
@@ -32,6 +34,7 @@ use crate::{
         verdict::{Cause, Unreached},
     },
     liveness::prober::HttpProber,
+    server::{self, ServerError},
     watch::files,
 };
 
@@ -43,6 +46,10 @@ pub(super) struct CheckArgs {
     /// Ask each provider once, without any key, whether there is an API at its base URL.
     #[arg(long)]
     probe: bool,
+    /// The configuration is for another machine: leave out what is a matter of this one's files, such as certificates, tokens and the folders
+    /// of sockets.
+    #[arg(long)]
+    elsewhere: bool,
     /// Tell what changes for people against this earlier registry.
     #[arg(long, value_name = "OLD REGISTRY")]
     against: Option<PathBuf>,
@@ -52,10 +59,9 @@ pub(super) struct CheckArgs {
     /// How the answer is written.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
+    /// The same as those of `serve`: what would keep it from starting is found too.
     #[command(flatten)]
-    engine: EngineArgs,
-    #[command(flatten)]
-    network: ProbeArgs,
+    serve: ServeArgs,
 }
 
 /// What was found in the documents, document by document.
@@ -68,9 +74,9 @@ struct Found {
 }
 
 pub(super) async fn run(args: CheckArgs) -> anyhow::Result<Exit> {
-    let CheckArgs { strict, probe, against, against_catalog, format, engine, network } = args;
+    let CheckArgs { strict, probe, elsewhere, against, against_catalog, format, serve } = args;
     let mut found = Found::default();
-    let whole = found.all(engine, network);
+    let whole = found.all(serve, elsewhere);
     let whole = match whole {
         Some(setup) if probe => {
             let prober = app::prober(&setup)?;
@@ -157,10 +163,22 @@ fn bytes(path: &Path) -> Result<Zeroizing<Vec<u8>>, Problems> {
 
 impl Found {
     /// All that there is to say of what a service would be started with; and that itself, if it is good.
-    fn all(&mut self, engine: EngineArgs, network: ProbeArgs) -> Option<Setup> {
-        match engine.load(network) {
+    fn all(&mut self, serve: ServeArgs, elsewhere: bool) -> Option<Setup> {
+        let (paths, overrides) = serve.layers();
+        let loaded = config::load(&paths, &overrides);
+        // Whatever is wrong with the documents hides nothing of the edge.
+        if let Ok((settings, _)) = config::settings_of(&paths, &overrides, env::vars()) {
+            let document = paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string());
+            let is_of_here = |fault: &ServerError| {
+                matches!(fault, ServerError::File { .. } | ServerError::Content { .. } | ServerError::Listen { .. })
+            };
+            let faults = server::review(&settings.edge()).into_iter().filter(|fault| !(elsewhere && is_of_here(fault)));
+            self.problems.extend(faults.map(|fault| of_server(&document, &fault)));
+        }
+        match loaded {
             Ok(mut setup) => {
                 self.warnings = std::mem::take(&mut setup.warnings);
+                self.undialled(&setup);
                 let Snapshot { registry, catalogue, catalogue_origin, .. } = &setup.snapshot;
                 let today = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date();
                 for (of, list) in
@@ -173,9 +191,45 @@ impl Found {
                 Some(setup)
             }
             Err(ConfigError(problems)) => {
-                self.problems = problems;
+                self.problems.extend(problems);
                 None
             }
+        }
+    }
+
+    /// Providers whose every credential would be denied, since their address or scheme may not be dialled; and what else the prober cannot
+    /// be made of. No name is resolved for it.
+    fn undialled(&mut self, setup: &Setup) {
+        let Setup { snapshot, settings, .. } = setup;
+        let prober = match app::prober(setup) {
+            Ok(prober) => prober,
+            Err(fault) => {
+                let document = config::source_of(settings.probe.ca_file.as_ref());
+                self.problems.push(Problems { document, list: vec![Problem::at("", chain(&fault))] });
+                return;
+            }
+        };
+        let now = jiff::Timestamp::now().as_second();
+        let mut list = Vec::new();
+        for provider in snapshot.registry.providers() {
+            if snapshot.policy.enforcement(&provider.name, now) != Enforcement::Enforce {
+                continue;
+            }
+            let Ok(target) = target(provider, &snapshot.catalogue, "made-up-model") else { continue };
+            // Of plain http beyond loopback the registry's own warning tells.
+            let Some(call) = target.calls.iter().find(|call| !prober.may_ask(call)) else { continue };
+            if call.url.scheme() == "http" && !is_loopback(&call.url) {
+                continue;
+            }
+            let message = format!(
+                "{}: its address or scheme may not be dialled by this configuration, so that every credential of it is denied; use https and \
+                 a public address, allow it under `probe`, or switch the provider's probe off with a date",
+                call.url.origin().ascii_serialization()
+            );
+            list.push(Problem::at(format!("providers.{}", provider.name), message));
+        }
+        if !list.is_empty() {
+            self.warnings.push(Problems { document: snapshot.registry_origin.source.clone(), list });
         }
     }
 
@@ -201,6 +255,10 @@ impl Found {
                 }
                 ProbeResponse::Answer { look, .. } => (format!("HTTP {}", look.status), None, None),
                 ProbeResponse::TimedOut => ("no answer in time".into(), None, Some("gave no answer in time")),
+                // Found without asking, where no name had to be resolved for it.
+                ProbeResponse::Unreachable(Unreached::Address) if target.calls.iter().any(|call| !prober.may_ask(call)) => {
+                    ("not dialled".into(), None, None)
+                }
                 ProbeResponse::Unreachable(Unreached::Address) => {
                     ("not dialled".into(), Some("its address or scheme may not be dialled by this configuration"), None)
                 }
@@ -221,6 +279,23 @@ impl Found {
     fn take<T>(&mut self, checked: Checked<T>) -> Option<T> {
         checked.map(|(_, loaded)| loaded.value).map_err(|problems| self.problems.push(problems)).ok()
     }
+}
+
+/// A fault that would keep a server from starting, told with its setting or its file.
+fn of_server(configuration: &str, fault: &ServerError) -> Problems {
+    let (document, problem) = match fault {
+        ServerError::Address { setting, message } => (configuration.to_owned(), Problem::at(*setting, message.clone())),
+        ServerError::File { path, source } => {
+            (path.display().to_string(), Problem::at("", format!("could not be read: {source}")))
+        }
+        ServerError::Content { path, message } => (path.display().to_string(), Problem::at("", message.clone())),
+        ServerError::Exposed(_)
+        | ServerError::Anonymous(_)
+        | ServerError::Listen { .. }
+        | ServerError::Reflection(_)
+        | ServerError::TaskEnded(_) => (configuration.to_owned(), Problem::at("server.listen", chain(fault))),
+    };
+    Problems { document, list: vec![problem] }
 }
 
 /// Nothing that an API says: no such path, or a page.

@@ -10,10 +10,11 @@ use std::{
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use tokio::time::Instant;
-use tonic::{Code, transport::Endpoint};
+use tonic::Code;
 
 use super::{
-    args::{EngineArgs, ProbeArgs, ProxyArg, server_uri},
+    args::{EngineArgs, ProbeArgs, ProxyArg},
+    client::{ClientArgs, Server},
     exit::{Exit, Format, UsageError, print},
     report::Report,
 };
@@ -81,6 +82,8 @@ pub(super) struct DecideArgs {
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]
+    client: ClientArgs,
+    #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
     probe: ProbeArgs,
@@ -102,9 +105,15 @@ enum OverrideArg {
 }
 
 pub(super) async fn run(args: DecideArgs, log: &LogWriter) -> anyhow::Result<Exit> {
+    if args.server.is_none() && args.client != ClientArgs::default() {
+        return Err(UsageError(
+            "--server-ca, --server-name, --client-cert, --client-key and --client-token-file need --server".into(),
+        )
+        .into());
+    }
     let (request, format) = (request(&args)?, args.format);
     let response = match args.server {
-        Some(server) => ask(&server, &request).await?,
+        Some(server) => ask(&args.client.server(&server)?, &request).await?,
         None => decide(args.engine.load(args.probe)?, request, log).await?,
     };
     let report = Report::of(&response);
@@ -131,21 +140,15 @@ pub(super) async fn decide(mut setup: Setup, request: Request, log: &LogWriter) 
 }
 
 /// By a server.
-pub(super) async fn ask(server: &str, request: &Request) -> anyhow::Result<pb::DecideResponse> {
-    let endpoint =
-        Endpoint::from_shared(server_uri(server)).map_err(|_| UsageError(format!("--server {server} is not an address")))?;
-    let channel = endpoint
-        .connect_timeout(PATIENCE)
-        .connect()
-        .await
-        .with_context(|| format!("no decision: {server} could not be reached"))?;
-    let mut message = tonic::Request::new(convert::to_request(request));
+pub(super) async fn ask(server: &Server, request: &Request) -> anyhow::Result<pb::DecideResponse> {
+    let channel = server.connect(PATIENCE).await.context("no decision")?;
+    let mut message = server.request(convert::to_request(request))?;
     message.set_timeout(PATIENCE);
     let answer = pb::policy_decision_service_client::PolicyDecisionServiceClient::new(channel).decide(message).await;
     match answer {
         Ok(response) => Ok(response.into_inner()),
         Err(status) if status.code() == Code::InvalidArgument => Err(UsageError(status.message().to_owned()).into()),
-        Err(status) => anyhow::bail!("no decision: {server} answered {:?}: {}", status.code(), status.message()),
+        Err(status) => anyhow::bail!("no decision: {}", server.refusal(&status).await),
     }
 }
 

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use super::{
     args::{EngineArgs, ProbeArgs, ProxyArg},
+    client::ClientArgs,
     decide::{MAX_VALUE_BYTES, ask, decide, without_line_break},
     exit::{Exit, LAST_LINES, UsageError},
     report::Report,
@@ -72,6 +73,8 @@ pub(super) struct ExecArgs {
     #[arg(long, value_name = "FILE")]
     termination_log: Option<PathBuf>,
     #[command(flatten)]
+    client: ClientArgs,
+    #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
     probe: ProbeArgs,
@@ -91,6 +94,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
         tenant_base_url_env,
         server,
         termination_log,
+        client,
         engine,
         probe,
         command,
@@ -127,7 +131,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
             caller: String::new(),
         };
         match server {
-            Some(server) => ask(&server, &request).await,
+            Some(server) => ask(&client.server(&server)?, &request).await,
             None => decide(setup, request, log).await,
         }
     };

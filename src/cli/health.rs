@@ -2,14 +2,12 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
 use clap::Args;
-use tonic::transport::Endpoint;
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use super::{
-    args::server_uri,
-    exit::{Exit, UsageError, print},
+    client::{ClientArgs, in_time},
+    exit::{Exit, print},
 };
 use crate::grpc::NAME;
 
@@ -24,19 +22,22 @@ pub(super) struct HealthArgs {
     /// The service to ask about; empty for the server as a whole.
     #[arg(long, default_value = NAME)]
     service: String,
+    #[command(flatten)]
+    client: ClientArgs,
 }
 
 /// Exits 0 if the server says SERVING.
 pub(super) async fn run(args: HealthArgs) -> anyhow::Result<Exit> {
-    let HealthArgs { server, service } = args;
-    let endpoint =
-        Endpoint::from_shared(server_uri(&server)).map_err(|_| UsageError(format!("--server {server} is not an address")))?;
+    let HealthArgs { server, service, client } = args;
+    let server = client.server(&server)?;
     let asked = async {
-        let channel = endpoint.connect().await.with_context(|| format!("{server} could not be reached"))?;
-        let answer = HealthClient::new(channel).check(HealthCheckRequest { service }).await;
-        answer.with_context(|| format!("{server} gave no health"))
+        let channel = server.connect(PATIENCE).await?;
+        match HealthClient::new(channel).check(server.request(HealthCheckRequest { service })?).await {
+            Ok(status) => Ok(status),
+            Err(status) => Err(anyhow::anyhow!(server.refusal(&status).await)),
+        }
     };
-    let status = tokio::time::timeout(PATIENCE, asked).await.with_context(|| format!("{server} did not answer in time"))??;
+    let status = in_time(tokio::time::timeout(PATIENCE, asked).await, &server)??;
     let status = status.into_inner().status();
     print(&format!("{}\n", status.as_str_name()))?;
     Ok(if status.as_str_name() == "SERVING" { Exit::Ok } else { Exit::Fault })

@@ -89,7 +89,10 @@ impl Report {
         line("remedy", field("/remedy"));
         line("missing", field("/missing_env"));
         line("without a key", field("/alternative_models"));
-        line("retry after", spaced(&field("/retry_after_seconds"), "s"));
+        line(
+            "retry after",
+            self.body.pointer("/retry_after_seconds").and_then(Value::as_f64).map_or_else(String::new, whole_seconds),
+        );
         line("provider", field("/resolution/provider"));
         line("billing", field("/resolution/billing_mode"));
         line("source", spaced(&field("/resolution/source"), &field("/resolution/matched_by")));
@@ -97,7 +100,10 @@ impl Report {
         line("fingerprint", field("/resolution/credential_fingerprint"));
         line(
             "liveness",
-            spaced(&field("/liveness/verdict"), &spaced(&field("/liveness/endpoint_host"), &field("/liveness/upstream_status"))),
+            spaced(
+                &field("/liveness/verdict"),
+                &spaced(&field("/liveness/endpoint_host"), &http_status(&field("/liveness/upstream_status"))),
+            ),
         );
         line("served from", field("/liveness/served_from"));
         for warning in self.body.pointer("/warnings").and_then(Value::as_array).into_iter().flatten() {
@@ -117,6 +123,16 @@ impl Report {
 /// Two words, or what there is of them.
 fn spaced(one: &str, two: &str) -> String {
     if one.is_empty() { String::new() } else { format!("{one} {two}").trim_end().to_owned() }
+}
+
+/// Rounded up: who waits that long has waited long enough.
+fn whole_seconds(seconds: f64) -> String {
+    format!("{} s", seconds.ceil())
+}
+
+/// Without an answer there is none.
+fn http_status(status: &str) -> String {
+    if matches!(status, "" | "0") { String::new() } else { format!("HTTP {status}") }
 }
 
 fn resolution_of(resolution: &pb::Resolution) -> Value {

@@ -31,8 +31,8 @@ pub(super) struct ServeArgs {
     /// [default: 127.0.0.1:50051].
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
     listen: Vec<String>,
-    /// Show numbers at http://HOST:PORT/metrics, for Prometheus, or on a socket file. They hold no secret. Port 0 takes a free
-    /// one, which the log names [default: nowhere].
+    /// Show how it is at http://HOST:PORT/status, and numbers for Prometheus at /metrics; or both on a socket file. They hold no secret.
+    /// Port 0 takes a free one, which the log names [default: nowhere].
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
     admin_listen: Option<String>,
     /// Listen beyond loopback without TLS: credentials then cross the network in the clear.
@@ -96,7 +96,9 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     measured.into_iter().for_each(|source| bound.measure(source));
     traces::start(&settings.tracing, setup.tracing_ca.as_deref())?;
     let load = Box::new(move || config::load(&paths, &overrides));
-    bound.follow(Documents::new(Arc::clone(&engine), &setup, load, Box::new(bound.relist())));
+    let documents = Documents::new(Arc::clone(&engine), &setup, load, Box::new(bound.relist()));
+    bound.measure(documents.loosenings());
+    bound.follow(documents);
     look_at_hangup(&mut bound, hangup);
     log_addresses(&bound, &setup.snapshot);
     let stopping = Arc::new(OnceLock::new());

@@ -117,6 +117,9 @@ pub struct Decided {
     pub registry_revision: String,
     /// The catalogue that decided.
     pub catalogue_revision: String,
+    /// What was heard of the credential, where somebody was asked, now or before: why it is not VALID, for the log. An allow that rests on
+    /// an earlier VALID has here what was heard since.
+    pub finding: Option<Arc<Finding>>,
 }
 
 // === impl ProbeStarted ===
@@ -194,6 +197,7 @@ impl Engine {
                 (to_facts(&snapshot, &query, &observed), Some((query, observed)))
             }
         };
+        let finding = seen.as_ref().map(|(_, observed)| Arc::clone(&observed.finding));
         let static_liveness = static_liveness(&facts);
         let ruling = apply(facts, request.checkpoint, &snapshot.policy);
         let liveness = seen.map(|(query, observed)| to_liveness(&query, observed, ruling.on_earlier_valid)).or(static_liveness);
@@ -215,6 +219,7 @@ impl Engine {
             },
             registry_revision: snapshot.registry.revision().to_owned(),
             catalogue_revision: snapshot.catalogue.revision().to_owned(),
+            finding,
         })
     }
 

@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use regex::Regex;
 
+pub(crate) use self::check::is_loopback;
+
 use crate::{
     core::catalogue::Probe,
     domain::{

@@ -26,6 +26,39 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Loaded<T>, Prob
     Ok(Loaded { value, warnings: located(bytes, warnings) })
 }
 
+/// The names of a type's fields, as documents spell them.
+pub(crate) fn fields_of<T: DeserializeOwned>() -> &'static [&'static str] {
+    struct Asking<'f>(&'f mut &'static [&'static str]);
+
+    impl<'de> Deserializer<'de> for Asking<'_> {
+        type Error = de::value::Error;
+
+        fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Self::Error> {
+            Err(de::Error::custom("only asked for its fields"))
+        }
+
+        fn deserialize_struct<V: Visitor<'de>>(
+            self,
+            _: &'static str,
+            fields: &'static [&'static str],
+            visitor: V,
+        ) -> Result<V::Value, Self::Error> {
+            *self.0 = fields;
+            self.deserialize_any(visitor)
+        }
+
+        serde::forward_to_deserialize_any! {
+            bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+            newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+        }
+    }
+
+    let mut fields: &'static [&'static str] = &[];
+    // It ends in the error above, whatever the type is.
+    drop(T::deserialize(Asking(&mut fields)));
+    fields
+}
+
 /// The problems in the order of the document, each with the line of its place, or of the nearest place around it.
 pub(crate) fn located(bytes: &[u8], mut problems: Vec<Problem>) -> Vec<Problem> {
     let Ok(text) = text_of(bytes) else { return problems };

@@ -19,6 +19,7 @@ use crate::{
     domain::request::Request,
     telemetry::{
         events::{Journal, Undecided},
+        lately::Lately,
         metrics::{
             Measured, Page,
             calls::{BATCH_DECIDE, Calls, DECIDE, word_of},
@@ -31,6 +32,7 @@ use crate::{
 /// Where records go.
 pub(crate) struct Recorder {
     journal: Journal,
+    lately: Arc<Lately>,
     calls: Calls,
     decisions: Decisions,
 }
@@ -46,9 +48,9 @@ pub(crate) struct CallRecord {
 // === impl Recorder ===
 
 impl Recorder {
-    /// Events go to this journal.
-    pub(crate) fn new(journal: Journal) -> Self {
-        Self { journal, calls: Calls::default(), decisions: Decisions::default() }
+    /// Events go to this journal, and what a person may ask about to this list.
+    pub(crate) fn new(journal: Journal, lately: Arc<Lately>) -> Self {
+        Self { journal, lately, calls: Calls::default(), decisions: Decisions::default() }
     }
 }
 
@@ -84,10 +86,11 @@ impl CallRecord {
         if self.ended.swap(true, Ordering::Relaxed) {
             return;
         }
-        let Recorder { journal, decisions, .. } = &*self.recorder;
+        let Recorder { journal, lately, decisions, .. } = &*self.recorder;
         self.traced.decided(request.checkpoint.as_str(), decided);
         self.traced.answered(Code::Ok);
         decisions.made(request, &decided.decision, took);
+        lately.decided(request, decided);
         journal.decision(request, decided, took, self.traced.trace_id());
     }
 

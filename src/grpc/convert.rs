@@ -323,7 +323,7 @@ pub fn to_request(request: &Request) -> pb::DecideRequest {
 
 /// A decision.
 pub fn response(decided: Decided) -> pb::DecideResponse {
-    let Decided { id, decision, registry_revision, catalogue_revision } = decided;
+    let Decided { id, decision, registry_revision, catalogue_revision, finding: _ } = decided;
     let Decision { outcome, resolution, liveness, warnings, trace, relevant } = decision;
     pb::DecideResponse {
         decision_id: id.to_string(),

@@ -19,7 +19,10 @@ use crate::{
     core::classify::Finding,
     domain::verdict::Verdict,
     domain::{duration, problem::Review},
-    telemetry::metrics::{Measured, PROVIDER, Page},
+    telemetry::{
+        cause,
+        metrics::{Measured, PROVIDER, Page},
+    },
 };
 
 /// When it opens, and for how long.
@@ -174,11 +177,13 @@ impl Breakers {
             }),
         };
         breaker.touched = now;
+        let was = breaker.state.open_for();
         match failed {
             None => breaker.state.end_trial(now),
             Some(false) => breaker.state = State::closed(),
             Some(true) => breaker.state.count(&self.settings, source, finding, now),
         }
+        tell(name, was, breaker.state.open_for(), finding);
     }
 
     /// A probe of the provider ended without a finding.
@@ -199,6 +204,15 @@ impl Breakers {
 impl State {
     const fn closed() -> Self {
         Self::Closed { failures: 0, sources: Vec::new(), held: None }
+    }
+
+    /// For whom it is open.
+    const fn open_for(&self) -> Option<&'static str> {
+        match self {
+            Self::Open(_) => Some("everybody"),
+            Self::Closed { held: Some(_), .. } => Some("few"),
+            Self::Closed { held: None, .. } => None,
+        }
     }
 
     /// A trial told nothing: the next caller is the next one.
@@ -272,6 +286,35 @@ impl Measured for Breakers {
             };
             gauge.add(&[(PROVIDER, provider)], number);
         }
+    }
+}
+
+/// Logs that a breaker has opened or closed, and why.
+fn tell(provider: &str, was: Option<&str>, is: Option<&str>, finding: &Finding) {
+    let Finding { verdict, status, cause: why, unreached, .. } = finding;
+    let (verdict, cause) = (verdict.as_str(), why.map_or("", |why| why.as_str()));
+    let unreached = unreached.map_or("", cause::unreached);
+    match (was, is) {
+        (was, Some("everybody")) if was != is => tracing::warn!(
+            event = "breaker_opened",
+            provider,
+            verdict,
+            upstream_status = status,
+            cause,
+            unreached,
+            "the provider failed several times in a row; its callers get this verdict at once until it answers again"
+        ),
+        (None, Some(_)) => tracing::info!(
+            event = "breaker_opened_for_few",
+            provider,
+            verdict,
+            upstream_status = status,
+            cause,
+            unreached,
+            "one or two organizations see the provider fail; the others still ask it"
+        ),
+        (Some(_), None) => tracing::info!(event = "breaker_closed", provider, verdict, "the provider answers again"),
+        _ => {}
     }
 }
 

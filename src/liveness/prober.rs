@@ -151,6 +151,11 @@ impl HttpProber {
         (finding, attempts)
     }
 
+    /// Whether this configuration lets the request's scheme and address be dialled, as far as no name has to be resolved for it.
+    pub fn may_ask(&self, call: &Call) -> bool {
+        self.http.guard.may_ask(&call.url)
+    }
+
     /// One request with a made-up key that begins like this vendor's, or, in no header, without any: for commands that look for what has
     /// changed.
     pub async fn control(&self, call: &Call, families: &[HeaderFamily], key_prefix: Option<&str>) -> ProbeResponse {

@@ -1,9 +1,14 @@
-//! The page of numbers over HTTP/1.1, on a socket of its own: names, codes and counts, no secret, so it is open to whoever
-//! reaches it.
+//! Numbers for Prometheus and the status for people, over HTTP/1.1 on a socket of its own: names, codes and counts, no secret, so they are
+//! open to whoever reaches it.
 
-use std::{convert::Infallible, fmt, io, sync::Arc, time::Duration, time::SystemTime};
+use std::{
+    convert::Infallible,
+    fmt, io,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
-use http::{Method, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::{
     body::{Body as _, Incoming},
     server::conn::http1,
@@ -18,10 +23,14 @@ use tokio::{
 };
 use tonic::body::Body;
 
-use super::listen::Listener;
+use super::{connections::ConnectionCounts, listen::Listener, status_page::html, tls::Tls};
 use crate::{
     core::engine::Engine,
-    telemetry::metrics::{CONTENT_TYPE, Measured, Page, loaded},
+    telemetry::{
+        lately::Lately,
+        metrics::{CONTENT_TYPE, Measured, Page, loaded},
+        status::{self, SAMPLE_EVERY, Sources, Status, Totals, Window},
+    },
 };
 
 /// Scrapers at a time: a pair of Prometheus servers and a person or two.
@@ -33,24 +42,79 @@ const CONNECTION_TIME: Duration = Duration::from_secs(10);
 /// A scraper's headers are under 1 KiB; this is the least that the HTTP library takes.
 const MAX_HEADER_BYTES: usize = 8 * 1024;
 
-const PATH: &str = "/metrics";
+const ROOT: &str = "/";
+const METRICS: &str = "/metrics";
+const STATUS: &str = "/status";
+const STATUS_JSON: &str = "/status.json";
+/// No script, no image, no frame, nothing from elsewhere: whatever a name in it holds, a browser does nothing with it.
+const CONTENT_SECURITY: &str =
+    "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// Everything that has numbers.
+/// Everything that has something to show.
 pub(super) struct Shown {
-    pub(super) engine: Arc<Engine>,
-    pub(super) sources: Vec<Arc<dyn Measured>>,
+    engine: Arc<Engine>,
+    sources: Vec<Arc<dyn Measured>>,
+    lately: Arc<Lately>,
+    tls: Option<Arc<Tls>>,
+    connections: Arc<ConnectionCounts>,
+    window: Window,
+    started: SystemTime,
 }
 
 // === impl Shown ===
 
 impl Shown {
-    /// The page as of now.
-    fn page(&self) -> Result<String, fmt::Error> {
+    /// From now on.
+    pub(super) fn new(
+        engine: Arc<Engine>,
+        sources: Vec<Arc<dyn Measured>>,
+        lately: Arc<Lately>,
+        tls: Option<Arc<Tls>>,
+        connections: Arc<ConnectionCounts>,
+    ) -> Self {
+        let started = SystemTime::now();
+        Self { engine, sources, lately, tls, connections, window: Window::since(started), started }
+    }
+
+    /// What is counted, as of now.
+    fn page(&self) -> Page {
         let snapshot = self.engine.snapshot();
         let mut page = Page::about(snapshot.registry.providers().iter().map(|provider| provider.name.as_str()));
         loaded::tell(&snapshot, SystemTime::now(), &mut page);
         self.sources.iter().for_each(|source| source.tell(&mut page));
-        page.text()
+        page
+    }
+
+    fn status(&self) -> Status {
+        let sources = Sources {
+            page: &self.page(),
+            snapshot: &self.engine.snapshot(),
+            lately: &self.lately,
+            window: &self.window,
+            started: self.started,
+            certificates: self.tls.as_ref().map_or_else(Vec::new, |tls| tls.ends()),
+            refused_connections: self.connections.refusals.shown(),
+        };
+        status::status(&sources, SystemTime::now())
+    }
+
+    /// One of the pages, with its type.
+    fn written(&self, path: &str) -> Result<(&'static str, String), fmt::Error> {
+        Ok(match path {
+            METRICS => (CONTENT_TYPE, self.page().text()?),
+            STATUS => ("text/html; charset=utf-8", html(&self.status())),
+            _ => ("application/json", serde_json::to_string_pretty(&self.status()).map_err(|_| fmt::Error)? + "\n"),
+        })
+    }
+}
+
+/// Notes every minute what is counted, for ever, so that a page can say what is recent. Nothing is counted for it.
+pub(super) async fn note_counts(shown: Arc<Shown>) {
+    loop {
+        tokio::time::sleep(SAMPLE_EVERY).await;
+        let shown = Arc::clone(&shown);
+        let noting = move || shown.window.note(SystemTime::now(), Totals::of(&shown.page()));
+        drop(tokio::task::spawn_blocking(noting).await);
     }
 }
 
@@ -92,20 +156,29 @@ async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, shown: Arc<Shown>) {
 async fn answer(request: &Request<Incoming>, shown: Arc<Shown>) -> Response<Body> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         let mut response = said(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD");
-        response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET, HEAD"));
+        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
         return response;
     }
     if !request.body().is_end_stream() {
         return said(StatusCode::PAYLOAD_TOO_LARGE, "no body is taken");
     }
-    if request.uri().path() != PATH {
-        return said(StatusCode::NOT_FOUND, "only /metrics is here; health is gRPC's own service, on server.listen");
-    }
+    let path = match request.uri().path() {
+        path @ (METRICS | STATUS | STATUS_JSON) => path.to_owned(),
+        ROOT => {
+            let mut response = said(StatusCode::FOUND, "see /status");
+            response.headers_mut().insert(header::LOCATION, HeaderValue::from_static(STATUS));
+            return response;
+        }
+        _ => {
+            let here = "here are /status, /status.json and /metrics; health is gRPC's own service, on server.listen";
+            return said(StatusCode::NOT_FOUND, here);
+        }
+    };
     // On a thread that may wait: files are read, and no decision stands behind it.
-    match tokio::task::spawn_blocking(move || shown.page()).await.map_err(io::Error::other) {
-        Ok(Ok(page)) => typed(StatusCode::OK, CONTENT_TYPE, page),
+    match tokio::task::spawn_blocking(move || shown.written(&path)).await.map_err(io::Error::other) {
+        Ok(Ok((content_type, page))) => typed(StatusCode::OK, content_type, page),
         Ok(Err(_)) | Err(_) => {
-            tracing::error!(event = "metrics_failed", "the page of numbers could not be written");
+            tracing::error!(event = "metrics_failed", "a page of the admin listener could not be written");
             said(StatusCode::INTERNAL_SERVER_ERROR, "the page could not be written")
         }
     }
@@ -118,7 +191,15 @@ fn said(status: StatusCode, words: &str) -> Response<Body> {
 fn typed(status: StatusCode, content_type: &'static str, text: String) -> Response<Body> {
     let mut response = Response::new(Body::new(text));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+    for (name, value) in [
+        (header::CONTENT_TYPE, content_type),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::CONTENT_SECURITY_POLICY, CONTENT_SECURITY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ] {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
     response
 }
 
@@ -149,7 +230,8 @@ mod tests {
     fn shown() -> Arc<Shown> {
         let setup = config::load(&config::Paths::default(), &config::Overrides::default()).unwrap();
         let cache = crate::liveness::cache::Cache::new(Arc::new(Nobody), crate::liveness::cache::CacheSettings::default());
-        Arc::new(Shown { engine: Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None)), sources: Vec::new() })
+        let engine = Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None));
+        Arc::new(Shown::new(engine, Vec::new(), Arc::new(Lately::new(false)), None, Arc::default()))
     }
 
     /// Headers that come byte by byte, and an answer that nobody reads: each connection has its end.

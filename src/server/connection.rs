@@ -38,6 +38,7 @@ use super::{
     health::Phase,
     inline_executor::InlineExecutor,
     listen::{Accepted, Peer, Stream},
+    refused::{HandshakeFault, Refusal, handshake, is_a_look},
     request_body::{ByteBudget, CountedBody},
     settings::ServerSettings,
     tls::{Tls, names_of},
@@ -61,10 +62,19 @@ use crate::{
 
 /// What an HTTP/2 client says first.
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// How a TLS client begins: a handshake record of TLS 1.
+const TLS_RECORD: [u8; 2] = [0x16, 0x03];
 /// An empty SETTINGS frame, with which a server must begin.
 const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 /// GOAWAY's code for a peer that asks too much.
 const ENHANCE_YOUR_CALM: u8 = 0x0b;
+/// The same for one that speaks without TLS where TLS is spoken.
+const INADEQUATE_SECURITY: u8 = 0x0c;
+/// What such a client is told.
+pub const SPEAKS_TLS: &str = "this port speaks TLS, and the client does not";
+/// What is said to whoever speaks TLS or HTTP/1.1 where neither is spoken. A TLS client shows none of it, but knows from it what is wrong.
+const SPEAKS_HTTP2: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n\
+    this port speaks gRPC over HTTP/2, without TLS\n";
 /// What a peer may send of one call, and of all calls of a connection, before any of it has been read.
 const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 256 * 1024;
@@ -116,6 +126,7 @@ impl ConnectionContext {
     pub(super) async fn serve(self: Arc<Self>, accepted: Accepted, place: &Place) {
         let handshake_by = Instant::now() + self.deadlines.handshake;
         let mut phase = self.phase.clone();
+        let peer = accepted.peer;
         let started = tokio::select! {
             started = timeout_at(handshake_by, self.begin(accepted)) => started,
             () = reached(&mut phase, Phase::Draining) => return,
@@ -123,19 +134,9 @@ impl ConnectionContext {
         };
         let (io, identity) = match started {
             Ok(Ok(started)) => started,
-            Ok(Err(fault)) => {
-                // Who connects and hangs up looks whether somebody listens, as load balancers do.
-                if !matches!(fault.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) {
-                    self.counts.failed.one();
-                }
-                tracing::debug!(event = "connection_refused", fault = %fault);
-                return;
-            }
-            Err(_) => {
-                self.counts.failed.one();
-                tracing::debug!(event = "connection_refused", fault = "no HTTP/2 preface in time");
-                return;
-            }
+            Ok(Err(None)) => return,
+            Ok(Err(Some(refusal))) => return self.refuse(peer, refusal),
+            Err(_) => return self.refuse(peer, Refusal::of(HandshakeFault::TooSlow)),
         };
         place.state.speaks();
         let inline = InlineExecutor::default();
@@ -144,24 +145,37 @@ impl ConnectionContext {
     }
 
     /// TLS where it is configured, then the preface: whoever does not speak HTTP/2 goes no further.
-    async fn begin(&self, accepted: Accepted) -> io::Result<(Prefaced, Identity)> {
+    async fn begin(&self, accepted: Accepted) -> Result<(Prefaced, Identity), Option<Refusal>> {
         let Accepted { io, peer } = accepted;
-        let (mut io, names): (Box<dyn Stream>, _) = match (&self.tls, peer) {
+        let (mut io, names, is_plain): (Box<dyn Stream>, _, _) = match (&self.tls, peer) {
             (Some(tls), Peer::Tcp(_)) => {
-                let stream = tls.acceptor().accept(io).await?;
+                let io = speaks_tls(io).await?;
+                let stream = handshake(tls.acceptor().accept(io)).await?;
                 let names = stream.get_ref().1.peer_certificates().and_then(<[_]>::first).map(names_of);
                 // Verified in the handshake: it parses.
-                let names = names.map(|names| names.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))).transpose()?;
-                (Box::new(stream), names)
+                let unread = || Some(Refusal::of(HandshakeFault::CertificateBad));
+                let names = names.map(|names| names.ok_or_else(unread)).transpose()?;
+                (Box::new(stream), names, false)
             }
-            (_, _) => (io, None),
+            (_, _) => (io, None, true),
         };
         let mut preface = [0; PREFACE.len()];
-        io.read_exact(&mut preface).await?;
+        io.read_exact(&mut preface).await.map_err(broken)?;
         if preface != *PREFACE {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "no HTTP/2 preface"));
+            let fault = if is_plain && preface.starts_with(&TLS_RECORD) {
+                HandshakeFault::TlsUnexpected
+            } else {
+                HandshakeFault::NoHttp2
+            };
+            say(io, SPEAKS_HTTP2).await;
+            return Err(Some(Refusal::of(fault)));
         }
-        Ok((Prefaced { io, left: PREFACE }, Identity { peer, names }))
+        Ok((Prefaced { io, left: Bytes::from_static(PREFACE) }, Identity { peer, names }))
+    }
+
+    fn refuse(&self, peer: Peer, refusal: Refusal) {
+        self.counts.failed.one();
+        self.counts.refusals.add(peer, refusal);
     }
 
     fn http(&self, inline: &InlineExecutor) -> http2::Builder<InlineExecutor> {
@@ -451,26 +465,56 @@ pub(super) async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
     drop(phase.wait_for(|phase| *phase >= wanted).await);
 }
 
-/// Tells a client that there are too many connections. Best effort: a fresh socket takes these few bytes at once.
-pub(super) async fn turn_away(mut io: Box<dyn Stream>, limit: usize) {
-    const PATIENCE: Duration = Duration::from_millis(100);
-    let why = format!("limits.connections ({limit}) is reached");
+/// Tells a client that there are too many connections.
+pub(super) async fn turn_away(io: Box<dyn Stream>, limit: usize) {
+    say(io, &goaway(ENHANCE_YOUR_CALM, &format!("limits.connections ({limit}) is reached"))).await;
+}
+
+/// A client's first bytes have been read, and are those of TLS. One that speaks HTTP without it is told so.
+async fn speaks_tls(mut io: Box<dyn Stream>) -> Result<Prefaced, Option<Refusal>> {
+    let mut first = [0; TLS_RECORD.len()];
+    io.read_exact(&mut first).await.map_err(broken)?;
+    if first == TLS_RECORD {
+        return Ok(Prefaced { io, left: Bytes::from_static(&TLS_RECORD) });
+    }
+    if PREFACE.starts_with(&first) {
+        say(io, &goaway(INADEQUATE_SECURITY, SPEAKS_TLS)).await;
+    }
+    Err(Some(Refusal::of(HandshakeFault::NoTls)))
+}
+
+/// A connection that broke before it had said what it wants.
+fn broken(fault: io::Error) -> Option<Refusal> {
+    (!is_a_look(&fault)).then(|| Refusal::of(HandshakeFault::Failed))
+}
+
+/// What a server must begin with, and the end with its reason.
+fn goaway(code: u8, why: &str) -> Vec<u8> {
     let mut frames = SETTINGS.to_vec();
     let length = u8::try_from(8 + why.len()).unwrap_or(u8::MAX);
     frames.extend([0, 0, length, 7, 0, 0, 0, 0, 0]);
-    frames.extend([0, 0, 0, 0, 0, 0, 0, ENHANCE_YOUR_CALM]);
+    frames.extend([0, 0, 0, 0, 0, 0, 0, code]);
     frames.extend(why.bytes().take(usize::from(length) - 8));
+    frames
+}
+
+/// Some last bytes. Best effort: a fresh socket takes these few at once. What the client has sent is read, or the kernel would answer with a
+/// reset that takes them away again.
+async fn say(mut io: Box<dyn Stream>, words: &[u8]) {
+    const PATIENCE: Duration = Duration::from_millis(100);
+    const MOST: u64 = 64 * 1024;
     let telling = async {
-        io.write_all(&frames).await?;
-        io.shutdown().await
+        io.write_all(words).await?;
+        io.shutdown().await?;
+        tokio::io::copy(&mut io.take(MOST), &mut tokio::io::sink()).await
     };
     drop(timeout(PATIENCE, telling).await);
 }
 
-/// A connection whose preface has been read, and is read again by the HTTP/2 library.
+/// A connection whose first bytes have been read, and are read again by the library behind it.
 struct Prefaced {
     io: Box<dyn Stream>,
-    left: &'static [u8],
+    left: Bytes,
 }
 
 impl AsyncRead for Prefaced {
@@ -478,9 +522,8 @@ impl AsyncRead for Prefaced {
         if self.left.is_empty() {
             return Pin::new(&mut self.io).poll_read(cx, buffer);
         }
-        let (now, later) = self.left.split_at(self.left.len().min(buffer.remaining()));
-        buffer.put_slice(now);
-        self.left = later;
+        let length = self.left.len().min(buffer.remaining());
+        buffer.put_slice(&self.left.split_to(length));
         Poll::Ready(Ok(()))
     }
 }

@@ -12,6 +12,7 @@ use std::{
 
 use tokio::{sync::Notify, time::Instant};
 
+use super::refused::Refusals;
 use crate::telemetry::metrics::{Counter, Measured, Page};
 
 /// A known caller's connection may make room only after so long without a call.
@@ -71,6 +72,8 @@ pub(super) struct ConnectionCounts {
     pub(super) refused: Counter,
     /// Connections that never came to HTTP/2 by their own fault or ours.
     pub(super) failed: Counter,
+    /// Why.
+    pub(super) refusals: Refusals,
     /// Work in the background that ended.
     pub(super) task_ended: OnceLock<&'static str>,
 }
@@ -167,6 +170,7 @@ impl Measured for ConnectionCounts {
         let mut refused = page.counter("byokgate_connections_refused", "Connections that came to no call");
         refused.add(&[("reason", "limit")], &self.refused);
         refused.add(&[("reason", "handshake")], &self.failed);
+        self.refusals.tell(page);
         if let Some(task) = self.task_ended.get() {
             page.counter("byokgate_background_tasks_ended", "Work in the background that ended: the server is stopping")
                 .add(&[("task", task)], 1_u64);

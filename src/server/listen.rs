@@ -3,7 +3,7 @@
 use std::{
     fmt, fs,
     io::{self, ErrorKind},
-    net::SocketAddr,
+    net::{SocketAddr, ToSocketAddrs},
     os::unix::{
         fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt, chown},
         net::UnixStream as StdUnixStream,
@@ -20,6 +20,7 @@ use tokio::{
 };
 
 use super::settings::{ServerSettings, SocketSettings};
+use crate::watch::files;
 
 /// After a fault of the machine's own (no descriptors, no memory) the next accept waits this long: some calls will have ended.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -66,6 +67,19 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 // === impl Address ===
 
 impl Address {
+    /// Whether a socket file could be made there, without making one. Of a port only trying it tells.
+    pub(super) fn may_be_bound(&self) -> io::Result<()> {
+        let Self::Unix(path) = self else { return Ok(()) };
+        match fs::symlink_metadata(path) {
+            Ok(found) if !found.file_type().is_socket() => return Err(not_a_socket()),
+            Ok(_) => {}
+            Err(fault) if fault.kind() == ErrorKind::NotFound => {}
+            Err(fault) => return Err(fault),
+        }
+        let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
+        if fs::metadata(folder)?.is_dir() { Ok(()) } else { Err(ErrorKind::NotADirectory.into()) }
+    }
+
     /// Only this machine's processes reach it.
     pub fn is_local(&self) -> bool {
         match self {
@@ -82,12 +96,29 @@ impl FromStr for Address {
         match text.strip_prefix("unix:") {
             Some(path) if !path.is_empty() => Ok(Self::Unix(PathBuf::from(path))),
             Some(_) => Err("`unix:` needs a path behind it".to_owned()),
-            None => text
-                .parse()
-                .map(Self::Tcp)
-                .map_err(|_| format!("`{text}` is neither an IP address with a port, such as 127.0.0.1:50051, nor unix:PATH")),
+            None => match text.parse() {
+                Ok(address) => Ok(Self::Tcp(address)),
+                Err(_) => resolved(text).map(Self::Tcp),
+            },
         }
     }
+}
+
+/// The address of a name with a port: one, and of IPv4 where there is any, as `localhost` has both.
+fn resolved(text: &str) -> Result<SocketAddr, String> {
+    let wrong = || format!("`{text}` is neither HOST:PORT, such as 127.0.0.1:50051 or localhost:50051, nor unix:PATH");
+    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+    let is_name = !host.is_empty() && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'));
+    // Digits and dots alone are an address that is wrong, and no name.
+    let is_number = host.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    if !is_name || is_number || port.parse::<u16>().is_err() {
+        return Err(wrong());
+    }
+    let asked = text.to_owned();
+    let found = files::in_time(move || asked.to_socket_addrs().map(Iterator::collect::<Vec<_>>)).and_then(|found| found);
+    let found = found.map_err(|fault| format!("`{text}` could not be resolved: {fault}"))?;
+    let first = found.iter().find(|address| address.is_ipv4()).or_else(|| found.first());
+    first.copied().ok_or_else(|| format!("`{text}` has no address"))
 }
 
 impl fmt::Display for Address {
@@ -184,7 +215,7 @@ fn is_of_one_connection(fault: &io::Error) -> bool {
 fn bind_unix(path: &Path, socket: &SocketSettings) -> io::Result<Listener> {
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
-            return Err(io::Error::new(ErrorKind::AlreadyExists, "the path exists and is not a socket; it is left alone"));
+            return Err(not_a_socket());
         }
         Ok(_) if StdUnixStream::connect(path).is_ok() => {
             return Err(io::Error::new(ErrorKind::AddrInUse, "another process listens on this socket"));
@@ -216,6 +247,10 @@ fn bind_unix(path: &Path, socket: &SocketSettings) -> io::Result<Listener> {
     bound
 }
 
+fn not_a_socket() -> io::Error {
+    io::Error::new(ErrorKind::AlreadyExists, "the path exists and is not a socket; it is left alone")
+}
+
 impl Drop for SocketFile {
     fn drop(&mut self) {
         let is_ours = fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode);
@@ -236,7 +271,9 @@ mod tests {
         assert_eq!(parsed("127.0.0.1:1"), Ok(Address::Tcp("127.0.0.1:1".parse().unwrap())));
         assert_eq!(parsed("[::1]:1"), Ok(Address::Tcp("[::1]:1".parse().unwrap())));
         assert_eq!(parsed("unix:/run/x.sock"), Ok(Address::Unix("/run/x.sock".into())));
-        for text in ["unix:", "localhost:1", "127.0.0.1", ""] {
+        // A name is one of its addresses.
+        assert!(matches!(parsed("localhost:1"), Ok(Address::Tcp(address)) if address.ip().is_loopback() && address.port() == 1));
+        for text in ["unix:", "localhost", "localhost:x", "127.0.0.1", "127.0.0.300:1", ":1", "a b:1", ""] {
             assert!(parsed(text).is_err(), "{text:?}");
         }
     }

@@ -74,6 +74,8 @@ pub struct ServerSettings {
 pub struct AdminSettings {
     /// `HOST:PORT` or `unix:PATH`; nowhere if not set.
     pub listen: Option<String>,
+    /// The status page's lists of decisions name workspaces.
+    pub show_workspace_ids: bool,
 }
 
 /// Of Unix sockets.

@@ -17,15 +17,21 @@ use rustls::{
     },
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject};
+use tokio::time::Instant;
 use tokio_rustls::TlsAcceptor;
 use zeroize::Zeroizing;
 
 use super::{
     callers::Callers,
     error::{ServerError, chain},
+    refused::presented,
 };
 use crate::{
-    domain::secret::with_stack_wiped,
+    domain::{duration, secret::with_stack_wiped},
+    telemetry::{
+        metrics::{Measured, Page},
+        status::{CERTIFICATE_NEAR_END, CertificateEnd},
+    },
     watch::{Fault, Reloaded, Source, files},
 };
 
@@ -47,8 +53,16 @@ pub(super) struct TlsFiles {
 pub(super) struct Tls {
     files: TlsFiles,
     callers: Arc<Callers>,
-    config: ArcSwap<ServerConfig>,
+    in_force: ArcSwap<InForce>,
     last: Mutex<blake3::Hash>,
+}
+
+/// What the files held when they were last good.
+struct InForce {
+    config: Arc<ServerConfig>,
+    /// When the server's certificate ends, and the first of the clients' authorities, in seconds of Unix time.
+    certificate_ends: Option<i64>,
+    client_ca_ends: Option<i64>,
 }
 
 /// The files' content.
@@ -64,8 +78,31 @@ impl Tls {
     /// Reads the files. Whatever is wrong with them is fatal here.
     pub(super) fn load(files: TlsFiles, callers: Arc<Callers>) -> Result<Self, ServerError> {
         let content = Content::read(&files)?;
-        let config = content.config(&files, &callers)?;
-        Ok(Self { last: Mutex::new(content.hash()), config: ArcSwap::from_pointee(config), files, callers })
+        let in_force = content.in_force(&files, &callers)?;
+        Ok(Self { last: Mutex::new(content.hash()), in_force: ArcSwap::from_pointee(in_force), files, callers })
+    }
+
+    /// Everything that is wrong with these files.
+    pub(super) fn review(files: &TlsFiles, callers: &Arc<Callers>) -> Vec<ServerError> {
+        let TlsFiles { certificate, key, client_ca } = files;
+        let named = [Some(certificate), Some(key), client_ca.as_ref()].into_iter().flatten();
+        let unread: Vec<ServerError> = named.filter_map(|path| read(path).err()).collect();
+        if !unread.is_empty() {
+            return unread;
+        }
+        let content = match Content::read(files) {
+            Ok(content) => content,
+            Err(fault) => return vec![fault],
+        };
+        let mut faults: Vec<ServerError> = content.in_force(files, callers).err().into_iter().collect();
+        // The authority's own fault, where the server's certificate has hidden it.
+        if let (Some(pem), Some(path)) = (&content.client_ca, client_ca)
+            && let Err(message) = known_clients(pem, Arc::new(ring::default_provider()), callers)
+            && !faults.iter().any(|fault| matches!(fault, ServerError::Content { path: other, .. } if other == path))
+        {
+            faults.push(ServerError::Content { path: path.clone(), message });
+        }
+        faults
     }
 
     fn refresh(&self) -> Result<Reloaded, ServerError> {
@@ -74,14 +111,69 @@ impl Tls {
         if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
             return Ok(Reloaded::Unchanged);
         }
-        self.config.store(Arc::new(content.config(&self.files, &self.callers)?));
+        self.in_force.store(Arc::new(content.in_force(&self.files, &self.callers)?));
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
         Ok(Reloaded::Taken)
     }
 
     /// For one connection: what is in force now.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor::from(self.config.load_full())
+        TlsAcceptor::from(Arc::clone(&self.in_force.load().config))
+    }
+
+    /// The certificates in force: the setting that names the file, the file, and when it ends in seconds of Unix time.
+    pub(super) fn ends(&self) -> Vec<CertificateEnd> {
+        let in_force = self.in_force.load();
+        let TlsFiles { certificate, client_ca, .. } = &self.files;
+        [
+            ("tls.certificate", Some(certificate), in_force.certificate_ends),
+            ("tls.client_ca", client_ca.as_ref(), in_force.client_ca_ends),
+        ]
+        .into_iter()
+        .filter_map(|(setting, file, end)| Some((setting, file?.display().to_string(), end?)))
+        .collect()
+    }
+}
+
+/// Says at the start, after a change and once a day that a certificate is near its end, or past it.
+pub(super) async fn watch_ends(tls: Arc<Tls>) {
+    const LOOK_EVERY: Duration = Duration::from_secs(60);
+    const TELL_EVERY: Duration = Duration::from_secs(24 * 3600);
+    let mut told: Option<(Vec<CertificateEnd>, Instant)> = None;
+    loop {
+        let ends = tls.ends();
+        let is_due = told.as_ref().is_none_or(|(earlier, at)| *earlier != ends || at.elapsed() >= TELL_EVERY);
+        if is_due {
+            ends.iter().for_each(|(setting, file, end)| warn_near_end(setting, file, *end));
+            told = Some((ends, Instant::now()));
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+fn warn_near_end(setting: &str, file: &str, end: i64) {
+    let left = end.saturating_sub(now());
+    if left >= i64::try_from(CERTIFICATE_NEAR_END.as_secs()).unwrap_or(i64::MAX) {
+        return;
+    }
+    let ends_at = jiff::Timestamp::from_second(end).map_or_else(|_| end.to_string(), |at| at.to_string());
+    let left = if left > 0 { duration::text(Duration::from_secs(left.unsigned_abs())) } else { "none: it has ended".to_owned() };
+    tracing::warn!(
+        event = "certificate_near_end",
+        setting,
+        file,
+        ends_at,
+        left,
+        "write a new one to the same file; it is taken without a restart"
+    );
+}
+
+impl Measured for Tls {
+    fn tell(&self, page: &mut Page) {
+        for (setting, _, end) in self.ends() {
+            page.gauge("byokgate_tls_certificate_expires_seconds", "Until a certificate ends; negative once it has")
+                .add(&[("setting", setting)], end.saturating_sub(now()) as f64);
+        }
     }
 }
 
@@ -119,6 +211,16 @@ impl Content {
                 hasher.update(&part.len().to_le_bytes()).update(part);
             }
             hasher.finalize()
+        })
+    }
+
+    fn in_force(&self, files: &TlsFiles, callers: &Arc<Callers>) -> Result<InForce, ServerError> {
+        let first_end = |pem: &Zeroizing<Vec<u8>>| certificates(pem).ok()?.iter().filter_map(end_of_validity).min();
+        Ok(InForce {
+            config: Arc::new(self.config(files, callers)?),
+            // A chain is good as long as each of its parts.
+            certificate_ends: first_end(&self.certificate),
+            client_ca_ends: self.client_ca.as_ref().and_then(first_end),
         })
     }
 
@@ -263,8 +365,10 @@ impl ClientCertVerifier for KnownClients {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
+        let names = names_of(end_entity);
+        presented(names.as_deref().unwrap_or_default());
         let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
-        let names = names_of(end_entity).ok_or(CertificateError::BadEncoding)?;
+        let names = names.ok_or(CertificateError::BadEncoding)?;
         if self.callers.0.knows(&names) { Ok(verified) } else { Err(CertificateError::ApplicationVerificationFailure.into()) }
     }
 
@@ -339,11 +443,11 @@ mod tests {
         write(&first);
         let callers = Arc::new(Callers::new(&CallerSettings::default()).unwrap());
         let tls = Tls::load(files.clone(), callers).unwrap();
-        let in_force = Arc::as_ptr(&tls.config.load_full());
+        let in_force = Arc::as_ptr(&tls.in_force.load_full());
         let stays = |why: &str, fault: &str| {
             let said = super::chain(&tls.refresh().unwrap_err());
             assert!(said.contains(fault), "{why}: {said}");
-            assert_eq!(Arc::as_ptr(&tls.config.load_full()), in_force, "{why}");
+            assert_eq!(Arc::as_ptr(&tls.in_force.load_full()), in_force, "{why}");
         };
         assert_eq!(tls.refresh().unwrap(), Reloaded::Unchanged);
         fs::write(&files.certificate, &second.0).unwrap();
@@ -364,6 +468,6 @@ mod tests {
         stays("gone", "could not be read");
         write(&second);
         assert_eq!(tls.refresh().unwrap(), Reloaded::Taken);
-        assert_ne!(Arc::as_ptr(&tls.config.load_full()), in_force);
+        assert_ne!(Arc::as_ptr(&tls.in_force.load_full()), in_force);
     }
 }

@@ -13,16 +13,18 @@ use tracing::Level;
 use uuid::{Uuid, fmt::Hyphenated};
 
 use super::{
+    cause,
     log_writer::{LogWriter, put_timestamp},
     traces::TraceId,
 };
 use crate::{
-    core::engine::Decided,
+    core::{classify::Finding, engine::Decided},
     domain::problem::Review,
     domain::{
-        decision::{Decision, Outcome},
+        decision::{Decision, Liveness, Outcome},
+        protocol::HeaderFamily,
         request::Request,
-        verdict::Verdict,
+        verdict::{Cause, Verdict},
     },
 };
 
@@ -125,9 +127,10 @@ impl Journal {
     /// nothing to call by design, and where the caller does not act on the answer.
     pub fn decision(&self, request: &Request, decided: &Decided, took: Duration, trace_id: Option<TraceId>) {
         let Some(lines) = &self.lines else { return };
-        let Decided { id, decision, registry_revision, catalogue_revision } = decided;
+        let Decided { id, decision, registry_revision, catalogue_revision, finding } = decided;
         let Decision { outcome, resolution, liveness, warnings, trace: _, relevant: _ } = decision;
-        if is_plain(decision) && !is_sampled(*id, self.plain_allow_ratio) {
+        let is_plain = is_plain(decision);
+        if is_plain && !is_sampled(*id, self.plain_allow_ratio) {
             return;
         }
         // Nobody was refused by an answer that its caller does not act on.
@@ -172,6 +175,14 @@ impl Journal {
                 line.word(text!("served_from"), seen.served_from.as_str());
                 line.number(key!("age_ms"), u64::try_from(seen.age.as_millis()).unwrap_or(u64::MAX));
             }
+            // Of an allow about which there is nothing to say, neither: it is most of the log.
+            if !is_plain {
+                line.given(text!("endpoint_host"), &liveness.endpoint_host);
+                line.given(text!("probe"), &liveness.probe);
+            }
+        }
+        if let Some(finding) = finding.as_ref().filter(|_| !is_plain) {
+            line.cause(finding, liveness.as_ref());
         }
         line.number(key!("duration_us"), u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
         if !warnings.is_empty() {
@@ -273,6 +284,20 @@ impl Line {
     fn flag(&mut self, key: &str) {
         self.0.extend_from_slice(key.as_bytes());
         self.0.extend_from_slice(b"true");
+    }
+
+    /// Why the verdict is what it is.
+    fn cause(&mut self, finding: &Finding, shown: Option<&Liveness>) {
+        self.word(text!("header"), finding.family.map_or("", HeaderFamily::as_str));
+        self.word(text!("cause"), finding.cause.map_or("", Cause::as_str));
+        self.word(text!("unreached"), finding.unreached.map_or("", cause::unreached));
+        self.word(text!("withheld"), finding.withheld.map_or("", cause::withheld));
+        // Nobody wonders how made-up keys fare where nobody answered.
+        self.word(text!("made_up_keys"), if finding.status.is_some() { cause::made_up(finding.made_up) } else { "" });
+        if shown.is_some_and(|shown| shown.verdict != finding.verdict) {
+            // An earlier VALID is shown.
+            self.word(text!("verdict_now"), finding.verdict.as_str());
+        }
     }
 
     fn number(&mut self, key: &str, number: u64) {

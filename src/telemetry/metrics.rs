@@ -89,6 +89,17 @@ struct Series {
     value: Value,
 }
 
+/// The labels of one series.
+#[derive(Debug, Clone, Copy)]
+pub struct Labels<'p>(&'p [(&'static str, String)]);
+
+impl<'p> Labels<'p> {
+    /// This one's value.
+    pub fn get(&self, name: &str) -> Option<&'p str> {
+        self.0.iter().find(|(label, _)| *label == name).map(|(_, value)| value.as_str())
+    }
+}
+
 /// What a series shows.
 #[derive(Debug, Clone)]
 pub enum Value {
@@ -187,6 +198,16 @@ impl Page {
         #[expect(clippy::indexing_slicing, reason = "found or made in the line above")]
         let series = &mut families[index].series;
         Adding { providers, series }
+    }
+
+    /// What this name's series are now, histograms apart.
+    pub fn values<'p>(&'p self, name: &str) -> impl Iterator<Item = (Labels<'p>, f64)> + use<'p> {
+        let family = self.families.iter().find(|family| family.name == name);
+        family.into_iter().flat_map(|family| &family.series).filter_map(|Series { labels, value }| match value {
+            Value::Whole(number) => Some((Labels(labels), *number as f64)),
+            Value::Real(number) => Some((Labels(labels), *number)),
+            Value::Spread(..) => None,
+        })
     }
 
     /// The page as text, in OpenMetrics.

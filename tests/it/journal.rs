@@ -4,8 +4,12 @@ use std::{collections::BTreeMap, process::Stdio};
 use strum::VariantArray;
 
 use byok_gate::{
-    domain::verdict::{BillingMode, DenyCode, ServedFrom, Source, Verdict, WarningCode},
+    domain::{
+        protocol::HeaderFamily,
+        verdict::{BillingMode, Cause, DenyCode, MadeUpKey, ServedFrom, Source, Unreached, Verdict, WarningCode, Withheld},
+    },
     grpc::convert::pb,
+    telemetry::cause,
 };
 use futures_util::StreamExt;
 use prost::Message;
@@ -80,6 +84,11 @@ fn expected(request: &pb::DecideRequest, response: &pb::DecideResponse) -> Value
     if upstream_status > 0 {
         event_map.insert("upstream_status".into(), upstream_status.into());
     }
+    let is_plain = decision == "ALLOW" && warnings.is_empty();
+    if let Some(liveness) = response.liveness.as_ref().filter(|_| !is_plain) {
+        event_map.insert("endpoint_host".into(), liveness.endpoint_host.clone().into());
+        event_map.insert("probe".into(), liveness.probe.clone().into());
+    }
     let always = ["runtime", "model"];
     event_map.retain(|name, value| always.contains(&name.as_str()) || !(value == "" || *value == json!([])));
     event
@@ -119,6 +128,21 @@ async fn compared(name: String, case: Case) -> usize {
         seen.remove("timestamp").unwrap();
         seen.remove("duration_us").unwrap();
         assert_eq!(seen.remove("age_ms").is_some(), seen.contains_key("served_from"), "{name}");
+        // What the answer does not tell: why.
+        let mut take = |field| seen.remove(field).map_or_else(String::new, |word| word.as_str().unwrap().to_owned());
+        let [header, cause, unreached, withheld, made_up, now] =
+            ["header", "cause", "unreached", "withheld", "made_up_keys", "verdict_now"].map(&mut take);
+        let verdict = seen.get("verdict").and_then(Value::as_str).unwrap_or_default();
+        let heard = if now.is_empty() { verdict } else { now.as_str() };
+        let answered = seen.contains_key("upstream_status") && now.is_empty();
+        if seen["outcome"] == "ALLOW" && !seen.contains_key("warnings") {
+            assert_eq!([header, cause, made_up], [""; 3], "{name}: there is nothing to say");
+        } else if answered && seen["served_from"] != "BREAKER" {
+            assert_eq!((header.is_empty(), cause.is_empty(), made_up.is_empty()), (false, verdict == "VALID", false), "{name}");
+        }
+        assert_eq!(!unreached.is_empty(), heard == "UNREACHABLE", "{name}");
+        assert_eq!(!withheld.is_empty(), heard == "NOT_ATTEMPTED", "{name}");
+        assert_eq!(!now.is_empty(), seen.get("served_from") == Some(&json!("STALE")), "{name}");
         assert_eq!(event, expected(request, response), "{name}");
     }
     decided.len()
@@ -136,6 +160,50 @@ fn the_schema_knows_every_word() {
     assert_eq!(fields["source"]["enum"], words(Source::VARIANTS.iter().map(|word| word.as_str()).collect()));
     assert_eq!(fields["served_from"]["enum"], words(ServedFrom::VARIANTS.iter().map(|word| word.as_str()).collect()));
     assert_eq!(fields["warnings"]["items"]["enum"], words(WarningCode::VARIANTS.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["cause"]["enum"], words(Cause::VARIANTS.iter().map(|word| word.as_str()).collect()));
+    assert_eq!(fields["header"]["enum"], words(HeaderFamily::VARIANTS.iter().map(|word| word.as_str()).collect()));
+    let unreached =
+        [Unreached::Dns, Unreached::Address, Unreached::Connect, Unreached::Tls, Unreached::Closed, Unreached::Protocol];
+    assert_eq!(fields["unreached"]["enum"], words(unreached.map(cause::unreached).to_vec()));
+    let withheld = [Withheld::Queue, Withheld::Budget, Withheld::NewKeys, Withheld::Fault];
+    assert_eq!(fields["withheld"]["enum"], words(withheld.map(cause::withheld).to_vec()));
+    let made_up =
+        [MadeUpKey::NotAsked, MadeUpKey::NoAnswer, MadeUpKey::Inconclusive(429), MadeUpKey::Refused(401), MadeUpKey::Accepted];
+    assert_eq!(fields["made_up_keys"]["enum"], words(made_up.map(cause::made_up).to_vec()));
+}
+
+/// A provider that cannot be reached: the log says at which step, and names the host.
+#[tokio::test]
+async fn a_provider_that_is_down_is_told_by_its_cause() {
+    let vendor = Vendor::start(Vec::new()).await;
+    // Speaks no TLS.
+    let plain = format!("https://{}/v1", vendor.address);
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    for (base, expect) in [
+        ("https://no-such-host.invalid/v1", "DNS"),
+        ("https://169.254.169.254/v1", "ADDRESS"),
+        ("http://api.example.com/v1", "ADDRESS"),
+        ("https://127.0.0.1:1/v1", "CONNECT"),
+        (plain.as_str(), "TLS"),
+    ] {
+        let registry = registry.replace("https://127.0.0.1:1/v1", base).replace("http://127.0.0.1:1/v1", base);
+        assert!(registry.contains(base), "the provider `gone` has another base URL by now");
+        let serving = serving(&Files::new(&registry, &catalogue, None), &[]).await;
+        let workspace = [("GONE_API_KEY".to_owned(), Some("made-up-key".to_owned()))].into();
+        let spec = Spec { model: "gone/1".into(), workspace, ..Spec::default() };
+        let request = pb::DecideRequest {
+            workspace_spec: Some(spec.message()),
+            checkpoint: pb::Checkpoint::Create as i32,
+            ..Default::default()
+        };
+        serving.client().await.decide(request).await.unwrap();
+        let told = told(&log_of(serving).await);
+        let [event] = told.as_slice() else { panic!("{told:?}") };
+        assert_eq!(event["code"], "BYOK_PROVIDER_UNREACHABLE", "{event}");
+        assert_eq!(event["unreached"], expect, "{base}: {event}");
+        let host = base.split('/').nth(2).unwrap();
+        assert_eq!(event["endpoint_host"], host, "{event}");
+    }
 }
 
 /// Names that would break a line, or move a terminal's cursor, are refused; and the refusal's own line does not hold them.

@@ -79,7 +79,7 @@ async fn beyond_loopback_something_must_be_said() {
     for (listen, said) in [
         ("0.0.0.0:0", "--insecure-listen"),
         ("[::]:0", "--insecure-listen"),
-        ("localhost:1", "neither an IP address"),
+        ("localhost", "neither HOST:PORT"),
         ("unix:", "needs a path"),
     ] {
         let ended = binary::run(&["serve", "--listen", listen], &[]).await;

@@ -33,7 +33,7 @@ use crate::{
     support::{
         binary::{PATIENCE, Serving},
         case,
-        edge::{Edge, Held, decide, grpc, is_allow, raw, settings},
+        edge::{Authority, Edge, Held, decide, grpc, is_allow, raw, settings},
         gate::Files,
         page::{Scraped, Shown, say, scrape, scrape_until},
         prober::Scripted,
@@ -77,6 +77,7 @@ async fn every_number_moves_and_is_documented() {
         an_outage().await,
         what_waits_is_seen_waiting().await,
         calls_that_fail().await,
+        a_certificate_and_its_end().await,
         a_provider_on_report().await,
         a_panic_of_ours().await,
         files_read_again().await,
@@ -307,7 +308,33 @@ async fn calls_that_fail() -> Scraped {
     stranger.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
     drop(stranger.read_to_end(&mut Vec::new()).await);
     shown.scrape_until(|page| page.get("byokgate_connections_open") == Some(2.0)).await;
-    shown.scrape().await.is(r#"byokgate_connections_refused_total{reason="handshake"}"#, 1.0);
+    let page = shown.scrape().await;
+    page.is(r#"byokgate_connections_refused_total{reason="handshake"}"#, 1.0);
+    page.is(r#"byokgate_handshakes_refused_total{fault="NO_HTTP2"}"#, 1.0);
+    page
+}
+
+async fn a_certificate_and_its_end() -> Scraped {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = Authority::new();
+    let mut settings = settings();
+    settings.admin.listen = Some("127.0.0.1:0".into());
+    let put = |name: &str, text: &str| {
+        fs::write(folder.path().join(name), text).unwrap();
+        Some(folder.path().join(name))
+    };
+    let server = authority.sign_until("localhost", 2060);
+    settings.tls.certificate = put("server.pem", &server.certificate);
+    settings.tls.key = put("server.key", &server.key);
+    settings.tls.client_ca = put("ca.pem", &authority.pem());
+    let bound = Bound::open(settings.edge()).await.unwrap();
+    let Some(Address::Tcp(admin)) = bound.admin_address() else { panic!("it shows nothing") };
+    let _edge = Edge::run(bound, Held::new(true).engine());
+    let page = scrape(admin).await;
+    let ends = page.get(r#"byokgate_tls_certificate_expires_seconds{setting="tls.certificate"}"#).unwrap();
+    let expect = 2_840_140_800.0 - std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
+    assert!((ends - expect).abs() < 60.0, "{ends} instead of {expect}");
+    assert!(page.get(r#"byokgate_tls_certificate_expires_seconds{setting="tls.client_ca"}"#).unwrap() > 0.0);
     page
 }
 
@@ -354,7 +381,8 @@ async fn a_panic_of_ours() -> Scraped {
 /// nobody.
 async fn files_read_again() -> Scraped {
     let traced = "tracing: {otlp_endpoint: 'http://127.0.0.1:1', sample_ratio: 1, export_interval: 100ms}\n";
-    let files = files(1, Some(&format!("server: {{reload_interval: 100ms}}\n{traced}")));
+    let config = |overrides: &str| format!("server: {{reload_interval: 100ms}}\n{traced}operator_overrides: {overrides}\n");
+    let files = files(1, Some(&config("refuse")));
     let tokens = files.folder().join("tokens");
     fs::write(&tokens, "made-up-token-0001 operator\n").unwrap();
     let flags = files.flags();
@@ -385,7 +413,10 @@ async fn files_read_again() -> Scraped {
     let mut call = tonic::Request::new(decide("made-up-key"));
     call.metadata_mut().insert("authorization", "Bearer made-up-token-0002".parse().unwrap());
     serving.client().await.decide(call).await.unwrap();
-    until(&|page| page.get("byokgate_spans_dropped_total").is_some_and(|lost| lost > 0.0)).await
+    until(&|page| page.get("byokgate_spans_dropped_total").is_some_and(|lost| lost > 0.0)).await;
+    page.is("byokgate_configuration_loosened_total", 0.0);
+    fs::write(files.folder().join("config.yaml"), config("honour")).unwrap();
+    until(&|page| page.get("byokgate_configuration_loosened_total") == Some(1.0)).await
 }
 
 async fn a_task_that_ends() -> Scraped {
@@ -564,7 +595,7 @@ async fn no_callers_word_is_on_the_page() {
 }
 
 #[tokio::test]
-async fn one_path_two_methods_and_no_body() {
+async fn few_paths_two_methods_and_no_body() {
     let shown = Shown::over(settings(), &files(1, None), Held::new(true), vec![]).await;
     let say = |words: &'static str| say(shown.admin, words);
     let page = say("GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await;
@@ -576,7 +607,8 @@ async fn one_path_two_methods_and_no_body() {
     let head = say("HEAD /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await;
     assert_eq!((head.status, head.body.as_str()), (200, ""));
     for (words, status, said) in [
-        ("GET / HTTP/1.1\r\nhost: gate\r\n\r\n", 404, "only /metrics"),
+        ("GET / HTTP/1.1\r\nhost: gate\r\n\r\n", 302, "see /status"),
+        ("GET /nothing HTTP/1.1\r\nhost: gate\r\n\r\n", 404, "here are /status"),
         ("GET /healthz HTTP/1.1\r\nhost: gate\r\n\r\n", 404, "health is gRPC's own service"),
         ("POST /metrics HTTP/1.1\r\nhost: gate\r\ncontent-length: 0\r\n\r\n", 405, "only GET and HEAD"),
         ("DELETE /metrics HTTP/1.1\r\nhost: gate\r\n\r\n", 405, "only GET and HEAD"),
@@ -654,7 +686,7 @@ async fn a_process_shows_its_numbers_where_it_is_told_to() {
         serving.terminate().await;
         assert!(serving.ended().await.status.success());
     }
-    let ended = crate::support::binary::run(&["serve", "--listen", "127.0.0.1:0", "--admin-listen", "localhost:1"], &[]).await;
+    let ended = crate::support::binary::run(&["serve", "--listen", "127.0.0.1:0", "--admin-listen", "localhost"], &[]).await;
     assert_eq!(ended.status.code(), Some(2), "{ended:?}");
-    assert!(ended.stderr.contains("admin.listen: `localhost:1`"), "{ended:?}");
+    assert!(ended.stderr.contains("admin.listen: `localhost`"), "{ended:?}");
 }

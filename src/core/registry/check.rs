@@ -47,9 +47,11 @@ struct Found {
 
 pub(super) fn check(document: &str, bytes: &[u8], env: Env<'_>) -> Result<Loaded<Registry>, Problems> {
     let mut found = Found::default();
+    let mut unknown_keys = Vec::new();
     let file = match yaml::parse::<RegistryFile>(bytes) {
         Ok(Loaded { value, warnings }) => {
-            found.warnings = warnings;
+            unknown_keys = warnings.into_iter().map(with_nearest_key).collect();
+            found.warnings.clone_from(&unknown_keys);
             value
         }
         Err(problem) => match part_by_part(bytes, &mut found.problems) {
@@ -67,7 +69,11 @@ pub(super) fn check(document: &str, bytes: &[u8], env: Env<'_>) -> Result<Loaded
     let Found { problems, warnings } = found;
     match value {
         Some(value) if problems.is_empty() => Ok(Loaded { value, warnings: yaml::located(bytes, warnings) }),
-        _ => Err(Problems { document: document.to_owned(), list: yaml::located(bytes, problems) }),
+        _ => {
+            // One of them may be the key that is missing elsewhere, misspelt.
+            let list = yaml::located(bytes, problems.into_iter().chain(unknown_keys).collect());
+            Err(Problems { document: document.to_owned(), list })
+        }
     }
 }
 
@@ -128,6 +134,26 @@ fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Found)
         arm.index = index;
     }
     Some(Registry { revision, sha256, providers, runtimes, credential_names })
+}
+
+/// A key that is not known, with the one that was most likely meant.
+fn with_nearest_key(mut problem: Problem) -> Problem {
+    /// Below it two words have no more in common than any two.
+    const SIMILAR: f64 = 0.92;
+    let fields = [
+        yaml::fields_of::<RegistryFile>(),
+        yaml::fields_of::<ProviderFile>(),
+        yaml::fields_of::<EndpointVarFile>(),
+        yaml::fields_of::<RuntimeFile>(),
+        yaml::fields_of::<ArmFile>(),
+    ];
+    let key = problem.place.rsplit('.').next().unwrap_or_default();
+    let likeness = |field: &&str| strsim::jaro_winkler(key, field);
+    let nearest = fields.into_iter().flatten().copied().max_by(|one, other| likeness(one).total_cmp(&likeness(other)));
+    if let Some(nearest) = nearest.filter(|nearest| likeness(nearest) >= SIMILAR && *nearest != key) {
+        problem.message.push_str(&format!("; the nearest is `{nearest}`"));
+    }
+    problem
 }
 
 /// Each with its name, at its position, whether or not it could be built.
@@ -492,7 +518,8 @@ fn resolve(template: &str, vars: &BTreeMap<String, EndpointVarFile>, env: Env<'_
     Ok(url)
 }
 
-fn is_loopback(url: &Url) -> bool {
+/// Its host is this machine, by name or by address.
+pub(crate) fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost",
         Some(url::Host::Ipv4(address)) => address.is_loopback(),

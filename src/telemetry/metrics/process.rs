@@ -10,7 +10,7 @@ use super::{Measured, Page};
 /// In which units the kernel tells a process's CPU time: the same on every Linux.
 const TICKS_PER_SECOND: f64 = 100.0;
 /// The commit that a release was built from; builds by hand have none.
-const REVISION: &str = match option_env!("BYOK_GATE_REVISION") {
+pub const REVISION: &str = match option_env!("BYOK_GATE_REVISION") {
     Some(revision) => revision,
     None => "",
 };

@@ -153,6 +153,10 @@ impl Authority {
     }
 
     pub(crate) fn sign_until(&self, name: &str, year: i32) -> Pair {
+        self.sign_until_day(name, year, 1, 1)
+    }
+
+    pub(crate) fn sign_until_day(&self, name: &str, year: i32, month: u8, day: u8) -> Pair {
         let key = KeyPair::generate().unwrap();
         let name = name.to_owned();
         let mut params = CertificateParams::new(Vec::new()).unwrap();
@@ -162,7 +166,7 @@ impl Authority {
             SanType::DnsName(name.try_into().unwrap())
         }];
         params.not_before = date_time_ymd(2001, 1, 1);
-        params.not_after = date_time_ymd(year, 1, 1);
+        params.not_after = date_time_ymd(year, month, day);
         let certificate = params.signed_by(&key, &self.0).unwrap();
         Pair { certificate: certificate.pem(), key: key.serialize_pem() }
     }

@@ -1,0 +1,110 @@
+//! Why a credential was not seen to be VALID: in one word for programs, in one sentence for people. Nothing of the provider's own text.
+
+use crate::{
+    core::classify::Finding,
+    domain::verdict::{MadeUpKey, Unreached, Verdict, Withheld},
+};
+
+/// What failed on the way, as logs have it.
+pub const fn unreached(why: Unreached) -> &'static str {
+    match why {
+        Unreached::Dns => "DNS",
+        Unreached::Address => "ADDRESS",
+        Unreached::Connect => "CONNECT",
+        Unreached::Tls => "TLS",
+        Unreached::Closed => "CLOSED",
+        Unreached::Protocol => "PROTOCOL",
+    }
+}
+
+/// Why nobody was asked, as logs have it.
+pub const fn withheld(why: Withheld) -> &'static str {
+    match why {
+        Withheld::Queue => "QUEUE",
+        Withheld::Budget => "BUDGET",
+        Withheld::NewKeys => "NEW_KEYS",
+        Withheld::Fault => "FAULT",
+    }
+}
+
+/// What a made-up key got there, as logs have it.
+pub const fn made_up(got: MadeUpKey) -> &'static str {
+    match got {
+        MadeUpKey::NotAsked => "NOT_ASKED",
+        MadeUpKey::NoAnswer => "NO_ANSWER",
+        MadeUpKey::Inconclusive(_) => "INCONCLUSIVE",
+        MadeUpKey::Refused(_) => "REFUSED",
+        MadeUpKey::Accepted => "ACCEPTED",
+    }
+}
+
+/// The same for a person: what was heard of this host, and how it was read.
+pub fn sentence(host: &str, finding: &Finding) -> String {
+    let Finding { verdict, status, probe, .. } = finding;
+    if let Some(why) = finding.withheld {
+        return format!("{host} was not asked: {}", withheld_text(why));
+    }
+    if let Some(why) = finding.unreached {
+        return format!("{host}: {}", unreached_text(why));
+    }
+    match (status, verdict) {
+        (Some(status), _) => format!("{host} answered `{probe}` with HTTP {status}{}", finding.why()),
+        (None, Verdict::Timeout) => format!("{host} gave no usable answer in time"),
+        (None, _) => format!("{host} was not asked"),
+    }
+}
+
+/// What failed on the way, for a person.
+pub const fn unreached_text(why: Unreached) -> &'static str {
+    match why {
+        Unreached::Dns => "the name could not be resolved (DNS)",
+        Unreached::Address => "the address, or plain http, may not be dialled by this configuration",
+        Unreached::Connect => "no connection: nobody listens there, or a firewall is in the way",
+        Unreached::Tls => "the connection stands, but not its TLS: a certificate that is not trusted, or no TLS there at all",
+        Unreached::Closed => "the connection was closed without an answer",
+        Unreached::Protocol => "what answers there does not speak HTTP",
+    }
+}
+
+const fn withheld_text(why: Withheld) -> &'static str {
+    match why {
+        Withheld::Queue => "too many questions to this provider wait already",
+        Withheld::Budget => "the calls per second to this provider are spent",
+        Withheld::NewKeys => "too many new credentials came from this organization or caller within a minute",
+        Withheld::Fault => "a fault of byok-gate's own ended the question",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::verdict::Cause;
+
+    #[test]
+    fn a_sentence_names_the_host_and_the_cause() {
+        let host = "api.acme.example";
+        let bare = Finding::bare;
+        for (finding, expect) in [
+            (
+                Finding { unreached: Some(Unreached::Dns), ..bare(Verdict::Unreachable) },
+                "api.acme.example: the name could not be resolved (DNS)",
+            ),
+            (bare(Verdict::Timeout), "api.acme.example gave no usable answer in time"),
+            (
+                Finding::withheld(Withheld::Queue),
+                "api.acme.example was not asked: too many questions to this provider wait already",
+            ),
+            (
+                Finding {
+                    status: Some(200),
+                    probe: "models".into(),
+                    cause: Some(Cause::Page),
+                    ..bare(Verdict::UnexpectedResponse)
+                },
+                "api.acme.example answered `models` with HTTP 200, PAGE: a page for people, made-up keys: not asked",
+            ),
+        ] {
+            assert_eq!(sentence(host, &finding), expect);
+        }
+    }
+}

@@ -1,0 +1,598 @@
+//! What a person wants to know of a running service at a glance, put together when somebody asks: from what the metrics count, from what
+//! decisions are made by, and from the last decisions. The page, its JSON and the command show the same.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::{Mutex, PoisonError},
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    lately::{Entry, Lately},
+    metrics::{PROVIDER, Page, process},
+};
+use crate::{
+    core::{
+        policy::Enforcement,
+        snapshot::{Origin, Snapshot},
+    },
+    domain::duration,
+};
+
+/// The version of the JSON: it rises when a field goes or changes its meaning, not when one is added.
+const SCHEMA_VERSION: u32 = 1;
+/// What "lately" means for counts.
+pub const WINDOW: Duration = Duration::from_secs(15 * 60);
+/// How often the counts are noted for that.
+pub const SAMPLE_EVERY: Duration = Duration::from_secs(60);
+/// A certificate that ends sooner needs somebody: two weeks hold a holiday.
+pub const CERTIFICATE_NEAR_END: Duration = Duration::from_secs(14 * 24 * 3600);
+
+/// All of it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+#[derive(Default)]
+pub struct Status {
+    /// Of this document.
+    pub schema_version: u32,
+    /// Now.
+    pub as_of: String,
+    /// What runs.
+    pub version: String,
+    /// The commit; empty in builds by hand.
+    pub revision: String,
+    /// Since when.
+    pub started_at: String,
+    /// What needs somebody; empty is good.
+    pub attention: Vec<Attention>,
+    /// Registry and catalogue.
+    pub documents: Vec<Document>,
+    /// Certificates of the server, and of its clients' authorities.
+    pub certificates: Vec<Certificate>,
+    /// Every provider of the registry.
+    pub providers: Vec<Provider>,
+    /// Over how long the counts below that are called recent go.
+    pub window_seconds: u64,
+    /// Decisions by outcome and code.
+    pub decisions: Vec<DecisionCount>,
+    /// Connections that came to no call, the newest first.
+    pub refused_connections: Vec<RefusedConnection>,
+    /// The last denials, the newest first.
+    pub denials: Vec<Recent>,
+    /// The last allows that nobody could verify, the newest first.
+    pub unverified_allows: Vec<Recent>,
+}
+
+/// Something that needs somebody.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Attention {
+    /// What is the matter.
+    pub what: String,
+    /// What to do.
+    pub remedy: String,
+}
+
+/// A document that decisions are made by.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Document {
+    /// `registry` or `catalogue`.
+    pub document: String,
+    /// Its content's hash.
+    pub revision: String,
+    /// `embedded`, or its file.
+    pub source: String,
+    /// When it was read.
+    pub loaded_at: String,
+    /// How long ago.
+    pub age_seconds: u64,
+    /// Why the version that should have followed it is not in force; empty if none should.
+    pub last_reload_error: String,
+}
+
+/// A certificate's end.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Certificate {
+    /// The setting that names its file.
+    pub setting: String,
+    /// The file.
+    pub file: String,
+    /// When it ends.
+    pub ends_at: String,
+    /// How long that is; negative once it has ended.
+    pub seconds_left: i64,
+}
+
+/// A provider.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct Provider {
+    /// Its name in the registry.
+    pub provider: String,
+    /// `enforce`, `report` or `off`.
+    pub enforcement: String,
+    /// Until when, of the last two.
+    pub until: String,
+    /// `closed`, `half-open` or `open`; empty where it never was touched.
+    pub breaker: String,
+    /// Probes that ask, or wait for the budget of calls per second.
+    pub probes_in_flight: u64,
+    /// Probes that wait for a place.
+    pub probes_queued: u64,
+    /// Recent decisions by the verdict that they rested on.
+    pub recent_verdicts: BTreeMap<String, u64>,
+    /// What its endpoints do with made-up keys.
+    pub calibration: Vec<Calibration>,
+    /// Hosts that have no API at the base URL.
+    pub no_api_at: Vec<String>,
+    /// Why a credential's state was last left open.
+    pub last_failure: Option<LastFailure>,
+}
+
+/// What an endpoint does with made-up keys in one header.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Calibration {
+    /// The host.
+    pub host: String,
+    /// The probe.
+    pub probe: String,
+    /// The header.
+    pub header: String,
+    /// `refuses`, `untold`, `accepts` or `refuses oddly`.
+    pub state: String,
+}
+
+/// Why a credential's state was left open.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LastFailure {
+    /// When a decision met it last.
+    pub at: String,
+    /// The verdict.
+    pub verdict: String,
+    /// In words.
+    pub cause: String,
+}
+
+/// Connections of one peer that came to no call for one reason.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RefusedConnection {
+    /// When the last one came.
+    pub at: String,
+    /// Why, in a word.
+    pub fault: String,
+    /// From where.
+    pub peer: String,
+    /// How many since the start, as long as it is kept.
+    pub count: u64,
+    /// The names in the certificate that it showed.
+    pub names: Vec<String>,
+    /// Why, in words.
+    pub meaning: String,
+}
+
+/// Decisions of one code.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct DecisionCount {
+    /// `ALLOW` or `DENY`.
+    pub outcome: String,
+    /// The deny code; empty for an allow.
+    pub code: String,
+    /// Since the start.
+    pub total: u64,
+    /// Within the window.
+    pub recent: u64,
+}
+
+/// One decision.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct Recent {
+    /// When.
+    pub at: String,
+    /// Its id.
+    pub decision_id: String,
+    /// At which checkpoint.
+    pub checkpoint: String,
+    /// Its caller does not act on it.
+    pub report_only: bool,
+    /// Empty unless `admin.show_workspace_ids` is set.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub workspace_id: String,
+    /// The runtime.
+    pub runtime: String,
+    /// The model.
+    pub model: String,
+    /// The provider.
+    pub provider: String,
+    /// The deny code.
+    pub code: String,
+    /// The verdict.
+    pub verdict: String,
+    /// The host.
+    pub host: String,
+    /// Why, in words.
+    pub cause: String,
+}
+
+/// The setting that names a certificate's file, the file, and when the certificate ends in seconds of Unix time.
+pub type CertificateEnd = (&'static str, String, i64);
+
+/// What is put together.
+pub struct Sources<'s> {
+    /// Everything that is counted.
+    pub page: &'s Page,
+    /// What decisions are made by.
+    pub snapshot: &'s Snapshot,
+    /// The last decisions.
+    pub lately: &'s Lately,
+    /// The counts of a while ago.
+    pub window: &'s Window,
+    /// Since when the service runs.
+    pub started: SystemTime,
+    /// Each certificate's setting, file and end in seconds of Unix time.
+    pub certificates: Vec<CertificateEnd>,
+    /// Connections that came to no call.
+    pub refused_connections: Vec<RefusedConnection>,
+}
+
+// === what the counts were a while ago ===
+
+/// Counts as they were, minute by minute, for a little longer than the window.
+#[derive(Debug)]
+pub struct Window(Mutex<VecDeque<(SystemTime, Totals)>>);
+
+/// Counts as they are now. By provider and verdict, and by outcome and code.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Totals {
+    verdicts: BTreeMap<(String, String), u64>,
+    decisions: BTreeMap<(String, String), u64>,
+}
+
+impl Totals {
+    /// What this page has counted.
+    pub fn of(page: &Page) -> Self {
+        let mut totals = Self::default();
+        let mut add = |family, names: [&str; 2], to: fn(&mut Self) -> &mut BTreeMap<(String, String), u64>| {
+            for (labels, count) in page.values(family) {
+                let [one, two] = names.map(|name| labels.get(name).unwrap_or_default().to_owned());
+                *to(&mut totals).entry((one, two)).or_default() += count as u64;
+            }
+        };
+        add("byokgate_verdicts", [PROVIDER, "verdict"], |totals| &mut totals.verdicts);
+        add("byokgate_decisions", ["outcome", "code"], |totals| &mut totals.decisions);
+        totals
+    }
+}
+
+impl Window {
+    /// Since this moment, at which nothing was counted.
+    pub fn since(now: SystemTime) -> Self {
+        Self(Mutex::new([(now, Totals::default())].into()))
+    }
+
+    /// Notes the counts of now.
+    pub fn note(&self, now: SystemTime, totals: Totals) {
+        let mut samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        samples.push_back((now, totals));
+        // One that is old enough is what the rest is compared with; a clock that is set back leaves no more than there are minutes.
+        let most = 1 + WINDOW.as_secs().div_ceil(SAMPLE_EVERY.as_secs()) as usize;
+        while samples.len() > most || samples.get(1).is_some_and(|(at, _)| since(*at, now) >= WINDOW) {
+            samples.pop_front();
+        }
+    }
+
+    /// What the counts were then, and how long ago that is.
+    fn then(&self, now: SystemTime) -> (Totals, Duration) {
+        let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        samples.front().map_or_else(Default::default, |(at, totals)| (totals.clone(), since(*at, now)))
+    }
+}
+
+fn since(then: SystemTime, now: SystemTime) -> Duration {
+    now.duration_since(then).unwrap_or_default()
+}
+
+// === putting together ===
+
+/// The whole status, as of now.
+pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
+    let Sources { page, snapshot, lately, window, started, certificates, refused_connections } = sources;
+    let (then, length) = window.then(now);
+    let totals = Totals::of(page);
+    let documents = documents(snapshot, now);
+    let certificates: Vec<Certificate> = certificates
+        .iter()
+        .map(|(setting, file, end)| Certificate {
+            setting: (*setting).to_owned(),
+            file: file.clone(),
+            ends_at: jiff::Timestamp::from_second(*end).map_or_else(|_| end.to_string(), |at| at.to_string()),
+            seconds_left: end.saturating_sub(seconds(now)),
+        })
+        .collect();
+    let providers = providers(sources, &totals, &then, now);
+    let mut attention = attention(page, &documents, &certificates, &providers);
+    attention.extend(refused(refused_connections, now));
+    let decisions = totals.decisions.iter().map(|((outcome, code), total)| DecisionCount {
+        outcome: outcome.clone(),
+        code: code.clone(),
+        total: *total,
+        recent: total.saturating_sub(then.decisions.get(&(outcome.clone(), code.clone())).copied().unwrap_or_default()),
+    });
+    let recent = |entries: Vec<std::sync::Arc<Entry>>| entries.iter().map(|entry| Recent::of(entry)).collect();
+    Status {
+        schema_version: SCHEMA_VERSION,
+        as_of: text_of(now),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        revision: process::REVISION.to_owned(),
+        started_at: text_of(*started),
+        attention,
+        documents,
+        certificates,
+        providers,
+        window_seconds: length.as_secs(),
+        decisions: decisions.collect(),
+        refused_connections: refused_connections.clone(),
+        denials: recent(lately.denials()),
+        unverified_allows: recent(lately.unverified_allows()),
+    }
+}
+
+impl Recent {
+    fn of(entry: &Entry) -> Self {
+        Self {
+            at: text_of(entry.at),
+            decision_id: entry.id.to_string(),
+            checkpoint: entry.checkpoint.to_owned(),
+            report_only: entry.report_only,
+            workspace_id: entry.workspace_id.clone(),
+            runtime: entry.runtime.clone(),
+            model: entry.model.clone(),
+            provider: entry.provider.clone(),
+            code: entry.code.to_owned(),
+            verdict: entry.verdict.to_owned(),
+            host: entry.host.clone(),
+            cause: entry.cause(),
+        }
+    }
+}
+
+fn documents(snapshot: &Snapshot, now: SystemTime) -> Vec<Document> {
+    let document = |document: &str, revision: &str, Origin { source, loaded_at, last_reload_error }: &Origin| Document {
+        document: document.to_owned(),
+        revision: revision.to_owned(),
+        source: source.clone(),
+        loaded_at: text_of(*loaded_at),
+        age_seconds: since(*loaded_at, now).as_secs(),
+        last_reload_error: last_reload_error.clone(),
+    };
+    vec![
+        document("registry", snapshot.registry.revision(), &snapshot.registry_origin),
+        document("catalogue", snapshot.catalogue.revision(), &snapshot.catalogue_origin),
+    ]
+}
+
+fn providers(sources: &Sources<'_>, totals: &Totals, then: &Totals, now: SystemTime) -> Vec<Provider> {
+    let Sources { page, snapshot, lately, .. } = sources;
+    let exceptions: BTreeMap<&str, i64> =
+        snapshot.policy.exceptions().map(|(provider, exception)| (provider, exception.until)).collect();
+    let one = |family: &str, provider: &str| {
+        page.values(family).find(|(labels, _)| labels.get(PROVIDER) == Some(provider)).map(|(_, value)| value)
+    };
+    let of = |name: &str| {
+        let (enforcement, is_exempt) = match snapshot.policy.enforcement(name, seconds(now)) {
+            Enforcement::Enforce => ("enforce", false),
+            Enforcement::Report => ("report", true),
+            Enforcement::Off => ("off", true),
+        };
+        let until = exceptions.get(name).filter(|_| is_exempt).and_then(|until| jiff::Timestamp::from_second(*until).ok());
+        let verdicts = totals.verdicts.iter().filter(|((provider, _), _)| provider == name);
+        let recent = verdicts.filter_map(|(key @ (_, verdict), count)| {
+            let recent = count.saturating_sub(then.verdicts.get(key).copied().unwrap_or_default());
+            (recent > 0).then(|| (verdict.clone(), recent))
+        });
+        let calibration = page.values("byokgate_calibration_state").filter(|(labels, _)| labels.get(PROVIDER) == Some(name));
+        let no_api = page
+            .values("byokgate_no_api_at_base_url")
+            .filter(|(labels, value)| labels.get(PROVIDER) == Some(name) && *value > 0.0);
+        Provider {
+            provider: name.to_owned(),
+            enforcement: enforcement.to_owned(),
+            until: until.map_or_else(String::new, |until| until.to_string()),
+            breaker: one("byokgate_breaker_state", name).map_or("", breaker).to_owned(),
+            probes_in_flight: one("byokgate_probes_in_flight", name).unwrap_or_default() as u64,
+            probes_queued: one("byokgate_probes_queued", name).unwrap_or_default() as u64,
+            recent_verdicts: recent.collect(),
+            calibration: calibration
+                .map(|(labels, value)| {
+                    let of = |name: &str| labels.get(name).unwrap_or_default().to_owned();
+                    Calibration {
+                        host: of("host"),
+                        probe: of("probe"),
+                        header: of("header"),
+                        state: made_up_keys(value).to_owned(),
+                    }
+                })
+                .collect(),
+            no_api_at: no_api.map(|(labels, _)| labels.get("host").unwrap_or_default().to_owned()).collect(),
+            last_failure: lately.failure(name).map(|failure| LastFailure {
+                at: text_of(failure.at),
+                verdict: failure.verdict.as_str().to_owned(),
+                cause: failure.cause(),
+            }),
+        }
+    };
+    snapshot.registry.providers().iter().map(|provider| of(&provider.name)).collect()
+}
+
+impl Provider {
+    /// Nothing was heard of it, and nothing is to be said.
+    pub fn is_quiet(&self) -> bool {
+        let Self { provider, .. } = self;
+        *self == Self { provider: provider.clone(), enforcement: "enforce".to_owned(), ..Self::default() }
+    }
+}
+
+/// As the gauge has it.
+fn breaker(state: f64) -> &'static str {
+    match state as u64 {
+        0 => "closed",
+        1 => "half-open",
+        _ => "open",
+    }
+}
+
+/// As the gauge has it.
+fn made_up_keys(state: f64) -> &'static str {
+    match state as u64 {
+        0 => "refuses",
+        1 => "untold",
+        2 => "accepts",
+        _ => "refuses oddly",
+    }
+}
+
+/// What needs somebody, the worst first.
+fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], providers: &[Provider]) -> Vec<Attention> {
+    let mut found = Vec::new();
+    let mut add = |what: String, remedy: &str| found.push(Attention { what, remedy: remedy.to_owned() });
+    let sum = |family: &str| page.values(family).map(|(_, value)| value).sum::<f64>() as u64;
+    for certificate in certificates {
+        let Certificate { setting, file, ends_at, seconds_left } = certificate;
+        let remedy = "write a new one to the same file; it is taken without a restart";
+        if *seconds_left <= 0 {
+            add(format!("{setting} ({file}) has ended at {ends_at}"), remedy);
+        } else if *seconds_left < CERTIFICATE_NEAR_END.as_secs() as i64 {
+            let left = duration::text(Duration::from_secs(seconds_left.unsigned_abs() / 3600 * 3600));
+            add(format!("{setting} ({file}) ends in {left}, at {ends_at}"), remedy);
+        }
+    }
+    for Document { document, last_reload_error, .. } in documents.iter().filter(|it| !it.last_reload_error.is_empty()) {
+        let what = format!("the {document}'s last change was not taken; the last good version decides: {last_reload_error}");
+        add(what, "mend the file, or put the old one back; `byok-gate check` with the same flags shows all that is wrong");
+    }
+    let failing: BTreeSet<&str> = page
+        .values("byokgate_reload_failing")
+        .filter(|(_, value)| *value > 0.0)
+        .filter_map(|(labels, _)| labels.get("what"))
+        .filter(|what| *what != "documents" || documents.iter().all(|it| it.last_reload_error.is_empty()))
+        .collect();
+    for what in failing {
+        add(
+            format!("the files of {what} do not stand; the last good ones are in force"),
+            "the log's `reload_failed` names the fault; write the files again",
+        );
+    }
+    if sum("byokgate_decisions_panicked") + sum("byokgate_probes_panicked") > 0 {
+        add("a fault of byok-gate's own ended a decision or a probe".to_owned(), "look for `panicked` in the log, and report it");
+    }
+    for Provider { provider, breaker, enforcement, until, calibration, no_api_at, last_failure, .. } in providers {
+        // Half-open, it is only not known to be well again.
+        if breaker == "open" || breaker == "half-open" {
+            let why = last_failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.cause));
+            add(
+                format!("the breaker of provider `{provider}` is {breaker}{why}"),
+                "look at the vendor's status page; where several are open, at DNS and egress. It closes by itself",
+            );
+        }
+        for host in no_api_at {
+            add(
+                format!("there is no API at the base URL of provider `{provider}` ({host})"),
+                "correct the base URL in the registry; `byok-gate check --probe` finds them all",
+            );
+        }
+        // Another rung of the ladder may tell: then nothing is amiss.
+        let accepts = |it: &&Calibration| it.state == "accepts";
+        if let Some(Calibration { host, .. }) = calibration.iter().find(accepts)
+            && calibration.iter().all(|it| accepts(&it))
+        {
+            add(
+                format!("{host} takes made-up keys of provider `{provider}`: its \"yes\" proves nothing"),
+                "`byok-gate probe --provider P --env NAME --calibrate --explain` shows each call; correct the host's row",
+            );
+        }
+        if enforcement != "enforce" {
+            add(
+                format!("provider `{provider}` is set to {enforcement} until {until}: dead keys start workspaces"),
+                "nothing, if it is meant; else take the entry out of `providers`",
+            );
+        }
+    }
+    let dropped = sum("byokgate_log_lines_dropped");
+    if dropped > 0 {
+        add(format!("{dropped} log lines were dropped since the start"), "whoever reads the log is too slow: look at its agent");
+    }
+    found
+}
+
+/// Connections that were refused within the window.
+fn refused(connections: &[RefusedConnection], now: SystemTime) -> impl Iterator<Item = Attention> {
+    let is_recent = move |it: &&RefusedConnection| {
+        it.at.parse::<jiff::Timestamp>().is_ok_and(|at| seconds(now) - at.as_second() < WINDOW.as_secs() as i64)
+    };
+    // One line for each fault: the peers are listed below.
+    let mut by_fault: BTreeMap<&str, (&RefusedConnection, usize)> = BTreeMap::new();
+    for it in connections.iter().filter(is_recent) {
+        by_fault.entry(&it.fault).or_insert((it, 0)).1 += 1;
+    }
+    let lines: Vec<_> = by_fault
+        .into_values()
+        .map(|(RefusedConnection { fault, peer, meaning, .. }, peers)| {
+            let others = if peers > 1 { format!(" and {} more", peers - 1) } else { String::new() };
+            Attention { what: format!("connections from {peer}{others} were refused: {fault}"), remedy: meaning.clone() }
+        })
+        .collect();
+    lines.into_iter()
+}
+
+// === words ===
+
+fn seconds(now: SystemTime) -> i64 {
+    now.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
+}
+
+/// RFC 3339, in whole seconds.
+pub fn text_of(at: SystemTime) -> String {
+    jiff::Timestamp::from_second(seconds(at)).map_or_else(|_| String::new(), |at| at.to_string())
+}
+
+/// For eyes: without what moves a cursor, or turns the direction in which a line is read.
+pub fn printable(text: &str) -> String {
+    let turns = |c: char| matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.chars().map(|c| if c.is_control() || turns(c) { '\u{fffd}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn totals(valid: u64) -> Totals {
+        Totals { verdicts: [(("acme".to_owned(), "VALID".to_owned()), valid)].into(), ..Totals::default() }
+    }
+
+    /// What is compared with is never younger than the window, once that has passed, and little older; and there are few of them.
+    #[test]
+    fn the_window_moves_on_and_stays_small() {
+        let start = UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let window = Window::since(start);
+        for minute in 1..=100 {
+            let now = start + SAMPLE_EVERY * minute;
+            window.note(now, totals(u64::from(minute)));
+            let (then, length) = window.then(now);
+            assert_eq!(length, SAMPLE_EVERY * minute.min(15), "minute {minute}");
+            let expect = if minute <= 15 { Totals::default() } else { totals(u64::from(minute) - 15) };
+            assert_eq!(then, expect, "minute {minute}");
+            assert!(window.0.lock().unwrap().len() <= 17);
+        }
+        // A clock that is set back.
+        for _ in 0..100 {
+            window.note(start, totals(1));
+        }
+        assert!(window.0.lock().unwrap().len() <= 17);
+    }
+
+    #[test]
+    fn what_is_shown_moves_no_cursor_and_turns_no_line() {
+        assert_eq!(printable("a\u{1b}[2J\u{202e}b\n"), "a\u{fffd}[2J\u{fffd}b\u{fffd}");
+    }
+}

@@ -1,0 +1,220 @@
+//! Commands that ask a server: over TLS, with certificates and tokens; and what they say where that does not fit.
+
+use std::{fs, path::PathBuf, sync::Arc};
+
+use byok_gate::{
+    config::settings::Settings,
+    core::engine::Engine,
+    server::settings::{CallerList, CertificateCaller, RoleWord},
+};
+use rustls::version::{TLS12, TLS13};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::{
+    binary::{Serving, run},
+    case,
+    edge::{Authority, Edge, Pair, settings, tls_client, tls_connect},
+    gate::Files,
+    page::{Shown, say},
+};
+
+const PLATFORM: &str = "spiffe://example.org/platform/api";
+const TOKEN: &str = "made-up-token-0123456789";
+
+fn engine() -> Arc<Engine> {
+    let (registry, catalogue) = case::documents(1);
+    Files::new(&registry, &catalogue, None).engine()
+}
+
+/// Certificates in files, as commands take them.
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn put(&self, name: &str, text: &str) -> String {
+        let path: PathBuf = self.0.path().join(name);
+        fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn pair(&self, name: &str, pair: &Pair) -> [String; 4] {
+        let (certificate, key) =
+            (self.put(&format!("{name}.pem"), &pair.certificate), self.put(&format!("{name}.key"), &pair.key));
+        ["--client-cert".to_owned(), certificate, "--client-key".to_owned(), key]
+    }
+
+    /// A server with this certificate, for whoever the authority vouches for.
+    fn settings(&self, authority: &Authority, server: &Pair) -> Settings {
+        let mut settings = settings();
+        settings.tls.certificate = Some(self.put("server.pem", &server.certificate).into());
+        settings.tls.key = Some(self.put("server.key", &server.key).into());
+        settings.tls.client_ca = Some(self.put("ca.pem", &authority.pem()).into());
+        let known = CertificateCaller { san: PLATFORM.to_owned(), role: RoleWord::Platform, workspaces: Default::default() };
+        settings.callers.certificates = CallerList::Only(vec![known]);
+        settings
+    }
+}
+
+async fn health(server: &str, arguments: &[&str]) -> (Option<i32>, String) {
+    let ended = run(&[&["health", "--server", server], arguments].concat(), &[]).await;
+    (ended.status.code(), ended.stdout + &ended.stderr)
+}
+
+#[tokio::test]
+async fn a_command_speaks_tls_and_says_in_one_sentence_where_that_does_not_fit() {
+    let (folder, authority, stranger) = (Folder::new(), Authority::new(), Authority::new());
+    let edge = Edge::start(folder.settings(&authority, &authority.sign("localhost")), engine()).await;
+    let plain = Edge::start(settings(), engine()).await;
+    let by_name = format!("localhost:{}", edge.tcp().port());
+    let by_number = edge.tcp().to_string();
+    let plain_by_name = format!("localhost:{}", plain.tcp().port());
+    let ca = folder.put("ca.pem", &authority.pem());
+    let ca = ["--server-ca", ca.as_str()];
+    let other_ca = folder.put("other-ca.pem", &stranger.pem());
+    let good = folder.pair("good", &authority.sign(PLATFORM));
+    let wrong_name = folder.pair("wrong-name", &authority.sign("spiffe://example.org/other"));
+    let expired = folder.pair("expired", &authority.sign_until(PLATFORM, 2002));
+    let of_a_stranger = folder.pair("stranger", &stranger.sign(PLATFORM));
+    let with = |pair: &'static [String; 4]| pair.iter().map(String::as_str).collect::<Vec<_>>();
+    let [good, wrong_name, expired, of_a_stranger] =
+        [good, wrong_name, expired, of_a_stranger].map(|pair| with(Box::leak(Box::new(pair))));
+    for (server, arguments, code, words) in [
+        (&by_name, [&ca[..], &good].concat(), 0, "SERVING"),
+        (&by_number, [&ca[..], &good, &["--server-name", "localhost"]].concat(), 0, "SERVING"),
+        (&by_name, Vec::new(), 1, "speaks TLS: write https:// before the address, or give --server-ca"),
+        (&plain_by_name, Vec::new(), 0, "SERVING"),
+        (&plain_by_name, ca.to_vec(), 1, "speaks no TLS: leave out https://"),
+        (&by_name, ca.to_vec(), 1, "the server wants a client certificate: give --client-cert and --client-key"),
+        (&by_name, [&ca[..], &wrong_name].concat(), 1, "takes no client certificate with these names"),
+        (&by_name, [&ca[..], &expired].concat(), 1, "this client's certificate has expired"),
+        (&by_name, [&ca[..], &of_a_stranger].concat(), 1, "does not know the authority of this client's certificate"),
+        (&by_name, [&["--server-ca", &other_ca][..], &good].concat(), 1, "signed by no authority that is trusted here"),
+        (&by_number, [&ca[..], &good].concat(), 1, "the server's certificate is for another name"),
+        (&by_name, vec!["--client-cert", good[1]], 2, "--client-cert needs --client-key"),
+        (&by_name, vec!["--server-ca", "/no/such/file"], 2, "--server-ca /no/such/file"),
+    ] {
+        let (ended, said) = health(server, &arguments).await;
+        assert!(ended == Some(code) && said.contains(words), "{server} {arguments:?}: {ended:?} {said}");
+        assert!(said.lines().count() == 1, "one sentence: {said}");
+    }
+    let (ended, said) = health(&format!("http://{by_name}"), &ca).await;
+    assert!(ended == Some(2) && said.contains("write https://"), "{said}");
+}
+
+#[tokio::test]
+async fn a_decision_is_asked_for_with_a_token() {
+    let folder = Folder::new();
+    let mut settings = settings();
+    settings.callers.token_file = Some(folder.put("tokens", &format!("# ours\n{TOKEN} platform\n")).into());
+    let edge = Edge::start(settings, engine()).await;
+    let server = edge.tcp().to_string();
+    let asked = ["decide", "--server", &server, "--runtime", "agent", "--model", "acme-large"];
+    let own = folder.put("own", &format!("{TOKEN}\n"));
+    let same = folder.put("same", &format!("# ours\n{TOKEN} platform\n"));
+    let wrong = folder.put("wrong", "made-up-other-0123456789\n");
+    let empty = folder.put("empty", "# nothing\n");
+    for (file, code, words) in [
+        (None, 1, "no decision: 127.0.0.1"),
+        (None, 1, "give --client-token-file"),
+        (Some(&own), 10, "MISSING_BYOK_CREDENTIAL"),
+        (Some(&same), 10, "MISSING_BYOK_CREDENTIAL"),
+        (Some(&wrong), 1, "the bearer token is not known"),
+        (Some(&empty), 2, "holds no token"),
+    ] {
+        let more: Vec<&str> = file.iter().flat_map(|file| ["--client-token-file", file.as_str()]).collect();
+        let ended = run(&[&asked[..], &more].concat(), &[]).await;
+        let said = ended.stdout + &ended.stderr;
+        assert!(ended.status.code() == Some(code) && said.contains(words), "{file:?}: {:?} {said}", ended.status);
+        assert!(!said.contains("made-up-"), "{said}");
+    }
+    // And by the environment, as a pod has it.
+    let command = ["exec", "--runtime", "agent", "--model", "acme-large", "--", "true"];
+    let environment = [("BYOK_GATE_SERVER", server.as_str()), ("BYOK_GATE_CLIENT_TOKEN_FILE", own.as_str())];
+    let ended = run(&command, &environment).await;
+    assert!(ended.status.code() == Some(10) && ended.stderr.contains("MISSING_BYOK_CREDENTIAL"), "{ended:?}");
+    let ended = run(&["decide", "--runtime", "agent", "--model", "m", "--client-token-file", &own], &[]).await;
+    assert!(ended.status.code() == Some(2) && ended.stderr.contains("need --server"), "{ended:?}");
+}
+
+/// Who is refused is in the log of the real process, by name, once a minute, and on its page; so is a certificate near its end.
+#[tokio::test]
+async fn the_log_names_who_was_refused_and_why() {
+    let (folder, authority, stranger) = (Folder::new(), Authority::new(), Authority::new());
+    let soon = jiff::Zoned::now().checked_add(jiff::Span::new().days(10)).unwrap();
+    let server = authority.sign_until_day("localhost", i32::from(soon.year()), soon.month() as u8, soon.day() as u8);
+    let certificate = folder.put("server.pem", &server.certificate);
+    let (key, ca) = (folder.put("server.key", &server.key), folder.put("ca.pem", &authority.pem()));
+    let flags = ["--tls-cert", &certificate, "--tls-key", &key, "--tls-client-ca", &ca, "--allow-client-san", PLATFORM];
+    let serving = Serving::start(&[&flags[..], &["--admin-listen", "127.0.0.1:0"]].concat()).await;
+    let admin = serving.event("admin_listening")["address"].as_str().unwrap().parse().unwrap();
+    let near = serving.until("certificate_near_end").await;
+    assert_eq!(
+        (&near["level"], &near["setting"], &near["file"]),
+        (&"WARN".into(), &"tls.certificate".into(), &certificate.as_str().into())
+    );
+    let address = serving.address.parse().unwrap();
+    let refused = async |fault: &str| {
+        serving.until_fits(fault, |event| event["event"] == "connection_refused" && event["fault"] == fault).await
+    };
+    let other = "spiffe://example.org/other";
+    for (version, fault, own, trusted, names) in [
+        (&TLS13, "CERTIFICATE_NAME", Some(authority.sign(other)), &authority, other),
+        (&TLS12, "CERTIFICATE_EXPIRED", Some(authority.sign_until(PLATFORM, 2002)), &authority, PLATFORM),
+        (&TLS13, "CERTIFICATE_AUTHORITY", Some(stranger.sign(other)), &authority, other),
+        (&TLS13, "CERTIFICATE_MISSING", None, &authority, ""),
+        (&TLS13, "SERVER_CERTIFICATE_REFUSED", Some(authority.sign(PLATFORM)), &stranger, ""),
+    ] {
+        drop(tls_connect(address, &tls_client(trusted, own.as_ref(), &[version])).await);
+        let event = refused(fault).await;
+        assert_eq!(
+            (&event["level"], &event["peer"], &event["names"], &event["count"]),
+            (&"WARN".into(), &"127.0.0.1".into(), &names.into(), &1.into()),
+            "{event}"
+        );
+        assert!(event["message"].as_str().unwrap().len() > 20, "{event}");
+    }
+    // Again within the minute: counted, and not told.
+    drop(tls_connect(address, &tls_client(&authority, None, &[&TLS13])).await);
+    let mut plain = tokio::net::TcpStream::connect(address).await.unwrap();
+    tokio::io::AsyncWriteExt::write_all(&mut plain, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    let mut heard = Vec::new();
+    tokio::io::AsyncReadExt::read_to_end(&mut plain, &mut heard).await.unwrap();
+    assert!(String::from_utf8_lossy(&heard).ends_with("this port speaks TLS, and the client does not"), "{heard:?}");
+    refused("NO_TLS").await;
+    let answer = say(admin, "GET /status.json HTTP/1.1\r\nhost: gate\r\n\r\n").await;
+    let status: Value = serde_json::from_str(&answer.body).unwrap();
+    let listed = status["refused_connections"].as_array().unwrap();
+    let of = |fault: &str| listed.iter().find(|it| it["fault"] == fault).unwrap_or_else(|| panic!("{fault}: {listed:?}")).clone();
+    assert_eq!(of("CERTIFICATE_MISSING")["count"], 2);
+    assert_eq!(of("CERTIFICATE_NAME")["names"], serde_json::json!([other]));
+    assert_eq!(listed.len(), 6, "{listed:?}");
+    let attention = status["attention"].to_string();
+    assert!(attention.contains("tls.certificate") && attention.contains("CERTIFICATE_NAME"), "{attention}");
+    let metrics = say(admin, "GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.body;
+    assert!(metrics.contains("byokgate_handshakes_refused_total{fault=\"CERTIFICATE_MISSING\"} 2"), "{metrics}");
+    assert!(metrics.contains("byokgate_tls_certificate_expires_seconds{setting=\"tls.certificate\"} "), "{metrics}");
+    serving.terminate().await;
+    let told = serving.ended().await.stdout;
+    let missing = told.lines().filter(|line| line.contains("\"CERTIFICATE_MISSING\"")).count();
+    assert_eq!(missing, 1, "once a minute: {told}");
+}
+
+/// Where no TLS is spoken, who speaks it is told what the port is, and the log says it too.
+#[tokio::test]
+async fn tls_and_http_1_on_a_plain_port_are_told_what_it_is() {
+    let (registry, catalogue) = case::documents(1);
+    let shown = Shown::start(settings(), &Files::new(&registry, &catalogue, None)).await;
+    let answer = say(shown.edge.tcp(), "GET /healthz HTTP/1.1\r\nhost: gate\r\nuser-agent: x\r\n\r\n").await;
+    assert_eq!(answer.status, 400);
+    assert!(answer.body.contains("gRPC over HTTP/2, without TLS"), "{answer:?}");
+    let fault = tls_connect(shown.edge.tcp(), &tls_client(&Authority::new(), None, &[&TLS13])).await.unwrap_err();
+    assert!(fault.to_string().contains("InvalidContentType"), "{fault}");
+    let page =
+        shown.scrape_until(|page| page.get(r#"byokgate_handshakes_refused_total{fault="TLS_UNEXPECTED"}"#) == Some(1.0)).await;
+    page.is(r#"byokgate_handshakes_refused_total{fault="NO_HTTP2"}"#, 1.0);
+    page.is(r#"byokgate_connections_refused_total{reason="handshake"}"#, 2.0);
+}

@@ -1,0 +1,186 @@
+//! The status page, its JSON and its command: what has happened is there, little is kept, and nobody's value or script gets through.
+
+use std::net::SocketAddr;
+
+use serde_json::Value;
+
+use crate::{
+    secrets::is_not_in,
+    support::{
+        binary::{Serving, run},
+        case,
+        edge::{Edge, Held, decide, is_allow, settings},
+        gate::Files,
+        page::{Shown, say},
+        vendor::{Row, Vendor},
+    },
+};
+use byok_gate::grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient};
+
+const CANARY: &str = "made-up-canary-7f3a";
+const SCRIPT: &str = "\"><script>x</script>\u{202e}";
+
+fn files(port: u16) -> Files {
+    let (registry, catalogue) = case::documents(port);
+    Files::new(&registry, &catalogue, None)
+}
+
+async fn json(admin: SocketAddr) -> Value {
+    let answer = say(admin, "GET /status.json HTTP/1.1\r\nhost: gate\r\n\r\n").await;
+    assert!(answer.status == 200 && answer.head.contains("content-type: application/json"), "{answer:?}");
+    serde_json::from_str(&answer.body).unwrap()
+}
+
+async fn page(admin: SocketAddr) -> String {
+    let answer = say(admin, "GET /status HTTP/1.1\r\nhost: gate\r\n\r\n").await;
+    assert!(answer.status == 200 && answer.head.contains("content-type: text/html; charset=utf-8"), "{answer:?}");
+    assert!(answer.head.contains("content-security-policy: default-src 'none'"), "{}", answer.head);
+    answer.body
+}
+
+async fn client(edge: &Edge) -> PolicyDecisionServiceClient<tonic::transport::Channel> {
+    PolicyDecisionServiceClient::new(edge.plain().await)
+}
+
+fn of_model(model: &str, env_name: &str, key: &str) -> pb::DecideRequest {
+    let mut request = decide(key);
+    let spec = request.workspace_spec.as_mut().unwrap();
+    spec.model = model.into();
+    spec.credentials[0].env_name = env_name.into();
+    request
+}
+
+/// A vendor that takes one key and refuses every other.
+async fn vendor() -> Vendor {
+    let answer = |key: Option<&str>, status, body: &str| Row {
+        path: Some("/acme/v1/models".into()),
+        key: key.map(str::to_owned),
+        status: Some(status),
+        body: body.into(),
+        ..Row::default()
+    };
+    let refusal = r#"{"error": {"code": "invalid_api_key"}}"#;
+    Vendor::start(vec![answer(Some("made-up-key"), 200, r#"{"data": []}"#), answer(None, 401, refusal)]).await
+}
+
+#[tokio::test]
+async fn what_has_happened_is_on_the_page() {
+    let vendor = vendor().await;
+    let shown = Shown::start(settings(), &files(vendor.address.port())).await;
+    let fresh = json(shown.admin).await;
+    assert_eq!(
+        (&fresh["attention"], &fresh["decisions"], &fresh["denials"]),
+        (&Value::from(Vec::<u8>::new()), &fresh["attention"], &fresh["attention"])
+    );
+    let mut client = client(&shown.edge).await;
+    assert!(is_allow(&client.decide(decide("made-up-key")).await.unwrap().into_inner()));
+    let denied = client.decide(decide(CANARY)).await.unwrap().into_inner();
+    // Nobody listens there: denied at CREATE, and allowed at UPDATE, which nobody could verify.
+    assert!(!is_allow(&client.decide(of_model("gone/m", "GONE_API_KEY", CANARY)).await.unwrap().into_inner()));
+    let update = pb::DecideRequest { checkpoint: pb::Checkpoint::Update as i32, ..of_model("gone/m", "GONE_API_KEY", CANARY) };
+    assert!(is_allow(&client.decide(update).await.unwrap().into_inner()));
+    let hostile = of_model(&format!("nobodys/{SCRIPT}"), "ACME_API_KEY", CANARY);
+    assert!(!is_allow(&client.decide(hostile).await.unwrap().into_inner()));
+    let status = json(shown.admin).await;
+    let provider = |name: &str| {
+        let all = status["providers"].as_array().unwrap();
+        all.iter().find(|it| it["provider"] == name).unwrap().clone()
+    };
+    let acme = provider("acme");
+    assert_eq!(acme["recent_verdicts"], serde_json::json!({"INVALID": 1, "VALID": 1}));
+    assert_eq!((&acme["breaker"], &acme["enforcement"]), (&Value::from("closed"), &Value::from("enforce")));
+    let gone = provider("gone");
+    assert_eq!(gone["recent_verdicts"], serde_json::json!({"UNREACHABLE": 2}));
+    assert_eq!(gone["last_failure"]["verdict"], "UNREACHABLE");
+    assert_eq!(gone["last_failure"]["cause"], "127.0.0.1:1: no connection: nobody listens there, or a firewall is in the way");
+    let denials = status["denials"].as_array().unwrap();
+    let codes: Vec<&str> = denials.iter().map(|it| it["code"].as_str().unwrap()).collect();
+    assert_eq!(codes, ["UNREGISTERED_MODEL_FOR_RUNTIME", "BYOK_PROVIDER_UNREACHABLE", "INVALID_BYOK_CREDENTIAL"]);
+    let invalid = &denials[2];
+    assert_eq!(invalid["decision_id"], denied.decision_id);
+    assert_eq!((&invalid["verdict"], &invalid["provider"]), (&Value::from("INVALID"), &Value::from("acme")));
+    assert!(invalid["cause"].as_str().unwrap().contains("answered `models` with HTTP 401"), "{invalid}");
+    assert!(invalid.get("workspace_id").is_none(), "{invalid}");
+    assert_eq!(status["unverified_allows"][0]["verdict"], "UNREACHABLE");
+    let count = |outcome: &str, code: &str| {
+        let all = status["decisions"].as_array().unwrap();
+        all.iter().find(|it| it["outcome"] == outcome && it["code"] == code).map(|it| (it["total"].clone(), it["recent"].clone()))
+    };
+    assert_eq!(count("ALLOW", ""), Some((2.into(), 2.into())));
+    assert_eq!(count("DENY", "INVALID_BYOK_CREDENTIAL"), Some((1.into(), 1.into())));
+    // The page says the same; a name is text in it, and turns no line around.
+    let page = page(shown.admin).await;
+    for words in [
+        "INVALID_BYOK_CREDENTIAL",
+        &denied.decision_id,
+        "no connection: nobody listens there",
+        "nobodys/&quot;&gt;&lt;script&gt;",
+    ] {
+        assert!(page.contains(words), "{words} in {page}");
+    }
+    assert!(!page.contains("<script") && !page.contains('\u{202e}'), "{page}");
+    // And the command, which moves no cursor either.
+    let told = run(&["status", "--server", &shown.admin.to_string()], &[]).await;
+    assert_eq!(told.status.code(), Some(0), "{told:?}");
+    for words in
+        ["needs attention\n  nothing\n", "INVALID_BYOK_CREDENTIAL", "127.0.0.1:1: no connection", "VALID 1", "last denials"]
+    {
+        assert!(told.stdout.contains(words), "{words} in {}", told.stdout);
+    }
+    assert!(!told.stdout.contains('\u{202e}'), "{}", told.stdout);
+    for text in [&page, &status.to_string(), &told.stdout] {
+        is_not_in(text, CANARY, "the status");
+        assert!(!text.contains("ws-1"), "{text}");
+    }
+}
+
+/// So many and no more, the newest first; and workspaces are named only where that is set.
+#[tokio::test]
+async fn a_hundred_denials_are_kept() {
+    let mut settings = settings();
+    settings.admin.show_workspace_ids = true;
+    let shown = Shown::over(settings, &files(1), Held::new(true), Vec::new()).await;
+    let mut client = client(&shown.edge).await;
+    for number in 0..130 {
+        let mut request = of_model("acme-large", "ACME_API_KEY", "");
+        request.workspace_spec.as_mut().unwrap().workspace_id = format!("ws-{number}");
+        assert!(!is_allow(&client.decide(request).await.unwrap().into_inner()));
+    }
+    let status = json(shown.admin).await;
+    let ids: Vec<String> =
+        status["denials"].as_array().unwrap().iter().map(|it| it["workspace_id"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(ids, (30..130).rev().map(|number| format!("ws-{number}")).collect::<Vec<_>>());
+    assert!(page(shown.admin).await.contains("ws-129"));
+}
+
+/// The real process, asked over a socket file; what needs somebody ends the command with 1; and who answers with something else is told so.
+#[tokio::test]
+async fn the_command_reads_a_process_over_a_socket_file() {
+    let vendor = vendor().await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let files = Files::new(&registry, &catalogue, Some("providers: {acme: {probe: report, until: 2099-01-01}}\n"));
+    let socket = format!("unix:{}", files.folder().join("admin.sock").display());
+    let mut arguments = vec!["--admin-listen".to_owned(), socket.clone()];
+    arguments.extend(files.flags());
+    let serving = Serving::start(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let told = run(&["status", "--server", &socket], &[]).await;
+    assert_eq!(told.status.code(), Some(1), "{told:?}");
+    assert!(told.stdout.contains("! provider `acme` is set to report until 2099-01-01T00:00:00Z"), "{}", told.stdout);
+    let whole = run(&["status", "--server", &socket, "--format", "json"], &[]).await;
+    let whole: Value = serde_json::from_str(&whole.stdout).unwrap();
+    assert_eq!(whole["version"], env!("CARGO_PKG_VERSION"));
+    for (server, words) in [
+        (serving.address.as_str(), "is that the address of --admin-listen"),
+        ("127.0.0.1:1", "nobody answers there"),
+        ("127.0.0.1", "the port is missing"),
+    ] {
+        let told = run(&["status", "--server", server], &[]).await;
+        assert!(told.status.code().is_some_and(|code| code != 0), "{told:?}");
+        assert!(told.stderr.contains(words), "{server}: {}", told.stderr);
+    }
+    // A file that does not stand any more is told of, with what is wrong.
+    std::fs::write(files.folder().join("registry.yaml"), "schema_version: 1\nproviders: []\n").unwrap();
+    serving.until("reload_failed").await;
+    let told = run(&["status", "--server", &socket], &[]).await;
+    assert!(told.stdout.contains("the registry's last change was not taken; the last good version decides"), "{}", told.stdout);
+}
