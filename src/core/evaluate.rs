@@ -15,7 +15,7 @@ use crate::{
     domain::{
         decision::{JudgedCredential, RelevantNames, Resolution, TraceStep, Warning},
         denial::{LivenessEvidence, Refusal, listed},
-        request::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
+        request::{CalledBy, Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
         secret::Secret,
         verdict::{BillingMode, MatchedBy, Source, Verdict, WarningCode},
     },
@@ -63,7 +63,7 @@ pub struct LivenessQuery<'a> {
     /// For which tenant; empty on a platform of one.
     pub organization: &'a str,
     /// Who asks.
-    pub caller: &'a str,
+    pub caller: &'a CalledBy,
 }
 
 /// The steps of one decision, kept only if they were asked for.
@@ -168,7 +168,7 @@ struct Evaluator<'a, 'f> {
     spec: &'a WorkspaceSpec,
     checkpoint: Checkpoint,
     proxy: PlatformProxy,
-    caller: &'a str,
+    caller: &'a CalledBy,
     now: i64,
     fingerprint: &'f dyn Fn(&Secret) -> String,
 }

@@ -150,7 +150,7 @@ impl Journal {
         }
         line.given(text!("workspace_id"), &spec.workspace_id);
         line.given(text!("organization_id"), &spec.organization_id);
-        line.given(text!("caller"), caller);
+        line.given(text!("caller"), &caller.name);
         line.text(text!("runtime"), &spec.runtime);
         line.text(text!("model"), &spec.model);
         line.word(text!("outcome"), word);
@@ -200,7 +200,7 @@ impl Journal {
             line.word(text!("checkpoint"), checkpoint.as_str());
             line.given(text!("workspace_id"), &spec.workspace_id);
             line.given(text!("organization_id"), &spec.organization_id);
-            line.given(text!("caller"), caller);
+            line.given(text!("caller"), &caller.name);
         }
         line.text(text!("grpc_code"), grpc_code);
         line.text(text!("reason"), &printable(reason));
