@@ -10,7 +10,7 @@ use governor::{Quota, RateLimiter, clock::Clock, middleware::NoOpMiddleware, sta
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::{clock::TokioClock, turns::Turns};
+use super::{clock::TokioClock, provider_limits::part_of, turns::Turns};
 use crate::{
     domain::request::CalledBy,
     telemetry::metrics::{Counter, Measured, Page},
@@ -43,6 +43,15 @@ impl Default for NewKeyLimits {
             per_caller: NonZeroU32::MIN.saturating_add(29),
             per_platform: NonZeroU32::MIN.saturating_add(59_999),
         }
+    }
+}
+
+impl NewKeyLimits {
+    /// The part of one of so many replicas. An organization and a workspace are told apart from others by these limits, and have them whole:
+    /// their questions go to one replica.
+    #[must_use]
+    pub fn of_one(self, replicas: NonZeroU32) -> Self {
+        Self { per_platform: part_of(self.per_platform, replicas), ..self }
     }
 }
 

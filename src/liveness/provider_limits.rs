@@ -53,7 +53,7 @@ const USUAL_LATENCY: Duration = Duration::from_millis(500);
 const CALM: Duration = Duration::from_secs(60);
 
 /// How much of the queue's time may be taken, as estimates go wrong: by those who were told to come, and by others while such are awaited.
-const TOLD_TO_COME: f64 = 0.9;
+const TOLD_TO_COME: f64 = 0.75;
 const NEW: f64 = 0.5;
 
 impl Default for ProviderLimits {
@@ -69,6 +69,18 @@ impl Default for ProviderLimits {
 }
 
 impl ProviderLimits {
+    /// The part of one of so many replicas, at least one of each.
+    #[must_use]
+    pub fn of_one(self, replicas: NonZeroU32) -> Self {
+        let part = |of: usize| of.div_ceil(usize::try_from(replicas.get()).unwrap_or(usize::MAX));
+        Self {
+            in_flight: part(self.in_flight),
+            in_flight_floor: part(self.in_flight_floor),
+            per_second: part_of(self.per_second, replicas),
+            ..self
+        }
+    }
+
     /// What is wrong with them.
     pub fn review(&self, review: &mut Review<'_>) {
         review.number("in_flight", self.in_flight, 1, 1_000_000);
@@ -76,6 +88,11 @@ impl ProviderLimits {
         review.number("queue", self.queue, 1, 1_000_000);
         review.length("queue_time", self.queue_time, Duration::from_millis(100), duration::MAX);
     }
+}
+
+/// The part of one of so many, at least 1.
+pub(super) const fn part_of(whole: NonZeroU32, replicas: NonZeroU32) -> NonZeroU32 {
+    NonZeroU32::MIN.saturating_add((whole.get() - 1) / replicas.get())
 }
 
 /// An asker that asks no more than it may.
