@@ -182,8 +182,10 @@ fn deciding(model: &str, credentials: usize, keys: usize, registry: Arc<Registry
     let catalogue = Arc::new(Catalogue::embedded().expect("the embedded catalogue stands").value);
     let snapshot = Snapshot::new(Arc::clone(&registry), catalogue, Arc::new(Policy::default()), origin(), origin());
     let many = u32::MAX.try_into().expect("not zero");
-    let mut settings =
-        CacheSettings { new_keys: NewKeyLimits { per_organization: many, per_caller: many }, ..CacheSettings::default() };
+    let mut settings = CacheSettings {
+        new_keys: NewKeyLimits { per_organization: many, per_caller: many, per_platform: many },
+        ..CacheSettings::default()
+    };
     // Nothing grows old while it is measured.
     settings.ages.valid = Duration::from_secs(24 * 3600);
     let engine = Engine::new(snapshot, Arc::new(Cache::new(Arc::new(Prompt), settings)), None);
@@ -233,6 +235,6 @@ fn request(registry: &Registry, model: &str, credentials: usize, key: &str) -> R
         max_liveness_age: None,
         explain: false,
         report_only: false,
-        caller: String::new(),
+        caller: Default::default(),
     }
 }

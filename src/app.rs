@@ -66,7 +66,7 @@ impl App {
     pub fn new(setup: &Setup) -> Result<Self, ProbeSetupError> {
         let Setup { snapshot, fingerprint_key, settings, .. } = setup;
         let prober = Arc::new(prober(setup)?);
-        let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits));
+        let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits()));
         let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()));
         let engine = Arc::new(Engine::new(snapshot.clone(), cache.clone(), *fingerprint_key));
         Ok(Self { engine, measured: vec![prober, limiter, cache] })

@@ -9,3 +9,4 @@ pub mod new_keys;
 pub mod prober;
 pub mod provider_limits;
 pub(crate) mod single_flight;
+mod turns;

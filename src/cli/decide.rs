@@ -22,7 +22,7 @@ use crate::{
     app::App,
     config::Setup,
     domain::{
-        request::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
+        request::{CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
         secret::Secret,
     },
     grpc::convert::{self, pb},
@@ -188,7 +188,7 @@ fn request(args: &DecideArgs) -> anyhow::Result<Request> {
         max_liveness_age: args.max_liveness_age.map(|seconds| Duration::from_secs(u64::from(seconds))),
         explain: args.explain,
         report_only: false,
-        caller: String::new(),
+        caller: CalledBy::default(),
     })
 }
 

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     domain::{
-        request::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
+        request::{CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
         secret::Secret,
     },
     server::shutdown::Signals,
@@ -128,7 +128,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
             max_liveness_age: None,
             explain: false,
             report_only: false,
-            caller: String::new(),
+            caller: CalledBy::default(),
         };
         match server {
             Some(server) => ask(&client.server(&server)?, &request).await,

@@ -176,7 +176,12 @@ impl Settings {
 
     /// For the memory of observations, and what guards the providers behind it.
     pub fn cache_settings(&self) -> CacheSettings {
-        CacheSettings { ages: self.cache, breaker: self.breaker, new_keys: self.new_keys }
+        CacheSettings { ages: self.cache, breaker: self.breaker, new_keys: self.new_keys.of_one(self.server.replicas) }
+    }
+
+    /// What this replica may ask of each provider.
+    pub fn provider_limits(&self) -> ProviderLimits {
+        self.provider_limits.of_one(self.server.replicas)
     }
 
     /// For the prober.

@@ -22,7 +22,7 @@ use crate::{
         decision::{ChosenBecause, JudgedCredential},
         denial::{LivenessEvidence, Malformation, NameAndScope, Refusal, ShadowCause, any_of, listed},
         protocol::HeaderFamily,
-        request::{Checkpoint, WorkspaceSpec},
+        request::{CalledBy, Checkpoint, WorkspaceSpec},
         secret::Secret,
         verdict::{Verdict, WarningCode},
     },
@@ -46,7 +46,7 @@ pub struct LivenessQuery<'a> {
     /// For which tenant; empty on a platform of one.
     pub organization: &'a str,
     /// Who asks.
-    pub caller: &'a str,
+    pub caller: &'a CalledBy,
     /// What the answer is told with.
     pub context: QueryContext<'a>,
 }
@@ -80,7 +80,7 @@ pub(super) struct CredentialStep<'a, 'f> {
     pub(super) model: &'a str,
     pub(super) checkpoint: Checkpoint,
     pub(super) enforcement: Enforcement,
-    pub(super) caller: &'a str,
+    pub(super) caller: &'a CalledBy,
     pub(super) fingerprint: &'f dyn Fn(&Secret) -> String,
 }
 

@@ -6,7 +6,7 @@ use std::{
     future::{Future, ready},
     pin::Pin,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, SystemTime, UNIX_EPOCH},
@@ -42,6 +42,16 @@ pub type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 pub trait Prober: Send + Sync + 'static {
     /// What came of it. Bounds its own time, whoever waits.
     fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding>;
+
+    /// How long a question to this provider that came now would wait for its turn. Whoever lets nobody wait has nothing to say.
+    fn expected_wait(&self, _provider: &str) -> Duration {
+        Duration::ZERO
+    }
+
+    /// How long a question about this credential that was not taken is to stay away: until its turn behind a full queue.
+    fn turn(&self, _provider: &str, _credential: [u8; 32]) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// What is asked.
@@ -51,13 +61,21 @@ pub struct ProbeRequest {
     pub target: Arc<Target>,
     /// About which credential.
     pub secret: Arc<Secret>,
+    /// Tells it from others: a hash under a key of this process.
+    pub credential: [u8; 32],
     /// To be told when the provider itself is asked, after what waiting there was.
     pub started: ProbeStarted,
 }
 
 /// Whether the provider itself is being asked, or the question still waits for its turn.
 #[derive(Debug, Clone, Default)]
-pub struct ProbeStarted(Arc<AtomicBool>);
+pub struct ProbeStarted(Arc<Progress>);
+
+#[derive(Debug, Default)]
+struct Progress {
+    started: AtomicBool,
+    answer_at: OnceLock<Instant>,
+}
 
 /// What is known of a credential's liveness, remembered or asked.
 pub trait LivenessSource: Send + Sync + 'static {
@@ -69,6 +87,11 @@ pub trait LivenessSource: Send + Sync + 'static {
 
     /// An observation no older than wanted, by the deadline.
     fn observe<'a>(&'a self, query: LivenessQuery<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed>;
+
+    /// How long a question to this provider that came now would wait for its turn.
+    fn expected_wait(&self, _provider: &str) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// What was observed, or remembered.
@@ -127,12 +150,22 @@ pub struct Decided {
 impl ProbeStarted {
     /// From now on the provider is asked.
     pub fn set(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.started.store(true, Ordering::Relaxed);
+    }
+
+    /// While it waits for its turn: when its answer is expected.
+    pub fn expect_answer_at(&self, at: Instant) {
+        self.0.answer_at.get_or_init(|| at);
+    }
+
+    /// When its answer was expected, as it began to wait.
+    pub fn answer_at(&self) -> Option<Instant> {
+        self.0.answer_at.get().copied()
     }
 
     /// It is.
     pub fn is_set(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.started.load(Ordering::Relaxed)
     }
 }
 
@@ -152,6 +185,11 @@ impl Engine {
     /// Decides by this snapshot from the next call on. Calls under way keep theirs.
     pub fn swap(&self, snapshot: Snapshot) {
         self.snapshot.store(Arc::new(snapshot));
+    }
+
+    /// How long a decision that has to ask this provider would wait for its turn now.
+    pub fn expected_wait(&self, provider: &str) -> Duration {
+        self.liveness.expected_wait(provider)
     }
 
     /// Decides, by the deadline.

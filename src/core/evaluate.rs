@@ -15,7 +15,7 @@ use crate::{
     domain::{
         decision::{RelevantNames, Resolution, Warning},
         denial::{Refusal, listed},
-        request::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
+        request::{CalledBy, Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
         secret::Secret,
         verdict::{BillingMode, MatchedBy, Source, WarningCode},
     },
@@ -140,7 +140,7 @@ struct Evaluator<'a, 'f> {
     spec: &'a WorkspaceSpec,
     checkpoint: Checkpoint,
     proxy: PlatformProxy,
-    caller: &'a str,
+    caller: &'a CalledBy,
     now: i64,
     fingerprint: &'f dyn Fn(&Secret) -> String,
 }

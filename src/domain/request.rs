@@ -125,8 +125,17 @@ pub struct Request {
     pub explain: bool,
     /// The caller does not act on the answer: it is recorded and counted apart.
     pub report_only: bool,
-    /// Who asks, by the name that the edge knows it by; empty where callers have none.
-    pub caller: String,
+    /// Who asks.
+    pub caller: CalledBy,
+}
+
+/// Who asks, as far as limits tell callers apart.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct CalledBy {
+    /// The name that the edge knows it by; empty where callers have none.
+    pub name: String,
+    /// It is a workspace, beside a tenant's code, and no platform.
+    pub is_workspace: bool,
 }
 
 /// Nothing but printable ASCII, which nearly every text is: told several bytes at a time.

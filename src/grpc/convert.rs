@@ -10,7 +10,8 @@ use crate::{
     domain::{
         decision::{Decision, Deny, Liveness, Outcome, Resolution, Seen, Warning},
         request::{
-            Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec, is_plain,
+            CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec,
+            is_plain,
         },
         secret::Secret,
         verdict::{BillingMode, DenyCode, MatchedBy, ServedFrom, Source, Verdict, WarningCode},
@@ -96,7 +97,7 @@ pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Req
     };
     match (spec, checkpoint) {
         (Some(spec), Some(checkpoint)) => {
-            violations.or(Request { spec, checkpoint, max_liveness_age, explain, report_only, caller: String::new() })
+            violations.or(Request { spec, checkpoint, max_liveness_age, explain, report_only, caller: CalledBy::default() })
         }
         _ => Err(violations),
     }

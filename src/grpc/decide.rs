@@ -10,7 +10,7 @@ use tracing::Instrument;
 
 use super::{
     admission::Admission,
-    authorize::{Authorizer, Caller},
+    authorize::{Authorizer, Caller, Role},
     call_record::CallRecord,
     convert::{
         self, Violations,
@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     core::engine::{Decided, Engine},
-    domain::request::Request,
+    domain::request::{CalledBy, Request},
 };
 
 /// What all calls share.
@@ -95,7 +95,8 @@ impl Decider {
         record: &CallRecord,
     ) -> Result<pb::DecideResponse, Status> {
         let mut request = request.inspect_err(|status| record.failed(status, None))?;
-        request.caller.clone_from(&self.caller.name);
+        request.caller =
+            CalledBy { name: self.caller.name.clone(), is_workspace: matches!(self.caller.role, Role::Workspace(_)) };
         let began = Instant::now();
         let _unfinished = Unfinished { record, request: &request };
         let decided = self.decided(&request, answer_by, patient).instrument(record.span()).await;
@@ -110,10 +111,11 @@ impl Decider {
         authorizer.request(&self.caller, request)?;
         engine
             .decide_admitted(request, answer_by, |endpoint| async move {
+                let expected_wait = || engine.expected_wait(&endpoint.provider);
                 if patient {
-                    admission.enter_by(&endpoint.provider, answer_by).await
+                    admission.enter_by(&endpoint.provider, answer_by, &expected_wait).await
                 } else {
-                    admission.enter(&endpoint.provider).await
+                    admission.enter(&endpoint.provider, &expected_wait).await
                 }
             })
             .await

@@ -33,6 +33,7 @@ use crate::{
         breaker::{BreakerSettings, Breakers, Opened, Source},
         new_keys::{NewKeyLimits, NewKeys},
         single_flight::{FlightEnd, Join, SingleFlight, Start, wait},
+        turns::spread,
     },
     telemetry::{
         metrics::{Counter, Measured, Page},
@@ -261,23 +262,33 @@ impl Cache {
                 }
                 Join::Rejected(Rejected::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
                 Join::Rejected(Rejected::NewKeys(wait)) => {
-                    let retry_after = wait.max(self.ages.floor);
-                    return Observed { retry_after, ..self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age) };
+                    return self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
                 }
-                Join::Full => return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age),
+                Join::Full => {
+                    let wait = self.prober.turn(&query.endpoint.provider, keys.first).max(self.ages.unanswered);
+                    return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
+                }
                 Join::InFlight(flight) => match wait(flight, deadline).await {
                     FlightEnd::Completed(Fetched { timed, key }) if key == keys.first || Some(key) == self.second(&keys) => {
                         return self.served(&self.known(&keys), &timed, ServedFrom::Probe, max_age, Instant::now());
                     }
                     FlightEnd::Completed(_) => {}
-                    FlightEnd::TimedOut { started: true } => {
-                        return self.unasked(&keys, Finding::bare(Verdict::Timeout), max_age);
+                    FlightEnd::TimedOut { started: true, .. } => {
+                        return self.unasked(&keys, Finding::bare(Verdict::Timeout), max_age, self.ages.unanswered);
                     }
-                    // It still waited for its turn: that is our doing, not the provider's.
-                    FlightEnd::TimedOut { started: false } => {
-                        return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age);
+                    // It still waited for its turn: that is our doing, not the provider's. It goes on waiting, and will be answered, if it
+                    // was not expected to be by now: then it may wait in vain.
+                    FlightEnd::TimedOut { started: false, answer_at } => {
+                        let now = Instant::now();
+                        let wait = match answer_at {
+                            Some(at) if at > now => at - now,
+                            _ => self.prober.turn(&query.endpoint.provider, keys.first),
+                        };
+                        return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                     }
-                    FlightEnd::Lost => return self.unasked(&keys, Finding::withheld(Withheld::Fault), max_age),
+                    FlightEnd::Lost => {
+                        return self.unasked(&keys, Finding::withheld(Withheld::Fault), max_age, self.ages.unanswered);
+                    }
                 },
             }
         }
@@ -326,7 +337,7 @@ impl Cache {
         started: ProbeStarted,
     ) -> impl Future<Output = Fetched> + Send + use<> {
         let target = Arc::new(Target::of(query.endpoint, query.model).preferring(query.preference));
-        let request = ProbeRequest { target, secret: Arc::clone(&query.secret), started };
+        let request = ProbeRequest { target, secret: Arc::clone(&query.secret), credential: keys.first, started };
         let (prober, breakers, target) = (Arc::clone(&self.prober), Arc::clone(&self.breakers), Arc::clone(&request.target));
         let (memory, last_valid, ages) = (self.memory.clone(), Arc::clone(&self.last_valid), self.ages);
         let (first, second) = (keys.first, self.second(keys));
@@ -403,19 +414,19 @@ impl Cache {
             observed_at: opened.wall,
             age: opened.at.elapsed(),
             served_from: ServedFrom::Breaker,
-            retry_after: opened.until.saturating_duration_since(Instant::now()).max(self.ages.floor),
+            retry_after: spread(opened.until.saturating_duration_since(Instant::now()).max(self.ages.floor)),
             earlier_valid: self.earlier_valid(&self.known(keys), max_age, Instant::now()),
         }
     }
 
-    /// A verdict of ours about not having an answer. It is never remembered and replaces nothing.
-    fn unasked(&self, keys: &Keys<'_>, finding: Finding, max_age: Option<Duration>) -> Observed {
+    /// A verdict of ours about not having an answer, which may be there after this wait. It is never remembered and replaces nothing.
+    fn unasked(&self, keys: &Keys<'_>, finding: Finding, max_age: Option<Duration>, wait: Duration) -> Observed {
         Observed {
             finding: Arc::new(finding),
             observed_at: SystemTime::now(),
             age: Duration::ZERO,
             served_from: ServedFrom::Probe,
-            retry_after: self.ages.unanswered,
+            retry_after: spread(wait.max(self.ages.floor)),
             earlier_valid: self.earlier_valid(&self.known(keys), max_age, Instant::now()),
         }
     }
@@ -459,6 +470,10 @@ impl LivenessSource for Cache {
             traces::observed(&traces::cache(), &observed, None);
         }
         Some(observed)
+    }
+
+    fn expected_wait(&self, provider: &str) -> Duration {
+        self.prober.expected_wait(provider)
     }
 
     fn observe<'a>(&'a self, query: LivenessQuery<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
@@ -650,7 +665,9 @@ impl Ages {
                 finding.retry_after.map_or(self.inconclusive, |wanted| wanted.clamp(self.rate_limited_min, self.rate_limited_max))
             }
             Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::QuotaExhausted => self.inconclusive,
-            Verdict::NotAttempted | Verdict::NoServerSurface | Verdict::ProbeDisabled => Duration::ZERO,
+            // Whoever did not ask says when it will.
+            Verdict::NotAttempted => finding.retry_after.unwrap_or(self.unanswered),
+            Verdict::NoServerSurface | Verdict::ProbeDisabled => Duration::ZERO,
         }
     }
 

@@ -1,13 +1,20 @@
 //! How many new credentials anybody may have judged, so that nobody uses the service to find out which of many keys are alive.
 
-use std::{num::NonZeroU32, time::Duration};
+use std::{
+    num::NonZeroU32,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use governor::{Quota, RateLimiter, clock::Clock, middleware::NoOpMiddleware, state::keyed::HashMapStateStore};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::clock::TokioClock;
-use crate::telemetry::metrics::{Counter, Measured, Page};
+use super::{clock::TokioClock, provider_limits::part_of, turns::Turns};
+use crate::{
+    domain::request::CalledBy,
+    telemetry::metrics::{Counter, Measured, Page},
+};
 
 /// How many credentials that are not remembered may be judged per minute, with as many at once, so that nobody uses the service
 /// to find out which of many keys are alive.
@@ -17,8 +24,10 @@ pub struct NewKeyLimits {
     /// For each organization. A large tenant whose workspaces have a key each restarts within minutes; who tries a list of keys
     /// wants thousands.
     pub per_organization: NonZeroU32,
-    /// For each caller: a platform that restarts a fleet of three thousand tenants at once.
+    /// For each caller that is a workspace: it has a few keys, and a process that guesses has many.
     pub per_caller: NonZeroU32,
+    /// For each caller that is a platform: one that restarts a fleet of thirty thousand tenants, with two keys each.
+    pub per_platform: NonZeroU32,
 }
 
 /// How many organizations and callers are remembered at a time; beyond it those at rest are forgotten.
@@ -29,7 +38,20 @@ const COUNTED_FOR: Duration = Duration::from_secs(60);
 
 impl Default for NewKeyLimits {
     fn default() -> Self {
-        Self { per_organization: NonZeroU32::MIN.saturating_add(239), per_caller: NonZeroU32::MIN.saturating_add(2_999) }
+        Self {
+            per_organization: NonZeroU32::MIN.saturating_add(239),
+            per_caller: NonZeroU32::MIN.saturating_add(29),
+            per_platform: NonZeroU32::MIN.saturating_add(59_999),
+        }
+    }
+}
+
+impl NewKeyLimits {
+    /// The part of one of so many replicas. An organization and a workspace are told apart from others by these limits, and have them whole:
+    /// their questions go to one replica.
+    #[must_use]
+    pub fn of_one(self, replicas: NonZeroU32) -> Self {
+        Self { per_platform: part_of(self.per_platform, replicas), ..self }
     }
 }
 
@@ -37,51 +59,48 @@ type Keyed = RateLimiter<String, HashMapStateStore<String>, TokioClock, NoOpMidd
 
 /// Counts credentials that are not remembered.
 pub(crate) struct NewKeys {
-    organizations: Keyed,
-    callers: Keyed,
+    organizations: Limit,
+    workspaces: Limit,
+    platforms: Limit,
     /// Those that were counted and then not asked about: trying one of them again is not trying another.
     waiting: moka::sync::Cache<[u8; 32], Instant>,
     clock: TokioClock,
-    refused: [Counter; 2],
 }
 
-/// By which limit a new credential was refused, in the order of `refused`.
-const REFUSED_BY: [&str; 2] = ["organization", "caller"];
+/// A limit for each of many names.
+struct Limit {
+    spent: Keyed,
+    /// How far apart those are who were refused and come at their times.
+    apart: Duration,
+    turns: Mutex<Turns<String>>,
+    refused: Counter,
+}
 
 // === impl NewKeys ===
 
 impl NewKeys {
     pub(crate) fn new(limits: NewKeyLimits) -> Self {
         let clock = TokioClock::new();
-        let keyed = |per_minute| RateLimiter::hashmap_with_clock(Quota::per_minute(per_minute), clock.clone());
+        let limit = |per_minute| Limit::new(per_minute, &clock);
         Self {
-            organizations: keyed(limits.per_organization),
-            callers: keyed(limits.per_caller),
+            organizations: limit(limits.per_organization),
+            workspaces: limit(limits.per_caller),
+            platforms: limit(limits.per_platform),
             waiting: moka::sync::Cache::builder().max_capacity(MAX_KEYS as u64).time_to_live(COUNTED_FOR).build(),
             clock,
-            refused: Default::default(),
         }
     }
 
-    /// Counts one; `Err` is the time after which another may come. Without an organization its caller alone is counted.
-    pub(crate) fn count(&self, key: [u8; 32], caller: &str, organization: &str) -> Result<(), Duration> {
+    /// Counts one; `Err` is the time after which this one may come. Without an organization its caller alone is counted.
+    pub(crate) fn count(&self, key: [u8; 32], caller: &CalledBy, organization: &str) -> Result<(), Duration> {
         if self.waiting.get(&key).is_some_and(|at| at.elapsed() < COUNTED_FOR) {
             return Ok(());
         }
-        let [by_organization, by_caller] = &self.refused;
-        let named = [(&self.organizations, organization, by_organization)].into_iter().filter(|(_, name, _)| !name.is_empty());
-        for (limiter, name, refused) in named.chain([(&self.callers, caller, by_caller)]) {
-            if limiter.len() >= MAX_KEYS {
-                limiter.retain_recent();
-            }
-            // Where even so many are busy, the rest share one count.
-            let name = if limiter.len() < MAX_KEYS { name } else { "" };
-            limiter.check_key(&name.to_owned()).map_err(|spent| {
-                refused.one();
-                spent.wait_time_from(self.clock.now())
-            })?;
+        if !organization.is_empty() {
+            self.organizations.count(key, organization, &self.clock)?;
         }
-        Ok(())
+        let of_caller = if caller.is_workspace { &self.workspaces } else { &self.platforms };
+        of_caller.count(key, &caller.name, &self.clock)
     }
 
     /// One that was counted is not asked about now.
@@ -90,11 +109,40 @@ impl NewKeys {
     }
 }
 
+// === impl Limit ===
+
+impl Limit {
+    fn new(per_minute: NonZeroU32, clock: &TokioClock) -> Self {
+        Self {
+            spent: RateLimiter::hashmap_with_clock(Quota::per_minute(per_minute), clock.clone()),
+            apart: Duration::from_secs(60) / per_minute.get(),
+            turns: Mutex::default(),
+            refused: Counter::new(),
+        }
+    }
+
+    fn count(&self, key: [u8; 32], name: &str, clock: &TokioClock) -> Result<(), Duration> {
+        if self.spent.len() >= MAX_KEYS {
+            self.spent.retain_recent();
+        }
+        // Where even so many are busy, the rest share one count.
+        let name = if self.spent.len() < MAX_KEYS { name.to_owned() } else { String::new() };
+        self.spent.check_key(&name).map_err(|spent| {
+            self.refused.one();
+            let now = Instant::now();
+            let first = now + spent.wait_time_from(clock.now());
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            turns.give(&name, key, now, first, self.apart).saturating_duration_since(now)
+        })
+    }
+}
+
 impl Measured for NewKeys {
     fn tell(&self, page: &mut Page) {
         let mut refusals = page.counter("byokgate_new_key_refusals", "Credentials not judged, since too many new ones came");
-        for (limit, count) in REFUSED_BY.iter().zip(&self.refused) {
-            refusals.add(&[("limit", limit)], count);
+        let Self { organizations, workspaces, platforms, .. } = self;
+        for (limit, of) in [("organization", organizations), ("caller", workspaces), ("platform", platforms)] {
+            refusals.add(&[("limit", limit)], &of.refused);
         }
     }
 }

@@ -66,6 +66,8 @@ pub(crate) enum FlightEnd<V> {
     TimedOut {
         /// It had come to the point where it asks somebody else.
         started: bool,
+        /// When its answer was expected, where it has not.
+        answer_at: Option<Instant>,
     },
     /// The flight ended without a result: it panicked.
     Lost,
@@ -144,7 +146,7 @@ pub(crate) async fn wait<V: Clone>(flight: InFlight<V>, deadline: Instant) -> Fl
     match tokio::time::timeout_at(deadline, result.wait_for(Option::is_some)).await {
         Ok(Ok(value)) => value.clone().map_or(FlightEnd::Lost, FlightEnd::Completed),
         Ok(Err(_)) => FlightEnd::Lost,
-        Err(_) => FlightEnd::TimedOut { started: started.is_set() },
+        Err(_) => FlightEnd::TimedOut { started: started.is_set(), answer_at: started.answer_at() },
     }
 }
 
@@ -212,6 +214,7 @@ mod tests {
         let flights = SingleFlight::<u8, u8>::new(1, 1);
         let work = |started: ProbeStarted| {
             Start::<_, Infallible, _>::Run(async move {
+                started.expect_answer_at(Instant::now() + Duration::from_secs(4));
                 tokio::time::sleep(Duration::from_secs(2)).await;
                 started.set();
                 tokio::time::sleep(Duration::from_secs(2)).await;
@@ -219,9 +222,11 @@ mod tests {
             })
         };
         let Join::InFlight(flight) = flights.join(0, 1, work) else { panic!("not full") };
-        assert_eq!(wait(flight, soon()).await, FlightEnd::TimedOut { started: false });
+        let answer_at = Some(Instant::now() + Duration::from_secs(4));
+        assert_eq!(wait(flight, soon()).await, FlightEnd::TimedOut { started: false, answer_at });
         let Join::InFlight(flight) = flights.join(0, 1, fly(async { 0 })) else { panic!("not under way") };
-        assert_eq!(wait(flight.clone(), Instant::now() + Duration::from_secs(2)).await, FlightEnd::TimedOut { started: true });
+        let later = Instant::now() + Duration::from_secs(2);
+        assert_eq!(wait(flight.clone(), later).await, FlightEnd::TimedOut { started: true, answer_at });
         assert_eq!(wait(flight, Instant::now() + Duration::from_secs(2)).await, FlightEnd::Completed(9));
     }
 

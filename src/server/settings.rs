@@ -66,6 +66,8 @@ pub struct ServerSettings {
     /// How long a connection may be used, within a tenth; calls under way are finished.
     #[serde(with = "duration")]
     pub max_connection_age: Duration,
+    /// How many replicas share what may be asked of providers, and what a platform may ask: each takes its part of it.
+    pub replicas: NonZeroU32,
 }
 
 /// Where its numbers are shown.
@@ -198,6 +200,7 @@ impl Default for ServerSettings {
             keepalive_timeout: seconds(10),
             max_connection_idle: seconds(300),
             max_connection_age: seconds(600),
+            replicas: NonZeroU32::MIN,
         }
     }
 }

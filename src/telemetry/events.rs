@@ -153,7 +153,7 @@ impl Journal {
         }
         line.given(text!("workspace_id"), &spec.workspace_id);
         line.given(text!("organization_id"), &spec.organization_id);
-        line.given(text!("caller"), caller);
+        line.given(text!("caller"), &caller.name);
         line.text(text!("runtime"), &spec.runtime);
         line.text(text!("model"), &spec.model);
         line.word(text!("outcome"), word);
@@ -211,7 +211,7 @@ impl Journal {
             line.word(text!("checkpoint"), checkpoint.as_str());
             line.given(text!("workspace_id"), &spec.workspace_id);
             line.given(text!("organization_id"), &spec.organization_id);
-            line.given(text!("caller"), caller);
+            line.given(text!("caller"), &caller.name);
         }
         line.text(text!("grpc_code"), grpc_code);
         line.text(text!("reason"), &printable(reason));

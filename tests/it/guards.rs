@@ -3,20 +3,21 @@
 use std::{collections::BTreeMap, num::NonZeroU32, sync::Arc, time::Duration};
 
 use byok_gate::{
+    config::settings::Settings,
     core::{
         engine::{Decided, Engine, ProbeRequest, ProbeStarted, Prober},
         policy::{Action, Enforcement, Exception, Group},
     },
     domain::{
         denial::Refusal,
-        request::Checkpoint,
+        request::{CalledBy, Checkpoint},
         secret::Secret,
         verdict::{DenyCode, ServedFrom, Verdict, Withheld},
     },
     grpc::convert::{self, pb},
     liveness::{
         breaker::BreakerSettings,
-        cache::{Cache, CacheSettings},
+        cache::{Ages, Cache, CacheSettings},
         new_keys::NewKeyLimits,
         prober::{HttpProber, ProbeSettings},
         provider_limits::{ProviderLimiter, ProviderLimits},
@@ -86,7 +87,9 @@ async fn a_thousand_credentials_in_four_batches() {
     let (registry, catalogue) = case::documents(vendor.address.port());
     let prober =
         HttpProber::new(ProbeSettings { allow_loopback_http: true, calibrate: false, ..ProbeSettings::default() }).unwrap();
-    let limits = ProviderLimits { in_flight: 8, per_second: count(100_000), ..ProviderLimits::default() };
+    // Nobody is turned away, however busy the machine is.
+    let queue_time = Duration::from_secs(600);
+    let limits = ProviderLimits { in_flight: 8, queue_time, per_second: count(100_000), ..ProviderLimits::default() };
     let cache = Cache::new(Arc::new(ProviderLimiter::new(Arc::new(prober), limits)), CacheSettings::default());
     let server = Server::start(Files::new(&registry, &catalogue, None).engine_over(Arc::new(cache))).await;
     let mut batches = JoinSet::new();
@@ -125,7 +128,8 @@ async fn at_once(prober: &ProviderLimiter, times: usize) -> Vec<Result<Verdict, 
     let target = Arc::new(crate::model::Asked::about(&engine, 1).target());
     let questions = (0..times).map(|_| {
         let secret = Arc::new(Secret::new("made-up-key".into()));
-        let asked = prober.probe(ProbeRequest { target: Arc::clone(&target), secret, started: ProbeStarted::default() });
+        let (target, started) = (Arc::clone(&target), ProbeStarted::default());
+        let asked = prober.probe(ProbeRequest { target, secret, credential: rand::random(), started });
         async move {
             let finding = asked.await;
             finding.withheld.map_or(Ok(finding.verdict), Err)
@@ -142,7 +146,7 @@ async fn the_queue_is_bounded_in_length_and_in_time() {
         let scripted = Scripted::new(Verdict::Valid);
         scripted.set(|script| script.takes = Duration::from_secs(3));
         let queue_time = Duration::from_secs(queue_time);
-        let limits = ProviderLimits { in_flight: 2, queue: 4, queue_time, per_second: count(1_000) };
+        let limits = ProviderLimits { in_flight: 2, queue: 4, queue_time, per_second: count(1_000), ..ProviderLimits::default() };
         let answers = at_once(&ProviderLimiter::new(scripted.clone(), limits), 10).await;
         let of = |what| answers.iter().filter(|answer| **answer == what).count();
         assert_eq!((of(Ok(Verdict::Valid)), of(Err(Withheld::Queue))), (asked, 10 - asked), "{answers:?}");
@@ -153,14 +157,166 @@ async fn the_queue_is_bounded_in_length_and_in_time() {
 #[tokio::test(start_paused = true)]
 async fn calls_per_second_are_spread_and_then_withheld() {
     let scripted = Scripted::new(Verdict::Valid);
-    let limits = ProviderLimits { in_flight: 100, queue: 100, queue_time: Duration::from_secs(2), per_second: count(10) };
+    let queue_time = Duration::from_secs(2);
+    let limits = ProviderLimits { queue: 100, queue_time, per_second: count(10), ..ProviderLimits::default() };
     let began = Instant::now();
     let answers = at_once(&ProviderLimiter::new(scripted.clone(), limits), 50).await;
-    // Ten at once, ten in each of two seconds, and the rest would have to wait for longer than it may.
+    // Ten at once, then one every tenth of a second for as long as three quarters of the time that they may wait.
     let of = |what| answers.iter().filter(|answer| **answer == what).count();
-    assert_eq!((of(Ok(Verdict::Valid)), of(Err(Withheld::Budget))), (30, 20), "{answers:?}");
-    assert_eq!(scripted.asked(), 30);
-    assert!(began.elapsed() >= Duration::from_secs(2));
+    assert_eq!((of(Ok(Verdict::Valid)), of(Err(Withheld::Budget))), (25, 25), "{answers:?}");
+    assert_eq!((scripted.asked(), began.elapsed().as_millis().div_ceil(100)), (25, 15));
+}
+
+// === how many at a time ===
+
+/// A limiter and what answers behind it.
+fn limited(limits: ProviderLimits) -> (ProviderLimiter, Arc<Scripted>) {
+    let scripted = Scripted::new(Verdict::Valid);
+    scripted.set(|script| script.takes = Duration::from_secs(1));
+    let limits = ProviderLimits { per_second: count(10_000), queue_time: Duration::from_secs(600), ..limits };
+    (ProviderLimiter::new(scripted.clone(), limits), scripted)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_provider_that_answers_is_asked_more_at_a_time_up_to_the_ceiling() {
+    let (limiter, scripted) = limited(ProviderLimits::default());
+    // 8, 16, 32 and 64 in a second each.
+    for (questions, most) in [(8, 8), (16, 16), (32, 32), (64, 64), (500, 64)] {
+        at_once(&limiter, questions).await;
+        assert_eq!(scripted.most_at_once(), most, "of {questions}");
+    }
+    // Few at a time say nothing of how many could be.
+    let (limiter, scripted) = limited(ProviderLimits::default());
+    for _ in 0..100 {
+        at_once(&limiter, 3).await;
+    }
+    scripted.most_at_once();
+    at_once(&limiter, 50).await;
+    assert!(scripted.most_at_once() < 50);
+    // A ceiling below the floor is the limit.
+    let (limiter, scripted) = limited(ProviderLimits { in_flight: 4, ..ProviderLimits::default() });
+    at_once(&limiter, 50).await;
+    assert_eq!(scripted.most_at_once(), 4);
+}
+
+#[tokio::test(start_paused = true)]
+async fn each_setback_halves_how_many_are_asked_at_a_time_down_to_the_floor_and_answers_raise_it_one_by_one() {
+    for setback in [Verdict::RateLimited, Verdict::ProviderError, Verdict::Timeout] {
+        let (limiter, scripted) = limited(ProviderLimits::default());
+        at_once(&limiter, 200).await;
+        // A crowd of them at one moment is one.
+        for most in [64, 32, 16, 8, 8] {
+            scripted.most_at_once();
+            scripted.verdict(setback);
+            at_once(&limiter, most).await;
+            assert_eq!(scripted.most_at_once(), most, "{setback}");
+        }
+        scripted.verdict(Verdict::Valid);
+        // What a tenant's own model did is no setback, and neither is a host that cannot be reached: the breaker has that.
+        at_once(&limiter, 8).await;
+        for (verdict, about_model) in [(setback, true), (Verdict::Unreachable, false)] {
+            scripted.verdict(verdict);
+            scripted.set(|script| script.finding.about_model = about_model);
+            at_once(&limiter, 9).await;
+        }
+        scripted.verdict(Verdict::Valid);
+        for most in [9, 10, 11] {
+            scripted.most_at_once();
+            at_once(&limiter, most).await;
+            assert_eq!(scripted.most_at_once(), most, "{setback}");
+        }
+        // After a minute without one it goes fast again.
+        advance(Duration::from_secs(61)).await;
+        at_once(&limiter, 200).await;
+        assert_eq!(scripted.most_at_once(), 64, "{setback}");
+    }
+}
+
+// === a storm ===
+
+/// What a storm came to.
+#[derive(Debug)]
+struct Storm {
+    tries: f64,
+    took: Duration,
+    asked: usize,
+}
+
+/// A fleet whose workspaces all start at one moment, and ask again when they are told to.
+async fn storm(workspaces: usize, credentials: usize, takes: Duration) -> Storm {
+    let scripted = Scripted::new(Verdict::Valid);
+    scripted.set(|script| script.takes = takes);
+    let limiter = ProviderLimiter::new(scripted.clone(), ProviderLimits::default());
+    // As after the fleet's last restart, or as after a minute of quiet.
+    let ages = Ages { valid: Duration::from_secs(600), ..Ages::default() };
+    let cache = Cache::new(Arc::new(limiter), CacheSettings { ages, ..CacheSettings::default() });
+    let engine = files().engine_over(Arc::new(cache));
+    let began = Instant::now();
+    let mut fleet = JoinSet::new();
+    for workspace in 0..workspaces {
+        let (engine, index) = (Arc::clone(&engine), workspace % credentials);
+        fleet.spawn(async move {
+            let spec = spec("acme-large", "ACME_API_KEY", &format!("made-up-{index}"), &format!("org-{index}"));
+            let message = pb::DecideRequest { workspace_spec: Some(spec), checkpoint: 2, ..Default::default() };
+            let request = convert::request(message).unwrap();
+            for tries in 1.. {
+                // The Go client gives a decision 4 s.
+                let decided = engine.decide(&request, Instant::now() + Duration::from_millis(3_900)).await;
+                let Some(denial) = decided.decision.denial() else { return tries };
+                // Or its vendor was being asked when its time was over, and has answered when it comes again.
+                let slow = decided.decision.liveness.as_ref().is_some_and(|liveness| liveness.verdict == Verdict::Timeout);
+                let came_too_early = matches!(withheld(&decided), Some(Withheld::Queue | Withheld::Budget));
+                assert!((came_too_early || slow && takes > Duration::from_secs(1)) && tries < 20, "{decided:?}");
+                // As the Go client does.
+                let pause = denial.refusal.retry_after().unwrap();
+                let later = (pause / 2).min(Duration::from_secs(1)).mul_f64(rand::random_range(0.0..1.0));
+                tokio::time::sleep(pause + later).await;
+            }
+            unreachable!()
+        });
+    }
+    let tries: i32 = fleet.join_all().await.iter().sum();
+    Storm { tries: f64::from(tries) / workspaces as f64, took: began.elapsed(), asked: scripted.asked() }
+}
+
+/// A fleet that obeys `retry_after` is decided in little more time than the limits and the vendor's latency need, within two tries on
+/// average, and each credential is asked about once.
+#[tokio::test(start_paused = true)]
+async fn a_fleet_that_obeys_is_decided_within_two_tries_and_near_the_bound() {
+    let ms = Duration::from_millis;
+    for (workspaces, credentials, takes, tries, over_bound) in [
+        (3_000, 2_000, ms(300), 2.0, 1.25),
+        (1_000, 1_000, ms(50), 2.0, 1.25),
+        // That a vendor is slow is found out first, and how many it takes at a time grows with each round of its answers.
+        (1_500, 1_000, ms(2_000), 4.0, 1.5),
+    ] {
+        let ProviderLimits { in_flight, per_second, .. } = ProviderLimits::default();
+        let by_the_budget = (credentials as f64 - f64::from(per_second.get())).max(0.0) / f64::from(per_second.get());
+        let by_latency = (credentials as f64 / in_flight as f64 - 1.0) * takes.as_secs_f64();
+        let bound = by_the_budget.max(by_latency) + takes.as_secs_f64();
+        let storm = storm(workspaces, credentials, takes).await;
+        println!("{workspaces} x {credentials} at {takes:?}: bound {bound:.1} s, {storm:?}");
+        assert_eq!(storm.asked, credentials);
+        assert!(storm.tries <= tries, "{storm:?}");
+        assert!(storm.took.as_secs_f64() <= over_bound * bound, "bound {bound:.1} s, {storm:?}");
+    }
+}
+
+/// All replicas together ask no more than one would; an organization's questions go to one of them.
+#[test]
+fn replicas_share_the_limits() {
+    let mut settings = Settings::default();
+    let (whole, new_keys) = (settings.provider_limits(), settings.cache_settings().new_keys);
+    assert_eq!((whole, new_keys), (ProviderLimits::default(), NewKeyLimits::default()));
+    settings.server.replicas = count(5);
+    let limits = settings.provider_limits();
+    assert_eq!((limits.in_flight, limits.in_flight_floor, limits.per_second.get()), (13, 2, 20));
+    assert_eq!((limits.queue, limits.queue_time), (whole.queue, whole.queue_time));
+    assert_eq!(settings.cache_settings().new_keys, NewKeyLimits { per_platform: count(12_000), ..new_keys });
+    // More replicas than there is to share: nobody is left with nothing.
+    settings.server.replicas = count(1_000_000);
+    let limits = settings.provider_limits();
+    assert_eq!((limits.in_flight, limits.in_flight_floor, limits.per_second.get()), (1, 1, 1));
 }
 
 /// A caller whose time ends in the queue is told that it was our doing, not the provider's.
@@ -189,16 +345,20 @@ async fn waiting_for_a_turn_is_not_the_providers_timeout() {
 
 // === new keys ===
 
-fn with_new_keys(per_organization: u32, per_caller: u32) -> (Arc<Engine>, Arc<Scripted>) {
+fn with_new_keys(per_organization: u32, per_caller: u32, per_platform: u32) -> (Arc<Engine>, Arc<Scripted>) {
     let scripted = Scripted::new(Verdict::Valid);
-    let new_keys = NewKeyLimits { per_organization: count(per_organization), per_caller: count(per_caller) };
+    let new_keys = NewKeyLimits {
+        per_organization: count(per_organization),
+        per_caller: count(per_caller),
+        per_platform: count(per_platform),
+    };
     let settings = CacheSettings { new_keys, ..CacheSettings::default() };
     (files().engine_over(Arc::new(Cache::new(scripted.clone(), settings))), scripted)
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_organization_may_bring_so_many_new_keys_a_minute() {
-    let (engine, scripted) = with_new_keys(3, 1_000);
+    let (engine, scripted) = with_new_keys(3, 1_000, 1_000);
     let of = |value: &str, organization: &str| spec("acme-large", "ACME_API_KEY", value, organization);
     for index in 0..3 {
         assert_eq!(code(&ask(&engine, of(&format!("made-up-{index}"), "org-1"), Checkpoint::Create).await), None);
@@ -206,7 +366,13 @@ async fn an_organization_may_bring_so_many_new_keys_a_minute() {
     let fourth = ask(&engine, of("made-up-3", "org-1"), Checkpoint::Create).await;
     assert_eq!((code(&fourth), withheld(&fourth)), (Some(DenyCode::ByokProbeNotAttempted), Some(Withheld::NewKeys)));
     let retry_after = fourth.decision.denial().unwrap().refusal.retry_after().unwrap();
-    assert!((Duration::from_secs(19)..=Duration::from_secs(20)).contains(&retry_after), "{retry_after:?}");
+    assert!((Duration::from_secs(19)..=Duration::from_secs(21)).contains(&retry_after), "{retry_after:?}");
+    // Each has a time of its own.
+    for (value, seconds) in [("made-up-5", 40), ("made-up-6", 60), ("made-up-5", 40)] {
+        let refused = ask(&engine, of(value, "org-1"), Checkpoint::Create).await;
+        let retry_after = refused.decision.denial().unwrap().refusal.retry_after().unwrap().as_secs();
+        assert!((seconds - 1..=seconds + 1).contains(&retry_after), "{value}: {retry_after}");
+    }
     // A key that is remembered is not new; another organization has its own count.
     assert_eq!(code(&ask(&engine, of("made-up-0", "org-1"), Checkpoint::Create).await), None);
     assert_eq!(code(&ask(&engine, of("made-up-3", "org-2"), Checkpoint::Create).await), None);
@@ -215,26 +381,39 @@ async fn an_organization_may_bring_so_many_new_keys_a_minute() {
     assert_eq!(code(&ask(&engine, of("made-up-4", "org-1"), Checkpoint::Create).await), None);
 }
 
+/// A workspace has a few keys; a platform brings a fleet's.
 #[tokio::test(start_paused = true)]
 async fn a_caller_may_bring_so_many_whatever_the_organizations() {
-    let (engine, _) = with_new_keys(1_000, 2);
-    let of = |index: u32| spec("acme-large", "ACME_API_KEY", &format!("made-up-{index}"), &format!("org-{index}"));
-    assert_eq!(code(&ask(&engine, of(0), Checkpoint::Create).await), None);
-    assert_eq!(code(&ask(&engine, of(1), Checkpoint::Create).await), None);
-    assert_eq!(withheld(&ask(&engine, of(2), Checkpoint::Create).await), Some(Withheld::NewKeys));
+    for (is_workspace, many) in [(true, 2), (false, 5)] {
+        let (engine, _) = with_new_keys(1_000, 2, 5);
+        let ask = async |caller: &str, index: u32| {
+            let spec = spec("acme-large", "ACME_API_KEY", &format!("made-up-{caller}-{index}"), &format!("org-{index}"));
+            let message = pb::DecideRequest { workspace_spec: Some(spec), checkpoint: 1, ..Default::default() };
+            let mut request = convert::request(message).unwrap();
+            request.caller = CalledBy { name: caller.to_owned(), is_workspace };
+            engine.decide(&request, Instant::now() + Duration::from_secs(20)).await
+        };
+        for index in 0..many {
+            assert_eq!(code(&ask("one", index).await), None, "{index} of {many}");
+        }
+        assert_eq!(withheld(&ask("one", many).await), Some(Withheld::NewKeys));
+        assert_eq!(code(&ask("another", many).await), None);
+    }
+    // Thirty thousand tenants that start within a minute are one platform's.
+    assert!(NewKeyLimits::default().per_platform.get() >= 30_000);
 }
 
 /// At CREATE and PROVISION this limit denies, whatever is configured; at UPDATE the policy rules.
 #[tokio::test(start_paused = true)]
 async fn no_configuration_makes_a_key_checker_of_the_service() {
-    let (engine, _) = with_new_keys(1, 1_000);
+    let (engine, _) = with_new_keys(1, 1_000, 1_000);
     let snapshot = engine.snapshot();
     let mut policy = (*snapshot.policy).clone();
     for checkpoint in [Checkpoint::Create, Checkpoint::Provision, Checkpoint::Update] {
         policy.set_action(checkpoint, Group::Unanswered, Action::Allow);
     }
     policy.set_exception("acme".into(), Exception { enforcement: Enforcement::Report, until: i64::MAX });
-    let new_keys = NewKeyLimits { per_organization: count(1), per_caller: count(1_000) };
+    let new_keys = NewKeyLimits { per_organization: count(1), ..NewKeyLimits::default() };
     let cache = Cache::new(Scripted::new(Verdict::Invalid), CacheSettings { new_keys, ..CacheSettings::default() });
     let engine = files().engine_by(policy, Arc::new(cache));
     let of = |value: &str| spec("acme-large", "ACME_API_KEY", value, "org-1");

@@ -18,7 +18,9 @@ use byok_gate::{
     domain::{
         decision::{Grounds, Outcome},
         denial::LivenessEvidence,
-        request::{Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec},
+        request::{
+            CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec,
+        },
         secret::Secret,
         verdict::{BillingMode, DenyCode, ServedFrom, Verdict},
     },
@@ -147,7 +149,7 @@ fn every_request() -> impl Iterator<Item = Request> {
             max_liveness_age: None,
             explain: false,
             report_only: false,
-            caller: String::new(),
+            caller: CalledBy::default(),
         })
     })
 }

@@ -476,7 +476,7 @@ async fn verdict(engine: &Engine, organization: &str, key: &str) -> (bool, Optio
 #[tokio::test(start_paused = true)]
 async fn a_flood_of_long_keys_costs_nobody_else_a_workspace() {
     let many = NonZeroU32::new(1_000_000).unwrap();
-    let engine = engine(Arc::new(Front), NewKeyLimits { per_organization: many, per_caller: many });
+    let engine = engine(Arc::new(Front), NewKeyLimits { per_organization: many, per_caller: many, per_platform: many });
     let mut allowed = 0;
     for index in 0..723 {
         if index % 3 != 2 {

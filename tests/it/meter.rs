@@ -529,7 +529,7 @@ async fn series_do_not_grow_with_tenants() {
     let many = 1_000_000.try_into().unwrap();
     let limited =
         Arc::new(ProviderLimiter::new(Scripted::new(Verdict::Valid), ProviderLimits { per_second: many, ..Default::default() }));
-    let new_keys = NewKeyLimits { per_organization: many, per_caller: many };
+    let new_keys = NewKeyLimits { per_organization: many, per_caller: many, per_platform: many };
     let cache = Arc::new(Cache::new(limited.clone(), CacheSettings { new_keys, ..CacheSettings::default() }));
     let engine = files(1, None).engine_over(cache.clone());
     let decisions = Decisions::default();

@@ -16,7 +16,7 @@ use byok_gate::{
     app::Documents,
     config::{self, ConfigError, Overrides, Paths, Setup, settings::Settings},
     core::{engine::Engine, registry::Registry, snapshot::Snapshot},
-    domain::request::{Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
+    domain::request::{CalledBy, Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
     grpc::convert::pb,
     watch::{PollOutcome, Watcher},
 };
@@ -265,7 +265,7 @@ fn request() -> Request {
         max_liveness_age: None,
         explain: false,
         report_only: false,
-        caller: String::new(),
+        caller: CalledBy::default(),
     }
 }
 

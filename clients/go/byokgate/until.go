@@ -20,13 +20,14 @@ type RetryPolicy struct {
 const (
 	defaultAttempts = 10
 	defaultMaxPause = time.Minute
+	maxSpread       = time.Second
 	// patientAttempts is how often byok-gate's own word on when to come back is taken as it is. After that it doubles.
 	patientAttempts = 3
 )
 
-// Pause is when to ask again after a refusal, the attempt counted from 1: never before [Refusal.RetryAfter], later by up to a half at random,
-// so that a crowd which was refused at one time does not come back at one, and doubling from the fourth attempt on. Zero: never, since the same
-// question would have the same answer.
+// Pause is when to ask again after a refusal, the attempt counted from 1: never before [Refusal.RetryAfter], later by up to a half at random and
+// by no more than a second, so that a crowd which was refused at one time does not come back at one and a turn that was given is not missed, and
+// doubling from the fourth attempt on. Zero: never, since the same question would have the same answer.
 func Pause(refusal Refusal, attempt int) time.Duration {
 	if refusal == nil || refusal.RetryAfter() <= 0 {
 		return 0
@@ -37,7 +38,7 @@ func Pause(refusal Refusal, attempt int) time.Duration {
 			pause *= 2
 		}
 	}
-	return pause + rand.N(pause/2+1)
+	return pause + rand.N(min(pause/2, maxSpread)+1)
 }
 
 // DecideUntil asks until the workspace may start, or asking again would change nothing, or the attempts are spent, or the context ends. It

@@ -257,7 +257,7 @@ impl Held {
         let prober: Arc<dyn Prober> = Arc::clone(self) as Arc<dyn Prober>;
         // Not what is tested here.
         let many = NonZeroU32::new(1_000_000).unwrap();
-        let new_keys = NewKeyLimits { per_organization: many, per_caller: many };
+        let new_keys = NewKeyLimits { per_organization: many, per_caller: many, per_platform: many };
         let cache = Cache::new(prober, CacheSettings { new_keys, ..CacheSettings::default() });
         Arc::new(Engine::new(snapshot, Arc::new(cache), None))
     }

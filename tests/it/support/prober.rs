@@ -31,6 +31,14 @@ pub(crate) struct Script {
 pub(crate) struct Scripted {
     script: Mutex<Script>,
     asked: AtomicUsize,
+    under_way: Arc<UnderWay>,
+}
+
+/// How many are being answered, and how many were at most.
+#[derive(Debug, Default)]
+struct UnderWay {
+    now: AtomicUsize,
+    most: AtomicUsize,
 }
 
 pub(crate) fn finding(verdict: Verdict) -> Finding {
@@ -40,7 +48,7 @@ pub(crate) fn finding(verdict: Verdict) -> Finding {
 impl Scripted {
     pub(crate) fn new(verdict: Verdict) -> Arc<Self> {
         let script = Script { finding: finding(verdict), takes: Duration::ZERO, panics: false, staggered: false };
-        Arc::new(Self { script: Mutex::new(script), asked: AtomicUsize::new(0) })
+        Arc::new(Self { script: Mutex::new(script), asked: AtomicUsize::new(0), under_way: Arc::default() })
     }
 
     pub(crate) fn set(&self, change: impl FnOnce(&mut Script)) {
@@ -54,6 +62,11 @@ impl Scripted {
     pub(crate) fn asked(&self) -> usize {
         self.asked.load(Ordering::SeqCst)
     }
+
+    /// How many were under way at a time, at most, since this was last looked at.
+    pub(crate) fn most_at_once(&self) -> usize {
+        self.under_way.most.swap(0, Ordering::SeqCst)
+    }
 }
 
 impl Prober for Scripted {
@@ -62,8 +75,11 @@ impl Prober for Scripted {
         let before = self.asked.fetch_add(1, Ordering::SeqCst);
         let Script { finding, takes, panics, staggered } = self.script.lock().unwrap().clone();
         let takes = if staggered { takes + Duration::from_millis(before as u64) } else { takes };
+        let under_way = Arc::clone(&self.under_way);
         Box::pin(async move {
+            under_way.most.fetch_max(under_way.now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
             tokio::time::sleep(takes).await;
+            under_way.now.fetch_sub(1, Ordering::SeqCst);
             assert!(!panics, "made to panic");
             finding
         })
