@@ -22,7 +22,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout},
 };
 
-use crate::telemetry::metrics::reloads::Reloads;
+use crate::{domain::secret::with_stack_wiped, telemetry::metrics::reloads::Reloads};
 
 /// How long after an event or an unsettled look the next look comes: a writer that truncates first has written by then.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -288,14 +288,17 @@ impl Events {
 
 /// The content of all files as one hash. A file that cannot be read has a content of its own: its absence.
 fn hash(key: &[u8; 32], files: &[PathBuf]) -> Hash {
-    let mut hasher = blake3::Hasher::new_keyed(key);
-    for file in files {
-        match files::read(file, MAX_LOOKED_AT) {
-            Ok(bytes) => hasher.update(&bytes.len().to_le_bytes()).update(&bytes),
-            Err(fault) => hasher.update(&[0xff; 9]).update(format!("{:?}", fault.kind()).as_bytes()),
-        };
-    }
-    *hasher.finalize().as_bytes()
+    // Some of them hold tokens or a TLS key.
+    with_stack_wiped(|| {
+        let mut hasher = blake3::Hasher::new_keyed(key);
+        for file in files {
+            match files::read(file, MAX_LOOKED_AT) {
+                Ok(bytes) => hasher.update(&bytes.len().to_le_bytes()).update(&bytes),
+                Err(fault) => hasher.update(&[0xff; 9]).update(format!("{:?}", fault.kind()).as_bytes()),
+            };
+        }
+        *hasher.finalize().as_bytes()
+    })
 }
 
 #[cfg(test)]

@@ -28,7 +28,7 @@ use crate::{
         decision::{Decision, Liveness, Outcome, Seen},
         denial::LivenessEvidence,
         request::Request,
-        secret::Secret,
+        secret::{Secret, with_stack_wiped},
         verdict::{ServedFrom, Verdict},
     },
 };
@@ -224,7 +224,7 @@ impl Engine {
     /// 8 hex digits under the configured key, so that a person can tell which key was judged; nothing without one.
     fn fingerprint(&self, secret: &Secret) -> String {
         self.fingerprint_key.map_or_else(String::new, |key| {
-            blake3::keyed_hash(&key, secret.expose().as_bytes()).to_hex().chars().take(8).collect()
+            with_stack_wiped(|| blake3::keyed_hash(&key, secret.expose().as_bytes())).to_hex().chars().take(8).collect()
         })
     }
 }

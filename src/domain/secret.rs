@@ -1,7 +1,12 @@
 //! The credential value: it cannot be printed, compared in variable time, cloned or serialised, and is wiped on drop.
 
+use std::{hint::black_box, mem::MaybeUninit};
+
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
+
+/// More than a hash function takes of the stack, in KiB.
+const WIPED_STACK: usize = 8;
 
 /// A credential value. Shared by `Arc`, never copied; `expose` is the one way to its text.
 pub struct Secret(Zeroizing<String>);
@@ -33,6 +38,29 @@ impl Secret {
 impl std::fmt::Debug for Secret {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Secret(..)")
+    }
+}
+
+/// Does what reads a secret, as hashing it does, and wipes the stack that it used: a hash function copies what it reads into blocks there,
+/// and what comes later on this thread may not reach them for as long as the server is idle.
+pub fn with_stack_wiped<T>(work: impl FnOnce() -> T) -> T {
+    let result = run(work);
+    wipe_stack();
+    result
+}
+
+/// Never inlined, as the other: so both begin at the same place of the stack.
+#[inline(never)]
+fn run<T>(work: impl FnOnce() -> T) -> T {
+    work()
+}
+
+#[inline(never)]
+fn wipe_stack() {
+    let mut stack = [const { MaybeUninit::<[u8; 1024]>::uninit() }; WIPED_STACK];
+    // In parts: beyond 2 KiB at once, the C library's memset takes an instruction that is slow to begin and counts for every byte.
+    for part in &mut stack {
+        black_box(part.write([0; 1024]));
     }
 }
 

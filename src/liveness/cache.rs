@@ -27,6 +27,7 @@ use crate::{
         duration,
         problem::Review,
         protocol::{HeaderFamily, Surface},
+        secret::with_stack_wiped,
         verdict::{ServedFrom, Verdict, Withheld},
     },
     liveness::{
@@ -444,9 +445,9 @@ impl Cache {
     }
 }
 
-/// A key made of an identity or another key, which are of one length, and of a text.
+/// A key made of an identity or another key, which are of one length, and of a text, which may be a credential.
 fn hash(hash_key: &[u8; 32], of: &[u8; 32], text: &str) -> Key {
-    *blake3::Hasher::new_keyed(hash_key).update(of).update(text.as_bytes()).finalize().as_bytes()
+    with_stack_wiped(|| *blake3::Hasher::new_keyed(hash_key).update(of).update(text.as_bytes()).finalize().as_bytes())
 }
 
 impl LivenessSource for Cache {

@@ -19,6 +19,7 @@ use super::{
     settings::{CallerSettings, CertificateCaller, RoleWord, UnixCaller},
 };
 use crate::{
+    domain::secret::with_stack_wiped,
     grpc::{
         authorize::{Caller, Role},
         convert::pb::ErrorReason,
@@ -206,14 +207,14 @@ impl Tokens {
         Ok(Self {
             path: path.to_owned(),
             known: ArcSwap::from_pointee(parse(path, &content, &key)?),
-            last: Mutex::new(*blake3::keyed_hash(&key, content.as_bytes()).as_bytes()),
+            last: Mutex::new(hash(&key, content.as_bytes())),
             key,
         })
     }
 
     fn refresh(&self) -> Result<Reloaded, ServerError> {
         let content = read(&self.path)?;
-        let hash = *blake3::keyed_hash(&self.key, content.as_bytes()).as_bytes();
+        let hash = hash(&self.key, content.as_bytes());
         if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
             return Ok(Reloaded::Unchanged);
         }
@@ -225,10 +226,10 @@ impl Tokens {
     /// Who has this token. Both sides are hashed under a key of this process, and every entry is looked at: the time tells
     /// nothing about how much of a token was right.
     fn caller_of(&self, token: &[u8]) -> Option<Arc<Caller>> {
-        let hash = blake3::keyed_hash(&self.key, token);
+        let hash = hash(&self.key, token);
         let mut found = None;
         for known in self.known.load().iter() {
-            if bool::from(known.hash.ct_eq(hash.as_bytes())) {
+            if bool::from(known.hash.ct_eq(&hash)) {
                 found = Some(Arc::clone(&known.caller));
             }
         }
@@ -252,6 +253,11 @@ impl Source for Arc<Tokens> {
 
 fn read(path: &Path) -> Result<zeroize::Zeroizing<String>, ServerError> {
     files::read_text(path, MAX_TOKEN_FILE_BYTES).map_err(|source| ServerError::File { path: path.to_owned(), source })
+}
+
+/// Of a token, or of all of them.
+fn hash(key: &[u8; 32], secret: &[u8]) -> [u8; 32] {
+    with_stack_wiped(|| *blake3::keyed_hash(key, secret).as_bytes())
 }
 
 /// `TOKEN [ROLE [ID,ID..]]` a line; `#` begins a comment. What is wrong is told by line, never by content.
@@ -291,7 +297,7 @@ fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, Serve
             (Some("platform" | "operator"), Some(_), None) => return Err(fault(number, "only `workspace` takes ids")),
             (Some(_) | None, _, _) => return Err(fault(number, "the role must be platform, workspace or operator")),
         };
-        let hash = *blake3::keyed_hash(key, token.as_bytes()).as_bytes();
+        let hash = hash(key, token.as_bytes());
         if tokens.iter().any(|other| bool::from(other.hash.ct_eq(&hash))) {
             return Err(fault(number, "the token appears twice"));
         }

@@ -24,7 +24,10 @@ use super::{
     callers::Callers,
     error::{ServerError, chain},
 };
-use crate::watch::{Fault, Reloaded, Source, files};
+use crate::{
+    domain::secret::with_stack_wiped,
+    watch::{Fault, Reloaded, Source, files},
+};
 
 /// The largest file of certificates: a bundle of every public authority is a quarter of it.
 const MAX_PEM_BYTES: u64 = 1024 * 1024;
@@ -109,12 +112,14 @@ impl Content {
     }
 
     fn hash(&self) -> blake3::Hash {
-        let mut hasher = blake3::Hasher::new();
-        for part in [Some(&self.certificate), Some(&self.key), self.client_ca.as_ref()] {
-            let part = part.map(|part| part.as_slice()).unwrap_or_default();
-            hasher.update(&part.len().to_le_bytes()).update(part);
-        }
-        hasher.finalize()
+        with_stack_wiped(|| {
+            let mut hasher = blake3::Hasher::new();
+            for part in [Some(&self.certificate), Some(&self.key), self.client_ca.as_ref()] {
+                let part = part.map(|part| part.as_slice()).unwrap_or_default();
+                hasher.update(&part.len().to_le_bytes()).update(part);
+            }
+            hasher.finalize()
+        })
     }
 
     fn config(&self, files: &TlsFiles, callers: &Arc<Callers>) -> Result<ServerConfig, ServerError> {
