@@ -1,12 +1,14 @@
 //! `byok-gate serve`
 
 use std::{
+    io,
     path::PathBuf,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
 use clap::Args;
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 use serde_json::{Value, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -81,7 +83,18 @@ pub(super) fn run(args: ServeArgs, log: LogWriter) -> anyhow::Result<Exit> {
     ended
 }
 
+/// What memory holds is nobody's to read: no core file is left, and no other process of the same user attaches or looks into `/proc`. Root
+/// still can.
+fn keep_memory_private() {
+    let no_core = rlimit::setrlimit(rlimit::Resource::CORE, 0, 0);
+    let no_look = set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(io::Error::from);
+    for fault in [no_core, no_look].into_iter().filter_map(Result::err) {
+        tracing::warn!(event = "memory_can_be_read", %fault, "a core file or another process of this user may show credentials");
+    }
+}
+
 async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter) -> anyhow::Result<Exit> {
+    keep_memory_private();
     config::warn(&setup.warnings);
     // Signals are caught before the socket opens: one that comes at once is not lost.
     let signals = Signals::catch()?;

@@ -24,9 +24,10 @@ const READABLE_BY_ALL: u32 = 0o004;
 /// dropped: some files are keys.
 pub fn read(path: &Path, limit: u64) -> io::Result<Zeroizing<Vec<u8>>> {
     let file = open(path)?;
-    // The whole size at once: a buffer that grows leaves its smaller selves behind.
+    // The whole size at once: a buffer that grows leaves its smaller selves behind. And room to spare: with less than 32 bytes of it the
+    // standard library reads into a buffer on the stack first, where a short token would stay.
     let size = file.metadata()?.len().min(limit);
-    let mut bytes = Zeroizing::new(Vec::with_capacity(usize::try_from(size).unwrap_or_default().saturating_add(2)));
+    let mut bytes = Zeroizing::new(Vec::with_capacity(usize::try_from(size).unwrap_or_default().saturating_add(64)));
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
     Ok(bytes)
 }

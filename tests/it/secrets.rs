@@ -1,8 +1,17 @@
 //! A credential leaves the process in one header, for one host, and nowhere else.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    fs::{self, Permissions},
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    process::Stdio,
+};
 
 use byok_gate::grpc::convert::pb::DecideRequest;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    time::timeout,
+};
 
 use crate::support::{
     binary::{self, Serving},
@@ -288,4 +297,38 @@ async fn no_refusal_of_the_edge_tells_a_secret_at_trace() {
     for (text, place) in [(&said, "the statuses"), (&ended.stdout, "stdout"), (&ended.stderr, "stderr")] {
         is_not_in(text, CANARY, place);
     }
+}
+
+/// What `serve` holds in memory no other process of its user reads, and no core file shows: the kernel gives such a process's `/proc` to root.
+#[tokio::test]
+async fn memory_is_nobodys_to_read() {
+    let mut serving = Serving::start(&[]).await;
+    let process = format!("/proc/{}", serving.child.id().unwrap());
+    let limits = fs::read_to_string(format!("{process}/limits")).unwrap();
+    let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+    assert_eq!(core.split_whitespace().skip(4).collect::<Vec<_>>(), ["0", "0", "bytes"]);
+    serving.child.kill().await.unwrap();
+    // To tell by its owner, it must not be root's own.
+    let folder = tempfile::tempdir().unwrap();
+    let binary = folder.path().join("byok-gate");
+    fs::copy(env!("CARGO_BIN_EXE_byok-gate"), &binary).unwrap();
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).unwrap();
+    let mut command = tokio::process::Command::new(&binary);
+    if fs::metadata("/proc/self").unwrap().uid() == 0 {
+        command.uid(65_534);
+    }
+    let mut child = command
+        .args(["serve", "--listen", "127.0.0.1:0"])
+        .env_clear()
+        .current_dir("/")
+        .stdout(Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    let listening = async { while !lines.next_line().await.unwrap().unwrap().contains("listening") {} };
+    timeout(binary::PATIENCE, listening).await.unwrap();
+    let id = child.id().unwrap();
+    let owners = [format!("/proc/{id}/mem"), format!("/proc/{id}/maps")].map(|path| fs::metadata(path).unwrap().uid());
+    assert_eq!(owners, [0, 0], "a process of its user could attach");
 }

@@ -279,6 +279,39 @@ fn every_deny_code_is_explained() {
     }
 }
 
+/// What `docs/survive.md` names as a proof is there: a test by its name, or a file.
+#[test]
+fn every_proof_of_survival_is_there() {
+    fn walk(folder: &Path, all: &mut String) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() && !path.ends_with("node_modules") && !path.ends_with("corpus") {
+                walk(&path, all);
+            } else if path.extension().is_some_and(|extension| extension == "rs" || extension == "go") {
+                all.push_str(&fs::read_to_string(&path).unwrap());
+            }
+        }
+    }
+    let mut all = String::new();
+    ["src", "tests", "clients/go"].into_iter().for_each(|folder| walk(&root().join(folder), &mut all));
+    let page = read("docs/survive.md");
+    let (mut rows, mut proofs) = (0, 0);
+    for row in page.lines().filter(|line| line.starts_with("| ") && line.as_bytes()[2].is_ascii_digit()) {
+        rows += 1;
+        let proven_by = row.split(" | ").nth(2).unwrap();
+        for proof in proven_by.split('`').skip(1).step_by(2) {
+            let is_there = if proof.contains('/') {
+                root().join(proof).exists()
+            } else {
+                all.contains(&format!("fn {proof}(")) || all.contains(&format!("func {proof}("))
+            };
+            assert!(is_there, "docs/survive.md: `{proof}` is neither a test nor a file: {row}");
+            proofs += 1;
+        }
+    }
+    assert!(rows >= 45 && proofs > rows, "{rows} rows, {proofs} proofs");
+}
+
 /// A lint is silenced with its reason, or not at all; nothing is left to do.
 #[test]
 fn nothing_is_left_undone() {

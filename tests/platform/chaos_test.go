@@ -214,7 +214,8 @@ func TestKilledWhileThePlatformCreates(t *testing.T) {
 // chaos is a TCP proxy that does to connections what networks do.
 type chaos struct {
 	address string
-	target  string
+	// Each connection goes to one of these, or to the next one where that does not listen.
+	targets []string
 	// calm makes it an honest proxy.
 	calm atomic.Bool
 
@@ -237,7 +238,7 @@ func startChaos(t *testing.T, target string, seed uint64) *chaos {
 		t.Fatal(err)
 	}
 	proxy := &chaos{
-		address: listener.Addr().String(), target: target, random: rand.New(rand.NewPCG(seed, 1)),
+		address: listener.Addr().String(), targets: []string{target}, random: rand.New(rand.NewPCG(seed, 1)),
 		open: map[net.Conn]bool{}, counts: map[string]int{},
 	}
 	var all sync.WaitGroup
@@ -270,8 +271,17 @@ func startChaos(t *testing.T, target string, seed uint64) *chaos {
 
 // join passes on in both directions until both have ended.
 func (c *chaos) join(near net.Conn) {
-	far, err := net.Dial("tcp", c.target)
-	if err != nil {
+	var far net.Conn
+	c.mu.Lock()
+	targets, first := c.targets, c.random.IntN(len(c.targets))
+	c.mu.Unlock()
+	for index := range targets {
+		var err error
+		if far, err = net.DialTimeout("tcp", targets[(first+index)%len(targets)], time.Second); err == nil {
+			break
+		}
+	}
+	if far == nil {
 		near.Close()
 		return
 	}
