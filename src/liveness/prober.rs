@@ -153,7 +153,7 @@ impl HttpProber {
 
     /// Whether this configuration lets the request's scheme and address be dialled, as far as no name has to be resolved for it.
     pub fn may_ask(&self, call: &Call) -> bool {
-        self.http.guard.may_ask(&call.url)
+        self.http.egress.may_ask(&call.url)
     }
 
     /// One request with a made-up key that begins like this vendor's, or, in no header, without any: for commands that look for what has

@@ -14,6 +14,7 @@ pub const fn unreached(why: Unreached) -> &'static str {
         Unreached::Tls => "TLS",
         Unreached::Closed => "CLOSED",
         Unreached::Protocol => "PROTOCOL",
+        Unreached::Proxy => "PROXY",
     }
 }
 
@@ -63,6 +64,7 @@ pub const fn unreached_text(why: Unreached) -> &'static str {
         Unreached::Tls => "the connection stands, but not its TLS: a certificate that is not trusted, or no TLS there at all",
         Unreached::Closed => "the connection was closed without an answer",
         Unreached::Protocol => "what answers there does not speak HTTP",
+        Unreached::Proxy => "the forward proxy (egress.proxy) could not be reached, or did not let the call through",
     }
 }
 

@@ -162,8 +162,15 @@ fn the_schema_knows_every_word() {
     assert_eq!(fields["warnings"]["items"]["enum"], words(WarningCode::VARIANTS.iter().map(|word| word.as_str()).collect()));
     assert_eq!(fields["cause"]["enum"], words(Cause::VARIANTS.iter().map(|word| word.as_str()).collect()));
     assert_eq!(fields["header"]["enum"], words(HeaderFamily::VARIANTS.iter().map(|word| word.as_str()).collect()));
-    let unreached =
-        [Unreached::Dns, Unreached::Address, Unreached::Connect, Unreached::Tls, Unreached::Closed, Unreached::Protocol];
+    let unreached = [
+        Unreached::Dns,
+        Unreached::Address,
+        Unreached::Connect,
+        Unreached::Tls,
+        Unreached::Closed,
+        Unreached::Protocol,
+        Unreached::Proxy,
+    ];
     assert_eq!(fields["unreached"]["enum"], words(unreached.map(cause::unreached).to_vec()));
     let withheld = [Withheld::Queue, Withheld::Budget, Withheld::NewKeys, Withheld::Fault];
     assert_eq!(fields["withheld"]["enum"], words(withheld.map(cause::withheld).to_vec()));

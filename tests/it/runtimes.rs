@@ -13,7 +13,7 @@ use byok_gate::{
     },
     domain::{
         protocol::HeaderFamily,
-        request::{Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
+        request::{CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
         secret::Secret,
         verdict::{DenyCode, WarningCode},
     },
@@ -48,7 +48,7 @@ fn request(runtime: &str, model: &str, credentials: &[(&str, Scope, Option<&str>
         max_liveness_age: None,
         explain: true,
         report_only: false,
-        caller: String::new(),
+        caller: CalledBy::default(),
     }
 }
 
