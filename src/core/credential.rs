@@ -102,7 +102,7 @@ impl<'a> CredentialStep<'a, '_> {
             Prediction::Sends(call) => call,
             Prediction::Missing => {
                 log.trace.step("presence", || format!("none of {} is set", listed(&provider.auth_env)));
-                return Err(refused(self.missing()));
+                return Err(refused(self.missing(credentials)));
             }
             Prediction::Unreadable(names) => {
                 log.trace.step("presence", || format!("{} could not be read", listed(&names)));
@@ -114,7 +114,7 @@ impl<'a> CredentialStep<'a, '_> {
             // Another value wins over one that is the provider's own.
             return Err(match call.passed_over.first() {
                 Some(other) => refused(self.shadowed(&call.judged, ShadowCause::NotOfProvider, other)),
-                None => refused(self.missing()),
+                None => refused(self.missing(credentials)),
             });
         }
         if self.enforcement == Enforcement::Off {
@@ -354,7 +354,7 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    fn missing(&self) -> Refusal {
+    fn missing(&self, credentials: &CredentialSet<'_>) -> Refusal {
         let Provider { name, display_name, auth_env, .. } = self.derived.provider;
         let registry = &self.snapshot.registry;
         let mut missing_env = auth_env.clone();
@@ -369,12 +369,14 @@ impl<'a> CredentialStep<'a, '_> {
                 }
             }
         }
+        let hidden = missing_env.iter().filter(|name| credentials.is_hidden(name)).cloned().collect();
         Refusal::MissingCredential {
             provider: name.clone(),
             display_name: display_name.clone(),
             model: self.model.to_owned(),
             accepted_env: auth_env.clone(),
             others,
+            hidden,
             missing_env,
         }
     }

@@ -86,6 +86,14 @@ impl<'s> CredentialSet<'s> {
         }
     }
 
+    /// A blank row of the workspace hides a value of the organization's.
+    pub fn is_hidden(&self, name: &str) -> bool {
+        let Some(Rows { workspace: Some(workspace), organization: Some(organization) }) = self.rows.get(name) else {
+            return false;
+        };
+        is_blank(workspace) && !is_blank(organization)
+    }
+
     /// This name holds a readable value that is not blank.
     pub fn has(&self, name: &str) -> bool {
         matches!(self.lookup(name), Lookup::Value { .. })

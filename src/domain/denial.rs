@@ -96,6 +96,8 @@ pub enum Refusal {
         accepted_env: Vec<String>,
         /// Who else could own the model, with the names that would make it so.
         others: Vec<(String, Vec<String>)>,
+        /// Names whose blank value in the workspace hides one of the organization's.
+        hidden: Vec<String>,
         /// All names, for programs.
         missing_env: Vec<String>,
     },

@@ -44,12 +44,19 @@ impl Refusal {
                 "model `{model}` belongs to provider `{provider}`, which authenticates by a cloud identity; \
                  a tenant cannot bring a credential for it"
             ),
-            Self::MissingCredential { provider, display_name, model, accepted_env, .. } => format!(
-                "model `{model}` belongs to {display_name} (provider `{provider}`) and needs the tenant's own credential; \
-                 {} {} not set",
-                listed(accepted_env),
-                if accepted_env.len() == 1 { "is" } else { "are" },
-            ),
+            Self::MissingCredential { provider, display_name, model, accepted_env, hidden, .. } => {
+                let hidden = if hidden.is_empty() {
+                    String::new()
+                } else {
+                    format!("; a blank {} of the workspace hides the organization's", listed(hidden))
+                };
+                format!(
+                    "model `{model}` belongs to {display_name} (provider `{provider}`) and needs the tenant's own credential; \
+                     {} {} not set{hidden}",
+                    listed(accepted_env),
+                    if accepted_env.len() == 1 { "is" } else { "are" },
+                )
+            }
             Self::Malformed { env_name, provider, fault, .. } => {
                 format!("{env_name} cannot be a credential of provider `{provider}`: {}; it was not sent", fault.text())
             }
@@ -108,6 +115,9 @@ impl Refusal {
             Self::CredentialsUnreadable { .. } => "try again".into(),
             Self::MissingPlatformProxy { .. } => "choose a model with a key of your own, or try again later".into(),
             Self::ProviderNotByok { .. } => "choose a model of another provider".into(),
+            Self::MissingCredential { hidden, .. } if !hidden.is_empty() => {
+                format!("remove the blank {} from the workspace's secrets, or set it there", listed(hidden))
+            }
             Self::MissingCredential { accepted_env, others, .. } => {
                 let others = others.iter().map(|(owner, names)| format!("; or {} for {owner}", any_of(names)));
                 format!(
@@ -252,7 +262,7 @@ impl LivenessEvidence {
     }
 
     fn remedy(&self) -> String {
-        let Self { verdict, env_name, plan, siblings, cause, .. } = self;
+        let Self { verdict, env_name, plan, siblings, cause, unreached, .. } = self;
         match verdict {
             Verdict::Invalid | Verdict::Forbidden if plan.is_some() => {
                 let (plan, providers) = plan.clone().unwrap_or_default();
@@ -282,6 +292,9 @@ impl LivenessEvidence {
             Verdict::QuotaExhausted => "add credit to the account with the provider, or use another key".into(),
             Verdict::RateLimited | Verdict::ProviderError | Verdict::Timeout => {
                 "try again later; if it goes on, look at the provider's status page".into()
+            }
+            Verdict::Unreachable if *unreached == Some(Unreached::Address) => {
+                "tell the platform, for trying again changes nothing; or choose a model of another provider".into()
             }
             Verdict::UnexpectedResponse | Verdict::Unreachable | Verdict::NotAttempted => {
                 "try again later; if it goes on, tell the platform".into()
