@@ -24,7 +24,7 @@
 //!
 //! # To change X, start in Y
 //!
-//! `docs/architecture.md` has the way of one call. A reason: [`domain::denial`]; its words: [`domain::denial_text`]. The order of a decision:
+//! `docs/architecture.md` has the way of one call. A reason: [`domain::denial`]; its words: `domain::denial_text`. The order of a decision:
 //! [`core::evaluate`], then [`core::credential`]. What a verdict leads to: [`core::policy`]. How a vendor is asked or understood:
 //! `core/catalogue/default.yaml`. What a runtime sends: `core/runtimes/default.yaml`. A decision's event: [`telemetry::events`] and its schema in `docs`. A
 //! number: the module that it is about, and `docs/metrics.md`. A case: `tests/cases`.
