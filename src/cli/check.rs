@@ -262,6 +262,9 @@ impl Found {
                 ProbeResponse::Unreachable(Unreached::Address) => {
                     ("not dialled".into(), Some("its address or scheme may not be dialled by this configuration"), None)
                 }
+                ProbeResponse::Exhausted => {
+                    ("not asked".into(), None, Some("no descriptor or memory is left here for a connection"))
+                }
                 ProbeResponse::Unreachable(_) => ("not reachable".into(), None, Some("could not be reached from here")),
             };
             let problem = |text: &str| {

@@ -202,7 +202,7 @@ fn call_text(attempt: &Attempt) -> String {
 fn call_json(attempt: &Attempt) -> Value {
     let (status, cause) = match &attempt.response {
         ProbeResponse::Answer { reading, look, .. } => (Some(look.status), Some(reading.cause.as_str())),
-        ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) => (None, None),
+        ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) | ProbeResponse::Exhausted => (None, None),
     };
     json!({
         "probe": attempt.probe,
@@ -220,6 +220,7 @@ fn call_json(attempt: &Attempt) -> Value {
 fn response(response: &ProbeResponse) -> String {
     match response {
         ProbeResponse::TimedOut => "no answer in time".into(),
+        ProbeResponse::Exhausted => "this machine has no descriptor or memory left for a connection".into(),
         ProbeResponse::Unreachable(why) => match why {
             Unreached::Dns => "the name could not be resolved".into(),
             Unreached::Address => "the address or scheme may not be dialled".into(),

@@ -72,6 +72,8 @@ pub enum ProbeResponse {
     TimedOut,
     /// No connection, or none that lasted.
     Unreachable(Unreached),
+    /// This machine had no descriptor or memory left for a connection: that says nothing of the provider.
+    Exhausted,
 }
 
 /// What is known of an endpoint's way with made-up keys in one header.

@@ -15,7 +15,7 @@ use crate::{
     },
     domain::{
         protocol::HeaderFamily,
-        verdict::{Cause, MadeUpKey, Verdict},
+        verdict::{Cause, MadeUpKey, Verdict, Withheld},
     },
 };
 
@@ -203,6 +203,10 @@ impl<'t> ProbePlan<'t> {
             ProbeResponse::TimedOut => return self.take_silence(self.finding(Verdict::Timeout, None, None)),
             ProbeResponse::Unreachable(why) => {
                 let finding = Finding { unreached: Some(why), ..self.finding(Verdict::Unreachable, None, None) };
+                return self.take_silence(finding);
+            }
+            ProbeResponse::Exhausted => {
+                let finding = Finding { withheld: Some(Withheld::Fault), ..self.finding(Verdict::NotAttempted, None, None) };
                 return self.take_silence(finding);
             }
         };

@@ -85,6 +85,7 @@ enum Exchange {
     Answered(Box<Response>),
     TimedOut,
     Unreachable(Unreached),
+    Exhausted,
 }
 
 /// One call of a walk up the ladder, for a person who looks on. No credential, no text of the provider's.
@@ -281,6 +282,7 @@ async fn ask(http: &Http, call: &Call, families: &[HeaderFamily], secret: &Secre
     match exchange {
         Exchange::TimedOut => ProbeResponse::TimedOut,
         Exchange::Unreachable(why) => ProbeResponse::Unreachable(why),
+        Exchange::Exhausted => ProbeResponse::Exhausted,
         Exchange::Answered(response) => ProbeResponse::Answer {
             reading: read(response.facts(), &call.probe),
             look: Look::of(response.facts(), secret.expose()),
@@ -334,6 +336,7 @@ impl Http {
                 Exchange::Answered(response) => Ok(response.status),
                 Exchange::TimedOut => Err(None),
                 Exchange::Unreachable(why) => Err(Some(*why)),
+                Exchange::Exhausted => Err(Some(Unreached::Connect)),
             },
         );
         exchange
@@ -347,6 +350,7 @@ impl Http {
         match timeout_at(deadline, self.client.execute(request)).await {
             Err(_) => Exchange::TimedOut,
             Ok(Err(fault)) if fault.is_timeout() => Exchange::TimedOut,
+            Ok(Err(fault)) if is_own_lack(&fault) => Exchange::Exhausted,
             Ok(Err(fault)) => Exchange::Unreachable(match unreached(&fault) {
                 // The proxy, and not the provider, is what could not be reached, or did not let the call through.
                 Unreached::Connect | Unreached::Closed | Unreached::Dns
@@ -382,6 +386,23 @@ impl Http {
         }
         Some(request)
     }
+}
+
+/// No descriptor, buffer or memory was left on this machine.
+fn is_own_lack(fault: &(dyn std::error::Error + 'static)) -> bool {
+    let lacks = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
+    let mut cause = Some(fault);
+    while let Some(error) = cause {
+        let io = error.downcast_ref::<std::io::Error>();
+        if io.and_then(std::io::Error::raw_os_error).is_some_and(|code| lacks.contains(&code)) {
+            return true;
+        }
+        cause = match io.and_then(std::io::Error::get_ref) {
+            Some(wrapped) => Some(wrapped),
+            None => error.source(),
+        };
+    }
+    false
 }
 
 /// What failed on the way, as far as the chain of causes tells.
@@ -481,6 +502,17 @@ mod tests {
     use strum::VariantArray;
 
     use super::*;
+
+    #[test]
+    fn a_descriptor_that_is_missing_here_is_no_fault_of_the_providers() {
+        for (code, own) in [(libc::EMFILE, true), (libc::ENFILE, true), (libc::ENOMEM, true), (libc::ECONNREFUSED, false)] {
+            let bare = std::io::Error::from_raw_os_error(code);
+            assert_eq!(is_own_lack(&bare), own, "{code}");
+            // As the resolver hands it on, and wrapped once more.
+            let looked_up = Unresolved::Lookup(std::io::Error::from_raw_os_error(code));
+            assert_eq!(is_own_lack(&std::io::Error::other(looked_up)), own, "{code}");
+        }
+    }
 
     #[test]
     fn every_credential_header_is_sensitive() {

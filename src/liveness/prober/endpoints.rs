@@ -206,7 +206,7 @@ impl Endpoints {
                     let seen = |look| Calibration::Refuses { look, in_words: false, in_contrast: false };
                     if families.is_empty() { seen(look) } else { calibrated(&reading, &look) }
                 }
-                Exchange::TimedOut | Exchange::Unreachable(_) => Calibration::Untold(None),
+                Exchange::TimedOut | Exchange::Unreachable(_) | Exchange::Exhausted => Calibration::Untold(None),
             };
             traces::calibrated(&told);
             if !families.is_empty() {
