@@ -45,7 +45,7 @@ use self::{
     settings::{CallerSettings, EdgeSettings},
     tls::{Tls, TlsFiles, watch_ends},
 };
-pub use self::{connection::SPEAKS_TLS, error::ServerError, listen::Address};
+pub use self::{error::ServerError, listen::Address};
 use crate::{
     core::engine::Engine,
     grpc::{authorize::Authorizer, call_record::Recorder, convert, service::PolicyDecision},

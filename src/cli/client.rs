@@ -81,7 +81,7 @@ type Pem = Zeroizing<Vec<u8>>;
 /// What answers an HTTP/2 client that speaks no TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Heard {
-    /// An alert of TLS, or our own word that it speaks TLS.
+    /// An alert of TLS.
     Tls,
     /// HTTP/2.
     Plain,
@@ -274,22 +274,14 @@ impl Server {
                     read => length += read,
                 }
             }
-            let mut rest = Vec::new();
-            // Our own server says what it is and goes; others go on to wait.
-            drop(timeout(LOOK / 2, stream.take(256).read_to_end(&mut rest)).await);
-            io::Result::Ok((head, rest))
+            io::Result::Ok(head)
         };
         match timeout(LOOK, look).await {
-            Ok(Ok(([21, 3, ..], _))) => Heard::Tls,
-            Ok(Ok(([_, _, _, 4, ..], rest))) if contains(&rest, crate::server::SPEAKS_TLS.as_bytes()) => Heard::Tls,
-            Ok(Ok(([0, _, _, 4, ..], _))) => Heard::Plain,
+            Ok(Ok([21, 3, ..])) => Heard::Tls,
+            Ok(Ok([0, _, _, 4, ..])) => Heard::Plain,
             _ => Heard::Other,
         }
     }
-}
-
-fn contains(bytes: &[u8], part: &[u8]) -> bool {
-    bytes.windows(part.len()).any(|window| window == part)
 }
 
 impl Tls {

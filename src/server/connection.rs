@@ -68,13 +68,14 @@ const TLS_RECORD: [u8; 2] = [0x16, 0x03];
 const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
 /// GOAWAY's code for a peer that asks too much.
 const ENHANCE_YOUR_CALM: u8 = 0x0b;
-/// The same for one that speaks without TLS where TLS is spoken.
-const INADEQUATE_SECURITY: u8 = 0x0c;
-/// What such a client is told.
-pub const SPEAKS_TLS: &str = "this port speaks TLS, and the client does not";
+/// What whoever speaks without TLS is told where TLS is spoken: a fatal alert, `unexpected_message`. A GOAWAY would be easier to read for a
+/// person, and gRPC's clients lose its text: grpc-go tells of a connection that is draining, and tries again for ever.
+const TLS_ALERT: [u8; 7] = [0x15, 0x03, 0x03, 0, 2, 2, 10];
 /// What is said to whoever speaks TLS or HTTP/1.1 where neither is spoken. A TLS client shows none of it, but knows from it what is wrong.
 const SPEAKS_HTTP2: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n\
     this port speaks gRPC over HTTP/2, without TLS\n";
+/// How a request of HTTP/1.1 begins.
+const METHODS: [&[u8]; 6] = [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS "];
 /// What a peer may send of one call, and of all calls of a connection, before any of it has been read.
 const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 256 * 1024;
@@ -162,12 +163,12 @@ impl ConnectionContext {
         let mut preface = [0; PREFACE.len()];
         io.read_exact(&mut preface).await.map_err(broken)?;
         if preface != *PREFACE {
-            let fault = if is_plain && preface.starts_with(&TLS_RECORD) {
-                HandshakeFault::TlsUnexpected
-            } else {
-                HandshakeFault::NoHttp2
-            };
-            say(io, SPEAKS_HTTP2).await;
+            let is_tls = is_plain && preface.starts_with(&TLS_RECORD);
+            // Noise on a bad network is told nothing: its client would take the text for another server's.
+            if is_tls || METHODS.iter().any(|method| preface.starts_with(method)) {
+                say(io, SPEAKS_HTTP2).await;
+            }
+            let fault = if is_tls { HandshakeFault::TlsUnexpected } else { HandshakeFault::NoHttp2 };
             return Err(Some(Refusal::of(fault)));
         }
         Ok((Prefaced { io, left: Bytes::from_static(PREFACE) }, Identity { peer, names }))
@@ -478,7 +479,7 @@ async fn speaks_tls(mut io: Box<dyn Stream>) -> Result<Prefaced, Option<Refusal>
         return Ok(Prefaced { io, left: Bytes::from_static(&TLS_RECORD) });
     }
     if PREFACE.starts_with(&first) {
-        say(io, &goaway(INADEQUATE_SECURITY, SPEAKS_TLS)).await;
+        say(io, &TLS_ALERT).await;
     }
     Err(Some(Refusal::of(HandshakeFault::NoTls)))
 }
