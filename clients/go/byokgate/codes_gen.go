@@ -30,7 +30,7 @@ const (
 	OverrideConflictsWithModel Code = "OVERRIDE_CONFLICTS_WITH_MODEL"
 	// MissingBYOKCredential: None of the names that the provider accepts holds a value.
 	MissingBYOKCredential Code = "MISSING_BYOK_CREDENTIAL"
-	// MalformedBYOKCredential: The value cannot be a key: control characters, non-ASCII, or over 16 KiB. Nothing was sent.
+	// MalformedBYOKCredential: The value cannot be a key: control characters, non-ASCII, over 6 KiB, or pasted by mistake. Nothing was sent.
 	MalformedBYOKCredential Code = "MALFORMED_BYOK_CREDENTIAL"
 	// InvalidBYOKCredential: The provider refused the credential, or its shape says that it is another vendor's key.
 	InvalidBYOKCredential Code = "INVALID_BYOK_CREDENTIAL"

@@ -536,3 +536,19 @@ func TestPausesGrowAndAreBounded(t *testing.T) {
 		t.Error("a success is repeated")
 	}
 }
+
+// A number that does not fit the wire is refused there, and never cut off to one that means something.
+func TestNumbersThatDoNotFitAreNotCutOff(t *testing.T) {
+	if strconv.IntSize == 32 {
+		t.Skip("every int fits")
+	}
+	beyond := 1 << 16 << 16
+	request := Request{Checkpoint: Checkpoint(beyond + 1), Spec: Spec{
+		Runtime: "agent", Model: "acme-large", OperatorOverride: OperatorOverride(beyond + 1), PlatformProxy: PlatformProxy(beyond + 1),
+	}}
+	sent := request.wire(&wallet{}, Enforce)
+	spec := sent.GetWorkspaceSpec()
+	if sent.GetCheckpoint() != -1 || spec.GetOperatorOverride() != -1 || spec.GetPlatformProxy() != -1 {
+		t.Errorf("%v", sent)
+	}
+}

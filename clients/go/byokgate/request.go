@@ -174,7 +174,7 @@ func (s *Spec) check() (Violation, bool) {
 // wire is the request with these credentials.
 func (r *Request) wire(held *wallet, mode Mode) *byokgatev1.DecideRequest {
 	request := &byokgatev1.DecideRequest{
-		Checkpoint: byokgatev1.Checkpoint(r.Checkpoint),
+		Checkpoint: byokgatev1.Checkpoint(wireNumber(int(r.Checkpoint))),
 		WorkspaceSpec: &byokgatev1.WorkspaceSpec{
 			WorkspaceId:      r.Spec.WorkspaceID,
 			OrganizationId:   r.Spec.OrganizationID,
@@ -182,8 +182,8 @@ func (r *Request) wire(held *wallet, mode Mode) *byokgatev1.DecideRequest {
 			Model:            r.Spec.Model,
 			Credentials:      held.credentials(),
 			UnreadableScopes: held.unreadableScopes(),
-			OperatorOverride: byokgatev1.OperatorOverride(r.Spec.OperatorOverride),
-			PlatformProxy:    byokgatev1.PlatformProxy(r.Spec.PlatformProxy),
+			OperatorOverride: byokgatev1.OperatorOverride(wireNumber(int(r.Spec.OperatorOverride))),
+			PlatformProxy:    byokgatev1.PlatformProxy(wireNumber(int(r.Spec.PlatformProxy))),
 			TenantBaseUrlEnv: r.Spec.TenantBaseURLEnv,
 		},
 		Explain:    r.Explain,
@@ -193,4 +193,12 @@ func (r *Request) wire(held *wallet, mode Mode) *byokgatev1.DecideRequest {
 		request.MaxLivenessAge = durationpb.New(*r.MaxLivenessAge)
 	}
 	return request
+}
+
+// wireNumber is an enum's number on the wire. What does not fit there becomes -1, which byok-gate refuses: cut off, it would be another number.
+func wireNumber(number int) int32 {
+	if number != int(int32(number)) {
+		return -1
+	}
+	return int32(number)
 }

@@ -395,7 +395,8 @@ func (c *Client) look(ctx context.Context, spec Spec) sighting {
 		seen := sighting{code: refusal.Code(), decisionID: refusal.DecisionID(), fingerprint: refusal.Details().Fingerprint}
 		switch {
 		case refusal.Retryable():
-		case seen.code == InvalidBYOKCredential, seen.code == MalformedBYOKCredential:
+		case seen.code == InvalidBYOKCredential, seen.code == MalformedBYOKCredential, seen.code == ShadowedBYOKCredential,
+			seen.code == WrongCredentialName:
 			seen.health = Dead
 		case seen.code == MissingBYOKCredential:
 			seen.health = Missing

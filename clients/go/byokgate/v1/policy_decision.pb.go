@@ -644,7 +644,7 @@ const (
 	DenyCode_DENY_CODE_OVERRIDE_CONFLICTS_WITH_MODEL DenyCode = 12
 	// None of the names that the provider accepts holds a value.
 	DenyCode_DENY_CODE_MISSING_BYOK_CREDENTIAL DenyCode = 13
-	// The value cannot be a key: control characters, non-ASCII, or over 16 KiB. Nothing was sent.
+	// The value cannot be a key: control characters, non-ASCII, over 6 KiB, or pasted by mistake. Nothing was sent.
 	DenyCode_DENY_CODE_MALFORMED_BYOK_CREDENTIAL DenyCode = 14
 	// The provider refused the credential, or its shape says that it is another vendor's key.
 	DenyCode_DENY_CODE_INVALID_BYOK_CREDENTIAL DenyCode = 15
