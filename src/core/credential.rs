@@ -305,7 +305,8 @@ impl<'a> CredentialStep<'a, '_> {
         let is_of_another = |found: &Found<'_>| {
             let shapes = self.snapshot.catalogue.shapes_of(found.secret.expose().trim_ascii_start());
             let vendor = endpoint.vendor.as_deref();
-            !shapes.is_empty() && vendor.is_some_and(|vendor| shapes.iter().all(|shape| shape.vendor != vendor))
+            let is_no_key = self.snapshot.catalogue.foreign_secrets.what(found.secret.expose()).is_some();
+            is_no_key || !shapes.is_empty() && vendor.is_some_and(|vendor| shapes.iter().all(|shape| shape.vendor != vendor))
         };
         let exposed = call.travels.iter().filter(|(found, _)| !is_own(found.env_name) || is_of_another(found));
         let env_names: Vec<String> = exposed.map(|(found, _)| found.env_name.to_owned()).collect();

@@ -89,6 +89,16 @@ fn the_launchers_and_programs_of_november_2026() {
 type Row = (&'static str, &'static str, &'static [(&'static str, char, Option<&'static str>)], &'static str);
 
 const TABLE: &[Row] = &[
+    // A source host's token that travels along.
+    (
+        "claude-code",
+        "kimi-for-coding",
+        &[
+            ("KIMI_API_KEY", 'w', Some("made-up-k")),
+            ("ANTHROPIC_AUTH_TOKEN", 'w', Some("ghp_madeUp0madeUp0madeUp0madeUp0madeUp01")),
+        ],
+        "asks KIMI_API_KEY in x-api-key at api.kimi.com EXPOSED_CREDENTIAL:ANTHROPIC_AUTH_TOKEN",
+    ),
     (
         "claude-code",
         "kimi-for-coding",
