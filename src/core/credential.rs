@@ -204,8 +204,7 @@ impl<'a> CredentialStep<'a, '_> {
         let kind = self.snapshot.catalogue.credential_kind(found.env_name);
         let secret = match kind.map(|kind| kind.look(secret.expose())) {
             Some(Look::Malformed(fault)) => {
-                let right_name = self.right_name(found.env_name, fault);
-                return Err(Unsent::Refused(Box::new(self.malformed(&found, fault, right_name))));
+                return Err(Unsent::Refused(Box::new(self.malformed(&found, fault))));
             }
             Some(Look::Key(key)) => Arc::new(key),
             Some(Look::Plausible) => return Err(Unsent::NoSurface(NoSurface::OAuth)),
@@ -218,10 +217,7 @@ impl<'a> CredentialStep<'a, '_> {
         match unfit(&self.snapshot.catalogue, endpoint, found.env_name, &secret, takes_oauth) {
             None => Ok(Sent { found, secret, endpoint, way }),
             Some(Unfit::NoSurface(reason)) => Err(Unsent::NoSurface(reason)),
-            Some(Unfit::Malformed(fault)) => {
-                let right_name = self.right_name(found.env_name, fault);
-                Err(Unsent::Refused(Box::new(self.malformed(&found, fault, right_name))))
-            }
+            Some(Unfit::Malformed(fault)) => Err(Unsent::Refused(Box::new(self.malformed(&found, fault)))),
             Some(Unfit::Refused(refusal)) => Err(Unsent::Refused(refusal)),
         }
     }
@@ -250,7 +246,7 @@ impl<'a> CredentialStep<'a, '_> {
             }
         };
         if let Some(fault) = fault {
-            return Err(Unsent::Refused(Box::new(self.malformed(found, fault, None))));
+            return Err(Unsent::Refused(Box::new(self.malformed(found, fault))));
         }
         let message = format!(
             "blanks or line breaks around {} were left out, as runtime `{}` does; save it again without them",
@@ -336,7 +332,6 @@ impl<'a> CredentialStep<'a, '_> {
     fn query(&self, sent: &Sent<'a>, passed_over: Option<&Found<'a>>) -> LivenessQuery<'a> {
         let Sent { found, secret, endpoint, way } = sent;
         let (headers, surface) = way.map_or((&[][..], None), |way| (way.headers.as_slice(), way.surface));
-        let named = |found: &Found<'_>| NameAndScope { env_name: found.env_name.to_owned(), scope: found.scope };
         let certain = self.is_certain();
         LivenessQuery {
             endpoint,
@@ -348,7 +343,7 @@ impl<'a> CredentialStep<'a, '_> {
             organization: &self.spec.organization_id,
             caller: self.caller,
             context: QueryContext {
-                passed_over: passed_over.filter(|_| certain).map(|other| (named(found), named(other))),
+                passed_over: passed_over.filter(|_| certain).map(|other| (found.named(), other.named())),
                 own_headers: headers,
                 facts: self.snapshot.catalogue.runtimes.get(&self.spec.runtime).filter(|_| certain),
             },
@@ -383,11 +378,11 @@ impl<'a> CredentialStep<'a, '_> {
     }
 
     fn shadowed(&self, sent: &Found<'_>, why: ShadowCause, other: &Found<'_>) -> Refusal {
-        let named = |found: &Found<'_>| NameAndScope { env_name: found.env_name.to_owned(), scope: found.scope };
-        Refusal::Shadowed { sent: named(sent), why, other: named(other), provider: self.derived.provider.name.clone() }
+        Refusal::Shadowed { sent: sent.named(), why, other: other.named(), provider: self.derived.provider.name.clone() }
     }
 
-    fn malformed(&self, found: &Found<'_>, fault: Malformation, right_name: Option<String>) -> Refusal {
+    fn malformed(&self, found: &Found<'_>, fault: Malformation) -> Refusal {
+        let right_name = self.right_name(found.env_name, fault);
         let provider = self.derived.provider.name.clone();
         Refusal::Malformed { env_name: found.env_name.to_owned(), provider, fault, right_name }
     }

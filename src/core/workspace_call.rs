@@ -10,7 +10,7 @@ use crate::{
         registry::Provider,
         runtimes::{Route, RuntimeFacts, Trims},
     },
-    domain::{protocol::HeaderFamily, request::Scope, secret::Secret},
+    domain::{denial::NameAndScope, protocol::HeaderFamily, request::Scope, secret::Secret},
 };
 
 /// A provider's route in a runtime, and which names are the provider's own there.
@@ -67,6 +67,15 @@ pub struct WorkspaceCall<'a> {
     pub moved_to: Option<&'a Url>,
     /// What else goes to the same host.
     pub travels: Vec<(Found<'a>, HeaderFamily)>,
+}
+
+// === impl Found ===
+
+impl Found<'_> {
+    /// Its name and its scope, for a denial's words.
+    pub fn named(&self) -> NameAndScope {
+        NameAndScope { env_name: self.env_name.to_owned(), scope: self.scope }
+    }
 }
 
 // === impl ArmRoute ===

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/grpc/stats"
 )
 
-// Option configures a client. An option that does not stand makes [New] fail.
+// Option configures a client. An option that is not valid makes [New] fail.
 type Option func(*config) error
 
 type config struct {

@@ -215,7 +215,7 @@ func faultOf(err error) *connectionFault {
 		fault.hint = "byok-gate's certificate is for another name than the target's: check the target, or the certificate's names"
 	case errors.As(err, &invalid):
 		fault.reason = ReasonTLSUntrusted
-		fault.hint = "byok-gate's certificate does not stand"
+		fault.hint = "byok-gate's certificate is not valid"
 		if invalid.Reason == x509.Expired {
 			fault.hint = "byok-gate's certificate has expired or is not valid yet: renew it, or check this machine's clock"
 		}
