@@ -324,13 +324,18 @@ fn to_facts(snapshot: &Snapshot, query: &LivenessQuery<'_>, observed: &Observed)
         tenant_endpoint: false,
         plan: plan_of(snapshot, query),
         model: query.model.to_owned(),
+        save_as: query.context.place_of_unread.clone().unwrap_or_else(|| Some(snapshot.place(query.env_name))),
     };
     let enforcement = query.enforcement;
     match (&query.context.passed_over, finding.verdict) {
         (Some((sent, other)), Verdict::Invalid | Verdict::Forbidden) => {
             let why = ShadowCause::Refused(Box::new(Refusal::Liveness(evidence.clone())));
             let (sent, other, provider) = (sent.clone(), other.clone(), evidence.provider.clone());
-            Facts::Shadowed { refusal: Box::new(Refusal::Shadowed { sent, why, other, provider }), evidence, enforcement }
+            Facts::Shadowed {
+                refusal: Box::new(Refusal::Shadowed { sent, why, other, replaceable: true, provider }),
+                evidence,
+                enforcement,
+            }
         }
         _ => Facts::NotValid {
             evidence,
@@ -344,7 +349,7 @@ fn to_facts(snapshot: &Snapshot, query: &LivenessQuery<'_>, observed: &Observed)
 /// A good key that was accepted in another header than the workspace's own.
 fn wrong_header(query: &LivenessQuery<'_>, finding: &Finding) -> Option<Facts> {
     let accepted_in = finding.family.filter(|_| finding.wrong_header)?;
-    let QueryContext { own_headers, facts, .. } = &query.context;
+    let QueryContext { own_headers, own_names, facts, .. } = &query.context;
     if own_headers.contains(&accepted_in) {
         return None;
     }
@@ -359,6 +364,8 @@ fn wrong_header(query: &LivenessQuery<'_>, finding: &Finding) -> Option<Facts> {
             sent_in,
             accepted_in,
             right_name: right_name.to_owned(),
+            // A name of somebody else's would leave the workspace without a credential.
+            right_is_own: own_names.iter().any(|own| own == right_name),
         })
     });
     let usual = sent_in

@@ -10,7 +10,7 @@ use crate::{
         endpoint::{Endpoint, NoSurface},
     },
     domain::{
-        denial::{Malformation, Refusal},
+        denial::{Malformation, Place, Refusal},
         request::is_plain,
         secret::Secret,
     },
@@ -62,27 +62,36 @@ pub fn unfit(catalogue: &Catalogue, endpoint: &Endpoint, env_name: &str, secret:
             Unfit::Malformed(Malformation::TokenForKey)
         });
     }
+    let place = || Some(Place::of(env_name));
     let (env_name, provider) = (|| env_name.to_owned(), || endpoint.provider.clone());
     let refused = |refusal| Some(Unfit::Refused(Box::new(refusal)));
     match shapes.first() {
-        Some(KeyShape { kind: KeyKind::RefreshToken, .. }) => return Some(Unfit::Malformed(Malformation::RefreshToken)),
+        Some(KeyShape { kind: KeyKind::RefreshToken, .. }) => return Some(Unfit::Malformed(Malformation::RefreshTokenForKey)),
         Some(KeyShape { kind: KeyKind::Administrative, vendor, .. }) => {
-            return refused(Refusal::AdministrativeKey { env_name: env_name(), provider: provider(), vendor: vendor.clone() });
+            let vendor = vendor.clone();
+            return refused(Refusal::AdministrativeKey { env_name: env_name(), provider: provider(), vendor, save_as: place() });
         }
-        Some(KeyShape { vendor, .. }) => {
+        Some(KeyShape { vendor, kind, .. }) => {
             if let Some(host) = &endpoint.vendor
                 && shapes.iter().all(|shape| shape.vendor == *vendor)
                 && host != vendor
                 && !endpoint.accepts_keys_of.takes(vendor)
             {
                 let (host, vendor) = (endpoint.host.clone(), vendor.clone());
-                return refused(Refusal::ForeignKey { env_name: env_name(), provider: provider(), host, vendor });
+                return refused(Refusal::ForeignKey {
+                    env_name: env_name(),
+                    provider: provider(),
+                    host,
+                    vendor,
+                    is_oauth: *kind == KeyKind::OAuth,
+                    save_as: place(),
+                });
             }
         }
         None => {}
     }
     let what = catalogue.foreign_secrets.what(value)?;
-    refused(Refusal::ForeignSecret { env_name: env_name(), provider: provider(), what: what.to_owned() })
+    refused(Refusal::ForeignSecret { env_name: env_name(), provider: provider(), what: what.to_owned(), save_as: place() })
 }
 
 fn malformation(value: &str) -> Option<Malformation> {

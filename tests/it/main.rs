@@ -35,6 +35,7 @@ mod plan;
 mod probe;
 mod registries;
 mod reload;
+mod remedies;
 mod runtimes;
 mod secrets;
 mod shutdown;
