@@ -10,7 +10,7 @@ use crate::{
         derive::{Derived, candidate_arms},
         endpoint::{Endpoint, NoSurface, Preference},
         evaluation_log::EvaluationLog,
-        key_shape::{Unfit, unfit},
+        key_shape::{Mistake, Unfit, mistake, unfit},
         oauth_credential::{CredentialKind, Look},
         policy::{Action, Enforcement, Facts, Group},
         registry::{Arm, Auth, Provider, Runtime},
@@ -209,14 +209,26 @@ impl<'a> CredentialStep<'a, '_> {
         let kind = self.snapshot.catalogue.credential_kind(found.env_name);
         let secret = match kind.map(|kind| kind.look(secret.expose())) {
             Some(Look::Malformed(fault)) => {
-                return Err(Unsent::Refused(Box::new(self.malformed(&found, fault))));
+                let value = secret.expose();
+                // What it is says more than that it is no file.
+                let is_file = fault != Malformation::NoJson || value.trim_ascii_start().starts_with('{');
+                let mistaken = if is_file { None } else { mistake(&self.snapshot.catalogue, None, found.env_name, value) };
+                return Err(self.mistaken(&found, mistaken.unwrap_or(Mistake::Malformed(fault))));
             }
             // Sent as it stands there.
             Some(Look::Key(key)) if key.expose().trim_ascii().len() < key.expose().len() => {
                 return Err(Unsent::Refused(Box::new(self.malformed(&found, Malformation::BlankInFile))));
             }
             Some(Look::Key(key)) => Arc::new(key),
-            Some(Look::Plausible) => return Err(Unsent::NoSurface(NoSurface::OAuth)),
+            Some(Look::Plausible) => {
+                let value = secret.expose().trim_ascii();
+                let mistaken =
+                    if value.starts_with('{') { None } else { mistake(&self.snapshot.catalogue, None, found.env_name, value) };
+                return Err(match mistaken {
+                    Some(mistaken) => self.mistaken(&found, mistaken),
+                    None => Unsent::NoSurface(NoSurface::OAuth),
+                });
+            }
             None => secret,
         };
         let route = arm.route.as_ref().map(|arm| &arm.route);
@@ -229,6 +241,18 @@ impl<'a> CredentialStep<'a, '_> {
             Some(Unfit::Malformed(fault)) => Err(Unsent::Refused(Box::new(self.malformed(&found, fault)))),
             Some(Unfit::Refused(refusal)) => Err(Unsent::Refused(Box::new(refusal.saved_as(self.place_for(found.env_name))))),
         }
+    }
+
+    fn mistaken(&self, found: &Found<'_>, mistake: Mistake<'_>) -> Unsent {
+        Unsent::Refused(Box::new(match mistake {
+            Mistake::Malformed(fault) => self.malformed(found, fault),
+            Mistake::Foreign(what) => Refusal::ForeignSecret {
+                env_name: found.env_name.to_owned(),
+                provider: self.derived.provider.name.clone(),
+                what: what.to_owned(),
+                save_as: self.place_for(found.env_name),
+            },
+        }))
     }
 
     /// The value without the blanks around it, where the runtime cuts them off; it is refused where nobody does.
@@ -255,7 +279,10 @@ impl<'a> CredentialStep<'a, '_> {
             }
         };
         if let Some(fault) = fault {
-            return Err(Unsent::Refused(Box::new(self.malformed(found, fault))));
+            let vendor = self.snapshot.endpoint(self.derived.provider).ok().and_then(|endpoint| endpoint.vendor.as_deref());
+            // What it is without them says more.
+            let mistaken = mistake(&self.snapshot.catalogue, vendor, found.env_name, value.trim_ascii());
+            return Err(self.mistaken(found, mistaken.unwrap_or(Mistake::Malformed(fault))));
         }
         let message = format!(
             "blanks or line breaks around {} were left out, as runtime `{}` does; save it again without them",
@@ -310,7 +337,7 @@ impl<'a> CredentialStep<'a, '_> {
         let is_of_another = |found: &Found<'_>| {
             let shapes = self.snapshot.catalogue.shapes_of(found.secret.expose().trim_ascii_start());
             let vendor = endpoint.vendor.as_deref();
-            let is_no_key = self.snapshot.catalogue.foreign_secrets.what(found.secret.expose()).is_some();
+            let is_no_key = self.snapshot.catalogue.foreign_secrets.what(found.secret.expose(), vendor).is_some();
             is_no_key || !shapes.is_empty() && vendor.is_some_and(|vendor| shapes.iter().all(|shape| shape.vendor != vendor))
         };
         let exposed = call.travels.iter().filter(|(found, _)| !is_own(found.env_name) || is_of_another(found));

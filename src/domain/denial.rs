@@ -304,6 +304,20 @@ pub enum Malformation {
     BlankInFile,
     /// A refresh token in the place of an API key.
     RefreshTokenForKey,
+    /// A header's name stands in front of it.
+    HeaderInFront,
+    /// Two values, one behind the other.
+    TwoValues,
+    /// A comma or a semicolon stands behind it.
+    Punctuation,
+    /// What a program writes where it has no value.
+    NoValue,
+    /// It says where a secret is kept.
+    Reference,
+    /// The address of a page.
+    WebAddress,
+    /// An e-mail address.
+    Email,
 }
 
 /// A credential that was judged, and what came of it.

@@ -432,7 +432,7 @@ impl Malformation {
             Self::Quoted => "it is in quotation marks".into(),
             Self::VariableName => "it is the name of a variable and not its value".into(),
             Self::Template => "it is a template that was not expanded".into(),
-            Self::Masked => "part of it is hidden by asterisks".into(),
+            Self::Masked => "part of it is hidden by asterisks or dots".into(),
             Self::Placeholder => "it is a placeholder out of an example".into(),
             Self::Json => "it is JSON, or a piece of it, and holds no token".into(),
             Self::CutOff => "it is only the beginning of a token".into(),
@@ -449,6 +449,13 @@ impl Malformation {
             Self::KeyForFile => "it is a key alone, and this variable is for the file auth.json".into(),
             Self::BlankInFile => "a blank or line break stands around the key in it, and codex sends it along".into(),
             Self::RefreshTokenForKey => "it is a refresh token, and no API key".into(),
+            Self::HeaderInFront => "a header's name stands in front of it".into(),
+            Self::TwoValues => "two values stand in it, one behind the other".into(),
+            Self::Punctuation => "a comma or a semicolon stands behind it".into(),
+            Self::NoValue => "it is what a program writes where it has no value, such as `undefined` or `null`".into(),
+            Self::Reference => "it says where a secret is kept, and is not the secret".into(),
+            Self::WebAddress => "it is the address of a page".into(),
+            Self::Email => "it is an e-mail address".into(),
         }
     }
 
@@ -467,8 +474,11 @@ impl Malformation {
             Self::ControlCharacter { trailing: true, .. } | Self::BlankInFront | Self::BlankBehind => {
                 format!("save {place} again without blanks and line breaks around it")
             }
-            Self::BearerInFront | Self::NameInFront | Self::Quoted => format!("save {place} again with the key alone"),
-            Self::VariableName | Self::Template => {
+            Self::BearerInFront | Self::HeaderInFront | Self::NameInFront | Self::Quoted | Self::Punctuation => {
+                format!("save {place} again with the key alone")
+            }
+            Self::TwoValues => format!("save one of them alone as {place}"),
+            Self::VariableName | Self::Template | Self::Reference => {
                 format!("save the key itself as {place}: what is saved is passed on as it is, and nothing in it is expanded")
             }
             Self::Masked => {
@@ -492,6 +502,9 @@ impl Malformation {
             | Self::NonAscii { .. }
             | Self::TooLong { .. }
             | Self::Placeholder
+            | Self::NoValue
+            | Self::WebAddress
+            | Self::Email
             | Self::Json
             | Self::CutOff
             | Self::BlankWithin => format!("copy the key from the provider's console again and save it as {place}"),

@@ -19,6 +19,7 @@ mod contract;
 mod deploy;
 mod dialects;
 mod exec;
+mod foreign;
 mod guards;
 mod invariants;
 mod isolation;

@@ -20,6 +20,7 @@ use byok_gate::{
     },
     domain::{
         decision::{Decision, Outcome},
+        protocol::HeaderFamily,
         request::{CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
         secret::Secret,
         verdict::{ServedFrom, Verdict, WarningCode},
@@ -82,7 +83,7 @@ async fn decide(engine: &Engine, runtime: &str, model: &str, values: &Values) ->
         },
         checkpoint: Checkpoint::Create,
         max_liveness_age: None,
-        explain: false,
+        explain: true,
         report_only: false,
         caller: CalledBy::default(),
     };
@@ -348,4 +349,35 @@ async fn a_remedy_says_which_variable_in_which_form_and_with_which_model() {
         decision.warnings[0].message,
         "runtime `codex` does not read OPENAI_API_KEY; save the key as CODEX_AUTH_JSON, in the form `{\"OPENAI_API_KEY\": \"THE KEY\"}`"
     );
+}
+
+/// Some versions of a program send the variable in the one header, some in the other: a host that takes the second alone takes the workspace's own.
+#[tokio::test]
+async fn a_header_of_another_version_is_no_other_header() {
+    struct BearerOnly;
+    impl LivenessSource for BearerOnly {
+        fn observe<'a>(&'a self, query: LivenessQuery<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
+            Box::pin(async move {
+                let observed = Vendors.observe(query, max_age, deadline).await;
+                let finding = Finding { family: Some(HeaderFamily::Bearer), wrong_header: true, ..Finding::bare(Verdict::Valid) };
+                Observed { finding: Arc::new(finding), ..observed }
+            })
+        }
+    }
+    let engine = Engine::new((*engine().snapshot()).clone(), Arc::new(BearerOnly), None);
+    for (runtime, model, env_name, is_own) in [
+        ("claude-code", "claude-opus-4-8", "ANTHROPIC_API_KEY", true),
+        ("opencode", "claude-made-up", "ANTHROPIC_API_KEY", false),
+    ] {
+        let values = [(env_name.to_owned(), good(env_name))].into();
+        let decision = decide(&engine, runtime, model, &values).await;
+        let told = format!("{:?} {:?}", decision.trace, decision.warnings);
+        assert!(matches!(decision.outcome, Outcome::Allow(_)), "{told}");
+        assert_eq!(told.contains("another header"), !is_own, "{runtime}: {told}");
+        assert_eq!(
+            decision.warnings.iter().any(|warning| warning.code == WarningCode::WrongHeader),
+            !is_own,
+            "{runtime}: {told}"
+        );
+    }
 }
