@@ -3,6 +3,7 @@
 //! A target's calls are rungs, free ones first. Of each rung the client's own header is asked first, the others together after a refusal.
 //! A "yes" counts where a made-up key is refused; a refusal in words counts at once; whatever else comes counts as a refusal where a made-up key
 //! gets the same. What was refused in the client's own header stays refused: only a "yes" in another one says otherwise.
+//! A list that answers every key alike may serve no key at all: such a refusal waits for what the request that calls a model says.
 
 use std::time::Duration;
 
@@ -37,6 +38,8 @@ pub enum Next<'t> {
         families: Vec<HeaderFamily>,
         /// Without its answer nothing follows. Else what is known already will do.
         needed: bool,
+        /// Only what a made-up key of the credential's own form gets counts.
+        of_its_form: bool,
     },
     /// Find out what a request without any key gets there.
     Keyless {
@@ -84,6 +87,8 @@ pub struct ProbePlan<'t> {
     made_up: MadeUpKey,
     /// The best that was heard without being conclusive.
     fallback: Option<Finding>,
+    /// A refusal that is one by comparison alone, heard before the request that calls a model was sent.
+    held: Option<Held>,
     /// Rungs that answered "no such path".
     absent: Vec<[u8; 32]>,
     /// Every rung so far had nothing but "no such path", or a page.
@@ -127,6 +132,15 @@ enum Own {
     Unread(Finding),
 }
 
+/// A refusal that counts only if the request that calls a model does not say otherwise.
+#[derive(Debug, Clone)]
+struct Held {
+    finding: Finding,
+    look: Look,
+    /// It has a code for "forbidden": it counts unless a later answer is clear. Else it counts only if a later answer is about the same.
+    by_code: bool,
+}
+
 impl<'t> ProbePlan<'t> {
     /// At the foot. `is_pointless`: a request in a header is known to tell nothing, since anybody is accepted there or it is not there at all.
     pub fn new(
@@ -163,6 +177,7 @@ impl<'t> ProbePlan<'t> {
             own: None,
             made_up: MadeUpKey::NotAsked,
             fallback: None,
+            held: None,
             absent: Vec::new(),
             no_api: true,
             for_everybody: false,
@@ -179,8 +194,9 @@ impl<'t> ProbePlan<'t> {
         match &self.state {
             State::Ask => Next::Ask { call, families },
             State::Control(heard) => {
-                let believed = heard.reading.classification == Classification::Accepted && call.probe.refuses_bad_keys;
-                Next::Control { call, families, needed: !believed }
+                let (accepted, documented) =
+                    (heard.reading.classification == Classification::Accepted, call.probe.refuses_bad_keys);
+                Next::Control { call, families, needed: !(accepted && documented), of_its_form: accepted && !documented }
             }
             State::Keyless(_) => Next::Keyless { call },
             State::Identify(families, _) => Next::Ask { call, families: families.iter().copied().take(1).collect() },
@@ -251,15 +267,17 @@ impl<'t> ProbePlan<'t> {
                 }
             }
             // The same status and code, whatever the words.
-            (Classification::Forbidden(code), Calibration::Refuses { look, .. }) if look.status == 403 && look.code == *code => {
-                self.refuse(self.finding(Verdict::Invalid, Some(Cause::AsAMadeUpKey), Some(status)));
+            (Classification::Forbidden(code), Calibration::Refuses { look, in_contrast, .. })
+                if look.status == 403 && look.code == *code =>
+            {
+                self.refuse_by_code(&heard, *in_contrast);
             }
             (Classification::Forbidden(_), Calibration::Refuses { in_words: true, .. }) => self.restrict(status),
             (Classification::Forbidden(_), _) => {
                 self.refuse(self.finding(Verdict::Forbidden, Some(heard.reading.cause), Some(status)))
             }
-            (Classification::Restricted, Calibration::Refuses { look, .. }) if look.is_like(&heard.look) => {
-                self.refuse(self.finding(Verdict::Invalid, Some(Cause::AsAMadeUpKey), Some(status)));
+            (Classification::Restricted, Calibration::Refuses { look, in_contrast, .. }) if look.is_like(&heard.look) => {
+                self.refuse_by_code(&heard, *in_contrast);
             }
             (Classification::Restricted, _) => self.restrict(status),
             (Classification::Unread | Classification::Verdict(_), Calibration::Refuses { look, in_contrast, .. })
@@ -277,6 +295,11 @@ impl<'t> ProbePlan<'t> {
                     _ => self.leave_unread(&heard),
                 }
             }
+            // A made-up key does not get this: it is about this key's account.
+            (Classification::Verdict(verdict @ Verdict::QuotaExhausted), _) => {
+                let finding = self.finding(*verdict, Some(heard.reading.cause), Some(status));
+                self.close(Finding { retry_after: heard.retry_after, ..finding });
+            }
             (Classification::Unread | Classification::Verdict(_), _) => self.leave_unread(&heard),
         }
     }
@@ -292,8 +315,17 @@ impl<'t> ProbePlan<'t> {
             let of_the_model = call.probe.surface.is_inference() && matches!(keyless.status, 401 | 403);
             told && !of_the_model && !keyless.is_like(&heard.look)
         });
-        self.for_everybody |= keyless.is_some_and(|keyless| keyless.is_like(&heard.look));
-        if differs { self.refuse_as_made_up(heard.look.status) } else { self.leave_unread(&heard) }
+        match keyless.map(|keyless| keyless.is_like(&heard.look)) {
+            Some(true) => self.for_everybody = true,
+            // Something there asks for a key.
+            Some(false) => self.no_api = false,
+            None => {}
+        }
+        match (differs, self.is_held_back()) {
+            (false, _) => self.leave_unread(&heard),
+            (true, true) => self.hold(&heard, false),
+            (true, false) => self.refuse_as_made_up(heard.look.status),
+        }
     }
 
     // --- one rung ---
@@ -307,6 +339,8 @@ impl<'t> ProbePlan<'t> {
                 self.state = State::Control(heard)
             }
             Classification::Restricted if *by == ReadBy::CommonCode => self.state = State::Control(heard),
+            // The status alone says so: it may be what every unknown key gets.
+            Classification::Verdict(Verdict::QuotaExhausted) if *by == ReadBy::Shape => self.state = State::Control(heard),
             Classification::Restricted => self.restrict(heard.look.status),
             Classification::Verdict(Verdict::Invalid) => self.refuse(finding(Verdict::Invalid)),
             Classification::Verdict(Verdict::UnexpectedResponse) if !stop => {
@@ -315,7 +349,7 @@ impl<'t> ProbePlan<'t> {
                 self.step();
             }
             Classification::Verdict(verdict) => {
-                self.state = State::Done(Finding { retry_after: heard.retry_after, ..finding(*verdict) });
+                self.close(Finding { retry_after: heard.retry_after, ..finding(*verdict) });
             }
         }
     }
@@ -326,7 +360,7 @@ impl<'t> ProbePlan<'t> {
             (Classification::Accepted, _) => self.state = State::Control(heard),
             // A 401 is about a credential: in words elsewhere, it is one. A 400 may be about anything, and the 401 elsewhere about no key.
             (Classification::Verdict(verdict @ (Verdict::Invalid | Verdict::QuotaExhausted)), Some(Own::Unread(own)))
-                if matches!(own.status, Some(401 | 403 | 407)) =>
+                if matches!(own.status, Some(401 | 407)) =>
             {
                 self.state = State::Done(self.finding(*verdict, Some(heard.reading.cause), Some(heard.look.status)));
             }
@@ -344,10 +378,24 @@ impl<'t> ProbePlan<'t> {
         if self.group > 0 {
             return self.finish_rung();
         }
-        self.state = State::Done(match self.fallback.take() {
+        let finding = match self.fallback.take() {
             Some(earlier) if earlier.verdict == Verdict::NotCalibrated => Finding { cost_money: finding.cost_money, ..earlier },
             Some(_) | None => finding,
-        });
+        };
+        self.close(finding);
+    }
+
+    /// The end, unless an earlier refusal counts against an answer that tells nothing.
+    fn close(&mut self, finding: Finding) {
+        let untold = matches!(
+            finding.verdict,
+            Verdict::RateLimited | Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::Timeout | Verdict::Unreachable
+        );
+        let finding = match self.held.take() {
+            Some(held) if held.by_code && untold => Finding { cost_money: finding.cost_money, ..held.finding },
+            Some(_) | None => finding,
+        };
+        self.state = State::Done(finding);
     }
 
     fn accept(&mut self, family: HeaderFamily, heard: &Heard) {
@@ -386,6 +434,33 @@ impl<'t> ProbePlan<'t> {
         self.try_other_headers();
     }
 
+    /// Forbidden by its code, as a made-up key is.
+    fn refuse_by_code(&mut self, heard: &Heard, in_contrast: bool) {
+        if in_contrast || !self.is_held_back() { self.refuse_as_made_up(heard.look.status) } else { self.hold(heard, true) }
+    }
+
+    /// Nobody says of this list that it tells keys apart, and a request that calls a model comes after it.
+    fn is_held_back(&self) -> bool {
+        let documented = self
+            .rungs
+            .get(self.at)
+            .is_some_and(|rung| rung.call.probe.refuses_bad_keys || rung.call.probe.surface.is_inference());
+        !documented && self.rungs.iter().skip(self.at + 1).any(|rung| rung.call.probe.surface.is_inference())
+    }
+
+    fn hold(&mut self, heard: &Heard, by_code: bool) {
+        let finding = self.finding(Verdict::Invalid, Some(Cause::AsAMadeUpKey), Some(heard.look.status));
+        self.no_api = false;
+        if let Some(Rung { call, .. }) = self.rungs.get(self.at) {
+            // Should this key be accepted later, that request tells nothing of a key.
+            self.absent.push(call.request);
+        }
+        self.fall_back_on(Finding { verdict: Verdict::UnexpectedResponse, ..finding.clone() });
+        self.held = Some(Held { finding, look: heard.look.clone(), by_code });
+        // The other headers are tried where the answer counts.
+        self.step();
+    }
+
     fn leave_unread(&mut self, heard: &Heard) {
         let status = heard.look.status;
         let cause = heard.reading.cause;
@@ -395,6 +470,11 @@ impl<'t> ProbePlan<'t> {
             && let Some(Rung { call, .. }) = self.rungs.get(self.at)
         {
             self.absent.push(call.request);
+        }
+        // The same "no" to two kinds of request is about the key; without words it may be about the path.
+        let of_the_path = cause == Cause::NotFound && heard.look.body != Body::Json;
+        if !of_the_path && self.held.as_ref().is_some_and(|held| held.look.says_the_same(&heard.look)) {
+            return self.refuse_as_made_up(status);
         }
         self.own = Some(Own::Unread(self.finding(Verdict::UnexpectedResponse, Some(cause), Some(status))));
         // A refusal it may be: for want of the key in the right header.
@@ -429,6 +509,11 @@ impl<'t> ProbePlan<'t> {
     }
 
     fn end(&mut self) -> Finding {
+        if let Some(Held { finding, by_code: true, .. }) = self.held.take()
+            && self.fallback.as_ref().is_none_or(|earlier| earlier.verdict == Verdict::UnexpectedResponse)
+        {
+            return Finding { cost_money: self.cost_money, ..finding };
+        }
         let finding = self.fallback.take().unwrap_or_else(|| Finding::bare(Verdict::UnexpectedResponse));
         let no_api = self.no_api && self.for_everybody && finding.verdict == Verdict::UnexpectedResponse;
         let cause = if no_api { Some(Cause::NoApiAtBaseUrl) } else { finding.cause };

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use crate::{
-    core::{classify::Calibration, look::Look},
+    core::{classify::Calibration, look::Look, made_up_key::KeyForm},
     domain::protocol::HeaderFamily,
 };
 
@@ -16,7 +16,8 @@ pub const CONTRAST: Duration = Duration::from_secs(600);
 pub const BACK_OFF: Duration = Duration::from_secs(60);
 /// The longest wait.
 pub const MAX_BACK_OFF: Duration = Duration::from_secs(3600);
-/// So many models' answers are kept for one request; more only where a server refuses in its own way, model by model.
+/// So many models' and key forms' answers are kept for one request; more only where a server refuses in its own way, model by model, or where
+/// its keys are of many forms.
 const MAX_ANSWERS: usize = 8;
 
 /// What one request in one header has taught.
@@ -37,6 +38,8 @@ pub struct RequestFacts {
 struct MadeUpAnswer {
     /// The model that the request named; empty where it names none.
     model: String,
+    /// The form of the key.
+    form: KeyForm,
     calibration: Calibration,
     at: Duration,
     until: Duration,
@@ -58,9 +61,13 @@ impl MadeUpAnswer {
 // === impl RequestFacts ===
 
 impl RequestFacts {
-    /// What is known of its way with made-up keys, for a request that names this model.
-    pub fn calibration(&self, model: &str, now: Duration) -> Calibration {
-        let known = self.made_up.iter().find(|answer| now < answer.until && answer.tells_of(model));
+    /// What is known of its way with made-up keys, for a request that names this model. With a form: only what holds for keys of that form, as a
+    /// "yes" to one needs it.
+    pub fn calibration(&self, model: &str, form: Option<KeyForm>, now: Duration) -> Calibration {
+        let of_form = |answer: &MadeUpAnswer| {
+            answer.calibration == Calibration::AcceptsAnyone || form.is_none_or(|form| answer.form == form)
+        };
+        let known = self.made_up.iter().find(|answer| now < answer.until && answer.tells_of(model) && of_form(answer));
         match (known, self.untold) {
             (Some(answer), _) => answer.calibration.clone(),
             (None, Some(status)) if now < self.back_off_until => Calibration::Untold(status),
@@ -69,12 +76,19 @@ impl RequestFacts {
     }
 
     /// Whether a made-up key may be sent.
-    pub fn is_due(&self, model: &str, now: Duration) -> bool {
-        self.calibration(model, now) == Calibration::NotAsked && now >= self.back_off_until
+    pub fn is_due(&self, model: &str, form: Option<KeyForm>, now: Duration) -> bool {
+        self.calibration(model, form, now) == Calibration::NotAsked && now >= self.back_off_until
     }
 
-    /// A made-up key was answered so. What it tells is good for this long. `jitter`, of 0.8 to 1, spreads waits and ends.
-    pub fn take_answer(&mut self, model: &str, calibration: Calibration, now: Duration, good_for: Duration, jitter: f64) {
+    /// A made-up key of this form was answered so. What it tells is good for this long. `jitter`, of 0.8 to 1, spreads waits and ends.
+    pub fn take_answer(
+        &mut self,
+        (model, form): (&str, KeyForm),
+        calibration: Calibration,
+        now: Duration,
+        good_for: Duration,
+        jitter: f64,
+    ) {
         let calibration = match calibration {
             Calibration::NotAsked => return,
             Calibration::Untold(status) => {
@@ -94,11 +108,12 @@ impl RequestFacts {
             }
         };
         (self.misses, self.untold) = (0, None);
-        self.made_up.retain(|answer| now < answer.until && answer.model != model);
+        self.made_up.retain(|answer| now < answer.until && (answer.model != model || answer.form != form));
         if self.made_up.len() >= MAX_ANSWERS {
             self.made_up.remove(0);
         }
-        self.made_up.push(MadeUpAnswer { model: model.to_owned(), calibration, at: now, until: now + good_for.mul_f64(jitter) });
+        let until = now + good_for.mul_f64(jitter);
+        self.made_up.push(MadeUpAnswer { model: model.to_owned(), form, calibration, at: now, until });
     }
 
     /// A real key was accepted.

@@ -3,6 +3,7 @@
 mod endpoints;
 
 use http::{HeaderName, HeaderValue, header};
+use rand::Rng;
 use std::{
     collections::BTreeMap,
     io::ErrorKind,
@@ -13,20 +14,21 @@ use std::{
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
-use self::endpoints::{BUDGET as MAX_BUDGET, Endpoints, header_of, made_up_key};
+use self::endpoints::{Asked, BUDGET as MAX_BUDGET, Endpoints, header_of};
 use crate::{
     core::{
         classify::{Answer, Calibration, Classification, Finding, ProbeResponse, is_page, read},
         endpoint::{Call, Target},
         engine::{Boxed, ProbeRequest, Prober},
         look::Look,
-        probe_plan::{Client, Lesson, Next, ProbePlan},
+        made_up_key::made_up_key,
+        probe_plan::{Client, Lesson, Next, ProbePlan, made_up_key as made_up_key_got},
         taught::EndpointFacts,
     },
     domain::{
         protocol::{HeaderFamily, Method},
         secret::Secret,
-        verdict::Unreached,
+        verdict::{MadeUpKey, Unreached},
     },
     liveness::egress::{Egress, EgressSettings, ForwardProxy, Unresolved},
     telemetry::{
@@ -160,7 +162,8 @@ impl HttpProber {
     /// One request with a made-up key that begins like this vendor's, or, in no header, without any: for commands that look for what has
     /// changed.
     pub async fn control(&self, call: &Call, families: &[HeaderFamily], key_prefix: Option<&str>) -> ProbeResponse {
-        ask(&self.http, call, families, &made_up_key(key_prefix), Instant::now() + MAX_BUDGET).await
+        let made_up = made_up_key(key_prefix, |below| rand::rng().random_range(0..below));
+        ask(&self.http, call, families, &made_up, Instant::now() + MAX_BUDGET).await
     }
 }
 
@@ -206,13 +209,20 @@ async fn run_plan(
                 // real call, it costs the caller no time.
                 let is_first = attempts.last().is_none_or(|attempt| attempt.request != call.request);
                 let beside = endpoints.filter(|_| is_first && !call.probe.refuses_bad_keys);
-                drop(beside.map(|endpoints| endpoints.begin(call, &families, target)));
+                let is_begun = beside
+                    .map(|endpoints| endpoints.begin(call, &families, target, secret, None))
+                    .is_some_and(Asked::is_under_way);
                 let response = ask(http, call, &families, secret, deadline).await;
                 if let (ProbeResponse::Answer { reading, .. }, Some(endpoints)) = (&response, endpoints)
                     && reading.classification == Classification::Accepted
                 {
                     endpoints.accepted(call, &families);
                 }
+                // Whether or not it will be needed: what a made-up key got there, as far as that is known by now.
+                let calibration = match endpoints.map(|endpoints| endpoints.known(call, &families, None)).unwrap_or_default() {
+                    Calibration::NotAsked if is_begun => Calibration::Untold(None),
+                    known => known,
+                };
                 attempts.push(Attempt {
                     probe: call.probe.name.clone(),
                     request: call.request,
@@ -220,7 +230,7 @@ async fn run_plan(
                     url: call.url.to_string(),
                     header: header_of(&families),
                     response: response.clone(),
-                    calibration: Calibration::NotAsked,
+                    calibration,
                     took: began.elapsed(),
                 });
                 if families.len() > 1 {
@@ -228,12 +238,16 @@ async fn run_plan(
                 }
                 plan.take_response(response);
             }
-            Next::Control { call, families, needed } => {
-                let calibration = match endpoints.map(|endpoints| endpoints.begin(call, &families, target)) {
+            Next::Control { call, families, needed, of_its_form } => {
+                let begin = |endpoints: &Endpoints| endpoints.begin(call, &families, target, secret, None);
+                let calibration = match endpoints {
                     None => Calibration::NotAsked,
-                    Some(asked) if needed => asked.by(half_of(deadline)).await,
+                    Some(endpoints) if of_its_form => {
+                        endpoints.of_its_form(call, &families, target, secret, half_of(deadline)).await
+                    }
+                    Some(endpoints) if needed => begin(endpoints).by(half_of(deadline)).await,
                     // Believed on its documentation, and checked in the background for the next time.
-                    Some(asked) => asked.so_far(),
+                    Some(endpoints) => begin(endpoints).so_far(),
                 };
                 if let Some(attempt) = attempts.last_mut() {
                     attempt.calibration = calibration.clone();
@@ -241,7 +255,7 @@ async fn run_plan(
                 plan.take_calibration(&calibration);
             }
             Next::Keyless { call } => {
-                let calibration = match endpoints.map(|endpoints| endpoints.begin(call, &[], target)) {
+                let calibration = match endpoints.map(|endpoints| endpoints.begin(call, &[], target, secret, None)) {
                     None => Calibration::NotAsked,
                     Some(asked) => asked.by(half_of(deadline)).await,
                 };
@@ -251,6 +265,13 @@ async fn run_plan(
                 });
             }
         }
+    };
+    let finding = match attempts.last() {
+        // A clear answer needed none.
+        Some(attempt) if finding.made_up == MadeUpKey::NotAsked && attempt.probe == finding.probe => {
+            Finding { made_up: made_up_key_got(&attempt.calibration), ..finding }
+        }
+        _ => finding,
     };
     if let Some(endpoints) = endpoints {
         let lessons = plan.into_lessons();
