@@ -23,12 +23,16 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
+use strum::VariantArray;
 
 /// Generated from `proto/`.
 #[expect(clippy::allow_attributes, clippy::allow_attributes_without_reason, reason = "generated code")]
 pub mod pb {
     tonic::include_proto!("byokgate.v1");
 }
+
+/// So many scopes there are.
+const SCOPES: usize = Scope::VARIANTS.len();
 
 /// The encoded descriptors, for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
@@ -127,8 +131,7 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
     violations.check_name(format_args!("{AT}.workspace_id"), &workspace_id, limits.name_bytes);
     violations.check_name(format_args!("{AT}.organization_id"), &organization_id, limits.name_bytes);
     violations.check_name(format_args!("{AT}.runtime"), &runtime, limits.name_bytes);
-    let model = trimmed(model);
-    violations.check_name(format_args!("{AT}.model"), &model, limits.model_bytes);
+    let model = model_within(model, format_args!("{AT}.model"), limits, violations);
     if credentials.len() > limits.credentials {
         violations.add(
             format_args!("{AT}.credentials"),
@@ -151,8 +154,15 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
             parsed.push(credential);
         }
     }
+    if unreadable_scopes.len() > SCOPES {
+        violations.add(
+            format_args!("{AT}.unreadable_scopes"),
+            format_args!("holds {}; there are {SCOPES} scopes: name each once", unreadable_scopes.len()),
+        );
+    }
     let unreadable_scopes = unreadable_scopes
         .into_iter()
+        .take(SCOPES)
         .enumerate()
         .filter_map(|(index, number)| scope(number, format_args!("{AT}.unreadable_scopes[{index}]"), violations))
         .collect();
@@ -205,6 +215,17 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
 }
 
 /// Trimmed of Unicode white space; copied only where there is some.
+/// The model without blanks at its ends. The bound is for what was sent.
+fn model_within(model: String, place: std::fmt::Arguments<'_>, limits: &Limits, violations: &mut Violations) -> String {
+    if model.len() > limits.model_bytes {
+        violations.add(place, format_args!("is {} bytes long; the limit is {}", model.len(), limits.model_bytes));
+        return String::new();
+    }
+    let model = trimmed(model);
+    violations.check_name(place, &model, limits.model_bytes);
+    model
+}
+
 fn trimmed(text: String) -> String {
     let kept = text.trim();
     if kept.len() == text.len() { text } else { kept.to_owned() }
@@ -252,8 +273,7 @@ pub fn resolve_request(
     let pb::ResolveProviderRequest { runtime, model, credential_names } = message;
     let mut violations = Violations::default();
     violations.check_name("runtime", &runtime, limits.name_bytes);
-    let model = trimmed(model);
-    violations.check_name("model", &model, limits.model_bytes);
+    let model = model_within(model, format_args!("model"), limits, &mut violations);
     if credential_names.len() > limits.resolve_names {
         violations
             .add("credential_names", format_args!("holds {}; the limit is {}", credential_names.len(), limits.resolve_names));

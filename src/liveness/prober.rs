@@ -14,7 +14,7 @@ use std::{
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
-use self::endpoints::{Asked, BUDGET as MAX_BUDGET, Endpoints, header_of};
+use self::endpoints::{BUDGET as MAX_BUDGET, Endpoints, header_of};
 use crate::{
     core::{
         classify::{Answer, Calibration, Classification, Finding, ProbeResponse, is_page, read},
@@ -211,7 +211,7 @@ async fn run_plan(
                 let beside = endpoints.filter(|_| is_first && !call.probe.refuses_bad_keys);
                 let is_begun = beside
                     .map(|endpoints| endpoints.begin(call, &families, target, secret, None))
-                    .is_some_and(Asked::is_under_way);
+                    .is_some_and(|asked| asked.is_under_way());
                 let response = ask(http, call, &families, secret, deadline).await;
                 if let (ProbeResponse::Answer { reading, .. }, Some(endpoints)) = (&response, endpoints)
                     && reading.classification == Classification::Accepted

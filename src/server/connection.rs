@@ -74,6 +74,8 @@ const TLS_ALERT: [u8; 7] = [0x15, 0x03, 0x03, 0, 2, 2, 10];
 /// What is said to whoever speaks TLS or HTTP/1.1 where neither is spoken. A TLS client shows none of it, but knows from it what is wrong.
 const SPEAKS_HTTP2: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n\
     this port speaks gRPC over HTTP/2, without TLS\n";
+/// What is said to whoever speaks HTTP/2 and no gRPC.
+const NOT_GRPC: &str = "the content type must be application/grpc or application/grpc+proto: this port speaks gRPC\n";
 /// How a request of HTTP/1.1 begins.
 const METHODS: [&[u8]; 6] = [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS "];
 /// What a peer may send of one call, and of all calls of a connection, before any of it has been read.
@@ -267,6 +269,10 @@ impl Connection {
         method: Option<&'static str>,
         record: &Arc<CallRecord>,
     ) -> Result<Started, Box<Response<Body>>> {
+        if !is_grpc(request.headers()) {
+            record.end(Code::InvalidArgument, NOT_GRPC);
+            return Err(Box::new(no_grpc()));
+        }
         self.begin(request, method, record).map_err(|status| Box::new(status.into_http()))
     }
 
@@ -370,6 +376,21 @@ impl ConnectionContext {
             None => response,
         }
     }
+}
+
+/// Whether this is gRPC with Protocol Buffers, by the content type.
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim_ascii();
+    ["application/grpc", "application/grpc+proto"].iter().any(|known| kind.eq_ignore_ascii_case(known))
+}
+
+/// What other peers are told: gRPC's specification has this status of HTTP for it, and a body is for who reads it with curl.
+fn no_grpc() -> Response<Body> {
+    let mut response = Response::new(Body::new(NOT_GRPC.to_owned()));
+    *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
+    response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("text/plain"));
+    response
 }
 
 /// Which of the service's calls a path names.

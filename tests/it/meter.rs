@@ -286,6 +286,11 @@ async fn calls_that_fail() -> Scraped {
     // One item fails, and the batch does not.
     let batch = pb::BatchDecideRequest { requests: vec![bad(), decide("made-up-key")] };
     assert_eq!(client.batch_decide(batch).await.unwrap().into_inner().collect::<Vec<_>>().await.len(), 2);
+    // What only wants to know is counted apart, as its decisions are.
+    let only_asked = || pb::DecideRequest { report_only: true, ..bad() };
+    assert_eq!(client.decide(only_asked()).await.unwrap_err().code(), Code::InvalidArgument);
+    let batch = pb::BatchDecideRequest { requests: vec![only_asked()] };
+    assert_eq!(client.batch_decide(batch).await.unwrap().into_inner().collect::<Vec<_>>().await.len(), 1);
     assert!(client.resolve_provider(pb::ResolveProviderRequest { runtime: "r\n".into(), ..Default::default() }).await.is_err());
     let status = client.list_models(pb::ListModelsRequest { runtime: "none".into(), details: false }).await.unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
@@ -301,6 +306,9 @@ async fn calls_that_fail() -> Scraped {
     page.is(&failed("ResolveProvider", "INVALID_ARGUMENT"), 1.0);
     page.is(&failed("ListModels", "NOT_FOUND"), 1.0);
     page.is(&failed("other", "UNIMPLEMENTED"), 2.0);
+    for method in ["Decide", "BatchDecide"] {
+        page.is(&failed(method, "INVALID_ARGUMENT").replace("_calls_failed", "_report_only_calls_failed"), 1.0);
+    }
     page.is("byokgate_log_lines_dropped_total", 1.0);
     // Who looks whether somebody listens, and who takes the port for something else.
     drop(TcpStream::connect(shown.edge.tcp()).await.unwrap());

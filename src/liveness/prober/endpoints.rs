@@ -333,7 +333,7 @@ impl Asked {
     }
 
     /// A made-up key is on its way.
-    pub(super) fn is_under_way(self) -> bool {
+    pub(super) fn is_under_way(&self) -> bool {
         matches!(self, Self::UnderWay(_))
     }
 
