@@ -41,6 +41,9 @@ use crate::{
 pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
 /// Who is asking. Stable, so that vendors can tell; honest, so that none is deceived.
 const USER_AGENT: &str = concat!("byok-gate/", env!("CARGO_PKG_VERSION"), " (credential liveness check)");
+/// A credential longer than this has a connection that it shares with its like alone. API keys of vendors are far shorter, and the smallest limit
+/// on a header that fronts are seen to have is 4 KiB for all of them.
+const USUAL_CREDENTIAL_BYTES: usize = 1024;
 /// How long an idle connection is kept: a create storm reuses it, an idle service holds none for long.
 const POOL_IDLE: Duration = Duration::from_secs(30);
 
@@ -79,6 +82,9 @@ pub struct ProbeSetupError(#[source] reqwest::Error);
 /// The HTTPS client with its rules. Shared by probes and calibrations.
 struct Http {
     client: reqwest::Client,
+    /// For credentials of unusual length, with connections of its own: common fronts end a connection over a header that is too long for them,
+    /// and with it the requests of everybody on it.
+    client_for_long: reqwest::Client,
     egress: Egress,
 }
 
@@ -326,25 +332,34 @@ impl Http {
             // Err means that the process has one already, which serves as well.
             drop(rustls::crypto::ring::default_provider().install_default());
         });
-        let mut builder = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .referer(false)
-            .user_agent(USER_AGENT)
-            .pool_idle_timeout(POOL_IDLE)
-            .dns_resolver(egress.resolver(resolve));
-        if let Some(ForwardProxy { credentials, .. }) = proxy {
-            let rule = egress.clone();
-            let mut proxy = reqwest::Proxy::custom(move |url| rule.proxied(url).cloned());
-            if let Some((user, password)) = credentials {
-                proxy = proxy.basic_auth(&user, password.expose());
+        let client = || {
+            let mut builder = reqwest::Client::builder()
+                .redirect(reqwest::redirect::Policy::none())
+                .no_proxy()
+                .referer(false)
+                .user_agent(USER_AGENT)
+                .pool_idle_timeout(POOL_IDLE)
+                .dns_resolver(egress.resolver(resolve.clone()));
+            if let Some(ForwardProxy { credentials, .. }) = &proxy {
+                let rule = egress.clone();
+                let mut proxy = reqwest::Proxy::custom(move |url| rule.proxied(url).cloned());
+                if let Some((user, password)) = credentials {
+                    proxy = proxy.basic_auth(user, password.expose());
+                }
+                builder = builder.proxy(proxy);
             }
-            builder = builder.proxy(proxy);
-        }
-        if !extra_roots.is_empty() {
-            builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(extra_roots).map_err(ProbeSetupError)?);
-        }
-        Ok(Self { client: builder.build().map_err(ProbeSetupError)?, egress })
+            if !extra_roots.is_empty() {
+                builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(extra_roots)?);
+            }
+            builder.build()
+        };
+        let (client, client_for_long) = (client().map_err(ProbeSetupError)?, client().map_err(ProbeSetupError)?);
+        Ok(Self { client, client_for_long, egress })
+    }
+
+    /// Whose connections this credential may travel on.
+    fn client_for(&self, secret: &Secret) -> &reqwest::Client {
+        if secret.expose().len() > USUAL_CREDENTIAL_BYTES { &self.client_for_long } else { &self.client }
     }
 
     /// One request with this credential in these headers, and its answer, by the deadline.
@@ -368,7 +383,7 @@ impl Http {
             return Exchange::Unreachable(Unreached::Address);
         }
         let Some(request) = self.request(call, families, secret) else { return Exchange::Unreachable(Unreached::Address) };
-        match timeout_at(deadline, self.client.execute(request)).await {
+        match timeout_at(deadline, self.client_for(secret).execute(request)).await {
             Err(_) => Exchange::TimedOut,
             Ok(Err(fault)) if fault.is_timeout() => Exchange::TimedOut,
             Ok(Err(fault)) if is_own_lack(&fault) => Exchange::Exhausted,
