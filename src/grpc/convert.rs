@@ -23,7 +23,6 @@ use std::{
     sync::Arc,
     time::{Duration, SystemTime},
 };
-use strum::VariantArray;
 
 /// Generated from `proto/`.
 #[expect(clippy::allow_attributes, clippy::allow_attributes_without_reason, reason = "generated code")]
@@ -31,8 +30,8 @@ pub mod pb {
     tonic::include_proto!("byokgate.v1");
 }
 
-/// So many scopes there are.
-const SCOPES: usize = Scope::VARIANTS.len();
+/// So many entries `unreadable_scopes` may have: far more than there are scopes.
+const UNREADABLE_SCOPES: usize = 16;
 
 /// The encoded descriptors, for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
@@ -149,20 +148,20 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
             let Credential { env_name, scope, .. } = &credential;
             // There are few: looking through them is cheaper than keeping a set.
             if parsed.iter().any(|other| other.scope == *scope && other.env_name == *env_name) {
-                violations.add(format_args!("{place}.env_name"), format_args!("`{env_name}` stands twice in one scope"));
+                violations.add(format_args!("{place}.env_name"), format_args!("`{env_name}` appears twice in one scope"));
             }
             parsed.push(credential);
         }
     }
-    if unreadable_scopes.len() > SCOPES {
+    if unreadable_scopes.len() > UNREADABLE_SCOPES {
         violations.add(
             format_args!("{AT}.unreadable_scopes"),
-            format_args!("holds {}; there are {SCOPES} scopes: name each once", unreadable_scopes.len()),
+            format_args!("holds {}; the limit is {UNREADABLE_SCOPES}: name each scope once", unreadable_scopes.len()),
         );
     }
     let unreadable_scopes = unreadable_scopes
         .into_iter()
-        .take(SCOPES)
+        .take(UNREADABLE_SCOPES)
         .enumerate()
         .filter_map(|(index, number)| scope(number, format_args!("{AT}.unreadable_scopes[{index}]"), violations))
         .collect();
@@ -744,6 +743,8 @@ mod tests {
             with_spec(|spec| spec.unreadable_scopes = vec![0, 3]),
             &["workspace_spec.unreadable_scopes[0]", "workspace_spec.unreadable_scopes[1]"],
         );
+        violates(with_spec(|spec| spec.unreadable_scopes = vec![1; 17]), &["workspace_spec.unreadable_scopes"]);
+        violates(with_spec(|spec| spec.model = format!("m{}", " ".repeat(512))), &["workspace_spec.model"]);
         violates(with_spec(|spec| spec.credentials[0].scope = 0), &["workspace_spec.credentials[0].scope"]);
         violates(with_spec(|spec| spec.credentials[0].unreadable = true), &["workspace_spec.credentials[0].value"]);
         violates(with_spec(|spec| spec.credentials[0].value = "v".repeat(65 * 1024)), &["workspace_spec.credentials[0].value"]);

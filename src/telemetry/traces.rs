@@ -134,7 +134,7 @@ fn is_collector(endpoint: &str) -> bool {
 #[derive(Debug, thiserror::Error)]
 pub enum TraceSetupError {
     /// The collector's address or certificates do not stand.
-    #[error("tracing.otlp_endpoint `{endpoint}` or its tracing.ca_file does not stand")]
+    #[error("tracing.otlp_endpoint `{endpoint}` or its tracing.ca_file is invalid")]
     Endpoint {
         /// The address.
         endpoint: String,

@@ -59,7 +59,7 @@ fn every_stated_bound_is_the_services_own() {
         ("WorkspaceSpec.runtime", &[limits.name_bytes]),
         ("WorkspaceSpec.model", &[limits.model_bytes]),
         ("WorkspaceSpec.credentials", &[limits.credentials, 32]),
-        ("WorkspaceSpec.unreadable_scopes", &[pb::Scope::Organization as usize]),
+        ("WorkspaceSpec.unreadable_scopes", &[16]),
         ("WorkspaceSpec.tenant_base_url_env", &[limits.base_url_names, limits.name_bytes]),
         ("DecideRequest", &[limits.message_bytes]),
         ("BatchDecideRequest", &[limits.batch_message_bytes]),

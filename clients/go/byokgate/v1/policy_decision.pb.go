@@ -1065,7 +1065,7 @@ type WorkspaceSpec struct {
 	// The credentials that the workspace would have. At most 64: those that ResolveProvider.relevant_env names, at most 32, in both scopes.
 	Credentials []*Credential `protobuf:"bytes,5,rep,name=credentials,proto3" json:"credentials,omitempty"`
 	// Scopes that could not be listed at all. Never taken for "no secret there". A credential of a scope that is named here still counts: it
-	// was read. Every other name of that scope is unknown. At most 2: each scope once.
+	// was read. Every other name of that scope is unknown. At most 16.
 	UnreadableScopes []Scope `protobuf:"varint,6,rep,packed,name=unreadable_scopes,json=unreadableScopes,proto3,enum=byokgate.v1.Scope" json:"unreadable_scopes,omitempty"`
 	// The operator's override for this workspace, if any.
 	OperatorOverride OperatorOverride `protobuf:"varint,7,opt,name=operator_override,json=operatorOverride,proto3,enum=byokgate.v1.OperatorOverride" json:"operator_override,omitempty"`
