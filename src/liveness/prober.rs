@@ -206,6 +206,8 @@ async fn run_plan(
     let mut plan = ProbePlan::new(&target.calls, client, &facts, &is_pointless);
     // The last request in several headers at once.
     let mut in_several: Option<(&Call, Vec<HeaderFamily>)> = None;
+    // What was asked, and whether a made-up key was sent beside it.
+    let mut asked: Vec<(&Call, Vec<HeaderFamily>, bool)> = Vec::new();
     let finding = loop {
         match plan.proceed() {
             Next::Done(finding) => break finding,
@@ -224,11 +226,7 @@ async fn run_plan(
                 {
                     endpoints.accepted(call, &families);
                 }
-                // Whether or not it will be needed: what a made-up key got there, as far as that is known by now.
-                let calibration = match endpoints.map(|endpoints| endpoints.known(call, &families, None)).unwrap_or_default() {
-                    Calibration::NotAsked if is_begun => Calibration::Untold(None),
-                    known => known,
-                };
+                asked.push((call, families.clone(), is_begun));
                 attempts.push(Attempt {
                     probe: call.probe.name.clone(),
                     request: call.request,
@@ -236,7 +234,7 @@ async fn run_plan(
                     url: call.url.to_string(),
                     header: header_of(&families),
                     response: response.clone(),
-                    calibration,
+                    calibration: Calibration::NotAsked,
                     took: began.elapsed(),
                 });
                 if families.len() > 1 {
@@ -272,9 +270,20 @@ async fn run_plan(
             }
         }
     };
-    let finding = match attempts.last() {
-        // A clear answer needed none.
-        Some(attempt) if finding.made_up == MadeUpKey::NotAsked && attempt.probe == finding.probe => {
+    // A clear answer needed none, but one may be known by now, or under way.
+    for (attempt, (call, families, is_begun)) in attempts.iter_mut().zip(&asked) {
+        if attempt.calibration == Calibration::NotAsked {
+            attempt.calibration = match endpoints.map(|endpoints| endpoints.known(call, families, None)).unwrap_or_default() {
+                Calibration::NotAsked if *is_begun => Calibration::Untold(None),
+                known => known,
+            };
+        }
+    }
+    let decisive = |attempt: &&Attempt| {
+        attempt.probe == finding.probe && Some(attempt.header.as_str()) == finding.family.map(HeaderFamily::as_str)
+    };
+    let finding = match attempts.iter().rev().find(decisive) {
+        Some(attempt) if finding.made_up == MadeUpKey::NotAsked => {
             Finding { made_up: made_up_key_got(&attempt.calibration), ..finding }
         }
         _ => finding,

@@ -303,8 +303,12 @@ async fn run(dialect: Dialect) -> (Vec<String>, String) {
         let server = Server::start(dialect.clone()).await;
         let (_files, engine) = gate(&dialect, &server);
         let cold: &[&str] = if dialect.warm { &["UNEXPECTED_RESPONSE", "NOT_CALIBRATED"] } else { &[&bad] };
-        check("a bad key, cold", &decide(&engine, &key("bad1"), "org-1").await, cold);
+        let first = decide(&engine, &key("bad1"), "org-1").await;
+        check("a bad key, cold", &first, cold);
         costs.insert("cold bad", server.calls().await);
+        if costs["cold bad"].made_up > 0 && said(&first).contains("made-up keys: not asked") {
+            check("a made-up key was sent", &first, &[]);
+        }
         check("a bad key, again", &decide(&engine, &key("bad1"), "org-1").await, cold);
         check("a bad key, from a neighbour", &decide(&engine, &key("bad2"), "org-2").await, cold);
         check("a good key after bad ones", &decide(&engine, &key("good1"), "org-3").await, &[&good]);

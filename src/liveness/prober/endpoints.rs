@@ -166,9 +166,10 @@ impl Endpoints {
         // One of another form may be under way.
         for _ in 0..2 {
             let got = self.begin(call, families, target, secret, form).by(deadline).await;
-            match known() {
-                Calibration::NotAsked if !matches!(got, Calibration::Untold(_)) => {}
-                known => return known,
+            match (known(), got) {
+                (Calibration::NotAsked, untold @ Calibration::Untold(_)) => return untold,
+                (Calibration::NotAsked, _) => {}
+                (known, _) => return known,
             }
         }
         Calibration::Untold(None)
