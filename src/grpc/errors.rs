@@ -70,14 +70,19 @@ pub(crate) fn explained(status: Status) -> Status {
         Code::Unauthenticated => ErrorReason::TokenMissing,
         Code::PermissionDenied => ErrorReason::MethodNotAllowed,
         Code::ResourceExhausted => ErrorReason::LimitReached,
-        Code::DeadlineExceeded | Code::Cancelled => ErrorReason::Deadline,
+        Code::DeadlineExceeded | Code::Cancelled | Code::Aborted => ErrorReason::Deadline,
         Code::Unavailable => ErrorReason::Draining,
         // Health knows no service of that name.
         Code::NotFound | Code::Unimplemented => ErrorReason::Unsupported,
-        Code::Ok | Code::Unknown | Code::AlreadyExists | Code::Aborted | Code::Internal | Code::DataLoss => ErrorReason::Internal,
+        Code::Ok | Code::Unknown | Code::AlreadyExists | Code::Internal | Code::DataLoss => ErrorReason::Internal,
     };
-    // The health protocol asks for its own code.
-    let code = if status.code() == Code::NotFound { Code::NotFound } else { code_of(reason) };
+    let code = match status.code() {
+        // The health protocol has its own code.
+        Code::NotFound => Code::NotFound,
+        // A caller that has left is not late.
+        Code::Cancelled | Code::Aborted => Code::Cancelled,
+        _ => code_of(reason),
+    };
     with_code(code, reason, status.message(), ErrorDetails::new(), HashMap::new())
 }
 
