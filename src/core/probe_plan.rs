@@ -1,9 +1,9 @@
 //! What to ask next about a credential, and what is known then: one pure plan, so that every path can be tested without a network.
 //!
 //! A target's calls are rungs, free ones first. Of each rung the client's own header is asked first, the others together after a refusal.
-//! A "yes" counts where a made-up key is refused; a refusal in words counts at once; whatever else comes counts as a refusal where a made-up key
-//! gets the same. What was refused in the client's own header stays refused: only a "yes" in another one says otherwise.
-//! A list that answers every key alike may serve no key at all: such a refusal waits for what the request that calls a model says.
+//! A "yes" counts where a made-up key is refused; a refusal in words counts at once; any other answer counts as a refusal if a made-up key gets
+//! the same one. What was refused in the client's own header stays refused: only a "yes" in another one says otherwise.
+//! A list of models may refuse every key, good or bad: such a refusal is held until the request that calls a model was answered.
 
 use std::time::Duration;
 
@@ -31,12 +31,12 @@ pub enum Next<'t> {
         families: Vec<HeaderFamily>,
     },
     /// Find out what a made-up key gets there.
-    Control {
+    Calibrate {
         /// What is asked.
         call: &'t Call,
         /// In which headers.
         families: Vec<HeaderFamily>,
-        /// Without its answer nothing follows. Else what is known already will do.
+        /// The plan needs the answer. Otherwise what is known already is enough.
         needed: bool,
         /// Only what a made-up key of the credential's own form gets counts.
         of_its_form: bool,
@@ -83,7 +83,7 @@ pub struct ProbePlan<'t> {
     group: usize,
     state: State,
     /// What the first header of this rung came to.
-    own: Option<Own>,
+    first_header: Option<FirstHeader>,
     made_up: MadeUpKey,
     /// The best that was heard without being conclusive.
     fallback: Option<Finding>,
@@ -93,7 +93,7 @@ pub struct ProbePlan<'t> {
     absent: Vec<[u8; 32]>,
     /// Every rung so far had nothing but "no such path", or a page.
     no_api: bool,
-    /// And a made-up key, or none at all, gets the same.
+    /// A made-up key, or a request without a key, gets the same answer there.
     for_everybody: bool,
     named_model: bool,
     cost_money: bool,
@@ -110,7 +110,7 @@ struct Rung<'t> {
 #[derive(Debug)]
 enum State {
     Ask,
-    Control(Heard),
+    Calibrate(Heard),
     Keyless(Heard),
     /// One of several headers of one request was the right one: each is asked alone, but for the last.
     Identify(Vec<HeaderFamily>, Heard),
@@ -127,7 +127,7 @@ struct Heard {
 
 /// What the client's own header came to.
 #[derive(Debug)]
-enum Own {
+enum FirstHeader {
     Refused(Finding),
     Unread(Finding),
 }
@@ -137,12 +137,12 @@ enum Own {
 struct Held {
     finding: Finding,
     look: Look,
-    /// It has a code for "forbidden": it counts unless a later answer is clear. Else it counts only if a later answer is about the same.
+    /// It has a code for "forbidden": it counts unless a later answer is clear. Otherwise it counts only if a later answer is nearly the same.
     by_code: bool,
 }
 
 impl<'t> ProbePlan<'t> {
-    /// At the foot. `is_pointless`: a request in a header is known to tell nothing, since anybody is accepted there or it is not there at all.
+    /// Begins at the first rung. `is_pointless`: a request in a header is known to tell nothing, since anybody is accepted there or it is not there at all.
     pub fn new(
         calls: &'t [Call],
         client: Client,
@@ -174,7 +174,7 @@ impl<'t> ProbePlan<'t> {
             at: 0,
             group: 0,
             state: State::Ask,
-            own: None,
+            first_header: None,
             made_up: MadeUpKey::NotAsked,
             fallback: None,
             held: None,
@@ -193,10 +193,10 @@ impl<'t> ProbePlan<'t> {
         let families = order.get(self.group).cloned().unwrap_or_default();
         match &self.state {
             State::Ask => Next::Ask { call, families },
-            State::Control(heard) => {
+            State::Calibrate(heard) => {
                 let (accepted, documented) =
                     (heard.reading.classification == Classification::Accepted, call.probe.refuses_bad_keys);
-                Next::Control { call, families, needed: !(accepted && documented), of_its_form: accepted && !documented }
+                Next::Calibrate { call, families, needed: !(accepted && documented), of_its_form: accepted && !documented }
             }
             State::Keyless(_) => Next::Keyless { call },
             State::Identify(families, _) => Next::Ask { call, families: families.iter().copied().take(1).collect() },
@@ -244,8 +244,8 @@ impl<'t> ProbePlan<'t> {
 
     /// What a made-up key gets there.
     pub fn take_calibration(&mut self, calibration: &Calibration) {
-        self.made_up = made_up_key(calibration);
-        let State::Control(heard) = std::mem::replace(&mut self.state, State::Ask) else { return };
+        self.made_up = outcome_of(calibration);
+        let State::Calibrate(heard) = std::mem::replace(&mut self.state, State::Ask) else { return };
         let Some(Rung { call, .. }) = self.rungs.get(self.at) else { return };
         let status = heard.look.status;
         match (&heard.reading.classification, calibration) {
@@ -336,11 +336,11 @@ impl<'t> ProbePlan<'t> {
         let finding = |verdict| self.finding(verdict, Some(*cause), status);
         match classification {
             Classification::Accepted | Classification::Forbidden(_) | Classification::Unread => {
-                self.state = State::Control(heard)
+                self.state = State::Calibrate(heard)
             }
-            Classification::Restricted if *by == ReadBy::CommonCode => self.state = State::Control(heard),
+            Classification::Restricted if *by == ReadBy::CommonCode => self.state = State::Calibrate(heard),
             // The status alone says so: it may be what every unknown key gets.
-            Classification::Verdict(Verdict::QuotaExhausted) if *by == ReadBy::Shape => self.state = State::Control(heard),
+            Classification::Verdict(Verdict::QuotaExhausted) if *by == ReadBy::Shape => self.state = State::Calibrate(heard),
             Classification::Restricted => self.restrict(heard.look.status),
             Classification::Verdict(Verdict::Invalid) => self.refuse(finding(Verdict::Invalid)),
             Classification::Verdict(Verdict::UnexpectedResponse) if !stop => {
@@ -356,10 +356,10 @@ impl<'t> ProbePlan<'t> {
 
     /// Only a "yes" there changes what the client's own header came to; and where that told nothing, a clear word does.
     fn take_in_another_header(&mut self, heard: Heard) {
-        match (&heard.reading.classification, &self.own) {
-            (Classification::Accepted, _) => self.state = State::Control(heard),
+        match (&heard.reading.classification, &self.first_header) {
+            (Classification::Accepted, _) => self.state = State::Calibrate(heard),
             // A 401 is about a credential: in words elsewhere, it is one. A 400 may be about anything, and the 401 elsewhere about no key.
-            (Classification::Verdict(verdict @ (Verdict::Invalid | Verdict::QuotaExhausted)), Some(Own::Unread(own)))
+            (Classification::Verdict(verdict @ (Verdict::Invalid | Verdict::QuotaExhausted)), Some(FirstHeader::Unread(own)))
                 if matches!(own.status, Some(401 | 407)) =>
             {
                 self.state = State::Done(self.finding(*verdict, Some(heard.reading.cause), Some(heard.look.status)));
@@ -368,7 +368,7 @@ impl<'t> ProbePlan<'t> {
         }
     }
 
-    /// No answer takes away neither a refusal nor an earlier "yes" that could not be shown to prove anything.
+    /// Silence cancels neither a refusal nor an earlier "yes" that was not shown to prove anything.
     fn take_silence(&mut self, finding: Finding) {
         if let State::Identify(families, first) = &self.state {
             // One of them was the right one: the key is good, whatever comes of the search for which.
@@ -430,7 +430,7 @@ impl<'t> ProbePlan<'t> {
     /// Refused in the client's own header: the others are tried, and change it only by a "yes".
     fn refuse(&mut self, finding: Finding) {
         self.no_api = false;
-        self.own = Some(Own::Refused(finding));
+        self.first_header = Some(FirstHeader::Refused(finding));
         self.try_other_headers();
     }
 
@@ -476,7 +476,7 @@ impl<'t> ProbePlan<'t> {
         if !of_the_path && self.held.as_ref().is_some_and(|held| held.look.says_the_same(&heard.look)) {
             return self.refuse_as_made_up(status);
         }
-        self.own = Some(Own::Unread(self.finding(Verdict::UnexpectedResponse, Some(cause), Some(status))));
+        self.first_header = Some(FirstHeader::Unread(self.finding(Verdict::UnexpectedResponse, Some(cause), Some(status))));
         // A refusal it may be: for want of the key in the right header.
         if matches!(status, 400..=499) && !nothing_there { self.try_other_headers() } else { self.finish_rung() }
     }
@@ -490,9 +490,9 @@ impl<'t> ProbePlan<'t> {
     }
 
     fn finish_rung(&mut self) {
-        match self.own.take() {
-            Some(Own::Refused(finding)) => self.state = State::Done(finding),
-            Some(Own::Unread(finding)) => {
+        match self.first_header.take() {
+            Some(FirstHeader::Refused(finding)) => self.state = State::Done(finding),
+            Some(FirstHeader::Unread(finding)) => {
                 self.fall_back_on(finding);
                 self.step();
             }
@@ -503,7 +503,7 @@ impl<'t> ProbePlan<'t> {
     fn step(&mut self) {
         self.at += 1;
         self.group = 0;
-        self.own = None;
+        self.first_header = None;
         self.made_up = MadeUpKey::NotAsked;
         self.state = State::Ask;
     }
@@ -520,7 +520,7 @@ impl<'t> ProbePlan<'t> {
         Finding { cause, about_model: self.named_model, cost_money: self.cost_money, ..finding }
     }
 
-    /// An endpoint that says yes to anybody beats one that restricts, and that beats one that does not tell.
+    /// The most telling one is kept: accepts anybody, then restricted, then anything that tells nothing.
     fn fall_back_on(&mut self, finding: Finding) {
         let rank = |finding: &Finding| match (finding.verdict, finding.cause) {
             (Verdict::NotCalibrated, _) => 2,
@@ -560,7 +560,7 @@ fn is_believed(documented: bool, calibration: &Calibration) -> bool {
 }
 
 /// What a made-up key got.
-pub fn made_up_key(calibration: &Calibration) -> MadeUpKey {
+pub fn outcome_of(calibration: &Calibration) -> MadeUpKey {
     match calibration {
         Calibration::Refuses { look, .. } => MadeUpKey::Refused(look.status),
         Calibration::AcceptsAnyone => MadeUpKey::Accepted,

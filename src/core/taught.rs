@@ -1,7 +1,7 @@
 //! What an endpoint has taught of its ways: pure, bounded, and only what was seen. Times are since some fixed moment, as the owner has them.
 //!
 //! A refusal that says so in words needs no more. Whatever else a made-up key gets (plain text, a page, a 404) is a refusal only in
-//! contrast: a real key was accepted there within minutes of it. What greets everybody never is, since nothing is accepted beside it.
+//! contrast: a real key was accepted there within minutes of it. An answer that everybody gets never is, since no real key is accepted there.
 
 use std::time::Duration;
 
@@ -10,14 +10,14 @@ use crate::{
     domain::protocol::HeaderFamily,
 };
 
-/// How far a refusal of a made-up key and the acceptance of a real one may lie apart.
+/// The longest time between the refusal of a made-up key and the acceptance of a real one.
 pub const CONTRAST: Duration = Duration::from_secs(600);
 /// The wait after an answer that told nothing (429, 5xx, none); doubled each time, up to the maximum.
 pub const BACK_OFF: Duration = Duration::from_secs(60);
 /// The longest wait.
 pub const MAX_BACK_OFF: Duration = Duration::from_secs(3600);
-/// So many models' and key forms' answers are kept for one request; more only where a server refuses in its own way, model by model, or where
-/// its keys are of many forms.
+/// The most answers that are kept for one request, one per model and form of key. A server needs more only if it refuses in another way for each
+/// model, or if its keys have many forms.
 const MAX_ANSWERS: usize = 8;
 
 /// What one request in one header has taught.
@@ -100,9 +100,8 @@ impl RequestFacts {
             }
             Calibration::AcceptsAnyone => Calibration::AcceptsAnyone,
             Calibration::Refuses { look, in_words, .. } => {
-                let contrasts = |(accepted, at): &(String, Duration)| {
-                    now.abs_diff(*at) <= CONTRAST && in_the_same_case(&look, accepted, model)
-                };
+                let contrasts =
+                    |(accepted, at): &(String, Duration)| now.abs_diff(*at) <= CONTRAST && are_comparable(&look, accepted, model);
                 let in_contrast = self.accepted.iter().any(contrasts);
                 Calibration::Refuses { look, in_words, in_contrast }
             }
@@ -125,18 +124,18 @@ impl RequestFacts {
         self.accepted.push((model.to_owned(), now));
         for answer in self.made_up.iter_mut().filter(|answer| now.abs_diff(answer.at) <= CONTRAST) {
             if let Calibration::Refuses { look, in_contrast, .. } = &mut answer.calibration {
-                *in_contrast |= in_the_same_case(look, model, &answer.model);
+                *in_contrast |= are_comparable(look, model, &answer.model);
             }
         }
     }
 }
 
 /// A refusal and an acceptance that tell of one another: of one model, or a refusal whose status is about the credential.
-fn in_the_same_case(look: &Look, one: &str, other: &str) -> bool {
+fn are_comparable(look: &Look, one: &str, other: &str) -> bool {
     one == other || matches!(look.status, 401 | 403)
 }
 
-/// Which headers an endpoint takes a credential in, and which requests it has no use for.
+/// Which headers an endpoint takes a credential in, and which it does not.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EndpointFacts {
     right: Vec<HeaderFamily>,

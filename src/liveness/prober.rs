@@ -22,7 +22,7 @@ use crate::{
         engine::{Boxed, ProbeRequest, Prober},
         look::Look,
         made_up_key::made_up_key,
-        probe_plan::{Client, Lesson, Next, ProbePlan, made_up_key as made_up_key_got},
+        probe_plan::{Client, Lesson, Next, ProbePlan, outcome_of},
         taught::EndpointFacts,
     },
     domain::{
@@ -242,7 +242,7 @@ async fn run_plan(
                 }
                 plan.take_response(response);
             }
-            Next::Control { call, families, needed, of_its_form } => {
+            Next::Calibrate { call, families, needed, of_its_form } => {
                 let begin = |endpoints: &Endpoints| endpoints.begin(call, &families, target, secret, None);
                 let calibration = match endpoints {
                     None => Calibration::NotAsked,
@@ -284,7 +284,7 @@ async fn run_plan(
     };
     let finding = match attempts.iter().rev().find(decisive) {
         Some(attempt) if finding.made_up == MadeUpKey::NotAsked => {
-            Finding { made_up: made_up_key_got(&attempt.calibration), ..finding }
+            Finding { made_up: outcome_of(&attempt.calibration), ..finding }
         }
         _ => finding,
     };

@@ -87,7 +87,7 @@ const SEND_BUFFER: usize = 64 * 1024;
 const READ_TIME: Duration = Duration::from_secs(1);
 /// How long the calls that are cut off at the end of a drain have to be told so.
 pub(super) const LAST_WORDS: Duration = Duration::from_millis(100);
-/// How a connection that is told to end is given up that does not: what its calls may take, and a little.
+/// Beyond the longest deadline of a call: how long a connection that ignores GOAWAY is kept.
 const AFTER_LAST_CALL: Duration = Duration::from_secs(2);
 /// Health, which everybody may ask: a kubelet has neither certificate nor token.
 const HEALTH_PREFIX: &str = "/grpc.health.v1.Health/";
@@ -133,7 +133,7 @@ impl ConnectionContext {
         let started = tokio::select! {
             started = timeout_at(handshake_by, self.begin(accepted)) => started,
             () = reached(&mut phase, Phase::Draining) => return,
-            () = place.state.makes_room() => return,
+            () = place.state.told_to_make_room() => return,
         };
         let (io, identity) = match started {
             Ok(Ok(started)) => started,
@@ -141,7 +141,7 @@ impl ConnectionContext {
             Ok(Err(Some(refusal))) => return self.refuse(peer, refusal),
             Err(_) => return self.refuse(peer, Refusal::of(HandshakeFault::TooSlow)),
         };
-        place.state.speaks();
+        place.state.set_handshake_done();
         let inline = InlineExecutor::default();
         let connection = Arc::new(Connection { context: self, identity, state: Arc::clone(&place.state), inline });
         connection.serve(io).await;
@@ -230,7 +230,7 @@ impl Connection {
             () = reached(&mut phase, Phase::Draining) => {}
             () = sleep_until(ends_at) => {}
             () = self.state.idle(self.context.settings.max_connection_idle) => {}
-            () = self.state.makes_room() => return,
+            () = self.state.told_to_make_room() => return,
         }
         // GOAWAY: what is under way is finished, nothing new begins.
         connection.as_mut().graceful_shutdown();
@@ -295,7 +295,7 @@ impl Connection {
         };
         if let Some(caller) = caller.as_ref().filter(|_| !is_health) {
             context.authorizer.call(caller, method)?;
-            state.is_known();
+            state.set_known();
         }
         // It has been read, and nothing behind this line is to know it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
@@ -413,7 +413,7 @@ struct Started {
     streams: bool,
 }
 
-/// What a call has of what is limited over all connections, until it is answered.
+/// The shares of the limits over all connections that a call holds until it is answered.
 struct Held {
     _unknown: Option<Counted>,
     _watch: Option<Counted>,
@@ -440,7 +440,7 @@ impl hyper::body::Body for HoldingBody {
     }
 }
 
-/// One of so many.
+/// One place of a limited number.
 struct Counted(Arc<AtomicUsize>);
 
 // === impl Counted ===

@@ -77,7 +77,7 @@ fn run(target: &Target, facts: &EndpointFacts, in_contrast: bool, world: World<'
                 asked.push(format!("{} {}", call.probe.surface.as_str(), headers.join("+")));
                 plan.take_response(response(call, world(call.probe.surface, &families, Real)));
             }
-            Next::Control { call, families, .. } => {
+            Next::Calibrate { call, families, .. } => {
                 let calibration = match response(call, world(call.probe.surface, &families, MadeUp)) {
                     ProbeResponse::Answer { reading, look, .. } => calibrated(&reading, &look),
                     _ => Calibration::Untold(None),

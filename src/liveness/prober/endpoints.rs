@@ -1,6 +1,6 @@
 //! The owner of what endpoints have taught: how they refuse a made-up key, whether they accept anybody, in which headers, and which requests
-//! lead nowhere. Shared by every probe, bounded, and forgotten after hours. A made-up key is asked about once per request and header in that
-//! time, one at a time, and never on a caller's time alone.
+//! lead nowhere. Shared by every probe, bounded, and forgotten after hours. In that time a made-up key is sent once per request, header and form of
+//! key, one at a time; it runs by itself, so that a caller with little time does not end it.
 
 use std::{
     collections::BTreeMap,
@@ -134,7 +134,7 @@ impl Endpoints {
         let missing = finding.cause == Some(Cause::NoApiAtBaseUrl);
         let name = [endpoint.provider.clone(), endpoint.host.clone()];
         let mut shown = lock(&self.shown);
-        // What never was so is absent.
+        // An endpoint that never lacked its API has no entry.
         if missing || finding.status.is_some() && shown.no_api.contains_key(&name) {
             bounded(&mut shown.no_api);
             shown.no_api.insert(name, missing);
@@ -235,7 +235,7 @@ impl Endpoints {
             let told = match exchange {
                 Exchange::Answered(response) => {
                     let (reading, look) = (read(response.facts(), &call.probe), Look::of(response.facts(), made_up.expose()));
-                    // What nobody's request gets is told apart by its look alone.
+                    // The answer to a request without a key is compared, and not read.
                     let seen = |look| Calibration::Refuses { look, in_words: false, in_contrast: false };
                     if families.is_empty() { seen(look) } else { calibrated(&reading, &look) }
                 }
