@@ -632,7 +632,9 @@ func (c *core) failed(ctx context.Context, spec *Spec, err error) *Undecided {
 	if made.refusal.httpStatus == http.StatusServiceUnavailable {
 		made.refusal.retryAfter = retryInfo(said)
 	}
-	if fault != nil && fault.reason == reason && fault.hint != "" {
+	if hint := hintFor(reason, said, found); hint != "" {
+		made.refusal.operatorHint = hint
+	} else if fault != nil && fault.reason == reason && fault.hint != "" {
 		made.refusal.operatorHint = fault.hint
 	}
 	return made

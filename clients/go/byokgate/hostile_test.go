@@ -143,7 +143,7 @@ func TestHostilePeersAreNeverAnAllow(t *testing.T) {
 		}, 503},
 		"garbage": {func(t *testing.T) string {
 			return serveTCP(t, func(conn net.Conn) { _, _ = conn.Write([]byte("\x00\xff\x13garbage garbage garbage")) })
-		}, 503},
+		}, 500},
 		"HTTP/1.1 with HTML": {func(t *testing.T) string {
 			return serveTCP(t, func(conn net.Conn) {
 				_, _ = bufio.NewReader(conn).ReadString('\n')
@@ -153,7 +153,7 @@ func TestHostilePeersAreNeverAnAllow(t *testing.T) {
 		"speaks TLS": {func(t *testing.T) string {
 			certificates := newCertificates(t)
 			return serveGRPC(t, listenTCP(t), func(*grpc.Server) {}, certificates.serverOption(false))
-		}, 503},
+		}, 500},
 		"another service": {func(t *testing.T) string {
 			return serveGRPC(t, listenTCP(t), func(*grpc.Server) {})
 		}, 500},
@@ -162,7 +162,7 @@ func TestHostilePeersAreNeverAnAllow(t *testing.T) {
 				w.Header().Set("Content-Type", "text/html")
 				_, _ = io.WriteString(w, "<html>welcome</html>")
 			})
-		}, 503},
+		}, 500},
 		"404": {func(t *testing.T) string { return serveHTTP2(t, http.NotFound) }, 500},
 		"trailers only, OK": {answered(func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Grpc-Status", "0")
