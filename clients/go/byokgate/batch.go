@@ -64,7 +64,7 @@ func (r Result) Decision() (Allowed, error) {
 // undecided. A consumer that takes its time holds up nothing but itself.
 func (c *Client) BatchDecide(ctx context.Context, requests []Request) iter.Seq2[int, Result] {
 	return func(yield func(int, Result) bool) {
-		if len(requests) == 0 {
+		if len(requests) == 0 || yield == nil {
 			return
 		}
 		if c.unusable() {

@@ -68,6 +68,7 @@ type core struct {
 	memory  memory
 	flights singleflight.Group
 	counts  counts
+	sweeps  sweepCounts
 	// lanes says how a call is marked for the balancing, and which requests may share a batch's call.
 	lanes   lanes
 	stopped atomic.Bool
@@ -143,7 +144,10 @@ func (c *Client) decide(ctx context.Context, request *Request) (Allowed, Refusal
 		return Allowed{}, undecided(&request.Spec, ReasonClosed, errClosed)
 	}
 	timeout := c.timeout
-	if request.Timeout > 0 {
+	if request.Timeout != 0 {
+		if err := checkTimeout(request.Timeout); err != nil {
+			return Allowed{}, c.refuse(ctx, request, misused(&request.Spec, "Request.Timeout", err))
+		}
 		timeout = request.Timeout
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
@@ -152,6 +156,12 @@ func (c *Client) decide(ctx context.Context, request *Request) (Allowed, Refusal
 	allowed, refusal, retries := c.ask(c.lanes.marked(c.traced(ctx), &request.Spec), request)
 	c.record(ctx, request, allowed, refusal, time.Since(began), retries)
 	return allowed, refusal
+}
+
+// refuse records a refusal for which nobody was asked.
+func (c *Client) refuse(ctx context.Context, request *Request, refusal Refusal) Refusal {
+	c.record(ctx, request, Allowed{}, refusal, 0, 0)
+	return refusal
 }
 
 // ask gets an answer that was made with every credential that could matter to it.

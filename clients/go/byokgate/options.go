@@ -46,6 +46,11 @@ func checkTimeout(timeout time.Duration) error {
 	return nil
 }
 
+// notNegative is why a setting is refused whose zero stands for its default.
+func notNegative(given any) error {
+	return fmt.Errorf("%v is below zero; leave it out for the default", given)
+}
+
 // WithTimeout sets how long one decision may take, lookups and retries included. Default: [DefaultTimeout]. Request.Timeout sets it for one
 // request.
 func WithTimeout(timeout time.Duration) Option {

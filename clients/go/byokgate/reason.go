@@ -55,6 +55,10 @@ const (
 	ReasonRegistryMoving Reason = "REGISTRY_MOVING"
 	// ReasonLookupMissing: the request has no Lookup. Mis-wired.
 	ReasonLookupMissing Reason = "LOOKUP_MISSING"
+	// ReasonLookupFailed: no credentials can be read. Of a sweep's state alone: a decision is then a denial.
+	ReasonLookupFailed Reason = "LOOKUP_FAILED"
+	// ReasonInvalidOption: a number or a function that the platform gave along with the call cannot be meant, such as a negative time. Mis-wired.
+	ReasonInvalidOption Reason = "INVALID_OPTION"
 	// ReasonClosed: the client is closed, nil or zero.
 	ReasonClosed Reason = "CLOSED"
 	// ReasonInternal: byok-gate failed at its task.
@@ -98,6 +102,8 @@ var reasons = map[Reason]told{
 	ReasonRegistryMoving: {503, "byok-gate's registry changed while it was asked, so nothing was started",
 		"bring all replicas of byok-gate to the same registry"},
 	ReasonLookupMissing: {500, "", "the request has no Lookup: set Spec.Lookup"},
+	ReasonLookupFailed:  {503, "the credentials cannot be read", "check the secret store, and what Spec.Lookup says of it"},
+	ReasonInvalidOption: {500, "", "correct what the platform's code gives along with the call"},
 	ReasonClosed:        {503, "the platform is stopping, so nothing was started", "the byokgate.Client is closed, nil or zero"},
 	ReasonInternal:      {503, "byok-gate failed, so nothing was started", "byok-gate's log says why"},
 }
