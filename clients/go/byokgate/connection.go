@@ -24,6 +24,7 @@ type link struct {
 	// cutOff counts TLS handshakes in a row that the other side ended without a word.
 	cutOff  atomic.Int32
 	silence silence
+	banners banners
 }
 
 // enoughCutOff handshakes are no restart of byok-gate any more.
@@ -147,6 +148,21 @@ type watchedConn struct {
 	// unnegotiated: over TLS, HTTP/2 was not agreed upon.
 	unnegotiated bool
 	again        func(context.Context) (net.Conn, error)
+	// compared: this connection's beginning was compared with the last one's, and was alike.
+	compared, alike bool
+}
+
+// heard is what a server's first bytes mean. What is no protocol that is known here must be heard twice, since a network may garble.
+func (c *watchedConn) heard(what error) error {
+	other, is := what.(*notHTTP2)
+	if !is || strings.HasPrefix(other.says, "HTTP/") {
+		return what
+	}
+	if !c.compared {
+		c.compared, c.alike = true, c.link.banners.again(c.first)
+	}
+	other.once = !c.alike
+	return other
 }
 
 func (c *watchedConn) Read(into []byte) (int, error) {
@@ -156,7 +172,9 @@ func (c *watchedConn) Read(into []byte) (int, error) {
 		c.link.silence.broken()
 		var what error
 		if what, c.open = recognized(c.first); what != nil {
-			c.link.note(what)
+			c.link.note(c.heard(what))
+		} else if !c.open {
+			c.link.banners.forget()
 		}
 	}
 	if err != nil {

@@ -30,9 +30,37 @@ var (
 )
 
 // notHTTP2 is a peer that speaks something else.
-type notHTTP2 struct{ says string }
+type notHTTP2 struct {
+	says string
+	// once: it was heard once, and may be noise on the way.
+	once bool
+}
 
 func (n *notHTTP2) Error() string { return "the other side does not speak HTTP/2" }
+
+// sameBytes are those that two connections must begin with alike to be another service's. The rest may be a version, a time or a salt.
+const sameBytes = 4
+
+// banners is what the last connection began with.
+type banners struct {
+	mu   sync.Mutex
+	last [sameBytes]byte
+}
+
+// again says whether the connection before began alike.
+func (b *banners) again(first []byte) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	before := b.last
+	b.last = [sameBytes]byte(first)
+	return b.last == before
+}
+
+func (b *banners) forget() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.last = [sameBytes]byte{}
+}
 
 // awayProxy is a proxy that answers in byok-gate's place that it cannot reach it.
 type awayProxy struct{ httpStatus int }

@@ -7,11 +7,13 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -141,9 +143,12 @@ func TestHostilePeersAreNeverAnAllow(t *testing.T) {
 		"settings and then nothing": {func(t *testing.T) string {
 			return serveTCP(t, func(conn net.Conn) { _, _ = conn.Write(settings) })
 		}, 503},
-		"garbage": {func(t *testing.T) string {
-			return serveTCP(t, func(conn net.Conn) { _, _ = conn.Write([]byte("\x00\xff\x13garbage garbage garbage")) })
-		}, 500},
+		"garbage, another each time": {func(t *testing.T) string {
+			var count atomic.Uint32
+			return serveTCP(t, func(conn net.Conn) {
+				_, _ = fmt.Fprintf(conn, "%c%s", rune('a'+count.Add(1)%26), strings.Repeat("garbage", 8))
+			})
+		}, 503},
 		"HTTP/1.1 with HTML": {func(t *testing.T) string {
 			return serveTCP(t, func(conn net.Conn) {
 				_, _ = bufio.NewReader(conn).ReadString('\n')

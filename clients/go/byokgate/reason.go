@@ -303,6 +303,8 @@ func faultOf(err error) *connectionFault {
 		fault.hint = "the client's certificate or key cannot be read: check the pair given to WithTLSFiles"
 	case errors.Is(err, errSilent):
 		fault.hint = "what listens there closed the connection at once: check whether it wants TLS (WithTLSFiles)"
+	case errors.As(err, &other) && other.once:
+		fault.hint = begins(other.says)
 	case errors.As(err, &other):
 		fault.reason = ReasonNotAGate
 		fault.hint = begins(other.says)

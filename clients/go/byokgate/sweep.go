@@ -586,7 +586,8 @@ func (c *Client) gather(ctx context.Context, spec *Spec) (*wallet, error) {
 	if refusal != nil {
 		return nil, refusal
 	}
-	c.lookups.fetch(ctx, held, spec.Lookup, names)
+	deadline, _ := ctx.Deadline()
+	c.lookups.fetch(ctx, deadline, held, spec.Lookup, names)
 	return held, held.failure()
 }
 

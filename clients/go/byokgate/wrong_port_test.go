@@ -86,6 +86,7 @@ func TestWhatElseMayListenThere(t *testing.T) {
 		"MySQL":       {banner("\x4a\x00\x00\x00\x0a8.0.36\x00\x08\x00\x00\x00"), nil, ReasonNotAGate, "it begins with"},
 		"NATS":        {banner("INFO {\"server_id\":\"N\",\"version\":\"2.10\"}\r\n"), nil, ReasonNotAGate, "INFO {"},
 		"POP3":        {banner("+OK ready\r\n"), nil, ReasonNotAGate, "+OK ready"},
+		"garbage":     {banner("\x00\xff\x13garbage garbage garbage"), nil, ReasonNotAGate, "garbage"},
 		"three bytes": {banner("hi\n"), nil, ReasonTimedOut, ""},
 		// Servers that answer in a protocol of their own.
 		"Redis":                 {replying("-ERR unknown command 'PRI'\r\n"), nil, ReasonNotAGate, "-ERR unknown command"},
