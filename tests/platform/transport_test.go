@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -173,5 +174,34 @@ func TestTheRealTransports(t *testing.T) {
 				t.Errorf("%v, %v, expected %q", answer, err, test.want)
 			}
 		})
+	}
+}
+
+// The two ports of one byok-gate mixed up: its numbers' port is no gate, and that is found out although it closes without a word.
+func TestTheAdminPortIsNoGate(t *testing.T) {
+	vendor := startVendor(t, liveKey)
+	listen, admin := freeAddress(t), freeAddress(t)
+	startGateWith(t, listen, append(serveArguments(t, listen, vendor.url), "--admin-listen", admin)...)
+	for name, options := range map[string][]byokgate.Option{
+		"plain": {byokgate.WithLogger(discard)},
+		"TLS":   {byokgate.WithLogger(discard), byokgate.WithTLSFiles("", "", "")},
+	} {
+		client, err := byokgate.New(admin, options...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		_, err = client.Decide(t.Context(), byokgate.Request{Checkpoint: byokgate.Create, Spec: byokgate.Spec{
+			Runtime: "agent", Model: "acme-large", Lookup: byokgate.Static(nil, nil),
+		}})
+		want, says := byokgate.ReasonNotAGate, "--admin-listen"
+		if name == "TLS" {
+			want, says = byokgate.ReasonTLSMismatch, "WithTLS"
+		}
+		var undecided *byokgate.Undecided
+		if !errors.As(err, &undecided) || undecided.Reason() != want || undecided.HTTPStatus() != http.StatusInternalServerError ||
+			!strings.Contains(undecided.OperatorHint(), says) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

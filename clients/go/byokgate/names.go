@@ -162,6 +162,10 @@ func (c *Client) names(ctx context.Context, spec *Spec) ([]string, error) {
 	if names, found := c.memory.recall(about); found {
 		return names, nil
 	}
+	return c.learnNames(ctx, about)
+}
+
+func (c *Client) learnNames(ctx context.Context, about subject) ([]string, error) {
 	flight := c.flights.DoChan(about.key(), func() (any, error) {
 		if names, found := c.memory.recall(about); found {
 			// Learnt between this caller's look and its turn.
@@ -170,7 +174,7 @@ func (c *Client) names(ctx context.Context, spec *Spec) ([]string, error) {
 		// Another's question as well: it goes on when this caller gives up.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.timeout)
 		defer cancel()
-		response, err := c.resolve(ctx, spec.Runtime, spec.Model)
+		response, err := c.resolve(ctx, about.runtime, about.model)
 		if err != nil {
 			return nil, err
 		}

@@ -21,7 +21,7 @@ type Request struct {
 	// Explain asks for the steps of the decision, which are then in the Details of the answer.
 	Explain bool
 	// Timeout is how long this decision may take, lookups and retries included. Zero: the client's own; see [WithTimeout]. The context's
-	// deadline holds too. In a batch it does not count.
+	// deadline holds too. In a batch it does not count. One below a millisecond is refused ([ReasonInvalidOption]).
 	Timeout time.Duration
 }
 
