@@ -179,13 +179,13 @@ func (o SweepOptions) check() error {
 	duration("ConfirmAfter", o.ConfirmAfter)
 	// Written so that what is not a number fails.
 	if inRange := o.Lookups >= minSweepLookups && o.Lookups <= maxSweepLookups; !inRange && o.Lookups != 0 {
-		faults = append(faults, fmt.Errorf("Lookups: %v is not from %v to %v a second; leave it out for the default", o.Lookups, minSweepLookups, maxSweepLookups))
+		faults = append(faults, fmt.Errorf("%s: %v is not from %v to %v a second; leave it out for the default", "Lookups", o.Lookups, minSweepLookups, maxSweepLookups))
 	}
 	switch {
 	case o.Concurrent < 0:
-		faults = append(faults, fmt.Errorf("Concurrent: %w", notNegative(o.Concurrent)))
+		faults = append(faults, fmt.Errorf("%s: %w", "Concurrent", notNegative(o.Concurrent)))
 	case o.Concurrent > maxSweepAtOnce:
-		faults = append(faults, fmt.Errorf("Concurrent: %d is above %d", o.Concurrent, maxSweepAtOnce))
+		faults = append(faults, fmt.Errorf("%s: %d is above %d", "Concurrent", o.Concurrent, maxSweepAtOnce))
 	}
 	return errors.Join(faults...)
 }
