@@ -80,7 +80,8 @@ type Lookup func(ctx context.Context, scope Scope, names []string) (Found, error
 // Found are the credentials that exist, by name. The client reads it once, when the lookup returns.
 type Found map[string]Secret
 
-// Static looks credentials up in memory: a create's payload, or a test's.
+// Static looks credentials up in memory: a create's payload, or a test's. The maps are read whenever it is called, so they must not be changed
+// meanwhile.
 func Static(workspace, organization Found) Lookup {
 	return func(_ context.Context, scope Scope, _ []string) (Found, error) {
 		if scope == Workspace {
