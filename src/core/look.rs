@@ -18,6 +18,8 @@ const ONE_IN: usize = 8;
 const ONE_IN_MORE: usize = 4;
 /// A longer word is an id, a token, or a key.
 const MAX_WORD: usize = 32;
+/// An error's code is no longer.
+const MAX_CODE: usize = 8;
 /// A shorter key, or part of one, is a word by chance.
 const MIN_ECHO: usize = 8;
 
@@ -42,10 +44,23 @@ impl Look {
         let credential = credential.to_lowercase();
         let words = text.split(|c: char| c.is_whitespace() || "\"'`{}[]()<>,:;=&".contains(c));
         let words = words.map(|word| word.trim_matches(|c: char| ".!?/".contains(c))).filter(|word| !word.is_empty());
-        let mut words: Vec<u64> =
-            words.take(MAX_WORDS).map(|word| hash(if varies(word, &credential) { "#" } else { word })).collect();
-        words.sort_unstable();
-        Self { status: answer.status, body, code, words }
+        let mut hashes: Vec<u64> = Vec::new();
+        let mut before = "";
+        for word in words.take(MAX_WORDS) {
+            if word.is_ascii() {
+                // A number behind the name of a code is one, and no id.
+                let is_code = names_a_code(before) && word.len() <= MAX_CODE;
+                hashes.push(hash(if !is_code && varies(word, &credential) { "#" } else { word }));
+            } else {
+                // Not every language has blanks between its words.
+                let mut characters = word.chars().take(MAX_WORDS).map(|character| hash(character.encode_utf8(&mut [0; 4])));
+                hashes.extend(characters.by_ref());
+            }
+            before = word;
+        }
+        hashes.truncate(2 * MAX_WORDS);
+        hashes.sort_unstable();
+        Self { status: answer.status, body, code, words: hashes }
     }
 
     /// About the same answer.
@@ -91,6 +106,11 @@ impl Look {
             }
         }
     }
+}
+
+/// How members are called that hold an error's code.
+fn names_a_code(name: &str) -> bool {
+    name.ends_with("code") || name.ends_with("errno") || matches!(name, "err" | "error" | "ret" | "status")
 }
 
 /// It is another one in each answer.
@@ -148,6 +168,19 @@ mod tests {
         let (model, route) = (r#"{"error":{"message":"unknown model"}}"#, r#"{"error":{"message":"unknown route"}}"#);
         assert_eq!(same(&look(400, model), &look(400, route)), (false, false));
         assert_eq!(same(&look(403, ""), &look(403, "listing is disabled")), (false, false));
+    }
+
+    #[test]
+    fn a_code_and_a_language_without_blanks_are_compared() {
+        for name in ["errcode", "errno", "err", "error_code"] {
+            let body = |number: &str| format!(r#"{{"{name}":{number},"m":"x"}}"#);
+            alike(false, (400, &body("40001"), "made-up-key-one"), (400, &body("40035"), "made-up-key-two"));
+        }
+        alike(false, (400, "<Code>40001</Code>", "made-up-key-one"), (400, "<Code>40035</Code>", "made-up-key-two"));
+        let (stream, token) =
+            ("仅支持流式输出，请在请求中将参数设置为真之后再试一次", "无效的令牌，请检查您的密钥是否正确并重新提交一次请求");
+        alike(false, (400, stream, "made-up-key-one"), (400, token, "made-up-key-two"));
+        alike(true, (400, token, "made-up-key-one"), (400, token, "made-up-key-two"));
     }
 
     #[test]

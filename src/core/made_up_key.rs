@@ -43,7 +43,7 @@ impl KeyForm {
     /// The form of this key.
     pub fn of(key: &Secret) -> Self {
         let key = key.expose();
-        let word = first_word(key).len();
+        let word = first_words(key).len();
         let bytes = || key.bytes().skip(word);
         Self {
             length: key.len(),
@@ -76,15 +76,20 @@ impl Alphabet {
         }
     }
 
-    /// A character that may stand in this one's place. `random`: a number below the given one.
+    /// A character that may stand in this one's place. `random`: a number below the given one. Where there are letters, only those characters that
+    /// every usual alphabet has: base32 has neither 0, 1, 8 nor 9, base58 neither 0, O, I nor l, Crockford's base32 neither I, L, O nor U.
     fn another(self, byte: u8, random: &mut impl FnMut(u8) -> u8) -> u8 {
-        let letters = if matches!(self, Self::LowerHex | Self::UpperHex) { 6 } else { 26 };
-        match byte {
-            b'0'..=b'9' => b'0' + random(10),
-            b'a'..=b'z' => b'a' + random(letters),
-            b'A'..=b'Z' => b'A' + random(letters),
-            other => other,
-        }
+        let among: &[u8] = match (self, byte) {
+            (Self::Digits | Self::LowerHex | Self::UpperHex, b'0'..=b'9') => b"0123456789",
+            (_, b'0'..=b'9') => b"234567",
+            (Self::LowerHex, b'a'..=b'z') => b"abcdef",
+            (Self::UpperHex, b'A'..=b'Z') => b"ABCDEF",
+            (_, b'a'..=b'z') => b"abcdefghijkmnopqrstuvwxyz",
+            (_, b'A'..=b'Z') => b"ABCDEFGHJKMNPQRSTVWXYZ",
+            _ => return byte,
+        };
+        let at = random(u8::try_from(among.len()).unwrap_or(u8::MAX));
+        among.get(usize::from(at)).copied().unwrap_or(byte)
     }
 }
 
@@ -95,25 +100,82 @@ pub fn made_up_key(prefix: Option<&str>, mut random: impl FnMut(u8) -> u8) -> Se
     Secret::new(key)
 }
 
-/// A key that nobody issued, of the form of this one: its first word or the vendor's prefix, and another character of the same kind for every
-/// letter and digit behind it. A key that is too short for that is answered with the usual one.
-pub fn made_up_key_like(key: &Secret, prefix: Option<&str>, mut random: impl FnMut(u8) -> u8) -> Secret {
-    let text = key.expose();
-    let kept = prefix.filter(|prefix| text.starts_with(prefix)).unwrap_or_else(|| first_word(text));
-    let rest = text.strip_prefix(kept).unwrap_or(text);
-    if !rest.is_ascii() || rest.bytes().filter(u8::is_ascii_alphanumeric).count() < MIN_RANDOM {
-        return made_up_key(prefix, random);
-    }
-    let alphabet = Alphabet::of(rest.bytes());
-    Secret::new(kept.chars().chain(rest.bytes().map(|byte| char::from(alphabet.another(byte, &mut random)))).collect())
+/// Whether there can be a made-up key of the form of this one.
+pub fn can_be_imitated(key: &Secret, prefix: Option<&str>) -> bool {
+    imitable(key, prefix).is_some()
 }
 
-/// `acme_` of `acme_0123`: letters before the first dash or underscore.
-fn first_word(key: &str) -> &str {
-    let end = key.find(['-', '_']).filter(|end| *end < MAX_FIRST_WORD);
-    let word = end.and_then(|end| key.get(..=end)).unwrap_or_default();
-    if word.bytes().rev().skip(1).all(|byte| byte.is_ascii_alphabetic()) { word } else { "" }
+/// What a made-up key has of this one, and what it has others in place of.
+fn imitable<'k>(key: &'k Secret, prefix: Option<&str>) -> Option<(&'k str, &'k str)> {
+    let text = key.expose();
+    let of_vendor = prefix.filter(|prefix| text.starts_with(prefix)).map_or(0, str::len);
+    let (kept, rest) = text.split_at_checked(of_vendor.max(first_words(text).len()))?;
+    let has_room = rest.bytes().filter(u8::is_ascii_alphanumeric).count() >= MIN_RANDOM;
+    (rest.is_ascii() && has_room).then_some((kept, rest))
 }
+
+/// A key that nobody issued, and its form: that of this one. It has this one's first words or the vendor's prefix, and another character of the same
+/// kind for every letter and digit behind it. A key that is too short for that gets the usual one, of the usual form.
+pub fn made_up_key_like(key: &Secret, prefix: Option<&str>, mut random: impl FnMut(u8) -> u8) -> (Secret, KeyForm) {
+    let Some((kept, rest)) = imitable(key, prefix) else {
+        let usual = made_up_key(prefix, random);
+        let form = KeyForm::of(&usual);
+        return (usual, form);
+    };
+    let alphabet = Alphabet::of(rest.bytes());
+    // Version and variant of a UUID are no part of its random numbers.
+    let is_uuid = rest.len() == 36 && [8, 13, 18, 23].iter().all(|at| rest.as_bytes().get(*at) == Some(&b'-'));
+    let stays = |at: usize| is_uuid && matches!(at, 14 | 19);
+    let another = rest.bytes().enumerate().map(|(at, byte)| if stays(at) { byte } else { alphabet.another(byte, &mut random) });
+    let made_up: String = kept.chars().chain(another.map(char::from)).collect();
+    (Secret::new(made_up), KeyForm::of(key))
+}
+
+/// `acme_live_` of `acme_live_0123`: letters before the first mark, and words that are usual behind it. Of a signed token in three parts, its head,
+/// which holds no secret.
+fn first_words(key: &str) -> &str {
+    if key.starts_with("eyJ") && key.bytes().filter(|byte| *byte == b'.').count() == 2 {
+        return key.find('.').and_then(|end| key.get(..=end)).unwrap_or_default();
+    }
+    let mut kept = 0;
+    while let Some(rest) = key.get(kept..)
+        && let Some(end) = rest.find(['-', '_', '.', ':']).filter(|end| *end < MAX_FIRST_WORD)
+        && let Some(word) = rest.get(..end)
+    {
+        let letters = word.trim_end_matches(|c: char| c.is_ascii_digit());
+        let is_word = word.len() - letters.len() <= 2 && letters.bytes().all(|byte| byte.is_ascii_alphabetic());
+        if !is_word || kept > 0 && !USUAL_WORDS.contains(&letters.to_ascii_lowercase().as_str()) {
+            break;
+        }
+        kept += end + 1;
+    }
+    key.get(..kept).unwrap_or_default()
+}
+
+/// What stands behind the first word of a key, before its random part; with up to two digits behind it.
+const USUAL_WORDS: [&str; 21] = [
+    "v",
+    "api",
+    "key",
+    "live",
+    "test",
+    "prod",
+    "dev",
+    "stage",
+    "proj",
+    "project",
+    "svc",
+    "svcacct",
+    "svcaccount",
+    "admin",
+    "or",
+    "ant",
+    "gw",
+    "virt",
+    "user",
+    "team",
+    "org",
+];
 
 const ALPHANUMERIC: &[u8; 62] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
 
@@ -127,7 +189,7 @@ mod tests {
             next = next.wrapping_mul(5).wrapping_add(3);
             next % below
         };
-        made_up_key_like(&Secret::new(key.into()), prefix, random).expose().to_owned()
+        made_up_key_like(&Secret::new(key.into()), prefix, random).0.expose().to_owned()
     }
 
     #[test]
@@ -135,7 +197,11 @@ mod tests {
         for (key, prefix, kept) in [
             ("sk-9f8e7d6c5b4a39281706f5e4d3c2b1a0ffee", None, "sk-"),
             ("acme_LIVE0123456789abcdEFGH", None, "acme_"),
+            ("acme_live_0123456789abcdefg", None, "acme_live_"),
+            ("sk-svc-v1-0123456789abcdefg", None, "sk-svc-v1-"),
+            ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.c2lnbmF0dXJl", None, "eyJhbGciOiJIUzI1NiJ9."),
             ("550e8400-e29b-41d4-a716-446655440000", None, ""),
+            ("ABCDEFGHJKMNPQRSTVWXYZ234567", None, ""),
             ("sk-ant-api03-AbCd_EfGh-0123456789xyz", Some("sk-ant-"), "sk-ant-"),
             ("0123456789012345", Some("sk-"), ""),
         ] {

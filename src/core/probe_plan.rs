@@ -87,6 +87,8 @@ pub struct ProbePlan<'t> {
     made_up: MadeUpKey,
     /// The best that was heard without being conclusive.
     fallback: Option<Finding>,
+    /// Another header than the client's own has been accepted at a list: these were refused.
+    confirming: Option<Vec<HeaderFamily>>,
     /// A refusal that is one by comparison alone, heard before the request that calls a model was sent.
     held: Option<Held>,
     /// Rungs that answered "no such path".
@@ -177,9 +179,11 @@ impl<'t> ProbePlan<'t> {
             first_header: None,
             made_up: MadeUpKey::NotAsked,
             fallback: None,
+            confirming: None,
             held: None,
             absent: Vec::new(),
-            no_api: true,
+            // Where a key was accepted, there is one.
+            no_api: !facts.has_accepted(),
             for_everybody: false,
             named_model: false,
             cost_money: false,
@@ -196,7 +200,12 @@ impl<'t> ProbePlan<'t> {
             State::Calibrate(heard) => {
                 let (accepted, documented) =
                     (heard.reading.classification == Classification::Accepted, call.probe.refuses_bad_keys);
-                Next::Calibrate { call, families, needed: !(accepted && documented), of_its_form: accepted && !documented }
+                Next::Calibrate {
+                    call,
+                    families,
+                    needed: !(accepted && documented),
+                    of_its_form: accepted && self.is_held_back(),
+                }
             }
             State::Keyless(_) => Next::Keyless { call },
             State::Identify(families, _) => Next::Ask { call, families: families.iter().copied().take(1).collect() },
@@ -268,7 +277,7 @@ impl<'t> ProbePlan<'t> {
             }
             // The same status and code, whatever the words.
             (Classification::Forbidden(code), Calibration::Refuses { look, in_contrast, .. })
-                if look.status == 403 && look.code == *code =>
+                if look.status == 403 && look.code == *code && (!code.is_empty() || look.is_like(&heard.look)) =>
             {
                 self.refuse_by_code(&heard, *in_contrast);
             }
@@ -311,9 +320,10 @@ impl<'t> ProbePlan<'t> {
         // A key makes a difference there, and this one makes the one that a made-up key makes.
         let differs = keyless.is_some_and(|keyless| {
             let told = !matches!(keyless.status, 408 | 425 | 429 | 501..=599);
-            // A server that asks for a key with a 401 and then answers 400 may mean the model, not the key.
-            let of_the_model = call.probe.surface.is_inference() && matches!(keyless.status, 401 | 403);
-            told && !of_the_model && !keyless.is_like(&heard.look)
+            // Where models are called, such an answer may mean the request, or the model in it, and not the key.
+            let of_the_request = call.probe.surface.is_inference()
+                && (matches!(keyless.status, 401 | 403) || matches!(heard.look.status, 400 | 404 | 405 | 411 | 413 | 415 | 422));
+            told && !of_the_request && !keyless.is_like(&heard.look)
         });
         match keyless.map(|keyless| keyless.is_like(&heard.look)) {
             Some(true) => self.for_everybody = true,
@@ -345,6 +355,12 @@ impl<'t> ProbePlan<'t> {
             Classification::Verdict(Verdict::Invalid) => self.refuse(finding(Verdict::Invalid)),
             Classification::Verdict(Verdict::UnexpectedResponse) if !stop => {
                 self.fall_back_on(finding(Verdict::UnexpectedResponse));
+                self.no_api = false;
+                self.step();
+            }
+            // "Not implemented" is no outage: the list is missing.
+            Classification::Verdict(verdict @ Verdict::ProviderError) if heard.look.status == 501 && self.is_held_back() => {
+                self.fall_back_on(finding(*verdict));
                 self.no_api = false;
                 self.step();
             }
@@ -400,7 +416,30 @@ impl<'t> ProbePlan<'t> {
 
     fn accept(&mut self, family: HeaderFamily, heard: &Heard) {
         let Some(Rung { call, order }) = self.rungs.get(self.at) else { return };
-        let wrong = if self.group > 0 { order.first().cloned().unwrap_or_default() } else { Vec::new() };
+        let wrong = match &self.confirming {
+            Some(wrong) => wrong.clone(),
+            None if self.group > 0 => order.first().cloned().unwrap_or_default(),
+            None => Vec::new(),
+        };
+        // A list may look at no more than a key's form. What was refused in the client's own header is accepted in another one only if the
+        // request that calls a model is, too.
+        let confirms = |rung: &Rung<'_>| rung.call.probe.surface.is_inference() && rung.call.probe.auth.contains(&family);
+        if let Some(FirstHeader::Refused(refused)) = &self.first_header
+            && self.group > 0
+            && self.is_held_back()
+            && self.rungs.iter().skip(self.at + 1).any(confirms)
+        {
+            self.held = Some(Held { finding: refused.clone(), look: heard.look.clone(), by_code: true });
+            self.confirming = Some(wrong);
+            let mut position = 0;
+            let at = self.at;
+            self.rungs.retain_mut(|rung| {
+                position += 1;
+                rung.order = if position > at + 1 { vec![vec![family]] } else { std::mem::take(&mut rung.order) };
+                position <= at + 1 || confirms(rung)
+            });
+            return self.step();
+        }
         self.lessons.push(Lesson::Family { right: family, wrong });
         self.lessons.extend(self.absent.iter().copied().map(Lesson::Absent));
         // In a request that never takes the client's header, another one is no sign.
@@ -465,7 +504,8 @@ impl<'t> ProbePlan<'t> {
         let status = heard.look.status;
         let cause = heard.reading.cause;
         let nothing_there = cause == Cause::NotFound || cause == Cause::Page && !matches!(status, 401 | 403 | 407);
-        self.no_api &= nothing_there;
+        let of_a_model = heard.look.code.contains("model");
+        self.no_api &= nothing_there && !of_a_model;
         if cause == Cause::NotFound
             && let Some(Rung { call, .. }) = self.rungs.get(self.at)
         {

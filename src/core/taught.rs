@@ -46,14 +46,13 @@ struct MadeUpAnswer {
 }
 
 impl MadeUpAnswer {
-    /// It tells of a request for this model too. A status that is about the credential, and a "yes", do not depend on the model; a 400 or a
-    /// 404 may.
+    /// It tells of a request for this model too. A status that is about the credential does not depend on the model; a 400 or a 404 may, and a
+    /// "yes" does where some models are served without a key.
     fn tells_of(&self, model: &str) -> bool {
         self.model == model
             || match &self.calibration {
                 Calibration::Refuses { look, .. } => matches!(look.status, 401 | 403),
-                Calibration::AcceptsAnyone => true,
-                Calibration::Untold(_) | Calibration::NotAsked => false,
+                Calibration::AcceptsAnyone | Calibration::Untold(_) | Calibration::NotAsked => false,
             }
     }
 }
@@ -156,6 +155,11 @@ impl EndpointFacts {
                 self.wrong.push(*family);
             }
         }
+    }
+
+    /// Whether a key was accepted there.
+    pub fn has_accepted(&self) -> bool {
+        !self.right.is_empty()
     }
 
     /// The headers to ask in, of those that a request knows, in order: first alone, then the rest together. Once one is known to be right,

@@ -353,7 +353,7 @@ fn taught_by(log: &[(u64, Taught)], model: &str, form: Option<KeyForm>, now: u64
         }
     }
     let of_form = |of: &KeyForm, kind: u8| kind == 2 || form.is_none_or(|form| form == *of);
-    let tells = |of: &str, kind: u8| of == model || kind != 1;
+    let tells = |of: &str, kind: u8| of == model || kind == 0;
     let found = standing.iter().find(|(at, of, form, kind)| now < at + GOOD_FOR && tells(of, *kind) && of_form(form, *kind));
     match (found, untold) {
         (Some((_, _, _, 2)), _) => Calibration::AcceptsAnyone,

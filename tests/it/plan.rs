@@ -125,17 +125,33 @@ fn a_refusal_is_never_lost() {
         comes_to(&world, Verdict::Invalid, Some(Cause::CommonCode), &[OWN, OTHERS]);
     }
     // But for a "yes" that counts.
-    let world = |_, families: &[HeaderFamily], key| if families.contains(&ApiKey) && key == Real { LIST } else { DEAD };
-    let came = comes_to(&world, Verdict::Valid, None, &[OWN, OTHERS, "models x-api-key"]);
+    let yes = |surface| if surface == Surface::Models { LIST } else { CHAT };
+    let confirmed = "chat-completions api-key";
+    let world = |surface, families: &[HeaderFamily], key| {
+        if families.contains(&ApiKey) && key == Real { yes(surface) } else { DEAD }
+    };
+    let came = comes_to(&world, Verdict::Valid, None, &[OWN, OTHERS, "models x-api-key", confirmed]);
     assert_eq!((came.finding.family, came.finding.wrong_header), (Some(ApiKey), true));
     assert_eq!(came.lessons, [Lesson::Family { right: ApiKey, wrong: vec![Bearer] }]);
+    // A list that says yes in another header, and completions that do not: the list looks at the key's form alone.
+    for later in [DEAD, (401, "no"), (403, "no"), (400, "{}"), (404, ""), (429, "slow"), (500, "oops"), PAGE, SILENCE] {
+        let world = |surface, families: &[HeaderFamily], key| match (surface, key) {
+            _ if families == [Bearer] => DEAD,
+            (Surface::Models, Real) => LIST,
+            (Surface::Models, _) => DEAD,
+            _ => later,
+        };
+        let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+        let came = run(&target, &EndpointFacts::default(), false, &world);
+        assert_eq!((came.finding.verdict, came.lessons), (Verdict::Invalid, vec![]), "{later:?} {:?}", came.asked);
+    }
     // Which one it was may stay open: the key is good.
-    let world = |_, families: &[HeaderFamily], key| match (families, key) {
-        ([Bearer], _) | (_, MadeUp | Key::None) => DEAD,
-        ([_], Real) => SILENCE,
-        _ => LIST,
+    let world = |surface, families: &[HeaderFamily], key| match (surface, families, key) {
+        (_, [Bearer], _) | (_, _, MadeUp | Key::None) => DEAD,
+        (Surface::Models, [_], Real) => SILENCE,
+        (surface, ..) => yes(surface),
     };
-    comes_to(&world, Verdict::Valid, None, &[OWN, OTHERS, "models x-api-key"]);
+    comes_to(&world, Verdict::Valid, None, &[OWN, OTHERS, "models x-api-key", "chat-completions x-api-key"]);
     // One that does not count changes nothing.
     let world = |_, families: &[HeaderFamily], _| if families == [Bearer] { DEAD } else { LIST };
     comes_to(&world, Verdict::Invalid, Some(Cause::CommonCode), &[OWN, OTHERS]);
@@ -299,6 +315,59 @@ fn a_list_that_answers_every_key_alike_refuses_no_good_key() {
     assert_eq!((came.finding.verdict, came.finding.cause), (Verdict::UnexpectedResponse, Some(Cause::NotFound)));
 }
 
+/// Completions may refuse a request before they look at its key: then the answer is about the request, whatever a request without a key gets.
+#[test]
+fn a_refusal_of_the_request_is_none_of_the_key() {
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    for answer in [
+        (400, r#"{"error":{"message":"max_tokens must be at least 16"}}"#),
+        (404, r#"{"error":{"message":"model m not found"}}"#),
+        (413, "too large"),
+        (415, "unsupported"),
+        (422, r#"{"detail":[{"msg":"field required"}]}"#),
+    ] {
+        for keyless in
+            [(400, "{}"), (402, "pay"), (302, ""), (405, ""), (407, "proxy"), (422, "no key"), (500, "oops"), (401, "who")]
+        {
+            let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+                (Surface::Models, _) => LIST,
+                (_, Key::None) => keyless,
+                _ => answer,
+            };
+            let came = run(&target, &EndpointFacts::default(), false, &world);
+            assert!(!matches!(came.finding.verdict, Verdict::Invalid | Verdict::Forbidden), "{answer:?} {keyless:?}");
+        }
+    }
+    // A 403 without a code is compared by its words.
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, _) => LIST,
+        (_, Real) => (403, r#"{"message":"your monthly budget is spent"}"#),
+        _ => (403, r#"{"message":"no such key"}"#),
+    };
+    assert_eq!(run(&target, &EndpointFacts::default(), false, &world).finding.verdict, Verdict::Forbidden);
+}
+
+/// There is an API where a key was accepted, and where a model is what is missing; a list that is not implemented is no outage.
+#[test]
+fn a_missing_list_or_model_is_no_missing_api() {
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let nothing = |_, _: &[HeaderFamily], _| (404, "{}");
+    let mut facts = EndpointFacts::default();
+    assert_eq!(run(&target, &facts, false, &nothing).finding.cause, Some(Cause::NoApiAtBaseUrl));
+    let no_model = |surface, _: &[HeaderFamily], _| {
+        if surface == Surface::Models { (404, "{}") } else { (404, r#"{"error":{"code":"model_not_found"}}"#) }
+    };
+    assert_ne!(run(&target, &facts, false, &no_model).finding.cause, Some(Cause::NoApiAtBaseUrl));
+    facts.take_family(Bearer, &[]);
+    assert_eq!(run(&target, &facts, false, &nothing).finding.cause, Some(Cause::NotFound));
+    let no_list = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, _) => (501, "Not Implemented"),
+        (_, Real) => CHAT,
+        _ => DEAD,
+    };
+    comes_to(&no_list, Verdict::Valid, None, &[OWN, "chat-completions bearer"]);
+}
+
 /// "Payment required" may be what every unknown key gets.
 #[test]
 fn a_402_that_a_made_up_key_gets_too_says_nothing_of_an_account() {
@@ -353,7 +422,11 @@ fn the_surface_is_the_runtimes() {
 #[test]
 fn the_header_is_the_workspaces_and_one_is_enough_once_it_is_known() {
     let endpoint = endpoint("https://llm.acme.example", "anthropic");
-    let world = |_, families: &[HeaderFamily], key| if families.contains(&Bearer) && key == Real { LIST } else { DEAD };
+    let world = |surface, families: &[HeaderFamily], key| match surface {
+        _ if !families.contains(&Bearer) || key != Real => DEAD,
+        Surface::Models => LIST,
+        _ => (200, r#"{"type":"message","content":[{"type":"text","text":"."}]}"#),
+    };
     let judged = |family, facts: &EndpointFacts| {
         let target = Target::of(&endpoint, "m").preferring(Preference { family, surface: None });
         let came = run(&target, facts, false, &world);
@@ -361,7 +434,7 @@ fn the_header_is_the_workspaces_and_one_is_enough_once_it_is_known() {
     };
     let mut facts = EndpointFacts::default();
     assert_eq!(judged(Some(Bearer), &facts), (Verdict::Valid, false, vec![OWN.to_owned()]));
-    let walk = ["models x-api-key", "models bearer+api-key", "models bearer"].map(str::to_owned).to_vec();
+    let walk = ["models x-api-key", "models bearer+api-key", "models bearer", "messages bearer"].map(str::to_owned).to_vec();
     assert_eq!(judged(Some(XApiKey), &facts), (Verdict::Valid, true, walk.clone()));
     // Of a client that nobody knows anything of, no header is wrong.
     assert_eq!(judged(None, &facts), (Verdict::Valid, false, walk));

@@ -19,7 +19,7 @@ use crate::{
         classify::{Calibration, Finding, calibrated, read},
         endpoint::{Call, Endpoint, Target},
         look::Look,
-        made_up_key::{KeyForm, made_up_key_like},
+        made_up_key::{KeyForm, can_be_imitated, made_up_key_like},
         probe_plan::Lesson,
         taught::{EndpointFacts, RequestFacts},
     },
@@ -161,6 +161,10 @@ impl Endpoints {
         secret: &Secret,
         deadline: Instant,
     ) -> Calibration {
+        // A short key is compared with the usual made-up one.
+        if !can_be_imitated(secret, target.endpoint.key_prefix.as_deref()) {
+            return self.begin(call, families, target, secret, None).by(deadline).await;
+        }
         let form = Some(KeyForm::of(secret));
         let known = || self.known(call, families, form);
         // One of another form may be under way.
@@ -225,8 +229,7 @@ impl Endpoints {
     ) -> impl Future<Output = Calibration> + Send + use<> {
         let (endpoints, call, families) = (self.clone(), call.clone(), families.to_vec());
         let (provider, host) = (target.endpoint.provider.clone(), target.endpoint.host.clone());
-        let form = KeyForm::of(secret);
-        let made_up = {
+        let (made_up, form) = {
             let mut rng = rand::rng();
             made_up_key_like(secret, target.endpoint.key_prefix.as_deref(), |below| rng.random_range(0..below))
         };
