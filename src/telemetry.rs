@@ -17,7 +17,7 @@ use std::{
 use tracing::Metadata;
 use tracing_subscriber::{
     EnvFilter, Layer,
-    filter::{ParseError, filter_fn},
+    filter::{LevelFilter, ParseError, filter_fn},
     layer::SubscriberExt,
     util::SubscriberInitExt,
 };
@@ -49,9 +49,24 @@ pub enum LogError {
     Open(#[from] io::Error),
 }
 
+/// What is wrong with a filter. The library takes a misspelt level for the name of a module, and then nothing at all is logged.
+pub fn check_filter(filter: &str) -> Result<(), LogError> {
+    let failed = |fault: String| LogError::Filter { filter: filter.to_owned(), fault };
+    EnvFilter::try_new(filter).map_err(|fault| failed(fault.to_string()))?;
+    let words = filter.split(',').map(str::trim).filter(|part| !part.is_empty() && !part.contains(['=', '[']));
+    for word in words {
+        if word.parse::<LevelFilter>().is_err() {
+            let levels = "off, error, warn, info, debug, trace";
+            return Err(failed(format!("`{word}` is no level: write one of {levels}; a module has one too, as in byok_gate=debug")));
+        }
+    }
+    Ok(())
+}
+
 /// Starts logging. The filter is the first layer, so that spans and events below it are never built.
 pub fn init(filter: &str, to: LogTo) -> Result<LogWriter, LogError> {
     let failed = |fault: String| LogError::Filter { filter: filter.to_owned(), fault };
+    check_filter(filter)?;
     let spans = traces::DIRECTIVE.parse().map_err(|fault: ParseError| failed(fault.to_string()))?;
     let filter = EnvFilter::try_new(filter).map_err(|fault| failed(fault.to_string()))?.add_directive(spans);
     let registry = tracing_subscriber::registry().with(filter);

@@ -223,7 +223,7 @@ impl Found {
             }
             let message = format!(
                 "{}: its address or scheme may not be dialled by this configuration, so that every credential of it is denied; use https and \
-                 a public address, allow it under `probe`, or switch the provider's probe off with a date",
+                 a public address, allow it with `egress.allow`, or switch the provider's probe off with a date",
                 call.url.origin().ascii_serialization()
             );
             list.push(Problem::at(format!("providers.{}", provider.name), message));

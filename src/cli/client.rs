@@ -194,10 +194,15 @@ impl Server {
     /// Why a call came to nothing.
     pub(super) async fn refusal(&self, status: &Status) -> String {
         let code = status.code();
-        if status.source().is_some() {
-            return self.sentence(status).await;
+        // The status itself says no more than its source, and that in the library's own notation.
+        if let Some(source) = status.source() {
+            return self.sentence(source).await;
         }
+        let has_identity = self.tls.as_ref().is_some_and(|tls| tls.identity.is_some());
         let hint = match code {
+            Code::Unauthenticated if self.token.is_none() && has_identity => {
+                "; this server asks for no client certificate: give --client-token-file"
+            }
             Code::Unauthenticated if self.token.is_none() => "; give --client-token-file, or --client-cert and --client-key",
             _ => "",
         };
@@ -217,6 +222,9 @@ impl Server {
             (false, Heard::Tls) => format!("{address} speaks TLS: write https:// before the address, or give --server-ca"),
             (true, Heard::Plain) => {
                 format!("{address} speaks no TLS: leave out https://, --server-ca, --server-name and --client-cert")
+            }
+            (false, Heard::Other) if is_cut_off(fault) => {
+                format!("{address} closed the connection without an answer of gRPC's: is it the port of --admin-listen, or stopping?")
             }
             _ => format!("{address} could not be reached: {}", chain(fault)),
         }
@@ -302,6 +310,23 @@ impl Tls {
 }
 
 // === why ===
+
+/// Whether a connection that was there has been ended from the other side.
+fn is_cut_off(fault: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(fault);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<std::io::Error>()
+            && matches!(
+                io.kind(),
+                std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::UnexpectedEof
+            )
+        {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
 
 /// What TLS fell over, with what to do.
 pub(super) fn of_tls(fault: &(dyn Error + 'static)) -> Option<String> {

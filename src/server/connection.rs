@@ -74,6 +74,9 @@ const TLS_ALERT: [u8; 7] = [0x15, 0x03, 0x03, 0, 2, 2, 10];
 /// What is said to whoever speaks TLS or HTTP/1.1 where neither is spoken. A TLS client shows none of it, but knows from it what is wrong.
 const SPEAKS_HTTP2: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n\
     this port speaks gRPC over HTTP/2, without TLS\n";
+/// The same within TLS.
+const SPEAKS_HTTP2_IN_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n\
+    this port speaks gRPC over HTTP/2\n";
 /// What is said to whoever speaks HTTP/2 and no gRPC.
 const NOT_GRPC: &str = "the content type must be application/grpc or application/grpc+proto: this port speaks gRPC\n";
 /// How a request of HTTP/1.1 begins.
@@ -168,7 +171,7 @@ impl ConnectionContext {
             let is_tls = is_plain && preface.starts_with(&TLS_RECORD);
             // Noise on a bad network is told nothing: its client would take the text for another server's.
             if is_tls || METHODS.iter().any(|method| preface.starts_with(method)) {
-                say(io, SPEAKS_HTTP2).await;
+                say(io, if is_plain { SPEAKS_HTTP2 } else { SPEAKS_HTTP2_IN_TLS }).await;
             }
             let fault = if is_tls { HandshakeFault::TlsUnexpected } else { HandshakeFault::NoHttp2 };
             return Err(Some(Refusal::of(fault)));

@@ -157,6 +157,8 @@ impl Refusal {
             // Who refuses our certificate says so, and nothing else is said to us within a handshake.
             rustls::Error::AlertReceived(_) => HandshakeFault::ServerCertificateRefused,
             rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType) => HandshakeFault::NoTls,
+            // It offers HTTP/1.1 alone.
+            rustls::Error::NoApplicationProtocol => HandshakeFault::NoHttp2,
             _ => HandshakeFault::TlsFailed,
         };
         Self { fault: kind, detail: tls.to_string(), names }

@@ -287,6 +287,12 @@ impl CallerSettings {
         if !self.certificates.entries().is_empty() && tls.client_ca.is_none() {
             review.error("certificates", "needs tls.client_ca: a certificate that nobody vouches for proves no name");
         }
+        if tls.client_ca.is_some() && matches!(&self.certificates, CallerList::Only(entries) if entries.is_empty()) {
+            review.warning(
+                "certificates",
+                "is not set: every certificate of tls.client_ca may ask as `platform`; list the names that may, or write `anyone`",
+            );
+        }
         for (index, CertificateCaller { san, role, workspaces }) in self.certificates.entries().iter().enumerate() {
             let place = format!("certificates[{index}]");
             review_workspaces(&place, *role, workspaces, review);

@@ -30,7 +30,7 @@ use crate::{
     domain::{duration, secret::with_stack_wiped},
     telemetry::{
         metrics::{Measured, Page},
-        status::{CERTIFICATE_NEAR_END, CertificateEnd},
+        status::{CERTIFICATE_NEAR_END, CertificateEnd, certificate_remedy},
     },
     watch::{Fault, Reloaded, Source, files},
 };
@@ -164,7 +164,8 @@ fn warn_near_end(setting: &str, file: &str, end: i64) {
         file,
         ends_at,
         left,
-        "write a new one to the same file; it is taken without a restart"
+        "{setting} is near its end: {}",
+        certificate_remedy(setting)
     );
 }
 

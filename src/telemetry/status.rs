@@ -452,6 +452,16 @@ fn made_up_keys(state: f64) -> &'static str {
     }
 }
 
+/// What to do about a certificate that ends.
+pub fn certificate_remedy(setting: &str) -> &'static str {
+    if setting == "tls.client_ca" {
+        "add the new authority beside the old one in the same file, renew the clients' certificates, then take the old one out; each is taken \
+         without a restart"
+    } else {
+        "write a new one to the same file; it is taken without a restart"
+    }
+}
+
 /// What needs somebody, the worst first.
 fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], providers: &[Provider]) -> Vec<Attention> {
     let mut found = Vec::new();
@@ -459,7 +469,7 @@ fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], 
     let sum = |family: &str| page.values(family).map(|(_, value)| value).sum::<f64>() as u64;
     for certificate in certificates {
         let Certificate { setting, file, ends_at, seconds_left } = certificate;
-        let remedy = "write a new one to the same file; it is taken without a restart";
+        let remedy = certificate_remedy(setting);
         if *seconds_left <= 0 {
             add(format!("{setting} ({file}) has ended at {ends_at}"), remedy);
         } else if *seconds_left < CERTIFICATE_NEAR_END.as_secs() as i64 {
@@ -468,7 +478,7 @@ fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], 
         }
     }
     for Document { document, last_reload_error, .. } in documents.iter().filter(|it| !it.last_reload_error.is_empty()) {
-        let what = format!("the {document}'s last change was not taken; the last good version decides: {last_reload_error}");
+        let what = format!("the last change of the documents was not taken; the last good version of the {document} decides: {last_reload_error}");
         add(what, "mend the file, or put the old one back; `byok-gate check` with the same flags shows all that is wrong");
     }
     let failing: BTreeSet<&str> = page
@@ -479,7 +489,7 @@ fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], 
         .collect();
     for what in failing {
         add(
-            format!("the files of {what} do not stand; the last good ones are in force"),
+            format!("the files of {what} are invalid; the last good ones are in force"),
             "the log's `reload_failed` names the fault; write the files again",
         );
     }
@@ -520,7 +530,7 @@ fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], 
     }
     let dropped = sum("byokgate_log_lines_dropped");
     if dropped > 0 {
-        add(format!("{dropped} log lines were dropped since the start"), "whoever reads the log is too slow: look at its agent");
+        add(format!("{dropped} log lines were dropped since the start"), "the log is read too slowly, or cannot be written (a closed pipe, a full disk): look at standard output and its agent");
     }
     found
 }

@@ -116,6 +116,7 @@ func (r *Reporter) Go(ctx context.Context, request Request) bool {
 		ctx = r.client.traced(ctx)
 	}
 	ctx = context.WithoutCancel(ctx)
+	request.Spec = request.Spec.kept()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.pending >= r.queue {

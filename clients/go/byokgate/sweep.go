@@ -115,7 +115,8 @@ const (
 // needs a WorkspaceID of its own, by which its record is kept: those that have none, or one that was listed before, are not looked at, and an
 // error says so. Workspaces with the same credentials are asked about once in a round, and those that share a credential one right after the
 // other, so that the provider is asked about it once: a round asks about each credential at most once, and once more where it was refused. All
-// is spread over the period, no round begins before the last is over, and no credential is asked about again before a period has passed.
+// is spread over the period. No round begins before the last is over, and but for that one look no credential is asked about again before a
+// period has passed.
 // Credentials are held while their question is under way, and not between.
 //
 // A change is reported at least once: its record is saved after the loop's body returned. Who is killed in between reports that one change
@@ -129,7 +130,7 @@ const (
 // credentials could be read. The error is an [*Undecided], comes once, and not again until that has changed; OnState and the log are told, too,
 // and of its end, of mis-wiring once a whole period passed without it. [Client.SweepCounts] has the numbers.
 //
-// Any other error beside a zero Change says what could not be done (listing, loading, saving, one workspace's own fault); the sweep goes on. A
+// Any other error beside a zero Change is none, and says what could not be done (listing, loading, saving, one workspace's own fault); the sweep goes on. A
 // client that is closed ends it.
 func (c *Client) Sweep(
 	ctx context.Context, running func(context.Context) iter.Seq2[Spec, error], options SweepOptions,
@@ -179,13 +180,13 @@ func (o SweepOptions) check() error {
 	duration("ConfirmAfter", o.ConfirmAfter)
 	// Written so that what is not a number fails.
 	if inRange := o.Lookups >= minSweepLookups && o.Lookups <= maxSweepLookups; !inRange && o.Lookups != 0 {
-		faults = append(faults, fmt.Errorf("Lookups: %v is not from %v to %v a second; leave it out for the default", o.Lookups, minSweepLookups, maxSweepLookups))
+		faults = append(faults, fmt.Errorf("%s: %v is not from %v to %v a second; leave it out for the default", "Lookups", o.Lookups, minSweepLookups, maxSweepLookups))
 	}
 	switch {
 	case o.Concurrent < 0:
-		faults = append(faults, fmt.Errorf("Concurrent: %w", notNegative(o.Concurrent)))
+		faults = append(faults, fmt.Errorf("%s: %w", "Concurrent", notNegative(o.Concurrent)))
 	case o.Concurrent > maxSweepAtOnce:
-		faults = append(faults, fmt.Errorf("Concurrent: %d is above %d", o.Concurrent, maxSweepAtOnce))
+		faults = append(faults, fmt.Errorf("%s: %d is above %d", "Concurrent", o.Concurrent, maxSweepAtOnce))
 	}
 	return errors.Join(faults...)
 }

@@ -2,6 +2,7 @@ package byokgate
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -103,7 +104,8 @@ func (s *sweep) failed(ctx context.Context, spec Spec, refusal *Undecided) bool 
 	s.count(reason)
 	if s.faulted[spec.WorkspaceID] != reason {
 		s.faulted[spec.WorkspaceID] = reason
-		s.complain(fmt.Sprintf("workspace %q cannot be looked at", spec.WorkspaceID), refusal)
+		// Its text alone: an Undecided would be taken for a sweep that finds nothing out.
+		s.complain(fmt.Sprintf("workspace %q cannot be looked at", spec.WorkspaceID), errors.New(refusal.Error()))
 	}
 	return false
 }
