@@ -434,6 +434,9 @@ impl<'a> CredentialStep<'a, '_> {
 
     /// A credential of another provider that is there, and whose models it would do for.
     fn at_hand(&self, credentials: &CredentialSet<'_>, candidates: &[&Arm]) -> Option<(String, ModelChoice)> {
+        if self.spec.credentials.is_empty() {
+            return None;
+        }
         let others = self.runtime.arms.iter().filter(|arm| {
             let provider = self.snapshot.registry.provider(arm);
             candidates.iter().all(|candidate| candidate.index != arm.index) && !provider.is_platform()
