@@ -1,4 +1,4 @@
-//! The shared tier where there is no real store: what its faults cost, and which settings it takes.
+//! The shared tier where there is no real store: what its faults cost, and which settings it takes. `tests/tier` has the real one.
 
 use std::{fs, sync::Arc, time::Duration};
 
