@@ -14,6 +14,7 @@ pub mod evaluation_log;
 pub mod foreign_secrets;
 pub mod key_shape;
 pub mod look;
+pub mod made_up_key;
 pub mod oauth_credential;
 pub mod policy;
 pub mod probe_plan;

@@ -30,7 +30,7 @@ pub(super) struct Changes {
 struct ModelChange {
     runtime: String,
     model: String,
-    /// With this name at hand and no other; empty for none.
+    /// With this name available and no other; empty for none.
     at_hand: String,
     before: Owner,
     after: Owner,
@@ -143,7 +143,7 @@ impl Changes {
 impl ModelChange {
     fn text(&self) -> String {
         let Self { runtime, model, at_hand, before, after } = self;
-        let with = if at_hand.is_empty() { String::new() } else { format!(" with {at_hand} at hand") };
+        let with = if at_hand.is_empty() { String::new() } else { format!(" with {at_hand} available") };
         let mut parts = Vec::new();
         let mut part = |label: &str, one: String, two: String| {
             if one != two {
@@ -169,7 +169,7 @@ fn owned(unlisted: Option<&Unlisted>) -> String {
     )
 }
 
-/// Every pair of runtime and model that either side lists, by no name at hand and by each name that could matter alone.
+/// Every pair of runtime and model that either side lists, with no name available and with each name that could matter alone.
 fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
     let mut pairs: BTreeSet<(&str, &str)> = BTreeSet::new();
     for (runtime, arms) in old.runtimes().chain(new.runtimes()) {

@@ -327,7 +327,7 @@ fn next(calls: &[Call], reading: &Reading, answer: Answer<'_>) -> Option<Value> 
     loop {
         match (plan.proceed(), response.take()) {
             (Next::Ask { .. }, Some(response)) => plan.take_response(response),
-            (Next::Control { .. }, _) => plan.take_calibration(&calibration),
+            (Next::Calibrate { .. }, _) => plan.take_calibration(&calibration),
             (Next::Keyless { .. }, _) => plan.take_keyless(None),
             (Next::Done(_), _) => return None,
             (Next::Ask { call, families }, None) => {

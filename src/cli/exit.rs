@@ -74,7 +74,7 @@ impl Termination for Exit {
     }
 }
 
-/// Writes to standard output. A reader that has gone is no fault of ours.
+/// Writes to standard output. A reader that has gone is not an error of this program.
 pub(super) fn print(text: &str) -> anyhow::Result<()> {
     match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
         Err(fault) if fault.kind() == io::ErrorKind::BrokenPipe => Ok(()),

@@ -14,7 +14,7 @@ use crate::{
         classify::{Classification, Finding, ProbeResponse},
         endpoint::{self, Target},
         key_shape::{Unfit, unfit},
-        probe_plan::made_up_key,
+        probe_plan::outcome_of,
         registry::{Provider, Registry},
     },
     domain::{
@@ -194,7 +194,7 @@ fn call_text(attempt: &Attempt) -> String {
         "`{probe}` {} {url} ({header}): {}; made-up keys: {}; {} ms",
         method(attempt),
         response(&attempt.response),
-        made_up_key(&attempt.calibration).text(),
+        outcome_of(&attempt.calibration).text(),
         took.as_millis()
     )
 }
@@ -212,7 +212,7 @@ fn call_json(attempt: &Attempt) -> Value {
         "status": status,
         "cause": cause,
         "heard": response(&attempt.response),
-        "made_up_keys": made_up_key(&attempt.calibration).text(),
+        "made_up_keys": outcome_of(&attempt.calibration).text(),
         "milliseconds": u64::try_from(attempt.took.as_millis()).unwrap_or(u64::MAX),
     })
 }

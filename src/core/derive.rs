@@ -1,4 +1,4 @@
-//! Who owns a model? One pure function of registry, runtime, model and the credential *names* at hand.
+//! Who owns a model? One pure function of registry, runtime, model and the credential *names* that are available.
 
 use crate::{
     core::registry::{Arm, Provider, Registry, Runtime},
@@ -41,8 +41,8 @@ enum MatchStep {
 
 /// The owner of `model` on `runtime`. The model is trimmed, otherwise every id is compared byte for byte.
 ///
-/// An exact listing beats every pattern. Several listings are settled by the one that accepts a name at hand, else by the
-/// order of the declaration; several patterns are settled by the name at hand or not at all.
+/// An exact listing beats every pattern. Several listings are settled by the one that accepts an available name, else by the
+/// order of the declaration; several patterns are settled by the available name or not at all.
 pub fn derive<'r>(
     registry: &'r Registry,
     runtime: &str,

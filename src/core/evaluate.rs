@@ -89,7 +89,7 @@ pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeS
     let registry = &snapshot.registry;
     let found = known_runtime(registry, runtime)?;
     let model = known_model(runtime, model)?;
-    // A refusal names them too: with one of them at hand, the model might have an owner, or another one.
+    // A refusal names them too: if one of them were available, the model might have an owner, or another one.
     let relevant_env = snapshot.relevant_names(found, model);
     let derived = match derive(registry, runtime, model, &|name| at_hand.contains(name)) {
         Ok(derived) => derived,
@@ -240,7 +240,7 @@ impl<'a> Evaluator<'a, '_> {
 
     /// The owner by the names that are readable, provided that no unreadable one could change it.
     ///
-    /// It is enough to add unreadable names one at a time: the set of candidates that accept a name at hand only grows, an
+    /// It is enough to add unreadable names one at a time: the set of candidates that accept an available name only grows, an
     /// outcome other than the default needs that set to hold exactly one, and whatever several names make of it, one of
     /// them alone has already made it differ.
     fn owner(

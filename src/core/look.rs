@@ -14,6 +14,8 @@ const MAX_BYTES: usize = 16 * 1024;
 const MAX_WORDS: usize = 256;
 /// Of so many words one may differ.
 const ONE_IN: usize = 8;
+/// Of so many words one may come on top where two kinds of request are compared.
+const ONE_IN_MORE: usize = 4;
 /// A longer word is an id, a token, or a key.
 const MAX_WORD: usize = 32;
 /// A shorter key, or part of one, is a word by chance.
@@ -48,11 +50,23 @@ impl Look {
 
     /// About the same answer.
     pub fn is_like(&self, other: &Self) -> bool {
-        let same = self.status == other.status && self.body == other.body && self.code == other.code;
-        same && self.differing_words(other) <= self.words.len().max(other.words.len()) / ONE_IN
+        let (mine, others) = self.own_words(other);
+        self.is_of_one_kind(other) && mine.max(others) <= self.words.len().max(other.words.len()) / ONE_IN
     }
 
-    fn differing_words(&self, other: &Self) -> usize {
+    /// The same answer to another kind of request: about the same, or with one word in four more, as an empty list beside the error has.
+    pub fn says_the_same(&self, other: &Self) -> bool {
+        let (mine, others) = self.own_words(other);
+        let more = mine.min(others) == 0 && mine.max(others) <= self.words.len().max(other.words.len()).div_ceil(ONE_IN_MORE);
+        self.is_like(other) || more && self.is_of_one_kind(other)
+    }
+
+    fn is_of_one_kind(&self, other: &Self) -> bool {
+        self.status == other.status && self.body == other.body && self.code == other.code
+    }
+
+    /// How many words only this one has, and how many only the other.
+    fn own_words(&self, other: &Self) -> (usize, usize) {
         let (mut one, mut two) = (self.words.iter().peekable(), other.words.iter().peekable());
         let (mut only_one, mut only_two) = (0, 0);
         loop {
@@ -73,7 +87,7 @@ impl Look {
                     one.next();
                     only_one += 1;
                 }
-                (None, None) => return only_one.max(only_two),
+                (None, None) => return (only_one, only_two),
             }
         }
     }
@@ -122,6 +136,18 @@ mod tests {
         let with_id =
             |id: &str| format!(r#"{{"type":"error","error":{{"type":"x","message":"no such key"}},"request_id":"{id}"}}"#);
         alike(true, (400, &with_id("reqabcdefgh"), "made-up-key-one"), (400, &with_id("reqijklmnop"), "made-up-key-two"));
+    }
+
+    #[test]
+    fn another_request_may_get_a_word_more() {
+        let look = |status, body: &str| look(status, body, false, "made-up-key");
+        let same = |one: &Look, two: &Look| (one.says_the_same(two), two.says_the_same(one));
+        let (error, with_list) = (r#"{"error":{"message":"unknown key"}}"#, r#"{"error":{"message":"unknown key"},"data":[]}"#);
+        assert_eq!(same(&look(200, error), &look(200, with_list)), (true, true));
+        assert_eq!(same(&look(200, error), &look(400, with_list)), (false, false));
+        let (model, route) = (r#"{"error":{"message":"unknown model"}}"#, r#"{"error":{"message":"unknown route"}}"#);
+        assert_eq!(same(&look(400, model), &look(400, route)), (false, false));
+        assert_eq!(same(&look(403, ""), &look(403, "listing is disabled")), (false, false));
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! What to ask next about a credential, and what is known then: one pure plan, so that every path can be tested without a network.
 //!
 //! A target's calls are rungs, free ones first. Of each rung the client's own header is asked first, the others together after a refusal.
-//! A "yes" counts where a made-up key is refused; a refusal in words counts at once; whatever else comes counts as a refusal where a made-up key
-//! gets the same. What was refused in the client's own header stays refused: only a "yes" in another one says otherwise.
+//! A "yes" counts where a made-up key is refused; a refusal in words counts at once; any other answer counts as a refusal if a made-up key gets
+//! the same one. What was refused in the client's own header stays refused: only a "yes" in another one says otherwise.
+//! A list of models may refuse every key, good or bad: such a refusal is held until the request that calls a model was answered.
 
 use std::time::Duration;
 
@@ -30,13 +31,15 @@ pub enum Next<'t> {
         families: Vec<HeaderFamily>,
     },
     /// Find out what a made-up key gets there.
-    Control {
+    Calibrate {
         /// What is asked.
         call: &'t Call,
         /// In which headers.
         families: Vec<HeaderFamily>,
-        /// Without its answer nothing follows. Else what is known already will do.
+        /// The plan needs the answer. Otherwise what is known already is enough.
         needed: bool,
+        /// Only what a made-up key of the credential's own form gets counts.
+        of_its_form: bool,
     },
     /// Find out what a request without any key gets there.
     Keyless {
@@ -80,15 +83,17 @@ pub struct ProbePlan<'t> {
     group: usize,
     state: State,
     /// What the first header of this rung came to.
-    own: Option<Own>,
+    first_header: Option<FirstHeader>,
     made_up: MadeUpKey,
     /// The best that was heard without being conclusive.
     fallback: Option<Finding>,
+    /// A refusal that is one by comparison alone, heard before the request that calls a model was sent.
+    held: Option<Held>,
     /// Rungs that answered "no such path".
     absent: Vec<[u8; 32]>,
     /// Every rung so far had nothing but "no such path", or a page.
     no_api: bool,
-    /// And a made-up key, or none at all, gets the same.
+    /// A made-up key, or a request without a key, gets the same answer there.
     for_everybody: bool,
     named_model: bool,
     cost_money: bool,
@@ -105,7 +110,7 @@ struct Rung<'t> {
 #[derive(Debug)]
 enum State {
     Ask,
-    Control(Heard),
+    Calibrate(Heard),
     Keyless(Heard),
     /// One of several headers of one request was the right one: each is asked alone, but for the last.
     Identify(Vec<HeaderFamily>, Heard),
@@ -122,13 +127,22 @@ struct Heard {
 
 /// What the client's own header came to.
 #[derive(Debug)]
-enum Own {
+enum FirstHeader {
     Refused(Finding),
     Unread(Finding),
 }
 
+/// A refusal that counts only if the request that calls a model does not say otherwise.
+#[derive(Debug, Clone)]
+struct Held {
+    finding: Finding,
+    look: Look,
+    /// It has a code for "forbidden": it counts unless a later answer is clear. Otherwise it counts only if a later answer is nearly the same.
+    by_code: bool,
+}
+
 impl<'t> ProbePlan<'t> {
-    /// At the foot. `is_pointless`: a request in a header is known to tell nothing, since anybody is accepted there or it is not there at all.
+    /// Begins at the first rung. `is_pointless`: a request in a header is known to tell nothing, since anybody is accepted there or it is not there at all.
     pub fn new(
         calls: &'t [Call],
         client: Client,
@@ -160,9 +174,10 @@ impl<'t> ProbePlan<'t> {
             at: 0,
             group: 0,
             state: State::Ask,
-            own: None,
+            first_header: None,
             made_up: MadeUpKey::NotAsked,
             fallback: None,
+            held: None,
             absent: Vec::new(),
             no_api: true,
             for_everybody: false,
@@ -178,9 +193,10 @@ impl<'t> ProbePlan<'t> {
         let families = order.get(self.group).cloned().unwrap_or_default();
         match &self.state {
             State::Ask => Next::Ask { call, families },
-            State::Control(heard) => {
-                let believed = heard.reading.classification == Classification::Accepted && call.probe.refuses_bad_keys;
-                Next::Control { call, families, needed: !believed }
+            State::Calibrate(heard) => {
+                let (accepted, documented) =
+                    (heard.reading.classification == Classification::Accepted, call.probe.refuses_bad_keys);
+                Next::Calibrate { call, families, needed: !(accepted && documented), of_its_form: accepted && !documented }
             }
             State::Keyless(_) => Next::Keyless { call },
             State::Identify(families, _) => Next::Ask { call, families: families.iter().copied().take(1).collect() },
@@ -228,8 +244,8 @@ impl<'t> ProbePlan<'t> {
 
     /// What a made-up key gets there.
     pub fn take_calibration(&mut self, calibration: &Calibration) {
-        self.made_up = made_up_key(calibration);
-        let State::Control(heard) = std::mem::replace(&mut self.state, State::Ask) else { return };
+        self.made_up = outcome_of(calibration);
+        let State::Calibrate(heard) = std::mem::replace(&mut self.state, State::Ask) else { return };
         let Some(Rung { call, .. }) = self.rungs.get(self.at) else { return };
         let status = heard.look.status;
         match (&heard.reading.classification, calibration) {
@@ -251,15 +267,17 @@ impl<'t> ProbePlan<'t> {
                 }
             }
             // The same status and code, whatever the words.
-            (Classification::Forbidden(code), Calibration::Refuses { look, .. }) if look.status == 403 && look.code == *code => {
-                self.refuse(self.finding(Verdict::Invalid, Some(Cause::AsAMadeUpKey), Some(status)));
+            (Classification::Forbidden(code), Calibration::Refuses { look, in_contrast, .. })
+                if look.status == 403 && look.code == *code =>
+            {
+                self.refuse_by_code(&heard, *in_contrast);
             }
             (Classification::Forbidden(_), Calibration::Refuses { in_words: true, .. }) => self.restrict(status),
             (Classification::Forbidden(_), _) => {
                 self.refuse(self.finding(Verdict::Forbidden, Some(heard.reading.cause), Some(status)))
             }
-            (Classification::Restricted, Calibration::Refuses { look, .. }) if look.is_like(&heard.look) => {
-                self.refuse(self.finding(Verdict::Invalid, Some(Cause::AsAMadeUpKey), Some(status)));
+            (Classification::Restricted, Calibration::Refuses { look, in_contrast, .. }) if look.is_like(&heard.look) => {
+                self.refuse_by_code(&heard, *in_contrast);
             }
             (Classification::Restricted, _) => self.restrict(status),
             (Classification::Unread | Classification::Verdict(_), Calibration::Refuses { look, in_contrast, .. })
@@ -277,6 +295,11 @@ impl<'t> ProbePlan<'t> {
                     _ => self.leave_unread(&heard),
                 }
             }
+            // A made-up key does not get this: it is about this key's account.
+            (Classification::Verdict(verdict @ Verdict::QuotaExhausted), _) => {
+                let finding = self.finding(*verdict, Some(heard.reading.cause), Some(status));
+                self.close(Finding { retry_after: heard.retry_after, ..finding });
+            }
             (Classification::Unread | Classification::Verdict(_), _) => self.leave_unread(&heard),
         }
     }
@@ -292,8 +315,17 @@ impl<'t> ProbePlan<'t> {
             let of_the_model = call.probe.surface.is_inference() && matches!(keyless.status, 401 | 403);
             told && !of_the_model && !keyless.is_like(&heard.look)
         });
-        self.for_everybody |= keyless.is_some_and(|keyless| keyless.is_like(&heard.look));
-        if differs { self.refuse_as_made_up(heard.look.status) } else { self.leave_unread(&heard) }
+        match keyless.map(|keyless| keyless.is_like(&heard.look)) {
+            Some(true) => self.for_everybody = true,
+            // Something there asks for a key.
+            Some(false) => self.no_api = false,
+            None => {}
+        }
+        match (differs, self.is_held_back()) {
+            (false, _) => self.leave_unread(&heard),
+            (true, true) => self.hold(&heard, false),
+            (true, false) => self.refuse_as_made_up(heard.look.status),
+        }
     }
 
     // --- one rung ---
@@ -304,9 +336,11 @@ impl<'t> ProbePlan<'t> {
         let finding = |verdict| self.finding(verdict, Some(*cause), status);
         match classification {
             Classification::Accepted | Classification::Forbidden(_) | Classification::Unread => {
-                self.state = State::Control(heard)
+                self.state = State::Calibrate(heard)
             }
-            Classification::Restricted if *by == ReadBy::CommonCode => self.state = State::Control(heard),
+            Classification::Restricted if *by == ReadBy::CommonCode => self.state = State::Calibrate(heard),
+            // The status alone says so: it may be what every unknown key gets.
+            Classification::Verdict(Verdict::QuotaExhausted) if *by == ReadBy::Shape => self.state = State::Calibrate(heard),
             Classification::Restricted => self.restrict(heard.look.status),
             Classification::Verdict(Verdict::Invalid) => self.refuse(finding(Verdict::Invalid)),
             Classification::Verdict(Verdict::UnexpectedResponse) if !stop => {
@@ -315,18 +349,18 @@ impl<'t> ProbePlan<'t> {
                 self.step();
             }
             Classification::Verdict(verdict) => {
-                self.state = State::Done(Finding { retry_after: heard.retry_after, ..finding(*verdict) });
+                self.close(Finding { retry_after: heard.retry_after, ..finding(*verdict) });
             }
         }
     }
 
     /// Only a "yes" there changes what the client's own header came to; and where that told nothing, a clear word does.
     fn take_in_another_header(&mut self, heard: Heard) {
-        match (&heard.reading.classification, &self.own) {
-            (Classification::Accepted, _) => self.state = State::Control(heard),
+        match (&heard.reading.classification, &self.first_header) {
+            (Classification::Accepted, _) => self.state = State::Calibrate(heard),
             // A 401 is about a credential: in words elsewhere, it is one. A 400 may be about anything, and the 401 elsewhere about no key.
-            (Classification::Verdict(verdict @ (Verdict::Invalid | Verdict::QuotaExhausted)), Some(Own::Unread(own)))
-                if matches!(own.status, Some(401 | 403 | 407)) =>
+            (Classification::Verdict(verdict @ (Verdict::Invalid | Verdict::QuotaExhausted)), Some(FirstHeader::Unread(own)))
+                if matches!(own.status, Some(401 | 407)) =>
             {
                 self.state = State::Done(self.finding(*verdict, Some(heard.reading.cause), Some(heard.look.status)));
             }
@@ -334,7 +368,7 @@ impl<'t> ProbePlan<'t> {
         }
     }
 
-    /// No answer takes away neither a refusal nor an earlier "yes" that could not be shown to prove anything.
+    /// Silence cancels neither a refusal nor an earlier "yes" that was not shown to prove anything.
     fn take_silence(&mut self, finding: Finding) {
         if let State::Identify(families, first) = &self.state {
             // One of them was the right one: the key is good, whatever comes of the search for which.
@@ -344,10 +378,24 @@ impl<'t> ProbePlan<'t> {
         if self.group > 0 {
             return self.finish_rung();
         }
-        self.state = State::Done(match self.fallback.take() {
+        let finding = match self.fallback.take() {
             Some(earlier) if earlier.verdict == Verdict::NotCalibrated => Finding { cost_money: finding.cost_money, ..earlier },
             Some(_) | None => finding,
-        });
+        };
+        self.close(finding);
+    }
+
+    /// The end, unless an earlier refusal counts against an answer that tells nothing.
+    fn close(&mut self, finding: Finding) {
+        let untold = matches!(
+            finding.verdict,
+            Verdict::RateLimited | Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::Timeout | Verdict::Unreachable
+        );
+        let finding = match self.held.take() {
+            Some(held) if held.by_code && untold => Finding { cost_money: finding.cost_money, ..held.finding },
+            Some(_) | None => finding,
+        };
+        self.state = State::Done(finding);
     }
 
     fn accept(&mut self, family: HeaderFamily, heard: &Heard) {
@@ -382,8 +430,35 @@ impl<'t> ProbePlan<'t> {
     /// Refused in the client's own header: the others are tried, and change it only by a "yes".
     fn refuse(&mut self, finding: Finding) {
         self.no_api = false;
-        self.own = Some(Own::Refused(finding));
+        self.first_header = Some(FirstHeader::Refused(finding));
         self.try_other_headers();
+    }
+
+    /// Forbidden by its code, as a made-up key is.
+    fn refuse_by_code(&mut self, heard: &Heard, in_contrast: bool) {
+        if in_contrast || !self.is_held_back() { self.refuse_as_made_up(heard.look.status) } else { self.hold(heard, true) }
+    }
+
+    /// Nobody says of this list that it tells keys apart, and a request that calls a model comes after it.
+    fn is_held_back(&self) -> bool {
+        let documented = self
+            .rungs
+            .get(self.at)
+            .is_some_and(|rung| rung.call.probe.refuses_bad_keys || rung.call.probe.surface.is_inference());
+        !documented && self.rungs.iter().skip(self.at + 1).any(|rung| rung.call.probe.surface.is_inference())
+    }
+
+    fn hold(&mut self, heard: &Heard, by_code: bool) {
+        let finding = self.finding(Verdict::Invalid, Some(Cause::AsAMadeUpKey), Some(heard.look.status));
+        self.no_api = false;
+        if let Some(Rung { call, .. }) = self.rungs.get(self.at) {
+            // Should this key be accepted later, that request tells nothing of a key.
+            self.absent.push(call.request);
+        }
+        self.fall_back_on(Finding { verdict: Verdict::UnexpectedResponse, ..finding.clone() });
+        self.held = Some(Held { finding, look: heard.look.clone(), by_code });
+        // The other headers are tried where the answer counts.
+        self.step();
     }
 
     fn leave_unread(&mut self, heard: &Heard) {
@@ -396,7 +471,12 @@ impl<'t> ProbePlan<'t> {
         {
             self.absent.push(call.request);
         }
-        self.own = Some(Own::Unread(self.finding(Verdict::UnexpectedResponse, Some(cause), Some(status))));
+        // The same "no" to two kinds of request is about the key; without words it may be about the path.
+        let of_the_path = cause == Cause::NotFound && heard.look.body != Body::Json;
+        if !of_the_path && self.held.as_ref().is_some_and(|held| held.look.says_the_same(&heard.look)) {
+            return self.refuse_as_made_up(status);
+        }
+        self.first_header = Some(FirstHeader::Unread(self.finding(Verdict::UnexpectedResponse, Some(cause), Some(status))));
         // A refusal it may be: for want of the key in the right header.
         if matches!(status, 400..=499) && !nothing_there { self.try_other_headers() } else { self.finish_rung() }
     }
@@ -410,9 +490,9 @@ impl<'t> ProbePlan<'t> {
     }
 
     fn finish_rung(&mut self) {
-        match self.own.take() {
-            Some(Own::Refused(finding)) => self.state = State::Done(finding),
-            Some(Own::Unread(finding)) => {
+        match self.first_header.take() {
+            Some(FirstHeader::Refused(finding)) => self.state = State::Done(finding),
+            Some(FirstHeader::Unread(finding)) => {
                 self.fall_back_on(finding);
                 self.step();
             }
@@ -423,19 +503,24 @@ impl<'t> ProbePlan<'t> {
     fn step(&mut self) {
         self.at += 1;
         self.group = 0;
-        self.own = None;
+        self.first_header = None;
         self.made_up = MadeUpKey::NotAsked;
         self.state = State::Ask;
     }
 
     fn end(&mut self) -> Finding {
+        if let Some(Held { finding, by_code: true, .. }) = self.held.take()
+            && self.fallback.as_ref().is_none_or(|earlier| earlier.verdict == Verdict::UnexpectedResponse)
+        {
+            return Finding { cost_money: self.cost_money, ..finding };
+        }
         let finding = self.fallback.take().unwrap_or_else(|| Finding::bare(Verdict::UnexpectedResponse));
         let no_api = self.no_api && self.for_everybody && finding.verdict == Verdict::UnexpectedResponse;
         let cause = if no_api { Some(Cause::NoApiAtBaseUrl) } else { finding.cause };
         Finding { cause, about_model: self.named_model, cost_money: self.cost_money, ..finding }
     }
 
-    /// An endpoint that says yes to anybody beats one that restricts, and that beats one that does not tell.
+    /// The most telling one is kept: accepts anybody, then restricted, then anything that tells nothing.
     fn fall_back_on(&mut self, finding: Finding) {
         let rank = |finding: &Finding| match (finding.verdict, finding.cause) {
             (Verdict::NotCalibrated, _) => 2,
@@ -475,7 +560,7 @@ fn is_believed(documented: bool, calibration: &Calibration) -> bool {
 }
 
 /// What a made-up key got.
-pub fn made_up_key(calibration: &Calibration) -> MadeUpKey {
+pub fn outcome_of(calibration: &Calibration) -> MadeUpKey {
     match calibration {
         Calibration::Refuses { look, .. } => MadeUpKey::Refused(look.status),
         Calibration::AcceptsAnyone => MadeUpKey::Accepted,

@@ -1,22 +1,23 @@
 //! What an endpoint has taught of its ways: pure, bounded, and only what was seen. Times are since some fixed moment, as the owner has them.
 //!
 //! A refusal that says so in words needs no more. Whatever else a made-up key gets (plain text, a page, a 404) is a refusal only in
-//! contrast: a real key was accepted there within minutes of it. What greets everybody never is, since nothing is accepted beside it.
+//! contrast: a real key was accepted there within minutes of it. An answer that everybody gets never is, since no real key is accepted there.
 
 use std::time::Duration;
 
 use crate::{
-    core::{classify::Calibration, look::Look},
+    core::{classify::Calibration, look::Look, made_up_key::KeyForm},
     domain::protocol::HeaderFamily,
 };
 
-/// How far a refusal of a made-up key and the acceptance of a real one may lie apart.
+/// The longest time between the refusal of a made-up key and the acceptance of a real one.
 pub const CONTRAST: Duration = Duration::from_secs(600);
 /// The wait after an answer that told nothing (429, 5xx, none); doubled each time, up to the maximum.
 pub const BACK_OFF: Duration = Duration::from_secs(60);
 /// The longest wait.
 pub const MAX_BACK_OFF: Duration = Duration::from_secs(3600);
-/// So many models' answers are kept for one request; more only where a server refuses in its own way, model by model.
+/// The most answers that are kept for one request, one per model and form of key. A server needs more only if it refuses in another way for each
+/// model, or if its keys have many forms.
 const MAX_ANSWERS: usize = 8;
 
 /// What one request in one header has taught.
@@ -37,6 +38,8 @@ pub struct RequestFacts {
 struct MadeUpAnswer {
     /// The model that the request named; empty where it names none.
     model: String,
+    /// The form of the key.
+    form: KeyForm,
     calibration: Calibration,
     at: Duration,
     until: Duration,
@@ -58,9 +61,13 @@ impl MadeUpAnswer {
 // === impl RequestFacts ===
 
 impl RequestFacts {
-    /// What is known of its way with made-up keys, for a request that names this model.
-    pub fn calibration(&self, model: &str, now: Duration) -> Calibration {
-        let known = self.made_up.iter().find(|answer| now < answer.until && answer.tells_of(model));
+    /// What is known of its way with made-up keys, for a request that names this model. With a form: only what holds for keys of that form, as a
+    /// "yes" to one needs it.
+    pub fn calibration(&self, model: &str, form: Option<KeyForm>, now: Duration) -> Calibration {
+        let of_form = |answer: &MadeUpAnswer| {
+            answer.calibration == Calibration::AcceptsAnyone || form.is_none_or(|form| answer.form == form)
+        };
+        let known = self.made_up.iter().find(|answer| now < answer.until && answer.tells_of(model) && of_form(answer));
         match (known, self.untold) {
             (Some(answer), _) => answer.calibration.clone(),
             (None, Some(status)) if now < self.back_off_until => Calibration::Untold(status),
@@ -69,12 +76,19 @@ impl RequestFacts {
     }
 
     /// Whether a made-up key may be sent.
-    pub fn is_due(&self, model: &str, now: Duration) -> bool {
-        self.calibration(model, now) == Calibration::NotAsked && now >= self.back_off_until
+    pub fn is_due(&self, model: &str, form: Option<KeyForm>, now: Duration) -> bool {
+        self.calibration(model, form, now) == Calibration::NotAsked && now >= self.back_off_until
     }
 
-    /// A made-up key was answered so. What it tells is good for this long. `jitter`, of 0.8 to 1, spreads waits and ends.
-    pub fn take_answer(&mut self, model: &str, calibration: Calibration, now: Duration, good_for: Duration, jitter: f64) {
+    /// A made-up key of this form was answered so. What it tells is good for this long. `jitter`, of 0.8 to 1, spreads waits and ends.
+    pub fn take_answer(
+        &mut self,
+        (model, form): (&str, KeyForm),
+        calibration: Calibration,
+        now: Duration,
+        good_for: Duration,
+        jitter: f64,
+    ) {
         let calibration = match calibration {
             Calibration::NotAsked => return,
             Calibration::Untold(status) => {
@@ -86,19 +100,19 @@ impl RequestFacts {
             }
             Calibration::AcceptsAnyone => Calibration::AcceptsAnyone,
             Calibration::Refuses { look, in_words, .. } => {
-                let contrasts = |(accepted, at): &(String, Duration)| {
-                    now.abs_diff(*at) <= CONTRAST && in_the_same_case(&look, accepted, model)
-                };
+                let contrasts =
+                    |(accepted, at): &(String, Duration)| now.abs_diff(*at) <= CONTRAST && are_comparable(&look, accepted, model);
                 let in_contrast = self.accepted.iter().any(contrasts);
                 Calibration::Refuses { look, in_words, in_contrast }
             }
         };
         (self.misses, self.untold) = (0, None);
-        self.made_up.retain(|answer| now < answer.until && answer.model != model);
+        self.made_up.retain(|answer| now < answer.until && (answer.model != model || answer.form != form));
         if self.made_up.len() >= MAX_ANSWERS {
             self.made_up.remove(0);
         }
-        self.made_up.push(MadeUpAnswer { model: model.to_owned(), calibration, at: now, until: now + good_for.mul_f64(jitter) });
+        let until = now + good_for.mul_f64(jitter);
+        self.made_up.push(MadeUpAnswer { model: model.to_owned(), form, calibration, at: now, until });
     }
 
     /// A real key was accepted.
@@ -110,18 +124,18 @@ impl RequestFacts {
         self.accepted.push((model.to_owned(), now));
         for answer in self.made_up.iter_mut().filter(|answer| now.abs_diff(answer.at) <= CONTRAST) {
             if let Calibration::Refuses { look, in_contrast, .. } = &mut answer.calibration {
-                *in_contrast |= in_the_same_case(look, model, &answer.model);
+                *in_contrast |= are_comparable(look, model, &answer.model);
             }
         }
     }
 }
 
 /// A refusal and an acceptance that tell of one another: of one model, or a refusal whose status is about the credential.
-fn in_the_same_case(look: &Look, one: &str, other: &str) -> bool {
+fn are_comparable(look: &Look, one: &str, other: &str) -> bool {
     one == other || matches!(look.status, 401 | 403)
 }
 
-/// Which headers an endpoint takes a credential in, and which requests it has no use for.
+/// Which headers an endpoint takes a credential in, and which it does not.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EndpointFacts {
     right: Vec<HeaderFamily>,

@@ -99,7 +99,7 @@ impl<'t> Parts<'t> {
     }
 }
 
-/// For maps by name: a name that stands twice is an error, where serde's own maps would keep the last.
+/// For maps by name: a name that appears twice is an error, where serde's own maps would keep the last.
 pub(crate) fn unique_keys<'de, D, V>(deserializer: D) -> Result<Option<BTreeMap<String, V>>, D::Error>
 where
     D: Deserializer<'de>,
@@ -290,7 +290,7 @@ impl<'de> DeserializeSeed<'de> for Fail {
     }
 }
 
-/// Parses one document into a tree without a schema. An empty document is null; a key that stands twice is a fault.
+/// Parses one document into a tree without a schema. An empty document is null; a key that appears twice is a fault.
 pub(crate) fn tree(bytes: &[u8]) -> Result<serde_json::Value, Problem> {
     let value = parse::<serde_yaml::Value>(bytes)?.value;
     serde_json::to_value(value).map_err(|fault| Problem::at("", format!("parse manifest: {fault}")))

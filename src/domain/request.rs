@@ -54,7 +54,7 @@ pub enum CredentialValue {
     Unreadable,
 }
 
-/// One credential at hand.
+/// One available credential.
 #[derive(Debug, Clone)]
 pub struct Credential {
     /// The environment variable's name.
@@ -100,7 +100,7 @@ pub struct WorkspaceSpec {
     pub runtime: String,
     /// The effective model, trimmed of Unicode white space.
     pub model: String,
-    /// The credentials at hand.
+    /// The available credentials.
     pub credentials: Vec<Credential>,
     /// Scopes that could not be listed.
     pub unreadable_scopes: Vec<Scope>,

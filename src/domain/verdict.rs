@@ -156,13 +156,13 @@ pub enum Source {
 pub enum MatchedBy {
     /// One provider lists the model.
     ExactModel,
-    /// Several do; one accepts a name at hand.
+    /// Several do; one accepts an available name.
     ExactModelAndCredential,
     /// Several do; the first declared.
     FirstDeclared,
     /// One pattern matches.
     Prefix,
-    /// Several do; one accepts a name at hand.
+    /// Several do; one accepts an available name.
     PrefixAndCredential,
 }
 
@@ -189,7 +189,7 @@ pub enum Withheld {
     Budget,
     /// The caller or the organization had too many new credentials judged.
     NewKeys,
-    /// A fault of ours: the probe ended without an answer.
+    /// An internal fault: the probe ended without an answer.
     Fault,
 }
 

@@ -42,6 +42,8 @@ pub(crate) struct CallRecord {
     recorder: Arc<Recorder>,
     method: &'static str,
     traced: Traced,
+    /// What fails is no workspace that could not start.
+    report_only: AtomicBool,
     ended: AtomicBool,
 }
 
@@ -67,18 +69,35 @@ impl CallRecord {
     /// Of a call that begins now. The method is empty where it is none of the service's.
     pub(crate) fn begin(recorder: &Arc<Recorder>, method: &'static str, headers: &HeaderMap) -> Self {
         let traced = if decides(method) { Traced::begin(headers, NAME, method) } else { Traced::default() };
-        Self { recorder: Arc::clone(recorder), method, traced, ended: AtomicBool::new(false) }
+        Self {
+            recorder: Arc::clone(recorder),
+            method,
+            traced,
+            report_only: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+        }
     }
 
     /// Of one item of this batch.
     pub(super) fn item(&self, index: u32) -> Self {
         let (recorder, method) = (Arc::clone(&self.recorder), self.method);
-        Self { recorder, method, traced: self.traced.item(index), ended: AtomicBool::new(false) }
+        Self {
+            recorder,
+            method,
+            traced: self.traced.item(index),
+            report_only: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
+        }
     }
 
     /// The span of the work; none if it is not traced.
     pub(super) fn span(&self) -> Span {
         self.traced.span()
+    }
+
+    /// The caller only wants to know.
+    pub(super) fn set_report_only(&self, report_only: bool) {
+        self.report_only.store(report_only, Ordering::Relaxed);
     }
 
     /// A decision was made.
@@ -121,10 +140,11 @@ impl CallRecord {
         }
         let Recorder { journal, calls, .. } = &*self.recorder;
         if code != Code::Ok {
-            calls.failed(self.method, code as i32);
+            let report_only = self.report_only.load(Ordering::Relaxed);
+            calls.failed(self.method, code as i32, report_only);
             if decides(self.method) {
                 let (method, grpc_code, trace_id) = (self.method, word_of(code as i32), self.traced.trace_id());
-                journal.undecided(Undecided { method, grpc_code, reason, request, trace_id });
+                journal.undecided(Undecided { method, grpc_code, reason, request, report_only, trace_id });
             }
         }
         self.traced.answered(code);

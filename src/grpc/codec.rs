@@ -7,7 +7,7 @@ use tonic::codec::{self, BufferSettings};
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
 /// A decision fits, asked and answered, and a buffer grows for what does not. tonic's are eight times as long, which the allocator
-/// has not at hand.
+/// does not keep.
 const BUFFER_BYTES: usize = 1024;
 /// What may be ready of an answer before it is sent: tonic's own measure.
 const SEND_BYTES: usize = 32 * 1024;

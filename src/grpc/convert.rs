@@ -30,6 +30,9 @@ pub mod pb {
     tonic::include_proto!("byokgate.v1");
 }
 
+/// So many entries `unreadable_scopes` may have: far more than there are scopes.
+const UNREADABLE_SCOPES: usize = 16;
+
 /// The encoded descriptors, for reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
 
@@ -127,8 +130,7 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
     violations.check_name(format_args!("{AT}.workspace_id"), &workspace_id, limits.name_bytes);
     violations.check_name(format_args!("{AT}.organization_id"), &organization_id, limits.name_bytes);
     violations.check_name(format_args!("{AT}.runtime"), &runtime, limits.name_bytes);
-    let model = trimmed(model);
-    violations.check_name(format_args!("{AT}.model"), &model, limits.model_bytes);
+    let model = model_within(model, format_args!("{AT}.model"), limits, violations);
     if credentials.len() > limits.credentials {
         violations.add(
             format_args!("{AT}.credentials"),
@@ -146,13 +148,20 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
             let Credential { env_name, scope, .. } = &credential;
             // There are few: looking through them is cheaper than keeping a set.
             if parsed.iter().any(|other| other.scope == *scope && other.env_name == *env_name) {
-                violations.add(format_args!("{place}.env_name"), format_args!("`{env_name}` stands twice in one scope"));
+                violations.add(format_args!("{place}.env_name"), format_args!("`{env_name}` appears twice in one scope"));
             }
             parsed.push(credential);
         }
     }
+    if unreadable_scopes.len() > UNREADABLE_SCOPES {
+        violations.add(
+            format_args!("{AT}.unreadable_scopes"),
+            format_args!("holds {}; the limit is {UNREADABLE_SCOPES}: name each scope once", unreadable_scopes.len()),
+        );
+    }
     let unreadable_scopes = unreadable_scopes
         .into_iter()
+        .take(UNREADABLE_SCOPES)
         .enumerate()
         .filter_map(|(index, number)| scope(number, format_args!("{AT}.unreadable_scopes[{index}]"), violations))
         .collect();
@@ -205,6 +214,17 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
 }
 
 /// Trimmed of Unicode white space; copied only where there is some.
+/// The model without blanks at its ends. The bound is for what was sent.
+fn model_within(model: String, place: std::fmt::Arguments<'_>, limits: &Limits, violations: &mut Violations) -> String {
+    if model.len() > limits.model_bytes {
+        violations.add(place, format_args!("is {} bytes long; the limit is {}", model.len(), limits.model_bytes));
+        return String::new();
+    }
+    let model = trimmed(model);
+    violations.check_name(place, &model, limits.model_bytes);
+    model
+}
+
 fn trimmed(text: String) -> String {
     let kept = text.trim();
     if kept.len() == text.len() { text } else { kept.to_owned() }
@@ -252,8 +272,7 @@ pub fn resolve_request(
     let pb::ResolveProviderRequest { runtime, model, credential_names } = message;
     let mut violations = Violations::default();
     violations.check_name("runtime", &runtime, limits.name_bytes);
-    let model = trimmed(model);
-    violations.check_name("model", &model, limits.model_bytes);
+    let model = model_within(model, format_args!("model"), limits, &mut violations);
     if credential_names.len() > limits.resolve_names {
         violations
             .add("credential_names", format_args!("holds {}; the limit is {}", credential_names.len(), limits.resolve_names));
@@ -724,6 +743,8 @@ mod tests {
             with_spec(|spec| spec.unreadable_scopes = vec![0, 3]),
             &["workspace_spec.unreadable_scopes[0]", "workspace_spec.unreadable_scopes[1]"],
         );
+        violates(with_spec(|spec| spec.unreadable_scopes = vec![1; 17]), &["workspace_spec.unreadable_scopes"]);
+        violates(with_spec(|spec| spec.model = format!("m{}", " ".repeat(512))), &["workspace_spec.model"]);
         violates(with_spec(|spec| spec.credentials[0].scope = 0), &["workspace_spec.credentials[0].scope"]);
         violates(with_spec(|spec| spec.credentials[0].unreadable = true), &["workspace_spec.credentials[0].value"]);
         violates(with_spec(|spec| spec.credentials[0].value = "v".repeat(65 * 1024)), &["workspace_spec.credentials[0].value"]);

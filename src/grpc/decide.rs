@@ -50,6 +50,7 @@ impl Decider {
         answer_by: Instant,
         record: &CallRecord,
     ) -> Result<pb::DecideResponse, Status> {
+        record.set_report_only(message.report_only);
         self.guarded(convert::request_within(message, &self.shared.limits).map_err(invalid), answer_by, false, record).await
     }
 
@@ -60,6 +61,7 @@ impl Decider {
         answer_by: Instant,
         record: &CallRecord,
     ) -> Result<pb::DecideResponse, Status> {
+        record.set_report_only(message.report_only);
         let (length, limit) = (message.encoded_len(), self.shared.limits.message_bytes);
         let request = if length > limit {
             let found = format!("the request is {length} bytes long; the limit is {limit}");

@@ -56,21 +56,34 @@ pub(super) fn invalid(violations: Violations) -> Status {
 
 /// The same error, with the details that every error of this service has. An error of the gRPC library has none of its own.
 pub(crate) fn explained(status: Status) -> Status {
+    /// How the library says that what came is no message: a body that ends too early, or has no beginning.
+    const BROKEN: [&str; 3] = ["Unexpected EOF", "Missing request message", "protocol error: received message with invalid"];
     if !status.details().is_empty() {
         return status;
+    }
+    if status.code() == Code::Internal && BROKEN.iter().any(|words| status.message().starts_with(words)) {
+        let found = "is cut off, or is not framed as gRPC's messages are".to_owned();
+        return bad_request(ErrorReason::RequestUnreadable, Violations(vec![("request".to_owned(), found)]));
     }
     let reason = match status.code() {
         Code::InvalidArgument | Code::OutOfRange | Code::FailedPrecondition => ErrorReason::BadRequest,
         Code::Unauthenticated => ErrorReason::TokenMissing,
         Code::PermissionDenied => ErrorReason::MethodNotAllowed,
         Code::ResourceExhausted => ErrorReason::LimitReached,
-        Code::DeadlineExceeded | Code::Cancelled => ErrorReason::Deadline,
+        Code::DeadlineExceeded | Code::Cancelled | Code::Aborted => ErrorReason::Deadline,
         Code::Unavailable => ErrorReason::Draining,
-        Code::NotFound => ErrorReason::UnknownRuntime,
-        Code::Unimplemented => ErrorReason::Unsupported,
-        Code::Ok | Code::Unknown | Code::AlreadyExists | Code::Aborted | Code::Internal | Code::DataLoss => ErrorReason::Internal,
+        // Health knows no service of that name.
+        Code::NotFound | Code::Unimplemented => ErrorReason::Unsupported,
+        Code::Ok | Code::Unknown | Code::AlreadyExists | Code::Internal | Code::DataLoss => ErrorReason::Internal,
     };
-    error(reason, status.message())
+    let code = match status.code() {
+        // The health protocol has its own code.
+        Code::NotFound => Code::NotFound,
+        // A caller that has left is not late.
+        Code::Cancelled | Code::Aborted => Code::Cancelled,
+        _ => code_of(reason),
+    };
+    with_code(code, reason, status.message(), ErrorDetails::new(), HashMap::new())
 }
 
 /// An item's status in a batch: the same as that of a call.
@@ -83,12 +96,22 @@ pub(super) fn item(status: &Status) -> pb::ItemStatus {
 fn with_details(
     reason: ErrorReason,
     message: impl Into<String>,
+    details: ErrorDetails,
+    metadata: HashMap<String, String>,
+) -> Status {
+    with_code(code_of(reason), reason, message, details, metadata)
+}
+
+fn with_code(
+    code: Code,
+    reason: ErrorReason,
+    message: impl Into<String>,
     mut details: ErrorDetails,
     metadata: HashMap<String, String>,
 ) -> Status {
     let name = reason.as_str_name().trim_start_matches("ERROR_REASON_");
     details.set_error_info(name, ERROR_DOMAIN, metadata);
-    Status::with_error_details(code_of(reason), message, details)
+    Status::with_error_details(code, message, details)
 }
 
 fn code_of(reason: ErrorReason) -> Code {

@@ -84,7 +84,7 @@ impl Default for Limits {
         Self {
             message_bytes: 256 * 1024,
             batch_message_bytes: 4 * 1024 * 1024,
-            request_bytes: 32 * 1024 * 1024,
+            request_bytes: 16 * 1024 * 1024,
             header_list_bytes: 16 * 1024,
             connections: 1024,
             streams_per_connection: 1024,

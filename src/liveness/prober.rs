@@ -3,6 +3,7 @@
 mod endpoints;
 
 use http::{HeaderName, HeaderValue, header};
+use rand::Rng;
 use std::{
     collections::BTreeMap,
     io::ErrorKind,
@@ -13,20 +14,21 @@ use std::{
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
-use self::endpoints::{BUDGET as MAX_BUDGET, Endpoints, header_of, made_up_key};
+use self::endpoints::{BUDGET as MAX_BUDGET, Endpoints, header_of};
 use crate::{
     core::{
         classify::{Answer, Calibration, Classification, Finding, ProbeResponse, is_page, read},
         endpoint::{Call, Target},
         engine::{Boxed, ProbeRequest, Prober},
         look::Look,
-        probe_plan::{Client, Lesson, Next, ProbePlan},
+        made_up_key::made_up_key,
+        probe_plan::{Client, Lesson, Next, ProbePlan, outcome_of},
         taught::EndpointFacts,
     },
     domain::{
         protocol::{HeaderFamily, Method},
         secret::Secret,
-        verdict::Unreached,
+        verdict::{MadeUpKey, Unreached},
     },
     liveness::egress::{Egress, EgressSettings, ForwardProxy, Unresolved},
     telemetry::{
@@ -39,6 +41,9 @@ use crate::{
 pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
 /// Who is asking. Stable, so that vendors can tell; honest, so that none is deceived.
 const USER_AGENT: &str = concat!("byok-gate/", env!("CARGO_PKG_VERSION"), " (credential liveness check)");
+/// A credential longer than this has a connection that it shares with its like alone. API keys of vendors are far shorter, and the smallest limit
+/// on a header that fronts are seen to have is 4 KiB for all of them.
+const USUAL_CREDENTIAL_BYTES: usize = 1024;
 /// How long an idle connection is kept: a create storm reuses it, an idle service holds none for long.
 const POOL_IDLE: Duration = Duration::from_secs(30);
 
@@ -77,6 +82,9 @@ pub struct ProbeSetupError(#[source] reqwest::Error);
 /// The HTTPS client with its rules. Shared by probes and calibrations.
 struct Http {
     client: reqwest::Client,
+    /// For credentials of unusual length, with connections of its own: common fronts end a connection over a header that is too long for them,
+    /// and with it the requests of everybody on it.
+    client_for_long: reqwest::Client,
     egress: Egress,
 }
 
@@ -160,7 +168,8 @@ impl HttpProber {
     /// One request with a made-up key that begins like this vendor's, or, in no header, without any: for commands that look for what has
     /// changed.
     pub async fn control(&self, call: &Call, families: &[HeaderFamily], key_prefix: Option<&str>) -> ProbeResponse {
-        ask(&self.http, call, families, &made_up_key(key_prefix), Instant::now() + MAX_BUDGET).await
+        let made_up = made_up_key(key_prefix, |below| rand::rng().random_range(0..below));
+        ask(&self.http, call, families, &made_up, Instant::now() + MAX_BUDGET).await
     }
 }
 
@@ -197,6 +206,8 @@ async fn run_plan(
     let mut plan = ProbePlan::new(&target.calls, client, &facts, &is_pointless);
     // The last request in several headers at once.
     let mut in_several: Option<(&Call, Vec<HeaderFamily>)> = None;
+    // What was asked, and whether a made-up key was sent beside it.
+    let mut asked: Vec<(&Call, Vec<HeaderFamily>, bool)> = Vec::new();
     let finding = loop {
         match plan.proceed() {
             Next::Done(finding) => break finding,
@@ -206,13 +217,16 @@ async fn run_plan(
                 // real call, it costs the caller no time.
                 let is_first = attempts.last().is_none_or(|attempt| attempt.request != call.request);
                 let beside = endpoints.filter(|_| is_first && !call.probe.refuses_bad_keys);
-                drop(beside.map(|endpoints| endpoints.begin(call, &families, target)));
+                let is_begun = beside
+                    .map(|endpoints| endpoints.begin(call, &families, target, secret, None))
+                    .is_some_and(|asked| asked.is_under_way());
                 let response = ask(http, call, &families, secret, deadline).await;
                 if let (ProbeResponse::Answer { reading, .. }, Some(endpoints)) = (&response, endpoints)
                     && reading.classification == Classification::Accepted
                 {
                     endpoints.accepted(call, &families);
                 }
+                asked.push((call, families.clone(), is_begun));
                 attempts.push(Attempt {
                     probe: call.probe.name.clone(),
                     request: call.request,
@@ -228,12 +242,16 @@ async fn run_plan(
                 }
                 plan.take_response(response);
             }
-            Next::Control { call, families, needed } => {
-                let calibration = match endpoints.map(|endpoints| endpoints.begin(call, &families, target)) {
+            Next::Calibrate { call, families, needed, of_its_form } => {
+                let begin = |endpoints: &Endpoints| endpoints.begin(call, &families, target, secret, None);
+                let calibration = match endpoints {
                     None => Calibration::NotAsked,
-                    Some(asked) if needed => asked.by(half_of(deadline)).await,
+                    Some(endpoints) if of_its_form => {
+                        endpoints.of_its_form(call, &families, target, secret, half_of(deadline)).await
+                    }
+                    Some(endpoints) if needed => begin(endpoints).by(half_of(deadline)).await,
                     // Believed on its documentation, and checked in the background for the next time.
-                    Some(asked) => asked.so_far(),
+                    Some(endpoints) => begin(endpoints).so_far(),
                 };
                 if let Some(attempt) = attempts.last_mut() {
                     attempt.calibration = calibration.clone();
@@ -241,7 +259,7 @@ async fn run_plan(
                 plan.take_calibration(&calibration);
             }
             Next::Keyless { call } => {
-                let calibration = match endpoints.map(|endpoints| endpoints.begin(call, &[], target)) {
+                let calibration = match endpoints.map(|endpoints| endpoints.begin(call, &[], target, secret, None)) {
                     None => Calibration::NotAsked,
                     Some(asked) => asked.by(half_of(deadline)).await,
                 };
@@ -251,6 +269,24 @@ async fn run_plan(
                 });
             }
         }
+    };
+    // A clear answer needed none, but one may be known by now, or under way.
+    for (attempt, (call, families, is_begun)) in attempts.iter_mut().zip(&asked) {
+        if attempt.calibration == Calibration::NotAsked {
+            attempt.calibration = match endpoints.map(|endpoints| endpoints.known(call, families, None)).unwrap_or_default() {
+                Calibration::NotAsked if *is_begun => Calibration::Untold(None),
+                known => known,
+            };
+        }
+    }
+    let decisive = |attempt: &&Attempt| {
+        attempt.probe == finding.probe && Some(attempt.header.as_str()) == finding.family.map(HeaderFamily::as_str)
+    };
+    let finding = match attempts.iter().rev().find(decisive) {
+        Some(attempt) if finding.made_up == MadeUpKey::NotAsked => {
+            Finding { made_up: outcome_of(&attempt.calibration), ..finding }
+        }
+        _ => finding,
     };
     if let Some(endpoints) = endpoints {
         let lessons = plan.into_lessons();
@@ -305,25 +341,34 @@ impl Http {
             // Err means that the process has one already, which serves as well.
             drop(rustls::crypto::ring::default_provider().install_default());
         });
-        let mut builder = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .referer(false)
-            .user_agent(USER_AGENT)
-            .pool_idle_timeout(POOL_IDLE)
-            .dns_resolver(egress.resolver(resolve));
-        if let Some(ForwardProxy { credentials, .. }) = proxy {
-            let rule = egress.clone();
-            let mut proxy = reqwest::Proxy::custom(move |url| rule.proxied(url).cloned());
-            if let Some((user, password)) = credentials {
-                proxy = proxy.basic_auth(&user, password.expose());
+        let client = || {
+            let mut builder = reqwest::Client::builder()
+                .redirect(reqwest::redirect::Policy::none())
+                .no_proxy()
+                .referer(false)
+                .user_agent(USER_AGENT)
+                .pool_idle_timeout(POOL_IDLE)
+                .dns_resolver(egress.resolver(resolve.clone()));
+            if let Some(ForwardProxy { credentials, .. }) = &proxy {
+                let rule = egress.clone();
+                let mut proxy = reqwest::Proxy::custom(move |url| rule.proxied(url).cloned());
+                if let Some((user, password)) = credentials {
+                    proxy = proxy.basic_auth(user, password.expose());
+                }
+                builder = builder.proxy(proxy);
             }
-            builder = builder.proxy(proxy);
-        }
-        if !extra_roots.is_empty() {
-            builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(extra_roots).map_err(ProbeSetupError)?);
-        }
-        Ok(Self { client: builder.build().map_err(ProbeSetupError)?, egress })
+            if !extra_roots.is_empty() {
+                builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(extra_roots)?);
+            }
+            builder.build()
+        };
+        let (client, client_for_long) = (client().map_err(ProbeSetupError)?, client().map_err(ProbeSetupError)?);
+        Ok(Self { client, client_for_long, egress })
+    }
+
+    /// Whose connections this credential may travel on.
+    fn client_for(&self, secret: &Secret) -> &reqwest::Client {
+        if secret.expose().len() > USUAL_CREDENTIAL_BYTES { &self.client_for_long } else { &self.client }
     }
 
     /// One request with this credential in these headers, and its answer, by the deadline.
@@ -347,7 +392,7 @@ impl Http {
             return Exchange::Unreachable(Unreached::Address);
         }
         let Some(request) = self.request(call, families, secret) else { return Exchange::Unreachable(Unreached::Address) };
-        match timeout_at(deadline, self.client.execute(request)).await {
+        match timeout_at(deadline, self.client_for(secret).execute(request)).await {
             Err(_) => Exchange::TimedOut,
             Ok(Err(fault)) if fault.is_timeout() => Exchange::TimedOut,
             Ok(Err(fault)) if is_own_lack(&fault) => Exchange::Exhausted,

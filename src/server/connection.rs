@@ -74,6 +74,8 @@ const TLS_ALERT: [u8; 7] = [0x15, 0x03, 0x03, 0, 2, 2, 10];
 /// What is said to whoever speaks TLS or HTTP/1.1 where neither is spoken. A TLS client shows none of it, but knows from it what is wrong.
 const SPEAKS_HTTP2: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n\
     this port speaks gRPC over HTTP/2, without TLS\n";
+/// What is said to whoever speaks HTTP/2 and no gRPC.
+const NOT_GRPC: &str = "the content type must be application/grpc or application/grpc+proto: this port speaks gRPC\n";
 /// How a request of HTTP/1.1 begins.
 const METHODS: [&[u8]; 6] = [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS "];
 /// What a peer may send of one call, and of all calls of a connection, before any of it has been read.
@@ -85,7 +87,7 @@ const SEND_BUFFER: usize = 64 * 1024;
 const READ_TIME: Duration = Duration::from_secs(1);
 /// How long the calls that are cut off at the end of a drain have to be told so.
 pub(super) const LAST_WORDS: Duration = Duration::from_millis(100);
-/// How a connection that is told to end is given up that does not: what its calls may take, and a little.
+/// Beyond the longest deadline of a call: how long a connection that ignores GOAWAY is kept.
 const AFTER_LAST_CALL: Duration = Duration::from_secs(2);
 /// Health, which everybody may ask: a kubelet has neither certificate nor token.
 const HEALTH_PREFIX: &str = "/grpc.health.v1.Health/";
@@ -131,7 +133,7 @@ impl ConnectionContext {
         let started = tokio::select! {
             started = timeout_at(handshake_by, self.begin(accepted)) => started,
             () = reached(&mut phase, Phase::Draining) => return,
-            () = place.state.makes_room() => return,
+            () = place.state.told_to_make_room() => return,
         };
         let (io, identity) = match started {
             Ok(Ok(started)) => started,
@@ -139,7 +141,7 @@ impl ConnectionContext {
             Ok(Err(Some(refusal))) => return self.refuse(peer, refusal),
             Err(_) => return self.refuse(peer, Refusal::of(HandshakeFault::TooSlow)),
         };
-        place.state.speaks();
+        place.state.set_handshake_done();
         let inline = InlineExecutor::default();
         let connection = Arc::new(Connection { context: self, identity, state: Arc::clone(&place.state), inline });
         connection.serve(io).await;
@@ -228,7 +230,7 @@ impl Connection {
             () = reached(&mut phase, Phase::Draining) => {}
             () = sleep_until(ends_at) => {}
             () = self.state.idle(self.context.settings.max_connection_idle) => {}
-            () = self.state.makes_room() => return,
+            () = self.state.told_to_make_room() => return,
         }
         // GOAWAY: what is under way is finished, nothing new begins.
         connection.as_mut().graceful_shutdown();
@@ -267,6 +269,10 @@ impl Connection {
         method: Option<&'static str>,
         record: &Arc<CallRecord>,
     ) -> Result<Started, Box<Response<Body>>> {
+        if !is_grpc(request.headers()) {
+            record.end(Code::InvalidArgument, NOT_GRPC);
+            return Err(Box::new(no_grpc()));
+        }
         self.begin(request, method, record).map_err(|status| Box::new(status.into_http()))
     }
 
@@ -289,7 +295,7 @@ impl Connection {
         };
         if let Some(caller) = caller.as_ref().filter(|_| !is_health) {
             context.authorizer.call(caller, method)?;
-            state.is_known();
+            state.set_known();
         }
         // It has been read, and nothing behind this line is to know it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
@@ -372,6 +378,21 @@ impl ConnectionContext {
     }
 }
 
+/// Whether this is gRPC with Protocol Buffers, by the content type.
+fn is_grpc(headers: &HeaderMap) -> bool {
+    let kind = headers.get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim_ascii();
+    ["application/grpc", "application/grpc+proto"].iter().any(|known| kind.eq_ignore_ascii_case(known))
+}
+
+/// What other peers are told: gRPC's specification has this status of HTTP for it, and a body is for who reads it with curl.
+fn no_grpc() -> Response<Body> {
+    let mut response = Response::new(Body::new(NOT_GRPC.to_owned()));
+    *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
+    response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("text/plain"));
+    response
+}
+
 /// Which of the service's calls a path names.
 fn method_of(path: &str) -> Option<&str> {
     path.strip_prefix('/')?.strip_prefix(NAME)?.strip_prefix('/')
@@ -392,7 +413,7 @@ struct Started {
     streams: bool,
 }
 
-/// What a call has of what is limited over all connections, until it is answered.
+/// The shares of the limits over all connections that a call holds until it is answered.
 struct Held {
     _unknown: Option<Counted>,
     _watch: Option<Counted>,
@@ -419,7 +440,7 @@ impl hyper::body::Body for HoldingBody {
     }
 }
 
-/// One of so many.
+/// One place of a limited number.
 struct Counted(Arc<AtomicUsize>);
 
 // === impl Counted ===

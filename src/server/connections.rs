@@ -182,12 +182,12 @@ impl Measured for ConnectionCounts {
 
 impl ConnectionState {
     /// Its handshake is over.
-    pub(super) fn speaks(&self) {
+    pub(super) fn set_handshake_done(&self) {
         self.speaks.store(true, Ordering::Relaxed);
     }
 
     /// A caller that is known has made a call.
-    pub(super) fn is_known(&self) {
+    pub(super) fn set_known(&self) {
         self.known.store(true, Ordering::Relaxed);
     }
 
@@ -210,7 +210,7 @@ impl ConnectionState {
     }
 
     /// Waits until it has to make room for another.
-    pub(super) async fn makes_room(&self) {
+    pub(super) async fn told_to_make_room(&self) {
         self.make_room.notified().await;
     }
 }
@@ -244,7 +244,7 @@ mod tests {
     use super::*;
 
     async fn makes_room(place: &Place) -> bool {
-        tokio::time::timeout(Duration::ZERO, place.state.makes_room()).await.is_ok()
+        tokio::time::timeout(Duration::ZERO, place.state.told_to_make_room()).await.is_ok()
     }
 
     #[tokio::test(start_paused = true)]
@@ -253,17 +253,17 @@ mod tests {
         let enter = || connections.enter().map(|entered| entered.place);
         let (silent, idle, asking, known) = (enter().unwrap(), enter().unwrap(), enter().unwrap(), enter().unwrap());
         for place in [&idle, &asking, &known] {
-            place.state.speaks();
+            place.state.set_handshake_done();
         }
         let _unfinished = asking.state.begin_call();
-        known.state.is_known();
+        known.state.set_known();
         let in_use = known.state.begin_call();
         let mut newer = Vec::new();
         for (place, what) in [(&silent, "no handshake"), (&idle, "no call"), (&asking, "a call of nobody's")] {
             advance(Duration::from_secs(60)).await;
             let new = enter().unwrap_or_else(|| panic!("{what}"));
-            new.state.speaks();
-            new.state.is_known();
+            new.state.set_handshake_done();
+            new.state.set_known();
             assert!(makes_room(place).await && !makes_room(&known).await, "{what}");
             newer.push((new.state.begin_call(), new));
         }

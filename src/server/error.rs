@@ -44,7 +44,7 @@ pub enum ServerError {
         /// The fault.
         source: io::Error,
     },
-    /// A configured file does not stand.
+    /// A configured file is invalid.
     #[error("{}: {message}", path.display())]
     Content {
         /// The file.

@@ -86,7 +86,11 @@ impl Body for CountedBody {
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let frame = match Pin::new(&mut self.body).poll_frame(context) {
             Poll::Ready(Some(Ok(frame))) => frame,
-            Poll::Ready(Some(Err(fault))) => return Poll::Ready(Some(Err(Status::from_error(fault.into())))),
+            // The caller is gone: no fault of this service is to be looked for. The library would take CANCELLED for the body's end, so it is
+            // made of ABORTED later.
+            Poll::Ready(Some(Err(fault))) => {
+                return Poll::Ready(Some(Err(Status::aborted(format!("the caller left while it sent its message: {fault}")))));
+            }
             Poll::Ready(None) => return Poll::Ready(None),
             Poll::Pending => return Poll::Pending,
         };

@@ -80,6 +80,8 @@ pub struct Undecided<'a> {
     pub reason: &'a str,
     /// What was asked, if that much was understood.
     pub request: Option<&'a Request>,
+    /// Nothing was to start: the caller only wanted to know.
+    pub report_only: bool,
     /// The trace that it belongs to.
     pub trace_id: Option<TraceId>,
 }
@@ -203,7 +205,7 @@ impl Journal {
             self.suppressed.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        let Undecided { method, grpc_code, reason, request, trace_id } = undecided;
+        let Undecided { method, grpc_code, reason, request, report_only, trace_id } = undecided;
         let mut line = Line::begin("undecided", "WARN");
         line.trace(trace_id);
         line.text(text!("method"), method);
@@ -212,6 +214,9 @@ impl Journal {
             line.given(text!("workspace_id"), &spec.workspace_id);
             line.given(text!("organization_id"), &spec.organization_id);
             line.given(text!("caller"), &caller.name);
+        }
+        if report_only {
+            line.flag(key!("report_only"));
         }
         line.text(text!("grpc_code"), grpc_code);
         line.text(text!("reason"), &printable(reason));

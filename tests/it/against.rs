@@ -85,7 +85,7 @@ async fn a_change_of_the_catalogue_alone_is_told() {
     assert_eq!(changes["models"], json!([]));
 }
 
-/// Neither side may be one that does not stand; both documents' problems are told together.
+/// Neither side may be invalid; both documents' problems are told together.
 #[tokio::test]
 async fn what_does_not_stand_is_not_compared() {
     let (old, bad) = (fixture("old.yaml"), fixture("../registries/bad/load-no-providers.yaml"));

@@ -81,7 +81,7 @@ fn corpus() -> Vec<Line> {
 fn the_corpus_is_wide_enough() {
     let (corpus, catalogue) = (corpus(), Catalogue::embedded().unwrap().value);
     let names: BTreeSet<&str> = corpus.iter().map(|line| line.case.as_str()).collect();
-    assert_eq!(names.len(), corpus.len(), "a case's name stands twice");
+    assert_eq!(names.len(), corpus.len(), "a case's name appears twice");
     assert!(corpus.len() >= 460, "{} rows", corpus.len());
     let vendors: BTreeSet<&str> =
         corpus.iter().flat_map(|line| catalogue.rows_of(&line.host)).map(|row| row.vendor.as_str()).collect();

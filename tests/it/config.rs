@@ -36,7 +36,7 @@ async fn config_tells_every_value_with_its_origin_and_no_secret() {
     }
 }
 
-/// A typing error ends the start with the exit code of a configuration that does not stand, and names the nearest key.
+/// A typing error ends the start with the exit code of an invalid configuration, and names the nearest key.
 #[tokio::test]
 async fn a_key_that_is_not_known_ends_the_start() {
     for command in ["serve", "config"] {

@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, fs, num::NonZeroU32};
 use byok_gate::grpc::{convert::pb, limits::Limits};
 use prost::Message;
 use tonic::{Code, Status};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::StatusExt;
 
 use crate::support::{
@@ -50,7 +51,7 @@ fn every_stated_bound_is_the_services_own() {
     let comments = comments();
     let limits = Limits::default();
     let stated = |place: &str| bounds(&comments[place]);
-    let held: [(&str, &[usize]); 17] = [
+    let held: [(&str, &[usize]); 18] = [
         ("Credential.env_name", &[limits.name_bytes]),
         ("Credential.value", &[limits.credential_bytes]),
         ("WorkspaceSpec.workspace_id", &[limits.name_bytes]),
@@ -58,6 +59,7 @@ fn every_stated_bound_is_the_services_own() {
         ("WorkspaceSpec.runtime", &[limits.name_bytes]),
         ("WorkspaceSpec.model", &[limits.model_bytes]),
         ("WorkspaceSpec.credentials", &[limits.credentials, 32]),
+        ("WorkspaceSpec.unreadable_scopes", &[16]),
         ("WorkspaceSpec.tenant_base_url_env", &[limits.base_url_names, limits.name_bytes]),
         ("DecideRequest", &[limits.message_bytes]),
         ("BatchDecideRequest", &[limits.batch_message_bytes]),
@@ -193,6 +195,10 @@ async fn what_the_library_refuses_has_a_reason_too() {
         assert_eq!((status.code(), reason(&status).as_str()), (code, expect), "{path} {headers:?}");
     }
     assert_eq!(code_of(&mut sender, grpc(DECIDE, &[], &message)).await, Code::Ok, "a TIMEOUT is a decision");
+    // The health protocol has a code of its own for a service that is not there.
+    let mut health = HealthClient::new(edge.plain().await);
+    let status = health.check(HealthCheckRequest { service: "nobody".into() }).await.unwrap_err();
+    assert_eq!((status.code(), reason(&status).as_str()), (Code::NotFound, "UNSUPPORTED"));
 }
 
 /// An item's status says as much as a call's.

@@ -55,6 +55,8 @@ struct Dialect {
     cause: Option<String>,
     #[serde(default)]
     header_is_wrong: bool,
+    #[serde(default)]
+    list_checks_the_form: bool,
 }
 
 fn openai() -> String {
@@ -145,6 +147,15 @@ impl Server {
     }
 }
 
+/// How every tenant's key ends, and no made-up one.
+const TAIL: &str = "0123456789abcdefghij";
+
+/// Of the length and the alphabet of the tenants' keys.
+fn is_well_formed(key: &str) -> bool {
+    key.strip_prefix("tenant-")
+        .is_some_and(|rest| rest.len() == 26 && rest.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9')))
+}
+
 fn key_in<'h>(headers: &'h HeaderMap, family: &str) -> Option<&'h str> {
     let value = match family {
         "bearer" => headers.get("authorization")?.to_str().ok()?.strip_prefix("Bearer ")?,
@@ -161,7 +172,7 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Respons
         let mut calls = calls.lock().unwrap();
         match any {
             None => calls.keyless += 1,
-            Some(key) if key.starts_with("tenant-") => calls.own += 1,
+            Some(key) if key.ends_with(TAIL) => calls.own += 1,
             Some(_) => calls.made_up += 1,
         }
     }
@@ -180,6 +191,9 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Respons
         (None, _) => missing,
         (Some(answers), None) => answers.none.clone(),
         (Some(answers), Some(key)) if key.starts_with("tenant-good") => answers.good.clone(),
+        (Some(answers), Some(key)) if dialect.list_checks_the_form && request.method() == "GET" && is_well_formed(key) => {
+            answers.good.clone()
+        }
         (Some(answers), Some(_)) => answers.bad.clone(),
     };
     let (status, kind, body, More { headers, delay_ms }) = match answer {
@@ -258,21 +272,22 @@ async fn run(dialect: Dialect) -> (Vec<String>, String) {
             faults.push(format!("{}, {what}: {found}, expected {}: {}", dialect.name, wanted.join(" or "), said(decided)));
         }
     };
+    let key = |who: &str| format!("tenant-{who:x<6}{TAIL}");
     let mut costs = BTreeMap::new();
     // Good key first: cold, again, another tenant's bad key, and a second bad one.
     {
         let server = Server::start(dialect.clone()).await;
         let (_files, engine) = gate(&dialect, &server);
-        let first = decide(&engine, "tenant-good-1", "org-1").await;
+        let first = decide(&engine, &key("good1"), "org-1").await;
         check("a good key, cold", &first, &[&good]);
         if dialect.header_is_wrong && !said(&first).contains("another header") {
             check(&format!("no word of the wrong header in `{}`", said(&first)), &first, &[]);
         }
         costs.insert("cold good", server.calls().await);
-        check("a good key, again", &decide(&engine, "tenant-good-1", "org-1").await, &[&good]);
-        check("a good key, from a neighbour", &decide(&engine, "tenant-good-1", "org-2").await, &[&good]);
+        check("a good key, again", &decide(&engine, &key("good1"), "org-1").await, &[&good]);
+        check("a good key, from a neighbour", &decide(&engine, &key("good1"), "org-2").await, &[&good]);
         server.calls().await;
-        let refused = decide(&engine, "tenant-bad-1", "org-3").await;
+        let refused = decide(&engine, &key("bad1"), "org-3").await;
         check("a bad key after a good one", &refused, &[&bad]);
         if let Some(cause) = &dialect.cause
             && !said(&refused).contains(cause)
@@ -280,7 +295,7 @@ async fn run(dialect: Dialect) -> (Vec<String>, String) {
             check(&format!("no word of {cause} in `{}`", said(&refused)), &refused, &[]);
         }
         costs.insert("warm bad", server.calls().await);
-        check("a second good key", &decide(&engine, "tenant-good-2", "org-4").await, &[&good]);
+        check("a second good key", &decide(&engine, &key("good2"), "org-4").await, &[&good]);
         costs.insert("warm good", server.calls().await);
     }
     // Bad key first.
@@ -288,12 +303,16 @@ async fn run(dialect: Dialect) -> (Vec<String>, String) {
         let server = Server::start(dialect.clone()).await;
         let (_files, engine) = gate(&dialect, &server);
         let cold: &[&str] = if dialect.warm { &["UNEXPECTED_RESPONSE", "NOT_CALIBRATED"] } else { &[&bad] };
-        check("a bad key, cold", &decide(&engine, "tenant-bad-1", "org-1").await, cold);
+        let first = decide(&engine, &key("bad1"), "org-1").await;
+        check("a bad key, cold", &first, cold);
         costs.insert("cold bad", server.calls().await);
-        check("a bad key, again", &decide(&engine, "tenant-bad-1", "org-1").await, cold);
-        check("a bad key, from a neighbour", &decide(&engine, "tenant-bad-2", "org-2").await, cold);
-        check("a good key after bad ones", &decide(&engine, "tenant-good-1", "org-3").await, &[&good]);
-        check("a bad key after all", &decide(&engine, "tenant-bad-3", "org-4").await, &[&bad]);
+        if costs["cold bad"].made_up > 0 && said(&first).contains("made-up keys: not asked") {
+            check("a made-up key was sent", &first, &[]);
+        }
+        check("a bad key, again", &decide(&engine, &key("bad1"), "org-1").await, cold);
+        check("a bad key, from a neighbour", &decide(&engine, &key("bad2"), "org-2").await, cold);
+        check("a good key after bad ones", &decide(&engine, &key("good1"), "org-3").await, &[&good]);
+        check("a bad key after all", &decide(&engine, &key("bad3"), "org-4").await, &[&bad]);
     }
     let cell = |what: &str| {
         let Calls { own, made_up, keyless } = costs[what];

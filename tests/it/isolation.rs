@@ -532,13 +532,19 @@ type Streaming =
     hyper::client::conn::http2::SendRequest<http_body_util::combinators::BoxBody<bytes::Bytes, std::convert::Infallible>>;
 
 async fn raw_streaming(edge: &Edge) -> Streaming {
-    let stream = TcpStream::connect(edge.tcp()).await.unwrap();
+    raw_connection(edge).await.0
+}
+
+/// And its socket, to end the connection as a crashed caller does.
+pub(crate) async fn raw_connection(edge: &Edge) -> (Streaming, std::net::TcpStream) {
+    let socket = TcpStream::connect(edge.tcp()).await.unwrap().into_std().unwrap();
+    let stream = TcpStream::from_std(socket.try_clone().unwrap()).unwrap();
     let (sender, connection) =
         hyper::client::conn::http2::handshake(hyper_util::rt::TokioExecutor::new(), hyper_util::rt::TokioIo::new(stream))
             .await
             .unwrap();
     tokio::spawn(connection);
-    sender
+    (sender, socket)
 }
 
 type Unfinished = http::Request<http_body_util::combinators::BoxBody<bytes::Bytes, std::convert::Infallible>>;
@@ -549,7 +555,7 @@ fn unfinished(path: &str, headers: &[(&str, &str)]) -> Unfinished {
 }
 
 /// A call of which so many bytes come, and then no more.
-fn partly(path: &str, headers: &[(&str, &str)], bytes: usize) -> Unfinished {
+pub(crate) fn partly(path: &str, headers: &[(&str, &str)], bytes: usize) -> Unfinished {
     let mut part = vec![0, 0, 0, 0xf0, 0];
     part.resize(5 + bytes, b'x');
     let frame = hyper::body::Frame::data(bytes::Bytes::from(part));

@@ -9,7 +9,7 @@ use byok_gate::{
         verdict::{BillingMode, Cause, DenyCode, MadeUpKey, ServedFrom, Source, Unreached, Verdict, WarningCode, Withheld},
     },
     grpc::convert::pb,
-    telemetry::cause,
+    telemetry::{cause, metrics::calls::CODES},
 };
 use futures_util::StreamExt;
 use prost::Message;
@@ -177,6 +177,8 @@ fn the_schema_knows_every_word() {
     let made_up =
         [MadeUpKey::NotAsked, MadeUpKey::NoAnswer, MadeUpKey::Inconclusive(429), MadeUpKey::Refused(401), MadeUpKey::Accepted];
     assert_eq!(fields["made_up_keys"]["enum"], words(made_up.map(cause::made_up).to_vec()));
+    // A call may end with any code of gRPC's but OK.
+    assert_eq!(schema["$defs"]["undecided"]["properties"]["grpc_code"]["enum"], words(CODES[1..].to_vec()));
 }
 
 /// A provider that cannot be reached: the log says at which step, and names the host.
@@ -291,6 +293,8 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     assert!(leaving.await.unwrap_err().is_cancelled());
     // Of bad input, of a message that is none, and of a time that is over before it begins.
     assert_eq!(client.decide(pb::DecideRequest::default()).await.unwrap_err().code(), Code::InvalidArgument);
+    let only_asked = pb::DecideRequest { report_only: true, checkpoint: 77, ..Default::default() };
+    assert_eq!(client.decide(only_asked).await.unwrap_err().code(), Code::InvalidArgument);
     let empty = pb::BatchDecideRequest::default();
     assert_eq!(client.batch_decide(empty).await.unwrap_err().code(), Code::InvalidArgument);
     let mut sender = raw(serving.address.parse().unwrap()).await;
@@ -306,9 +310,11 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     assert!(seen("RESOURCE_EXHAUSTED")["reason"].as_str().unwrap().contains("limits.decisions"));
     assert!(seen("INVALID_ARGUMENT")["reason"].as_str().unwrap().starts_with("checkpoint: "));
     assert_eq!(seen("DEADLINE_EXCEEDED")["method"], "Decide");
+    let reported: Vec<_> = told.iter().filter(|event| event["report_only"] == true).collect();
+    assert!(matches!(reported[..], [one] if one["grpc_code"] == "INVALID_ARGUMENT"), "{told:?}");
     let batch: Vec<_> = told.iter().filter(|event| event["method"] == "BatchDecide").collect();
     assert!(matches!(batch[..], [one] if one["reason"].as_str().unwrap().starts_with("requests: ")), "{told:?}");
-    assert_eq!(told.len(), 6, "{told:?}");
+    assert_eq!(told.len(), 7, "{told:?}");
 }
 
 /// Plain allows may be left out; what somebody may have to look up never is.

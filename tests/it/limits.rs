@@ -5,7 +5,7 @@ use std::{convert::Infallible, net::SocketAddr, num::NonZeroU32, time::Duration}
 use byok_gate::grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient};
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
-use http_body_util::StreamBody;
+use http_body_util::{Full, StreamBody};
 use hyper::{body::Frame, client::conn::http2};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
@@ -136,6 +136,27 @@ async fn undecodable_and_compressed_requests_are_refused() {
     bad[at] = 0xff;
     assert_eq!(code_of(&mut sender, grpc(DECIDE, &[], &bad)).await, Code::InvalidArgument);
     assert_eq!(code_of(&mut sender, grpc(DECIDE, &[("grpc-encoding", "gzip")], &message)).await, Code::Unimplemented);
+    // Framed wrong: cut off, no message at all, a flag that does not exist. Bad input, and no fault of ours.
+    for body in [&b"\0\0\0\0\x09ab"[..], b"", b"\x07\0\0\0\0"] {
+        let mut request = grpc(DECIDE, &[], b"");
+        *request.body_mut() = Full::from(Bytes::copy_from_slice(body));
+        assert_eq!(code_of(&mut sender, request).await, Code::InvalidArgument, "{body:?}");
+    }
+    // Another content type is no gRPC.
+    for (kind, expect) in [
+        ("application/grpc", 200),
+        ("application/grpc+proto", 200),
+        ("Application/gRPC; charset=utf-8", 200),
+        ("application/grpc+json", 415),
+        ("application/grpc-web", 415),
+        ("application/json", 415),
+        ("", 415),
+    ] {
+        let mut request = grpc(DECIDE, &[], &message);
+        request.headers_mut().insert("content-type", kind.parse().unwrap());
+        let response = sender.send_request(request).await.unwrap();
+        assert_eq!(response.status().as_u16(), expect, "{kind}");
+    }
     for path in [
         "/byokgate.v1.PolicyDecisionService/Nothing",
         "/nobody/Decide",

@@ -73,7 +73,7 @@ async fn a_socket_has_its_rights_and_replaces_nothing_but_a_stale_socket() {
     }
 }
 
-/// The command refuses what would be open to a network, with the exit code of a command line that does not stand.
+/// The command refuses what would be open to a network, with the exit code of an invalid command line.
 #[tokio::test]
 async fn beyond_loopback_something_must_be_said() {
     for (listen, said) in [

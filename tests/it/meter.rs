@@ -29,6 +29,7 @@ use tokio::{
 use tonic::Code;
 
 use crate::{
+    isolation::{partly, raw_connection},
     secrets::is_not_in,
     support::{
         binary::{PATIENCE, Serving},
@@ -308,6 +309,11 @@ async fn calls_that_fail() -> Scraped {
     // One item fails, and the batch does not.
     let batch = pb::BatchDecideRequest { requests: vec![bad(), decide("made-up-key")] };
     assert_eq!(client.batch_decide(batch).await.unwrap().into_inner().collect::<Vec<_>>().await.len(), 2);
+    // What only wants to know is counted apart, as its decisions are.
+    let only_asked = || pb::DecideRequest { report_only: true, ..bad() };
+    assert_eq!(client.decide(only_asked()).await.unwrap_err().code(), Code::InvalidArgument);
+    let batch = pb::BatchDecideRequest { requests: vec![only_asked()] };
+    assert_eq!(client.batch_decide(batch).await.unwrap().into_inner().collect::<Vec<_>>().await.len(), 1);
     assert!(client.resolve_provider(pb::ResolveProviderRequest { runtime: "r\n".into(), ..Default::default() }).await.is_err());
     let status = client.list_models(pb::ListModelsRequest { runtime: "none".into(), details: false }).await.unwrap_err();
     assert_eq!(status.code(), Code::NotFound);
@@ -323,7 +329,19 @@ async fn calls_that_fail() -> Scraped {
     page.is(&failed("ResolveProvider", "INVALID_ARGUMENT"), 1.0);
     page.is(&failed("ListModels", "NOT_FOUND"), 1.0);
     page.is(&failed("other", "UNIMPLEMENTED"), 2.0);
+    for method in ["Decide", "BatchDecide"] {
+        page.is(&failed(method, "INVALID_ARGUMENT").replace("_calls_failed", "_report_only_calls_failed"), 1.0);
+    }
     page.is("byokgate_log_lines_dropped_total", 1.0);
+    // Who leaves while its message is on the way is gone, and that is no fault of the service.
+    let (mut leaving, socket) = raw_connection(&shown.edge).await;
+    let mut answer = std::pin::pin!(leaving.send_request(partly("/byokgate.v1.PolicyDecisionService/Decide", &[], 1000)));
+    assert!(futures_util::poll!(&mut answer).is_pending());
+    // Answered in order: the first has come too.
+    leaving.send_request(partly("/byokgate.v1.PolicyDecisionService/Nothing", &[], 1)).await.unwrap();
+    socket.shutdown(std::net::Shutdown::Both).unwrap();
+    let page = shown.scrape_until(|page| page.get(&failed("Decide", "CANCELLED")) == Some(1.0)).await;
+    assert_eq!(page.get(&failed("Decide", "INTERNAL")), None);
     // Who looks whether somebody listens, and who takes the port for something else.
     drop(TcpStream::connect(shown.edge.tcp()).await.unwrap());
     let mut stranger = TcpStream::connect(shown.edge.tcp()).await.unwrap();

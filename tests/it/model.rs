@@ -13,11 +13,13 @@ use byok_gate::{
         engine::{Engine, LivenessSource, Observed},
         evaluate::{Next, evaluate},
         look::Look,
+        made_up_key::KeyForm,
         snapshot::Snapshot,
         taught::RequestFacts,
     },
     domain::{
         request::Request,
+        secret::Secret,
         verdict::{ServedFrom, Verdict},
     },
     grpc::convert::{self, pb},
@@ -319,8 +321,8 @@ impl Model {
 /// One thing that happens to the facts of one request, at a second.
 #[derive(Debug, Clone)]
 enum Taught {
-    /// A made-up key for this model got: 0 a 401, 1 a 404, 2 a "yes", 3 a 503, 4 nothing.
-    MadeUp(&'static str, u8),
+    /// A made-up key of this form, for this model, got: 0 a 401, 1 a 404, 2 a "yes", 3 a 503, 4 nothing.
+    MadeUp(&'static str, KeyForm, u8),
     Accepted(&'static str),
 }
 
@@ -331,18 +333,18 @@ fn taught_look(status: u16) -> Look {
 }
 
 /// What is known of it then, from all that happened and nothing else.
-fn taught_by(log: &[(u64, Taught)], model: &str, now: u64) -> Calibration {
+fn taught_by(log: &[(u64, Taught)], model: &str, form: Option<KeyForm>, now: u64) -> Calibration {
     let auth = |kind: u8| kind == 0;
-    let mut standing: Vec<(u64, &str, u8)> = Vec::new();
+    let mut standing: Vec<(u64, &str, KeyForm, u8)> = Vec::new();
     let (mut misses, mut untold, mut back_off_until) = (0_u32, None, 0);
     for (at, event) in log {
         match event {
-            Taught::MadeUp(model, kind @ 0..=2) => {
-                standing.retain(|(since, other, _)| other != model && at < &(since + GOOD_FOR));
-                standing.push((*at, model, *kind));
+            Taught::MadeUp(model, form, kind @ 0..=2) => {
+                standing.retain(|(since, other, of, _)| (other, of) != (model, form) && at < &(since + GOOD_FOR));
+                standing.push((*at, model, *form, *kind));
                 (misses, untold) = (0, None);
             }
-            Taught::MadeUp(_, kind) => {
+            Taught::MadeUp(_, _, kind) => {
                 back_off_until = at + (60 << misses.min(20)).min(3600);
                 misses += 1;
                 untold = Some((*kind == 3).then_some(503));
@@ -350,10 +352,12 @@ fn taught_by(log: &[(u64, Taught)], model: &str, now: u64) -> Calibration {
             Taught::Accepted(_) => {}
         }
     }
-    let found = standing.iter().find(|(at, of, kind)| now < at + GOOD_FOR && (*of == model || *kind != 1));
+    let of_form = |of: &KeyForm, kind: u8| kind == 2 || form.is_none_or(|form| form == *of);
+    let tells = |of: &str, kind: u8| of == model || kind != 1;
+    let found = standing.iter().find(|(at, of, form, kind)| now < at + GOOD_FOR && tells(of, *kind) && of_form(form, *kind));
     match (found, untold) {
-        (Some((_, _, 2)), _) => Calibration::AcceptsAnyone,
-        (Some((at, of, kind)), _) => {
+        (Some((_, _, _, 2)), _) => Calibration::AcceptsAnyone,
+        (Some((at, of, _, kind)), _) => {
             let contrasts = |(accepted_at, event): &(u64, Taught)| match event {
                 Taught::Accepted(model) => accepted_at.abs_diff(*at) <= 600 && (model == of || auth(*kind)),
                 Taught::MadeUp(..) => false,
@@ -370,6 +374,7 @@ fn taught_by(log: &[(u64, Taught)], model: &str, now: u64) -> Calibration {
 #[test]
 fn what_an_endpoint_taught_is_what_its_model_says() {
     let mut met: BTreeMap<String, u32> = BTreeMap::new();
+    let forms = ["acme-0123456789abcdef", "acme-0123456789ABCDEFGH"].map(|key| KeyForm::of(&Secret::new(key.into())));
     for seed in 0..SCHEDULES {
         let random = &mut StdRng::seed_from_u64(seed);
         let (mut facts, mut log, mut now) = (RequestFacts::default(), Vec::new(), 0);
@@ -390,19 +395,21 @@ fn what_an_endpoint_taught_is_what_its_model_says() {
                     3 => Calibration::Untold(Some(503)),
                     _ => Calibration::Untold(None),
                 };
-                facts.take_answer(model, calibration, at, Duration::from_secs(GOOD_FOR), 1.0);
-                log.push((now, Taught::MadeUp(model, kind)));
+                let form = *forms.choose(random).unwrap();
+                facts.take_answer((model, form), calibration, at, Duration::from_secs(GOOD_FOR), 1.0);
+                log.push((now, Taught::MadeUp(model, form, kind)));
             }
             let later = now + *[0, 10, 100, 700, 20_000].choose(random).unwrap();
-            for model in ["", "m", "n"] {
-                let expected = taught_by(&log, model, later);
-                let found = facts.calibration(model, Duration::from_secs(later));
-                assert_eq!(found, expected, "seed {seed}, at {later}, `{model}`: {log:#?}");
+            let asked = ["", "m", "n"].map(|model| [None, Some(forms[0]), Some(forms[1])].map(|form| (model, form)));
+            for (model, form) in asked.into_iter().flatten() {
+                let expected = taught_by(&log, model, form, later);
+                let found = facts.calibration(model, form, Duration::from_secs(later));
+                assert_eq!(found, expected, "seed {seed}, at {later}, `{model}` {form:?}: {log:#?}");
                 let word = format!("{found:?}").chars().take_while(|c| c.is_alphanumeric()).collect::<String>();
                 let contrast = matches!(found, Calibration::Refuses { in_contrast: true, .. });
                 *met.entry(format!("{word} {contrast}")).or_default() += 1;
                 // Nobody is asked about what is known, or too soon after what told nothing.
-                assert!(!facts.is_due(model, Duration::from_secs(later)) || found == Calibration::NotAsked);
+                assert!(!facts.is_due(model, form, Duration::from_secs(later)) || found == Calibration::NotAsked);
             }
         }
     }

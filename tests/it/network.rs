@@ -29,7 +29,11 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::support::{case, gate::Files};
+use crate::support::{
+    case,
+    gate::Files,
+    vendor::{Row, Vendor},
+};
 
 /// What a listener does with a connection once it has read something.
 #[derive(Debug, Clone)]
@@ -169,6 +173,22 @@ async fn ask_with(base: &str, settings: ProbeSettings) -> Finding {
         .explain(&crate::model::Asked::about(&engine, 1).target(), &Secret::new("made-up-key".into()))
         .await
         .0
+}
+
+/// A front may end a connection over a long header. Such credentials share theirs with their like alone.
+#[tokio::test]
+async fn a_long_credential_travels_on_no_connection_of_others() {
+    let yes = Row { body: r#"{"data": [], "object": "list", "choices": []}"#.into(), ..Row::default() };
+    let vendor = Vendor::start(vec![yes]).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let engine: Arc<Engine> = Files::new(&registry, &catalogue, None).engine();
+    let target = crate::model::Asked::about(&engine, 1).target();
+    let settings = ProbeSettings { allow_loopback_http: true, calibrate: false, ..ProbeSettings::default() };
+    let prober = HttpProber::new(settings).unwrap();
+    for (length, connections) in [(40, 1), (1024, 1), (1025, 2), (6000, 2), (40, 2)] {
+        let found = prober.explain(&target, &Secret::new("k".repeat(length))).await.0;
+        assert_eq!((found.status, vendor.connections()), (Some(200), connections), "{length} bytes");
+    }
 }
 
 async fn over_http(plays: Vec<Play>) -> (Verdict, Option<u16>, Option<Unreached>, usize) {

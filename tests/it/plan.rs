@@ -77,7 +77,7 @@ fn run(target: &Target, facts: &EndpointFacts, in_contrast: bool, world: World<'
                 asked.push(format!("{} {}", call.probe.surface.as_str(), headers.join("+")));
                 plan.take_response(response(call, world(call.probe.surface, &families, Real)));
             }
-            Next::Control { call, families, .. } => {
+            Next::Calibrate { call, families, .. } => {
                 let calibration = match response(call, world(call.probe.surface, &families, MadeUp)) {
                     ProbeResponse::Answer { reading, look, .. } => calibrated(&reading, &look),
                     _ => Calibration::Untold(None),
@@ -179,10 +179,11 @@ fn a_dialect_is_a_refusal_only_by_proof() {
             &[OWN, OTHERS],
         );
     }
-    comes_to(&same((400, r#"{"error":{"code":"x"}}"#)), Verdict::Invalid, Some(Cause::AsAMadeUpKey), &[OWN, OTHERS]);
-    // Everybody gets it: nothing is known.
     let completion = ["chat-completions bearer", "chat-completions x-api-key+api-key"];
     let all = [&[OWN, OTHERS][..], &completion].concat();
+    let held = [&[OWN][..], &completion].concat();
+    comes_to(&same((400, r#"{"error":{"code":"x"}}"#)), Verdict::Invalid, Some(Cause::AsAMadeUpKey), &held);
+    // Everybody gets it: nothing is known.
     comes_to(&|_, _, _| (400, r#"{"error":{"code":"x"}}"#), Verdict::UnexpectedResponse, Some(Cause::RequestRefused), &all);
     comes_to(&|_, _, _| PAGE, Verdict::UnexpectedResponse, Some(Cause::NoApiAtBaseUrl), &[OWN, completion[0]]);
     comes_to(&|_, _, _| (404, "{}"), Verdict::UnexpectedResponse, Some(Cause::NoApiAtBaseUrl), &[OWN, completion[0]]);
@@ -214,14 +215,109 @@ fn a_403_is_told_apart_by_what_a_made_up_key_gets() {
         }
     };
     comes_to(&world(DEAD), Verdict::Valid, None, &[OWN, "chat-completions bearer"]);
-    comes_to(&world(forbidden), Verdict::Invalid, Some(Cause::AsAMadeUpKey), &[OWN, OTHERS]);
+    // The list forbids every key: what the request that calls a model says counts.
+    comes_to(&world(forbidden), Verdict::Valid, None, &[OWN, "chat-completions bearer"]);
     comes_to(&world((403, r#"{"error":{"code":"other"}}"#)), Verdict::Forbidden, Some(Cause::Status), &[OWN, OTHERS]);
     comes_to(&world((503, "")), Verdict::Forbidden, Some(Cause::Status), &[OWN, OTHERS]);
     // Restricted where models are called is of no use.
     let everywhere = |_, _: &[HeaderFamily], key| if key == Real { SCOPE } else { DEAD };
     comes_to(&everywhere, Verdict::Forbidden, Some(Cause::Restricted), &[OWN, "chat-completions bearer"]);
     let code_for_all = |_, _: &[HeaderFamily], _| SCOPE;
-    comes_to(&code_for_all, Verdict::Invalid, Some(Cause::AsAMadeUpKey), &[OWN, OTHERS]);
+    let completion = ["chat-completions bearer", "chat-completions x-api-key+api-key"];
+    comes_to(&code_for_all, Verdict::Invalid, Some(Cause::AsAMadeUpKey), &[&[OWN][..], &completion].concat());
+    // No answer to the second request takes the code away; a row that says that its list tells keys apart needs none.
+    for later in [(429, "slow"), (500, "oops"), (400, "{}"), (404, ""), PAGE, SILENCE] {
+        let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { forbidden } else { later };
+        let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+        let came = run(&target, &EndpointFacts::default(), false, &world);
+        assert_eq!(came.finding.verdict, Verdict::Invalid, "{later:?} {:?}", came.asked);
+    }
+}
+
+/// A list that asks for a key and then answers every key alike says nothing of a key: the request that calls a model does.
+#[test]
+fn a_list_that_answers_every_key_alike_refuses_no_good_key() {
+    let missing = (401, r#"{"error":{"message":"missing api key"}}"#);
+    let lists = [
+        (400, r#"{"error":{"message":"x-org header required"}}"#),
+        (404, "404 page not found"),
+        (405, "Method Not Allowed"),
+        (403, "listing is disabled"),
+        (403, r#"{"error":{"code":"listing_disabled"}}"#),
+        (402, r#"{"error":{"message":"lists are not in your plan"}}"#),
+        (404, r#"{"error":{"message":"no such route"}}"#),
+        (200, r#"{"object":"list"}"#),
+    ];
+    // What a good key and a bad one get where models are called, and what comes of them.
+    let completions = [
+        (CHAT, DEAD, Verdict::Valid, Verdict::Invalid),
+        (CHAT, (401, "nope"), Verdict::Valid, Verdict::Invalid),
+        ((400, r#"{"error":{"message":"unknown model"}}"#), DEAD, Verdict::UnexpectedResponse, Verdict::Invalid),
+    ];
+    let same = [
+        (400, r#"{"error":{"message":"unknown model"}}"#),
+        (404, r#"{"error":{"message":"model m not found"}}"#),
+        (422, r#"{"detail":[{"loc":["body"],"msg":"x"}]}"#),
+        (403, "model not enabled"),
+    ];
+    let same = same.map(|answer| (answer, answer, Verdict::UnexpectedResponse, Verdict::UnexpectedResponse));
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    for list in lists {
+        for (good, bad, for_good, for_bad) in completions.into_iter().chain(same) {
+            for (real, expected) in [(good, for_good), (bad, for_bad)] {
+                let world = |surface, families: &[HeaderFamily], key| match (surface, key) {
+                    (_, Key::None) => missing,
+                    _ if families != [Bearer] => missing,
+                    (Surface::Models, _) => list,
+                    (_, Real) => real,
+                    (_, MadeUp) => bad,
+                };
+                let came = run(&target, &EndpointFacts::default(), false, &world);
+                // A code for "forbidden" that every key gets counts where nothing clear follows.
+                let by_code = list == lists[4] && expected == Verdict::UnexpectedResponse;
+                let expected = if by_code { Verdict::Invalid } else { expected };
+                assert_eq!(came.finding.verdict, expected, "{list:?} {real:?} {:?}", came.asked);
+                if expected == Verdict::Valid {
+                    assert!(came.lessons.contains(&Lesson::Absent(target.calls[0].request)), "it is asked again: {list:?}");
+                }
+                let missing_api = came.finding.cause == Some(Cause::NoApiAtBaseUrl);
+                assert!(!missing_api, "something there asks for a key: {list:?} {real:?}");
+            }
+        }
+    }
+    // The same "no" to both is about the key.
+    let store = (400, r#"{"error":{"message":"no store","type":"no_db","code":"400"}}"#);
+    let world = |_, _: &[HeaderFamily], key| if key == Key::None { (500, "Internal Server Error") } else { store };
+    assert_eq!(run(&target, &EndpointFacts::default(), false, &world).finding.verdict, Verdict::Invalid);
+    // Here only the path is missing, and the completions ask for a key.
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, _) => (404, "404"),
+        (_, Key::None) => missing,
+        _ => (404, r#"{"error":{"message":"model m not found"}}"#),
+    };
+    let came = run(&target, &EndpointFacts::default(), false, &world);
+    assert_eq!((came.finding.verdict, came.finding.cause), (Verdict::UnexpectedResponse, Some(Cause::NotFound)));
+}
+
+/// "Payment required" may be what every unknown key gets.
+#[test]
+fn a_402_that_a_made_up_key_gets_too_says_nothing_of_an_account() {
+    let pay = (402, r#"{"error":{"message":"unknown key, pay"}}"#);
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let judged = |made_up, keyless, in_contrast| {
+        let world = |_, _: &[HeaderFamily], key| match key {
+            Real => pay,
+            MadeUp => made_up,
+            Key::None => keyless,
+        };
+        run(&target, &EndpointFacts::default(), in_contrast, &world).finding.verdict
+    };
+    assert_eq!(judged(DEAD, DEAD, false), Verdict::QuotaExhausted);
+    assert_eq!(judged((503, ""), DEAD, false), Verdict::QuotaExhausted);
+    assert_eq!(judged(LIST, DEAD, false), Verdict::QuotaExhausted);
+    assert_eq!(judged(pay, DEAD, false), Verdict::Invalid);
+    assert_eq!(judged(pay, pay, false), Verdict::UnexpectedResponse);
+    assert_eq!(judged(pay, pay, true), Verdict::Invalid);
 }
 
 /// A key that may do chat completions and nothing else is judged by what the workspace's runtime does.

@@ -294,7 +294,7 @@ fn only_values_under_the_providers_own_names_are_ever_asked_about() {
                         let request = request(runtime, model, &rows);
                         requests += 1;
                         let evaluation = evaluate(&snapshot, &request, 0, &|_| String::new());
-                        // Another arm may own the model by the names at hand.
+                        // Another arm may own the model by the available names.
                         let owner =
                             snapshot.registry.providers().iter().find(|known| known.name == evaluation.resolution.provider);
                         let Next::Ask(questions) = &evaluation.next else { continue };

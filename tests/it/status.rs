@@ -178,7 +178,7 @@ async fn the_command_reads_a_process_over_a_socket_file() {
         assert!(told.status.code().is_some_and(|code| code != 0), "{told:?}");
         assert!(told.stderr.contains(words), "{server}: {}", told.stderr);
     }
-    // A file that does not stand any more is told of, with what is wrong.
+    // A file that has become invalid is shown, with what is wrong.
     std::fs::write(files.folder().join("registry.yaml"), "schema_version: 1\nproviders: []\n").unwrap();
     serving.until("reload_failed").await;
     let told = run(&["status", "--server", &socket], &[]).await;

@@ -160,7 +160,7 @@ async fn tokens_are_required_over_tcp_and_turn_over_without_a_restart() {
         };
         timeout(PATIENCE, asking).await.unwrap();
     };
-    // Both, then a file that does not stand, then the new one alone.
+    // Both, then an invalid file, then the new one alone.
     fs::write(&file, format!("{OLD_TOKEN}\n{TOKEN}\n")).unwrap();
     becomes(TOKEN, Code::Ok).await;
     assert_eq!(ask_status(channel.clone(), Some(&bearer(OLD_TOKEN))).await, Code::Ok);
@@ -207,7 +207,7 @@ async fn a_unix_peer_is_known_by_its_ids() {
     }
 }
 
-/// New connections get the new certificate, whichever file comes first; old ones live on; what does not stand changes nothing.
+/// New connections get the new certificate, whichever file comes first; old ones live on; an invalid one changes nothing.
 #[tokio::test]
 async fn certificates_turn_over_without_a_restart() {
     let folder = tempfile::tempdir().unwrap();

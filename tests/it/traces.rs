@@ -419,7 +419,7 @@ async fn the_last_spans_are_sent_at_the_end_over_tls() {
     }
 }
 
-/// What does not stand ends the start, names the setting, and is not repeated, since it may hold a password.
+/// An invalid setting ends the start, names the setting, and is not repeated, since it may hold a password.
 #[tokio::test]
 async fn settings_that_do_not_stand_end_the_start() {
     for (key, value, said) in [

@@ -1,4 +1,4 @@
-//! Derivation against vectors: our own beside this file, and the platform's where they are at hand.
+//! Derivation against vectors: our own beside this file, and the platform's where they are there.
 
 use std::{collections::BTreeSet, fs, path::Path};
 

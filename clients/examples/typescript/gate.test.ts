@@ -93,7 +93,7 @@ test("TLS with a client certificate", async () => {
 });
 
 for (const tls of [{ ca: file("ca") }, { ca: file("other_ca"), cert: file("client_cert"), key: file("client_key") }]) {
-  test(`TLS that does not stand: ${Object.keys(tls)}`, async () => {
+  test(`invalid TLS: ${Object.keys(tls)}`, async () => {
     const answer = await ask(server("mtls"), LIVE, Checkpoint.CHECKPOINT_CREATE, { tls });
     assert.ok(answer.outcome === "undecided" && answer.httpStatus === 503, inspect(answer));
   });

@@ -77,7 +77,7 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
             for name in names {
                 let rows = hosts.entry(name.clone()).or_default();
                 if rows.iter().any(|other| other.path_prefix == row.path_prefix && other.protocol == row.protocol) {
-                    let message = format!("host `{name}` with path_prefix `{}` stands twice", row.path_prefix);
+                    let message = format!("host `{name}` with path_prefix `{}` appears twice", row.path_prefix);
                     problems.push(Problem::at(&place, message));
                 }
                 rows.push(row.clone());
@@ -399,7 +399,7 @@ fn check_probes(files: Option<Vec<ProbeFile>>, place: &str, problems: &mut Vec<P
         let place = format!("{place}[{index}]");
         match check_probe(file, &place) {
             Ok(probe) if probes.iter().any(|other| other.name == probe.name) => {
-                problems.push(Problem::at(format!("{place}.name"), format!("`{}` stands twice in this ladder", probe.name)));
+                problems.push(Problem::at(format!("{place}.name"), format!("`{}` appears twice in this ladder", probe.name)));
             }
             Ok(probe) => probes.push(probe),
             Err(list) => problems.extend(list),
@@ -527,7 +527,7 @@ fn check_auth(words: Vec<String>, problem: &mut dyn FnMut(&str, String)) -> Vec<
     let mut auth = Vec::new();
     for word in words {
         match word.parse::<HeaderFamily>() {
-            Ok(family) if auth.contains(&family) => problem("auth", format!("`{word}` stands twice")),
+            Ok(family) if auth.contains(&family) => problem("auth", format!("`{word}` appears twice")),
             Ok(family) => auth.push(family),
             Err(_) => problem("auth", format!("`{word}` is none of bearer, x-api-key, x-goog-api-key, api-key")),
         }

@@ -56,7 +56,7 @@ pub(super) fn check(document: &str, bytes: &[u8], env: Env<'_>) -> Result<Loaded
         }
         Err(problem) => match part_by_part(bytes, &mut found.problems) {
             Some(file) => {
-                // What is wrong between the parts, such as a key that stands twice, shows in none of them.
+                // What is wrong between the parts, such as a key that appears twice, shows in none of them.
                 if !found.problems.contains(&problem) {
                     found.problems.push(problem);
                 }
@@ -312,7 +312,7 @@ fn check_auth_env(names: Vec<String>, problem: &mut dyn FnMut(&str, String)) -> 
         if !is_env_name(name) {
             problem(&format!("auth_env[{index}]"), not_a_variable(name));
         } else if names.iter().take(index).any(|earlier| earlier == name) {
-            problem(&format!("auth_env[{index}]"), format!("`{name}` stands twice; remove one"));
+            problem(&format!("auth_env[{index}]"), format!("`{name}` appears twice; remove one"));
         }
     }
     names
@@ -370,7 +370,7 @@ fn check_arm(arm: ArmFile, place: &str, providers: &[(String, Option<Provider>)]
                 let message = format!("model id {model:?} is blank, padded or holds a control character; write the bare id");
                 found.problems.push(Problem::at(&place, message));
             } else if list.iter().take(index).any(|earlier| earlier == model) {
-                found.problems.push(Problem::at(&place, format!("model id `{model}` stands twice; remove one")));
+                found.problems.push(Problem::at(&place, format!("model id `{model}` appears twice; remove one")));
             } else if field == "models" && withdrawn.contains(model) {
                 let message = format!("model id `{model}` is withdrawn too, and so not offered; take it off one of the lists");
                 found.warnings.push(Problem::at(&place, message));

@@ -1,6 +1,6 @@
 //! The owner of what endpoints have taught: how they refuse a made-up key, whether they accept anybody, in which headers, and which requests
-//! lead nowhere. Shared by every probe, bounded, and forgotten after hours. A made-up key is asked about once per request and header in that
-//! time, one at a time, and never on a caller's time alone.
+//! lead nowhere. Shared by every probe, bounded, and forgotten after hours. In that time a made-up key is sent once per request, header and form of
+//! key, one at a time; it runs by itself, so that a caller with little time does not end it.
 
 use std::{
     collections::BTreeMap,
@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use rand::{Rng, distr::Alphanumeric};
+use rand::Rng;
 use tokio::time::Instant;
 use tracing::Instrument;
 
@@ -19,6 +19,7 @@ use crate::{
         classify::{Calibration, Finding, calibrated, read},
         endpoint::{Call, Endpoint, Target},
         look::Look,
+        made_up_key::{KeyForm, made_up_key_like},
         probe_plan::Lesson,
         taught::{EndpointFacts, RequestFacts},
     },
@@ -40,10 +41,6 @@ pub(super) const BUDGET: Duration = Duration::from_secs(10);
 const MAX_ENTRIES: u64 = 10_000;
 /// How many made-up keys may be under way at a time.
 const MAX_FLIGHTS: usize = 64;
-/// The random part of a made-up key.
-const RANDOM_CHARACTERS: usize = 48;
-/// How a key begins where the catalogue does not know.
-const USUAL_PREFIX: &str = "sk-";
 
 type Key = [u8; 32];
 
@@ -110,7 +107,7 @@ impl Endpoints {
 
     /// This request tells nothing of a key: anybody is accepted, or it is not there.
     pub(super) fn is_pointless(&self, call: &Call, family: HeaderFamily) -> bool {
-        self.absent.contains_key(&call.request) || self.known(call, &[family]) == Calibration::AcceptsAnyone
+        self.absent.contains_key(&call.request) || self.known(call, &[family], None) == Calibration::AcceptsAnyone
     }
 
     /// Takes in what a probe has learnt.
@@ -137,7 +134,7 @@ impl Endpoints {
         let missing = finding.cause == Some(Cause::NoApiAtBaseUrl);
         let name = [endpoint.provider.clone(), endpoint.host.clone()];
         let mut shown = lock(&self.shown);
-        // What never was so is absent.
+        // An endpoint that never lacked its API has no entry.
         if missing || finding.status.is_some() && shown.no_api.contains_key(&name) {
             bounded(&mut shown.no_api);
             shown.no_api.insert(name, missing);
@@ -155,17 +152,48 @@ impl Endpoints {
         self.requests.insert(key(call, &[right]), Arc::new(Mutex::new(known)));
     }
 
-    /// Asks with a made-up key in these headers, or without any where there are none, unless the answer is known or under way.
-    pub(super) fn begin(&self, call: &Call, families: &[HeaderFamily], target: &Target) -> Asked {
+    /// What a made-up key of the form of this one gets, by the deadline.
+    pub(super) async fn of_its_form(
+        &self,
+        call: &Call,
+        families: &[HeaderFamily],
+        target: &Target,
+        secret: &Secret,
+        deadline: Instant,
+    ) -> Calibration {
+        let form = Some(KeyForm::of(secret));
+        let known = || self.known(call, families, form);
+        // One of another form may be under way.
+        for _ in 0..2 {
+            let got = self.begin(call, families, target, secret, form).by(deadline).await;
+            match (known(), got) {
+                (Calibration::NotAsked, untold @ Calibration::Untold(_)) => return untold,
+                (Calibration::NotAsked, _) => {}
+                (known, _) => return known,
+            }
+        }
+        Calibration::Untold(None)
+    }
+
+    /// Asks with a made-up key like this one in these headers, or without any where there are none, unless the answer is known or under way.
+    /// `form`: only what one of this form gets counts as known.
+    pub(super) fn begin(
+        &self,
+        call: &Call,
+        families: &[HeaderFamily],
+        target: &Target,
+        secret: &Secret,
+        form: Option<KeyForm>,
+    ) -> Asked {
         let key = key(call, families);
         let facts = self.request(call, families);
         let launch = |_| {
             let (known, due) = {
                 let (facts, now) = (lock(&facts), self.since.elapsed());
-                (facts.calibration(&call.model, now), facts.is_due(&call.model, now))
+                (facts.calibration(&call.model, form, now), facts.is_due(&call.model, form, now))
             };
             if due {
-                Start::Run(self.fly(call, families, target, Arc::clone(&facts)).instrument(traces::calibrate(target)))
+                Start::Run(self.fly(call, families, target, secret, Arc::clone(&facts)).instrument(traces::calibrate(target)))
             } else {
                 Start::<_, Infallible, _>::Known(known)
             }
@@ -178,9 +206,9 @@ impl Endpoints {
     }
 
     /// What is known without asking.
-    fn known(&self, call: &Call, families: &[HeaderFamily]) -> Calibration {
+    pub(super) fn known(&self, call: &Call, families: &[HeaderFamily], form: Option<KeyForm>) -> Calibration {
         let facts = self.requests.get(&key(call, families));
-        facts.map_or(Calibration::NotAsked, |facts| lock(&facts).calibration(&call.model, self.since.elapsed()))
+        facts.map_or(Calibration::NotAsked, |facts| lock(&facts).calibration(&call.model, form, self.since.elapsed()))
     }
 
     fn request(&self, call: &Call, families: &[HeaderFamily]) -> Arc<Mutex<RequestFacts>> {
@@ -192,17 +220,22 @@ impl Endpoints {
         call: &Call,
         families: &[HeaderFamily],
         target: &Target,
+        secret: &Secret,
         facts: Arc<Mutex<RequestFacts>>,
     ) -> impl Future<Output = Calibration> + Send + use<> {
         let (endpoints, call, families) = (self.clone(), call.clone(), families.to_vec());
         let (provider, host) = (target.endpoint.provider.clone(), target.endpoint.host.clone());
-        let made_up = made_up_key(target.endpoint.key_prefix.as_deref());
+        let form = KeyForm::of(secret);
+        let made_up = {
+            let mut rng = rand::rng();
+            made_up_key_like(secret, target.endpoint.key_prefix.as_deref(), |below| rng.random_range(0..below))
+        };
         async move {
             let exchange = endpoints.http.exchange(&call, &families, &made_up, Instant::now() + BUDGET).await;
             let told = match exchange {
                 Exchange::Answered(response) => {
                     let (reading, look) = (read(response.facts(), &call.probe), Look::of(response.facts(), made_up.expose()));
-                    // What nobody's request gets is told apart by its look alone.
+                    // The answer to a request without a key is compared, and not read.
                     let seen = |look| Calibration::Refuses { look, in_words: false, in_contrast: false };
                     if families.is_empty() { seen(look) } else { calibrated(&reading, &look) }
                 }
@@ -213,8 +246,8 @@ impl Endpoints {
                 endpoints.count([provider, host, call.probe.name.clone(), header_of(&families)], &told);
             }
             let (mut facts, now) = (lock(&facts), endpoints.since.elapsed());
-            facts.take_answer(&call.model, told, now, GOOD_FOR, jitter());
-            facts.calibration(&call.model, now)
+            facts.take_answer((&call.model, form), told, now, GOOD_FOR, jitter());
+            facts.calibration(&call.model, Some(form), now)
         }
     }
 
@@ -300,6 +333,11 @@ impl Asked {
         }
     }
 
+    /// A made-up key is on its way.
+    pub(super) fn is_under_way(&self) -> bool {
+        matches!(self, Self::UnderWay(_))
+    }
+
     /// What is known without waiting.
     pub(super) fn so_far(self) -> Calibration {
         match self {
@@ -307,10 +345,4 @@ impl Asked {
             Self::UnderWay(_) => Calibration::Untold(None),
         }
     }
-}
-
-/// A key of the vendor's shape that nobody issued.
-pub(super) fn made_up_key(prefix: Option<&str>) -> Secret {
-    let random = rand::rng().sample_iter(Alphanumeric).take(RANDOM_CHARACTERS).map(char::from);
-    Secret::new(prefix.unwrap_or(USUAL_PREFIX).chars().chain(random).collect())
 }

@@ -3,7 +3,7 @@
 use super::{Counter, Measured, Page};
 
 /// Every code of gRPC, by its number.
-const CODES: [&str; 17] = [
+pub const CODES: [&str; 17] = [
     "OK",
     "CANCELLED",
     "UNKNOWN",
@@ -34,8 +34,13 @@ const METHODS: [&str; 6] = [DECIDE, BATCH_DECIDE, "ResolveProvider", "ListModels
 /// Counts of calls that failed.
 #[derive(Debug, Default)]
 pub struct Calls {
-    failed: [[Counter; CODES.len()]; METHODS.len()],
+    failed: Failed,
+    /// Those that were only to report.
+    reported: Failed,
 }
+
+/// By method and code.
+type Failed = [[Counter; CODES.len()]; METHODS.len()];
 
 /// The method, if it is one of ours; else empty.
 pub fn known_method(method: &str) -> &'static str {
@@ -55,18 +60,25 @@ fn index_of(code: i32) -> usize {
 
 impl Calls {
     /// One of this method ended with this code, which is not OK.
-    pub fn failed(&self, method: &str, code: i32) {
+    pub fn failed(&self, method: &str, code: i32, report_only: bool) {
         let index = METHODS.iter().position(|known| *known == method).unwrap_or(METHODS.len() - 1);
-        self.failed.get(index).and_then(|counts| counts.get(index_of(code))).into_iter().for_each(Counter::one);
+        let counts = if report_only { &self.reported } else { &self.failed };
+        counts.get(index).and_then(|counts| counts.get(index_of(code))).into_iter().for_each(Counter::one);
     }
 }
 
 impl Measured for Calls {
     fn tell(&self, page: &mut Page) {
-        let mut failed = page.counter("byokgate_calls_failed", "Calls, and items of batches, that ended without an answer");
-        for (method, counts) in METHODS.iter().zip(&self.failed) {
-            for (code, count) in CODES.iter().zip(counts) {
-                failed.happened(&[("method", method), ("grpc_code", code)], count);
+        let reported = "Calls with report_only, and such items of batches, that ended without an answer";
+        for (name, help, counted) in [
+            ("byokgate_calls_failed", "Calls, and items of batches, that ended without an answer", &self.failed),
+            ("byokgate_report_only_calls_failed", reported, &self.reported),
+        ] {
+            let mut failed = page.counter(name, help);
+            for (method, counts) in METHODS.iter().zip(counted) {
+                for (code, count) in CODES.iter().zip(counts) {
+                    failed.happened(&[("method", method), ("grpc_code", code)], count);
+                }
             }
         }
     }

@@ -32,7 +32,7 @@ impl Reloads {
         self.failing.store(false, Ordering::Relaxed);
     }
 
-    /// What is there cannot be read, or does not stand.
+    /// What is there cannot be read, or is invalid.
     pub fn failed(&self) {
         self.failed.one();
         self.failing.store(true, Ordering::Relaxed);
@@ -45,10 +45,7 @@ impl Measured for Reloads {
         reloads.add(&[("what", self.what), ("result", "taken")], &self.taken);
         reloads.add(&[("what", self.what), ("result", "failed")], &self.failed);
         let failing = u64::from(self.failing.load(Ordering::Relaxed));
-        page.gauge(
-            "byokgate_reload_failing",
-            "1 while what is in the files does not stand and the last good version is in force",
-        )
-        .add(&[("what", self.what)], failing);
+        page.gauge("byokgate_reload_failing", "1 while what is in the files is invalid and the last good version is in force")
+            .add(&[("what", self.what)], failing);
     }
 }

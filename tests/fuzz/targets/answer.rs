@@ -87,7 +87,7 @@ fuzz_target!(|input: &[u8]| {
                 plan.take_response(response);
             }
             // A made-up key gets what the real one got, or something else.
-            Next::Control { call, .. } => {
+            Next::Calibrate { call, .. } => {
                 let response = nth(if same { last } else { steps }).response(call);
                 plan.take_calibration(&match response {
                     ProbeResponse::Answer { reading, look, .. } => calibrated(&reading, &look),

@@ -44,7 +44,7 @@ impl Scraped {
         let mut series = BTreeMap::new();
         for line in text.lines().filter(|line| !line.starts_with('#')) {
             let (name, value) = line.rsplit_once(' ').unwrap();
-            assert!(series.insert(name.to_owned(), value.parse().unwrap()).is_none(), "{name} stands twice");
+            assert!(series.insert(name.to_owned(), value.parse().unwrap()).is_none(), "{name} appears twice");
         }
         Self { text: text.to_owned(), series }
     }

@@ -1,0 +1,177 @@
+//! Made-up keys: what an endpoint is asked with to see whether it refuses what nobody issued.
+//!
+//! A server may look at no more than a key's form (its length, its alphabet) before it says yes. So the made-up key has the form of the key that it
+//! is compared with, and a "yes" counts only where a made-up key of that form is refused. What a server checks beyond the form, as a checksum in
+//! the key, stays unseen.
+
+use crate::domain::secret::Secret;
+
+/// The random part of a made-up key of no given form.
+const USUAL_LENGTH: usize = 48;
+/// How a key begins where nobody knows.
+const USUAL_PREFIX: &str = "sk-";
+/// With fewer random characters a made-up key could be somebody's.
+const MIN_RANDOM: usize = 12;
+/// The first word of a key, as `acme_`, is no longer than this.
+const MAX_FIRST_WORD: usize = 12;
+
+/// The form of a key, as far as a server can check it without knowing the key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct KeyForm {
+    length: usize,
+    alphabet: Alphabet,
+    has_dash: bool,
+    has_underscore: bool,
+    has_other: bool,
+}
+
+/// Out of what a key's letters and digits are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+enum Alphabet {
+    Digits,
+    LowerHex,
+    UpperHex,
+    Lower,
+    Upper,
+    #[default]
+    Mixed,
+}
+
+// === impl KeyForm ===
+
+impl KeyForm {
+    /// The form of this key.
+    pub fn of(key: &Secret) -> Self {
+        let key = key.expose();
+        let word = first_word(key).len();
+        let bytes = || key.bytes().skip(word);
+        Self {
+            length: key.len(),
+            alphabet: Alphabet::of(bytes()),
+            has_dash: bytes().any(|byte| byte == b'-'),
+            has_underscore: bytes().any(|byte| byte == b'_'),
+            has_other: bytes().any(|byte| !byte.is_ascii_alphanumeric() && byte != b'-' && byte != b'_'),
+        }
+    }
+}
+
+// === impl Alphabet ===
+
+impl Alphabet {
+    fn of(bytes: impl Iterator<Item = u8>) -> Self {
+        let (mut digits, mut upper, mut lower, mut beyond_hex) = (false, false, false, false);
+        for byte in bytes {
+            digits |= byte.is_ascii_digit();
+            upper |= byte.is_ascii_uppercase();
+            lower |= byte.is_ascii_lowercase();
+            beyond_hex |= byte.is_ascii_alphabetic() && !byte.is_ascii_hexdigit();
+        }
+        match (upper, lower) {
+            (false, false) => Self::Digits,
+            (true, true) => Self::Mixed,
+            (false, true) if digits && !beyond_hex => Self::LowerHex,
+            (true, false) if digits && !beyond_hex => Self::UpperHex,
+            (false, true) => Self::Lower,
+            (true, false) => Self::Upper,
+        }
+    }
+
+    /// A character that may stand in this one's place. `random`: a number below the given one.
+    fn another(self, byte: u8, random: &mut impl FnMut(u8) -> u8) -> u8 {
+        let letters = if matches!(self, Self::LowerHex | Self::UpperHex) { 6 } else { 26 };
+        match byte {
+            b'0'..=b'9' => b'0' + random(10),
+            b'a'..=b'z' => b'a' + random(letters),
+            b'A'..=b'Z' => b'A' + random(letters),
+            other => other,
+        }
+    }
+}
+
+/// A key that nobody issued, of the vendor's prefix. `random`: a number below the given one.
+pub fn made_up_key(prefix: Option<&str>, mut random: impl FnMut(u8) -> u8) -> Secret {
+    let mut key = prefix.unwrap_or(USUAL_PREFIX).to_owned();
+    key.extend((0..USUAL_LENGTH).map(|_| char::from(*ALPHANUMERIC.get(usize::from(random(62))).unwrap_or(&b'a'))));
+    Secret::new(key)
+}
+
+/// A key that nobody issued, of the form of this one: its first word or the vendor's prefix, and another character of the same kind for every
+/// letter and digit behind it. A key that is too short for that is answered with the usual one.
+pub fn made_up_key_like(key: &Secret, prefix: Option<&str>, mut random: impl FnMut(u8) -> u8) -> Secret {
+    let text = key.expose();
+    let kept = prefix.filter(|prefix| text.starts_with(prefix)).unwrap_or_else(|| first_word(text));
+    let rest = text.strip_prefix(kept).unwrap_or(text);
+    if !rest.is_ascii() || rest.bytes().filter(u8::is_ascii_alphanumeric).count() < MIN_RANDOM {
+        return made_up_key(prefix, random);
+    }
+    let alphabet = Alphabet::of(rest.bytes());
+    Secret::new(kept.chars().chain(rest.bytes().map(|byte| char::from(alphabet.another(byte, &mut random)))).collect())
+}
+
+/// `acme_` of `acme_0123`: letters before the first dash or underscore.
+fn first_word(key: &str) -> &str {
+    let end = key.find(['-', '_']).filter(|end| *end < MAX_FIRST_WORD);
+    let word = end.and_then(|end| key.get(..=end)).unwrap_or_default();
+    if word.bytes().rev().skip(1).all(|byte| byte.is_ascii_alphabetic()) { word } else { "" }
+}
+
+const ALPHANUMERIC: &[u8; 62] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn like(key: &str, prefix: Option<&str>) -> String {
+        let mut next = 0_u8;
+        let random = |below: u8| {
+            next = next.wrapping_mul(5).wrapping_add(3);
+            next % below
+        };
+        made_up_key_like(&Secret::new(key.into()), prefix, random).expose().to_owned()
+    }
+
+    #[test]
+    fn it_has_the_form_and_nothing_else_of_the_key() {
+        for (key, prefix, kept) in [
+            ("sk-9f8e7d6c5b4a39281706f5e4d3c2b1a0ffee", None, "sk-"),
+            ("acme_LIVE0123456789abcdEFGH", None, "acme_"),
+            ("550e8400-e29b-41d4-a716-446655440000", None, ""),
+            ("sk-ant-api03-AbCd_EfGh-0123456789xyz", Some("sk-ant-"), "sk-ant-"),
+            ("0123456789012345", Some("sk-"), ""),
+        ] {
+            let made_up = like(key, prefix);
+            let form = |key: &str| KeyForm::of(&Secret::new(key.into()));
+            assert_eq!(form(&made_up), form(key), "{made_up}");
+            assert_eq!(made_up.get(..kept.len()), Some(kept));
+            let same = made_up.bytes().zip(key.bytes()).skip(kept.len());
+            let same = same.filter(|(one, two)| one == two && one.is_ascii_alphanumeric()).count();
+            assert!(same * 3 < key.len(), "{made_up} is too much of {key}");
+        }
+    }
+
+    #[test]
+    fn a_short_key_is_never_hit_by_chance() {
+        for key in ["sk-1234", "password", "tenant-good", "ключ-ключ-ключ-ключ"] {
+            assert_eq!(like(key, None).len(), USUAL_PREFIX.len() + USUAL_LENGTH, "{key}");
+        }
+    }
+
+    #[test]
+    fn forms_that_a_server_can_tell_apart_differ() {
+        let forms = [
+            "sk-0123456789abcdef",
+            "sk-0123456789abcdefa",
+            "sk-0123456789ABCDEF",
+            "sk-0123456789012345",
+            "sk-0123456789abcdxy",
+            "sk-0123456789aBcdxy",
+            "sk-0123456-89abcdef",
+            "sk-0123456_89abcdef",
+            "sk-0123456.89abcdef",
+        ];
+        let forms = forms.map(|key| KeyForm::of(&Secret::new(key.into())));
+        for (at, one) in forms.iter().enumerate() {
+            assert!(forms.iter().skip(at + 1).all(|other| one != other), "{at}");
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! The way out: spans go into a bounded queue, and one thread of its own, with a runtime of its own, sends them over OTLP. What does not fit
+//! or does not arrive is lost, counted, and told of rarely. Nothing else waits for the collector.
+
+use std::{
+    env,
+    future::{Future, ready},
+    io,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use opentelemetry::{Context, InstrumentationScope, KeyValue, trace::TracerProvider};
+use opentelemetry_otlp::{SpanExporter as OtlpExporter, WithExportConfig, WithTonicConfig};
+use opentelemetry_sdk::{
+    Resource,
+    error::{OTelSdkError, OTelSdkResult},
+    resource::{EnvResourceDetector, TelemetryResourceDetector},
+    trace::{
+        BatchConfigBuilder, BatchSpanProcessor, Sampler, SdkTracerProvider, Span as SdkSpan, SpanData, SpanExporter,
+        SpanProcessor,
+    },
+};
+use serde::{Deserialize, Serialize};
+use tonic::transport::{Certificate, ClientTlsConfig, Endpoint};
+use tracing::{Metadata, Subscriber, level_filters::LevelFilter};
+use tracing_opentelemetry::OpenTelemetryLayer;
+use tracing_subscriber::{Layer, filter::filter_fn, registry::LookupSpan};
+use url::Url;
+use uuid::Uuid;
+
+use crate::{
+    domain::{duration, problem::Review},
+    telemetry::metrics::{Counter, Measured, Page},
+};
+
+/// What the service's own spans are told by. Nobody else's become part of a trace: neither the HTTP library's, nor the exporter's own.
+pub(super) const TARGET: &str = "byok_gate::span";
+/// Keeps them alive under whatever log filter is set: it rules the log, and traces have a switch of their own.
+pub(crate) const DIRECTIVE: &str = "byok_gate::span=info";
+/// What is sent at once: a few hundred KiB, far below what a collector takes for one message.
+const BATCH_SPANS: usize = 512;
+/// Lost spans are told of no more often than this.
+const TELL_EVERY: Duration = Duration::from_secs(60);
+
+/// Where spans go, and how many.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TracingSettings {
+    /// The OTLP collector over gRPC, `http://HOST:PORT` or `https://HOST:PORT`; no traces without it.
+    pub otlp_endpoint: Option<String>,
+    /// Whom to trust for `https`, in place of the system's authorities.
+    pub ca_file: Option<PathBuf>,
+    /// The part of the calls without a trace of their own that is traced, 0 to 1.
+    pub sample_ratio: f64,
+    /// The longest that one batch may take, tries again included.
+    #[serde(with = "duration")]
+    pub export_timeout: Duration,
+    /// The longest that a span waits to be sent.
+    #[serde(with = "duration")]
+    pub export_interval: Duration,
+    /// How many spans are held at a time, those on their way included.
+    pub queue_spans: usize,
+}
+
+impl Default for TracingSettings {
+    fn default() -> Self {
+        Self {
+            otlp_endpoint: None,
+            ca_file: None,
+            sample_ratio: 0.01,
+            export_timeout: Duration::from_secs(10),
+            export_interval: Duration::from_secs(5),
+            queue_spans: 2048,
+        }
+    }
+}
+
+impl TracingSettings {
+    /// What is wrong with them.
+    pub fn review(&self, review: &mut Review<'_>) {
+        let least = Duration::from_millis(10);
+        review.length("export_timeout", self.export_timeout, least, duration::MAX);
+        review.length("export_interval", self.export_interval, least, duration::MAX);
+        review.number("queue_spans", self.queue_spans, 1, 1 << 24);
+        review.number("sample_ratio", self.sample_ratio, 0.0, 1.0);
+        if let Some(endpoint) = &self.otlp_endpoint
+            && !is_collector(endpoint)
+        {
+            // What was given is not repeated: it may hold a password.
+            review.error("otlp_endpoint", "is not the address of a collector: http://HOST:PORT or https://HOST:PORT");
+        }
+    }
+}
+
+/// An address for OTLP over gRPC, which has neither path nor user.
+fn is_collector(endpoint: &str) -> bool {
+    let Ok(url) = Url::parse(endpoint) else { return false };
+    let is_bare = url.username().is_empty() && url.password().is_none() && url.query().is_none() && url.fragment().is_none();
+    matches!(url.scheme(), "http" | "https") && url.has_host() && is_bare && url.path() == "/"
+}
+
+/// Traces could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceSetupError {
+    /// The collector's address or certificates are invalid.
+    #[error("tracing.otlp_endpoint `{endpoint}` or its tracing.ca_file is invalid")]
+    Endpoint {
+        /// The address.
+        endpoint: String,
+        /// The fault.
+        #[source]
+        source: tonic::transport::Error,
+    },
+    /// The exporter takes some of its settings from the environment, and those are invalid.
+    #[error("the exporter's own OTEL_EXPORTER_OTLP_ variables: {0}")]
+    Exporter(String),
+    /// No thread or timer could be had.
+    #[error("the exporter's runtime could not be started")]
+    Runtime(#[from] io::Error),
+}
+
+/// One process has one subscriber, and it is there before the settings are read.
+static EXPORT: OnceLock<Export> = OnceLock::new();
+
+/// What takes finished spans.
+#[derive(Debug)]
+struct Export {
+    processor: BatchSpanProcessor,
+    held: Arc<Held>,
+    sample_ratio: f64,
+}
+
+/// What became of the spans: numbers for the page.
+#[derive(Debug)]
+pub struct Exported;
+
+/// The spans that are waiting or on their way, and those that are lost.
+#[derive(Debug, Default)]
+struct Held {
+    spans: AtomicUsize,
+    limit: usize,
+    lost: Counter,
+    /// The last batch did not arrive.
+    failing: AtomicBool,
+    told: Mutex<Told>,
+}
+
+#[derive(Debug, Default)]
+struct Told {
+    lost: u64,
+    at: Option<Instant>,
+}
+
+/// Gives finished spans to what [`start`] made.
+#[derive(Debug)]
+struct Outlet;
+
+/// Sends batches, on the thread that calls it and on no other: its runtime runs only while it sends.
+#[derive(Debug)]
+struct Sender {
+    inner: OtlpExporter,
+    runtime: tokio::runtime::Runtime,
+    timeout: Duration,
+    held: Arc<Held>,
+}
+
+// === setting up ===
+
+/// The subscriber's layer: spans of ours, and no events, since the log has them.
+pub(crate) fn layer<S: Subscriber + for<'s> LookupSpan<'s>>() -> impl Layer<S> {
+    // Sampled is what is built at all; the SDK would read the environment for another answer.
+    let provider = SdkTracerProvider::builder().with_sampler(Sampler::AlwaysOn).with_span_processor(Outlet).build();
+    let scope = InstrumentationScope::builder(env!("CARGO_PKG_NAME")).with_version(env!("CARGO_PKG_VERSION")).build();
+    let ours = |metadata: &Metadata<'_>| metadata.is_span() && metadata.target() == TARGET;
+    OpenTelemetryLayer::new(provider.tracer_with_scope(scope))
+        .with_location(false)
+        .with_threads(false)
+        .with_target(false)
+        .with_tracked_inactivity(false)
+        .with_context_activation(false)
+        .with_filter(filter_fn(ours).with_max_level_hint(LevelFilter::INFO))
+}
+
+/// From now on calls are traced. A collector that is not there is no fault: it may come.
+/// `roots` is what the CA file holds.
+pub fn start(settings: &TracingSettings, roots: Option<&[u8]>) -> Result<(), TraceSetupError> {
+    let TracingSettings {
+        otlp_endpoint,
+        ca_file: _,
+        sample_ratio,
+        export_timeout: timeout,
+        export_interval: interval,
+        queue_spans: queue,
+    } = settings;
+    let Some(endpoint) = otlp_endpoint else { return Ok(()) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let collector = collector(endpoint, *timeout, roots)
+        .map_err(|source| TraceSetupError::Endpoint { endpoint: endpoint.clone(), source })?;
+    let channel = {
+        let _context = runtime.enter();
+        collector.connect_lazy()
+    };
+    let inner = OtlpExporter::builder()
+        .with_tonic()
+        .with_channel(channel)
+        .with_timeout(*timeout)
+        .build()
+        .map_err(|fault| TraceSetupError::Exporter(fault.to_string()))?;
+    let held = Arc::new(Held { limit: *queue, ..Held::default() });
+    let config = BatchConfigBuilder::default()
+        .with_max_queue_size(*queue)
+        .with_max_export_batch_size(BATCH_SPANS.min(*queue))
+        .with_scheduled_delay(*interval)
+        .build();
+    let sender = Sender { inner, runtime, timeout: *timeout, held: Arc::clone(&held) };
+    let mut processor = BatchSpanProcessor::new(sender, config);
+    processor.set_resource(&resource());
+    // A second start would be a second server in one process, which there is not.
+    drop(EXPORT.set(Export { processor, held, sample_ratio: *sample_ratio }));
+    Ok(())
+}
+
+/// Sends what is left, for this long at most, and not at all to a collector that did not take the last batch: it changes no
+/// exit. Blocks its thread: for the end of a process.
+pub fn finish(within: Duration) {
+    let Some(Export { processor, held, .. }) = EXPORT.get() else { return };
+    let within = if held.failing.load(Ordering::Relaxed) { Duration::ZERO } else { within };
+    let sent = processor.shutdown_with_timeout(within);
+    if sent.is_err() {
+        held.lose(held.spans.load(Ordering::Relaxed));
+    }
+    held.tell("the collector did not take them before the end", Duration::ZERO);
+}
+
+fn collector(endpoint: &str, timeout: Duration, roots: Option<&[u8]>) -> Result<Endpoint, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(endpoint.to_owned())?
+        .user_agent(concat!("byok-gate/", env!("CARGO_PKG_VERSION")))?
+        .connect_timeout(timeout)
+        // A connection that went dead is found out within one batch, not by every batch until TCP gives up.
+        .http2_keep_alive_interval(timeout / 4)
+        .keep_alive_timeout(timeout / 4);
+    if endpoint.uri().scheme() != Some(&http::uri::Scheme::HTTPS) {
+        return Ok(endpoint);
+    }
+    let tls = match roots {
+        Some(pem) => ClientTlsConfig::new().ca_certificate(Certificate::from_pem(pem)),
+        None => ClientTlsConfig::new().with_native_roots(),
+    };
+    endpoint.tls_config(tls)
+}
+
+/// Who sends. What `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME` say wins: that is where platforms put a pod's name.
+fn resource() -> Resource {
+    let named = Resource::builder_empty()
+        .with_service_name(env!("CARGO_PKG_NAME"))
+        .with_attributes([
+            KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
+            KeyValue::new("service.instance.id", Uuid::now_v7().to_string()),
+        ])
+        .with_detectors(&[Box::new(TelemetryResourceDetector), Box::new(EnvResourceDetector::new())]);
+    match env::var("OTEL_SERVICE_NAME") {
+        Ok(name) if !name.trim().is_empty() => named.with_service_name(name),
+        Ok(_) | Err(_) => named,
+    }
+    .build()
+}
+
+// === the way out ===
+
+impl SpanProcessor for Outlet {
+    fn on_start(&self, _span: &mut SdkSpan, _context: &Context) {}
+
+    fn on_end(&self, span: SpanData) {
+        let Some(Export { processor, held, .. }) = EXPORT.get() else { return };
+        if held.take_one() {
+            processor.on_end(span);
+        } else {
+            held.lose(1);
+        }
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        Ok(())
+    }
+
+    fn shutdown_with_timeout(&self, _timeout: Duration) -> OTelSdkResult {
+        Ok(())
+    }
+}
+
+impl SpanExporter for Sender {
+    fn export(&self, batch: Vec<SpanData>) -> impl Future<Output = OTelSdkResult> + Send {
+        let count = batch.len();
+        let sent = self.runtime.block_on(async {
+            let sending = tokio::time::timeout(self.timeout, self.inner.export(batch));
+            sending.await.unwrap_or(Err(OTelSdkError::Timeout(self.timeout)))
+        });
+        self.held.failing.store(sent.is_err(), Ordering::Relaxed);
+        self.held.spans.fetch_sub(count, Ordering::Relaxed);
+        let why = match &sent {
+            Ok(()) => "more came than could be sent".to_owned(),
+            Err(fault) => {
+                self.held.lose(count);
+                fault.to_string()
+            }
+        };
+        self.held.tell(&why, TELL_EVERY);
+        ready(sent)
+    }
+
+    fn set_resource(&mut self, resource: &Resource) {
+        self.inner.set_resource(resource);
+    }
+}
+
+impl Measured for Exported {
+    fn tell(&self, page: &mut Page) {
+        let lost = EXPORT.get().map_or(0, |export| export.held.lost.get());
+        page.counter("byokgate_spans_dropped", "Trace spans that no collector took").add(&[], lost);
+    }
+}
+
+// === impl Held ===
+
+impl Held {
+    fn take_one(&self) -> bool {
+        let taken = self.spans.fetch_add(1, Ordering::Relaxed) < self.limit;
+        if !taken {
+            self.spans.fetch_sub(1, Ordering::Relaxed);
+        }
+        taken
+    }
+
+    fn lose(&self, spans: usize) {
+        self.lost.many(spans as u64);
+    }
+
+    /// Tells of what was lost since it was told of last, if that is long enough ago.
+    fn tell(&self, why: &str, every: Duration) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let total = self.lost.get();
+        if total > told.lost && told.at.is_none_or(|at| at.elapsed() >= every) {
+            tracing::warn!(event = "spans_lost", lost = total - told.lost, total, why);
+            *told = Told { lost: total, at: Some(Instant::now()) };
+        }
+    }
+}
+
+/// The part of the calls without a trace of their own that is traced; none where nothing is exported.
+pub(super) fn sample_ratio() -> Option<f64> {
+    EXPORT.get().map(|export| export.sample_ratio)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_held_is_bounded_and_what_is_lost_is_told_of_rarely() {
+        let held = Held { limit: 2, ..Held::default() };
+        assert_eq!([held.take_one(), held.take_one(), held.take_one()], [true, true, false]);
+        held.spans.fetch_sub(1, Ordering::Relaxed);
+        assert_eq!([held.take_one(), held.take_one()], [true, false]);
+        let told = |every| {
+            held.tell("made to", every);
+            held.told.lock().unwrap().lost
+        };
+        held.lose(3);
+        assert_eq!(told(TELL_EVERY), 3);
+        held.lose(4);
+        assert_eq!(told(TELL_EVERY), 3);
+        assert_eq!(told(Duration::ZERO), 7);
+    }
+}

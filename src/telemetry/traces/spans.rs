@@ -1,0 +1,367 @@
+//! Spans: a call's place in its caller's trace, and what is done for it. Whether a call is traced is decided before any span is built: a caller
+//! that has decided already is followed, a call without a trace of its own is taken by chance. A call that is not traced builds nothing, and
+//! work below it asks for its parent first, so that no part of it springs up as a trace of its own.
+//!
+//! Names of spans and attributes stand here and nowhere else; they are OpenTelemetry's where it has one. None of them holds a
+//! URL's path or query, a header or a body.
+
+use http::{HeaderMap, HeaderName};
+pub use opentelemetry::trace::TraceId;
+use opentelemetry::{
+    Context,
+    propagation::{Extractor, TextMapPropagator},
+    trace::{SpanContext, TraceContextExt},
+};
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use tracing::{Span, field::Empty};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
+use super::export::{TARGET, sample_ratio};
+use crate::{
+    core::{
+        classify::{Calibration, Finding},
+        endpoint::{self, Call, Target},
+        engine::{Decided, Observed},
+    },
+    domain::{
+        decision::Outcome,
+        verdict::{ServedFrom, Unreached},
+    },
+};
+
+/// Read once here, and not for every call.
+static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+
+/// The part that a call had in a flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// It launched it.
+    Fill,
+    /// Another call had.
+    Wait,
+}
+
+/// One call's place in a trace; by default in none.
+#[derive(Debug)]
+pub struct Traced {
+    span: Span,
+    trace_id: Option<TraceId>,
+}
+
+// === one call ===
+
+/// A span with what is told of it by [`Traced::decided`] and [`Traced::answered`]: what it does not name from the start is lost.
+macro_rules! span_of_a_decision {
+    ($parent:expr, $name:literal, $($own:tt)*) => {
+        tracing::info_span!(
+            target: TARGET,
+            parent: $parent,
+            $name,
+            $($own)*
+            otel.status_code = Empty,
+            rpc.grpc.status_code = Empty,
+            byokgate.decision_id = Empty,
+            byokgate.checkpoint = Empty,
+            byokgate.outcome = Empty,
+            byokgate.code = Empty,
+            byokgate.provider = Empty,
+            byokgate.verdict = Empty,
+        )
+    };
+}
+
+impl Default for Traced {
+    fn default() -> Self {
+        Self { span: Span::none(), trace_id: None }
+    }
+}
+
+impl Traced {
+    /// A call that begins now, of this method of this service.
+    pub fn begin(headers: &HeaderMap, service: &'static str, method: &'static str) -> Self {
+        let parent = parent_of(headers);
+        let trace_id = parent.as_ref().map(SpanContext::trace_id);
+        let Some(sample_ratio) = sample_ratio() else { return Self { span: Span::none(), trace_id } };
+        let sampled = parent.as_ref().map_or_else(|| rand::random::<f64>() < sample_ratio, SpanContext::is_sampled);
+        if !sampled {
+            return Self { span: Span::none(), trace_id };
+        }
+        let span = span_of_a_decision!(
+            None,
+            "rpc",
+            otel.name = format!("{service}/{method}"),
+            otel.kind = "server",
+            rpc.system = "grpc",
+            rpc.service = service,
+            rpc.method = method,
+        );
+        if let Some(parent) = parent {
+            // Fails only where there is no layer of ours, and so nothing to continue.
+            drop(span.set_parent(Context::new().with_remote_span_context(parent)));
+        }
+        let context = span.context();
+        let trace_id = trace_id.or_else(|| Some(context.span().span_context().trace_id())).filter(|id| *id != TraceId::INVALID);
+        Self { span, trace_id }
+    }
+
+    /// One item of a batch.
+    pub fn item(&self, index: u32) -> Self {
+        let span = below(&self.span, |parent| span_of_a_decision!(parent, "decide", byokgate.batch.index = i64::from(index),));
+        Self { span, trace_id: self.trace_id }
+    }
+
+    /// The span of the work that the call is; none if it is not traced.
+    pub fn span(&self) -> Span {
+        self.span.clone()
+    }
+
+    /// The trace that the call belongs to: its caller's, traced here or not, or one of our own.
+    pub fn trace_id(&self) -> Option<TraceId> {
+        self.trace_id
+    }
+
+    /// A decision was made.
+    pub fn decided(&self, checkpoint: &'static str, decided: &Decided) {
+        if self.span.is_none() {
+            return;
+        }
+        let (outcome, code) = match &decided.decision.outcome {
+            Outcome::Allow(_) => ("ALLOW", None),
+            Outcome::Deny(deny) => ("DENY", Some(deny.refusal.code().as_str())),
+        };
+        self.span.record("byokgate.decision_id", decided.id.to_string());
+        self.span.record("byokgate.checkpoint", checkpoint);
+        self.span.record("byokgate.outcome", outcome);
+        self.span.record("byokgate.code", code);
+        self.span.record("byokgate.provider", &decided.decision.resolution.provider);
+        self.span.record("byokgate.verdict", decided.decision.liveness.as_ref().map(|liveness| liveness.verdict.as_str()));
+    }
+
+    /// The call is answered. Those codes that are a server's fault mark the span.
+    pub fn answered(&self, code: tonic::Code) {
+        use tonic::Code;
+        if self.span.is_none() {
+            return;
+        }
+        self.span.record("rpc.grpc.status_code", code as i64);
+        if let Code::Unknown
+        | Code::DeadlineExceeded
+        | Code::Unimplemented
+        | Code::Internal
+        | Code::Unavailable
+        | Code::DataLoss = code
+        {
+            self.span.record("otel.status_code", "error");
+        }
+    }
+}
+
+/// A call's headers, as the SDK's propagator reads them.
+struct Headers<'h>(&'h HeaderMap);
+
+impl Extractor for Headers<'_> {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.get(key)?.to_str().ok()
+    }
+
+    fn keys(&self) -> Vec<&str> {
+        self.0.keys().map(HeaderName::as_str).collect()
+    }
+}
+
+/// The caller's place in its trace, by W3C's `traceparent` and `tracestate`. A `tracestate` that cannot be read is dropped, and the trace
+/// goes on.
+fn parent_of(headers: &HeaderMap) -> Option<SpanContext> {
+    // Nearly every call has none, which is seen without reading anything.
+    headers.get(&TRACEPARENT)?;
+    let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &Headers(headers));
+    let parent = context.span().span_context().clone();
+    parent.is_valid().then_some(parent)
+}
+
+// === what a call does ===
+
+/// Builds a span below this one, if this one is of ours; else none.
+fn below(parent: &Span, build: impl FnOnce(&Span) -> Span) -> Span {
+    if parent.metadata().is_some_and(|metadata| metadata.target() == TARGET) { build(parent) } else { Span::none() }
+}
+
+/// The same below the current one.
+fn here(build: impl FnOnce(&Span) -> Span) -> Span {
+    // Without an exporter there are none, and the subscriber need not be asked.
+    if sample_ratio().is_none() { Span::none() } else { below(&Span::current(), build) }
+}
+
+/// Whether what is done here is shown in a trace.
+pub(crate) fn is_traced() -> bool {
+    sample_ratio().is_some() && !Span::current().is_none()
+}
+
+/// A look into the memory of observations, and what waiting comes of it.
+pub(crate) fn cache() -> Span {
+    here(|parent| {
+        tracing::info_span!(
+            target: TARGET,
+            parent: parent,
+            "cache",
+            byokgate.cache.result = Empty,
+            byokgate.verdict = Empty,
+        )
+    })
+}
+
+/// What came of it.
+pub(crate) fn observed(span: &Span, observed: &Observed, part: Option<Part>) {
+    if span.is_none() {
+        return;
+    }
+    let result = match (part, observed.served_from) {
+        (Some(Part::Fill), _) => "fill",
+        (Some(Part::Wait), _) => "wait",
+        (None, ServedFrom::Cache | ServedFrom::Stale) => "hit",
+        (None, ServedFrom::Breaker) => "breaker",
+        (None, ServedFrom::Probe) => "withheld",
+    };
+    span.record("byokgate.cache.result", result);
+    span.record("byokgate.verdict", observed.finding.verdict.as_str());
+}
+
+/// One walk up a provider's ladder, with the wait for its turn.
+pub(crate) fn probe(endpoint: &endpoint::Endpoint) -> Span {
+    here(|parent| {
+        tracing::info_span!(
+            target: TARGET,
+            parent: parent,
+            "probe",
+            byokgate.provider = endpoint.provider,
+            byokgate.verdict = Empty,
+        )
+    })
+}
+
+/// What came of the walk whose work this is.
+pub(crate) fn found(finding: &Finding) {
+    if sample_ratio().is_some() {
+        Span::current().record("byokgate.verdict", finding.verdict.as_str());
+    }
+}
+
+/// Whether an endpoint refuses a made-up key.
+pub(crate) fn calibrate(target: &Target) -> Span {
+    here(|parent| {
+        tracing::info_span!(
+            target: TARGET,
+            parent: parent,
+            "calibrate",
+            byokgate.provider = target.endpoint.provider,
+            byokgate.calibration = Empty,
+        )
+    })
+}
+
+/// What came of the calibration whose work this is.
+pub(crate) fn calibrated(calibration: &Calibration) {
+    if sample_ratio().is_some() {
+        let word = match calibration {
+            Calibration::Refuses { .. } => "refuses",
+            Calibration::AcceptsAnyone => "accepts anyone",
+            Calibration::Untold(_) | Calibration::NotAsked => "untold",
+        };
+        Span::current().record("byokgate.calibration", word);
+    }
+}
+
+/// One request. Its path is left out: it may hold what an operator wrote into a base URL.
+pub(crate) fn request(call: &Call, header: &str) -> Span {
+    here(|parent| {
+        let method = call.probe.method.as_str();
+        tracing::info_span!(
+            target: TARGET,
+            parent: parent,
+            "http",
+            otel.name = method,
+            otel.kind = "client",
+            otel.status_code = Empty,
+            http.request.method = method,
+            url.scheme = call.url.scheme(),
+            server.address = call.url.host_str(),
+            server.port = call.url.port_or_known_default().map(i64::from),
+            byokgate.probe = call.probe.name,
+            byokgate.header = header,
+            http.response.status_code = Empty,
+            error.type = Empty,
+        )
+    })
+}
+
+/// A request's answer: its status, or why there is none; without a reason its time was over.
+pub(crate) fn replied(span: &Span, reply: Result<u16, Option<Unreached>>) {
+    if span.is_none() {
+        return;
+    }
+    let error = match reply {
+        Ok(status) => {
+            span.record("http.response.status_code", i64::from(status));
+            (status >= 400).then(|| status.to_string())
+        }
+        Err(why) => {
+            let word = match why {
+                None => "timeout",
+                Some(Unreached::Dns) => "dns",
+                Some(Unreached::Address) => "address_refused",
+                Some(Unreached::Connect) => "connect",
+                Some(Unreached::Tls) => "tls",
+                Some(Unreached::Closed) => "closed",
+                Some(Unreached::Protocol) => "protocol",
+                Some(Unreached::Proxy) => "proxy",
+            };
+            Some(word.to_owned())
+        }
+    };
+    if let Some(error) = error {
+        span.record("otel.status_code", "error");
+        span.record("error.type", error);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+    const SPAN: &str = "00f067aa0ba902b7";
+
+    #[test]
+    fn a_traceparent_is_taken_whole_or_not_at_all() {
+        let parsed = |sampled| Some((TRACE.to_owned(), SPAN.to_owned(), sampled));
+        let zero = "0".repeat(32);
+        for (text, expect) in [
+            (format!("00-{TRACE}-{SPAN}-01"), parsed(true)),
+            (format!("00-{TRACE}-{SPAN}-00"), parsed(false)),
+            // Flags that nobody has defined yet change nothing.
+            (format!("00-{TRACE}-{SPAN}-03"), parsed(true)),
+            (format!("00-{TRACE}-{SPAN}-fe"), parsed(false)),
+            (format!(" 00-{TRACE}-{SPAN}-01\t"), parsed(true)),
+            // A later version, with what it has more.
+            (format!("cc-{TRACE}-{SPAN}-01"), parsed(true)),
+            (format!("cc-{TRACE}-{SPAN}-01-what-comes"), parsed(true)),
+            (format!("cc-{TRACE}-{SPAN}-01.what-comes"), None),
+            (format!("00-{TRACE}-{SPAN}-01-what-comes"), None),
+            (format!("ff-{TRACE}-{SPAN}-01"), None),
+            (format!("00-{zero}-{SPAN}-01"), None),
+            (format!("00-{TRACE}-0000000000000000-01"), None),
+            (format!("00-{}-{SPAN}-01", TRACE.to_uppercase()), None),
+            (format!("00-{TRACE}-{SPAN}"), None),
+            (format!("00-{TRACE}{SPAN}--01"), None),
+            (format!("00_{TRACE}_{SPAN}_01"), None),
+            (format!("é0-{TRACE}-{SPAN}-01"), None),
+            ("-".repeat(55), None),
+            (String::new(), None),
+        ] {
+            let Ok(value) = text.parse() else { continue };
+            let found = parent_of(&HeaderMap::from_iter([(TRACEPARENT.clone(), value)]));
+            let found = found.map(|parent| (parent.trace_id().to_string(), parent.span_id().to_string(), parent.is_sampled()));
+            assert_eq!(found, expect, "{text:?}");
+        }
+    }
+}
