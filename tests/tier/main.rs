@@ -187,6 +187,26 @@ async fn explain_says_shared_and_a_callers_age_holds() {
     assert!(one.explained("made-up").await.contains("shared"), "{}", one.explained("made-up").await);
 }
 
+/// Callers with and without an age of their own wait for one look: what it finds is given to none that wants it younger.
+#[tokio::test]
+async fn who_waits_for_a_look_gets_nothing_older_than_wanted() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let first = Replica::new(&store.way(), &prober);
+    first.ask("made-up").await;
+    until("it is stored", async || store.observations().await.len() == 1).await;
+    let age = Some(Duration::from_secs(1));
+    until("it is older than a second", async || first.ask_no_older("made-up", age).await.1 == ServedFrom::Probe).await;
+    until("and again", async || first.ask_no_older("made-up", age).await.1 == ServedFrom::Probe).await;
+    until("it is stored again", async || !store.keys().await.iter().any(|key| key.ends_with(":lease"))).await;
+    let stored = Instant::now();
+    let slow = slowed(store.port, Duration::from_millis(300)).await;
+    let second = Replica::new(&Way { port: slow, ..store.way() }, &prober);
+    until("that is older than a second too", async || stored.elapsed() > Duration::from_millis(1_200)).await;
+    let asked = prober.asked();
+    let (any, young) = tokio::join!(second.ask("made-up"), second.ask_no_older("made-up", age));
+    assert_eq!((any, young, prober.asked()), (SHARED, ASKED, asked + 1));
+}
+
 #[tokio::test]
 async fn an_invalid_ends_the_valid_everywhere() {
     let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
@@ -532,14 +552,14 @@ async fn the_store_shows_nothing() {
         assert!(!dump.windows(word.len()).any(|part| part == word), "the dump holds {shown}");
         assert!(!seen.as_bytes().windows(word.len()).any(|part| part == word), "the monitor shows {shown}");
     }
-    // Neither lengths nor lifetimes tell a verdict.
-    let mut shapes = Vec::new();
+    // Neither lengths nor lifetimes tell a verdict: a TIMEOUT counts for 3 seconds, and lies there as long as a VALID.
+    let mut lengths = Vec::new();
     for name in store.observations().await {
-        let length: u64 = store.does(&[b"STRLEN", name.as_bytes()]).await;
         let left: u64 = store.does(&[b"TTL", name.as_bytes()]).await;
-        shapes.push((length, left > 800));
+        assert!((800..=900).contains(&left), "{left} s");
+        lengths.push(store.does::<u64>(&[b"STRLEN", name.as_bytes()]).await);
     }
-    assert_eq!(shapes, vec![shapes[0]; values.len()]);
+    assert_eq!(lengths, vec![lengths[0]; values.len()]);
 }
 
 fn sha256(value: &str) -> Vec<u8> {
