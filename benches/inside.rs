@@ -152,6 +152,7 @@ fn ruling(_: usize) -> Step {
             cause: None,
             tenant_endpoint: false,
             plan: None,
+            save_as: None,
             model: String::new(),
         };
         let facts = Facts::NotValid {

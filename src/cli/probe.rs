@@ -82,7 +82,7 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
         Some(Unfit::Refused(refusal)) => Some(*refusal),
         Some(Unfit::Malformed(fault)) => {
             let env_name = credential.env_name.clone();
-            Some(Refusal::Malformed { env_name, provider: provider.clone(), fault, right_name: None })
+            Some(Refusal::Malformed { env_name, provider: provider.clone(), fault, save_as: None, right_place: None })
         }
     };
     if let Some(refusal) = refusal {

@@ -10,17 +10,17 @@ use crate::{
         derive::{Derived, candidate_arms},
         endpoint::{Endpoint, NoSurface, Preference},
         evaluation_log::EvaluationLog,
-        key_shape::{Unfit, unfit},
-        oauth_credential::Look,
+        key_shape::{Mistake, Unfit, mistake, unfit},
+        oauth_credential::{CredentialKind, Look},
         policy::{Action, Enforcement, Facts, Group},
-        registry::{Auth, Provider, Runtime},
+        registry::{Arm, Auth, Provider, Runtime},
         runtimes::{RuntimeFacts, Trims, Way},
         snapshot::{ArmUse, Snapshot},
         workspace_call::{Found, Prediction, WorkspaceCall, predict},
     },
     domain::{
         decision::{ChosenBecause, JudgedCredential},
-        denial::{LivenessEvidence, Malformation, NameAndScope, Refusal, ShadowCause, any_of, listed},
+        denial::{LivenessEvidence, Malformation, ModelChoice, NameAndScope, Place, Refusal, ShadowCause, listed},
         protocol::HeaderFamily,
         request::{CalledBy, Checkpoint, WorkspaceSpec},
         secret::Secret,
@@ -58,6 +58,10 @@ pub struct QueryContext<'a> {
     pub passed_over: Option<(NameAndScope, NameAndScope)>,
     /// Headers that are the workspace's own, the preferred one first.
     pub own_headers: &'a [HeaderFamily],
+    /// The provider's own names, where the runtime is known.
+    pub own_names: &'a [String],
+    /// Where a good one is saved, if anywhere, where the runtime does not read this one.
+    pub place_of_unread: Option<Option<Place>>,
     /// What is known of the runtime, where it is sure.
     pub facts: Option<&'a RuntimeFacts>,
 }
@@ -100,9 +104,9 @@ impl<'a> CredentialStep<'a, '_> {
         let (provider, arm) = (self.derived.provider, self.arm());
         let call = match predict(arm.route.as_ref(), provider, credentials) {
             Prediction::Sends(call) => call,
-            Prediction::Missing => {
+            Prediction::Missing(in_the_way) => {
                 log.trace.step("presence", || format!("none of {} is set", listed(&provider.auth_env)));
-                return Err(refused(self.missing(credentials)));
+                return Err(refused(self.missing(credentials, in_the_way)));
             }
             Prediction::Unreadable(names) => {
                 log.trace.step("presence", || format!("{} could not be read", listed(&names)));
@@ -114,7 +118,7 @@ impl<'a> CredentialStep<'a, '_> {
             // Another value wins over one that is the provider's own.
             return Err(match call.passed_over.first() {
                 Some(other) => refused(self.shadowed(&call.judged, ShadowCause::NotOfProvider, other)),
-                None => refused(self.missing(credentials)),
+                None => refused(self.missing(credentials, Some(call.judged.env_name))),
             });
         }
         if self.enforcement == Enforcement::Off {
@@ -127,7 +131,10 @@ impl<'a> CredentialStep<'a, '_> {
         };
         self.check_exposure(&call, sent.endpoint, log)?;
         let then = self.fallbacks(&call, log);
-        let first = self.query(&sent, if then.is_empty() { call.passed_over.first() } else { None });
+        let mut first = self.query(&sent, if then.is_empty() { call.passed_over.first() } else { None });
+        if call.is_unread {
+            first.context.place_of_unread = Some(self.place_for(call.judged.env_name));
+        }
         Ok(Questions { first, then })
     }
 
@@ -147,11 +154,9 @@ impl<'a> CredentialStep<'a, '_> {
             .step("presence", || format!("{} of scope {} is judged: {}", judged.env_name, judged.scope.as_str(), because.text()));
         log.resolution.credential = Some(self.judged(judged, because));
         if call.is_unread {
-            let right = self.arm().route.as_ref().map(|arm| arm.route.reads.as_slice()).unwrap_or_default();
-            let what = if right.is_empty() {
-                "nor any other key of this provider".to_owned()
-            } else {
-                format!("save the key as {}", any_of(right))
+            let what = match self.place_for(judged.env_name) {
+                Some(place) => format!("save the key as {}{}", place.text(), place.choice()),
+                None => "nor any other key of this provider: choose a model of another one".to_owned(),
             };
             let message = format!("runtime `{}` does not read {}; {what}", self.spec.runtime, judged.env_name);
             log.warn(WarningCode::UnusedCredential, message, vec![judged.env_name.to_owned()]);
@@ -204,10 +209,26 @@ impl<'a> CredentialStep<'a, '_> {
         let kind = self.snapshot.catalogue.credential_kind(found.env_name);
         let secret = match kind.map(|kind| kind.look(secret.expose())) {
             Some(Look::Malformed(fault)) => {
-                return Err(Unsent::Refused(Box::new(self.malformed(&found, fault))));
+                let value = secret.expose();
+                // What it is says more than that it is no file.
+                let is_file = fault != Malformation::NoJson || value.trim_ascii_start().starts_with('{');
+                let mistaken = if is_file { None } else { mistake(&self.snapshot.catalogue, None, found.env_name, value) };
+                return Err(self.mistaken(&found, mistaken.unwrap_or(Mistake::Malformed(fault))));
+            }
+            // Sent as it stands there.
+            Some(Look::Key(key)) if key.expose().trim_ascii().len() < key.expose().len() => {
+                return Err(Unsent::Refused(Box::new(self.malformed(&found, Malformation::BlankInFile))));
             }
             Some(Look::Key(key)) => Arc::new(key),
-            Some(Look::Plausible) => return Err(Unsent::NoSurface(NoSurface::OAuth)),
+            Some(Look::Plausible) => {
+                let value = secret.expose().trim_ascii();
+                let mistaken =
+                    if value.starts_with('{') { None } else { mistake(&self.snapshot.catalogue, None, found.env_name, value) };
+                return Err(match mistaken {
+                    Some(mistaken) => self.mistaken(&found, mistaken),
+                    None => Unsent::NoSurface(NoSurface::OAuth),
+                });
+            }
             None => secret,
         };
         let route = arm.route.as_ref().map(|arm| &arm.route);
@@ -218,8 +239,20 @@ impl<'a> CredentialStep<'a, '_> {
             None => Ok(Sent { found, secret, endpoint, way }),
             Some(Unfit::NoSurface(reason)) => Err(Unsent::NoSurface(reason)),
             Some(Unfit::Malformed(fault)) => Err(Unsent::Refused(Box::new(self.malformed(&found, fault)))),
-            Some(Unfit::Refused(refusal)) => Err(Unsent::Refused(refusal)),
+            Some(Unfit::Refused(refusal)) => Err(Unsent::Refused(Box::new(refusal.saved_as(self.place_for(found.env_name))))),
         }
+    }
+
+    fn mistaken(&self, found: &Found<'_>, mistake: Mistake<'_>) -> Unsent {
+        Unsent::Refused(Box::new(match mistake {
+            Mistake::Malformed(fault) => self.malformed(found, fault),
+            Mistake::Foreign(what) => Refusal::ForeignSecret {
+                env_name: found.env_name.to_owned(),
+                provider: self.derived.provider.name.clone(),
+                what: what.to_owned(),
+                save_as: self.place_for(found.env_name),
+            },
+        }))
     }
 
     /// The value without the blanks around it, where the runtime cuts them off; it is refused where nobody does.
@@ -246,7 +279,10 @@ impl<'a> CredentialStep<'a, '_> {
             }
         };
         if let Some(fault) = fault {
-            return Err(Unsent::Refused(Box::new(self.malformed(found, fault))));
+            let vendor = self.snapshot.endpoint(self.derived.provider).ok().and_then(|endpoint| endpoint.vendor.as_deref());
+            // What it is without them says more.
+            let mistaken = mistake(&self.snapshot.catalogue, vendor, found.env_name, value.trim_ascii());
+            return Err(self.mistaken(found, mistaken.unwrap_or(Mistake::Malformed(fault))));
         }
         let message = format!(
             "blanks or line breaks around {} were left out, as runtime `{}` does; save it again without them",
@@ -301,7 +337,7 @@ impl<'a> CredentialStep<'a, '_> {
         let is_of_another = |found: &Found<'_>| {
             let shapes = self.snapshot.catalogue.shapes_of(found.secret.expose().trim_ascii_start());
             let vendor = endpoint.vendor.as_deref();
-            let is_no_key = self.snapshot.catalogue.foreign_secrets.what(found.secret.expose()).is_some();
+            let is_no_key = self.snapshot.catalogue.foreign_secrets.what(found.secret.expose(), vendor).is_some();
             is_no_key || !shapes.is_empty() && vendor.is_some_and(|vendor| shapes.iter().all(|shape| shape.vendor != vendor))
         };
         let exposed = call.travels.iter().filter(|(found, _)| !is_own(found.env_name) || is_of_another(found));
@@ -345,60 +381,136 @@ impl<'a> CredentialStep<'a, '_> {
             context: QueryContext {
                 passed_over: passed_over.filter(|_| certain).map(|other| (found.named(), other.named())),
                 own_headers: headers,
+                own_names: self.arm().route.as_ref().map(|arm| arm.own.as_slice()).unwrap_or_default(),
+                place_of_unread: None,
                 facts: self.snapshot.catalogue.runtimes.get(&self.spec.runtime).filter(|_| certain),
             },
         }
     }
 
-    fn missing(&self, credentials: &CredentialSet<'_>) -> Refusal {
+    fn missing(&self, credentials: &CredentialSet<'_>, in_the_way: Option<&str>) -> Refusal {
         let Provider { name, display_name, auth_env, .. } = self.derived.provider;
         let registry = &self.snapshot.registry;
-        let mut missing_env = auth_env.clone();
+        let usable = self.arm().usable(self.derived.provider);
+        let unread = usable.is_empty();
+        let accepted_env = if unread { auth_env.clone() } else { usable };
+        let mut elsewhere = unread.then(|| self.place_in_auth_json(self.derived.provider)).flatten();
+        let mut elsewhere = elsewhere.take().map(|place| (display_name.clone(), place));
+        let mut missing_env = accepted_env.clone();
+        missing_env.extend(auth_env.iter().filter(|name| !accepted_env.contains(name)).cloned());
+        let mut offered = if unread { Vec::new() } else { accepted_env.clone() };
         let mut others = Vec::new();
-        for arm in candidate_arms(registry, self.runtime, self.model) {
+        let candidates = candidate_arms(registry, self.runtime, self.model);
+        for arm in &candidates {
             let other = registry.provider(arm);
-            if other.name != *name && other.auth != Auth::Ambient && !other.is_platform() {
-                let further = other.auth_env.iter().filter(|name| !missing_env.contains(name)).cloned().collect::<Vec<_>>();
-                if !further.is_empty() {
-                    missing_env.extend(further.iter().cloned());
-                    others.push((other.display_name.clone(), further));
-                }
+            if other.name == *name || other.auth == Auth::Ambient || other.is_platform() {
+                continue;
             }
+            let usable = self.snapshot.arm(arm).usable(other);
+            let further = usable.iter().filter(|name| !offered.contains(name)).cloned().collect::<Vec<_>>();
+            offered.extend(further.iter().cloned());
+            if usable.is_empty() && elsewhere.is_none() {
+                elsewhere = self.place_in_auth_json(other).map(|place| (other.display_name.clone(), place));
+            }
+            if !further.is_empty() {
+                others.push((other.display_name.clone(), further));
+            }
+            missing_env.extend(other.auth_env.iter().filter(|name| !missing_env.contains(name)).cloned().collect::<Vec<_>>());
         }
-        let hidden = missing_env.iter().filter(|name| credentials.is_hidden(name)).cloned().collect();
         Refusal::MissingCredential {
             provider: name.clone(),
             display_name: display_name.clone(),
             model: self.model.to_owned(),
-            accepted_env: auth_env.clone(),
+            hidden: offered.iter().filter(|name| credentials.is_hidden(name)).cloned().collect(),
+            accepted_env,
+            unread,
             others,
-            hidden,
+            elsewhere,
+            in_the_way: in_the_way.map(str::to_owned),
+            at_hand: self.at_hand(credentials, &candidates),
             missing_env,
         }
     }
 
+    /// A credential of another provider that is there, and whose models it would do for.
+    fn at_hand(&self, credentials: &CredentialSet<'_>, candidates: &[&Arm]) -> Option<(String, ModelChoice)> {
+        let others = self.runtime.arms.iter().filter(|arm| {
+            let provider = self.snapshot.registry.provider(arm);
+            candidates.iter().all(|candidate| candidate.index != arm.index) && !provider.is_platform()
+        });
+        let usable = |arm: &Arm| self.snapshot.arm(arm).usable(self.snapshot.registry.provider(arm));
+        // A name says the most of the provider that has it in front of all others.
+        let first = others.clone().filter_map(|arm| Some((usable(arm).into_iter().next()?, arm)));
+        let any = others.flat_map(|arm| usable(arm).into_iter().map(move |name| (name, arm)));
+        let (name, arm) = first.chain(any).find(|(name, _)| credentials.has(name))?;
+        Some((name, self.choice(arm)))
+    }
+
+    /// Where the value of this variable is saved so that the runtime reads it; nowhere, if it reads none of the provider's.
+    fn place_for(&self, env_name: &str) -> Option<Place> {
+        let unread = self.arm().route.as_ref().filter(|arm| arm.usable().all(|name| name != env_name));
+        match unread.map(|arm| arm.usable().next()) {
+            None => Some(self.snapshot.place(env_name)),
+            Some(Some(name)) => Some(self.snapshot.place(name)),
+            Some(None) => self.place_in_auth_json(self.derived.provider),
+        }
+    }
+
+    /// Where a key of a provider goes that the runtime has no variable for: into the file of another one that is sent to the same host.
+    fn place_in_auth_json(&self, provider: &Provider) -> Option<Place> {
+        let host = provider.base_url.as_ref()?.host_str()?;
+        self.runtime.arms.iter().find_map(|arm| {
+            let route = self.snapshot.arm(arm).route.as_ref()?;
+            let is_there = route.route.way.base.as_ref().and_then(Url::host_str) == Some(host);
+            let is_file = |name: &&String| self.snapshot.catalogue.credential_kind(name) == Some(CredentialKind::CodexAuthJson);
+            let name = route.usable().find(is_file).filter(|_| is_there)?;
+            Some(Place { with: self.choice_for(arm), ..self.snapshot.place(name) })
+        })
+    }
+
+    /// What has to be chosen for this provider to be the one, where the present model is not its own.
+    fn choice_for(&self, arm: &Arm) -> Option<ModelChoice> {
+        let candidates = candidate_arms(&self.snapshot.registry, self.runtime, self.model);
+        candidates.iter().all(|candidate| candidate.index != arm.index).then(|| self.choice(arm))
+    }
+
+    fn choice(&self, arm: &Arm) -> ModelChoice {
+        let example = arm.models.iter().find(|model| !arm.has_withdrawn(model)).cloned();
+        ModelChoice { owner: self.snapshot.registry.provider(arm).display_name.clone(), example }
+    }
+
     fn shadowed(&self, sent: &Found<'_>, why: ShadowCause, other: &Found<'_>) -> Refusal {
-        Refusal::Shadowed { sent: sent.named(), why, other: other.named(), provider: self.derived.provider.name.clone() }
+        let beats = self.arm().route.as_ref().is_some_and(|arm| arm.route.beaten_by.iter().any(|name| name == sent.env_name));
+        let provider = self.derived.provider.name.clone();
+        Refusal::Shadowed { sent: sent.named(), why, other: other.named(), replaceable: !beats, provider }
     }
 
     fn malformed(&self, found: &Found<'_>, fault: Malformation) -> Refusal {
-        let right_name = self.right_name(found.env_name, fault);
-        let provider = self.derived.provider.name.clone();
-        Refusal::Malformed { env_name: found.env_name.to_owned(), provider, fault, right_name }
+        Refusal::Malformed {
+            env_name: found.env_name.to_owned(),
+            provider: self.derived.provider.name.clone(),
+            fault,
+            save_as: self
+                .place_for(found.env_name)
+                .map(|place| Place { in_auth_json: place.in_auth_json && fault.is_of_a_key(), ..place }),
+            right_place: self.right_place(found.env_name, fault),
+        }
     }
 
     /// The variable that such a value belongs into: of a token the subscription's, of a key that of the same API's provider.
-    fn right_name(&self, env_name: &str, fault: Malformation) -> Option<String> {
+    fn right_place(&self, env_name: &str, fault: Malformation) -> Option<Place> {
         let wanted = match fault {
             Malformation::TokenForKey => Auth::OAuth,
             Malformation::KeyForToken => Auth::Key,
             _ => return None,
         };
         let registry = &self.snapshot.registry;
-        let providers = self.runtime.arms.iter().map(|arm| registry.provider(arm));
-        let mut fitting = providers
-            .filter(|other| other.auth == wanted && other.protocol == self.derived.provider.protocol && !other.is_platform());
-        fitting.find_map(|other| other.auth_env.iter().find(|name| *name != env_name).cloned())
+        self.runtime.arms.iter().find_map(|arm| {
+            let other = registry.provider(arm);
+            let fits = other.auth == wanted && other.protocol == self.derived.provider.protocol && !other.is_platform();
+            let name = self.snapshot.arm(arm).usable(other).into_iter().find(|name| name != env_name).filter(|_| fits)?;
+            Some(Place { with: self.choice_for(arm), ..self.snapshot.place(&name) })
+        })
     }
 
     fn not_asked(&self, call: &WorkspaceCall<'_>, verdict: Verdict, reason: Option<&NoSurface>) -> Box<Facts> {
@@ -417,6 +529,7 @@ impl<'a> CredentialStep<'a, '_> {
                 tenant_endpoint: matches!(reason, Some(NoSurface::TenantBaseUrl(_))),
                 plan: None,
                 model: self.model.to_owned(),
+                save_as: None,
             },
             served_from: None,
             recently_valid: false,

@@ -273,12 +273,12 @@ impl Engine {
         held: &mut Option<P>,
     ) -> Result<Observed, E> {
         if let Some(observed) = self.liveness.recall(query, max_age) {
-            return Ok(observed);
+            return Ok(in_own_header(query, observed));
         }
         if let Some(place) = place.take() {
             *held = Some(place(Arc::clone(query.endpoint)).await?);
         }
-        Ok(self.liveness.observe(query.clone(), max_age, deadline).await)
+        Ok(in_own_header(query, self.liveness.observe(query.clone(), max_age, deadline).await))
     }
 
     /// Who owns a model, by names alone.
@@ -326,13 +326,18 @@ fn to_facts(snapshot: &Snapshot, query: &LivenessQuery<'_>, observed: &Observed)
         tenant_endpoint: false,
         plan: plan_of(snapshot, query),
         model: query.model.to_owned(),
+        save_as: query.context.place_of_unread.clone().unwrap_or_else(|| Some(snapshot.place(query.env_name))),
     };
     let enforcement = query.enforcement;
     match (&query.context.passed_over, finding.verdict) {
         (Some((sent, other)), Verdict::Invalid | Verdict::Forbidden) => {
             let why = ShadowCause::Refused(Box::new(Refusal::Liveness(evidence.clone())));
             let (sent, other, provider) = (sent.clone(), other.clone(), evidence.provider.clone());
-            Facts::Shadowed { refusal: Box::new(Refusal::Shadowed { sent, why, other, provider }), evidence, enforcement }
+            Facts::Shadowed {
+                refusal: Box::new(Refusal::Shadowed { sent, why, other, replaceable: true, provider }),
+                evidence,
+                enforcement,
+            }
         }
         _ => Facts::NotValid {
             evidence,
@@ -343,13 +348,20 @@ fn to_facts(snapshot: &Snapshot, query: &LivenessQuery<'_>, observed: &Observed)
     }
 }
 
+/// Versions of one program send the same variable in different headers: each of them is the workspace's own.
+fn in_own_header(query: &LivenessQuery<'_>, observed: Observed) -> Observed {
+    let finding = &observed.finding;
+    if !finding.wrong_header || !finding.family.is_some_and(|family| query.context.own_headers.contains(&family)) {
+        return observed;
+    }
+    let finding = Arc::new(Finding { wrong_header: false, ..Finding::clone(finding) });
+    Observed { finding, ..observed }
+}
+
 /// A good key that was accepted in another header than the workspace's own.
 fn wrong_header(query: &LivenessQuery<'_>, finding: &Finding) -> Option<Facts> {
     let accepted_in = finding.family.filter(|_| finding.wrong_header)?;
-    let QueryContext { own_headers, facts, .. } = &query.context;
-    if own_headers.contains(&accepted_in) {
-        return None;
-    }
+    let QueryContext { own_headers, own_names, facts, .. } = &query.context;
     let (env_name, host) = (query.env_name.to_owned(), query.endpoint.host.clone());
     let sent_in = own_headers.first().copied();
     let right_name = facts.and_then(|facts| facts.name_for(accepted_in)).filter(|name| *name != env_name);
@@ -361,6 +373,8 @@ fn wrong_header(query: &LivenessQuery<'_>, finding: &Finding) -> Option<Facts> {
             sent_in,
             accepted_in,
             right_name: right_name.to_owned(),
+            // A name of somebody else's would leave the workspace without a credential.
+            right_is_own: own_names.iter().any(|own| own == right_name),
         })
     });
     let usual = sent_in

@@ -27,6 +27,8 @@ struct Shape {
     infixes: Vec<String>,
     lengths: std::ops::RangeInclusive<usize>,
     letters: Letters,
+    /// At the hosts of this vendor it is a key.
+    key_of: Option<String>,
 }
 
 /// Which characters stand behind the beginning.
@@ -51,6 +53,10 @@ pub(crate) struct ForeignSecretFile {
     #[serde(default)]
     min_length: Option<usize>,
     #[serde(default)]
+    max_length: Option<usize>,
+    #[serde(default)]
+    key_of: Option<String>,
+    #[serde(default)]
     letters: Option<String>,
     #[serde(default)]
     source: String,
@@ -61,7 +67,7 @@ pub(crate) fn check(section: Vec<ForeignSecretFile>, problems: &mut Vec<Problem>
     let mut found = ForeignSecrets::default();
     for (index, file) in section.into_iter().enumerate() {
         let mut problem = |message: &str| problems.push(Problem::at(format!("foreign_secrets[{index}]"), message));
-        let ForeignSecretFile { what, prefix, infixes, length, min_length, letters, source } = file;
+        let ForeignSecretFile { what, prefix, infixes, length, min_length, max_length, key_of, letters, source } = file;
         let infixes = infixes.unwrap_or_default();
         if what.trim().is_empty() || source.trim().is_empty() {
             problem("needs `what` it is, with its article, and a `source`");
@@ -86,8 +92,11 @@ pub(crate) fn check(section: Vec<ForeignSecretFile>, problems: &mut Vec<Problem>
         if prefix.len() < MIN_PREFIX_BYTES && infixes.is_empty() && (length.is_none() || letters == Letters::Any) {
             problem("a prefix of less than four characters needs an infix, or `length` and `letters`: real keys may begin so");
         }
-        let least = length.or(min_length).unwrap_or(0);
-        let shape = Shape { what, prefix, infixes, lengths: least..=length.unwrap_or(usize::MAX), letters };
+        let lengths = length.or(min_length).unwrap_or(0)..=length.or(max_length).unwrap_or(usize::MAX);
+        if lengths.is_empty() {
+            problem("`max_length` is less than `min_length`");
+        }
+        let shape = Shape { what, prefix, infixes, lengths, letters, key_of };
         if shape.prefix.is_empty() { &mut found.holding } else { &mut found.beginning }.push(shape);
     }
     found.sort();
@@ -97,17 +106,18 @@ pub(crate) fn check(section: Vec<ForeignSecretFile>, problems: &mut Vec<Problem>
 // === impl ForeignSecrets ===
 
 impl ForeignSecrets {
-    /// What this value is, with its article, if it is one of them.
-    pub fn what(&self, value: &str) -> Option<&str> {
+    /// What this value is, with its article, if it is one of them and no key at the hosts of `vendor`.
+    pub fn what(&self, value: &str, vendor: Option<&str>) -> Option<&str> {
         let first = value.as_bytes().first()?;
         let from = self.beginning.partition_point(|shape| shape.prefix.as_bytes().first() < Some(first));
         let mut found = self.beginning.iter().skip(from).take_while(|shape| shape.prefix.as_bytes().first() == Some(first));
         let found = found.find(|shape| shape.fits(value)).or_else(|| {
             // Each of them holds one of these; most keys do not.
-            let holds = memchr::memchr3(b':', b'=', b'.', value.as_bytes()).is_some();
+            let bytes = value.as_bytes();
+            let holds = memchr::memchr3(b':', b'=', b'.', bytes).is_some() || memchr::memchr(b'~', bytes).is_some();
             self.holding.iter().filter(|_| holds).find(|shape| shape.fits(value))
         });
-        found.map(|shape| shape.what.as_str())
+        found.filter(|shape| shape.key_of.is_none() || shape.key_of.as_deref() != vendor).map(|shape| shape.what.as_str())
     }
 
     /// How many kinds are known.
@@ -136,6 +146,9 @@ impl ForeignSecrets {
 impl Shape {
     fn fits(&self, value: &str) -> bool {
         let Some(rest) = value.strip_prefix(self.prefix.as_str()) else { return false };
+        if !self.lengths.contains(&value.len()) {
+            return false;
+        }
         let all = |is: fn(&u8) -> bool| rest.as_bytes().iter().all(is);
         let letters = match self.letters {
             Letters::Any => true,
@@ -151,6 +164,6 @@ impl Shape {
             }
             None => false,
         });
-        letters && infixes && self.lengths.contains(&value.len())
+        letters && infixes
     }
 }

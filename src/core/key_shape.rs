@@ -10,7 +10,7 @@ use crate::{
         endpoint::{Endpoint, NoSurface},
     },
     domain::{
-        denial::{Malformation, Refusal},
+        denial::{Malformation, Place, Refusal},
         request::is_plain,
         secret::Secret,
     },
@@ -37,73 +37,123 @@ pub enum Unfit {
     NoSurface(NoSurface),
 }
 
+/// What a value is that is no credential.
+#[derive(Debug)]
+pub enum Mistake<'c> {
+    /// It cannot be one.
+    Malformed(Malformation),
+    /// This, with its article.
+    Foreign(&'c str),
+}
+
 /// Why this value is not one to send to this endpoint: its characters, its length, or whose key it looks like. `takes_oauth`: an OAuth token
 /// may be of use in a key's place, as far as is known.
 pub fn unfit(catalogue: &Catalogue, endpoint: &Endpoint, env_name: &str, secret: &Secret, takes_oauth: bool) -> Option<Unfit> {
     let value = secret.expose();
     let shapes = catalogue.shapes_of(value.trim_ascii_start());
-    let oauth = shapes.iter().find(|shape| shape.kind == KeyKind::OAuth && endpoint.vendor.as_deref() == Some(&shape.vendor));
+    let vendor = endpoint.vendor.as_deref();
+    let place = || Some(Place::of(env_name));
+    let (env, provider) = (|| env_name.to_owned(), || endpoint.provider.clone());
+    let refused = |refusal| Some(Unfit::Refused(Box::new(refusal)));
+    let foreign = |what: &str| {
+        refused(Refusal::ForeignSecret { env_name: env(), provider: provider(), what: what.to_owned(), save_as: place() })
+    };
     // JSON may have line breaks, and be longer than any key.
     if value.trim_ascii_start().starts_with('{') {
-        return Some(match oauth {
-            Some(_) if holds_oauth_members(value) => Unfit::NoSurface(NoSurface::OAuthShaped),
-            Some(_) | None => Unfit::Malformed(if value.contains("{{") { Malformation::Template } else { Malformation::Json }),
+        if let Some(what) = catalogue.foreign_secrets.what(value.trim_ascii(), vendor) {
+            return foreign(what);
+        }
+        let is_oauth = shapes.iter().any(|shape| shape.kind == KeyKind::OAuth && vendor == Some(&shape.vendor));
+        return Some(if is_oauth && holds_oauth_members(value) {
+            Unfit::NoSurface(NoSurface::OAuthShaped)
+        } else {
+            Unfit::Malformed(if value.contains("{{") { Malformation::Template } else { Malformation::Json })
         });
     }
-    if let Some(fault) = malformation(value).or_else(|| pasted(value, env_name)) {
-        return Some(Unfit::Malformed(fault));
+    match mistake(catalogue, vendor, env_name, value) {
+        None => {}
+        Some(Mistake::Malformed(fault)) => return Some(Unfit::Malformed(fault)),
+        Some(Mistake::Foreign(what)) => return foreign(what),
     }
-    if let Some(shape) = oauth {
-        return Some(if value.len() < MIN_OAUTH_TOKEN_BYTES.max(shape.prefix.len()) {
+    let shape @ KeyShape { vendor: owner, kind, .. } = shapes.first()?;
+    let host_takes_it =
+        vendor.is_none_or(|host| shapes.iter().any(|shape| shape.vendor == host)) || endpoint.accepts_keys_of.takes(owner);
+    match kind {
+        KeyKind::RefreshToken => Some(Unfit::Malformed(Malformation::RefreshTokenForKey)),
+        KeyKind::Administrative => {
+            refused(Refusal::AdministrativeKey { env_name: env(), provider: provider(), vendor: owner.clone(), save_as: place() })
+        }
+        KeyKind::OAuth if host_takes_it => Some(if value.len() < MIN_OAUTH_TOKEN_BYTES.max(shape.prefix.len()) {
             Unfit::Malformed(Malformation::CutOff)
-        } else if takes_oauth {
+        } else if takes_oauth || vendor != Some(owner) {
             Unfit::NoSurface(NoSurface::OAuthShaped)
         } else {
             Unfit::Malformed(Malformation::TokenForKey)
-        });
-    }
-    let (env_name, provider) = (|| env_name.to_owned(), || endpoint.provider.clone());
-    let refused = |refusal| Some(Unfit::Refused(Box::new(refusal)));
-    match shapes.first() {
-        Some(KeyShape { kind: KeyKind::RefreshToken, .. }) => return Some(Unfit::Malformed(Malformation::RefreshToken)),
-        Some(KeyShape { kind: KeyKind::Administrative, vendor, .. }) => {
-            return refused(Refusal::AdministrativeKey { env_name: env_name(), provider: provider(), vendor: vendor.clone() });
+        }),
+        KeyKind::ApiKey | KeyKind::OAuth => {
+            // A beginning that several vendors have tells nothing.
+            let is_telling = !host_takes_it && shapes.iter().all(|shape| shape.vendor == *owner);
+            let (host, vendor, is_oauth) = (endpoint.host.clone(), owner.clone(), *kind == KeyKind::OAuth);
+            let foreign =
+                || Refusal::ForeignKey { env_name: env(), provider: provider(), host, vendor, is_oauth, save_as: place() };
+            if is_telling { refused(foreign()) } else { None }
         }
-        Some(KeyShape { vendor, .. }) => {
-            if let Some(host) = &endpoint.vendor
-                && shapes.iter().all(|shape| shape.vendor == *vendor)
-                && host != vendor
-                && !endpoint.accepts_keys_of.takes(vendor)
-            {
-                let (host, vendor) = (endpoint.host.clone(), vendor.clone());
-                return refused(Refusal::ForeignKey { env_name: env_name(), provider: provider(), host, vendor });
-            }
-        }
-        None => {}
     }
-    let what = catalogue.foreign_secrets.what(value)?;
-    refused(Refusal::ForeignSecret { env_name: env_name(), provider: provider(), what: what.to_owned() })
 }
 
-fn malformation(value: &str) -> Option<Malformation> {
+/// What this value is, if it is no credential at all; `vendor`: whose host it is for.
+pub fn mistake<'c>(catalogue: &'c Catalogue, vendor: Option<&str>, env_name: &str, value: &str) -> Option<Mistake<'c>> {
+    let is_key = |rest: &str| !catalogue.shapes_of(rest).is_empty();
+    let fault = fault(value, env_name, &is_key);
+    // What it is says more than what is wrong with it: a private key has line breaks.
+    let value = if fault.is_some() { value.trim_ascii() } else { value };
+    let foreign = catalogue.foreign_secrets.what(value, vendor).map(Mistake::Foreign);
+    foreign.or_else(|| fault.map(Mistake::Malformed))
+}
+
+fn fault(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<Malformation> {
     if value.len() > MAX_KEY_BYTES {
         return Some(Malformation::TooLong { length: value.len(), limit: MAX_KEY_BYTES });
     }
+    // Most keys are: one look is enough for them.
+    if is_simple(value) {
+        return simple_placeholder(value);
+    }
+    unprintable(value).or_else(|| pasted(value, env_name, is_key))
+}
+
+/// Nothing but what nearly every key is made of: told several bytes at a time.
+fn is_simple(value: &str) -> bool {
+    value.bytes().fold(true, |simple, byte| simple & (byte.is_ascii_alphanumeric() | matches!(byte, b'-' | b'_' | b'.')))
+}
+
+fn unprintable(value: &str) -> Option<Malformation> {
     if is_plain(value) {
         return None;
+    }
+    // How consoles show a key that they no longer tell.
+    if value.contains(['…', '•']) {
+        return Some(Malformation::Masked);
     }
     let (at, byte) = value.bytes().enumerate().find(|(_, byte)| byte.is_ascii_control() || !byte.is_ascii())?;
     if !byte.is_ascii() {
         return Some(Malformation::NonAscii { at });
     }
+    let (one, other) = value.trim_ascii().split_once(['\n', '\r', '\t']).unwrap_or_default();
+    if are_two_keys(one, other) {
+        return Some(Malformation::TwoValues);
+    }
     let trailing = value.bytes().skip(at).all(|byte| byte.is_ascii_control() || byte == b' ');
     Some(Malformation::ControlCharacter { at, trailing })
 }
 
-/// What people save by mistake in place of a key. No vendor's keys look like any of it.
-fn pasted(value: &str, env_name: &str) -> Option<Malformation> {
+/// What people save by mistake in place of a key, where it has other characters than most keys. No vendor's keys look like any of it.
+fn pasted(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<Malformation> {
     let first = value.bytes().next()?;
     let around = |open: &str, close: &str| value.len() > 1 && value.starts_with(open) && value.ends_with(close);
+    if value.contains("{{") && value.contains("}}") {
+        return Some(Malformation::Template);
+    }
     match first {
         b'"' | b'\'' | b'`' if value.len() > 1 && value.bytes().next_back() == Some(first) => return Some(Malformation::Quoted),
         b'$' if around("${", "}") || is_name(value.trim_start_matches('$')) => return Some(Malformation::VariableName),
@@ -111,24 +161,104 @@ fn pasted(value: &str, env_name: &str) -> Option<Malformation> {
         b'<' if around("<", ">") => {
             return Some(if around("<%", "%>") { Malformation::Template } else { Malformation::Placeholder });
         }
-        b'b' | b'B' if value.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case("bearer ")) => {
-            return Some(Malformation::BearerInFront);
-        }
+        b'[' if value == "[object Object]" => return Some(Malformation::NoValue),
+        b'b' | b'B' if begins(value, "bearer ") => return Some(Malformation::BearerInFront),
         _ => {}
     }
-    if value.contains("{{") && value.contains("}}") {
-        return Some(Malformation::Template);
+    if HEADERS.iter().any(|header| begins(value, header)) {
+        return Some(Malformation::HeaderInFront);
     }
-    if value.contains("****") {
-        return Some(Malformation::Masked);
+    if REFERENCES.iter().any(|reference| begins(value, reference)) || begins(value, "projects/") && value.contains("/secrets/") {
+        return Some(Malformation::Reference);
     }
-    if let Some((name, rest)) = value.trim_start_matches("export ").split_once('=')
-        && !rest.trim_matches('=').is_empty()
-        && (name == env_name || is_name(name) && (name.ends_with("_KEY") || name.ends_with("_TOKEN")))
-    {
+    if begins(value, "https://") || begins(value, "http://") {
+        return Some(Malformation::WebAddress);
+    }
+    if is_email(value) {
+        return Some(Malformation::Email);
+    }
+    if value.contains("****") || value.contains("...") {
+        let ends = value.ends_with("...");
+        return Some(if ends { Malformation::Placeholder } else { Malformation::Masked });
+    }
+    if has_name_in_front(value, env_name, is_key) {
         return Some(Malformation::NameInFront);
     }
-    is_placeholder(value).then_some(Malformation::Placeholder)
+    if is_placeholder(value) {
+        return Some(Malformation::Placeholder);
+    }
+    if let Some(rest) = value.strip_suffix([',', ';']) {
+        return Some(if rest.is_empty() { Malformation::Placeholder } else { Malformation::Punctuation });
+    }
+    let (one, other) = value.trim_ascii().split_once([',', ';', ' ']).unwrap_or_default();
+    if are_two_keys(one, other) {
+        return Some(Malformation::TwoValues);
+    }
+    value.trim_ascii().contains(' ').then_some(Malformation::BlankWithin)
+}
+
+/// How a line begins that was copied out of a request.
+const HEADERS: [&str; 6] = ["authorization:", "proxy-authorization:", "x-api-key:", "x-goog-api-key:", "api-key:", "apikey:"];
+
+/// How vaults, clouds and orchestrators refer to a secret that is kept elsewhere.
+const REFERENCES: [&str; 20] = [
+    "op://",
+    "vault:",
+    "arn:aws:",
+    "arn:aws-cn:",
+    "arn:aws-us-gov:",
+    "ssm://",
+    "secretsmanager:",
+    "awssm://",
+    "gcpsm://",
+    "gsm://",
+    "sm://",
+    "akv://",
+    "azurekeyvault:",
+    "@microsoft.keyvault(",
+    "doppler://",
+    "infisical://",
+    "secretref:",
+    "ref+",
+    "file:",
+    "/run/secrets/",
+];
+
+/// Without regard to case.
+fn begins(value: &str, with: &str) -> bool {
+    value.get(..with.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(with))
+}
+
+/// Each as long as keys are, and of the letters that they have.
+fn are_two_keys(one: &str, other: &str) -> bool {
+    const SHORTEST: usize = 16;
+    let other = other.trim_ascii().split([',', ';', ' ', '\n', '\r', '\t']).next().unwrap_or_default();
+    [one.trim_ascii(), other].iter().all(|key| key.len() >= SHORTEST && is_simple(key))
+}
+
+fn is_email(value: &str) -> bool {
+    let is_word = |text: &str| {
+        !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b'+'))
+    };
+    let Some((name, host)) = value.split_once('@') else { return false };
+    let ends = host.rsplit_once('.').is_some_and(|(_, end)| end.len() >= 2 && end.bytes().all(|byte| byte.is_ascii_alphabetic()));
+    is_word(name) && is_word(host) && ends
+}
+
+/// `NAME=` or `NAME: `, as it stands in files. What stands behind it need not look like a key, where the name is one of a key's.
+fn has_name_in_front(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> bool {
+    let line = value.strip_prefix("export ").or_else(|| value.strip_prefix("set ")).unwrap_or(value);
+    let Some(at) = line.find(['=', ':']) else { return false };
+    let (name, rest) = (line.get(..at).unwrap_or_default().trim_ascii(), line.get(at + 1..).unwrap_or_default());
+    // `==` at the end is base64's.
+    let rest = rest.trim_matches(['=', ' ', '"', '\'']);
+    let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    let begins_a_name = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphabetic() || byte == b'_');
+    if rest.is_empty() || !begins_a_name || !name.bytes().all(is_word) {
+        return false;
+    }
+    let is_of_a_key = is_name(name) && (name.ends_with("_KEY") || name.ends_with("_TOKEN"));
+    name == env_name || is_of_a_key || line.len() < value.len() || is_key(rest)
 }
 
 /// A variable's name, as shells have it.
@@ -137,18 +267,46 @@ fn is_name(word: &str) -> bool {
     word.bytes().next().is_some_and(|byte| !byte.is_ascii_digit()) && word.bytes().all(is_of_name)
 }
 
+/// What programs write where they have no value.
+const NO_VALUES: [&str; 5] = ["undefined", "null", "none", "nil", "nan"];
+/// What people write where one is still to come.
+const WORDS: [&str; 10] =
+    ["todo", "tbd", "fixme", "changeme", "change-me", "change_me", "replaceme", "replace-me", "replace_me", "placeholder"];
+/// Keys are longer than any placeholder, but for those that say what they are.
+const LONGEST_PLACEHOLDER: usize = 64;
+
+/// The same for values of a key's own letters.
+fn simple_placeholder(value: &str) -> Option<Malformation> {
+    let last = value.bytes().next_back()?;
+    if memchr::memchr(b'.', value.as_bytes()).is_some() && value.contains("...") {
+        return Some(if value.ends_with("...") { Malformation::Placeholder } else { Malformation::Masked });
+    }
+    // `sk-xxxxxxxx`, however long.
+    if matches!(last, b'x' | b'X') {
+        let rest = value.trim_end_matches(['x', 'X']);
+        if value.len() - rest.len() >= 4 && (rest.is_empty() || rest.ends_with(['-', '_'])) {
+            return Some(Malformation::Placeholder);
+        }
+    }
+
+    if value.len() <= 9 && NO_VALUES.iter().any(|word| value.eq_ignore_ascii_case(word)) {
+        return Some(Malformation::NoValue);
+    }
+    is_placeholder(value).then_some(Malformation::Placeholder)
+}
+
 /// What vendors' documentation and `.env.example` files have in a key's place.
 fn is_placeholder(value: &str) -> bool {
-    const WORDS: [&str; 6] = ["changeme", "change-me", "change_me", "replace-me", "replace_me", "placeholder"];
-    // Keys are longer than any of it, but for those that say what they are.
-    if value.len() > 64 {
+    if value.len() > LONGEST_PLACEHOLDER {
         return false;
     }
-    let lower = value.to_ascii_lowercase();
-    let words = lower.trim_start_matches("sk-");
-    WORDS.contains(&words)
-        || words.ends_with("...")
-        || (words.starts_with("your") && ["key", "token", "here"].iter().any(|word| words.contains(word)))
+    let words = value.strip_prefix("sk-").unwrap_or(value);
+    if words.len() <= 11 && WORDS.iter().any(|word| words.eq_ignore_ascii_case(word)) {
+        return true;
+    }
+    let says = |of: &str| words.to_ascii_lowercase().contains(of);
+    (begins(words, "your") || begins(words, "my-api") || begins(words, "my_api") || begins(words, "insert"))
+        && ["key", "token", "here"].iter().any(|word| says(word))
 }
 
 /// JSON that parses, and has a member by which OAuth credentials are known. Nothing of it is copied but names.
@@ -197,12 +355,59 @@ mod tests {
             ("b", None),
             ("MADE_UP_BASE64_KEY=", None),
             ("MADE_UP_TOKEN==", None),
+            ("K=sk-made-up", Some(NameInFront)),
+            ("export K=made-up", Some(NameInFront)),
+            ("key: \"sk-made-up\"", Some(NameInFront)),
+            ("ACME_API_KEY: made-up", Some(NameInFront)),
+            ("Authorization: Bearer made-up", Some(HeaderInFront)),
+            ("authorization:made-up", Some(HeaderInFront)),
+            ("x-api-key: made-up", Some(HeaderInFront)),
+            ("sk-made-up-made-up-1,sk-made-up-made-up-2", Some(TwoValues)),
+            ("sk-made-up-made-up-1; sk-made-up-made-up-2", Some(TwoValues)),
+            ("sk-made-up-made-up-1 sk-made-up-made-up-2", Some(TwoValues)),
+            ("sk-made-up-made-up-1\nsk-made-up-made-up-2", Some(TwoValues)),
+            ("sk-made-up-made-up-1\r\nsk-made-up-made-up-2\n", Some(TwoValues)),
+            ("see the vault", Some(BlankWithin)),
+            ("made-up-key,", Some(Punctuation)),
+            ("made-up-key;", Some(Punctuation)),
+            ("undefined", Some(NoValue)),
+            ("null", Some(NoValue)),
+            ("None", Some(NoValue)),
+            ("nil", Some(NoValue)),
+            ("NaN", Some(NoValue)),
+            ("[object Object]", Some(NoValue)),
+            (concat!("TO", "DO"), Some(Placeholder)),
+            ("sk-xxxxxxxxxxxxxxxx", Some(Placeholder)),
+            ("sk-made-api03-XXXX", Some(Placeholder)),
+            ("xxxx", Some(Placeholder)),
+            ("my-api-key", Some(Placeholder)),
+            ("INSERT_YOUR_KEY_HERE", Some(Placeholder)),
+            ("op://vault/item/key", Some(Reference)),
+            ("vault:secret/data/acme#key", Some(Reference)),
+            ("arn:aws:secretsmanager:eu-west-1:1:secret:acme", Some(Reference)),
+            ("projects/made-up/secrets/acme/versions/1", Some(Reference)),
+            ("${{ secrets.ACME }}", Some(Template)),
+            ("{{ .Values.acme }}", Some(Template)),
+            ("https://console.acme.example/settings/keys", Some(WebAddress)),
+            ("someone@acme.example", Some(Email)),
+            ("sk-made...abcd", Some(Masked)),
+            ("sk-made\u{2026}abcd", Some(Masked)),
+            ("sk-\u{2022}\u{2022}\u{2022}\u{2022}abcd", Some(Masked)),
             ("made=up", None),
             ("$made-up-lower", None),
+            ("made-up:made-up", None),
+            ("made-up-id.made-up-secret", None),
+            ("made,up", None),
+            ("none-made-up", None),
+            ("made-up-max", None),
+            ("made@up", None),
+            ("insert", None),
+            ("\u{e9}", Some(NonAscii { at: 0 })),
+            ("made-up\nx-other: 1", Some(ControlCharacter { at: 7, trailing: false })),
             ("sk-youra-made-up-account", None),
             (long.as_str(), None),
         ] {
-            assert_eq!(pasted(value, "ACME_API_KEY"), expect, "{value}");
+            assert_eq!(fault(value, "ACME_API_KEY", &|rest| rest.starts_with("sk-")), expect, "{value}");
         }
     }
 

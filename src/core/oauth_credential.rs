@@ -72,7 +72,9 @@ fn claude_token(value: &str) -> Option<Malformation> {
 type Members<'v> = BTreeMap<Cow<'v, str>, &'v RawValue>;
 
 fn auth_json(value: &str) -> Look {
-    let Ok(file) = serde_json::from_str::<Members<'_>>(value) else { return Look::Malformed(Malformation::NoJson) };
+    let Ok(file) = serde_json::from_str::<Members<'_>>(value) else {
+        return Look::Malformed(if is_key(value.trim_ascii()) { Malformation::KeyForFile } else { Malformation::NoJson });
+    };
     let key = file.get("OPENAI_API_KEY").filter(|value| value.get() != "null");
     let mode = file.get("auth_mode").and_then(|mode| serde_json::from_str::<Cow<'_, str>>(mode.get()).ok());
     let is_key_mode = match mode.as_deref() {
@@ -96,6 +98,11 @@ fn auth_json(value: &str) -> Look {
     // An access token that has ended is fresh again by the other.
     let is_whole = text("id_token").is_some_and(is_jwt) && text("access_token").is_some() && text("refresh_token").is_some();
     if is_whole { Look::Plausible } else { Look::Malformed(Malformation::NoToken) }
+}
+
+/// A key alone, as vendors make them: nothing else begins so.
+fn is_key(value: &str) -> bool {
+    value.starts_with("sk-") && value.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
 
 /// Three parts of base64url.
@@ -158,6 +165,8 @@ mod tests {
             (format!(r#"{{"tokens": {tokens}"#), "NoJson"),
             ("/configs/.codex/auth.json".to_owned(), "NoJson"),
             ("made-up-key".to_owned(), "NoJson"),
+            ("sk-proj-made-up\n".to_owned(), "KeyForFile"),
+            ("sk-proj-made-up {".to_owned(), "NoJson"),
         ] {
             assert_eq!(told(CredentialKind::CodexAuthJson, &value), expect, "{value}");
         }

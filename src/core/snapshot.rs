@@ -13,12 +13,13 @@ use crate::{
         catalogue::Catalogue,
         derive::candidate_arms,
         endpoint::{Endpoint, NoSurface, base_url_names},
+        oauth_credential::CredentialKind,
         policy::Policy,
         registry::{Arm, Provider, Registry, Runtime},
         runtimes::Way,
         workspace_call::ArmRoute,
     },
-    domain::protocol::Surface,
+    domain::{denial::Place, protocol::Surface},
 };
 
 /// What one decision is made by: one version of everything, for the whole call.
@@ -142,6 +143,12 @@ impl Snapshot {
         names.into()
     }
 
+    /// This variable as the place of a key.
+    pub fn place(&self, env_name: &str) -> Place {
+        let in_auth_json = self.catalogue.credential_kind(env_name) == Some(CredentialKind::CodexAuthJson);
+        Place { in_auth_json, ..Place::of(env_name) }
+    }
+
     /// Every name that a caller may send: the registry's, and those that runtimes read.
     pub fn credential_names(&self) -> &BTreeSet<String> {
         &self.derived.credential_names
@@ -177,6 +184,11 @@ impl Follows {
 // === impl ArmUse ===
 
 impl ArmUse {
+    /// The names of this provider that the runtime reads, as far as that is known.
+    pub fn usable<'a>(&'a self, provider: &'a Provider) -> Vec<String> {
+        self.route.as_ref().map_or_else(|| provider.auth_env.clone(), |arm| arm.usable().cloned().collect())
+    }
+
     fn of(route: Option<ArmRoute>, provider: &Provider, catalogue: &Catalogue) -> Self {
         let mut names: Vec<String> = Vec::new();
         let of_route = route.iter().flat_map(ArmRoute::names);

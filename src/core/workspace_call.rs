@@ -44,8 +44,8 @@ pub struct Found<'a> {
 /// What the workspace will send.
 #[derive(Debug)]
 pub enum Prediction<'a> {
-    /// Nothing that the provider accepts is there.
-    Missing,
+    /// Nothing that the provider accepts is there. This would be sent in its place, if it were.
+    Missing(Option<&'a str>),
     /// It depends on these names, which could not be read.
     Unreadable(Vec<String>),
     /// This.
@@ -96,6 +96,13 @@ impl ArmRoute {
         self.own.iter().map(String::as_str).chain(self.route.names())
     }
 
+    /// The provider's own names that the runtime reads, or those of which nobody knows that it does not.
+    pub fn usable(&self) -> impl Iterator<Item = &String> {
+        let reads = |name: &&String| self.route.reads.contains(name);
+        let untold = !self.route.is_certain() && !self.own.iter().any(|name| reads(&name));
+        self.own.iter().filter(move |name| untold || reads(name))
+    }
+
     fn lookup<'a>(&'a self, credentials: &CredentialSet<'a>, name: &'a str) -> Lookup<'a> {
         match credentials.lookup(name) {
             Lookup::Value { scope: Scope::Organization, .. } if self.stripped.iter().any(|stripped| stripped == name) => {
@@ -112,7 +119,7 @@ pub fn predict<'a>(arm: Option<&'a ArmRoute>, provider: &'a Provider, credential
         None => {
             let lookup = |name| credentials.lookup(name);
             match first(&provider.auth_env, &lookup) {
-                Ok(None) => Prediction::Missing,
+                Ok(None) => Prediction::Missing(None),
                 Err(unknown) => Prediction::Unreadable(unknown),
                 Ok(Some(judged)) => {
                     let call = WorkspaceCall {
@@ -141,24 +148,24 @@ fn predict_by<'a>(arm: &'a ArmRoute, credentials: &CredentialSet<'a>) -> Result<
     let read = first(&route.reads, &lookup)?;
     let Some(sent) = beats.or(read) else {
         // Nothing that it reads is there: what the registry accepts is judged, and is of no use to it.
-        let Some(judged) = first(own, &lookup)? else { return Ok(Prediction::Missing) };
+        let Some(judged) = first(own, &lookup)? else { return Ok(Prediction::Missing(None)) };
         let call =
             WorkspaceCall { judged, is_own: true, is_unread: true, passed_over: Vec::new(), moved_to: None, travels: Vec::new() };
         return Ok(Prediction::Sends(call));
     };
     if owned.is_empty() {
         return match own.iter().filter(|name| matches!(lookup(name), Lookup::Unknown)).cloned().collect::<Vec<_>>() {
-            unknown if unknown.is_empty() => Ok(Prediction::Missing),
+            unknown if unknown.is_empty() => Ok(Prediction::Missing(in_the_way(arm, sent.env_name))),
             unknown => Err(unknown),
         };
     }
-    // The same value under one of the provider's own names is the provider's own.
-    let judged = if is_own(sent.env_name) {
+    // The same value under one of the provider's own names is the provider's own, where it is sent as that one would be.
+    let judged = if is_own(sent.env_name) || beats.is_some() {
         sent
     } else {
         owned.iter().find(|own| own.secret.same_as(sent.secret)).copied().unwrap_or(sent)
     };
-    let differs = |found: &Found<'_>| !found.secret.same_as(judged.secret);
+    let differs = |found: &Found<'_>| !found.secret.same_as(judged.secret) || !is_own(judged.env_name);
     let in_order = route.reads.iter().chain(own).filter(|name| is_own(name)).filter_map(|name| found(name, &lookup));
     let mut passed_over: Vec<Found<'a>> = Vec::new();
     for other in in_order.filter(differs) {
@@ -168,7 +175,7 @@ fn predict_by<'a>(arm: &'a ArmRoute, credentials: &CredentialSet<'a>) -> Result<
     }
     let travels = route.also_sends.iter().filter_map(|(name, header)| Some((found(name, &lookup)?, *header)));
     let moved_to = route.by_env.iter().find(|(name, _)| found(name, &lookup).is_some()).map(|(_, base)| base);
-    let travels = travels.filter(|(found, _)| differs(found)).collect();
+    let travels = travels.filter(|(found, _)| !found.secret.same_as(judged.secret)).collect();
     Ok(Prediction::Sends(WorkspaceCall {
         judged,
         is_own: is_own(judged.env_name),
@@ -177,6 +184,12 @@ fn predict_by<'a>(arm: &'a ArmRoute, credentials: &CredentialSet<'a>) -> Result<
         moved_to,
         travels,
     }))
+}
+
+/// This name, if it is read before one of the provider's own.
+fn in_the_way<'a>(arm: &'a ArmRoute, sent: &'a str) -> Option<&'a str> {
+    let mut behind = arm.route.beaten_by.iter().chain(&arm.route.reads).skip_while(|name| *name != sent);
+    behind.any(|name| arm.own.contains(name)).then_some(sent)
 }
 
 /// The first of these names that holds a value, unless one before it could not be read.

@@ -92,10 +92,18 @@ pub enum Refusal {
         display_name: String,
         /// The model.
         model: String,
-        /// The names that it accepts.
+        /// The names that it accepts and the runtime reads; all that it accepts where the runtime reads none of them.
         accepted_env: Vec<String>,
+        /// The runtime reads none of them.
+        unread: bool,
         /// Who else could own the model, with the names that would make it so.
         others: Vec<(String, Vec<String>)>,
+        /// Where a key goes whose own name the runtime does not read, with its owner.
+        elsewhere: Option<(String, Place)>,
+        /// A name that holds a value which would be sent in the credential's place.
+        in_the_way: Option<String>,
+        /// A name that is set, and the models that it would do for.
+        at_hand: Option<(String, ModelChoice)>,
         /// Names whose blank value in the workspace hides one of the organization's.
         hidden: Vec<String>,
         /// All names, for programs.
@@ -109,8 +117,10 @@ pub enum Refusal {
         provider: String,
         /// What is wrong with it, and where.
         fault: Malformation,
-        /// The variable that such a value belongs into, if there is one.
-        right_name: Option<String>,
+        /// Where what it should be is saved.
+        save_as: Option<Place>,
+        /// Where what it is belongs, if there is such a place.
+        right_place: Option<Place>,
     },
     /// No key of an LLM provider at all.
     ForeignSecret {
@@ -120,6 +130,8 @@ pub enum Refusal {
         provider: String,
         /// What it is, with its article.
         what: String,
+        /// Where a key is saved.
+        save_as: Option<Place>,
     },
     /// A key that administers an organization, and calls no model.
     AdministrativeKey {
@@ -129,6 +141,8 @@ pub enum Refusal {
         provider: String,
         /// Whose.
         vendor: String,
+        /// Where a key is saved.
+        save_as: Option<Place>,
     },
     /// The workspace would send another value than the one that would do.
     Shadowed {
@@ -138,6 +152,8 @@ pub enum Refusal {
         why: ShadowCause,
         /// What would do.
         other: NameAndScope,
+        /// The other value would do under the name of this one.
+        replaceable: bool,
         /// The provider.
         provider: String,
     },
@@ -155,6 +171,8 @@ pub enum Refusal {
         accepted_in: HeaderFamily,
         /// The name under which it is sent in that.
         right_name: String,
+        /// The provider accepts that name.
+        right_is_own: bool,
     },
     /// Another credential would travel along.
     Exposed {
@@ -173,9 +191,33 @@ pub enum Refusal {
         host: String,
         /// Whose key it looks like.
         vendor: String,
+        /// It is no key but a token that its vendor's programs log in with.
+        is_oauth: bool,
+        /// Where a key is saved.
+        save_as: Option<Place>,
     },
     /// The verdict on the credential.
     Liveness(LivenessEvidence),
+}
+
+/// Where a credential is saved so that the runtime uses it. Where a remedy has none, the runtime reads no key of the provider.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The variable.
+    pub env_name: String,
+    /// The variable holds Codex's auth.json, and a key goes into that.
+    pub in_auth_json: bool,
+    /// What has to be chosen with it, where it does not serve the present model.
+    pub with: Option<ModelChoice>,
+}
+
+/// Models to choose from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ModelChoice {
+    /// Whose.
+    pub owner: String,
+    /// One of them.
+    pub example: Option<String>,
 }
 
 /// A variable, and where its value is stored.
@@ -256,6 +298,26 @@ pub enum Malformation {
     NoJson,
     /// JSON without a usable token or key.
     NoToken,
+    /// A key alone in the place of the file that it goes into.
+    KeyForFile,
+    /// A blank or line break stands around the key in a file, and is sent along.
+    BlankInFile,
+    /// A refresh token in the place of an API key.
+    RefreshTokenForKey,
+    /// A header's name stands in front of it.
+    HeaderInFront,
+    /// Two values, one behind the other.
+    TwoValues,
+    /// A comma or a semicolon stands behind it.
+    Punctuation,
+    /// What a program writes where it has no value.
+    NoValue,
+    /// It says where a secret is kept.
+    Reference,
+    /// The address of a page.
+    WebAddress,
+    /// An e-mail address.
+    Email,
 }
 
 /// A credential that was judged, and what came of it.
@@ -287,6 +349,17 @@ pub struct LivenessEvidence {
     pub plan: Option<(String, Vec<String>)>,
     /// The model.
     pub model: String,
+    /// Where a good one is saved.
+    pub save_as: Option<Place>,
+}
+
+// === impl Place ===
+
+impl Place {
+    /// This variable, as it is.
+    pub fn of(env_name: &str) -> Self {
+        Self { env_name: env_name.to_owned(), in_auth_json: false, with: None }
+    }
 }
 
 // === impl Refusal ===
@@ -344,6 +417,17 @@ impl Refusal {
         }
     }
 
+    /// The same, with this as the place where a good one is saved.
+    #[must_use]
+    pub fn saved_as(mut self, place: Option<Place>) -> Self {
+        if let Self::ForeignKey { save_as, .. } | Self::ForeignSecret { save_as, .. } | Self::AdministrativeKey { save_as, .. } =
+            &mut self
+        {
+            *save_as = place;
+        }
+        self
+    }
+
     /// The same request may be allowed later with nothing changed.
     pub fn retryable(&self) -> bool {
         // An address that this service may not dial is no outage.
@@ -358,6 +442,23 @@ impl Refusal {
             _ => UNREADABLE_RETRY_AFTER,
         };
         self.retryable().then_some(wait)
+    }
+}
+
+// === impl Malformation ===
+
+impl Malformation {
+    /// It is about a key, and not about the file or the token that a variable holds.
+    pub const fn is_of_a_key(self) -> bool {
+        !matches!(
+            self,
+            Self::NoJson
+                | Self::NoToken
+                | Self::RefreshToken
+                | Self::AuthorizationCode
+                | Self::CredentialsFile
+                | Self::KeyForToken
+        )
     }
 }
 
@@ -433,6 +534,7 @@ mod tests {
                 tenant_endpoint: false,
                 plan: None,
                 model: "acme-large".into(),
+                save_as: None,
             });
             assert!(!refusal.message().is_empty() && !refusal.remedy().is_empty());
             assert_eq!(refusal.retry_after().is_some(), refusal.code().retryable(), "{verdict}");

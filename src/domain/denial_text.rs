@@ -2,7 +2,7 @@
 //! One place, so that every checkpoint and every caller reads the same words. Names, hosts and statuses only: never a value.
 
 use super::{
-    denial::{LivenessEvidence, Malformation, NameAndScope, Refusal, ShadowCause, any_of, listed},
+    denial::{LivenessEvidence, Malformation, ModelChoice, NameAndScope, Place, Refusal, ShadowCause, any_of, listed},
     request::Scope,
     verdict::{Cause, Unreached, Verdict, Withheld},
 };
@@ -60,17 +60,18 @@ impl Refusal {
             Self::Malformed { env_name, provider, fault, .. } => {
                 format!("{env_name} cannot be a credential of provider `{provider}`: {}; it was not sent", fault.text())
             }
-            Self::ForeignKey { env_name, provider, host, vendor } => format!(
-                "{env_name} holds what looks like a key of vendor `{vendor}`, but provider `{provider}` is at {host}; it was not sent"
+            Self::ForeignKey { env_name, provider, host, vendor, is_oauth, .. } => format!(
+                "{env_name} holds what looks like {} of vendor `{vendor}`, but provider `{provider}` is at {host}; it was not sent",
+                if *is_oauth { "an OAuth token" } else { "a key" }
             ),
-            Self::ForeignSecret { env_name, provider, what } => format!(
+            Self::ForeignSecret { env_name, provider, what, .. } => format!(
                 "{env_name} holds what looks like {what}, which is no key of provider `{provider}` or of any LLM provider; \
                  it was not sent"
             ),
             Self::AdministrativeKey { env_name, vendor, .. } => format!(
                 "{env_name} holds what looks like an administrative key of vendor `{vendor}`, which cannot call models; it was not sent"
             ),
-            Self::Shadowed { sent, why, other, provider } => format!(
+            Self::Shadowed { sent, why, other, provider, .. } => format!(
                 "the workspace sends {} to provider `{provider}` and not {}: {}",
                 stored(sent),
                 stored(other),
@@ -118,30 +119,45 @@ impl Refusal {
             Self::MissingCredential { hidden, .. } if !hidden.is_empty() => {
                 format!("remove the blank {} from the workspace's secrets, or set it there", listed(hidden))
             }
-            Self::MissingCredential { accepted_env, others, .. } => {
-                let others = others.iter().map(|(owner, names)| format!("; or {} for {owner}", any_of(names)));
+            Self::MissingCredential { accepted_env, unread, others, elsewhere, in_the_way, at_hand, .. } => {
+                let in_the_way =
+                    in_the_way.iter().map(|name| format!(", and remove {name}, which the runtime sends in its place"));
+                let own = format!("set {} as a secret of the workspace or of the organization", any_of(accepted_env));
+                let own = (!unread).then(|| own + &in_the_way.collect::<String>());
+                let others = others.iter().map(|(owner, names)| format!("{} for {owner}", any_of(names)));
+                let elsewhere =
+                    elsewhere.iter().map(|(owner, place)| format!("save a key of {owner} as {}{}", place.text(), place.choice()));
+                let at_hand = at_hand.iter().map(|(name, models)| format!("choose {}, for {name}, which is set", models.text()));
+                let ways: Vec<String> = own.into_iter().chain(others).chain(elsewhere).chain(at_hand).collect();
+                if ways.is_empty() { READS_NO_KEY.to_owned() } else { ways.join("; or ") }
+            }
+            Self::Malformed { env_name, fault, save_as, right_place, .. } => {
+                fault.remedy(env_name, save_as.as_ref(), right_place.as_ref())
+            }
+            Self::ForeignKey { provider, vendor, save_as, .. } => saved(save_as.as_ref(), |place| {
+                format!("save a key of provider `{provider}` as {place}, or choose a model of vendor `{vendor}`")
+            }),
+            Self::ForeignSecret { provider, save_as, .. } => saved(save_as.as_ref(), |place| {
                 format!(
-                    "set {} as a secret of the workspace or of the organization{}",
-                    any_of(accepted_env),
-                    others.collect::<String>()
+                    "save a key of provider `{provider}` as {place}, and think of replacing the secret that was put there by mistake"
                 )
-            }
-            Self::Malformed { env_name, fault, right_name, .. } => fault.remedy(env_name, right_name.as_deref()),
-            Self::ForeignKey { env_name, provider, vendor, .. } => {
-                format!("save a key of provider `{provider}` as {env_name}, or choose a model of vendor `{vendor}`")
-            }
-            Self::ForeignSecret { env_name, provider, .. } => format!(
-                "save a key of provider `{provider}` as {env_name}, and think of replacing the secret that was put there by mistake"
-            ),
-            Self::AdministrativeKey { env_name, provider, .. } => {
-                format!("make a key for the API in the console of provider `{provider}` and save it as {env_name}")
-            }
-            Self::Shadowed { sent, other, .. } => format!(
-                "remove {} from the {}'s secrets, or save there what {} holds",
+            }),
+            Self::AdministrativeKey { provider, save_as, .. } => saved(save_as.as_ref(), |place| {
+                format!("make a key for the API in the console of provider `{provider}` and save it as {place}")
+            }),
+            Self::Shadowed { sent, other, replaceable, .. } => format!(
+                "remove {} from the {}'s secrets{}",
                 sent.env_name,
                 scope_word(sent.scope),
-                other.env_name
+                if *replaceable {
+                    format!("; or replace {} by what {} holds", sent.env_name, other.env_name)
+                } else {
+                    String::new()
+                }
             ),
+            Self::WrongName { right_is_own: false, .. } => {
+                "choose a model of another provider: under no name of this one does the runtime send a key so".into()
+            }
             Self::WrongName { env_name, right_name, .. } => format!("save the key as {right_name} and remove {env_name}"),
             Self::Exposed { env_names, .. } => {
                 format!(
@@ -172,6 +188,9 @@ impl Refusal {
             }
             Self::ProviderNotByok { .. } => "the registry offers a provider with `auth_mode: wif_adc` to tenants".into(),
             Self::Exposed { .. } => "the policy group `exposure` denies here; `allow` would warn".into(),
+            Self::WrongName { right_is_own: false, right_name, provider, .. } => format!(
+                "what is sent as the host takes it is {right_name}, which the registry's `auth_env` of provider `{provider}` lacks"
+            ),
             Self::Shadowed { .. } | Self::WrongName { .. } => {
                 "what the runtime sends is said by `runtimes:` in the catalogue; tests/runtimes/run tells whether it still holds"
                     .into()
@@ -199,6 +218,41 @@ fn scope_word(scope: Scope) -> &'static str {
     match scope {
         Scope::Workspace => "workspace",
         Scope::Organization => "organization",
+    }
+}
+
+/// What there is to do where no variable would do.
+const READS_NO_KEY: &str = "choose a model of another provider: the runtime reads no key of this one";
+
+/// What to save where, if the runtime reads anything.
+fn saved(place: Option<&Place>, say: impl FnOnce(&str) -> String) -> String {
+    place.map_or_else(|| READS_NO_KEY.to_owned(), |place| say(&format!("{}{}", place.text(), place.choice())))
+}
+
+// === impl Place ===
+
+impl Place {
+    /// Behind "save it as".
+    pub fn text(&self) -> String {
+        let Self { env_name, in_auth_json, .. } = self;
+        if *in_auth_json { format!("{env_name}, in the form {KEY_IN_AUTH_JSON}") } else { env_name.clone() }
+    }
+
+    /// Behind that: what else it takes.
+    pub fn choice(&self) -> String {
+        self.with.as_ref().map_or_else(String::new, |with| format!(" and choose {}", with.text()))
+    }
+}
+
+/// How a key stands in Codex's file.
+const KEY_IN_AUTH_JSON: &str = "`{\"OPENAI_API_KEY\": \"THE KEY\"}`";
+
+// === impl ModelChoice ===
+
+impl ModelChoice {
+    fn text(&self) -> String {
+        let example = self.example.as_ref().map_or_else(String::new, |model| format!(", such as `{model}`"));
+        format!("a model of {}{example}", self.owner)
     }
 }
 
@@ -262,7 +316,7 @@ impl LivenessEvidence {
     }
 
     fn remedy(&self) -> String {
-        let Self { verdict, env_name, plan, siblings, cause, unreached, .. } = self;
+        let Self { verdict, save_as, plan, siblings, cause, unreached, .. } = self;
         match verdict {
             Verdict::Invalid | Verdict::Forbidden if plan.is_some() => {
                 let (plan, providers) = plan.clone().unwrap_or_default();
@@ -277,17 +331,21 @@ impl LivenessEvidence {
             Verdict::Forbidden if *cause == Some(Cause::Restricted) => {
                 "give the key the permission for this model in the provider's console, or choose another model".into()
             }
-            Verdict::Forbidden => format!(
-                "look in the provider's console at the key's permissions and at the addresses that it may be used from; \
-                 a new key goes into {env_name}"
-            ),
+            Verdict::Forbidden => saved(save_as.as_ref(), |place| {
+                format!(
+                    "look in the provider's console at the key's permissions and at the addresses that it may be used from; \
+                     a new key is saved as {place}"
+                )
+            }),
             Verdict::Invalid => {
                 let sibling = if siblings.is_empty() {
                     String::new()
                 } else {
                     format!("; a key for {} is refused here too", any_of(siblings))
                 };
-                format!("check that the key is active; make a new one if it is not, and save it as {env_name}{sibling}")
+                saved(save_as.as_ref(), |place| {
+                    format!("check that the key is active; make a new one if it is not, and save it as {place}{sibling}")
+                })
             }
             Verdict::QuotaExhausted => "add credit to the account with the provider, or use another key".into(),
             Verdict::RateLimited | Verdict::ProviderError | Verdict::Timeout => {
@@ -374,7 +432,7 @@ impl Malformation {
             Self::Quoted => "it is in quotation marks".into(),
             Self::VariableName => "it is the name of a variable and not its value".into(),
             Self::Template => "it is a template that was not expanded".into(),
-            Self::Masked => "part of it is hidden by asterisks".into(),
+            Self::Masked => "part of it is hidden by asterisks or dots".into(),
             Self::Placeholder => "it is a placeholder out of an example".into(),
             Self::Json => "it is JSON, or a piece of it, and holds no token".into(),
             Self::CutOff => "it is only the beginning of a token".into(),
@@ -388,38 +446,68 @@ impl Malformation {
             Self::CredentialsFile => "it is a whole credentials file, and this variable is for the token in it".into(),
             Self::NoJson => "it is no JSON, or only part of a file".into(),
             Self::NoToken => "it holds neither a usable token nor a key".into(),
+            Self::KeyForFile => "it is a key alone, and this variable is for the file auth.json".into(),
+            Self::BlankInFile => "a blank or line break stands around the key in it, and codex sends it along".into(),
+            Self::RefreshTokenForKey => "it is a refresh token, and no API key".into(),
+            Self::HeaderInFront => "a header's name stands in front of it".into(),
+            Self::TwoValues => "two values stand in it, one behind the other".into(),
+            Self::Punctuation => "a comma or a semicolon stands behind it".into(),
+            Self::NoValue => "it is what a program writes where it has no value, such as `undefined` or `null`".into(),
+            Self::Reference => "it says where a secret is kept, and is not the secret".into(),
+            Self::WebAddress => "it is the address of a page".into(),
+            Self::Email => "it is an e-mail address".into(),
         }
     }
 
-    fn remedy(self, env_name: &str, right_name: Option<&str>) -> String {
+    /// `right`: where what it is belongs.
+    fn remedy(self, env_name: &str, save_as: Option<&Place>, right: Option<&Place>) -> String {
+        let at_place = saved(save_as, |place| self.remedy_at(place));
+        let Some(right) = right else { return at_place };
+        let it = if self == Self::TokenForKey { "the token" } else { "the key" };
+        let instead = format!("save {it} as {}, remove {env_name}{}", right.text(), right.choice());
+        if save_as.is_some() { format!("{at_place}; or {instead}") } else { instead }
+    }
+
+    /// Where what it should be is saved at this place.
+    fn remedy_at(self, place: &str) -> String {
         match self {
             Self::ControlCharacter { trailing: true, .. } | Self::BlankInFront | Self::BlankBehind => {
-                format!("save {env_name} again without blanks and line breaks around it")
+                format!("save {place} again without blanks and line breaks around it")
             }
-            Self::BearerInFront | Self::NameInFront | Self::Quoted => format!("save {env_name} again with the key alone"),
-            Self::VariableName | Self::Template => {
-                format!("save the key itself as {env_name}: what is saved is passed on as it is, and nothing in it is expanded")
+            Self::BearerInFront | Self::HeaderInFront | Self::NameInFront | Self::Quoted | Self::Punctuation => {
+                format!("save {place} again with the key alone")
+            }
+            Self::TwoValues => format!("save one of them alone as {place}"),
+            Self::VariableName | Self::Template | Self::Reference => {
+                format!("save the key itself as {place}: what is saved is passed on as it is, and nothing in it is expanded")
             }
             Self::Masked => {
-                format!("the provider's console does not show this key again: make a new one there and save it as {env_name}")
+                format!("the provider's console does not show this key again: make a new one there and save it as {place}")
             }
-            Self::KeyForToken | Self::TokenForKey => match right_name {
-                Some(right) => format!("save it as {right}, and remove {env_name}"),
-                None => format!("save what {env_name} is for, or choose another model"),
-            },
+            Self::KeyForToken => format!("save the token that `claude setup-token` prints as {place}"),
+            Self::TokenForKey | Self::RefreshTokenForKey => {
+                format!("make an API key in the provider's console and save it as {place}")
+            }
             Self::RefreshToken | Self::AuthorizationCode | Self::CredentialsFile => {
-                format!("finish the login and save the token that it ends with as {env_name}")
+                format!("finish the login and save the token that it ends with as {place}")
             }
             Self::NoJson | Self::NoToken => {
-                format!("log in once more and save the whole file that the login writes as {env_name}")
+                format!("log in once more and save the whole file that the login writes as {place}")
             }
+            Self::KeyForFile => {
+                format!("save it as {place}, or save there the whole file auth.json that a login writes")
+            }
+            Self::BlankInFile => format!("save the key as {place}, without blanks and line breaks around it"),
             Self::ControlCharacter { .. }
             | Self::NonAscii { .. }
             | Self::TooLong { .. }
             | Self::Placeholder
+            | Self::NoValue
+            | Self::WebAddress
+            | Self::Email
             | Self::Json
             | Self::CutOff
-            | Self::BlankWithin => format!("copy the key from the provider's console again and save it as {env_name}"),
+            | Self::BlankWithin => format!("copy the key from the provider's console again and save it as {place}"),
         }
     }
 }

@@ -83,6 +83,7 @@ fn evidence(verdict: Verdict, provider: &str, env_name: &str) -> LivenessEvidenc
         cause: None,
         tenant_endpoint: false,
         plan: None,
+        save_as: None,
         model: "acme-large".into(),
     }
 }

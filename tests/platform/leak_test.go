@@ -4,6 +4,7 @@ import (
 	"context"
 	"iter"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 
@@ -37,7 +38,10 @@ func TestTheClientLeavesNothingBehind(t *testing.T) {
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
 	_, _ = client.Decide(gone, request)
-	reporter := client.ReportOnly(byokgate.ReportOptions{})
+	reporter, err := client.ReportOnly(byokgate.ReportOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	for range 10 {
 		reporter.Go(t.Context(), request)
 	}
@@ -49,7 +53,7 @@ func TestTheClientLeavesNothingBehind(t *testing.T) {
 	running := func(context.Context) iter.Seq2[byokgate.Spec, error] {
 		return func(yield func(byokgate.Spec, error) bool) { yield(dead, nil) }
 	}
-	for range client.Sweep(t.Context(), running, byokgate.SweepOptions{ConfirmAfter: 1, Lookups: 1000}) {
+	for range client.Sweep(t.Context(), running, byokgate.SweepOptions{ConfirmAfter: time.Millisecond, Lookups: 1000}) {
 		break // left with a change
 	}
 	if err := client.Close(); err != nil {

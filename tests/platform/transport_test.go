@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -77,7 +78,7 @@ func TestTheRealTransports(t *testing.T) {
 	certify(t, dir, "client", ours)
 	certify(t, dir, "stranger", others)
 	const token = keyMark + "token-of-the-platform"
-	for name, text := range map[string]string{"tokens": token + "\n", "token": token + "\n", "wrong": keyMark + "another-token-altogether"} {
+	for name, text := range map[string]string{"roles": token + " operator\n", "tokens": token + "\n", "token": token + "\n", "wrong": keyMark + "another-token-altogether"} {
 		if err := os.WriteFile(file(name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -114,6 +115,9 @@ func TestTheRealTransports(t *testing.T) {
 		"TLS, a wrong token": {
 			"", append(tls, "--token-file", file("tokens")), []byokgate.Option{trusting, byokgate.WithTokenFile(file("wrong"))},
 			byokgate.ReasonUnauthenticated,
+		},
+		"a token that may not": {
+			"", []string{"--token-file", file("roles")}, []byokgate.Option{byokgate.WithTokenFile(file("token"))}, byokgate.ReasonPermissionDenied,
 		},
 		"a token on loopback": {"", []string{"--token-file", file("tokens")}, []byokgate.Option{byokgate.WithTokenFile(file("token"))}, allowed},
 		"mTLS": {
@@ -174,4 +178,77 @@ func TestTheRealTransports(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The two ports of one byok-gate mixed up: its numbers' port is no gate, and that is found out although it closes without a word.
+func TestTheAdminPortIsNoGate(t *testing.T) {
+	vendor := startVendor(t, liveKey)
+	listen, admin := freeAddress(t), freeAddress(t)
+	startGateWith(t, listen, append(serveArguments(t, listen, vendor.url), "--admin-listen", admin)...)
+	for name, options := range map[string][]byokgate.Option{
+		"plain": {byokgate.WithLogger(discard)},
+		"TLS":   {byokgate.WithLogger(discard), byokgate.WithTLSFiles("", "", "")},
+	} {
+		client, err := byokgate.New(admin, options...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer client.Close()
+		_, err = client.Decide(t.Context(), byokgate.Request{Checkpoint: byokgate.Create, Spec: byokgate.Spec{
+			Runtime: "agent", Model: "acme-large", Lookup: byokgate.Static(nil, nil),
+		}})
+		want, says := byokgate.ReasonNotAGate, "--admin-listen"
+		if name == "TLS" {
+			want, says = byokgate.ReasonTLSMismatch, "WithTLS"
+		}
+		var undecided *byokgate.Undecided
+		if !errors.As(err, &undecided) || undecided.Reason() != want || undecided.HTTPStatus() != http.StatusInternalServerError ||
+			!strings.Contains(undecided.OperatorHint(), says) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// A token's file that goes away, and a byok-gate that then does not know the last one any more.
+func TestATokenFileThatGoesAway(t *testing.T) {
+	vendor := startVendor(t, liveKey)
+	dir := t.TempDir()
+	file := func(name string) string { return filepath.Join(dir, name) }
+	write := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(file(name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("tokens", keyMark+"the-first-token-of-all\n")
+	write("token", keyMark+"the-first-token-of-all\n")
+	listen := freeAddress(t)
+	gate := runGate(t, listen, &syncBuffer{}, append(serveArguments(t, listen, vendor.url), "--token-file", file("tokens"))...)
+	t.Cleanup(func() { gate.stop(t) })
+	client, err := byokgate.New(listen, byokgate.WithLogger(discard), byokgate.WithTokenFile(file("token")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	decide := func() error {
+		_, err := client.Decide(t.Context(), byokgate.Request{Checkpoint: byokgate.Create, Spec: byokgate.Spec{
+			Runtime: "agent", Model: "acme-large",
+			Lookup: byokgate.Static(byokgate.Found{"ACME_API_KEY": byokgate.NewSecret(liveKey)}, nil),
+		}})
+		return err
+	}
+	eventually(t, "the first token is taken", func() bool { return decide() == nil })
+	if err := os.Remove(file("token")); err != nil {
+		t.Fatal(err)
+	}
+	write("tokens", keyMark+"the-second-token-of-all\n")
+	var undecided *byokgate.Undecided
+	eventually(t, "the lost file is said", func() bool {
+		return errors.As(decide(), &undecided) && undecided.Reason() == byokgate.ReasonTokenUnreadable
+	})
+	if undecided.HTTPStatus() != http.StatusInternalServerError || !strings.Contains(undecided.OperatorHint(), "WithTokenFile") {
+		t.Errorf("%v", undecided)
+	}
+	write("token", keyMark+"the-second-token-of-all\n")
+	eventually(t, "the new token is taken", func() bool { return decide() == nil })
 }

@@ -25,8 +25,12 @@ const (
 	tellOperator = "tell the platform's operator"
 )
 
-// defaultRetryAfter is when to ask again where byok-gate does not say: about as long as its restart takes.
-const defaultRetryAfter = time.Second
+const (
+	// defaultRetryAfter is when to ask again where byok-gate does not say: about as long as its restart takes.
+	defaultRetryAfter = time.Second
+	// maxRetryAfter is longer than any pause that byok-gate asks for. What is above comes from a broken one, and would overflow in a sum.
+	maxRetryAfter = 24 * time.Hour
+)
 
 // === Allowed ===
 
@@ -427,7 +431,7 @@ func (r *refusal) pause() time.Duration {
 	if r == nil || r.retryAfter <= 0 {
 		return defaultRetryAfter
 	}
-	return r.retryAfter
+	return min(r.retryAfter, maxRetryAfter)
 }
 
 func (r *refusal) hint() string {
@@ -600,6 +604,13 @@ func unjudgeable(spec *Spec, cause error, violation Violation) *Undecided {
 	return made
 }
 
+// misused is for a call that the platform's own code makes in a way that cannot be meant.
+func misused(spec *Spec, what string, err error) *Undecided {
+	made := undecided(spec, ReasonInvalidOption, fmt.Errorf("%s: %w", what, err))
+	made.refusal.operatorHint = made.cause.Error()
+	return made
+}
+
 // unsettled is for a registry that changes more often than it can be asked.
 func unsettled(spec *Spec) *Undecided {
 	return undecided(spec, ReasonRegistryMoving, errors.New("byok-gate's registry kept changing"))
@@ -632,7 +643,9 @@ func (c *core) failed(ctx context.Context, spec *Spec, err error) *Undecided {
 	if made.refusal.httpStatus == http.StatusServiceUnavailable {
 		made.refusal.retryAfter = retryInfo(said)
 	}
-	if fault != nil && fault.reason == reason && fault.hint != "" {
+	if hint := hintFor(reason, said, found); hint != "" {
+		made.refusal.operatorHint = hint
+	} else if fault != nil && fault.reason == reason && fault.hint != "" {
 		made.refusal.operatorHint = fault.hint
 	}
 	return made
@@ -642,7 +655,7 @@ func (c *core) failed(ctx context.Context, spec *Spec, err error) *Undecided {
 func retryInfo(said *status.Status) time.Duration {
 	for _, detail := range said.Details() {
 		if info, is := detail.(*errdetails.RetryInfo); is {
-			return info.GetRetryDelay().AsDuration()
+			return min(info.GetRetryDelay().AsDuration(), maxRetryAfter)
 		}
 	}
 	return 0

@@ -64,7 +64,7 @@ func (r Result) Decision() (Allowed, error) {
 // undecided. A consumer that takes its time holds up nothing but itself.
 func (c *Client) BatchDecide(ctx context.Context, requests []Request) iter.Seq2[int, Result] {
 	return func(yield func(int, Result) bool) {
-		if len(requests) == 0 {
+		if len(requests) == 0 || yield == nil {
 			return
 		}
 		if c.unusable() {
@@ -275,11 +275,11 @@ func (b *batch) prepare(about *item) {
 	if names := about.held.lacks(about.names); len(names) > 0 {
 		ctx, cancel := context.WithTimeout(b.ctx, min(c.lookups.perCall, time.Until(b.deadline())/2))
 		defer cancel()
-		answers := c.lookups.start(ctx, spec.Lookup, names)
+		searching := c.lookups.start(ctx, spec.Lookup, names)
 		soon, stop := context.WithTimeout(ctx, slowLookup)
 		defer stop()
 		got := unanswered()
-		if late := collect(soon, answers, &got, len(scopes)); late > 0 {
+		if late := searching.collect(soon, &got, len(scopes)); late > 0 {
 			select {
 			case b.slow <- struct{}{}:
 				<-b.lookups
@@ -288,7 +288,7 @@ func (b *batch) prepare(about *item) {
 			default:
 				// There are slow ones enough: this one holds its place.
 			}
-			collect(ctx, answers, &got, late)
+			searching.collect(ctx, &got, late)
 		}
 		about.held.keep(names, got)
 		c.unread(b.ctx, spec, &about.held)

@@ -35,6 +35,16 @@ func startCanned(b *testing.B) string {
 	})
 }
 
+func bareQuestion() *byokgatev1.DecideRequest {
+	return &byokgatev1.DecideRequest{
+		Checkpoint: byokgatev1.Checkpoint_CHECKPOINT_CREATE,
+		WorkspaceSpec: &byokgatev1.WorkspaceSpec{
+			WorkspaceId: "ws-1", OrganizationId: "org-1", Runtime: "agent", Model: "acme-large",
+			Credentials: []*byokgatev1.Credential{{EnvName: "ACME_API_KEY", Scope: byokgatev1.Scope_SCOPE_WORKSPACE, Value: liveKey}},
+		},
+	}
+}
+
 // What the generated code alone costs, with the same question.
 func BenchmarkBareStub(b *testing.B) {
 	conn, err := grpc.NewClient(startCanned(b), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
@@ -46,13 +56,7 @@ func BenchmarkBareStub(b *testing.B) {
 	b.ReportAllocs()
 	for range b.N {
 		ctx, cancel := context.WithTimeout(context.Background(), DefaultTimeout)
-		response, err := stub.Decide(ctx, &byokgatev1.DecideRequest{
-			Checkpoint: byokgatev1.Checkpoint_CHECKPOINT_CREATE,
-			WorkspaceSpec: &byokgatev1.WorkspaceSpec{
-				WorkspaceId: "ws-1", OrganizationId: "org-1", Runtime: "agent", Model: "acme-large",
-				Credentials: []*byokgatev1.Credential{{EnvName: "ACME_API_KEY", Scope: byokgatev1.Scope_SCOPE_WORKSPACE, Value: liveKey}},
-			},
-		})
+		response, err := stub.Decide(ctx, bareQuestion())
 		cancel()
 		if err != nil || response.GetAllow() == nil {
 			b.Fatal(response, err)
@@ -78,4 +82,46 @@ func BenchmarkDecide(b *testing.B) {
 			}
 		})
 	}
+}
+
+// What the client adds to the generated code: the names, the two lookups in time, the caller's own map of secrets.
+func TestADecisionAddsFewAllocations(t *testing.T) {
+	const most = 12
+	address := serveGRPC(t, listenTCP(t), func(server *grpc.Server) {
+		byokgatev1.RegisterPolicyDecisionServiceServer(server, &cannedGate{names: resolution("r1", "ACME_API_KEY"), response: allow(2)})
+	})
+	conn, err := grpc.NewClient(address, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	stub := byokgatev1.NewPolicyDecisionServiceClient(conn)
+	client, err := New(address, WithLogger(discard))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	bare := func() {
+		ctx, cancel := context.WithTimeout(context.Background(), DefaultTimeout)
+		defer cancel()
+		if _, err := stub.Decide(ctx, bareQuestion()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	whole := func() {
+		if _, err := client.Decide(context.Background(), acme()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	bare()
+	whole()
+	// Both ends are in this process, and the runtime allocates when it likes: the least of a few looks.
+	least := 1000.0
+	for range 5 {
+		least = min(least, testing.AllocsPerRun(50, whole)-testing.AllocsPerRun(50, bare))
+	}
+	if least > most {
+		t.Errorf("%v allocations more than the stub alone, expected %d at most", least, most)
+	}
+	t.Logf("%v allocations more", least)
 }

@@ -68,6 +68,7 @@ type core struct {
 	memory  memory
 	flights singleflight.Group
 	counts  counts
+	sweeps  sweepCounts
 	// lanes says how a call is marked for the balancing, and which requests may share a batch's call.
 	lanes   lanes
 	stopped atomic.Bool
@@ -143,19 +144,29 @@ func (c *Client) decide(ctx context.Context, request *Request) (Allowed, Refusal
 		return Allowed{}, undecided(&request.Spec, ReasonClosed, errClosed)
 	}
 	timeout := c.timeout
-	if request.Timeout > 0 {
+	if request.Timeout != 0 {
+		if err := checkTimeout(request.Timeout); err != nil {
+			return Allowed{}, c.refuse(ctx, request, misused(&request.Spec, "Request.Timeout", err))
+		}
 		timeout = request.Timeout
 	}
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+	limited, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	began := time.Now()
-	allowed, refusal, retries := c.ask(c.lanes.marked(c.traced(ctx), &request.Spec), request)
-	c.record(ctx, request, allowed, refusal, time.Since(began), retries)
+	allowed, refusal, retries := c.ask(c.lanes.marked(c.traced(limited), &request.Spec), ctx, request)
+	c.record(limited, request, allowed, refusal, time.Since(began), retries)
 	return allowed, refusal
 }
 
-// ask gets an answer that was made with every credential that could matter to it.
-func (c *Client) ask(ctx context.Context, request *Request) (allowed Allowed, refusal Refusal, retries int) {
+// refuse records a refusal for which nobody was asked.
+func (c *Client) refuse(ctx context.Context, request *Request, refusal Refusal) Refusal {
+	c.record(ctx, request, Allowed{}, refusal, 0, 0)
+	return refusal
+}
+
+// ask gets an answer that was made with every credential that could matter to it. Lookups get the caller's own context, without what is sent
+// along to byok-gate.
+func (c *Client) ask(ctx, callers context.Context, request *Request) (allowed Allowed, refusal Refusal, retries int) {
 	spec := &request.Spec
 	var held wallet
 	names, settled, refusal := c.prepare(ctx, spec)
@@ -163,7 +174,9 @@ func (c *Client) ask(ctx context.Context, request *Request) (allowed Allowed, re
 		return Allowed{}, refusal, 0
 	}
 	for range maxRounds {
-		c.fetch(ctx, spec, &held, names)
+		deadline, _ := ctx.Deadline()
+		c.lookups.fetch(callers, deadline, &held, spec.Lookup, names)
+		c.unread(ctx, spec, &held)
 		message := request.wire(&held, c.mode)
 		response, repeated, err := retry(ctx, c.core, func() (*byokgatev1.DecideResponse, error) {
 			return c.service.Decide(ctx, message)
@@ -204,12 +217,7 @@ func (c *Client) prepare(ctx context.Context, spec *Spec) (names []string, settl
 	return names, false, nil
 }
 
-// fetch looks for these names, and says in the log what could not be read.
-func (c *Client) fetch(ctx context.Context, spec *Spec, held *wallet, names []string) {
-	c.lookups.fetch(ctx, held, spec.Lookup, names)
-	c.unread(ctx, spec, held)
-}
-
+// unread says in the log what could not be read.
 func (c *Client) unread(ctx context.Context, spec *Spec, held *wallet) {
 	if err := held.failure(); err != nil {
 		level := slog.LevelWarn

@@ -1,15 +1,13 @@
 package byokgate
 
 import (
-	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"net"
+	"strings"
 	"sync/atomic"
-	"syscall"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
@@ -24,7 +22,9 @@ import (
 type link struct {
 	last atomic.Pointer[connectionFault]
 	// cutOff counts TLS handshakes in a row that the other side ended without a word.
-	cutOff atomic.Int32
+	cutOff  atomic.Int32
+	silence silence
+	banners banners
 }
 
 // enoughCutOff handshakes are no restart of byok-gate any more.
@@ -52,10 +52,7 @@ func (l *link) dialer(to target, dial func(context.Context, string) (net.Conn, e
 			return plain.DialContext(ctx, "tcp", address)
 		}
 	}
-	return func(ctx context.Context, address string) (net.Conn, error) {
-		if to.fixed != "" {
-			address = to.fixed
-		}
+	connect := func(ctx context.Context, address string) (net.Conn, error) {
 		var conn net.Conn
 		var err error
 		if own {
@@ -67,11 +64,27 @@ func (l *link) dialer(to target, dial func(context.Context, string) (net.Conn, e
 			}
 		}
 		if err != nil {
-			l.note(err)
 			return nil, err
 		}
 		return conn, nil
 	}
+	return func(ctx context.Context, address string) (net.Conn, error) {
+		if to.fixed != "" {
+			address = to.fixed
+		}
+		conn, err := connect(ctx, address)
+		if err != nil {
+			l.note(err)
+			return nil, err
+		}
+		return &dialled{Conn: conn, again: func(ctx context.Context) (net.Conn, error) { return connect(ctx, address) }}, nil
+	}
+}
+
+// dialled is a connection that knows how to be made once more.
+type dialled struct {
+	net.Conn
+	again func(context.Context) (net.Conn, error)
 }
 
 // watchedCredentials are others, with an eye on what goes wrong. They are made anew for each connection, so that renewed files are used.
@@ -92,17 +105,28 @@ func (w *watchedCredentials) ClientHandshake(
 	}
 	conn, info, err := made.ClientHandshake(ctx, authority, raw)
 	if err != nil {
-		if w.tls && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)) {
+		if w.tls && isCutOff(err) {
 			// What a listener without TLS does to one who begins with it, and what a process does that is being killed.
 			if w.link.cutOff.Add(1) >= enoughCutOff {
 				err = fmt.Errorf("%w: %w", errNoTLS, err)
 			}
 		}
+		if w.tls && strings.Contains(err.Error(), "ALPN") {
+			err = fmt.Errorf("%w: %w", errNoHTTP2, err)
+		}
 		w.link.note(err)
 		return nil, nil, err
 	}
 	w.link.cutOff.Store(0)
-	return &watchedConn{Conn: conn, link: w.link, plain: !w.tls}, info, nil
+	watched := &watchedConn{Conn: conn, link: w.link, plain: !w.tls, open: true}
+	if from, is := raw.(*dialled); is {
+		watched.again = from.again
+	}
+	if secured, is := info.(credentials.TLSInfo); is && w.tls && secured.State.NegotiatedProtocol == "" {
+		// Older gRPC goes on, and fails at the first byte; newer refuses it.
+		watched.unnegotiated = true
+	}
+	return watched, info, nil
 }
 
 func (w *watchedCredentials) Clone() credentials.TransportCredentials {
@@ -111,45 +135,57 @@ func (w *watchedCredentials) Clone() credentials.TransportCredentials {
 	return &cloned
 }
 
-// What a peer that is not byok-gate says first.
-var (
-	errSpeaksTLS   = errors.New("the other side speaks TLS")
-	errNoTLS       = errors.New("the other side ends each TLS handshake")
-	errSpeaksHTTP1 = errors.New("the other side speaks HTTP/1.1")
-	errSilent      = errors.New("the other side closed the connection without a word")
-)
-
 // watchedConn notes what a server says that gRPC does not understand: an alert of TLS after the handshake, or the wrong protocol. Only one
 // goroutine reads.
 type watchedConn struct {
 	net.Conn
 	link *link
-	// plain: no TLS of ours. The first bytes tell what the other side speaks.
+	// plain: no TLS of ours.
 	plain bool
+	// open: the first bytes have not told yet what the other side speaks.
+	open  bool
 	first []byte
+	// unnegotiated: over TLS, HTTP/2 was not agreed upon.
+	unnegotiated bool
+	again        func(context.Context) (net.Conn, error)
+	// compared: this connection's beginning was compared with the last one's, and was alike.
+	compared, alike bool
+}
+
+// heard is what a server's first bytes mean. What is no protocol that is known here must be heard twice, since a network may garble.
+func (c *watchedConn) heard(what error) error {
+	other, is := what.(*notHTTP2)
+	if !is || strings.HasPrefix(other.says, "HTTP/") {
+		return what
+	}
+	if !c.compared {
+		c.compared, c.alike = true, c.link.banners.again(c.first)
+	}
+	other.once = !c.alike
+	return other
 }
 
 func (c *watchedConn) Read(into []byte) (int, error) {
 	size, err := c.Conn.Read(into)
-	if err != nil {
-		var operation *net.OpError
-		if errors.As(err, &operation) && operation.Op == "remote error" {
-			c.link.note(err)
-		} else if c.plain && size == 0 && len(c.first) == 0 && errors.Is(err, io.EOF) {
-			c.link.note(errSilent)
+	if c.open && size > 0 {
+		c.first = append(c.first, into[:min(size, firstBytes-len(c.first))]...)
+		c.link.silence.broken()
+		var what error
+		if what, c.open = recognized(c.first); what != nil {
+			c.link.note(c.heard(what))
+		} else if !c.open {
+			c.link.banners.forget()
 		}
 	}
-	if c.plain && size > 0 {
-		c.first = append(c.first, into[:min(size, 5-len(c.first))]...)
+	if err != nil {
 		switch {
-		case len(c.first) >= 2 && (c.first[0] == 0x15 || c.first[0] == 0x16) && c.first[1] == 3:
-			c.link.note(errSpeaksTLS)
-			c.plain = false
-		case bytes.Equal(c.first, []byte("HTTP/")):
-			c.link.note(errSpeaksHTTP1)
-			c.plain = false
-		case len(c.first) == 5:
-			c.plain = false
+		case isRemoteAlert(err):
+			c.link.note(err)
+		case len(c.first) > 0 || !c.open || !isCutOff(err):
+		case c.unnegotiated:
+			c.link.note(errNoHTTP2)
+		case c.plain && c.again != nil:
+			c.link.note(c.link.silence.again(func(ctx context.Context) error { return whoIsThere(ctx, c.again) }))
 		}
 	}
 	return size, err

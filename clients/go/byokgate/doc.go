@@ -44,7 +44,8 @@
 //
 // # Many, and again
 //
-// [Client.BatchDecide] asks about a fleet, [Client.Sweep] looks at a running one again and again.
+// [Client.BatchDecide] asks about a fleet, [Client.Sweep] looks at a running one again and again. A sweep that finds nothing out says so: an error
+// of its loop that is an [*Undecided] is for whoever is on call.
 //
 // # Faults of the caller's own
 //

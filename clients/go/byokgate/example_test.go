@@ -4,6 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
+	"log"
+	"log/slog"
+	"time"
 
 	"github.com/byok-gate/byok-gate/clients/go/byokgate"
 )
@@ -44,3 +48,31 @@ func ExampleClient_Decide() {
 }
 
 func organizationSecrets([]string) (byokgate.Found, error) { return nil, nil }
+
+// A running fleet. What the loop's body does is the platform's to decide; a sweep stops nothing.
+func ExampleClient_Sweep() {
+	client, err := byokgate.New("unix:///run/byok-gate/gate.sock")
+	if err != nil {
+		log.Fatal(err)
+	}
+	running := func(ctx context.Context) iter.Seq2[byokgate.Spec, error] {
+		return func(yield func(byokgate.Spec, error) bool) {
+			// SELECT ... WHERE box IS NOT NULL
+			yield(byokgate.Spec{WorkspaceID: "ws-1", Runtime: "claude-code", Model: "claude-opus-4-7", Lookup: byokgate.Static(nil, nil)}, nil)
+		}
+	}
+	ctx, stop := context.WithTimeout(context.Background(), time.Hour)
+	defer stop()
+	for change, err := range client.Sweep(ctx, running, byokgate.SweepOptions{}) {
+		var blind *byokgate.Undecided
+		switch {
+		case errors.As(err, &blind):
+			// Nothing is found out until this is mended. It comes once.
+			slog.Error("page somebody", "reason", blind.Reason(), "check", blind.OperatorHint())
+		case err != nil:
+			slog.Warn("the sweep could not do all", "error", err)
+		default:
+			slog.Warn("tell the tenant", "workspace", change.Spec.WorkspaceID, "from", change.From, "to", change.To, "code", change.Code)
+		}
+	}
+}

@@ -99,7 +99,7 @@ func TestHooksThatPanicChangeNothing(t *testing.T) {
 			allowed, err := client.Decide(background(), acme())
 			wantAllowed(t, allowed, err, BYOK)
 			wantResults(t, collectResults(t, client, batchOf(2)), "allow BYOK", "allow BYOK")
-			if report := client.ReportOnly(ReportOptions{}).Report(background(), acme()); verdict(report) != "would_allow" {
+			if report := reporting(t, client).Report(background(), acme()); verdict(report) != "would_allow" {
 				t.Errorf("%v", report)
 			}
 		})
@@ -116,7 +116,7 @@ func TestHooksThatEndTheirGoroutine(t *testing.T) {
 		fake, address := startFake(t)
 		fake.batch = answerAll
 		client := newClient(t, address, option)
-		reporter := client.ReportOnly(ReportOptions{})
+		reporter := reporting(t, client)
 		for what, use := range map[string]func(){
 			"Decide":      func() { _, _ = client.Decide(background(), acme()) },
 			"BatchDecide": func() { client.BatchDecide(background(), batchOf(2))(func(int, Result) bool { return true }) },
@@ -191,7 +191,7 @@ func TestNilAndZeroValues(t *testing.T) {
 		if _, err := client.ListModels(background(), "agent"); !errors.Is(err, ErrUndecided) {
 			t.Errorf("%s: %v", name, err)
 		}
-		reporter := client.ReportOnly(ReportOptions{})
+		reporter := reporting(t, client)
 		if report := reporter.Report(background(), acme()); verdict(report) != "would_be_undecided DECISION_UNAVAILABLE" {
 			t.Errorf("%s: %v", name, report)
 		}

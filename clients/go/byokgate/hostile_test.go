@@ -7,11 +7,13 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -141,8 +143,11 @@ func TestHostilePeersAreNeverAnAllow(t *testing.T) {
 		"settings and then nothing": {func(t *testing.T) string {
 			return serveTCP(t, func(conn net.Conn) { _, _ = conn.Write(settings) })
 		}, 503},
-		"garbage": {func(t *testing.T) string {
-			return serveTCP(t, func(conn net.Conn) { _, _ = conn.Write([]byte("\x00\xff\x13garbage garbage garbage")) })
+		"garbage, another each time": {func(t *testing.T) string {
+			var count atomic.Uint32
+			return serveTCP(t, func(conn net.Conn) {
+				_, _ = fmt.Fprintf(conn, "%c%s", rune('a'+count.Add(1)%26), strings.Repeat("garbage", 8))
+			})
 		}, 503},
 		"HTTP/1.1 with HTML": {func(t *testing.T) string {
 			return serveTCP(t, func(conn net.Conn) {
@@ -153,7 +158,7 @@ func TestHostilePeersAreNeverAnAllow(t *testing.T) {
 		"speaks TLS": {func(t *testing.T) string {
 			certificates := newCertificates(t)
 			return serveGRPC(t, listenTCP(t), func(*grpc.Server) {}, certificates.serverOption(false))
-		}, 503},
+		}, 500},
 		"another service": {func(t *testing.T) string {
 			return serveGRPC(t, listenTCP(t), func(*grpc.Server) {})
 		}, 500},
@@ -162,7 +167,7 @@ func TestHostilePeersAreNeverAnAllow(t *testing.T) {
 				w.Header().Set("Content-Type", "text/html")
 				_, _ = io.WriteString(w, "<html>welcome</html>")
 			})
-		}, 503},
+		}, 500},
 		"404": {func(t *testing.T) string { return serveHTTP2(t, http.NotFound) }, 500},
 		"trailers only, OK": {answered(func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Grpc-Status", "0")

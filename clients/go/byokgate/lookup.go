@@ -58,58 +58,80 @@ func (w *wallet) lacks(names ...[]string) []string {
 
 // answer is what one lookup came to.
 type answer struct {
-	scope int
 	found Found
 	err   error
 }
 
-// start begins to look for these names in both scopes at a time. The channel gets an answer for each, and has room for both: a lookup that
-// outlives its time is not waited for, and must be able to end.
-func (l *lookups) start(ctx context.Context, lookup Lookup, names []string) <-chan answer {
-	answers := make(chan answer, len(scopes))
+// search is a look through both scopes at a time. It outlives its caller where a lookup does.
+type search struct {
+	lookups *lookups
+	ctx     context.Context
+	lookup  Lookup
+	names   [len(scopes)][]string
+	// taken are the scopes that have their goroutine, or get none.
+	taken   [len(scopes)]atomic.Bool
+	answers [len(scopes)]answer
+	// ended has room for all: a lookup that outlives its time is not waited for, and must be able to end.
+	ended chan int
+	// few is room for the names of most.
+	few [8]string
+}
+
+// start begins to look for these names in both scopes.
+func (l *lookups) start(ctx context.Context, lookup Lookup, names []string) *search {
+	s := &search{lookups: l, ctx: ctx, lookup: lookup, ended: make(chan int, len(scopes))}
 	// Each lookup gets names of its own, which it may change.
-	copies := make([]string, 0, len(scopes)*len(names))
+	copies := s.few[:0]
+	running := 0
 	for index := range scopes {
 		begin := len(copies)
 		copies = append(copies, names...)
-		if l.running.Add(1) > l.most {
-			l.running.Add(-1)
-			answers <- answer{index, nil, errLookupMany}
+		s.names[index] = copies[begin:len(copies):len(copies)]
+		if l.running.Add(1) <= l.most {
+			running++
 			continue
 		}
-		go l.run(ctx, lookup, index, copies[begin:len(copies):len(copies)], answers)
+		l.running.Add(-1)
+		s.taken[index].Store(true)
+		s.answers[index].err = errLookupMany
+		s.ended <- index
 	}
-	return answers
+	run := s.run
+	for range running {
+		go run()
+	}
+	return s
 }
 
-// run is one lookup, whatever comes of it: see guard.go.
-func (l *lookups) run(ctx context.Context, lookup Lookup, index int, names []string, answers chan<- answer) {
+// run is the lookup of a scope that has none, whatever comes of it: see guard.go.
+func (s *search) run() {
+	index := 0
+	for !s.taken[index].CompareAndSwap(false, true) {
+		index++
+	}
 	// What stands if it neither returns nor panics.
-	got := answer{scope: index, err: errLookupEnded}
+	got := answer{err: errLookupEnded}
 	defer func() {
 		if thrown := recover(); thrown != nil {
 			got.err = panicked("the lookup", thrown)
 		}
-		l.running.Add(-1)
-		answers <- got
+		s.lookups.running.Add(-1)
+		s.answers[index] = got
+		s.ended <- index
 	}()
-	got.found, got.err = lookup(ctx, scopes[index], names)
+	got.found, got.err = s.lookup(s.ctx, scopes[index], s.names[index])
 }
 
-// fetch looks for names in both scopes.
-func (l *lookups) fetch(ctx context.Context, held *wallet, lookup Lookup, names []string) {
+// fetch looks for names in both scopes, in half of the time that is left: the other half is for byok-gate, since a decision on unreadable
+// credentials says more than none in time.
+func (l *lookups) fetch(ctx context.Context, deadline time.Time, held *wallet, lookup Lookup, names []string) {
 	if len(names) == 0 {
 		return
 	}
-	// The other half is for byok-gate: a decision on unreadable credentials says more than none in time.
-	limit := l.perCall
-	if deadline, limited := ctx.Deadline(); limited {
-		limit = min(limit, time.Until(deadline)/2)
-	}
-	ctx, cancel := context.WithTimeout(ctx, limit)
+	ctx, cancel := context.WithTimeout(ctx, min(l.perCall, time.Until(deadline)/2))
 	defer cancel()
 	got := unanswered()
-	collect(ctx, l.start(ctx, lookup, names), &got, len(scopes))
+	l.start(ctx, lookup, names).collect(ctx, &got, len(scopes))
 	held.keep(names, got)
 }
 
@@ -122,18 +144,18 @@ func unanswered() (got [len(scopes)]answer) {
 }
 
 // collect waits for so many answers, until the context ends at the latest, and says how many are missing.
-func collect(ctx context.Context, answers <-chan answer, into *[len(scopes)]answer, missing int) int {
+func (s *search) collect(ctx context.Context, into *[len(scopes)]answer, missing int) int {
 	for missing > 0 {
 		select {
-		case one := <-answers:
-			into[one.scope] = one
+		case index := <-s.ended:
+			into[index] = s.answers[index]
 			missing--
 			continue
 		default:
 		}
 		select {
-		case one := <-answers:
-			into[one.scope] = one
+		case index := <-s.ended:
+			into[index] = s.answers[index]
 			missing--
 		case <-ctx.Done():
 			return missing
@@ -144,7 +166,12 @@ func collect(ctx context.Context, answers <-chan answer, into *[len(scopes)]answ
 
 // keep takes what was asked for, and nothing else that a lookup may have come with.
 func (w *wallet) keep(names []string, got [len(scopes)]answer) {
-	w.asked = append(w.asked, names...)
+	if w.asked == nil {
+		// Clipped, so that the names of others stay as they are.
+		w.asked = slices.Clip(names)
+	} else {
+		w.asked = append(w.asked, names...)
+	}
 	for index, scope := range scopes {
 		if got[index].err != nil {
 			w.failed[index] = got[index].err

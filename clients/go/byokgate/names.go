@@ -3,6 +3,7 @@ package byokgate
 import (
 	"context"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -29,6 +30,9 @@ const (
 type subject struct{ runtime, model string }
 
 func (s *Spec) subject() subject { return subject{s.Runtime, s.Model} }
+
+// kept outlives the request that it comes from. Servers such as fasthttp use a request's memory for the next one.
+func (s subject) kept() subject { return subject{strings.Clone(s.runtime), strings.Clone(s.model)} }
 
 func (s subject) key() string { return s.runtime + "\x00" + s.model }
 
@@ -92,7 +96,7 @@ func (m *memory) keep(about subject, revision string, names []string, matchedBy 
 	if known, found := heard.recall(about); found && slices.Equal(known, names) {
 		return
 	}
-	names = slices.Clone(names)
+	names, about = slices.Clone(names), about.kept()
 	switch matchedBy {
 	case byokgatev1.MatchedBy_MATCHED_BY_EXACT_MODEL, byokgatev1.MatchedBy_MATCHED_BY_EXACT_MODEL_AND_CREDENTIAL,
 		byokgatev1.MatchedBy_MATCHED_BY_FIRST_DECLARED:
@@ -153,6 +157,7 @@ func (m *memory) keepMenu(about menuKey, revision string, made Menu) {
 	if len(menus) >= maxMenus {
 		clear(menus)
 	}
+	about.runtime = strings.Clone(about.runtime)
 	menus[about] = menu{Menu: made.clone(), at: time.Now()}
 }
 
@@ -162,15 +167,20 @@ func (c *Client) names(ctx context.Context, spec *Spec) ([]string, error) {
 	if names, found := c.memory.recall(about); found {
 		return names, nil
 	}
+	return c.learnNames(ctx, about)
+}
+
+func (c *Client) learnNames(ctx context.Context, about subject) ([]string, error) {
+	// Another's question as well: it may outlive this caller.
+	about = about.kept()
 	flight := c.flights.DoChan(about.key(), func() (any, error) {
 		if names, found := c.memory.recall(about); found {
 			// Learnt between this caller's look and its turn.
 			return names, nil
 		}
-		// Another's question as well: it goes on when this caller gives up.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.timeout)
 		defer cancel()
-		response, err := c.resolve(ctx, spec.Runtime, spec.Model)
+		response, err := c.resolve(ctx, about.runtime, about.model)
 		if err != nil {
 			return nil, err
 		}

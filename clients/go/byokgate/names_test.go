@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+	"unsafe"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -550,5 +551,73 @@ func TestNumbersThatDoNotFitAreNotCutOff(t *testing.T) {
 	spec := sent.GetWorkspaceSpec()
 	if sent.GetCheckpoint() != -1 || spec.GetOperatorOverride() != -1 || spec.GetPlatformProxy() != -1 {
 		t.Errorf("%v", sent)
+	}
+}
+
+// A server that uses a request's memory for the next one, as fasthttp does, changes strings that are kept beyond it.
+func TestNothingIsKeptOfARequestsMemory(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	texts := [][]byte{[]byte("agent"), []byte("acme-large"), []byte("ws-1"), []byte("org-1"), []byte("ACME_BASE_URL")}
+	borrowed := func(index int) string { return unsafe.String(&texts[index][0], len(texts[index])) }
+	request := func() Request {
+		made := acme()
+		made.Spec.Runtime, made.Spec.Model, made.Spec.WorkspaceID, made.Spec.OrganizationID = borrowed(0), borrowed(1), borrowed(2), borrowed(3)
+		made.Spec.TenantBaseURLEnv = []string{borrowed(4)}
+		return made
+	}
+	asked := make(chan struct{})
+	answer := make(chan struct{})
+	fake.decide = func(context.Context, *byokgatev1.DecideRequest) (*byokgatev1.DecideResponse, error) {
+		// Of another registry than that which named the credentials: the client learns of it from the decision.
+		response := allow(byokgatev1.BillingMode_BILLING_MODE_BYOK)
+		response.RegistryRevision = "r2"
+		return response, nil
+	}
+	allowed, err := client.Decide(background(), request())
+	wantAllowed(t, allowed, err, BYOK)
+	fake.menu = func() (*byokgatev1.ListModelsResponse, error) {
+		return &byokgatev1.ListModelsResponse{RegistryRevision: "r2"}, nil
+	}
+	if _, err := client.ListModels(background(), borrowed(0)); err != nil {
+		t.Fatal(err)
+	}
+	// In the background: the handler has returned, and its memory is another's, before the question is put.
+	reporter, err := client.ReportOnly(ReportOptions{Concurrent: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := request()
+	first.Spec.Lookup = func(context.Context, Scope, []string) (Found, error) {
+		asked <- struct{}{}
+		<-answer
+		return nil, nil
+	}
+	reporter.Go(background(), first)
+	<-asked
+	<-asked
+	reporter.Go(background(), request())
+	for _, text := range texts {
+		for index := range text {
+			text[index] = 'X'
+		}
+	}
+	close(answer)
+	if err := reporter.Wait(withTimeout(t, 10*time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	for _, generation := range client.memory.generations {
+		if _, found := generation.recall(subject{"agent", "acme-large"}); !found || len(generation.listed) != 1 {
+			t.Errorf("the names of %s are not remembered under the model that they were asked for", generation.revision)
+		}
+	}
+	if _, found := client.memory.recallMenu(menuKey{"agent", false}); !found {
+		t.Error("the menu is not remembered under its runtime")
+	}
+	for index, sent := range fake.requests() {
+		if spec := sent.GetWorkspaceSpec(); spec.GetModel() != "acme-large" || spec.GetWorkspaceId() != "ws-1" || spec.GetOrganizationId() != "org-1" ||
+			spec.GetRuntime() != "agent" || spec.GetTenantBaseUrlEnv()[0] != "ACME_BASE_URL" {
+			t.Errorf("question %d: %v", index, spec)
+		}
 	}
 }

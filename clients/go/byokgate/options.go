@@ -33,12 +33,30 @@ type config struct {
 	trace         func(context.Context) (traceparent, tracestate string)
 }
 
+// shortestTimeout is below any time in which an answer can come. Shorter ones are numbers whose unit was forgotten.
+const shortestTimeout = time.Millisecond
+
+func checkTimeout(timeout time.Duration) error {
+	switch {
+	case timeout <= 0:
+		return fmt.Errorf("%v is not above zero; there is no call without a deadline", timeout)
+	case timeout < shortestTimeout:
+		return fmt.Errorf("%v is below %v, in which nothing can be answered; is a unit missing, as in 4*time.Second?", timeout, shortestTimeout)
+	}
+	return nil
+}
+
+// notNegative is why a setting is refused whose zero stands for its default.
+func notNegative(given any) error {
+	return fmt.Errorf("%v is below zero; leave it out for the default", given)
+}
+
 // WithTimeout sets how long one decision may take, lookups and retries included. Default: [DefaultTimeout]. Request.Timeout sets it for one
 // request.
 func WithTimeout(timeout time.Duration) Option {
 	return func(c *config) error {
-		if timeout <= 0 {
-			return fmt.Errorf("WithTimeout: %v is not above zero; there is no call without a deadline", timeout)
+		if err := checkTimeout(timeout); err != nil {
+			return fmt.Errorf("WithTimeout: %w", err)
 		}
 		c.timeout = timeout
 		return nil
@@ -48,8 +66,8 @@ func WithTimeout(timeout time.Duration) Option {
 // WithBatchTimeout sets how long one batch may take. Default: [DefaultBatchTimeout].
 func WithBatchTimeout(timeout time.Duration) Option {
 	return func(c *config) error {
-		if timeout <= 0 {
-			return fmt.Errorf("WithBatchTimeout: %v is not above zero; there is no call without a deadline", timeout)
+		if err := checkTimeout(timeout); err != nil {
+			return fmt.Errorf("WithBatchTimeout: %w", err)
 		}
 		c.batchTimeout = timeout
 		return nil
@@ -60,15 +78,19 @@ func WithBatchTimeout(timeout time.Duration) Option {
 // [DefaultLookups]. What is over counts as unreadable, never as absent.
 func WithLookupBudget(perCall time.Duration, atOnce int) Option {
 	return func(c *config) error {
-		if perCall <= 0 || atOnce <= 0 {
-			return fmt.Errorf("WithLookupBudget: %v and %d must be above zero", perCall, atOnce)
+		if err := checkTimeout(perCall); err != nil {
+			return fmt.Errorf("WithLookupBudget: perCall: %w", err)
+		}
+		if atOnce <= 0 {
+			return fmt.Errorf("WithLookupBudget: atOnce: %d is not above zero; no credential could be looked up", atOnce)
 		}
 		c.lookupTime, c.lookupsAtOnce = perCall, atOnce
 		return nil
 	}
 }
 
-// WithTLS encrypts, with a configuration that must verify the server. One with Certificates shows them (mTLS).
+// WithTLS encrypts, with a configuration that must verify the server. One with Certificates shows them (mTLS). A configuration that goes below
+// TLS 1.2, names weak cipher suites, verifies nothing or writes its keys down is refused.
 func WithTLS(tlsConfig *tls.Config) Option {
 	return func(c *config) error {
 		if err := checkTLS(tlsConfig); err != nil {
@@ -181,15 +203,19 @@ func WithLogger(log *slog.Logger) Option {
 	}
 }
 
-// WithObserver is told of every answer, for metrics. It is called before the answer is returned, and must not block.
+// WithObserver is told of every answer, for metrics. It is called before the answer is returned, and must not block. Several are told in the
+// order in which they are given.
 func WithObserver(observe func(Observation)) Option {
 	return func(c *config) error {
-		if before := c.observe; before != nil && observe != nil {
-			next := observe
-			observe = func(told Observation) {
+		if observe == nil {
+			return errors.New("WithObserver: no observer")
+		}
+		if before := c.observe; before != nil {
+			c.observe = func(told Observation) {
 				before(told)
-				next(told)
+				observe(told)
 			}
+			return nil
 		}
 		c.observe = observe
 		return nil
@@ -200,6 +226,9 @@ func WithObserver(observe func(Observation)) Option {
 // Package byokgateotel has it for OpenTelemetry.
 func WithTraceContext(extract func(context.Context) (traceparent, tracestate string)) Option {
 	return func(c *config) error {
+		if extract == nil {
+			return errors.New("WithTraceContext: no function that finds the trace context")
+		}
 		c.trace = extract
 		return nil
 	}

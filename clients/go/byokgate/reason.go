@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"net/http"
@@ -54,6 +55,10 @@ const (
 	ReasonRegistryMoving Reason = "REGISTRY_MOVING"
 	// ReasonLookupMissing: the request has no Lookup. Mis-wired.
 	ReasonLookupMissing Reason = "LOOKUP_MISSING"
+	// ReasonLookupFailed: no credentials can be read. Of a sweep's state alone: a decision is then a denial.
+	ReasonLookupFailed Reason = "LOOKUP_FAILED"
+	// ReasonInvalidOption: a number or a function that the platform gave along with the call cannot be meant, such as a negative time. Mis-wired.
+	ReasonInvalidOption Reason = "INVALID_OPTION"
 	// ReasonClosed: the client is closed, nil or zero.
 	ReasonClosed Reason = "CLOSED"
 	// ReasonInternal: byok-gate failed at its task.
@@ -97,6 +102,8 @@ var reasons = map[Reason]told{
 	ReasonRegistryMoving: {503, "byok-gate's registry changed while it was asked, so nothing was started",
 		"bring all replicas of byok-gate to the same registry"},
 	ReasonLookupMissing: {500, "", "the request has no Lookup: set Spec.Lookup"},
+	ReasonLookupFailed:  {503, "the credentials cannot be read", "check the secret store, and what Spec.Lookup says of it"},
+	ReasonInvalidOption: {500, "", "correct what the platform's code gives along with the call"},
 	ReasonClosed:        {503, "the platform is stopping, so nothing was started", "the byokgate.Client is closed, nil or zero"},
 	ReasonInternal:      {503, "byok-gate failed, so nothing was started", "byok-gate's log says why"},
 }
@@ -141,6 +148,12 @@ func detailsOf(said *status.Status) details {
 
 // reasonFor says why a call failed. The fault is the connection's last, or nil.
 func reasonFor(ctx context.Context, said *status.Status, found details, fault *connectionFault) Reason {
+	if httpStatus, is := plainHTTP(said); is && found.reason == "" {
+		if passing(httpStatus) {
+			return ReasonUnreachable
+		}
+		return ReasonNotAGate
+	}
 	switch code := said.Code(); code {
 	case codes.Canceled:
 		if ctx.Err() != nil && !errors.Is(ctx.Err(), context.DeadlineExceeded) {
@@ -148,6 +161,10 @@ func reasonFor(ctx context.Context, said *status.Status, found details, fault *c
 		}
 		return ReasonUnreachable
 	case codes.DeadlineExceeded:
+		if found.reason == "" && fault != nil && fault.reason.miswired() {
+			// While it was connecting: no answer has come since.
+			return fault.reason
+		}
 		return ReasonTimedOut
 	case codes.InvalidArgument:
 		return ReasonBadRequest
@@ -185,6 +202,35 @@ func reasonFor(ctx context.Context, said *status.Status, found details, fault *c
 	}
 }
 
+// begins is the hint of a peer that speaks another protocol.
+func begins(with string) string {
+	return fmt.Sprintf("what answers at the target is not byok-gate: it begins with %q; check the host and the port", with)
+}
+
+func throughProxy(httpStatus int) string {
+	return fmt.Sprintf("a proxy in front of byok-gate answers HTTP %d in its place: check that the proxy reaches byok-gate, and by HTTP/2", httpStatus)
+}
+
+// hintFor is what to check, where the reason's own sentence would mislead. Empty otherwise.
+func hintFor(reason Reason, said *status.Status, found details) string {
+	if found.reason != "" {
+		return ""
+	}
+	if httpStatus, is := plainHTTP(said); is {
+		if passing(httpStatus) {
+			return throughProxy(httpStatus)
+		}
+		return fmt.Sprintf("what answers at the target is not byok-gate: it answers HTTP %d and no gRPC, as a web server does, an ingress without "+
+			"a route to byok-gate, or a proxy that wants a login; check the target and the route", httpStatus)
+	}
+	switch reason {
+	case ReasonUnauthenticated, ReasonPermissionDenied:
+		return "what refuses this caller does not sign its refusals as byok-gate does: a proxy in front of it, or another service; check the " +
+			"target and what stands before it, then WithToken or WithTokenFile"
+	}
+	return ""
+}
+
 // === Faults of the connection ===
 
 // connectionFault is why a connection could not be made or broke. gRPC gives it to callers as text alone.
@@ -205,6 +251,8 @@ func faultOf(err error) *connectionFault {
 		verifying *tls.CertificateVerificationError
 		record    tls.RecordHeaderError
 		operation *net.OpError
+		other     *notHTTP2
+		proxy     *awayProxy
 	)
 	switch {
 	case errors.As(err, &authority):
@@ -221,25 +269,51 @@ func faultOf(err error) *connectionFault {
 		}
 	case errors.As(err, &verifying):
 		fault.reason = ReasonTLSUntrusted
-	case errors.As(err, &record), errors.Is(err, errSpeaksTLS), errors.Is(err, errNoTLS):
+	case errors.As(err, &record):
 		fault.reason = ReasonTLSMismatch
+		if what, _ := recognized(record.RecordHeader[:]); errors.As(what, &other) && !strings.HasPrefix(other.says, "HTTP/") {
+			fault.reason = ReasonNotAGate
+			fault.hint = begins(other.says)
+		}
+	case errors.Is(err, errSpeaksTLS), errors.Is(err, errNoTLS):
+		fault.reason = ReasonTLSMismatch
+	case errors.Is(err, errNoHTTP2):
+		fault.reason = ReasonNotAGate
+		fault.hint = "what answers at the target speaks TLS and does not agree upon HTTP/2 (ALPN h2): a web server, or a TLS proxy without it; " +
+			"check the target and the proxy"
 	case errors.As(err, &operation) && operation.Op == "remote error":
 		// An alert of TLS, which the standard library gives as text alone.
-		if alert := operation.Err.Error(); strings.Contains(alert, "certificate") || strings.Contains(alert, "access denied") {
+		switch alert := operation.Err.Error(); {
+		case strings.Contains(alert, "certificate"), strings.Contains(alert, "access denied"):
 			fault.reason = ReasonClientCertificate
 			fault.hint = "byok-gate refused the client's certificate (" + alert + "): check the pair given to WithTLSFiles, its dates, " +
 				"and the authority in byok-gate's configuration"
-		} else {
+		case strings.Contains(alert, "application protocol"):
+			return faultOf(errNoHTTP2)
+		case strings.Contains(alert, "internal error"):
+			// A proxy whose backend, or whose certificate, is not there yet.
+			fault.hint = "the other side ended the TLS handshake (" + alert + "): its log says why"
+		default:
 			fault.reason = ReasonTLSMismatch
-			fault.hint = "byok-gate ended the TLS handshake (" + alert + ")"
+			fault.hint = "byok-gate ended the TLS handshake (" + alert + "): check the name in the target, and that both sides have a " +
+				"version of TLS and a cipher suite in common"
 		}
 	case errors.Is(err, errClientPair):
 		fault.reason = ReasonClientCertificate
 		fault.hint = "the client's certificate or key cannot be read: check the pair given to WithTLSFiles"
 	case errors.Is(err, errSilent):
 		fault.hint = "what listens there closed the connection at once: check whether it wants TLS (WithTLSFiles)"
-	case errors.Is(err, errSpeaksHTTP1):
+	case errors.As(err, &other) && other.once:
+		fault.hint = begins(other.says)
+	case errors.As(err, &other):
 		fault.reason = ReasonNotAGate
+		fault.hint = begins(other.says)
+		if strings.HasPrefix(other.says, "HTTP/") {
+			fault.hint = "what answers at the target speaks HTTP/1.1 and no gRPC: check the port; byok-gate's own metrics and status " +
+				"(--admin-listen) are on another one than its service (--listen)"
+		}
+	case errors.As(err, &proxy):
+		fault.hint = throughProxy(proxy.httpStatus)
 	case errors.Is(err, syscall.EACCES), errors.Is(err, fs.ErrPermission):
 		fault.hint = "this process may not open byok-gate's socket: check its owner, its group and its mode"
 	case errors.Is(err, fs.ErrNotExist):

@@ -2,6 +2,8 @@ package byokgate
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"iter"
 	"maps"
 	"sync"
@@ -23,6 +25,8 @@ type Reporter struct {
 
 // ReportOptions are a [Reporter]'s.
 type ReportOptions struct {
+	// A number below zero, or far above what a process holds, is refused.
+
 	// Queue is how many questions of [Reporter.Go] may be pending; more are dropped and counted. Zero: 256.
 	Queue int
 	// Concurrent is how many of these are asked at a time. Zero: 8.
@@ -32,6 +36,8 @@ type ReportOptions struct {
 const (
 	defaultReportQueue      = 256
 	defaultReportConcurrent = 8
+	maxReportQueue          = 1 << 20
+	maxReportConcurrent     = 1 << 12
 )
 
 // Counts are how often the [Reporter]s of a client saw what, since it was made.
@@ -60,24 +66,37 @@ type Report struct {
 }
 
 // ReportOnly gives a reporter that asks over this client's connections, with its settings. The client itself goes on to
-// enforce.
-func (c *Client) ReportOnly(options ReportOptions) *Reporter {
-	if options.Queue <= 0 {
-		options.Queue = defaultReportQueue
+// enforce. The error says which option cannot be meant.
+func (c *Client) ReportOnly(options ReportOptions) (*Reporter, error) {
+	var faults []error
+	count := func(name string, given *int, otherwise, most int) {
+		switch {
+		case *given == 0:
+			*given = otherwise
+		case *given < 0:
+			faults = append(faults, fmt.Errorf("byokgate: ReportOptions.%s: %w", name, notNegative(*given)))
+		case *given > most:
+			faults = append(faults, fmt.Errorf("byokgate: ReportOptions.%s: %d is above %d", name, *given, most))
+		}
 	}
-	if options.Concurrent <= 0 {
-		options.Concurrent = defaultReportConcurrent
+	count("Queue", &options.Queue, defaultReportQueue, maxReportQueue)
+	count("Concurrent", &options.Concurrent, defaultReportConcurrent, maxReportConcurrent)
+	if err := errors.Join(faults...); err != nil {
+		return nil, err
 	}
 	reporter := &Reporter{client: &Client{mode: ReportOnly}, queue: options.Queue, slots: make(chan struct{}, options.Concurrent)}
 	if c != nil {
 		reporter.client.core = c.core
 	}
-	return reporter
+	return reporter, nil
 }
+
+// none says that there is no reporter: nil and the zero one ask nobody.
+func (r *Reporter) none() bool { return r == nil || r.client == nil }
 
 // Report asks, logs and counts. It takes as long as [Client.Decide] would; see [Reporter.Go] where that must not show.
 func (r *Reporter) Report(ctx context.Context, request Request) Report {
-	if r == nil {
+	if r.none() {
 		return Report{}
 	}
 	allowed, refusal := r.client.decide(orBackground(ctx), &request)
@@ -89,7 +108,7 @@ func (r *Reporter) Report(ctx context.Context, request Request) Report {
 //
 // The request's Lookup is called after the handler has returned, so it must not use what ends with the handler.
 func (r *Reporter) Go(ctx context.Context, request Request) bool {
-	if r == nil {
+	if r.none() {
 		return false
 	}
 	if ctx = orBackground(ctx); !r.client.unusable() {
@@ -97,6 +116,7 @@ func (r *Reporter) Go(ctx context.Context, request Request) bool {
 		ctx = r.client.traced(ctx)
 	}
 	ctx = context.WithoutCancel(ctx)
+	request.Spec = request.Spec.kept()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.pending >= r.queue {
@@ -127,7 +147,7 @@ func (r *Reporter) done() {
 
 // Wait returns when no question of [Reporter.Go] is pending, or with the context's error.
 func (r *Reporter) Wait(ctx context.Context) error {
-	if r == nil {
+	if r.none() {
 		return nil
 	}
 	r.mu.Lock()
@@ -140,10 +160,11 @@ func (r *Reporter) Wait(ctx context.Context) error {
 	}
 	idle := r.idle
 	r.mu.Unlock()
+	ctx = orBackground(ctx)
 	select {
 	case <-idle:
 		return nil
-	case <-orBackground(ctx).Done():
+	case <-ctx.Done():
 		return ctx.Err()
 	}
 }
@@ -151,7 +172,7 @@ func (r *Reporter) Wait(ctx context.Context) error {
 // BatchReport asks about many workspaces at once, as [Client.BatchDecide] does, and decides nothing.
 func (r *Reporter) BatchReport(ctx context.Context, requests []Request) iter.Seq2[int, Report] {
 	return func(yield func(int, Report) bool) {
-		if r == nil {
+		if r.none() || yield == nil {
 			return
 		}
 		for index, result := range r.client.BatchDecide(ctx, requests) {
@@ -197,7 +218,7 @@ func (c *Client) drop() {
 
 // Counts are those so far, of all reporters of the client.
 func (r *Reporter) Counts() Counts {
-	if r == nil || r.client.core == nil {
+	if r.none() || r.client.core == nil {
 		return Counts{}
 	}
 	held := &r.client.counts

@@ -38,7 +38,7 @@ func TestReportOnlyIsNeverEnforcement(t *testing.T) {
 	fake, address := startFake(t)
 	seen := &observations{}
 	client, logs := newLoggedClient(t, address, WithObserver(seen.observe))
-	reporter := client.ReportOnly(ReportOptions{})
+	reporter := reporting(t, client)
 	ask := func(response *byokgatev1.DecideResponse, fault error) (Report, error) {
 		fake.tell(response, fault)
 		report := reporter.Report(background(), acme())
@@ -143,7 +143,10 @@ func TestReportsInTheBackground(t *testing.T) {
 	hooked := make(chan context.Context, 10)
 	client := newClient(t, address, WithTraceContext(func(ctx context.Context) (string, string) { hooked <- ctx; return "", "" }))
 	const queue = 3
-	reporter := client.ReportOnly(ReportOptions{Queue: queue, Concurrent: 2})
+	reporter, err := client.ReportOnly(ReportOptions{Queue: queue, Concurrent: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
 	type key struct{}
 	handler, cancel := context.WithCancel(context.WithValue(background(), key{}, "a value"))
 	var looked atomic.Int32
@@ -171,7 +174,7 @@ func TestReportsInTheBackground(t *testing.T) {
 	if err := reporter.Wait(background()); err != nil {
 		t.Fatal(err)
 	}
-	counts := client.ReportOnly(ReportOptions{}).Counts()
+	counts := reporting(t, client).Counts()
 	if counts.Dropped != 2 || counts.WouldRefuse[MissingBYOKCredential] != queue || looked.Load() != 2*queue {
 		t.Errorf("%+v, %d lookups", counts, looked.Load())
 	}
@@ -209,7 +212,7 @@ func TestABatchOfReports(t *testing.T) {
 		}
 		return nil
 	}
-	reporter := client.ReportOnly(ReportOptions{})
+	reporter := reporting(t, client)
 	got := map[int]string{}
 	for index, report := range reporter.BatchReport(background(), batchOf(3)) {
 		got[index] = verdict(report)
@@ -220,4 +223,14 @@ func TestABatchOfReports(t *testing.T) {
 	if counts := reporter.Counts(); counts.WouldAllow != 2 || counts.WouldRefuse[MissingBYOKCredential] != 1 {
 		t.Errorf("%+v", counts)
 	}
+}
+
+// reporting is a client's reporter.
+func reporting(t *testing.T, client *Client) *Reporter {
+	t.Helper()
+	reporter, err := client.ReportOnly(ReportOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return reporter
 }

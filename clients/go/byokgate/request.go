@@ -2,6 +2,8 @@ package byokgate
 
 import (
 	"context"
+	"slices"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -21,7 +23,7 @@ type Request struct {
 	// Explain asks for the steps of the decision, which are then in the Details of the answer.
 	Explain bool
 	// Timeout is how long this decision may take, lookups and retries included. Zero: the client's own; see [WithTimeout]. The context's
-	// deadline holds too. In a batch it does not count.
+	// deadline holds too. In a batch it does not count. One below a millisecond is refused ([ReasonInvalidOption]).
 	Timeout time.Duration
 }
 
@@ -78,7 +80,8 @@ type Lookup func(ctx context.Context, scope Scope, names []string) (Found, error
 // Found are the credentials that exist, by name. The client reads it once, when the lookup returns.
 type Found map[string]Secret
 
-// Static looks credentials up in memory: a create's payload, or a test's.
+// Static looks credentials up in memory: a create's payload, or a test's. The maps are read whenever it is called, so they must not be changed
+// meanwhile.
 func Static(workspace, organization Found) Lookup {
 	return func(_ context.Context, scope Scope, _ []string) (Found, error) {
 		if scope == Workspace {
@@ -135,6 +138,18 @@ func (c Checkpoint) String() string {
 
 // String is the scope's name on the wire, without the prefix of its enum.
 func (s Scope) String() string { return shortName(byokgatev1.Scope(s), scopePrefix) }
+
+// kept outlives the request that it comes from: see subject.kept.
+func (s Spec) kept() Spec {
+	for _, text := range []*string{&s.WorkspaceID, &s.OrganizationID, &s.Runtime, &s.Model} {
+		*text = strings.Clone(*text)
+	}
+	s.TenantBaseURLEnv = slices.Clone(s.TenantBaseURLEnv)
+	for index, name := range s.TenantBaseURLEnv {
+		s.TenantBaseURLEnv[index] = strings.Clone(name)
+	}
+	return s
+}
 
 // needsNoCredential says that no credential can change the answer, as far as the caller alone can know.
 func (s *Spec) needsNoCredential() bool {

@@ -57,7 +57,9 @@ func (c *core) retryPause(err error, attempt int) (time.Duration, bool) {
 	switch said.Code() {
 	case codes.Unavailable:
 		if fault := c.link.fault(); fault != nil && fault.reason.miswired() && detailsOf(said).reason == "" {
-			return 0, false
+			if _, answered := plainHTTP(said); !answered {
+				return 0, false
+			}
 		}
 		// No reply was had: the connection failed, or byok-gate is starting or stopping. All calls are questions, so that
 		// one that did arrive does no harm twice.

@@ -2,6 +2,7 @@ package byokgate
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -58,6 +59,9 @@ func (Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 
 // UnmarshalJSON reads a value from a payload. The fault does not quote it.
 func (s *Secret) UnmarshalJSON(text []byte) error {
+	if s == nil {
+		return errors.New("byokgate: no secret to read into")
+	}
 	var value *string
 	if json.Unmarshal(text, &value) != nil || value == nil {
 		return fmt.Errorf("byokgate: a secret must be a JSON string")

@@ -11,7 +11,8 @@ import (
 // and not to keep a tenant from deleting a key.
 
 // Overlay is a lookup in which changes stand over what is stored: the workspace as it would be after they are saved. A change that is nil
-// is a deletion. Names that a change covers are not looked up.
+// is a deletion. Names that a change covers are not looked up. Where there is no stored lookup, the rest is unreadable, and not absent: without
+// a store, there is [Static].
 func Overlay(stored Lookup, scope Scope, changes map[string]*Secret) Lookup {
 	changes = maps.Clone(changes)
 	return func(ctx context.Context, in Scope, names []string) (Found, error) {
@@ -42,9 +43,11 @@ func Overlay(stored Lookup, scope Scope, changes map[string]*Secret) Lookup {
 	}
 }
 
+var errNoStored = errors.New("Overlay has no lookup for what is stored")
+
 func look(ctx context.Context, stored Lookup, scope Scope, names []string) (Found, error) {
 	if stored == nil {
-		return nil, nil
+		return nil, errNoStored
 	}
 	return stored(ctx, scope, names)
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"log/slog"
 	"slices"
 	"strconv"
 	"time"
@@ -35,7 +36,7 @@ type Change struct {
 	Spec Spec
 	// From and To are what was known and what is.
 	From, To Health
-	// Code is why, of Dead and Missing.
+	// Code is why, of Dead and Missing, and of Unverifiable where byok-gate would not let it start for that.
 	Code Code
 	// Since is when it was seen first.
 	Since time.Time
@@ -61,19 +62,33 @@ type SweepStore interface {
 	Save(ctx context.Context, workspaceID string, record SweepRecord) error
 }
 
-// SweepOptions are a sweep's. The zero value looks at each credential every ten minutes.
+// SweepOptions are a sweep's. The zero value looks at each credential every ten minutes. A number that cannot be meant (below zero, not finite,
+// a time below a millisecond) ends the sweep before it begins, with an error that names it.
 type SweepOptions struct {
-	// Period is how long one round takes. Zero: ten minutes.
+	// Period is how long one round takes. Zero: ten minutes. A round that takes longer delays the next: there is never more than one.
 	Period time.Duration
 	// ConfirmAfter is when a first refusal is looked at again. Zero: 20 seconds, or half of the period if that is less. It should be longer
 	// than byok-gate remembers a refusal (10 seconds unless configured otherwise).
 	ConfirmAfter time.Duration
-	// Lookups is how many workspaces' credentials are looked up a second. Zero: 50.
+	// Lookups is how many workspaces' credentials are looked up a second, from 0.001 to a million. Zero: 50.
 	Lookups float64
-	// Concurrent is how many questions are under way at a time. Zero: 8.
+	// Concurrent is how many questions are under way at a time, 1,024 at most. Zero: 8.
 	Concurrent int
 	// Store is where records are kept. Nil: in memory.
 	Store SweepStore
+	// OnState is told when the sweep begins to find nothing out, and when it finds out again: once for each change. Nil: the loop's errors and
+	// the log tell of the former, the log of the latter.
+	OnState func(SweepState)
+}
+
+// SweepState says whether a sweep finds anything out.
+type SweepState struct {
+	// Reason is why it finds nothing out. Empty: it does.
+	Reason Reason
+	// Err is the same as an [*Undecided], whose OperatorHint says what to check. Nil: it does find out.
+	Err error
+	// Since is when this began.
+	Since time.Time
 }
 
 const (
@@ -81,41 +96,67 @@ const (
 	defaultConfirmAfter  = 20 * time.Second
 	defaultSweepLookups  = 50
 	defaultSweepAtOnce   = 8
+	maxSweepAtOnce       = 1024
+	minSweepLookups      = 0.001
+	maxSweepLookups      = 1e6
 	maxSweepWorkspaces   = 1 << 20
 	sweepTimePerQuestion = 10 * time.Second
+	// sweepAwayPause is when a round is begun anew that found byok-gate away, or its whole period if that is less.
+	sweepAwayPause = 15 * time.Second
+	// sweepPatience is how long byok-gate may be away before that is told, or one period if that is less: a restart is nothing to tell of.
+	sweepPatience = 30 * time.Second
 )
 
 // Sweep looks at the running workspaces again and again, since a key that dies after provision would otherwise be found out at the next
-// restart. It yields changes and nothing else, until the context ends or the loop is left. One sweep of a fleet at a time is enough; two do no
-// harm but twice the work.
+// restart. It yields changes, and errors for what it could not do, until the context ends or the loop is left. One sweep of a fleet at a time is
+// enough; two do no harm but twice the work.
 //
-// Running lists the workspaces that run, anew for each round. Workspaces with the same credentials are asked about once in a round, and those
-// that share a credential one right after the other, so that the provider is asked about it once: a round asks about each credential at most
-// once, and once more where it was refused. All is spread over the period. Credentials are held while their question is under way, and not
-// between.
+// Running lists the workspaces that run, anew for each round. All are taken before anything else is done, so it may hold a cursor open. Each
+// needs a WorkspaceID of its own, by which its record is kept: those that have none, or one that was listed before, are not looked at, and an
+// error says so. Workspaces with the same credentials are asked about once in a round, and those that share a credential one right after the
+// other, so that the provider is asked about it once: a round asks about each credential at most once, and once more where it was refused. All
+// is spread over the period. No round begins before the last is over, and but for that one look no credential is asked about again before a
+// period has passed.
+// Credentials are held while their question is under way, and not between.
 //
 // A change is reported at least once: its record is saved after the loop's body returned. Who is killed in between reports that one change
 // again; what was seen once and not confirmed is kept, too. Reported are [Dead] and [Missing] after two looks at least ConfirmAfter apart, the
 // second at the workspace itself; a return to [Healthy], and a turn to [Unverifiable], at once. A workspace that is seen for the first time is
-// reported if it is not well. Nothing is made of what says nothing: a provider that fails, limits the rate or does not answer, a byok-gate that
-// is away, a secret store that cannot be read.
+// reported if it is anything but healthy. Nothing is made of what says nothing: a provider that fails, limits the rate or does not answer, a
+// byok-gate that is away, a secret store that cannot be read.
 //
-// The error beside a zero Change says what could not be done (listing, loading, saving); the sweep goes on.
+// A sweep that finds nothing out says so, since its silence would be taken for health: at once where the platform is not wired to byok-gate (a
+// wrong token, certificate or port), after half a minute (a period, if that is less) where byok-gate is away, and after two rounds in which no
+// credentials could be read. The error is an [*Undecided], comes once, and not again until that has changed; OnState and the log are told, too,
+// and of its end, of mis-wiring once a whole period passed without it. [Client.SweepCounts] has the numbers.
+//
+// Any other error beside a zero Change is none, and says what could not be done (listing, loading, saving, one workspace's own fault); the sweep goes on. A
+// client that is closed ends it.
 func (c *Client) Sweep(
 	ctx context.Context, running func(context.Context) iter.Seq2[Spec, error], options SweepOptions,
 ) iter.Seq2[Change, error] {
 	return func(yield func(Change, error) bool) {
+		if yield == nil {
+			return
+		}
 		if c.unusable() {
 			yield(Change{}, undecided(nil, ReasonClosed, errClosed))
 			return
 		}
 		if running == nil {
-			yield(Change{}, errors.New("byokgate: Sweep: nothing lists the running workspaces"))
+			yield(Change{}, misused(nil, "Sweep", errNoList))
+			return
+		}
+		if err := options.check(); err != nil {
+			yield(Change{}, misused(nil, "SweepOptions", err))
 			return
 		}
 		quiet := *c
 		quiet.quiet = true
-		s := &sweep{options: options.orDefaults(), running: running, yield: yield, ask: quiet.look, gather: quiet.gather}
+		s := &sweep{
+			options: options.orDefaults(), running: running, yield: yield, ask: quiet.look, gather: quiet.gather, counts: &c.sweeps,
+			log: c.logSafely,
+		}
 		_, _ = rand.Read(s.key[:]) // never fails
 		ctx, cancel := context.WithCancel(orBackground(ctx))
 		defer cancel()
@@ -123,21 +164,45 @@ func (c *Client) Sweep(
 	}
 }
 
+var errNoList = errors.New("nothing lists the running workspaces")
+
+// check says what cannot be meant.
+func (o SweepOptions) check() error {
+	var faults []error
+	duration := func(name string, given time.Duration) {
+		if given < 0 {
+			faults = append(faults, fmt.Errorf("%s: %w", name, notNegative(given)))
+		} else if given > 0 && given < shortestTimeout {
+			faults = append(faults, fmt.Errorf("%s: %w", name, checkTimeout(given)))
+		}
+	}
+	duration("Period", o.Period)
+	duration("ConfirmAfter", o.ConfirmAfter)
+	// Written so that what is not a number fails.
+	if inRange := o.Lookups >= minSweepLookups && o.Lookups <= maxSweepLookups; !inRange && o.Lookups != 0 {
+		faults = append(faults, fmt.Errorf("%s: %v is not from %v to %v a second; leave it out for the default", "Lookups", o.Lookups, minSweepLookups, maxSweepLookups))
+	}
+	switch {
+	case o.Concurrent < 0:
+		faults = append(faults, fmt.Errorf("%s: %w", "Concurrent", notNegative(o.Concurrent)))
+	case o.Concurrent > maxSweepAtOnce:
+		faults = append(faults, fmt.Errorf("%s: %d is above %d", "Concurrent", o.Concurrent, maxSweepAtOnce))
+	}
+	return errors.Join(faults...)
+}
+
 func (o SweepOptions) orDefaults() SweepOptions {
-	if o.Period <= 0 {
+	if o.Period == 0 {
 		o.Period = defaultSweepPeriod
 	}
-	if o.ConfirmAfter <= 0 {
+	if o.ConfirmAfter == 0 {
 		o.ConfirmAfter = min(defaultConfirmAfter, o.Period/2)
 	}
-	if o.Lookups <= 0 {
+	if o.Lookups == 0 {
 		o.Lookups = defaultSweepLookups
 	}
-	if o.Concurrent <= 0 {
+	if o.Concurrent == 0 {
 		o.Concurrent = defaultSweepAtOnce
-	}
-	if o.Store == nil {
-		o.Store = NewSweepMemory()
 	}
 	return o
 }
@@ -148,6 +213,9 @@ type sighting struct {
 	code        Code
 	decisionID  string
 	fingerprint string
+	// refusal is why there was no decision. Nil if there was one, or if the look was ended.
+	refusal *Undecided
+	decided bool
 }
 
 // sweep is one under way. But for questions, all happens on the caller's goroutine.
@@ -157,13 +225,26 @@ type sweep struct {
 	yield   func(Change, error) bool
 	ask     func(context.Context, Spec) sighting
 	gather  func(context.Context, *Spec) (*wallet, error)
+	log     func(ctx context.Context, level slog.Level, message string, attributes ...slog.Attr)
+	counts  *sweepCounts
 	// key makes digests worthless outside of this sweep.
 	key [32]byte
 
 	due  []task
 	came chan outcome
 	busy int
+	// open are the round's questions without an answer.
+	open int
 	left bool
+	// memory is the store of a sweep that was given none.
+	memory *SweepMemory
+	// asked is when a question or a credential was asked about last.
+	asked map[[32]byte]time.Time
+	// confirming are the workspaces for which a second look is due or under way.
+	confirming map[string]bool
+	// faulted are the workspaces whose own fault was told, and which.
+	faulted map[string]Reason
+	sight   sight
 }
 
 // group are workspaces about which there is one question.
@@ -174,10 +255,19 @@ type group struct {
 	values [][32]byte
 }
 
+// about is by what a question is known as the same one: its credentials, or itself where it has none.
+func (g *group) about() [][32]byte {
+	if len(g.values) == 0 {
+		return [][32]byte{g.digest}
+	}
+	return g.values
+}
+
 // task is a question at a time.
 type task struct {
 	at    time.Time
 	specs []Spec
+	about [][32]byte
 	// confirm: a second look, at this workspace itself.
 	confirm bool
 }
@@ -189,39 +279,62 @@ type outcome struct {
 
 func (s *sweep) run(ctx context.Context) {
 	s.came = make(chan outcome, s.options.Concurrent)
+	s.confirming, s.faulted, s.asked = map[string]bool{}, map[string]Reason{}, map[[32]byte]time.Time{}
+	if s.options.Store == nil {
+		s.memory = NewSweepMemory()
+		s.options.Store = s.memory
+	}
+	if s.counts == nil {
+		s.counts = &sweepCounts{}
+	}
 	next := time.Now()
 	for !s.left && ctx.Err() == nil {
-		if now := time.Now(); !now.Before(next) {
-			s.plan(ctx, now)
-			// Never before it is over: a round that takes longer than the period is not begun twice.
-			next = now.Add(s.options.Period)
-			continue
+		switch now := time.Now(); {
+		case s.open > 0:
+			// A round that takes longer than its period: nothing is added to it.
+			s.step(ctx, time.Time{})
+		case now.Before(next):
+			s.step(ctx, next)
+		default:
+			pause := s.options.Period
+			if !s.plan(ctx, now) {
+				pause = min(pause, sweepAwayPause)
+				now = time.Now()
+			}
+			next = now.Add(pause)
 		}
-		s.step(ctx, next)
 	}
 	// What is under way ends with the context, and is not acted on: there is room for all answers.
 }
 
-// step waits for whatever comes first: a task's time, an answer, the next round.
-func (s *sweep) step(ctx context.Context, next time.Time) {
-	until := next
-	if len(s.due) > 0 && s.busy < s.options.Concurrent && s.due[0].at.Before(until) {
+// step waits for whatever comes first: a task's time, an answer, that moment unless it is zero.
+func (s *sweep) step(ctx context.Context, until time.Time) {
+	if len(s.due) > 0 && s.busy < s.options.Concurrent && (until.IsZero() || s.due[0].at.Before(until)) {
 		until = s.due[0].at
 	}
-	timer := time.NewTimer(time.Until(until))
-	defer timer.Stop()
+	var alarm <-chan time.Time
+	if !until.IsZero() {
+		timer := time.NewTimer(time.Until(until))
+		defer timer.Stop()
+		alarm = timer.C
+	}
 	select {
 	case <-ctx.Done():
 	case came := <-s.came:
 		s.busy--
 		s.take(ctx, came)
-	case <-timer.C:
-		if len(s.due) == 0 || s.busy >= s.options.Concurrent || s.due[0].at.After(time.Now()) {
+	case <-alarm:
+		at := time.Now()
+		if len(s.due) == 0 || s.busy >= s.options.Concurrent || s.due[0].at.After(at) {
 			return
 		}
 		now := s.due[0]
 		s.due = s.due[1:]
 		s.busy++
+		for _, one := range now.about {
+			s.asked[one] = at
+		}
+		s.counts.add(func(seen *SweepCounts) { seen.Questions++ })
 		go func() {
 			looked := outcome{task: now}
 			defer func() { s.came <- looked }()
@@ -235,41 +348,124 @@ func (s *sweep) later(tasks ...task) {
 	slices.SortStableFunc(s.due, func(a, b task) int { return a.at.Compare(b.at) })
 }
 
+// confirm looks at one workspace itself, once.
+func (s *sweep) confirm(spec Spec, at time.Time) {
+	if !s.confirming[spec.WorkspaceID] {
+		s.confirming[spec.WorkspaceID] = true
+		s.later(task{at: at, specs: []Spec{spec}, confirm: true})
+	}
+}
+
 func (s *sweep) complain(what string, err error) {
-	if !s.left && !s.yield(Change{}, fmt.Errorf("byokgate: Sweep: %s: %w", what, err)) {
+	s.counts.add(func(seen *SweepCounts) { seen.Faults++ })
+	s.say(fmt.Errorf("byokgate: Sweep: %s: %w", what, err))
+}
+
+func (s *sweep) say(err error) {
+	if !s.left && !s.yield(Change{}, err) {
 		s.left = true
 	}
 }
 
 // === A round ===
 
+// list gives the workspaces that run, each once. Whole: none is missing.
+func (s *sweep) list(ctx context.Context) (specs []Spec, whole bool) {
+	const what = "listing the running workspaces"
+	var fault error
+	var unnamed, twice []Spec
+	known := map[string]bool{}
+	listed := 0
+	hook(func() {
+		all := s.running(ctx)
+		if all == nil {
+			fault = errNoList
+			return
+		}
+		for spec, err := range all {
+			if err != nil {
+				fault = err
+				return
+			}
+			if listed++; listed > maxSweepWorkspaces {
+				fault = fmt.Errorf("there are more than %d", maxSweepWorkspaces)
+				return
+			}
+			switch {
+			case spec.WorkspaceID == "":
+				unnamed = append(unnamed, spec)
+			case known[spec.WorkspaceID]:
+				twice = append(twice, spec)
+			default:
+				known[spec.WorkspaceID] = true
+				specs = append(specs, spec)
+			}
+		}
+	}, func(thrown any) { fault = panicked("the listing", thrown) })
+	s.counts.add(func(seen *SweepCounts) {
+		seen.Workspaces += uint64(len(specs))
+		seen.Skipped += uint64(len(unnamed) + len(twice))
+	})
+	if ctx.Err() != nil {
+		return nil, false
+	}
+	if fault != nil {
+		s.complain(what, fault)
+	}
+	if len(unnamed) > 0 {
+		first := unnamed[0]
+		s.complain(what, fmt.Errorf("%d without a WorkspaceID are not looked at, since a record is kept by it (the first: runtime %q, model %q, organization %q)",
+			len(unnamed), first.Runtime, first.Model, first.OrganizationID))
+	}
+	if len(twice) > 0 {
+		first := twice[0]
+		s.complain(what, fmt.Errorf("%d with the WorkspaceID of another are not looked at, since a record is kept by it (the first: %q, organization %q)",
+			len(twice), first.WorkspaceID, first.OrganizationID))
+	}
+	if fault != nil {
+		return specs, false
+	}
+	for id := range s.faulted {
+		if !known[id] {
+			delete(s.faulted, id)
+		}
+	}
+	if s.memory != nil {
+		s.memory.keep(known)
+	}
+	return specs, true
+}
+
 // plan lists the running workspaces, finds out which share a question or a credential, and spreads the questions over what is left of the
-// period. While it looks credentials up it goes on with what is due.
-func (s *sweep) plan(ctx context.Context, began time.Time) {
+// period. While it looks credentials up it goes on with what is due. False: byok-gate is away, and there is no round.
+func (s *sweep) plan(ctx context.Context, began time.Time) bool {
+	specs, _ := s.list(ctx)
 	groups := map[[32]byte]*group{}
 	pace := time.Duration(float64(time.Second) / s.options.Lookups)
 	turn := time.Now()
-	count := 0
-	for spec, err := range s.running(ctx) {
-		if err != nil {
-			s.complain("listing the running workspaces", err)
-			break
-		}
-		if count++; count > maxSweepWorkspaces {
-			s.complain("listing the running workspaces", fmt.Errorf("there are more than %d", maxSweepWorkspaces))
-			break
-		}
+	gathered := 0
+	var unreadable error
+	for _, spec := range specs {
 		for turn = turn.Add(pace); !s.left && ctx.Err() == nil && time.Now().Before(turn); {
 			s.step(ctx, turn)
 		}
 		if s.left || ctx.Err() != nil {
-			return
+			return true
 		}
 		held, err := s.gather(ctx, &spec)
-		if err != nil {
-			// Unreadable, or byok-gate is away: there is nothing to be seen in this round.
+		var refusal *Undecided
+		switch {
+		case errors.As(err, &refusal):
+			if s.failed(ctx, spec, refusal) {
+				return false
+			}
+			continue
+		case err != nil:
+			s.counts.add(func(seen *SweepCounts) { seen.Unreadable++ })
+			unreadable = err
 			continue
 		}
+		gathered++
 		made := s.digest(&spec, held)
 		if known := groups[made.digest]; known != nil {
 			known.specs = append(known.specs, spec)
@@ -277,20 +473,41 @@ func (s *sweep) plan(ctx context.Context, began time.Time) {
 		}
 		groups[made.digest] = made
 	}
-	clusters := clustered(groups)
-	if len(clusters) == 0 {
-		return
+	s.counts.add(func(seen *SweepCounts) { seen.Rounds++ })
+	if gathered == 0 && unreadable != nil {
+		s.blind(ctx, undecided(nil, ReasonLookupFailed, unreadable))
 	}
-	// The last question has time to be answered within the period.
+	s.spread(clustered(groups), began)
+	return true
+}
+
+// spread makes tasks of a round's questions. The last has time to be answered within the period, and none comes sooner than a period after it
+// was asked last, as it could after a round that was held up.
+func (s *sweep) spread(clusters [][]*group, began time.Time) {
 	gap := max(0, s.options.Period-time.Since(began)) / time.Duration(len(clusters)+1)
-	at := time.Now()
+	planned := time.Now()
+	asked := map[[32]byte]time.Time{}
 	var tasks []task
 	for _, cluster := range clusters {
+		at := planned
 		for _, one := range cluster {
-			tasks = append(tasks, task{at: at, specs: one.specs})
+			for _, about := range one.about() {
+				if last, known := s.asked[about]; known {
+					asked[about] = last
+					if soonest := last.Add(s.options.Period); soonest.After(at) {
+						at = soonest
+					}
+				}
+			}
 		}
-		at = at.Add(gap)
+		for _, one := range cluster {
+			tasks = append(tasks, task{at: at, specs: one.specs, about: one.about()})
+		}
+		planned = planned.Add(gap)
 	}
+	// What runs no more is forgotten.
+	s.asked = asked
+	s.open += len(tasks)
 	s.later(tasks...)
 }
 
@@ -370,7 +587,8 @@ func (c *Client) gather(ctx context.Context, spec *Spec) (*wallet, error) {
 	if refusal != nil {
 		return nil, refusal
 	}
-	c.lookups.fetch(ctx, held, spec.Lookup, names)
+	deadline, _ := ctx.Deadline()
+	c.lookups.fetch(ctx, deadline, held, spec.Lookup, names)
 	return held, held.failure()
 }
 
@@ -380,7 +598,7 @@ func (c *Client) look(ctx context.Context, spec Spec) sighting {
 	switch refusal := refusal.(type) {
 	case nil:
 		details := allowed.Details()
-		seen := sighting{decisionID: allowed.DecisionID(), fingerprint: details.Fingerprint}
+		seen := sighting{decided: true, decisionID: allowed.DecisionID(), fingerprint: details.Fingerprint}
 		switch details.Verdict {
 		case VerdictValid, "":
 			// Stale, or on report only: what is known is old, or bad.
@@ -392,7 +610,7 @@ func (c *Client) look(ctx context.Context, spec Spec) sighting {
 		}
 		return seen
 	case *Denied:
-		seen := sighting{code: refusal.Code(), decisionID: refusal.DecisionID(), fingerprint: refusal.Details().Fingerprint}
+		seen := sighting{decided: true, code: refusal.Code(), decisionID: refusal.DecisionID(), fingerprint: refusal.Details().Fingerprint}
 		switch {
 		case refusal.Retryable():
 		case seen.code == InvalidBYOKCredential, seen.code == MalformedBYOKCredential, seen.code == ShadowedBYOKCredential,
@@ -400,10 +618,13 @@ func (c *Client) look(ctx context.Context, spec Spec) sighting {
 			seen.health = Dead
 		case seen.code == MissingBYOKCredential:
 			seen.health = Missing
+		case seen.code == BYOKNotVerifiable:
+			seen.health = Unverifiable
 		}
 		return seen
 	default:
-		return sighting{}
+		undecided, _ := refusal.(*Undecided)
+		return sighting{refusal: undecided}
 	}
 }
 
@@ -411,6 +632,33 @@ func (c *Client) look(ctx context.Context, spec Spec) sighting {
 
 // take acts on what was seen of a group: it is what was seen of each of its workspaces.
 func (s *sweep) take(ctx context.Context, came outcome) {
+	if came.confirm {
+		delete(s.confirming, came.specs[0].WorkspaceID)
+	} else {
+		s.open--
+	}
+	if ctx.Err() != nil {
+		return
+	}
+	if came.refusal != nil {
+		s.failed(ctx, came.specs[0], came.refusal)
+		if others := came.specs[1:]; came.refusal.Reason().aboutTheRequest() && len(others) > 0 {
+			// One's own fault says nothing of those that share its credentials.
+			s.open++
+			s.later(task{at: time.Now(), specs: others, about: came.about})
+		}
+		return
+	}
+	if came.decided {
+		s.counts.add(func(seen *SweepCounts) {
+			if seen.Seen == nil {
+				seen.Seen = map[Health]uint64{}
+			}
+			seen.Seen[came.health]++
+		})
+		s.sees(ctx)
+		delete(s.faulted, came.specs[0].WorkspaceID)
+	}
 	if came.health == Unknown {
 		return
 	}
@@ -418,13 +666,18 @@ func (s *sweep) take(ctx context.Context, came outcome) {
 		if s.left || ctx.Err() != nil {
 			return
 		}
-		record, err := s.options.Store.Load(ctx, spec.WorkspaceID)
+		record, err := s.load(ctx, spec)
 		if err != nil {
 			s.complain("loading the record of "+strconv.Quote(spec.WorkspaceID), err)
 			continue
 		}
 		s.note(ctx, spec, record, came)
 	}
+}
+
+func (s *sweep) load(ctx context.Context, spec Spec) (record SweepRecord, err error) {
+	hook(func() { record, err = s.options.Store.Load(ctx, spec.WorkspaceID) }, func(thrown any) { err = panicked("the store", thrown) })
+	return record, err
 }
 
 // note compares what was seen of one workspace with what is known of it.
@@ -439,8 +692,9 @@ func (s *sweep) note(ctx context.Context, spec Spec, record SweepRecord, came ou
 			s.save(ctx, spec, record)
 		}
 	case !bad:
-		first := record.Health == Unknown
-		change := Change{From: record.Health, To: came.health, Since: now}
+		// What is well when it is seen first is no change.
+		first := record.Health == Unknown && came.health == Healthy
+		change := Change{From: record.Health, To: came.health, Code: came.code, Since: now}
 		record = SweepRecord{Health: came.health, Seen: now}
 		if !first && !s.report(spec, change, came) {
 			return
@@ -450,14 +704,14 @@ func (s *sweep) note(ctx context.Context, spec Spec, record SweepRecord, came ou
 		// For the first time: looked at again before anything is said.
 		record.Suspect, record.Code, record.Seen = came.health, came.code, now
 		if s.save(ctx, spec, record) {
-			s.later(task{at: now.Add(s.options.ConfirmAfter), specs: []Spec{spec}, confirm: true})
+			s.confirm(spec, now.Add(s.options.ConfirmAfter))
 		}
 	case now.Sub(record.Seen) < s.options.ConfirmAfter:
 		// Too soon to be a second look.
-		s.later(task{at: record.Seen.Add(s.options.ConfirmAfter), specs: []Spec{spec}, confirm: true})
+		s.confirm(spec, record.Seen.Add(s.options.ConfirmAfter))
 	case !came.confirm:
 		// Suspected before, by a sweep that was ended or could not find out: this workspace itself is looked at now.
-		s.later(task{at: now, specs: []Spec{spec}, confirm: true})
+		s.confirm(spec, now)
 	default:
 		change := Change{From: record.Health, To: came.health, Code: came.code, Since: record.Seen}
 		record = SweepRecord{Health: came.health, Code: came.code, Seen: record.Seen}
@@ -470,6 +724,7 @@ func (s *sweep) note(ctx context.Context, spec Spec, record SweepRecord, came ou
 // report says whether the change was taken: a loop that is left with it has it, and a body that ends the goroutine does not come back.
 func (s *sweep) report(spec Spec, change Change, came outcome) bool {
 	change.Spec, change.DecisionID, change.Fingerprint = spec, came.decisionID, came.fingerprint
+	s.counts.add(func(seen *SweepCounts) { seen.Changes++ })
 	if !s.yield(change, nil) {
 		s.left = true
 	}
@@ -477,7 +732,9 @@ func (s *sweep) report(spec Spec, change Change, came outcome) bool {
 }
 
 func (s *sweep) save(ctx context.Context, spec Spec, record SweepRecord) bool {
-	if err := s.options.Store.Save(ctx, spec.WorkspaceID, record); err != nil {
+	var err error
+	hook(func() { err = s.options.Store.Save(ctx, spec.WorkspaceID, record) }, func(thrown any) { err = panicked("the store", thrown) })
+	if err != nil {
 		s.complain("saving the record of "+strconv.Quote(spec.WorkspaceID), err)
 		return false
 	}

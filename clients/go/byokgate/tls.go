@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -48,21 +50,61 @@ func readRegular(path string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-// checkTLS refuses a configuration that encrypts but believes everyone.
+// checkTLS refuses a configuration that encrypts but believes everyone, or that can be read along.
 func checkTLS(config *tls.Config) error {
 	if config == nil {
 		return errors.New("no TLS configuration")
 	}
+	var faults []error
 	if config.InsecureSkipVerify && config.VerifyConnection == nil && config.VerifyPeerCertificate == nil {
-		return errors.New("InsecureSkipVerify accepts any server, which could then read every credential; " +
-			"set RootCAs, or verify in VerifyConnection")
+		faults = append(faults, errors.New("InsecureSkipVerify accepts any server, which could then read every credential; "+
+			"set RootCAs, or verify in VerifyConnection"))
 	}
-	return nil
+	for _, bound := range []struct {
+		name    string
+		version uint16
+	}{{"MinVersion", config.MinVersion}, {"MaxVersion", config.MaxVersion}} {
+		if bound.version != 0 && bound.version < tls.VersionTLS12 {
+			faults = append(faults, fmt.Errorf("%s is %s, which byok-gate does not speak and others read along; leave it out, or give 1.2 or 1.3",
+				bound.name, tls.VersionName(bound.version)))
+		}
+	}
+	if config.MaxVersion != 0 && config.MinVersion > config.MaxVersion {
+		faults = append(faults, fmt.Errorf("MinVersion is %s, above MaxVersion, %s", tls.VersionName(config.MinVersion), tls.VersionName(config.MaxVersion)))
+	}
+	for _, suite := range config.CipherSuites {
+		if !soundSuite(suite) {
+			faults = append(faults, fmt.Errorf("CipherSuites has %s, which is weak, unknown or forbidden for HTTP/2; leave the list out",
+				tls.CipherSuiteName(suite)))
+		}
+	}
+	if config.KeyLogWriter != nil {
+		faults = append(faults, errors.New("KeyLogWriter lets whoever reads it read every credential; leave it out"))
+	}
+	return errors.Join(faults...)
+}
+
+// soundSuite: forward secrecy and an AEAD, as RFC 9113 (9.2.2) asks of HTTP/2.
+func soundSuite(id uint16) bool {
+	return slices.ContainsFunc(tls.CipherSuites(), func(suite *tls.CipherSuite) bool {
+		if suite.ID != id {
+			return false
+		}
+		if slices.Contains(suite.SupportedVersions, tls.VersionTLS13) {
+			return true
+		}
+		return strings.Contains(suite.Name, "_ECDHE_") && (strings.Contains(suite.Name, "_GCM_") || strings.Contains(suite.Name, "_CHACHA20_"))
+	})
 }
 
 // shieldedTLS is a copy whose callbacks may panic: gRPC calls them in goroutines of its own.
 func shieldedTLS(config *tls.Config) *tls.Config {
 	config = config.Clone()
+	// What is left out must not come from a Go that has other defaults.
+	config.MinVersion = max(config.MinVersion, tls.VersionTLS12)
+	if len(config.CipherSuites) == 0 {
+		config.CipherSuites = nil
+	}
 	fault := func(into *error) func(any) {
 		return func(thrown any) { *into = panicked("a callback of the TLS configuration", thrown) }
 	}

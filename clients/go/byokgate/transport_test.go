@@ -9,6 +9,8 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"io"
+	"math"
 	"math/big"
 	"net"
 	"net/http"
@@ -122,7 +124,7 @@ func TestTLS(t *testing.T) {
 		"mTLS, no certificate":              {true, WithTLSFiles(ours.file("ca.pem"), "", ""), ReasonClientCertificate},
 		"mTLS, another authority's":         {true, WithTLSFiles(ours.file("ca.pem"), others.file("client.pem"), others.file("client.key")), ReasonClientCertificate},
 		"mTLS, a server's certificate":      {true, WithTLSFiles(ours.file("ca.pem"), ours.file("server.pem"), ours.file("server.key")), ReasonClientCertificate},
-		"TLS server, client without TLS":    {false, WithInsecureNetwork(), ReasonUnreachable},
+		"TLS server, client without TLS":    {false, WithInsecureNetwork(), ReasonTLSMismatch},
 		"TLS, another name on the server's": {false, WithTLS(&tls.Config{RootCAs: ours.pool, ServerName: "elsewhere.example"}), ReasonTLSUntrusted},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -135,8 +137,6 @@ func TestTLS(t *testing.T) {
 			switch test.reason {
 			case "":
 				wantAllowed(t, allowed, err, BYOK)
-			case ReasonUnreachable:
-				wantReason(t, wantUndecided(t, allowed, err, http.StatusServiceUnavailable), test.reason)
 			default:
 				undecided := wantUndecided(t, allowed, err, http.StatusInternalServerError)
 				wantReason(t, undecided, test.reason)
@@ -367,6 +367,58 @@ func TestTargetsAndOptionsThatDoNotStand(t *testing.T) {
 		"TLS that believes all": {
 			target: "gate:1", options: []Option{WithTLS(&tls.Config{InsecureSkipVerify: true})}, says: "InsecureSkipVerify",
 		},
+		"TLS 1.0 at most": {
+			target: "gate:1", options: []Option{WithTLS(&tls.Config{MaxVersion: tls.VersionTLS10})}, says: "MaxVersion is TLS 1.0",
+		},
+		"TLS 1.1 at most": {
+			target: "gate:1", options: []Option{WithTLS(&tls.Config{MaxVersion: tls.VersionTLS11})}, says: "MaxVersion is TLS 1.1",
+		},
+		"SSL 3 at least": {
+			target: "gate:1", options: []Option{WithTLS(&tls.Config{MinVersion: 0x0300})}, says: "MinVersion is SSLv3",
+		},
+		"TLS 1.1 at least": {
+			target: "gate:1", options: []Option{WithTLS(&tls.Config{MinVersion: tls.VersionTLS11})}, says: "MinVersion is TLS 1.1",
+		},
+		"TLS 1.2 alone": {target: "gate:1", options: []Option{WithTLS(&tls.Config{MinVersion: tls.VersionTLS12, MaxVersion: tls.VersionTLS12})}},
+		"TLS 1.3 alone": {target: "gate:1", options: []Option{WithTLS(&tls.Config{MinVersion: tls.VersionTLS13})}},
+		"TLS, crossed versions": {target: "gate:1", options: []Option{WithTLS(&tls.Config{
+			MinVersion: tls.VersionTLS13, MaxVersion: tls.VersionTLS12,
+		})}, says: "above MaxVersion"},
+		"TLS, RC4": {
+			target: "gate:1", options: []Option{WithTLS(&tls.Config{CipherSuites: []uint16{tls.TLS_ECDHE_RSA_WITH_RC4_128_SHA}})},
+			says: "CipherSuites has TLS_ECDHE_RSA_WITH_RC4_128_SHA",
+		},
+		"TLS, no forward secrecy": {
+			target: "gate:1", options: []Option{WithTLS(&tls.Config{CipherSuites: []uint16{tls.TLS_RSA_WITH_AES_128_GCM_SHA256}})},
+			says: "CipherSuites has TLS_RSA_WITH_AES_128_GCM_SHA256",
+		},
+		"TLS, CBC": {
+			target: "gate:1", options: []Option{WithTLS(&tls.Config{CipherSuites: []uint16{tls.TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA}})},
+			says: "CipherSuites has TLS_ECDHE_RSA_WITH_AES_128_CBC_SHA",
+		},
+		"TLS, a suite that nobody knows": {
+			target: "gate:1", options: []Option{WithTLS(&tls.Config{CipherSuites: []uint16{0xfafa}})}, says: "CipherSuites has 0xFAFA",
+		},
+		"TLS, sound suites": {target: "gate:1", options: []Option{WithTLS(&tls.Config{CipherSuites: []uint16{
+			tls.TLS_AES_128_GCM_SHA256, tls.TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384, tls.TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256,
+		}})}},
+		"TLS that writes its keys down": {
+			target: "gate:1", options: []Option{WithTLS(&tls.Config{KeyLogWriter: io.Discard})}, says: "KeyLogWriter",
+		},
+		"TLS, two faults": {
+			target: "gate:1", options: []Option{WithTLS(&tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS10})},
+			says: "VerifyConnection\nMaxVersion",
+		},
+		"a deadline without a unit":        {target: "localhost:1", options: []Option{WithTimeout(4)}, says: "WithTimeout: 4ns is below 1ms"},
+		"a batch deadline without a unit":  {target: "localhost:1", options: []Option{WithBatchTimeout(60)}, says: "WithBatchTimeout: 60ns is below 1ms"},
+		"a lookup's time without a unit":   {target: "localhost:1", options: []Option{WithLookupBudget(2, 1)}, says: "WithLookupBudget: perCall: 2ns is below 1ms"},
+		"a lookup's time that is negative": {target: "localhost:1", options: []Option{WithLookupBudget(-1, 1)}, says: "WithLookupBudget: perCall: -1ns"},
+		"less than no lookups":             {target: "localhost:1", options: []Option{WithLookupBudget(time.Second, -1)}, says: "WithLookupBudget: atOnce: -1"},
+		"no observer":                      {target: "localhost:1", options: []Option{WithObserver(nil)}, says: "WithObserver: no observer"},
+		"no trace hook":                    {target: "localhost:1", options: []Option{WithTraceContext(nil)}, says: "WithTraceContext: no function"},
+		"the longest of all": {target: "localhost:1", options: []Option{
+			WithTimeout(math.MaxInt64), WithBatchTimeout(math.MaxInt64), WithLookupBudget(math.MaxInt64, math.MaxInt),
+		}},
 		"TLS that verifies itself": {target: "gate:1", options: []Option{WithTLS(&tls.Config{
 			InsecureSkipVerify: true, VerifyConnection: func(tls.ConnectionState) error { return nil },
 		})}},
@@ -395,5 +447,31 @@ func TestTargetsAndOptionsThatDoNotStand(t *testing.T) {
 		} else if err == nil || !strings.Contains(err.Error(), test.says) {
 			t.Errorf("%s: %v, expected it to say %q", name, err, test.says)
 		}
+	}
+}
+
+// What a configuration leaves open is TLS 1.2 at least: a server that speaks less is not spoken to.
+func TestTLSHasAFloor(t *testing.T) {
+	ours := newCertificates(t)
+	pair, err := tls.LoadX509KeyPair(ours.file("server.pem"), ours.file("server.key"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := credentials.NewTLS(&tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11})
+	address := serveGRPC(t, listenTCP(t), func(*grpc.Server) {}, grpc.Creds(old))
+	for name, option := range map[string]Option{
+		"a configuration": WithTLS(&tls.Config{RootCAs: ours.pool, CipherSuites: []uint16{}}),
+		"files":           WithTLSFiles(ours.file("ca.pem"), "", ""),
+	} {
+		client := newClient(t, address, option, WithTimeout(2*time.Second))
+		allowed, err := client.Decide(background(), acme())
+		undecided := wantUndecided(t, allowed, err, http.StatusInternalServerError)
+		if wantReason(t, undecided, ReasonTLSMismatch); !strings.Contains(undecided.OperatorHint(), "version") {
+			t.Errorf("%s: %q", name, undecided.OperatorHint())
+		}
+	}
+	made := shieldedTLS(&tls.Config{})
+	if made.MinVersion != tls.VersionTLS12 {
+		t.Errorf("the floor is %s", tls.VersionName(made.MinVersion))
 	}
 }

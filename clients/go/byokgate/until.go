@@ -7,7 +7,8 @@ import (
 	"time"
 )
 
-// RetryPolicy is how [Client.DecideUntil] goes on. Its zero value tries ten times, with pauses of a minute at most.
+// RetryPolicy is how [Client.DecideUntil] goes on. Its zero value tries ten times, with pauses of a minute at most. A number below zero is
+// refused ([ReasonInvalidOption]).
 type RetryPolicy struct {
 	// MaxAttempts is how often is asked at most. Zero: 10.
 	MaxAttempts int
@@ -33,10 +34,8 @@ func Pause(refusal Refusal, attempt int) time.Duration {
 		return 0
 	}
 	pause := refusal.RetryAfter()
-	for range min(attempt, 16) - patientAttempts {
-		if pause < defaultMaxPause {
-			pause *= 2
-		}
+	for doublings := min(max(attempt, 0), 16) - patientAttempts; doublings > 0 && pause < defaultMaxPause; doublings-- {
+		pause *= 2
 	}
 	return pause + rand.N(min(pause/2, maxSpread)+1)
 }
@@ -46,10 +45,17 @@ func Pause(refusal Refusal, attempt int) time.Duration {
 func (c *Client) DecideUntil(ctx context.Context, request Request, policy RetryPolicy) (Allowed, error) {
 	ctx = orBackground(ctx)
 	attempts, longest := policy.MaxAttempts, policy.MaxPause
-	if attempts <= 0 {
+	switch {
+	case c.unusable():
+	case attempts < 0:
+		return Allowed{}, c.refuse(ctx, &request, misused(&request.Spec, "RetryPolicy.MaxAttempts", notNegative(attempts)))
+	case longest < 0:
+		return Allowed{}, c.refuse(ctx, &request, misused(&request.Spec, "RetryPolicy.MaxPause", notNegative(longest)))
+	}
+	if attempts == 0 {
 		attempts = defaultAttempts
 	}
-	if longest <= 0 {
+	if longest == 0 {
 		longest = defaultMaxPause
 	}
 	for attempt := 1; ; attempt++ {

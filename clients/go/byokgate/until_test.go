@@ -142,8 +142,15 @@ func TestOverlay(t *testing.T) {
 	if want := []string{"ORGANIZATION A", "WORKSPACE B,D", "WORKSPACE D"}; !slices.Equal(stored.lookups(), want) {
 		t.Errorf("looked up %q", stored.lookups())
 	}
-	if found, err = Overlay(nil, Workspace, map[string]*Secret{"A": &fresh})(background(), Workspace, []string{"A", "B"}); err != nil || len(found) != 1 {
+	// Without a store nothing is known of what the change does not cover, and what is not known is not absent.
+	alone := Overlay(nil, Workspace, map[string]*Secret{"A": &fresh})
+	if found, err = alone(background(), Workspace, []string{"A"}); err != nil || len(found) != 1 {
 		t.Errorf("%v", err)
+	}
+	for scope, name := range map[Scope]string{Workspace: "B", Organization: "A"} {
+		if found, err = alone(background(), scope, []string{name}); !errors.Is(err, errNoStored) || found != nil {
+			t.Errorf("%v, %v", found, err)
+		}
 	}
 }
 

@@ -69,8 +69,11 @@ type Gate struct {
 
 // Start starts one. It ends with the test.
 func Start(t testing.TB) *Gate {
-	t.Helper()
 	mustBeTest()
+	if t == nil {
+		panic("byokgatetest: Start needs the test that it is for")
+	}
+	t.Helper()
 	gate := &Gate{t: t, names: map[string][]string{}}
 	gate.Up()
 	t.Cleanup(func() {
@@ -131,7 +134,7 @@ func (g *Gate) Up() {
 
 // === Rules ===
 
-// Match says whether a rule is for a question.
+// Match says whether a rule is for a question. A nil one matches all.
 type Match func(Asked) bool
 
 // Model matches these models.
@@ -157,7 +160,7 @@ func At(checkpoints ...byokgate.Checkpoint) Match {
 // All matches what all of these match.
 func All(matches ...Match) Match {
 	return func(asked Asked) bool {
-		return !slices.ContainsFunc(matches, func(match Match) bool { return !match(asked) })
+		return !slices.ContainsFunc(matches, func(match Match) bool { return match != nil && !match(asked) })
 	}
 }
 
@@ -279,7 +282,7 @@ func Alternatives(models ...string) DenyOption {
 	return func(deny *byokgatev1.Deny, _ *byokgatev1.DecideResponse) { deny.AlternativeModels = models }
 }
 
-// RetryAfter is when to ask again, of a denial that may change.
+// RetryAfter is when to ask again, of a denial that may change. What is not above zero is left to the client, which then takes its own default.
 func RetryAfter(pause time.Duration) DenyOption {
 	return func(deny *byokgatev1.Deny, _ *byokgatev1.DecideResponse) { deny.RetryAfter = durationpb.New(pause) }
 }
@@ -313,7 +316,9 @@ func (r *Rule) Deny(code byokgate.Code, options ...DenyOption) *Rule {
 			made.RetryAfter = durationpb.New(retryAfter)
 		}
 		for _, option := range options {
-			option(made, response)
+			if option != nil {
+				option(made, response)
+			}
 		}
 		response.Decision = &byokgatev1.DecideResponse_Deny{Deny: made}
 		return response, nil
@@ -376,6 +381,10 @@ func failure(code codes.Code, reason string, details ...protoadapt.MessageV1) fu
 
 // After makes the present answer take so long. The caller's own deadline may end it before.
 func (r *Rule) After(pause time.Duration) *Rule {
+	r.gate.t.Helper()
+	if pause < 0 {
+		r.gate.t.Fatalf("byokgatetest: After(%v): nothing is answered before it is asked", pause)
+	}
 	r.gate.mu.Lock()
 	defer r.gate.mu.Unlock()
 	r.present().after = pause

@@ -159,7 +159,11 @@ func TestWhatWasAsked(t *testing.T) {
 	if _, err := client.Decide(byokgate.ContextWithTrace(context.Background(), trace, ""), request); err != nil {
 		t.Fatal(err)
 	}
-	for range client.ReportOnly(byokgate.ReportOptions{}).BatchReport(context.Background(), []byokgate.Request{about("other")}) {
+	reporter, err := client.ReportOnly(byokgate.ReportOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range reporter.BatchReport(context.Background(), []byokgate.Request{about("other")}) {
 	}
 	asked := gate.Asked()
 	if len(asked) != 2 {
@@ -246,4 +250,59 @@ func TestItCannotBeLinkedIntoAProgram(t *testing.T) {
 	if err == nil || !strings.Contains(string(output), "byokgatetest is for tests alone") || strings.Contains(string(output), "started") {
 		t.Errorf("%v\n%s", err, output)
 	}
+}
+
+// What is nil or cannot be meant is no crash of the whole test binary in another goroutine: it is nothing, or the test's own failure.
+func TestNilAndNumbersThatCannotBeMeant(t *testing.T) {
+	gate := byokgatetest.Start(t)
+	gate.When(nil).Deny(byokgate.MissingBYOKCredential, nil, byokgatetest.RetryAfter(-time.Hour), byokgatetest.Missing(), byokgatetest.Alternatives(), byokgatetest.Words("", "-"))
+	_, err := gate.Client().Decide(context.Background(), about("m"))
+	if !errors.Is(err, byokgate.MissingBYOKCredential) {
+		t.Errorf("%v", err)
+	}
+	gate.Forget()
+	gate.When(byokgatetest.All()).Allow(byokgate.BYOK)
+	gate.When(byokgatetest.All(nil, byokgatetest.Model("m"))).Fail(byokgate.ReasonInternal)
+	if _, err := gate.Client().Decide(context.Background(), about("m")); err != nil {
+		t.Errorf("%v", err)
+	}
+	gate.Menu()
+	gate.Names("")
+	for name, use := range map[string]func(*byokgatetest.Gate){
+		"a negative pause":  func(gate *byokgatetest.Gate) { gate.Allow(byokgate.BYOK).After(-time.Second) },
+		"no billing mode":   func(gate *byokgatetest.Gate) { gate.Allow("") },
+		"no code":           func(gate *byokgatetest.Gate) { gate.Deny("") },
+		"no reason":         func(gate *byokgatetest.Gate) { gate.Fail("") },
+		"an option of none": func(gate *byokgatetest.Gate) { gate.Client(nil) },
+	} {
+		failing := &failed{TB: t}
+		func() {
+			defer func() {
+				if thrown := recover(); thrown != nil && thrown != failing {
+					t.Errorf("%s: panics with %v", name, thrown)
+				}
+			}()
+			use(byokgatetest.Start(failing))
+		}()
+		if failing.said == "" {
+			t.Errorf("%s: the test did not fail", name)
+		}
+	}
+	defer func() {
+		if thrown, is := recover().(string); !is || thrown != "byokgatetest: Start needs the test that it is for" {
+			t.Errorf("Start(nil): %v", thrown)
+		}
+	}()
+	byokgatetest.Start(nil)
+}
+
+// failed is a test that may fail without failing this one.
+type failed struct {
+	testing.TB
+	said string
+}
+
+func (f *failed) Fatalf(format string, arguments ...any) {
+	f.said = fmt.Sprintf(format, arguments...)
+	panic(f)
 }

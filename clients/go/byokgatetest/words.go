@@ -85,7 +85,7 @@ var what = map[byokgate.Code]words{
 	byokgate.ShadowedBYOKCredential: {
 		message: "the workspace sends OTHER_TOKEN (of the workspace) to provider `acme` and not {env} (of the workspace): OTHER_TOKEN is no " +
 			"credential of that provider",
-		remedy: "remove OTHER_TOKEN from the workspace's secrets, or save there what {env} holds",
+		remedy: "remove OTHER_TOKEN from the workspace's secrets; or replace OTHER_TOKEN by what {env} holds",
 	},
 	byokgate.WrongCredentialName: {
 		message: "the key in {env} is good, but the runtime sends {env} as `bearer`, and api.acme.example takes it as `x-api-key` only",

@@ -14,6 +14,7 @@ package gatehttp
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"strconv"
 	"time"
@@ -26,7 +27,11 @@ import (
 func Decide(
 	w http.ResponseWriter, r *http.Request, gate byokgate.Decider, request byokgate.Request,
 ) (allowed byokgate.Allowed, passed bool) {
-	allowed, err := gate.Decide(r.Context(), request)
+	if gate == nil {
+		// As a closed client.
+		gate = (*byokgate.Client)(nil)
+	}
+	allowed, err := gate.Decide(contextOf(r), request)
 	if err != nil {
 		Refuse(w, err)
 		return byokgate.Allowed{}, false
@@ -37,12 +42,23 @@ func Decide(
 // Report asks without obeying: nothing is written, whatever came of it, and the handler goes on. It takes as long as [Decide] would; where
 // that must not show, there is Reporter.Go.
 func Report(r *http.Request, reporter *byokgate.Reporter, request byokgate.Request) byokgate.Report {
-	return reporter.Report(r.Context(), request)
+	return reporter.Report(contextOf(r), request)
+}
+
+// contextOf is the request's context. A request that is not there has none.
+func contextOf(r *http.Request) context.Context {
+	if r == nil {
+		return context.Background()
+	}
+	return r.Context()
 }
 
 // Refuse writes the answer for an error of [byokgate.Client]. Any other error becomes a 503 that does not repeat it: it may
 // hold what no tenant should read.
 func Refuse(w http.ResponseWriter, err error) {
+	if w == nil {
+		return
+	}
 	answer := AnswerFor(err)
 	header := w.Header()
 	for name, values := range answer.Header {
@@ -90,6 +106,9 @@ func Middleware(
 	gate byokgate.Decider, ask func(*http.Request) (byokgate.Request, error),
 ) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
+		if ask == nil || next == nil {
+			return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { Refuse(w, errNothingToAsk) })
+		}
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			request, err := ask(r)
 			if err != nil {
@@ -103,9 +122,11 @@ func Middleware(
 	}
 }
 
+var errNothingToAsk = errors.New("gatehttp: Middleware has no function that says what is asked, or no handler")
+
 // AllowedFor is the allow with which [Middleware] let the request through. False: it did not come through one, and nothing may start.
 func AllowedFor(r *http.Request) (byokgate.Allowed, bool) {
-	allowed, passed := r.Context().Value(allowedKey{}).(byokgate.Allowed)
+	allowed, passed := contextOf(r).Value(allowedKey{}).(byokgate.Allowed)
 	return allowed, passed
 }
 
@@ -115,6 +136,9 @@ func AllowedFor(r *http.Request) (byokgate.Allowed, bool) {
 // the caller is trusted to choose a trace id, such as behind an ingress that sets the header: a tenant who may can join another's trace, or
 // have all of theirs sampled.
 func TrustTrace(r *http.Request) *http.Request {
+	if r == nil {
+		return nil
+	}
 	return r.WithContext(byokgate.ContextWithTrace(r.Context(), r.Header.Get("traceparent"), r.Header.Get("tracestate")))
 }
 

@@ -169,7 +169,11 @@ func TestOtherErrorsAreRefusedWithoutTheirWords(t *testing.T) {
 func TestReportNeverAnswers(t *testing.T) {
 	fake, client := start(t)
 	fake.response = denial(&byokgatev1.Deny{Code: byokgatev1.DenyCode_DENY_CODE_MODEL_REQUIRED})
-	report := Report(httptest.NewRequest(http.MethodPost, "/", nil), client.ReportOnly(byokgate.ReportOptions{}), request())
+	reporter, err := client.ReportOnly(byokgate.ReportOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	report := Report(httptest.NewRequest(http.MethodPost, "/", nil), reporter, request())
 	if outcome, refusal := report.Verdict(); outcome != byokgate.OutcomeWouldDeny || refusal.Code() != byokgate.ModelRequired {
 		t.Errorf("%v", report)
 	}

@@ -62,7 +62,10 @@ func TestOnlyWhatMayStartStarts(t *testing.T) {
 func TestReportingRefusesNobody(t *testing.T) {
 	gate := byokgatetest.Start(t)
 	gate.Deny(byokgate.MissingBYOKCredential)
-	reporter := gate.Client().ReportOnly(byokgate.ReportOptions{})
+	reporter, err := gate.Client().ReportOnly(byokgate.ReportOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	var started atomic.Int32
 	handler := NewReporting(reporter, secrets, func(*http.Request) bool { return true }, func() { started.Add(1) })
 	for range 3 {

@@ -9,6 +9,7 @@ import (
 	"go/parser"
 	"go/printer"
 	"go/token"
+	"go/types"
 	"io/fs"
 	"os"
 	"slices"
@@ -57,6 +58,9 @@ func print(files *token.FileSet, declaration ast.Decl) ([]string, error) {
 	prefix := ""
 	switch declaration := declaration.(type) {
 	case *ast.FuncDecl:
+		if receiver := declaration.Recv; receiver != nil && !token.IsExported(strings.TrimPrefix(types.ExprString(receiver.List[0].Type), "*")) {
+			return nil, nil
+		}
 		declaration.Body, declaration.Doc = nil, nil
 		nodes = append(nodes, declaration)
 	case *ast.GenDecl:

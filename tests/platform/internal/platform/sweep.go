@@ -17,6 +17,7 @@ func (s *Server) Sweep(ctx context.Context, gate *byokgate.Client, options byokg
 	options.Store = sweepStore{s.store}
 	for change, err := range gate.Sweep(ctx, s.running, options) {
 		if err != nil {
+			// What the sweep cannot do, or that it finds nothing out at all: an *byokgate.Undecided says what to check.
 			s.log.Error("the sweep could not do all", "error", err.Error())
 			continue
 		}
