@@ -10,14 +10,15 @@ use crate::{
         settings::Settings,
     },
     core::{
-        engine::Engine,
+        engine::{Boxed, Engine},
         snapshot::{Origin, Snapshot},
     },
-    domain::problem::Problems,
+    domain::problem::{Problem, Problems},
     liveness::{
         cache::Cache,
         prober::{HttpProber, ProbeSetupError},
         provider_limits::ProviderLimiter,
+        tier::Tier,
     },
     server::settings::CallerSettings,
     telemetry::metrics::{Counter, Measured, Page},
@@ -30,6 +31,8 @@ pub struct App {
     pub engine: Arc<Engine>,
     /// Whatever has numbers to show.
     pub measured: Vec<Arc<dyn Measured>>,
+    /// Hears from other replicas what was refused, where replicas share what they find.
+    pub listening: Option<Boxed<'static, ()>>,
 }
 
 /// Registry, catalogue and configuration, followed while the service runs.
@@ -39,6 +42,8 @@ pub struct Documents {
     relist: Box<Relist>,
     /// Those in force.
     settings: Settings,
+    /// Replicas share what they find, since the start.
+    has_tier: bool,
     files: Vec<PathBuf>,
     loosenings: Arc<Loosenings>,
 }
@@ -62,14 +67,15 @@ pub type Relist = dyn Fn(&CallerSettings) + Send;
 // === impl App ===
 
 impl App {
-    /// A service of these settings and documents.
-    pub fn new(setup: &Setup) -> Result<Self, ProbeSetupError> {
+    /// A service of these settings and documents; `tier` is what it shares with other replicas, where it does.
+    pub fn new(setup: &Setup, tier: Option<Arc<Tier>>) -> Result<Self, ProbeSetupError> {
         let Setup { snapshot, fingerprint_key, settings, .. } = setup;
         let prober = Arc::new(prober(setup)?);
         let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits()));
-        let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()));
+        let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()).sharing(tier));
+        let listening = cache.listen();
         let engine = Arc::new(Engine::new(snapshot.clone(), cache.clone(), *fingerprint_key));
-        Ok(Self { engine, measured: vec![prober, limiter, cache] })
+        Ok(Self { engine, measured: vec![prober, limiter, cache], listening })
     }
 }
 
@@ -84,7 +90,9 @@ impl Documents {
     /// Those that this engine decides by; `relist` takes the lists of callers, at the same moment as the engine takes the rest.
     pub fn new(engine: Arc<Engine>, setup: &Setup, load: Box<Load>, relist: Box<Relist>) -> Self {
         let loosenings = Arc::default();
-        Self { engine, load, relist, settings: setup.settings.clone(), files: setup.documents.clone(), loosenings }
+        let settings = setup.settings.clone();
+        let has_tier = settings.tier.address.is_some();
+        Self { engine, load, relist, settings, has_tier, files: setup.documents.clone(), loosenings }
     }
 
     /// What reloads have loosened.
@@ -125,6 +133,11 @@ impl Source for Documents {
         if !lost.is_empty() {
             let document = "callers".to_owned();
             return Err(self.refuse(&[Problems { document, list: lost }]));
+        }
+        if let Some(workspaces) = setup.settings.callers.workspaces().filter(|_| self.has_tier) {
+            let message = "names a `workspace` caller, and this process holds the key of the shared tier until it ends; restart it without one";
+            let list = vec![Problem::at(workspaces, message)];
+            return Err(self.refuse(&[Problems { document: "callers".to_owned(), list }]));
         }
         if self.is_in_force(&setup) {
             self.files = setup.documents;

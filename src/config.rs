@@ -31,8 +31,12 @@ use crate::{
     domain::{
         problem::{Loaded, Problem, Problems},
         request::PlatformProxy,
+        secret::Secret,
     },
-    liveness::egress::{EgressSettings, ForwardProxy},
+    liveness::{
+        egress::{EgressSettings, ForwardProxy},
+        tier::{TierAccess, TierKeys},
+    },
     watch::files,
 };
 
@@ -216,6 +220,31 @@ pub fn warn(warnings: &[Problems]) {
     }
 }
 
+/// The files that `tier` names, in time, and what is odd about them. Only who serves reads them: nobody else holds the tier's keys.
+pub fn tier_access(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>), ConfigError> {
+    let settings = settings.clone();
+    files::in_time(move || read_tier(&settings)).unwrap_or_else(|fault| {
+        let list = vec![Problem::at("", fault.to_string())];
+        Err(ConfigError(vec![Problems { document: "tier".to_owned(), list }]))
+    })
+}
+
+fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>), ConfigError> {
+    let tier = &settings.tier;
+    if tier.address.is_none() {
+        return Ok((None, Vec::new()));
+    }
+    let mut found = Found::default();
+    let password = found.secret_text(tier.password_file.as_ref(), |text| Ok(Secret::new(text.trim().to_owned())));
+    let keys = found.secret_text(tier.key_file.as_ref(), TierKeys::parse);
+    let ca = found.bytes(tier.ca_file.as_ref(), yaml::MAX_DOCUMENT_BYTES as u64).map(|bytes| bytes.to_vec());
+    let Found { faults, warnings } = found;
+    match keys.filter(|_| faults.is_empty()) {
+        Some(keys) => Ok((Some(TierAccess { user: tier.user.clone(), password, ca, keys }), warnings)),
+        None => Err(ConfigError(faults)),
+    }
+}
+
 /// Every setting with its value.
 pub fn listed(settings: &Settings) -> Vec<(String, Value)> {
     layers::leaves(settings)
@@ -291,6 +320,14 @@ impl Found {
             return None;
         }
         Some(bytes)
+    }
+
+    /// The same, as text that says something.
+    fn secret_text<T>(&mut self, path: Option<&PathBuf>, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
+        let bytes = self.secret(path)?;
+        let parsed = std::str::from_utf8(&bytes).map_err(|_| "is not UTF-8".to_owned()).and_then(parse);
+        let fault = |message| Problems { document: source_of(path), list: vec![Problem::at("", message)] };
+        parsed.map_err(|message| self.faults.push(fault(message))).ok()
     }
 
     fn warn_if_readable(&mut self, path: &Path) {

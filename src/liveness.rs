@@ -1,5 +1,5 @@
-//! Is a credential alive? The effects behind that question: the memory of observations, one probe at a time per credential, the
-//! limits of each provider, the circuit breaker, and the probe itself.
+//! Is a credential alive? The effects behind that question: the memory of observations and what replicas share of it, one probe at a time per
+//! credential, the limits of each provider, the circuit breaker, and the probe itself.
 
 pub mod breaker;
 pub mod cache;
@@ -9,4 +9,5 @@ pub mod new_keys;
 pub mod prober;
 pub mod provider_limits;
 pub(crate) mod single_flight;
+pub mod tier;
 mod turns;

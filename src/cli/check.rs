@@ -33,7 +33,7 @@ use crate::{
         problem::{Loaded, Problem, Problems},
         verdict::{Cause, Unreached},
     },
-    liveness::prober::HttpProber,
+    liveness::{prober::HttpProber, tier::Tier},
     server::{self, ServerError},
     watch::files,
 };
@@ -178,6 +178,9 @@ impl Found {
         match loaded {
             Ok(mut setup) => {
                 self.warnings = std::mem::take(&mut setup.warnings);
+                if !elsewhere {
+                    self.tier(&setup);
+                }
                 self.undialled(&setup);
                 let Snapshot { registry, catalogue, catalogue_origin, .. } = &setup.snapshot;
                 let today = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date();
@@ -194,6 +197,21 @@ impl Found {
                 self.problems.extend(problems);
                 None
             }
+        }
+    }
+
+    /// What would keep the shared tier from being set up. It is not asked.
+    fn tier(&mut self, setup: &Setup) {
+        match config::tier_access(&setup.settings) {
+            Ok((None, _)) => {}
+            Ok((Some(access), odd)) => {
+                self.warnings.extend(odd);
+                if let Err(fault) = Tier::new(&setup.settings.tier, access) {
+                    let document = config::source_of(setup.settings.tier.ca_file.as_ref());
+                    self.problems.push(Problems { document, list: vec![Problem::at("", fault.to_string())] });
+                }
+            }
+            Err(ConfigError(problems)) => self.problems.extend(problems),
         }
     }
 

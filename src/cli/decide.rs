@@ -132,7 +132,7 @@ pub(super) async fn decide(mut setup: Setup, request: Request, log: &LogWriter) 
         UsageError(said.join("; "))
     })?;
     setup.settings.probe.calibrate = false;
-    let App { engine, .. } = App::new(&setup)?;
+    let App { engine, .. } = App::new(&setup, None)?;
     let began = Instant::now();
     let decided = engine.decide(&request, began + PATIENCE).await;
     Journal::to(log.clone(), setup.settings.log.plain_allow_ratio).decision(&request, &decided, began.elapsed(), None);

@@ -23,7 +23,9 @@ use super::{
     report::Report,
 };
 use crate::{
+    config::ConfigError,
     domain::{
+        problem::{Problem, Problems},
         request::{CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
         secret::Secret,
     },
@@ -109,6 +111,11 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
         let (workspace_id, organization_id) =
             (said(workspace_id, "BYOK_GATE_WORKSPACE_ID")?, said(organization_id, "BYOK_GATE_ORGANIZATION_ID")?);
         let setup = engine.load(probe)?;
+        if setup.settings.tier.address.is_some() {
+            let message = "is set: the shared tier is for `serve`, and its key is no workspace's to hold; leave `tier` out";
+            let list = vec![Problem::at("tier.address", message)];
+            return Err(ConfigError(vec![Problems { document: "configuration".to_owned(), list }]).into());
+        }
         let (credentials, unreadable_scopes) =
             found(setup.snapshot.registry.credential_names(), secrets_dir.as_deref(), &|name| env::var_os(name));
         let request = Request {

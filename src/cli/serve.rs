@@ -20,6 +20,7 @@ use crate::{
     app::{App, Documents},
     config::{self, Flag, Overrides, Paths, Setup},
     core::snapshot::Snapshot,
+    liveness::tier::Tier,
     server::{Bound, Ended, shutdown::Signals},
     telemetry::{events::Journal, log_writer::LogWriter, traces},
 };
@@ -101,7 +102,13 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     let hangup = signal(SignalKind::hangup())?;
     let settings = &setup.settings;
     let stop = settings.shutdown.clone();
-    let App { engine, measured } = App::new(&setup)?;
+    let (access, odd) = config::tier_access(settings)?;
+    config::warn(&odd);
+    let tier = match access {
+        Some(access) => Tier::new(&settings.tier, access)?,
+        None => None,
+    };
+    let App { engine, measured, listening } = App::new(&setup, tier)?;
     let mut bound = Bound::open(settings.edge()).await?;
     bound.set_journal(Journal::to(log.clone(), settings.log.plain_allow_ratio));
     bound.measure(Arc::new(log));
@@ -112,6 +119,9 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     let documents = Documents::new(Arc::clone(&engine), &setup, load, Box::new(bound.relist()));
     bound.measure(documents.loosenings());
     bound.follow(documents);
+    if let Some(listening) = listening {
+        bound.supervise("tier", listening);
+    }
     look_at_hangup(&mut bound, hangup);
     log_addresses(&bound, &setup.snapshot);
     let stopping = Arc::new(OnceLock::new());

@@ -24,6 +24,7 @@ use crate::{
         new_keys::NewKeyLimits,
         prober::ProbeSettings,
         provider_limits::ProviderLimits,
+        tier::TierSettings,
     },
     server::settings::{
         AdminSettings, CallerSettings, EdgeSettings, ServerSettings, ShutdownSettings, SocketSettings, TlsSettings,
@@ -65,6 +66,8 @@ pub struct Settings {
     pub new_keys: NewKeyLimits,
     /// When a provider's breaker opens.
     pub breaker: BreakerSettings,
+    /// What replicas remember together.
+    pub tier: TierSettings,
     /// Who owns what.
     pub registry: Document,
     /// How hosts are asked.
@@ -141,6 +144,7 @@ impl Settings {
         of("egress", &|review| self.egress.review(review));
         of("provider_limits", &|review| self.provider_limits.review(review));
         of("breaker", &|review| self.breaker.review(review));
+        of("tier", &|review| self.tier.review(self.callers.workspaces(), review));
         of("tracing", &|review| self.tracing.review(review));
         for (name, actions) in
             [("create", &self.policy.create), ("provision", &self.policy.provision), ("update", &self.policy.update)]

@@ -105,6 +105,8 @@ pub struct Observed {
     pub age: Duration,
     /// Where it came from.
     pub served_from: ServedFrom,
+    /// Another replica of this service has observed it.
+    pub shared: bool,
     /// When to ask again, if the verdict calls for it.
     pub retry_after: Duration,
     /// The newest VALID within the hard maximum age and the caller's, unless it was refused since.
@@ -424,7 +426,7 @@ fn static_liveness(facts: &Facts) -> Option<Liveness> {
 
 /// What is shown: what was observed, or the earlier VALID that the ruling rests on.
 fn to_liveness(query: &LivenessQuery<'_>, observed: Observed, on_earlier_valid: bool) -> Liveness {
-    let Observed { finding, observed_at, age, served_from, earlier_valid, retry_after: _ } = observed;
+    let Observed { finding, observed_at, age, served_from, earlier_valid, shared: _, retry_after: _ } = observed;
     let (finding, seen) = match earlier_valid {
         Some(earlier) if on_earlier_valid => {
             (earlier.finding, Seen { observed_at: earlier.observed_at, age: earlier.age, served_from: ServedFrom::Stale })
@@ -446,9 +448,10 @@ fn describe(query: &LivenessQuery<'_>, observed: &Observed) -> String {
     let Finding { verdict, status, probe, .. } = &*observed.finding;
     let status = status.map_or_else(|| "no status".to_owned(), |status| format!("HTTP {status}"));
     format!(
-        "{verdict} from {} (probe `{probe}`, {status}, served from {}, {} ms old{})",
+        "{verdict} from {} (probe `{probe}`, {status}, served from {}{}, {} ms old{})",
         query.endpoint.host,
         observed.served_from,
+        if observed.shared { ", shared" } else { "" },
         observed.age.as_millis(),
         observed.finding.why()
     )

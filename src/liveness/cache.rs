@@ -33,6 +33,7 @@ use crate::{
         breaker::{BreakerSettings, Breakers, Opened, Source},
         new_keys::{NewKeyLimits, NewKeys},
         single_flight::{FlightEnd, Join, SingleFlight, Start, wait},
+        tier::{Id, Lease, Model, Record, Shared, Sought, Tier, Whose},
         turns::spread,
     },
     telemetry::{
@@ -103,6 +104,8 @@ const MAX_ENTRIES: u64 = 100_000;
 /// How many probes may be under way at a time, over all providers and for one: what waits for a provider that hangs leaves room for others.
 const MAX_FLIGHTS: usize = 4096;
 const MAX_FLIGHTS_OF_ONE_PROVIDER: usize = 1024;
+/// How long a walk up the ladder is taken to need, where its row does not say.
+const USUAL_BUDGET: Duration = Duration::from_secs(3);
 /// The longest value that nobody wonders at: vendors' keys are under 200 bytes, some JWTs over 1 KiB.
 const USUAL_KEY_BYTES: usize = 1024;
 
@@ -129,6 +132,8 @@ pub struct Cache {
     ages: Ages,
     lookups: Lookups,
     evicted: Arc<Counter>,
+    /// What replicas share, where they do.
+    sharing: Option<Arc<Sharing>>,
     /// One for keys of credentials, one for those of single models. Made anew by every process: a key in a memory image tells
     /// nothing about a credential.
     hash_keys: [[u8; 32]; 2],
@@ -191,6 +196,14 @@ struct Timed {
     at: Instant,
     wall: SystemTime,
     fresh_for: Duration,
+    /// Another replica has made it.
+    shared: bool,
+}
+
+/// The shared tier, and which of its observations this replica remembers.
+struct Sharing {
+    tier: Arc<Tier>,
+    remembered: moka::sync::Cache<Id, Key, BuildHasherDefault<Hashed>>,
 }
 
 /// What a flight found, and the key that it stands under.
@@ -230,8 +243,30 @@ impl Cache {
             ages,
             lookups: Lookups::default(),
             evicted,
+            sharing: None,
             hash_keys,
         }
+    }
+
+    /// The same, with what other replicas have found.
+    #[must_use]
+    pub fn sharing(self, tier: Option<Arc<Tier>>) -> Self {
+        let sharing = tier.map(|tier| {
+            let remembered = moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(self.ages.hard_maximum);
+            Arc::new(Sharing { tier, remembered: remembered.build_with_hasher(BuildHasherDefault::default()) })
+        });
+        Self { sharing, ..self }
+    }
+
+    /// Forgets what other replicas have seen refused, for ever; nothing where nothing is shared.
+    pub fn listen(&self) -> Option<Boxed<'static, ()>> {
+        let sharing = Arc::clone(self.sharing.as_ref()?);
+        let (tier, memory) = (Arc::clone(&sharing.tier), self.memory.clone());
+        Some(Box::pin(tier.listen(move |id| {
+            if let Some(key) = sharing.remembered.get(&id) {
+                forget_refused(&memory, key, Instant::now());
+            }
+        })))
     }
 
     /// `part` is told what part the call had in a flight, if there was one.
@@ -251,7 +286,7 @@ impl Cache {
             let mut first = false;
             let launch = |started| {
                 first = true;
-                self.launch(&query, &keys, max_age, started)
+                self.launch(&query, &keys, max_age, started, deadline)
             };
             let joined = self.flights.join(query.endpoint.identity, keys.first, launch);
             self.lookups.of(&joined, first).one();
@@ -269,8 +304,11 @@ impl Cache {
                     return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                 }
                 Join::InFlight(flight) => match wait(flight, deadline).await {
-                    FlightEnd::Completed(Fetched { timed, key }) if key == keys.first || Some(key) == self.second(&keys) => {
-                        return self.served(&self.known(&keys), &timed, ServedFrom::Probe, max_age, Instant::now());
+                    FlightEnd::Completed(Fetched { timed, key })
+                        if (key == keys.first || Some(key) == self.second(&keys)) && self.ages.serves(&timed, max_age) =>
+                    {
+                        let served_from = if timed.shared { ServedFrom::Cache } else { ServedFrom::Probe };
+                        return self.served(&self.known(&keys), &timed, served_from, max_age, Instant::now());
                     }
                     FlightEnd::Completed(_) => {}
                     FlightEnd::TimedOut { started: true, .. } => {
@@ -297,7 +335,7 @@ impl Cache {
     /// What is remembered, if it is young enough.
     fn remembered(&self, keys: &Keys<'_>, max_age: Option<Duration>) -> Option<Observed> {
         let (known, now) = (self.known(keys), Instant::now());
-        let timed = self.fresh(&known, max_age, now)?;
+        let timed = self.ages.fresh(&known, max_age, now)?;
         self.lookups.hit.one();
         Some(self.served(&known, timed, ServedFrom::Cache, max_age, now))
     }
@@ -309,9 +347,10 @@ impl Cache {
         keys: &Keys<'_>,
         max_age: Option<Duration>,
         started: ProbeStarted,
+        deadline: Instant,
     ) -> Start<Fetched, Rejected, impl Future<Output = Fetched> + Send + use<>> {
         let (known, now) = (self.known(keys), Instant::now());
-        if let Some(timed) = self.fresh(&known, max_age, now) {
+        if let Some(timed) = self.ages.fresh(&known, max_age, now) {
             return Start::Known(Fetched { timed: timed.clone(), key: keys.first });
         }
         // Before the breaker: what meets an open one is a new key as well.
@@ -326,15 +365,42 @@ impl Cache {
             return Start::Rejected(Rejected::Open(opened));
         }
         // Whoever launches it is its parent in a trace; the others' traces show that they waited.
-        Start::Run(self.fill(query, keys, started).instrument(traces::probe(query.endpoint)))
+        let seeking = self.sharing.as_ref().map(|sharing| self.seeking(sharing, query, keys, max_age, deadline));
+        Start::Run(self.fill(query, keys, started, seeking).instrument(traces::probe(query.endpoint)))
     }
 
-    /// Asks, and stores what was found: the work of a flight.
+    /// What a flight needs to look into the shared tier first.
+    fn seeking(
+        &self,
+        sharing: &Arc<Sharing>,
+        query: &LivenessQuery<'_>,
+        keys: &Keys<'_>,
+        max_age: Option<Duration>,
+        deadline: Instant,
+    ) -> Seeking {
+        // Another replica's answer is waited for as long as there is time for a probe of our own behind it, or half of what there is.
+        let left = deadline.saturating_duration_since(Instant::now());
+        let until = deadline - query.endpoint.budget.unwrap_or(USUAL_BUDGET).min(left / 2);
+        Seeking {
+            sharing: Arc::clone(sharing),
+            memory: self.memory.clone(),
+            ages: self.ages,
+            first: keys.first,
+            second: self.second(keys),
+            client: client_of(query.preference),
+            model: query.model.to_owned(),
+            max_age,
+            until,
+        }
+    }
+
+    /// Asks, and stores what was found: the work of a flight. Where replicas share what they find, it looks there first.
     fn fill(
         &self,
         query: &LivenessQuery<'_>,
         keys: &Keys<'_>,
         started: ProbeStarted,
+        seeking: Option<Seeking>,
     ) -> impl Future<Output = Fetched> + Send + use<> {
         let target = Arc::new(Target::of(query.endpoint, query.model).preferring(query.preference));
         let request = ProbeRequest { target, secret: Arc::clone(&query.secret), credential: keys.first, started };
@@ -344,17 +410,32 @@ impl Cache {
         let reporter = (self.source(query, keys), query.secret.expose().len() > USUAL_KEY_BYTES);
         async move {
             let mut probe = Unreported { breakers: &breakers, provider: target.endpoint.identity, reported: false };
-            let finding = prober.probe(request).await;
+            let mut lease = None;
+            if let Some(seeking) = seeking {
+                match seeking.seek(&request).await {
+                    Sought::Known(fetched) => return fetched,
+                    Sought::Ask(granted) => lease = granted,
+                }
+            }
+            let finding = match &lease {
+                Some(lease) => lease.held(prober.probe(request)).await,
+                None => prober.probe(request).await,
+            };
             traces::found(&finding);
             let key = second.filter(|_| finding.about_model).unwrap_or(first);
             let age = ages.fresh_for(&finding);
             // What the provider asked for is kept to the second.
             let fresh_for = if finding.retry_after.is_some() { age } else { ages.jittered(age) };
             let (finding, at, wall) = (intern_valid(finding, &last_valid), Instant::now(), SystemTime::now());
-            let fetched = Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for }), key };
+            let fetched = Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for, shared: false }), key };
             remember(&memory, first, &fetched);
             breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &fetched.timed.finding, at);
             probe.reported = true;
+            if let Some(lease) = lease {
+                let record = to_record(&memory, &fetched, &lease);
+                // Nobody waits for the store.
+                tokio::spawn(lease.store(record, ages.hard_maximum));
+            }
             fetched
         }
     }
@@ -377,13 +458,6 @@ impl Cache {
         Known { first, second }
     }
 
-    /// The newest observation, if it is young enough.
-    fn fresh<'k>(&self, known: &'k Known, max_age: Option<Duration>, now: Instant) -> Option<&'k Arc<Timed>> {
-        let latest = known.entries().filter_map(|entry| entry.latest.as_ref()).max_by_key(|timed| timed.at)?;
-        let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.ages.floor_of(&latest.finding)));
-        (now - latest.at < latest.fresh_for.min(wanted)).then_some(latest)
-    }
-
     /// The newest VALID that a PROVISION may still rest on: within the hard maximum and the caller's age, not refused since.
     fn earlier_valid(&self, known: &Known, max_age: Option<Duration>, now: Instant) -> Option<EarlierValid> {
         let refused_at = known.entries().filter_map(|entry| entry.refused_at).max();
@@ -401,6 +475,7 @@ impl Cache {
             observed_at: timed.wall,
             age,
             served_from,
+            shared: timed.shared,
             // Asking again sooner would only be served from here.
             retry_after: timed.fresh_for.saturating_sub(age).max(self.ages.floor),
             earlier_valid: if timed.finding.verdict == Verdict::Valid { None } else { self.earlier_valid(known, max_age, now) },
@@ -414,6 +489,7 @@ impl Cache {
             observed_at: opened.wall,
             age: opened.at.elapsed(),
             served_from: ServedFrom::Breaker,
+            shared: false,
             retry_after: spread(opened.until.saturating_duration_since(Instant::now()).max(self.ages.floor)),
             earlier_valid: self.earlier_valid(&self.known(keys), max_age, Instant::now()),
         }
@@ -426,6 +502,7 @@ impl Cache {
             observed_at: SystemTime::now(),
             age: Duration::ZERO,
             served_from: ServedFrom::Probe,
+            shared: false,
             retry_after: spread(wait.max(self.ages.floor)),
             earlier_valid: self.earlier_valid(&self.known(keys), max_age, Instant::now()),
         }
@@ -434,9 +511,7 @@ impl Cache {
     fn keys<'a>(&self, query: &LivenessQuery<'a>) -> Keys<'a> {
         let LivenessQuery { endpoint, ref secret, model, preference, .. } = *query;
         let [of_credential, of_model] = &self.hash_keys;
-        // Another client may get another verdict.
-        let Preference { family, surface } = preference;
-        let client = [family.map_or(0, |family| family as u8 + 1), surface.map_or(0, |surface| surface as u8 + 1)];
+        let client = client_of(preference);
         // The one hash that reads the secret.
         let credential = with_stack_wiped(|| hash(of_credential, &[&endpoint.identity, &client, secret.expose().as_bytes()]));
         if endpoint.names_model {
@@ -451,6 +526,11 @@ impl Cache {
         let [_, of_model] = &self.hash_keys;
         keys.model.map(|model| hash(of_model, &[&keys.first, model.as_bytes()]))
     }
+}
+
+/// Another client may get another verdict.
+fn client_of(Preference { family, surface }: Preference) -> [u8; 2] {
+    [family.map_or(0, |family| family as u8 + 1), surface.map_or(0, |surface| surface as u8 + 1)]
 }
 
 /// A key made of parts, of which all but the last are always of one length.
@@ -509,6 +589,7 @@ impl Measured for Cache {
             .add(&[], self.flights.lost());
         self.breakers.tell(page);
         self.new_keys.tell(page);
+        self.sharing.iter().for_each(|sharing| sharing.tier.tell(page));
     }
 }
 
@@ -571,6 +652,102 @@ fn remember(memory: &Memory, first: Key, fetched: &Fetched) {
     }
 }
 
+// === what replicas share ===
+
+/// A flight's look into the shared tier.
+struct Seeking {
+    sharing: Arc<Sharing>,
+    memory: Memory,
+    ages: Ages,
+    first: Key,
+    second: Option<Key>,
+    client: [u8; 2],
+    model: String,
+    max_age: Option<Duration>,
+    until: Instant,
+}
+
+// === impl Seeking ===
+
+impl Seeking {
+    async fn seek(self, request: &ProbeRequest) -> Sought<Fetched> {
+        let Self { sharing, memory, ages, first, second, client, model, max_age, until } = self;
+        let endpoint = &request.target.endpoint;
+        let model = if second.is_some() { Model::Sometimes(&model) } else { Model::Always(&model) };
+        let seat = sharing.tier.seat(&Whose { endpoint: &endpoint.identity, client, value: request.secret.expose(), model });
+        for (id, of_model) in seat.ids() {
+            sharing.remembered.insert(id, second.filter(|_| of_model).unwrap_or(first));
+        }
+        let take = |found: Vec<Shared>| {
+            for shared in found {
+                let key = second.filter(|_| shared.about_model).unwrap_or(first);
+                absorb(&memory, (first, key), shared, &ages);
+            }
+            let known = Known { first: memory.get(&first), second: second.and_then(|key| memory.get(&key)) };
+            let timed = ages.fresh(&known, max_age, Instant::now())?;
+            let is_here = |entry: &Remembered| entry.latest.as_ref().is_some_and(|latest| Arc::ptr_eq(latest, timed));
+            let key = second.filter(|_| known.second.as_ref().is_some_and(is_here)).unwrap_or(first);
+            Some(Fetched { timed: Arc::clone(timed), key })
+        };
+        seat.seek(until, take).await
+    }
+}
+
+/// Remembers another replica's observation, where it is news: what is known already is newer, or it was refused since.
+fn absorb(memory: &Memory, (first, key): (Key, Key), shared: Shared, ages: &Ages) {
+    let Shared { finding, at, wall, fresh_for, earlier_valid, refused_at, about_model: _ } = shared;
+    let mut entry = memory.get(&key).unwrap_or_default();
+    if entry.latest.as_ref().is_some_and(|latest| latest.at >= at) {
+        return;
+    }
+    entry.refused_at = entry.refused_at.max(refused_at);
+    if finding.verdict == Verdict::Valid && entry.refused_at.is_some_and(|refused_at| refused_at >= at) {
+        return;
+    }
+    let timed =
+        |finding: Finding, at, wall, fresh_for| Arc::new(Timed { finding: Arc::new(finding), at, wall, fresh_for, shared: true });
+    // No longer than this replica's own settings have it.
+    let fresh_for = fresh_for.min(ages.fresh_for(&finding));
+    let latest = timed(finding, at, wall, fresh_for);
+    let valid = if latest.finding.verdict == Verdict::Valid {
+        Some(Arc::clone(&latest))
+    } else {
+        let earlier = earlier_valid.map(|(finding, at, wall)| timed(finding, at, wall, Duration::ZERO));
+        entry.valid.take().into_iter().chain(earlier).max_by_key(|valid| valid.at)
+    };
+    entry.valid = valid.filter(|valid| entry.refused_at.is_none_or(|refused_at| refused_at < valid.at));
+    entry.latest = Some(latest);
+    memory.insert(key, entry);
+    if key != first {
+        let entry = memory.get(&first).unwrap_or_default();
+        memory.insert(first, Remembered { per_model: true, ..entry });
+    }
+}
+
+/// What another replica has just seen refused is looked up again.
+fn forget_refused(memory: &Memory, key: Key, now: Instant) {
+    let Some(entry) = memory.get(&key) else { return };
+    let is_refused =
+        entry.latest.as_ref().is_some_and(|latest| matches!(latest.finding.verdict, Verdict::Invalid | Verdict::Forbidden));
+    if !is_refused {
+        memory.insert(key, Remembered { latest: None, valid: None, refused_at: Some(now), ..entry });
+    }
+}
+
+/// What is remembered with this observation, as the tier has it.
+fn to_record(memory: &Memory, Fetched { timed, key }: &Fetched, lease: &Lease) -> Option<Record> {
+    let entry = memory.get(key)?;
+    let is_valid = timed.finding.verdict == Verdict::Valid;
+    let earlier_valid = entry.valid.filter(|_| !is_valid).map(|valid| ((*valid.finding).clone(), lease.time_of(valid.at)));
+    Some(Record {
+        finding: (*timed.finding).clone(),
+        at: lease.time_of(timed.at),
+        fresh_for: timed.fresh_for,
+        earlier_valid,
+        refused_at: entry.refused_at.map(|at| lease.time_of(at)),
+    })
+}
+
 // === impl Lookups ===
 
 impl Lookups {
@@ -619,7 +796,7 @@ impl Known {
     }
 
     fn is_nothing(&self) -> bool {
-        self.entries().all(|entry| entry.latest.is_none())
+        self.entries().all(|entry| entry.latest.is_none() && entry.refused_at.is_none())
     }
 }
 
@@ -652,6 +829,22 @@ impl Ages {
         if self.valid.max(self.valid_paid) > self.hard_maximum {
             review.error("hard_maximum", "must not be less than cache.valid and cache.valid_paid");
         }
+    }
+
+    /// The newest observation, if it is young enough.
+    fn fresh<'k>(&self, known: &'k Known, max_age: Option<Duration>, now: Instant) -> Option<&'k Arc<Timed>> {
+        let latest = known.entries().filter_map(|entry| entry.latest.as_ref()).max_by_key(|timed| timed.at)?;
+        self.is_fresh(latest, max_age, now).then_some(latest)
+    }
+
+    fn is_fresh(&self, timed: &Timed, max_age: Option<Duration>, now: Instant) -> bool {
+        let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.floor_of(&timed.finding)));
+        now - timed.at < timed.fresh_for.min(wanted)
+    }
+
+    /// Whether it answers those who waited for it: another replica's may be older than this caller wants.
+    fn serves(&self, timed: &Timed, max_age: Option<Duration>) -> bool {
+        !timed.shared || self.is_fresh(timed, max_age, Instant::now())
     }
 
     fn fresh_for(&self, finding: &Finding) -> Duration {
@@ -711,7 +904,11 @@ mod tests {
             key[..8].copy_from_slice(&index.to_le_bytes());
             let (finding, fresh_for) = (Arc::new(Finding::bare(Verdict::Valid)), Duration::from_secs(30));
             let (at, wall) = (Instant::now(), SystemTime::UNIX_EPOCH);
-            remember(&cache.memory, key, &Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for }), key });
+            remember(
+                &cache.memory,
+                key,
+                &Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for, shared: false }), key },
+            );
         }
         let mut page = Page::about(std::iter::empty());
         cache.tell(&mut page);

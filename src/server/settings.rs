@@ -282,6 +282,15 @@ impl TlsSettings {
 }
 
 impl CallerSettings {
+    /// The list that names callers that are workspaces, if one does.
+    pub fn workspaces(&self) -> Option<&'static str> {
+        let of_certificates = self.certificates.entries().iter().any(|caller| caller.role == RoleWord::Workspace);
+        let of_peers = self.unix_peers.entries().iter().any(|caller| caller.role == RoleWord::Workspace);
+        [("callers.certificates", of_certificates), ("callers.unix_peers", of_peers)]
+            .into_iter()
+            .find_map(|(list, names)| names.then_some(list))
+    }
+
     /// What is wrong with them, given the certificates.
     pub fn review(&self, tls: &TlsSettings, review: &mut Review<'_>) {
         if !self.certificates.entries().is_empty() && tls.client_ca.is_none() {

@@ -48,6 +48,7 @@ struct Says(Verdict);
 impl LivenessSource for Says {
     fn observe<'a>(&'a self, _: LivenessQuery<'a>, _: Option<Duration>, _: Instant) -> Boxed<'a, Observed> {
         let observed = Observed {
+            shared: false,
             finding: Arc::new(Finding::bare(self.0)),
             observed_at: SystemTime::UNIX_EPOCH,
             age: Duration::ZERO,

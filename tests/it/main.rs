@@ -43,6 +43,7 @@ mod shutdown;
 mod status;
 mod support;
 mod tidy;
+mod tier;
 mod tls;
 mod traces;
 mod vectors;

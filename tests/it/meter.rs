@@ -38,6 +38,7 @@ use crate::{
         gate::Files,
         page::{Scraped, Shown, say, scrape, scrape_until},
         prober::Scripted,
+        tier::{Replica, Way},
         vendor::{Row, Vendor},
     },
 };
@@ -84,6 +85,7 @@ async fn every_number_moves_and_is_documented() {
         files_read_again().await,
         a_task_that_ends().await,
         too_many_connections_and_new_keys().await,
+        a_tier_that_is_away().await,
     ] {
         seen.extend(page.families());
     }
@@ -229,6 +231,26 @@ async fn an_outage() -> Scraped {
     page.is(r#"byokgate_verdicts_total{provider="gone",verdict="UNREACHABLE",served_from="BREAKER"}"#, 1.0);
     page.is(r#"byokgate_unverified_allows_total{provider="gone",verdict="UNREACHABLE"}"#, 6.0);
     assert_eq!(page.get(r#"byokgate_breaker_state{provider="acme"}"#), None, "never touched");
+    page
+}
+
+/// Nothing listens where the shared tier should be: its faults are counted, and after five it is left alone.
+async fn a_tier_that_is_away() -> Scraped {
+    let port = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
+    let replica = Replica::new(&Way::to(port), &Scripted::new(Verdict::Valid));
+    replica.page().is("byokgate_tier_in_use", 1.0);
+    assert!(!replica.page().has("byokgate_tier_duration_seconds"), "nothing was asked");
+    for index in 0..6 {
+        replica.ask(&format!("made-up-{index}")).await;
+    }
+    let page = replica.page();
+    page.is("byokgate_tier_in_use", 0.0);
+    page.is("byokgate_tier_faults_total", 5.0);
+    page.is(r#"byokgate_tier_lookups_total{result="fault"}"#, 5.0);
+    page.is(r#"byokgate_tier_lookups_total{result="left_alone"}"#, 1.0);
+    for none in ["tier_leases_lost", "tier_damaged"] {
+        page.is(&format!("byokgate_{none}_total"), 0.0);
+    }
     page
 }
 

@@ -373,3 +373,17 @@ async fn a_server_follows_its_files() {
     serving.terminate().await;
     assert!(serving.ended().await.status.success());
 }
+
+/// A process that holds the key of the shared tier takes no `workspace` caller, whatever the new file says of the tier.
+#[test]
+fn a_workspace_caller_waits_for_a_restart_without_the_tier() {
+    let tier = "tier: {address: 'rediss://valkey.example', key_file: /not/read}\n";
+    let files = Files::new(&registry("acme"), CATALOGUE, Some(tier));
+    let (engine, config) = (files.engine(), files.folder().join("config.yaml"));
+    let mut watched = Watched { at: config.clone(), watcher: watch(&engine, files.paths()), files, engine };
+    assert_eq!(watched.settled(), PollOutcome::Same);
+    fs::write(&config, "callers: {unix_peers: [{uid: 1, role: workspace, workspaces: [w]}]}\n").unwrap();
+    watched.keeps("acme", "names a `workspace` caller, and this process holds the key of the shared tier");
+    fs::write(&config, "callers: {unix_peers: [{uid: 1}]}\n").unwrap();
+    watched.takes_over("acme");
+}

@@ -38,6 +38,7 @@ impl LivenessSource for Vendors {
     fn observe<'a>(&'a self, query: LivenessQuery<'a>, _: Option<Duration>, _: Instant) -> Boxed<'a, Observed> {
         let verdict = if query.secret.expose() == DEAD { Verdict::Invalid } else { Verdict::Valid };
         let observed = Observed {
+            shared: false,
             finding: Arc::new(Finding::bare(verdict)),
             observed_at: SystemTime::UNIX_EPOCH,
             age: Duration::ZERO,

@@ -8,4 +8,5 @@ pub(crate) mod events;
 pub(crate) mod gate;
 pub(crate) mod page;
 pub(crate) mod prober;
+pub(crate) mod tier;
 pub(crate) mod vendor;

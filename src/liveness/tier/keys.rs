@@ -1,0 +1,311 @@
+//! Names and seals of what the shared tier holds: whoever reads the store learns no credential and no verdict, whoever writes it forges none.
+
+use ring::{
+    aead::{AES_256_GCM, Aad, LessSafeKey, MAX_TAG_LEN, NONCE_LEN, Nonce, UnboundKey},
+    hmac,
+};
+
+use crate::domain::secret::with_stack_wiped;
+
+/// What everything of ours begins with, the layout's version included.
+pub(super) const PREFIX: &str = "bg1:";
+/// Where news is published.
+pub(super) const CHANNEL: &str = "bg1:news";
+/// The bytes that a value holds before it is sealed, whatever it says: its length tells nothing.
+pub(super) const PLAIN_BYTES: usize = 1024;
+/// The bytes of a sealed value.
+pub(super) const SEALED_BYTES: usize = NONCE_LEN + PLAIN_BYTES + MAX_TAG_LEN;
+/// The first bytes of a sealed value, which tell it from every other.
+pub(super) const BEGINNING: usize = NONCE_LEN;
+/// The bytes of a message: whose observation it is, and whether it is a refusal.
+const NEWS_BYTES: usize = 33;
+/// Shorter keys could be guessed: 32 hexadecimal digits have 128 bits.
+const MIN_KEY_CHARACTERS: usize = 32;
+
+/// The keys of the tier: one, or two while one follows the other. The first writes, all read.
+pub struct TierKeys(Vec<TierKey>);
+
+struct TierKey {
+    names: hmac::Key,
+    seals: hmac::Key,
+}
+
+/// Tells an observation from every other, under one key.
+pub(crate) type Id = [u8; 32];
+
+/// Whose observation it is.
+pub(crate) struct Whose<'a> {
+    /// The endpoint and every reading of its answers.
+    pub(crate) endpoint: &'a [u8; 32],
+    /// How the workspace's client uses the credential.
+    pub(crate) client: [u8; 2],
+    /// The credential.
+    pub(crate) value: &'a str,
+    /// The model, and whether all that is found is about it: then nothing is found without it.
+    pub(crate) model: Model<'a>,
+}
+
+/// What part the model has in a name.
+#[derive(Clone, Copy)]
+pub(crate) enum Model<'a> {
+    /// All that is found is about this one.
+    Always(&'a str),
+    /// Some of what is found is about this one.
+    Sometimes(&'a str),
+}
+
+/// The names of one credential's observations under one key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Names {
+    /// Who asks.
+    pub(super) lease: String,
+    /// What was found of the credential; and of it with one model, where that is another name.
+    pub(super) observations: Vec<Name>,
+}
+
+/// The name of one observation.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Name {
+    pub(super) id: Id,
+    pub(super) text: String,
+}
+
+/// What is published of an observation that was stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct News {
+    pub(super) id: Id,
+    pub(super) refused: bool,
+}
+
+// === impl TierKeys ===
+
+impl TierKeys {
+    /// The keys of a file: one a line.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+        if !(1..=2).contains(&lines.len()) {
+            return Err(format!("holds {} lines; write one key, or two while one follows the other", lines.len()));
+        }
+        for (index, line) in lines.iter().enumerate() {
+            if line.len() < MIN_KEY_CHARACTERS || line.contains(char::is_whitespace) {
+                let number = index + 1;
+                return Err(format!(
+                    "key {number} is shorter than {MIN_KEY_CHARACTERS} characters, or holds a blank; make one with `openssl rand -hex 32`"
+                ));
+            }
+        }
+        if lines.len() == 2 && lines.first() == lines.last() {
+            return Err("holds the same key twice".to_owned());
+        }
+        Ok(Self(lines.into_iter().map(TierKey::of).collect()))
+    }
+
+    /// Under each key, the one that writes first.
+    pub(super) fn names(&self, whose: &Whose<'_>) -> Vec<Names> {
+        with_stack_wiped(|| self.0.iter().map(|key| key.names(whose)).collect())
+    }
+
+    /// Sealed by the key that writes. `None` if it does not fit, or the system gives no random numbers.
+    pub(super) fn seal(&self, name: &Name, plain: &[u8]) -> Option<Vec<u8>> {
+        let mut padded = vec![b' '; PLAIN_BYTES];
+        padded.get_mut(..plain.len())?.copy_from_slice(plain);
+        self.0.first()?.seal(name.text.as_bytes(), padded)
+    }
+
+    /// What was sealed under this name by the key at this position.
+    pub(super) fn open(&self, position: usize, name: &Name, sealed: &[u8]) -> Option<Vec<u8>> {
+        self.0.get(position)?.open(name.text.as_bytes(), sealed)
+    }
+
+    /// A message about an observation.
+    pub(super) fn seal_news(&self, news: News) -> Option<Vec<u8>> {
+        let mut plain = news.id.to_vec();
+        plain.push(u8::from(news.refused));
+        self.0.first()?.seal(CHANNEL.as_bytes(), plain)
+    }
+
+    /// The same, of whichever key.
+    pub(super) fn open_news(&self, sealed: &[u8]) -> Option<News> {
+        let plain = self.0.iter().find_map(|key| key.open(CHANNEL.as_bytes(), sealed))?;
+        let (id, refused) = plain.split_first_chunk::<32>().filter(|_| plain.len() == NEWS_BYTES)?;
+        Some(News { id: *id, refused: refused == [1] })
+    }
+}
+
+impl std::fmt::Debug for TierKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "TierKeys({})", self.0.len())
+    }
+}
+
+// === impl TierKey ===
+
+impl TierKey {
+    fn of(line: &str) -> Self {
+        let derived = |purpose| hmac::Key::new(hmac::HMAC_SHA256, &blake3::derive_key(purpose, line.as_bytes()));
+        with_stack_wiped(|| Self {
+            names: derived("byok-gate shared tier v1: names of observations"),
+            seals: derived("byok-gate shared tier v1: keys that seal observations"),
+        })
+    }
+
+    fn names(&self, whose: &Whose<'_>) -> Names {
+        let Whose { endpoint, client, value, model } = whose;
+        let credential = self.id(b"credential", &[*endpoint, client, value.as_bytes()]);
+        let with_model = |model: &str| self.id(b"model", &[&credential, model.as_bytes()]);
+        let ids = match model {
+            Model::Always(model) => vec![with_model(model)],
+            Model::Sometimes(model) => vec![credential, with_model(model)],
+        };
+        let texts: Vec<String> = ids.iter().map(|id| hex(id)).collect();
+        let first = texts.first().cloned().unwrap_or_default();
+        let observations = ids.into_iter().zip(texts);
+        Names {
+            lease: format!("{PREFIX}{first}:lease"),
+            observations: observations.map(|(id, text)| Name { id, text: format!("{PREFIX}{text}") }).collect(),
+        }
+    }
+
+    /// All parts but the last are of one length for each purpose.
+    fn id(&self, purpose: &[u8], parts: &[&[u8]]) -> Id {
+        let mut context = hmac::Context::with_key(&self.names);
+        context.update(purpose);
+        for part in parts {
+            context.update(part);
+        }
+        let mut id = Id::default();
+        for (to, from) in id.iter_mut().zip(context.sign().as_ref()) {
+            *to = *from;
+        }
+        id
+    }
+
+    /// One key for each name: random numbers that are used once then never come to their limit.
+    fn sealing(&self, name: &[u8]) -> Option<LessSafeKey> {
+        let key = hmac::sign(&self.seals, name);
+        UnboundKey::new(&AES_256_GCM, key.as_ref()).ok().map(LessSafeKey::new)
+    }
+
+    fn seal(&self, name: &[u8], mut plain: Vec<u8>) -> Option<Vec<u8>> {
+        let nonce: [u8; NONCE_LEN] = rand::random();
+        self.sealing(name)?.seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), Aad::from(name), &mut plain).ok()?;
+        Some([&nonce[..], &plain].concat())
+    }
+
+    fn open(&self, name: &[u8], sealed: &[u8]) -> Option<Vec<u8>> {
+        let (nonce, body) = sealed.split_first_chunk::<NONCE_LEN>()?;
+        let mut body = body.to_vec();
+        let nonce = Nonce::assume_unique_for_key(*nonce);
+        let plain = self.sealing(name)?.open_in_place(nonce, Aad::from(name), &mut body).ok()?;
+        Some(plain.to_vec())
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: &str = "made-up-tier-key-0123456789abcdef0";
+    const NEW: &str = "made-up-tier-key-fedcba98765432100";
+
+    fn keys(text: &str) -> TierKeys {
+        TierKeys::parse(text).unwrap()
+    }
+
+    fn whose<'a>(endpoint: &'a [u8; 32], value: &'a str, model: Model<'a>) -> Whose<'a> {
+        Whose { endpoint, client: [1, 0], value, model }
+    }
+
+    #[test]
+    fn a_key_file_holds_one_or_two_good_keys() {
+        for good in [OLD.to_owned(), format!("\n {OLD}\n"), format!("{OLD}\r\n\r\n{NEW}\n")] {
+            assert!(TierKeys::parse(&good).is_ok(), "{good:?}");
+        }
+        for (wrong, what) in [
+            (String::new(), "holds 0 lines"),
+            (format!("{OLD}\n{NEW}\n{OLD}x"), "holds 3 lines"),
+            ("short".to_owned(), "key 1 is shorter than 32"),
+            (format!("{OLD}\nshort"), "key 2 is shorter than 32"),
+            (format!("{OLD} # old"), "holds a blank"),
+            (format!("{OLD}\n{OLD}"), "the same key twice"),
+        ] {
+            let fault = TierKeys::parse(&wrong).unwrap_err();
+            assert!(fault.contains(what) && !fault.contains("made-up"), "{wrong:?}: {fault}");
+        }
+    }
+
+    #[test]
+    fn every_part_of_a_name_counts_and_none_can_be_read() {
+        let keys = keys(OLD);
+        let name = |endpoint: &[u8; 32], client, value: &str, model: Model<'_>| {
+            keys.names(&Whose { endpoint, client, value, model }).remove(0)
+        };
+        let base = name(&[1; 32], [1, 0], "made-up-value", Model::Sometimes("m"));
+        let others = [
+            name(&[2; 32], [1, 0], "made-up-value", Model::Sometimes("m")),
+            name(&[1; 32], [0, 1], "made-up-value", Model::Sometimes("m")),
+            name(&[1; 32], [1, 0], "made-up-valuf", Model::Sometimes("m")),
+            name(&[1; 32], [1, 0], "made-up-value", Model::Always("m")),
+        ];
+        for other in &others {
+            assert_ne!(base.lease, other.lease);
+            assert_ne!(base.observations[0], other.observations[0]);
+        }
+        let other_model = name(&[1; 32], [1, 0], "made-up-value", Model::Sometimes("n"));
+        assert_eq!((&base.lease, &base.observations[0]), (&other_model.lease, &other_model.observations[0]));
+        assert_ne!(base.observations[1], other_model.observations[1]);
+        assert_eq!(base, name(&[1; 32], [1, 0], "made-up-value", Model::Sometimes("m")), "equal on all replicas");
+        let plain = [hex(blake3::hash(b"made-up-value").as_bytes()), "made-up".to_owned()];
+        assert!(plain.iter().all(|plain| !format!("{base:?}").contains(plain)));
+    }
+
+    #[test]
+    fn a_seal_holds_for_its_name_and_key_alone_and_hides_all() {
+        let (old, both) = (keys(OLD), keys(&format!("{NEW}\n{OLD}")));
+        let of = |keys: &TierKeys, position: usize, value: &str| {
+            keys.names(&whose(&[1; 32], value, Model::Sometimes("m")))[position].observations[0].clone()
+        };
+        let name = of(&old, 0, "made-up-1");
+        let sealed = old.seal(&name, b"VALID").unwrap();
+        assert_eq!(sealed.len(), SEALED_BYTES);
+        assert_eq!(old.seal(&name, &[b'x'; PLAIN_BYTES]).unwrap().len(), SEALED_BYTES, "no length tells anything");
+        assert_eq!(old.seal(&name, &[b'x'; PLAIN_BYTES + 1]), None);
+        assert!(!sealed.windows(5).any(|part| part == b"VALID"));
+        assert_ne!(sealed, old.seal(&name, b"VALID").unwrap(), "no two are equal");
+        let opened = |keys: &TierKeys, position, name: &Name, sealed: &[u8]| {
+            keys.open(position, name, sealed).map(|plain| String::from_utf8(plain).unwrap().trim_end().to_owned())
+        };
+        assert_eq!(opened(&old, 0, &name, &sealed).as_deref(), Some("VALID"));
+        // Two keys: the older one's name and seal are known at its position.
+        assert_eq!(of(&both, 1, "made-up-1"), name);
+        assert_eq!(opened(&both, 1, &name, &sealed).as_deref(), Some("VALID"));
+        assert_eq!(opened(&both, 0, &name, &sealed), None);
+        assert_eq!(opened(&old, 0, &of(&old, 0, "made-up-2"), &sealed), None, "moved to another credential");
+        for at in [0, NONCE_LEN, SEALED_BYTES - 1] {
+            let mut bent = sealed.clone();
+            bent[at] ^= 1;
+            assert_eq!(opened(&old, 0, &name, &bent), None, "bit of byte {at}");
+        }
+        for length in [0, NONCE_LEN, NONCE_LEN + MAX_TAG_LEN - 1] {
+            assert_eq!(opened(&old, 0, &name, &sealed[..length]), None, "{length} bytes");
+        }
+    }
+
+    #[test]
+    fn news_is_sealed_too() {
+        let (old, both, new) = (keys(OLD), keys(&format!("{NEW}\n{OLD}")), keys(NEW));
+        let (refused, fine) = (News { id: [7; 32], refused: true }, News { id: [7; 32], refused: false });
+        let (sealed, other) = (old.seal_news(refused).unwrap(), old.seal_news(fine).unwrap());
+        assert_eq!(sealed.len(), other.len(), "a refusal looks as any other");
+        assert_eq!(
+            (old.open_news(&sealed), both.open_news(&sealed), new.open_news(&sealed)),
+            (Some(refused), Some(refused), None)
+        );
+        assert_eq!(old.open_news(&other), Some(fine));
+        assert_eq!(old.open_news(b"garbage"), None);
+    }
+}

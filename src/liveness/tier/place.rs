@@ -1,0 +1,107 @@
+//! Where the shared tier is: one address, TLS beyond this machine.
+
+use url::{Host, Url};
+
+/// The ports that Redis and Valkey are at.
+const PORT: u16 = 6379;
+
+/// An address, taken apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) host: String,
+    pub(super) port: u16,
+    pub(super) tls: bool,
+    pub(super) database: i64,
+}
+
+// === impl Place ===
+
+impl Place {
+    /// From `rediss://HOST:PORT`, or `redis://` on loopback; `/N` names a database.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let wanted = "write rediss://HOST:PORT, or redis://127.0.0.1:PORT on this machine";
+        let url = Url::parse(text).map_err(|fault| format!("is no URL ({fault}); {wanted}"))?;
+        let tls = match url.scheme() {
+            "rediss" => true,
+            "redis" => false,
+            other => return Err(format!("has the scheme `{other}`; {wanted}")),
+        };
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err("holds a user or a password; they are tier.user and tier.password_file".to_owned());
+        }
+        if url.query().is_some() || url.fragment().is_some() {
+            return Err(format!("holds more than an address; {wanted}"));
+        }
+        let Some(host) = url.host().filter(|host| !host.to_string().is_empty()) else {
+            return Err(format!("names no host; {wanted}"));
+        };
+        // Outside of http(s), this library takes an address for a name.
+        let host = match host {
+            Host::Domain(name) => Host::parse(name).map_err(|fault| format!("names no host ({fault}); {wanted}"))?,
+            Host::Ipv4(address) => Host::Ipv4(address),
+            Host::Ipv6(address) => Host::Ipv6(address),
+        };
+        let here = match &host {
+            Host::Domain(name) => name == "localhost",
+            Host::Ipv4(address) => address.is_loopback(),
+            Host::Ipv6(address) => address.is_loopback(),
+        };
+        if !tls && !here {
+            return Err("is beyond this machine and not encrypted; use rediss://".to_owned());
+        }
+        let database = match url.path().trim_start_matches('/') {
+            "" => 0,
+            number => number
+                .parse::<u16>()
+                .map_err(|_| format!("names no database by `{number}`; write a number, as in rediss://HOST:PORT/0"))?,
+        };
+        let host = match host {
+            Host::Domain(name) => name,
+            Host::Ipv4(address) => address.to_string(),
+            Host::Ipv6(address) => address.to_string(),
+        };
+        Ok(Self { host, port: url.port().unwrap_or(PORT), tls, database: i64::from(database) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn place(host: &str, port: u16, tls: bool, database: i64) -> Place {
+        Place { host: host.to_owned(), port, tls, database }
+    }
+
+    #[test]
+    fn an_address_is_encrypted_or_of_this_machine() {
+        for (text, expect) in [
+            ("rediss://valkey.byok-gate.svc:6380", place("valkey.byok-gate.svc", 6380, true, 0)),
+            ("rediss://10.1.2.3/7", place("10.1.2.3", 6379, true, 7)),
+            ("rediss://[2001:db8::1]:6380/", place("2001:db8::1", 6380, true, 0)),
+            ("redis://127.0.0.1", place("127.0.0.1", 6379, false, 0)),
+            ("redis://[::1]:1", place("::1", 1, false, 0)),
+            ("redis://localhost:1/15", place("localhost", 1, false, 15)),
+        ] {
+            assert_eq!(Place::parse(text), Ok(expect), "{text}");
+        }
+        for (text, what) in [
+            ("redis://valkey:6379", "use rediss://"),
+            ("redis://10.1.2.3", "use rediss://"),
+            ("redis://localhost.example.org", "use rediss://"),
+            ("redis://127.0.0.1.example.org", "use rediss://"),
+            ("valkey:6379", "has the scheme `valkey`"),
+            ("http://localhost", "has the scheme `http`"),
+            ("valkey", "is no URL"),
+            ("rediss://", "host"),
+            ("rediss://user:secret@valkey", "tier.password_file"),
+            ("rediss://:secret@valkey", "tier.password_file"),
+            ("rediss://valkey/#insecure", "more than an address"),
+            ("rediss://valkey?protocol=resp3", "more than an address"),
+            ("rediss://valkey/one", "no database by `one`"),
+            ("rediss://valkey/-1", "no database by `-1`"),
+        ] {
+            let fault = Place::parse(text).unwrap_err();
+            assert!(fault.contains(what) && !fault.contains("secret@"), "{text}: {fault}");
+        }
+    }
+}

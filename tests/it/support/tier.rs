@@ -1,0 +1,129 @@
+//! Replicas in one process that share a tier.
+
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
+
+use byok_gate::{
+    core::engine::{Decided, Engine},
+    domain::{
+        request::Checkpoint,
+        secret::Secret,
+        verdict::{ServedFrom, Verdict},
+    },
+    grpc::convert::{self, pb},
+    liveness::{
+        cache::{Ages, Cache, CacheSettings},
+        tier::{Tier, TierAccess, TierKeys, TierSettings},
+    },
+};
+use tokio::{task::JoinHandle, time::Instant};
+
+use super::{
+    case::{self, Spec},
+    gate::Files,
+    page::Scraped,
+    prober::Scripted,
+};
+
+/// The key of all replicas.
+pub(crate) const KEY: &str = "made-up-tier-key-0123456789abcdef0123456789abcdef";
+
+/// How a replica comes to the store on loopback.
+#[derive(Clone)]
+pub(crate) struct Way {
+    pub(crate) port: u16,
+    pub(crate) keys: String,
+    pub(crate) login: Option<(String, String)>,
+    /// Over TLS, trusting this authority.
+    pub(crate) ca: Option<String>,
+    pub(crate) timeout: Duration,
+}
+
+/// An engine with a memory of its own.
+pub(crate) struct Replica {
+    pub(crate) engine: Arc<Engine>,
+    cache: Arc<Cache>,
+    listening: JoinHandle<()>,
+}
+
+impl Way {
+    pub(crate) fn to(port: u16) -> Self {
+        Self { port, keys: KEY.to_owned(), login: None, ca: None, timeout: Duration::from_millis(350) }
+    }
+
+    pub(crate) fn tier(&self) -> Arc<Tier> {
+        let Self { port, keys, login, ca, timeout } = self.clone();
+        let scheme = if ca.is_some() { "rediss://localhost" } else { "redis://127.0.0.1" };
+        let settings = TierSettings { address: Some(format!("{scheme}:{port}")), timeout, ..TierSettings::default() };
+        let (user, password) = login.unzip();
+        let access = TierAccess {
+            user,
+            password: password.map(Secret::new),
+            ca: ca.map(String::into_bytes),
+            keys: TierKeys::parse(&keys).unwrap(),
+        };
+        Tier::new(&settings, access).unwrap().unwrap()
+    }
+}
+
+impl Replica {
+    pub(crate) fn new(way: &Way, prober: &Arc<Scripted>) -> Self {
+        Self::with_ages(way, prober, Ages::default())
+    }
+
+    pub(crate) fn with_ages(way: &Way, prober: &Arc<Scripted>, ages: Ages) -> Self {
+        let (registry, catalogue) = case::documents(1);
+        let settings = CacheSettings { ages, ..CacheSettings::default() };
+        let cache = Arc::new(Cache::new(prober.clone(), settings).sharing(Some(way.tier())));
+        let listening = tokio::spawn(cache.listen().unwrap());
+        Self { engine: Files::new(&registry, &catalogue, None).engine_over(cache.clone()), cache, listening }
+    }
+
+    /// The verdict, and where it came from.
+    pub(crate) async fn ask(&self, value: &str) -> (Verdict, ServedFrom) {
+        self.ask_no_older(value, None).await
+    }
+
+    pub(crate) async fn ask_no_older(&self, value: &str, max_age: Option<Duration>) -> (Verdict, ServedFrom) {
+        let decided = self.decide(value, max_age).await;
+        let is_allow = decided.decision.denial().is_none();
+        let liveness = decided.decision.liveness.unwrap();
+        // At CREATE none of these tests' verdicts allows but VALID.
+        assert_eq!(is_allow, liveness.verdict == Verdict::Valid, "{liveness:?}");
+        (liveness.verdict, liveness.seen.unwrap().served_from)
+    }
+
+    /// What the explanation says.
+    pub(crate) async fn explained(&self, value: &str) -> String {
+        let steps = self.decide(value, None).await.decision.trace;
+        steps.iter().map(|step| format!("{step:?}\n")).collect()
+    }
+
+    async fn decide(&self, value: &str, max_age: Option<Duration>) -> Decided {
+        let spec = Spec {
+            model: "acme-large".into(),
+            workspace: BTreeMap::from([("ACME_API_KEY".into(), Some(value.into()))]),
+            ..Spec::default()
+        };
+        let message =
+            pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: 1, explain: true, ..Default::default() };
+        let mut request = convert::request(message).unwrap();
+        request.checkpoint = Checkpoint::Create;
+        request.max_liveness_age = max_age;
+        self.engine.decide(&request, Instant::now() + Duration::from_secs(5)).await
+    }
+
+    pub(crate) fn page(&self) -> Scraped {
+        Scraped::in_process(&self.engine, &[&*self.cache])
+    }
+
+    /// How many looks into the tier came to this.
+    pub(crate) fn looks(&self, result: &str) -> f64 {
+        self.page().get(&format!(r#"byokgate_tier_lookups_total{{result="{result}"}}"#)).unwrap()
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        self.listening.abort();
+    }
+}

@@ -1,0 +1,633 @@
+//! The shared tier against a real server of Redis or Valkey, which `tests/tier/run` names.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test that meets what it did not expect has failed"
+)]
+
+#[path = "../it/support/mod.rs"]
+#[expect(dead_code, reason = "most of it is of the other tests")]
+mod support;
+
+use std::{
+    env, fs,
+    net::{Ipv4Addr, SocketAddr},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use byok_gate::{
+    domain::verdict::{ServedFrom, Verdict},
+    liveness::cache::Ages,
+};
+use futures_util::{StreamExt, future::join_all};
+use tempfile::TempDir;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    time::{Instant, sleep},
+};
+
+use support::{
+    binary::{PATIENCE, Serving},
+    case,
+    edge::{decide, is_allow},
+    gate::Files,
+    prober::Scripted,
+    tier::{KEY, Replica, Way},
+    vendor::{Row, Vendor},
+};
+
+/// The rights that docs/scale.md gives to byok-gate's user: no command more is used.
+const RIGHTS: &str = "~bg1:* &bg1:* -@all +eval +time +strlen +get +set +del +pttl +pexpire +publish +subscribe +select";
+const USER: &str = "gate";
+const PASSWORD: &str = "made-up-password-0f3c";
+const ADMIN: &str = "made-up-admin-77d1";
+
+/// A server of its own, on a free port. Killed when it is dropped.
+struct Store {
+    child: Child,
+    port: u16,
+    folder: TempDir,
+}
+
+impl Store {
+    async fn start() -> Self {
+        Self::start_at(free_port(), &[]).await
+    }
+
+    async fn start_at(port: u16, more: &[&str]) -> Self {
+        let server = env::var_os("BYOK_GATE_STORE").unwrap_or_else(|| panic!("BYOK_GATE_STORE is not set: run tests/tier/run"));
+        let folder = tempfile::tempdir().unwrap();
+        let rights = format!("user {USER} on >{PASSWORD} {RIGHTS}\nuser default on >{ADMIN} ~* &* +@all\n");
+        fs::write(folder.path().join("users"), rights).unwrap();
+        let child = Command::new(server)
+            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
+            .args(["--daemonize", "no", "--aclfile", "users"])
+            .args(more)
+            .current_dir(folder.path())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let store = Self { child, port, folder };
+        until("the store answers", async || store.admin().await.is_ok()).await;
+        store
+    }
+
+    async fn admin(&self) -> redis::RedisResult<redis::aio::MultiplexedConnection> {
+        let client = redis::Client::open(format!("redis://default:{ADMIN}@127.0.0.1:{}", self.port))?;
+        client.get_multiplexed_async_connection().await
+    }
+
+    /// A command of the store's owner.
+    async fn does<T: redis::FromRedisValue>(&self, words: &[&[u8]]) -> T {
+        let mut command = redis::Cmd::new();
+        for word in words {
+            command.arg(*word);
+        }
+        command.query_async(&mut self.admin().await.unwrap()).await.unwrap()
+    }
+
+    async fn keys(&self) -> Vec<String> {
+        self.does(&[b"KEYS", b"*"]).await
+    }
+
+    /// The names of observations; leases are left out.
+    async fn observations(&self) -> Vec<String> {
+        self.keys().await.into_iter().filter(|key| !key.ends_with(":lease")).collect()
+    }
+
+    fn way(&self) -> Way {
+        Way { login: Some((USER.into(), PASSWORD.into())), timeout: Duration::from_secs(2), ..Way::to(self.port) }
+    }
+
+    fn signal(&self, signal: &str) {
+        assert!(Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap().success());
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+fn free_port() -> u16 {
+    std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
+}
+
+async fn until(what: &str, mut fits: impl AsyncFnMut() -> bool) {
+    let ends = Instant::now() + PATIENCE;
+    while !fits().await {
+        assert!(Instant::now() < ends, "it never came to that: {what}");
+        sleep(Duration::from_millis(10)).await;
+    }
+}
+
+fn slow(verdict: Verdict, millis: u64) -> Arc<Scripted> {
+    let prober = Scripted::new(verdict);
+    prober.set(|script| script.takes = Duration::from_millis(millis));
+    prober
+}
+
+/// Short ages, so that an observation can be old within a test.
+fn short() -> Ages {
+    let second = Duration::from_secs(1);
+    Ages { valid: second, refused: second, ..Ages::default() }
+}
+
+const SHARED: (Verdict, ServedFrom) = (Verdict::Valid, ServedFrom::Cache);
+const ASKED: (Verdict, ServedFrom) = (Verdict::Valid, ServedFrom::Probe);
+
+/// Twenty replicas are asked about the same credentials at one moment, and then one after the other.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fleet_asks_once() {
+    let (store, prober) = (Store::start().await, slow(Verdict::Valid, 100));
+    let fleet: Vec<Replica> = (0..20).map(|_| Replica::new(&store.way(), &prober)).collect();
+    let values: Vec<String> = (0..100).map(|index| format!("made-up-{index}")).collect();
+    let (one_moment, later) = values.split_at(50);
+    for replica in join_all(one_moment.iter().flat_map(|value| fleet.iter().map(move |replica| replica.ask(value)))).await {
+        assert_eq!(replica.0, Verdict::Valid);
+    }
+    println!("stampede: {} calls for {} credentials at {} replicas", prober.asked(), one_moment.len(), fleet.len());
+    assert!(prober.asked() * 100 <= one_moment.len() * 102, "{}", prober.asked());
+    prober.set(|script| script.takes = Duration::ZERO);
+    let before = prober.asked();
+    join_all(later.iter().map(|value| fleet[0].ask(value))).await;
+    until("all is stored", async || store.observations().await.len() == values.len()).await;
+    for replica in &fleet[1..] {
+        assert_eq!(join_all(later.iter().map(|value| replica.ask(value))).await, vec![SHARED; later.len()]);
+    }
+    assert_eq!(prober.asked() - before, later.len());
+    assert!(fleet.iter().all(|replica| replica.page().get("byokgate_tier_damaged_total") == Some(0.0)));
+}
+
+#[tokio::test]
+async fn explain_says_shared_and_a_callers_age_holds() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let (one, other) = (Replica::new(&store.way(), &prober), Replica::new(&store.way(), &prober));
+    assert_eq!(one.ask("made-up").await, ASKED);
+    until("it is stored", async || store.observations().await.len() == 1).await;
+    assert_eq!(other.ask("made-up").await, SHARED);
+    assert_eq!(prober.asked(), 1);
+    // Older than a second, which no caller's age is below: it is asked for again, by one of them for both.
+    let age = Some(Duration::from_secs(1));
+    until("it is older", async || {
+        other.ask_no_older("made-up", age).await;
+        prober.asked() == 2
+    })
+    .await;
+    until("one looks it up", async || one.ask_no_older("made-up", age).await.1 == ServedFrom::Cache).await;
+    assert!(one.looks("hit") + other.looks("hit") >= 2.0 && prober.asked() <= 4, "{}", prober.asked());
+    assert!(one.explained("made-up").await.contains("shared"), "{}", one.explained("made-up").await);
+}
+
+/// Callers with and without an age of their own wait for one look: what it finds is given to none that wants it younger.
+#[tokio::test]
+async fn who_waits_for_a_look_gets_nothing_older_than_wanted() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let first = Replica::new(&store.way(), &prober);
+    first.ask("made-up").await;
+    until("it is stored", async || store.observations().await.len() == 1).await;
+    let age = Some(Duration::from_secs(1));
+    until("it is older than a second", async || first.ask_no_older("made-up", age).await.1 == ServedFrom::Probe).await;
+    until("and again", async || first.ask_no_older("made-up", age).await.1 == ServedFrom::Probe).await;
+    until("it is stored again", async || !store.keys().await.iter().any(|key| key.ends_with(":lease"))).await;
+    let stored = Instant::now();
+    let slow = slowed(store.port, Duration::from_millis(300)).await;
+    let second = Replica::new(&Way { port: slow, ..store.way() }, &prober);
+    until("that is older than a second too", async || stored.elapsed() > Duration::from_millis(1_200)).await;
+    let asked = prober.asked();
+    let (any, young) = tokio::join!(second.ask("made-up"), second.ask_no_older("made-up", age));
+    assert_eq!((any, young, prober.asked()), (SHARED, ASKED, asked + 1));
+}
+
+#[tokio::test]
+async fn an_invalid_ends_the_valid_everywhere() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let (one, other) = (Replica::new(&store.way(), &prober), Replica::new(&store.way(), &prober));
+    let listens: u64 = 2;
+    until("both listen", async || {
+        let subscribed: (String, u64) = store.does(&[b"PUBSUB", b"NUMSUB", b"bg1:news"]).await;
+        subscribed.1 == listens
+    })
+    .await;
+    one.ask("made-up").await;
+    until("the other has it", async || other.ask("made-up").await == SHARED).await;
+    prober.verdict(Verdict::Invalid);
+    until("one sees it refused", async || one.ask_no_older("made-up", Some(Duration::ZERO)).await.0 == Verdict::Invalid).await;
+    let asked = prober.asked();
+    // Its VALID would count for 30 seconds.
+    until("the other hears of it", async || other.ask("made-up").await == (Verdict::Invalid, ServedFrom::Cache)).await;
+    assert_eq!(prober.asked(), asked, "and asks nobody");
+}
+
+/// Whatever is wrong with the store: no answer but the provider's, for one call at each replica at most, and memory is unharmed.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_fault_of_the_store_allows_denies_or_costs_more_than_none() {
+    let faults: [(&str, AsyncFault); 7] = [
+        ("killed", |store| Box::pin(async { store.signal("-KILL") })),
+        ("frozen", |store| Box::pin(async { store.signal("-STOP") })),
+        ("read-only", |store| Box::pin(async { store.does(&[b"REPLICAOF", b"127.0.0.1", b"1"]).await })),
+        ("full", |store| Box::pin(async { store.does(&[b"CONFIG", b"SET", b"maxmemory", b"1"]).await })),
+        ("no rights", |store| Box::pin(async { store.does(&[b"ACL", b"SETUSER", USER.as_bytes(), b"-eval"]).await })),
+        ("the user is gone", |store| Box::pin(async { store.does(&[b"ACL", b"DELUSER", USER.as_bytes()]).await })),
+        ("loading its script for ever", |store| {
+            Box::pin(async {
+                // Nobody's EVAL is answered meanwhile.
+                let mut admin = store.admin().await.unwrap();
+                tokio::spawn(async move {
+                    let mut busy = redis::cmd("EVAL");
+                    busy.arg("while true do end").arg(0);
+                    drop(busy.query_async::<()>(&mut admin).await);
+                });
+            })
+        }),
+    ];
+    for (what, fault) in faults {
+        let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+        let way = Way { timeout: Duration::from_millis(350), ..store.way() };
+        let (one, other) = (Replica::new(&way, &prober), Replica::new(&way, &prober));
+        assert_eq!(one.ask("made-up-known").await, ASKED);
+        until("it is shared", async || other.ask("made-up-known").await == SHARED).await;
+        fault(&store).await;
+        for replica in [&one, &other] {
+            assert_eq!(replica.ask("made-up-known").await, SHARED, "{what}: memory");
+        }
+        prober.verdict(Verdict::Invalid);
+        let before = prober.asked();
+        for index in 0..10 {
+            let value = format!("made-up-dead-{index}");
+            for replica in [&one, &other] {
+                assert_eq!(replica.ask(&value).await.0, Verdict::Invalid, "{what}");
+            }
+        }
+        assert!(prober.asked() - before <= 20, "{what}: {}", prober.asked());
+        assert!(one.looks("fault") >= 5.0, "{what}: {}", one.page().text);
+        one.page().is("byokgate_tier_in_use", 0.0);
+    }
+}
+
+type AsyncFault = for<'s> fn(&'s Store) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send + 's>>;
+
+#[tokio::test]
+async fn a_wrong_password_is_as_no_store() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let wrong = Way { login: Some((USER.into(), "made-up-wrong".into())), ..store.way() };
+    let replica = Replica::new(&wrong, &prober);
+    for index in 0..6 {
+        assert_eq!(replica.ask(&format!("made-up-{index}")).await, ASKED);
+    }
+    assert_eq!((replica.looks("fault"), replica.looks("left_alone"), prober.asked()), (5.0, 1.0, 6));
+    assert!(store.keys().await.is_empty());
+}
+
+/// Another instance at the same place: it is in use again, without a restart of anybody.
+#[tokio::test]
+async fn a_store_that_comes_back_is_in_use_again() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let (port, replica) = (store.port, Replica::new(&store.way(), &prober));
+    assert_eq!(replica.ask("made-up-0").await, ASKED);
+    drop(store);
+    for index in 1..7 {
+        assert_eq!(replica.ask(&format!("made-up-{index}")).await, ASKED);
+    }
+    replica.page().is("byokgate_tier_in_use", 0.0);
+    let store = Store::start_at(port, &[]).await;
+    let mut index = 100;
+    until("it is tried again", async || {
+        index += 1;
+        replica.ask(&format!("made-up-{index}")).await;
+        replica.page().get("byokgate_tier_in_use") == Some(1.0)
+    })
+    .await;
+    until("and holds what is found", async || !store.observations().await.is_empty()).await;
+}
+
+/// Garbage, other types and other credentials' values in place of observations and leases: each is as none, and is written over.
+#[tokio::test]
+async fn what_is_not_ours_is_as_none() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let first = Replica::new(&store.way(), &prober);
+    first.ask("made-up").await;
+    first.ask("made-up-other").await;
+    until("they are stored", async || store.observations().await.len() == 2).await;
+    let names = store.observations().await;
+    let mut values: Vec<Vec<u8>> = Vec::new();
+    for name in &names {
+        values.push(store.does(&[b"GET", name.as_bytes()]).await);
+    }
+    prober.verdict(Verdict::Invalid);
+    let mut bent = values[0].clone();
+    bent[500] ^= 1;
+    let moved = [(&names[0], &values[1]), (&names[1], &values[0])];
+    for (what, set) in [
+        ("garbage", [(&names[0], &b"garbage".to_vec()), (&names[1], &vec![b'x'; values[0].len()])]),
+        ("one bit", [(&names[0], &bent), (&names[1], &bent)]),
+        ("each other's", moved),
+    ] {
+        for (name, value) in set {
+            store.does::<()>(&[b"SET", name.as_bytes(), value]).await;
+        }
+        fresh_replica_sees_it_refused(&store, &prober, what).await;
+    }
+    for name in &names {
+        store.does::<()>(&[b"DEL", name.as_bytes()]).await;
+        store.does::<()>(&[b"LPUSH", name.as_bytes(), b"x"]).await;
+        store.does::<()>(&[b"LPUSH", format!("{name}:lease").as_bytes(), b"x"]).await;
+    }
+    fresh_replica_sees_it_refused(&store, &prober, "another type").await;
+    // A lease that does not end is nobody's.
+    for name in &names {
+        store.does::<()>(&[b"DEL", name.as_bytes()]).await;
+        store.does::<()>(&[b"SET", format!("{name}:lease").as_bytes(), b"x"]).await;
+    }
+    fresh_replica_sees_it_refused(&store, &prober, "a lease for ever").await;
+}
+
+async fn fresh_replica_sees_it_refused(store: &Store, prober: &Arc<Scripted>, what: &str) {
+    let (replica, asked) = (Replica::new(&store.way(), prober), prober.asked());
+    for value in ["made-up", "made-up-other"] {
+        assert_eq!(replica.ask(value).await, (Verdict::Invalid, ServedFrom::Probe), "{what}");
+    }
+    assert_eq!(prober.asked() - asked, 2, "{what}");
+    assert_eq!(replica.looks("lease"), 2.0, "{what}: {}", replica.page().text);
+    until("it is written over", async || {
+        let other = Replica::new(&store.way(), prober);
+        let before = prober.asked();
+        other.ask("made-up").await == (Verdict::Invalid, ServedFrom::Cache) && prober.asked() == before
+    })
+    .await;
+}
+
+/// A value that was good once is put back by somebody who can write: it is as old as it is.
+#[tokio::test]
+async fn an_old_valid_that_is_put_back_is_old() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let replica = || Replica::with_ages(&store.way(), &prober, short());
+    let first = replica();
+    first.ask("made-up").await;
+    until("it is stored", async || store.observations().await.len() == 1).await;
+    let name = store.observations().await.remove(0);
+    let old: Vec<u8> = store.does(&[b"GET", name.as_bytes()]).await;
+    prober.verdict(Verdict::Invalid);
+    until("it is refused", async || first.ask("made-up").await.0 == Verdict::Invalid).await;
+    store.does::<()>(&[b"SET", name.as_bytes(), &old]).await;
+    let second = replica();
+    assert_eq!(second.ask("made-up").await, (Verdict::Invalid, ServedFrom::Probe));
+    assert_eq!(first.ask_no_older("made-up", Some(Duration::ZERO)).await.0, Verdict::Invalid);
+}
+
+/// Who has lost its lease stores nothing, whatever it found.
+#[tokio::test]
+async fn a_late_holder_stores_nothing() {
+    let (store, prober) = (Store::start().await, slow(Verdict::Valid, 1_500));
+    let replica = Arc::new(Replica::new(&store.way(), &prober));
+    let asking = {
+        let replica = Arc::clone(&replica);
+        tokio::spawn(async move { replica.ask("made-up").await })
+    };
+    until("it has the lease", async || store.keys().await.len() == 1).await;
+    let lease = store.keys().await.remove(0);
+    // Another has it by now, as after a pause of this one.
+    store.does::<()>(&[b"SET", lease.as_bytes(), b"another", b"PX", b"900"]).await;
+    assert_eq!(asking.await.unwrap(), ASKED);
+    until("it finds out", async || replica.page().get("byokgate_tier_leases_lost_total") == Some(1.0)).await;
+    assert!(store.observations().await.is_empty());
+}
+
+/// A holder that dies is followed by another, which stores.
+#[tokio::test]
+async fn a_holder_that_dies_holds_nobody_up() {
+    let (store, prober) = (Store::start().await, slow(Verdict::Valid, 60_000));
+    let dying = Replica::new(&store.way(), &prober);
+    // Its lease is as one that is not renewed any more.
+    store.does::<()>(&[b"SET", b"bg1:none:lease", b"x", b"PX", b"1"]).await;
+    {
+        let runtime = std::thread::spawn({
+            let way = store.way();
+            let prober = Arc::clone(&prober);
+            move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(async {
+                    let replica = Replica::new(&way, &prober);
+                    drop(tokio::time::timeout(Duration::from_millis(500), replica.ask("made-up")).await);
+                });
+                // All that it did ends here, the renewals of its lease too.
+                drop(runtime);
+            }
+        });
+        tokio::task::spawn_blocking(move || runtime.join().unwrap()).await.unwrap();
+    }
+    assert_eq!(prober.asked(), 1);
+    prober.set(|script| script.takes = Duration::ZERO);
+    assert_eq!(dying.ask("made-up").await, ASKED);
+    assert_eq!((dying.looks("lease"), prober.asked()), (1.0, 2));
+}
+
+/// 300 ms behind everything that the store says, with the usual time for a question.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_store_is_waited_for_and_no_longer() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let port = slowed(store.port, Duration::from_millis(300)).await;
+    let way = Way { port, timeout: Duration::from_millis(350), ..store.way() };
+    let fleet = [Replica::new(&way, &prober), Replica::new(&way, &prober)];
+    for index in 0..10 {
+        for replica in &fleet {
+            assert_eq!(replica.ask(&format!("made-up-{index}")).await.0, Verdict::Valid);
+        }
+    }
+    assert!(prober.asked() <= 20, "{}", prober.asked());
+}
+
+async fn slowed(to: u16, by: Duration) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tokio::spawn(async move {
+        while let Ok((client, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let server = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, to))).await.unwrap();
+                let (mut from_client, mut to_client) = client.into_split();
+                let (mut from_server, mut to_server) = server.into_split();
+                tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_server).await });
+                let mut bytes = vec![0; 64 * 1024];
+                while let Ok(read @ 1..) = from_server.read(&mut bytes).await {
+                    sleep(by).await;
+                    if to_client.write_all(&bytes[..read]).await.is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    port
+}
+
+/// Two keys: what the one before wrote is read, the first writes, and a key alone knows nothing of another's.
+#[tokio::test]
+async fn a_key_follows_another() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let with = |keys: String| Replica::new(&Way { keys, ..store.way() }, &prober);
+    let next = "made-up-next-key-fedcba9876543210fedcba98";
+    with(KEY.to_owned()).ask("made-up").await;
+    until("it is stored", async || store.observations().await.len() == 1).await;
+    assert_eq!(with(format!("{next}\n{KEY}")).ask("made-up").await, SHARED);
+    assert_eq!(with(format!("{KEY}\n{next}")).ask("made-up").await, SHARED);
+    assert_eq!(prober.asked(), 1);
+    assert_eq!(with(next.to_owned()).ask("made-up").await, ASKED);
+    until("both are stored", async || store.observations().await.len() == 2).await;
+}
+
+/// An encrypted connection, to a store whose certificate a trusted authority signed, and to no other.
+#[tokio::test]
+async fn tls_is_checked() {
+    let of = |folder: &Path| {
+        let signed = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+        fs::write(folder.join("cert.pem"), signed.cert.pem()).unwrap();
+        fs::write(folder.join("key.pem"), signed.signing_key.serialize_pem()).unwrap();
+        signed.cert.pem()
+    };
+    let (folder, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (trusted, other) = (of(folder.path()), of(elsewhere.path()));
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (cert, key, tls) = (path("cert.pem"), path("key.pem"), free_port());
+    let more = ["--tls-port", &tls.to_string(), "--tls-cert-file", &cert, "--tls-key-file", &key, "--tls-auth-clients", "no"];
+    let store = Store::start_at(free_port(), &more).await;
+    let prober = Scripted::new(Verdict::Valid);
+    let over = |ca: &str| Replica::new(&Way { port: tls, ca: Some(ca.to_owned()), ..store.way() }, &prober);
+    assert_eq!(over(&trusted).ask("made-up").await, ASKED);
+    until("it is stored", async || store.observations().await.len() == 1).await;
+    assert_eq!(over(&trusted).ask("made-up").await, SHARED);
+    let stranger = over(&other);
+    assert_eq!(stranger.ask("made-up").await, ASKED);
+    assert_eq!(stranger.looks("fault"), 1.0);
+}
+
+/// Whoever reads the store, or looks on, learns no credential, no hash of one, and no verdict.
+#[tokio::test]
+async fn the_store_shows_nothing() {
+    let store = Store::start().await;
+    let client = redis::Client::open(format!("redis://default:{ADMIN}@127.0.0.1:{}", store.port)).unwrap();
+    let monitor = client.get_async_monitor().await.unwrap();
+    let seen = Arc::new(Mutex::new(String::new()));
+    let collecting = {
+        let (seen, mut stream) = (Arc::clone(&seen), monitor.into_on_message::<String>());
+        tokio::spawn(async move {
+            while let Some(line) = stream.next().await {
+                seen.lock().unwrap().push_str(&line);
+            }
+        })
+    };
+    let values = ["made-up-canary-good-5b1e", "made-up-canary-dead-9a20", "made-up-canary-mute-c3f7"];
+    for (value, verdict) in values.iter().zip([Verdict::Valid, Verdict::Invalid, Verdict::Timeout]) {
+        let prober = Scripted::new(verdict);
+        let (one, other) = (Replica::new(&store.way(), &prober), Replica::new(&store.way(), &prober));
+        assert_eq!(one.ask(value).await, (verdict, ServedFrom::Probe));
+        until("it is shared", async || other.ask(value).await == (verdict, ServedFrom::Cache)).await;
+    }
+    until("the monitor has seen all", async || seen.lock().unwrap().matches("PUBLISH").count() >= values.len()).await;
+    store.does::<()>(&[b"SAVE"]).await;
+    collecting.abort();
+    let dump = fs::read(store.folder.path().join("dump.rdb")).unwrap();
+    let seen = seen.lock().unwrap().clone();
+    // It is what was meant to be looked at.
+    assert!(dump.windows(4).any(|part| part == b"bg1:") && seen.contains("bg1:news"), "{seen}");
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let mut words: Vec<Vec<u8>> = ["canary", "VALID", "TIMEOUT", "verdict", "models", "acme", "fresh_ms", KEY, PASSWORD]
+        .into_iter()
+        .map(|word| word.as_bytes().to_vec())
+        .collect();
+    for value in values {
+        for hash in [blake3::hash(value.as_bytes()).as_bytes().to_vec(), sha256(value)] {
+            words.extend([hex(&hash).into_bytes(), hash]);
+        }
+    }
+    for word in words {
+        let shown = String::from_utf8_lossy(&word).into_owned();
+        assert!(!dump.windows(word.len()).any(|part| part == word), "the dump holds {shown}");
+        assert!(!seen.as_bytes().windows(word.len()).any(|part| part == word), "the monitor shows {shown}");
+    }
+    // Neither lengths nor lifetimes tell a verdict: a TIMEOUT counts for 3 seconds, and lies there as long as a VALID.
+    let mut lengths = Vec::new();
+    for name in store.observations().await {
+        let left: u64 = store.does(&[b"TTL", name.as_bytes()]).await;
+        assert!((800..=900).contains(&left), "{left} s");
+        lengths.push(store.does::<u64>(&[b"STRLEN", name.as_bytes()]).await);
+    }
+    assert_eq!(lengths, vec![lengths[0]; values.len()]);
+}
+
+fn sha256(value: &str) -> Vec<u8> {
+    ring::digest::digest(&ring::digest::SHA256, value.as_bytes()).as_ref().to_vec()
+}
+
+/// Processes, as they are deployed: a fleet of them, asked about each credential round robin, one of them killed on the way.
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_share_and_one_of_them_dies() {
+    const FLEET: usize = 20;
+    const CREDENTIALS: usize = 500;
+    let (store, row) = (Store::start().await, Row { body: r#"{"data": []}"#.into(), delay_ms: 50, ..Row::default() });
+    let vendor = Vendor::start(vec![row]).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let secrets = tempfile::tempdir().unwrap();
+    let path = |name: &str| secrets.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("key"), KEY).unwrap();
+    fs::write(path("password"), PASSWORD).unwrap();
+    let config = format!(
+        "tier: {{address: 'redis://127.0.0.1:{}', user: {USER}, password_file: '{}', key_file: '{}', timeout: 2s}}\n\
+         deadlines: {{decide: 60s}}\nserver: {{worker_threads: 1}}\n\
+         provider_limits: {{per_second: 10000, in_flight: 1000, in_flight_floor: 1000}}\n",
+        store.port,
+        path("password"),
+        path("key")
+    );
+    let files = Files::new(&registry, &catalogue, Some(&config));
+    let flags = files.flags();
+    let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--no-calibration"]).collect();
+    let mut fleet: Vec<Serving> = join_all((0..FLEET).map(|_| Serving::start(&flags))).await;
+    let channels = join_all(fleet.iter().map(Serving::channel)).await;
+    let keys: Vec<String> = (0..CREDENTIALS).map(|index| format!("made-up-tenant-{index}")).collect();
+    let ask = |(replica, key): (usize, String)| {
+        let channel = channels[replica].clone();
+        async move {
+            let mut client =
+                byok_gate::grpc::convert::pb::policy_decision_service_client::PolicyDecisionServiceClient::new(channel);
+            let answer = client.decide(decide(&key)).await;
+            let is_good = answer.as_ref().is_ok_and(|answer| is_allow(answer.get_ref()));
+            (replica, if is_good { Ok(()) } else { Err(format!("{answer:?}")) })
+        }
+    };
+    let began = Instant::now();
+    // Every replica meets every credential. A tenth of the way one of them is killed while it asks.
+    let dying = FLEET - 1;
+    let mut answers = Vec::new();
+    for (round, keys) in keys.chunks(10).enumerate() {
+        let asking = if round <= 5 { FLEET } else { dying };
+        let calls = join_all((0..asking).flat_map(|replica| keys.iter().map(move |key| (replica, key.clone()))).map(ask));
+        if round == 5 {
+            let killing = async {
+                let before = vendor.asked().len();
+                until("the vendor is asked", async || vendor.asked().len() > before).await;
+                fleet[dying].child.kill().await.unwrap();
+            };
+            answers.extend(tokio::join!(calls, killing).0);
+        } else {
+            answers.extend(calls.await);
+        }
+    }
+    answers.retain(|(replica, _)| *replica != dying);
+    let asked = vendor.asked().len();
+    println!(
+        "{FLEET} processes x {CREDENTIALS} credentials: {asked} calls, {} decisions in {:?}",
+        answers.len(),
+        began.elapsed()
+    );
+    let denied: Vec<&String> = answers.iter().filter_map(|(_, answer)| answer.as_ref().err()).collect();
+    assert!(denied.is_empty(), "{} denied, as {}", denied.len(), denied[0]);
+    assert!(asked * 100 <= CREDENTIALS * 110, "{asked}");
+}
