@@ -408,7 +408,10 @@ impl<'t> ProbePlan<'t> {
             Verdict::RateLimited | Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::Timeout | Verdict::Unreachable
         );
         let finding = match self.held.take() {
-            Some(held) if held.by_code && untold => Finding { cost_money: finding.cost_money, ..held.finding },
+            // In another header than the client's own, nothing but a "yes" says otherwise.
+            Some(held) if held.by_code && (untold || self.confirming.is_some()) => {
+                Finding { cost_money: finding.cost_money, ..held.finding }
+            }
             Some(_) | None => finding,
         };
         self.state = State::Done(finding);
@@ -455,7 +458,7 @@ impl<'t> ProbePlan<'t> {
         let later = self.rungs.iter().skip(self.at + 1).any(is_inference);
         self.no_api = false;
         if here && !later {
-            self.state = State::Done(self.finding(Verdict::Forbidden, Some(Cause::Restricted), Some(status)));
+            self.close(self.finding(Verdict::Forbidden, Some(Cause::Restricted), Some(status)));
         } else {
             self.fall_back_on(self.finding(Verdict::UnexpectedResponse, Some(Cause::Restricted), Some(status)));
             self.step();
@@ -550,7 +553,8 @@ impl<'t> ProbePlan<'t> {
 
     fn end(&mut self) -> Finding {
         if let Some(Held { finding, by_code: true, .. }) = self.held.take()
-            && self.fallback.as_ref().is_none_or(|earlier| earlier.verdict == Verdict::UnexpectedResponse)
+            && (self.confirming.is_some()
+                || self.fallback.as_ref().is_none_or(|earlier| earlier.verdict == Verdict::UnexpectedResponse))
         {
             return Finding { cost_money: self.cost_money, ..finding };
         }

@@ -145,6 +145,18 @@ fn a_refusal_is_never_lost() {
         let came = run(&target, &EndpointFacts::default(), false, &world);
         assert_eq!((came.finding.verdict, came.lessons), (Verdict::Invalid, vec![]), "{later:?} {:?}", came.asked);
     }
+    for made_up in [CHAT, (503, "busy"), (429, "slow")] {
+        let world = |surface, families: &[HeaderFamily], key| match (surface, key) {
+            _ if families == [Bearer] => DEAD,
+            (Surface::Models, Real) => LIST,
+            (Surface::Models, _) => DEAD,
+            (_, Real) => CHAT,
+            _ => made_up,
+        };
+        let came =
+            run(&Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m"), &EndpointFacts::default(), false, &world);
+        assert_eq!(came.finding.verdict, Verdict::Invalid, "{made_up:?} {:?}", came.asked);
+    }
     // Which one it was may stay open: the key is good.
     let world = |surface, families: &[HeaderFamily], key| match (surface, families, key) {
         (_, [Bearer], _) | (_, _, MadeUp | Key::None) => DEAD,
