@@ -6,7 +6,7 @@ use std::{path::PathBuf, sync::Arc};
 use crate::{
     config::{
         self, ConfigError, Setup,
-        changes::{Loosened, emptied, loosened, waiting_for_restart},
+        changes::{Loosened, emptied, loosened, removed_callers, waiting_for_restart},
         settings::Settings,
     },
     core::{
@@ -42,6 +42,10 @@ pub struct Documents {
     relist: Box<Relist>,
     /// Those in force.
     settings: Settings,
+    /// Those that the process has started with, for what is read at the start alone.
+    started: Settings,
+    /// The keys that a restart is needed for, as they were told last.
+    waiting: Vec<String>,
     /// Replicas share what they find, since the start.
     has_tier: bool,
     files: Vec<PathBuf>,
@@ -92,7 +96,8 @@ impl Documents {
         let loosenings = Arc::default();
         let settings = setup.settings.clone();
         let has_tier = settings.tier.address.is_some();
-        Self { engine, load, relist, settings, has_tier, files: setup.documents.clone(), loosenings }
+        let (started, waiting) = (settings.clone(), Vec::new());
+        Self { engine, load, relist, settings, started, waiting, has_tier, files: setup.documents.clone(), loosenings }
     }
 
     /// What reloads have loosened.
@@ -148,14 +153,22 @@ impl Source for Documents {
             self.loosenings.0.one();
             tracing::warn!(event = "configuration_loosened", setting, was, is, "from now on more is let through than before");
         }
-        let waiting = waiting_for_restart(&self.settings, &settings);
-        if !waiting.is_empty() {
+        for (setting, caller) in removed_callers(&self.settings, &settings) {
+            tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
+        }
+        let waiting = waiting_for_restart(&self.started, &settings);
+        if waiting != self.waiting {
             let settings = waiting.join(", ");
-            tracing::warn!(
-                event = "restart_needed",
-                settings,
-                "these settings are read at the start; the old values stay in force"
-            );
+            if waiting.is_empty() {
+                tracing::info!(event = "restart_not_needed", "the settings that are read at the start are again those in force");
+            } else {
+                tracing::warn!(
+                    event = "restart_needed",
+                    settings,
+                    "these settings are read at the start; the old values stay in force"
+                );
+            }
+            self.waiting = waiting;
         }
         config::warn(&warnings);
         self.engine.swap(snapshot);

@@ -84,6 +84,24 @@ pub fn loosened(old: &Settings, new: &Settings) -> Vec<Loosened> {
     found
 }
 
+/// Callers who may call no more: of which setting, and who.
+pub fn removed_callers(old: &Settings, new: &Settings) -> Vec<(&'static str, String)> {
+    fn removed<T: PartialEq>(
+        key: &'static str,
+        was: &CallerList<T>,
+        is: &CallerList<T>,
+        name: &dyn Fn(&T) -> String,
+    ) -> Vec<(&'static str, String)> {
+        // Where everybody may call, nobody is missing.
+        let gone = was.entries().iter().filter(|entry| !is.entries().is_empty() && !is.entries().contains(entry));
+        gone.map(|entry| (key, name(entry))).collect()
+    }
+    let (was, is) = (&old.callers, &new.callers);
+    let mut gone = removed("callers.certificates", &was.certificates, &is.certificates, &certificate);
+    gone.extend(removed("callers.unix_peers", &was.unix_peers, &is.unix_peers, &peer));
+    gone
+}
+
 /// The keys whose new value is not in force before a restart.
 pub fn waiting_for_restart(old: &Settings, new: &Settings) -> Vec<String> {
     let live =
@@ -220,6 +238,18 @@ mod tests {
         assert!(places("callers: anyone").is_empty());
         assert!(places("callers: {unix_peers: [{uid: 2}]}").is_empty());
         assert_eq!(emptied(&settings("{}"), &settings("{}")), []);
+    }
+
+    #[test]
+    fn callers_who_are_taken_off_are_named() {
+        let gone = |old: &str, new: &str| removed_callers(&settings(old), &settings(new));
+        let two = "callers: {unix_peers: [{uid: 1}, {gid: 2, role: operator}]}";
+        assert_eq!(
+            gone(two, "callers: {unix_peers: [{uid: 1}]}"),
+            [("callers.unix_peers", "uid any gid 2 (operator)".to_owned())]
+        );
+        assert_eq!(gone("callers: {unix_peers: [{uid: 1}]}", two), []);
+        assert_eq!(gone(two, "callers: anyone"), []);
     }
 
     #[test]

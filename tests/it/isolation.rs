@@ -395,6 +395,16 @@ async fn an_emptied_configuration_opens_nothing() {
     let faults = |said: &str| said.contains("callers.unix_peers") && said.contains("anyone");
     serving.until_fits("the list is missed", |event| event["event"] == "reload_failed" && faults(&event.to_string())).await;
     assert_eq!(ask().await.unwrap_err(), Code::PermissionDenied);
+    // Another one in its place: who may call no more is named. And what only a restart takes is told once, and when it is taken back.
+    fs::write(&config, "operator_overrides: refuse\ncallers: {unix_peers: [{uid: 4000000001}]}\nlimits: {decisions: 7}\n")
+        .unwrap();
+    let is_gone = |event: &serde_json::Value| {
+        event["event"] == "caller_removed" && event["caller"].as_str().is_some_and(|who| who.contains("4294967288"))
+    };
+    serving.until_fits("who is gone", is_gone).await;
+    serving.until_fits("a restart", |event| event["event"] == "restart_needed" && event["settings"] == "limits.decisions").await;
+    fs::write(&config, "operator_overrides: refuse\ncallers: {unix_peers: [{uid: 4000000001}]}\n").unwrap();
+    serving.until("restart_not_needed").await;
     // Meant, and loud.
     fs::write(&config, "callers: {unix_peers: anyone}\n").unwrap();
     let is_loosened = |setting: &'static str| {
