@@ -307,6 +307,16 @@ pub fn review(settings: &EdgeSettings) -> Vec<ServerError> {
     faults
 }
 
+/// Certificates that are near their end, or past it: the setting, and what to say of it. None where the files are faulty, which is said elsewhere.
+pub fn certificates_near_their_end(settings: &EdgeSettings) -> Vec<(&'static str, String)> {
+    let (tls, callers) = (settings.tls.clone(), CallerSettings { token_file: None, ..settings.callers.clone() });
+    let read = move || {
+        let files = TlsFiles { certificate: tls.certificate?, key: tls.key?, client_ca: tls.client_ca };
+        Tls::load(files, Arc::new(Callers::new(&callers).ok()?)).ok().map(|tls| tls.near_ends())
+    };
+    files::in_time(read).ok().flatten().unwrap_or_default()
+}
+
 async fn listener(address: Address, settings: &EdgeSettings) -> Result<Listener, ServerError> {
     Listener::bind(&address, &settings.server, &settings.socket).await.map_err(|source| ServerError::Listen { address, source })
 }

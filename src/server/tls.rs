@@ -135,6 +135,28 @@ impl Tls {
     }
 }
 
+impl Tls {
+    /// Of those that are near their end: the setting, and what to say of it.
+    pub(super) fn near_ends(&self) -> Vec<(&'static str, String)> {
+        let near = |(setting, file, end): CertificateEnd| {
+            let (left, ends_at) = near_end(end)?;
+            Some((setting, format!("{file} ends at {ends_at}, left: {left}; {}", certificate_remedy(setting))))
+        };
+        self.ends().into_iter().filter_map(near).collect()
+    }
+}
+
+/// What is left, and when it ends, of a certificate that is near its end or past it.
+fn near_end(end: i64) -> Option<(String, String)> {
+    let left = end.saturating_sub(now());
+    if left >= i64::try_from(CERTIFICATE_NEAR_END.as_secs()).unwrap_or(i64::MAX) {
+        return None;
+    }
+    let ends_at = jiff::Timestamp::from_second(end).map_or_else(|_| end.to_string(), |at| at.to_string());
+    let left = if left > 0 { duration::text(Duration::from_secs(left.unsigned_abs())) } else { "none: it has ended".to_owned() };
+    Some((left, ends_at))
+}
+
 /// Says at the start, after a change and once a day that a certificate is near its end, or past it.
 pub(super) async fn watch_ends(tls: Arc<Tls>) {
     const LOOK_EVERY: Duration = Duration::from_secs(60);
@@ -152,12 +174,7 @@ pub(super) async fn watch_ends(tls: Arc<Tls>) {
 }
 
 fn warn_near_end(setting: &str, file: &str, end: i64) {
-    let left = end.saturating_sub(now());
-    if left >= i64::try_from(CERTIFICATE_NEAR_END.as_secs()).unwrap_or(i64::MAX) {
-        return;
-    }
-    let ends_at = jiff::Timestamp::from_second(end).map_or_else(|_| end.to_string(), |at| at.to_string());
-    let left = if left > 0 { duration::text(Duration::from_secs(left.unsigned_abs())) } else { "none: it has ended".to_owned() };
+    let Some((left, ends_at)) = near_end(end) else { return };
     tracing::warn!(
         event = "certificate_near_end",
         setting,

@@ -149,6 +149,11 @@ async fn the_log_names_who_was_refused_and_why() {
     let certificate = folder.put("server.pem", &server.certificate);
     let (key, ca) = (folder.put("server.key", &server.key), folder.put("ca.pem", &authority.pem()));
     let flags = ["--tls-cert", &certificate, "--tls-key", &key, "--tls-client-ca", &ca, "--allow-client-san", PLATFORM];
+    let checked = run(&[&["check", "--listen", "127.0.0.1:0"], &flags[..]].concat(), &[]).await;
+    assert!(checked.stdout.contains(&format!("tls.certificate: {certificate} ends at")), "{checked:?}");
+    // Without a list, every certificate of the authority may ask.
+    let unlisted = run(&[&["check", "--listen", "127.0.0.1:0"], &flags[..6]].concat(), &[]).await;
+    assert!(unlisted.stdout.contains("certificates: is not set: every certificate of tls.client_ca"), "{unlisted:?}");
     let serving = Serving::start(&[&flags[..], &["--admin-listen", "127.0.0.1:0"]].concat()).await;
     let admin = serving.event("admin_listening")["address"].as_str().unwrap().parse().unwrap();
     let near = serving.until("certificate_near_end").await;
@@ -177,6 +182,11 @@ async fn the_log_names_who_was_refused_and_why() {
         );
         assert!(event["message"].as_str().unwrap().len() > 20, "{event}");
     }
+    // A browser, or a check of a load balancer's, offers HTTP/1.1 alone.
+    let mut config = (**tls_client(&authority, Some(&authority.sign(PLATFORM)), &[&TLS13]).config()).clone();
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    drop(tls_connect(address, &tokio_rustls::TlsConnector::from(std::sync::Arc::new(config))).await);
+    refused("NO_HTTP2").await;
     // Again within the minute: counted, and not told.
     drop(tls_connect(address, &tls_client(&authority, None, &[&TLS13])).await);
     let mut plain = tokio::net::TcpStream::connect(address).await.unwrap();
@@ -191,7 +201,7 @@ async fn the_log_names_who_was_refused_and_why() {
     let of = |fault: &str| listed.iter().find(|it| it["fault"] == fault).unwrap_or_else(|| panic!("{fault}: {listed:?}")).clone();
     assert_eq!(of("CERTIFICATE_MISSING")["count"], 2);
     assert_eq!(of("CERTIFICATE_NAME")["names"], serde_json::json!([other]));
-    assert_eq!(listed.len(), 6, "{listed:?}");
+    assert_eq!(listed.len(), 7, "{listed:?}");
     let attention = status["attention"].to_string();
     assert!(attention.contains("tls.certificate") && attention.contains("CERTIFICATE_NAME"), "{attention}");
     let metrics = say(admin, "GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.body;
