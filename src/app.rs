@@ -21,7 +21,7 @@ use crate::{
         tier::Tier,
     },
     server::settings::CallerSettings,
-    telemetry::metrics::{Counter, Measured, Page},
+    telemetry::metrics::{Collect, Counter, Page},
     watch::{Fault, Reloaded, Source},
 };
 
@@ -30,7 +30,7 @@ pub struct App {
     /// What decides.
     pub engine: Arc<Engine>,
     /// Whatever has numbers to show.
-    pub measured: Vec<Arc<dyn Measured>>,
+    pub measured: Vec<Arc<dyn Collect>>,
     /// Hears from other replicas what was refused, where replicas share what they find.
     pub listening: Option<Boxed<'static, ()>>,
 }
@@ -56,8 +56,8 @@ pub struct Documents {
 #[derive(Debug, Default)]
 pub struct Loosenings(Counter);
 
-impl Measured for Loosenings {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Loosenings {
+    fn collect(&self, page: &mut Page) {
         page.counter("byokgate_configuration_loosened", "Settings that a reload has changed to let through more than before")
             .add(&[], &self.0);
     }
@@ -150,7 +150,7 @@ impl Source for Documents {
         }
         let Setup { snapshot, settings, documents, warnings, .. } = setup;
         for Loosened { setting, was, is } in loosened(&self.settings, &settings) {
-            self.loosenings.0.one();
+            self.loosenings.0.inc();
             tracing::warn!(event = "configuration_loosened", setting, was, is, "from now on more is let through than before");
         }
         for (setting, caller) in removed_callers(&self.settings, &settings) {

@@ -52,7 +52,7 @@ use crate::{
     telemetry::{
         events::Journal,
         lately::Lately,
-        metrics::{Measured, process::Process},
+        metrics::{Collect, process::Process},
     },
     watch::{Source, Watcher, files},
 };
@@ -61,7 +61,7 @@ use crate::{
 pub struct Bound {
     listeners: Vec<Listener>,
     admin: Option<Listener>,
-    measured: Vec<Arc<dyn Measured>>,
+    measured: Vec<Arc<dyn Collect>>,
     callers: Arc<Callers>,
     tls: Option<Arc<Tls>>,
     settings: EdgeSettings,
@@ -98,7 +98,7 @@ impl Bound {
             None => None,
             Some(address) => Some(listener(address, &settings).await?),
         };
-        let measured: Vec<Arc<dyn Measured>> = vec![Arc::new(Process::started())];
+        let measured: Vec<Arc<dyn Collect>> = vec![Arc::new(Process::started())];
         let (look, _) = watch::channel(());
         let (journal, tasks) = (Journal::off(), Vec::new());
         let mut bound = Self { listeners, admin, measured, callers, tls, settings, journal, tasks, look };
@@ -137,7 +137,7 @@ impl Bound {
     }
 
     /// Shows these numbers too.
-    pub fn measure(&mut self, source: Arc<dyn Measured>) {
+    pub fn measure(&mut self, source: Arc<dyn Collect>) {
         self.measured.push(source);
     }
 
@@ -175,7 +175,7 @@ impl Bound {
         let recorder = Arc::new(Recorder::new(journal, Arc::clone(&lately)));
         let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit))));
         let context = context(&settings, callers, tls.clone(), Arc::clone(&engine), &recorder, phases, &counts)?;
-        measured.extend([Arc::new(context.service.clone()) as Arc<dyn Measured>, recorder, counts.clone()]);
+        measured.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder, counts.clone()]);
         let mut tasks = JoinSet::new();
         if let Some(listener) = admin {
             let shown = Arc::new(Shown::new(engine, measured, lately, tls, Arc::clone(&counts)));

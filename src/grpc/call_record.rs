@@ -21,7 +21,7 @@ use crate::{
         events::{Journal, Undecided},
         lately::Lately,
         metrics::{
-            Measured, Page,
+            Collect, Page,
             calls::{BATCH_DECIDE, Calls, DECIDE, word_of},
             decisions::Decisions,
         },
@@ -56,10 +56,10 @@ impl Recorder {
     }
 }
 
-impl Measured for Recorder {
-    fn tell(&self, page: &mut Page) {
-        self.decisions.tell(page);
-        self.calls.tell(page);
+impl Collect for Recorder {
+    fn collect(&self, page: &mut Page) {
+        self.decisions.collect(page);
+        self.calls.collect(page);
     }
 }
 

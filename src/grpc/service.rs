@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     core::engine::Engine,
-    telemetry::metrics::{Measured, Page},
+    telemetry::metrics::{Collect, Page},
 };
 
 /// The service, waiting for calls.
@@ -48,8 +48,8 @@ impl PolicyDecision {
     }
 }
 
-impl Measured for PolicyDecision {
-    fn tell(&self, page: &mut Page) {
+impl Collect for PolicyDecision {
+    fn collect(&self, page: &mut Page) {
         let Shared { admission, limits, .. } = self.0.as_ref();
         page.gauge("byokgate_decisions_in_flight", "Decisions that wait for a provider").add(&[], admission.in_flight(limits));
     }

@@ -21,7 +21,7 @@ use crate::{
     domain::{duration, problem::Review},
     telemetry::{
         cause,
-        metrics::{Measured, PROVIDER, Page},
+        metrics::{Collect, PROVIDER, Page},
     },
 };
 
@@ -265,8 +265,8 @@ impl Open {
     }
 }
 
-impl Measured for Breakers {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Breakers {
+    fn collect(&self, page: &mut Page) {
         let now = Instant::now();
         let states = self.lock();
         let mut newest: BTreeMap<&str, &Breaker> = BTreeMap::new();

@@ -37,7 +37,7 @@ use crate::{
         turns::spread,
     },
     telemetry::{
-        metrics::{Counter, Measured, Page},
+        metrics::{Collect, Counter, Page},
         traces::{self, Part},
     },
 };
@@ -232,7 +232,7 @@ impl Cache {
                 // For want of room: whatever ends by its age was of no use any more.
                 .eviction_listener(move |_, _, cause| {
                     if cause == RemovalCause::Size {
-                        evicting.one();
+                        evicting.inc();
                     }
                 })
                 .build_with_hasher(BuildHasherDefault::default()),
@@ -289,7 +289,7 @@ impl Cache {
                 self.launch(&query, &keys, max_age, started, deadline)
             };
             let joined = self.flights.join(query.endpoint.identity, keys.first, launch);
-            self.lookups.of(&joined, first).one();
+            self.lookups.of(&joined, first).inc();
             *part = matches!(joined, Join::InFlight(_)).then_some(if first { Part::Fill } else { Part::Wait });
             match joined {
                 Join::Known(Fetched { timed, .. }) => {
@@ -336,7 +336,7 @@ impl Cache {
     fn remembered(&self, keys: &Keys<'_>, max_age: Option<Duration>) -> Option<Observed> {
         let (known, now) = (self.known(keys), Instant::now());
         let timed = self.ages.fresh(&known, max_age, now)?;
-        self.lookups.hit.one();
+        self.lookups.hit.inc();
         Some(self.served(&known, timed, ServedFrom::Cache, max_age, now))
     }
 
@@ -572,8 +572,8 @@ impl LivenessSource for Cache {
     }
 }
 
-impl Measured for Cache {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Cache {
+    fn collect(&self, page: &mut Page) {
         // What moka has put off: its numbers are of what it has settled.
         self.memory.run_pending_tasks();
         let Lookups { hit, fill, wait, breaker, new_keys, full } = &self.lookups;
@@ -587,9 +587,9 @@ impl Measured for Cache {
         page.gauge("byokgate_cache_entries", "Observations that are remembered").add(&[], self.memory.entry_count());
         page.counter("byokgate_probes_panicked", "Probes that ended in a panic of ours: nothing was found")
             .add(&[], self.flights.lost());
-        self.breakers.tell(page);
-        self.new_keys.tell(page);
-        self.sharing.iter().for_each(|sharing| sharing.tier.tell(page));
+        self.breakers.collect(page);
+        self.new_keys.collect(page);
+        self.sharing.iter().for_each(|sharing| sharing.tier.collect(page));
     }
 }
 
@@ -911,7 +911,7 @@ mod tests {
             );
         }
         let mut page = Page::about(std::iter::empty());
-        cache.tell(&mut page);
+        cache.collect(&mut page);
         let text = page.text().unwrap();
         for line in ["byokgate_cache_evictions_total 3\n", &format!("byokgate_cache_entries {MAX_ENTRIES}\n")] {
             assert!(text.contains(line), "{line} in {text}");

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use super::{clock::TokioClock, provider_limits::part_of, turns::Turns};
 use crate::{
     domain::request::CalledBy,
-    telemetry::metrics::{Counter, Measured, Page},
+    telemetry::metrics::{Collect, Counter, Page},
 };
 
 /// How many credentials that are not remembered may be judged per minute, with as many at once, so that nobody uses the service
@@ -128,7 +128,7 @@ impl Limit {
         // Where even so many are busy, the rest share one count.
         let name = if self.spent.len() < MAX_KEYS { name.to_owned() } else { String::new() };
         self.spent.check_key(&name).map_err(|spent| {
-            self.refused.one();
+            self.refused.inc();
             let now = Instant::now();
             let first = now + spent.wait_time_from(clock.now());
             let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
@@ -137,8 +137,8 @@ impl Limit {
     }
 }
 
-impl Measured for NewKeys {
-    fn tell(&self, page: &mut Page) {
+impl Collect for NewKeys {
+    fn collect(&self, page: &mut Page) {
         let mut refusals = page.counter("byokgate_new_key_refusals", "Credentials not judged, since too many new ones came");
         let Self { organizations, workspaces, platforms, .. } = self;
         for (limit, of) in [("organization", organizations), ("caller", workspaces), ("platform", platforms)] {

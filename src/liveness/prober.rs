@@ -32,7 +32,7 @@ use crate::{
     },
     liveness::egress::{Egress, EgressSettings, ForwardProxy, Unresolved},
     telemetry::{
-        metrics::{Measured, Page},
+        metrics::{Collect, Page},
         traces,
     },
 };
@@ -173,9 +173,9 @@ impl HttpProber {
     }
 }
 
-impl Measured for HttpProber {
-    fn tell(&self, page: &mut Page) {
-        self.endpoints.iter().for_each(|endpoints| endpoints.tell(page));
+impl Collect for HttpProber {
+    fn collect(&self, page: &mut Page) {
+        self.endpoints.iter().for_each(|endpoints| endpoints.collect(page));
     }
 }
 

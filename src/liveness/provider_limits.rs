@@ -27,7 +27,7 @@ use crate::{
     },
     domain::verdict::{Verdict, Withheld},
     domain::{duration, problem::Review},
-    telemetry::metrics::{Histogram, Measured, PROVIDER, Page},
+    telemetry::metrics::{Collect, Histogram, PROVIDER, Page},
 };
 
 /// What may be asked of each provider.
@@ -237,8 +237,8 @@ fn withheld(why: Withheld, wait: Duration) -> Finding {
     Finding { retry_after: Some(spread(wait)), ..Finding::withheld(why) }
 }
 
-impl Measured for ProviderLimiter {
-    fn tell(&self, page: &mut Page) {
+impl Collect for ProviderLimiter {
+    fn collect(&self, page: &mut Page) {
         let slots: BTreeMap<String, Arc<ProviderSlot>> = {
             let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
             slots.iter().map(|(name, slot)| (name.clone(), Arc::clone(slot))).collect()

@@ -168,7 +168,7 @@ where
 {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.flights.lost.one();
+            self.flights.lost.inc();
         }
         let mut under_way = self.flights.lock();
         under_way.by_key.remove(&self.key);

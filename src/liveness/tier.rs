@@ -34,7 +34,7 @@ use self::{
 use crate::{
     core::classify::Finding,
     domain::{duration, problem::Review, secret::Secret},
-    telemetry::metrics::{Counter, Measured, Page},
+    telemetry::metrics::{Collect, Counter, Page},
 };
 
 /// How often a lease is renewed: two renewals may be lost.
@@ -216,7 +216,7 @@ impl Tier {
                     match self.keys.open_news(&message) {
                         Some(News { id, refused: true }) => refused(id),
                         Some(_) => {}
-                        None => self.damaged.one(),
+                        None => self.damaged.inc(),
                     }
                 }
             }
@@ -227,8 +227,8 @@ impl Tier {
     }
 }
 
-impl Measured for Tier {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Tier {
+    fn collect(&self, page: &mut Page) {
         let Looks { hit, lease, gave_up, fault, left_alone } = &self.looks;
         let mut looks = page.counter("byokgate_tier_lookups", "Looks for an observation in the shared tier, by what came of it");
         for (result, count) in
@@ -279,44 +279,44 @@ impl Seat {
                 Ok(looked) => looked,
                 Err(unheard) => {
                     let count = if unheard == Unheard::LeftAlone { &looks.left_alone } else { &looks.fault };
-                    count.one();
+                    count.inc();
                     return Sought::Ask(None);
                 }
             };
             let Looked { at, state, damaged, values } = looked;
-            tier.damaged.many(damaged);
+            tier.damaged.inc_by(damaged);
             match state {
                 State::Found => {
                     let found = placed.iter().zip(&values).filter(|(_, value)| !value.is_empty());
                     let shared = found.filter_map(|((key, about_model, name), value)| {
                         let record = tier.keys.open(*key, name, value).and_then(|plain| Record::from_bytes(&plain));
                         if record.is_none() {
-                            tier.damaged.one();
+                            tier.damaged.inc();
                         }
                         in_our_time(record?, *about_model, at, asked)
                     });
                     if let Some(taken) = take(shared.collect()) {
-                        looks.hit.one();
+                        looks.hit.inc();
                         return Sought::Known(taken);
                     }
                     // None of these: the next look takes one that is newer, the lease, or waits. A store that goes on giving what will not do
                     // is none.
                     fruitless += 1;
                     if fruitless > MAX_FRUITLESS {
-                        looks.gave_up.one();
+                        looks.gave_up.inc();
                         return Sought::Ask(None);
                     }
                     passed_over = values;
                 }
                 State::Leased => {
-                    looks.lease.one();
+                    looks.lease.inc();
                     let clock = (at, Instant::now());
                     return Sought::Ask(Some(Lease { tier: Arc::clone(&tier), names, token, clock }));
                 }
                 State::Wait => {
                     let pause = rand::rng().random_range(LOOK_AGAIN.0..=LOOK_AGAIN.1);
                     if Instant::now() + pause >= until {
-                        looks.gave_up.one();
+                        looks.gave_up.inc();
                         return Sought::Ask(None);
                     }
                     sleep(pause).await;
@@ -412,7 +412,7 @@ impl Lease {
             }
         };
         if stored == Ok(false) {
-            tier.leases_lost.one();
+            tier.leases_lost.inc();
         }
     }
 

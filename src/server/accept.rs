@@ -53,7 +53,7 @@ pub(super) async fn accept(
     loop {
         let accepted = listener.accept().await;
         let Some(entered) = connections.enter() else {
-            counts.refused.one();
+            counts.refused.inc();
             if refused.is_multiple_of(LOG_EVERY_REFUSED) {
                 tracing::warn!(event = "connection_limit", address = %listener.address(), limit, refused);
             }
@@ -65,7 +65,7 @@ pub(super) async fn accept(
             continue;
         };
         if let Some(going) = &entered.made_room {
-            counts.made_room.one();
+            counts.made_room.inc();
             if made_room.is_multiple_of(LOG_EVERY_REFUSED) {
                 let address = listener.address();
                 tracing::warn!(event = "connection_limit", %address, limit, made_room, "connections that wait make room for new ones");
@@ -74,7 +74,7 @@ pub(super) async fn accept(
             // Its descriptor is given back first: a flood of connections does not outrun the closing of others.
             drop(timeout(CLOSING_TIME, going.gone()).await);
         }
-        counts.taken.one();
+        counts.taken.inc();
         let (context, open) = (Arc::clone(&context), open.clone());
         tokio::spawn(async move {
             context.serve(accepted, &entered.place).await;

@@ -28,7 +28,7 @@ use crate::{
     core::engine::Engine,
     telemetry::{
         lately::Lately,
-        metrics::{CONTENT_TYPE, Measured, Page, loaded},
+        metrics::{CONTENT_TYPE, Collect, Page, loaded},
         status::{self, SAMPLE_EVERY, Sources, Status, Totals, Window},
     },
 };
@@ -53,7 +53,7 @@ const CONTENT_SECURITY: &str =
 /// Everything that has something to show.
 pub(super) struct Shown {
     engine: Arc<Engine>,
-    sources: Vec<Arc<dyn Measured>>,
+    sources: Vec<Arc<dyn Collect>>,
     lately: Arc<Lately>,
     tls: Option<Arc<Tls>>,
     connections: Arc<ConnectionCounts>,
@@ -67,7 +67,7 @@ impl Shown {
     /// From now on.
     pub(super) fn new(
         engine: Arc<Engine>,
-        sources: Vec<Arc<dyn Measured>>,
+        sources: Vec<Arc<dyn Collect>>,
         lately: Arc<Lately>,
         tls: Option<Arc<Tls>>,
         connections: Arc<ConnectionCounts>,
@@ -80,8 +80,8 @@ impl Shown {
     fn page(&self) -> Page {
         let snapshot = self.engine.snapshot();
         let mut page = Page::about(snapshot.registry.providers().iter().map(|provider| provider.name.as_str()));
-        loaded::tell(&snapshot, SystemTime::now(), &mut page);
-        self.sources.iter().for_each(|source| source.tell(&mut page));
+        loaded::collect(&snapshot, SystemTime::now(), &mut page);
+        self.sources.iter().for_each(|source| source.collect(&mut page));
         page
     }
 

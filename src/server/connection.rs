@@ -180,7 +180,7 @@ impl ConnectionContext {
     }
 
     fn refuse(&self, peer: Peer, refusal: Refusal) {
-        self.counts.failed.one();
+        self.counts.failed.inc();
         self.counts.refusals.add(peer, refusal);
     }
 

@@ -13,7 +13,7 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 
 use super::refused::Refusals;
-use crate::telemetry::metrics::{Counter, Measured, Page};
+use crate::telemetry::metrics::{Collect, Counter, Page};
 
 /// A known caller's connection may make room only after so long without a call.
 const KNOWN_IDLE: Duration = Duration::from_secs(10);
@@ -160,8 +160,8 @@ impl ConnectionCounts {
     }
 }
 
-impl Measured for ConnectionCounts {
-    fn tell(&self, page: &mut Page) {
+impl Collect for ConnectionCounts {
+    fn collect(&self, page: &mut Page) {
         let open: usize = self.open.iter().map(|connections| connections.count()).sum();
         page.gauge("byokgate_connections_open", "Connections that are open").add(&[], open);
         page.counter("byokgate_connections", "Connections that were taken").add(&[], &self.taken);
@@ -170,7 +170,7 @@ impl Measured for ConnectionCounts {
         let mut refused = page.counter("byokgate_connections_refused", "Connections that came to no call");
         refused.add(&[("reason", "limit")], &self.refused);
         refused.add(&[("reason", "handshake")], &self.failed);
-        self.refusals.tell(page);
+        self.refusals.collect(page);
         if let Some(task) = self.task_ended.get() {
             page.counter("byokgate_background_tasks_ended", "Work in the background that ended: the server is stopping")
                 .add(&[("task", task)], 1_u64);

@@ -16,7 +16,7 @@ use tokio::time::Instant;
 
 use super::listen::Peer;
 use crate::telemetry::{
-    metrics::{Counter, Measured, Page},
+    metrics::{Collect, Counter, Page},
     status::{RefusedConnection, printable, text_of},
 };
 
@@ -199,7 +199,7 @@ impl Refusals {
     pub(super) fn add(&self, peer: Peer, refusal: Refusal) {
         let Refusal { fault, detail, names } = refusal;
         if let Some(count) = self.counts.get(fault as usize) {
-            count.one();
+            count.inc();
         }
         let peer = match peer {
             // Its port is another one each time.
@@ -265,11 +265,11 @@ fn lock(kept: &Mutex<Kept>) -> MutexGuard<'_, Kept> {
     kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Measured for Refusals {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Refusals {
+    fn collect(&self, page: &mut Page) {
         let mut refused = page.counter("byokgate_handshakes_refused", "Connections that came to no call, by why");
         for (fault, count) in HandshakeFault::VARIANTS.iter().zip(&self.counts) {
-            refused.happened(&[("fault", fault.as_str())], count);
+            refused.add_if_any(&[("fault", fault.as_str())], count);
         }
     }
 }

@@ -29,7 +29,7 @@ use super::{
 use crate::{
     domain::{duration, secret::with_stack_wiped},
     telemetry::{
-        metrics::{Measured, Page},
+        metrics::{Collect, Page},
         status::{CERTIFICATE_NEAR_END, CertificateEnd, certificate_remedy},
     },
     watch::{Fault, Reloaded, Source, files},
@@ -186,8 +186,8 @@ fn warn_near_end(setting: &str, file: &str, end: i64) {
     );
 }
 
-impl Measured for Tls {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Tls {
+    fn collect(&self, page: &mut Page) {
         for (setting, _, end) in self.ends() {
             page.gauge("byokgate_tls_certificate_expires_seconds", "Until a certificate ends; negative once it has")
                 .add(&[("setting", setting)], end.saturating_sub(now()) as f64);

@@ -16,7 +16,7 @@ use std::{
 use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
 use tracing_subscriber::fmt::MakeWriter;
 
-use crate::telemetry::metrics::{Measured, Page};
+use crate::telemetry::metrics::{Collect, Page};
 
 /// How much may wait to be written: about 6,000 decisions, a fifth of a second at full load. What does not fit is dropped and
 /// counted.
@@ -118,8 +118,8 @@ impl LogWriter {
     }
 }
 
-impl Measured for LogWriter {
-    fn tell(&self, page: &mut Page) {
+impl Collect for LogWriter {
+    fn collect(&self, page: &mut Page) {
         page.counter("byokgate_log_lines_dropped", "Log lines that nobody took in time").add(&[], self.dropped());
     }
 }

@@ -1,7 +1,7 @@
 //! Numbers that modules keep about themselves, and the page that shows them. Nothing here knows what it counts.
 //!
 //! What happens on a decision's path is a plain atomic that its module owns: no global recorder, no name looked up, nothing
-//! built. Whatever can be read when somebody asks (entries, queues, states) is read then, by [`Measured::tell`].
+//! built. Whatever can be read when somebody asks (entries, queues, states) is read then, by [`Collect::collect`].
 
 pub mod calls;
 pub mod decisions;
@@ -49,9 +49,9 @@ pub const BOUNDS: [Duration; 14] = [
 ];
 
 /// Has numbers to show.
-pub trait Measured: Send + Sync {
+pub trait Collect: Send + Sync {
     /// Puts them on the page. Only what was ever measured: what is not there is absent, and not 0.
-    fn tell(&self, page: &mut Page);
+    fn collect(&self, page: &mut Page);
 }
 
 /// Counts up.
@@ -113,7 +113,7 @@ pub enum Value {
 
 /// Adds series of one name.
 #[derive(Debug)]
-pub struct Adding<'p> {
+pub struct FamilyWriter<'p> {
     providers: &'p BTreeSet<String>,
     series: &'p mut Vec<Series>,
 }
@@ -130,12 +130,12 @@ impl Counter {
     }
 
     /// One more.
-    pub fn one(&self) {
-        self.many(1);
+    pub fn inc(&self) {
+        self.inc_by(1);
     }
 
     /// So many more.
-    pub fn many(&self, more: u64) {
+    pub fn inc_by(&self, more: u64) {
         self.0.fetch_add(more, Ordering::Relaxed);
     }
 
@@ -174,22 +174,22 @@ impl Page {
     }
 
     /// A name that only goes up; `_total` is put behind it.
-    pub fn counter(&mut self, name: &'static str, help: &'static str) -> Adding<'_> {
+    pub fn counter(&mut self, name: &'static str, help: &'static str) -> FamilyWriter<'_> {
         self.family(name, help, MetricType::Counter)
     }
 
     /// A name that goes up and down.
-    pub fn gauge(&mut self, name: &'static str, help: &'static str) -> Adding<'_> {
+    pub fn gauge(&mut self, name: &'static str, help: &'static str) -> FamilyWriter<'_> {
         self.family(name, help, MetricType::Gauge)
     }
 
     /// A name of lengths of time.
-    pub fn histogram(&mut self, name: &'static str, help: &'static str) -> Adding<'_> {
+    pub fn histogram(&mut self, name: &'static str, help: &'static str) -> FamilyWriter<'_> {
         self.family(name, help, MetricType::Histogram)
     }
 
     /// Several may add to one name.
-    fn family(&mut self, name: &'static str, help: &'static str, kind: MetricType) -> Adding<'_> {
+    fn family(&mut self, name: &'static str, help: &'static str, kind: MetricType) -> FamilyWriter<'_> {
         let Self { providers, families } = self;
         let index = families.iter().position(|family| family.name == name).unwrap_or_else(|| {
             families.push(Family { name, help, kind, series: Vec::new() });
@@ -197,7 +197,7 @@ impl Page {
         });
         #[expect(clippy::indexing_slicing, reason = "found or made in the line above")]
         let series = &mut families[index].series;
-        Adding { providers, series }
+        FamilyWriter { providers, series }
     }
 
     /// What this name's series are now, histograms apart.
@@ -251,9 +251,9 @@ fn encode(encoder: &mut MetricEncoder<'_>, kind: MetricType, value: &Value) -> R
     }
 }
 
-// === impl Adding ===
+// === impl FamilyWriter ===
 
-impl Adding<'_> {
+impl FamilyWriter<'_> {
     /// A series; none about a provider that is not loaded.
     pub fn add(&mut self, labels: &[(&'static str, &str)], value: impl Into<Value>) {
         let known = |(name, value): &(&str, &str)| *name != PROVIDER || value.is_empty() || self.providers.contains(*value);
@@ -264,7 +264,7 @@ impl Adding<'_> {
     }
 
     /// A count that has happened; none at 0: of each label's every value there would be thousands.
-    pub fn happened(&mut self, labels: &[(&'static str, &str)], count: &Counter) {
+    pub fn add_if_any(&mut self, labels: &[(&'static str, &str)], count: &Counter) {
         let count = count.get();
         if count > 0 {
             self.add(labels, count);
@@ -296,9 +296,9 @@ impl From<f64> for Value {
     }
 }
 
-impl<M: Measured> Measured for Arc<M> {
-    fn tell(&self, page: &mut Page) {
-        self.as_ref().tell(page);
+impl<M: Collect> Collect for Arc<M> {
+    fn collect(&self, page: &mut Page) {
+        self.as_ref().collect(page);
     }
 }
 

@@ -26,7 +26,7 @@ use crate::{
     domain::{protocol::HeaderFamily, secret::Secret, verdict::Cause},
     liveness::single_flight::{FlightEnd, InFlight, Join, SingleFlight, Start, wait},
     telemetry::{
-        metrics::{Counter, Measured, PROVIDER, Page},
+        metrics::{Collect, Counter, PROVIDER, Page},
         traces,
     },
 };
@@ -264,14 +264,14 @@ impl Endpoints {
         let mut shown = lock(&self.shown);
         let [provider, _, _, header] = &name;
         bounded(&mut shown.sent);
-        shown.sent.entry([provider.clone(), header.clone(), result.to_owned()]).or_default().one();
+        shown.sent.entry([provider.clone(), header.clone(), result.to_owned()]).or_default().inc();
         bounded(&mut shown.states);
         shown.states.insert(name, number);
     }
 }
 
-impl Measured for Endpoints {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Endpoints {
+    fn collect(&self, page: &mut Page) {
         let shown = lock(&self.shown);
         let mut states = page.gauge(
             "byokgate_calibration_state",

@@ -246,7 +246,7 @@ impl Store {
                 Ok(answer)
             }
             Err(fault) => {
-                self.faulty.one();
+                self.faulty.inc();
                 let change = unpoisoned(&self.faults).failed(Instant::now());
                 // It may be of no use any more; what a server says in its own words is.
                 if !matches!(fault.kind(), ErrorKind::Server(_) | ErrorKind::Extension) {

@@ -1,6 +1,6 @@
 //! Calls that ended without an answer, by method and gRPC code.
 
-use super::{Counter, Measured, Page};
+use super::{Collect, Counter, Page};
 
 /// Every code of gRPC, by its number.
 pub const CODES: [&str; 17] = [
@@ -63,12 +63,12 @@ impl Calls {
     pub fn failed(&self, method: &str, code: i32, report_only: bool) {
         let index = METHODS.iter().position(|known| *known == method).unwrap_or(METHODS.len() - 1);
         let counts = if report_only { &self.reported } else { &self.failed };
-        counts.get(index).and_then(|counts| counts.get(index_of(code))).into_iter().for_each(Counter::one);
+        counts.get(index).and_then(|counts| counts.get(index_of(code))).into_iter().for_each(Counter::inc);
     }
 }
 
-impl Measured for Calls {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Calls {
+    fn collect(&self, page: &mut Page) {
         let reported = "Calls with report_only, and such items of batches, that ended without an answer";
         for (name, help, counted) in [
             ("byokgate_calls_failed", "Calls, and items of batches, that ended without an answer", &self.failed),
@@ -77,7 +77,7 @@ impl Measured for Calls {
             let mut failed = page.counter(name, help);
             for (method, counts) in METHODS.iter().zip(counted) {
                 for (code, count) in CODES.iter().zip(counts) {
-                    failed.happened(&[("method", method), ("grpc_code", code)], count);
+                    failed.add_if_any(&[("method", method), ("grpc_code", code)], count);
                 }
             }
         }

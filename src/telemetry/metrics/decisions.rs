@@ -9,7 +9,7 @@ use strum::VariantArray;
 
 use arc_swap::ArcSwap;
 
-use super::{Counter, Histogram, Measured, PROVIDER, Page};
+use super::{Collect, Counter, Histogram, PROVIDER, Page};
 use crate::domain::{
     decision::{Decision, Grounds, Outcome},
     request::{Checkpoint, Request},
@@ -63,7 +63,7 @@ impl Decisions {
 
     /// One ended in a panic.
     pub fn panicked(&self) {
-        self.panicked.one();
+        self.panicked.inc();
     }
 
     #[cold]
@@ -82,10 +82,10 @@ impl Decisions {
     }
 }
 
-impl Measured for Decisions {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Decisions {
+    fn collect(&self, page: &mut Page) {
         for (provider, of) in self.by_provider.load().iter() {
-            of.tell(provider, page);
+            of.collect(provider, page);
         }
         page.counter("byokgate_decisions_panicked", "Decisions that ended in a panic of ours: none was made")
             .add(&[], &self.panicked);
@@ -114,11 +114,11 @@ impl OfProvider {
             None => self.unasked.get(liveness.verdict as usize),
         });
         let unverified = unverified.and_then(|verdict| self.unverified.get(verdict as usize));
-        [of, judged, unverified].into_iter().flatten().for_each(Counter::one);
+        [of, judged, unverified].into_iter().flatten().for_each(Counter::inc);
         self.took.observe(took);
     }
 
-    fn tell(&self, provider: &str, page: &mut Page) {
+    fn collect(&self, provider: &str, page: &mut Page) {
         let reported = "Decisions whose callers do not act on them: no workspace was started or refused";
         for (name, help, ByOutcome { allowed, denied }) in
             [("byokgate_decisions", "Decisions made", &self.made), ("byokgate_report_only_decisions", reported, &self.reported)]
@@ -128,9 +128,9 @@ impl OfProvider {
                 let of = |outcome, code| {
                     [("checkpoint", checkpoint.as_str()), ("outcome", outcome), ("code", code), (PROVIDER, provider)]
                 };
-                decisions.happened(&of("ALLOW", ""), allowed);
+                decisions.add_if_any(&of("ALLOW", ""), allowed);
                 for (code, count) in DenyCode::VARIANTS.iter().zip(denied) {
-                    decisions.happened(&of("DENY", code.as_str()), count);
+                    decisions.add_if_any(&of("DENY", code.as_str()), count);
                 }
             }
         }
@@ -138,14 +138,14 @@ impl OfProvider {
         for (verdict, (judged, unasked)) in Verdict::VARIANTS.iter().zip(self.judged.iter().zip(&self.unasked)) {
             let of = |served_from| [(PROVIDER, provider), ("verdict", verdict.as_str()), ("served_from", served_from)];
             for (served_from, count) in ServedFrom::VARIANTS.iter().zip(judged) {
-                verdicts.happened(&of(served_from.as_str()), count);
+                verdicts.add_if_any(&of(served_from.as_str()), count);
             }
-            verdicts.happened(&of(""), unasked);
+            verdicts.add_if_any(&of(""), unasked);
         }
         let mut unverified =
             page.counter("byokgate_unverified_allows", "Allows although nobody could show that the credential is alive");
         for (verdict, count) in Verdict::VARIANTS.iter().zip(&self.unverified) {
-            unverified.happened(&[(PROVIDER, provider), ("verdict", verdict.as_str())], count);
+            unverified.add_if_any(&[(PROVIDER, provider), ("verdict", verdict.as_str())], count);
         }
         if let Some(took) = self.took.value() {
             page.histogram("byokgate_decide_duration_seconds", "From a request that stands to its decision")

@@ -9,7 +9,7 @@ use crate::core::{
 };
 
 /// Puts what is known of a snapshot at this time on the page.
-pub fn tell(snapshot: &Snapshot, now: SystemTime, page: &mut Page) {
+pub fn collect(snapshot: &Snapshot, now: SystemTime, page: &mut Page) {
     let Snapshot { registry, catalogue, policy, registry_origin, catalogue_origin, .. } = snapshot;
     page.gauge("byokgate_documents_info", "1, with the content hashes of what decisions are made by")
         .add(&[("registry_revision", registry.revision()), ("catalogue_revision", catalogue.revision())], 1_u64);

@@ -5,7 +5,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use super::{Measured, Page};
+use super::{Collect, Page};
 
 /// In which units the kernel tells a process's CPU time: the same on every Linux.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -30,8 +30,8 @@ impl Process {
     }
 }
 
-impl Measured for Process {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Process {
+    fn collect(&self, page: &mut Page) {
         page.gauge("byokgate_build_info", "1, with what is running")
             .add(&[("version", env!("CARGO_PKG_VERSION")), ("revision", REVISION)], 1_u64);
         let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();

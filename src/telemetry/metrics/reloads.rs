@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::{Counter, Measured, Page};
+use super::{Collect, Counter, Page};
 
 /// Counts of one thing's reloads.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ impl Reloads {
 
     /// A new version is in force.
     pub fn taken(&self) {
-        self.taken.one();
+        self.taken.inc();
         self.failing.store(false, Ordering::Relaxed);
     }
 
@@ -34,13 +34,13 @@ impl Reloads {
 
     /// What is there cannot be read, or is invalid.
     pub fn failed(&self) {
-        self.failed.one();
+        self.failed.inc();
         self.failing.store(true, Ordering::Relaxed);
     }
 }
 
-impl Measured for Reloads {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Reloads {
+    fn collect(&self, page: &mut Page) {
         let mut reloads = page.counter("byokgate_reloads", "Files that were read again");
         reloads.add(&[("what", self.what), ("result", "taken")], &self.taken);
         reloads.add(&[("what", self.what), ("result", "failed")], &self.failed);

@@ -34,7 +34,7 @@ use uuid::Uuid;
 
 use crate::{
     domain::{duration, problem::Review},
-    telemetry::metrics::{Counter, Measured, Page},
+    telemetry::metrics::{Collect, Counter, Page},
 };
 
 /// What the service's own spans are told by. Nobody else's become part of a trace: neither the HTTP library's, nor the exporter's own.
@@ -317,8 +317,8 @@ impl SpanExporter for Sender {
     }
 }
 
-impl Measured for Exported {
-    fn tell(&self, page: &mut Page) {
+impl Collect for Exported {
+    fn collect(&self, page: &mut Page) {
         let lost = EXPORT.get().map_or(0, |export| export.held.lost.get());
         page.counter("byokgate_spans_dropped", "Trace spans that no collector took").add(&[], lost);
     }
@@ -336,7 +336,7 @@ impl Held {
     }
 
     fn lose(&self, spans: usize) {
-        self.lost.many(spans as u64);
+        self.lost.inc_by(spans as u64);
     }
 
     /// Tells of what was lost since it was told of last, if that is long enough ago.

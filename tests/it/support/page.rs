@@ -12,7 +12,7 @@ use byok_gate::{
     core::engine::{Engine, Prober},
     liveness::{cache::Cache, prober::HttpProber, provider_limits::ProviderLimiter},
     server::{Address, Bound},
-    telemetry::metrics::{Measured, Page, loaded},
+    telemetry::metrics::{Collect, Page, loaded},
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -50,11 +50,11 @@ impl Scraped {
     }
 
     /// Of what has numbers in this process.
-    pub(crate) fn in_process(engine: &Engine, sources: &[&dyn Measured]) -> Self {
+    pub(crate) fn in_process(engine: &Engine, sources: &[&dyn Collect]) -> Self {
         let snapshot = engine.snapshot();
         let mut page = Page::about(snapshot.registry.providers().iter().map(|provider| provider.name.as_str()));
-        loaded::tell(&snapshot, std::time::SystemTime::now(), &mut page);
-        sources.iter().for_each(|source| source.tell(&mut page));
+        loaded::collect(&snapshot, std::time::SystemTime::now(), &mut page);
+        sources.iter().for_each(|source| source.collect(&mut page));
         Self::of(&page.text().unwrap())
     }
 
@@ -131,7 +131,7 @@ impl Shown {
         mut settings: Settings,
         files: &Files,
         prober: Arc<dyn Prober>,
-        sources: Vec<Arc<dyn Measured>>,
+        sources: Vec<Arc<dyn Collect>>,
     ) -> Self {
         settings.admin.listen = Some("127.0.0.1:0".to_owned());
         let limited = Arc::new(ProviderLimiter::new(prober, settings.provider_limits));
