@@ -1,4 +1,5 @@
-//! Messages on the wire: tonic's own way, with buffers of a decision's size.
+//! Messages on the wire: tonic's own way, with buffers of a decision's size. Its own are of 8 KiB each way, which cost 2,100 of a call's 64,600
+//! instructions (docs/performance.md).
 
 use std::marker::PhantomData;
 

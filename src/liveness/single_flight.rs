@@ -1,4 +1,7 @@
 //! Single flight: one run of a piece of work per key, however many wait for it, detached from every one of them.
+//!
+//! Written by hand: moka's own joins callers, whose first one does the work and ends it by leaving. Here the work outlives all of them, waits for its
+//! turn in a queue, and is begun anew where a caller wants a younger answer.
 
 use std::{
     collections::HashMap,

@@ -1,5 +1,8 @@
 //! The one event that every decision leaves, and the one of a call that ended without a decision: JSON lines, described by
 //! `docs/decision-event.schema.json`. Names, codes and numbers; no value of a credential, no body, no header.
+//!
+//! Lines are put together by hand: a serializer looks at each byte of each name for what JSON escapes, which was 10,900 of a call's 80,600
+//! instructions (docs/performance.md).
 
 use std::{
     num::NonZeroU32,

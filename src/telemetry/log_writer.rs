@@ -4,6 +4,9 @@
 //! A line is written at once as long as there are few; many are collected for a moment and written together, so that a line costs
 //! a busy server no system call. A process that is killed outright loses what it has not written yet: a busy one at most that
 //! moment's lines, any other hardly ever one.
+//!
+//! Written by hand, with the lines of `events`: in place of tracing's formatter they took 21,700 of 107,700 instructions from a call
+//! (docs/performance.md), and a reader that comes back is told how much was lost.
 
 use std::{
     io::{self, Write},

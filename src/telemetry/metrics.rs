@@ -1,7 +1,8 @@
 //! Numbers that modules keep about themselves, and the page that shows them. Nothing here knows what it counts.
 //!
 //! What happens on a decision's path is a plain atomic that its module owns: no global recorder, no name looked up, nothing
-//! built. Whatever can be read when somebody asks (entries, queues, states) is read then, by [`Collect::collect`].
+//! built; prometheus-client, which writes the page, finds each count by its labels, behind a lock. Whatever can be read when somebody asks
+//! (entries, queues, states) is read then, by [`Collect::collect`].
 
 pub mod calls;
 pub mod decisions;
