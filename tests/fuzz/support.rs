@@ -9,8 +9,8 @@ use byok_gate::{
     core::{
         catalogue::Catalogue,
         classify::Finding,
+        credential::LivenessQuery,
         engine::{Boxed, Engine, LivenessSource, Observed},
-        evaluate::LivenessQuery,
         policy::Policy,
         registry::Registry,
         snapshot::{Origin, Snapshot},

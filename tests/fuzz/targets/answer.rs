@@ -91,12 +91,14 @@ fuzz_target!(|input: &[u8]| {
                 let response = nth(if same { last } else { steps }).response(call);
                 plan.take_calibration(&match response {
                     ProbeResponse::Answer { reading, look, .. } => calibrated(&reading, &look),
-                    ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) => Calibration::Untold(None),
+                    ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) | ProbeResponse::Exhausted => {
+                        Calibration::Untold(None)
+                    }
                 });
             }
             Next::Keyless { call } => match nth(if same { last } else { steps }).response(call) {
                 ProbeResponse::Answer { look, .. } => plan.take_keyless(Some(&look)),
-                ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) => plan.take_keyless(None),
+                ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) | ProbeResponse::Exhausted => plan.take_keyless(None),
             },
         }
     };

@@ -47,7 +47,7 @@ struct Nobody;
 impl byok_gate::core::engine::LivenessSource for Nobody {
     fn observe<'a>(
         &'a self,
-        _: byok_gate::core::evaluate::LivenessQuery<'a>,
+        _: byok_gate::core::credential::LivenessQuery<'a>,
         _: Option<std::time::Duration>,
         _: tokio::time::Instant,
     ) -> byok_gate::core::engine::Boxed<'a, byok_gate::core::engine::Observed> {

@@ -64,6 +64,7 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
         calibrate: false,
         extra_roots: Vec::new(),
         resolve: BTreeMap::new(),
+        ..ProbeSettings::default()
     };
     let prober = HttpProber::new(settings).expect("a prober");
     let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
