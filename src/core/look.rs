@@ -47,14 +47,15 @@ impl Look {
         let mut hashes: Vec<u64> = Vec::new();
         let mut before = "";
         for word in words.take(MAX_WORDS) {
-            if word.is_ascii() {
-                // A number behind the name of a code is one, and no id.
-                let is_code = names_a_code(before) && word.len() <= MAX_CODE;
-                hashes.push(hash(if !is_code && varies(word, &credential) { "#" } else { word }));
+            // A number behind the name of a code is one, and no id.
+            let is_code = names_a_code(before) && word.len() <= MAX_CODE;
+            if is_of_a_key(word, &credential) || word.is_ascii() && !is_code && is_an_id(word) {
+                hashes.push(hash("#"));
+            } else if word.is_ascii() {
+                hashes.push(hash(word));
             } else {
                 // Not every language has blanks between its words.
-                let mut characters = word.chars().take(MAX_WORDS).map(|character| hash(character.encode_utf8(&mut [0; 4])));
-                hashes.extend(characters.by_ref());
+                hashes.extend(word.chars().take(MAX_WORDS).map(|character| hash(character.encode_utf8(&mut [0; 4]))));
             }
             before = word;
         }
@@ -113,12 +114,17 @@ fn names_a_code(name: &str) -> bool {
     name.ends_with("code") || name.ends_with("errno") || matches!(name, "err" | "error" | "ret" | "status")
 }
 
-/// It is another one in each answer.
-fn varies(word: &str, credential: &str) -> bool {
+/// A key, masked or echoed: another one in each answer.
+fn is_of_a_key(word: &str, credential: &str) -> bool {
     let masked = word.contains("**") || word.contains("...") || word.contains('…');
     let echoed =
         credential.len() >= MIN_ECHO && (word.contains(credential) || word.len() >= MIN_ECHO && credential.contains(word));
-    masked || echoed || word.len() > MAX_WORD || word.bytes().any(|byte| byte.is_ascii_digit())
+    masked || echoed
+}
+
+/// An id, a time or a count: likewise.
+fn is_an_id(word: &str) -> bool {
+    word.len() > MAX_WORD || word.bytes().any(|byte| byte.is_ascii_digit())
 }
 
 fn hash(word: &str) -> u64 {
@@ -181,6 +187,9 @@ mod tests {
             ("仅支持流式输出，请在请求中将参数设置为真之后再试一次", "无效的令牌，请检查您的密钥是否正确并重新提交一次请求");
         alike(false, (400, stream, "made-up-key-one"), (400, token, "made-up-key-two"));
         alike(true, (400, token, "made-up-key-one"), (400, token, "made-up-key-two"));
+        // A key that is masked with a sign beyond ASCII is a key all the same.
+        let masked = |tail: &str| format!("unknown key sk-ab\u{2026}{tail}");
+        alike(true, (401, &masked("wxyz"), "made-up-key-one"), (401, &masked("qrst"), "made-up-key-two"));
     }
 
     #[test]
