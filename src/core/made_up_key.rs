@@ -144,7 +144,7 @@ fn first_words(key: &str) -> &str {
     {
         let letters = word.trim_end_matches(|c: char| c.is_ascii_digit());
         let is_word = word.len() - letters.len() <= 2 && letters.bytes().all(|byte| byte.is_ascii_alphabetic());
-        if !is_word || kept > 0 && !USUAL_WORDS.contains(&letters.to_ascii_lowercase().as_str()) {
+        if !is_word || kept > 0 && !USUAL_WORDS.iter().any(|usual| usual.eq_ignore_ascii_case(letters)) {
             break;
         }
         kept += end + 1;

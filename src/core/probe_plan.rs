@@ -143,6 +143,13 @@ struct Held {
     by_code: bool,
 }
 
+impl Rung<'_> {
+    /// A model is called.
+    fn is_inference(&self) -> bool {
+        self.call.probe.surface.is_inference()
+    }
+}
+
 impl<'t> ProbePlan<'t> {
     /// Begins at the first rung. `is_pointless`: a request in a header is known to tell nothing, since anybody is accepted there or it is not there at all.
     pub fn new(
@@ -317,15 +324,16 @@ impl<'t> ProbePlan<'t> {
     pub fn take_keyless(&mut self, keyless: Option<&Look>) {
         let State::Keyless(heard) = std::mem::replace(&mut self.state, State::Ask) else { return };
         let Some(Rung { call, .. }) = self.rungs.get(self.at) else { return };
+        let is_alike = keyless.map(|keyless| keyless.is_like(&heard.look));
         // A key makes a difference there, and this one makes the one that a made-up key makes.
         let differs = keyless.is_some_and(|keyless| {
             let told = !matches!(keyless.status, 408 | 425 | 429 | 501..=599);
             // Where models are called, such an answer may mean the request, or the model in it, and not the key.
             let of_the_request = call.probe.surface.is_inference()
                 && (matches!(keyless.status, 401 | 403) || matches!(heard.look.status, 400 | 404 | 405 | 411 | 413 | 415 | 422));
-            told && !of_the_request && !keyless.is_like(&heard.look)
+            told && !of_the_request && is_alike == Some(false)
         });
-        match keyless.map(|keyless| keyless.is_like(&heard.look)) {
+        match is_alike {
             Some(true) => self.for_everybody = true,
             // Something there asks for a key.
             Some(false) => self.no_api = false,
@@ -426,21 +434,16 @@ impl<'t> ProbePlan<'t> {
         };
         // A list may look at no more than a key's form. What was refused in the client's own header is accepted in another one only if the
         // request that calls a model is, too.
-        let confirms = |rung: &Rung<'_>| rung.call.probe.surface.is_inference() && rung.call.probe.auth.contains(&family);
+        let confirms = |rung: &Rung<'_>| rung.is_inference() && rung.call.probe.auth.contains(&family);
         if let Some(FirstHeader::Refused(refused)) = &self.first_header
             && self.group > 0
             && self.is_held_back()
-            && self.rungs.iter().skip(self.at + 1).any(confirms)
+            && self.later().any(confirms)
         {
             self.held = Some(Held { finding: refused.clone(), look: heard.look.clone(), by_code: true });
             self.confirming = Some(wrong);
-            let mut position = 0;
-            let at = self.at;
-            self.rungs.retain_mut(|rung| {
-                position += 1;
-                rung.order = if position > at + 1 { vec![vec![family]] } else { std::mem::take(&mut rung.order) };
-                position <= at + 1 || confirms(rung)
-            });
+            let later = self.rungs.split_off(self.at + 1).into_iter().filter(confirms);
+            self.rungs.extend(later.map(|rung| Rung { order: vec![vec![family]], ..rung }));
             return self.step();
         }
         self.lessons.push(Lesson::Family { right: family, wrong });
@@ -453,9 +456,8 @@ impl<'t> ProbePlan<'t> {
 
     /// Alive, but not for this. Where models are called, and no other way to call them is left, such a key is of no use.
     fn restrict(&mut self, status: u16) {
-        let is_inference = |rung: &Rung<'_>| rung.call.probe.surface.is_inference();
-        let here = self.rungs.get(self.at).is_some_and(is_inference);
-        let later = self.rungs.iter().skip(self.at + 1).any(is_inference);
+        let here = self.rungs.get(self.at).is_some_and(Rung::is_inference);
+        let later = self.later().any(Rung::is_inference);
         self.no_api = false;
         if here && !later {
             self.close(self.finding(Verdict::Forbidden, Some(Cause::Restricted), Some(status)));
@@ -483,11 +485,13 @@ impl<'t> ProbePlan<'t> {
 
     /// Nobody says of this list that it tells keys apart, and a request that calls a model comes after it.
     fn is_held_back(&self) -> bool {
-        let documented = self
-            .rungs
-            .get(self.at)
-            .is_some_and(|rung| rung.call.probe.refuses_bad_keys || rung.call.probe.surface.is_inference());
-        !documented && self.rungs.iter().skip(self.at + 1).any(|rung| rung.call.probe.surface.is_inference())
+        let Some(rung) = self.rungs.get(self.at) else { return false };
+        !rung.call.probe.refuses_bad_keys && !rung.is_inference() && self.later().any(Rung::is_inference)
+    }
+
+    /// What has not been asked yet.
+    fn later(&self) -> impl Iterator<Item = &Rung<'t>> {
+        self.rungs.iter().skip(self.at + 1)
     }
 
     fn hold(&mut self, heard: &Heard, by_code: bool) {
