@@ -1,5 +1,6 @@
 //! Layer 0: the words of the service. Plain types without effects.
 
+pub mod causes;
 pub mod decision;
 pub mod denial;
 mod denial_text;

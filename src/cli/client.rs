@@ -27,7 +27,7 @@ use tonic::{
 use zeroize::Zeroizing;
 
 use super::exit::UsageError;
-use crate::watch::files;
+use crate::{domain::causes::causes, watch::files};
 
 /// The largest file of certificates, and of a token.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
@@ -315,19 +315,9 @@ impl Tls {
 
 /// Whether a connection that was there has been ended from the other side.
 fn is_cut_off(fault: &(dyn Error + 'static)) -> bool {
-    let mut next = Some(fault);
-    while let Some(error) = next {
-        if let Some(io) = error.downcast_ref::<std::io::Error>()
-            && matches!(
-                io.kind(),
-                std::io::ErrorKind::BrokenPipe | std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::UnexpectedEof
-            )
-        {
-            return true;
-        }
-        next = error.source();
-    }
-    false
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    let mut kinds = causes(fault).filter_map(|error| error.downcast_ref::<io::Error>()).map(io::Error::kind);
+    kinds.any(|kind| matches!(kind, BrokenPipe | ConnectionReset | UnexpectedEof))
 }
 
 /// What TLS fell over, with what to do.
@@ -370,31 +360,16 @@ fn of_alert(alert: &str) -> String {
 /// The alert's name, where the HTTP/2 library has kept no more of the TLS library's error than its words.
 fn alert_in(fault: &(dyn Error + 'static)) -> Option<String> {
     const SAID: &str = "received fatal alert: ";
-    let mut next = Some(fault);
-    while let Some(error) = next {
+    causes(fault).find_map(|error| {
         let words = error.to_string();
-        if let Some((_, rest)) = words.split_once(SAID) {
-            return Some(rest.chars().take_while(char::is_ascii_alphanumeric).collect());
-        }
-        next = error.source();
-    }
-    None
+        let (_, rest) = words.split_once(SAID)?;
+        Some(rest.chars().take_while(char::is_ascii_alphanumeric).collect())
+    })
 }
 
 /// The TLS library's own error, wherever in the chain it is.
 fn rustls_error<'f>(fault: &'f (dyn Error + 'static)) -> Option<&'f rustls::Error> {
-    let mut next: Option<&'f (dyn Error + 'static)> = Some(fault);
-    while let Some(error) = next {
-        if let Some(found) = error.downcast_ref::<rustls::Error>() {
-            return Some(found);
-        }
-        // An I/O error shows the source of what it holds, and not what it holds.
-        next = match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
-            Some(inner) => Some(inner),
-            None => error.source(),
-        };
-    }
-    None
+    causes(fault).find_map(|error| error.downcast_ref::<rustls::Error>())
 }
 
 /// A fault with its causes, each once.

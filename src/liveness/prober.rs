@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     io::ErrorKind,
     net::SocketAddr,
-    sync::{Arc, Once},
+    sync::{Arc, Once, OnceLock},
     time::{Duration, SystemTime},
 };
 use tokio::time::{Instant, timeout_at};
@@ -26,6 +26,7 @@ use crate::{
         taught::EndpointFacts,
     },
     domain::{
+        causes::causes,
         protocol::{HeaderFamily, Method},
         secret::Secret,
         verdict::{MadeUpKey, Unreached},
@@ -83,9 +84,17 @@ pub struct ProbeSetupError(#[source] reqwest::Error);
 struct Http {
     client: reqwest::Client,
     /// For credentials of unusual length, with connections of its own: common fronts end a connection over a header that is too long for them,
-    /// and with it the requests of everybody on it.
-    client_for_long: reqwest::Client,
+    /// and with it the requests of everybody on it. Made when the first one comes, since making it reads the system's certificates.
+    client_for_long: OnceLock<reqwest::Client>,
+    parts: ClientParts,
+}
+
+/// What clients are made of.
+struct ClientParts {
     egress: Egress,
+    proxy: Option<ForwardProxy>,
+    resolve: BTreeMap<String, SocketAddr>,
+    extra_roots: Vec<u8>,
 }
 
 /// What one request came to.
@@ -147,7 +156,7 @@ impl HttpProber {
     pub fn new(settings: ProbeSettings) -> Result<Self, ProbeSetupError> {
         let ProbeSettings { budget, allow_loopback_http, egress, proxy, calibrate, extra_roots, resolve } = settings;
         let egress = Egress::new(allow_loopback_http, &egress, proxy.as_ref());
-        let http = Arc::new(Http::new(egress, proxy, resolve, &extra_roots)?);
+        let http = Arc::new(Http::new(ClientParts { egress, proxy, resolve, extra_roots })?);
         let endpoints = calibrate.then(|| Endpoints::new(Arc::clone(&http)));
         Ok(Self { http, endpoints, budget })
     }
@@ -162,7 +171,7 @@ impl HttpProber {
 
     /// Whether this configuration lets the request's scheme and address be dialled, as far as no name has to be resolved for it.
     pub fn may_ask(&self, call: &Call) -> bool {
-        self.http.egress.may_ask(&call.url)
+        self.http.parts.egress.may_ask(&call.url)
     }
 
     /// One request with a made-up key that begins like this vendor's, or, in no header, without any: for commands that look for what has
@@ -204,8 +213,6 @@ async fn run_plan(
     let is_pointless = |call: &Call, family| endpoints.is_some_and(|endpoints| endpoints.is_pointless(call, family));
     let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
     let mut plan = ProbePlan::new(&target.calls, client, &facts, &is_pointless);
-    // The last request in several headers at once.
-    let mut in_several: Option<(&Call, Vec<HeaderFamily>)> = None;
     // What was asked, and whether a made-up key was sent beside it.
     let mut asked: Vec<(&Call, Vec<HeaderFamily>, bool)> = Vec::new();
     let finding = loop {
@@ -226,7 +233,6 @@ async fn run_plan(
                 {
                     endpoints.accepted(call, &families);
                 }
-                asked.push((call, families.clone(), is_begun));
                 attempts.push(Attempt {
                     probe: call.probe.name.clone(),
                     request: call.request,
@@ -237,9 +243,7 @@ async fn run_plan(
                     calibration: Calibration::NotAsked,
                     took: began.elapsed(),
                 });
-                if families.len() > 1 {
-                    in_several = Some((call, families));
-                }
+                asked.push((call, families, is_begun));
                 plan.take_response(response);
             }
             Next::Calibrate { call, families, needed, of_its_form } => {
@@ -290,8 +294,10 @@ async fn run_plan(
     };
     if let Some(endpoints) = endpoints {
         let lessons = plan.into_lessons();
+        // The last request in several headers at once.
+        let in_several = asked.iter().rev().find(|(_, families, _)| families.len() > 1);
         for lesson in &lessons {
-            if let (Lesson::Family { right, .. }, Some((call, several))) = (lesson, &in_several)
+            if let (Lesson::Family { right, .. }, Some((call, several, _))) = (lesson, in_several)
                 && several.contains(right)
             {
                 endpoints.single_out(call, several, *right);
@@ -327,48 +333,56 @@ async fn ask(http: &Http, call: &Call, families: &[HeaderFamily], secret: &Secre
     }
 }
 
+// === impl ClientParts ===
+
+impl ClientParts {
+    fn client(&self) -> reqwest::Result<reqwest::Client> {
+        let Self { egress, proxy, resolve, extra_roots } = self;
+        let mut builder = reqwest::Client::builder()
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .referer(false)
+            .user_agent(USER_AGENT)
+            .pool_idle_timeout(POOL_IDLE)
+            .dns_resolver(egress.resolver(resolve.clone()));
+        if let Some(ForwardProxy { credentials, .. }) = proxy {
+            let rule = egress.clone();
+            let mut proxy = reqwest::Proxy::custom(move |url| rule.proxied(url).cloned());
+            if let Some((user, password)) = credentials {
+                proxy = proxy.basic_auth(user, password.expose());
+            }
+            builder = builder.proxy(proxy);
+        }
+        if !extra_roots.is_empty() {
+            builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(extra_roots)?);
+        }
+        builder.build()
+    }
+}
+
 // === impl Http ===
 
 impl Http {
-    fn new(
-        egress: Egress,
-        proxy: Option<ForwardProxy>,
-        resolve: BTreeMap<String, SocketAddr>,
-        extra_roots: &[u8],
-    ) -> Result<Self, ProbeSetupError> {
+    fn new(parts: ClientParts) -> Result<Self, ProbeSetupError> {
         static PROVIDER: Once = Once::new();
         PROVIDER.call_once(|| {
             // Err means that the process has one already, which serves as well.
             drop(rustls::crypto::ring::default_provider().install_default());
         });
-        let client = || {
-            let mut builder = reqwest::Client::builder()
-                .redirect(reqwest::redirect::Policy::none())
-                .no_proxy()
-                .referer(false)
-                .user_agent(USER_AGENT)
-                .pool_idle_timeout(POOL_IDLE)
-                .dns_resolver(egress.resolver(resolve.clone()));
-            if let Some(ForwardProxy { credentials, .. }) = &proxy {
-                let rule = egress.clone();
-                let mut proxy = reqwest::Proxy::custom(move |url| rule.proxied(url).cloned());
-                if let Some((user, password)) = credentials {
-                    proxy = proxy.basic_auth(user, password.expose());
-                }
-                builder = builder.proxy(proxy);
-            }
-            if !extra_roots.is_empty() {
-                builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(extra_roots)?);
-            }
-            builder.build()
-        };
-        let (client, client_for_long) = (client().map_err(ProbeSetupError)?, client().map_err(ProbeSetupError)?);
-        Ok(Self { client, client_for_long, egress })
+        let client = parts.client().map_err(ProbeSetupError)?;
+        Ok(Self { client, client_for_long: OnceLock::new(), parts })
     }
 
-    /// Whose connections this credential may travel on.
-    fn client_for(&self, secret: &Secret) -> &reqwest::Client {
-        if secret.expose().len() > USUAL_CREDENTIAL_BYTES { &self.client_for_long } else { &self.client }
+    /// The client whose connections this credential may travel on. `None` if there is none and it cannot be made now.
+    fn client_for(&self, secret: &Secret) -> Option<&reqwest::Client> {
+        if secret.expose().len() <= USUAL_CREDENTIAL_BYTES {
+            return Some(&self.client);
+        }
+        if self.client_for_long.get().is_none() {
+            // Whoever is first sets it.
+            drop(self.client_for_long.set(self.parts.client().ok()?));
+        }
+        self.client_for_long.get()
     }
 
     /// One request with this credential in these headers, and its answer, by the deadline.
@@ -388,18 +402,20 @@ impl Http {
     }
 
     async fn send(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
-        if !self.egress.may_ask(&call.url) {
+        if !self.parts.egress.may_ask(&call.url) {
             return Exchange::Unreachable(Unreached::Address);
         }
         let Some(request) = self.request(call, families, secret) else { return Exchange::Unreachable(Unreached::Address) };
-        match timeout_at(deadline, self.client_for(secret).execute(request)).await {
+        // It was made of the same once: what is missing now is missing here.
+        let Some(client) = self.client_for(secret) else { return Exchange::Exhausted };
+        match timeout_at(deadline, client.execute(request)).await {
             Err(_) => Exchange::TimedOut,
             Ok(Err(fault)) if fault.is_timeout() => Exchange::TimedOut,
             Ok(Err(fault)) if is_own_lack(&fault) => Exchange::Exhausted,
             Ok(Err(fault)) => Exchange::Unreachable(match unreached(&fault) {
                 // The proxy, and not the provider, is what could not be reached, or did not let the call through.
                 Unreached::Connect | Unreached::Closed | Unreached::Dns
-                    if fault.is_connect() && self.egress.proxied(&call.url).is_some() =>
+                    if fault.is_connect() && self.parts.egress.proxied(&call.url).is_some() =>
                 {
                     Unreached::Proxy
                 }
@@ -436,24 +452,13 @@ impl Http {
 /// No descriptor, buffer or memory was left on this machine.
 fn is_own_lack(fault: &(dyn std::error::Error + 'static)) -> bool {
     let lacks = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
-    let mut cause = Some(fault);
-    while let Some(error) = cause {
-        let io = error.downcast_ref::<std::io::Error>();
-        if io.and_then(std::io::Error::raw_os_error).is_some_and(|code| lacks.contains(&code)) {
-            return true;
-        }
-        cause = match io.and_then(std::io::Error::get_ref) {
-            Some(wrapped) => Some(wrapped),
-            None => error.source(),
-        };
-    }
-    false
+    let code = |error: &(dyn std::error::Error + 'static)| error.downcast_ref::<std::io::Error>()?.raw_os_error();
+    causes(fault).filter_map(code).any(|code| lacks.contains(&code))
 }
 
 /// What failed on the way, as far as the chain of causes tells.
 fn unreached(fault: &reqwest::Error) -> Unreached {
-    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(fault);
-    while let Some(error) = cause {
+    for error in causes(fault) {
         if let Some(unresolved) = error.downcast_ref::<Unresolved>() {
             return match unresolved {
                 Unresolved::Lookup(_) => Unreached::Dns,
@@ -477,11 +482,6 @@ fn unreached(fault: &reqwest::Error) -> Unreached {
             // Before the connection stands, that is how a peer that speaks no TLS ends the handshake.
             return if fault.is_connect() { Unreached::Tls } else { Unreached::Closed };
         }
-        // An I/O error's own `source` skips what it wraps.
-        cause = match io.and_then(std::io::Error::get_ref) {
-            Some(wrapped) => Some(wrapped),
-            None => error.source(),
-        };
     }
     Unreached::Connect
 }

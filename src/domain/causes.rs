@@ -1,0 +1,16 @@
+//! A fault's causes, one behind the other.
+
+use std::{error::Error, io, iter::successors};
+
+/// The fault, then what caused it, and so on.
+pub fn causes<'f>(fault: &'f (dyn Error + 'static)) -> impl Iterator<Item = &'f (dyn Error + 'static)> {
+    successors(Some(fault), |error| cause(*error))
+}
+
+/// An I/O error's own `source` skips what it wraps.
+fn cause<'f>(error: &'f (dyn Error + 'static)) -> Option<&'f (dyn Error + 'static)> {
+    match error.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+        Some(wrapped) => Some(wrapped),
+        None => error.source(),
+    }
+}
