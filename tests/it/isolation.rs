@@ -395,16 +395,6 @@ async fn an_emptied_configuration_opens_nothing() {
     let faults = |said: &str| said.contains("callers.unix_peers") && said.contains("anyone");
     serving.until_fits("the list is missed", |event| event["event"] == "reload_failed" && faults(&event.to_string())).await;
     assert_eq!(ask().await.unwrap_err(), Code::PermissionDenied);
-    // Another one in its place: who may call no more is named. And what only a restart takes is told once, and when it is taken back.
-    fs::write(&config, "operator_overrides: refuse\ncallers: {unix_peers: [{uid: 4000000001}]}\nlimits: {decisions: 7}\n")
-        .unwrap();
-    let is_gone = |event: &serde_json::Value| {
-        event["event"] == "caller_removed" && event["caller"].as_str().is_some_and(|who| who.contains("4294967288"))
-    };
-    serving.until_fits("who is gone", is_gone).await;
-    serving.until_fits("a restart", |event| event["event"] == "restart_needed" && event["settings"] == "limits.decisions").await;
-    fs::write(&config, "operator_overrides: refuse\ncallers: {unix_peers: [{uid: 4000000001}]}\n").unwrap();
-    serving.until("restart_not_needed").await;
     // Meant, and loud.
     fs::write(&config, "callers: {unix_peers: anyone}\n").unwrap();
     let is_loosened = |setting: &'static str| {
@@ -416,6 +406,29 @@ async fn an_emptied_configuration_opens_nothing() {
     serving.until_fits("overrides", is_loosened("operator_overrides")).await;
     serving.until_fits("in force", |event| event["event"] == "reloaded").await;
     assert!(ask().await.is_ok());
+    serving.terminate().await;
+    assert!(serving.ended().await.status.success());
+}
+
+/// Another caller in the place of the only one: who may call no more is named. And what only a restart takes is told once, and when it is taken
+/// back.
+#[tokio::test]
+async fn who_is_taken_off_and_what_waits_for_a_restart_is_named() {
+    let (registry, catalogue) = case::documents(1);
+    let files = Files::new(&registry, &catalogue, Some("callers: {unix_peers: [{uid: 4294967288}]}\n"));
+    let address = format!("unix:{}", files.folder().join("gate.sock").display());
+    let flags = files.flags();
+    let arguments: Vec<&str> = ["--listen", &address].into_iter().chain(flags.iter().map(String::as_str)).collect();
+    let serving = Serving::start(&arguments).await;
+    let config = files.folder().join("config.yaml");
+    fs::write(&config, "callers: {unix_peers: [{uid: 4000000001}]}\nlimits: {decisions: 7}\n").unwrap();
+    let is_gone = |event: &serde_json::Value| {
+        event["event"] == "caller_removed" && event["caller"].as_str().is_some_and(|who| who.contains("4294967288"))
+    };
+    serving.until_fits("who is gone", is_gone).await;
+    serving.until_fits("a restart", |event| event["event"] == "restart_needed" && event["settings"] == "limits.decisions").await;
+    fs::write(&config, "callers: {unix_peers: [{uid: 4000000001}]}\n").unwrap();
+    serving.until("restart_not_needed").await;
     serving.terminate().await;
     assert!(serving.ended().await.status.success());
 }
