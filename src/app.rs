@@ -46,8 +46,6 @@ pub struct Documents {
     started: Settings,
     /// The keys that a restart is needed for, as they were told last.
     waiting: Vec<String>,
-    /// Replicas share what they find, since the start.
-    has_tier: bool,
     files: Vec<PathBuf>,
     loosenings: Arc<Loosenings>,
 }
@@ -95,9 +93,8 @@ impl Documents {
     pub fn new(engine: Arc<Engine>, setup: &Setup, load: Box<Load>, relist: Box<Relist>) -> Self {
         let loosenings = Arc::default();
         let settings = setup.settings.clone();
-        let has_tier = settings.tier.address.is_some();
         let (started, waiting) = (settings.clone(), Vec::new());
-        Self { engine, load, relist, settings, started, waiting, has_tier, files: setup.documents.clone(), loosenings }
+        Self { engine, load, relist, settings, started, waiting, files: setup.documents.clone(), loosenings }
     }
 
     /// What reloads have loosened.
@@ -139,7 +136,7 @@ impl Source for Documents {
             let document = "callers".to_owned();
             return Err(self.refuse(&[Problems { document, list: lost }]));
         }
-        if let Some(workspaces) = setup.settings.callers.workspaces().filter(|_| self.has_tier) {
+        if let Some(workspaces) = setup.settings.callers.workspaces().filter(|_| self.started.tier.address.is_some()) {
             let message = "names a `workspace` caller, and this process holds the key of the shared tier until it ends; restart it without one";
             let list = vec![Problem::at(workspaces, message)];
             return Err(self.refuse(&[Problems { document: "callers".to_owned(), list }]));

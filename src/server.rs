@@ -45,7 +45,10 @@ use self::{
     settings::{CallerSettings, EdgeSettings},
     tls::{Tls, TlsFiles, watch_ends},
 };
-pub use self::{error::ServerError, listen::Address};
+pub use self::{
+    error::{Review, ServerError},
+    listen::Address,
+};
 use crate::{
     core::engine::Engine,
     grpc::{authorize::Authorizer, call_record::Recorder, convert, service::PolicyDecision},
@@ -264,8 +267,8 @@ fn secured(settings: &EdgeSettings) -> Result<(Arc<Callers>, Option<Arc<Tls>>), 
     })
 }
 
-/// Everything about these settings that would keep a server from starting, without taking a socket: addresses, certificates, tokens.
-pub fn review(settings: &EdgeSettings) -> Vec<ServerError> {
+/// Everything about these settings, without taking a socket: addresses, certificates, tokens.
+pub fn review(settings: &EdgeSettings) -> Review {
     let (mut faults, mut addresses_of) = (Vec::new(), Vec::new());
     let EdgeSettings { server, admin, tls, callers, .. } = settings;
     let listed = server.listen.iter().map(|text| ("server.listen", text));
@@ -285,36 +288,24 @@ pub fn review(settings: &EdgeSettings) -> Vec<ServerError> {
     }
     let (tls, callers) = (tls.clone(), callers.clone());
     let read = move || {
-        let mut faults = Vec::new();
-        let known = Callers::new(&callers).map_err(|fault| faults.push(fault)).ok();
+        let mut found = Review::default();
+        let known = Callers::new(&callers).map_err(|fault| found.faults.push(fault)).ok();
         // Certificates are looked at whoever may call.
         let unlisted = CallerSettings { token_file: None, ..callers };
         if let (Some(certificate), Some(key), Some(callers)) =
             (tls.certificate, tls.key, known.or_else(|| Callers::new(&unlisted).ok()))
         {
             let files = TlsFiles { certificate, key, client_ca: tls.client_ca };
-            faults.extend(Tls::review(&files, &Arc::new(callers)));
+            Tls::review(&files, &Arc::new(callers), &mut found);
         }
-        faults
+        found
     };
-    match files::in_time(read) {
-        Ok(found) => faults.extend(found),
-        Err(source) => {
-            let path = settings.tls.certificate.clone().or_else(|| settings.callers.token_file.clone()).unwrap_or_default();
-            faults.push(ServerError::File { path, source });
-        }
-    }
-    faults
-}
-
-/// Certificates that are near their end, or past it: the setting, and what to say of it. None where the files are faulty, which is said elsewhere.
-pub fn certificates_near_their_end(settings: &EdgeSettings) -> Vec<(&'static str, String)> {
-    let (tls, callers) = (settings.tls.clone(), CallerSettings { token_file: None, ..settings.callers.clone() });
-    let read = move || {
-        let files = TlsFiles { certificate: tls.certificate?, key: tls.key?, client_ca: tls.client_ca };
-        Tls::load(files, Arc::new(Callers::new(&callers).ok()?)).ok().map(|tls| tls.near_ends())
-    };
-    files::in_time(read).ok().flatten().unwrap_or_default()
+    let found = files::in_time(read).unwrap_or_else(|source| {
+        let path = settings.tls.certificate.clone().or_else(|| settings.callers.token_file.clone()).unwrap_or_default();
+        Review { faults: vec![ServerError::File { path, source }], ..Review::default() }
+    });
+    faults.extend(found.faults);
+    Review { faults, ..found }
 }
 
 async fn listener(address: Address, settings: &EdgeSettings) -> Result<Listener, ServerError> {

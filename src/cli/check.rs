@@ -166,25 +166,21 @@ impl Found {
     fn all(&mut self, serve: ServeArgs, elsewhere: bool) -> Option<Setup> {
         let (paths, overrides) = serve.layers();
         let loaded = config::load(&paths, &overrides);
-        let mut ends = Vec::new();
         // Whatever is wrong with the documents hides nothing of the edge.
         if let Ok((settings, _)) = config::settings_of(&paths, &overrides, env::vars()) {
             let document = paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string());
             let is_of_here = |fault: &ServerError| {
                 matches!(fault, ServerError::File { .. } | ServerError::Content { .. } | ServerError::Listen { .. })
             };
-            let faults = server::review(&settings.edge()).into_iter().filter(|fault| !(elsewhere && is_of_here(fault)));
+            let server::Review { faults, near_ends } = server::review(&settings.edge());
+            let faults = faults.into_iter().filter(|fault| !(elsewhere && is_of_here(fault)));
             self.problems.extend(faults.map(|fault| of_server(&document, &fault)));
-            if !elsewhere {
-                let near = server::certificates_near_their_end(&settings.edge()).into_iter();
-                let list: Vec<Problem> = near.map(|(setting, message)| Problem::at(setting, message)).collect();
-                ends.extend((!list.is_empty()).then_some(Problems { document, list }));
-            }
+            let list: Vec<Problem> = near_ends.into_iter().map(|(setting, message)| Problem::at(setting, message)).collect();
+            self.warnings.extend((!elsewhere && !list.is_empty()).then_some(Problems { document, list }));
         }
         match loaded {
             Ok(mut setup) => {
-                self.warnings = std::mem::take(&mut setup.warnings);
-                self.warnings.append(&mut ends);
+                self.warnings.append(&mut setup.warnings);
                 if !elsewhere {
                     self.tier(&setup);
                 }

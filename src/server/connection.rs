@@ -72,11 +72,8 @@ const ENHANCE_YOUR_CALM: u8 = 0x0b;
 /// person, and gRPC's clients lose its text: grpc-go tells of a connection that is draining, and tries again for ever.
 const TLS_ALERT: [u8; 7] = [0x15, 0x03, 0x03, 0, 2, 2, 10];
 /// What is said to whoever speaks TLS or HTTP/1.1 where neither is spoken. A TLS client shows none of it, but knows from it what is wrong.
-const SPEAKS_HTTP2: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n\
-    this port speaks gRPC over HTTP/2, without TLS\n";
-/// The same within TLS.
-const SPEAKS_HTTP2_IN_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n\
-    this port speaks gRPC over HTTP/2\n";
+const SPEAKS_HTTP2: &str =
+    "HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\nthis port speaks gRPC over HTTP/2";
 /// What is said to whoever speaks HTTP/2 and no gRPC.
 const NOT_GRPC: &str = "the content type must be application/grpc or application/grpc+proto: this port speaks gRPC\n";
 /// How a request of HTTP/1.1 begins.
@@ -171,7 +168,7 @@ impl ConnectionContext {
             let is_tls = is_plain && preface.starts_with(&TLS_RECORD);
             // Noise on a bad network is told nothing: its client would take the text for another server's.
             if is_tls || METHODS.iter().any(|method| preface.starts_with(method)) {
-                say(io, if is_plain { SPEAKS_HTTP2 } else { SPEAKS_HTTP2_IN_TLS }).await;
+                say(io, format!("{SPEAKS_HTTP2}{}\n", if is_plain { ", without TLS" } else { "" }).as_bytes()).await;
             }
             let fault = if is_tls { HandshakeFault::TlsUnexpected } else { HandshakeFault::NoHttp2 };
             return Err(Some(Refusal::of(fault)));

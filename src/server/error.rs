@@ -60,6 +60,15 @@ pub enum ServerError {
     TaskEnded(&'static str),
 }
 
+/// What is to be said of settings before a server is started with them.
+#[derive(Debug, Default)]
+pub struct Review {
+    /// What would keep it from starting.
+    pub faults: Vec<ServerError>,
+    /// Certificates that are near their end, or past it: the setting, and what to say of it.
+    pub near_ends: Vec<(&'static str, String)>,
+}
+
 /// A fault with all its causes, in one line.
 pub(super) fn chain(fault: &dyn Error) -> String {
     let mut out = fault.to_string();

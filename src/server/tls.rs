@@ -23,7 +23,7 @@ use zeroize::Zeroizing;
 
 use super::{
     callers::Callers,
-    error::{ServerError, chain},
+    error::{Review, ServerError, chain},
     refused::presented,
 };
 use crate::{
@@ -82,27 +82,29 @@ impl Tls {
         Ok(Self { last: Mutex::new(content.hash()), in_force: ArcSwap::from_pointee(in_force), files, callers })
     }
 
-    /// Everything that is wrong with these files.
-    pub(super) fn review(files: &TlsFiles, callers: &Arc<Callers>) -> Vec<ServerError> {
+    /// Adds everything that is to be said of these files.
+    pub(super) fn review(files: &TlsFiles, callers: &Arc<Callers>, found: &mut Review) {
         let TlsFiles { certificate, key, client_ca } = files;
         let named = [Some(certificate), Some(key), client_ca.as_ref()].into_iter().flatten();
         let unread: Vec<ServerError> = named.filter_map(|path| read(path).err()).collect();
         if !unread.is_empty() {
-            return unread;
+            return found.faults.extend(unread);
         }
         let content = match Content::read(files) {
             Ok(content) => content,
-            Err(fault) => return vec![fault],
+            Err(fault) => return found.faults.push(fault),
         };
-        let mut faults: Vec<ServerError> = content.in_force(files, callers).err().into_iter().collect();
+        match content.in_force(files, callers) {
+            Ok(in_force) => found.near_ends.extend(in_force.ends(files).into_iter().filter_map(of_near_end)),
+            Err(fault) => found.faults.push(fault),
+        }
         // The authority's own fault, where the server's certificate has hidden it.
         if let (Some(pem), Some(path)) = (&content.client_ca, client_ca)
             && let Err(message) = known_clients(pem, Arc::new(ring::default_provider()), callers)
-            && !faults.iter().any(|fault| matches!(fault, ServerError::Content { path: other, .. } if other == path))
+            && !found.faults.iter().any(|fault| matches!(fault, ServerError::Content { path: other, .. } if other == path))
         {
-            faults.push(ServerError::Content { path: path.clone(), message });
+            found.faults.push(ServerError::Content { path: path.clone(), message });
         }
-        faults
     }
 
     fn refresh(&self) -> Result<Reloaded, ServerError> {
@@ -121,13 +123,20 @@ impl Tls {
         TlsAcceptor::from(Arc::clone(&self.in_force.load().config))
     }
 
-    /// The certificates in force: the setting that names the file, the file, and when it ends in seconds of Unix time.
+    /// The certificates in force.
     pub(super) fn ends(&self) -> Vec<CertificateEnd> {
-        let in_force = self.in_force.load();
-        let TlsFiles { certificate, client_ca, .. } = &self.files;
+        self.in_force.load().ends(&self.files)
+    }
+}
+
+// === impl InForce ===
+
+impl InForce {
+    /// The setting that names the file, the file, and when it ends in seconds of Unix time.
+    fn ends(&self, TlsFiles { certificate, client_ca, .. }: &TlsFiles) -> Vec<CertificateEnd> {
         [
-            ("tls.certificate", Some(certificate), in_force.certificate_ends),
-            ("tls.client_ca", client_ca.as_ref(), in_force.client_ca_ends),
+            ("tls.certificate", Some(certificate), self.certificate_ends),
+            ("tls.client_ca", client_ca.as_ref(), self.client_ca_ends),
         ]
         .into_iter()
         .filter_map(|(setting, file, end)| Some((setting, file?.display().to_string(), end?)))
@@ -135,15 +144,10 @@ impl Tls {
     }
 }
 
-impl Tls {
-    /// Of those that are near their end: the setting, and what to say of it.
-    pub(super) fn near_ends(&self) -> Vec<(&'static str, String)> {
-        let near = |(setting, file, end): CertificateEnd| {
-            let (left, ends_at) = near_end(end)?;
-            Some((setting, format!("{file} ends at {ends_at}, left: {left}; {}", certificate_remedy(setting))))
-        };
-        self.ends().into_iter().filter_map(near).collect()
-    }
+/// Of one that is near its end: the setting, and what to say of it.
+fn of_near_end((setting, file, end): CertificateEnd) -> Option<(&'static str, String)> {
+    let (left, ends_at) = near_end(end)?;
+    Some((setting, format!("{file} ends at {ends_at}, left: {left}; {}", certificate_remedy(setting))))
 }
 
 /// What is left, and when it ends, of a certificate that is near its end or past it.

@@ -1,5 +1,5 @@
 //! The way out: spans go into a bounded queue, and one thread of its own, with a runtime of its own, sends them over OTLP. What does not fit
-//! or does not arrive is lost, counted, and told of rarely. Nothing else waits for the collector.
+//! or does not arrive is lost, counted, and reported rarely. Nothing else waits for the collector.
 
 use std::{
     env,
@@ -37,14 +37,14 @@ use crate::{
     telemetry::metrics::{Collect, Counter, Page},
 };
 
-/// What the service's own spans are told by. Nobody else's become part of a trace: neither the HTTP library's, nor the exporter's own.
+/// What the service's own spans are known by. Nobody else's become part of a trace: neither the HTTP library's, nor the exporter's own.
 pub(super) const TARGET: &str = "byok_gate::span";
 /// Keeps them alive under whatever log filter is set: it rules the log, and traces have a switch of their own.
 pub(crate) const DIRECTIVE: &str = "byok_gate::span=info";
 /// What is sent at once: a few hundred KiB, far below what a collector takes for one message.
 const BATCH_SPANS: usize = 512;
-/// Lost spans are told of no more often than this.
-const TELL_EVERY: Duration = Duration::from_secs(60);
+/// Lost spans are reported no more often than this.
+const REPORT_EVERY: Duration = Duration::from_secs(60);
 
 /// Where spans go, and how many.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -146,11 +146,11 @@ struct Held {
     lost: Counter,
     /// The last batch did not arrive.
     failing: AtomicBool,
-    told: Mutex<Told>,
+    reported: Mutex<LastReport>,
 }
 
 #[derive(Debug, Default)]
-struct Told {
+struct LastReport {
     lost: u64,
     at: Option<Instant>,
 }
@@ -233,7 +233,7 @@ pub fn finish(within: Duration) {
     if sent.is_err() {
         held.lose(held.spans.load(Ordering::Relaxed));
     }
-    held.tell("the collector did not take them before the end", Duration::ZERO);
+    held.report("the collector did not take them before the end", Duration::ZERO);
 }
 
 fn collector(endpoint: &str, timeout: Duration, roots: Option<&[u8]>) -> Result<Endpoint, tonic::transport::Error> {
@@ -308,7 +308,7 @@ impl SpanExporter for Sender {
                 fault.to_string()
             }
         };
-        self.held.tell(&why, TELL_EVERY);
+        self.held.report(&why, REPORT_EVERY);
         ready(sent)
     }
 
@@ -339,13 +339,13 @@ impl Held {
         self.lost.inc_by(spans as u64);
     }
 
-    /// Tells of what was lost since it was told of last, if that is long enough ago.
-    fn tell(&self, why: &str, every: Duration) {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Reports what was lost since the last report, if that is long enough ago.
+    fn report(&self, why: &str, every: Duration) {
+        let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
         let total = self.lost.get();
-        if total > told.lost && told.at.is_none_or(|at| at.elapsed() >= every) {
-            tracing::warn!(event = "spans_lost", lost = total - told.lost, total, why);
-            *told = Told { lost: total, at: Some(Instant::now()) };
+        if total > reported.lost && reported.at.is_none_or(|at| at.elapsed() >= every) {
+            tracing::warn!(event = "spans_lost", lost = total - reported.lost, total, why);
+            *reported = LastReport { lost: total, at: Some(Instant::now()) };
         }
     }
 }
@@ -360,19 +360,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_held_is_bounded_and_what_is_lost_is_told_of_rarely() {
+    fn what_is_held_is_bounded_and_what_is_lost_is_reported_rarely() {
         let held = Held { limit: 2, ..Held::default() };
         assert_eq!([held.take_one(), held.take_one(), held.take_one()], [true, true, false]);
         held.spans.fetch_sub(1, Ordering::Relaxed);
         assert_eq!([held.take_one(), held.take_one()], [true, false]);
-        let told = |every| {
-            held.tell("made to", every);
-            held.told.lock().unwrap().lost
+        let reported = |every| {
+            held.report("made to", every);
+            held.reported.lock().unwrap().lost
         };
         held.lose(3);
-        assert_eq!(told(TELL_EVERY), 3);
+        assert_eq!(reported(REPORT_EVERY), 3);
         held.lose(4);
-        assert_eq!(told(TELL_EVERY), 3);
-        assert_eq!(told(Duration::ZERO), 7);
+        assert_eq!(reported(REPORT_EVERY), 3);
+        assert_eq!(reported(Duration::ZERO), 7);
     }
 }
