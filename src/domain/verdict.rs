@@ -181,7 +181,7 @@ pub enum ServedFrom {
 }
 
 /// Why the provider was not asked: our doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, VariantArray)]
 pub enum Withheld {
     /// As many questions wait for this provider as may, or this one waited too long.
     Queue,
@@ -194,7 +194,7 @@ pub enum Withheld {
 }
 
 /// What failed on the way to the provider.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, VariantArray)]
 pub enum Unreached {
     /// The host's name could not be resolved.
     Dns,

@@ -1,6 +1,10 @@
 //! What is no LLM key leaves for nobody, and every vendor's own key passes: both for all that the embedded catalogue knows.
 
-use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    time::Duration,
+};
 
 use byok_gate::{
     core::{
@@ -9,18 +13,13 @@ use byok_gate::{
         key_shape::unfit,
         registry::Registry,
     },
-    domain::{
-        decision::Outcome,
-        request::{CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
-        secret::Secret,
-        verdict::DenyCode,
-    },
+    domain::{decision::Outcome, request::Request, secret::Secret, verdict::DenyCode},
 };
 use serde::Deserialize;
 use tokio::time::Instant;
 
 use crate::support::{
-    case,
+    case::{self, Spec},
     gate::Files,
     vendor::{Row, Vendor},
 };
@@ -83,28 +82,8 @@ impl Kind {
 }
 
 fn request(value: &str) -> Request {
-    Request {
-        spec: WorkspaceSpec {
-            workspace_id: String::new(),
-            organization_id: "org-1".into(),
-            runtime: "agent".into(),
-            model: "acme-large".into(),
-            credentials: vec![Credential {
-                env_name: "ACME_API_KEY".into(),
-                scope: Scope::Workspace,
-                value: CredentialValue::Readable(Arc::new(Secret::new(value.to_owned()))),
-            }],
-            unreadable_scopes: Vec::new(),
-            operator_override: OperatorOverride::Derive,
-            platform_proxy: None,
-            tenant_base_url_env: Vec::new(),
-        },
-        checkpoint: Checkpoint::Create,
-        max_liveness_age: None,
-        explain: true,
-        report_only: false,
-        caller: CalledBy::default(),
-    }
+    let workspace = BTreeMap::from([("ACME_API_KEY".into(), Some(value.into()))]);
+    Spec { model: "acme-large".into(), organization_id: "org-1".into(), workspace, ..Spec::default() }.request()
 }
 
 /// A value of every kind of the data, under the provider's own variable: at a host of which nothing is known, and at a gateway that takes every

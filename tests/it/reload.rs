@@ -16,7 +16,7 @@ use byok_gate::{
     app::Documents,
     config::{self, ConfigError, Overrides, Paths, Setup, settings::Settings},
     core::{engine::Engine, registry::Registry, snapshot::Snapshot},
-    domain::request::{CalledBy, Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
+    domain::request::{PlatformProxy, Request},
     grpc::convert::pb,
     watch::{PollOutcome, Watcher},
 };
@@ -25,6 +25,7 @@ use tokio::time::Instant;
 
 use crate::support::{
     binary::{PATIENCE, Serving, run},
+    case::Spec,
     gate::Files,
 };
 
@@ -249,24 +250,7 @@ fn a_file_that_the_configuration_names_later_is_followed() {
 }
 
 fn request() -> Request {
-    Request {
-        spec: WorkspaceSpec {
-            workspace_id: String::new(),
-            organization_id: String::new(),
-            runtime: "agent".into(),
-            model: "shared-1".into(),
-            credentials: Vec::new(),
-            unreadable_scopes: Vec::new(),
-            operator_override: OperatorOverride::Derive,
-            platform_proxy: None,
-            tenant_base_url_env: Vec::new(),
-        },
-        checkpoint: Checkpoint::Create,
-        max_liveness_age: None,
-        explain: false,
-        report_only: false,
-        caller: CalledBy::default(),
-    }
+    Spec { model: "shared-1".into(), ..Spec::default() }.request()
 }
 
 /// A steady stream of decisions under 1,000 reloads of two registries that disagree: each answer is wholly of one of them.

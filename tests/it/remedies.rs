@@ -21,12 +21,12 @@ use byok_gate::{
     domain::{
         decision::{Decision, Outcome},
         protocol::HeaderFamily,
-        request::{CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
-        secret::Secret,
         verdict::{ServedFrom, Verdict, WarningCode},
     },
 };
 use tokio::time::Instant;
+
+use crate::support::case::Spec;
 
 const TOKEN: &str = "sk-ant-oat01-made-up-and-no-other-one-is-so-and-here-is-its-other-half-made-up";
 const DEAD: &str = "made-up-dead-key";
@@ -65,30 +65,14 @@ fn engine() -> Engine {
 type Values = BTreeMap<String, String>;
 
 async fn decide(engine: &Engine, runtime: &str, model: &str, values: &Values) -> Decision {
-    let credentials = values.iter().map(|(name, value)| Credential {
-        env_name: name.clone(),
-        scope: Scope::Workspace,
-        value: CredentialValue::Readable(Arc::new(Secret::new(value.clone()))),
-    });
-    let request = Request {
-        spec: WorkspaceSpec {
-            workspace_id: String::new(),
-            organization_id: "org-1".into(),
-            runtime: runtime.into(),
-            model: model.into(),
-            credentials: credentials.collect(),
-            unreadable_scopes: Vec::new(),
-            operator_override: OperatorOverride::Derive,
-            platform_proxy: None,
-            tenant_base_url_env: Vec::new(),
-        },
-        checkpoint: Checkpoint::Create,
-        max_liveness_age: None,
-        explain: true,
-        report_only: false,
-        caller: CalledBy::default(),
+    let spec = Spec {
+        runtime: Some(runtime.into()),
+        model: model.into(),
+        organization_id: "org-1".into(),
+        workspace: values.iter().map(|(name, value)| (name.clone(), Some(value.clone()))).collect(),
+        ..Spec::default()
     };
-    engine.decide(&request, Instant::now() + Duration::from_secs(5)).await.decision
+    engine.decide(&spec.request(), Instant::now() + Duration::from_secs(5)).await.decision
 }
 
 /// A value that does what this variable is for.

@@ -13,11 +13,12 @@ use byok_gate::{
     },
     domain::{
         protocol::HeaderFamily,
-        request::{CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
-        secret::Secret,
+        request::{Request, Scope},
         verdict::{DenyCode, WarningCode},
     },
 };
+
+use crate::support::case::Spec;
 
 fn snapshot() -> Snapshot {
     let (registry, catalogue) = (Registry::embedded(&|_| None).unwrap().value, Catalogue::embedded().unwrap().value);
@@ -26,30 +27,19 @@ fn snapshot() -> Snapshot {
 }
 
 fn request(runtime: &str, model: &str, credentials: &[(&str, Scope, Option<&str>)]) -> Request {
-    let credentials = credentials.iter().map(|(name, scope, value)| Credential {
-        env_name: (*name).to_owned(),
-        scope: *scope,
-        value: value
-            .map_or(CredentialValue::Unreadable, |value| CredentialValue::Readable(Arc::new(Secret::new(value.to_owned())))),
-    });
-    Request {
-        spec: WorkspaceSpec {
-            workspace_id: String::new(),
-            organization_id: "org-1".into(),
-            runtime: runtime.into(),
-            model: model.into(),
-            credentials: credentials.collect(),
-            unreadable_scopes: Vec::new(),
-            operator_override: OperatorOverride::Derive,
-            platform_proxy: None,
-            tenant_base_url_env: Vec::new(),
-        },
-        checkpoint: Checkpoint::Create,
-        max_liveness_age: None,
-        explain: true,
-        report_only: false,
-        caller: CalledBy::default(),
+    let of = |wanted: Scope| {
+        let rows = credentials.iter().filter(|(_, scope, _)| *scope == wanted);
+        rows.map(|(name, _, value)| ((*name).to_owned(), value.map(str::to_owned))).collect()
+    };
+    Spec {
+        runtime: Some(runtime.into()),
+        model: model.into(),
+        organization_id: "org-1".into(),
+        workspace: of(Scope::Workspace),
+        organization: of(Scope::Organization),
+        ..Spec::default()
     }
+    .request()
 }
 
 /// What comes of it, in words: `asks NAME in HEADER at HOST`, or the code of the refusal, then the warnings.

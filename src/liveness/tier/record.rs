@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use strum::VariantArray;
 
 use crate::{
     core::classify::Finding,
@@ -10,6 +11,7 @@ use crate::{
         protocol::HeaderFamily,
         verdict::{Cause, MadeUpKey, Unreached, Verdict},
     },
+    telemetry::cause::unreached,
 };
 
 /// The longest that a failure to hear from a provider is shared: it may be this replica's own.
@@ -117,7 +119,7 @@ fn write(finding: &Finding) -> Option<WrittenFinding<'_>> {
         retry_after_ms: retry_after.map(millis),
         about_model: finding.about_model,
         cost_money: finding.cost_money,
-        unreached: finding.unreached.map(write_unreached),
+        unreached: finding.unreached.map(unreached),
     })
 }
 
@@ -193,28 +195,12 @@ fn read_made_up(word: &str, status: Option<u16>) -> Option<MadeUpKey> {
     }
 }
 
-const ALL_UNREACHED: [Unreached; 7] = [
-    Unreached::Dns,
-    Unreached::Address,
-    Unreached::Connect,
-    Unreached::Tls,
-    Unreached::Closed,
-    Unreached::Protocol,
-    Unreached::Proxy,
-];
-
-const fn write_unreached(why: Unreached) -> &'static str {
-    crate::telemetry::cause::unreached(why)
-}
-
 fn read_unreached(word: &str) -> Option<Unreached> {
-    ALL_UNREACHED.into_iter().find(|why| write_unreached(*why) == word)
+    Unreached::VARIANTS.iter().copied().find(|why| unreached(*why) == word)
 }
 
 #[cfg(test)]
 mod tests {
-    use strum::VariantArray;
-
     use super::*;
 
     fn record(finding: Finding) -> Record {
@@ -248,7 +234,7 @@ mod tests {
         ];
         for verdict in Verdict::VARIANTS.iter().filter(|verdict| may_be_shared(**verdict)) {
             for made_up in made_up {
-                for unreached in ALL_UNREACHED {
+                for &unreached in Unreached::VARIANTS {
                     let mut record = record(full(*verdict, made_up, unreached));
                     record.earlier_valid = Some((full(Verdict::Valid, made_up, unreached), 1_800_000_000_000));
                     let bytes = record.to_bytes().unwrap();

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
-use byok_gate::grpc::convert::pb;
+use byok_gate::{
+    domain::request::Request,
+    grpc::convert::{self, pb},
+};
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
@@ -174,6 +177,17 @@ impl Spec {
     pub(crate) fn values(&self) -> Vec<&str> {
         let maps = self.workspace.values().chain(self.organization.values()).flatten();
         maps.map(String::as_str).chain(self.credentials.iter().map(|credential| credential.value.as_str())).collect()
+    }
+
+    /// The request of a create, which wants everything explained.
+    pub(crate) fn request(&self) -> Request {
+        let message = pb::DecideRequest {
+            workspace_spec: Some(self.message()),
+            checkpoint: pb::Checkpoint::Create as i32,
+            explain: true,
+            ..Default::default()
+        };
+        convert::request(message).unwrap()
     }
 
     pub(crate) fn message(&self) -> pb::WorkspaceSpec {
