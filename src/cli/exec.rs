@@ -42,8 +42,8 @@ const MAX_TERMINATION_LOG_BYTES: usize = 4096;
 #[derive(Debug, Args)]
 #[command(
     override_usage = "byok-gate exec [OPTIONS] -- CMD ARGS...",
-    after_help = "The workspace's credentials are looked for under the names that the registry knows, in the environment and then\n\
-    in --secrets-dir; nothing else of either is read. CMD gets the environment as it is.\n\n\
+    after_help = "The workspace's credentials are looked for under the names that the registry and the facts about runtimes know, in the environment\n\
+    and then in --secrets-dir; nothing else of either is read. CMD gets the environment as it is.\n\n\
     Exit codes: CMD's own once it runs. Until then: 10 denied, 11 denied but worth a retry, anything else no decision;\n\
     CMD is then never run, and the termination log says why."
 )]
@@ -117,7 +117,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
             return Err(ConfigError(vec![Problems { document: "configuration".to_owned(), list }]).into());
         }
         let (credentials, unreadable_scopes) =
-            found(setup.snapshot.registry.credential_names(), secrets_dir.as_deref(), &|name| env::var_os(name));
+            found(setup.snapshot.credential_names(), secrets_dir.as_deref(), &|name| env::var_os(name));
         let request = Request {
             spec: WorkspaceSpec {
                 workspace_id,

@@ -213,7 +213,6 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
     }
 }
 
-/// Trimmed of Unicode white space; copied only where there is some.
 /// The model without blanks at its ends. The bound is for what was sent.
 fn model_within(model: String, place: std::fmt::Arguments<'_>, limits: &Limits, violations: &mut Violations) -> String {
     if model.len() > limits.model_bytes {
@@ -225,6 +224,7 @@ fn model_within(model: String, place: std::fmt::Arguments<'_>, limits: &Limits, 
     model
 }
 
+/// Trimmed of Unicode white space; copied only where there is some.
 fn trimmed(text: String) -> String {
     let kept = text.trim();
     if kept.len() == text.len() { text } else { kept.to_owned() }
@@ -455,7 +455,7 @@ pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResp
         runtime_count: count(registry.runtimes().count()),
         model_count: count(registry.runtimes().flat_map(|(_, runtime)| &runtime.arms).map(|arm| arm.models.len()).sum()),
         host_count: count(catalogue.host_count()),
-        credential_names: registry.credential_names().iter().cloned().collect(),
+        credential_names: snapshot.credential_names().iter().cloned().collect(),
     }
 }
 
