@@ -503,8 +503,27 @@ fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], 
     let mut found = Vec::new();
     let mut add = |what: String, remedy: &str| found.push(Attention { what, remedy: remedy.to_owned() });
     let sum = |family: &str| page.values(family).map(|(_, value)| value).sum::<f64>() as u64;
-    for certificate in certificates {
-        let Certificate { setting, file, ends_at, seconds_left } = certificate;
+    near_ends(certificates, &mut add);
+    not_taken(page, documents, &mut add);
+    if sum("byokgate_decisions_panicked") + sum("byokgate_probes_panicked") > 0 {
+        add("a fault of byok-gate's own ended a decision or a probe".to_owned(), "look for `panicked` in the log, and report it");
+    }
+    providers.iter().for_each(|provider| wants_of(provider, &mut add));
+    let dropped = sum("byokgate_log_lines_dropped");
+    if dropped > 0 {
+        add(
+            format!("{dropped} log lines were dropped since the start"),
+            "the log is read too slowly, or cannot be written (a closed pipe, a full disk): look at standard output and its agent",
+        );
+    }
+    found
+}
+
+/// Takes what is the matter, and what to do.
+type Add<'a> = &'a mut dyn FnMut(String, &str);
+
+fn near_ends(certificates: &[Certificate], add: Add<'_>) {
+    for Certificate { setting, file, ends_at, seconds_left } in certificates {
         let remedy = certificate_remedy(setting);
         if *seconds_left <= 0 {
             add(format!("{setting} ({file}) has ended at {ends_at}"), remedy);
@@ -513,6 +532,10 @@ fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], 
             add(format!("{setting} ({file}) ends in {left}, at {ends_at}"), remedy);
         }
     }
+}
+
+/// Changes that are not in force.
+fn not_taken(page: &Page, documents: &[Document], add: Add<'_>) {
     for Document { document, source, last_reload_error, .. } in documents.iter().filter(|it| !it.last_reload_error.is_empty()) {
         // The fault may be in the configuration, which is read together with it: its own file is named then.
         let whose = if last_reload_error.contains(source.as_str()) {
@@ -535,49 +558,40 @@ fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], 
             "the log's `reload_failed` names the fault; write the files again",
         );
     }
-    if sum("byokgate_decisions_panicked") + sum("byokgate_probes_panicked") > 0 {
-        add("a fault of byok-gate's own ended a decision or a probe".to_owned(), "look for `panicked` in the log, and report it");
-    }
-    for Provider { provider, breaker, enforcement, until, calibration, no_api_at, last_failure, .. } in providers {
-        // Half-open, it is only not known to be well again.
-        if breaker == "open" || breaker == "half-open" {
-            let why = last_failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.cause));
-            add(
-                format!("the breaker of provider `{provider}` is {breaker}{why}"),
-                "look at the vendor's status page; where several are open, at DNS and egress. It closes by itself",
-            );
-        }
-        for host in no_api_at {
-            add(
-                format!("there is no API at the base URL of provider `{provider}` ({host})"),
-                "correct the base URL in the registry; `byok-gate check --probe` finds them all",
-            );
-        }
-        // Another rung of the ladder may tell: then nothing is amiss.
-        let accepts = |it: &&Calibration| it.state == "accepts";
-        if let Some(Calibration { host, .. }) = calibration.iter().find(accepts)
-            && calibration.iter().all(|it| accepts(&it))
-        {
-            add(
-                format!("{host} takes made-up keys of provider `{provider}`: its \"yes\" proves nothing"),
-                "`byok-gate probe --provider P --env NAME --calibrate --explain` shows each call; correct the host's row",
-            );
-        }
-        if enforcement != "enforce" {
-            add(
-                format!("provider `{provider}` is set to {enforcement} until {until}: dead keys start workspaces"),
-                "nothing, if it is meant; else take the entry out of `providers`",
-            );
-        }
-    }
-    let dropped = sum("byokgate_log_lines_dropped");
-    if dropped > 0 {
+}
+
+fn wants_of(provider: &Provider, add: Add<'_>) {
+    let Provider { provider, breaker, enforcement, until, calibration, no_api_at, last_failure, .. } = provider;
+    // Half-open, it is only not known to be well again.
+    if breaker == "open" || breaker == "half-open" {
+        let why = last_failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.cause));
         add(
-            format!("{dropped} log lines were dropped since the start"),
-            "the log is read too slowly, or cannot be written (a closed pipe, a full disk): look at standard output and its agent",
+            format!("the breaker of provider `{provider}` is {breaker}{why}"),
+            "look at the vendor's status page; where several are open, at DNS and egress. It closes by itself",
         );
     }
-    found
+    for host in no_api_at {
+        add(
+            format!("there is no API at the base URL of provider `{provider}` ({host})"),
+            "correct the base URL in the registry; `byok-gate check --probe` finds them all",
+        );
+    }
+    // Another rung of the ladder may tell: then nothing is amiss.
+    let accepts = |it: &&Calibration| it.state == "accepts";
+    if let Some(Calibration { host, .. }) = calibration.iter().find(accepts)
+        && calibration.iter().all(|it| accepts(&it))
+    {
+        add(
+            format!("{host} takes made-up keys of provider `{provider}`: its \"yes\" proves nothing"),
+            "`byok-gate probe --provider P --env NAME --calibrate --explain` shows each call; correct the host's row",
+        );
+    }
+    if enforcement != "enforce" {
+        add(
+            format!("provider `{provider}` is set to {enforcement} until {until}: dead keys start workspaces"),
+            "nothing, if it is meant; else take the entry out of `providers`",
+        );
+    }
 }
 
 /// Connections that are being refused.
