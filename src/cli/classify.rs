@@ -25,7 +25,7 @@ use crate::{
         classify::{Answer, Calibration, Classification, ProbeResponse, ReadBy, Reading, is_page, read},
         endpoint::{Call, MODEL, call},
         look::Look,
-        probe_plan::{Client, Next, ProbePlan},
+        probe_plan::{Client, Next, ProbePlan, Requests},
         taught::EndpointFacts,
     },
     domain::{
@@ -315,11 +315,11 @@ fn word(classification: &Classification) -> &'static str {
 
 /// What is asked after this answer, a made-up key being refused there: so, where this is a 403.
 fn next(calls: &[Call], reading: &Reading, answer: Answer<'_>) -> Option<Value> {
-    let mut plan = ProbePlan::new(calls, Client::default(), &EndpointFacts::default(), &|_, _| false);
+    let mut plan = ProbePlan::new(calls, Client::default(), &EndpointFacts::default(), Requests::UNKNOWN);
     let look = Look::of(answer, "");
     let calibration = match reading.classification {
         Classification::Accepted | Classification::Forbidden(_) => {
-            Calibration::Refuses { look: look.clone(), in_words: true, in_contrast: false }
+            Calibration::Refuses { look: look.clone(), in_words: true, by_code: true, in_contrast: false }
         }
         Classification::Restricted | Classification::Unread | Classification::Verdict(_) => Calibration::NotAsked,
     };
@@ -330,7 +330,7 @@ fn next(calls: &[Call], reading: &Reading, answer: Answer<'_>) -> Option<Value> 
             (Next::Calibrate { .. }, _) => plan.take_calibration(&calibration),
             (Next::Keyless { .. }, _) => plan.take_keyless(None),
             (Next::Done(_), _) => return None,
-            (Next::Ask { call, families }, None) => {
+            (Next::Ask { call, families, .. }, None) => {
                 let headers: Vec<&str> = families.iter().map(|family: &HeaderFamily| family.header()).collect();
                 return Some(json!({
                     "probe": call.probe.name,

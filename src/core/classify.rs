@@ -85,13 +85,19 @@ pub enum Calibration {
         look: Look,
         /// It is one by its own words: INVALID by a signal, a code, or a 401.
         in_words: bool,
-        /// A real key was accepted there within minutes of it: whatever it looks like, it is no answer for everybody.
+        /// A signal or a common code says that it is about the key: no limit on calls is said so.
+        by_code: bool,
+        /// A real key was accepted there right before it, and right after it again: whatever it looks like, it is no answer for everybody.
         in_contrast: bool,
     },
     /// It accepts them: its "yes" proves nothing.
     AcceptsAnyone,
     /// It was asked, and the answer tells nothing: the status, if there was one.
     Untold(Option<u16>),
+    /// It got this, and so does a key that is accepted there: a limit, a ban, an outage. The answer says nothing of any key.
+    Everybody(Look),
+    /// It is on its way, and nobody waits for it.
+    NotWaitedFor,
     /// It was not asked.
     #[default]
     NotAsked,
@@ -237,16 +243,40 @@ pub fn is_page(headers: &http::HeaderMap) -> bool {
     html || headers.contains_key("cf-mitigated")
 }
 
+/// Whether the headers say that a cache on the way had the answer, so that nobody looked at the key for it.
+pub fn is_from_a_cache(headers: &http::HeaderMap) -> bool {
+    let values =
+        |name: &str| headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok()).map(str::to_ascii_lowercase);
+    // RFC 9111, section 5.1: an answer with an age was not asked of the origin for this request.
+    let aged = values("age").any(|age| age.trim().parse::<u64>().is_ok_and(|age| age > 0));
+    // As CloudFront, Fastly, Varnish, nginx, Cloudflare and RFC 9211 say it.
+    let names = ["x-cache", "x-cache-status", "x-proxy-cache", "cf-cache-status", "cache-status"];
+    aged || names.iter().any(|name| {
+        values(name).any(|value| value.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| matches!(word, "hit" | "stale")))
+    })
+}
+
+/// What an answer says that a cache had, whatever it holds.
+pub const fn from_a_cache() -> Reading {
+    Reading {
+        classification: Classification::Verdict(Verdict::UnexpectedResponse),
+        by: ReadBy::Shape,
+        cause: Cause::FromACache,
+        stop: false,
+    }
+}
+
 /// What a made-up key's answer says about the endpoint.
 pub fn calibrated(reading: &Reading, look: &Look) -> Calibration {
     match (&reading.classification, look.status) {
         (Classification::Accepted, _) => Calibration::AcceptsAnyone,
         (Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError), status) => Calibration::Untold(Some(status)),
         // Nothing of a key: too slow, too early, too many, a server that fails.
-        (_, status @ (408 | 409 | 425 | 429 | 500..=599)) => Calibration::Untold(Some(status)),
+        (_, status @ (408 | 409 | 423 | 425 | 429 | 500..=599)) => Calibration::Untold(Some(status)),
         (classification, status) => Calibration::Refuses {
             look: look.clone(),
             in_words: *classification == Classification::Verdict(Verdict::Invalid) || status == 401,
+            by_code: *classification == Classification::Verdict(Verdict::Invalid) && reading.by != ReadBy::Shape,
             in_contrast: false,
         },
     }
@@ -347,4 +377,40 @@ fn begins_well(answer: Answer<'_>, expect: &[Expected]) -> bool {
             };
             fits && !contains(before, "\"error\"") && !contains(before, "\"success\":false")
         })
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderMap, HeaderName, HeaderValue};
+
+    use super::*;
+
+    #[test]
+    fn a_caches_answer_is_known_by_its_headers() {
+        let told = |name: &'static str, value: &'static str| {
+            let name = HeaderName::from_static(name);
+            is_from_a_cache(&HeaderMap::from_iter([(name, HeaderValue::from_static(value))]))
+        };
+        for (name, value) in [
+            ("age", "7"),
+            ("x-cache", "Hit from cloudfront"),
+            ("x-cache", "MISS, HIT"),
+            ("x-cache", "TCP_HIT from a.example"),
+            ("x-cache-status", "HIT"),
+            ("cf-cache-status", "STALE"),
+            ("cache-status", "edge.example; hit"),
+        ] {
+            assert!(told(name, value), "{name}: {value}");
+        }
+        for (name, value) in [
+            ("age", "0"),
+            ("age", "soon"),
+            ("x-cache", "Miss from cloudfront"),
+            ("cf-cache-status", "DYNAMIC"),
+            ("cache-status", "edge.example; fwd=uri-miss"),
+            ("x-cached-by", "hit"),
+        ] {
+            assert!(!told(name, value), "{name}: {value}");
+        }
+    }
 }

@@ -1,24 +1,40 @@
 //! What an endpoint has taught of its ways: pure, bounded, and only what was seen. Times are since some fixed moment, as the owner has them.
 //!
-//! A refusal that says so in words needs no more. Whatever else a made-up key gets (plain text, a page, a 404) is a refusal only in
-//! contrast: a real key was accepted there within minutes of it. An answer that everybody gets never is, since no real key is accepted there.
+//! A refusal by a code that is about keys needs no more. Whatever else a made-up key gets (plain text, a page, a 404, a bare 401) may be a limit on
+//! calls, a ban or an outage: it is a refusal only in contrast, a real key being accepted right before it and right after it again. An answer that
+//! everybody gets never is, since no real key is accepted there.
 
 use std::time::Duration;
 
 use crate::{
-    core::{classify::Calibration, look::Look, made_up_key::KeyForm},
+    core::{
+        classify::{Body, Calibration},
+        look::Look,
+        made_up_key::KeyForm,
+    },
     domain::protocol::HeaderFamily,
 };
 
-/// The longest time between the refusal of a made-up key and the acceptance of a real one.
+/// The longest time between the acceptance of a real key and the refusal of a made-up one that is compared with it.
 pub const CONTRAST: Duration = Duration::from_secs(600);
 /// The wait after an answer that told nothing (429, 5xx, none); doubled each time, up to the maximum.
 pub const BACK_OFF: Duration = Duration::from_secs(60);
 /// The longest wait.
 pub const MAX_BACK_OFF: Duration = Duration::from_secs(3600);
+/// How long it is remembered that a real key was accepted there, or refused in words.
+pub const SEEN: Duration = Duration::from_secs(6 * 3600);
 /// The most answers that are kept for one request, one per model and form of key. A server needs more only if it refuses in another way for each
 /// model, or if its keys have many forms.
-const MAX_ANSWERS: usize = 8;
+const MAX_ANSWERS: usize = 16;
+
+/// What is asked of what is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Question {
+    /// Is this refusal what a made-up key gets?
+    Refusal,
+    /// Does a "yes" to a key count? With a form: only what holds for keys of that form tells.
+    Acceptance(Option<KeyForm>),
+}
 
 /// What one request in one header has taught.
 #[derive(Debug, Clone, Default)]
@@ -26,12 +42,16 @@ pub struct RequestFacts {
     made_up: Vec<MadeUpAnswer>,
     /// When a real key was last accepted, by model.
     accepted: Vec<(String, Duration)>,
+    /// The catalogue knows that it refuses bad keys.
+    is_documented: bool,
+    /// With which kinds of body real keys were refused with a 401, by their form.
+    refused: Vec<(KeyForm, Body, Duration)>,
     /// No made-up key is sent before this.
     back_off_until: Duration,
     /// How often in a row one told nothing.
     misses: u32,
     /// What the last one that told nothing got.
-    untold: Option<Option<u16>>,
+    untold: Option<Calibration>,
 }
 
 #[derive(Debug, Clone)]
@@ -41,45 +61,61 @@ struct MadeUpAnswer {
     /// The form of the key.
     form: KeyForm,
     calibration: Calibration,
+    /// A real key had been accepted there, minutes before.
+    after_acceptance: bool,
     at: Duration,
     until: Duration,
 }
 
 impl MadeUpAnswer {
-    /// It tells of a request for this model too. A status that is about the credential does not depend on the model; a 400 or a 404 may, and a
-    /// "yes" does where some models are served without a key.
-    fn tells_of(&self, model: &str) -> bool {
-        self.model == model
-            || match &self.calibration {
-                Calibration::Refuses { look, .. } => matches!(look.status, 401 | 403),
-                Calibration::AcceptsAnyone | Calibration::Untold(_) | Calibration::NotAsked => false,
+    /// It answers this question about a request for this model. A refusal whose status is about the credential does not depend on the model; a 400 or
+    /// a 404 may. A "yes" does where some models are served without a key, so there only the model itself tells. And a refusal that came before any
+    /// "yes" may not be one any more: a cache holds the first one for everybody.
+    fn tells_of(&self, model: &str, question: Question) -> bool {
+        match (question, &self.calibration) {
+            (_, Calibration::AcceptsAnyone) => self.model == model,
+            (Question::Refusal, Calibration::Refuses { look, .. }) => self.model == model || matches!(look.status, 401 | 403),
+            (Question::Acceptance(form), Calibration::Refuses { by_code, in_contrast, .. }) => {
+                self.model == model
+                    && form.is_none_or(|form| form == self.form)
+                    && (*in_contrast || *by_code && self.after_acceptance)
             }
+            (_, Calibration::Untold(_) | Calibration::Everybody(_) | Calibration::NotWaitedFor | Calibration::NotAsked) => false,
+        }
     }
 }
 
 // === impl RequestFacts ===
 
 impl RequestFacts {
-    /// What is known of its way with made-up keys, for a request that names this model. With a form: only what holds for keys of that form, as a
-    /// "yes" to one needs it.
-    pub fn calibration(&self, model: &str, form: Option<KeyForm>, now: Duration) -> Calibration {
-        let of_form = |answer: &MadeUpAnswer| {
-            answer.calibration == Calibration::AcceptsAnyone || form.is_none_or(|form| answer.form == form)
+    /// What is known of its way with made-up keys, for a request that names this model.
+    pub fn calibration(&self, model: &str, question: Question, now: Duration) -> Calibration {
+        let telling = || self.made_up.iter().filter(|answer| now < answer.until && answer.tells_of(model, question));
+        // A "yes" outweighs every refusal, and a refusal that was shown to be one the others.
+        let weight = |answer: &&MadeUpAnswer| match answer.calibration {
+            Calibration::AcceptsAnyone => 2,
+            Calibration::Refuses { in_contrast: true, .. } => 1,
+            _ => 0,
         };
-        let known = self.made_up.iter().find(|answer| now < answer.until && answer.tells_of(model) && of_form(answer));
-        match (known, self.untold) {
+        match (telling().max_by_key(weight), &self.untold) {
             (Some(answer), _) => answer.calibration.clone(),
-            (None, Some(status)) if now < self.back_off_until => Calibration::Untold(status),
+            (None, Some(untold)) if now < self.back_off_until => untold.clone(),
             (None, _) => Calibration::NotAsked,
         }
     }
 
     /// Whether a made-up key may be sent.
-    pub fn is_due(&self, model: &str, form: Option<KeyForm>, now: Duration) -> bool {
-        self.calibration(model, form, now) == Calibration::NotAsked && now >= self.back_off_until
+    pub fn is_due(&self, model: &str, question: Question, now: Duration) -> bool {
+        self.calibration(model, question, now) == Calibration::NotAsked && now >= self.back_off_until
     }
 
-    /// A made-up key of this form was answered so. What it tells is good for this long. `jitter`, of 0.8 to 1, spreads waits and ends.
+    /// Whether a real key was accepted there.
+    pub fn has_accepted(&self, now: Duration) -> bool {
+        self.accepted.iter().any(|(_, at)| now.saturating_sub(*at) <= SEEN)
+    }
+
+    /// A made-up key of this form was answered so. What it tells is good for this long. `jitter`, of 0.8 to 1, spreads waits and ends. Gives what it
+    /// comes to.
     pub fn take_answer(
         &mut self,
         (model, form): (&str, KeyForm),
@@ -87,23 +123,24 @@ impl RequestFacts {
         now: Duration,
         good_for: Duration,
         jitter: f64,
-    ) {
+    ) -> Calibration {
+        let lately = |at: Duration| now.abs_diff(at) <= CONTRAST;
+        let after_acceptance = self.accepted.iter().any(|(accepted, at)| accepted == model && lately(*at));
         let calibration = match calibration {
-            Calibration::NotAsked => return,
-            Calibration::Untold(status) => {
-                self.misses = self.misses.saturating_add(1);
-                let doubled = BACK_OFF.saturating_mul(2_u32.saturating_pow(self.misses - 1)).min(MAX_BACK_OFF);
-                self.back_off_until = now + doubled.mul_f64(jitter);
-                self.untold = Some(status);
-                return;
-            }
             Calibration::AcceptsAnyone => Calibration::AcceptsAnyone,
-            Calibration::Refuses { look, in_words, .. } => {
-                let contrasts =
-                    |(accepted, at): &(String, Duration)| now.abs_diff(*at) <= CONTRAST && are_comparable(&look, accepted, model);
-                let in_contrast = self.accepted.iter().any(contrasts);
-                Calibration::Refuses { look, in_words, in_contrast }
+            // Keys of this form are refused with a 401 there. Whatever else comes now, and comes to a made-up key too, comes to everybody.
+            Calibration::Refuses { look, by_code: false, .. }
+                if !after_acceptance && self.refuses_otherwise(form, &look, now) =>
+            {
+                return self.miss(Calibration::Everybody(look), now, jitter);
             }
+            Calibration::Refuses { look, in_words, by_code, .. } => {
+                let contrasts = |(accepted, at): &(String, Duration)| lately(*at) && are_comparable(&look, accepted, model);
+                let in_contrast = self.is_documented && self.accepted.iter().any(contrasts);
+                Calibration::Refuses { look, in_words, by_code, in_contrast }
+            }
+            Calibration::NotAsked | Calibration::NotWaitedFor => return calibration,
+            untold @ (Calibration::Untold(_) | Calibration::Everybody(_)) => return self.miss(untold, now, jitter),
         };
         (self.misses, self.untold) = (0, None);
         self.made_up.retain(|answer| now < answer.until && (answer.model != model || answer.form != form));
@@ -111,21 +148,76 @@ impl RequestFacts {
             self.made_up.remove(0);
         }
         let until = now + good_for.mul_f64(jitter);
-        self.made_up.push(MadeUpAnswer { model: model.to_owned(), form, calibration, at: now, until });
+        let model = model.to_owned();
+        self.made_up.push(MadeUpAnswer { model, form, calibration: calibration.clone(), after_acceptance, at: now, until });
+        calibration
     }
 
-    /// A real key was accepted.
-    pub fn take_acceptance(&mut self, model: &str, now: Duration) {
-        self.accepted.retain(|(accepted, at)| accepted != model && now.abs_diff(*at) <= CONTRAST);
+    /// A real key was accepted. `is_documented`: the catalogue knows that bad ones are refused.
+    pub fn take_acceptance(&mut self, model: &str, is_documented: bool, now: Duration) {
+        self.is_documented |= is_documented;
+        self.accepted.retain(|(accepted, at)| accepted != model && now.saturating_sub(*at) <= SEEN);
         if self.accepted.len() >= MAX_ANSWERS {
             self.accepted.remove(0);
         }
         self.accepted.push((model.to_owned(), now));
+        if !self.is_documented {
+            return;
+        }
         for answer in self.made_up.iter_mut().filter(|answer| now.abs_diff(answer.at) <= CONTRAST) {
             if let Calibration::Refuses { look, in_contrast, .. } = &mut answer.calibration {
                 *in_contrast |= are_comparable(look, model, &answer.model);
             }
         }
+    }
+
+    /// A real key of this form was refused with a 401 that has this kind of body.
+    pub fn take_refusal(&mut self, form: KeyForm, body: Body, now: Duration) {
+        let is_same = |refused: KeyForm, known: Body| (refused, known) == (form, body);
+        self.refused.retain(|(refused, known, at)| !is_same(*refused, *known) && now.saturating_sub(*at) <= SEEN);
+        if self.refused.len() >= MAX_ANSWERS {
+            self.refused.remove(0);
+        }
+        self.refused.push((form, body, now));
+    }
+
+    /// The real key that was accepted right before the made-up one was asked again: accepted once more, or given this.
+    pub fn take_second_answer(&mut self, model: &str, other: Option<Look>, now: Duration, jitter: f64) {
+        let latest = self.made_up.iter_mut().rev().find(|answer| answer.model == model && answer.after_acceptance);
+        let Some(answer) = latest.filter(|answer| now.abs_diff(answer.at) <= CONTRAST) else { return };
+        let Calibration::Refuses { in_contrast, .. } = &mut answer.calibration else { return };
+        match other {
+            None => *in_contrast = true,
+            Some(other) => {
+                let form = answer.form;
+                self.made_up.retain(|answer| answer.model != model || answer.form != form);
+                self.miss(Calibration::Everybody(other), now, jitter);
+            }
+        }
+    }
+
+    /// This was seen to come to everybody: what a made-up key got is no refusal if it was that.
+    pub fn take_everybody(&mut self, look: &Look, now: Duration, jitter: f64) {
+        self.made_up.retain(|answer| match &answer.calibration {
+            Calibration::Refuses { look: refusal, in_contrast: false, .. } => !refusal.is_like(look),
+            _ => true,
+        });
+        self.miss(Calibration::Everybody(look.clone()), now, jitter);
+    }
+
+    fn miss(&mut self, untold: Calibration, now: Duration, jitter: f64) -> Calibration {
+        self.misses = self.misses.saturating_add(1);
+        let doubled = BACK_OFF.saturating_mul(2_u32.saturating_pow(self.misses - 1)).min(MAX_BACK_OFF);
+        self.back_off_until = now + doubled.mul_f64(jitter);
+        self.untold = Some(untold.clone());
+        untold
+    }
+
+    /// Keys of this form are refused with a 401 that is another kind of answer than this.
+    fn refuses_otherwise(&self, form: KeyForm, look: &Look, now: Duration) -> bool {
+        let lately = |at: Duration| now.saturating_sub(at) <= SEEN;
+        let differs = |body: Body| look.status != 401 || look.body != body;
+        self.refused.iter().any(|(refused, body, at)| *refused == form && lately(*at) && differs(*body))
     }
 }
 

@@ -246,6 +246,8 @@ pub enum Cause {
     NotFound,
     /// The request is refused for what the credential need not have a part in.
     RequestRefused,
+    /// A cache between here and the provider answered, whoever asks.
+    FromACache,
     /// Nobody gets anything else there than "no such path", or a page: the base URL leads to no API.
     NoApiAtBaseUrl,
 }
@@ -255,7 +257,9 @@ pub enum Cause {
 pub enum MadeUpKey {
     /// This service has not asked.
     NotAsked,
-    /// No answer, or none yet.
+    /// It is on its way, and what is known without it is enough.
+    NotWaitedFor,
+    /// No answer in time.
     NoAnswer,
     /// An answer that tells nothing: a limit, a failing server.
     Inconclusive(u16),
@@ -300,6 +304,7 @@ impl Cause {
             Self::Redirect => "a redirect, which is not followed",
             Self::NotFound => "no such path",
             Self::RequestRefused => "the request is refused",
+            Self::FromACache => "a cache on the way answered, and not the provider",
             Self::NoApiAtBaseUrl => "everybody gets a page or no such path: no API at this base URL",
         }
     }
@@ -310,7 +315,8 @@ impl MadeUpKey {
     pub fn text(self) -> String {
         match self {
             Self::NotAsked => "not asked".into(),
-            Self::NoAnswer => "no answer yet".into(),
+            Self::NotWaitedFor => "one is on its way".into(),
+            Self::NoAnswer => "no answer in time".into(),
             Self::Inconclusive(status) => format!("HTTP {status}, which tells nothing"),
             Self::Refused(status) => format!("refused with HTTP {status}"),
             Self::Accepted => "accepted".into(),

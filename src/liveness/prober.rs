@@ -17,19 +17,21 @@ use tracing::Instrument;
 use self::endpoints::{BUDGET as MAX_BUDGET, Endpoints, header_of};
 use crate::{
     core::{
-        classify::{Answer, Calibration, Classification, Finding, ProbeResponse, is_page, read},
+        classify::{
+            Answer, Body, Calibration, Classification, Finding, ProbeResponse, from_a_cache, is_from_a_cache, is_page, read,
+        },
         endpoint::{Call, Target},
         engine::{Boxed, ProbeRequest, Prober},
         look::Look,
-        made_up_key::made_up_key,
-        probe_plan::{Client, Lesson, Next, ProbePlan, outcome_of},
-        taught::EndpointFacts,
+        made_up_key::{KeyForm, made_up_key},
+        probe_plan::{Client, Lesson, Next, ProbePlan, Purpose, Requests, outcome_of},
+        taught::{EndpointFacts, Question},
     },
     domain::{
         causes::causes,
         protocol::{HeaderFamily, Method},
         secret::Secret,
-        verdict::{MadeUpKey, Unreached},
+        verdict::{MadeUpKey, Unreached, Verdict},
     },
     liveness::egress::{Egress, EgressSettings, ForwardProxy, Unresolved},
     telemetry::{
@@ -110,8 +112,6 @@ enum Exchange {
 pub struct Attempt {
     /// The probe's name.
     pub probe: String,
-    /// Tells the request from any other.
-    request: [u8; 32],
     /// Its method.
     pub method: Method,
     /// Where it went; the model may be part of it.
@@ -132,6 +132,7 @@ struct Response {
     body: Vec<u8>,
     truncated: bool,
     page: bool,
+    is_from_a_cache: bool,
     retry_after: Option<Duration>,
 }
 
@@ -210,32 +211,35 @@ async fn run_plan(
     attempts: &mut Vec<Attempt>,
 ) -> Finding {
     let facts = endpoints.map_or_else(EndpointFacts::default, |endpoints| endpoints.facts_of(&target.endpoint));
-    let is_pointless = |call: &Call, family| endpoints.is_some_and(|endpoints| endpoints.is_pointless(call, family));
+    let requests = Requests {
+        is_pointless: &|call, family| endpoints.is_some_and(|endpoints| endpoints.is_pointless(call, family)),
+        has_accepted: &|call, family| endpoints.is_some_and(|endpoints| endpoints.has_accepted(call, family)),
+    };
     let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
-    let mut plan = ProbePlan::new(&target.calls, client, &facts, &is_pointless);
-    // What was asked, and whether a made-up key was sent beside it.
-    let mut asked: Vec<(&Call, Vec<HeaderFamily>, bool)> = Vec::new();
+    let mut plan = ProbePlan::new(&target.calls, client, &facts, requests);
+    let mut asked: Vec<(&Call, Vec<HeaderFamily>)> = Vec::new();
     let finding = loop {
         match plan.proceed() {
             Next::Done(finding) => break finding,
-            Next::Ask { call, families } => {
+            Next::Ask { call, families, is_second } => {
                 let began = Instant::now();
-                // A "yes" of an endpoint that is not documented to refuse bad keys will need a made-up key's answer: begun beside the first
-                // real call, it costs the caller no time.
-                let is_first = attempts.last().is_none_or(|attempt| attempt.request != call.request);
-                let beside = endpoints.filter(|_| is_first && !call.probe.refuses_bad_keys);
-                let is_begun = beside
-                    .map(|endpoints| endpoints.begin(call, &families, target, secret, None))
-                    .is_some_and(|asked| asked.is_under_way());
                 let response = ask(http, call, &families, secret, deadline).await;
-                if let (ProbeResponse::Answer { reading, .. }, Some(endpoints)) = (&response, endpoints)
-                    && reading.classification == Classification::Accepted
-                {
-                    endpoints.accepted(call, &families);
+                if let (ProbeResponse::Answer { reading, look, .. }, Some(endpoints)) = (&response, endpoints) {
+                    match &reading.classification {
+                        Classification::Accepted if is_second => endpoints.second_answer(call, &families, None),
+                        Classification::Accepted => endpoints.accepted(call, &families),
+                        Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError) => {}
+                        _ if is_second => endpoints.second_answer(call, &families, Some(look.clone())),
+                        Classification::Verdict(Verdict::Invalid) | Classification::Unread
+                            if look.status == 401 && look.body != Body::Page =>
+                        {
+                            endpoints.refused(call, &families, secret, look);
+                        }
+                        _ => {}
+                    }
                 }
                 attempts.push(Attempt {
                     probe: call.probe.name.clone(),
-                    request: call.request,
                     method: call.probe.method,
                     url: call.url.to_string(),
                     header: header_of(&families),
@@ -243,61 +247,74 @@ async fn run_plan(
                     calibration: Calibration::NotAsked,
                     took: began.elapsed(),
                 });
-                asked.push((call, families, is_begun));
+                asked.push((call, families));
                 plan.take_response(response);
             }
-            Next::Calibrate { call, families, needed, of_its_form } => {
-                let begin = |endpoints: &Endpoints| endpoints.begin(call, &families, target, secret, None);
-                let calibration = match endpoints {
-                    None => Calibration::NotAsked,
-                    Some(endpoints) if of_its_form => {
-                        endpoints.of_its_form(call, &families, target, secret, half_of(deadline)).await
+            // A made-up key is asked after the real one, never beside it: a server that lets one request at a time through would refuse either for the
+            // other. The first caller at an endpoint waits for it.
+            Next::Calibrate { call, families, purpose } => {
+                let calibration = match (endpoints, purpose) {
+                    (None, _) => Calibration::NotAsked,
+                    (Some(endpoints), Purpose::Acceptance { of_its_form }) => {
+                        let question = Question::Acceptance(of_its_form.then(|| KeyForm::of(secret)));
+                        endpoints.ask(call, &families, target, secret, question, most_of(deadline)).await
                     }
-                    Some(endpoints) if needed => begin(endpoints).by(half_of(deadline)).await,
+                    (Some(endpoints), Purpose::Refusal) => {
+                        endpoints.ask(call, &families, target, secret, Question::Refusal, half_of(deadline)).await
+                    }
                     // Believed on its documentation, and checked in the background for the next time.
-                    Some(endpoints) => begin(endpoints).so_far(),
+                    (Some(endpoints), Purpose::Check) => endpoints.ask_behind(call, &families, target, secret),
                 };
                 if let Some(attempt) = attempts.last_mut() {
                     attempt.calibration = calibration.clone();
                 }
                 plan.take_calibration(&calibration);
             }
-            Next::Keyless { call } => {
-                let calibration = match endpoints.map(|endpoints| endpoints.begin(call, &[], target, secret, None)) {
+            Next::Keyless { call, now: true } => {
+                let nobody = Secret::new(String::new());
+                let response = match endpoints {
+                    None => ProbeResponse::TimedOut,
+                    Some(_) => ask(http, call, &[], &nobody, half_of(deadline)).await,
+                };
+                plan.take_keyless(match &response {
+                    ProbeResponse::Answer { look, .. } => Some(look),
+                    _ => None,
+                });
+            }
+            Next::Keyless { call, now: false } => {
+                let calibration = match endpoints {
                     None => Calibration::NotAsked,
-                    Some(asked) => asked.by(half_of(deadline)).await,
+                    Some(endpoints) => endpoints.ask(call, &[], target, secret, Question::Refusal, half_of(deadline)).await,
                 };
                 plan.take_keyless(match &calibration {
                     Calibration::Refuses { look, .. } => Some(look),
-                    Calibration::AcceptsAnyone | Calibration::Untold(_) | Calibration::NotAsked => None,
+                    _ => None,
                 });
             }
         }
     };
-    // A clear answer needed none, but one may be known by now, or under way.
-    for (attempt, (call, families, is_begun)) in attempts.iter_mut().zip(&asked) {
+    // A clear answer needed none, but one may be known.
+    for (attempt, (call, families)) in attempts.iter_mut().zip(&asked) {
         if attempt.calibration == Calibration::NotAsked {
-            attempt.calibration = match endpoints.map(|endpoints| endpoints.known(call, families, None)).unwrap_or_default() {
-                Calibration::NotAsked if *is_begun => Calibration::Untold(None),
-                known => known,
-            };
+            attempt.calibration =
+                endpoints.map(|endpoints| endpoints.known(call, families, Question::Refusal)).unwrap_or_default();
         }
     }
     let decisive = |attempt: &&Attempt| {
         attempt.probe == finding.probe && Some(attempt.header.as_str()) == finding.family.map(HeaderFamily::as_str)
     };
-    let finding = match attempts.iter().rev().find(decisive) {
-        Some(attempt) if finding.made_up == MadeUpKey::NotAsked => {
-            Finding { made_up: outcome_of(&attempt.calibration), ..finding }
-        }
+    // What a made-up key got there; or, so that "not asked" is true where it is said, at another request of this walk.
+    let there = attempts.iter().rev().find(decisive).into_iter().chain(attempts.iter().rev());
+    let finding = match there.map(|attempt| outcome_of(&attempt.calibration)).find(|got| *got != MadeUpKey::NotAsked) {
+        Some(made_up) if finding.made_up == MadeUpKey::NotAsked => Finding { made_up, ..finding },
         _ => finding,
     };
     if let Some(endpoints) = endpoints {
         let lessons = plan.into_lessons();
         // The last request in several headers at once.
-        let in_several = asked.iter().rev().find(|(_, families, _)| families.len() > 1);
+        let in_several = asked.iter().rev().find(|(_, families)| families.len() > 1);
         for lesson in &lessons {
-            if let (Lesson::Family { right, .. }, Some((call, several, _))) = (lesson, in_several)
+            if let (Lesson::Family { right, .. }, Some((call, several))) = (lesson, in_several)
                 && several.contains(right)
             {
                 endpoints.single_out(call, several, *right);
@@ -314,19 +331,24 @@ fn half_of(deadline: Instant) -> Instant {
     Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2
 }
 
-/// One request, and once more where the connection was closed before any byte of an answer, as an idle connection or a restarting proxy does;
-/// never after an answer.
+/// Three quarters of what is left: the accepted key may have to be asked once more.
+fn most_of(deadline: Instant) -> Instant {
+    Instant::now() + deadline.saturating_duration_since(Instant::now()) * 3 / 4
+}
+
+/// One request, and what its answer says.
 async fn ask(http: &Http, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> ProbeResponse {
-    let mut exchange = http.exchange(call, families, secret, deadline).await;
-    if matches!(exchange, Exchange::Unreachable(Unreached::Closed)) {
-        exchange = http.exchange(call, families, secret, deadline).await;
-    }
-    match exchange {
+    match http.exchange_again(call, families, secret, deadline).await {
         Exchange::TimedOut => ProbeResponse::TimedOut,
         Exchange::Unreachable(why) => ProbeResponse::Unreachable(why),
         Exchange::Exhausted => ProbeResponse::Exhausted,
         Exchange::Answered(response) => ProbeResponse::Answer {
-            reading: read(response.facts(), &call.probe),
+            // What a request for a model gets is never kept.
+            reading: if response.is_from_a_cache && call.probe.method == Method::Get {
+                from_a_cache()
+            } else {
+                read(response.facts(), &call.probe)
+            },
             look: Look::of(response.facts(), secret.expose()),
             retry_after: response.retry_after,
         },
@@ -383,6 +405,15 @@ impl Http {
             drop(self.client_for_long.set(self.parts.client().ok()?));
         }
         self.client_for_long.get()
+    }
+
+    /// One request, and once more where the connection was closed before any byte of an answer, as an idle connection or a restarting proxy
+    /// does; never after an answer.
+    async fn exchange_again(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
+        match self.exchange(call, families, secret, deadline).await {
+            Exchange::Unreachable(Unreached::Closed) => self.exchange(call, families, secret, deadline).await,
+            exchange => exchange,
+        }
     }
 
     /// One request with this credential in these headers, and its answer, by the deadline.
@@ -506,6 +537,7 @@ async fn receive(mut response: reqwest::Response, deadline: Instant) -> Response
     let status = response.status().as_u16();
     let retry_after = response.headers().get(header::RETRY_AFTER).and_then(|value| retry_after(value, SystemTime::now()));
     let page = is_page(response.headers());
+    let is_from_a_cache = is_from_a_cache(response.headers());
     let mut body = Vec::new();
     let truncated = loop {
         match timeout_at(deadline, response.chunk()).await {
@@ -520,7 +552,7 @@ async fn receive(mut response: reqwest::Response, deadline: Instant) -> Response
             Ok(Err(_)) | Err(_) => break true,
         }
     };
-    Response { status, body, truncated, page, retry_after }
+    Response { status, body, truncated, page, is_from_a_cache, retry_after }
 }
 
 /// Seconds, or an HTTP date.
@@ -537,7 +569,7 @@ pub(crate) fn retry_after(value: &HeaderValue, now: SystemTime) -> Option<Durati
 
 impl Response {
     fn facts(&self) -> Answer<'_> {
-        let Self { status, ref body, truncated, page, retry_after } = *self;
+        let Self { status, ref body, truncated, page, is_from_a_cache: _, retry_after } = *self;
         Answer { status, body, truncated, page, retry_after }
     }
 }

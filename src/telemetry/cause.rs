@@ -32,6 +32,7 @@ pub const fn withheld(why: Withheld) -> &'static str {
 pub const fn made_up(got: MadeUpKey) -> &'static str {
     match got {
         MadeUpKey::NotAsked => "NOT_ASKED",
+        MadeUpKey::NotWaitedFor => "NOT_WAITED_FOR",
         MadeUpKey::NoAnswer => "NO_ANSWER",
         MadeUpKey::Inconclusive(_) => "INCONCLUSIVE",
         MadeUpKey::Refused(_) => "REFUSED",

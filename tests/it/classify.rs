@@ -40,7 +40,9 @@ async fn a_host_without_a_row() {
     );
     let no = classify("401", r#"{"error": "no"}"#).await;
     assert_eq!((&no["verdict"], &no["once_calibrated"]), (&json!("INVALID"), &Value::Null));
-    assert_eq!(no["next"], json!({"probe": "models", "request": "GET /gateway/v1/models", "header": "x-api-key, api-key"}));
+    // A list may refuse every key.
+    let called = json!({"probe": "completion", "request": "POST /gateway/v1/chat/completions", "header": "authorization, x-api-key, api-key"});
+    assert_eq!(no["next"], called);
     let forbidden = classify("403", r#"{"error": {"code": "no"}}"#).await;
     assert_eq!((&forbidden["verdict"], &forbidden["once_calibrated"]), (&json!("FORBIDDEN"), &json!("INVALID")));
     assert_eq!(forbidden["asked_by"], "default");

@@ -10,7 +10,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -21,7 +21,7 @@ use byok_gate::{
 };
 use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
-use http_body_util::Full;
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
@@ -57,6 +57,37 @@ struct Dialect {
     header_is_wrong: bool,
     #[serde(default)]
     list_checks_the_form: bool,
+    /// What a request gets while another one is under way.
+    #[serde(default)]
+    one_at_a_time: Option<Answer>,
+    #[serde(default)]
+    limit: Option<Limit>,
+    #[serde(default)]
+    ban: Option<Ban>,
+    /// The list that a good key got comes to everybody from then on.
+    #[serde(default)]
+    list_is_cached: bool,
+    /// Several credentials in one request are refused.
+    #[serde(default)]
+    one_header: bool,
+    /// This model is served to everybody.
+    #[serde(default)]
+    free_model: Option<String>,
+}
+
+/// More requests than these get that.
+#[derive(Debug, Clone, Deserialize)]
+struct Limit {
+    requests: usize,
+    per_ms: u64,
+    answer: Answer,
+}
+
+/// After so many requests with an unknown key everybody gets that.
+#[derive(Debug, Clone, Deserialize)]
+struct Ban {
+    after: usize,
+    answer: Answer,
 }
 
 fn openai() -> String {
@@ -109,6 +140,35 @@ struct State {
     dialect: Dialect,
     calls: Arc<Mutex<Calls>>,
     now: AtomicU64,
+    under_way: AtomicUsize,
+    wrong: AtomicUsize,
+    is_cached: AtomicBool,
+    lately: Mutex<Vec<Instant>>,
+}
+
+impl State {
+    /// What comes before a key is looked at.
+    fn barred(&self, is_wrong: bool, under_way: usize) -> Option<Answer> {
+        let Dialect { one_at_a_time, limit, ban, .. } = &self.dialect;
+        if let (Some(answer), 1..) = (one_at_a_time, under_way) {
+            return Some(answer.clone());
+        }
+        if let Some(Limit { requests, per_ms, answer }) = limit {
+            let mut lately = self.lately.lock().unwrap();
+            lately.retain(|at| at.elapsed() < Duration::from_millis(*per_ms));
+            if lately.len() >= *requests {
+                return Some(answer.clone());
+            }
+            lately.push(Instant::now());
+        }
+        if let Some(Ban { after, answer }) = ban {
+            if self.wrong.load(Ordering::SeqCst) >= *after {
+                return Some(answer.clone());
+            }
+            self.wrong.fetch_add(usize::from(is_wrong), Ordering::SeqCst);
+        }
+        None
+    }
 }
 
 impl Server {
@@ -116,7 +176,15 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let calls = Arc::new(Mutex::new(Calls::default()));
-        let state = Arc::new(State { dialect, calls: Arc::clone(&calls), now: AtomicU64::new(100_000) });
+        let state = Arc::new(State {
+            dialect,
+            calls: Arc::clone(&calls),
+            now: AtomicU64::new(100_000),
+            under_way: AtomicUsize::new(0),
+            wrong: AtomicUsize::new(0),
+            is_cached: AtomicBool::new(false),
+            lately: Mutex::default(),
+        });
         let mut tasks = JoinSet::new();
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
@@ -165,7 +233,7 @@ fn key_in<'h>(headers: &'h HeaderMap, family: &str) -> Option<&'h str> {
 }
 
 async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Response<Full<Bytes>>, Infallible> {
-    let State { dialect, calls, now } = &*state;
+    let State { dialect, calls, now, .. } = &*state;
     let families = ["bearer", "x-api-key", "api-key", "x-goog-api-key"];
     let any = families.iter().find_map(|family| key_in(request.headers(), family));
     {
@@ -187,13 +255,37 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Respons
         _ => (&None, ""),
     };
     let missing = Answer::Plain(404, "json".into(), r#"{"error":{"message":"no such route"}}"#.into());
+    let is_list = request.method() == "GET";
+    let is_good = key.is_some_and(|key| key.starts_with("tenant-good"));
+    let under_way = state.under_way.fetch_add(1, Ordering::SeqCst);
+    let barred = state.barred(key.is_some() && !is_good, under_way);
+    if dialect.one_at_a_time.is_some() {
+        tokio::time::sleep(Duration::from_millis(40)).await;
+    }
+    state.under_way.fetch_sub(1, Ordering::SeqCst);
+    let key = key.map(str::to_owned);
+    let in_headers = families.iter().filter(|family| key_in(request.headers(), family).is_some()).count();
+    let is_free = match &dialect.free_model {
+        Some(free) if !is_list => {
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            String::from_utf8_lossy(&body).contains(free.as_str())
+        }
+        _ => false,
+    };
+    if dialect.list_is_cached && is_list && is_good {
+        state.is_cached.store(true, Ordering::SeqCst);
+    }
+    let key = key.as_deref();
     let answer = match (answers, key) {
+        _ if dialect.one_header && in_headers > 1 => {
+            Answer::Plain(400, "json".into(), r#"{"error":"several credentials"}"#.into())
+        }
+        _ if barred.is_some() => barred.unwrap(),
+        _ if is_free || is_list && state.is_cached.load(Ordering::SeqCst) => Answer::Ok("OK".into()),
         (None, _) => missing,
         (Some(answers), None) => answers.none.clone(),
         (Some(answers), Some(key)) if key.starts_with("tenant-good") => answers.good.clone(),
-        (Some(answers), Some(key)) if dialect.list_checks_the_form && request.method() == "GET" && is_well_formed(key) => {
-            answers.good.clone()
-        }
+        (Some(answers), Some(key)) if dialect.list_checks_the_form && is_list && is_well_formed(key) => answers.good.clone(),
         (Some(answers), Some(_)) => answers.bad.clone(),
     };
     let (status, kind, body, More { headers, delay_ms }) = match answer {
@@ -243,8 +335,12 @@ fn gate(dialect: &Dialect, server: &Server) -> (Files, Arc<Engine>) {
 }
 
 async fn decide(engine: &Engine, key: &str, organization: &str) -> Decided {
+    decide_for(engine, key, organization, "house-large").await
+}
+
+async fn decide_for(engine: &Engine, key: &str, organization: &str, model: &str) -> Decided {
     let spec = Spec {
-        model: "house-large".into(),
+        model: model.into(),
         workspace: BTreeMap::from([("HOUSE_KEY".into(), Some(key.into()))]),
         organization_id: organization.into(),
         ..Spec::default()
@@ -268,7 +364,12 @@ async fn run(dialect: Dialect) -> (Vec<String>, String) {
     let Expect { good, bad } = dialect.expect.clone();
     let mut check = |what: &str, decided: &Decided, wanted: &[&str]| {
         let found = verdict(decided);
-        if !wanted.contains(&found.as_str()) {
+        let fits = |wanted: &&str| match *wanted {
+            "NEVER_VALID" => found != "VALID",
+            "NEVER_DENIED" => !matches!(found.as_str(), "INVALID" | "FORBIDDEN"),
+            wanted => found == wanted,
+        };
+        if !wanted.iter().any(fits) {
             faults.push(format!("{}, {what}: {found}, expected {}: {}", dialect.name, wanted.join(" or "), said(decided)));
         }
     };
@@ -297,6 +398,12 @@ async fn run(dialect: Dialect) -> (Vec<String>, String) {
         costs.insert("warm bad", server.calls().await);
         check("a second good key", &decide(&engine, &key("good2"), "org-4").await, &[&good]);
         costs.insert("warm good", server.calls().await);
+        if let Some(free) = &dialect.free_model {
+            for who in ["bad4", "good3"] {
+                let free = decide_for(&engine, &key(who), "org-5", &format!("house-{free}")).await;
+                check(&format!("a {who} key for a free model"), &free, &["NOT_CALIBRATED"]);
+            }
+        }
     }
     // Bad key first.
     {
@@ -313,6 +420,7 @@ async fn run(dialect: Dialect) -> (Vec<String>, String) {
         check("a bad key, from a neighbour", &decide(&engine, &key("bad2"), "org-2").await, cold);
         check("a good key after bad ones", &decide(&engine, &key("good1"), "org-3").await, &[&good]);
         check("a bad key after all", &decide(&engine, &key("bad3"), "org-4").await, &[&bad]);
+        check("a good key after all", &decide(&engine, &key("good2"), "org-1").await, &[&good]);
     }
     let cell = |what: &str| {
         let Calls { own, made_up, keyless } = costs[what];

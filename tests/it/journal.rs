@@ -169,8 +169,14 @@ fn the_schema_knows_every_word() {
     assert_eq!(fields["header"]["enum"], words(HeaderFamily::VARIANTS.iter().map(|word| word.as_str()).collect()));
     assert_eq!(fields["unreached"]["enum"], words(Unreached::VARIANTS.iter().map(|why| cause::unreached(*why)).collect()));
     assert_eq!(fields["withheld"]["enum"], words(Withheld::VARIANTS.iter().map(|why| cause::withheld(*why)).collect()));
-    let made_up =
-        [MadeUpKey::NotAsked, MadeUpKey::NoAnswer, MadeUpKey::Inconclusive(429), MadeUpKey::Refused(401), MadeUpKey::Accepted];
+    let made_up = [
+        MadeUpKey::NotAsked,
+        MadeUpKey::NotWaitedFor,
+        MadeUpKey::NoAnswer,
+        MadeUpKey::Inconclusive(429),
+        MadeUpKey::Refused(401),
+        MadeUpKey::Accepted,
+    ];
     assert_eq!(fields["made_up_keys"]["enum"], words(made_up.map(cause::made_up).to_vec()));
     // A call may end with any code of gRPC's but OK.
     assert_eq!(schema["$defs"]["undecided"]["properties"]["grpc_code"]["enum"], words(CODES[1..].to_vec()));

@@ -15,7 +15,7 @@ use byok_gate::{
         look::Look,
         made_up_key::KeyForm,
         snapshot::Snapshot,
-        taught::RequestFacts,
+        taught::{Question, RequestFacts},
     },
     domain::{
         request::Request,
@@ -321,9 +321,24 @@ impl Model {
 /// One thing that happens to the facts of one request, at a second.
 #[derive(Debug, Clone)]
 enum Taught {
-    /// A made-up key of this form, for this model, got: 0 a 401, 1 a 404, 2 a "yes", 3 a 503, 4 nothing.
+    /// A made-up key of this form, for this model, got: 0 a 401 by code, 1 a 404, 2 a "yes", 3 a 503, 4 nothing.
     MadeUp(&'static str, KeyForm, u8),
     Accepted(&'static str),
+    /// A real key of this form was refused as a made-up one is by code.
+    Refused(KeyForm),
+    /// The key that was accepted was asked again: once more accepted, or given this.
+    Second(&'static str, Option<u16>),
+}
+
+/// A made-up key's answer that stands.
+#[derive(Debug, Clone, Copy)]
+struct Stands {
+    at: u64,
+    model: &'static str,
+    form: KeyForm,
+    kind: u8,
+    after_acceptance: bool,
+    in_contrast: bool,
 }
 
 const GOOD_FOR: u64 = 6 * 3600;
@@ -333,39 +348,73 @@ fn taught_look(status: u16) -> Look {
 }
 
 /// What is known of it then, from all that happened and nothing else.
-fn taught_by(log: &[(u64, Taught)], model: &str, form: Option<KeyForm>, now: u64) -> Calibration {
-    let auth = |kind: u8| kind == 0;
-    let mut standing: Vec<(u64, &str, KeyForm, u8)> = Vec::new();
+fn taught_by(log: &[(u64, Taught)], model: &str, question: Question, now: u64) -> Calibration {
+    let mut standing: Vec<Stands> = Vec::new();
     let (mut misses, mut untold, mut back_off_until) = (0_u32, None, 0);
-    for (at, event) in log {
+    let mut miss = |at: u64, misses: &mut u32, untold: &mut Option<Calibration>, what| {
+        back_off_until = at + (60 << (*misses).min(20)).min(3600);
+        *misses += 1;
+        *untold = Some(what);
+    };
+    for (position, (at, event)) in log.iter().enumerate() {
+        let before = |is: &dyn Fn(&Taught) -> bool, within: u64| {
+            log[..position].iter().any(|(other, event)| at - other <= within && is(event))
+        };
         match event {
             Taught::MadeUp(model, form, kind @ 0..=2) => {
-                standing.retain(|(since, other, of, _)| (other, of) != (model, form) && at < &(since + GOOD_FOR));
-                standing.push((*at, model, *form, *kind));
+                let after_acceptance = before(&|event| matches!(event, Taught::Accepted(other) if other == model), 600);
+                let keys_get_a_401 = before(&|event| matches!(event, Taught::Refused(other) if other == form), GOOD_FOR);
+                if *kind == 1 && !after_acceptance && keys_get_a_401 {
+                    miss(*at, &mut misses, &mut untold, Calibration::Everybody(taught_look(404)));
+                    continue;
+                }
+                standing.retain(|other| (other.model, other.form) != (*model, *form) && *at < other.at + GOOD_FOR);
+                standing.push(Stands { at: *at, model, form: *form, kind: *kind, after_acceptance, in_contrast: false });
                 (misses, untold) = (0, None);
             }
             Taught::MadeUp(_, _, kind) => {
-                back_off_until = at + (60 << misses.min(20)).min(3600);
-                misses += 1;
-                untold = Some((*kind == 3).then_some(503));
+                miss(*at, &mut misses, &mut untold, Calibration::Untold((*kind == 3).then_some(503)));
             }
-            Taught::Accepted(_) => {}
+            Taught::Second(model, other) => {
+                let latest = standing.iter().rposition(|answer| answer.model == *model && answer.after_acceptance);
+                if let Some(latest) = latest
+                    && standing[latest].kind != 2
+                    && at - standing[latest].at <= 600
+                {
+                    match other {
+                        None => standing[latest].in_contrast = true,
+                        Some(other) => {
+                            standing.remove(latest);
+                            miss(*at, &mut misses, &mut untold, Calibration::Everybody(taught_look(*other)));
+                        }
+                    }
+                }
+            }
+            Taught::Accepted(_) | Taught::Refused(_) => {}
         }
     }
-    let of_form = |of: &KeyForm, kind: u8| kind == 2 || form.is_none_or(|form| form == *of);
-    let tells = |of: &str, kind: u8| of == model || kind == 0;
-    let found = standing.iter().find(|(at, of, form, kind)| now < at + GOOD_FOR && tells(of, *kind) && of_form(form, *kind));
+    let tells = |answer: &&Stands| {
+        let of_model = answer.model == model;
+        now < answer.at + GOOD_FOR
+            && match (question, answer.kind) {
+                (_, 2) => of_model,
+                (Question::Refusal, kind) => of_model || kind == 0,
+                (Question::Acceptance(form), kind) => {
+                    of_model
+                        && form.is_none_or(|form| form == answer.form)
+                        && (answer.in_contrast || kind == 0 && answer.after_acceptance)
+                }
+            }
+    };
+    let found = standing.iter().filter(tells).max_by_key(|answer| (answer.kind == 2, answer.in_contrast));
     match (found, untold) {
-        (Some((_, _, _, 2)), _) => Calibration::AcceptsAnyone,
-        (Some((at, of, _, kind)), _) => {
-            let contrasts = |(accepted_at, event): &(u64, Taught)| match event {
-                Taught::Accepted(model) => accepted_at.abs_diff(*at) <= 600 && (model == of || auth(*kind)),
-                Taught::MadeUp(..) => false,
-            };
-            let status = if auth(*kind) { 401 } else { 404 };
-            Calibration::Refuses { look: taught_look(status), in_words: auth(*kind), in_contrast: log.iter().any(contrasts) }
+        (Some(Stands { kind: 2, .. }), _) => Calibration::AcceptsAnyone,
+        (Some(Stands { kind, in_contrast, .. }), _) => {
+            let by_code = *kind == 0;
+            let look = taught_look(if by_code { 401 } else { 404 });
+            Calibration::Refuses { look, in_words: by_code, by_code, in_contrast: *in_contrast }
         }
-        (None, Some(status)) if now < back_off_until => Calibration::Untold(status),
+        (None, Some(untold)) if now < back_off_until => untold,
         (None, _) => Calibration::NotAsked,
     }
 }
@@ -381,39 +430,57 @@ fn what_an_endpoint_taught_is_what_its_model_says() {
         for _ in 0..random.random_range(1..20) {
             now += *[1, 30, 61, 300, 601, 3_000, 10_000, 22_000].choose(random).unwrap();
             let model = *["", "m", "n"].choose(random).unwrap();
+            let form = *forms.choose(random).unwrap();
             let at = Duration::from_secs(now);
-            if random.random_bool(0.4) {
-                facts.take_acceptance(model, at);
-                log.push((now, Taught::Accepted(model)));
-            } else {
-                let kind = random.random_range(0..5);
-                let refuses = |status, in_words| Calibration::Refuses { look: taught_look(status), in_words, in_contrast: false };
-                let calibration = match kind {
-                    0 => refuses(401, true),
-                    1 => refuses(404, false),
-                    2 => Calibration::AcceptsAnyone,
-                    3 => Calibration::Untold(Some(503)),
-                    _ => Calibration::Untold(None),
-                };
-                let form = *forms.choose(random).unwrap();
-                facts.take_answer((model, form), calibration, at, Duration::from_secs(GOOD_FOR), 1.0);
-                log.push((now, Taught::MadeUp(model, form, kind)));
+            match random.random_range(0..10) {
+                0..3 => {
+                    facts.take_acceptance(model, false, at);
+                    log.push((now, Taught::Accepted(model)));
+                }
+                3 => {
+                    facts.take_refusal(form, taught_look(401).body, at);
+                    log.push((now, Taught::Refused(form)));
+                }
+                4 => {
+                    let other = *[None, None, Some(401), Some(404)].choose(random).unwrap();
+                    facts.take_second_answer(model, other.map(taught_look), at, 1.0);
+                    log.push((now, Taught::Second(model, other)));
+                }
+                _ => {
+                    let kind = random.random_range(0..5);
+                    let refuses = |status, by_code| Calibration::Refuses {
+                        look: taught_look(status),
+                        in_words: by_code,
+                        by_code,
+                        in_contrast: false,
+                    };
+                    let calibration = match kind {
+                        0 => refuses(401, true),
+                        1 => refuses(404, false),
+                        2 => Calibration::AcceptsAnyone,
+                        3 => Calibration::Untold(Some(503)),
+                        _ => Calibration::Untold(None),
+                    };
+                    facts.take_answer((model, form), calibration, at, Duration::from_secs(GOOD_FOR), 1.0);
+                    log.push((now, Taught::MadeUp(model, form, kind)));
+                }
             }
             let later = now + *[0, 10, 100, 700, 20_000].choose(random).unwrap();
-            let asked = ["", "m", "n"].map(|model| [None, Some(forms[0]), Some(forms[1])].map(|form| (model, form)));
-            for (model, form) in asked.into_iter().flatten() {
-                let expected = taught_by(&log, model, form, later);
-                let found = facts.calibration(model, form, Duration::from_secs(later));
-                assert_eq!(found, expected, "seed {seed}, at {later}, `{model}` {form:?}: {log:#?}");
+            let questions = [None, Some(forms[0]), Some(forms[1])].map(Question::Acceptance);
+            let questions = questions.into_iter().chain([Question::Refusal]);
+            for (model, question) in questions.flat_map(|question| ["", "m", "n"].map(|model| (model, question))) {
+                let expected = taught_by(&log, model, question, later);
+                let found = facts.calibration(model, question, Duration::from_secs(later));
+                assert_eq!(found, expected, "seed {seed}, at {later}, `{model}` {question:?}: {log:#?}");
                 let word = format!("{found:?}").chars().take_while(|c| c.is_alphanumeric()).collect::<String>();
                 let contrast = matches!(found, Calibration::Refuses { in_contrast: true, .. });
                 *met.entry(format!("{word} {contrast}")).or_default() += 1;
                 // Nobody is asked about what is known, or too soon after what told nothing.
-                assert!(!facts.is_due(model, form, Duration::from_secs(later)) || found == Calibration::NotAsked);
+                assert!(!facts.is_due(model, question, Duration::from_secs(later)) || found == Calibration::NotAsked);
             }
         }
     }
-    assert!(met.len() == 5 && met.values().all(|count| *count > 100), "{met:?}");
+    assert!(met.len() == 6 && met.values().all(|count| *count > 100), "{met:?}");
 }
 
 // === the real thing ===

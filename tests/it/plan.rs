@@ -1,6 +1,6 @@
 //! The plan of a probe without a network: what is asked, in which order and header, and what is known in the end.
 
-use std::sync::Arc;
+use std::{cell::Cell, sync::Arc};
 
 use HeaderFamily::{ApiKey, Bearer, XApiKey};
 use byok_gate::{
@@ -9,7 +9,7 @@ use byok_gate::{
         classify::{Answer, Calibration, Finding, ProbeResponse, calibrated, read},
         endpoint::{Call, Endpoint, Preference, Target, target},
         look::Look,
-        probe_plan::{Client, Lesson, Next, ProbePlan},
+        probe_plan::{Client, Lesson, Next, ProbePlan, Requests},
         registry::Registry,
         taught::EndpointFacts,
     },
@@ -66,13 +66,13 @@ fn response(call: &Call, (status, body): (u16, &str)) -> ProbeResponse {
 
 fn run(target: &Target, facts: &EndpointFacts, in_contrast: bool, world: World<'_>) -> Came {
     let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
-    let mut plan = ProbePlan::new(&target.calls, client, facts, &|_, _| false);
+    let mut plan = ProbePlan::new(&target.calls, client, facts, Requests::UNKNOWN);
     let mut asked = Vec::new();
     let finding = loop {
         assert!(asked.len() < 40, "no end: {asked:?}");
         match plan.proceed() {
             Next::Done(finding) => break finding,
-            Next::Ask { call, families } => {
+            Next::Ask { call, families, .. } => {
                 let headers: Vec<&str> = families.iter().map(|family| family.as_str()).collect();
                 asked.push(format!("{} {}", call.probe.surface.as_str(), headers.join("+")));
                 plan.take_response(response(call, world(call.probe.surface, &families, Real)));
@@ -83,11 +83,13 @@ fn run(target: &Target, facts: &EndpointFacts, in_contrast: bool, world: World<'
                     _ => Calibration::Untold(None),
                 };
                 plan.take_calibration(&match calibration {
-                    Calibration::Refuses { look, in_words, .. } => Calibration::Refuses { look, in_words, in_contrast },
+                    Calibration::Refuses { look, in_words, by_code, .. } => {
+                        Calibration::Refuses { look, in_words, by_code, in_contrast }
+                    }
                     other => other,
                 });
             }
-            Next::Keyless { call } => match response(call, world(call.probe.surface, &[], Key::None)) {
+            Next::Keyless { call, .. } => match response(call, world(call.probe.surface, &[], Key::None)) {
                 ProbeResponse::Answer { look, .. } => plan.take_keyless(Some(&look)),
                 _ => plan.take_keyless(None),
             },
@@ -107,6 +109,16 @@ fn comes_to(world: World<'_>, verdict: Verdict, cause: Option<Cause>, asked: &[&
 
 const OWN: &str = "models bearer";
 const OTHERS: &str = "models x-api-key+api-key";
+const CALLED: &str = "chat-completions bearer";
+/// After a 401 of the list, in all headers at once.
+const CALLED_IN_ALL: &str = "chat-completions bearer+x-api-key+api-key";
+
+#[track_caller]
+fn comes_to_in_some_way(world: World<'_>, verdict: Verdict) {
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let came = run(&target, &EndpointFacts::default(), false, world);
+    assert_eq!(came.finding.verdict, verdict, "{:?} {:?}", came.asked, came.finding);
+}
 
 #[test]
 fn a_refusal_is_never_lost() {
@@ -122,15 +134,22 @@ fn a_refusal_is_never_lost() {
         SILENCE,
     ] {
         let world = |_, families: &[HeaderFamily], _| if families == [Bearer] { DEAD } else { later };
-        comes_to(&world, Verdict::Invalid, Some(Cause::CommonCode), &[OWN, OTHERS]);
+        comes_to_in_some_way(&world, Verdict::Invalid);
+        // Nor where the request that calls a model tells nothing: then the other headers are asked at the list.
+        let world = |surface, families: &[HeaderFamily], _| match surface {
+            Surface::Models if families == [Bearer] => DEAD,
+            _ => later,
+        };
+        let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+        let came = run(&target, &EndpointFacts::default(), false, &world);
+        assert_eq!(came.finding.verdict, Verdict::Invalid, "{later:?}");
     }
     // But for a "yes" that counts.
     let yes = |surface| if surface == Surface::Models { LIST } else { CHAT };
-    let confirmed = "chat-completions api-key";
     let world = |surface, families: &[HeaderFamily], key| {
         if families.contains(&ApiKey) && key == Real { yes(surface) } else { DEAD }
     };
-    let came = comes_to(&world, Verdict::Valid, None, &[OWN, OTHERS, "models x-api-key", confirmed]);
+    let came = comes_to(&world, Verdict::Valid, None, &[OWN, CALLED_IN_ALL, CALLED, "chat-completions x-api-key"]);
     assert_eq!((came.finding.family, came.finding.wrong_header), (Some(ApiKey), true));
     assert_eq!(came.lessons, [Lesson::Family { right: ApiKey, wrong: vec![Bearer] }]);
     // A list that says yes in another header, and completions that do not: the list looks at the key's form alone.
@@ -160,13 +179,13 @@ fn a_refusal_is_never_lost() {
     // Which one it was may stay open: the key is good.
     let world = |surface, families: &[HeaderFamily], key| match (surface, families, key) {
         (_, [Bearer], _) | (_, _, MadeUp | Key::None) => DEAD,
-        (Surface::Models, [_], Real) => SILENCE,
+        (_, [_], Real) => SILENCE,
         (surface, ..) => yes(surface),
     };
-    comes_to(&world, Verdict::Valid, None, &[OWN, OTHERS, "models x-api-key", "chat-completions x-api-key"]);
+    comes_to(&world, Verdict::Valid, None, &[OWN, CALLED_IN_ALL, CALLED, "chat-completions x-api-key"]);
     // One that does not count changes nothing.
     let world = |_, families: &[HeaderFamily], _| if families == [Bearer] { DEAD } else { LIST };
-    comes_to(&world, Verdict::Invalid, Some(Cause::CommonCode), &[OWN, OTHERS]);
+    comes_to_in_some_way(&world, Verdict::Invalid);
 }
 
 #[test]
@@ -204,7 +223,7 @@ fn a_dialect_is_a_refusal_only_by_proof() {
             },
             Verdict::Invalid,
             Some(Cause::AsAMadeUpKey),
-            &[OWN, OTHERS],
+            &[OWN, CALLED_IN_ALL],
         );
     }
     let completion = ["chat-completions bearer", "chat-completions x-api-key+api-key"];
@@ -446,7 +465,8 @@ fn the_header_is_the_workspaces_and_one_is_enough_once_it_is_known() {
     };
     let mut facts = EndpointFacts::default();
     assert_eq!(judged(Some(Bearer), &facts), (Verdict::Valid, false, vec![OWN.to_owned()]));
-    let walk = ["models x-api-key", "models bearer+api-key", "models bearer", "messages bearer"].map(str::to_owned).to_vec();
+    let walk = ["models x-api-key", "messages x-api-key+bearer+api-key", "messages x-api-key", "messages bearer"];
+    let walk = walk.map(str::to_owned).to_vec();
     assert_eq!(judged(Some(XApiKey), &facts), (Verdict::Valid, true, walk.clone()));
     // Of a client that nobody knows anything of, no header is wrong.
     assert_eq!(judged(None, &facts), (Verdict::Valid, false, walk));
@@ -461,14 +481,14 @@ fn some_answers_end_it() {
     let region = (403, r#"{"error":{"code":"unsupported_country_region_territory"}}"#);
     comes_to(&|_, _, _| region, Verdict::UnexpectedResponse, Some(Cause::CommonCode), &[OWN]);
     comes_to(&|_, _, _| SILENCE, Verdict::Timeout, None, &[OWN]);
-    comes_to(&|_, _, _| (503, ""), Verdict::ProviderError, Some(Cause::Status), &[OWN]);
-    comes_to(&|_, _, _| (429, ""), Verdict::RateLimited, Some(Cause::Status), &[OWN]);
+    comes_to(&|_, _, _| (503, ""), Verdict::ProviderError, Some(Cause::Status), &[OWN, CALLED]);
+    comes_to(&|_, _, _| (429, ""), Verdict::RateLimited, Some(Cause::Status), &[OWN, CALLED]);
     let target = Target::of(&endpoint("https://api.anthropic.com", "anthropic"), "m");
     let linked =
         (400, r#"{"type":"error","error":{"type":"invalid_request_error","message":"anthropic-workspace-id is required"}}"#);
     let came = run(&target, &EndpointFacts::default(), false, &|_, _, _| linked);
     assert_eq!((came.finding.verdict, came.asked.len()), (Verdict::UnexpectedResponse, 1), "no paid rung");
-    let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), &|_, _| false);
+    let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), Requests::UNKNOWN);
     plan.take_response(ProbeResponse::Unreachable(Unreached::Dns));
     let Next::Done(finding) = plan.proceed() else { panic!("not the end") };
     assert_eq!((finding.verdict, finding.unreached), (Verdict::Unreachable, Some(Unreached::Dns)));
@@ -479,7 +499,8 @@ fn some_answers_end_it() {
 fn what_tells_nothing_is_left_out() {
     let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
     let first = |pointless: &dyn Fn(&Call) -> bool| {
-        let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), &|call, _| pointless(call));
+        let requests = Requests { is_pointless: &|call, _| pointless(call), ..Requests::UNKNOWN };
+        let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), requests);
         let Next::Ask { call, .. } = plan.proceed() else { panic!("nothing is asked") };
         call.probe.name.clone()
     };
@@ -494,4 +515,89 @@ fn what_tells_nothing_is_left_out() {
     let came = run(&target, &EndpointFacts::default(), false, &absent);
     assert_eq!(came.finding.verdict, Verdict::Valid);
     assert!(came.lessons.contains(&Lesson::Absent(target.calls[0].request)), "{:?}", came.lessons);
+}
+
+/// What refuses a made-up key may be a limit: by no code, it counts only if the real key is accepted once more.
+#[test]
+fn a_yes_counts_where_no_limit_can_have_refused_the_made_up_key() {
+    let refusals = [
+        (401, "no"),
+        (401, r#"{"error":{"code":"slow_down"}}"#),
+        (403, r#"{"error":{"code":"busy"}}"#),
+        (400, "busy"),
+        (404, "{}"),
+        (302, ""),
+        PAGE,
+        (200, r#"{"code":1302}"#),
+    ];
+    for refusal in refusals {
+        let world = |_, _: &[HeaderFamily], key| if key == Real { LIST } else { refusal };
+        comes_to(&world, Verdict::Valid, None, &[OWN, OWN]);
+        // Who comes second gets it, whoever that is.
+        let asked = Cell::new(0);
+        let world = |_, _: &[HeaderFamily], _| {
+            asked.set(asked.get() + 1);
+            if asked.get() == 1 { LIST } else { refusal }
+        };
+        comes_to(&world, Verdict::NotCalibrated, Some(Cause::MadeUpKeyUntold), &[OWN, OWN]);
+    }
+    let world = |_, _: &[HeaderFamily], key| if key == Real { LIST } else { DEAD };
+    comes_to(&world, Verdict::Valid, None, &[OWN]);
+}
+
+/// A list may fail, or refuse, everybody: the request that calls a model tells.
+#[test]
+fn a_list_that_fails_or_refuses_everybody_is_no_word_on_a_key() {
+    let lists = [(500, "x"), (503, "{}"), (429, "x"), DEAD, (401, r#"{"error":{"code":"login"}}"#), (401, "log in"), (401, "{}")];
+    for list in lists {
+        for (real, expected) in [(CHAT, Verdict::Valid), (DEAD, Verdict::Invalid), ((401, "no"), Verdict::Invalid)] {
+            let bad = if real == CHAT { DEAD } else { real };
+            let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+                (Surface::Models, _) => list,
+                (_, Real) => real,
+                _ => bad,
+            };
+            comes_to_in_some_way(&world, expected);
+        }
+        // Where anybody is served, nothing tells.
+        let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { list } else { CHAT };
+        let untold = match list.0 {
+            429 => Verdict::RateLimited,
+            401 => Verdict::NotCalibrated,
+            _ => Verdict::ProviderError,
+        };
+        comes_to_in_some_way(&world, untold);
+    }
+    // Where a key was seen accepted at this list, its 401 is clear.
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let requests = Requests { has_accepted: &|_, _| true, ..Requests::UNKNOWN };
+    let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), requests);
+    plan.take_response(response(&target.calls[0], DEAD));
+    let Next::Ask { call, families, .. } = plan.proceed() else { panic!("no other header") };
+    assert_eq!((call.probe.surface, families), (Surface::Models, vec![XApiKey, ApiKey]));
+}
+
+/// A ban, or a limit, comes to everybody.
+#[test]
+fn what_comes_to_everybody_by_now_is_no_word_on_a_key() {
+    const BAN: (u16, &str) = (403, r#"{"message":"Forbidden"}"#);
+    // The real key gets it at the list, where a made-up one was refused with a 401 before; later the made-up one gets it, too, or no key does.
+    for (made_up, keyless) in [(BAN, DEAD), (DEAD, BAN)] {
+        let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+            (_, Real) => BAN,
+            (Surface::Models, _) => DEAD,
+            (_, MadeUp) => made_up,
+            (_, Key::None) => keyless,
+        };
+        comes_to(&world, Verdict::UnexpectedResponse, Some(Cause::RequestRefused), &[OWN, CALLED]);
+    }
+    // A list that is open to everybody gives it after the calls that may have been too many.
+    let lists = Cell::new(0);
+    let world = |surface, _: &[HeaderFamily], _| {
+        lists.set(lists.get() + i32::from(surface == Surface::Models));
+        if surface == Surface::Models && lists.get() <= 2 { LIST } else { BAN }
+    };
+    comes_to_in_some_way(&world, Verdict::NotCalibrated);
+    let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { LIST } else { BAN };
+    comes_to_in_some_way(&world, Verdict::Invalid);
 }

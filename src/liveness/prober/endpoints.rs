@@ -21,7 +21,7 @@ use crate::{
         look::Look,
         made_up_key::{KeyForm, can_be_imitated, made_up_key_like},
         probe_plan::Lesson,
-        taught::{EndpointFacts, RequestFacts},
+        taught::{EndpointFacts, Question, RequestFacts},
     },
     domain::{protocol::HeaderFamily, secret::Secret, verdict::Cause},
     liveness::single_flight::{FlightEnd, InFlight, Join, SingleFlight, Start, wait},
@@ -52,7 +52,7 @@ pub(super) struct Endpoints {
     requests: moka::sync::Cache<Key, Arc<Mutex<RequestFacts>>>,
     bases: moka::sync::Cache<Key, Arc<Mutex<BaseFacts>>>,
     absent: moka::sync::Cache<Key, ()>,
-    flights: Arc<SingleFlight<Key, Calibration>>,
+    flights: Arc<SingleFlight<Key, Told>>,
     shown: Arc<Mutex<Shown>>,
 }
 
@@ -74,10 +74,18 @@ struct Shown {
     no_api: BTreeMap<[String; 2], bool>,
 }
 
+/// What a made-up key came to: of which model and form it was, and what it got.
+#[derive(Debug, Clone)]
+pub(super) struct Told {
+    model: String,
+    form: KeyForm,
+    calibration: Calibration,
+}
+
 /// One that is known or under way.
-pub(super) enum Asked {
+enum Asked {
     Known(Calibration),
-    UnderWay(InFlight<Calibration>),
+    UnderWay(InFlight<Told>),
 }
 
 // === impl Endpoints ===
@@ -107,7 +115,13 @@ impl Endpoints {
 
     /// This request tells nothing of a key: anybody is accepted, or it is not there.
     pub(super) fn is_pointless(&self, call: &Call, family: HeaderFamily) -> bool {
-        self.absent.contains_key(&call.request) || self.known(call, &[family], None) == Calibration::AcceptsAnyone
+        self.absent.contains_key(&call.request) || self.known(call, &[family], Question::Refusal) == Calibration::AcceptsAnyone
+    }
+
+    /// A real key was accepted there within hours.
+    pub(super) fn has_accepted(&self, call: &Call, family: HeaderFamily) -> bool {
+        let facts = self.requests.get(&key(call, &[family]));
+        facts.is_some_and(|facts| lock(&facts).has_accepted(self.since.elapsed()))
     }
 
     /// Takes in what a probe has learnt.
@@ -115,6 +129,11 @@ impl Endpoints {
         for lesson in lessons {
             match lesson {
                 Lesson::Absent(request) => self.absent.insert(request, ()),
+                Lesson::ToEverybody(request, families, look) => {
+                    if let Some(facts) = self.requests.get(&key_of(&request, &families)) {
+                        lock(&facts).take_everybody(&look, self.since.elapsed(), jitter());
+                    }
+                }
                 Lesson::Family { right, wrong } => {
                     let now = Instant::now();
                     let fresh = || BaseFacts { facts: EndpointFacts::default(), until: now + GOOD_FOR.mul_f64(jitter()) };
@@ -143,7 +162,18 @@ impl Endpoints {
 
     /// A real key was accepted there.
     pub(super) fn accepted(&self, call: &Call, families: &[HeaderFamily]) {
-        lock(&self.request(call, families)).take_acceptance(&call.model, self.since.elapsed());
+        let (facts, now) = (self.request(call, families), self.since.elapsed());
+        lock(&facts).take_acceptance(&call.model, call.probe.refuses_bad_keys, now);
+    }
+
+    /// A real key was refused there with this 401.
+    pub(super) fn refused(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, look: &Look) {
+        lock(&self.request(call, families)).take_refusal(KeyForm::of(secret), look.body, self.since.elapsed());
+    }
+
+    /// What the real key that was accepted gets once more, after a made-up one was refused: the same, or this.
+    pub(super) fn second_answer(&self, call: &Call, families: &[HeaderFamily], other: Option<Look>) {
+        lock(&self.request(call, families)).take_second_answer(&call.model, other, self.since.elapsed(), jitter());
     }
 
     /// What was learnt in several headers at once holds for the one of them that was the right one.
@@ -152,67 +182,79 @@ impl Endpoints {
         self.requests.insert(key(call, &[right]), Arc::new(Mutex::new(known)));
     }
 
-    /// What a made-up key of the form of this one gets, by the deadline.
-    pub(super) async fn of_its_form(
+    /// What a made-up key gets, by the deadline: one like this key, or, in no header, none.
+    pub(super) async fn ask(
         &self,
         call: &Call,
         families: &[HeaderFamily],
         target: &Target,
         secret: &Secret,
+        question: Question,
         deadline: Instant,
     ) -> Calibration {
-        // A short key is compared with the usual made-up one.
-        if !can_be_imitated(secret, target.endpoint.key_prefix.as_deref()) {
-            return self.begin(call, families, target, secret, None).by(deadline).await;
-        }
-        let form = Some(KeyForm::of(secret));
-        let known = || self.known(call, families, form);
-        // One of another form may be under way.
-        for _ in 0..2 {
-            let got = self.begin(call, families, target, secret, form).by(deadline).await;
-            match (known(), got) {
-                (Calibration::NotAsked, untold @ Calibration::Untold(_)) => return untold,
-                (Calibration::NotAsked, _) => {}
-                (known, _) => return known,
+        // A key that cannot be imitated is compared with the usual made-up one.
+        let question = match question {
+            Question::Acceptance(Some(_)) if !can_be_imitated(secret, target.endpoint.key_prefix.as_deref()) => {
+                Question::Acceptance(None)
+            }
+            question => question,
+        };
+        let tells = |told: &Told| match question {
+            Question::Refusal => true,
+            Question::Acceptance(_) if told.model != call.model => false,
+            Question::Acceptance(form) => {
+                form.is_none_or(|form| form == told.form) || told.calibration == Calibration::AcceptsAnyone
+            }
+        };
+        // One of another form, or for another model, may be under way.
+        for _ in 0..3 {
+            match self.begin(call, families, target, secret, question) {
+                Asked::Known(calibration) => return calibration,
+                Asked::UnderWay(flight) => match wait(flight, deadline).await {
+                    FlightEnd::Completed(told) if tells(&told) => return told.calibration,
+                    FlightEnd::Completed(_) => {}
+                    FlightEnd::TimedOut { .. } | FlightEnd::Lost => return Calibration::Untold(None),
+                },
             }
         }
         Calibration::Untold(None)
     }
 
+    /// Asks in the background, unless the answer is known. What is known without waiting.
+    pub(super) fn ask_behind(&self, call: &Call, families: &[HeaderFamily], target: &Target, secret: &Secret) -> Calibration {
+        match self.begin(call, families, target, secret, Question::Refusal) {
+            Asked::Known(calibration) => calibration,
+            Asked::UnderWay(_) => Calibration::NotWaitedFor,
+        }
+    }
+
     /// Asks with a made-up key like this one in these headers, or without any where there are none, unless the answer is known or under way.
-    /// `form`: only what one of this form gets counts as known.
-    pub(super) fn begin(
-        &self,
-        call: &Call,
-        families: &[HeaderFamily],
-        target: &Target,
-        secret: &Secret,
-        form: Option<KeyForm>,
-    ) -> Asked {
+    fn begin(&self, call: &Call, families: &[HeaderFamily], target: &Target, secret: &Secret, question: Question) -> Asked {
         let key = key(call, families);
         let facts = self.request(call, families);
         let launch = |_| {
             let (known, due) = {
                 let (facts, now) = (lock(&facts), self.since.elapsed());
-                (facts.calibration(&call.model, form, now), facts.is_due(&call.model, form, now))
+                (facts.calibration(&call.model, question, now), facts.is_due(&call.model, question, now))
             };
             if due {
                 Start::Run(self.fly(call, families, target, secret, Arc::clone(&facts)).instrument(traces::calibrate(target)))
             } else {
-                Start::<_, Infallible, _>::Known(known)
+                let form = KeyForm::of(secret);
+                Start::<_, Infallible, _>::Known(Told { model: call.model.clone(), form, calibration: known })
             }
         };
         match self.flights.join(key, key, launch) {
-            Join::Known(known) => Asked::Known(known),
+            Join::Known(known) => Asked::Known(known.calibration),
             Join::InFlight(flight) => Asked::UnderWay(flight),
             Join::Full => Asked::Known(Calibration::NotAsked),
         }
     }
 
     /// What is known without asking.
-    pub(super) fn known(&self, call: &Call, families: &[HeaderFamily], form: Option<KeyForm>) -> Calibration {
+    pub(super) fn known(&self, call: &Call, families: &[HeaderFamily], question: Question) -> Calibration {
         let facts = self.requests.get(&key(call, families));
-        facts.map_or(Calibration::NotAsked, |facts| lock(&facts).calibration(&call.model, form, self.since.elapsed()))
+        facts.map_or(Calibration::NotAsked, |facts| lock(&facts).calibration(&call.model, question, self.since.elapsed()))
     }
 
     fn request(&self, call: &Call, families: &[HeaderFamily]) -> Arc<Mutex<RequestFacts>> {
@@ -226,7 +268,7 @@ impl Endpoints {
         target: &Target,
         secret: &Secret,
         facts: Arc<Mutex<RequestFacts>>,
-    ) -> impl Future<Output = Calibration> + Send + use<> {
+    ) -> impl Future<Output = Told> + Send + use<> {
         let (endpoints, call, families) = (self.clone(), call.clone(), families.to_vec());
         let (provider, host) = (target.endpoint.provider.clone(), target.endpoint.host.clone());
         let (made_up, form) = {
@@ -234,12 +276,12 @@ impl Endpoints {
             made_up_key_like(secret, target.endpoint.key_prefix.as_deref(), |below| rng.random_range(0..below))
         };
         async move {
-            let exchange = endpoints.http.exchange(&call, &families, &made_up, Instant::now() + BUDGET).await;
+            let exchange = endpoints.http.exchange_again(&call, &families, &made_up, Instant::now() + BUDGET).await;
             let told = match exchange {
                 Exchange::Answered(response) => {
                     let (reading, look) = (read(response.facts(), &call.probe), Look::of(response.facts(), made_up.expose()));
                     // The answer to a request without a key is compared, and not read.
-                    let seen = |look| Calibration::Refuses { look, in_words: false, in_contrast: false };
+                    let seen = |look| Calibration::Refuses { look, in_words: false, by_code: false, in_contrast: false };
                     if families.is_empty() { seen(look) } else { calibrated(&reading, &look) }
                 }
                 Exchange::TimedOut | Exchange::Unreachable(_) | Exchange::Exhausted => Calibration::Untold(None),
@@ -248,16 +290,18 @@ impl Endpoints {
             if !families.is_empty() {
                 endpoints.count([provider, host, call.probe.name.clone(), header_of(&families)], &told);
             }
-            let (mut facts, now) = (lock(&facts), endpoints.since.elapsed());
-            facts.take_answer((&call.model, form), told, now, GOOD_FOR, jitter());
-            facts.calibration(&call.model, Some(form), now)
+            let now = endpoints.since.elapsed();
+            let calibration = lock(&facts).take_answer((&call.model, form), told, now, GOOD_FOR, jitter());
+            Told { model: call.model, form, calibration }
         }
     }
 
     fn count(&self, name: [String; 4], told: &Calibration) {
         let (number, result) = match told {
             Calibration::Refuses { in_words: true, .. } => (0, "refused"),
-            Calibration::Untold(_) | Calibration::NotAsked => (1, "untold"),
+            Calibration::Untold(_) | Calibration::Everybody(_) | Calibration::NotWaitedFor | Calibration::NotAsked => {
+                (1, "untold")
+            }
             Calibration::AcceptsAnyone => (2, "accepted"),
             Calibration::Refuses { in_words: false, .. } => (3, "refused_oddly"),
         };
@@ -314,38 +358,14 @@ pub(super) fn header_of(families: &[HeaderFamily]) -> String {
 }
 
 fn key(call: &Call, families: &[HeaderFamily]) -> Key {
+    key_of(&call.request, families)
+}
+
+fn key_of(request: &[u8; 32], families: &[HeaderFamily]) -> Key {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&call.request);
+    hasher.update(request);
     for family in families {
         hasher.update(family.as_str().as_bytes()).update(b" ");
     }
     *hasher.finalize().as_bytes()
-}
-
-// === impl Asked ===
-
-impl Asked {
-    /// What it came to by the deadline.
-    pub(super) async fn by(self, deadline: Instant) -> Calibration {
-        match self {
-            Self::Known(calibration) => calibration,
-            Self::UnderWay(flight) => match wait(flight, deadline).await {
-                FlightEnd::Completed(known) => known,
-                FlightEnd::TimedOut { .. } | FlightEnd::Lost => Calibration::Untold(None),
-            },
-        }
-    }
-
-    /// A made-up key is on its way.
-    pub(super) fn is_under_way(&self) -> bool {
-        matches!(self, Self::UnderWay(_))
-    }
-
-    /// What is known without waiting.
-    pub(super) fn so_far(self) -> Calibration {
-        match self {
-            Self::Known(calibration) => calibration,
-            Self::UnderWay(_) => Calibration::Untold(None),
-        }
-    }
 }

@@ -178,6 +178,7 @@ const fn may_be_shared(verdict: Verdict) -> bool {
 const fn write_made_up(got: MadeUpKey) -> Option<(&'static str, Option<u16>)> {
     match got {
         MadeUpKey::NotAsked => None,
+        MadeUpKey::NotWaitedFor => Some(("NOT_WAITED_FOR", None)),
         MadeUpKey::NoAnswer => Some(("NO_ANSWER", None)),
         MadeUpKey::Inconclusive(status) => Some(("INCONCLUSIVE", Some(status))),
         MadeUpKey::Refused(status) => Some(("REFUSED", Some(status))),
@@ -187,6 +188,7 @@ const fn write_made_up(got: MadeUpKey) -> Option<(&'static str, Option<u16>)> {
 
 fn read_made_up(word: &str, status: Option<u16>) -> Option<MadeUpKey> {
     match (word, status) {
+        ("NOT_WAITED_FOR", None) => Some(MadeUpKey::NotWaitedFor),
         ("NO_ANSWER", None) => Some(MadeUpKey::NoAnswer),
         ("INCONCLUSIVE", Some(status)) => Some(MadeUpKey::Inconclusive(status)),
         ("REFUSED", Some(status)) => Some(MadeUpKey::Refused(status)),
@@ -227,6 +229,7 @@ mod tests {
         };
         let made_up = [
             MadeUpKey::NotAsked,
+            MadeUpKey::NotWaitedFor,
             MadeUpKey::NoAnswer,
             MadeUpKey::Inconclusive(503),
             MadeUpKey::Refused(401),

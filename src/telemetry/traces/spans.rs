@@ -265,7 +265,7 @@ pub(crate) fn calibrated(calibration: &Calibration) {
         let word = match calibration {
             Calibration::Refuses { .. } => "refuses",
             Calibration::AcceptsAnyone => "accepts anyone",
-            Calibration::Untold(_) | Calibration::NotAsked => "untold",
+            Calibration::Untold(_) | Calibration::Everybody(_) | Calibration::NotWaitedFor | Calibration::NotAsked => "untold",
         };
         Span::current().record("byokgate.calibration", word);
     }

@@ -8,7 +8,7 @@ use byok_gate::{
         classify::{Answer, Calibration, ProbeResponse, calibrated, is_page, read},
         endpoint::{Target, target},
         look::Look,
-        probe_plan::{Client, Next, ProbePlan},
+        probe_plan::{Client, Next, ProbePlan, Requests},
         taught::EndpointFacts,
     },
     domain::verdict::{Unreached, Verdict},
@@ -71,7 +71,7 @@ fuzz_target!(|input: &[u8]| {
     let nth = |number: usize| &answers[number.wrapping_mul(usize::from(order) | 1) % answers.len()];
     let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
     let facts = EndpointFacts::default();
-    let mut plan = ProbePlan::new(&target.calls, client, &facts, &|_, _| false);
+    let mut plan = ProbePlan::new(&target.calls, client, &facts, Requests::UNKNOWN);
     let (mut steps, mut accepted, mut last) = (0, false, 0);
     let finding = loop {
         steps += 1;
@@ -96,7 +96,7 @@ fuzz_target!(|input: &[u8]| {
                     }
                 });
             }
-            Next::Keyless { call } => match nth(if same { last } else { steps }).response(call) {
+            Next::Keyless { call, .. } => match nth(if same { last } else { steps }).response(call) {
                 ProbeResponse::Answer { look, .. } => plan.take_keyless(Some(&look)),
                 ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) | ProbeResponse::Exhausted => plan.take_keyless(None),
             },
