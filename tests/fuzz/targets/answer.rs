@@ -23,7 +23,7 @@ static TARGETS: LazyLock<Vec<Target>> = LazyLock::new(|| {
     let of = |snapshot: &'static byok_gate::core::snapshot::Snapshot| {
         snapshot.registry.providers().iter().filter_map(|it| target(it, &snapshot.catalogue, "m").ok())
     };
-    of(&*CASES).chain(of(&*EMBEDDED)).collect()
+    of(&CASES).chain(of(&EMBEDDED)).collect()
 });
 
 /// One answer of the input's: two bytes for the status, one of flags, the rest for headers and body.

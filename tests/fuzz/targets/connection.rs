@@ -144,7 +144,7 @@ fuzz_target!(|input: &[u8]| {
         }
     }
     assert!(answered < 1 << 20, "{answered} bytes for {}", bytes.len());
-    if RUNS.fetch_add(1, Ordering::Relaxed) % 256 == 0 {
+    if RUNS.fetch_add(1, Ordering::Relaxed).is_multiple_of(256) {
         runtime.block_on(async {
             let channel =
                 Endpoint::from_shared(format!("unix:{}", path.display())).expect("a URL").connect().await.expect("it accepts");
