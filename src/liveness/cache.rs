@@ -433,8 +433,7 @@ impl Cache {
             probe.reported = true;
             if let Some(lease) = lease {
                 let record = to_record(&memory, &fetched, &lease);
-                // Nobody waits for the store.
-                tokio::spawn(lease.store(record, ages.hard_maximum));
+                lease.leave(record, ages.hard_maximum);
             }
             fetched
         }

@@ -4,6 +4,7 @@
 //! faults in a row the tier is left alone for a time. All times are the store's own. Its lease guards what a call costs, and not that an
 //! answer is right; so one server is enough, and what it loses is asked for again.
 
+mod background;
 mod faults;
 mod keys;
 mod place;
@@ -22,14 +23,15 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, sleep_until};
 
 pub use self::keys::TierKeys;
-pub(crate) use self::{
-    keys::{Id, Model, Whose},
-    record::Record,
-};
 use self::{
+    background::Background,
     keys::{Name, Names, News},
     place::Place,
     store::{Looked, State, Store, Unheard},
+};
+pub(crate) use self::{
+    keys::{Id, Model, Whose},
+    record::Record,
 };
 use crate::{
     core::classify::Finding,
@@ -47,6 +49,8 @@ const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::f
 const MAX_FRUITLESS: u32 = 3;
 /// How long who listens for refusals waits before it connects anew.
 const RECONNECT: Duration = Duration::from_secs(5);
+/// How many answers are on their way to the store at a time: more come only while it is slow, and are asked for again.
+const MAX_STORING: usize = 1024;
 /// Less is no time for a question to another machine, and more is longer than a caller should wait for a store.
 const TIMEOUTS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -96,6 +100,7 @@ pub struct Tier {
     store: Store,
     keys: TierKeys,
     looks: Looks,
+    storing: Background,
     leases_lost: Counter,
     damaged: Counter,
 }
@@ -202,7 +207,13 @@ impl Tier {
         let place = Place::parse(&access.address).map_err(TierSetupError)?;
         let store = Store::new(&place, &access).map_err(|fault| TierSetupError(fault.to_string()))?;
         let (looks, leases_lost, damaged) = (Looks::default(), Counter::new(), Counter::new());
-        Ok(Arc::new(Self { store, keys: access.keys, looks, leases_lost, damaged }))
+        let storing = Background::new(MAX_STORING);
+        Ok(Arc::new(Self { store, keys: access.keys, looks, storing, leases_lost, damaged }))
+    }
+
+    /// The end: waits until then for answers that are on their way to the store. Tells how many never came there.
+    pub async fn finish(&self, by: Instant) -> u64 {
+        self.storing.finish(by).await
     }
 
     /// Where this credential's observations stand.
@@ -245,6 +256,11 @@ impl Collect for Tier {
         page.counter("byokgate_tier_faults", "Questions to the shared tier that failed").add(&[], &self.store.faulty);
         page.gauge("byokgate_tier_in_use", "1 while the shared tier is in use, 0 while it is left alone")
             .add(&[], u64::from(self.store.is_in_use()));
+        page.counter(
+            "byokgate_tier_stores_dropped",
+            "Answers that were not sent to the shared tier, since too many were on their way to it",
+        )
+        .add(&[], &self.storing.dropped);
         page.counter("byokgate_tier_leases_lost", "Answers that were not stored, since the lease had ended")
             .add(&[], &self.leases_lost);
         page.counter("byokgate_tier_damaged", "Values of the shared tier that are none of ours").add(&[], &self.damaged);
@@ -390,8 +406,14 @@ impl Lease {
         }
     }
 
-    /// Stores what was found, if the lease is still this replica's; nobody waits for that. What is nobody's to share ends the lease alone.
-    pub(crate) async fn store(self, record: Option<Record>, keep: Duration) {
+    /// Stores what was found, if the lease is still this replica's; nobody waits for that but the process's end. What is nobody's to share
+    /// ends the lease alone.
+    pub(crate) fn leave(self, record: Option<Record>, keep: Duration) {
+        let tier = Arc::clone(&self.tier);
+        tier.storing.run(self.store(record, keep));
+    }
+
+    async fn store(self, record: Option<Record>, keep: Duration) {
         let Self { tier, names, token, .. } = &self;
         let sealed = record.as_ref().and_then(|record| {
             let index = usize::from(record.finding.about_model);
