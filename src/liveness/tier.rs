@@ -13,22 +13,22 @@ mod store;
 
 use std::{
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use futures_util::StreamExt;
-use rand::Rng;
+use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, sleep_until};
 
-pub use self::keys::TierKeys;
 use self::{
     background::Background,
     keys::{Name, Names, News},
     place::Place,
     store::{Looked, State, Store, Unheard},
 };
+pub use self::{keys::TierKeys, store::Connect};
 pub(crate) use self::{
     keys::{Id, Model, Whose},
     record::Record,
@@ -103,6 +103,8 @@ pub struct Tier {
     storing: Background,
     leases_lost: Counter,
     damaged: Counter,
+    /// For pauses.
+    random: Mutex<StdRng>,
 }
 
 /// How it went with those who looked.
@@ -205,10 +207,19 @@ impl Tier {
     /// The tier of these settings. Nothing is connected yet.
     pub fn new(access: TierAccess) -> Result<Arc<Self>, TierSetupError> {
         let place = Place::parse(&access.address).map_err(TierSetupError)?;
-        let store = Store::new(&place, &access).map_err(|fault| TierSetupError(fault.to_string()))?;
+        let store = Store::at(&place, &access).map_err(|fault| TierSetupError(fault.to_string()))?;
+        Ok(Self::of(store, access.keys, rand::random()))
+    }
+
+    /// The tier that these connections lead to, with pauses that follow from a seed.
+    pub fn over(connect: Box<dyn Connect>, timeout: Duration, keys: TierKeys, seed: u64) -> Arc<Self> {
+        Self::of(Store::new(connect, timeout), keys, seed)
+    }
+
+    fn of(store: Store, keys: TierKeys, seed: u64) -> Arc<Self> {
         let (looks, leases_lost, damaged) = (Looks::default(), Counter::new(), Counter::new());
-        let storing = Background::new(MAX_STORING);
-        Ok(Arc::new(Self { store, keys: access.keys, looks, storing, leases_lost, damaged }))
+        let (storing, random) = (Background::new(MAX_STORING), Mutex::new(StdRng::seed_from_u64(seed)));
+        Arc::new(Self { store, keys, looks, storing, leases_lost, damaged, random })
     }
 
     /// The end: waits until then for answers that are on their way to the store. Tells how many never came there.
@@ -235,9 +246,13 @@ impl Tier {
                 }
             }
             // Not all replicas at one moment.
-            let pause = RECONNECT.mul_f64(rand::rng().random_range(0.5..=1.0));
+            let pause = self.between(RECONNECT / 2, RECONNECT);
             sleep(pause).await;
         }
+    }
+
+    fn between(&self, least: Duration, most: Duration) -> Duration {
+        self.random.lock().unwrap_or_else(PoisonError::into_inner).random_range(least..=most)
     }
 }
 
@@ -333,7 +348,7 @@ impl Seat {
                     return Sought::Ask(Some(Lease { tier: Arc::clone(&tier), names, token, clock }));
                 }
                 State::Wait => {
-                    let pause = rand::rng().random_range(LOOK_AGAIN.0..=LOOK_AGAIN.1);
+                    let pause = tier.between(LOOK_AGAIN.0, LOOK_AGAIN.1);
                     if Instant::now() + pause >= until {
                         looks.gave_up.inc();
                         return Sought::Ask(None);
