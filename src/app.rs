@@ -10,7 +10,10 @@ use crate::{
         settings::Settings,
     },
     core::{
+        endpoint::target,
         engine::{Boxed, Engine},
+        policy::Enforcement,
+        registry::{Provider, is_loopback},
         snapshot::{Origin, Snapshot},
     },
     domain::problem::{Problem, Problems},
@@ -33,6 +36,8 @@ pub struct App {
     pub measured: Vec<Arc<dyn Collect>>,
     /// Hears from other replicas what was refused, where replicas share what they find.
     pub listening: Option<Boxed<'static, ()>>,
+    /// Providers that it cannot ask.
+    pub undialled: Vec<Problems>,
 }
 
 /// Registry, catalogue and configuration, followed while the service runs.
@@ -73,17 +78,42 @@ impl App {
     pub fn new(setup: &Setup, tier: Option<Arc<Tier>>) -> Result<Self, ProbeSetupError> {
         let Setup { snapshot, fingerprint_key, settings, .. } = setup;
         let prober = Arc::new(prober(setup)?);
+        let undialled = undialled(snapshot, &prober);
         let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits()));
         let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()).sharing(tier));
         let listening = cache.listen();
         let engine = Arc::new(Engine::new(snapshot.clone(), cache.clone(), *fingerprint_key));
-        Ok(Self { engine, measured: vec![prober, limiter, cache], listening })
+        Ok(Self { engine, measured: vec![prober, limiter, cache], listening, undialled })
     }
 }
 
 /// The prober alone.
 pub fn prober(Setup { settings, probe_ca, proxy, .. }: &Setup) -> Result<HttpProber, ProbeSetupError> {
     HttpProber::new(settings.probe_settings(probe_ca.clone(), proxy.clone()))
+}
+
+/// Providers whose every credential would be denied, since their address or scheme may not be dialled. No name is resolved for it.
+pub fn undialled(snapshot: &Snapshot, prober: &HttpProber) -> Vec<Problems> {
+    let now = jiff::Timestamp::now().as_second();
+    let problem = |provider: &Provider| {
+        if snapshot.policy.enforcement(&provider.name, now) != Enforcement::Enforce {
+            return None;
+        }
+        let target = target(provider, &snapshot.catalogue, "made-up-model").ok()?;
+        // Of plain http beyond loopback the registry's own warning tells.
+        let call = target.calls.iter().find(|call| !prober.may_ask(call))?;
+        if call.url.scheme() == "http" && !is_loopback(&call.url) {
+            return None;
+        }
+        let message = format!(
+            "{}: its address or scheme may not be dialled by this configuration, so that every credential of it is denied; use https and a \
+             public address, allow it with `egress.allow`, or switch the provider's probe off with a date",
+            call.url.origin().ascii_serialization()
+        );
+        Some(Problem::at(format!("providers.{}", provider.name), message))
+    };
+    let list: Vec<Problem> = snapshot.registry.providers().iter().filter_map(problem).collect();
+    if list.is_empty() { Vec::new() } else { vec![Problems { document: snapshot.registry_origin.source.clone(), list }] }
 }
 
 // === impl Documents ===

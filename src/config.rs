@@ -183,6 +183,13 @@ pub fn settings_of(
     }
 }
 
+/// The same for who looks on past a fault: with all that is wrong with values. Of those that have the wrong form the default is there.
+pub fn settings_despite(paths: &Paths, overrides: &Overrides) -> Result<(Settings, Vec<Problem>), ConfigError> {
+    let Layered { settings, mut problems, .. } = layered(paths, overrides, env::vars())?;
+    problems.extend(settings.review().0);
+    Ok((settings, problems))
+}
+
 fn layered(
     paths: &Paths,
     overrides: &Overrides,

@@ -24,8 +24,7 @@ use crate::{
         catalogue::{Catalogue, HostRow, host_of},
         classify::ProbeResponse,
         endpoint::target,
-        policy::Enforcement,
-        registry::{Provider, Registry, is_loopback},
+        registry::{Provider, Registry},
         snapshot::Snapshot,
         yaml,
     },
@@ -63,6 +62,9 @@ pub(super) struct CheckArgs {
     #[command(flatten)]
     serve: ServeArgs,
 }
+
+/// The settings that listeners and callers are made of.
+const EDGE: [&str; 4] = ["server", "tls", "callers", "admin"];
 
 /// What was found in the documents, document by document.
 #[derive(Default)]
@@ -166,8 +168,11 @@ impl Found {
     fn all(&mut self, serve: ServeArgs, elsewhere: bool) -> Option<Setup> {
         let (paths, overrides) = serve.layers();
         let loaded = config::load(&paths, &overrides);
-        // Whatever is wrong with the documents hides nothing of the edge.
-        if let Ok((settings, _)) = config::settings_of(&paths, &overrides, env::vars()) {
+        // Whatever is wrong with the documents, or with other settings, hides nothing of the edge.
+        let of_edge = |problem: &Problem| EDGE.iter().any(|part| problem.place.starts_with(part));
+        if let Ok((settings, problems)) = config::settings_despite(&paths, &overrides)
+            && !problems.iter().any(of_edge)
+        {
             let document = paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string());
             let is_of_here = |fault: &ServerError| {
                 matches!(fault, ServerError::File { .. } | ServerError::Content { .. } | ServerError::Listen { .. })
@@ -184,7 +189,7 @@ impl Found {
                 if !elsewhere {
                     self.tier(&setup);
                 }
-                self.undialled(&setup);
+                self.prober(&setup);
                 let Snapshot { registry, catalogue, catalogue_origin, .. } = &setup.snapshot;
                 let today = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date();
                 for (of, list) in
@@ -218,39 +223,14 @@ impl Found {
         }
     }
 
-    /// Providers whose every credential would be denied, since their address or scheme may not be dialled; and what else the prober cannot
-    /// be made of. No name is resolved for it.
-    fn undialled(&mut self, setup: &Setup) {
-        let Setup { snapshot, settings, .. } = setup;
-        let prober = match app::prober(setup) {
-            Ok(prober) => prober,
+    /// What the prober cannot be made of, and which providers it cannot ask.
+    fn prober(&mut self, setup: &Setup) {
+        match app::prober(setup) {
+            Ok(prober) => self.warnings.extend(app::undialled(&setup.snapshot, &prober)),
             Err(fault) => {
-                let document = config::source_of(settings.probe.ca_file.as_ref());
+                let document = config::source_of(setup.settings.probe.ca_file.as_ref());
                 self.problems.push(Problems { document, list: vec![Problem::at("", chain(&fault))] });
-                return;
             }
-        };
-        let now = jiff::Timestamp::now().as_second();
-        let mut list = Vec::new();
-        for provider in snapshot.registry.providers() {
-            if snapshot.policy.enforcement(&provider.name, now) != Enforcement::Enforce {
-                continue;
-            }
-            let Ok(target) = target(provider, &snapshot.catalogue, "made-up-model") else { continue };
-            // Of plain http beyond loopback the registry's own warning tells.
-            let Some(call) = target.calls.iter().find(|call| !prober.may_ask(call)) else { continue };
-            if call.url.scheme() == "http" && !is_loopback(&call.url) {
-                continue;
-            }
-            let message = format!(
-                "{}: its address or scheme may not be dialled by this configuration, so that every credential of it is denied; use https and \
-                 a public address, allow it with `egress.allow`, or switch the provider's probe off with a date",
-                call.url.origin().ascii_serialization()
-            );
-            list.push(Problem::at(format!("providers.{}", provider.name), message));
-        }
-        if !list.is_empty() {
-            self.warnings.push(Problems { document: snapshot.registry_origin.source.clone(), list });
         }
     }
 

@@ -26,7 +26,9 @@ use crate::{
     config::ConfigError,
     domain::{
         problem::{Problem, Problems},
-        request::{CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, Request, Scope, WorkspaceSpec},
+        request::{
+            CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec,
+        },
         secret::Secret,
     },
     server::shutdown::Signals,
@@ -42,8 +44,8 @@ const MAX_TERMINATION_LOG_BYTES: usize = 4096;
 #[derive(Debug, Args)]
 #[command(
     override_usage = "byok-gate exec [OPTIONS] -- CMD ARGS...",
-    after_help = "The workspace's credentials are looked for under the names that the registry knows, in the environment and then\n\
-    in --secrets-dir; nothing else of either is read. CMD gets the environment as it is.\n\n\
+    after_help = "The workspace's credentials are looked for under the names that the registry and the facts about runtimes\n\
+    know, in the environment and then in --secrets-dir; nothing else of either is read. CMD gets the environment as it is.\n\n\
     Exit codes: CMD's own once it runs. Until then: 10 denied, 11 denied but worth a retry, anything else no decision;\n\
     CMD is then never run, and the termination log says why."
 )]
@@ -54,19 +56,8 @@ pub(super) struct ExecArgs {
     /// The workspace's model [environment: BYOK_GATE_MODEL].
     #[arg(long)]
     model: Option<String>,
-    /// The workspace's id [environment: BYOK_GATE_WORKSPACE_ID].
-    #[arg(long)]
-    workspace_id: Option<String>,
-    /// The organization's id [environment: BYOK_GATE_ORGANIZATION_ID].
-    #[arg(long)]
-    organization_id: Option<String>,
-    /// A folder of mounted secrets, one file a name. One line break at a file's end is not part of the value. The environment
-    /// hides a file of the same name [environment: BYOK_GATE_SECRETS_DIR].
-    #[arg(long, value_name = "DIR")]
-    secrets_dir: Option<PathBuf>,
-    /// A base-URL variable that the tenant set, and not the platform (repeatable).
-    #[arg(long = "tenant-base-url-env", value_name = "NAME")]
-    tenant_base_url_env: Vec<String>,
+    #[command(flatten)]
+    workspace: WorkspaceArgs,
     /// Ask this server instead of deciding here; --registry then only says which names are looked for
     /// [environment: BYOK_GATE_SERVER].
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
@@ -85,58 +76,39 @@ pub(super) struct ExecArgs {
     command: Vec<OsString>,
 }
 
+/// The workspace that is to start, but for what it is to run.
+#[derive(Debug, Args)]
+struct WorkspaceArgs {
+    /// The workspace's id [environment: BYOK_GATE_WORKSPACE_ID].
+    #[arg(long)]
+    workspace_id: Option<String>,
+    /// The organization's id [environment: BYOK_GATE_ORGANIZATION_ID].
+    #[arg(long)]
+    organization_id: Option<String>,
+    /// A folder of mounted secrets, one file a name. One line break at a file's end is not part of the value. The environment
+    /// hides a file of the same name [environment: BYOK_GATE_SECRETS_DIR].
+    #[arg(long, value_name = "DIR")]
+    secrets_dir: Option<PathBuf>,
+    /// A base-URL variable that the tenant set, and not the platform (repeatable).
+    #[arg(long = "tenant-base-url-env", value_name = "NAME")]
+    tenant_base_url_env: Vec<String>,
+}
+
 /// Does not return where CMD runs: the process has then become it, with its id, its signals and its exit code.
 pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit> {
-    let ExecArgs {
-        runtime,
-        model,
-        workspace_id,
-        organization_id,
-        secrets_dir,
-        tenant_base_url_env,
-        server,
-        termination_log,
-        client,
-        engine,
-        probe,
-        command,
-    } = args;
+    let ExecArgs { runtime, model, workspace, server, termination_log, client, engine, probe, command } = args;
     let termination_log = termination_log.or_else(|| Path::new(TERMINATION_LOG).exists().then(|| TERMINATION_LOG.into()));
-    let (runtime, model) = (said(runtime, "BYOK_GATE_RUNTIME")?, said(model, "BYOK_GATE_MODEL")?);
-    let asked = Asked { runtime: runtime.clone(), model: model.clone() };
+    let asked = Asked { runtime: said(runtime, "BYOK_GATE_RUNTIME")?, model: said(model, "BYOK_GATE_MODEL")? };
     let deciding = async {
-        let platform_proxy = engine.platform_proxy.map(ProxyArg::into);
         let server = Some(said(server, "BYOK_GATE_SERVER")?).filter(|server| !server.is_empty());
-        let secrets_dir = secrets_dir.or_else(|| env::var_os("BYOK_GATE_SECRETS_DIR").map(PathBuf::from));
-        let (workspace_id, organization_id) =
-            (said(workspace_id, "BYOK_GATE_WORKSPACE_ID")?, said(organization_id, "BYOK_GATE_ORGANIZATION_ID")?);
+        let platform_proxy = engine.platform_proxy.map(ProxyArg::into);
         let setup = engine.load(probe)?;
         if setup.settings.tier.address.is_some() {
             let message = "is set: the shared tier is for `serve`, and its key is no workspace's to hold; leave `tier` out";
             let list = vec![Problem::at("tier.address", message)];
             return Err(ConfigError(vec![Problems { document: "configuration".to_owned(), list }]).into());
         }
-        let (credentials, unreadable_scopes) =
-            found(setup.snapshot.registry.credential_names(), secrets_dir.as_deref(), &|name| env::var_os(name));
-        let request = Request {
-            spec: WorkspaceSpec {
-                workspace_id,
-                organization_id,
-                runtime,
-                model,
-                credentials,
-                unreadable_scopes,
-                operator_override: OperatorOverride::Derive,
-                platform_proxy,
-                tenant_base_url_env,
-            },
-            // A pod that starts: the workspace was created before.
-            checkpoint: Checkpoint::Provision,
-            max_liveness_age: None,
-            explain: false,
-            report_only: false,
-            caller: CalledBy::default(),
-        };
+        let request = workspace.request(&asked, setup.snapshot.credential_names(), platform_proxy)?;
         match server {
             Some(server) => ask(&client.server(&server)?, &request).await,
             None => decide(setup, request, log).await,
@@ -168,6 +140,43 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
         leave(path, body);
     }
     exit
+}
+
+// === impl WorkspaceArgs ===
+
+impl WorkspaceArgs {
+    /// What is asked, with what is found of these names.
+    fn request(
+        self,
+        Asked { runtime, model }: &Asked,
+        names: &BTreeSet<String>,
+        platform_proxy: Option<PlatformProxy>,
+    ) -> anyhow::Result<Request> {
+        let Self { workspace_id, organization_id, secrets_dir, tenant_base_url_env } = self;
+        let secrets_dir = secrets_dir.or_else(|| env::var_os("BYOK_GATE_SECRETS_DIR").map(PathBuf::from));
+        let workspace_id = said(workspace_id, "BYOK_GATE_WORKSPACE_ID")?;
+        let organization_id = said(organization_id, "BYOK_GATE_ORGANIZATION_ID")?;
+        let (credentials, unreadable_scopes) = found(names, secrets_dir.as_deref(), &|name| env::var_os(name));
+        Ok(Request {
+            spec: WorkspaceSpec {
+                workspace_id,
+                organization_id,
+                runtime: runtime.clone(),
+                model: model.clone(),
+                credentials,
+                unreadable_scopes,
+                operator_override: OperatorOverride::Derive,
+                platform_proxy,
+                tenant_base_url_env,
+            },
+            // A pod that starts: the workspace was created before.
+            checkpoint: Checkpoint::Provision,
+            max_liveness_age: None,
+            explain: false,
+            report_only: false,
+            caller: CalledBy::default(),
+        })
+    }
 }
 
 /// Replaces this process. Returns only if it could not.

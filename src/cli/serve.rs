@@ -105,7 +105,8 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     let (access, odd) = config::tier_access(settings)?;
     config::warn(&odd);
     let tier = access.map(Tier::new).transpose()?;
-    let App { engine, measured, listening } = App::new(&setup, tier.clone())?;
+    let App { engine, measured, listening, undialled } = App::new(&setup, tier.clone())?;
+    config::warn(&undialled);
     let mut bound = Bound::open(settings.edge()).await?;
     bound.set_journal(Journal::to(log.clone(), settings.log.plain_allow_ratio));
     bound.measure(Arc::new(log));

@@ -10,7 +10,8 @@ use super::{
     exit::{Exit, Format, UsageError, print},
 };
 use crate::telemetry::status::{
-    Attention, Certificate, DecisionCount, Document, LastFailure, Provider, Recent, RefusedConnection, Status, printable,
+    Attention, Certificate, DecisionCount, Document, LastFailure, Provider, Recent, RefusedConnection, Status, UndecidedCall,
+    printable,
 };
 
 /// The longest that the command waits: what the server gives a request.
@@ -140,6 +141,7 @@ fn text(status: &Status, last: usize) -> String {
     section("providers", providers.iter().filter(|provider| !provider.is_quiet()).flat_map(provider).collect());
     section("decisions", decisions.iter().map(|it| count(it, status.window_seconds)).collect());
     section("refused connections", status.refused_connections.iter().take(last).map(refused).collect());
+    section("calls without a decision", status.undecided_calls.iter().take(last).map(undecided).collect());
     section("last denials", status.denials.iter().take(last).map(recent).collect());
     section("last allows that nobody could verify", status.unverified_allows.iter().take(last).map(recent).collect());
     out
@@ -188,6 +190,13 @@ fn count(DecisionCount { outcome, code, total, recent }: &DecisionCount, window:
 fn refused(RefusedConnection { at, fault, peer, count, names, meaning }: &RefusedConnection) -> String {
     let names = if names.is_empty() { String::new() } else { format!(" [{}]", names.join(", ")) };
     format!("{at} {peer} {count}x {fault}: {meaning}{names}")
+}
+
+fn undecided(it: &UndecidedCall) -> String {
+    let UndecidedCall { at, method, grpc_code, reason, peer, caller, report_only, count } = it;
+    let caller = if caller.is_empty() { String::new() } else { format!(" ({caller})") };
+    let report_only = if *report_only { ", report only" } else { "" };
+    format!("{at} {peer}{caller} {count}x {method}{report_only}: {grpc_code}, {reason}")
 }
 
 fn recent(it: &Recent) -> String {

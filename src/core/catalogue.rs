@@ -5,6 +5,7 @@ pub(crate) mod file;
 
 use std::{
     cell::Cell,
+    cmp::Reverse,
     collections::{BTreeMap, HashMap},
     sync::Arc,
     time::Duration,
@@ -422,11 +423,12 @@ impl Catalogue {
 
     /// The longest known beginning of this value: every shape that has it.
     pub fn shapes_of(&self, value: &str) -> &[KeyShape] {
-        // Most begin otherwise from the first byte on, which is cheaper to see than to compare them whole.
-        let first = value.as_bytes().first();
-        let begins = |shape: &KeyShape| shape.prefix.as_bytes().first() == first && value.starts_with(&shape.prefix);
-        let from = self.key_shapes.iter().position(begins);
-        let longest = from.and_then(|from| self.key_shapes.get(from..)).unwrap_or_default();
+        let first = value.as_bytes().first().copied();
+        let from = self.key_shapes.partition_point(|shape| shape.first() < first);
+        let to = self.key_shapes.partition_point(|shape| shape.first() <= first);
+        let shapes = self.key_shapes.get(from..to).unwrap_or_default();
+        let longest = shapes.iter().position(|shape| value.starts_with(&shape.prefix));
+        let longest = longest.and_then(|longest| shapes.get(longest..)).unwrap_or_default();
         longest.chunk_by(|one, other| one.prefix == other.prefix).next().unwrap_or_default()
     }
 
@@ -509,9 +511,15 @@ impl CommonCodes {
 // === impl KeyShape ===
 
 impl KeyShape {
-    /// The longest beginning first, so that the first that fits is the one; those of one beginning side by side.
+    /// By the first byte, and within it the longest beginning first, so that the first that fits is the one; those of one beginning side by
+    /// side.
     fn sort(shapes: &mut [Self]) {
-        shapes.sort_by(|one, other| (other.prefix.len(), &one.prefix).cmp(&(one.prefix.len(), &other.prefix)));
+        let key = |shape: &Self| (shape.first(), Reverse(shape.prefix.len()));
+        shapes.sort_by(|one, other| key(one).cmp(&key(other)).then_with(|| one.prefix.cmp(&other.prefix)));
+    }
+
+    fn first(&self) -> Option<u8> {
+        self.prefix.as_bytes().first().copied()
     }
 }
 

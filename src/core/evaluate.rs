@@ -253,7 +253,11 @@ impl<'a> Evaluator<'a, '_> {
         let registry = &*self.snapshot.registry;
         let name = self.spec.runtime.as_str();
         let derived = derive(registry, name, model, &|name| credentials.has(name));
-        log.relevant.env = self.snapshot.relevant_names(runtime, model);
+        log.relevant.env = match &derived {
+            // Nobody else lists it.
+            Ok(Derived { arm, matched_by: MatchedBy::ExactModel, .. }) => self.snapshot.names_of(arm),
+            Ok(_) | Err(_) => self.snapshot.relevant_names(runtime, model),
+        };
         if credentials.has_unreadable() {
             let owner =
                 |result: &Result<Derived<'a>, Underivable>| result.as_ref().ok().map(|derived| derived.provider.name.clone());

@@ -113,8 +113,7 @@ impl ForeignSecrets {
         let mut found = self.beginning.iter().skip(from).take_while(|shape| shape.prefix.as_bytes().first() == Some(first));
         let found = found.find(|shape| shape.fits(value)).or_else(|| {
             // Each of them holds one of these; most keys do not.
-            let bytes = value.as_bytes();
-            let holds = memchr::memchr3(b':', b'=', b'.', bytes).is_some() || memchr::memchr(b'~', bytes).is_some();
+            let holds = value.bytes().fold(false, |holds, byte| holds | matches!(byte, b':' | b'=' | b'.' | b'~'));
             self.holding.iter().filter(|_| holds).find(|shape| shape.fits(value))
         });
         found.filter(|shape| shape.key_of.is_none() || shape.key_of.as_deref() != vendor).map(|shape| shape.what.as_str())

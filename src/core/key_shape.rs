@@ -278,7 +278,7 @@ const LONGEST_PLACEHOLDER: usize = 64;
 /// The same for values of a key's own letters.
 fn simple_placeholder(value: &str) -> Option<Malformation> {
     let last = value.bytes().next_back()?;
-    if memchr::memchr(b'.', value.as_bytes()).is_some() && value.contains("...") {
+    if value.bytes().fold(false, |dotted, byte| dotted | (byte == b'.')) && value.contains("...") {
         return Some(if value.ends_with("...") { Malformation::Placeholder } else { Malformation::Masked });
     }
     // `sk-xxxxxxxx`, however long.

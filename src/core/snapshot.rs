@@ -132,7 +132,7 @@ impl Snapshot {
             return Arc::default();
         }
         if let [only] = arms.as_slice() {
-            return Arc::clone(&self.arm(only).names);
+            return self.names_of(only);
         }
         let mut names: Vec<String> = Vec::new();
         for name in arms.iter().flat_map(|arm| self.arm(arm).names.iter()) {
@@ -141,6 +141,11 @@ impl Snapshot {
             }
         }
         names.into()
+    }
+
+    /// The same, where this arm alone could own the model.
+    pub fn names_of(&self, arm: &Arm) -> Arc<[String]> {
+        if self.registry.provider(arm).is_platform() { Arc::default() } else { Arc::clone(&self.arm(arm).names) }
     }
 
     /// This variable as the place of a key.

@@ -165,12 +165,16 @@ fn predict_by<'a>(arm: &'a ArmRoute, credentials: &CredentialSet<'a>) -> Result<
     } else {
         owned.iter().find(|own| own.secret.same_as(sent.secret)).copied().unwrap_or(sent)
     };
-    let differs = |found: &Found<'_>| !found.secret.same_as(judged.secret) || !is_own(judged.env_name);
-    let in_order = route.reads.iter().chain(own).filter(|name| is_own(name)).filter_map(|name| found(name, &lookup));
     let mut passed_over: Vec<Found<'a>> = Vec::new();
-    for other in in_order.filter(differs) {
-        if passed_over.iter().all(|known| known.env_name != other.env_name) {
-            passed_over.push(other);
+    // Most workspaces have one value, and nothing that it could be taken for.
+    let is_judged = |found: &Found<'_>| found.env_name == judged.env_name;
+    if !owned.iter().all(is_judged) {
+        let differs = |found: &Found<'_>| !found.secret.same_as(judged.secret) || !is_own(judged.env_name);
+        let in_order = route.reads.iter().chain(own).filter(|name| is_own(name)).filter_map(|name| found(name, &lookup));
+        for other in in_order.filter(|other| !is_judged(other) && differs(other)) {
+            if passed_over.iter().all(|known| known.env_name != other.env_name) {
+                passed_over.push(other);
+            }
         }
     }
     let travels = route.also_sends.iter().filter_map(|(name, header)| Some((found(name, &lookup)?, *header)));

@@ -389,8 +389,16 @@ impl LivenessEvidence {
                 "check the provider's base URL in the registry and its row in the probe catalogue".into()
             }
             Verdict::NotAttempted => match withheld {
-                Some(Withheld::Queue | Withheld::Budget) => "`provider_limits` bounds what a provider is asked".into(),
-                Some(Withheld::NewKeys) => "`new_keys` bounds how many unknown keys are checked".into(),
+                Some(Withheld::Queue) => {
+                    "`provider_limits.in_flight` and `provider_limits.queue_time` bound how many questions to a provider wait"
+                        .into()
+                }
+                Some(Withheld::Budget) => "`provider_limits.per_second` bounds what a provider is asked".into(),
+                Some(Withheld::NewKeys) => {
+                    "`new_keys.per_organization`, `new_keys.per_caller` or `new_keys.per_platform` is spent; \
+                     `byokgate_new_key_refusals_total` says which"
+                        .into()
+                }
                 Some(Withheld::Fault) | None => "the service's log says which fault".into(),
             },
             Verdict::NoServerSurface if *tenant_endpoint => "the policy group `tenant_endpoint` denies here".into(),

@@ -1,6 +1,6 @@
 //! What a caller asks about: parsed once at the door, then trusted.
 
-use std::{sync::Arc, time::Duration};
+use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use strum::{IntoStaticStr, VariantArray};
@@ -136,6 +136,30 @@ pub struct CalledBy {
     pub name: String,
     /// It is a workspace, beside a tenant's code, and no platform.
     pub is_workspace: bool,
+}
+
+/// Who is at the other end of a connection, as far as the kernel knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Peer {
+    /// From this address.
+    Tcp(SocketAddr),
+    /// Of these ids, on this machine.
+    Unix {
+        /// The user's.
+        uid: u32,
+        /// The group's.
+        gid: u32,
+    },
+}
+
+impl fmt::Display for Peer {
+    /// Without the port, which changes with each connection.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.ip().to_canonical().fmt(f),
+            Self::Unix { uid, gid } => write!(f, "unix uid {uid} gid {gid}"),
+        }
+    }
 }
 
 /// Nothing but printable ASCII, which nearly every text is: told several bytes at a time.

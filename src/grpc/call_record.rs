@@ -16,7 +16,7 @@ use tracing::Span;
 use super::NAME;
 use crate::{
     core::engine::Decided,
-    domain::request::Request,
+    domain::request::{Peer, Request},
     telemetry::{
         events::{Journal, Undecided},
         lately::Lately,
@@ -40,6 +40,7 @@ pub(crate) struct Recorder {
 /// One call, or one item of a batch. Dropped before it has ended, it was given up by its caller.
 pub(crate) struct CallRecord {
     recorder: Arc<Recorder>,
+    peer: Peer,
     method: &'static str,
     traced: Traced,
     /// What fails is no workspace that could not start.
@@ -67,10 +68,11 @@ impl Collect for Recorder {
 
 impl CallRecord {
     /// Of a call that begins now. The method is empty where it is none of the service's.
-    pub(crate) fn begin(recorder: &Arc<Recorder>, method: &'static str, headers: &HeaderMap) -> Self {
+    pub(crate) fn begin(recorder: &Arc<Recorder>, peer: Peer, method: &'static str, headers: &HeaderMap) -> Self {
         let traced = if decides(method) { Traced::begin(headers, NAME, method) } else { Traced::default() };
         Self {
             recorder: Arc::clone(recorder),
+            peer,
             method,
             traced,
             report_only: AtomicBool::new(false),
@@ -80,9 +82,10 @@ impl CallRecord {
 
     /// Of one item of this batch.
     pub(super) fn item(&self, index: u32) -> Self {
-        let (recorder, method) = (Arc::clone(&self.recorder), self.method);
+        let Self { peer, method, .. } = *self;
         Self {
-            recorder,
+            recorder: Arc::clone(&self.recorder),
+            peer,
             method,
             traced: self.traced.item(index),
             report_only: AtomicBool::new(false),
@@ -138,13 +141,16 @@ impl CallRecord {
         if self.ended.swap(true, Ordering::Relaxed) {
             return;
         }
-        let Recorder { journal, calls, .. } = &*self.recorder;
+        let Recorder { journal, lately, calls, .. } = &*self.recorder;
         if code != Code::Ok {
             let report_only = self.report_only.load(Ordering::Relaxed);
             calls.failed(self.method, code as i32, report_only);
             if decides(self.method) {
-                let (method, grpc_code, trace_id) = (self.method, word_of(code as i32), self.traced.trace_id());
-                journal.undecided(Undecided { method, grpc_code, reason, request, report_only, trace_id });
+                let Self { peer, method, .. } = *self;
+                let (grpc_code, trace_id) = (word_of(code as i32), self.traced.trace_id());
+                let undecided = Undecided { method, grpc_code, reason, peer, request, report_only, trace_id };
+                lately.undecided(&undecided);
+                journal.undecided(undecided);
             }
         }
         self.traced.answered(code);

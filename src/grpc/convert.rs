@@ -126,11 +126,32 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
         platform_proxy,
         tenant_base_url_env,
     } = message;
-    const AT: &str = "workspace_spec";
     violations.check_name(format_args!("{AT}.workspace_id"), &workspace_id, limits.name_bytes);
     violations.check_name(format_args!("{AT}.organization_id"), &organization_id, limits.name_bytes);
     violations.check_name(format_args!("{AT}.runtime"), &runtime, limits.name_bytes);
     let model = model_within(model, format_args!("{AT}.model"), limits, violations);
+    let credentials = credentials_of(credentials, limits, violations);
+    let unreadable_scopes = scopes(unreadable_scopes, violations);
+    let operator_override = override_of(operator_override, violations);
+    let platform_proxy = proxy_of(platform_proxy, violations);
+    check_base_url_names(&tenant_base_url_env, limits, violations);
+    WorkspaceSpec {
+        workspace_id,
+        organization_id,
+        runtime,
+        model,
+        credentials,
+        unreadable_scopes,
+        operator_override,
+        platform_proxy,
+        tenant_base_url_env,
+    }
+}
+
+/// Where all of this is in a request.
+const AT: &str = "workspace_spec";
+
+fn credentials_of(credentials: Vec<pb::Credential>, limits: &Limits, violations: &mut Violations) -> Vec<Credential> {
     if credentials.len() > limits.credentials {
         violations.add(
             format_args!("{AT}.credentials"),
@@ -153,19 +174,26 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
             parsed.push(credential);
         }
     }
+    parsed
+}
+
+fn scopes(unreadable_scopes: Vec<i32>, violations: &mut Violations) -> Vec<Scope> {
     if unreadable_scopes.len() > UNREADABLE_SCOPES {
         violations.add(
             format_args!("{AT}.unreadable_scopes"),
             format_args!("holds {}; the limit is {UNREADABLE_SCOPES}: name each scope once", unreadable_scopes.len()),
         );
     }
-    let unreadable_scopes = unreadable_scopes
+    unreadable_scopes
         .into_iter()
         .take(UNREADABLE_SCOPES)
         .enumerate()
         .filter_map(|(index, number)| scope(number, format_args!("{AT}.unreadable_scopes[{index}]"), violations))
-        .collect();
-    let operator_override = match pb::OperatorOverride::try_from(operator_override) {
+        .collect()
+}
+
+fn override_of(operator_override: i32, violations: &mut Violations) -> OperatorOverride {
+    match pb::OperatorOverride::try_from(operator_override) {
         Ok(pb::OperatorOverride::Unspecified) => OperatorOverride::Derive,
         Ok(pb::OperatorOverride::PlatformManaged) => OperatorOverride::PlatformManaged,
         Ok(pb::OperatorOverride::Byok) => OperatorOverride::Byok,
@@ -177,8 +205,11 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
             );
             OperatorOverride::Derive
         }
-    };
-    let platform_proxy = match pb::PlatformProxy::try_from(platform_proxy) {
+    }
+}
+
+fn proxy_of(platform_proxy: i32, violations: &mut Violations) -> Option<PlatformProxy> {
+    match pb::PlatformProxy::try_from(platform_proxy) {
         Ok(pb::PlatformProxy::Unspecified) => None,
         Ok(pb::PlatformProxy::Available) => Some(PlatformProxy::Available),
         Ok(pb::PlatformProxy::Absent) => Some(PlatformProxy::Absent),
@@ -186,34 +217,25 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
             violations.add(format_args!("{AT}.platform_proxy"), format_args!("{platform_proxy} is not a value of PlatformProxy"));
             None
         }
-    };
-    if tenant_base_url_env.len() > limits.base_url_names {
+    }
+}
+
+fn check_base_url_names(names: &[String], limits: &Limits, violations: &mut Violations) {
+    if names.len() > limits.base_url_names {
         violations.add(
             format_args!("{AT}.tenant_base_url_env"),
-            format_args!("holds {}; the limit is {}", tenant_base_url_env.len(), limits.base_url_names),
+            format_args!("holds {}; the limit is {}", names.len(), limits.base_url_names),
         );
     }
-    for (index, name) in tenant_base_url_env.iter().take(limits.base_url_names).enumerate() {
+    for (index, name) in names.iter().take(limits.base_url_names).enumerate() {
         let field = format_args!("{AT}.tenant_base_url_env[{index}]");
         violations.check_name(field, name, limits.name_bytes);
         if name.is_empty() {
             violations.add(field, "is empty: name the variable, or leave it out");
         }
     }
-    WorkspaceSpec {
-        workspace_id,
-        organization_id,
-        runtime,
-        model,
-        credentials: parsed,
-        unreadable_scopes,
-        operator_override,
-        platform_proxy,
-        tenant_base_url_env,
-    }
 }
 
-/// Trimmed of Unicode white space; copied only where there is some.
 /// The model without blanks at its ends. The bound is for what was sent.
 fn model_within(model: String, place: std::fmt::Arguments<'_>, limits: &Limits, violations: &mut Violations) -> String {
     if model.len() > limits.model_bytes {
@@ -225,6 +247,7 @@ fn model_within(model: String, place: std::fmt::Arguments<'_>, limits: &Limits, 
     model
 }
 
+/// Trimmed of Unicode white space; copied only where there is some.
 fn trimmed(text: String) -> String {
     let kept = text.trim();
     if kept.len() == text.len() { text } else { kept.to_owned() }
@@ -455,7 +478,7 @@ pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResp
         runtime_count: count(registry.runtimes().count()),
         model_count: count(registry.runtimes().flat_map(|(_, runtime)| &runtime.arms).map(|arm| arm.models.len()).sum()),
         host_count: count(catalogue.host_count()),
-        credential_names: registry.credential_names().iter().cloned().collect(),
+        credential_names: snapshot.credential_names().iter().cloned().collect(),
     }
 }
 

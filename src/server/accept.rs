@@ -7,8 +7,10 @@ use tokio::{sync::mpsc, time::timeout};
 use super::{
     connection::{ConnectionContext, turn_away},
     connections::{ConnectionCounts, Connections},
-    listen::{Listener, Peer},
+    listen::Listener,
 };
+use crate::domain::request::Peer;
+
 /// A refusal of connections is logged once for so many.
 const LOG_EVERY_REFUSED: u64 = 1000;
 /// What closes closes within this, unless the machine is that busy.

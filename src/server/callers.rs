@@ -15,11 +15,10 @@ use tonic::Status;
 
 use super::{
     error::ServerError,
-    listen::Peer,
     settings::{CallerSettings, CertificateCaller, RoleWord, UnixCaller},
 };
 use crate::{
-    domain::secret::with_stack_wiped,
+    domain::{request::Peer, secret::with_stack_wiped},
     grpc::{
         authorize::{Caller, Role},
         convert::pb::ErrorReason,

@@ -37,13 +37,14 @@ use super::{
     connections::{ConnectionCounts, ConnectionState, Place, Using},
     health::Phase,
     inline_executor::InlineExecutor,
-    listen::{Accepted, Peer, Stream},
+    listen::{Accepted, Stream},
     refused::{HandshakeFault, Refusal, handshake, is_a_look},
     request_body::{ByteBudget, CountedBody},
     settings::ServerSettings,
     tls::{Tls, names_of},
 };
 use crate::{
+    domain::request::Peer,
     grpc::{
         NAME,
         authorize::{Authorizer, Caller},
@@ -248,7 +249,12 @@ impl Connection {
     /// been told before.
     fn call(self: &Arc<Self>, request: Request<Incoming>) -> impl Future<Output = Answered> + Send + use<> {
         let method = method_of(request.uri().path()).map(known_method);
-        let record = Arc::new(CallRecord::begin(&self.context.recorder, method.unwrap_or_default(), request.headers()));
+        let record = Arc::new(CallRecord::begin(
+            &self.context.recorder,
+            self.identity.peer,
+            method.unwrap_or_default(),
+            request.headers(),
+        ));
         let started = self.start(request, method, &record);
         let end = started.as_ref().map_or_else(|_| Some(Instant::now()), |started| started.end);
         self.inline.set_next_end(end.map(|end| end + READ_TIME));

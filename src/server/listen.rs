@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::settings::{ServerSettings, SocketSettings};
-use crate::watch::files;
+use crate::{domain::request::Peer, watch::files};
 
 /// After a fault of the machine's own (no descriptors, no memory) the next accept waits this long: some calls will have ended.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -50,13 +50,6 @@ pub(super) struct SocketFile {
 pub(super) struct Accepted {
     pub(super) io: Box<dyn Stream>,
     pub(super) peer: Peer,
-}
-
-/// Who is at the other end, as far as the kernel knows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Peer {
-    Tcp(SocketAddr),
-    Unix { uid: u32, gid: u32 },
 }
 
 /// Bytes both ways.

@@ -14,10 +14,12 @@ use rustls::{CertificateError, InvalidMessage};
 use strum::{IntoStaticStr, VariantArray};
 use tokio::time::Instant;
 
-use super::listen::Peer;
-use crate::telemetry::{
-    metrics::{Collect, Counter, Page},
-    status::{RefusedConnection, printable, text_of},
+use crate::{
+    domain::request::Peer,
+    telemetry::{
+        metrics::{Collect, Counter, Page},
+        status::{RefusedConnection, printable, text_of},
+    },
 };
 
 /// The same fault of the same peer is told again after this.
@@ -201,11 +203,7 @@ impl Refusals {
         if let Some(count) = self.counts.get(fault as usize) {
             count.inc();
         }
-        let peer = match peer {
-            // Its port is another one each time.
-            Peer::Tcp(address) => address.ip().to_canonical().to_string(),
-            Peer::Unix { uid, gid } => format!("unix uid {uid} gid {gid}"),
-        };
+        let peer = peer.to_string();
         let now = Instant::now();
         let untold = {
             let mut kept = lock(&self.kept);

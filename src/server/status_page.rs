@@ -4,7 +4,9 @@ use maud::{DOCTYPE, Markup, PreEscaped, html as markup};
 
 use crate::{
     domain::duration,
-    telemetry::status::{Certificate, DecisionCount, Document, Provider, Recent, RefusedConnection, Status, WINDOW, printable},
+    telemetry::status::{
+        Certificate, DecisionCount, Document, Provider, Recent, RefusedConnection, Status, UndecidedCall, WINDOW, printable,
+    },
 };
 use std::time::Duration;
 
@@ -32,6 +34,8 @@ td,td.n{border:0;padding:.12rem 0;text-align:left}td:empty{display:none}td[data-
 
 /// More peers than that are in the JSON.
 const REFUSED_SHOWN: usize = 25;
+/// More kinds of calls without a decision than that, too.
+const UNDECIDED_SHOWN: usize = 25;
 
 /// The whole page.
 pub(super) fn html(status: &Status) -> String {
@@ -57,6 +61,7 @@ pub(super) fn html(status: &Status) -> String {
                     (providers(status))
                     (decisions(status))
                     (refused(&status.refused_connections))
+                    (undecided(&status.undecided_calls))
                     (recent("Last denials", "denials", &status.denials))
                     (recent("Last allows that nobody could verify", "unverified", &status.unverified_allows))
                 }
@@ -234,6 +239,28 @@ fn refused(connections: &[RefusedConnection]) -> Markup {
                             td.n data-of="Count" { (count) }
                             td data-of="Why" { strong { (text(fault)) } ": " (text(meaning)) }
                             td data-of="Names" { (text(&names.join(", "))) }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn undecided(calls: &[UndecidedCall]) -> Markup {
+    markup! {
+        @if !calls.is_empty() {
+            h2 { "Calls without a decision" }
+            table id="undecided" {
+                thead { tr { th { "Last" } th { "Peer, caller" } th.n { "Count" } th { "Why" } th { "Method" } } }
+                tbody {
+                    @for UndecidedCall { at, method, grpc_code, reason, peer, caller, report_only, count } in calls.iter().take(UNDECIDED_SHOWN) {
+                        tr {
+                            td.w data-of="Last" { (text(at)) }
+                            td.w data-of="Peer" { (text(peer)) @if !caller.is_empty() { ", " (text(caller)) } }
+                            td.n data-of="Count" { (count) }
+                            td data-of="Why" { strong { (text(grpc_code)) } ": " (text(reason)) }
+                            td data-of="Method" { (text(method)) @if *report_only { " (report only)" } }
                         }
                     }
                 }

@@ -26,7 +26,7 @@ use crate::{
     domain::{
         decision::{Decision, Liveness, Outcome},
         protocol::HeaderFamily,
-        request::Request,
+        request::{Peer, Request},
         verdict::{Cause, Verdict},
     },
 };
@@ -76,11 +76,13 @@ pub struct Journal {
 #[derive(Debug, Clone, Copy)]
 pub struct Undecided<'a> {
     /// The call's method.
-    pub method: &'a str,
+    pub method: &'static str,
     /// gRPC's name of the status: `RESOURCE_EXHAUSTED`.
-    pub grpc_code: &'a str,
+    pub grpc_code: &'static str,
     /// The status's message.
     pub reason: &'a str,
+    /// Who is at the other end of its connection.
+    pub peer: Peer,
     /// What was asked, if that much was understood.
     pub request: Option<&'a Request>,
     /// Nothing was to start: the caller only wanted to know.
@@ -163,6 +165,10 @@ impl Journal {
         line.text(text!("model"), &spec.model);
         line.word(text!("outcome"), word);
         line.word(text!("code"), code);
+        if let Outcome::Deny(deny) = outcome {
+            line.text(text!("reason"), &printable(&deny.refusal.message()));
+            line.given(text!("operator_hint"), &printable(&deny.refusal.operator_hint()));
+        }
         line.given(text!("provider"), &resolution.provider);
         line.word(text!("billing_mode"), resolution.billing_mode.map_or("", |mode| mode.as_str()));
         line.word(text!("source"), resolution.source.as_str());
@@ -208,7 +214,7 @@ impl Journal {
             self.suppressed.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        let Undecided { method, grpc_code, reason, request, report_only, trace_id } = undecided;
+        let Undecided { method, grpc_code, reason, peer, request, report_only, trace_id } = undecided;
         let mut line = Line::begin("undecided", "WARN");
         line.trace(trace_id);
         line.text(text!("method"), method);
@@ -218,6 +224,7 @@ impl Journal {
             line.given(text!("organization_id"), &spec.organization_id);
             line.given(text!("caller"), &caller.name);
         }
+        line.plain(text!("peer"), &peer.to_string());
         if report_only {
             line.flag(key!("report_only"));
         }

@@ -1,5 +1,5 @@
-//! The last decisions that a person may ask about, and why each provider last left one open: for the status page. So many and no more; of
-//! a plain allow, nothing.
+//! The last decisions that a person may ask about, the last calls that ended without one, and why each provider last left one open: for the
+//! status page. So many and no more; of a plain allow, nothing.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -9,7 +9,7 @@ use std::{
 
 use uuid::Uuid;
 
-use super::cause;
+use super::{cause, events::Undecided};
 use crate::{
     core::{classify::Finding, engine::Decided},
     domain::{
@@ -33,6 +33,7 @@ pub struct Lately {
     workspace_ids: bool,
     denials: Mutex<VecDeque<Arc<Entry>>>,
     unverified: Mutex<VecDeque<Arc<Entry>>>,
+    undecided: Mutex<VecDeque<UndecidedCalls>>,
     failures: Mutex<BTreeMap<String, Failure>>,
 }
 
@@ -64,6 +65,27 @@ pub struct Entry {
     finding: Option<Arc<Finding>>,
 }
 
+/// Calls of one peer that ended without a decision, in one way.
+#[derive(Debug, Clone)]
+pub struct UndecidedCalls {
+    /// When the last one ended.
+    pub at: SystemTime,
+    /// How many there were, as long as they are kept.
+    pub count: u64,
+    /// The method.
+    pub method: &'static str,
+    /// gRPC's name of the status.
+    pub grpc_code: &'static str,
+    /// The status's message.
+    pub reason: String,
+    /// Where they came from.
+    pub peer: String,
+    /// Who it was; empty where that is not known.
+    pub caller: String,
+    /// Nothing was to start.
+    pub report_only: bool,
+}
+
 /// Why a provider last left a credential's state open.
 #[derive(Debug, Clone)]
 pub struct Failure {
@@ -80,7 +102,13 @@ pub struct Failure {
 impl Lately {
     /// Nothing yet.
     pub fn new(workspace_ids: bool) -> Self {
-        Self { workspace_ids, denials: Mutex::default(), unverified: Mutex::default(), failures: Mutex::default() }
+        Self {
+            workspace_ids,
+            denials: Mutex::default(),
+            unverified: Mutex::default(),
+            undecided: Mutex::default(),
+            failures: Mutex::default(),
+        }
     }
 
     /// A decision was made.
@@ -123,6 +151,32 @@ impl Lately {
         list.push_back(Arc::new(entry));
     }
 
+    /// A call ended without a decision. What repeats itself is counted and not listed again, so that it does not push out the rest.
+    pub fn undecided(&self, call: &Undecided<'_>) {
+        let Undecided { method, grpc_code, reason, peer, request, report_only, trace_id: _ } = *call;
+        let new = UndecidedCalls {
+            at: SystemTime::now(),
+            count: 1,
+            method,
+            grpc_code,
+            reason: cut(reason),
+            peer: peer.to_string(),
+            caller: request.map_or_else(String::new, |request| cut(&request.caller.name)),
+            report_only,
+        };
+        let mut list = lock(&self.undecided);
+        let known = list.iter().rposition(|known| known.is_like(&new)).and_then(|at| list.remove(at));
+        if list.len() >= MAX_ENTRIES {
+            list.pop_front();
+        }
+        list.push_back(UndecidedCalls { count: 1 + known.map_or(0, |known| known.count), ..new });
+    }
+
+    /// The last calls without a decision, the newest first.
+    pub fn undecided_calls(&self) -> Vec<UndecidedCalls> {
+        lock(&self.undecided).iter().rev().cloned().collect()
+    }
+
     /// The last denials, the newest first.
     pub fn denials(&self) -> Vec<Arc<Entry>> {
         lock(&self.denials).iter().rev().cloned().collect()
@@ -139,7 +193,15 @@ impl Lately {
     }
 }
 
-// === impl Entry, Failure ===
+// === impl UndecidedCalls, Entry, Failure ===
+
+impl UndecidedCalls {
+    /// Of the same peer and caller, in the same way.
+    fn is_like(&self, other: &Self) -> bool {
+        let key = |it: &Self| (it.method, it.grpc_code, it.report_only);
+        key(self) == key(other) && self.peer == other.peer && self.caller == other.caller && self.reason == other.reason
+    }
+}
 
 impl Entry {
     /// Why, in one sentence; empty where nobody was asked.

@@ -10,7 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    lately::{Entry, Lately},
+    lately::{Entry, Lately, UndecidedCalls},
     metrics::{PROVIDER, Page, process},
 };
 use crate::{
@@ -27,6 +27,8 @@ const SCHEMA_VERSION: u32 = 1;
 pub const WINDOW: Duration = Duration::from_secs(15 * 60);
 /// How often the counts are noted for that.
 pub const SAMPLE_EVERY: Duration = Duration::from_secs(60);
+/// What was refused, and has been quiet for so long, needs nobody any more: a client with a fault comes again sooner.
+const ONGOING: Duration = Duration::from_secs(2 * 60);
 /// A certificate that ends sooner needs somebody: two weeks hold a holiday.
 pub const CERTIFICATE_NEAR_END: Duration = Duration::from_secs(14 * 24 * 3600);
 
@@ -59,6 +61,8 @@ pub struct Status {
     pub decisions: Vec<DecisionCount>,
     /// Connections that came to no call, the newest first.
     pub refused_connections: Vec<RefusedConnection>,
+    /// Calls that ended without a decision, the newest first.
+    pub undecided_calls: Vec<UndecidedCall>,
     /// The last denials, the newest first.
     pub denials: Vec<Recent>,
     /// The last allows that nobody could verify, the newest first.
@@ -169,6 +173,27 @@ pub struct RefusedConnection {
     pub names: Vec<String>,
     /// Why, in words.
     pub meaning: String,
+}
+
+/// Calls of one peer that ended without a decision, in one way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UndecidedCall {
+    /// When the last one ended.
+    pub at: String,
+    /// `Decide` or `BatchDecide`.
+    pub method: String,
+    /// gRPC's name of the status.
+    pub grpc_code: String,
+    /// The status's message.
+    pub reason: String,
+    /// From where.
+    pub peer: String,
+    /// By whom; empty where that is not known.
+    pub caller: String,
+    /// Nothing was to start.
+    pub report_only: bool,
+    /// How many since the start, as long as it is kept.
+    pub count: u64,
 }
 
 /// Decisions of one code.
@@ -313,6 +338,8 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
     let providers = providers(sources, &totals, &then, now);
     let mut attention = attention(page, &documents, &certificates, &providers);
     attention.extend(refused(refused_connections, now));
+    let undecided = lately.undecided_calls();
+    attention.extend(unanswered(&undecided, now));
     let decisions = totals.decisions.iter().map(|((outcome, code), total)| DecisionCount {
         outcome: outcome.clone(),
         code: code.clone(),
@@ -333,8 +360,17 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         window_seconds: length.as_secs(),
         decisions: decisions.collect(),
         refused_connections: refused_connections.clone(),
+        undecided_calls: undecided.into_iter().map(UndecidedCall::from).collect(),
         denials: recent(lately.denials()),
         unverified_allows: recent(lately.unverified_allows()),
+    }
+}
+
+impl From<UndecidedCalls> for UndecidedCall {
+    fn from(calls: UndecidedCalls) -> Self {
+        let UndecidedCalls { at, count, method, grpc_code, reason, peer, caller, report_only } = calls;
+        let (method, grpc_code) = (method.to_owned(), grpc_code.to_owned());
+        Self { at: text_of(at), method, grpc_code, reason, peer, caller, report_only, count }
     }
 }
 
@@ -467,8 +503,27 @@ fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], 
     let mut found = Vec::new();
     let mut add = |what: String, remedy: &str| found.push(Attention { what, remedy: remedy.to_owned() });
     let sum = |family: &str| page.values(family).map(|(_, value)| value).sum::<f64>() as u64;
-    for certificate in certificates {
-        let Certificate { setting, file, ends_at, seconds_left } = certificate;
+    near_ends(certificates, &mut add);
+    not_taken(page, documents, &mut add);
+    if sum("byokgate_decisions_panicked") + sum("byokgate_probes_panicked") > 0 {
+        add("a fault of byok-gate's own ended a decision or a probe".to_owned(), "look for `panicked` in the log, and report it");
+    }
+    providers.iter().for_each(|provider| wants_of(provider, &mut add));
+    let dropped = sum("byokgate_log_lines_dropped");
+    if dropped > 0 {
+        add(
+            format!("{dropped} log lines were dropped since the start"),
+            "the log is read too slowly, or cannot be written (a closed pipe, a full disk): look at standard output and its agent",
+        );
+    }
+    found
+}
+
+/// Takes what is the matter, and what to do.
+type Add<'a> = &'a mut dyn FnMut(String, &str);
+
+fn near_ends(certificates: &[Certificate], add: Add<'_>) {
+    for Certificate { setting, file, ends_at, seconds_left } in certificates {
         let remedy = certificate_remedy(setting);
         if *seconds_left <= 0 {
             add(format!("{setting} ({file}) has ended at {ends_at}"), remedy);
@@ -477,6 +532,10 @@ fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], 
             add(format!("{setting} ({file}) ends in {left}, at {ends_at}"), remedy);
         }
     }
+}
+
+/// Changes that are not in force.
+fn not_taken(page: &Page, documents: &[Document], add: Add<'_>) {
     for Document { document, source, last_reload_error, .. } in documents.iter().filter(|it| !it.last_reload_error.is_empty()) {
         // The fault may be in the configuration, which is read together with it: its own file is named then.
         let whose = if last_reload_error.contains(source.as_str()) {
@@ -499,69 +558,94 @@ fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], 
             "the log's `reload_failed` names the fault; write the files again",
         );
     }
-    if sum("byokgate_decisions_panicked") + sum("byokgate_probes_panicked") > 0 {
-        add("a fault of byok-gate's own ended a decision or a probe".to_owned(), "look for `panicked` in the log, and report it");
-    }
-    for Provider { provider, breaker, enforcement, until, calibration, no_api_at, last_failure, .. } in providers {
-        // Half-open, it is only not known to be well again.
-        if breaker == "open" || breaker == "half-open" {
-            let why = last_failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.cause));
-            add(
-                format!("the breaker of provider `{provider}` is {breaker}{why}"),
-                "look at the vendor's status page; where several are open, at DNS and egress. It closes by itself",
-            );
-        }
-        for host in no_api_at {
-            add(
-                format!("there is no API at the base URL of provider `{provider}` ({host})"),
-                "correct the base URL in the registry; `byok-gate check --probe` finds them all",
-            );
-        }
-        // Another rung of the ladder may tell: then nothing is amiss.
-        let accepts = |it: &&Calibration| it.state == "accepts";
-        if let Some(Calibration { host, .. }) = calibration.iter().find(accepts)
-            && calibration.iter().all(|it| accepts(&it))
-        {
-            add(
-                format!("{host} takes made-up keys of provider `{provider}`: its \"yes\" proves nothing"),
-                "`byok-gate probe --provider P --env NAME --calibrate --explain` shows each call; correct the host's row",
-            );
-        }
-        if enforcement != "enforce" {
-            add(
-                format!("provider `{provider}` is set to {enforcement} until {until}: dead keys start workspaces"),
-                "nothing, if it is meant; else take the entry out of `providers`",
-            );
-        }
-    }
-    let dropped = sum("byokgate_log_lines_dropped");
-    if dropped > 0 {
-        add(
-            format!("{dropped} log lines were dropped since the start"),
-            "the log is read too slowly, or cannot be written (a closed pipe, a full disk): look at standard output and its agent",
-        );
-    }
-    found
 }
 
-/// Connections that were refused within the window.
+fn wants_of(provider: &Provider, add: Add<'_>) {
+    let Provider { provider, breaker, enforcement, until, calibration, no_api_at, last_failure, .. } = provider;
+    // Half-open, it is only not known to be well again.
+    if breaker == "open" || breaker == "half-open" {
+        let why = last_failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.cause));
+        add(
+            format!("the breaker of provider `{provider}` is {breaker}{why}"),
+            "look at the vendor's status page; where several are open, at DNS and egress. It closes by itself",
+        );
+    }
+    for host in no_api_at {
+        add(
+            format!("there is no API at the base URL of provider `{provider}` ({host})"),
+            "correct the base URL in the registry; `byok-gate check --probe` finds them all",
+        );
+    }
+    // Another rung of the ladder may tell: then nothing is amiss.
+    let accepts = |it: &&Calibration| it.state == "accepts";
+    if let Some(Calibration { host, .. }) = calibration.iter().find(accepts)
+        && calibration.iter().all(|it| accepts(&it))
+    {
+        add(
+            format!("{host} takes made-up keys of provider `{provider}`: its \"yes\" proves nothing"),
+            "`byok-gate probe --provider P --env NAME --calibrate --explain` shows each call; correct the host's row",
+        );
+    }
+    if enforcement != "enforce" {
+        add(
+            format!("provider `{provider}` is set to {enforcement} until {until}: dead keys start workspaces"),
+            "nothing, if it is meant; else take the entry out of `providers`",
+        );
+    }
+}
+
+/// Connections that are being refused.
 fn refused(connections: &[RefusedConnection], now: SystemTime) -> impl Iterator<Item = Attention> {
-    let is_recent = move |it: &&RefusedConnection| {
-        it.at.parse::<jiff::Timestamp>().is_ok_and(|at| seconds(now) - at.as_second() < WINDOW.as_secs() as i64)
+    let is_ongoing = move |it: &&RefusedConnection| {
+        it.at.parse::<jiff::Timestamp>().is_ok_and(|at| seconds(now) - at.as_second() < ONGOING.as_secs() as i64)
     };
     // One line for each fault: the peers are listed below.
     let mut by_fault: BTreeMap<&str, (&RefusedConnection, usize)> = BTreeMap::new();
-    for it in connections.iter().filter(is_recent) {
+    for it in connections.iter().filter(is_ongoing) {
         by_fault.entry(&it.fault).or_insert((it, 0)).1 += 1;
     }
     let lines: Vec<_> = by_fault
         .into_values()
-        .map(|(RefusedConnection { fault, peer, meaning, .. }, peers)| {
-            let others = if peers > 1 { format!(" and {} more", peers - 1) } else { String::new() };
-            Attention { what: format!("connections from {peer}{others} were refused: {fault}"), remedy: meaning.clone() }
+        .map(|(RefusedConnection { fault, peer, meaning, .. }, peers)| Attention {
+            what: format!("connections from {peer}{} were refused: {fault}", and_more(peers)),
+            remedy: meaning.clone(),
         })
         .collect();
     lines.into_iter()
+}
+
+/// Calls that are being refused as they come: to their callers the service is not there.
+fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item = Attention> {
+    let remedy = |code: &str| {
+        Some(match code {
+            "UNAUTHENTICATED" => {
+                "give the caller a token or a certificate that `callers` lists; none of its calls is answered until then"
+            }
+            "PERMISSION_DENIED" => "give the caller the role that it needs, in `callers`, or find out who it is",
+            "RESOURCE_EXHAUSTED" => {
+                "find out who calls so often; raise the setting that the reason names, if that is as it should be"
+            }
+            _ => return None,
+        })
+    };
+    let mut by_code: BTreeMap<&str, (&UndecidedCalls, &str, usize)> = BTreeMap::new();
+    for it in calls.iter().filter(|it| since(it.at, now) < ONGOING) {
+        if let Some(remedy) = remedy(it.grpc_code) {
+            by_code.entry(it.grpc_code).or_insert((it, remedy, 0)).2 += 1;
+        }
+    }
+    let lines: Vec<_> = by_code
+        .into_values()
+        .map(|(UndecidedCalls { grpc_code, peer, reason, .. }, remedy, others)| Attention {
+            what: format!("calls from {peer}{} end with {grpc_code}: {reason}", and_more(others)),
+            remedy: remedy.to_owned(),
+        })
+        .collect();
+    lines.into_iter()
+}
+
+fn and_more(all: usize) -> String {
+    if all > 1 { format!(" and {} more", all - 1) } else { String::new() }
 }
 
 // === words ===
@@ -608,6 +692,38 @@ mod tests {
             window.note(start, totals(1));
         }
         assert!(window.0.lock().unwrap().len() <= 17);
+    }
+
+    /// What was refused once and is quiet since leaves nobody at work for a quarter of an hour.
+    #[test]
+    fn what_was_refused_needs_somebody_for_as_long_as_it_goes_on() {
+        let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let connection = |ago: u64| RefusedConnection {
+            at: text_of(now - Duration::from_secs(ago)),
+            fault: "NO_TLS".into(),
+            peer: "192.0.2.7".into(),
+            count: 1,
+            names: Vec::new(),
+            meaning: "give it TLS".into(),
+        };
+        let call = |ago: u64, grpc_code| UndecidedCalls {
+            at: now - Duration::from_secs(ago),
+            count: 1,
+            method: "Decide",
+            grpc_code,
+            reason: "the bearer token is not known".into(),
+            peer: "192.0.2.7".into(),
+            caller: String::new(),
+            report_only: false,
+        };
+        let whats = |lines: Vec<Attention>| lines.into_iter().map(|line| line.what).collect::<Vec<_>>();
+        let connections = [connection(119), connection(121), connection(30)];
+        assert_eq!(whats(refused(&connections, now).collect()), ["connections from 192.0.2.7 and 1 more were refused: NO_TLS"]);
+        assert!(refused(&connections[1..2], now).next().is_none());
+        let calls = [call(119, "UNAUTHENTICATED"), call(121, "UNAUTHENTICATED"), call(1, "INVALID_ARGUMENT")];
+        let expect = ["calls from 192.0.2.7 end with UNAUTHENTICATED: the bearer token is not known"];
+        assert_eq!(whats(unanswered(&calls, now).collect()), expect);
+        assert!(unanswered(&calls[1..], now).next().is_none(), "nobody needs to act on a request with a fault");
     }
 
     #[test]

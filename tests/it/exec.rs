@@ -7,6 +7,7 @@ use std::{
     process::Stdio,
 };
 
+use byok_gate::grpc::convert::pb;
 use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
@@ -102,6 +103,27 @@ async fn an_allowed_workspace_becomes_its_command() {
     // The variables say what the flags do.
     let environment = [("ACME_API_KEY", KEY), ("BYOK_GATE_MODEL", "acme-large")];
     assert_eq!(stage.run(&[], &environment, "exit 7").await.status.code(), Some(7));
+}
+
+/// A name that the runtime reads and no provider of the registry has is looked at too: it may be the one that is sent.
+#[tokio::test]
+async fn names_that_the_runtime_alone_reads_are_looked_for() {
+    let stage = Stage::new().await;
+    let (registry, catalogue) = case::documents(stage.vendor.address.port());
+    let facts = "runtimes:\n  agent:\n    version: made-up\n    sources: [made-up]\n    certainty: seen\n    providers:\n      \
+                 acme: {reads: [AGENTS_OWN_KEY, ACME_API_KEY], header: bearer, surface: chat-completions}\n";
+    let stage = Stage { files: Files::new(&registry, &catalogue.replacen("runtimes:\n", facts, 1), None), ..stage };
+    for (environment, exit) in
+        [(vec![("AGENTS_OWN_KEY", KEY)], 0), (vec![("AGENTS_OWN_KEY", "made-up-dead-key"), ("ACME_API_KEY", KEY)], 10)]
+    {
+        let ended = stage.run(&["--model", "acme-large"], &environment, "exit 0").await;
+        assert_eq!(ended.status.code(), Some(exit), "{ended:?}");
+    }
+    // And a server says that they are worth sending.
+    let flags = stage.files.flags();
+    let serving = Serving::start(&flags.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let status = serving.client().await.get_registry_status(pb::GetRegistryStatusRequest {}).await.unwrap().into_inner();
+    assert!(status.credential_names.contains(&"AGENTS_OWN_KEY".to_owned()) && status.credential_names.is_sorted());
 }
 
 /// The process becomes CMD: same id, and signals reach CMD with nobody between.

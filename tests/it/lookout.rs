@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::support::{
-    binary::{Ended, run},
+    binary::{Ended, Serving, run},
     case,
     gate::Files,
     vendor::{Row, Vendor},
@@ -68,6 +68,38 @@ async fn check_tells_of_rows_that_nobody_is_asked_by_and_that_have_grown_old() {
     let ended = ask(&Files::new(&registry, &aged, None), &["check", "--strict"]).await;
     let line = ended.stdout.lines().find(|line| line.contains("hosts.127.0.0.1:1")).unwrap();
     assert!(line.starts_with("warning: "), "{ended:?}");
+}
+
+/// A provider at an address that may not be dialled denies every tenant of it: `check` says so, and so does the log at the start.
+#[tokio::test]
+async fn a_provider_that_may_not_be_dialled_is_told_before_a_tenant_meets_it() {
+    let (registry, catalogue) = case::documents(1);
+    let files = Files::new(&registry.replacen("http://127.0.0.1:1/", "https://10.1.2.3/", 1), &catalogue, None);
+    let told = "https://10.1.2.3: its address or scheme may not be dialled by this configuration";
+    let ended = ask(&files, &["check"]).await;
+    assert!(ended.stdout.lines().any(|line| line.starts_with("warning: ") && line.contains(told)), "{ended:?}");
+    let flags = files.flags();
+    let serving = Serving::start(&flags.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let mut warnings = serving.events("configuration_warning");
+    assert!(warnings.any(|event| event["level"] == "WARN" && event["message"].as_str().unwrap().contains(told)));
+}
+
+/// A value that is wrong hides no file that is missing, and no listener that would be refused.
+#[tokio::test]
+async fn check_tells_all_of_it_in_one_round() {
+    let (registry, catalogue) = case::documents(1);
+    let config = "log: {plain_allow_ratio: 2}\ncache: {valid: soon}\nserver: {listen: ['192.0.2.1:50051']}\n\
+                  callers: {token_file: /nowhere/tokens}\nproviders: {nobodys: {probe: off, until: 2099-01-01}}\n";
+    let files = Files::new(&registry, &catalogue, Some(config));
+    let ended = ask(&files, &["check"]).await;
+    assert_eq!(ended.status.code(), Some(3), "{ended:?}");
+    for words in ["log.plain_allow_ratio", "cache.valid", "192.0.2.1:50051", "/nowhere/tokens", "providers.nobodys"] {
+        assert!(ended.stdout.lines().any(|line| line.starts_with("error: ") && line.contains(words)), "{words} in {ended:?}");
+    }
+    // Of what the edge's own faults make of it nothing is said that may not be so.
+    let config = "server: {listen: ['192.0.2.1:50051']}\ntls: {certificate: [1]}\n";
+    let ended = ask(&Files::new(&registry, &catalogue, Some(config)), &["check"]).await;
+    assert!(ended.stdout.contains("tls.certificate") && !ended.stdout.contains("192.0.2.1:50051"), "{ended:?}");
 }
 
 /// One made-up key for each endpoint and header; what is documented to refuse it and does not is drift.

@@ -81,7 +81,20 @@ async fn what_has_happened_is_on_the_page() {
     assert!(is_allow(&client.decide(update).await.unwrap().into_inner()));
     let hostile = of_model(&format!("nobodys/{SCRIPT}"), "ACME_API_KEY", CANARY);
     assert!(!is_allow(&client.decide(hostile).await.unwrap().into_inner()));
+    // Twice the same, and another: what repeats itself is counted.
+    for workspace_id in ["ws-1\n", "ws-1\n", &"w".repeat(4_000)] {
+        let mut request = decide("made-up-key");
+        request.workspace_spec.as_mut().unwrap().workspace_id = workspace_id.to_owned();
+        assert_eq!(client.decide(request).await.unwrap_err().code(), tonic::Code::InvalidArgument);
+    }
     let status = json(shown.admin).await;
+    let undecided = status["undecided_calls"].as_array().unwrap();
+    let counts: Vec<_> = undecided.iter().map(|it| it["count"].as_u64().unwrap()).collect();
+    assert_eq!(counts, [1, 2], "{undecided:?}");
+    for call in undecided {
+        assert_eq!((&call["grpc_code"], &call["peer"]), (&Value::from("INVALID_ARGUMENT"), &Value::from("127.0.0.1")), "{call}");
+        assert!(call["reason"].as_str().unwrap().contains("workspace_id"), "{call}");
+    }
     let provider = |name: &str| {
         let all = status["providers"].as_array().unwrap();
         all.iter().find(|it| it["provider"] == name).unwrap().clone()
@@ -115,6 +128,7 @@ async fn what_has_happened_is_on_the_page() {
         &denied.decision_id,
         "no connection: nobody listens there",
         "nobodys/&quot;&gt;&lt;script&gt;",
+        "INVALID_ARGUMENT",
     ] {
         assert!(page.contains(words), "{words} in {page}");
     }
@@ -122,9 +136,14 @@ async fn what_has_happened_is_on_the_page() {
     // And the command, which moves no cursor either.
     let told = run(&["status", "--server", &shown.admin.to_string()], &[]).await;
     assert_eq!(told.status.code(), Some(0), "{told:?}");
-    for words in
-        ["needs attention\n  nothing\n", "INVALID_BYOK_CREDENTIAL", "127.0.0.1:1: no connection", "VALID 1", "last denials"]
-    {
+    for words in [
+        "needs attention\n  nothing\n",
+        "INVALID_BYOK_CREDENTIAL",
+        "127.0.0.1:1: no connection",
+        "VALID 1",
+        "last denials",
+        "127.0.0.1 2x Decide: INVALID_ARGUMENT",
+    ] {
         assert!(told.stdout.contains(words), "{words} in {}", told.stdout);
     }
     assert!(!told.stdout.contains('\u{202e}'), "{}", told.stdout);

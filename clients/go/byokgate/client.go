@@ -27,8 +27,8 @@ const (
 	DefaultBatchTimeout = 60 * time.Second
 
 	// maxReconnectDelay is the longest pause between two attempts to connect. gRPC's own is two minutes: that long a
-	// restarted byok-gate would go unnoticed.
-	maxReconnectDelay  = time.Second
+	// restarted byok-gate would go unnoticed. A call with a short timeout goes on trying for a second or less, and must meet such an attempt.
+	maxReconnectDelay  = 250 * time.Millisecond
 	baseReconnectDelay = 50 * time.Millisecond
 	minConnectTimeout  = 2 * time.Second
 	// A peer that vanished without closing the connection is found out before a request finds it.

@@ -192,7 +192,7 @@ type RegistryStatus struct {
 	LoadedAt time.Time
 	// LastReloadError is why a newer version is not in force. Empty if none should be.
 	LastReloadError string
-	// CredentialNames are all that some provider accepts.
+	// CredentialNames are all that some provider accepts, or some runtime reads.
 	CredentialNames []string
 }
 

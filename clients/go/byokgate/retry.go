@@ -37,7 +37,12 @@ func retry[T any](ctx context.Context, c *core, call func() (T, error)) (T, int,
 			// The token may have been rotated since its file was read.
 			pause, again = 0, c.token.renewed(ctx, generation)
 		}
-		if !again || time.Since(began)+pause > window || !sleep(ctx, pause) {
+		left := window - time.Since(began)
+		if status.Code(err) == codes.Unavailable && left > 0 {
+			// The last try is at the end of the window: byok-gate may be back by then.
+			pause = min(pause, left)
+		}
+		if !again || pause > left || !sleep(ctx, pause) {
 			return reply, attempt, err
 		}
 	}

@@ -68,24 +68,7 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
         let found = catalogue_version.map_or_else(|| "nothing".to_owned(), |version| version.to_string());
         problems.push(Problem::at("catalogue_version", format!("must be {CATALOGUE_VERSION}, found {found}")));
     }
-    let mut hosts: BTreeMap<String, Vec<HostRow>> = BTreeMap::new();
-    let mut homes = BTreeMap::new();
-    for (index, mut host) in host_files.unwrap_or_default().into_iter().enumerate() {
-        let place = format!("hosts[{index}]");
-        check_home(&mut host, &place, &mut homes, &mut problems);
-        if let Some((names, row)) = check_host(host, &place, &mut problems) {
-            for name in names {
-                let rows = hosts.entry(name.clone()).or_default();
-                if rows.iter().any(|other| other.path_prefix == row.path_prefix && other.protocol == row.protocol) {
-                    let message = format!("host `{name}` with path_prefix `{}` appears twice", row.path_prefix);
-                    problems.push(Problem::at(&place, message));
-                }
-                rows.push(row.clone());
-                // A row about one API before one about both.
-                rows.sort_by_key(|row| (std::cmp::Reverse(row.path_prefix.len()), row.protocol.is_none()));
-            }
-        }
-    }
+    let (hosts, homes) = check_hosts(host_files.unwrap_or_default(), &mut problems);
     let unprobed = check_unprobed(unprobed.unwrap_or_default(), &homes, &mut problems);
     let mut key_shapes: Vec<KeyShape> = key_shapes
         .unwrap_or_default()
@@ -94,26 +77,10 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
         .filter_map(|(index, shape)| check_key_shape(index, shape, &mut problems))
         .collect();
     KeyShape::sort(&mut key_shapes);
-    let mut surfaces = BTreeMap::new();
-    for (name, surface) in base_url_env.unwrap_or_default() {
-        match surface.as_str() {
-            "anthropic" => drop(surfaces.insert(name, Protocol::Anthropic)),
-            "openai" => drop(surfaces.insert(name, Protocol::OpenAi)),
-            other => problems
-                .push(Problem::at(format!("base_url_env.{name}"), format!("must be `anthropic` or `openai`, found `{other}`"))),
-        }
-    }
+    let base_url_env = check_base_url_env(base_url_env.unwrap_or_default(), &mut problems);
     let runtimes = runtimes::check(runtimes.unwrap_or_default(), &mut problems);
     let foreign_secrets = foreign_secrets::check(foreign_secrets.unwrap_or_default(), &mut problems);
-    let kinds = credential_kinds.unwrap_or_default().into_iter().filter_map(|(name, word)| {
-        let kind = word.parse().ok();
-        if kind.is_none() {
-            let known = CredentialKind::VARIANTS.iter().map(|kind| <&str>::from(*kind)).collect::<Vec<_>>().join(", ");
-            problems.push(Problem::at(format!("credential_kinds.{name}"), format!("must be one of {known}, found `{word}`")));
-        }
-        Some((name, kind?))
-    });
-    let credential_kinds = kinds.collect();
+    let credential_kinds = check_credential_kinds(credential_kinds.unwrap_or_default(), &mut problems);
     let common_codes = check_common_codes(common_codes.unwrap_or_default(), &mut problems);
     if free_models.iter().flatten().any(|end| end.trim().is_empty()) {
         problems.push(Problem::at("free_models", "holds a blank, which every model ends in"));
@@ -127,7 +94,6 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
     let revision = blake3::hash(bytes).to_hex().chars().take(16).collect();
     let common_codes = Arc::new(common_codes);
     let free_models = free_models.unwrap_or_default().into();
-    let base_url_env = surfaces;
     let mut value = Catalogue {
         revision,
         hosts,
@@ -145,6 +111,57 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
     };
     value.share_codes();
     Ok(Loaded { value, warnings })
+}
+
+/// Rows by host, and the hosts that providers have of their vendors.
+fn check_hosts(files: Vec<HostFile>, problems: &mut Vec<Problem>) -> (BTreeMap<String, Vec<HostRow>>, BTreeMap<String, Url>) {
+    let mut hosts: BTreeMap<String, Vec<HostRow>> = BTreeMap::new();
+    let mut homes = BTreeMap::new();
+    for (index, mut host) in files.into_iter().enumerate() {
+        let place = format!("hosts[{index}]");
+        check_home(&mut host, &place, &mut homes, problems);
+        let Some((names, row)) = check_host(host, &place, problems) else { continue };
+        for name in names {
+            let rows = hosts.entry(name.clone()).or_default();
+            if rows.iter().any(|other| other.path_prefix == row.path_prefix && other.protocol == row.protocol) {
+                let message = format!("host `{name}` with path_prefix `{}` appears twice", row.path_prefix);
+                problems.push(Problem::at(&place, message));
+            }
+            rows.push(row.clone());
+            // A row about one API before one about both.
+            rows.sort_by_key(|row| (std::cmp::Reverse(row.path_prefix.len()), row.protocol.is_none()));
+        }
+    }
+    (hosts, homes)
+}
+
+fn check_base_url_env(file: BTreeMap<String, String>, problems: &mut Vec<Problem>) -> BTreeMap<String, Protocol> {
+    let protocols = file.into_iter().filter_map(|(name, word)| {
+        let protocol =
+            check_protocol(&word).map_err(|message| problems.push(Problem::at(format!("base_url_env.{name}"), message)));
+        Some((name, protocol.ok()?))
+    });
+    protocols.collect()
+}
+
+fn check_protocol(word: &str) -> Result<Protocol, String> {
+    match word {
+        "openai" => Ok(Protocol::OpenAi),
+        "anthropic" => Ok(Protocol::Anthropic),
+        other => Err(format!("must be `openai` or `anthropic`, found `{other}`")),
+    }
+}
+
+fn check_credential_kinds(file: BTreeMap<String, String>, problems: &mut Vec<Problem>) -> BTreeMap<String, CredentialKind> {
+    let kinds = file.into_iter().filter_map(|(name, word)| {
+        let kind = word.parse().ok();
+        if kind.is_none() {
+            let known = CredentialKind::VARIANTS.iter().map(|kind| <&str>::from(*kind)).collect::<Vec<_>>().join(", ");
+            problems.push(Problem::at(format!("credential_kinds.{name}"), format!("must be one of {known}, found `{word}`")));
+        }
+        Some((name, kind?))
+    });
+    kinds.collect()
 }
 
 fn check_common_codes(file: CommonCodesFile, problems: &mut Vec<Problem>) -> CommonCodes {
@@ -233,65 +250,30 @@ fn check_host(file: HostFile, place: &str, problems: &mut Vec<Problem>) -> Optio
         sources,
         note,
     } = file;
-    let names = spelled_out(&host.to_ascii_lowercase());
-    for name in &names {
-        if !is_host(&name.replace('*', "x")) {
-            problems.push(Problem::at(
-                format!("{place}.host"),
-                format!("`{host}` must be a host, with `:PORT` if that is not the scheme's own; no scheme, no path"),
-            ));
-        } else if !is_narrow(name) {
-            problems.push(Problem::at(
-                format!("{place}.host"),
-                format!("`{host}`: a `*` stands for a part of one label, once in it, and never for one of the last two"),
-            ));
-        }
-    }
-    let protocol = match protocol.as_deref() {
-        None => None,
-        Some("openai") => Some(Protocol::OpenAi),
-        Some("anthropic") => Some(Protocol::Anthropic),
-        Some(other) => {
-            problems.push(Problem::at(format!("{place}.protocol"), format!("must be `openai` or `anthropic`, found `{other}`")));
-            None
-        }
-    };
-    let accepts_keys_of = match accepts_keys_of.map(OneOrMany::into_vec) {
-        None => AcceptsKeysOf::Nobody,
-        Some(words) if words == ["any"] => AcceptsKeysOf::Any,
-        Some(vendors) => {
-            if vendors.is_empty() || vendors.iter().any(|vendor| vendor.trim().is_empty() || vendor == "any") {
-                let message = "must be `any`, or the names of vendors whose keys the host takes beside its own";
-                problems.push(Problem::at(format!("{place}.accepts_keys_of"), message));
-            }
-            AcceptsKeysOf::Vendors(vendors)
-        }
-    };
+    let mut problem = |field: &str, message: String| problems.push(Problem::at(format!("{place}.{field}"), message));
+    let names = check_host_names(&host, &mut problem);
+    let protocol = protocol.and_then(|word| check_protocol(&word).map_err(|message| problem("protocol", message)).ok());
+    let accepts_keys_of = check_accepts_keys_of(accepts_keys_of, &mut problem);
     let since = since.and_then(|text| {
-        let date = text.parse().ok();
-        if date.is_none() {
-            problems.push(Problem::at(format!("{place}.since"), format!("`{text}` must be a date such as 2026-11-26")));
-        }
-        date
+        let faulty = |_| problem("since", format!("`{text}` must be a date such as 2026-11-26"));
+        text.parse().map_err(faulty).ok()
     });
     if vendor.trim().is_empty() {
-        problems.push(Problem::at(format!("{place}.vendor"), "is required: whose host this is"));
+        problem("vendor", "is required: whose host this is".into());
     }
     let path_prefix = path_prefix.unwrap_or_default().trim_end_matches('/').to_owned();
     if !path_prefix.is_empty() && !path_prefix.starts_with('/') {
-        problems.push(Problem::at(format!("{place}.path_prefix"), "must begin with `/`"));
+        problem("path_prefix", "must begin with `/`".into());
     }
     let siblings = siblings.unwrap_or_default();
     for (index, sibling) in siblings.iter().enumerate().filter(|(_, sibling)| !is_host(sibling)) {
-        problems.push(Problem::at(format!("{place}.siblings[{index}]"), format!("`{sibling}` must be a host in lower case")));
+        problem(&format!("siblings[{index}]"), format!("`{sibling}` must be a host in lower case"));
     }
     let sources = sources.unwrap_or_default();
     for (index, _) in sources.iter().enumerate().filter(|(_, source)| source.trim().is_empty()) {
-        problems.push(Problem::at(format!("{place}.sources[{index}]"), "is blank; say where the row is known from"));
+        problem(&format!("sources[{index}]"), "is blank; say where the row is known from".into());
     }
-    let confidence = confidence.and_then(|word| {
-        check_confidence(&word).map_err(|message| problems.push(Problem::at(format!("{place}.confidence"), message))).ok()
-    });
+    let confidence = confidence.and_then(|word| check_confidence(&word).map_err(|message| problem("confidence", message)).ok());
     let probes = check_probes(probes, &format!("{place}.probes"), problems);
     let row = HostRow {
         path_prefix,
@@ -308,6 +290,36 @@ fn check_host(file: HostFile, place: &str, problems: &mut Vec<Problem>) -> Optio
         is_overlaid: false,
     };
     (problems.len() == before).then_some((names, row))
+}
+
+/// Every host that this one stands for.
+fn check_host_names(host: &str, problem: &mut dyn FnMut(&str, String)) -> Vec<String> {
+    let names = spelled_out(&host.to_ascii_lowercase());
+    for name in &names {
+        if !is_host(&name.replace('*', "x")) {
+            problem("host", format!("`{host}` must be a host, with `:PORT` if that is not the scheme's own; no scheme, no path"));
+        } else if !is_narrow(name) {
+            problem(
+                "host",
+                format!("`{host}`: a `*` stands for a part of one label, once in it, and never for one of the last two"),
+            );
+        }
+    }
+    names
+}
+
+fn check_accepts_keys_of(file: Option<OneOrMany<String>>, problem: &mut dyn FnMut(&str, String)) -> AcceptsKeysOf {
+    match file.map(OneOrMany::into_vec) {
+        None => AcceptsKeysOf::Nobody,
+        Some(words) if words == ["any"] => AcceptsKeysOf::Any,
+        Some(vendors) => {
+            if vendors.is_empty() || vendors.iter().any(|vendor| vendor.trim().is_empty() || vendor == "any") {
+                let message = "must be `any`, or the names of vendors whose keys the host takes beside its own";
+                problem("accepts_keys_of", message.into());
+            }
+            AcceptsKeysOf::Vendors(vendors)
+        }
+    }
 }
 
 /// Every host that `{a,b}.example.com` stands for.
@@ -420,16 +432,7 @@ pub(crate) fn check_probe(file: ProbeFile, place: &str) -> Result<Probe, Vec<Pro
         problem("method", format!("must be GET or POST, found `{}`", file.method.as_deref().unwrap_or_default()));
         Method::Get
     });
-    let tail = file.path.strip_prefix("{base}").unwrap_or(&file.path);
-    if !tail.starts_with('/') || tail.starts_with("//") || tail.contains(['\\', '#']) || tail.contains("..") {
-        problem("path", format!("`{}` must begin with `/` or `{{base}}/` and stay on the host", file.path));
-    }
-    if tail.replace(MODEL, "").contains(['{', '}']) {
-        problem(
-            "path",
-            format!("`{}` may hold `{{model}}` and, at its beginning, `{{base}}`; nothing else in braces", file.path),
-        );
-    }
+    check_path(&file.path, &mut problem);
     match (method, &file.body) {
         (Method::Get, Some(_)) => problem("body", "goes with POST only".into()),
         (_, Some(body)) => {
@@ -443,15 +446,7 @@ pub(crate) fn check_probe(file: ProbeFile, place: &str) -> Result<Probe, Vec<Pro
         problem("thinking", "is laid over the body, which must be an object".into());
     }
     let auth = check_auth(file.auth.unwrap_or_default(), &mut problem);
-    let mut headers = Vec::new();
-    for (name, value) in file.headers.unwrap_or_default() {
-        let name = name.to_ascii_lowercase();
-        let token = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
-        if !token || RESERVED_HEADERS.contains(&name.as_str()) || !value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
-            problem("headers", format!("`{name}` is not a header that a row may set, or its value is not plain ASCII"));
-        }
-        headers.push((name, value));
-    }
+    let headers = check_headers(file.headers.unwrap_or_default(), &mut problem);
     if file.budget_ms.is_some_and(|budget| budget == 0 || budget > MAX_BUDGET_MS) {
         problem("budget_ms", format!("must be 1 to {MAX_BUDGET_MS}"));
     }
@@ -464,18 +459,7 @@ pub(crate) fn check_probe(file: ProbeFile, place: &str) -> Result<Probe, Vec<Pro
             Surface::KeyInformation
         }),
     };
-    let mut signals: Vec<(usize, Signal)> = Vec::new();
-    for (index, signal) in file.signals.unwrap_or_default().into_iter().enumerate() {
-        match check_signal(signal) {
-            Ok(signal) => {
-                if let Some((earlier, _)) = signals.iter().find(|(_, earlier)| leaves_nothing_for(earlier, &signal)) {
-                    problem(&format!("signals[{index}]"), format!("can never match: signals[{earlier}] takes its every answer"));
-                }
-                signals.push((index, signal));
-            }
-            Err(message) => problem(&format!("signals[{index}]"), message),
-        }
-    }
+    let signals = check_signals(file.signals.unwrap_or_default(), &mut problem);
     if !problems.is_empty() {
         return Err(problems);
     }
@@ -492,10 +476,52 @@ pub(crate) fn check_probe(file: ProbeFile, place: &str) -> Result<Probe, Vec<Pro
         refuses_bad_keys: file.refuses_bad_keys.unwrap_or(false),
         surface,
         expect,
-        signals: signals.into_iter().map(|(_, signal)| signal).collect(),
+        signals,
         common: Arc::default(),
         fingerprint,
     })
+}
+
+fn check_path(path: &str, problem: &mut dyn FnMut(&str, String)) {
+    let tail = path.strip_prefix("{base}").unwrap_or(path);
+    if !tail.starts_with('/') || tail.starts_with("//") || tail.contains(['\\', '#']) || tail.contains("..") {
+        problem("path", format!("`{path}` must begin with `/` or `{{base}}/` and stay on the host"));
+    }
+    if tail.replace(MODEL, "").contains(['{', '}']) {
+        problem("path", format!("`{path}` may hold `{{model}}` and, at its beginning, `{{base}}`; nothing else in braces"));
+    }
+}
+
+fn check_headers(
+    file: impl IntoIterator<Item = (String, String)>,
+    problem: &mut dyn FnMut(&str, String),
+) -> Vec<(String, String)> {
+    let mut headers = Vec::new();
+    for (name, value) in file {
+        let name = name.to_ascii_lowercase();
+        let token = !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
+        if !token || RESERVED_HEADERS.contains(&name.as_str()) || !value.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+            problem("headers", format!("`{name}` is not a header that a row may set, or its value is not plain ASCII"));
+        }
+        headers.push((name, value));
+    }
+    headers
+}
+
+fn check_signals(file: Vec<SignalFile>, problem: &mut dyn FnMut(&str, String)) -> Vec<Signal> {
+    let mut signals: Vec<(usize, Signal)> = Vec::new();
+    for (index, signal) in file.into_iter().enumerate() {
+        match check_signal(signal) {
+            Ok(signal) => {
+                if let Some((earlier, _)) = signals.iter().find(|(_, earlier)| leaves_nothing_for(earlier, &signal)) {
+                    problem(&format!("signals[{index}]"), format!("can never match: signals[{earlier}] takes its every answer"));
+                }
+                signals.push((index, signal));
+            }
+            Err(message) => problem(&format!("signals[{index}]"), message),
+        }
+    }
+    signals.into_iter().map(|(_, signal)| signal).collect()
 }
 
 fn check_expect(file: Option<ExpectFile>, problem: &mut dyn FnMut(&str, String)) -> Vec<Expected> {

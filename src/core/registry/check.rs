@@ -188,86 +188,23 @@ fn check_providers(files: Vec<ProviderFile>, env: Env<'_>, found: &mut Found) ->
     providers
 }
 
-fn check_provider(file: ProviderFile, place: &str, env: Env<'_>, found: &mut Found) -> Option<Provider> {
+fn check_provider(mut file: ProviderFile, place: &str, env: Env<'_>, found: &mut Found) -> Option<Provider> {
     let Found { problems, warnings } = found;
     let before = problems.len();
-    let name = file.name.clone();
-    let of_this = if name.is_empty() { String::new() } else { format!(" (provider `{name}`)") };
+    let of_this = if file.name.is_empty() { String::new() } else { format!(" (provider `{}`)", file.name) };
     let mut problem =
         |field: &str, message: String| problems.push(Problem::at(format!("{place}.{field}"), format!("{message}{of_this}")));
     let mut warning =
         |field: &str, message: String| warnings.push(Problem::at(format!("{place}.{field}"), format!("{message}{of_this}")));
-    for (field, value) in [("name", &file.name), ("display_name", &file.display_name), ("auth_mode", &file.auth_mode)] {
-        if value.trim().is_empty() {
-            problem(field, "is required".into());
-        } else if value.chars().any(char::is_control) {
-            problem(field, "holds a control character; remove it".into());
-        }
-    }
-    if !file.auth_mode.trim().is_empty() && !KNOWN_AUTH_MODES.contains(&file.auth_mode.as_str()) {
-        let known = KNOWN_AUTH_MODES.join(", ");
-        warning("auth_mode", format!("`{}` is none of {known}; taken for a key in a header", file.auth_mode));
-    }
-    let protocol = match file.protocol.as_str() {
-        "openai" => Some(Protocol::OpenAi),
-        "anthropic" => Some(Protocol::Anthropic),
-        other => {
-            problem("protocol", format!("protocol must be `openai` or `anthropic`, found `{other}`"));
-            None
-        }
-    };
-    let auth_env = check_auth_env(file.auth_env.unwrap_or_default(), &mut problem);
-    let auth_token_env = file.auth_token_env.filter(|name| !name.is_empty());
+    check_words(&file, &mut problem, &mut warning);
+    let protocol = check_protocol(&file.protocol, &mut problem);
+    let auth_env = check_auth_env(file.auth_env.take().unwrap_or_default(), &mut problem);
+    let auth_token_env = file.auth_token_env.take().filter(|name| !name.is_empty());
     if let Some(name) = auth_token_env.as_ref().filter(|name| !is_env_name(name)) {
         problem("auth_token_env", not_a_variable(name));
     }
-    let pattern = match file.model_prefix_match.as_str() {
-        "" => {
-            problem("model_prefix_match", "is required: a pattern for the models that no list names".into());
-            None
-        }
-        text => Regex::new(text)
-            .map_err(|fault| problem("model_prefix_match", format!("does not compile: {}", last_line(&fault.to_string()))))
-            .ok(),
-    };
-    let vars = file.endpoint_vars.unwrap_or_default();
-    for (name, EndpointVarFile { env, .. }) in &vars {
-        if !is_env_name(env) {
-            problem(&format!("endpoint_vars.{name}.env"), not_a_variable(env));
-        }
-        let placeholder = format!("{{{name}}}");
-        let used = |template: &Option<String>| template.as_ref().is_some_and(|template| template.contains(&placeholder));
-        if !used(&file.base_url_template) && !used(&file.base_url_anthropic) {
-            warning(&format!("endpoint_vars.{name}"), format!("no base URL holds `{placeholder}`"));
-        }
-    }
-    let mut is_per_tenant = false;
-    let mut base = |field: &str, template: &Option<String>| {
-        let template = template.as_deref().filter(|template| !template.is_empty())?;
-        let url = match resolve(template, &vars, env) {
-            Ok(url) => url,
-            Err(Unresolved::Wrong(message)) => {
-                problem(field, message);
-                return None;
-            }
-            Err(Unresolved::PerTenant(message)) => {
-                is_per_tenant = true;
-                warning(field, message);
-                return None;
-            }
-        };
-        if url.scheme() == "http" && !is_loopback(&url) {
-            warning(field, format!("`{url}` is plain http beyond loopback, which is never asked; use https"));
-        }
-        Some(url)
-    };
-    let openai = base("base_url_template", &file.base_url_template);
-    let anthropic = base("base_url_anthropic", &file.base_url_anthropic);
-    // With one of the two unknown nobody can say which would be dialled.
-    let (openai, anthropic) = if is_per_tenant { (None, None) } else { (openai, anthropic) };
-    if let Some(policy) = file.thinking_policy.as_ref().filter(|policy| *policy != THINKING_REQUIRED) {
-        warning("thinking_policy", format!("`{policy}` is not known here and changes nothing; `{THINKING_REQUIRED}` is"));
-    }
+    let pattern = check_pattern(&file.model_prefix_match, &mut problem);
+    let Bases { openai, anthropic, is_per_tenant } = check_bases(&mut file, env, &mut problem, &mut warning);
     let mut probes = Vec::new();
     for (index, probe) in file.probe.unwrap_or_default().into_iter().enumerate() {
         match catalogue::check_probe(probe, &format!("{place}.probe[{index}]")) {
@@ -304,7 +241,96 @@ fn check_provider(file: ProviderFile, place: &str, env: Env<'_>, found: &mut Fou
     })
 }
 
-fn check_auth_env(names: Vec<String>, problem: &mut dyn FnMut(&str, String)) -> Vec<String> {
+/// Takes what is wrong, or odd, with a field.
+type Tell<'a> = &'a mut dyn FnMut(&str, String);
+
+/// Names and words of a provider.
+fn check_words(file: &ProviderFile, problem: Tell<'_>, warning: Tell<'_>) {
+    for (field, value) in [("name", &file.name), ("display_name", &file.display_name), ("auth_mode", &file.auth_mode)] {
+        if value.trim().is_empty() {
+            problem(field, "is required".into());
+        } else if value.chars().any(char::is_control) {
+            problem(field, "holds a control character; remove it".into());
+        }
+    }
+    if !file.auth_mode.trim().is_empty() && !KNOWN_AUTH_MODES.contains(&file.auth_mode.as_str()) {
+        let known = KNOWN_AUTH_MODES.join(", ");
+        warning("auth_mode", format!("`{}` is none of {known}; taken for a key in a header", file.auth_mode));
+    }
+    if let Some(policy) = file.thinking_policy.as_ref().filter(|policy| *policy != THINKING_REQUIRED) {
+        warning("thinking_policy", format!("`{policy}` is not known here and changes nothing; `{THINKING_REQUIRED}` is"));
+    }
+}
+
+fn check_protocol(word: &str, problem: Tell<'_>) -> Option<Protocol> {
+    match word {
+        "openai" => Some(Protocol::OpenAi),
+        "anthropic" => Some(Protocol::Anthropic),
+        other => {
+            problem("protocol", format!("protocol must be `openai` or `anthropic`, found `{other}`"));
+            None
+        }
+    }
+}
+
+fn check_pattern(text: &str, problem: Tell<'_>) -> Option<Regex> {
+    if text.is_empty() {
+        problem("model_prefix_match", "is required: a pattern for the models that no list names".into());
+        return None;
+    }
+    let faulty =
+        |fault: regex::Error| problem("model_prefix_match", format!("does not compile: {}", last_line(&fault.to_string())));
+    Regex::new(text).map_err(faulty).ok()
+}
+
+/// Where a provider is called.
+struct Bases {
+    openai: Option<Url>,
+    anthropic: Option<Url>,
+    /// One of them depends on the tenant.
+    is_per_tenant: bool,
+}
+
+fn check_bases(file: &mut ProviderFile, env: Env<'_>, problem: Tell<'_>, warning: Tell<'_>) -> Bases {
+    let vars = file.endpoint_vars.take().unwrap_or_default();
+    for (name, EndpointVarFile { env, .. }) in &vars {
+        if !is_env_name(env) {
+            problem(&format!("endpoint_vars.{name}.env"), not_a_variable(env));
+        }
+        let placeholder = format!("{{{name}}}");
+        let used = |template: &Option<String>| template.as_ref().is_some_and(|template| template.contains(&placeholder));
+        if !used(&file.base_url_template) && !used(&file.base_url_anthropic) {
+            warning(&format!("endpoint_vars.{name}"), format!("no base URL holds `{placeholder}`"));
+        }
+    }
+    let mut is_per_tenant = false;
+    let mut base = |field: &str, template: &Option<String>| {
+        let template = template.as_deref().filter(|template| !template.is_empty())?;
+        let url = match resolve(template, &vars, env) {
+            Ok(url) => url,
+            Err(Unresolved::Wrong(message)) => {
+                problem(field, message);
+                return None;
+            }
+            Err(Unresolved::PerTenant(message)) => {
+                is_per_tenant = true;
+                warning(field, message);
+                return None;
+            }
+        };
+        if url.scheme() == "http" && !is_loopback(&url) {
+            warning(field, format!("`{url}` is plain http beyond loopback, which is never asked; use https"));
+        }
+        Some(url)
+    };
+    let openai = base("base_url_template", &file.base_url_template);
+    let anthropic = base("base_url_anthropic", &file.base_url_anthropic);
+    // With one of the two unknown nobody can say which would be dialled.
+    let (openai, anthropic) = if is_per_tenant { (None, None) } else { (openai, anthropic) };
+    Bases { openai, anthropic, is_per_tenant }
+}
+
+fn check_auth_env(names: Vec<String>, problem: Tell<'_>) -> Vec<String> {
     if names.is_empty() {
         problem("auth_env", "is required: name at least one variable".into());
     }

@@ -127,8 +127,13 @@ impl Serving {
 
     /// An event that it logged before it listened.
     pub(crate) fn event(&self, name: &str) -> Value {
-        let mut events = self.first.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        events.find(|event| event["event"] == name).unwrap_or_else(|| panic!("no {name} in {}", self.first))
+        self.events(name).next().unwrap_or_else(|| panic!("no {name} in {}", self.first))
+    }
+
+    /// All of that name.
+    pub(crate) fn events(&self, name: &str) -> impl Iterator<Item = Value> {
+        let events = self.first.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        events.filter(move |event| event["event"] == name)
     }
 
     pub(crate) async fn channel(&self) -> Channel {

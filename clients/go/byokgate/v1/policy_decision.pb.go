@@ -2750,7 +2750,7 @@ type GetRegistryStatusResponse struct {
 	ModelCount uint32 `protobuf:"varint,5,opt,name=model_count,json=modelCount,proto3" json:"model_count,omitempty"`
 	// API hosts in the catalogue.
 	HostCount uint32 `protobuf:"varint,6,opt,name=host_count,json=hostCount,proto3" json:"host_count,omitempty"`
-	// Every credential name that some provider accepts, sorted. The only names worth sending.
+	// Every credential name that some provider accepts or some runtime reads, sorted. The only names worth sending.
 	CredentialNames []string `protobuf:"bytes,7,rep,name=credential_names,json=credentialNames,proto3" json:"credential_names,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache
