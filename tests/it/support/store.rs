@@ -59,9 +59,12 @@ struct Inner {
     lua: Lua,
     scripts: Mutex<HashMap<Vec<u8>, Function>>,
     shelf: Arc<Mutex<Shelf>>,
-    listeners: Mutex<Vec<mpsc::UnboundedSender<(usize, Vec<u8>)>>>,
+    listeners: Mutex<Vec<mpsc::UnboundedSender<Message>>>,
     events: Mutex<Vec<Event>>,
 }
+
+/// What was published, and as which of all messages.
+type Message = (usize, Vec<u8>);
 
 /// What it holds.
 struct Shelf {
