@@ -67,7 +67,7 @@ func (v *vendor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // serveNames answers every question with these addresses.
-func serveNames(conn net.PacketConn, addresses []string) {
+func serveNames(conn net.PacketConn, gates *names) {
 	packet := make([]byte, 512)
 	for {
 		size, from, err := conn.ReadFrom(packet)
@@ -84,7 +84,7 @@ func serveNames(conn net.PacketConn, addresses []string) {
 			Questions: asked.Questions,
 		}
 		if question.Type == dnsmessage.TypeA && strings.HasPrefix(question.Name.String(), name) {
-			for _, address := range addresses {
+			for _, address := range gates.all() {
 				body := &dnsmessage.AResource{}
 				copy(body.A[:], net.ParseIP(address).To4())
 				answer.Answers = append(answer.Answers, dnsmessage.Resource{
@@ -136,9 +136,12 @@ func main() {
 	kill := flag.Int("kill", 0, "the process that is killed half way")
 	balance := flag.String("balance", "organization", "organization or round-robin")
 	attempts := flag.Int("attempts", 30, "of a workspace")
+	rounds := flag.Int("rounds", 1, "how often the whole fleet asks")
+	pause := flag.Duration("pause", 0, "between rounds")
+	joins := flag.String("joins", "", "the address of a replica that is there from the middle round on")
 	flag.Parse()
 
-	fleet := &fleet{kill: *kill, half: *workspaces / 2}
+	fleet := &fleet{kill: *kill, half: *workspaces * *rounds / 2}
 	for index, port := range strings.Split(*vendors, ",") {
 		vendor := &vendor{latency: *latency, calls: map[string]int{}}
 		if index == 0 {
@@ -151,14 +154,25 @@ func main() {
 		}
 		go func() { log.Fatal(http.Serve(listener, vendor)) }()
 	}
-	fleet.client = dial(strings.Split(*gates, ","), *port, *balance)
+	names := &names{addresses: strings.Split(*gates, ",")}
+	fleet.client = dial(names, *port, *balance)
 	defer fleet.client.Close()
 
 	// Connections are made first: what is measured is the storm.
 	if _, err := fleet.client.Decide(context.Background(), platform()); err != nil {
 		log.Fatal(err)
 	}
-	said := fleet.storm(*workspaces, *credentials, *attempts)
+	var said report
+	for round := range *rounds {
+		if round > 0 {
+			time.Sleep(*pause)
+		}
+		if round == *rounds/2 && *joins != "" {
+			names.add(*joins)
+			fmt.Println("joined")
+		}
+		said = fleet.storm(*workspaces, *credentials, *attempts).after(said)
+	}
 	line, err := json.Marshal(said)
 	if err != nil {
 		log.Fatal(err)
@@ -166,7 +180,47 @@ func main() {
 	fmt.Println(string(line))
 }
 
-func dial(gates []string, port int, balance string) *byokgate.Client {
+// names is who stands behind the one name.
+type names struct {
+	mu        sync.Mutex
+	addresses []string
+}
+
+func (n *names) add(address string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.addresses = append(n.addresses, address)
+}
+
+func (n *names) all() []string {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return slices.Clone(n.addresses)
+}
+
+// after is the sum of this round and those before it; what is told of times is told of the longest.
+func (r report) after(before report) report {
+	if before.Workspaces == 0 {
+		return r
+	}
+	workspaces := r.Workspaces + before.Workspaces
+	r.Tries = (r.Tries*float64(r.Workspaces) + before.Tries*float64(before.Workspaces)) / float64(workspaces)
+	r.Workspaces, r.Allowed = workspaces, r.Allowed+before.Allowed
+	r.MostTries = max(r.MostTries, before.MostTries)
+	r.PlatformP50, r.PlatformP99 = max(r.PlatformP50, before.PlatformP50), max(r.PlatformP99, before.PlatformP99)
+	r.PlatformBad += before.PlatformBad
+	if before.Seconds > r.Seconds {
+		r.Seconds, r.Decided = before.Seconds, before.Decided
+	}
+	for _, pair := range []struct{ to, from map[string]int }{{r.Refusals, before.Refusals}, {r.NotAllowed, before.NotAllowed}} {
+		for code, many := range pair.from {
+			pair.to[code] += many
+		}
+	}
+	return r
+}
+
+func dial(gates *names, port int, balance string) *byokgate.Client {
 	conn, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
 		log.Fatal(err)

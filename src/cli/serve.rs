@@ -105,7 +105,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     let (access, odd) = config::tier_access(settings)?;
     config::warn(&odd);
     let tier = access.map(Tier::new).transpose()?;
-    let App { engine, measured, listening, undialled } = App::new(&setup, tier)?;
+    let App { engine, measured, listening, undialled } = App::new(&setup, tier.clone())?;
     config::warn(&undialled);
     let mut bound = Bound::open(settings.edge()).await?;
     bound.set_journal(Journal::to(log.clone(), settings.log.plain_allow_ratio));
@@ -132,8 +132,18 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     };
     let ended = bound.run(engine, shutdown).await?;
     // Within the time that it has for leaving: whoever waits for its end has counted on that.
-    let took = stopping.get().map_or(Duration::ZERO, Instant::elapsed);
-    traces::finish((stop.notice + stop.drain).saturating_sub(took).min(LAST_SPANS));
+    let left = || (stop.notice + stop.drain).saturating_sub(stopping.get().map_or(Duration::ZERO, Instant::elapsed));
+    if let Some(tier) = tier {
+        let dropped = tier.finish(tokio::time::Instant::now() + left()).await;
+        if dropped > 0 {
+            tracing::warn!(
+                event = "tier_stores_dropped",
+                dropped,
+                "answers that did not come to the shared tier; another replica asks for them again"
+            );
+        }
+    }
+    traces::finish(left().min(LAST_SPANS));
     tracing::info!(event = "stopped", drained = ended == Ended::Drained);
     Ok(Exit::Ok)
 }

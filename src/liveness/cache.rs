@@ -433,8 +433,7 @@ impl Cache {
             probe.reported = true;
             if let Some(lease) = lease {
                 let record = to_record(&memory, &fetched, &lease);
-                // Nobody waits for the store.
-                tokio::spawn(lease.store(record, ages.hard_maximum));
+                lease.leave(record, ages.hard_maximum);
             }
             fetched
         }
@@ -724,9 +723,9 @@ fn absorb(memory: &Memory, (first, key): (Key, Key), shared: Shared, ages: &Ages
     }
 }
 
-/// What another replica has just seen refused is looked up again.
+/// What another replica has just seen refused is looked up again. Nothing may be known of it yet: an older VALID can still be on its way here.
 fn forget_refused(memory: &Memory, key: Key, now: Instant) {
-    let Some(entry) = memory.get(&key) else { return };
+    let entry = memory.get(&key).unwrap_or_default();
     let is_refused =
         entry.latest.as_ref().is_some_and(|latest| matches!(latest.finding.verdict, Verdict::Invalid | Verdict::Forbidden));
     if !is_refused {
@@ -894,6 +893,30 @@ mod tests {
         assert_eq!((&*first, refused.verdict), (&valid(), Verdict::Invalid));
         assert!(Arc::ptr_eq(&first, &intern_valid(valid(), &last_valid)), "an INVALID in between changes nothing");
         assert_eq!(intern_valid(Finding::bare(Verdict::Valid), &last_valid).status, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_that_is_heard_of_first_holds_against_an_older_valid() {
+        let memory: Memory = moka::sync::Cache::builder().max_capacity(9).build_with_hasher(BuildHasherDefault::default());
+        let (key, ages) = ([7; 32], Ages::default());
+        let valid = |at| Shared {
+            finding: Finding::bare(Verdict::Valid),
+            at,
+            wall: SystemTime::UNIX_EPOCH,
+            fresh_for: Duration::from_secs(30),
+            earlier_valid: None,
+            refused_at: None,
+            about_model: false,
+        };
+        let began = Instant::now();
+        tokio::time::advance(Duration::from_secs(1)).await;
+        // The store's answer, given before the refusal was stored, comes after the message about that.
+        forget_refused(&memory, key, Instant::now());
+        absorb(&memory, (key, key), valid(began), &ages);
+        assert!(memory.get(&key).is_none_or(|entry| entry.latest.is_none() && entry.valid.is_none()));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        absorb(&memory, (key, key), valid(Instant::now()), &ages);
+        assert!(memory.get(&key).is_some_and(|entry| entry.latest.is_some() && entry.valid.is_some()), "a newer one counts");
     }
 
     #[tokio::test]

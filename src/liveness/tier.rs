@@ -4,6 +4,7 @@
 //! faults in a row the tier is left alone for a time. All times are the store's own. Its lease guards what a call costs, and not that an
 //! answer is right; so one server is enough, and what it loses is asked for again.
 
+mod background;
 mod faults;
 mod keys;
 mod place;
@@ -12,24 +13,25 @@ mod store;
 
 use std::{
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
 use futures_util::StreamExt;
-use rand::Rng;
+use rand::{Rng, SeedableRng, rngs::StdRng};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, sleep_until};
 
-pub use self::keys::TierKeys;
-pub(crate) use self::{
-    keys::{Id, Model, Whose},
-    record::Record,
-};
 use self::{
+    background::Background,
     keys::{Name, Names, News},
     place::Place,
     store::{Looked, State, Store, Unheard},
+};
+pub use self::{keys::TierKeys, store::Connect};
+pub(crate) use self::{
+    keys::{Id, Model, Whose},
+    record::Record,
 };
 use crate::{
     core::classify::Finding,
@@ -47,6 +49,8 @@ const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::f
 const MAX_FRUITLESS: u32 = 3;
 /// How long who listens for refusals waits before it connects anew.
 const RECONNECT: Duration = Duration::from_secs(5);
+/// How many answers are on their way to the store at a time: more come only while it is slow, and are asked for again.
+const MAX_STORING: usize = 1024;
 /// Less is no time for a question to another machine, and more is longer than a caller should wait for a store.
 const TIMEOUTS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -96,8 +100,11 @@ pub struct Tier {
     store: Store,
     keys: TierKeys,
     looks: Looks,
+    storing: Background,
     leases_lost: Counter,
     damaged: Counter,
+    /// For pauses.
+    random: Mutex<StdRng>,
 }
 
 /// How it went with those who looked.
@@ -200,9 +207,24 @@ impl Tier {
     /// The tier of these settings. Nothing is connected yet.
     pub fn new(access: TierAccess) -> Result<Arc<Self>, TierSetupError> {
         let place = Place::parse(&access.address).map_err(TierSetupError)?;
-        let store = Store::new(&place, &access).map_err(|fault| TierSetupError(fault.to_string()))?;
+        let store = Store::at(&place, &access).map_err(|fault| TierSetupError(fault.to_string()))?;
+        Ok(Self::of(store, access.keys, rand::random()))
+    }
+
+    /// The tier that these connections lead to, with pauses that follow from a seed.
+    pub fn over(connect: Box<dyn Connect>, timeout: Duration, keys: TierKeys, seed: u64) -> Arc<Self> {
+        Self::of(Store::new(connect, timeout), keys, seed)
+    }
+
+    fn of(store: Store, keys: TierKeys, seed: u64) -> Arc<Self> {
         let (looks, leases_lost, damaged) = (Looks::default(), Counter::new(), Counter::new());
-        Ok(Arc::new(Self { store, keys: access.keys, looks, leases_lost, damaged }))
+        let (storing, random) = (Background::new(MAX_STORING), Mutex::new(StdRng::seed_from_u64(seed)));
+        Arc::new(Self { store, keys, looks, storing, leases_lost, damaged, random })
+    }
+
+    /// The end: waits until then for answers that are on their way to the store. Tells how many never came there.
+    pub async fn finish(&self, by: Instant) -> u64 {
+        self.storing.finish(by).await
     }
 
     /// Where this credential's observations stand.
@@ -224,9 +246,13 @@ impl Tier {
                 }
             }
             // Not all replicas at one moment.
-            let pause = RECONNECT.mul_f64(rand::rng().random_range(0.5..=1.0));
+            let pause = self.between(RECONNECT / 2, RECONNECT);
             sleep(pause).await;
         }
+    }
+
+    fn between(&self, least: Duration, most: Duration) -> Duration {
+        self.random.lock().unwrap_or_else(PoisonError::into_inner).random_range(least..=most)
     }
 }
 
@@ -245,6 +271,11 @@ impl Collect for Tier {
         page.counter("byokgate_tier_faults", "Questions to the shared tier that failed").add(&[], &self.store.faulty);
         page.gauge("byokgate_tier_in_use", "1 while the shared tier is in use, 0 while it is left alone")
             .add(&[], u64::from(self.store.is_in_use()));
+        page.counter(
+            "byokgate_tier_stores_dropped",
+            "Answers that were not sent to the shared tier, since too many were on their way to it",
+        )
+        .add(&[], &self.storing.dropped);
         page.counter("byokgate_tier_leases_lost", "Answers that were not stored, since the lease had ended")
             .add(&[], &self.leases_lost);
         page.counter("byokgate_tier_damaged", "Values of the shared tier that are none of ours").add(&[], &self.damaged);
@@ -317,7 +348,7 @@ impl Seat {
                     return Sought::Ask(Some(Lease { tier: Arc::clone(&tier), names, token, clock }));
                 }
                 State::Wait => {
-                    let pause = rand::rng().random_range(LOOK_AGAIN.0..=LOOK_AGAIN.1);
+                    let pause = tier.between(LOOK_AGAIN.0, LOOK_AGAIN.1);
                     if Instant::now() + pause >= until {
                         looks.gave_up.inc();
                         return Sought::Ask(None);
@@ -390,8 +421,14 @@ impl Lease {
         }
     }
 
-    /// Stores what was found, if the lease is still this replica's; nobody waits for that. What is nobody's to share ends the lease alone.
-    pub(crate) async fn store(self, record: Option<Record>, keep: Duration) {
+    /// Stores what was found, if the lease is still this replica's; nobody waits for that but the process's end. What is nobody's to share
+    /// ends the lease alone.
+    pub(crate) fn leave(self, record: Option<Record>, keep: Duration) {
+        let tier = Arc::clone(&self.tier);
+        tier.storing.run(self.store(record, keep));
+    }
+
+    async fn store(self, record: Option<Record>, keep: Duration) {
         let Self { tier, names, token, .. } = &self;
         let sealed = record.as_ref().and_then(|record| {
             let index = usize::from(record.finding.about_model);

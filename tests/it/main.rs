@@ -37,6 +37,7 @@ mod probe;
 mod registries;
 mod reload;
 mod remedies;
+mod replicas;
 mod runtimes;
 mod secrets;
 mod shutdown;

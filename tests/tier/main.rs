@@ -28,7 +28,10 @@ use futures_util::{StreamExt, future::join_all};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::{TcpListener, TcpStream},
+    net::{
+        TcpListener, TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
     time::{Instant, sleep},
 };
 
@@ -199,7 +202,7 @@ async fn who_waits_for_a_look_gets_nothing_older_than_wanted() {
     until("and again", async || first.ask_no_older("made-up", age).await.1 == ServedFrom::Probe).await;
     until("it is stored again", async || !store.keys().await.iter().any(|key| key.ends_with(":lease"))).await;
     let stored = Instant::now();
-    let slow = slowed(store.port, Duration::from_millis(300)).await;
+    let slow = slowed(store.port, [0, 300]).await;
     let second = Replica::new(&Way { port: slow, ..store.way() }, &prober);
     until("that is older than a second too", async || stored.elapsed() > Duration::from_millis(1_200)).await;
     let asked = prober.asked();
@@ -434,7 +437,7 @@ async fn a_holder_that_dies_holds_nobody_up() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_store_is_waited_for_and_no_longer() {
     let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
-    let port = slowed(store.port, Duration::from_millis(300)).await;
+    let port = slowed(store.port, [0, 300]).await;
     let way = Way { port, timeout: Duration::from_millis(350), ..store.way() };
     let fleet = [Replica::new(&way, &prober), Replica::new(&way, &prober)];
     for index in 0..10 {
@@ -445,27 +448,32 @@ async fn a_slow_store_is_waited_for_and_no_longer() {
     assert!(prober.asked() <= 20, "{}", prober.asked());
 }
 
-async fn slowed(to: u16, by: Duration) -> u16 {
+/// The way there, with so many milliseconds before each part of questions and of answers.
+async fn slowed(to: u16, [questions, answers]: [u64; 2]) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
     tokio::spawn(async move {
         while let Ok((client, _)) = listener.accept().await {
             tokio::spawn(async move {
                 let server = TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, to))).await.unwrap();
-                let (mut from_client, mut to_client) = client.into_split();
-                let (mut from_server, mut to_server) = server.into_split();
-                tokio::spawn(async move { tokio::io::copy(&mut from_client, &mut to_server).await });
-                let mut bytes = vec![0; 64 * 1024];
-                while let Ok(read @ 1..) = from_server.read(&mut bytes).await {
-                    sleep(by).await;
-                    if to_client.write_all(&bytes[..read]).await.is_err() {
-                        break;
-                    }
-                }
+                let (from_client, to_client) = client.into_split();
+                let (from_server, to_server) = server.into_split();
+                tokio::spawn(pass_on(from_client, to_server, questions));
+                pass_on(from_server, to_client, answers).await;
             });
         }
     });
     port
+}
+
+async fn pass_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, millis: u64) {
+    let mut bytes = vec![0; 64 * 1024];
+    while let Ok(read @ 1..) = from.read(&mut bytes).await {
+        sleep(Duration::from_millis(millis)).await;
+        if to.write_all(&bytes[..read]).await.is_err() {
+            break;
+        }
+    }
 }
 
 /// Two keys: what the one before wrote is read, the first writes, and a key alone knows nothing of another's.
@@ -564,6 +572,38 @@ async fn the_store_shows_nothing() {
 
 fn sha256(value: &str) -> Vec<u8> {
     ring::digest::digest(&ring::digest::SHA256, value.as_bytes()).as_ref().to_vec()
+}
+
+/// Who stops waits for what is on its way to the store: another replica then knows it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_being_stored_at_the_end_is_stored() {
+    let (store, row) = (Store::start().await, Row { body: r#"{"data": []}"#.into(), ..Row::default() });
+    let vendor = Vendor::start(vec![row]).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let secrets = tempfile::tempdir().unwrap();
+    let path = |name: &str| secrets.path().join(name).to_str().unwrap().to_owned();
+    fs::write(path("key"), KEY).unwrap();
+    fs::write(path("password"), PASSWORD).unwrap();
+    // Far from it: the process is told to stop long before the store has the answer.
+    let config = format!(
+        "tier: {{address: 'redis://127.0.0.1:{}', user: {USER}, password_file: '{}', key_file: '{}', timeout: 2s}}\n\
+         shutdown: {{notice: 1ms, drain: 10s}}\n",
+        slowed(store.port, [400, 0]).await,
+        path("password"),
+        path("key")
+    );
+    let files = Files::new(&registry, &catalogue, Some(&config));
+    let flags = files.flags();
+    let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--no-calibration"]).collect();
+    let replica = Serving::start(&flags).await;
+    let mut client = replica.client().await;
+    assert!(is_allow(client.decide(decide("made-up-last")).await.unwrap().get_ref()));
+    assert_eq!(store.observations().await.len(), 0, "nobody waits for the store");
+    drop(client);
+    replica.terminate().await;
+    let ended = replica.ended().await;
+    assert!(ended.status.success() && !ended.stdout.contains("tier_stores_dropped"), "{ended:?}");
+    assert_eq!(store.observations().await.len(), 1, "{ended:?}");
 }
 
 /// Processes, as they are deployed: a fleet of them, asked about each credential round robin, one of them killed on the way.

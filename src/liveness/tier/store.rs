@@ -8,7 +8,9 @@ use std::{
 use futures_util::{Stream, StreamExt};
 use redis::{
     AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ErrorKind, FromRedisValue, IntoConnectionInfo, RedisConnectionInfo,
-    RedisError, TlsCertificates, aio::MultiplexedConnection, io::tcp::TcpSettings,
+    RedisError, TlsCertificates,
+    aio::{MultiplexedConnection, PubSub},
+    io::tcp::TcpSettings,
 };
 use socket2::TcpKeepalive;
 use tokio::time::{Instant, timeout_at};
@@ -19,7 +21,10 @@ use super::{
     keys::{BEGINNING, CHANNEL, SEALED_BYTES},
     place::Place,
 };
-use crate::telemetry::metrics::{Counter, Histogram};
+use crate::{
+    core::engine::Boxed,
+    telemetry::metrics::{Counter, Histogram},
+};
 
 /// How long a lease lasts that nobody renews.
 pub(super) const LEASE: Duration = Duration::from_secs(1);
@@ -71,9 +76,23 @@ const RELEASE: &str = "\
 if redis.pcall('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])";
 
+/// Makes connections to the store.
+pub trait Connect: Send + Sync {
+    /// One for questions, side by side.
+    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, RedisError>>;
+    /// One that is told what is published.
+    fn listen(&self) -> Boxed<'_, Result<PubSub, RedisError>>;
+}
+
+/// Connections to an address.
+struct Remote {
+    client: Client,
+    timeout: Duration,
+}
+
 /// The store, as far as it can be reached.
 pub(super) struct Store {
-    client: Client,
+    connect: Box<dyn Connect>,
     timeout: Duration,
     /// The connection, and how many there have been: a fault ends the one that it came from.
     connection: Mutex<(u64, Option<MultiplexedConnection>)>,
@@ -113,10 +132,10 @@ pub(super) enum State {
     Wait,
 }
 
-// === impl Store ===
+// === impl Remote ===
 
-impl Store {
-    pub(super) fn new(place: &Place, access: &TierAccess) -> Result<Self, RedisError> {
+impl Remote {
+    fn new(place: &Place, access: &TierAccess) -> Result<Self, RedisError> {
         let TierAccess { user, password, ca, .. } = access;
         let mut settings = RedisConnectionInfo::default().set_db(place.database).set_skip_set_lib_name();
         if let Some(user) = user {
@@ -141,15 +160,43 @@ impl Store {
             }
             Some(_) | None => Client::open(info)?,
         };
-        Ok(Self {
-            client,
-            timeout: access.timeout,
+        Ok(Self { client, timeout: access.timeout })
+    }
+}
+
+impl Connect for Remote {
+    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, RedisError>> {
+        Box::pin(async {
+            // Every question has a time of its own.
+            let config = AsyncConnectionConfig::new().set_connection_timeout(Some(self.timeout)).set_response_timeout(None);
+            self.client.get_multiplexed_async_connection_with_config(&config).await
+        })
+    }
+
+    fn listen(&self) -> Boxed<'_, Result<PubSub, RedisError>> {
+        Box::pin(self.client.get_async_pubsub())
+    }
+}
+
+// === impl Store ===
+
+impl Store {
+    /// The one at an address.
+    pub(super) fn at(place: &Place, access: &TierAccess) -> Result<Self, RedisError> {
+        Ok(Self::new(Box::new(Remote::new(place, access)?), access.timeout))
+    }
+
+    /// The one that these connections lead to.
+    pub(super) fn new(connect: Box<dyn Connect>, timeout: Duration) -> Self {
+        Self {
+            connect,
+            timeout,
             connection: Mutex::default(),
             connecting: tokio::sync::Mutex::default(),
             faults: Mutex::default(),
             took: Histogram::default(),
             faulty: Counter::new(),
-        })
+        }
     }
 
     /// Until when an answer to a question of now is waited for.
@@ -216,7 +263,7 @@ impl Store {
     /// What is published from now on, until the connection ends.
     pub(super) async fn news(&self) -> Result<impl Stream<Item = Vec<u8>> + use<>, RedisError> {
         let connecting = async {
-            let mut listener = self.client.get_async_pubsub().await?;
+            let mut listener = self.connect.listen().await?;
             listener.subscribe(CHANNEL).await?;
             Ok::<_, RedisError>(listener)
         };
@@ -275,9 +322,7 @@ impl Store {
         if let Some(connected) = self.open_connection() {
             return Ok(connected);
         }
-        // Every question has a time of its own.
-        let config = AsyncConnectionConfig::new().set_connection_timeout(Some(self.timeout)).set_response_timeout(None);
-        let made = self.client.get_multiplexed_async_connection_with_config(&config).await?;
+        let made = self.connect.connect().await?;
         let mut slot = unpoisoned(&self.connection);
         slot.0 += 1;
         slot.1 = Some(made.clone());

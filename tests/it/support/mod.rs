@@ -8,5 +8,6 @@ pub(crate) mod events;
 pub(crate) mod gate;
 pub(crate) mod page;
 pub(crate) mod prober;
+pub(crate) mod store;
 pub(crate) mod tier;
 pub(crate) mod vendor;
