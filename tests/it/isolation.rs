@@ -40,6 +40,7 @@ use crate::support::{
     gate::Files,
     page::Shown,
     prober::Scripted,
+    vendor::{Row, Vendor},
 };
 
 const DECIDE: &str = "/byokgate.v1.PolicyDecisionService/Decide";
@@ -434,6 +435,43 @@ async fn who_is_taken_off_and_what_waits_for_a_restart_is_named() {
 }
 
 // === files that never end ===
+
+/// Without a descriptor for a connection nobody is asked, and that is our own lack: the tenant is told to come again, and nothing is held against
+/// the provider or the key.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_lack_of_descriptors_is_no_fault_of_the_providers() {
+    let row = |key: Option<&str>, status, body: &str| Row {
+        path: Some("/acme/v1/models".into()),
+        key: key.map(str::to_owned),
+        status: Some(status),
+        body: body.into(),
+        ..Row::default()
+    };
+    let refusal = r#"{"error": {"code": "invalid_api_key"}}"#;
+    let vendor = Vendor::start(vec![row(Some("made-up-key"), 200, r#"{"data": []}"#), row(None, 401, refusal)]).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let files = Files::new(&registry, &catalogue, None);
+    let flags = files.flags();
+    let serving = Serving::start(&flags.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let mut client = serving.client().await;
+    client.get_registry_status(pb::GetRegistryStatusRequest {}).await.unwrap();
+    serving.limit_descriptors(1).await;
+    // More than open a breaker.
+    for number in 0..8 {
+        let mut request = decide(if number == 0 { "made-up-key" } else { "made-up-other-key" });
+        request.workspace_spec.as_mut().unwrap().organization_id = format!("org-{number}");
+        let response = client.decide(request).await.unwrap().into_inner();
+        let Some(pb::decide_response::Decision::Deny(deny)) = &response.decision else { panic!("{response:?}") };
+        assert_eq!((deny.code(), deny.retryable), (pb::DenyCode::ByokProbeNotAttempted, true), "{response:?}");
+    }
+    assert!(vendor.asked().is_empty());
+    serving.limit_descriptors(1024).await;
+    assert!(is_allow(&client.decide(decide("made-up-key")).await.unwrap().into_inner()));
+    serving.terminate().await;
+    let ended = serving.ended().await;
+    assert!(!ended.stdout.contains("breaker_opened"), "{ended:?}");
+}
 
 /// A registry that has become a pipe is a fault like any other, and nothing that it holds up ends the reload or the process.
 #[tokio::test]

@@ -144,6 +144,14 @@ impl Serving {
         PolicyDecisionServiceClient::new(self.channel().await)
     }
 
+    /// From now on it has so many descriptors at most; those that are open stay.
+    #[cfg(target_os = "linux")]
+    pub(crate) async fn limit_descriptors(&self, limit: usize) {
+        let id = self.child.id().unwrap().to_string();
+        let limits = format!("--nofile={limit}:");
+        assert!(Command::new("prlimit").args(["--pid", &id, &limits]).status().await.unwrap().success());
+    }
+
     /// Sends SIGTERM.
     pub(crate) async fn terminate(&self) {
         let id = self.child.id().unwrap().to_string();
