@@ -10,10 +10,17 @@ use crate::domain::secret::Secret;
 const USUAL_LENGTH: usize = 48;
 /// How a key begins where nobody knows.
 const USUAL_PREFIX: &str = "sk-";
-/// With fewer random characters a made-up key could be somebody's.
+/// With fewer random characters than this, or fewer bits, a made-up key could be somebody's.
 const MIN_RANDOM: usize = 12;
+const MIN_BITS: usize = 40;
 /// The first word of a key, as `acme_`, is no longer than this.
 const MAX_FIRST_WORD: usize = 12;
+/// Nor is a word behind it that is no usual one, of which there are few, and which leave so many letters and digits.
+const MAX_WORD: usize = 8;
+const MAX_WORDS: usize = 3;
+const LEFT_BY_WORDS: usize = 16;
+/// So many letters at the beginning of a key without marks may be its vendor's.
+const MAX_FIRST_LETTERS: usize = 6;
 
 /// The form of a key, as far as a server can check it without knowing the key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -76,6 +83,15 @@ impl Alphabet {
         }
     }
 
+    /// About how many bits of chance each character has that stands in another's place.
+    fn bits(self) -> usize {
+        match self {
+            Self::Digits => 3,
+            Self::LowerHex | Self::UpperHex | Self::Lower | Self::Upper => 4,
+            Self::Mixed => 5,
+        }
+    }
+
     /// A character that may stand in this one's place. `random`: a number below the given one. Where there are letters, only those characters that
     /// every usual alphabet has: base32 has neither 0, 1, 8 nor 9, base58 neither 0, O, I nor l, Crockford's base32 neither I, L, O nor U.
     fn another(self, byte: u8, random: &mut impl FnMut(u8) -> u8) -> u8 {
@@ -110,7 +126,8 @@ fn imitable<'k>(key: &'k Secret, prefix: Option<&str>) -> Option<(&'k str, &'k s
     let text = key.expose();
     let of_vendor = prefix.filter(|prefix| text.starts_with(prefix)).map_or(0, str::len);
     let (kept, rest) = text.split_at_checked(of_vendor.max(first_words(text).len()))?;
-    let has_room = rest.bytes().filter(u8::is_ascii_alphanumeric).count() >= MIN_RANDOM;
+    let random = letters_and_digits(rest);
+    let has_room = random >= MIN_RANDOM || random * Alphabet::of(rest.bytes()).bits() >= MIN_BITS;
     (rest.is_ascii() && has_room).then_some((kept, rest))
 }
 
@@ -125,31 +142,50 @@ pub fn made_up_key_like(key: &Secret, prefix: Option<&str>, mut random: impl FnM
     let alphabet = Alphabet::of(rest.bytes());
     // Version and variant of a UUID are no part of its random numbers.
     let is_uuid = rest.len() == 36 && [8, 13, 18, 23].iter().all(|at| rest.as_bytes().get(*at) == Some(&b'-'));
-    let stays = |at: usize| is_uuid && matches!(at, 14 | 19);
+    // Base64's last character has fewer bits where it is filled up.
+    let data = rest.trim_end_matches('=').len();
+    let stays = |at: usize| is_uuid && matches!(at, 14 | 19) || data < rest.len() && at + 1 == data;
     let another = rest.bytes().enumerate().map(|(at, byte)| if stays(at) { byte } else { alphabet.another(byte, &mut random) });
     let made_up: String = kept.chars().chain(another.map(char::from)).collect();
     (Secret::new(made_up), KeyForm::of(key))
 }
 
-/// `acme_live_` of `acme_live_0123`: letters before the first mark, and words that are usual behind it. Of a signed token in three parts, its head,
-/// which holds no secret.
+/// `acme_live_` of `acme_live_0123`: words before the random part, or a few letters where there is no mark. Of a signed token in three parts, its
+/// head, which holds no secret.
 fn first_words(key: &str) -> &str {
     if key.starts_with("eyJ") && key.bytes().filter(|byte| *byte == b'.').count() == 2 {
         return key.find('.').and_then(|end| key.get(..=end)).unwrap_or_default();
     }
-    let mut kept = 0;
+    let (mut kept, mut words) = (0, 0);
     while let Some(rest) = key.get(kept..)
-        && let Some(end) = rest.find(['-', '_', '.', ':']).filter(|end| *end < MAX_FIRST_WORD)
-        && let Some(word) = rest.get(..end)
+        && let Some(end) = rest.find(['-', '_', '.', ':', '/']).filter(|end| *end < MAX_FIRST_WORD)
+        && let (Some(word), Some(behind)) = (rest.get(..end), rest.get(end..))
     {
         let letters = word.trim_end_matches(|c: char| c.is_ascii_digit());
         let is_word = word.len() - letters.len() <= 2 && letters.bytes().all(|byte| byte.is_ascii_alphabetic());
-        if !is_word || kept > 0 && !USUAL_WORDS.iter().any(|usual| usual.eq_ignore_ascii_case(letters)) {
+        let is_usual = || USUAL_WORDS.iter().any(|usual| usual.eq_ignore_ascii_case(letters));
+        if !is_word || kept > 0 && !is_usual() && !(words < MAX_WORDS && is_plain_word(letters, behind)) {
             break;
         }
         kept += end + 1;
+        words += 1;
+    }
+    if kept == 0 && !key.contains(['-', '_', '.', ':', '/']) {
+        let letters = key.bytes().take(MAX_FIRST_LETTERS).take_while(u8::is_ascii_alphabetic).count();
+        kept = key.get(letters..).filter(|rest| letters_and_digits(rest) >= LEFT_BY_WORDS).map_or(0, |_| letters);
     }
     key.get(..kept).unwrap_or_default()
+}
+
+/// Letters of one case, which random ones hardly are.
+fn is_plain_word(letters: &str, behind: &str) -> bool {
+    let is_of_one_case =
+        letters.bytes().all(|byte| byte.is_ascii_lowercase()) || letters.bytes().all(|byte| byte.is_ascii_uppercase());
+    !letters.is_empty() && letters.len() <= MAX_WORD && is_of_one_case && letters_and_digits(behind) >= LEFT_BY_WORDS
+}
+
+fn letters_and_digits(text: &str) -> usize {
+    text.bytes().filter(u8::is_ascii_alphanumeric).count()
 }
 
 /// What stands behind the first word of a key, before its random part; with up to two digits behind it.
@@ -204,11 +240,21 @@ mod tests {
             ("ABCDEFGHJKMNPQRSTVWXYZ234567", None, ""),
             ("sk-ant-api03-AbCd_EfGh-0123456789xyz", Some("sk-ant-"), "sk-ant-"),
             ("0123456789012345", Some("sk-"), ""),
+            ("sk-acme-v1-0123456789abcdefGHIJ", None, "sk-acme-v1-"),
+            ("team-a/0123456789abcdefGHIJ", None, "team-a/"),
+            ("ACME0123456789abcdefGHIJ", None, "ACME"),
+            ("sk-Ab12Cd34Ef5", None, "sk-"),
+            ("x9Kd83Jq", None, ""),
+            ("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=", None, ""),
+            // Random words are not kept without end.
+            ("ab-cd-ef-gh-ij-0123456789abcdefGHIJklmnop", None, "ab-cd-ef-"),
         ] {
             let made_up = like(key, prefix);
             let form = |key: &str| KeyForm::of(&Secret::new(key.into()));
             assert_eq!(form(&made_up), form(key), "{made_up}");
             assert_eq!(made_up.get(..kept.len()), Some(kept));
+            let filled_up = |key: &str| key.ends_with('=').then(|| key.chars().rev().find(|last| *last != '='));
+            assert_eq!(filled_up(&made_up), filled_up(key), "{made_up}");
             let same = made_up.bytes().zip(key.bytes()).skip(kept.len());
             let same = same.filter(|(one, two)| one == two && one.is_ascii_alphanumeric()).count();
             assert!(same * 3 < key.len(), "{made_up} is too much of {key}");
@@ -217,7 +263,7 @@ mod tests {
 
     #[test]
     fn a_short_key_is_never_hit_by_chance() {
-        for key in ["sk-1234", "password", "tenant-good", "ключ-ключ-ключ-ключ"] {
+        for key in ["sk-1234", "sk-12345678901", "password", "tenant-good", "ключ-ключ-ключ-ключ"] {
             assert_eq!(like(key, None).len(), USUAL_PREFIX.len() + USUAL_LENGTH, "{key}");
         }
     }
