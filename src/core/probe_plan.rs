@@ -162,7 +162,7 @@ enum State<'t> {
     Second(Heard),
     /// Refused as a made-up key is: does it come at an open list by now, too?
     AtOpenList(Heard, &'t Call, HeaderFamily),
-    /// One of several headers of one request was the right one: each is asked alone, but for the last.
+    /// One of several headers of one request was the right one, it seems: each is asked alone.
     Identify(Vec<HeaderFamily>, Heard),
     Done(Finding),
 }
@@ -326,13 +326,14 @@ impl<'t> ProbePlan<'t> {
         if let State::Identify(families, first) = &mut self.state {
             let (asked, first) = (families.remove(0), first.clone());
             let accepted = heard.reading.classification == Classification::Accepted;
-            return match (accepted, families.as_slice()) {
+            return match (accepted, families.is_empty()) {
                 (true, _) => self.accept(asked, &first),
-                (false, [last]) => {
-                    let last = *last;
-                    self.accept(last, &first);
+                // All of them together, and none alone: no client asks so.
+                (false, true) => {
+                    self.state = State::Ask;
+                    self.finish_rung();
                 }
-                (false, _) => {}
+                (false, false) => {}
             };
         }
         match std::mem::replace(&mut self.state, State::Ask) {

@@ -70,6 +70,9 @@ struct Dialect {
     /// Several credentials in one request are refused.
     #[serde(default)]
     one_header: bool,
+    /// The key has to be in each of its headers.
+    #[serde(default)]
+    in_all_headers: bool,
     /// This model is served to everybody.
     #[serde(default)]
     free_model: Option<String>,
@@ -280,6 +283,7 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Respons
         _ if dialect.one_header && in_headers > 1 => {
             Answer::Plain(400, "json".into(), r#"{"error":"several credentials"}"#.into())
         }
+        (Some(answers), Some(_)) if dialect.in_all_headers && in_headers < dialect.header.len() => answers.bad.clone(),
         _ if barred.is_some() => barred.unwrap(),
         _ if is_free || is_list && state.is_cached.load(Ordering::SeqCst) => Answer::Ok("OK".into()),
         (None, _) => missing,

@@ -149,9 +149,13 @@ fn a_refusal_is_never_lost() {
     let world = |surface, families: &[HeaderFamily], key| {
         if families.contains(&ApiKey) && key == Real { yes(surface) } else { DEAD }
     };
-    let came = comes_to(&world, Verdict::Valid, None, &[OWN, CALLED_IN_ALL, CALLED, "chat-completions x-api-key"]);
+    let alone = [CALLED, "chat-completions x-api-key", "chat-completions api-key"];
+    let came = comes_to(&world, Verdict::Valid, None, &[&[OWN, CALLED_IN_ALL], &alone[..]].concat());
     assert_eq!((came.finding.family, came.finding.wrong_header), (Some(ApiKey), true));
     assert_eq!(came.lessons, [Lesson::Family { right: ApiKey, wrong: vec![Bearer] }]);
+    // All headers together are no header of any client's.
+    let world = |surface, families: &[HeaderFamily], key| if families.len() > 1 && key == Real { yes(surface) } else { DEAD };
+    comes_to_in_some_way(&world, Verdict::Invalid);
     // A list that says yes in another header, and completions that do not: the list looks at the key's form alone.
     for later in [DEAD, (401, "no"), (403, "no"), (400, "{}"), (404, ""), (429, "slow"), (500, "oops"), PAGE, SILENCE] {
         let world = |surface, families: &[HeaderFamily], key| match (surface, key) {
