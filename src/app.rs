@@ -107,7 +107,8 @@ pub fn undialled(snapshot: &Snapshot, prober: &HttpProber) -> Vec<Problems> {
         }
         let message = format!(
             "{}: its address or scheme may not be dialled by this configuration, so that every credential of it is denied; use https and a \
-             public address, allow it with `egress.allow`, or switch the provider's probe off with a date",
+             public address, allow it with `egress.allow` (a machine's metadata address never is), or switch the provider's probe off with a \
+             date",
             call.url.origin().ascii_serialization()
         );
         Some(Problem::at(format!("providers.{}", provider.name), message))

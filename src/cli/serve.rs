@@ -144,7 +144,12 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
         }
     }
     traces::finish(left().min(LAST_SPANS));
-    tracing::info!(event = "stopped", drained = ended == Ended::Drained);
+    if ended == Ended::Drained {
+        tracing::info!(event = "stopped", drained = true);
+    } else {
+        let message = "calls or connections that had not ended within shutdown.drain were cut off";
+        tracing::warn!(event = "stopped", drained = false, "{message}");
+    }
     Ok(Exit::Ok)
 }
 

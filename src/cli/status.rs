@@ -176,7 +176,7 @@ fn provider(provider: &Provider) -> Vec<String> {
             .map(|it| format!("    made-up keys at {}, `{}` in {}: {}", it.host, it.probe, it.header, it.state)),
     );
     lines.extend(provider.no_api_at.iter().map(|host| format!("    no API at {host}")));
-    if let Some(LastFailure { at, verdict, cause }) = &provider.last_failure {
+    if let Some(LastFailure { at, verdict, cause, remedy: _ }) = &provider.last_failure {
         lines.push(format!("    last {verdict} at {at}: {cause}"));
     }
     lines
@@ -200,8 +200,10 @@ fn undecided(it: &UndecidedCall) -> String {
 }
 
 fn recent(it: &Recent) -> String {
-    let Recent { at, decision_id, checkpoint, workspace_id, runtime, model, provider, code, verdict, cause, .. } = it;
-    let words: Vec<&str> = [code.as_str(), verdict, checkpoint, workspace_id, runtime, model, provider]
+    let Recent { at, decision_id, checkpoint, report_only, workspace_id, runtime, model, provider, code, verdict, cause, .. } =
+        it;
+    let report_only = if *report_only { "(report only)" } else { "" };
+    let words: Vec<&str> = [code.as_str(), report_only, verdict, checkpoint, workspace_id, runtime, model, provider]
         .into_iter()
         .filter(|word| !word.is_empty())
         .collect();

@@ -372,10 +372,13 @@ impl LivenessEvidence {
             Verdict::Unreachable => match unreached {
                 Some(Unreached::Address) => format!(
                     "{host} resolves to an address that may not be dialled, or is plain http: name it in `egress.allow` or \
-                     `egress.allow_plain_http`"
+                     `egress.allow_plain_http`; a machine's metadata address is never dialled"
                 ),
                 Some(Unreached::Dns) => format!("look up {host} from the service's pod; its DNS may not know it"),
-                Some(Unreached::Tls) => "the service does not trust that certificate: `probe.ca_file` adds authorities".into(),
+                Some(Unreached::Tls) => {
+                    "the certificate is of no authority that the service trusts (`probe.ca_file` adds some), or nothing speaks TLS there"
+                        .into()
+                }
                 Some(Unreached::Proxy) => {
                     format!(
                         "`egress.proxy` could not be reached, or refuses the way to {host}: look at its log and at its credentials"
@@ -401,6 +404,11 @@ impl LivenessEvidence {
                 }
                 Some(Withheld::Fault) | None => "the service's log says which fault".into(),
             },
+            Verdict::Timeout => {
+                "a provider has 3 s, and less where the caller's deadline or `deadlines.decide` ends before: the log's `duration_us` \
+                 says how long it had"
+                    .into()
+            }
             Verdict::NoServerSurface if *tenant_endpoint => "the policy group `tenant_endpoint` denies here".into(),
             Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => {
                 "the policy group `unverifiable` denies here".into()
@@ -410,8 +418,7 @@ impl LivenessEvidence {
             | Verdict::Forbidden
             | Verdict::QuotaExhausted
             | Verdict::RateLimited
-            | Verdict::ProviderError
-            | Verdict::Timeout => String::new(),
+            | Verdict::ProviderError => String::new(),
         }
     }
 }

@@ -156,7 +156,7 @@ fn credentials_of(credentials: Vec<pb::Credential>, limits: &Limits, violations:
         violations.add(
             format_args!("{AT}.credentials"),
             format_args!(
-                "holds {}; the limit is {}: send only names that the registry knows",
+                "holds {}; the limit is {} (limits.credentials): send only names that GetRegistryStatus lists",
                 credentials.len(),
                 limits.credentials
             ),
@@ -224,7 +224,7 @@ fn check_base_url_names(names: &[String], limits: &Limits, violations: &mut Viol
     if names.len() > limits.base_url_names {
         violations.add(
             format_args!("{AT}.tenant_base_url_env"),
-            format_args!("holds {}; the limit is {}", names.len(), limits.base_url_names),
+            format_args!("holds {}; the limit is {} (limits.base_url_names)", names.len(), limits.base_url_names),
         );
     }
     for (index, name) in names.iter().take(limits.base_url_names).enumerate() {
@@ -239,7 +239,8 @@ fn check_base_url_names(names: &[String], limits: &Limits, violations: &mut Viol
 /// The model without blanks at its ends. The bound is for what was sent.
 fn model_within(model: String, place: std::fmt::Arguments<'_>, limits: &Limits, violations: &mut Violations) -> String {
     if model.len() > limits.model_bytes {
-        violations.add(place, format_args!("is {} bytes long; the limit is {}", model.len(), limits.model_bytes));
+        violations
+            .add(place, format_args!("is {} bytes long; the limit is {} (limits.model_bytes)", model.len(), limits.model_bytes));
         return String::new();
     }
     let model = trimmed(model);
@@ -267,7 +268,10 @@ fn credential(
     violations.check_name(format_args!("{place}.env_name"), &env_name, limits.name_bytes);
     let (length, limit) = (secret.expose().len(), limits.credential_bytes);
     if length > limit {
-        violations.add(format_args!("{place}.value"), format_args!("is {length} bytes long; the limit is {limit}"));
+        violations.add(
+            format_args!("{place}.value"),
+            format_args!("is {length} bytes long; the limit is {limit} (limits.credential_bytes)"),
+        );
     }
     if unreadable && length > 0 {
         violations.add(format_args!("{place}.value"), "must be empty where `unreadable` is set");
@@ -297,8 +301,10 @@ pub fn resolve_request(
     violations.check_name("runtime", &runtime, limits.name_bytes);
     let model = model_within(model, format_args!("model"), limits, &mut violations);
     if credential_names.len() > limits.resolve_names {
-        violations
-            .add("credential_names", format_args!("holds {}; the limit is {}", credential_names.len(), limits.resolve_names));
+        violations.add(
+            "credential_names",
+            format_args!("holds {}; the limit is {} (limits.resolve_names)", credential_names.len(), limits.resolve_names),
+        );
     }
     for (index, name) in credential_names.iter().take(limits.resolve_names).enumerate() {
         violations.check_name(format_args!("credential_names[{index}]"), name, limits.name_bytes);

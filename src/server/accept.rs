@@ -57,7 +57,13 @@ pub(super) async fn accept(
         let Some(entered) = connections.enter() else {
             counts.refused.inc();
             if refused.is_multiple_of(LOG_EVERY_REFUSED) {
-                tracing::warn!(event = "connection_limit", address = %listener.address(), limit, refused);
+                tracing::warn!(
+                    event = "connection_limit",
+                    address = %listener.address(),
+                    limit,
+                    refused = refused + 1,
+                    "connections are refused, since there are as many as limits.connections allows; raise it, or find out who opens so many"
+                );
             }
             refused += 1;
             let is_plain = context.tls.is_none() || matches!(accepted.peer, Peer::Unix { .. });

@@ -114,14 +114,22 @@ impl HandshakeFault {
             Self::TlsUnexpected => {
                 "the client speaks TLS and this port does not: give the server tls.certificate and tls.key, or the client none"
             }
-            Self::NoHttp2 => "the client does not speak HTTP/2, which gRPC needs: an HTTP/1.1 health check or a browser?",
+            Self::NoHttp2 => {
+                "the client does not speak HTTP/2, which gRPC needs: an HTTP/1.1 health check, or a browser? Health is gRPC's own service; the page for people is on the admin listener"
+            }
             Self::TooSlow => "no handshake within deadlines.handshake",
-            Self::CertificateMissing => "the client showed no certificate, which tls.client_ca asks for",
+            Self::CertificateMissing => {
+                "the client showed no certificate, which tls.client_ca asks for: give the client its certificate"
+            }
             Self::CertificateExpired => {
                 "the client's certificate has expired or is not valid yet: renew it, or compare the clocks"
             }
-            Self::CertificateAuthority => "the client's certificate is signed by no authority of tls.client_ca",
-            Self::CertificateName => "the client's certificate has no name that callers.certificates lists",
+            Self::CertificateAuthority => {
+                "the client's certificate is signed by no authority of tls.client_ca: put its authority into that file, beside the old one"
+            }
+            Self::CertificateName => {
+                "the client's certificate has no name that callers.certificates lists: list the name, or issue the right one"
+            }
             Self::CertificateBad => "the client's certificate is not taken",
             Self::ServerCertificateRefused => {
                 "the client does not take this server's certificate: its authority, its names or its end; see tls.certificate"

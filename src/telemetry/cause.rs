@@ -56,6 +56,27 @@ pub fn sentence(host: &str, finding: &Finding) -> String {
     }
 }
 
+/// What to do about a provider that fails.
+pub const CLOSES_BY_ITSELF: &str =
+    "look at the vendor's status page; where several are open, at DNS and egress. It closes by itself once the provider answers";
+
+/// What to do about a provider that leaves credentials open.
+pub const fn remedy(finding: &Finding) -> &'static str {
+    match finding.unreached {
+        Some(Unreached::Address) => {
+            "use https and a public address, or allow it with egress.allow or egress.allow_plain_http (a machine's metadata address is \
+             never dialled); it does not heal by itself"
+        }
+        Some(Unreached::Tls) => "probe.ca_file for an authority of your own; or the port speaks no TLS: correct the base URL",
+        Some(Unreached::Dns) => "look at the cluster's DNS, and at the base URL's spelling",
+        Some(Unreached::Proxy) => "look at egress.proxy, its log and its credentials",
+        Some(Unreached::Connect | Unreached::Closed | Unreached::Protocol) => {
+            "look at egress to that host and port, and at the vendor's status page; it closes by itself once the provider answers"
+        }
+        None => CLOSES_BY_ITSELF,
+    }
+}
+
 /// What failed on the way, for a person.
 pub const fn unreached_text(why: Unreached) -> &'static str {
     match why {

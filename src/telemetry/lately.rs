@@ -63,6 +63,8 @@ pub struct Entry {
     /// The provider's host; empty where there is none.
     pub host: String,
     finding: Option<Arc<Finding>>,
+    /// Why it was denied without asking anybody.
+    reason: String,
 }
 
 /// Calls of one peer that ended without a decision, in one way.
@@ -143,6 +145,10 @@ impl Lately {
             verdict: liveness.as_ref().map_or("", |liveness| liveness.verdict.as_str()),
             host,
             finding: finding.clone(),
+            reason: match outcome {
+                Outcome::Deny(deny) if finding.is_none() => cut(&deny.refusal.message()),
+                Outcome::Deny(_) | Outcome::Allow(_) => String::new(),
+            },
         };
         let mut list = lock(list);
         if list.len() >= MAX_ENTRIES {
@@ -204,9 +210,9 @@ impl UndecidedCalls {
 }
 
 impl Entry {
-    /// Why, in one sentence; empty where nobody was asked.
+    /// Why, in one sentence.
     pub fn cause(&self) -> String {
-        self.finding.as_ref().map_or_else(String::new, |finding| cause::sentence(&self.host, finding))
+        self.finding.as_ref().map_or_else(|| self.reason.clone(), |finding| cause::sentence(&self.host, finding))
     }
 }
 
@@ -214,6 +220,11 @@ impl Failure {
     /// The same.
     pub fn cause(&self) -> String {
         cause::sentence(&self.host, &self.finding)
+    }
+
+    /// What to do.
+    pub fn remedy(&self) -> &'static str {
+        cause::remedy(&self.finding)
     }
 }
 

@@ -10,6 +10,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
+    cause,
     lately::{Entry, Lately, UndecidedCalls},
     metrics::{PROVIDER, Page, process},
 };
@@ -29,6 +30,8 @@ pub const WINDOW: Duration = Duration::from_secs(15 * 60);
 pub const SAMPLE_EVERY: Duration = Duration::from_secs(60);
 /// What was refused, and has been quiet for so long, needs nobody any more: a client with a fault comes again sooner.
 const ONGOING: Duration = Duration::from_secs(2 * 60);
+/// So many reasons of calls without a decision are under attention.
+const MAX_UNANSWERED: usize = 5;
 /// A certificate that ends sooner needs somebody: two weeks hold a holiday.
 pub const CERTIFICATE_NEAR_END: Duration = Duration::from_secs(14 * 24 * 3600);
 
@@ -156,6 +159,9 @@ pub struct LastFailure {
     pub verdict: String,
     /// In words.
     pub cause: String,
+    /// What to do.
+    #[serde(default)]
+    pub remedy: String,
 }
 
 /// Connections of one peer that came to no call for one reason.
@@ -272,6 +278,8 @@ pub struct Window(Mutex<VecDeque<(SystemTime, Totals)>>);
 pub struct Totals {
     verdicts: BTreeMap<(String, String), u64>,
     decisions: BTreeMap<(String, String), u64>,
+    /// What was refused by a limit, by family and label.
+    limited: BTreeMap<(String, String), u64>,
 }
 
 impl Totals {
@@ -286,6 +294,12 @@ impl Totals {
         };
         add("byokgate_verdicts", [PROVIDER, "verdict"], |totals| &mut totals.verdicts);
         add("byokgate_decisions", ["outcome", "code"], |totals| &mut totals.decisions);
+        for (family, label) in [("byokgate_new_key_refusals", "limit"), ("byokgate_connections_refused", "reason")] {
+            for (labels, count) in page.values(family) {
+                let of = labels.get(label).unwrap_or_default().to_owned();
+                *totals.limited.entry((family.to_owned(), of)).or_default() += count as u64;
+            }
+        }
         totals
     }
 }
@@ -340,6 +354,7 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
     attention.extend(refused(refused_connections, now));
     let undecided = lately.undecided_calls();
     attention.extend(unanswered(&undecided, now));
+    attention.extend(limited(&totals, &then));
     let decisions = totals.decisions.iter().map(|((outcome, code), total)| DecisionCount {
         outcome: outcome.clone(),
         code: code.clone(),
@@ -455,6 +470,7 @@ fn providers(sources: &Sources<'_>, totals: &Totals, then: &Totals, now: SystemT
                 at: text_of(failure.at),
                 verdict: failure.verdict.as_str().to_owned(),
                 cause: failure.cause(),
+                remedy: failure.remedy().to_owned(),
             }),
         }
     };
@@ -562,13 +578,11 @@ fn not_taken(page: &Page, documents: &[Document], add: Add<'_>) {
 
 fn wants_of(provider: &Provider, add: Add<'_>) {
     let Provider { provider, breaker, enforcement, until, calibration, no_api_at, last_failure, .. } = provider;
-    // Half-open, it is only not known to be well again.
-    if breaker == "open" || breaker == "half-open" {
+    // Half-open, it is only not known to be well again: without calls it stays so.
+    if breaker == "open" {
         let why = last_failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.cause));
-        add(
-            format!("the breaker of provider `{provider}` is {breaker}{why}"),
-            "look at the vendor's status page; where several are open, at DNS and egress. It closes by itself",
-        );
+        let remedy = last_failure.as_ref().map_or(cause::CLOSES_BY_ITSELF, |failure| failure.remedy.as_str());
+        add(format!("the breaker of provider `{provider}` is open{why}"), remedy);
     }
     for host in no_api_at {
         add(
@@ -619,29 +633,62 @@ fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item =
     let remedy = |code: &str| {
         Some(match code {
             "UNAUTHENTICATED" => {
-                "give the caller a token or a certificate that `callers` lists; none of its calls is answered until then"
+                "give the caller a token that is a line of callers.token_file, or a certificate that `callers` lists"
             }
             "PERMISSION_DENIED" => "give the caller the role that it needs, in `callers`, or find out who it is",
             "RESOURCE_EXHAUSTED" => {
-                "find out who calls so often; raise the setting that the reason names, if that is as it should be"
+                "the reason names the setting: raise it, or find out who calls so often; where decisions wait for one provider, that one \
+                 hangs: see its row"
             }
+            "INVALID_ARGUMENT" => "the caller sends what nobody can decide: the reason names the field",
             _ => return None,
         })
     };
-    let mut by_code: BTreeMap<&str, (&UndecidedCalls, &str, usize)> = BTreeMap::new();
+    // One line for each reason: the peers are listed below.
+    let mut by_reason: BTreeMap<(&str, &str), (&UndecidedCalls, &str, BTreeSet<&str>)> = BTreeMap::new();
     for it in calls.iter().filter(|it| since(it.at, now) < ONGOING) {
         if let Some(remedy) = remedy(it.grpc_code) {
-            by_code.entry(it.grpc_code).or_insert((it, remedy, 0)).2 += 1;
+            by_reason.entry((it.grpc_code, &it.reason)).or_insert_with(|| (it, remedy, BTreeSet::new())).2.insert(&it.peer);
         }
     }
-    let lines: Vec<_> = by_code
+    let lines: Vec<_> = by_reason
         .into_values()
-        .map(|(UndecidedCalls { grpc_code, peer, reason, .. }, remedy, others)| Attention {
-            what: format!("calls from {peer}{} end with {grpc_code}: {reason}", and_more(others)),
+        .take(MAX_UNANSWERED)
+        .map(|(UndecidedCalls { grpc_code, peer, reason, .. }, remedy, peers)| Attention {
+            what: format!("calls from {peer}{} end with {grpc_code}: {reason}", and_more(peers.len())),
             remedy: remedy.to_owned(),
         })
         .collect();
     lines.into_iter()
+}
+
+/// Limits that were reached within the window.
+fn limited(totals: &Totals, then: &Totals) -> impl Iterator<Item = Attention> {
+    let recent = |family: &str, label: &str| {
+        let key = (family.to_owned(), label.to_owned());
+        let count = |totals: &Totals| totals.limited.get(&key).copied().unwrap_or_default();
+        count(totals).saturating_sub(count(then))
+    };
+    let connections = ("byokgate_connections_refused", "limit", "connections were refused: limits.connections is reached");
+    let new_keys = [("organization", "per_organization"), ("caller", "per_caller"), ("platform", "per_platform")];
+    let mut found = Vec::new();
+    let refused = recent(connections.0, connections.1);
+    if refused > 0 {
+        found.push(Attention {
+            what: format!("{refused} {}", connections.2),
+            remedy: "find out who opens so many; raise the limit, and the process's limit of open files with it".to_owned(),
+        });
+    }
+    for (label, setting) in new_keys {
+        let refused = recent("byokgate_new_key_refusals", label);
+        if refused > 0 {
+            found.push(Attention {
+                what: format!("{refused} credentials were not judged, and denied: new_keys.{setting} is spent"),
+                remedy: "find out who tries so many keys; raise the limit, if a fleet that starts needs it".to_owned(),
+            });
+        }
+    }
+    found.into_iter()
 }
 
 fn and_more(all: usize) -> String {
@@ -720,10 +767,27 @@ mod tests {
         let connections = [connection(119), connection(121), connection(30)];
         assert_eq!(whats(refused(&connections, now).collect()), ["connections from 192.0.2.7 and 1 more were refused: NO_TLS"]);
         assert!(refused(&connections[1..2], now).next().is_none());
-        let calls = [call(119, "UNAUTHENTICATED"), call(121, "UNAUTHENTICATED"), call(1, "INVALID_ARGUMENT")];
+        let calls = [call(119, "UNAUTHENTICATED"), call(121, "UNAUTHENTICATED"), call(1, "CANCELLED")];
         let expect = ["calls from 192.0.2.7 end with UNAUTHENTICATED: the bearer token is not known"];
         assert_eq!(whats(unanswered(&calls, now).collect()), expect);
-        assert!(unanswered(&calls[1..], now).next().is_none(), "nobody needs to act on a request with a fault");
+        assert!(unanswered(&calls[1..], now).next().is_none(), "nobody needs to act on a caller that left");
+    }
+
+    /// By its setting, as long as it was reached within the window.
+    #[test]
+    fn a_limit_that_is_reached_is_named() {
+        let totals = |refusals: u64, connections: u64| Totals {
+            limited: [
+                (("byokgate_new_key_refusals".to_owned(), "platform".to_owned()), refusals),
+                (("byokgate_connections_refused".to_owned(), "limit".to_owned()), connections),
+            ]
+            .into(),
+            ..Totals::default()
+        };
+        let whats: Vec<String> = limited(&totals(12, 3), &totals(2, 3)).map(|line| line.what).collect();
+        assert_eq!(whats, ["10 credentials were not judged, and denied: new_keys.per_platform is spent"]);
+        let whats: Vec<String> = limited(&totals(2, 5), &totals(2, 3)).map(|line| line.what).collect();
+        assert_eq!(whats, ["2 connections were refused: limits.connections is reached"]);
     }
 
     #[test]

@@ -135,9 +135,9 @@ async fn what_has_happened_is_on_the_page() {
     assert!(!page.contains("<script") && !page.contains('\u{202e}'), "{page}");
     // And the command, which moves no cursor either.
     let told = run(&["status", "--server", &shown.admin.to_string()], &[]).await;
-    assert_eq!(told.status.code(), Some(0), "{told:?}");
+    assert_eq!(told.status.code(), Some(1), "{told:?}");
     for words in [
-        "needs attention\n  nothing\n",
+        "needs attention\n  ! calls from 127.0.0.1 end with INVALID_ARGUMENT",
         "INVALID_BYOK_CREDENTIAL",
         "127.0.0.1:1: no connection",
         "VALID 1",
