@@ -158,6 +158,7 @@ fn look_at_hangup(bound: &mut Bound, mut hangup: Signal) {
     let look = bound.look();
     bound.supervise("hangup", async move {
         while hangup.recv().await.is_some() {
+            tracing::info!(event = "hangup", "all files are looked at now, changed or not");
             look.send_replace(());
         }
     });

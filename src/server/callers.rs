@@ -217,7 +217,14 @@ impl Tokens {
         if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
             return Ok(Reloaded::Unchanged);
         }
-        self.known.store(Arc::new(parse(&self.path, &content, &self.key)?));
+        let new = parse(&self.path, &content, &self.key)?;
+        let old = self.known.swap(Arc::new(new));
+        let known = self.known.load();
+        let is_gone = |token: &&Token| !known.iter().any(|other| bool::from(other.hash.ct_eq(&token.hash)));
+        for Token { caller, .. } in old.iter().filter(is_gone) {
+            let (setting, caller) = ("callers.token_file", caller.name.as_str());
+            tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
+        }
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
         Ok(Reloaded::Taken)
     }

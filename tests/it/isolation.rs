@@ -473,6 +473,26 @@ async fn a_lack_of_descriptors_is_no_fault_of_the_providers() {
     assert!(!ended.stdout.contains("breaker_opened"), "{ended:?}");
 }
 
+/// A token that is taken out of its file, or misspelt there, is told as any other caller is, by its line and never by what it is.
+#[tokio::test]
+async fn a_token_that_is_taken_out_is_told() {
+    let (registry, catalogue) = case::documents(1);
+    let files = Files::new(&registry, &catalogue, None);
+    let tokens = files.folder().join("tokens");
+    let (one, other) = ("made-up-token-of-the-platform", "made-up-token-of-an-operator");
+    fs::write(&tokens, format!("{one}\n{other} operator\n")).unwrap();
+    let mut flags = files.flags();
+    flags.extend(["--token-file".to_owned(), tokens.to_str().unwrap().to_owned()]);
+    let serving = Serving::start(&flags.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    fs::write(&tokens, format!("# moved\n{one}\n")).unwrap();
+    let event = serving.until("caller_removed").await;
+    assert_eq!((&event["setting"], &event["caller"]), (&"callers.token_file".into(), &"token of line 2".into()), "{event}");
+    serving.terminate().await;
+    let ended = serving.ended().await;
+    assert_eq!(ended.stdout.matches("caller_removed").count(), 1, "{ended:?}");
+    assert!(!ended.stdout.contains(one) && !ended.stdout.contains(other), "{ended:?}");
+}
+
 /// A registry that has become a pipe is a fault like any other, and nothing that it holds up ends the reload or the process.
 #[tokio::test]
 async fn a_pipe_in_a_files_place_holds_nothing_up() {
