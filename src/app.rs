@@ -6,7 +6,7 @@ use std::{path::PathBuf, sync::Arc};
 use crate::{
     config::{
         self, ConfigError, Setup,
-        changes::{Loosened, emptied, loosened, removed_callers, waiting_for_restart},
+        changes::{Loosened, changed, emptied, loosened, removed_callers, waiting_for_restart},
         settings::Settings,
     },
     core::{
@@ -177,6 +177,11 @@ impl Source for Documents {
             return Ok(Reloaded::Unchanged);
         }
         let Setup { snapshot, settings, documents, warnings, .. } = setup;
+        let changed = changed(&self.settings, &settings);
+        if !changed.is_empty() {
+            let settings = changed.join(", ");
+            tracing::info!(event = "configuration_changed", settings, "these settings have other values in the file from now on");
+        }
         for Loosened { setting, was, is } in loosened(&self.settings, &settings) {
             self.loosenings.0.inc();
             tracing::warn!(event = "configuration_loosened", setting, was, is, "from now on more is let through than before");

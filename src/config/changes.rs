@@ -106,9 +106,14 @@ pub fn removed_callers(old: &Settings, new: &Settings) -> Vec<(&'static str, Str
 pub fn waiting_for_restart(old: &Settings, new: &Settings) -> Vec<String> {
     let live =
         |key: &str| LIVE.iter().any(|live| key == *live || key.starts_with(&format!("{live}."))) || key == "catalogue.file";
+    changed(old, new).into_iter().filter(|key| !live(key)).collect()
+}
+
+/// Every key whose value is another one, whether it lets through more or less.
+pub fn changed(old: &Settings, new: &Settings) -> Vec<String> {
     let (old, new) = (leaves(old), leaves(new));
-    let changed = new.into_iter().filter(|(key, value)| !old.iter().any(|(other, was)| other == key && was == value));
-    changed.map(|(key, _)| key).filter(|key| !live(key)).collect()
+    let is_other = |(key, value): &(String, _)| !old.iter().any(|(other, was)| other == key && was == value);
+    new.into_iter().filter(is_other).map(|(key, _)| key).collect()
 }
 
 /// Entries that were not there, and a list that takes everybody now.
@@ -250,6 +255,16 @@ mod tests {
         );
         assert_eq!(gone("callers: {unix_peers: [{uid: 1}]}", two), []);
         assert_eq!(gone(two, "callers: anyone"), []);
+    }
+
+    /// What lets through less pages people as well.
+    #[test]
+    fn whatever_is_changed_is_named() {
+        let keys = |old: &str, new: &str| changed(&settings(old), &settings(new));
+        let denies = "policy: {create: {inconclusive: deny}}\noperator_overrides: refuse\n";
+        assert_eq!(keys("{}", denies), keys(denies, "{}"));
+        assert!(keys("{}", denies).iter().any(|key| key == "policy.create.inconclusive"), "{:?}", keys("{}", denies));
+        assert!(keys(denies, denies).is_empty());
     }
 
     #[test]
