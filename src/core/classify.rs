@@ -387,7 +387,7 @@ mod tests {
 
     #[test]
     fn a_caches_answer_is_known_by_its_headers() {
-        let told = |name: &'static str, value: &'static str| {
+        let is_cached = |name: &'static str, value: &'static str| {
             let name = HeaderName::from_static(name);
             is_from_a_cache(&HeaderMap::from_iter([(name, HeaderValue::from_static(value))]))
         };
@@ -400,7 +400,7 @@ mod tests {
             ("cf-cache-status", "STALE"),
             ("cache-status", "edge.example; hit"),
         ] {
-            assert!(told(name, value), "{name}: {value}");
+            assert!(is_cached(name, value), "{name}: {value}");
         }
         for (name, value) in [
             ("age", "0"),
@@ -410,7 +410,7 @@ mod tests {
             ("cache-status", "edge.example; fwd=uri-miss"),
             ("x-cached-by", "hit"),
         ] {
-            assert!(!told(name, value), "{name}: {value}");
+            assert!(!is_cached(name, value), "{name}: {value}");
         }
     }
 }

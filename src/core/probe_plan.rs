@@ -554,10 +554,10 @@ impl<'t> ProbePlan<'t> {
         if self.group > 0 {
             return self.finish_rung();
         }
-        let told =
+        let says_more =
             |finding: &Finding| matches!(finding.verdict, Verdict::NotCalibrated | Verdict::ProviderError | Verdict::RateLimited);
         let finding = match self.fallback.take() {
-            Some(earlier) if told(&earlier) => Finding { cost_money: finding.cost_money, ..earlier },
+            Some(earlier) if says_more(&earlier) => Finding { cost_money: finding.cost_money, ..earlier },
             Some(_) | None => finding,
         };
         self.close(finding);

@@ -32,13 +32,7 @@ struct Stage {
 
 impl Stage {
     async fn new() -> Self {
-        let row = |key: Option<&str>, status, body: &str| Row {
-            path: Some("/acme/v1/models".into()),
-            key: key.map(str::to_owned),
-            status: Some(status),
-            body: body.into(),
-            ..Row::default()
-        };
+        let row = |key, status, body| Row::at("/acme/v1/models", key, status, body);
         let vendor = Vendor::start(vec![
             row(Some(KEY), 200, r#"{"data": []}"#),
             row(Some("made-up-limited"), 429, "{}"),

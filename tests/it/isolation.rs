@@ -441,13 +441,7 @@ async fn who_is_taken_off_and_what_waits_for_a_restart_is_named() {
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn a_lack_of_descriptors_is_no_fault_of_the_providers() {
-    let row = |key: Option<&str>, status, body: &str| Row {
-        path: Some("/acme/v1/models".into()),
-        key: key.map(str::to_owned),
-        status: Some(status),
-        body: body.into(),
-        ..Row::default()
-    };
+    let row = |key, status, body| Row::at("/acme/v1/models", key, status, body);
     let refusal = r#"{"error": {"code": "invalid_api_key"}}"#;
     let vendor = Vendor::start(vec![row(Some("made-up-key"), 200, r#"{"data": []}"#), row(None, 401, refusal)]).await;
     let (registry, catalogue) = case::documents(vendor.address.port());

@@ -52,13 +52,7 @@ fn of_model(model: &str, env_name: &str, key: &str) -> pb::DecideRequest {
 
 /// A vendor that takes one key and refuses every other.
 async fn vendor() -> Vendor {
-    let answer = |key: Option<&str>, status, body: &str| Row {
-        path: Some("/acme/v1/models".into()),
-        key: key.map(str::to_owned),
-        status: Some(status),
-        body: body.into(),
-        ..Row::default()
-    };
+    let answer = |key, status, body| Row::at("/acme/v1/models", key, status, body);
     let refusal = r#"{"error": {"code": "invalid_api_key"}}"#;
     Vendor::start(vec![answer(Some("made-up-key"), 200, r#"{"data": []}"#), answer(None, 401, refusal)]).await
 }

@@ -117,6 +117,12 @@ impl Asked {
 }
 
 impl Row {
+    /// What this key gets at this path; without one, what every other gets.
+    pub(crate) fn at(path: &str, key: Option<&str>, status: u16, body: &str) -> Self {
+        let (path, key) = (Some(path.to_owned()), key.map(str::to_owned));
+        Self { path, key, status: Some(status), body: body.into(), ..Self::default() }
+    }
+
     fn fits(&self, asked: &Asked) -> bool {
         let path = asked.path.split('?').next().unwrap_or_default();
         self.method.as_ref().is_none_or(|method| *method == asked.method)
