@@ -574,6 +574,18 @@ fn sha256(value: &str) -> Vec<u8> {
     ring::digest::digest(&ring::digest::SHA256, value.as_bytes()).as_ref().to_vec()
 }
 
+/// A process's settings of the tier at this port, with the files that they name in this folder.
+fn config(folder: &std::path::Path, port: u16) -> String {
+    let [key, password] = [("key", KEY), ("password", PASSWORD)].map(|(name, text)| {
+        let path = folder.join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    });
+    format!(
+        "tier: {{address: 'redis://127.0.0.1:{port}', user: {USER}, password_file: '{password}', key_file: '{key}', timeout: 2s}}\n"
+    )
+}
+
 /// Who stops waits for what is on its way to the store: another replica then knows it.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_being_stored_at_the_end_is_stored() {
@@ -581,17 +593,8 @@ async fn what_is_being_stored_at_the_end_is_stored() {
     let vendor = Vendor::start(vec![row]).await;
     let (registry, catalogue) = case::documents(vendor.address.port());
     let secrets = tempfile::tempdir().unwrap();
-    let path = |name: &str| secrets.path().join(name).to_str().unwrap().to_owned();
-    fs::write(path("key"), KEY).unwrap();
-    fs::write(path("password"), PASSWORD).unwrap();
     // Far from it: the process is told to stop long before the store has the answer.
-    let config = format!(
-        "tier: {{address: 'redis://127.0.0.1:{}', user: {USER}, password_file: '{}', key_file: '{}', timeout: 2s}}\n\
-         shutdown: {{notice: 1ms, drain: 10s}}\n",
-        slowed(store.port, [400, 0]).await,
-        path("password"),
-        path("key")
-    );
+    let config = config(secrets.path(), slowed(store.port, [400, 0]).await) + "shutdown: {notice: 1ms, drain: 10s}\n";
     let files = Files::new(&registry, &catalogue, Some(&config));
     let flags = files.flags();
     let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--no-calibration"]).collect();
@@ -615,17 +618,9 @@ async fn processes_share_and_one_of_them_dies() {
     let vendor = Vendor::start(vec![row]).await;
     let (registry, catalogue) = case::documents(vendor.address.port());
     let secrets = tempfile::tempdir().unwrap();
-    let path = |name: &str| secrets.path().join(name).to_str().unwrap().to_owned();
-    fs::write(path("key"), KEY).unwrap();
-    fs::write(path("password"), PASSWORD).unwrap();
-    let config = format!(
-        "tier: {{address: 'redis://127.0.0.1:{}', user: {USER}, password_file: '{}', key_file: '{}', timeout: 2s}}\n\
-         deadlines: {{decide: 60s}}\nserver: {{worker_threads: 1}}\n\
-         provider_limits: {{per_second: 10000, in_flight: 1000, in_flight_floor: 1000}}\n",
-        store.port,
-        path("password"),
-        path("key")
-    );
+    let config = config(secrets.path(), store.port)
+        + "deadlines: {decide: 60s}\nserver: {worker_threads: 1}\n\
+           provider_limits: {per_second: 10000, in_flight: 1000, in_flight_floor: 1000}\n";
     let files = Files::new(&registry, &catalogue, Some(&config));
     let flags = files.flags();
     let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--no-calibration"]).collect();
