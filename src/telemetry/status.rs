@@ -663,32 +663,30 @@ fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item =
 }
 
 /// Limits that were reached within the window.
-fn limited(totals: &Totals, then: &Totals) -> impl Iterator<Item = Attention> {
+fn limited(totals: &Totals, then: &Totals) -> Vec<Attention> {
     let recent = |family: &str, label: &str| {
         let key = (family.to_owned(), label.to_owned());
         let count = |totals: &Totals| totals.limited.get(&key).copied().unwrap_or_default();
         count(totals).saturating_sub(count(then))
     };
-    let connections = ("byokgate_connections_refused", "limit", "connections were refused: limits.connections is reached");
-    let new_keys = [("organization", "per_organization"), ("caller", "per_caller"), ("platform", "per_platform")];
     let mut found = Vec::new();
-    let refused = recent(connections.0, connections.1);
+    let refused = recent("byokgate_connections_refused", "limit");
     if refused > 0 {
         found.push(Attention {
-            what: format!("{refused} {}", connections.2),
+            what: format!("{refused} connections were refused: limits.connections is reached"),
             remedy: "find out who opens so many; raise the limit, and the process's limit of open files with it".to_owned(),
         });
     }
-    for (label, setting) in new_keys {
+    for label in ["organization", "caller", "platform"] {
         let refused = recent("byokgate_new_key_refusals", label);
         if refused > 0 {
             found.push(Attention {
-                what: format!("{refused} credentials were not judged, and denied: new_keys.{setting} is spent"),
+                what: format!("{refused} credentials were not judged, and denied: new_keys.per_{label} is spent"),
                 remedy: "find out who tries so many keys; raise the limit, if a fleet that starts needs it".to_owned(),
             });
         }
     }
-    found.into_iter()
+    found
 }
 
 fn and_more(all: usize) -> String {
@@ -784,9 +782,9 @@ mod tests {
             .into(),
             ..Totals::default()
         };
-        let whats: Vec<String> = limited(&totals(12, 3), &totals(2, 3)).map(|line| line.what).collect();
+        let whats: Vec<String> = limited(&totals(12, 3), &totals(2, 3)).into_iter().map(|line| line.what).collect();
         assert_eq!(whats, ["10 credentials were not judged, and denied: new_keys.per_platform is spent"]);
-        let whats: Vec<String> = limited(&totals(2, 5), &totals(2, 3)).map(|line| line.what).collect();
+        let whats: Vec<String> = limited(&totals(2, 5), &totals(2, 3)).into_iter().map(|line| line.what).collect();
         assert_eq!(whats, ["2 connections were refused: limits.connections is reached"]);
     }
 
