@@ -184,7 +184,12 @@ where
 
 #[cfg(test)]
 mod tests {
-    use std::{convert::Infallible, time::Duration};
+    use std::{
+        convert::Infallible,
+        sync::atomic::{AtomicU32, Ordering},
+        thread,
+        time::Duration,
+    };
 
     use super::*;
 
@@ -254,6 +259,45 @@ mod tests {
         }
         tokio::task::yield_now().await;
         assert!(matches!(flights.join(7, 4, held()), Join::InFlight(_)));
+    }
+
+    /// Callers on several threads that meet a flight as it begins and as it ends: never two at once for a key, and nobody is left waiting.
+    /// `tests/miri` runs it in many orders.
+    #[test]
+    fn threads_that_meet_share_one_flight_at_a_time() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
+        let flights = SingleFlight::<u8, u32>::new(1, 1);
+        let (under_way, flown) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicU32::new(0)));
+        let caller = || {
+            let (flights, under_way, flown) = (Arc::clone(&flights), Arc::clone(&under_way), Arc::clone(&flown));
+            let runtime = runtime.handle().clone();
+            thread::spawn(move || {
+                let _entered = runtime.enter();
+                let mut seen = 0;
+                for _ in 0..4 {
+                    let (under_way, flown) = (Arc::clone(&under_way), Arc::clone(&flown));
+                    let work = async move {
+                        assert_eq!(under_way.fetch_add(1, Ordering::Relaxed), 0, "two flights of one key at once");
+                        tokio::task::yield_now().await;
+                        let flight = flown.fetch_add(1, Ordering::Relaxed) + 1;
+                        under_way.fetch_sub(1, Ordering::Relaxed);
+                        flight
+                    };
+                    let joined = flights.join(0, 1, |_| Start::<_, Infallible, _>::Run(work));
+                    let Join::InFlight(flight) = joined else { panic!("a key's own flight takes the only place") };
+                    let far = Instant::now() + Duration::from_secs(3600);
+                    let FlightEnd::Completed(flight) = runtime.block_on(wait(flight, far)) else { panic!("a flight was lost") };
+                    assert!(flight >= seen, "an older flight's result after a younger one's");
+                    seen = flight;
+                }
+            })
+        };
+        let callers: Vec<_> = (0..3).map(|_| caller()).collect();
+        callers.into_iter().for_each(|caller| caller.join().unwrap());
+        assert!((1..=12).contains(&flown.load(Ordering::Relaxed)));
+        runtime.shutdown_timeout(Duration::from_secs(3600));
+        assert!(flights.lock().by_key.is_empty() && flights.lock().by_group.is_empty());
+        assert_eq!(flights.lost().get(), 0);
     }
 
     #[tokio::test(start_paused = true)]

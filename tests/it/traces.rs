@@ -228,10 +228,11 @@ async fn a_waiter_is_told_from_the_one_that_fills() {
 #[tokio::test]
 async fn a_probe_that_outlives_its_caller_stays_in_the_trace() {
     let mut collector = Collector::start().await;
-    let row = Row { delay_ms: 900, ..models(200) };
+    let row = Row { delay_ms: 850, ..models(200) };
     let mut setup = setup(vec![row], &to(&collector, ""), "info", &[]).await;
     let mut request = sampled(decide("made-up-key"));
-    request.set_timeout(std::time::Duration::from_millis(300));
+    // A tenth of it is left to bring the answer, on a busy machine too; the row's budget is a second.
+    request.set_timeout(std::time::Duration::from_millis(700));
     setup.ask(request).await;
     let spans = collector.until(|spans| spans.len() == 4).await;
     let [cache] = named(&spans, "cache")[..] else { panic!("{spans:#?}") };
@@ -382,12 +383,15 @@ async fn no_decision_and_no_end_waits_for_a_collector() {
             let response = setup.ask(Request::new(decide(&format!("made-up-{}", call % 20)))).await;
             assert!(!response.decision_id.is_empty());
         }
+        let asked = setup.vendor.asked().len();
+        assert!(asked >= 20, "{asked}");
         let ended = setup.end().await;
         assert_eq!(events(&ended, "decision").len(), 200);
+        // One a minute, and one at the end.
         let lost = events(&ended, "spans_lost");
-        assert!((1..=2).contains(&lost.len()), "{lost:#?}");
-        // A call and its look into the memory each, a walk and its request for each key: all lost, each of them counted once.
-        assert_eq!(lost.last().unwrap()["total"], 440, "{lost:#?}");
+        assert!(!lost.is_empty() && lost.len() < 20, "{lost:#?}");
+        // A call and its cache lookup each, a probe and its request for each question: all lost, each of them counted once.
+        assert_eq!(lost.last().unwrap()["total"], 400 + 2 * asked, "{lost:#?}");
     }
     took.abort();
 }
