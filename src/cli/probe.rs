@@ -201,7 +201,7 @@ fn call_text(attempt: &Attempt) -> String {
 
 fn call_json(attempt: &Attempt) -> Value {
     let (status, cause) = match &attempt.response {
-        ProbeResponse::Answer { reading, look, .. } => (Some(look.status), Some(reading.cause.as_str())),
+        ProbeResponse::Answer { reading, shape, .. } => (Some(shape.status), Some(reading.cause.as_str())),
         ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) | ProbeResponse::Exhausted => (None, None),
     };
     json!({
@@ -230,7 +230,7 @@ fn response(response: &ProbeResponse) -> String {
             Unreached::Protocol => "not HTTP".into(),
             Unreached::Proxy => "the forward proxy could not be reached, or did not let the call through".into(),
         },
-        ProbeResponse::Answer { reading, look, .. } => {
+        ProbeResponse::Answer { reading, shape, .. } => {
             let says = match &reading.classification {
                 Classification::Accepted => "accepted",
                 Classification::Restricted => "alive, but not for this endpoint",
@@ -238,7 +238,7 @@ fn response(response: &ProbeResponse) -> String {
                 Classification::Unread => reading.cause.text(),
                 Classification::Verdict(verdict) => verdict.as_str(),
             };
-            format!("HTTP {}, {says}", look.status)
+            format!("HTTP {}, {says}", shape.status)
         }
     }
 }

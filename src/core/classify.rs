@@ -9,7 +9,7 @@ use crate::{
     core::{
         answer::{any_at, body_of, contains, error_code},
         catalogue::{BodyTest, Expected, Kind, Probe, Signal, SignalOutcome},
-        look::Look,
+        response_shape::ResponseShape,
     },
     domain::{
         protocol::HeaderFamily,
@@ -64,7 +64,7 @@ pub enum ProbeResponse {
         /// What it says.
         reading: Reading,
         /// What it looks like.
-        look: Look,
+        shape: ResponseShape,
         /// When the provider wants to be asked again.
         retry_after: Option<Duration>,
     },
@@ -82,7 +82,7 @@ pub enum Calibration {
     /// It refuses them, so.
     Refuses {
         /// What the refusal looks like.
-        look: Look,
+        shape: ResponseShape,
         /// It is one by its own words: INVALID by a signal, a code, or a 401.
         in_words: bool,
         /// A signal or a common code says that it is about the key: no limit on calls is said so.
@@ -95,7 +95,7 @@ pub enum Calibration {
     /// It was asked, and the answer tells nothing: the status, if there was one.
     Untold(Option<u16>),
     /// It got this, and so does a key that is accepted there: a limit, a ban, an outage. The answer says nothing of any key.
-    Everybody(Look),
+    Everybody(ResponseShape),
     /// It is on its way, and nobody waits for it.
     NotWaitedFor,
     /// It was not asked.
@@ -191,9 +191,9 @@ pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
             stop: signal.stop,
         };
     }
-    let shape =
+    let success =
         if matches!(answer.status, 200..=299) { says_yes(answer, json.as_ref(), &probe.expect) } else { Err(Cause::Status) };
-    if shape.is_ok() {
+    if success.is_ok() {
         return Reading { classification: Classification::Accepted, by: ReadBy::Shape, cause: Cause::Status, stop: false };
     }
     // A failing server says nothing of a key, whatever it repeats; and a limit is a limit, unless its code says more.
@@ -211,7 +211,7 @@ pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
         (403, Some(code)) => (Classification::Forbidden(code), Cause::Status),
         (429, _) => (Classification::Verdict(Verdict::RateLimited), Cause::Status),
         (500..=599, _) => (Classification::Verdict(Verdict::ProviderError), Cause::Status),
-        (status, _) => (Classification::Unread, why_unread(status, body, shape.err())),
+        (status, _) => (Classification::Unread, why_unread(status, body, success.err())),
     };
     Reading { classification, by: ReadBy::Shape, cause, stop: false }
 }
@@ -224,14 +224,14 @@ const fn outcome(outcome: SignalOutcome) -> Classification {
     }
 }
 
-fn why_unread(status: u16, body: Body, shape: Option<Cause>) -> Cause {
-    match (status, body, shape) {
+fn why_unread(status: u16, body: Body, wrong_shape: Option<Cause>) -> Cause {
+    match (status, body, wrong_shape) {
         (300..=399, _, _) => Cause::Redirect,
         (_, Body::Page, _) => Cause::Page,
         (404 | 405 | 410, _, _) => Cause::NotFound,
         (_, Body::Empty, _) => Cause::EmptyBody,
         (_, Body::Text, _) => Cause::PlainText,
-        (200..=299, Body::Json, Some(shape)) => shape,
+        (200..=299, Body::Json, Some(cause)) => cause,
         (_, Body::Json, _) => Cause::RequestRefused,
     }
 }
@@ -267,14 +267,14 @@ pub const fn from_a_cache() -> Reading {
 }
 
 /// What a made-up key's answer says about the endpoint.
-pub fn calibrated(reading: &Reading, look: &Look) -> Calibration {
-    match (&reading.classification, look.status) {
+pub fn calibrated(reading: &Reading, shape: &ResponseShape) -> Calibration {
+    match (&reading.classification, shape.status) {
         (Classification::Accepted, _) => Calibration::AcceptsAnyone,
         (Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError), status) => Calibration::Untold(Some(status)),
         // Nothing of a key: too slow, too early, too many, a server that fails.
         (_, status @ (408 | 409 | 423 | 425 | 429 | 500..=599)) => Calibration::Untold(Some(status)),
         (classification, status) => Calibration::Refuses {
-            look: look.clone(),
+            shape: shape.clone(),
             in_words: *classification == Classification::Verdict(Verdict::Invalid) || status == 401,
             by_code: *classification == Classification::Verdict(Verdict::Invalid) && reading.by != ReadBy::Shape,
             in_contrast: false,

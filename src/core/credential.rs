@@ -11,7 +11,7 @@ use crate::{
         endpoint::{Endpoint, NoSurface, Preference},
         evaluation_log::EvaluationLog,
         key_shape::{Mistake, Unfit, mistake, unfit},
-        oauth_credential::{CredentialKind, Look},
+        oauth_credential::{CredentialKind, OauthCheck},
         policy::{Action, Enforcement, Facts, Group},
         registry::{Arm, Auth, Provider, Runtime},
         runtimes::{RuntimeFacts, Trims, Way},
@@ -207,8 +207,8 @@ impl<'a> CredentialStep<'a, '_> {
         let arm = self.arm();
         let secret = self.trimmed(&found, log)?;
         let kind = self.snapshot.catalogue.credential_kind(found.env_name);
-        let secret = match kind.map(|kind| kind.look(secret.expose())) {
-            Some(Look::Malformed(fault)) => {
+        let secret = match kind.map(|kind| kind.check(secret.expose())) {
+            Some(OauthCheck::Malformed(fault)) => {
                 let value = secret.expose();
                 // What it is says more than that it is no file.
                 let is_file = fault != Malformation::NoJson || value.trim_ascii_start().starts_with('{');
@@ -216,11 +216,11 @@ impl<'a> CredentialStep<'a, '_> {
                 return Err(self.mistaken(&found, mistaken.unwrap_or(Mistake::Malformed(fault))));
             }
             // Sent as it stands there.
-            Some(Look::Key(key)) if key.expose().trim_ascii().len() < key.expose().len() => {
+            Some(OauthCheck::Key(key)) if key.expose().trim_ascii().len() < key.expose().len() => {
                 return Err(Unsent::Refused(Box::new(self.malformed(&found, Malformation::BlankInFile))));
             }
-            Some(Look::Key(key)) => Arc::new(key),
-            Some(Look::Plausible) => {
+            Some(OauthCheck::Key(key)) => Arc::new(key),
+            Some(OauthCheck::Plausible) => {
                 let value = secret.expose().trim_ascii();
                 let mistaken =
                     if value.starts_with('{') { None } else { mistake(&self.snapshot.catalogue, None, found.env_name, value) };

@@ -19,7 +19,7 @@ pub enum CredentialKind {
 
 /// What a look at a value has shown.
 #[derive(Debug)]
-pub enum Look {
+pub enum OauthCheck {
     /// It may be a good one: nothing here tells.
     Plausible,
     /// It cannot be one.
@@ -35,9 +35,9 @@ const MIN_CLAUDE_TOKEN_BYTES: usize = 60;
 
 impl CredentialKind {
     /// Looks at a value of this kind.
-    pub fn look(self, value: &str) -> Look {
+    pub fn check(self, value: &str) -> OauthCheck {
         match self {
-            Self::ClaudeOauthToken => claude_token(value.trim()).map_or(Look::Plausible, Look::Malformed),
+            Self::ClaudeOauthToken => claude_token(value.trim()).map_or(OauthCheck::Plausible, OauthCheck::Malformed),
             Self::CodexAuthJson => auth_json(value),
         }
     }
@@ -71,9 +71,9 @@ fn claude_token(value: &str) -> Option<Malformation> {
 
 type Members<'v> = BTreeMap<Cow<'v, str>, &'v RawValue>;
 
-fn auth_json(value: &str) -> Look {
+fn auth_json(value: &str) -> OauthCheck {
     let Ok(file) = serde_json::from_str::<Members<'_>>(value) else {
-        return Look::Malformed(if is_key(value.trim_ascii()) { Malformation::KeyForFile } else { Malformation::NoJson });
+        return OauthCheck::Malformed(if is_key(value.trim_ascii()) { Malformation::KeyForFile } else { Malformation::NoJson });
     };
     let key = file.get("OPENAI_API_KEY").filter(|value| value.get() != "null");
     let mode = file.get("auth_mode").and_then(|mode| serde_json::from_str::<Cow<'_, str>>(mode.get()).ok());
@@ -86,8 +86,8 @@ fn auth_json(value: &str) -> Look {
     if is_key_mode {
         let key = key.and_then(|key| serde_json::from_str::<String>(key.get()).ok()).map(Secret::new);
         return match key {
-            Some(key) if !key.is_blank() => Look::Key(key),
-            Some(_) | None => Look::Malformed(Malformation::NoToken),
+            Some(key) if !key.is_blank() => OauthCheck::Key(key),
+            Some(_) | None => OauthCheck::Malformed(Malformation::NoToken),
         };
     }
     let tokens = file.get("tokens").and_then(|tokens| serde_json::from_str::<Members<'_>>(tokens.get()).ok());
@@ -97,7 +97,7 @@ fn auth_json(value: &str) -> Look {
     };
     // An access token that has ended is fresh again by the other.
     let is_whole = text("id_token").is_some_and(is_jwt) && text("access_token").is_some() && text("refresh_token").is_some();
-    if is_whole { Look::Plausible } else { Look::Malformed(Malformation::NoToken) }
+    if is_whole { OauthCheck::Plausible } else { OauthCheck::Malformed(Malformation::NoToken) }
 }
 
 /// A key alone, as vendors make them: nothing else begins so.
@@ -119,10 +119,10 @@ mod tests {
     use super::*;
 
     fn told(kind: CredentialKind, value: &str) -> String {
-        match kind.look(value) {
-            Look::Plausible => "plausible".into(),
-            Look::Malformed(fault) => format!("{fault:?}"),
-            Look::Key(key) => format!("key {}", key.expose()),
+        match kind.check(value) {
+            OauthCheck::Plausible => "plausible".into(),
+            OauthCheck::Malformed(fault) => format!("{fault:?}"),
+            OauthCheck::Key(key) => format!("key {}", key.expose()),
         }
     }
 

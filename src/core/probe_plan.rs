@@ -13,8 +13,8 @@ use crate::{
     core::{
         classify::{Body, Calibration, Classification, Finding, ProbeResponse, ReadBy, Reading},
         endpoint::{Call, Preference},
-        look::Look,
-        taught::EndpointFacts,
+        endpoint_facts::EndpointFacts,
+        response_shape::ResponseShape,
     },
     domain::{
         protocol::HeaderFamily,
@@ -104,7 +104,7 @@ pub enum Lesson {
     /// A good key gets nothing but "no such path" there, or what every key gets.
     Absent([u8; 32]),
     /// This came to everybody at that request in this header, or these.
-    ToEverybody([u8; 32], Vec<HeaderFamily>, Look),
+    ToEverybody([u8; 32], Vec<HeaderFamily>, ResponseShape),
 }
 
 /// The walk through a target's calls.
@@ -128,9 +128,9 @@ pub struct ProbePlan<'t> {
     /// A list where anybody is accepted, or was.
     open: Option<(&'t Call, HeaderFamily)>,
     /// Answers that come to everybody.
-    to_everybody: Vec<Look>,
+    to_everybody: Vec<ResponseShape>,
     /// The 403 of an earlier rung where a made-up key gets a 401.
-    restricted: Option<Look>,
+    restricted: Option<ResponseShape>,
     /// Rungs that answered "no such path".
     absent: Vec<[u8; 32]>,
     /// Every rung so far had nothing but "no such path", or a page.
@@ -171,7 +171,7 @@ enum State<'t> {
 #[derive(Debug, Clone)]
 struct Heard {
     reading: Reading,
-    look: Look,
+    shape: ResponseShape,
     retry_after: Option<Duration>,
 }
 
@@ -186,7 +186,7 @@ enum FirstHeader {
 #[derive(Debug, Clone)]
 struct Held {
     finding: Finding,
-    look: Look,
+    shape: ResponseShape,
     /// Where it was heard.
     at: usize,
     by: HeldBy,
@@ -200,7 +200,7 @@ enum HeldBy {
     /// A code for "forbidden", which a made-up key gets too: it counts unless a later answer is clear.
     Code,
     /// The look alone: it counts only if a later answer is nearly the same.
-    Look,
+    Shape,
 }
 
 impl Rung<'_> {
@@ -310,8 +310,8 @@ impl<'t> ProbePlan<'t> {
         let Some(Rung { call, .. }) = self.rungs.get(self.at) else { return };
         self.named_model |= call.names_model;
         self.cost_money |= call.probe.costs_money;
-        let (reading, look, retry_after) = match response {
-            ProbeResponse::Answer { reading, look, retry_after } => (reading, look, retry_after),
+        let (reading, shape, retry_after) = match response {
+            ProbeResponse::Answer { reading, shape, retry_after } => (reading, shape, retry_after),
             ProbeResponse::TimedOut => return self.take_silence(self.finding(Verdict::Timeout, None, None)),
             ProbeResponse::Unreachable(why) => {
                 let finding = Finding { unreached: Some(why), ..self.finding(Verdict::Unreachable, None, None) };
@@ -322,7 +322,7 @@ impl<'t> ProbePlan<'t> {
                 return self.take_silence(finding);
             }
         };
-        let heard = Heard { reading, look, retry_after };
+        let heard = Heard { reading, shape, retry_after };
         if let State::Identify(families, first) = &mut self.state {
             let (asked, first) = (families.remove(0), first.clone());
             let accepted = heard.reading.classification == Classification::Accepted;
@@ -339,8 +339,8 @@ impl<'t> ProbePlan<'t> {
         match std::mem::replace(&mut self.state, State::Ask) {
             State::Second(first) if heard.reading.classification == Classification::Accepted => self.believe(first),
             State::Second(first) => self.take_limit(&first),
-            State::AtOpenList(first, ..) if heard.look.is_like(&first.look) => self.leave_to_everybody(&first),
-            State::AtOpenList(first, ..) => self.refuse_as_made_up(first.look.status),
+            State::AtOpenList(first, ..) if heard.shape.is_like(&first.shape) => self.leave_to_everybody(&first),
+            State::AtOpenList(first, ..) => self.refuse_as_made_up(first.shape.status),
             _ if self.group > 0 => self.take_in_another_header(heard),
             _ => self.take_in_own_header(heard),
         }
@@ -351,9 +351,9 @@ impl<'t> ProbePlan<'t> {
         self.made_up = outcome_of(calibration);
         let State::Calibrate(heard) = std::mem::replace(&mut self.state, State::Ask) else { return };
         let Some(call) = self.rungs.get(self.at).map(|rung| rung.call) else { return };
-        let status = heard.look.status;
-        if let Calibration::Everybody(look) = calibration {
-            self.to_everybody.push(look.clone());
+        let status = heard.shape.status;
+        if let Calibration::Everybody(shape) = calibration {
+            self.to_everybody.push(shape.clone());
         }
         match (&heard.reading.classification, calibration) {
             (Classification::Accepted, _) => match worth(call.probe.refuses_bad_keys, calibration) {
@@ -372,34 +372,34 @@ impl<'t> ProbePlan<'t> {
                     self.step();
                 }
             },
-            (_, Calibration::Everybody(look)) if look.is_like(&heard.look) => self.leave_to_everybody(&heard),
+            (_, Calibration::Everybody(shape)) if shape.is_like(&heard.shape) => self.leave_to_everybody(&heard),
             // The same status and code, whatever the words.
-            (Classification::Forbidden(code), Calibration::Refuses { look, in_contrast, .. })
-                if look.status == 403 && look.code == *code && (!code.is_empty() || look.is_like(&heard.look)) =>
+            (Classification::Forbidden(code), Calibration::Refuses { shape, in_contrast, .. })
+                if shape.status == 403 && shape.code == *code && (!code.is_empty() || shape.is_like(&heard.shape)) =>
             {
                 match &self.restricted {
                     _ if *in_contrast => self.refuse_as_made_up(status),
                     // There it got a 403 and a made-up key a 401: it is no dead key. Now both get what it got there.
-                    Some(earlier) if earlier.is_like(&heard.look) => self.leave_to_everybody(&heard),
+                    Some(earlier) if earlier.is_like(&heard.shape) => self.leave_to_everybody(&heard),
                     Some(_) => self.refuse(self.finding(Verdict::Forbidden, Some(heard.reading.cause), Some(status))),
                     None => self.refuse_by_code(heard, false),
                 }
             }
-            (Classification::Forbidden(_), Calibration::Refuses { look, in_words, .. }) if *in_words || look.status == 401 => {
-                self.restricted = Some(heard.look.clone());
+            (Classification::Forbidden(_), Calibration::Refuses { shape, in_words, .. }) if *in_words || shape.status == 401 => {
+                self.restricted = Some(heard.shape.clone());
                 if self.is_last_call() { self.state = State::KeylessNow(heard) } else { self.restrict(status) }
             }
             (Classification::Forbidden(_), _) => {
                 self.refuse(self.finding(Verdict::Forbidden, Some(heard.reading.cause), Some(status)))
             }
-            (Classification::Restricted, Calibration::Refuses { look, in_contrast, .. }) if look.is_like(&heard.look) => {
+            (Classification::Restricted, Calibration::Refuses { shape, in_contrast, .. }) if shape.is_like(&heard.shape) => {
                 self.refuse_by_code(heard, *in_contrast);
             }
             (Classification::Restricted, _) => self.restrict(status),
-            (Classification::Unread | Classification::Verdict(_), Calibration::Refuses { look, in_contrast, .. })
-                if look.is_like(&heard.look) =>
+            (Classification::Unread | Classification::Verdict(_), Calibration::Refuses { shape, in_contrast, .. })
+                if shape.is_like(&heard.shape) =>
             {
-                let page = look.body == Body::Page;
+                let page = shape.body == Body::Page;
                 self.for_everybody |= page || heard.reading.cause == Cause::NotFound;
                 match status {
                     _ if *in_contrast => self.refuse_as_made_up(status),
@@ -410,7 +410,7 @@ impl<'t> ProbePlan<'t> {
                     // Too long, whosever it is.
                     413 | 414 | 431 => self.leave_unread(&heard),
                     400..=499 => self.state = State::Keyless(heard),
-                    200..=299 if look.body == Body::Json => self.state = State::Keyless(heard),
+                    200..=299 if shape.body == Body::Json => self.state = State::Keyless(heard),
                     _ => self.leave_unread(&heard),
                 }
             }
@@ -424,27 +424,27 @@ impl<'t> ProbePlan<'t> {
     }
 
     /// What a request without any key gets there, if that could be found out.
-    pub fn take_keyless(&mut self, keyless: Option<&Look>) {
+    pub fn take_keyless(&mut self, keyless: Option<&ResponseShape>) {
         let heard = match std::mem::replace(&mut self.state, State::Ask) {
             State::Keyless(heard) => heard,
             // A ban or a limit since then: it is not about this key.
-            State::KeylessNow(heard) if keyless.is_some_and(|keyless| keyless.is_like(&heard.look)) => {
+            State::KeylessNow(heard) if keyless.is_some_and(|keyless| keyless.is_like(&heard.shape)) => {
                 return self.leave_to_everybody(&heard);
             }
-            State::KeylessNow(heard) => return self.restrict(heard.look.status),
+            State::KeylessNow(heard) => return self.restrict(heard.shape.status),
             state => {
                 self.state = state;
                 return;
             }
         };
         let Some(Rung { call, .. }) = self.rungs.get(self.at) else { return };
-        let is_alike = keyless.map(|keyless| keyless.is_like(&heard.look));
+        let is_alike = keyless.map(|keyless| keyless.is_like(&heard.shape));
         // A key makes a difference there, and this one makes the one that a made-up key makes.
         let differs = keyless.is_some_and(|keyless| {
             let told = !matches!(keyless.status, 408 | 425 | 429 | 501..=599);
             // Where models are called, such an answer may mean the request, or the model in it, and not the key.
             let of_the_request = call.probe.surface.is_inference()
-                && (matches!(keyless.status, 401 | 403) || matches!(heard.look.status, 400 | 404 | 405 | 411 | 413 | 415 | 422));
+                && (matches!(keyless.status, 401 | 403) || matches!(heard.shape.status, 400 | 404 | 405 | 411 | 413 | 415 | 422));
             told && !of_the_request && is_alike == Some(false)
         });
         match is_alike {
@@ -455,8 +455,8 @@ impl<'t> ProbePlan<'t> {
         }
         match (differs, self.is_held_back()) {
             (false, _) => self.leave_unread(&heard),
-            (true, true) => self.hold(&heard, HeldBy::Look, Cause::AsAMadeUpKey),
-            (true, false) => self.refuse_as_made_up(heard.look.status),
+            (true, true) => self.hold(&heard, HeldBy::Shape, Cause::AsAMadeUpKey),
+            (true, false) => self.refuse_as_made_up(heard.shape.status),
         }
     }
 
@@ -469,26 +469,26 @@ impl<'t> ProbePlan<'t> {
         if !is_clear && !self.repeats_what_is_held(&heard) && self.ask_own_header_alone() {
             return;
         }
-        let status = Some(heard.look.status);
+        let status = Some(heard.shape.status);
         let Reading { classification, by, cause, stop } = &heard.reading;
         let finding = |verdict| self.finding(verdict, Some(*cause), status);
         let is_yes = *classification == Classification::Accepted;
-        if !is_yes && self.to_everybody.iter().any(|look| look.is_like(&heard.look)) {
+        if !is_yes && self.to_everybody.iter().any(|shape| shape.is_like(&heard.shape)) {
             return self.leave_to_everybody(&heard);
         }
         match classification {
             // The same "no" to two kinds of request, and to a made-up key at the first of them, is about the key.
-            Classification::Unread if self.repeats_what_is_held(&heard) => self.refuse_as_made_up(heard.look.status),
+            Classification::Unread if self.repeats_what_is_held(&heard) => self.refuse_as_made_up(heard.shape.status),
             Classification::Accepted | Classification::Forbidden(_) | Classification::Unread => {
                 self.state = State::Calibrate(heard)
             }
             Classification::Restricted if *by == ReadBy::CommonCode => self.state = State::Calibrate(heard),
             // The status alone says so: it may be what every unknown key gets.
             Classification::Verdict(Verdict::QuotaExhausted) if *by == ReadBy::Shape => self.state = State::Calibrate(heard),
-            Classification::Restricted => self.restrict(heard.look.status),
+            Classification::Restricted => self.restrict(heard.shape.status),
             // This list may say so to every key.
             Classification::Verdict(Verdict::Invalid)
-                if heard.look.status == 401 && !matches!(by, ReadBy::Signal(_)) && self.may_refuse_everybody() =>
+                if heard.shape.status == 401 && !matches!(by, ReadBy::Signal(_)) && self.may_refuse_everybody() =>
             {
                 self.hold(&heard, HeldBy::Status401, *cause);
             }
@@ -520,8 +520,8 @@ impl<'t> ProbePlan<'t> {
         };
         let several = families.len() > 1
             && heard.reading.classification == Classification::Unread
-            && matches!(heard.look.status, 400 | 409 | 422)
-            && own != Some(heard.look.status);
+            && matches!(heard.shape.status, 400 | 409 | 422)
+            && own != Some(heard.shape.status);
         if several && let Some(rung) = self.rungs.get_mut(self.at) {
             rung.order.splice(self.group..=self.group, families.into_iter().map(|family| vec![family]));
             self.state = State::Ask;
@@ -533,7 +533,7 @@ impl<'t> ProbePlan<'t> {
             (Classification::Verdict(verdict @ (Verdict::Invalid | Verdict::QuotaExhausted)), Some(FirstHeader::Unread(own)))
                 if matches!(own.status, Some(401 | 407)) =>
             {
-                self.state = State::Done(self.finding(*verdict, Some(heard.reading.cause), Some(heard.look.status)));
+                self.state = State::Done(self.finding(*verdict, Some(heard.reading.cause), Some(heard.shape.status)));
             }
             _ => self.finish_rung(),
         }
@@ -574,7 +574,7 @@ impl<'t> ProbePlan<'t> {
             Some(held) if self.confirming.is_some() => {
                 self.state = State::Done(Finding { cost_money: finding.cost_money, ..held.finding });
             }
-            Some(held) if held.by != HeldBy::Look && untold => self.settle(held),
+            Some(held) if held.by != HeldBy::Shape && untold => self.settle(held),
             Some(_) | None => self.state = State::Done(finding),
         }
     }
@@ -598,7 +598,7 @@ impl<'t> ProbePlan<'t> {
         if self.group > 0 {
             return self.finish_rung();
         }
-        let finding = self.finding(Verdict::NotCalibrated, Some(Cause::MadeUpKeyUntold), Some(heard.look.status));
+        let finding = self.finding(Verdict::NotCalibrated, Some(Cause::MadeUpKeyUntold), Some(heard.shape.status));
         self.close(finding);
     }
 
@@ -606,13 +606,13 @@ impl<'t> ProbePlan<'t> {
     fn leave_to_everybody(&mut self, heard: &Heard) {
         self.for_everybody = true;
         self.no_api = false;
-        self.to_everybody.push(heard.look.clone());
+        self.to_everybody.push(heard.shape.clone());
         if let Some(rung) = self.rungs.get(self.at) {
-            self.lessons.push(Lesson::ToEverybody(rung.call.request, self.families(), heard.look.clone()));
+            self.lessons.push(Lesson::ToEverybody(rung.call.request, self.families(), heard.shape.clone()));
         }
         // What seemed a restriction of this key is none.
         self.fallback.take_if(|earlier| earlier.cause == Some(Cause::Restricted));
-        self.fall_back_on(self.finding(Verdict::UnexpectedResponse, Some(Cause::RequestRefused), Some(heard.look.status)));
+        self.fall_back_on(self.finding(Verdict::UnexpectedResponse, Some(Cause::RequestRefused), Some(heard.shape.status)));
         self.finish_rung();
     }
 
@@ -634,7 +634,7 @@ impl<'t> ProbePlan<'t> {
             && self.is_held_back()
             && self.later().any(confirms)
         {
-            self.held = Some(Held { finding: refused.clone(), look: heard.look.clone(), at: self.at, by: HeldBy::Status401 });
+            self.held = Some(Held { finding: refused.clone(), shape: heard.shape.clone(), at: self.at, by: HeldBy::Status401 });
             self.confirming = Some(wrong);
             let later = self.rungs.split_off(self.at + 1).into_iter().filter(confirms);
             self.rungs.extend(later.map(|rung| Rung { order: vec![vec![family]], ..rung }));
@@ -650,7 +650,7 @@ impl<'t> ProbePlan<'t> {
         self.lessons.extend(self.absent.iter().copied().map(Lesson::Absent));
         // In a request that never takes the client's header, another one is no sign.
         let wrong_header = self.client.is_some_and(|client| client != family && call.probe.auth.contains(&client));
-        let finding = self.finding(Verdict::Valid, None, Some(heard.look.status));
+        let finding = self.finding(Verdict::Valid, None, Some(heard.shape.status));
         self.state = State::Done(Finding { family: Some(family), wrong_header, ..finding });
     }
 
@@ -690,7 +690,7 @@ impl<'t> ProbePlan<'t> {
     /// Forbidden by its code, as a made-up key is.
     fn refuse_by_code(&mut self, heard: Heard, in_contrast: bool) {
         match (in_contrast, self.is_held_back()) {
-            (true, _) => self.refuse_as_made_up(heard.look.status),
+            (true, _) => self.refuse_as_made_up(heard.shape.status),
             (false, true) => self.hold(&heard, HeldBy::Code, Cause::AsAMadeUpKey),
             (false, false) => self.refuse_unless_limited(heard),
         }
@@ -702,7 +702,7 @@ impl<'t> ProbePlan<'t> {
             Some((list, family)) if self.rungs.get(self.at).is_some_and(Rung::is_inference) => {
                 self.state = State::AtOpenList(heard, list, family);
             }
-            _ => self.refuse_as_made_up(heard.look.status),
+            _ => self.refuse_as_made_up(heard.shape.status),
         }
     }
 
@@ -723,10 +723,10 @@ impl<'t> ProbePlan<'t> {
     }
 
     fn hold(&mut self, heard: &Heard, by: HeldBy, cause: Cause) {
-        let finding = self.finding(Verdict::Invalid, Some(cause), Some(heard.look.status));
+        let finding = self.finding(Verdict::Invalid, Some(cause), Some(heard.shape.status));
         self.no_api = false;
         self.fall_back_on(Finding { verdict: Verdict::UnexpectedResponse, ..finding.clone() });
-        self.held = Some(Held { finding, look: heard.look.clone(), at: self.at, by });
+        self.held = Some(Held { finding, shape: heard.shape.clone(), at: self.at, by });
         // The other headers are tried where the answer counts: after a 401, all in one request.
         if by == HeldBy::Status401 {
             for rung in self.rungs.iter_mut().skip(self.at + 1).filter(|rung| rung.is_inference()) {
@@ -738,15 +738,15 @@ impl<'t> ProbePlan<'t> {
 
     /// Without words, the same answer may be about the path.
     fn repeats_what_is_held(&self, heard: &Heard) -> bool {
-        let of_the_path = heard.reading.cause == Cause::NotFound && heard.look.body != Body::Json;
-        !of_the_path && self.held.as_ref().is_some_and(|held| held.look.says_the_same(&heard.look))
+        let of_the_path = heard.reading.cause == Cause::NotFound && heard.shape.body != Body::Json;
+        !of_the_path && self.held.as_ref().is_some_and(|held| held.shape.matches_across_requests(&heard.shape))
     }
 
     fn leave_unread(&mut self, heard: &Heard) {
-        let status = heard.look.status;
+        let status = heard.shape.status;
         let cause = heard.reading.cause;
         let nothing_there = cause == Cause::NotFound || cause == Cause::Page && !matches!(status, 401 | 403 | 407);
-        let of_a_model = heard.look.code.contains("model");
+        let of_a_model = heard.shape.code.contains("model");
         self.no_api &= nothing_there && !of_a_model;
         if cause == Cause::NotFound
             && let Some(Rung { call, .. }) = self.rungs.get(self.at)
@@ -880,10 +880,10 @@ fn worth(documented: bool, calibration: &Calibration) -> Worth {
 /// What a made-up key got.
 pub fn outcome_of(calibration: &Calibration) -> MadeUpKey {
     match calibration {
-        Calibration::Refuses { look, .. } => MadeUpKey::Refused(look.status),
+        Calibration::Refuses { shape, .. } => MadeUpKey::Refused(shape.status),
         Calibration::AcceptsAnyone => MadeUpKey::Accepted,
         Calibration::Untold(Some(status)) => MadeUpKey::Inconclusive(*status),
-        Calibration::Everybody(look) => MadeUpKey::Inconclusive(look.status),
+        Calibration::Everybody(shape) => MadeUpKey::Inconclusive(shape.status),
         Calibration::Untold(None) => MadeUpKey::NoAnswer,
         Calibration::NotWaitedFor => MadeUpKey::NotWaitedFor,
         Calibration::NotAsked => MadeUpKey::NotAsked,

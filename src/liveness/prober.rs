@@ -21,11 +21,11 @@ use crate::{
             Answer, Body, Calibration, Classification, Finding, ProbeResponse, from_a_cache, is_from_a_cache, is_page, read,
         },
         endpoint::{Call, Target},
+        endpoint_facts::{EndpointFacts, Question},
         engine::{Boxed, ProbeRequest, Prober},
-        look::Look,
         made_up_key::{KeyForm, made_up_key},
         probe_plan::{Client, Lesson, Next, ProbePlan, Purpose, Requests, outcome_of},
-        taught::{EndpointFacts, Question},
+        response_shape::ResponseShape,
     },
     domain::{
         causes::causes,
@@ -224,16 +224,16 @@ async fn run_plan(
             Next::Ask { call, families, is_second } => {
                 let began = Instant::now();
                 let response = ask(http, call, &families, secret, deadline).await;
-                if let (ProbeResponse::Answer { reading, look, .. }, Some(endpoints)) = (&response, endpoints) {
+                if let (ProbeResponse::Answer { reading, shape, .. }, Some(endpoints)) = (&response, endpoints) {
                     match &reading.classification {
                         Classification::Accepted if is_second => endpoints.second_answer(call, &families, None),
                         Classification::Accepted => endpoints.accepted(call, &families),
                         Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError) => {}
-                        _ if is_second => endpoints.second_answer(call, &families, Some(look.clone())),
+                        _ if is_second => endpoints.second_answer(call, &families, Some(shape.clone())),
                         Classification::Verdict(Verdict::Invalid) | Classification::Unread
-                            if look.status == 401 && look.body != Body::Page =>
+                            if shape.status == 401 && shape.body != Body::Page =>
                         {
-                            endpoints.refused(call, &families, secret, look);
+                            endpoints.refused(call, &families, secret, shape);
                         }
                         _ => {}
                     }
@@ -277,7 +277,7 @@ async fn run_plan(
                     Some(_) => ask(http, call, &[], &nobody, half_of(deadline)).await,
                 };
                 plan.take_keyless(match &response {
-                    ProbeResponse::Answer { look, .. } => Some(look),
+                    ProbeResponse::Answer { shape, .. } => Some(shape),
                     _ => None,
                 });
             }
@@ -287,7 +287,7 @@ async fn run_plan(
                     Some(endpoints) => endpoints.ask(call, &[], target, secret, Question::Refusal, half_of(deadline)).await,
                 };
                 plan.take_keyless(match &calibration {
-                    Calibration::Refuses { look, .. } => Some(look),
+                    Calibration::Refuses { shape, .. } => Some(shape),
                     _ => None,
                 });
             }
@@ -349,7 +349,7 @@ async fn ask(http: &Http, call: &Call, families: &[HeaderFamily], secret: &Secre
             } else {
                 read(response.facts(), &call.probe)
             },
-            look: Look::of(response.facts(), secret.expose()),
+            shape: ResponseShape::of(response.facts(), secret.expose()),
             retry_after: response.retry_after,
         },
     }

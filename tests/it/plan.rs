@@ -8,10 +8,10 @@ use byok_gate::{
         catalogue::Catalogue,
         classify::{Answer, Calibration, Finding, ProbeResponse, calibrated, read},
         endpoint::{Call, Endpoint, Preference, Target, target},
-        look::Look,
+        endpoint_facts::EndpointFacts,
         probe_plan::{Client, Lesson, Next, ProbePlan, Requests},
         registry::Registry,
-        taught::EndpointFacts,
+        response_shape::ResponseShape,
     },
     domain::{
         protocol::{HeaderFamily, Surface},
@@ -61,7 +61,7 @@ fn response(call: &Call, (status, body): (u16, &str)) -> ProbeResponse {
         return ProbeResponse::TimedOut;
     }
     let answer = Answer { status, body: body.as_bytes(), truncated: false, page: false, retry_after: None };
-    ProbeResponse::Answer { reading: read(answer, &call.probe), look: Look::of(answer, ""), retry_after: None }
+    ProbeResponse::Answer { reading: read(answer, &call.probe), shape: ResponseShape::of(answer, ""), retry_after: None }
 }
 
 fn run(target: &Target, facts: &EndpointFacts, in_contrast: bool, world: World<'_>) -> Came {
@@ -79,18 +79,18 @@ fn run(target: &Target, facts: &EndpointFacts, in_contrast: bool, world: World<'
             }
             Next::Calibrate { call, families, .. } => {
                 let calibration = match response(call, world(call.probe.surface, &families, MadeUp)) {
-                    ProbeResponse::Answer { reading, look, .. } => calibrated(&reading, &look),
+                    ProbeResponse::Answer { reading, shape, .. } => calibrated(&reading, &shape),
                     _ => Calibration::Untold(None),
                 };
                 plan.take_calibration(&match calibration {
-                    Calibration::Refuses { look, in_words, by_code, .. } => {
-                        Calibration::Refuses { look, in_words, by_code, in_contrast }
+                    Calibration::Refuses { shape, in_words, by_code, .. } => {
+                        Calibration::Refuses { shape, in_words, by_code, in_contrast }
                     }
                     other => other,
                 });
             }
             Next::Keyless { call, .. } => match response(call, world(call.probe.surface, &[], Key::None)) {
-                ProbeResponse::Answer { look, .. } => plan.take_keyless(Some(&look)),
+                ProbeResponse::Answer { shape, .. } => plan.take_keyless(Some(&shape)),
                 _ => plan.take_keyless(None),
             },
         }

@@ -18,10 +18,10 @@ use crate::{
     core::{
         classify::{Calibration, Finding, calibrated, read},
         endpoint::{Call, Endpoint, Target},
-        look::Look,
+        endpoint_facts::{EndpointFacts, Question, RequestFacts},
         made_up_key::{KeyForm, can_be_imitated, made_up_key_like},
         probe_plan::Lesson,
-        taught::{EndpointFacts, Question, RequestFacts},
+        response_shape::ResponseShape,
     },
     domain::{protocol::HeaderFamily, secret::Secret, verdict::Cause},
     liveness::single_flight::{FlightEnd, InFlight, Join, SingleFlight, Start, wait},
@@ -129,9 +129,9 @@ impl Endpoints {
         for lesson in lessons {
             match lesson {
                 Lesson::Absent(request) => self.absent.insert(request, ()),
-                Lesson::ToEverybody(request, families, look) => {
+                Lesson::ToEverybody(request, families, shape) => {
                     if let Some(facts) = self.requests.get(&key_of(&request, &families)) {
-                        lock(&facts).take_everybody(&look, self.since.elapsed(), jitter());
+                        lock(&facts).take_everybody(&shape, self.since.elapsed(), jitter());
                     }
                 }
                 Lesson::Family { right, wrong } => {
@@ -167,12 +167,12 @@ impl Endpoints {
     }
 
     /// A real key was refused there with this 401.
-    pub(super) fn refused(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, look: &Look) {
-        lock(&self.request(call, families)).take_refusal(KeyForm::of(secret), look.body, self.since.elapsed());
+    pub(super) fn refused(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, shape: &ResponseShape) {
+        lock(&self.request(call, families)).take_refusal(KeyForm::of(secret), shape.body, self.since.elapsed());
     }
 
     /// What the real key that was accepted gets once more, after a made-up one was refused: the same, or this.
-    pub(super) fn second_answer(&self, call: &Call, families: &[HeaderFamily], other: Option<Look>) {
+    pub(super) fn second_answer(&self, call: &Call, families: &[HeaderFamily], other: Option<ResponseShape>) {
         lock(&self.request(call, families)).take_second_answer(&call.model, other, self.since.elapsed(), jitter());
     }
 
@@ -279,10 +279,11 @@ impl Endpoints {
             let exchange = endpoints.http.exchange_again(&call, &families, &made_up, Instant::now() + BUDGET).await;
             let told = match exchange {
                 Exchange::Answered(response) => {
-                    let (reading, look) = (read(response.facts(), &call.probe), Look::of(response.facts(), made_up.expose()));
+                    let (reading, shape) =
+                        (read(response.facts(), &call.probe), ResponseShape::of(response.facts(), made_up.expose()));
                     // The answer to a request without a key is compared, and not read.
-                    let seen = |look| Calibration::Refuses { look, in_words: false, by_code: false, in_contrast: false };
-                    if families.is_empty() { seen(look) } else { calibrated(&reading, &look) }
+                    let seen = |shape| Calibration::Refuses { shape, in_words: false, by_code: false, in_contrast: false };
+                    if families.is_empty() { seen(shape) } else { calibrated(&reading, &shape) }
                 }
                 Exchange::TimedOut | Exchange::Unreachable(_) | Exchange::Exhausted => Calibration::Untold(None),
             };

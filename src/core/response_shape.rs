@@ -25,7 +25,7 @@ const MIN_ECHO: usize = 8;
 
 /// What an answer looks like.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Look {
+pub struct ResponseShape {
     /// Its status.
     pub status: u16,
     /// The kind of its body.
@@ -36,7 +36,7 @@ pub struct Look {
     words: Vec<u64>,
 }
 
-impl Look {
+impl ResponseShape {
     /// What this answer to a request with this credential looks like.
     pub fn of(answer: Answer<'_>, credential: &str) -> Self {
         let (body, code) = answer.body_and_code();
@@ -71,7 +71,7 @@ impl Look {
     }
 
     /// The same answer to another kind of request: about the same, or with one word in four more, as an empty list beside the error has.
-    pub fn says_the_same(&self, other: &Self) -> bool {
+    pub fn matches_across_requests(&self, other: &Self) -> bool {
         let (mine, others) = self.own_words(other);
         let more = mine.min(others) == 0 && mine.max(others) <= self.words.len().max(other.words.len()).div_ceil(ONE_IN_MORE);
         self.is_like(other) || more && self.is_of_one_kind(other)
@@ -137,13 +137,13 @@ fn hash(word: &str) -> u64 {
 mod tests {
     use super::*;
 
-    fn look(status: u16, body: &str, page: bool, key: &str) -> Look {
-        Look::of(Answer { status, body: body.as_bytes(), truncated: false, page, retry_after: None }, key)
+    fn shape(status: u16, body: &str, page: bool, key: &str) -> ResponseShape {
+        ResponseShape::of(Answer { status, body: body.as_bytes(), truncated: false, page, retry_after: None }, key)
     }
 
     #[track_caller]
     fn alike(expected: bool, one: (u16, &str, &str), two: (u16, &str, &str)) {
-        let (one, two) = (look(one.0, one.1, false, one.2), look(two.0, two.1, false, two.2));
+        let (one, two) = (shape(one.0, one.1, false, one.2), shape(two.0, two.1, false, two.2));
         assert_eq!((one.is_like(&two), two.is_like(&one)), (expected, expected), "{one:?} {two:?}");
     }
 
@@ -166,14 +166,15 @@ mod tests {
 
     #[test]
     fn another_request_may_get_a_word_more() {
-        let look = |status, body: &str| look(status, body, false, "made-up-key");
-        let same = |one: &Look, two: &Look| (one.says_the_same(two), two.says_the_same(one));
+        let shape = |status, body: &str| shape(status, body, false, "made-up-key");
+        let same =
+            |one: &ResponseShape, two: &ResponseShape| (one.matches_across_requests(two), two.matches_across_requests(one));
         let (error, with_list) = (r#"{"error":{"message":"unknown key"}}"#, r#"{"error":{"message":"unknown key"},"data":[]}"#);
-        assert_eq!(same(&look(200, error), &look(200, with_list)), (true, true));
-        assert_eq!(same(&look(200, error), &look(400, with_list)), (false, false));
+        assert_eq!(same(&shape(200, error), &shape(200, with_list)), (true, true));
+        assert_eq!(same(&shape(200, error), &shape(400, with_list)), (false, false));
         let (model, route) = (r#"{"error":{"message":"unknown model"}}"#, r#"{"error":{"message":"unknown route"}}"#);
-        assert_eq!(same(&look(400, model), &look(400, route)), (false, false));
-        assert_eq!(same(&look(403, ""), &look(403, "listing is disabled")), (false, false));
+        assert_eq!(same(&shape(400, model), &shape(400, route)), (false, false));
+        assert_eq!(same(&shape(403, ""), &shape(403, "listing is disabled")), (false, false));
     }
 
     #[test]
@@ -209,7 +210,7 @@ mod tests {
         );
         alike(false, (401, r#""unauthorized""#, "made-up-key-one"), (401, "unauthorized", "made-up-key-two"));
         let (page, text) =
-            (look(401, "unauthorized", true, "made-up-key-one"), look(401, "unauthorized", false, "made-up-key-one"));
+            (shape(401, "unauthorized", true, "made-up-key-one"), shape(401, "unauthorized", false, "made-up-key-one"));
         assert!(!page.is_like(&text), "a page is not a text of the same words");
         let (login, block) = ("<html>please sign in to go on</html>", "<html>this site is blocked by policy</html>");
         alike(false, (200, login, "made-up-key-one"), (200, block, "made-up-key-two"));

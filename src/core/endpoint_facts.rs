@@ -9,8 +9,8 @@ use std::time::Duration;
 use crate::{
     core::{
         classify::{Body, Calibration},
-        look::Look,
         made_up_key::KeyForm,
+        response_shape::ResponseShape,
     },
     domain::protocol::HeaderFamily,
 };
@@ -74,7 +74,7 @@ impl MadeUpAnswer {
     fn tells_of(&self, model: &str, question: Question) -> bool {
         match (question, &self.calibration) {
             (_, Calibration::AcceptsAnyone) => self.model == model,
-            (Question::Refusal, Calibration::Refuses { look, .. }) => self.model == model || matches!(look.status, 401 | 403),
+            (Question::Refusal, Calibration::Refuses { shape, .. }) => self.model == model || matches!(shape.status, 401 | 403),
             (Question::Acceptance(form), Calibration::Refuses { by_code, in_contrast, .. }) => {
                 self.model == model
                     && form.is_none_or(|form| form == self.form)
@@ -129,15 +129,15 @@ impl RequestFacts {
         let calibration = match calibration {
             Calibration::AcceptsAnyone => Calibration::AcceptsAnyone,
             // Keys of this form are refused with a 401 there. Whatever else comes now, and comes to a made-up key too, comes to everybody.
-            Calibration::Refuses { look, by_code: false, .. }
-                if !after_acceptance && self.refuses_otherwise(form, &look, now) =>
+            Calibration::Refuses { shape, by_code: false, .. }
+                if !after_acceptance && self.refuses_otherwise(form, &shape, now) =>
             {
-                return self.miss(Calibration::Everybody(look), now, jitter);
+                return self.miss(Calibration::Everybody(shape), now, jitter);
             }
-            Calibration::Refuses { look, in_words, by_code, .. } => {
-                let contrasts = |(accepted, at): &(String, Duration)| lately(*at) && are_comparable(&look, accepted, model);
+            Calibration::Refuses { shape, in_words, by_code, .. } => {
+                let contrasts = |(accepted, at): &(String, Duration)| lately(*at) && are_comparable(&shape, accepted, model);
                 let in_contrast = self.is_documented && self.accepted.iter().any(contrasts);
-                Calibration::Refuses { look, in_words, by_code, in_contrast }
+                Calibration::Refuses { shape, in_words, by_code, in_contrast }
             }
             Calibration::NotAsked | Calibration::NotWaitedFor => return calibration,
             untold @ (Calibration::Untold(_) | Calibration::Everybody(_)) => return self.miss(untold, now, jitter),
@@ -165,8 +165,8 @@ impl RequestFacts {
             return;
         }
         for answer in self.made_up.iter_mut().filter(|answer| now.abs_diff(answer.at) <= CONTRAST) {
-            if let Calibration::Refuses { look, in_contrast, .. } = &mut answer.calibration {
-                *in_contrast |= are_comparable(look, model, &answer.model);
+            if let Calibration::Refuses { shape, in_contrast, .. } = &mut answer.calibration {
+                *in_contrast |= are_comparable(shape, model, &answer.model);
             }
         }
     }
@@ -182,7 +182,7 @@ impl RequestFacts {
     }
 
     /// The real key that was accepted right before the made-up one was asked again: accepted once more, or given this.
-    pub fn take_second_answer(&mut self, model: &str, other: Option<Look>, now: Duration, jitter: f64) {
+    pub fn take_second_answer(&mut self, model: &str, other: Option<ResponseShape>, now: Duration, jitter: f64) {
         let latest = self.made_up.iter_mut().rev().find(|answer| answer.model == model && answer.after_acceptance);
         let Some(answer) = latest.filter(|answer| now.abs_diff(answer.at) <= CONTRAST) else { return };
         let Calibration::Refuses { in_contrast, .. } = &mut answer.calibration else { return };
@@ -197,12 +197,12 @@ impl RequestFacts {
     }
 
     /// This was seen to come to everybody: what a made-up key got is no refusal if it was that.
-    pub fn take_everybody(&mut self, look: &Look, now: Duration, jitter: f64) {
+    pub fn take_everybody(&mut self, shape: &ResponseShape, now: Duration, jitter: f64) {
         self.made_up.retain(|answer| match &answer.calibration {
-            Calibration::Refuses { look: refusal, in_contrast: false, .. } => !refusal.is_like(look),
+            Calibration::Refuses { shape: refusal, in_contrast: false, .. } => !refusal.is_like(shape),
             _ => true,
         });
-        self.miss(Calibration::Everybody(look.clone()), now, jitter);
+        self.miss(Calibration::Everybody(shape.clone()), now, jitter);
     }
 
     fn miss(&mut self, untold: Calibration, now: Duration, jitter: f64) -> Calibration {
@@ -214,16 +214,16 @@ impl RequestFacts {
     }
 
     /// Keys of this form are refused with a 401 that is another kind of answer than this.
-    fn refuses_otherwise(&self, form: KeyForm, look: &Look, now: Duration) -> bool {
+    fn refuses_otherwise(&self, form: KeyForm, shape: &ResponseShape, now: Duration) -> bool {
         let lately = |at: Duration| now.saturating_sub(at) <= SEEN;
-        let differs = |body: Body| look.status != 401 || look.body != body;
+        let differs = |body: Body| shape.status != 401 || shape.body != body;
         self.refused.iter().any(|(refused, body, at)| *refused == form && lately(*at) && differs(*body))
     }
 }
 
 /// A refusal and an acceptance that tell of one another: of one model, or a refusal whose status is about the credential.
-fn are_comparable(look: &Look, one: &str, other: &str) -> bool {
-    one == other || matches!(look.status, 401 | 403)
+fn are_comparable(shape: &ResponseShape, one: &str, other: &str) -> bool {
+    one == other || matches!(shape.status, 401 | 403)
 }
 
 /// Which headers an endpoint takes a credential in, and which it does not.
