@@ -160,7 +160,9 @@ fn told(response: &ProbeResponse) -> (&'static str, Option<u16>, Option<&str>) {
         Calibration::Refuses { .. } if matches!(reading.classification, Classification::Forbidden(_)) => "REFUSED",
         Calibration::Refuses { .. } => "REFUSED_ODDLY",
         Calibration::AcceptsAnyone => "ACCEPTED",
-        Calibration::Untold(_) | Calibration::Everybody(_) | Calibration::NotWaitedFor | Calibration::NotAsked => "UNTOLD",
+        Calibration::Inconclusive(_) | Calibration::SameForEveryKey(_) | Calibration::NotWaitedFor | Calibration::NotAsked => {
+            "UNTOLD"
+        }
     };
     (result, Some(shape.status), code)
 }

@@ -93,9 +93,9 @@ pub enum Calibration {
     /// It accepts them: its "yes" proves nothing.
     AcceptsAnyone,
     /// It was asked, and the answer tells nothing: the status, if there was one.
-    Untold(Option<u16>),
+    Inconclusive(Option<u16>),
     /// It got this, and so does a key that is accepted there: a limit, a ban, an outage. The answer says nothing of any key.
-    Everybody(ResponseShape),
+    SameForEveryKey(ResponseShape),
     /// It is on its way, and nobody waits for it.
     NotWaitedFor,
     /// It was not asked.
@@ -270,9 +270,11 @@ pub const fn from_a_cache() -> Reading {
 pub fn calibrated(reading: &Reading, shape: &ResponseShape) -> Calibration {
     match (&reading.classification, shape.status) {
         (Classification::Accepted, _) => Calibration::AcceptsAnyone,
-        (Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError), status) => Calibration::Untold(Some(status)),
+        (Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError), status) => {
+            Calibration::Inconclusive(Some(status))
+        }
         // Nothing of a key: too slow, too early, too many, a server that fails.
-        (_, status @ (408 | 409 | 423 | 425 | 429 | 500..=599)) => Calibration::Untold(Some(status)),
+        (_, status @ (408 | 409 | 423 | 425 | 429 | 500..=599)) => Calibration::Inconclusive(Some(status)),
         (classification, status) => Calibration::Refuses {
             shape: shape.clone(),
             in_words: *classification == Classification::Verdict(Verdict::Invalid) || status == 401,

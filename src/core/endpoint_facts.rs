@@ -51,7 +51,7 @@ pub struct RequestFacts {
     /// How often in a row one told nothing.
     misses: u32,
     /// What the last one that told nothing got.
-    untold: Option<Calibration>,
+    inconclusive: Option<Calibration>,
 }
 
 #[derive(Debug, Clone)]
@@ -80,7 +80,13 @@ impl MadeUpAnswer {
                     && form.is_none_or(|form| form == self.form)
                     && (*in_contrast || *by_code && self.after_acceptance)
             }
-            (_, Calibration::Untold(_) | Calibration::Everybody(_) | Calibration::NotWaitedFor | Calibration::NotAsked) => false,
+            (
+                _,
+                Calibration::Inconclusive(_)
+                | Calibration::SameForEveryKey(_)
+                | Calibration::NotWaitedFor
+                | Calibration::NotAsked,
+            ) => false,
         }
     }
 }
@@ -97,9 +103,9 @@ impl RequestFacts {
             Calibration::Refuses { in_contrast: true, .. } => 1,
             _ => 0,
         };
-        match (telling().max_by_key(weight), &self.untold) {
+        match (telling().max_by_key(weight), &self.inconclusive) {
             (Some(answer), _) => answer.calibration.clone(),
-            (None, Some(untold)) if now < self.back_off_until => untold.clone(),
+            (None, Some(inconclusive)) if now < self.back_off_until => inconclusive.clone(),
             (None, _) => Calibration::NotAsked,
         }
     }
@@ -124,25 +130,27 @@ impl RequestFacts {
         good_for: Duration,
         jitter: f64,
     ) -> Calibration {
-        let lately = |at: Duration| now.abs_diff(at) <= CONTRAST;
-        let after_acceptance = self.accepted.iter().any(|(accepted, at)| accepted == model && lately(*at));
+        let is_recent = |at: Duration| now.abs_diff(at) <= CONTRAST;
+        let after_acceptance = self.accepted.iter().any(|(accepted, at)| accepted == model && is_recent(*at));
         let calibration = match calibration {
             Calibration::AcceptsAnyone => Calibration::AcceptsAnyone,
             // Keys of this form are refused with a 401 there. Whatever else comes now, and comes to a made-up key too, comes to everybody.
             Calibration::Refuses { shape, by_code: false, .. }
                 if !after_acceptance && self.refuses_otherwise(form, &shape, now) =>
             {
-                return self.miss(Calibration::Everybody(shape), now, jitter);
+                return self.miss(Calibration::SameForEveryKey(shape), now, jitter);
             }
             Calibration::Refuses { shape, in_words, by_code, .. } => {
-                let contrasts = |(accepted, at): &(String, Duration)| lately(*at) && are_comparable(&shape, accepted, model);
+                let contrasts = |(accepted, at): &(String, Duration)| is_recent(*at) && are_comparable(&shape, accepted, model);
                 let in_contrast = self.is_documented && self.accepted.iter().any(contrasts);
                 Calibration::Refuses { shape, in_words, by_code, in_contrast }
             }
             Calibration::NotAsked | Calibration::NotWaitedFor => return calibration,
-            untold @ (Calibration::Untold(_) | Calibration::Everybody(_)) => return self.miss(untold, now, jitter),
+            inconclusive @ (Calibration::Inconclusive(_) | Calibration::SameForEveryKey(_)) => {
+                return self.miss(inconclusive, now, jitter);
+            }
         };
-        (self.misses, self.untold) = (0, None);
+        (self.misses, self.inconclusive) = (0, None);
         self.made_up.retain(|answer| now < answer.until && (answer.model != model || answer.form != form));
         if self.made_up.len() >= MAX_ANSWERS {
             self.made_up.remove(0);
@@ -191,33 +199,33 @@ impl RequestFacts {
             Some(other) => {
                 let form = answer.form;
                 self.made_up.retain(|answer| answer.model != model || answer.form != form);
-                self.miss(Calibration::Everybody(other), now, jitter);
+                self.miss(Calibration::SameForEveryKey(other), now, jitter);
             }
         }
     }
 
     /// This was seen to come to everybody: what a made-up key got is no refusal if it was that.
-    pub fn take_everybody(&mut self, shape: &ResponseShape, now: Duration, jitter: f64) {
+    pub fn take_same_for_every_key(&mut self, shape: &ResponseShape, now: Duration, jitter: f64) {
         self.made_up.retain(|answer| match &answer.calibration {
             Calibration::Refuses { shape: refusal, in_contrast: false, .. } => !refusal.is_like(shape),
             _ => true,
         });
-        self.miss(Calibration::Everybody(shape.clone()), now, jitter);
+        self.miss(Calibration::SameForEveryKey(shape.clone()), now, jitter);
     }
 
-    fn miss(&mut self, untold: Calibration, now: Duration, jitter: f64) -> Calibration {
+    fn miss(&mut self, inconclusive: Calibration, now: Duration, jitter: f64) -> Calibration {
         self.misses = self.misses.saturating_add(1);
         let doubled = BACK_OFF.saturating_mul(2_u32.saturating_pow(self.misses - 1)).min(MAX_BACK_OFF);
         self.back_off_until = now + doubled.mul_f64(jitter);
-        self.untold = Some(untold.clone());
-        untold
+        self.inconclusive = Some(inconclusive.clone());
+        inconclusive
     }
 
     /// Keys of this form are refused with a 401 that is another kind of answer than this.
     fn refuses_otherwise(&self, form: KeyForm, shape: &ResponseShape, now: Duration) -> bool {
-        let lately = |at: Duration| now.saturating_sub(at) <= SEEN;
+        let is_recent = |at: Duration| now.saturating_sub(at) <= SEEN;
         let differs = |body: Body| shape.status != 401 || shape.body != body;
-        self.refused.iter().any(|(refused, body, at)| *refused == form && lately(*at) && differs(*body))
+        self.refused.iter().any(|(refused, body, at)| *refused == form && is_recent(*at) && differs(*body))
     }
 }
 

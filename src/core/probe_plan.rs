@@ -104,7 +104,7 @@ pub enum Lesson {
     /// A good key gets nothing but "no such path" there, or what every key gets.
     Absent([u8; 32]),
     /// This came to everybody at that request in this header, or these.
-    ToEverybody([u8; 32], Vec<HeaderFamily>, ResponseShape),
+    SameForEveryKey([u8; 32], Vec<HeaderFamily>, ResponseShape),
 }
 
 /// The walk through a target's calls.
@@ -352,7 +352,7 @@ impl<'t> ProbePlan<'t> {
         let State::Calibrate(heard) = std::mem::replace(&mut self.state, State::Ask) else { return };
         let Some(call) = self.rungs.get(self.at).map(|rung| rung.call) else { return };
         let status = heard.shape.status;
-        if let Calibration::Everybody(shape) = calibration {
+        if let Calibration::SameForEveryKey(shape) = calibration {
             self.to_everybody.push(shape.clone());
         }
         match (&heard.reading.classification, calibration) {
@@ -372,7 +372,7 @@ impl<'t> ProbePlan<'t> {
                     self.step();
                 }
             },
-            (_, Calibration::Everybody(shape)) if shape.is_like(&heard.shape) => self.leave_to_everybody(&heard),
+            (_, Calibration::SameForEveryKey(shape)) if shape.is_like(&heard.shape) => self.leave_to_everybody(&heard),
             // The same status and code, whatever the words.
             (Classification::Forbidden(code), Calibration::Refuses { shape, in_contrast, .. })
                 if shape.status == 403 && shape.code == *code && (!code.is_empty() || shape.is_like(&heard.shape)) =>
@@ -608,7 +608,7 @@ impl<'t> ProbePlan<'t> {
         self.no_api = false;
         self.to_everybody.push(heard.shape.clone());
         if let Some(rung) = self.rungs.get(self.at) {
-            self.lessons.push(Lesson::ToEverybody(rung.call.request, self.families(), heard.shape.clone()));
+            self.lessons.push(Lesson::SameForEveryKey(rung.call.request, self.families(), heard.shape.clone()));
         }
         // What seemed a restriction of this key is none.
         self.fallback.take_if(|earlier| earlier.cause == Some(Cause::Restricted));
@@ -873,7 +873,9 @@ fn worth(documented: bool, calibration: &Calibration) -> Worth {
         _ if documented => Worth::Yes,
         Calibration::Refuses { by_code, in_contrast, .. } if *by_code || *in_contrast => Worth::Yes,
         Calibration::Refuses { .. } => Worth::IfAcceptedAgain,
-        Calibration::Untold(_) | Calibration::Everybody(_) | Calibration::NotWaitedFor | Calibration::NotAsked => Worth::Nothing,
+        Calibration::Inconclusive(_) | Calibration::SameForEveryKey(_) | Calibration::NotWaitedFor | Calibration::NotAsked => {
+            Worth::Nothing
+        }
     }
 }
 
@@ -882,9 +884,9 @@ pub fn outcome_of(calibration: &Calibration) -> MadeUpKey {
     match calibration {
         Calibration::Refuses { shape, .. } => MadeUpKey::Refused(shape.status),
         Calibration::AcceptsAnyone => MadeUpKey::Accepted,
-        Calibration::Untold(Some(status)) => MadeUpKey::Inconclusive(*status),
-        Calibration::Everybody(shape) => MadeUpKey::Inconclusive(shape.status),
-        Calibration::Untold(None) => MadeUpKey::NoAnswer,
+        Calibration::Inconclusive(Some(status)) => MadeUpKey::Inconclusive(*status),
+        Calibration::SameForEveryKey(shape) => MadeUpKey::Inconclusive(shape.status),
+        Calibration::Inconclusive(None) => MadeUpKey::NoAnswer,
         Calibration::NotWaitedFor => MadeUpKey::NotWaitedFor,
         Calibration::NotAsked => MadeUpKey::NotAsked,
     }

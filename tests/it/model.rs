@@ -350,11 +350,11 @@ fn learnt_shape(status: u16) -> ResponseShape {
 /// What is known of it then, from all that happened and nothing else.
 fn learnt_by(log: &[(u64, Learnt)], model: &str, question: Question, now: u64) -> Calibration {
     let mut standing: Vec<Stands> = Vec::new();
-    let (mut misses, mut untold, mut back_off_until) = (0_u32, None, 0);
-    let mut miss = |at: u64, misses: &mut u32, untold: &mut Option<Calibration>, what| {
+    let (mut misses, mut inconclusive, mut back_off_until) = (0_u32, None, 0);
+    let mut miss = |at: u64, misses: &mut u32, inconclusive: &mut Option<Calibration>, what| {
         back_off_until = at + (60 << (*misses).min(20)).min(3600);
         *misses += 1;
-        *untold = Some(what);
+        *inconclusive = Some(what);
     };
     for (position, (at, event)) in log.iter().enumerate() {
         let before = |is: &dyn Fn(&Learnt) -> bool, within: u64| {
@@ -365,15 +365,15 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: Question, now: u64) -
                 let after_acceptance = before(&|event| matches!(event, Learnt::Accepted(other) if other == model), 600);
                 let keys_get_a_401 = before(&|event| matches!(event, Learnt::Refused(other) if other == form), GOOD_FOR);
                 if *kind == 1 && !after_acceptance && keys_get_a_401 {
-                    miss(*at, &mut misses, &mut untold, Calibration::Everybody(learnt_shape(404)));
+                    miss(*at, &mut misses, &mut inconclusive, Calibration::SameForEveryKey(learnt_shape(404)));
                     continue;
                 }
                 standing.retain(|other| (other.model, other.form) != (*model, *form) && *at < other.at + GOOD_FOR);
                 standing.push(Stands { at: *at, model, form: *form, kind: *kind, after_acceptance, in_contrast: false });
-                (misses, untold) = (0, None);
+                (misses, inconclusive) = (0, None);
             }
             Learnt::MadeUp(_, _, kind) => {
-                miss(*at, &mut misses, &mut untold, Calibration::Untold((*kind == 3).then_some(503)));
+                miss(*at, &mut misses, &mut inconclusive, Calibration::Inconclusive((*kind == 3).then_some(503)));
             }
             Learnt::Second(model, other) => {
                 let latest = standing.iter().rposition(|answer| answer.model == *model && answer.after_acceptance);
@@ -385,7 +385,7 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: Question, now: u64) -
                         None => standing[latest].in_contrast = true,
                         Some(other) => {
                             standing.remove(latest);
-                            miss(*at, &mut misses, &mut untold, Calibration::Everybody(learnt_shape(*other)));
+                            miss(*at, &mut misses, &mut inconclusive, Calibration::SameForEveryKey(learnt_shape(*other)));
                         }
                     }
                 }
@@ -407,14 +407,14 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: Question, now: u64) -
             }
     };
     let found = standing.iter().filter(tells).max_by_key(|answer| (answer.kind == 2, answer.in_contrast));
-    match (found, untold) {
+    match (found, inconclusive) {
         (Some(Stands { kind: 2, .. }), _) => Calibration::AcceptsAnyone,
         (Some(Stands { kind, in_contrast, .. }), _) => {
             let by_code = *kind == 0;
             let shape = learnt_shape(if by_code { 401 } else { 404 });
             Calibration::Refuses { shape, in_words: by_code, by_code, in_contrast: *in_contrast }
         }
-        (None, Some(untold)) if now < back_off_until => untold,
+        (None, Some(inconclusive)) if now < back_off_until => inconclusive,
         (None, _) => Calibration::NotAsked,
     }
 }
@@ -458,8 +458,8 @@ fn what_was_learnt_of_an_endpoint_is_what_its_model_says() {
                         0 => refuses(401, true),
                         1 => refuses(404, false),
                         2 => Calibration::AcceptsAnyone,
-                        3 => Calibration::Untold(Some(503)),
-                        _ => Calibration::Untold(None),
+                        3 => Calibration::Inconclusive(Some(503)),
+                        _ => Calibration::Inconclusive(None),
                     };
                     facts.take_answer((model, form), calibration, at, Duration::from_secs(GOOD_FOR), 1.0);
                     log.push((now, Learnt::MadeUp(model, form, kind)));

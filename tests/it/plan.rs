@@ -80,7 +80,7 @@ fn run(target: &Target, facts: &EndpointFacts, in_contrast: bool, world: World<'
             Next::Calibrate { call, families, .. } => {
                 let calibration = match response(call, world(call.probe.surface, &families, MadeUp)) {
                     ProbeResponse::Answer { reading, shape, .. } => calibrated(&reading, &shape),
-                    _ => Calibration::Untold(None),
+                    _ => Calibration::Inconclusive(None),
                 };
                 plan.take_calibration(&match calibration {
                     Calibration::Refuses { shape, in_words, by_code, .. } => {

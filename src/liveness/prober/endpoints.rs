@@ -129,9 +129,9 @@ impl Endpoints {
         for lesson in lessons {
             match lesson {
                 Lesson::Absent(request) => self.absent.insert(request, ()),
-                Lesson::ToEverybody(request, families, shape) => {
+                Lesson::SameForEveryKey(request, families, shape) => {
                     if let Some(facts) = self.requests.get(&key_of(&request, &families)) {
-                        lock(&facts).take_everybody(&shape, self.since.elapsed(), jitter());
+                        lock(&facts).take_same_for_every_key(&shape, self.since.elapsed(), jitter());
                     }
                 }
                 Lesson::Family { right, wrong } => {
@@ -213,11 +213,11 @@ impl Endpoints {
                 Asked::UnderWay(flight) => match wait(flight, deadline).await {
                     FlightEnd::Completed(told) if tells(&told) => return told.calibration,
                     FlightEnd::Completed(_) => {}
-                    FlightEnd::TimedOut { .. } | FlightEnd::Lost => return Calibration::Untold(None),
+                    FlightEnd::TimedOut { .. } | FlightEnd::Lost => return Calibration::Inconclusive(None),
                 },
             }
         }
-        Calibration::Untold(None)
+        Calibration::Inconclusive(None)
     }
 
     /// Asks in the background, unless the answer is known. What is known without waiting.
@@ -285,7 +285,7 @@ impl Endpoints {
                     let seen = |shape| Calibration::Refuses { shape, in_words: false, by_code: false, in_contrast: false };
                     if families.is_empty() { seen(shape) } else { calibrated(&reading, &shape) }
                 }
-                Exchange::TimedOut | Exchange::Unreachable(_) | Exchange::Exhausted => Calibration::Untold(None),
+                Exchange::TimedOut | Exchange::Unreachable(_) | Exchange::Exhausted => Calibration::Inconclusive(None),
             };
             traces::calibrated(&told);
             if !families.is_empty() {
@@ -300,9 +300,10 @@ impl Endpoints {
     fn count(&self, name: [String; 4], told: &Calibration) {
         let (number, result) = match told {
             Calibration::Refuses { in_words: true, .. } => (0, "refused"),
-            Calibration::Untold(_) | Calibration::Everybody(_) | Calibration::NotWaitedFor | Calibration::NotAsked => {
-                (1, "untold")
-            }
+            Calibration::Inconclusive(_)
+            | Calibration::SameForEveryKey(_)
+            | Calibration::NotWaitedFor
+            | Calibration::NotAsked => (1, "untold"),
             Calibration::AcceptsAnyone => (2, "accepted"),
             Calibration::Refuses { in_words: false, .. } => (3, "refused_oddly"),
         };

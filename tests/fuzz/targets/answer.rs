@@ -92,7 +92,7 @@ fuzz_target!(|input: &[u8]| {
                 plan.take_calibration(&match response {
                     ProbeResponse::Answer { reading, shape, .. } => calibrated(&reading, &shape),
                     ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) | ProbeResponse::Exhausted => {
-                        Calibration::Untold(None)
+                        Calibration::Inconclusive(None)
                     }
                 });
             }
