@@ -15,7 +15,7 @@ use crate::{
     app,
     core::{
         catalogue::Catalogue,
-        classify::{Calibration, Classification, ProbeResponse, calibrated},
+        classify::{Calibration, Classification, ProbeResponse, calibration_of},
         endpoint::{self, Call},
         registry::Registry,
     },
@@ -154,7 +154,7 @@ fn asked(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> Vec<
 fn told(response: &ProbeResponse) -> (&'static str, Option<u16>, Option<&str>) {
     let ProbeResponse::Answer { reading, shape, .. } = response else { return ("NO_ANSWER", None, None) };
     let code = Some(shape.code.as_str()).filter(|code| !code.is_empty());
-    let result = match calibrated(reading, shape) {
+    let result = match calibration_of(reading, shape) {
         Calibration::Refuses { in_words: true, .. } => "REFUSED",
         // A 403 of its own, or "alive" by a row: a refusal, in words that are not those of a dead key.
         Calibration::Refuses { .. } if matches!(reading.classification, Classification::Forbidden(_)) => "REFUSED",

@@ -13,7 +13,7 @@ use crate::{
     core::{
         classify::{Classification, Finding, ProbeResponse},
         endpoint::{self, Target},
-        key_shape::{Unfit, unfit},
+        key_shape::{Unsendable, why_unsendable},
         probe_plan::outcome_of,
         registry::{Provider, Registry},
     },
@@ -76,11 +76,11 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
         Ok(target) => target,
         Err(reason) => return untold(&reason.text()),
     };
-    let refusal = match unfit(&snapshot.catalogue, &target.endpoint, &credential.env_name, secret, true) {
+    let refusal = match why_unsendable(&snapshot.catalogue, &target.endpoint, &credential.env_name, secret, true) {
         None => None,
-        Some(Unfit::NoSurface(reason)) => return untold(&reason.text()),
-        Some(Unfit::Refused(refusal)) => Some(*refusal),
-        Some(Unfit::Malformed(fault)) => {
+        Some(Unsendable::NoSurface(reason)) => return untold(&reason.text()),
+        Some(Unsendable::Refused(refusal)) => Some(*refusal),
+        Some(Unsendable::Malformed(fault)) => {
             let env_name = credential.env_name.clone();
             Some(Refusal::Malformed { env_name, provider: provider.clone(), fault, save_as: None, right_place: None })
         }

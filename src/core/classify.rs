@@ -267,7 +267,7 @@ pub const fn from_a_cache() -> Reading {
 }
 
 /// What a made-up key's answer says about the endpoint.
-pub fn calibrated(reading: &Reading, shape: &ResponseShape) -> Calibration {
+pub fn calibration_of(reading: &Reading, shape: &ResponseShape) -> Calibration {
     match (&reading.classification, shape.status) {
         (Classification::Accepted, _) => Calibration::AcceptsAnyone,
         (Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError), status) => {

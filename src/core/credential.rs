@@ -10,13 +10,13 @@ use crate::{
         derive::{Derived, candidate_arms},
         endpoint::{Endpoint, NoSurface, Preference},
         evaluation_log::EvaluationLog,
-        key_shape::{Mistake, Unfit, mistake, unfit},
+        key_shape::{Mistake, Unsendable, mistake, why_unsendable},
         oauth_credential::{CredentialKind, OauthCheck},
         policy::{Action, Enforcement, Facts, Group},
         registry::{Arm, Auth, Provider, Runtime},
-        runtimes::{RuntimeFacts, Trims, Way},
+        runtimes::{Delivery, RuntimeFacts, Trims},
         snapshot::{ArmUse, Snapshot},
-        workspace_call::{Found, Prediction, WorkspaceCall, predict},
+        workspace_call::{FoundCredential, Prediction, WorkspaceCall, predict},
     },
     domain::{
         decision::{ChosenBecause, JudgedCredential},
@@ -68,11 +68,11 @@ pub struct QueryContext<'a> {
 
 /// What to ask first, and then, where the runtime goes on to another credential after a refusal.
 #[derive(Debug)]
-pub struct Questions<'a> {
+pub struct LivenessQueries<'a> {
     /// About the credential that the workspace sends first.
     pub first: LivenessQuery<'a>,
     /// About those that follow it.
-    pub then: Vec<(LivenessQuery<'a>, JudgedCredential)>,
+    pub fallbacks: Vec<(LivenessQuery<'a>, JudgedCredential)>,
 }
 
 /// One decision's step from the owner to the question.
@@ -92,21 +92,21 @@ pub(super) struct CredentialStep<'a, 'f> {
 type Flow<T> = Result<T, Box<Facts>>;
 
 /// A value with the host that it goes to.
-struct Sent<'a> {
-    found: Found<'a>,
+struct OutgoingCredential<'a> {
+    found: FoundCredential<'a>,
     secret: Arc<Secret>,
     endpoint: &'a Arc<Endpoint>,
-    way: Option<&'a Way>,
+    delivery: Option<&'a Delivery>,
 }
 
 impl<'a> CredentialStep<'a, '_> {
-    pub(super) fn run(&self, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) -> Flow<Questions<'a>> {
+    pub(super) fn run(&self, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) -> Flow<LivenessQueries<'a>> {
         let (provider, arm) = (self.derived.provider, self.arm());
         let call = match predict(arm.route.as_ref(), provider, credentials) {
             Prediction::Sends(call) => call,
-            Prediction::Missing(in_the_way) => {
+            Prediction::Missing(blocking_name) => {
                 log.trace.step("presence", || format!("none of {} is set", listed(&provider.auth_env)));
-                return Err(refused(self.missing(credentials, in_the_way)));
+                return Err(refused(self.missing(credentials, blocking_name)));
             }
             Prediction::Unreadable(names) => {
                 log.trace.step("presence", || format!("{} could not be read", listed(&names)));
@@ -125,17 +125,17 @@ impl<'a> CredentialStep<'a, '_> {
             log.trace.step("liveness", || "switched off for this provider".into());
             return Err(self.not_asked(&call, Verdict::ProbeDisabled, None));
         }
-        let sent = match self.sent(call.judged, call.moved_to, log) {
-            Ok(sent) => sent,
-            Err(unsent) => return Err(self.unsent(unsent, &call, log)),
+        let outgoing = match self.prepare(call.judged, call.moved_to, log) {
+            Ok(outgoing) => outgoing,
+            Err(reason) => return Err(self.facts_of_not_sent(reason, &call, log)),
         };
-        self.check_exposure(&call, sent.endpoint, log)?;
-        let then = self.fallbacks(&call, log);
-        let mut first = self.query(&sent, if then.is_empty() { call.passed_over.first() } else { None });
+        self.check_exposure(&call, outgoing.endpoint, log)?;
+        let fallbacks = self.fallbacks(&call, log);
+        let mut first = self.query(&outgoing, if fallbacks.is_empty() { call.passed_over.first() } else { None });
         if call.is_unread {
             first.context.place_of_unread = Some(self.place_for(call.judged.env_name));
         }
-        Ok(Questions { first, then })
+        Ok(LivenessQueries { first, fallbacks })
     }
 
     fn arm(&self) -> &'a ArmUse {
@@ -192,7 +192,7 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    fn judged(&self, found: &Found<'_>, chosen_because: ChosenBecause) -> JudgedCredential {
+    fn judged(&self, found: &FoundCredential<'_>, chosen_because: ChosenBecause) -> JudgedCredential {
         JudgedCredential {
             env_name: found.env_name.to_owned(),
             scope: found.scope,
@@ -203,7 +203,12 @@ impl<'a> CredentialStep<'a, '_> {
     }
 
     /// The value as it will be sent, and where to; or why it is not.
-    fn sent(&self, found: Found<'a>, moved_to: Option<&'a Url>, log: &mut EvaluationLog) -> Result<Sent<'a>, Unsent> {
+    fn prepare(
+        &self,
+        found: FoundCredential<'a>,
+        moved_to: Option<&'a Url>,
+        log: &mut EvaluationLog,
+    ) -> Result<OutgoingCredential<'a>, NotSent> {
         let arm = self.arm();
         let secret = self.trimmed(&found, log)?;
         let kind = self.snapshot.catalogue.credential_kind(found.env_name);
@@ -217,7 +222,7 @@ impl<'a> CredentialStep<'a, '_> {
             }
             // Sent as it stands there.
             Some(OauthCheck::Key(key)) if key.expose().trim_ascii().len() < key.expose().len() => {
-                return Err(Unsent::Refused(Box::new(self.malformed(&found, Malformation::BlankInFile))));
+                return Err(NotSent::Refused(Box::new(self.malformed(&found, Malformation::BlankInFile))));
             }
             Some(OauthCheck::Key(key)) => Arc::new(key),
             Some(OauthCheck::Plausible) => {
@@ -226,25 +231,27 @@ impl<'a> CredentialStep<'a, '_> {
                     if value.starts_with('{') { None } else { mistake(&self.snapshot.catalogue, None, found.env_name, value) };
                 return Err(match mistaken {
                     Some(mistaken) => self.mistaken(&found, mistaken),
-                    None => Unsent::NoSurface(NoSurface::OAuth),
+                    None => NotSent::NoSurface(NoSurface::OAuth),
                 });
             }
             None => secret,
         };
         let route = arm.route.as_ref().map(|arm| &arm.route);
-        let way = route.map(|route| route.way_of(secret.expose()));
-        let endpoint = self.endpoint(way, moved_to).map_err(Unsent::NoSurface)?;
-        let takes_oauth = route.is_none_or(|route| !route.is_certain() || route.has_way_for(secret.expose()));
-        match unfit(&self.snapshot.catalogue, endpoint, found.env_name, &secret, takes_oauth) {
-            None => Ok(Sent { found, secret, endpoint, way }),
-            Some(Unfit::NoSurface(reason)) => Err(Unsent::NoSurface(reason)),
-            Some(Unfit::Malformed(fault)) => Err(Unsent::Refused(Box::new(self.malformed(&found, fault)))),
-            Some(Unfit::Refused(refusal)) => Err(Unsent::Refused(Box::new(refusal.saved_as(self.place_for(found.env_name))))),
+        let delivery = route.map(|route| route.delivery_of(secret.expose()));
+        let endpoint = self.endpoint(delivery, moved_to).map_err(NotSent::NoSurface)?;
+        let takes_oauth = route.is_none_or(|route| !route.is_certain() || route.has_delivery_for(secret.expose()));
+        match why_unsendable(&self.snapshot.catalogue, endpoint, found.env_name, &secret, takes_oauth) {
+            None => Ok(OutgoingCredential { found, secret, endpoint, delivery }),
+            Some(Unsendable::NoSurface(reason)) => Err(NotSent::NoSurface(reason)),
+            Some(Unsendable::Malformed(fault)) => Err(NotSent::Refused(Box::new(self.malformed(&found, fault)))),
+            Some(Unsendable::Refused(refusal)) => {
+                Err(NotSent::Refused(Box::new(refusal.saved_as(self.place_for(found.env_name)))))
+            }
         }
     }
 
-    fn mistaken(&self, found: &Found<'_>, mistake: Mistake<'_>) -> Unsent {
-        Unsent::Refused(Box::new(match mistake {
+    fn mistaken(&self, found: &FoundCredential<'_>, mistake: Mistake<'_>) -> NotSent {
+        NotSent::Refused(Box::new(match mistake {
             Mistake::Malformed(fault) => self.malformed(found, fault),
             Mistake::Foreign(what) => Refusal::ForeignSecret {
                 env_name: found.env_name.to_owned(),
@@ -256,7 +263,7 @@ impl<'a> CredentialStep<'a, '_> {
     }
 
     /// The value without the blanks around it, where the runtime cuts them off; it is refused where nobody does.
-    fn trimmed(&self, found: &Found<'a>, log: &mut EvaluationLog) -> Result<Arc<Secret>, Unsent> {
+    fn trimmed(&self, found: &FoundCredential<'a>, log: &mut EvaluationLog) -> Result<Arc<Secret>, NotSent> {
         let value = found.secret.expose();
         let is_blank = |byte: Option<u8>| byte.is_some_and(|byte| matches!(byte, b' ' | b'\t' | b'\r' | b'\n'));
         let (in_front, behind) = (is_blank(value.bytes().next()), is_blank(value.bytes().next_back()));
@@ -293,8 +300,8 @@ impl<'a> CredentialStep<'a, '_> {
     }
 
     /// Whom to ask, unless the workspace dials a host of the tenant's own.
-    fn endpoint(&self, way: Option<&Way>, moved_to: Option<&Url>) -> Result<&'a Arc<Endpoint>, NoSurface> {
-        let found = self.snapshot.dialled(self.derived.provider, self.arm(), way, moved_to);
+    fn endpoint(&self, delivery: Option<&Delivery>, moved_to: Option<&Url>) -> Result<&'a Arc<Endpoint>, NoSurface> {
+        let found = self.snapshot.dialled(self.derived.provider, self.arm(), delivery, moved_to);
         // What needs no address is told by that, whatever the tenant set.
         if !matches!(found, Err(NoSurface::OAuth | NoSurface::Ambient | NoSurface::Platform)) {
             let concerns = |name: &&String| self.arm().base_url_env.contains(name);
@@ -307,13 +314,13 @@ impl<'a> CredentialStep<'a, '_> {
     }
 
     /// What comes of a value that is not sent.
-    fn unsent(&self, unsent: Unsent, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Box<Facts> {
-        match unsent {
-            Unsent::NoSurface(reason) => {
-                log.trace.step("liveness", || reason.text());
-                self.not_asked(call, Verdict::NoServerSurface, Some(&reason))
+    fn facts_of_not_sent(&self, reason: NotSent, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Box<Facts> {
+        match reason {
+            NotSent::NoSurface(surface) => {
+                log.trace.step("liveness", || surface.text());
+                self.not_asked(call, Verdict::NoServerSurface, Some(&surface))
             }
-            Unsent::Refused(refusal) => {
+            NotSent::Refused(refusal) => {
                 log.trace.step("shape", || format!("{} is not sent: {}", call.judged.env_name, refusal.code()));
                 let usable = self.usable(call);
                 refused(match usable {
@@ -325,22 +332,22 @@ impl<'a> CredentialStep<'a, '_> {
     }
 
     /// Another of the provider's own values that is not used, and could be sent.
-    fn usable(&self, call: &WorkspaceCall<'a>) -> Option<Found<'a>> {
-        let mut unnoted = EvaluationLog::new(false);
-        call.passed_over.iter().find(|other| self.sent(**other, call.moved_to, &mut unnoted).is_ok()).copied()
+    fn usable(&self, call: &WorkspaceCall<'a>) -> Option<FoundCredential<'a>> {
+        let mut discarded = EvaluationLog::new(false);
+        call.passed_over.iter().find(|other| self.prepare(**other, call.moved_to, &mut discarded).is_ok()).copied()
     }
 
     /// Refused, or warned of, where another credential goes to a vendor that is not its own.
     fn check_exposure(&self, call: &WorkspaceCall<'a>, endpoint: &Endpoint, log: &mut EvaluationLog) -> Flow<()> {
         let arm = self.arm().route.as_ref();
         let is_own = |name: &str| arm.is_some_and(|arm| arm.own.iter().any(|own| own == name));
-        let is_of_another = |found: &Found<'_>| {
+        let is_of_another = |found: &FoundCredential<'_>| {
             let shapes = self.snapshot.catalogue.shapes_of(found.secret.expose().trim_ascii_start());
             let vendor = endpoint.vendor.as_deref();
             let is_no_key = self.snapshot.catalogue.foreign_secrets.what(found.secret.expose(), vendor).is_some();
             is_no_key || !shapes.is_empty() && vendor.is_some_and(|vendor| shapes.iter().all(|shape| shape.vendor != vendor))
         };
-        let exposed = call.travels.iter().filter(|(found, _)| !is_own(found.env_name) || is_of_another(found));
+        let exposed = call.also_sent.iter().filter(|(found, _)| !is_own(found.env_name) || is_of_another(found));
         let env_names: Vec<String> = exposed.map(|(found, _)| found.env_name.to_owned()).collect();
         if env_names.is_empty() {
             return Ok(());
@@ -357,17 +364,17 @@ impl<'a> CredentialStep<'a, '_> {
     /// The credentials that the runtime goes on to after a refusal.
     fn fallbacks(&self, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Vec<(LivenessQuery<'a>, JudgedCredential)> {
         let Some(arm) = self.arm().route.as_ref().filter(|arm| arm.falls_back) else { return Vec::new() };
-        let read = |found: &&Found<'_>| arm.route.reads.iter().any(|name| name == found.env_name);
+        let read = |found: &&FoundCredential<'_>| arm.route.reads.iter().any(|name| name == found.env_name);
         let others = call.passed_over.iter().filter(read).filter_map(|found| {
-            let sent = self.sent(*found, call.moved_to, log).ok()?;
-            Some((self.query(&sent, None), self.judged(found, ChosenBecause::SentAfterARefusal)))
+            let outgoing = self.prepare(*found, call.moved_to, log).ok()?;
+            Some((self.query(&outgoing, None), self.judged(found, ChosenBecause::SentAfterARefusal)))
         });
         others.collect()
     }
 
-    fn query(&self, sent: &Sent<'a>, passed_over: Option<&Found<'a>>) -> LivenessQuery<'a> {
-        let Sent { found, secret, endpoint, way } = sent;
-        let (headers, surface) = way.map_or((&[][..], None), |way| (way.headers.as_slice(), way.surface));
+    fn query(&self, outgoing: &OutgoingCredential<'a>, passed_over: Option<&FoundCredential<'a>>) -> LivenessQuery<'a> {
+        let OutgoingCredential { found, secret, endpoint, delivery } = outgoing;
+        let (headers, surface) = delivery.map_or((&[][..], None), |delivery| (delivery.headers.as_slice(), delivery.surface));
         let certain = self.is_certain();
         LivenessQuery {
             endpoint,
@@ -388,7 +395,7 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    fn missing(&self, credentials: &CredentialSet<'_>, in_the_way: Option<&str>) -> Refusal {
+    fn missing(&self, credentials: &CredentialSet<'_>, blocking_name: Option<&str>) -> Refusal {
         let Provider { name, display_name, auth_env, .. } = self.derived.provider;
         let registry = &self.snapshot.registry;
         let usable = self.arm().usable(self.derived.provider);
@@ -426,14 +433,14 @@ impl<'a> CredentialStep<'a, '_> {
             unread,
             others,
             elsewhere,
-            in_the_way: in_the_way.map(str::to_owned),
-            at_hand: self.at_hand(credentials, &candidates),
+            blocking_name: blocking_name.map(str::to_owned),
+            available: self.available_elsewhere(credentials, &candidates),
             missing_env,
         }
     }
 
     /// A credential of another provider that is there, and whose models it would do for.
-    fn at_hand(&self, credentials: &CredentialSet<'_>, candidates: &[&Arm]) -> Option<(String, ModelChoice)> {
+    fn available_elsewhere(&self, credentials: &CredentialSet<'_>, candidates: &[&Arm]) -> Option<(String, ModelChoice)> {
         if self.spec.credentials.is_empty() {
             return None;
         }
@@ -464,7 +471,7 @@ impl<'a> CredentialStep<'a, '_> {
         let host = provider.base_url.as_ref()?.host_str()?;
         self.runtime.arms.iter().find_map(|arm| {
             let route = self.snapshot.arm(arm).route.as_ref()?;
-            let is_there = route.route.way.base.as_ref().and_then(Url::host_str) == Some(host);
+            let is_there = route.route.delivery.base.as_ref().and_then(Url::host_str) == Some(host);
             let is_file = |name: &&String| self.snapshot.catalogue.credential_kind(name) == Some(CredentialKind::CodexAuthJson);
             let name = route.usable().find(is_file).filter(|_| is_there)?;
             Some(Place { with: self.choice_for(arm), ..self.snapshot.place(name) })
@@ -482,13 +489,13 @@ impl<'a> CredentialStep<'a, '_> {
         ModelChoice { owner: self.snapshot.registry.provider(arm).display_name.clone(), example }
     }
 
-    fn shadowed(&self, sent: &Found<'_>, why: ShadowCause, other: &Found<'_>) -> Refusal {
+    fn shadowed(&self, sent: &FoundCredential<'_>, why: ShadowCause, other: &FoundCredential<'_>) -> Refusal {
         let beats = self.arm().route.as_ref().is_some_and(|arm| arm.route.beaten_by.iter().any(|name| name == sent.env_name));
         let provider = self.derived.provider.name.clone();
         Refusal::Shadowed { sent: sent.named(), why, other: other.named(), replaceable: !beats, provider }
     }
 
-    fn malformed(&self, found: &Found<'_>, fault: Malformation) -> Refusal {
+    fn malformed(&self, found: &FoundCredential<'_>, fault: Malformation) -> Refusal {
         Refusal::Malformed {
             env_name: found.env_name.to_owned(),
             provider: self.derived.provider.name.clone(),
@@ -542,7 +549,7 @@ impl<'a> CredentialStep<'a, '_> {
 }
 
 /// Why a value is not sent.
-enum Unsent {
+enum NotSent {
     Refused(Box<Refusal>),
     NoSurface(NoSurface),
 }

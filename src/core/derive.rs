@@ -47,7 +47,7 @@ pub fn derive<'r>(
     registry: &'r Registry,
     runtime: &str,
     model: &str,
-    at_hand: &dyn Fn(&str) -> bool,
+    is_available: &dyn Fn(&str) -> bool,
 ) -> Result<Derived<'r>, Underivable> {
     let model = model.trim();
     if model.is_empty() {
@@ -68,7 +68,7 @@ pub fn derive<'r>(
     };
     let accepting: Vec<&Arm> = std::iter::once(first)
         .chain(others.iter().copied())
-        .filter(|arm| registry.provider(arm).auth_env.iter().any(|name| at_hand(name)))
+        .filter(|arm| registry.provider(arm).auth_env.iter().any(|name| is_available(name)))
         .collect();
     match (step, accepting.as_slice()) {
         (MatchStep::Exact, [only]) => owner(only, MatchedBy::ExactModelAndCredential),

@@ -29,7 +29,7 @@ const MAX_ANSWERS: usize = 16;
 
 /// What is asked of what is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Question {
+pub enum CalibrationQuestion {
     /// Is this refusal what a made-up key gets?
     Refusal,
     /// Does a "yes" to a key count? With a form: only what holds for keys of that form tells.
@@ -71,11 +71,13 @@ impl MadeUpAnswer {
     /// It answers this question about a request for this model. A refusal whose status is about the credential does not depend on the model; a 400 or
     /// a 404 may. A "yes" does where some models are served without a key, so there only the model itself tells. And a refusal that came before any
     /// "yes" may not be one any more: a cache holds the first one for everybody.
-    fn tells_of(&self, model: &str, question: Question) -> bool {
+    fn tells_of(&self, model: &str, question: CalibrationQuestion) -> bool {
         match (question, &self.calibration) {
             (_, Calibration::AcceptsAnyone) => self.model == model,
-            (Question::Refusal, Calibration::Refuses { shape, .. }) => self.model == model || matches!(shape.status, 401 | 403),
-            (Question::Acceptance(form), Calibration::Refuses { by_code, in_contrast, .. }) => {
+            (CalibrationQuestion::Refusal, Calibration::Refuses { shape, .. }) => {
+                self.model == model || matches!(shape.status, 401 | 403)
+            }
+            (CalibrationQuestion::Acceptance(form), Calibration::Refuses { by_code, in_contrast, .. }) => {
                 self.model == model
                     && form.is_none_or(|form| form == self.form)
                     && (*in_contrast || *by_code && self.after_acceptance)
@@ -95,7 +97,7 @@ impl MadeUpAnswer {
 
 impl RequestFacts {
     /// What is known of its way with made-up keys, for a request that names this model.
-    pub fn calibration(&self, model: &str, question: Question, now: Duration) -> Calibration {
+    pub fn calibration(&self, model: &str, question: CalibrationQuestion, now: Duration) -> Calibration {
         let telling = || self.made_up.iter().filter(|answer| now < answer.until && answer.tells_of(model, question));
         // A "yes" outweighs every refusal, and a refusal that was shown to be one the others.
         let weight = |answer: &&MadeUpAnswer| match answer.calibration {
@@ -111,7 +113,7 @@ impl RequestFacts {
     }
 
     /// Whether a made-up key may be sent.
-    pub fn is_due(&self, model: &str, question: Question, now: Duration) -> bool {
+    pub fn is_due(&self, model: &str, question: CalibrationQuestion, now: Duration) -> bool {
         self.calibration(model, question, now) == Calibration::NotAsked && now >= self.back_off_until
     }
 

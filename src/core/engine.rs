@@ -19,7 +19,7 @@ use uuid::Uuid;
 use crate::{
     core::{
         classify::Finding,
-        credential::{LivenessQuery, QueryContext, Questions},
+        credential::{LivenessQueries, LivenessQuery, QueryContext},
         endpoint::{Endpoint, Target},
         evaluate::{Next, Resolved, Unresolved, alternative_models, evaluate, resolve},
         evaluation_log::Trace,
@@ -217,12 +217,12 @@ impl Engine {
         let (mut trace, mut resolution, mut warnings) = (evaluation.trace, evaluation.resolution, evaluation.warnings);
         let (facts, seen) = match evaluation.next {
             Next::Rule(facts) => (facts, None),
-            Next::Ask(Questions { first, then }) => {
+            Next::Ask(LivenessQueries { first, fallbacks }) => {
                 let mut place = Some(place);
                 let mut held = None;
                 let mut query = first;
                 let mut observed = self.ask(&query, request.max_liveness_age, deadline, &mut place, &mut held).await?;
-                for (next, judged) in then {
+                for (next, judged) in fallbacks {
                     // The runtime goes on to the next credential where one is refused, and there alone.
                     if observed.finding.verdict != Verdict::Invalid {
                         break;
@@ -286,10 +286,10 @@ impl Engine {
         &self,
         runtime: &str,
         model: &str,
-        at_hand: &BTreeSet<String>,
+        available: &BTreeSet<String>,
     ) -> (Result<Resolved, Unresolved>, Arc<Snapshot>) {
         let snapshot = self.snapshot();
-        (resolve(&snapshot, runtime, model, at_hand), snapshot)
+        (resolve(&snapshot, runtime, model, available), snapshot)
     }
 
     /// 8 hex digits under the configured key, so that a person can tell which key was judged; nothing without one.

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use crate::{
     core::{
-        credential::{CredentialStep, Questions},
+        credential::{CredentialStep, LivenessQueries},
         credentials::{CredentialSet, Lookup},
         derive::{Derived, Underivable, derive},
         evaluation_log::{EvaluationLog, Trace},
@@ -47,7 +47,7 @@ pub enum Next<'a> {
     /// Everything is known.
     Rule(Facts),
     /// The provider has to be asked.
-    Ask(Questions<'a>),
+    Ask(LivenessQueries<'a>),
 }
 
 /// Assesses a request at this second of Unix time. `fingerprint` tells keys apart for a person.
@@ -79,7 +79,7 @@ fn proxy_of(snapshot: &Snapshot, spec: &WorkspaceSpec) -> PlatformProxy {
 }
 
 /// Who owns a model by names alone: what `ResolveProvider` answers.
-pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeSet<String>) -> Result<Resolved, Unresolved> {
+pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, available: &BTreeSet<String>) -> Result<Resolved, Unresolved> {
     let mut resolution = Resolution::empty();
     if is_exempt(snapshot, runtime) {
         resolution.billing_mode = Some(BillingMode::None);
@@ -91,7 +91,7 @@ pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeS
     let model = known_model(runtime, model)?;
     // A refusal names them too: if one of them were available, the model might have an owner, or another one.
     let relevant_env = snapshot.relevant_names(found, model);
-    let derived = match derive(registry, runtime, model, &|name| at_hand.contains(name)) {
+    let derived = match derive(registry, runtime, model, &|name| available.contains(name)) {
         Ok(derived) => derived,
         Err(underivable) => return Err(Unresolved { refusal: refusal_of(underivable, runtime, model, registry), relevant_env }),
     };

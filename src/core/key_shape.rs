@@ -28,7 +28,7 @@ const OAUTH_MEMBER_DEPTH: usize = 4;
 
 /// Why a value is not sent.
 #[derive(Debug)]
-pub enum Unfit {
+pub enum Unsendable {
     /// It cannot be a key.
     Malformed(Malformation),
     /// It is one of another kind, or somebody else's.
@@ -48,13 +48,19 @@ pub enum Mistake<'c> {
 
 /// Why this value is not one to send to this endpoint: its characters, its length, or whose key it looks like. `takes_oauth`: an OAuth token
 /// may be of use in a key's place, as far as is known.
-pub fn unfit(catalogue: &Catalogue, endpoint: &Endpoint, env_name: &str, secret: &Secret, takes_oauth: bool) -> Option<Unfit> {
+pub fn why_unsendable(
+    catalogue: &Catalogue,
+    endpoint: &Endpoint,
+    env_name: &str,
+    secret: &Secret,
+    takes_oauth: bool,
+) -> Option<Unsendable> {
     let value = secret.expose();
     let shapes = catalogue.shapes_of(value.trim_ascii_start());
     let vendor = endpoint.vendor.as_deref();
     let place = || Some(Place::of(env_name));
     let (env, provider) = (|| env_name.to_owned(), || endpoint.provider.clone());
-    let refused = |refusal| Some(Unfit::Refused(Box::new(refusal)));
+    let refused = |refusal| Some(Unsendable::Refused(Box::new(refusal)));
     let foreign = |what: &str| {
         refused(Refusal::ForeignSecret { env_name: env(), provider: provider(), what: what.to_owned(), save_as: place() })
     };
@@ -65,30 +71,30 @@ pub fn unfit(catalogue: &Catalogue, endpoint: &Endpoint, env_name: &str, secret:
         }
         let is_oauth = shapes.iter().any(|shape| shape.kind == KeyKind::OAuth && vendor == Some(&shape.vendor));
         return Some(if is_oauth && holds_oauth_members(value) {
-            Unfit::NoSurface(NoSurface::OAuthShaped)
+            Unsendable::NoSurface(NoSurface::OAuthShaped)
         } else {
-            Unfit::Malformed(if value.contains("{{") { Malformation::Template } else { Malformation::Json })
+            Unsendable::Malformed(if value.contains("{{") { Malformation::Template } else { Malformation::Json })
         });
     }
     match mistake(catalogue, vendor, env_name, value) {
         None => {}
-        Some(Mistake::Malformed(fault)) => return Some(Unfit::Malformed(fault)),
+        Some(Mistake::Malformed(fault)) => return Some(Unsendable::Malformed(fault)),
         Some(Mistake::Foreign(what)) => return foreign(what),
     }
     let shape @ KeyShape { vendor: owner, kind, .. } = shapes.first()?;
     let host_takes_it =
         vendor.is_none_or(|host| shapes.iter().any(|shape| shape.vendor == host)) || endpoint.accepts_keys_of.takes(owner);
     match kind {
-        KeyKind::RefreshToken => Some(Unfit::Malformed(Malformation::RefreshTokenForKey)),
+        KeyKind::RefreshToken => Some(Unsendable::Malformed(Malformation::RefreshTokenForKey)),
         KeyKind::Administrative => {
             refused(Refusal::AdministrativeKey { env_name: env(), provider: provider(), vendor: owner.clone(), save_as: place() })
         }
         KeyKind::OAuth if host_takes_it => Some(if value.len() < MIN_OAUTH_TOKEN_BYTES.max(shape.prefix.len()) {
-            Unfit::Malformed(Malformation::CutOff)
+            Unsendable::Malformed(Malformation::CutOff)
         } else if takes_oauth || vendor != Some(owner) {
-            Unfit::NoSurface(NoSurface::OAuthShaped)
+            Unsendable::NoSurface(NoSurface::OAuthShaped)
         } else {
-            Unfit::Malformed(Malformation::TokenForKey)
+            Unsendable::Malformed(Malformation::TokenForKey)
         }),
         KeyKind::ApiKey | KeyKind::OAuth => {
             // A beginning that several vendors have tells nothing.

@@ -57,9 +57,9 @@ pub struct Route {
     /// Variables that are used in its place wherever they are set.
     pub beaten_by: Vec<String>,
     /// How it is sent.
-    pub way: Way,
+    pub delivery: Delivery,
     /// Values that are sent another way, by how they begin.
-    pub by_prefix: Vec<(String, Way)>,
+    pub by_prefix: Vec<(String, Delivery)>,
     /// Where this variable is set, the value goes to this base URL.
     pub by_env: Vec<(String, Url)>,
     /// What else travels in the same request, and in which header.
@@ -70,7 +70,7 @@ pub struct Route {
 
 /// In which header, to which surface, to which host. What is not said is as for any other workspace.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Way {
+pub struct Delivery {
     /// The header; several are sent or tried by versions that are in use.
     pub headers: Vec<HeaderFamily>,
     /// The surface.
@@ -157,7 +157,7 @@ impl RuntimeFacts {
         Some(Route {
             certainty: self.certainty,
             reads,
-            way: Way { headers: vec![header], surface: Some(*surface), base: Some(base) },
+            delivery: Delivery { headers: vec![header], surface: Some(*surface), base: Some(base) },
             also_sends: also_sends.collect(),
             base_url_env: self.base_url_env.clone(),
             ..Route::default()
@@ -180,12 +180,15 @@ impl RuntimeFacts {
 
 impl Route {
     /// How this value is sent.
-    pub fn way_of(&self, value: &str) -> &Way {
-        self.by_prefix.iter().find(|(prefix, _)| value.starts_with(prefix.as_str())).map_or(&self.way, |(_, way)| way)
+    pub fn delivery_of(&self, value: &str) -> &Delivery {
+        self.by_prefix
+            .iter()
+            .find(|(prefix, _)| value.starts_with(prefix.as_str()))
+            .map_or(&self.delivery, |(_, delivery)| delivery)
     }
 
     /// It says how values that begin like this one are sent.
-    pub fn has_way_for(&self, value: &str) -> bool {
+    pub fn has_delivery_for(&self, value: &str) -> bool {
         self.by_prefix.iter().any(|(prefix, _)| value.starts_with(prefix.as_str()))
     }
 

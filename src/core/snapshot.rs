@@ -16,7 +16,7 @@ use crate::{
         oauth_credential::CredentialKind,
         policy::Policy,
         registry::{Arm, Provider, Registry, Runtime},
-        runtimes::Way,
+        runtimes::Delivery,
         workspace_call::ArmRoute,
     },
     domain::{denial::Place, protocol::Surface},
@@ -112,13 +112,13 @@ impl Snapshot {
         &'s self,
         provider: &Provider,
         arm: &'s ArmUse,
-        way: Option<&Way>,
+        delivery: Option<&Delivery>,
         moved_to: Option<&Url>,
     ) -> Result<&'s Arc<Endpoint>, &'s NoSurface> {
-        let base = moved_to.or_else(|| way?.base.as_ref());
+        let base = moved_to.or_else(|| delivery?.base.as_ref());
         // Probes of the registry's own say where to ask.
         let Some(base) = base.filter(|_| provider.probes.is_empty()) else { return self.endpoint(provider) };
-        let surface = way.and_then(|way| way.surface);
+        let surface = delivery.and_then(|delivery| delivery.surface);
         let dialled = arm.dialled.iter().find(|dialled| dialled.base == *base && dialled.surface == surface);
         dialled.map_or(Err(&NoSurface::NoEndpoint), |dialled| dialled.endpoint.as_ref())
     }
@@ -204,9 +204,11 @@ impl ArmUse {
         }
         let mut dialled: Vec<Dialled> = Vec::new();
         if let Some(ArmRoute { route, .. }) = &route {
-            let ways = std::iter::once(&route.way).chain(route.by_prefix.iter().map(|(_, way)| way));
-            let moved = route.by_env.iter().map(|(_, base)| (base, route.way.surface));
-            for (base, surface) in ways.filter_map(|way| Some((way.base.as_ref()?, way.surface))).chain(moved) {
+            let deliveries = std::iter::once(&route.delivery).chain(route.by_prefix.iter().map(|(_, delivery)| delivery));
+            let moved = route.by_env.iter().map(|(_, base)| (base, route.delivery.surface));
+            for (base, surface) in
+                deliveries.filter_map(|delivery| Some((delivery.base.as_ref()?, delivery.surface))).chain(moved)
+            {
                 if !dialled.iter().any(|known| known.base == *base && known.surface == surface) {
                     let endpoint = Endpoint::dialled(provider, base, surface, catalogue).map(Arc::new);
                     dialled.push(Dialled { base: base.clone(), surface, endpoint });

@@ -30,7 +30,7 @@ pub struct ArmRoute {
 
 /// A credential with where it is from.
 #[derive(Debug, Clone, Copy)]
-pub struct Found<'a> {
+pub struct FoundCredential<'a> {
     /// Its name.
     pub env_name: &'a str,
     /// Its value.
@@ -56,22 +56,22 @@ pub enum Prediction<'a> {
 #[derive(Debug)]
 pub struct WorkspaceCall<'a> {
     /// What the provider will read.
-    pub judged: Found<'a>,
+    pub judged: FoundCredential<'a>,
     /// Its name is one of the provider's own.
     pub is_own: bool,
     /// The runtime is known not to read that name.
     pub is_unread: bool,
     /// Different values under the provider's own names that are not used, the next one first.
-    pub passed_over: Vec<Found<'a>>,
+    pub passed_over: Vec<FoundCredential<'a>>,
     /// Another base URL, where a variable moves it.
     pub moved_to: Option<&'a Url>,
     /// What else goes to the same host.
-    pub travels: Vec<(Found<'a>, HeaderFamily)>,
+    pub also_sent: Vec<(FoundCredential<'a>, HeaderFamily)>,
 }
 
 // === impl Found ===
 
-impl Found<'_> {
+impl FoundCredential<'_> {
     /// Its name and its scope, for a denial's words.
     pub fn named(&self) -> NameAndScope {
         NameAndScope { env_name: self.env_name.to_owned(), scope: self.scope }
@@ -99,8 +99,8 @@ impl ArmRoute {
     /// The provider's own names that the runtime reads, or those of which nobody knows that it does not.
     pub fn usable(&self) -> impl Iterator<Item = &String> {
         let reads = |name: &&String| self.route.reads.contains(name);
-        let untold = !self.route.is_certain() && !self.own.iter().any(|name| reads(&name));
-        self.own.iter().filter(move |name| untold || reads(name))
+        let unknown = !self.route.is_certain() && !self.own.iter().any(|name| reads(&name));
+        self.own.iter().filter(move |name| unknown || reads(name))
     }
 
     fn lookup<'a>(&'a self, credentials: &CredentialSet<'a>, name: &'a str) -> Lookup<'a> {
@@ -128,7 +128,7 @@ pub fn predict<'a>(arm: Option<&'a ArmRoute>, provider: &'a Provider, credential
                         is_unread: false,
                         passed_over: Vec::new(),
                         moved_to: None,
-                        travels: Vec::new(),
+                        also_sent: Vec::new(),
                     };
                     Prediction::Sends(call)
                 }
@@ -143,19 +143,25 @@ fn predict_by<'a>(arm: &'a ArmRoute, credentials: &CredentialSet<'a>) -> Result<
     let lookup = |name| arm.lookup(credentials, name);
     let is_own = |name: &str| own.iter().any(|own| own == name);
     // An own value has to be there, whatever else is sent.
-    let owned = own.iter().filter_map(|name| found(name, &lookup)).collect::<Vec<_>>();
+    let owned = own.iter().filter_map(|name| find(name, &lookup)).collect::<Vec<_>>();
     let beats = first(&route.beaten_by, &lookup)?;
     let read = first(&route.reads, &lookup)?;
     let Some(sent) = beats.or(read) else {
         // Nothing that it reads is there: what the registry accepts is judged, and is of no use to it.
         let Some(judged) = first(own, &lookup)? else { return Ok(Prediction::Missing(None)) };
-        let call =
-            WorkspaceCall { judged, is_own: true, is_unread: true, passed_over: Vec::new(), moved_to: None, travels: Vec::new() };
+        let call = WorkspaceCall {
+            judged,
+            is_own: true,
+            is_unread: true,
+            passed_over: Vec::new(),
+            moved_to: None,
+            also_sent: Vec::new(),
+        };
         return Ok(Prediction::Sends(call));
     };
     if owned.is_empty() {
         return match own.iter().filter(|name| matches!(lookup(name), Lookup::Unknown)).cloned().collect::<Vec<_>>() {
-            unknown if unknown.is_empty() => Ok(Prediction::Missing(in_the_way(arm, sent.env_name))),
+            unknown if unknown.is_empty() => Ok(Prediction::Missing(blocking_name(arm, sent.env_name))),
             unknown => Err(unknown),
         };
     }
@@ -165,44 +171,44 @@ fn predict_by<'a>(arm: &'a ArmRoute, credentials: &CredentialSet<'a>) -> Result<
     } else {
         owned.iter().find(|own| own.secret.same_as(sent.secret)).copied().unwrap_or(sent)
     };
-    let mut passed_over: Vec<Found<'a>> = Vec::new();
+    let mut passed_over: Vec<FoundCredential<'a>> = Vec::new();
     // Most workspaces have one value, and nothing that it could be taken for.
-    let is_judged = |found: &Found<'_>| found.env_name == judged.env_name;
+    let is_judged = |found: &FoundCredential<'_>| found.env_name == judged.env_name;
     if !owned.iter().all(is_judged) {
-        let differs = |found: &Found<'_>| !found.secret.same_as(judged.secret) || !is_own(judged.env_name);
-        let in_order = route.reads.iter().chain(own).filter(|name| is_own(name)).filter_map(|name| found(name, &lookup));
+        let differs = |found: &FoundCredential<'_>| !found.secret.same_as(judged.secret) || !is_own(judged.env_name);
+        let in_order = route.reads.iter().chain(own).filter(|name| is_own(name)).filter_map(|name| find(name, &lookup));
         for other in in_order.filter(|other| !is_judged(other) && differs(other)) {
             if passed_over.iter().all(|known| known.env_name != other.env_name) {
                 passed_over.push(other);
             }
         }
     }
-    let travels = route.also_sends.iter().filter_map(|(name, header)| Some((found(name, &lookup)?, *header)));
-    let moved_to = route.by_env.iter().find(|(name, _)| found(name, &lookup).is_some()).map(|(_, base)| base);
-    let travels = travels.filter(|(found, _)| !found.secret.same_as(judged.secret)).collect();
+    let also_sent = route.also_sends.iter().filter_map(|(name, header)| Some((find(name, &lookup)?, *header)));
+    let moved_to = route.by_env.iter().find(|(name, _)| find(name, &lookup).is_some()).map(|(_, base)| base);
+    let also_sent = also_sent.filter(|(found, _)| !found.secret.same_as(judged.secret)).collect();
     Ok(Prediction::Sends(WorkspaceCall {
         judged,
         is_own: is_own(judged.env_name),
         is_unread: false,
         passed_over,
         moved_to,
-        travels,
+        also_sent,
     }))
 }
 
 /// This name, if it is read before one of the provider's own.
-fn in_the_way<'a>(arm: &'a ArmRoute, sent: &'a str) -> Option<&'a str> {
+fn blocking_name<'a>(arm: &'a ArmRoute, sent: &'a str) -> Option<&'a str> {
     let mut behind = arm.route.beaten_by.iter().chain(&arm.route.reads).skip_while(|name| *name != sent);
     behind.any(|name| arm.own.contains(name)).then_some(sent)
 }
 
 /// The first of these names that holds a value, unless one before it could not be read.
-fn first<'a>(names: &'a [String], lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Result<Option<Found<'a>>, Vec<String>> {
+fn first<'a>(names: &'a [String], lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Result<Option<FoundCredential<'a>>, Vec<String>> {
     let mut unknown = Vec::new();
     for name in names {
         match lookup(name) {
             Lookup::Value { secret, scope, shadows_organization } if unknown.is_empty() => {
-                return Ok(Some(Found { env_name: name, secret, scope, shadows_organization }));
+                return Ok(Some(FoundCredential { env_name: name, secret, scope, shadows_organization }));
             }
             Lookup::Value { .. } => break,
             Lookup::Nothing => {}
@@ -212,10 +218,10 @@ fn first<'a>(names: &'a [String], lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Res
     if unknown.is_empty() { Ok(None) } else { Err(unknown) }
 }
 
-fn found<'a>(name: &'a str, lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Option<Found<'a>> {
+fn find<'a>(name: &'a str, lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Option<FoundCredential<'a>> {
     match lookup(name) {
         Lookup::Value { secret, scope, shadows_organization } => {
-            Some(Found { env_name: name, secret, scope, shadows_organization })
+            Some(FoundCredential { env_name: name, secret, scope, shadows_organization })
         }
         Lookup::Nothing | Lookup::Unknown => None,
     }

@@ -101,9 +101,9 @@ pub enum Refusal {
         /// Where a key goes whose own name the runtime does not read, with its owner.
         elsewhere: Option<(String, Place)>,
         /// A name that holds a value which would be sent in the credential's place.
-        in_the_way: Option<String>,
+        blocking_name: Option<String>,
         /// A name that is set, and the models that it would do for.
-        at_hand: Option<(String, ModelChoice)>,
+        available: Option<(String, ModelChoice)>,
         /// Names whose blank value in the workspace hides one of the organization's.
         hidden: Vec<String>,
         /// All names, for programs.

@@ -119,16 +119,17 @@ impl Refusal {
             Self::MissingCredential { hidden, .. } if !hidden.is_empty() => {
                 format!("remove the blank {} from the workspace's secrets, or set it there", listed(hidden))
             }
-            Self::MissingCredential { accepted_env, unread, others, elsewhere, in_the_way, at_hand, .. } => {
-                let in_the_way =
-                    in_the_way.iter().map(|name| format!(", and remove {name}, which the runtime sends in its place"));
+            Self::MissingCredential { accepted_env, unread, others, elsewhere, blocking_name, available, .. } => {
+                let blocking_name =
+                    blocking_name.iter().map(|name| format!(", and remove {name}, which the runtime sends in its place"));
                 let own = format!("set {} as a secret of the workspace or of the organization", any_of(accepted_env));
-                let own = (!unread).then(|| own + &in_the_way.collect::<String>());
+                let own = (!unread).then(|| own + &blocking_name.collect::<String>());
                 let others = others.iter().map(|(owner, names)| format!("{} for {owner}", any_of(names)));
                 let elsewhere =
                     elsewhere.iter().map(|(owner, place)| format!("save a key of {owner} as {}{}", place.text(), place.choice()));
-                let at_hand = at_hand.iter().map(|(name, models)| format!("choose {}, for {name}, which is set", models.text()));
-                let ways: Vec<String> = own.into_iter().chain(others).chain(elsewhere).chain(at_hand).collect();
+                let available =
+                    available.iter().map(|(name, models)| format!("choose {}, for {name}, which is set", models.text()));
+                let ways: Vec<String> = own.into_iter().chain(others).chain(elsewhere).chain(available).collect();
                 if ways.is_empty() { READS_NO_KEY.to_owned() } else { ways.join("; or ") }
             }
             Self::Malformed { env_name, fault, save_as, right_place, .. } => {

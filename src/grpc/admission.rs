@@ -38,7 +38,7 @@ type ExpectedWait<'w> = dyn Fn() -> Duration + Sync + 'w;
 
 /// One place to wait for one provider.
 #[derive(Debug)]
-pub(super) struct Place {
+pub(super) struct WaitPermit {
     _of_all: OwnedSemaphorePermit,
     _of_provider: OwnedSemaphorePermit,
 }
@@ -62,12 +62,12 @@ impl Admission {
     }
 
     /// A place for one decision. Whoever gets none is told when there will be one, by how long a question to this provider waits.
-    pub(super) async fn enter(&self, provider: &str, expected_wait: &ExpectedWait<'_>) -> Result<Place, Status> {
+    pub(super) async fn enter(&self, provider: &str, expected_wait: &ExpectedWait<'_>) -> Result<WaitPermit, Status> {
         let share = self.share_of(provider);
         if let (Ok(_of_provider), Ok(_of_all)) =
             (Arc::clone(&share).try_acquire_owned(), Arc::clone(&self.places).try_acquire_owned())
         {
-            return Ok(Place { _of_all, _of_provider });
+            return Ok(WaitPermit { _of_all, _of_provider });
         }
         let Ok(_seat) = self.waiting.try_acquire() else { return Err(self.full(provider, &share, expected_wait)) };
         self.acquire(share, provider, Instant::now() + self.wait, expected_wait).await
@@ -79,7 +79,7 @@ impl Admission {
         provider: &str,
         deadline: Instant,
         expected_wait: &ExpectedWait<'_>,
-    ) -> Result<Place, Status> {
+    ) -> Result<WaitPermit, Status> {
         self.acquire(self.share_of(provider), provider, deadline, expected_wait).await
     }
 
@@ -94,7 +94,7 @@ impl Admission {
         provider: &str,
         deadline: Instant,
         expected_wait: &ExpectedWait<'_>,
-    ) -> Result<Place, Status> {
+    ) -> Result<WaitPermit, Status> {
         // Its share first: who waits for a provider that is full holds no place of all.
         let Ok(Ok(_of_provider)) = timeout_at(deadline, Arc::clone(&share).acquire_owned()).await else {
             return Err(self.full(provider, &share, expected_wait));
@@ -102,7 +102,7 @@ impl Admission {
         let Ok(Ok(_of_all)) = timeout_at(deadline, Arc::clone(&self.places).acquire_owned()).await else {
             return Err(self.full(provider, &share, expected_wait));
         };
-        Ok(Place { _of_all, _of_provider })
+        Ok(WaitPermit { _of_all, _of_provider })
     }
 
     fn share_of(&self, provider: &str) -> Arc<Semaphore> {

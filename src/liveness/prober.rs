@@ -21,7 +21,7 @@ use crate::{
             Answer, Body, Calibration, Classification, Finding, ProbeResponse, from_a_cache, is_from_a_cache, is_page, read,
         },
         endpoint::{Call, Target},
-        endpoint_facts::{EndpointFacts, Question},
+        endpoint_facts::{CalibrationQuestion, EndpointFacts},
         engine::{Boxed, ProbeRequest, Prober},
         made_up_key::{KeyForm, made_up_key},
         probe_plan::{Client, Lesson, Next, ProbePlan, Purpose, Requests, outcome_of},
@@ -256,11 +256,11 @@ async fn run_plan(
                 let calibration = match (endpoints, purpose) {
                     (None, _) => Calibration::NotAsked,
                     (Some(endpoints), Purpose::Acceptance { of_its_form }) => {
-                        let question = Question::Acceptance(of_its_form.then(|| KeyForm::of(secret)));
+                        let question = CalibrationQuestion::Acceptance(of_its_form.then(|| KeyForm::of(secret)));
                         endpoints.ask(call, &families, target, secret, question, most_of(deadline)).await
                     }
                     (Some(endpoints), Purpose::Refusal) => {
-                        endpoints.ask(call, &families, target, secret, Question::Refusal, half_of(deadline)).await
+                        endpoints.ask(call, &families, target, secret, CalibrationQuestion::Refusal, half_of(deadline)).await
                     }
                     // Believed on its documentation, and checked in the background for the next time.
                     (Some(endpoints), Purpose::Check) => endpoints.ask_behind(call, &families, target, secret),
@@ -284,7 +284,9 @@ async fn run_plan(
             Next::Keyless { call, now: false } => {
                 let calibration = match endpoints {
                     None => Calibration::NotAsked,
-                    Some(endpoints) => endpoints.ask(call, &[], target, secret, Question::Refusal, half_of(deadline)).await,
+                    Some(endpoints) => {
+                        endpoints.ask(call, &[], target, secret, CalibrationQuestion::Refusal, half_of(deadline)).await
+                    }
                 };
                 plan.take_keyless(match &calibration {
                     Calibration::Refuses { shape, .. } => Some(shape),
@@ -297,7 +299,7 @@ async fn run_plan(
     for (attempt, (call, families)) in attempts.iter_mut().zip(&asked) {
         if attempt.calibration == Calibration::NotAsked {
             attempt.calibration =
-                endpoints.map(|endpoints| endpoints.known(call, families, Question::Refusal)).unwrap_or_default();
+                endpoints.map(|endpoints| endpoints.known(call, families, CalibrationQuestion::Refusal)).unwrap_or_default();
         }
     }
     let decisive = |attempt: &&Attempt| {

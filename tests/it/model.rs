@@ -10,7 +10,7 @@ use byok_gate::{
         classify::{Answer, Calibration},
         credential::LivenessQuery,
         endpoint::Target,
-        endpoint_facts::{Question, RequestFacts},
+        endpoint_facts::{CalibrationQuestion, RequestFacts},
         engine::{Engine, LivenessSource, Observed},
         evaluate::{Next, evaluate},
         made_up_key::KeyForm,
@@ -348,7 +348,7 @@ fn learnt_shape(status: u16) -> ResponseShape {
 }
 
 /// What is known of it then, from all that happened and nothing else.
-fn learnt_by(log: &[(u64, Learnt)], model: &str, question: Question, now: u64) -> Calibration {
+fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, now: u64) -> Calibration {
     let mut standing: Vec<Stands> = Vec::new();
     let (mut misses, mut inconclusive, mut back_off_until) = (0_u32, None, 0);
     let mut miss = |at: u64, misses: &mut u32, inconclusive: &mut Option<Calibration>, what| {
@@ -398,8 +398,8 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: Question, now: u64) -
         now < answer.at + GOOD_FOR
             && match (question, answer.kind) {
                 (_, 2) => of_model,
-                (Question::Refusal, kind) => of_model || kind == 0,
-                (Question::Acceptance(form), kind) => {
+                (CalibrationQuestion::Refusal, kind) => of_model || kind == 0,
+                (CalibrationQuestion::Acceptance(form), kind) => {
                     of_model
                         && form.is_none_or(|form| form == answer.form)
                         && (answer.in_contrast || kind == 0 && answer.after_acceptance)
@@ -466,8 +466,8 @@ fn what_was_learnt_of_an_endpoint_is_what_its_model_says() {
                 }
             }
             let later = now + *[0, 10, 100, 700, 20_000].choose(random).unwrap();
-            let questions = [None, Some(forms[0]), Some(forms[1])].map(Question::Acceptance);
-            let questions = questions.into_iter().chain([Question::Refusal]);
+            let questions = [None, Some(forms[0]), Some(forms[1])].map(CalibrationQuestion::Acceptance);
+            let questions = questions.into_iter().chain([CalibrationQuestion::Refusal]);
             for (model, question) in questions.flat_map(|question| ["", "m", "n"].map(|model| (model, question))) {
                 let expected = learnt_by(&log, model, question, later);
                 let found = facts.calibration(model, question, Duration::from_secs(later));

@@ -6,7 +6,7 @@ use HeaderFamily::{ApiKey, Bearer, XApiKey};
 use byok_gate::{
     core::{
         catalogue::Catalogue,
-        classify::{Answer, Calibration, Finding, ProbeResponse, calibrated, read},
+        classify::{Answer, Calibration, Finding, ProbeResponse, calibration_of, read},
         endpoint::{Call, Endpoint, Preference, Target, target},
         endpoint_facts::EndpointFacts,
         probe_plan::{Client, Lesson, Next, ProbePlan, Requests},
@@ -79,7 +79,7 @@ fn run(target: &Target, facts: &EndpointFacts, in_contrast: bool, world: World<'
             }
             Next::Calibrate { call, families, .. } => {
                 let calibration = match response(call, world(call.probe.surface, &families, MadeUp)) {
-                    ProbeResponse::Answer { reading, shape, .. } => calibrated(&reading, &shape),
+                    ProbeResponse::Answer { reading, shape, .. } => calibration_of(&reading, &shape),
                     _ => Calibration::Inconclusive(None),
                 };
                 plan.take_calibration(&match calibration {

@@ -48,7 +48,7 @@ pub(crate) struct RouteFile {
     #[serde(default)]
     pub(super) base: Option<String>,
     #[serde(default, deserialize_with = "yaml::unique_keys")]
-    pub(super) by_prefix: Option<BTreeMap<String, WayFile>>,
+    pub(super) by_prefix: Option<BTreeMap<String, DeliveryFile>>,
     #[serde(default, deserialize_with = "yaml::unique_keys")]
     pub(super) by_env: Option<BTreeMap<String, String>>,
     #[serde(default, deserialize_with = "yaml::unique_keys")]
@@ -59,7 +59,7 @@ pub(crate) struct RouteFile {
 
 /// One way.
 #[derive(Debug, Default, Deserialize)]
-pub(crate) struct WayFile {
+pub(crate) struct DeliveryFile {
     #[serde(default)]
     pub(super) header: Option<OneOrMany>,
     #[serde(default)]

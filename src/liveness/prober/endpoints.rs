@@ -16,9 +16,9 @@ use tracing::Instrument;
 use super::{Exchange, Http};
 use crate::{
     core::{
-        classify::{Calibration, Finding, calibrated, read},
+        classify::{Calibration, Finding, calibration_of, read},
         endpoint::{Call, Endpoint, Target},
-        endpoint_facts::{EndpointFacts, Question, RequestFacts},
+        endpoint_facts::{CalibrationQuestion, EndpointFacts, RequestFacts},
         made_up_key::{KeyForm, can_be_imitated, made_up_key_like},
         probe_plan::Lesson,
         response_shape::ResponseShape,
@@ -115,7 +115,8 @@ impl Endpoints {
 
     /// This request tells nothing of a key: anybody is accepted, or it is not there.
     pub(super) fn is_pointless(&self, call: &Call, family: HeaderFamily) -> bool {
-        self.absent.contains_key(&call.request) || self.known(call, &[family], Question::Refusal) == Calibration::AcceptsAnyone
+        self.absent.contains_key(&call.request)
+            || self.known(call, &[family], CalibrationQuestion::Refusal) == Calibration::AcceptsAnyone
     }
 
     /// A real key was accepted there within hours.
@@ -189,20 +190,20 @@ impl Endpoints {
         families: &[HeaderFamily],
         target: &Target,
         secret: &Secret,
-        question: Question,
+        question: CalibrationQuestion,
         deadline: Instant,
     ) -> Calibration {
         // A key that cannot be imitated is compared with the usual made-up one.
         let question = match question {
-            Question::Acceptance(Some(_)) if !can_be_imitated(secret, target.endpoint.key_prefix.as_deref()) => {
-                Question::Acceptance(None)
+            CalibrationQuestion::Acceptance(Some(_)) if !can_be_imitated(secret, target.endpoint.key_prefix.as_deref()) => {
+                CalibrationQuestion::Acceptance(None)
             }
             question => question,
         };
         let tells = |told: &Told| match question {
-            Question::Refusal => true,
-            Question::Acceptance(_) if told.model != call.model => false,
-            Question::Acceptance(form) => {
+            CalibrationQuestion::Refusal => true,
+            CalibrationQuestion::Acceptance(_) if told.model != call.model => false,
+            CalibrationQuestion::Acceptance(form) => {
                 form.is_none_or(|form| form == told.form) || told.calibration == Calibration::AcceptsAnyone
             }
         };
@@ -222,14 +223,21 @@ impl Endpoints {
 
     /// Asks in the background, unless the answer is known. What is known without waiting.
     pub(super) fn ask_behind(&self, call: &Call, families: &[HeaderFamily], target: &Target, secret: &Secret) -> Calibration {
-        match self.begin(call, families, target, secret, Question::Refusal) {
+        match self.begin(call, families, target, secret, CalibrationQuestion::Refusal) {
             Asked::Known(calibration) => calibration,
             Asked::UnderWay(_) => Calibration::NotWaitedFor,
         }
     }
 
     /// Asks with a made-up key like this one in these headers, or without any where there are none, unless the answer is known or under way.
-    fn begin(&self, call: &Call, families: &[HeaderFamily], target: &Target, secret: &Secret, question: Question) -> Asked {
+    fn begin(
+        &self,
+        call: &Call,
+        families: &[HeaderFamily],
+        target: &Target,
+        secret: &Secret,
+        question: CalibrationQuestion,
+    ) -> Asked {
         let key = key(call, families);
         let facts = self.request(call, families);
         let launch = |_| {
@@ -252,7 +260,7 @@ impl Endpoints {
     }
 
     /// What is known without asking.
-    pub(super) fn known(&self, call: &Call, families: &[HeaderFamily], question: Question) -> Calibration {
+    pub(super) fn known(&self, call: &Call, families: &[HeaderFamily], question: CalibrationQuestion) -> Calibration {
         let facts = self.requests.get(&key(call, families));
         facts.map_or(Calibration::NotAsked, |facts| lock(&facts).calibration(&call.model, question, self.since.elapsed()))
     }
@@ -283,7 +291,7 @@ impl Endpoints {
                         (read(response.facts(), &call.probe), ResponseShape::of(response.facts(), made_up.expose()));
                     // The answer to a request without a key is compared, and not read.
                     let seen = |shape| Calibration::Refuses { shape, in_words: false, by_code: false, in_contrast: false };
-                    if families.is_empty() { seen(shape) } else { calibrated(&reading, &shape) }
+                    if families.is_empty() { seen(shape) } else { calibration_of(&reading, &shape) }
                 }
                 Exchange::TimedOut | Exchange::Unreachable(_) | Exchange::Exhausted => Calibration::Inconclusive(None),
             };

@@ -5,7 +5,7 @@ use std::{sync::LazyLock, time::Duration};
 
 use byok_gate::{
     core::{
-        classify::{Answer, Calibration, ProbeResponse, calibrated, is_page, read},
+        classify::{Answer, Calibration, ProbeResponse, calibration_of, is_page, read},
         endpoint::{Target, target},
         response_shape::ResponseShape,
         probe_plan::{Client, Next, ProbePlan, Requests},
@@ -90,7 +90,7 @@ fuzz_target!(|input: &[u8]| {
             Next::Calibrate { call, .. } => {
                 let response = nth(if same { last } else { steps }).response(call);
                 plan.take_calibration(&match response {
-                    ProbeResponse::Answer { reading, shape, .. } => calibrated(&reading, &shape),
+                    ProbeResponse::Answer { reading, shape, .. } => calibration_of(&reading, &shape),
                     ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) | ProbeResponse::Exhausted => {
                         Calibration::Inconclusive(None)
                     }
