@@ -1,8 +1,9 @@
-//! What an endpoint has taught of its ways: pure, bounded, and only what was seen. Times are since some fixed moment, as the owner has them.
+//! What has been learnt about an endpoint: how it treats made-up keys, and which headers it takes. Pure and bounded. The caller gives the time, as
+//! the duration since a fixed moment.
 //!
-//! A refusal by a code that is about keys needs no more. Whatever else a made-up key gets (plain text, a page, a 404, a bare 401) may be a limit on
-//! calls, a ban or an outage: it is a refusal only in contrast, a real key being accepted right before it and right after it again. An answer that
-//! everybody gets never is, since no real key is accepted there.
+//! A made-up key that gets a code about keys has been refused, without doubt. Any other response to it (plain text, a page, a 404, a bare 401) may
+//! come from a rate limit, a ban or an outage. Such a response counts as a refusal only if a real key was accepted right before it and again right
+//! after it. What every key gets is never a refusal: no real key is accepted there at that time.
 
 use std::time::Duration;
 
@@ -15,63 +16,62 @@ use crate::{
     domain::protocol::HeaderFamily,
 };
 
-/// The longest time between the acceptance of a real key and the refusal of a made-up one that is compared with it.
+/// The most time between the acceptance of a real key and the refusal of a made-up key, for the two to be compared.
 pub const CONTRAST: Duration = Duration::from_secs(600);
-/// The wait after an answer that told nothing (429, 5xx, none); doubled each time, up to the maximum.
+/// The first wait after an inconclusive answer (429, 5xx, none). It doubles each time, up to [`MAX_BACK_OFF`].
 pub const BACK_OFF: Duration = Duration::from_secs(60);
 /// The longest wait.
 pub const MAX_BACK_OFF: Duration = Duration::from_secs(3600);
-/// How long it is remembered that a real key was accepted there, or refused in words.
+/// How long the acceptance of a real key, or its refusal with a 401, is remembered.
 pub const SEEN: Duration = Duration::from_secs(6 * 3600);
-/// The most answers that are kept for one request, one per model and form of key. A server needs more only if it refuses in another way for each
-/// model, or if its keys have many forms.
+/// The most answers to made-up keys that are kept for one request, one per model and form of key. An endpoint needs more only if it refuses
+/// differently for each model, or if its keys have many forms.
 const MAX_ANSWERS: usize = 16;
 
-/// What is asked of what is known.
+/// What the caller wants to know from a calibration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CalibrationQuestion {
-    /// Is this refusal what a made-up key gets?
+    /// Whether a response is the refusal that a made-up key gets.
     Refusal,
-    /// Does a "yes" to a key count? With a form: only what holds for keys of that form tells.
+    /// Whether a success response counts. With a form, only made-up keys of this form are considered.
     Acceptance(Option<KeyForm>),
 }
 
-/// What one request in one header has taught.
+/// What has been learnt about one request with the credential in one header.
 #[derive(Debug, Clone, Default)]
 pub struct RequestFacts {
     made_up: Vec<MadeUpAnswer>,
-    /// When a real key was last accepted, by model.
+    /// The models for which a real key was accepted, and when last.
     accepted: Vec<(String, Duration)>,
-    /// The catalogue knows that it refuses bad keys.
+    /// The catalogue says that this request refuses bad keys.
     is_documented: bool,
-    /// With which kinds of body real keys were refused with a 401, by their form.
+    /// Real keys that were refused with a 401: their form, the kind of the response's body, and when.
     refused: Vec<(KeyForm, Body, Duration)>,
-    /// No made-up key is sent before this.
+    /// No made-up key is sent before this time.
     back_off_until: Duration,
-    /// How often in a row one told nothing.
+    /// How many answers in a row were inconclusive.
     misses: u32,
-    /// What the last one that told nothing got.
+    /// The last inconclusive answer.
     inconclusive: Option<Calibration>,
 }
 
 #[derive(Debug, Clone)]
 struct MadeUpAnswer {
-    /// The model that the request named; empty where it names none.
+    /// The model in the request; empty if the request names none.
     model: String,
-    /// The form of the key.
     form: KeyForm,
     calibration: Calibration,
-    /// A real key had been accepted there, minutes before.
+    /// A real key had been accepted for this model shortly before.
     after_acceptance: bool,
     at: Duration,
     until: Duration,
 }
 
 impl MadeUpAnswer {
-    /// It answers this question about a request for this model. A refusal whose status is about the credential does not depend on the model; a 400 or
-    /// a 404 may. A "yes" does where some models are served without a key, so there only the model itself tells. And a refusal that came before any
-    /// "yes" may not be one any more: a cache holds the first one for everybody.
-    fn tells_of(&self, model: &str, question: CalibrationQuestion) -> bool {
+    /// Whether this answer settles the question for a request with this model. A 401 or 403 is about the credential and holds for every model; a 400
+    /// or 404 may depend on the model. An acceptance always may, since some models are served without a key. A refusal that was seen before any
+    /// acceptance does not prove an acceptance: a cache may give the first refusal to every key.
+    fn settles(&self, model: &str, question: CalibrationQuestion) -> bool {
         match (question, &self.calibration) {
             (_, Calibration::AcceptsAnyone) => self.model == model,
             (CalibrationQuestion::Refusal, Calibration::Refuses { shape, .. }) => {
@@ -96,34 +96,34 @@ impl MadeUpAnswer {
 // === impl RequestFacts ===
 
 impl RequestFacts {
-    /// What is known of its way with made-up keys, for a request that names this model.
+    /// How a made-up key is answered, for a request that names this model.
     pub fn calibration(&self, model: &str, question: CalibrationQuestion, now: Duration) -> Calibration {
-        let telling = || self.made_up.iter().filter(|answer| now < answer.until && answer.tells_of(model, question));
-        // A "yes" outweighs every refusal, and a refusal that was shown to be one the others.
+        let settling = || self.made_up.iter().filter(|answer| now < answer.until && answer.settles(model, question));
+        // An acceptance outweighs every refusal; a refusal in contrast outweighs the other refusals.
         let weight = |answer: &&MadeUpAnswer| match answer.calibration {
             Calibration::AcceptsAnyone => 2,
             Calibration::Refuses { in_contrast: true, .. } => 1,
             _ => 0,
         };
-        match (telling().max_by_key(weight), &self.inconclusive) {
+        match (settling().max_by_key(weight), &self.inconclusive) {
             (Some(answer), _) => answer.calibration.clone(),
             (None, Some(inconclusive)) if now < self.back_off_until => inconclusive.clone(),
             (None, _) => Calibration::NotAsked,
         }
     }
 
-    /// Whether a made-up key may be sent.
+    /// Whether a made-up key should be sent now.
     pub fn is_due(&self, model: &str, question: CalibrationQuestion, now: Duration) -> bool {
         self.calibration(model, question, now) == Calibration::NotAsked && now >= self.back_off_until
     }
 
-    /// Whether a real key was accepted there.
+    /// Whether a real key was accepted recently.
     pub fn has_accepted(&self, now: Duration) -> bool {
         self.accepted.iter().any(|(_, at)| now.saturating_sub(*at) <= SEEN)
     }
 
-    /// A made-up key of this form was answered so. What it tells is good for this long. `jitter`, of 0.8 to 1, spreads waits and ends. Gives what it
-    /// comes to.
+    /// Records the answer to a made-up key of this form, valid for `good_for`. `jitter` (0.8 to 1) spreads waits and expiries. Returns what the
+    /// answer means in the light of what is known.
     pub fn take_answer(
         &mut self,
         (model, form): (&str, KeyForm),
@@ -136,11 +136,11 @@ impl RequestFacts {
         let after_acceptance = self.accepted.iter().any(|(accepted, at)| accepted == model && is_recent(*at));
         let calibration = match calibration {
             Calibration::AcceptsAnyone => Calibration::AcceptsAnyone,
-            // Keys of this form are refused with a 401 there. Whatever else comes now, and comes to a made-up key too, comes to everybody.
+            // Real keys of this form are refused with a 401. A made-up key that gets something else got what every key gets now.
             Calibration::Refuses { shape, by_code: false, .. }
                 if !after_acceptance && self.refuses_otherwise(form, &shape, now) =>
             {
-                return self.miss(Calibration::SameForEveryKey(shape), now, jitter);
+                return self.record_inconclusive(Calibration::SameForEveryKey(shape), now, jitter);
             }
             Calibration::Refuses { shape, in_words, by_code, .. } => {
                 let contrasts = |(accepted, at): &(String, Duration)| is_recent(*at) && are_comparable(&shape, accepted, model);
@@ -149,7 +149,7 @@ impl RequestFacts {
             }
             Calibration::NotAsked | Calibration::NotWaitedFor => return calibration,
             inconclusive @ (Calibration::Inconclusive(_) | Calibration::SameForEveryKey(_)) => {
-                return self.miss(inconclusive, now, jitter);
+                return self.record_inconclusive(inconclusive, now, jitter);
             }
         };
         (self.misses, self.inconclusive) = (0, None);
@@ -163,7 +163,7 @@ impl RequestFacts {
         calibration
     }
 
-    /// A real key was accepted. `is_documented`: the catalogue knows that bad ones are refused.
+    /// Records that a real key was accepted. `is_documented`: the catalogue says that this request refuses bad keys.
     pub fn take_acceptance(&mut self, model: &str, is_documented: bool, now: Duration) {
         self.is_documented |= is_documented;
         self.accepted.retain(|(accepted, at)| accepted != model && now.saturating_sub(*at) <= SEEN);
@@ -181,7 +181,7 @@ impl RequestFacts {
         }
     }
 
-    /// A real key of this form was refused with a 401 that has this kind of body.
+    /// Records that a real key of this form was refused with a 401 that had this kind of body.
     pub fn take_refusal(&mut self, form: KeyForm, body: Body, now: Duration) {
         let is_same = |refused: KeyForm, known: Body| (refused, known) == (form, body);
         self.refused.retain(|(refused, known, at)| !is_same(*refused, *known) && now.saturating_sub(*at) <= SEEN);
@@ -191,7 +191,7 @@ impl RequestFacts {
         self.refused.push((form, body, now));
     }
 
-    /// The real key that was accepted right before the made-up one was asked again: accepted once more, or given this.
+    /// Records how the real key was answered that was sent again after the made-up one: `None` if it was accepted, else the response.
     pub fn take_second_answer(&mut self, model: &str, other: Option<ResponseShape>, now: Duration, jitter: f64) {
         let latest = self.made_up.iter_mut().rev().find(|answer| answer.model == model && answer.after_acceptance);
         let Some(answer) = latest.filter(|answer| now.abs_diff(answer.at) <= CONTRAST) else { return };
@@ -201,21 +201,21 @@ impl RequestFacts {
             Some(other) => {
                 let form = answer.form;
                 self.made_up.retain(|answer| answer.model != model || answer.form != form);
-                self.miss(Calibration::SameForEveryKey(other), now, jitter);
+                self.record_inconclusive(Calibration::SameForEveryKey(other), now, jitter);
             }
         }
     }
 
-    /// This was seen to come to everybody: what a made-up key got is no refusal if it was that.
+    /// Records that every key gets this response. Earlier refusals of made-up keys that look like it no longer count.
     pub fn take_same_for_every_key(&mut self, shape: &ResponseShape, now: Duration, jitter: f64) {
         self.made_up.retain(|answer| match &answer.calibration {
             Calibration::Refuses { shape: refusal, in_contrast: false, .. } => !refusal.is_like(shape),
             _ => true,
         });
-        self.miss(Calibration::SameForEveryKey(shape.clone()), now, jitter);
+        self.record_inconclusive(Calibration::SameForEveryKey(shape.clone()), now, jitter);
     }
 
-    fn miss(&mut self, inconclusive: Calibration, now: Duration, jitter: f64) -> Calibration {
+    fn record_inconclusive(&mut self, inconclusive: Calibration, now: Duration, jitter: f64) -> Calibration {
         self.misses = self.misses.saturating_add(1);
         let doubled = BACK_OFF.saturating_mul(2_u32.saturating_pow(self.misses - 1)).min(MAX_BACK_OFF);
         self.back_off_until = now + doubled.mul_f64(jitter);
@@ -223,7 +223,7 @@ impl RequestFacts {
         inconclusive
     }
 
-    /// Keys of this form are refused with a 401 that is another kind of answer than this.
+    /// Whether keys of this form are known to be refused with a 401 of another kind than this response.
     fn refuses_otherwise(&self, form: KeyForm, shape: &ResponseShape, now: Duration) -> bool {
         let is_recent = |at: Duration| now.saturating_sub(at) <= SEEN;
         let differs = |body: Body| shape.status != 401 || shape.body != body;
@@ -231,12 +231,12 @@ impl RequestFacts {
     }
 }
 
-/// A refusal and an acceptance that tell of one another: of one model, or a refusal whose status is about the credential.
+/// Whether a refusal and an acceptance can be compared: they are about the same model, or the status is about the credential.
 fn are_comparable(shape: &ResponseShape, one: &str, other: &str) -> bool {
     one == other || matches!(shape.status, 401 | 403)
 }
 
-/// Which headers an endpoint takes a credential in, and which it does not.
+/// The headers in which an endpoint takes a credential, and those in which it does not.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EndpointFacts {
     right: Vec<HeaderFamily>,
@@ -246,7 +246,7 @@ pub struct EndpointFacts {
 // === impl EndpointFacts ===
 
 impl EndpointFacts {
-    /// A key was accepted in this header, and refused in those.
+    /// Records that a key was accepted in one header and refused in others.
     pub fn take_family(&mut self, right: HeaderFamily, wrong: &[HeaderFamily]) {
         self.wrong.retain(|family| *family != right);
         if !self.right.contains(&right) {
@@ -259,13 +259,13 @@ impl EndpointFacts {
         }
     }
 
-    /// Whether a key was accepted there.
+    /// Whether any key was accepted at this endpoint.
     pub fn has_accepted(&self) -> bool {
         !self.right.is_empty()
     }
 
-    /// The headers to ask in, of those that a request knows, in order: first alone, then the rest together. Once one is known to be right,
-    /// it alone is asked, and the client's own before it as long as that was not seen refused.
+    /// The headers to send a credential in, of those that a request supports: one alone first, then the others together. Once a header is known to be
+    /// right, only that one is used. The client's own header still comes before it, unless it was seen refused.
     pub fn order(&self, known: &[HeaderFamily], preferred: Option<HeaderFamily>) -> Vec<Vec<HeaderFamily>> {
         let own = preferred.filter(|family| known.contains(family));
         let right: Vec<HeaderFamily> = known.iter().copied().filter(|family| self.right.contains(family)).collect();

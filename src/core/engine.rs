@@ -209,7 +209,7 @@ impl Engine {
         &self,
         request: &Request,
         deadline: Instant,
-        place: impl FnOnce(Arc<Endpoint>) -> F,
+        acquire_permit: impl FnOnce(Arc<Endpoint>) -> F,
     ) -> Result<Decided, E> {
         let snapshot = self.snapshot();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -218,10 +218,10 @@ impl Engine {
         let (facts, seen) = match evaluation.next {
             Next::Rule(facts) => (facts, None),
             Next::Ask(LivenessQueries { first, fallbacks }) => {
-                let mut place = Some(place);
-                let mut held = None;
+                let mut acquire_permit = Some(acquire_permit);
+                let mut permit = None;
                 let mut query = first;
-                let mut observed = self.ask(&query, request.max_liveness_age, deadline, &mut place, &mut held).await?;
+                let mut observed = self.ask(&query, request.max_liveness_age, deadline, &mut acquire_permit, &mut permit).await?;
                 for (next, judged) in fallbacks {
                     // The runtime goes on to the next credential where one is refused, and there alone.
                     if observed.finding.verdict != Verdict::Invalid {
@@ -229,7 +229,7 @@ impl Engine {
                     }
                     trace.step("liveness", || describe(&query, &observed));
                     warnings.push(refused_first(&query, next.env_name));
-                    observed = self.ask(&next, request.max_liveness_age, deadline, &mut place, &mut held).await?;
+                    observed = self.ask(&next, request.max_liveness_age, deadline, &mut acquire_permit, &mut permit).await?;
                     resolution.credential = Some(judged);
                     query = next;
                 }
@@ -269,14 +269,14 @@ impl Engine {
         query: &LivenessQuery<'_>,
         max_age: Option<Duration>,
         deadline: Instant,
-        place: &mut Option<impl FnOnce(Arc<Endpoint>) -> F>,
-        held: &mut Option<P>,
+        acquire_permit: &mut Option<impl FnOnce(Arc<Endpoint>) -> F>,
+        permit: &mut Option<P>,
     ) -> Result<Observed, E> {
         if let Some(observed) = self.liveness.recall(query, max_age) {
             return Ok(in_own_header(query, observed));
         }
-        if let Some(place) = place.take() {
-            *held = Some(place(Arc::clone(query.endpoint)).await?);
+        if let Some(acquire_permit) = acquire_permit.take() {
+            *permit = Some(acquire_permit(Arc::clone(query.endpoint)).await?);
         }
         Ok(in_own_header(query, self.liveness.observe(query.clone(), max_age, deadline).await))
     }

@@ -1,43 +1,42 @@
-//! What an answer looks like, so that two of them can be compared: is this what a made-up key gets?
+//! The shape of a response. Two shapes can be compared, to see whether a key gets the response that a made-up key gets.
 //!
-//! Two answers look alike if their status, the kind of their body and their error code are the same, and of their words no more than one in
-//! eight differs. What differs from answer to answer by nature is taken out before: words with a digit (ids, times, counts), words
-//! without end, keys that are echoed whole or masked.
+//! Two responses are alike if status, kind of body and error code are the same and at most one word in eight differs. What changes in every response
+//! is left out first: words with a digit (ids, times, counts), very long words, and keys that are echoed whole or masked.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use super::answer::{Answer, Body};
 
-/// So much of a body is looked at.
+/// The most bytes of a body that are read.
 const MAX_BYTES: usize = 16 * 1024;
-/// So many words are compared.
+/// The most words that are compared.
 const MAX_WORDS: usize = 256;
-/// Of so many words one may differ.
-const ONE_IN: usize = 8;
-/// Of so many words one may come on top where two kinds of request are compared.
-const ONE_IN_MORE: usize = 4;
-/// A longer word is an id, a token, or a key.
+/// Responses are alike if at most one word in this many differs.
+const WORDS_PER_DIFFERENCE: usize = 8;
+/// For two kinds of request: one response may have one more word in this many.
+const WORDS_PER_EXTRA: usize = 4;
+/// A word longer than this is an id, a token or a key.
 const MAX_WORD: usize = 32;
-/// An error's code is no longer.
+/// The longest word that is taken for an error's code.
 const MAX_CODE: usize = 8;
-/// A shorter key, or part of one, is a word by chance.
-const MIN_ECHO: usize = 8;
+/// A key, or a part of a key, must have this many bytes to be recognised in a response. Shorter ones match words by chance.
+const MIN_ECHOED_BYTES: usize = 8;
 
-/// What an answer looks like.
+/// What makes a response comparable with others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResponseShape {
-    /// Its status.
+    /// The HTTP status.
     pub status: u16,
-    /// The kind of its body.
+    /// The kind of body.
     pub body: Body,
-    /// Its error code, if it has one.
+    /// The error code; empty if the response has none.
     pub code: String,
-    /// The hashes of its words, sorted.
+    /// The hashes of the words, sorted.
     words: Vec<u64>,
 }
 
 impl ResponseShape {
-    /// What this answer to a request with this credential looks like.
+    /// The shape of a response to a request with this credential.
     pub fn of(answer: Answer<'_>, credential: &str) -> Self {
         let (body, code) = answer.body_and_code();
         let text = String::from_utf8_lossy(answer.body.get(..MAX_BYTES).unwrap_or(answer.body)).to_lowercase();
@@ -47,14 +46,14 @@ impl ResponseShape {
         let mut hashes: Vec<u64> = Vec::new();
         let mut before = "";
         for word in words.take(MAX_WORDS) {
-            // A number behind the name of a code is one, and no id.
+            // A number after the name of a code is the code, and not an id.
             let is_code = names_a_code(before) && word.len() <= MAX_CODE;
-            if is_of_a_key(word, &credential) || word.is_ascii() && !is_code && is_an_id(word) {
+            if is_masked_or_echoed_key(word, &credential) || word.is_ascii() && !is_code && is_an_id(word) {
                 hashes.push(hash("#"));
             } else if word.is_ascii() {
                 hashes.push(hash(word));
             } else {
-                // Not every language has blanks between its words.
+                // Some languages do not put blanks between words, so compare characters.
                 hashes.extend(word.chars().take(MAX_WORDS).map(|character| hash(character.encode_utf8(&mut [0; 4]))));
             }
             before = word;
@@ -64,25 +63,25 @@ impl ResponseShape {
         Self { status: answer.status, body, code, words: hashes }
     }
 
-    /// About the same answer.
+    /// Whether the two responses are about the same.
     pub fn is_like(&self, other: &Self) -> bool {
-        let (mine, others) = self.own_words(other);
-        self.is_of_one_kind(other) && mine.max(others) <= self.words.len().max(other.words.len()) / ONE_IN
+        let (mine, others) = self.count_differing_words(other);
+        self.is_same_kind(other) && mine.max(others) <= self.words.len().max(other.words.len()) / WORDS_PER_DIFFERENCE
     }
 
-    /// The same answer to another kind of request: about the same, or with one word in four more, as an empty list beside the error has.
+    /// Whether two kinds of request got the same response. One of them may have a few more words, such as an empty list beside the error.
     pub fn matches_across_requests(&self, other: &Self) -> bool {
-        let (mine, others) = self.own_words(other);
-        let more = mine.min(others) == 0 && mine.max(others) <= self.words.len().max(other.words.len()).div_ceil(ONE_IN_MORE);
-        self.is_like(other) || more && self.is_of_one_kind(other)
+        let (mine, others) = self.count_differing_words(other);
+        let more = mine.min(others) == 0 && mine.max(others) <= self.words.len().max(other.words.len()).div_ceil(WORDS_PER_EXTRA);
+        self.is_like(other) || more && self.is_same_kind(other)
     }
 
-    fn is_of_one_kind(&self, other: &Self) -> bool {
+    fn is_same_kind(&self, other: &Self) -> bool {
         self.status == other.status && self.body == other.body && self.code == other.code
     }
 
-    /// How many words only this one has, and how many only the other.
-    fn own_words(&self, other: &Self) -> (usize, usize) {
+    /// How many words only this response has, and how many only the other.
+    fn count_differing_words(&self, other: &Self) -> (usize, usize) {
         let (mut one, mut two) = (self.words.iter().peekable(), other.words.iter().peekable());
         let (mut only_one, mut only_two) = (0, 0);
         loop {
@@ -109,20 +108,20 @@ impl ResponseShape {
     }
 }
 
-/// How members are called that hold an error's code.
+/// Whether a member of this name holds an error's code.
 fn names_a_code(name: &str) -> bool {
     name.ends_with("code") || name.ends_with("errno") || matches!(name, "err" | "error" | "ret" | "status")
 }
 
-/// A key, masked or echoed: another one in each answer.
-fn is_of_a_key(word: &str, credential: &str) -> bool {
+/// Whether the word is an echoed or masked key, which differs in each response.
+fn is_masked_or_echoed_key(word: &str, credential: &str) -> bool {
     let masked = word.contains("**") || word.contains("...") || word.contains('…');
-    let echoed =
-        credential.len() >= MIN_ECHO && (word.contains(credential) || word.len() >= MIN_ECHO && credential.contains(word));
+    let echoed = credential.len() >= MIN_ECHOED_BYTES
+        && (word.contains(credential) || word.len() >= MIN_ECHOED_BYTES && credential.contains(word));
     masked || echoed
 }
 
-/// An id, a time or a count: likewise.
+/// Whether the word is an id, a time or a count, which differ in each response.
 fn is_an_id(word: &str) -> bool {
     word.len() > MAX_WORD || word.bytes().any(|byte| byte.is_ascii_digit())
 }
@@ -142,26 +141,26 @@ mod tests {
     }
 
     #[track_caller]
-    fn alike(expected: bool, one: (u16, &str, &str), two: (u16, &str, &str)) {
+    fn check_alike(expected: bool, one: (u16, &str, &str), two: (u16, &str, &str)) {
         let (one, two) = (shape(one.0, one.1, false, one.2), shape(two.0, two.1, false, two.2));
         assert_eq!((one.is_like(&two), two.is_like(&one)), (expected, expected), "{one:?} {two:?}");
     }
 
     #[test]
     fn what_varies_by_nature_makes_no_difference() {
-        alike(true, (401, "", "made-up-key-one"), (401, "  ", "made-up-key-two"));
-        alike(
+        check_alike(true, (401, "", "made-up-key-one"), (401, "  ", "made-up-key-two"));
+        check_alike(
             true,
             (401, "Unauthorized (req_9f3a1c, 12:07:44)", "made-up-key-one"),
             (401, "Unauthorized (req_0b77de, 12:08:01)", "made-up-key-two"),
         );
-        alike(true, (401, "key tenant-one is unknown", "tenant-one"), (401, "key sk-made-up is unknown", "sk-made-up"));
+        check_alike(true, (401, "key tenant-one is unknown", "tenant-one"), (401, "key sk-made-up is unknown", "sk-made-up"));
         let masked =
             |tail: &str| format!(r#"{{"error":{{"message":"Incorrect API key provided: sk-ab***{tail}.","code":"x"}}}}"#);
-        alike(true, (401, &masked("wxyz"), "made-up-key-one"), (401, &masked("qrst"), "made-up-key-two"));
+        check_alike(true, (401, &masked("wxyz"), "made-up-key-one"), (401, &masked("qrst"), "made-up-key-two"));
         let with_id =
             |id: &str| format!(r#"{{"type":"error","error":{{"type":"x","message":"no such key"}},"request_id":"{id}"}}"#);
-        alike(true, (400, &with_id("reqabcdefgh"), "made-up-key-one"), (400, &with_id("reqijklmnop"), "made-up-key-two"));
+        check_alike(true, (400, &with_id("reqabcdefgh"), "made-up-key-one"), (400, &with_id("reqijklmnop"), "made-up-key-two"));
     }
 
     #[test]
@@ -181,38 +180,38 @@ mod tests {
     fn a_code_and_a_language_without_blanks_are_compared() {
         for name in ["errcode", "errno", "err", "error_code"] {
             let body = |number: &str| format!(r#"{{"{name}":{number},"m":"x"}}"#);
-            alike(false, (400, &body("40001"), "made-up-key-one"), (400, &body("40035"), "made-up-key-two"));
+            check_alike(false, (400, &body("40001"), "made-up-key-one"), (400, &body("40035"), "made-up-key-two"));
         }
-        alike(false, (400, "<Code>40001</Code>", "made-up-key-one"), (400, "<Code>40035</Code>", "made-up-key-two"));
+        check_alike(false, (400, "<Code>40001</Code>", "made-up-key-one"), (400, "<Code>40035</Code>", "made-up-key-two"));
         let (stream, token) =
             ("仅支持流式输出，请在请求中将参数设置为真之后再试一次", "无效的令牌，请检查您的密钥是否正确并重新提交一次请求");
-        alike(false, (400, stream, "made-up-key-one"), (400, token, "made-up-key-two"));
-        alike(true, (400, token, "made-up-key-one"), (400, token, "made-up-key-two"));
-        // A key that is masked with a sign beyond ASCII is a key all the same.
+        check_alike(false, (400, stream, "made-up-key-one"), (400, token, "made-up-key-two"));
+        check_alike(true, (400, token, "made-up-key-one"), (400, token, "made-up-key-two"));
+        // A key that is masked with a character beyond ASCII is recognised too.
         let masked = |tail: &str| format!("unknown key sk-ab\u{2026}{tail}");
-        alike(true, (401, &masked("wxyz"), "made-up-key-one"), (401, &masked("qrst"), "made-up-key-two"));
+        check_alike(true, (401, &masked("wxyz"), "made-up-key-one"), (401, &masked("qrst"), "made-up-key-two"));
     }
 
     #[test]
     fn another_answer_is_another() {
-        alike(false, (401, "APIKEY is invalid", "made-up-key-one"), (401, "APIKEY is missing", "made-up-key-two"));
-        alike(false, (401, "no", "made-up-key-one"), (403, "no", "made-up-key-two"));
-        alike(false, (401, "no", "made-up-key-one"), (401, "", "made-up-key-two"));
-        alike(
+        check_alike(false, (401, "APIKEY is invalid", "made-up-key-one"), (401, "APIKEY is missing", "made-up-key-two"));
+        check_alike(false, (401, "no", "made-up-key-one"), (403, "no", "made-up-key-two"));
+        check_alike(false, (401, "no", "made-up-key-one"), (401, "", "made-up-key-two"));
+        check_alike(
             false,
             (401, r#"{"error":{"code":"a"}}"#, "made-up-key-one"),
             (401, r#"{"error":{"code":"b"}}"#, "made-up-key-two"),
         );
-        alike(
+        check_alike(
             false,
             (200, r#"{"code":500,"data":null}"#, "made-up-key-one"),
             (200, r#"{"code":401,"data":null}"#, "made-up-key-two"),
         );
-        alike(false, (401, r#""unauthorized""#, "made-up-key-one"), (401, "unauthorized", "made-up-key-two"));
+        check_alike(false, (401, r#""unauthorized""#, "made-up-key-one"), (401, "unauthorized", "made-up-key-two"));
         let (page, text) =
             (shape(401, "unauthorized", true, "made-up-key-one"), shape(401, "unauthorized", false, "made-up-key-one"));
         assert!(!page.is_like(&text), "a page is not a text of the same words");
         let (login, block) = ("<html>please sign in to go on</html>", "<html>this site is blocked by policy</html>");
-        alike(false, (200, login, "made-up-key-one"), (200, block, "made-up-key-two"));
+        check_alike(false, (200, login, "made-up-key-one"), (200, block, "made-up-key-two"));
     }
 }
