@@ -48,7 +48,7 @@ const RESERVED_HEADERS: [&str; 9] = [
 ];
 
 pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, Problems> {
-    let failed = |list| Problems { document: document.to_owned(), list: yaml::located(bytes, list) };
+    let failed = |list| Problems { document: document.to_owned(), list: yaml::with_lines(bytes, list) };
     let Loaded { value: file, warnings } = yaml::parse::<CatalogueFile>(bytes).map_err(|problem| failed(vec![problem]))?;
     let CatalogueFile {
         catalogue_version,

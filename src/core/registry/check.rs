@@ -68,10 +68,10 @@ pub(super) fn check(document: &str, bytes: &[u8], env: Env<'_>) -> Result<Loaded
     let value = check_file(file, bytes, env, &mut found);
     let Findings { problems, warnings } = found;
     match value {
-        Some(value) if problems.is_empty() => Ok(Loaded { value, warnings: yaml::located(bytes, warnings) }),
+        Some(value) if problems.is_empty() => Ok(Loaded { value, warnings: yaml::with_lines(bytes, warnings) }),
         _ => {
             // An unknown key may be a misspelt one that is missing elsewhere, so it is listed too.
-            let list = yaml::located(bytes, problems.into_iter().chain(unknown_keys).collect());
+            let list = yaml::with_lines(bytes, problems.into_iter().chain(unknown_keys).collect());
             Err(Problems { document: document.to_owned(), list })
         }
     }

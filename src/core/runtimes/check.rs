@@ -1,4 +1,4 @@
-//! From the schema's words to `Runtimes`: every rule, and every problem at once.
+//! Checks the `runtimes:` section of a catalogue and builds `Runtimes`. Reports all problems at once.
 
 use std::{collections::BTreeMap, str::FromStr};
 
@@ -13,7 +13,7 @@ use crate::domain::{
     protocol::{HeaderFamily, Surface},
 };
 
-/// Checks the section with this name.
+/// Checks the whole section.
 pub(crate) fn check(section: BTreeMap<String, RuntimeFile>, problems: &mut Vec<Problem>) -> Runtimes {
     let facts = section.into_iter().map(|(name, file)| {
         let facts = Checker { place: format!("runtimes.{name}"), problems }.runtime(file);
@@ -115,7 +115,7 @@ impl Checker<'_> {
             };
             prefixes.push((prefix, whole));
         }
-        // The longest first: it is the one that tells.
+        // The longest prefix comes first, so that it wins.
         prefixes.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.len()));
         let by_env = by_env.unwrap_or_default().into_iter().filter_map(|(name, base)| Some((name, self.base(&base)?)));
         let by_env = by_env.collect();
@@ -152,7 +152,7 @@ impl Checker<'_> {
     }
 
     fn base(&mut self, text: &str) -> Option<Url> {
-        // Whether plain http may be dialled is the prober's to say, as for the registry's base URLs.
+        // The prober decides whether plain http may be used, as for the base URLs of the registry.
         let is_base = |url: &Url| matches!(url.scheme(), "https" | "http") && url.query().is_none() && url.fragment().is_none();
         let url = Url::parse(text).ok().filter(is_base);
         if url.is_none() {
