@@ -1,5 +1,5 @@
-//! Layer 1: the decision itself. Pure: no clock, environment, file, network, log or task; `engine` alone is asynchronous, for it
-//! calls the one effect that a decision has through a trait.
+//! Layer 1: the decision itself. Pure: no clock, environment, files, network, log or tasks. Only `engine` is asynchronous: it asks for a
+//! credential's liveness through a trait.
 
 pub mod answer;
 pub mod catalogue;

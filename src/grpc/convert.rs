@@ -1,4 +1,4 @@
-//! Proto and domain, both ways. With `grpc.rs` and the CLI's client the only files that name generated code.
+//! Converts between proto messages and domain types. With `grpc.rs` and the CLI's client, these are the only files that use generated code.
 
 use super::limits::Limits;
 use crate::{
@@ -30,7 +30,7 @@ pub mod pb {
     tonic::include_proto!("byokgate.v1");
 }
 
-/// So many entries `unreadable_scopes` may have: far more than there are scopes.
+/// The most entries of `unreadable_scopes`. Far more than there are scopes.
 const UNREADABLE_SCOPES: usize = 16;
 
 /// The encoded descriptors, for reflection.
@@ -41,7 +41,7 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 pub struct Violations(pub Vec<(String, String)>);
 
 impl Violations {
-    /// Fields and descriptions are made into text here and nowhere before: nearly every request has no violation.
+    /// The arguments become text only here, because nearly every request is valid.
     fn add(&mut self, field: impl fmt::Display, description: impl fmt::Display) {
         self.0.push((field.to_string(), description.to_string()));
     }
@@ -50,7 +50,7 @@ impl Violations {
         if self.0.is_empty() { Ok(value) } else { Err(self) }
     }
 
-    /// A name that may stand in logs and messages.
+    /// Checks a name that may appear in logs and messages.
     fn check_name(&mut self, field: impl fmt::Display, name: &str, limit: usize) {
         if name.len() > limit {
             self.add(&field, format_args!("is {} bytes long; the limit is {limit}", name.len()));
@@ -65,12 +65,12 @@ impl Violations {
 
 // === in ===
 
-/// A Decide request within the built-in limits: what a command takes.
+/// Parses a Decide request with the built-in limits, for commands.
 pub fn request(message: pb::DecideRequest) -> Result<Request, Violations> {
     request_within(message, &Limits::default())
 }
 
-/// A Decide request, parsed once: inside, nothing is checked again.
+/// Parses and checks a Decide request. Later code relies on the checks.
 pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Request, Violations> {
     let pb::DecideRequest { workspace_spec, checkpoint, max_liveness_age, explain, report_only } = message;
     let mut violations = Violations::default();
@@ -106,8 +106,8 @@ pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Req
     }
 }
 
-/// A duration as the wire has it, if it is one that the well-known type allows. The library's own conversion panics at the smallest number
-/// of seconds, and takes parts of different signs.
+/// A duration from the wire, if the well-known type allows it. The library's own conversion panics for the smallest number of seconds and accepts
+/// parts with different signs.
 fn length_of(wire: prost_types::Duration) -> Option<Duration> {
     const MAX_SECONDS: u64 = 315_576_000_000;
     let (seconds, nanos) = (u64::try_from(wire.seconds).ok()?, u32::try_from(wire.nanos).ok()?);
@@ -148,7 +148,7 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
     }
 }
 
-/// Where all of this is in a request.
+/// The field that holds the spec.
 const AT: &str = "workspace_spec";
 
 fn credentials_of(credentials: Vec<pb::Credential>, limits: &Limits, violations: &mut Violations) -> Vec<Credential> {
@@ -167,7 +167,7 @@ fn credentials_of(credentials: Vec<pb::Credential>, limits: &Limits, violations:
         let place = format_args!("{AT}.credentials[{index}]");
         if let Some(credential) = credential(message, place, limits, violations) {
             let Credential { env_name, scope, .. } = &credential;
-            // There are few: looking through them is cheaper than keeping a set.
+            // A search through the few entries costs less than a set.
             if parsed.iter().any(|other| other.scope == *scope && other.env_name == *env_name) {
                 violations.add(format_args!("{place}.env_name"), format_args!("`{env_name}` appears twice in one scope"));
             }
@@ -236,7 +236,7 @@ fn check_base_url_names(names: &[String], limits: &Limits, violations: &mut Viol
     }
 }
 
-/// The model without blanks at its ends. The bound is for what was sent.
+/// The model without white space at its ends. The limit applies to the text as sent.
 fn model_within(model: String, place: std::fmt::Arguments<'_>, limits: &Limits, violations: &mut Violations) -> String {
     if model.len() > limits.model_bytes {
         violations
@@ -248,7 +248,7 @@ fn model_within(model: String, place: std::fmt::Arguments<'_>, limits: &Limits, 
     model
 }
 
-/// Trimmed of Unicode white space; copied only where there is some.
+/// Trims Unicode white space. Copies only if there is some.
 fn trimmed(text: String) -> String {
     let kept = text.trim();
     if kept.len() == text.len() { text } else { kept.to_owned() }
@@ -291,7 +291,7 @@ fn scope(number: i32, field: impl fmt::Display, violations: &mut Violations) -> 
     }
 }
 
-/// A ResolveProvider request: runtime, model, names.
+/// Parses a ResolveProvider request: runtime, model, names.
 pub fn resolve_request(
     message: pb::ResolveProviderRequest,
     limits: &Limits,
@@ -312,7 +312,7 @@ pub fn resolve_request(
     violations.or((runtime, model, credential_names.into_iter().collect()))
 }
 
-/// A ListModels request: the runtime, or every one; and whether details are asked for.
+/// Parses a ListModels request: the runtime, or `None` for all, and whether details are wanted.
 pub fn list_request(message: pb::ListModelsRequest, limits: &Limits) -> Result<(Option<String>, bool), Violations> {
     let pb::ListModelsRequest { runtime, details } = message;
     let mut violations = Violations::default();
@@ -370,7 +370,7 @@ pub fn to_request(request: &Request) -> pb::DecideRequest {
 
 // === out ===
 
-/// A decision.
+/// The answer to Decide.
 pub fn response(decided: Decided) -> pb::DecideResponse {
     let Decided { id, decision, registry_revision, catalogue_revision, finding: _ } = decided;
     let Decision { outcome, resolution, liveness, warnings, trace, relevant } = decision;
@@ -393,7 +393,7 @@ pub fn response(decided: Decided) -> pb::DecideResponse {
     }
 }
 
-/// An answer to ResolveProvider.
+/// The answer to ResolveProvider.
 pub fn resolve_response(result: Result<Resolved, Unresolved>, model: &str, snapshot: &Snapshot) -> pb::ResolveProviderResponse {
     let registry_revision = snapshot.registry.revision().to_owned();
     match result {
@@ -425,7 +425,7 @@ fn withdrawal(model: &str) -> Warning {
     }
 }
 
-/// What a runtime, or every one, offers. Details are what a menu for people shows beside it.
+/// The answer to ListModels for one runtime or all. Details are what a menu for people shows in addition.
 pub fn models(snapshot: &Snapshot, runtime: Option<&str>, details: bool) -> pb::ListModelsResponse {
     let registry = &snapshot.registry;
     let (mut models, mut open_providers) = (Vec::new(), Vec::new());
@@ -465,7 +465,7 @@ pub fn models(snapshot: &Snapshot, runtime: Option<&str>, details: bool) -> pb::
     pb::ListModelsResponse { models, registry_revision: registry.revision().to_owned(), open_providers }
 }
 
-/// The state of registry and catalogue.
+/// The answer to GetRegistryStatus.
 pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResponse {
     let Snapshot { registry, catalogue, registry_origin, catalogue_origin, .. } = snapshot;
     let source = |revision: &str, origin: &Origin| pb::SourceStatus {
@@ -639,7 +639,7 @@ fn deny_code(code: DenyCode) -> i32 {
 }
 
 fn duration(duration: Duration) -> prost_types::Duration {
-    // A duration beyond what the message can hold is cut to its maximum: nobody waits 10,000 years.
+    // A longer duration becomes the message's maximum of 10,000 years.
     duration.try_into().unwrap_or(prost_types::Duration { seconds: 315_576_000_000, nanos: 0 })
 }
 
