@@ -122,14 +122,14 @@ fn fault(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<M
         return Some(Malformation::TooLong { length: value.len(), limit: MAX_KEY_BYTES });
     }
     // Most keys need no further check.
-    if is_simple(value) {
+    if has_only_key_characters(value) {
         return simple_placeholder(value);
     }
-    unprintable(value).or_else(|| pasted(value, env_name, is_key))
+    unprintable(value).or_else(|| paste_mistake(value, env_name, is_key))
 }
 
 /// Whether the value has only the characters of nearly every key. A fold without early exit checks several bytes at a time.
-fn is_simple(value: &str) -> bool {
+fn has_only_key_characters(value: &str) -> bool {
     value.bytes().fold(true, |simple, byte| simple & (byte.is_ascii_alphanumeric() | matches!(byte, b'-' | b'_' | b'.')))
 }
 
@@ -154,7 +154,7 @@ fn unprintable(value: &str) -> Option<Malformation> {
 }
 
 /// What people save by mistake instead of a key, for values with unusual characters. No vendor's keys look like this.
-fn pasted(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<Malformation> {
+fn paste_mistake(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<Malformation> {
     let first = value.bytes().next()?;
     let around = |open: &str, close: &str| value.len() > 1 && value.starts_with(open) && value.ends_with(close);
     if value.contains("{{") && value.contains("}}") {
@@ -168,16 +168,18 @@ fn pasted(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<
             return Some(if around("<%", "%>") { Malformation::Template } else { Malformation::Placeholder });
         }
         b'[' if value == "[object Object]" => return Some(Malformation::NoValue),
-        b'b' | b'B' if begins(value, "bearer ") => return Some(Malformation::BearerInFront),
+        b'b' | b'B' if starts_with_any_case(value, "bearer ") => return Some(Malformation::BearerInFront),
         _ => {}
     }
-    if HEADERS.iter().any(|header| begins(value, header)) {
+    if HEADERS.iter().any(|header| starts_with_any_case(value, header)) {
         return Some(Malformation::HeaderInFront);
     }
-    if REFERENCES.iter().any(|reference| begins(value, reference)) || begins(value, "projects/") && value.contains("/secrets/") {
+    if REFERENCES.iter().any(|reference| starts_with_any_case(value, reference))
+        || starts_with_any_case(value, "projects/") && value.contains("/secrets/")
+    {
         return Some(Malformation::Reference);
     }
-    if begins(value, "https://") || begins(value, "http://") {
+    if starts_with_any_case(value, "https://") || starts_with_any_case(value, "http://") {
         return Some(Malformation::WebAddress);
     }
     if is_email(value) {
@@ -231,7 +233,7 @@ const REFERENCES: [&str; 20] = [
 ];
 
 /// Whether the value begins with this text, compared without case.
-fn begins(value: &str, with: &str) -> bool {
+fn starts_with_any_case(value: &str, with: &str) -> bool {
     value.get(..with.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(with))
 }
 
@@ -239,7 +241,7 @@ fn begins(value: &str, with: &str) -> bool {
 fn are_two_keys(one: &str, other: &str) -> bool {
     const SHORTEST: usize = 16;
     let other = other.trim_ascii().split([',', ';', ' ', '\n', '\r', '\t']).next().unwrap_or_default();
-    [one.trim_ascii(), other].iter().all(|key| key.len() >= SHORTEST && is_simple(key))
+    [one.trim_ascii(), other].iter().all(|key| key.len() >= SHORTEST && has_only_key_characters(key))
 }
 
 fn is_email(value: &str) -> bool {
@@ -276,7 +278,7 @@ fn is_name(word: &str) -> bool {
 /// What programs write if they have no value.
 const NO_VALUES: [&str; 5] = ["undefined", "null", "none", "nil", "nan"];
 /// What people write for a value that is still missing.
-const WORDS: [&str; 10] =
+const PLACEHOLDER_WORDS: [&str; 10] =
     ["todo", "tbd", "fixme", "changeme", "change-me", "change_me", "replaceme", "replace-me", "replace_me", "placeholder"];
 /// Longer values are not checked for placeholders, except for repeated letters.
 const LONGEST_PLACEHOLDER: usize = 64;
@@ -307,11 +309,14 @@ fn is_placeholder(value: &str) -> bool {
         return false;
     }
     let words = value.strip_prefix("sk-").unwrap_or(value);
-    if words.len() <= 11 && WORDS.iter().any(|word| words.eq_ignore_ascii_case(word)) {
+    if words.len() <= 11 && PLACEHOLDER_WORDS.iter().any(|word| words.eq_ignore_ascii_case(word)) {
         return true;
     }
     let says = |of: &str| words.to_ascii_lowercase().contains(of);
-    (begins(words, "your") || begins(words, "my-api") || begins(words, "my_api") || begins(words, "insert"))
+    (starts_with_any_case(words, "your")
+        || starts_with_any_case(words, "my-api")
+        || starts_with_any_case(words, "my_api")
+        || starts_with_any_case(words, "insert"))
         && ["key", "token", "here"].iter().any(|word| says(word))
 }
 

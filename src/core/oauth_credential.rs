@@ -118,7 +118,7 @@ fn is_jwt(text: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn told(kind: CredentialKind, value: &str) -> String {
+    fn result_of(kind: CredentialKind, value: &str) -> String {
         match kind.check(value) {
             OauthCheck::Plausible => "plausible".into(),
             OauthCheck::Malformed(fault) => format!("{fault:?}"),
@@ -142,7 +142,7 @@ mod tests {
             ("made-up-code#made-up-state".to_owned(), "AuthorizationCode"),
             (r#"{"claudeAiOauth": {"accessToken": "made-up"}}"#.to_owned(), "CredentialsFile"),
         ] {
-            assert_eq!(told(CredentialKind::ClaudeOauthToken, &value), expect, "{value}");
+            assert_eq!(result_of(CredentialKind::ClaudeOauthToken, &value), expect, "{value}");
         }
     }
 
@@ -168,7 +168,7 @@ mod tests {
             ("sk-proj-made-up\n".to_owned(), "KeyForFile"),
             ("sk-proj-made-up {".to_owned(), "NoJson"),
         ] {
-            assert_eq!(told(CredentialKind::CodexAuthJson, &value), expect, "{value}");
+            assert_eq!(result_of(CredentialKind::CodexAuthJson, &value), expect, "{value}");
         }
     }
 }

@@ -22,7 +22,7 @@ pub enum Group {
     Inconclusive,
     /// NO_SERVER_SURFACE, NOT_CALIBRATED, PROBE_DISABLED.
     Unverifiable,
-    /// NO_SERVER_SURFACE, because the workspace dials a base URL of the tenant's own.
+    /// NO_SERVER_SURFACE, because the workspace calls a base URL of the tenant's own.
     TenantEndpoint,
     /// A credential that is also sent to a vendor that is not its own.
     Exposure,
@@ -72,7 +72,7 @@ pub struct Actions {
     pub inconclusive: Action,
     /// NO_SERVER_SURFACE, NOT_CALIBRATED, PROBE_DISABLED.
     pub unverifiable: Action,
-    /// NO_SERVER_SURFACE, because the workspace dials a base URL of the tenant's own.
+    /// NO_SERVER_SURFACE, because the workspace calls a base URL of the tenant's own.
     pub tenant_endpoint: Action,
     /// A credential that is also sent to a vendor that is not its own: allow with a warning, or deny.
     pub exposure: Action,

@@ -115,7 +115,9 @@ pub struct ProbePlan<'t> {
     steps: Vec<PlanStep<'t>>,
     /// The header of the workspace's own client, if known.
     client: Option<HeaderFamily>,
+    /// The position of the current step.
     current: usize,
+    /// The position in the step's `order`: the headers that are being tried.
     header_group: usize,
     state: State<'t>,
     /// The result of this step's first header.
@@ -145,6 +147,7 @@ pub struct ProbePlan<'t> {
     lessons: Vec<Lesson>,
 }
 
+/// One request of the plan.
 #[derive(Debug)]
 struct PlanStep<'t> {
     call: &'t Call,
@@ -154,10 +157,14 @@ struct PlanStep<'t> {
     has_accepted: bool,
 }
 
+/// What the current step waits for.
 #[derive(Debug)]
 enum State<'t> {
+    /// Send the request.
     Ask,
+    /// Find out how a made-up key is answered.
     Calibrate(ReadAnswer),
+    /// The response is that of a made-up key: check whether a request without any key gets another one.
     Keyless(ReadAnswer),
     /// The key seems restricted: check whether a request without any key gets the same response by now.
     KeylessNow(ReadAnswer),
@@ -181,7 +188,9 @@ struct ReadAnswer {
 /// The result of the client's own header.
 #[derive(Debug)]
 enum FirstHeader {
+    /// The key was refused.
     Refused(Finding),
+    /// The response had no meaning.
     Unread(Finding),
 }
 
@@ -444,12 +453,12 @@ impl<'t> ProbePlan<'t> {
         let is_alike = keyless.map(|keyless| keyless.is_like(&answer.shape));
         // With a key the response is another one than without, and this key gets the response of a made-up key.
         let differs = keyless.is_some_and(|keyless| {
-            let told = !matches!(keyless.status, 408 | 425 | 429 | 501..=599);
+            let is_conclusive = !matches!(keyless.status, 408 | 425 | 429 | 501..=599);
             // Where a model is called, such a response may be about the request or its model instead of the key.
-            let of_the_request = call.probe.surface.is_inference()
+            let may_be_about_the_request = call.probe.surface.is_inference()
                 && (matches!(keyless.status, 401 | 403)
                     || matches!(answer.shape.status, 400 | 404 | 405 | 411 | 413 | 415 | 422));
-            told && !of_the_request && is_alike == Some(false)
+            is_conclusive && !may_be_about_the_request && is_alike == Some(false)
         });
         match is_alike {
             Some(true) => self.seen_for_every_key = true,
@@ -466,6 +475,7 @@ impl<'t> ProbePlan<'t> {
 
     // --- responses ---
 
+    /// Takes a response to the client's own header, which was sent first.
     fn take_in_own_header(&mut self, answer: ReadAnswer) {
         // Several headers in one request can cause an error by themselves. Only an acceptance or a clear refusal counts then.
         let is_clear =
@@ -476,8 +486,8 @@ impl<'t> ProbePlan<'t> {
         let status = Some(answer.shape.status);
         let Reading { classification, by, cause, stop } = &answer.reading;
         let finding = |verdict| self.finding(verdict, Some(*cause), status);
-        let is_yes = *classification == Classification::Accepted;
-        if !is_yes && self.same_for_every_key.iter().any(|shape| shape.is_like(&answer.shape)) {
+        let is_accepted = *classification == Classification::Accepted;
+        if !is_accepted && self.same_for_every_key.iter().any(|shape| shape.is_like(&answer.shape)) {
             return self.take_same_for_every_key(&answer);
         }
         match classification {
@@ -622,6 +632,7 @@ impl<'t> ProbePlan<'t> {
         self.finish_step();
     }
 
+    /// Ends the probe with VALID, unless a request that calls a model has to confirm it first.
     fn accept(&mut self, family: HeaderFamily, answer: &ReadAnswer) {
         let Some(PlanStep { call, order, .. }) = self.steps.get(self.current) else { return };
         let wrong = match &self.confirming {
@@ -681,6 +692,7 @@ impl<'t> ProbePlan<'t> {
         self.steps.get(self.current).is_some_and(PlanStep::is_inference) && !self.later().any(PlanStep::is_inference)
     }
 
+    /// The key was refused in the same way as a made-up key.
     fn take_refusal_like_made_up(&mut self, status: u16) {
         self.take_refusal(self.finding(Verdict::Invalid, Some(Cause::AsAMadeUpKey), Some(status)));
     }
@@ -733,6 +745,7 @@ impl<'t> ProbePlan<'t> {
         self.is_provisional() && self.steps.get(self.current).is_some_and(|step| !step.has_accepted)
     }
 
+    /// Holds the refusal back until a request that calls a model is answered, and goes on to the next step.
     fn hold_refusal(&mut self, answer: &ReadAnswer, because: HeldBecause, cause: Cause) {
         let finding = self.finding(Verdict::Invalid, Some(cause), Some(answer.shape.status));
         self.no_api = false;
@@ -749,16 +762,17 @@ impl<'t> ProbePlan<'t> {
 
     /// The held refusal and this response are the same. A "no such path" without a JSON body does not count: it may be about the path.
     fn repeats_what_is_held(&self, answer: &ReadAnswer) -> bool {
-        let of_the_path = answer.reading.cause == Cause::NotFound && answer.shape.body != Body::Json;
-        !of_the_path && self.held.as_ref().is_some_and(|held| held.shape.matches_across_requests(&answer.shape))
+        let may_be_about_the_path = answer.reading.cause == Cause::NotFound && answer.shape.body != Body::Json;
+        !may_be_about_the_path && self.held.as_ref().is_some_and(|held| held.shape.matches_across_requests(&answer.shape))
     }
 
+    /// The response has no meaning, or none that counts yet.
     fn take_unread(&mut self, answer: &ReadAnswer) {
         let status = answer.shape.status;
         let cause = answer.reading.cause;
         let nothing_there = cause == Cause::NotFound || cause == Cause::Page && !matches!(status, 401 | 403 | 407);
-        let of_a_model = answer.shape.code.contains("model");
-        self.no_api &= nothing_there && !of_a_model;
+        let is_about_a_model = answer.shape.code.contains("model");
+        self.no_api &= nothing_there && !is_about_a_model;
         if cause == Cause::NotFound
             && let Some(PlanStep { call, .. }) = self.steps.get(self.current)
         {
@@ -793,6 +807,7 @@ impl<'t> ProbePlan<'t> {
         }
     }
 
+    /// Tries the next headers of this step. If there are none, ends the step with the result of its first header.
     fn finish_step(&mut self) {
         if self.header_group > 0 && self.steps.get(self.current).is_some_and(|step| self.header_group + 1 < step.order.len()) {
             return self.try_other_headers();

@@ -164,7 +164,7 @@ impl Snapshot {
 
 impl Precomputed {
     fn from(registry: &Registry, catalogue: &Catalogue) -> Self {
-        let asked = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, catalogue).map(Arc::new));
+        let endpoint_of = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, catalogue).map(Arc::new));
         let mut arms: Vec<(usize, ArmUse)> = Vec::new();
         let mut credential_names = registry.credential_names().clone();
         for (runtime, found) in registry.runtimes() {
@@ -182,7 +182,7 @@ impl Precomputed {
         }
         arms.sort_by_key(|(index, _)| *index);
         let arms = arms.into_iter().map(|(_, arm)| arm).collect();
-        Self { endpoints: registry.providers().iter().map(asked).collect(), arms, credential_names }
+        Self { endpoints: registry.providers().iter().map(endpoint_of).collect(), arms, credential_names }
     }
 }
 

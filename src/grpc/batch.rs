@@ -72,7 +72,7 @@ async fn decide(
     });
     let result = match decided {
         Ok(response) => pb::batch_decide_response::Result::Response(Box::new(response)),
-        Err(status) => pb::batch_decide_response::Result::Status(errors::item(&status)),
+        Err(status) => pb::batch_decide_response::Result::Status(errors::item_status(&status)),
     };
     pb::BatchDecideResponse { index, result: Some(result) }
 }

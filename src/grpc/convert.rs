@@ -85,7 +85,7 @@ pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Req
         }
     };
     let max_liveness_age = max_liveness_age.and_then(|age| {
-        let found = length_of(age);
+        let found = duration_of(age);
         if found.is_none() {
             violations.add("max_liveness_age", "must be a duration of 0 s to 315,576,000,000 s, its nanos 0 to 999,999,999");
         }
@@ -108,7 +108,7 @@ pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Req
 
 /// A duration from the wire, if the well-known type allows it. The library's own conversion panics for the smallest number of seconds and accepts
 /// parts with different signs.
-fn length_of(wire: prost_types::Duration) -> Option<Duration> {
+fn duration_of(wire: prost_types::Duration) -> Option<Duration> {
     const MAX_SECONDS: u64 = 315_576_000_000;
     let (seconds, nanos) = (u64::try_from(wire.seconds).ok()?, u32::try_from(wire.nanos).ok()?);
     (seconds <= MAX_SECONDS && nanos < 1_000_000_000).then(|| Duration::new(seconds, nanos))
@@ -126,10 +126,10 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
         platform_proxy,
         tenant_base_url_env,
     } = message;
-    violations.check_name(format_args!("{AT}.workspace_id"), &workspace_id, limits.name_bytes);
-    violations.check_name(format_args!("{AT}.organization_id"), &organization_id, limits.name_bytes);
-    violations.check_name(format_args!("{AT}.runtime"), &runtime, limits.name_bytes);
-    let model = model_within(model, format_args!("{AT}.model"), limits, violations);
+    violations.check_name(format_args!("{SPEC}.workspace_id"), &workspace_id, limits.name_bytes);
+    violations.check_name(format_args!("{SPEC}.organization_id"), &organization_id, limits.name_bytes);
+    violations.check_name(format_args!("{SPEC}.runtime"), &runtime, limits.name_bytes);
+    let model = model_within(model, format_args!("{SPEC}.model"), limits, violations);
     let credentials = credentials_of(credentials, limits, violations);
     let unreadable_scopes = scopes(unreadable_scopes, violations);
     let operator_override = override_of(operator_override, violations);
@@ -149,12 +149,12 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
 }
 
 /// The field that holds the spec.
-const AT: &str = "workspace_spec";
+const SPEC: &str = "workspace_spec";
 
 fn credentials_of(credentials: Vec<pb::Credential>, limits: &Limits, violations: &mut Violations) -> Vec<Credential> {
     if credentials.len() > limits.credentials {
         violations.add(
-            format_args!("{AT}.credentials"),
+            format_args!("{SPEC}.credentials"),
             format_args!(
                 "holds {}; the limit is {} (limits.credentials): send only names that GetRegistryStatus lists",
                 credentials.len(),
@@ -164,7 +164,7 @@ fn credentials_of(credentials: Vec<pb::Credential>, limits: &Limits, violations:
     }
     let mut parsed: Vec<Credential> = Vec::with_capacity(credentials.len().min(limits.credentials));
     for (index, message) in credentials.into_iter().take(limits.credentials).enumerate() {
-        let place = format_args!("{AT}.credentials[{index}]");
+        let place = format_args!("{SPEC}.credentials[{index}]");
         if let Some(credential) = credential(message, place, limits, violations) {
             let Credential { env_name, scope, .. } = &credential;
             // A search through the few entries costs less than a set.
@@ -180,7 +180,7 @@ fn credentials_of(credentials: Vec<pb::Credential>, limits: &Limits, violations:
 fn scopes(unreadable_scopes: Vec<i32>, violations: &mut Violations) -> Vec<Scope> {
     if unreadable_scopes.len() > UNREADABLE_SCOPES {
         violations.add(
-            format_args!("{AT}.unreadable_scopes"),
+            format_args!("{SPEC}.unreadable_scopes"),
             format_args!("holds {}; the limit is {UNREADABLE_SCOPES}: name each scope once", unreadable_scopes.len()),
         );
     }
@@ -188,7 +188,7 @@ fn scopes(unreadable_scopes: Vec<i32>, violations: &mut Violations) -> Vec<Scope
         .into_iter()
         .take(UNREADABLE_SCOPES)
         .enumerate()
-        .filter_map(|(index, number)| scope(number, format_args!("{AT}.unreadable_scopes[{index}]"), violations))
+        .filter_map(|(index, number)| scope(number, format_args!("{SPEC}.unreadable_scopes[{index}]"), violations))
         .collect()
 }
 
@@ -200,7 +200,7 @@ fn override_of(operator_override: i32, violations: &mut Violations) -> OperatorO
         Ok(pb::OperatorOverride::Disabled) => OperatorOverride::Disabled,
         Err(_) => {
             violations.add(
-                format_args!("{AT}.operator_override"),
+                format_args!("{SPEC}.operator_override"),
                 format_args!("{operator_override} is not a value of OperatorOverride"),
             );
             OperatorOverride::Derive
@@ -214,7 +214,8 @@ fn proxy_of(platform_proxy: i32, violations: &mut Violations) -> Option<Platform
         Ok(pb::PlatformProxy::Available) => Some(PlatformProxy::Available),
         Ok(pb::PlatformProxy::Absent) => Some(PlatformProxy::Absent),
         Err(_) => {
-            violations.add(format_args!("{AT}.platform_proxy"), format_args!("{platform_proxy} is not a value of PlatformProxy"));
+            violations
+                .add(format_args!("{SPEC}.platform_proxy"), format_args!("{platform_proxy} is not a value of PlatformProxy"));
             None
         }
     }
@@ -223,12 +224,12 @@ fn proxy_of(platform_proxy: i32, violations: &mut Violations) -> Option<Platform
 fn check_base_url_names(names: &[String], limits: &Limits, violations: &mut Violations) {
     if names.len() > limits.base_url_names {
         violations.add(
-            format_args!("{AT}.tenant_base_url_env"),
+            format_args!("{SPEC}.tenant_base_url_env"),
             format_args!("holds {}; the limit is {} (limits.base_url_names)", names.len(), limits.base_url_names),
         );
     }
     for (index, name) in names.iter().take(limits.base_url_names).enumerate() {
-        let field = format_args!("{AT}.tenant_base_url_env[{index}]");
+        let field = format_args!("{SPEC}.tenant_base_url_env[{index}]");
         violations.check_name(field, name, limits.name_bytes);
         if name.is_empty() {
             violations.add(field, "is empty: name the variable, or leave it out");

@@ -55,7 +55,7 @@ pub(super) fn invalid(violations: Violations) -> Status {
 }
 
 /// The same error with the details that every error of this service has. Errors of the gRPC library have none.
-pub(crate) fn explained(status: Status) -> Status {
+pub(crate) fn with_standard_details(status: Status) -> Status {
     /// How the gRPC library begins its text for a body that ends too early or has no valid frame.
     const BROKEN: [&str; 3] = ["Unexpected EOF", "Missing request message", "protocol error: received message with invalid"];
     if !status.details().is_empty() {
@@ -87,7 +87,7 @@ pub(crate) fn explained(status: Status) -> Status {
 }
 
 /// The status of an item of a batch. It is the same as that of a call.
-pub(super) fn item(status: &Status) -> pb::ItemStatus {
+pub(super) fn item_status(status: &Status) -> pb::ItemStatus {
     // These details were encoded by this service, so they can be decoded.
     let details = tonic_types::Status::decode(status.details()).map(|status| status.details).unwrap_or_default();
     pb::ItemStatus { code: status.code() as i32, message: status.message().to_owned(), details }
