@@ -319,7 +319,7 @@ fn next(calls: &[Call], reading: &Reading, answer: Answer<'_>) -> Option<Value> 
     let shape = ResponseShape::of(answer, "");
     let calibration = match reading.classification {
         Classification::Accepted | Classification::Forbidden(_) => {
-            Calibration::Refuses { shape: shape.clone(), in_words: true, by_code: true, in_contrast: false }
+            Calibration::Refuses { shape: shape.clone(), in_words: true, by_code: true, confirmed: false }
         }
         Classification::Restricted | Classification::Unread | Classification::Verdict(_) => Calibration::NotAsked,
     };

@@ -88,7 +88,7 @@ pub enum Calibration {
         /// A signal or a common code says that the refusal is about the key. So it is no rate limit.
         by_code: bool,
         /// A real key was accepted right before and again right after. So the refusal is no response that every key gets, whatever it looks like.
-        in_contrast: bool,
+        confirmed: bool,
     },
     /// It accepts them, so a success response proves nothing.
     AcceptsAnyone,
@@ -163,7 +163,7 @@ impl Finding {
         format!("{cause}{header}{made_up}")
     }
 
-    /// A finding for a probe that this service did not start.
+    /// A finding for a provider that this service did not ask.
     pub fn withheld(why: Withheld) -> Self {
         Self { withheld: Some(why), ..Self::bare(Verdict::NotAttempted) }
     }
@@ -278,7 +278,7 @@ pub fn calibration_of(reading: &Reading, shape: &ResponseShape) -> Calibration {
             shape: shape.clone(),
             in_words: *classification == Classification::Verdict(Verdict::Invalid) || status == 401,
             by_code: *classification == Classification::Verdict(Verdict::Invalid) && reading.by != ReadBy::Shape,
-            in_contrast: false,
+            confirmed: false,
         },
     }
 }

@@ -150,10 +150,11 @@ impl<'a> CredentialStep<'a, '_> {
     /// Records which value is judged and why, and warns about values that the runtime could use instead.
     fn note_choice(&self, call: &WorkspaceCall<'a>, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) {
         let (provider, judged) = (self.derived.provider, &call.judged);
-        let because = self.because(call);
-        log.trace
-            .step("presence", || format!("{} of scope {} is judged: {}", judged.env_name, judged.scope.as_str(), because.text()));
-        log.resolution.credential = Some(self.judged(judged, because));
+        let chosen_because = self.chosen_because(call);
+        log.trace.step("presence", || {
+            format!("{} of scope {} is judged: {}", judged.env_name, judged.scope.as_str(), chosen_because.text())
+        });
+        log.resolution.credential = Some(self.judged(judged, chosen_because));
         if call.is_unread {
             let what = match self.place_for(judged.env_name) {
                 Some(place) => format!("save the key as {}{}", place.text(), place.choice()),
@@ -183,7 +184,7 @@ impl<'a> CredentialStep<'a, '_> {
     }
 
     /// Why this value is judged and no other.
-    fn because(&self, call: &WorkspaceCall<'_>) -> ChosenBecause {
+    fn chosen_because(&self, call: &WorkspaceCall<'_>) -> ChosenBecause {
         let Some(arm) = &self.arm().route else { return ChosenBecause::FirstDeclared };
         match call.passed_over.first() {
             _ if call.is_unread => ChosenBecause::Unread,
@@ -221,7 +222,7 @@ impl<'a> CredentialStep<'a, '_> {
                 let mistaken = if is_file { None } else { mistake(&self.snapshot.catalogue, None, found.env_name, value) };
                 return Err(self.mistaken(&found, mistaken.unwrap_or(Mistake::Malformed(fault))));
             }
-            // A key in a file is sent as it is, with the blanks around it.
+            // The runtime would send the key with the blanks around it.
             Some(OauthCheck::Key(key)) if key.expose().trim_ascii().len() < key.expose().len() => {
                 return Err(NotSent::Refused(Box::new(self.malformed(&found, Malformation::BlankInFile))));
             }

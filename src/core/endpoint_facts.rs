@@ -17,13 +17,13 @@ use crate::{
 };
 
 /// The most time between the acceptance of a real key and the refusal of a made-up key, for the two to be compared.
-pub const CONTRAST: Duration = Duration::from_secs(600);
+pub const COMPARABLE_WITHIN: Duration = Duration::from_secs(600);
 /// The first wait after an inconclusive answer (429, 5xx, none). It doubles each time, up to [`MAX_BACK_OFF`].
 pub const BACK_OFF: Duration = Duration::from_secs(60);
 /// The longest wait.
 pub const MAX_BACK_OFF: Duration = Duration::from_secs(3600);
 /// How long the acceptance of a real key, or its refusal with a 401, is remembered.
-pub const SEEN: Duration = Duration::from_secs(6 * 3600);
+pub const REMEMBERED_FOR: Duration = Duration::from_secs(6 * 3600);
 /// The most answers to made-up keys that are kept for one request, one per model and form of key. An endpoint needs more only if it refuses
 /// differently for each model, or if its keys have many forms.
 const MAX_ANSWERS: usize = 16;
@@ -77,10 +77,10 @@ impl MadeUpAnswer {
             (CalibrationQuestion::Refusal, Calibration::Refuses { shape, .. }) => {
                 self.model == model || matches!(shape.status, 401 | 403)
             }
-            (CalibrationQuestion::Acceptance(form), Calibration::Refuses { by_code, in_contrast, .. }) => {
+            (CalibrationQuestion::Acceptance(form), Calibration::Refuses { by_code, confirmed, .. }) => {
                 self.model == model
                     && form.is_none_or(|form| form == self.form)
-                    && (*in_contrast || *by_code && self.after_acceptance)
+                    && (*confirmed || *by_code && self.after_acceptance)
             }
             (
                 _,
@@ -99,10 +99,10 @@ impl RequestFacts {
     /// How a made-up key is answered, for a request that names this model.
     pub fn calibration(&self, model: &str, question: CalibrationQuestion, now: Duration) -> Calibration {
         let settling = || self.made_up.iter().filter(|answer| now < answer.until && answer.settles(model, question));
-        // An acceptance outweighs every refusal; a refusal in contrast outweighs the other refusals.
+        // An acceptance outweighs every refusal; a confirmed refusal outweighs the others.
         let weight = |answer: &&MadeUpAnswer| match answer.calibration {
             Calibration::AcceptsAnyone => 2,
-            Calibration::Refuses { in_contrast: true, .. } => 1,
+            Calibration::Refuses { confirmed: true, .. } => 1,
             _ => 0,
         };
         match (settling().max_by_key(weight), &self.inconclusive) {
@@ -119,7 +119,7 @@ impl RequestFacts {
 
     /// Whether a real key was accepted recently.
     pub fn has_accepted(&self, now: Duration) -> bool {
-        self.accepted.iter().any(|(_, at)| now.saturating_sub(*at) <= SEEN)
+        self.accepted.iter().any(|(_, at)| now.saturating_sub(*at) <= REMEMBERED_FOR)
     }
 
     /// Records the answer to a made-up key of this form, valid for `good_for`. `jitter` (0.8 to 1) spreads waits and expiries. Returns what the
@@ -132,7 +132,7 @@ impl RequestFacts {
         good_for: Duration,
         jitter: f64,
     ) -> Calibration {
-        let is_recent = |at: Duration| now.abs_diff(at) <= CONTRAST;
+        let is_recent = |at: Duration| now.abs_diff(at) <= COMPARABLE_WITHIN;
         let after_acceptance = self.accepted.iter().any(|(accepted, at)| accepted == model && is_recent(*at));
         let calibration = match calibration {
             Calibration::AcceptsAnyone => Calibration::AcceptsAnyone,
@@ -143,9 +143,9 @@ impl RequestFacts {
                 return self.record_inconclusive(Calibration::SameForEveryKey(shape), now, jitter);
             }
             Calibration::Refuses { shape, in_words, by_code, .. } => {
-                let contrasts = |(accepted, at): &(String, Duration)| is_recent(*at) && are_comparable(&shape, accepted, model);
-                let in_contrast = self.is_documented && self.accepted.iter().any(contrasts);
-                Calibration::Refuses { shape, in_words, by_code, in_contrast }
+                let confirms = |(accepted, at): &(String, Duration)| is_recent(*at) && are_comparable(&shape, accepted, model);
+                let confirmed = self.is_documented && self.accepted.iter().any(confirms);
+                Calibration::Refuses { shape, in_words, by_code, confirmed }
             }
             Calibration::NotAsked | Calibration::NotWaitedFor => return calibration,
             inconclusive @ (Calibration::Inconclusive(_) | Calibration::SameForEveryKey(_)) => {
@@ -166,7 +166,7 @@ impl RequestFacts {
     /// Records that a real key was accepted. `is_documented`: the catalogue says that this request refuses bad keys.
     pub fn take_acceptance(&mut self, model: &str, is_documented: bool, now: Duration) {
         self.is_documented |= is_documented;
-        self.accepted.retain(|(accepted, at)| accepted != model && now.saturating_sub(*at) <= SEEN);
+        self.accepted.retain(|(accepted, at)| accepted != model && now.saturating_sub(*at) <= REMEMBERED_FOR);
         if self.accepted.len() >= MAX_ANSWERS {
             self.accepted.remove(0);
         }
@@ -174,9 +174,9 @@ impl RequestFacts {
         if !self.is_documented {
             return;
         }
-        for answer in self.made_up.iter_mut().filter(|answer| now.abs_diff(answer.at) <= CONTRAST) {
-            if let Calibration::Refuses { shape, in_contrast, .. } = &mut answer.calibration {
-                *in_contrast |= are_comparable(shape, model, &answer.model);
+        for answer in self.made_up.iter_mut().filter(|answer| now.abs_diff(answer.at) <= COMPARABLE_WITHIN) {
+            if let Calibration::Refuses { shape, confirmed, .. } = &mut answer.calibration {
+                *confirmed |= are_comparable(shape, model, &answer.model);
             }
         }
     }
@@ -184,7 +184,7 @@ impl RequestFacts {
     /// Records that a real key of this form was refused with a 401 that had this kind of body.
     pub fn take_refusal(&mut self, form: KeyForm, body: Body, now: Duration) {
         let is_same = |refused: KeyForm, known: Body| (refused, known) == (form, body);
-        self.refused.retain(|(refused, known, at)| !is_same(*refused, *known) && now.saturating_sub(*at) <= SEEN);
+        self.refused.retain(|(refused, known, at)| !is_same(*refused, *known) && now.saturating_sub(*at) <= REMEMBERED_FOR);
         if self.refused.len() >= MAX_ANSWERS {
             self.refused.remove(0);
         }
@@ -194,10 +194,10 @@ impl RequestFacts {
     /// Records how the real key was answered that was sent again after the made-up one: `None` if it was accepted, else the response.
     pub fn take_second_answer(&mut self, model: &str, other: Option<ResponseShape>, now: Duration, jitter: f64) {
         let latest = self.made_up.iter_mut().rev().find(|answer| answer.model == model && answer.after_acceptance);
-        let Some(answer) = latest.filter(|answer| now.abs_diff(answer.at) <= CONTRAST) else { return };
-        let Calibration::Refuses { in_contrast, .. } = &mut answer.calibration else { return };
+        let Some(answer) = latest.filter(|answer| now.abs_diff(answer.at) <= COMPARABLE_WITHIN) else { return };
+        let Calibration::Refuses { confirmed, .. } = &mut answer.calibration else { return };
         match other {
-            None => *in_contrast = true,
+            None => *confirmed = true,
             Some(other) => {
                 let form = answer.form;
                 self.made_up.retain(|answer| answer.model != model || answer.form != form);
@@ -209,7 +209,7 @@ impl RequestFacts {
     /// Records that every key gets this response. Earlier refusals of made-up keys that look like it no longer count.
     pub fn take_same_for_every_key(&mut self, shape: &ResponseShape, now: Duration, jitter: f64) {
         self.made_up.retain(|answer| match &answer.calibration {
-            Calibration::Refuses { shape: refusal, in_contrast: false, .. } => !refusal.is_like(shape),
+            Calibration::Refuses { shape: refusal, confirmed: false, .. } => !refusal.is_like(shape),
             _ => true,
         });
         self.record_inconclusive(Calibration::SameForEveryKey(shape.clone()), now, jitter);
@@ -225,7 +225,7 @@ impl RequestFacts {
 
     /// Whether keys of this form are known to be refused with a 401 of another kind than this response.
     fn refuses_otherwise(&self, form: KeyForm, shape: &ResponseShape, now: Duration) -> bool {
-        let is_recent = |at: Duration| now.saturating_sub(at) <= SEEN;
+        let is_recent = |at: Duration| now.saturating_sub(at) <= REMEMBERED_FOR;
         let differs = |body: Body| shape.status != 401 || shape.body != body;
         self.refused.iter().any(|(refused, body, at)| *refused == form && is_recent(*at) && differs(*body))
     }

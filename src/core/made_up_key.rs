@@ -13,7 +13,7 @@ const USUAL_PREFIX: &str = "sk-";
 /// With fewer random characters or bits than these, a made-up key could be somebody's real key.
 const MIN_RANDOM: usize = 12;
 const MIN_BITS: usize = 40;
-/// The longest first word of a key, such as `acme_`.
+/// The longest word at the beginning of a key, such as `acme_`, with its separator.
 const MAX_FIRST_WORD: usize = 12;
 /// A second or third word may be an uncommon one only if it is this short, if there are no more words than this, and if this many letters and digits
 /// follow.
@@ -93,8 +93,8 @@ impl Alphabet {
         }
     }
 
-    /// A random character to replace this one. `random` returns a number below its argument. Letters and digits are mixed only from those that every
-    /// common alphabet has: base32 lacks 0, 1, 8 and 9, base58 lacks 0, O, I and l, Crockford's base32 lacks I, L, O and U.
+    /// A random character to replace this one. `random` returns a number below its argument. A key with letters gets only characters that
+    /// every common alphabet has: base32 lacks 0, 1, 8 and 9, base58 lacks 0, O, I and l, Crockford's base32 lacks I, L, O and U.
     fn replacement(self, byte: u8, random: &mut impl FnMut(u8) -> u8) -> u8 {
         let among: &[u8] = match (self, byte) {
             (Self::Digits | Self::LowerHex | Self::UpperHex, b'0'..=b'9') => b"0123456789",

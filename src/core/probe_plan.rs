@@ -386,11 +386,11 @@ impl<'t> ProbePlan<'t> {
             },
             (_, Calibration::SameForEveryKey(shape)) if shape.is_like(&answer.shape) => self.take_same_for_every_key(&answer),
             // Status and code are the same; the words do not matter.
-            (Classification::Forbidden(code), Calibration::Refuses { shape, in_contrast, .. })
+            (Classification::Forbidden(code), Calibration::Refuses { shape, confirmed, .. })
                 if shape.status == 403 && shape.code == *code && (!code.is_empty() || shape.is_like(&answer.shape)) =>
             {
                 match &self.restricted {
-                    _ if *in_contrast => self.take_refusal_like_made_up(status),
+                    _ if *confirmed => self.take_refusal_like_made_up(status),
                     // At the earlier step the key got this 403 and a made-up key a 401, so the key is not dead. Now both get the 403.
                     Some(earlier) if earlier.is_like(&answer.shape) => self.take_same_for_every_key(&answer),
                     Some(_) => self.take_refusal(self.finding(Verdict::Forbidden, Some(answer.reading.cause), Some(status))),
@@ -404,17 +404,17 @@ impl<'t> ProbePlan<'t> {
             (Classification::Forbidden(_), _) => {
                 self.take_refusal(self.finding(Verdict::Forbidden, Some(answer.reading.cause), Some(status)))
             }
-            (Classification::Restricted, Calibration::Refuses { shape, in_contrast, .. }) if shape.is_like(&answer.shape) => {
-                self.take_refusal_by_code(answer, *in_contrast);
+            (Classification::Restricted, Calibration::Refuses { shape, confirmed, .. }) if shape.is_like(&answer.shape) => {
+                self.take_refusal_by_code(answer, *confirmed);
             }
             (Classification::Restricted, _) => self.take_restricted(status),
-            (Classification::Unread | Classification::Verdict(_), Calibration::Refuses { shape, in_contrast, .. })
+            (Classification::Unread | Classification::Verdict(_), Calibration::Refuses { shape, confirmed, .. })
                 if shape.is_like(&answer.shape) =>
             {
                 let page = shape.body == Body::Page;
                 self.seen_for_every_key |= page || answer.reading.cause == Cause::NotFound;
                 match status {
-                    _ if *in_contrast => self.take_refusal_like_made_up(status),
+                    _ if *confirmed => self.take_refusal_like_made_up(status),
                     // A page may be shown to every visitor. So may any response that is neither a 4xx nor JSON.
                     _ if page => self.take_unread(&answer),
                     401 if self.may_refuse_every_key() => self.hold_refusal(&answer, HeldBecause::Status401, Cause::AsAMadeUpKey),
@@ -711,8 +711,8 @@ impl<'t> ProbePlan<'t> {
     }
 
     /// A made-up key gets the same code for "forbidden".
-    fn take_refusal_by_code(&mut self, answer: ReadAnswer, in_contrast: bool) {
-        match (in_contrast, self.is_provisional()) {
+    fn take_refusal_by_code(&mut self, answer: ReadAnswer, confirmed: bool) {
+        match (confirmed, self.is_provisional()) {
             (true, _) => self.take_refusal_like_made_up(answer.shape.status),
             (false, true) => self.hold_refusal(&answer, HeldBecause::Code, Cause::AsAMadeUpKey),
             (false, false) => self.take_refusal_after_list_check(answer),
@@ -901,7 +901,7 @@ fn acceptance_proof(documented: bool, calibration: &Calibration) -> AcceptancePr
     match calibration {
         Calibration::AcceptsAnyone => AcceptanceProof::Unproven,
         _ if documented => AcceptanceProof::Proven,
-        Calibration::Refuses { by_code, in_contrast, .. } if *by_code || *in_contrast => AcceptanceProof::Proven,
+        Calibration::Refuses { by_code, confirmed, .. } if *by_code || *confirmed => AcceptanceProof::Proven,
         Calibration::Refuses { .. } => AcceptanceProof::NeedsSecondAcceptance,
         Calibration::Inconclusive(_) | Calibration::SameForEveryKey(_) | Calibration::NotWaitedFor | Calibration::NotAsked => {
             AcceptanceProof::Unproven

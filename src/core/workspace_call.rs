@@ -19,7 +19,7 @@ use crate::{
 pub struct ArmRoute {
     /// The known facts.
     pub route: Route,
-    /// The provider's own variables: those in the registry, and those that only this provider's route reads.
+    /// The provider's own variables: those in the registry, and those that its route reads and no other provider accepts.
     pub own: Vec<String>,
     /// Whether the runtime removes blanks around a value.
     pub trims: Trims,

@@ -31,7 +31,7 @@ pub enum Role {
     Platform,
     /// Call Decide at PROVISION for these workspaces, without an operator's override.
     Workspace(BTreeSet<String>),
-    /// Ask for status, models and providers, and not send any credential.
+    /// Ask for status, models and providers: only methods that take no credential.
     Operator,
 }
 

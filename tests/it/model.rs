@@ -338,7 +338,7 @@ struct Stands {
     form: KeyForm,
     kind: u8,
     after_acceptance: bool,
-    in_contrast: bool,
+    confirmed: bool,
 }
 
 const GOOD_FOR: u64 = 6 * 3600;
@@ -369,7 +369,7 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, 
                     continue;
                 }
                 standing.retain(|other| (other.model, other.form) != (*model, *form) && *at < other.at + GOOD_FOR);
-                standing.push(Stands { at: *at, model, form: *form, kind: *kind, after_acceptance, in_contrast: false });
+                standing.push(Stands { at: *at, model, form: *form, kind: *kind, after_acceptance, confirmed: false });
                 (misses, inconclusive) = (0, None);
             }
             Learnt::MadeUp(_, _, kind) => {
@@ -382,7 +382,7 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, 
                     && at - standing[latest].at <= 600
                 {
                     match other {
-                        None => standing[latest].in_contrast = true,
+                        None => standing[latest].confirmed = true,
                         Some(other) => {
                             standing.remove(latest);
                             miss(*at, &mut misses, &mut inconclusive, Calibration::SameForEveryKey(learnt_shape(*other)));
@@ -402,17 +402,17 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, 
                 (CalibrationQuestion::Acceptance(form), kind) => {
                     of_model
                         && form.is_none_or(|form| form == answer.form)
-                        && (answer.in_contrast || kind == 0 && answer.after_acceptance)
+                        && (answer.confirmed || kind == 0 && answer.after_acceptance)
                 }
             }
     };
-    let found = standing.iter().filter(tells).max_by_key(|answer| (answer.kind == 2, answer.in_contrast));
+    let found = standing.iter().filter(tells).max_by_key(|answer| (answer.kind == 2, answer.confirmed));
     match (found, inconclusive) {
         (Some(Stands { kind: 2, .. }), _) => Calibration::AcceptsAnyone,
-        (Some(Stands { kind, in_contrast, .. }), _) => {
+        (Some(Stands { kind, confirmed, .. }), _) => {
             let by_code = *kind == 0;
             let shape = learnt_shape(if by_code { 401 } else { 404 });
-            Calibration::Refuses { shape, in_words: by_code, by_code, in_contrast: *in_contrast }
+            Calibration::Refuses { shape, in_words: by_code, by_code, confirmed: *confirmed }
         }
         (None, Some(inconclusive)) if now < back_off_until => inconclusive,
         (None, _) => Calibration::NotAsked,
@@ -452,7 +452,7 @@ fn what_was_learnt_of_an_endpoint_is_what_its_model_says() {
                         shape: learnt_shape(status),
                         in_words: by_code,
                         by_code,
-                        in_contrast: false,
+                        confirmed: false,
                     };
                     let calibration = match kind {
                         0 => refuses(401, true),
@@ -473,7 +473,7 @@ fn what_was_learnt_of_an_endpoint_is_what_its_model_says() {
                 let found = facts.calibration(model, question, Duration::from_secs(later));
                 assert_eq!(found, expected, "seed {seed}, at {later}, `{model}` {question:?}: {log:#?}");
                 let word = format!("{found:?}").chars().take_while(|c| c.is_alphanumeric()).collect::<String>();
-                let contrast = matches!(found, Calibration::Refuses { in_contrast: true, .. });
+                let contrast = matches!(found, Calibration::Refuses { confirmed: true, .. });
                 *met.entry(format!("{word} {contrast}")).or_default() += 1;
                 // Nobody is asked about what is known, or too soon after what told nothing.
                 assert!(!facts.is_due(model, question, Duration::from_secs(later)) || found == Calibration::NotAsked);

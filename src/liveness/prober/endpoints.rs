@@ -290,7 +290,7 @@ impl Endpoints {
                     let (reading, shape) =
                         (read(response.facts(), &call.probe), ResponseShape::of(response.facts(), made_up.expose()));
                     // The answer to a request without a key is compared, and not read.
-                    let seen = |shape| Calibration::Refuses { shape, in_words: false, by_code: false, in_contrast: false };
+                    let seen = |shape| Calibration::Refuses { shape, in_words: false, by_code: false, confirmed: false };
                     if families.is_empty() { seen(shape) } else { calibration_of(&reading, &shape) }
                 }
                 Exchange::TimedOut | Exchange::Unreachable(_) | Exchange::Exhausted => Calibration::Inconclusive(None),
