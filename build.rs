@@ -1,18 +1,18 @@
-//! Compiles the proto without a system `protoc` and keeps its descriptors for gRPC reflection. Tells the crate its version with the commit.
+//! Compiles the proto without a system `protoc`, keeps its descriptors for gRPC reflection, and sets the version with its commit.
 
 use std::{env, error::Error, fs, path::PathBuf};
 
 use prost::Message;
 
-/// Messages that hold a credential value, and every parent through which one could be printed. `prost` does not honour
-/// `debug_redact`, so their `Debug` is written by hand in `src/grpc/convert.rs`, without the value.
+/// Messages that hold a credential's value, and their parents. `prost` ignores `debug_redact`, so `src/grpc/convert.rs` implements `Debug` for them
+/// without the value.
 const HOLD_A_CREDENTIAL: [&str; 4] =
     ["byokgate.v1.Credential", "byokgate.v1.WorkspaceSpec", "byokgate.v1.DecideRequest", "byokgate.v1.BatchDecideRequest"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
     println!("cargo:rerun-if-env-changed=BYOK_GATE_REVISION");
-    // Absent outside of the scripts that build a release: a build does not depend on what else lies beside it.
+    // Only the scripts that build a release set it, so that other builds do not depend on the state of the repository.
     let revision = env::var("BYOK_GATE_REVISION").ok().filter(|revision| !revision.is_empty());
     let version = env::var("CARGO_PKG_VERSION")?;
     println!("cargo:rustc-env=BYOK_GATE_VERSION={version}{}", revision.map(|it| format!(" ({it})")).unwrap_or_default());
@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .skip_debug(HOLD_A_CREDENTIAL)
         .codec_path("crate::grpc::codec::Codec")
-        // Some 500 bytes beside a short status.
+        // It has about 500 bytes, and the other variant is a short status.
         .boxed("byokgate.v1.BatchDecideResponse.result.response")
         .compile_fds(descriptors)?;
     Ok(())

@@ -1,5 +1,5 @@
-//! Layer 1: the decision itself. Pure: no clock, environment, file, network, log or task; `engine` alone is asynchronous, for it
-//! calls the one effect that a decision has through a trait.
+//! Layer 1: the decision itself. Pure: no clock, environment, files, network, log or tasks. Only `engine` is asynchronous: it asks for a
+//! credential's liveness through a trait.
 
 pub mod answer;
 pub mod catalogue;
@@ -8,19 +8,19 @@ pub mod credential;
 pub mod credentials;
 pub mod derive;
 pub mod endpoint;
+pub mod endpoint_facts;
 pub mod engine;
 pub mod evaluate;
 pub mod evaluation_log;
 pub mod foreign_secrets;
 pub mod key_shape;
-pub mod look;
 pub mod made_up_key;
 pub mod oauth_credential;
 pub mod policy;
 pub mod probe_plan;
 pub mod registry;
+pub mod response_shape;
 pub mod runtimes;
 pub mod snapshot;
-pub mod taught;
 pub mod workspace_call;
 pub(crate) mod yaml;

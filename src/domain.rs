@@ -1,4 +1,4 @@
-//! Layer 0: the words of the service. Plain types without effects.
+//! Layer 0: the types of requests and answers. Plain data without effects.
 
 pub mod causes;
 pub mod decision;

@@ -1,4 +1,4 @@
-//! The RPCs: convert, authorize, decide, convert, record once.
+//! The RPCs. A call is authorized, converted to domain types, decided, converted back and recorded once.
 
 pub(crate) mod admission;
 pub mod authorize;
@@ -13,5 +13,5 @@ pub mod limits;
 mod queries;
 pub(crate) mod service;
 
-/// The service's name on the wire, as health checks name it.
+/// The service's name on the wire and in health checks.
 pub const NAME: &str = "byokgate.v1.PolicyDecisionService";

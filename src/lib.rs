@@ -1,33 +1,33 @@
-//! byok-gate: may this AI-agent workspace start, and who pays for its model calls?
+//! byok-gate decides whether an AI-agent workspace may start, and who pays for its model calls.
 //!
 //! # The map
 //!
-//! A folder per layer. Imports go down only; `tests/it/tidy.rs` fails when one does not, or when a pure module has an effect.
+//! One folder per layer. Imports go down only. `tests/it/tidy.rs` fails on an import upward and on an effect in a pure module.
 //!
 //! | layer | modules |
 //! |---|---|
-//! | edge | [`cli`] commands · [`app`] the composition · [`config`] files and flags · [`server`] sockets, health, leaving · [`grpc`] RPCs, proto <-> domain |
-//! | effects | [`liveness`] cache, one probe per key, limits, breaker, HTTPS · [`mod@watch`] changed files |
-//! | telemetry | [`telemetry`] the log, the events, traces, metrics |
-//! | core | [`core`] registry, catalogue, derivation, the order of a decision, policy, the engine |
-//! | domain | [`domain`] the words |
+//! | edge | [`cli`] the commands · [`app`] wires the parts together · [`config`] files and flags · [`server`] sockets, health, draining · [`grpc`] RPCs, proto to domain |
+//! | effects | [`liveness`] cache, one probe per key, limits, circuit breaker, HTTPS · [`mod@watch`] changed files |
+//! | telemetry | [`telemetry`] log, events, traces, metrics |
+//! | core | [`core`] registry, catalogue, derivation, the order of a decision, policy, engine |
+//! | domain | [`domain`] the types of requests and answers |
 //!
 //! # Invariants
 //!
-//! - **never-flip**: a spec whose model derives to a vendor is never billed to the platform, unless the operator's override says so by
-//!   name. Billing follows from [`domain::decision::Grounds`] alone, and only [`core::policy::apply`] hands those out.
-//! - **one-snapshot**: one decision is made by one version of registry, catalogue and policy.
-//! - **no-silent-allow**: an allow that nobody verified carries a warning.
-//! - **secrets stay**: a credential's value leaves the process in one header, for the catalogue's host; nothing prints, stores or
+//! - **never-flip**: a vendor's model is never billed to the platform, unless the operator's override asks for it by name. Billing follows from
+//!   [`domain::decision::Grounds`] alone, and only [`core::policy::apply`] creates those.
+//! - **one-snapshot**: a decision uses one version of registry, catalogue and policy.
+//! - **no-silent-allow**: an allow without a verified credential carries a warning.
+//! - **secrets stay**: a credential's value leaves the process in one header only, to a host of the catalogue. Nothing prints it, stores it or
 //!   compares it in variable time.
-//! - **one door per format**: YAML in `core::yaml`, generated proto code in [`grpc`] and [`cli`].
+//! - **one door per format**: only `core::yaml` reads YAML, and only [`grpc`] and [`cli`] use generated proto code.
 //!
 //! # To change X, start in Y
 //!
-//! `docs/architecture.md` has the way of one call. A reason: [`domain::denial`]; its words: `domain::denial_text`. The order of a decision:
-//! [`core::evaluate`], then [`core::credential`]. What a verdict leads to: [`core::policy`]. How a vendor is asked or understood:
-//! `core/catalogue/default.yaml`. What a runtime sends: `core/runtimes/default.yaml`. A decision's event: [`telemetry::events`] and its schema in `docs`. A
-//! number: the module that it is about, and `docs/metrics.md`. A case: `tests/cases`.
+//! `docs/architecture.md` shows the way of a call. The reasons for a denial: [`domain::denial`]; their texts: `domain::denial_text`. The order of a
+//! decision: [`core::evaluate`], then [`core::credential`]. What follows from a verdict: [`core::policy`]. How a vendor is asked and its answers are
+//! read: `core/catalogue/default.yaml`. What a runtime sends: `core/runtimes/default.yaml`. The event of a decision: [`telemetry::events`] and its
+//! schema in `docs`. A metric: the module that counts it, and `docs/metrics.md`. A test case: `tests/cases`.
 
 pub mod app;
 pub mod cli;

@@ -15,7 +15,7 @@ use crate::{
     app,
     core::{
         catalogue::Catalogue,
-        classify::{Calibration, Classification, ProbeResponse, calibrated},
+        classify::{Calibration, Classification, ProbeResponse, calibration_of},
         endpoint::{self, Call},
         registry::Registry,
     },
@@ -152,17 +152,19 @@ fn asked(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> Vec<
 }
 
 fn told(response: &ProbeResponse) -> (&'static str, Option<u16>, Option<&str>) {
-    let ProbeResponse::Answer { reading, look, .. } = response else { return ("NO_ANSWER", None, None) };
-    let code = Some(look.code.as_str()).filter(|code| !code.is_empty());
-    let result = match calibrated(reading, look) {
+    let ProbeResponse::Answer { reading, shape, .. } = response else { return ("NO_ANSWER", None, None) };
+    let code = Some(shape.code.as_str()).filter(|code| !code.is_empty());
+    let result = match calibration_of(reading, shape) {
         Calibration::Refuses { in_words: true, .. } => "REFUSED",
         // A 403 of its own, or "alive" by a row: a refusal, in words that are not those of a dead key.
         Calibration::Refuses { .. } if matches!(reading.classification, Classification::Forbidden(_)) => "REFUSED",
         Calibration::Refuses { .. } => "REFUSED_ODDLY",
         Calibration::AcceptsAnyone => "ACCEPTED",
-        Calibration::Untold(_) | Calibration::Everybody(_) | Calibration::NotWaitedFor | Calibration::NotAsked => "UNTOLD",
+        Calibration::Inconclusive(_) | Calibration::SameForEveryKey(_) | Calibration::NotWaitedFor | Calibration::NotAsked => {
+            "UNTOLD"
+        }
     };
-    (result, Some(look.status), code)
+    (result, Some(shape.status), code)
 }
 
 fn text(row: &Value) -> String {

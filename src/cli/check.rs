@@ -250,11 +250,11 @@ impl Found {
             }
             let Some(response) = last else { continue };
             let (answer, fault, warning) = match &response {
-                ProbeResponse::Answer { reading, look, .. } if is_missing(&response) => {
+                ProbeResponse::Answer { reading, shape, .. } if is_missing(&response) => {
                     let cause = Cause::NoApiAtBaseUrl;
-                    (format!("HTTP {}, {}: {cause}", look.status, reading.cause.text()), Some(cause.text()), None)
+                    (format!("HTTP {}, {}: {cause}", shape.status, reading.cause.text()), Some(cause.text()), None)
                 }
-                ProbeResponse::Answer { look, .. } => (format!("HTTP {}", look.status), None, None),
+                ProbeResponse::Answer { shape, .. } => (format!("HTTP {}", shape.status), None, None),
                 ProbeResponse::TimedOut => ("no answer in time".into(), None, Some("gave no answer in time")),
                 // Found without asking, where no name had to be resolved for it.
                 ProbeResponse::Unreachable(Unreached::Address) if target.calls.iter().any(|call| !prober.may_ask(call)) => {
@@ -304,8 +304,8 @@ fn of_server(configuration: &str, fault: &ServerError) -> Problems {
 
 /// Nothing that an API says: no such path, or a page.
 fn is_missing(response: &ProbeResponse) -> bool {
-    let ProbeResponse::Answer { reading, look, .. } = response else { return false };
-    reading.cause == Cause::NotFound || reading.cause == Cause::Page && !matches!(look.status, 401 | 403 | 407)
+    let ProbeResponse::Answer { reading, shape, .. } = response else { return false };
+    reading.cause == Cause::NotFound || reading.cause == Cause::Page && !matches!(shape.status, 401 | 403 | 407)
 }
 
 /// Rows of an operator's that no provider of the registry is asked by: a host that is misspelt, or given without its port.

@@ -24,9 +24,9 @@ use crate::{
         catalogue::{Catalogue, HostRow, Probe, Signal},
         classify::{Answer, Calibration, Classification, ProbeResponse, ReadBy, Reading, is_page, read},
         endpoint::{Call, MODEL, call},
-        look::Look,
+        endpoint_facts::EndpointFacts,
         probe_plan::{Client, Next, ProbePlan, Requests},
-        taught::EndpointFacts,
+        response_shape::ResponseShape,
     },
     domain::{
         problem::Loaded,
@@ -316,14 +316,14 @@ fn word(classification: &Classification) -> &'static str {
 /// What is asked after this answer, a made-up key being refused there: so, where this is a 403.
 fn next(calls: &[Call], reading: &Reading, answer: Answer<'_>) -> Option<Value> {
     let mut plan = ProbePlan::new(calls, Client::default(), &EndpointFacts::default(), Requests::UNKNOWN);
-    let look = Look::of(answer, "");
+    let shape = ResponseShape::of(answer, "");
     let calibration = match reading.classification {
         Classification::Accepted | Classification::Forbidden(_) => {
-            Calibration::Refuses { look: look.clone(), in_words: true, by_code: true, in_contrast: false }
+            Calibration::Refuses { shape: shape.clone(), in_words: true, by_code: true, confirmed: false }
         }
         Classification::Restricted | Classification::Unread | Classification::Verdict(_) => Calibration::NotAsked,
     };
-    let mut response = Some(ProbeResponse::Answer { reading: reading.clone(), look, retry_after: answer.retry_after });
+    let mut response = Some(ProbeResponse::Answer { reading: reading.clone(), shape, retry_after: answer.retry_after });
     loop {
         match (plan.proceed(), response.take()) {
             (Next::Ask { .. }, Some(response)) => plan.take_response(response),

@@ -13,7 +13,7 @@ use crate::{
     core::{
         classify::{Classification, Finding, ProbeResponse},
         endpoint::{self, Target},
-        key_shape::{Unfit, unfit},
+        key_shape::{Unsendable, why_unsendable},
         probe_plan::outcome_of,
         registry::{Provider, Registry},
     },
@@ -76,11 +76,11 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
         Ok(target) => target,
         Err(reason) => return untold(&reason.text()),
     };
-    let refusal = match unfit(&snapshot.catalogue, &target.endpoint, &credential.env_name, secret, true) {
+    let refusal = match why_unsendable(&snapshot.catalogue, &target.endpoint, &credential.env_name, secret, true) {
         None => None,
-        Some(Unfit::NoSurface(reason)) => return untold(&reason.text()),
-        Some(Unfit::Refused(refusal)) => Some(*refusal),
-        Some(Unfit::Malformed(fault)) => {
+        Some(Unsendable::NoSurface(reason)) => return untold(&reason.text()),
+        Some(Unsendable::Refused(refusal)) => Some(*refusal),
+        Some(Unsendable::Malformed(fault)) => {
             let env_name = credential.env_name.clone();
             Some(Refusal::Malformed { env_name, provider: provider.clone(), fault, save_as: None, right_place: None })
         }
@@ -201,7 +201,7 @@ fn call_text(attempt: &Attempt) -> String {
 
 fn call_json(attempt: &Attempt) -> Value {
     let (status, cause) = match &attempt.response {
-        ProbeResponse::Answer { reading, look, .. } => (Some(look.status), Some(reading.cause.as_str())),
+        ProbeResponse::Answer { reading, shape, .. } => (Some(shape.status), Some(reading.cause.as_str())),
         ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) | ProbeResponse::Exhausted => (None, None),
     };
     json!({
@@ -230,7 +230,7 @@ fn response(response: &ProbeResponse) -> String {
             Unreached::Protocol => "not HTTP".into(),
             Unreached::Proxy => "the forward proxy could not be reached, or did not let the call through".into(),
         },
-        ProbeResponse::Answer { reading, look, .. } => {
+        ProbeResponse::Answer { reading, shape, .. } => {
             let says = match &reading.classification {
                 Classification::Accepted => "accepted",
                 Classification::Restricted => "alive, but not for this endpoint",
@@ -238,7 +238,7 @@ fn response(response: &ProbeResponse) -> String {
                 Classification::Unread => reading.cause.text(),
                 Classification::Verdict(verdict) => verdict.as_str(),
             };
-            format!("HTTP {}, {says}", look.status)
+            format!("HTTP {}, {says}", shape.status)
         }
     }
 }

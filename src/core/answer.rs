@@ -1,46 +1,46 @@
-//! The facts of one response, and how its body is looked into.
+//! One HTTP response as plain data, and helpers that read its body.
 
 use std::time::Duration;
 
 use serde_json::Value;
 
-/// The facts of one response.
+/// One HTTP response.
 #[derive(Debug, Clone, Copy)]
 pub struct Answer<'a> {
-    /// The status.
+    /// The HTTP status.
     pub status: u16,
     /// The body, as far as it was read.
     pub body: &'a [u8],
-    /// There was more of it than is read.
+    /// The body was longer than the part that was read.
     pub truncated: bool,
-    /// It is a page for people by its own account, or a challenge of the network before the vendor.
+    /// The headers mark a page for people, or a challenge by the network in front of the vendor.
     pub page: bool,
-    /// When the provider wants to be asked again.
+    /// The wait that the provider asks for.
     pub retry_after: Option<Duration>,
 }
 
-/// What kind of body an answer has.
+/// The kind of a response's body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Body {
     /// JSON.
     Json,
     /// A page for people: HTML, or a challenge.
     Page,
-    /// Anything else that is there.
+    /// Any other text.
     Text,
-    /// Nothing.
+    /// No body.
     Empty,
 }
 
 impl Answer<'_> {
-    /// The kind of its body, and its error code.
+    /// The kind of body, and the error code; empty if there is none.
     pub(super) fn body_and_code(self) -> (Body, String) {
         let json = serde_json::from_slice::<Value>(self.body).ok();
         (body_of(self, json.as_ref()), json.as_ref().and_then(error_code).unwrap_or_default())
     }
 }
 
-/// A login page, a captive portal or a challenge is not the vendor's API speaking, whatever its status and its words.
+/// The kind of body. A login page, a captive portal or a challenge is a page, whatever its status and words: the vendor's API did not answer.
 pub(super) fn body_of(answer: Answer<'_>, json: Option<&Value>) -> Body {
     let body = answer.body.trim_ascii_start();
     let xml = body.starts_with(b"<?xml") && !contains(body, "<html");
@@ -48,21 +48,21 @@ pub(super) fn body_of(answer: Answer<'_>, json: Option<&Value>) -> Body {
         (Some(_), _) => Body::Json,
         (None, first) if answer.page || (first == Some(&b'<') && !xml) => Body::Page,
         (None, None) => Body::Empty,
-        // It was cut off: its beginning must do.
+        // The body was cut off and cannot be parsed, so its beginning decides.
         (None, Some(b'{' | b'[')) if answer.truncated => Body::Json,
         (None, Some(_)) => Body::Text,
     }
 }
 
-/// Compared without case.
+/// Whether the body holds this text, compared without case.
 pub(super) fn contains(body: &[u8], text: &str) -> bool {
-    // The first byte rules nearly every place out, at a tenth of what comparing all of them costs.
+    // Comparing the first byte rules out nearly every place, at a tenth of the cost of comparing the whole text.
     let text = text.as_bytes();
     let begins = |window: &[u8]| window.iter().zip(text).next().is_some_and(|(one, other)| one.eq_ignore_ascii_case(other));
     body.windows(text.len()).any(|window| begins(window) && window.eq_ignore_ascii_case(text))
 }
 
-/// Whether a value at a dotted path of object keys and list positions is so; `*` is every entry of a list.
+/// Whether a value at a path satisfies `is`. A path has object keys and list positions, separated by dots; `*` stands for every entry of a list.
 pub(super) fn any_at(json: &Value, path: &str, is: &dyn Fn(&Value) -> bool) -> bool {
     let mut value = json;
     let mut rest = path;
@@ -83,9 +83,9 @@ pub(super) fn any_at(json: &Value, path: &str, is: &dyn Fn(&Value) -> bool) -> b
     }
 }
 
-/// The error's code, if the body is a machine-readable error: an object with one of the usual members.
+/// The error code of a machine-readable error: an object with one of the usual members. Empty if the error has no code, `None` if it is no error.
 pub(super) fn error_code(json: &Value) -> Option<String> {
-    // One vendor's compatible surface wraps its errors in a list.
+    // One vendor's OpenAI-compatible API wraps its errors in a list.
     let object = match json {
         Value::Array(items) => items.first()?.as_object()?,
         json => json.as_object()?,

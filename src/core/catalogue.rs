@@ -1,4 +1,4 @@
-//! The probe catalogue: how each API host is asked whether a credential is alive, and what its answers mean. Data, not code.
+//! The probe catalogue: how each API host is asked whether a credential is alive, and what its answers mean. The facts are data, not code.
 
 mod check;
 pub(crate) mod file;
@@ -24,31 +24,31 @@ use crate::{
     },
 };
 
-/// The catalogue that is built in: our own text around what is known of the vendors.
+/// The built-in catalogue: what is known about the vendors, in our own words.
 const EMBEDDED: &str = include_str!("catalogue/default.yaml");
-/// Further parts of it.
+/// More parts of the built-in catalogue.
 const RUNTIMES: &str = include_str!("runtimes/default.yaml");
 const FOREIGN_SECRETS: &str = include_str!("catalogue/foreign-secrets.yaml");
 
-/// How every known host is asked.
+/// All that is known about hosts, keys and runtimes.
 #[derive(Debug, Clone)]
 pub struct Catalogue {
     revision: String,
-    /// Per host (with its port if not the default) or pattern of hosts, rows with the longest path first.
+    /// The rows of each host (with its port if not the default) or pattern of hosts. Rows with the longest path come first.
     hosts: BTreeMap<String, Vec<HostRow>>,
-    /// Where providers are whose registry entry has no URL: their vendor's one host.
+    /// The base URLs of providers whose registry entry has none: their vendor's one host.
     homes: BTreeMap<String, Url>,
     unprobed: BTreeMap<String, Unprobed>,
-    /// As [`KeyShape::sort`] leaves them.
+    /// In the order of [`KeyShape::sort`].
     key_shapes: Vec<KeyShape>,
     base_url_env: BTreeMap<String, Protocol>,
     common_codes: Arc<CommonCodes>,
     free_models: Arc<[String]>,
     openai: Vec<Probe>,
     anthropic: Vec<Probe>,
-    /// What agent programs do with credentials.
+    /// How agent programs use credentials.
     pub runtimes: Runtimes,
-    /// What is no key of an LLM provider.
+    /// Secrets that are not keys of an LLM provider.
     pub foreign_secrets: ForeignSecrets,
     credential_kinds: BTreeMap<String, CredentialKind>,
 }
@@ -56,216 +56,216 @@ pub struct Catalogue {
 /// How one host is asked.
 #[derive(Debug, Clone)]
 pub struct HostRow {
-    /// The path under which the row holds; empty for the whole host.
+    /// The path that the row applies to; empty for the whole host.
     pub path_prefix: String,
-    /// The API that it is about, where the host speaks two.
+    /// The API that the row applies to, if the host speaks two.
     pub protocol: Option<Protocol>,
-    /// Whose host it is. Hosts of one vendor take one another's key shapes.
+    /// The vendor that the host belongs to. Hosts of one vendor take keys of the same shapes.
     pub vendor: String,
-    /// Other regions of the vendor, whose keys this host refuses.
+    /// Hosts of the vendor in other regions. This host refuses their keys.
     pub siblings: Vec<String>,
-    /// Whose keys it takes beside its own vendor's: a gateway's.
+    /// Vendors whose keys the host takes, beside its own vendor's. For gateways.
     pub accepts_keys_of: AcceptsKeysOf,
-    /// What stands before the provider's own model id in a workspace's model, and is not sent.
+    /// Prefixes of the workspace's model id that are not part of the provider's own id, and are not sent.
     pub strip_model_prefixes: Vec<String>,
-    /// The ladder: asked in this order until one is conclusive.
+    /// The probes, asked in this order until one is conclusive.
     pub probes: Vec<Probe>,
-    /// How well what the row says is known.
+    /// How certain the row is.
     pub confidence: Option<Confidence>,
-    /// Since when it is known to be so.
+    /// The date since when it is known to be so.
     pub since: Option<Date>,
-    /// Where it is known from.
+    /// Where the facts are from.
     pub sources: Vec<String>,
-    /// What a reader of the row should know.
+    /// A remark for a reader of the row.
     pub note: Option<String>,
-    /// An operator's document has it, not ours.
+    /// The row is from an operator's document and not built in.
     pub is_overlaid: bool,
 }
 
-/// Whose keys a host takes beside its own vendor's.
+/// Vendors whose keys a host takes, beside its own vendor's.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum AcceptsKeysOf {
-    /// Nobody's.
+    /// None.
     #[default]
     Nobody,
-    /// These vendors'.
+    /// The keys of these vendors.
     Vendors(Vec<String>),
-    /// Anybody's: a gateway that hands them on.
+    /// The keys of any vendor: a gateway that passes them on.
     Any,
 }
 
-/// How well something is known.
+/// How certain a fact is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Confidence {
-    /// The vendor's documentation says so.
+    /// The vendor documents it.
     Documented,
     /// Published code relies on it.
     Code,
     /// Somebody reported it from a live call.
     Live,
-    /// Inferred.
+    /// It was inferred.
     Inferred,
 }
 
-/// A provider that is not asked.
+/// A provider that is never asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unprobed {
-    /// Why.
+    /// The reason.
     pub reason: UnprobedReason,
-    /// The same for a person.
+    /// The reason in words.
     pub note: String,
 }
 
-/// Why a provider is not asked.
+/// Why a provider is never asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UnprobedReason {
-    /// Its server takes no key at all: an answer would prove that it runs, and nothing of a credential.
+    /// Its server takes no key. A response would prove that it runs, and nothing about a credential.
     Keyless,
-    /// Its address is the tenant's own, which this service does not know. Holds only without a URL in the registry.
+    /// Its address is the tenant's own and unknown to this service. Applies only if the registry has no URL.
     TenantEndpoint,
 }
 
-/// What a known kind of key begins with.
+/// A known prefix of keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyShape {
-    /// The beginning.
+    /// The prefix.
     pub prefix: String,
-    /// Whose keys begin so.
+    /// The vendor whose keys begin with it.
     pub vendor: String,
-    /// What kind of key it is.
+    /// The kind of key.
     pub kind: KeyKind,
-    /// The plan that it is of, whose keys only the plan's own hosts take.
+    /// The plan that the key is for. Only the plan's own hosts take such keys.
     pub plan: Option<String>,
-    /// The providers that such a key is for, where its vendor has several that refuse one another's.
+    /// The providers that such a key is for, if its vendor has several that refuse each other's keys.
     pub providers: Vec<String>,
-    /// Its place among all that were declared.
+    /// Its position in the document.
     declared: usize,
 }
 
-/// What kind of key a shape tells of.
+/// The kind of a key, by its prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum KeyKind {
     /// A key for an API's header.
     ApiKey,
     /// An OAuth credential, which is never sent.
     OAuth,
-    /// A token that makes OAuth tokens, and calls nothing.
+    /// A token that renews OAuth tokens and cannot call an API.
     RefreshToken,
-    /// A key that administers an organization and cannot call models. Never sent: whoever gets hold of it can make keys.
+    /// A key that administers an organization and cannot call models. It is never sent: whoever gets it can make keys.
     Administrative,
 }
 
-/// One authenticated call.
+/// One request that checks a credential.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Probe {
-    /// Its name, as answers report it.
+    /// The name by which answers report it.
     pub name: String,
-    /// GET or POST.
+    /// The HTTP method.
     pub method: Method,
-    /// Absolute on the host, or beginning with `{base}`.
+    /// The path. It is absolute on the host, or begins with `{base}`.
     pub path: String,
-    /// The header families to send the credential in, tried in order until one is not refused.
+    /// The headers that may carry the credential, tried in order until one is not refused.
     pub auth: Vec<HeaderFamily>,
     /// Further headers.
     pub headers: Vec<(String, String)>,
-    /// A JSON body; the string `{model}` in it stands for the workspace's model.
+    /// The JSON body. The string `{model}` stands for the workspace's model.
     pub body: Option<serde_json::Value>,
-    /// Members laid over the body for a provider whose `thinking_policy` is `require_enabled`.
+    /// Members that are added to the body if the provider's `thinking_policy` is `require_enabled`.
     pub thinking: Option<serde_json::Map<String, serde_json::Value>>,
-    /// The time for the whole ladder, if this host needs more than the service's own budget.
+    /// The time budget of a whole probe, if this host needs another than the default.
     pub budget: Option<Duration>,
-    /// It costs the tenant money.
+    /// The request costs the tenant money.
     pub costs_money: bool,
-    /// It is documented, or known from those who use it, that this endpoint refuses bad keys.
+    /// This request is known to refuse bad keys, from documentation or use.
     pub refuses_bad_keys: bool,
-    /// Which of the provider's surfaces it asks.
+    /// The surface of the provider that it calls.
     pub surface: Surface,
-    /// What a good answer's JSON body holds: one of these.
+    /// Values of which a success response holds at least one.
     pub expect: Vec<Expected>,
-    /// What answers mean, in order; the first match decides.
+    /// What responses mean, in order. The first match decides.
     pub signals: Vec<Signal>,
-    /// What codes mean that no signal is about.
+    /// The meaning of error codes that no signal covers.
     pub common: Arc<CommonCodes>,
-    /// Tells this probe, and every reading of its answers, from any other.
+    /// A hash of the request and of how its responses are read.
     pub fingerprint: [u8; 32],
 }
 
-/// A value of a good answer.
+/// A value that a success response may hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
-    /// Where it is.
+    /// The path of the value.
     pub path: String,
-    /// What it is. Null is never one.
+    /// The kind of the value. Null never matches.
     pub kind: Kind,
 }
 
-/// What kind a value is of.
+/// The kind of a JSON value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, strum::EnumString, strum::IntoStaticStr, strum::VariantArray)]
 #[strum(serialize_all = "lowercase")]
 pub enum Kind {
-    /// Any but null.
+    /// Any value but null.
     Any,
     /// A list.
     List,
     /// An object.
     Object,
-    /// A text.
+    /// A string.
     Text,
-    /// A number, or a text that is one: balances come as both.
+    /// A number, or a string that holds one: vendors write balances both ways.
     Number,
     /// True or false.
     Flag,
 }
 
-/// What codes mean that many servers share.
+/// Error codes that many servers share, and what they mean.
 #[derive(Debug, Default, PartialEq)]
 pub struct CommonCodes {
-    /// Where codes stand in a body.
+    /// The paths at which a body may hold a code.
     paths: Vec<String>,
-    /// By the code in lower case: for which statuses (none: any), and what it means.
+    /// By the code in lower case: the statuses that it applies to (none: all), and its meaning.
     codes: HashMap<String, Vec<(Vec<u16>, SignalOutcome)>>,
-    /// Tells this list from any other.
+    /// A hash of this list.
     pub fingerprint: [u8; 32],
 }
 
-/// One row: when an answer looks like this, it means that.
+/// One rule: a response that matches has this meaning.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Signal {
-    /// The statuses that it is about; empty for any.
+    /// The statuses that match; empty for all.
     pub statuses: Vec<u16>,
-    /// What must hold of the body: all of these.
+    /// Tests of the body, all of which must hold.
     pub tests: Vec<BodyTest>,
-    /// What it means.
+    /// The meaning.
     pub outcome: SignalOutcome,
-    /// A page for people is met too.
+    /// A page for people can match too.
     pub page: bool,
-    /// No other endpoint will tell more: nothing further is asked.
+    /// No other endpoint will tell more, so the probe ends here.
     pub stop: bool,
-    /// How well it is known.
+    /// How certain the rule is.
     pub confidence: Option<Confidence>,
-    /// What a reader of the row should know.
+    /// A remark for a reader of the rule.
     pub note: Option<String>,
 }
 
-/// Something that may hold of a body.
+/// A test of a response's body.
 #[derive(Debug, Clone, PartialEq)]
 pub enum BodyTest {
     /// It contains one of these texts, compared without case.
     Contains(Vec<String>),
     /// It does not contain this text, compared without case.
     Lacks(String),
-    /// The JSON value at one of these paths is one of these values; a number and a string of the same digits are the same.
+    /// The JSON value at one of these paths is one of these values. A number equals a string of the same digits.
     IsOneOf(Vec<String>, Vec<serde_json::Value>),
     /// The JSON number at one of these paths is at most this one.
     AtMost(Vec<String>, f64),
 }
 
-/// What a signal means.
+/// The meaning of a signal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SignalOutcome {
-    /// The credential was accepted. Counts as VALID once the endpoint is known to refuse bad ones.
+    /// The credential was accepted. Counts as VALID if the endpoint is known to refuse bad ones.
     Accepted,
-    /// Alive, but restricted from this endpoint: the next probe decides.
+    /// The key is alive but may not use this endpoint. The next probe decides.
     Restricted,
     /// This verdict.
     Verdict(Verdict),
@@ -274,7 +274,7 @@ pub enum SignalOutcome {
 // === impl AcceptsKeysOf ===
 
 impl AcceptsKeysOf {
-    /// It takes a key of this vendor.
+    /// Whether keys of this vendor are taken.
     pub fn takes(&self, vendor: &str) -> bool {
         match self {
             Self::Nobody => false,
@@ -287,7 +287,7 @@ impl AcceptsKeysOf {
 // === impl Catalogue ===
 
 impl Catalogue {
-    /// The embedded catalogue.
+    /// The built-in catalogue.
     pub fn embedded() -> Result<Loaded<Self>, Problems> {
         let Loaded { mut value, warnings } = check::check("embedded catalogue", EMBEDDED.as_bytes())?;
         for (document, text) in [("embedded runtimes", RUNTIMES), ("embedded foreign secrets", FOREIGN_SECRETS)] {
@@ -296,7 +296,7 @@ impl Catalogue {
         Ok(Loaded { value, warnings })
     }
 
-    /// The embedded catalogue with an operator's document laid over it: host by host, its rows replace ours.
+    /// The built-in catalogue with an operator's document on top. The document replaces all rows of the hosts that it names.
     pub fn overlaid(document: &str, bytes: &[u8]) -> Result<Loaded<Self>, Problems> {
         let base = Self::embedded()?;
         let over = check::check(document, bytes)?;
@@ -323,10 +323,10 @@ impl Catalogue {
         self.foreign_secrets.lay_over(foreign_secrets);
         self.credential_kinds.extend(credential_kinds);
         hosts.values_mut().flatten().for_each(|row| row.is_overlaid = true);
-        // A host's rows go whole, and with them the providers that they took in.
+        // The new rows replace all rows of a host, and so also the providers that were placed there.
         self.homes.retain(|_, home| !host_of(home).is_some_and(|host| hosts.contains_key(&host)));
         self.homes.extend(homes);
-        // Whoever says where a provider is says that it is asked, and the other way round.
+        // A provider has a host or is never asked. The newer document decides.
         self.unprobed.retain(|provider, _| !self.homes.contains_key(provider));
         self.homes.retain(|provider, _| !unprobed.contains_key(provider));
         self.unprobed.extend(unprobed);
@@ -348,22 +348,22 @@ impl Catalogue {
         self
     }
 
-    /// Content hash, of the embedded document and the one laid over it.
+    /// A hash of the built-in document and of the one on top.
     pub fn revision(&self) -> &str {
         &self.revision
     }
 
-    /// What kind of credential a variable holds that is never sent.
+    /// The kind of login credential that a variable holds, if it holds one. Such credentials are never sent.
     pub fn credential_kind(&self, env_name: &str) -> Option<CredentialKind> {
         self.credential_kinds.get(env_name).copied()
     }
 
-    /// How many hosts it knows.
+    /// The number of hosts and patterns.
     pub fn host_count(&self) -> usize {
         self.hosts.len()
     }
 
-    /// The row for this host (with its port if not the default), path and API: the longest prefix wins.
+    /// The row for this host (with its port if not the default), path and API. The longest path wins.
     pub fn row(&self, host: &str, path: &str, protocol: Protocol) -> Option<&HostRow> {
         let below = |row: &HostRow| {
             path.strip_prefix(row.path_prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
@@ -371,7 +371,7 @@ impl Catalogue {
         self.rows_of(host).iter().find(|row| below(row) && row.protocol.is_none_or(|about| about == protocol))
     }
 
-    /// The rows for this host: its own, else those of the pattern that says the most of it.
+    /// The rows for this host: its own, or else those of the longest pattern that matches.
     pub fn rows_of(&self, host: &str) -> &[HostRow] {
         let by_pattern = || {
             let patterns = self.hosts.iter().filter(|(pattern, _)| pattern.contains('*') && fits(pattern, host));
@@ -380,17 +380,17 @@ impl Catalogue {
         self.hosts.get(host).or_else(by_pattern).map(Vec::as_slice).unwrap_or_default()
     }
 
-    /// Codes that many servers share.
+    /// Error codes that many servers share.
     pub fn common_codes(&self) -> &Arc<CommonCodes> {
         &self.common_codes
     }
 
-    /// How the ids of models end that vendors serve without a key.
+    /// The endings of model ids that vendors serve without a key.
     pub fn free_models(&self) -> &Arc<[String]> {
         &self.free_models
     }
 
-    /// Every probe reads by the same list.
+    /// Gives every probe the same list of common codes.
     fn share_codes(&mut self) {
         let probes = self.hosts.values_mut().flatten().flat_map(|row| &mut row.probes);
         for probe in probes.chain(&mut self.openai).chain(&mut self.anthropic) {
@@ -398,22 +398,22 @@ impl Catalogue {
         }
     }
 
-    /// Every host that has a row, with its rows.
+    /// Every host or pattern with its rows.
     pub fn hosts(&self) -> impl Iterator<Item = (&str, &[HostRow])> {
         self.hosts.iter().map(|(host, rows)| (host.as_str(), rows.as_slice()))
     }
 
-    /// Where a provider is that the registry gives no URL: its vendor's one host.
+    /// The base URL of a provider that has none in the registry: its vendor's one host.
     pub fn home(&self, provider: &str) -> Option<&Url> {
         self.homes.get(provider)
     }
 
-    /// Why this provider is not asked, if it is not.
+    /// Why this provider is never asked, if that is so.
     pub fn unprobed(&self, provider: &str) -> Option<&Unprobed> {
         self.unprobed.get(provider)
     }
 
-    /// The ladder for a host without a row.
+    /// The probes for a host without a row.
     pub fn default_probes(&self, protocol: Protocol) -> &[Probe] {
         match protocol {
             Protocol::OpenAi => &self.openai,
@@ -421,7 +421,7 @@ impl Catalogue {
         }
     }
 
-    /// The longest known beginning of this value: every shape that has it.
+    /// The key shapes with the longest prefix that this value begins with.
     pub fn shapes_of(&self, value: &str) -> &[KeyShape] {
         let first = value.as_bytes().first().copied();
         let from = self.key_shapes.partition_point(|shape| shape.first() < first);
@@ -432,17 +432,17 @@ impl Catalogue {
         longest.chunk_by(|one, other| one.prefix == other.prefix).next().unwrap_or_default()
     }
 
-    /// The base-URL variables that it knows.
+    /// The known base-URL variables.
     pub fn base_url_names(&self) -> impl Iterator<Item = &str> {
         self.base_url_env.keys().map(String::as_str)
     }
 
-    /// Which providers a base-URL variable concerns: those of a protocol, or all (`None`).
+    /// The API whose providers a base-URL variable concerns. `None` if the variable is not known.
     pub fn concerned_by(&self, base_url_env: &str) -> Option<Protocol> {
         self.base_url_env.get(base_url_env).copied()
     }
 
-    /// A key of this vendor's shape begins so: its first that was declared.
+    /// The prefix of this vendor's API keys. If there are several, the first in the document.
     pub fn key_prefix_of(&self, vendor: &str) -> Option<&str> {
         self.key_shapes
             .iter()
@@ -452,7 +452,7 @@ impl Catalogue {
     }
 }
 
-/// A host of this pattern: a `*` stands for letters, digits and dashes, within one label.
+/// Whether the host matches the pattern. A `*` stands for letters, digits and dashes within one label.
 fn fits(pattern: &str, host: &str) -> bool {
     let (mut wanted, mut labels) = (pattern.split('.'), host.split('.'));
     loop {
@@ -475,7 +475,7 @@ fn fits(pattern: &str, host: &str) -> bool {
     }
 }
 
-/// The host as the catalogue writes it: lower case, with the port only where it is not the scheme's own.
+/// The host as the catalogue writes it: in lower case, with the port if that is not the scheme's default.
 pub fn host_of(url: &Url) -> Option<String> {
     let host = url.host_str()?.to_ascii_lowercase();
     Some(url.port().map_or_else(|| host.clone(), |port| format!("{host}:{port}")))
@@ -484,7 +484,7 @@ pub fn host_of(url: &Url) -> Option<String> {
 // === impl CommonCodes ===
 
 impl CommonCodes {
-    /// What the first code in this body means, for an answer of this status.
+    /// The meaning of the first known code in this body, for a response with this status.
     pub fn outcome(&self, status: u16, json: &serde_json::Value) -> Option<SignalOutcome> {
         let found = Cell::new(None);
         let is_known = |value: &serde_json::Value| {
@@ -511,8 +511,7 @@ impl CommonCodes {
 // === impl KeyShape ===
 
 impl KeyShape {
-    /// By the first byte, and within it the longest beginning first, so that the first that fits is the one; those of one beginning side by
-    /// side.
+    /// Sorts by the first byte, then with the longest prefix first, so that the first match is the longest. Equal prefixes stay together.
     fn sort(shapes: &mut [Self]) {
         let key = |shape: &Self| (shape.first(), Reverse(shape.prefix.len()));
         shapes.sort_by(|one, other| key(one).cmp(&key(other)).then_with(|| one.prefix.cmp(&other.prefix)));

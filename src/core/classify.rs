@@ -1,4 +1,4 @@
-//! What an answer means: pure functions of the catalogue's rows and the facts of a response.
+//! Reads a response by the catalogue's rows, and says what it means for the credential. Pure functions.
 
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use crate::{
     core::{
         answer::{any_at, body_of, contains, error_code},
         catalogue::{BodyTest, Expected, Kind, Probe, Signal, SignalOutcome},
-        look::Look,
+        response_shape::ResponseShape,
     },
     domain::{
         protocol::HeaderFamily,
@@ -17,123 +17,123 @@ use crate::{
     },
 };
 
-/// What one answer says about the credential.
+/// What one response says about the credential.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Classification {
-    /// A "yes", worth as much as the endpoint's refusal of bad keys.
+    /// A success response. It counts only if the endpoint refuses bad keys.
     Accepted,
-    /// Alive, but not for this endpoint.
+    /// The key is alive but may not use this endpoint.
     Restricted,
-    /// A 403 with this error code: dead if a made-up key gets the same, restricted if that gets a 401, else forbidden.
+    /// A 403 with this error code. The key is dead if a made-up key gets the same, restricted if a made-up key gets a 401, and forbidden otherwise.
     Forbidden(String),
-    /// Nothing, by itself: a refusal if a made-up key gets the same, else an answer that does not tell.
+    /// No meaning by itself. It is a refusal if a made-up key gets the same response.
     Unread,
-    /// This verdict; never VALID.
+    /// This verdict, which is never VALID.
     Verdict(Verdict),
 }
 
-/// What said so.
+/// What the reading of a response is based on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ReadBy {
-    /// The signal at this position of the probe's.
+    /// The probe's signal at this position.
     Signal(usize),
     /// The list of codes that many servers share.
     CommonCode,
-    /// Status and shape alone.
+    /// Only the status and the kind of body.
     Shape,
 }
 
-/// What an answer says, and what said so.
+/// What a response says about the credential, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reading {
-    /// What it says.
+    /// The meaning.
     pub classification: Classification,
-    /// What said so.
+    /// What the meaning is based on.
     pub by: ReadBy,
-    /// Why it is read so.
+    /// The reason, for logs and answers.
     pub cause: Cause,
-    /// A row's word that no other endpoint will tell more.
+    /// The catalogue's row says that no other endpoint will tell more.
     pub stop: bool,
 }
 
-/// What came of one call, as the plan needs it.
+/// The result of one request, as the probe plan takes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ProbeResponse {
-    /// An answer.
+    /// The provider answered.
     Answer {
-        /// What it says.
+        /// What the response says.
         reading: Reading,
-        /// What it looks like.
-        look: Look,
-        /// When the provider wants to be asked again.
+        /// The response in comparable form.
+        shape: ResponseShape,
+        /// The wait that the provider asks for.
         retry_after: Option<Duration>,
     },
-    /// None within the budget.
+    /// No response within the time budget.
     TimedOut,
-    /// No connection, or none that lasted.
+    /// No connection could be made, or it broke.
     Unreachable(Unreached),
-    /// This machine had no descriptor or memory left for a connection: that says nothing of the provider.
+    /// This machine had no file descriptor or memory left for a connection. That says nothing about the provider.
     Exhausted,
 }
 
-/// What is known of an endpoint's way with made-up keys in one header.
+/// How an endpoint treats made-up keys in one header.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum Calibration {
-    /// It refuses them, so.
+    /// It refuses them.
     Refuses {
-        /// What the refusal looks like.
-        look: Look,
-        /// It is one by its own words: INVALID by a signal, a code, or a 401.
+        /// The shape of the refusal.
+        shape: ResponseShape,
+        /// The refusal says so itself: INVALID by a signal or a code, or a 401.
         in_words: bool,
-        /// A signal or a common code says that it is about the key: no limit on calls is said so.
+        /// A signal or a common code says that the refusal is about the key. So it is no rate limit.
         by_code: bool,
-        /// A real key was accepted there right before it, and right after it again: whatever it looks like, it is no answer for everybody.
-        in_contrast: bool,
+        /// A real key was accepted right before and again right after. So the refusal is no response that every key gets, whatever it looks like.
+        confirmed: bool,
     },
-    /// It accepts them: its "yes" proves nothing.
+    /// It accepts them, so a success response proves nothing.
     AcceptsAnyone,
-    /// It was asked, and the answer tells nothing: the status, if there was one.
-    Untold(Option<u16>),
-    /// It got this, and so does a key that is accepted there: a limit, a ban, an outage. The answer says nothing of any key.
-    Everybody(Look),
-    /// It is on its way, and nobody waits for it.
+    /// The response says nothing about made-up keys. Holds its status, if there was a response.
+    Inconclusive(Option<u16>),
+    /// A made-up key got this response, and so did a key that is accepted otherwise: a rate limit, a ban or an outage. It says nothing about any key.
+    SameForEveryKey(ResponseShape),
+    /// A made-up key has been sent, but this probe does not wait for the response.
     NotWaitedFor,
-    /// It was not asked.
+    /// No made-up key was sent.
     #[default]
     NotAsked,
 }
 
-/// The end of a probe.
+/// The result of a probe.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// The verdict.
+    /// What is known about the credential.
     pub verdict: Verdict,
-    /// Why; none where VALID, or where nothing was heard.
+    /// The reason. `None` for VALID, and where no response came.
     pub cause: Option<Cause>,
-    /// The provider's status, if it answered.
+    /// The status of the provider's response, if there was one.
     pub status: Option<u16>,
-    /// The conclusive probe.
+    /// The name of the probe that was conclusive; empty if none was.
     pub probe: String,
-    /// In which header the credential was, where the provider was asked. Of a VALID: the one that was accepted.
+    /// The header that carried the credential. For VALID: the one in which it was accepted.
     pub family: Option<HeaderFamily>,
-    /// Of a VALID: the workspace's client sends the credential in another header.
+    /// Only for VALID: the workspace's client sends the credential in another header.
     pub wrong_header: bool,
-    /// What a made-up key got there.
+    /// How a made-up key was answered.
     pub made_up: MadeUpKey,
-    /// When the provider wants to be asked again.
+    /// The wait that the provider asks for.
     pub retry_after: Option<Duration>,
-    /// It is about the workspace's model alone, not about the credential with any model.
+    /// The finding holds for this model only, and not for the credential with any model.
     pub about_model: bool,
-    /// The conclusive probe costs the tenant money.
+    /// The probe has cost the tenant money.
     pub cost_money: bool,
-    /// Why nothing was asked, where nothing was.
+    /// Why no request was sent, if none was.
     pub withheld: Option<Withheld>,
-    /// What failed on the way, where something did.
+    /// What kept a request from reaching the provider, if something did.
     pub unreached: Option<Unreached>,
 }
 
 impl Finding {
-    /// Nothing was heard: the verdict is all there is.
+    /// A finding with a verdict and nothing else, for when no response came.
     pub const fn bare(verdict: Verdict) -> Self {
         Self {
             verdict,
@@ -151,7 +151,7 @@ impl Finding {
         }
     }
 
-    /// Why, for a person: the cause, the header, and what a made-up key got. Nothing of the provider's own text.
+    /// The reasons in words: the cause, the header, and how a made-up key was answered. Holds nothing of the provider's own text.
     pub fn why(&self) -> String {
         let cause = self.cause.map_or_else(String::new, |cause| format!(", {cause}: {}", cause.text()));
         let header = match (self.family, self.wrong_header) {
@@ -163,7 +163,7 @@ impl Finding {
         format!("{cause}{header}{made_up}")
     }
 
-    /// Nothing was asked, by our own doing.
+    /// A finding for a provider that this service did not ask.
     pub fn withheld(why: Withheld) -> Self {
         Self { withheld: Some(why), ..Self::bare(Verdict::NotAttempted) }
     }
@@ -171,13 +171,12 @@ impl Finding {
 
 // === reading an answer ===
 
-/// What this answer says.
+/// What this response says.
 pub fn classify(answer: Answer<'_>, probe: &Probe) -> Classification {
     read(answer, probe).classification
 }
 
-/// What this answer says, and what said so. The row's signals decide first, then the codes that many servers share; what they leave is
-/// read by status and shape alone.
+/// What this response says, and why. The row's signals come first, then the codes that many servers share, then status and kind of body.
 pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
     let json = serde_json::from_slice::<Value>(answer.body).ok();
     let body = body_of(answer, json.as_ref());
@@ -191,16 +190,16 @@ pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
             stop: signal.stop,
         };
     }
-    let shape =
-        if matches!(answer.status, 200..=299) { says_yes(answer, json.as_ref(), &probe.expect) } else { Err(Cause::Status) };
-    if shape.is_ok() {
+    let success =
+        if matches!(answer.status, 200..=299) { check_success(answer, json.as_ref(), &probe.expect) } else { Err(Cause::Status) };
+    if success.is_ok() {
         return Reading { classification: Classification::Accepted, by: ReadBy::Shape, cause: Cause::Status, stop: false };
     }
-    // A failing server says nothing of a key, whatever it repeats; and a limit is a limit, unless its code says more.
+    // A failing server says nothing about a key, whatever its body repeats. A 429 is a rate limit, unless its code says otherwise.
     if answer.status < 500
         && let Some(found) = json.as_ref().and_then(|json| probe.common.outcome(answer.status, json))
     {
-        // Where the network is what is not wanted, no other endpoint tells more.
+        // The code says that this network is refused, so no other endpoint tells more.
         let stop = found == SignalOutcome::Verdict(Verdict::UnexpectedResponse);
         return Reading { classification: outcome(found), by: ReadBy::CommonCode, cause: Cause::CommonCode, stop };
     }
@@ -211,7 +210,7 @@ pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
         (403, Some(code)) => (Classification::Forbidden(code), Cause::Status),
         (429, _) => (Classification::Verdict(Verdict::RateLimited), Cause::Status),
         (500..=599, _) => (Classification::Verdict(Verdict::ProviderError), Cause::Status),
-        (status, _) => (Classification::Unread, why_unread(status, body, shape.err())),
+        (status, _) => (Classification::Unread, why_unread(status, body, success.err())),
     };
     Reading { classification, by: ReadBy::Shape, cause, stop: false }
 }
@@ -224,39 +223,39 @@ const fn outcome(outcome: SignalOutcome) -> Classification {
     }
 }
 
-fn why_unread(status: u16, body: Body, shape: Option<Cause>) -> Cause {
-    match (status, body, shape) {
+fn why_unread(status: u16, body: Body, wrong_shape: Option<Cause>) -> Cause {
+    match (status, body, wrong_shape) {
         (300..=399, _, _) => Cause::Redirect,
         (_, Body::Page, _) => Cause::Page,
         (404 | 405 | 410, _, _) => Cause::NotFound,
         (_, Body::Empty, _) => Cause::EmptyBody,
         (_, Body::Text, _) => Cause::PlainText,
-        (200..=299, Body::Json, Some(shape)) => shape,
+        (200..=299, Body::Json, Some(cause)) => cause,
         (_, Body::Json, _) => Cause::RequestRefused,
     }
 }
 
-/// Whether the headers say that this is a page for people: HTML, or a challenge of the network before the vendor.
+/// Whether the headers mark a page for people: HTML, or a challenge by the network in front of the vendor.
 pub fn is_page(headers: &http::HeaderMap) -> bool {
     let kind = headers.get(http::header::CONTENT_TYPE).map(|value| value.as_bytes().to_ascii_lowercase());
     let html = kind.is_some_and(|kind| kind.starts_with(b"text/html") || kind.starts_with(b"application/xhtml"));
     html || headers.contains_key("cf-mitigated")
 }
 
-/// Whether the headers say that a cache on the way had the answer, so that nobody looked at the key for it.
+/// Whether the headers say that a cache answered. Then the provider has not checked the key.
 pub fn is_from_a_cache(headers: &http::HeaderMap) -> bool {
     let values =
         |name: &str| headers.get_all(name).into_iter().filter_map(|value| value.to_str().ok()).map(str::to_ascii_lowercase);
-    // RFC 9111, section 5.1: an answer with an age was not asked of the origin for this request.
+    // RFC 9111, section 5.1: a response with an age was not made by the origin for this request.
     let aged = values("age").any(|age| age.trim().parse::<u64>().is_ok_and(|age| age > 0));
-    // As CloudFront, Fastly, Varnish, nginx, Cloudflare and RFC 9211 say it.
+    // The names that CloudFront, Fastly, Varnish, nginx, Cloudflare and RFC 9211 use.
     let names = ["x-cache", "x-cache-status", "x-proxy-cache", "cf-cache-status", "cache-status"];
     aged || names.iter().any(|name| {
         values(name).any(|value| value.split(|c: char| !c.is_ascii_alphanumeric()).any(|word| matches!(word, "hit" | "stale")))
     })
 }
 
-/// What an answer says that a cache had, whatever it holds.
+/// The reading of a response that came from a cache, whatever it holds.
 pub const fn from_a_cache() -> Reading {
     Reading {
         classification: Classification::Verdict(Verdict::UnexpectedResponse),
@@ -266,18 +265,20 @@ pub const fn from_a_cache() -> Reading {
     }
 }
 
-/// What a made-up key's answer says about the endpoint.
-pub fn calibrated(reading: &Reading, look: &Look) -> Calibration {
-    match (&reading.classification, look.status) {
+/// What the response to a made-up key says about the endpoint.
+pub fn calibration_of(reading: &Reading, shape: &ResponseShape) -> Calibration {
+    match (&reading.classification, shape.status) {
         (Classification::Accepted, _) => Calibration::AcceptsAnyone,
-        (Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError), status) => Calibration::Untold(Some(status)),
-        // Nothing of a key: too slow, too early, too many, a server that fails.
-        (_, status @ (408 | 409 | 423 | 425 | 429 | 500..=599)) => Calibration::Untold(Some(status)),
+        (Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError), status) => {
+            Calibration::Inconclusive(Some(status))
+        }
+        // These are about time, order, limits or a failing server, and not about the key.
+        (_, status @ (408 | 409 | 423 | 425 | 429 | 500..=599)) => Calibration::Inconclusive(Some(status)),
         (classification, status) => Calibration::Refuses {
-            look: look.clone(),
+            shape: shape.clone(),
             in_words: *classification == Classification::Verdict(Verdict::Invalid) || status == 401,
             by_code: *classification == Classification::Verdict(Verdict::Invalid) && reading.by != ReadBy::Shape,
-            in_contrast: false,
+            confirmed: false,
         },
     }
 }
@@ -298,7 +299,8 @@ fn matches(signal: &Signal, answer: Answer<'_>, json: Option<&Value>, page: bool
     })
 }
 
-/// Equal, texts without case; or a number and a string of the same digits: vendors write one code now so, now so.
+/// Whether two values are equal. Texts are compared without case, and a number equals a string of the same digits: vendors write the same code both
+/// ways.
 fn same(value: &Value, wanted: &Value) -> bool {
     match (value, wanted) {
         (Value::String(text), Value::String(wanted)) => text.eq_ignore_ascii_case(wanted),
@@ -309,15 +311,15 @@ fn same(value: &Value, wanted: &Value) -> bool {
     }
 }
 
-/// A number, or a string that is one: balances come as both.
+/// A number, or a string that holds one: vendors write balances both ways.
 fn number(value: &Value) -> Option<f64> {
     value.as_f64().or_else(|| value.as_str()?.parse().ok())
 }
 
-/// Whether this 2xx is a "yes": something that was expected is there, is not null and is of its kind, and no error stands beside it.
-fn says_yes(answer: Answer<'_>, json: Option<&Value>, expect: &[Expected]) -> Result<(), Cause> {
-    let Some(json) = json else { return if begins_well(answer, expect) { Ok(()) } else { Err(Cause::WrongShape) } };
-    if has_error_beside(json) {
+/// Whether this 2xx is a success response: an expected value is there with its kind and is not null, and there is no error beside it.
+fn check_success(answer: Answer<'_>, json: Option<&Value>, expect: &[Expected]) -> Result<(), Cause> {
+    let Some(json) = json else { return if begins_like_success(answer, expect) { Ok(()) } else { Err(Cause::WrongShape) } };
+    if holds_error(json) {
         return Err(Cause::ErrorBeside);
     }
     let there = expect.iter().any(|Expected { path, kind }| any_at(json, path, &|value| is_of(value, *kind)));
@@ -335,7 +337,7 @@ fn is_of(value: &Value, kind: Kind) -> bool {
     }
 }
 
-fn has_error_beside(json: &Value) -> bool {
+fn holds_error(json: &Value) -> bool {
     let says_no = |value: &Value| match value {
         Value::Null | Value::Bool(false) => false,
         Value::String(text) => !text.is_empty(),
@@ -356,9 +358,9 @@ fn has_error_beside(json: &Value) -> bool {
         || json.get("base_resp").and_then(|base| base.get("status_code")).is_some_and(not_zero)
 }
 
-/// A body that was cut off cannot be parsed: it must begin as an object that holds an expected key, of its kind as far as that shows, and
-/// no error before it.
-fn begins_well(answer: Answer<'_>, expect: &[Expected]) -> bool {
+/// The same for a body that was cut off, which cannot be parsed. It must begin as an object with an expected key, whose value has the right kind as
+/// far as can be seen, and without an error before it.
+fn begins_like_success(answer: Answer<'_>, expect: &[Expected]) -> bool {
     let body = answer.body.trim_ascii_start();
     answer.truncated
         && body.first() == Some(&b'{')

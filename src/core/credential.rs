@@ -1,4 +1,5 @@
-//! Which value is judged, and is it fit to be sent: the steps of a decision between the owner of the model and the question to its provider.
+//! Decides which credential is judged and whether it may be sent. These steps come after the owner of the model is known and before the provider is
+//! asked.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,13 +11,13 @@ use crate::{
         derive::{Derived, candidate_arms},
         endpoint::{Endpoint, NoSurface, Preference},
         evaluation_log::EvaluationLog,
-        key_shape::{Mistake, Unfit, mistake, unfit},
-        oauth_credential::{CredentialKind, Look},
+        key_shape::{Mistake, Unsendable, mistake, why_unsendable},
+        oauth_credential::{CredentialKind, OauthCheck},
         policy::{Action, Enforcement, Facts, Group},
         registry::{Arm, Auth, Provider, Runtime},
-        runtimes::{RuntimeFacts, Trims, Way},
+        runtimes::{Delivery, RuntimeFacts, Trims},
         snapshot::{ArmUse, Snapshot},
-        workspace_call::{Found, Prediction, WorkspaceCall, predict},
+        workspace_call::{FoundCredential, Prediction, WorkspaceCall, predict},
     },
     domain::{
         decision::{ChosenBecause, JudgedCredential},
@@ -28,54 +29,54 @@ use crate::{
     },
 };
 
-/// A credential to ask a provider about.
+/// A credential, and the provider that has to be asked about it.
 #[derive(Debug, Clone)]
 pub struct LivenessQuery<'a> {
-    /// Whom and how.
+    /// The provider's endpoint.
     pub endpoint: &'a Arc<Endpoint>,
-    /// The credential.
+    /// The credential's value.
     pub secret: Arc<Secret>,
-    /// Its name.
+    /// The variable that holds it.
     pub env_name: &'a str,
-    /// The model that the workspace chose.
+    /// The model that the workspace has chosen.
     pub model: &'a str,
-    /// How the workspace's own client will use it.
+    /// How the workspace's own client will send the credential.
     pub preference: Preference,
     /// How seriously the verdict is taken.
     pub enforcement: Enforcement,
-    /// For which tenant; empty on a platform of one.
+    /// The tenant; empty if the platform has only one.
     pub organization: &'a str,
-    /// Who asks.
+    /// The caller of this service.
     pub caller: &'a CalledBy,
-    /// What the answer is told with.
+    /// What turns the verdict into an answer for this workspace.
     pub context: QueryContext<'a>,
 }
 
-/// What a verdict means for this workspace beside what it is.
+/// What a verdict means for this workspace. It has no influence on the verdict.
 #[derive(Debug, Clone, Default)]
 pub struct QueryContext<'a> {
-    /// The value that would do in its place, where this one wins over it and the runtime's facts are sure.
+    /// The value that is sent, and a value of the provider that is not sent instead of it. Set only if the runtime's facts are certain.
     pub passed_over: Option<(NameAndScope, NameAndScope)>,
-    /// Headers that are the workspace's own, the preferred one first.
+    /// The headers in which the workspace itself sends this credential, the preferred one first.
     pub own_headers: &'a [HeaderFamily],
-    /// The provider's own names, where the runtime is known.
+    /// The variables that hold the provider's own credentials, if the runtime is known.
     pub own_names: &'a [String],
-    /// Where a good one is saved, if anywhere, where the runtime does not read this one.
+    /// Set if the runtime does not read this variable: where to save a good credential, or `None` if the runtime reads none of this provider.
     pub place_of_unread: Option<Option<Place>>,
-    /// What is known of the runtime, where it is sure.
+    /// The facts about the runtime, if they are certain.
     pub facts: Option<&'a RuntimeFacts>,
 }
 
-/// What to ask first, and then, where the runtime goes on to another credential after a refusal.
+/// The questions to a provider, in the order in which the runtime would try the credentials.
 #[derive(Debug)]
-pub struct Questions<'a> {
+pub struct LivenessQueries<'a> {
     /// About the credential that the workspace sends first.
     pub first: LivenessQuery<'a>,
-    /// About those that follow it.
-    pub then: Vec<(LivenessQuery<'a>, JudgedCredential)>,
+    /// About the credentials that the runtime tries after a refusal.
+    pub fallbacks: Vec<(LivenessQuery<'a>, JudgedCredential)>,
 }
 
-/// One decision's step from the owner to the question.
+/// The inputs of this step.
 pub(super) struct CredentialStep<'a, 'f> {
     pub(super) snapshot: &'a Snapshot,
     pub(super) spec: &'a WorkspaceSpec,
@@ -88,25 +89,25 @@ pub(super) struct CredentialStep<'a, 'f> {
     pub(super) fingerprint: &'f dyn Fn(&Secret) -> String,
 }
 
-/// `Err` is the early end: the facts are complete.
+/// `Err` ends the evaluation early: the facts are complete.
 type Flow<T> = Result<T, Box<Facts>>;
 
-/// A value with the host that it goes to.
-struct Sent<'a> {
-    found: Found<'a>,
+/// A credential that is ready to be sent, and where it goes.
+struct OutgoingCredential<'a> {
+    found: FoundCredential<'a>,
     secret: Arc<Secret>,
     endpoint: &'a Arc<Endpoint>,
-    way: Option<&'a Way>,
+    delivery: Option<&'a Delivery>,
 }
 
 impl<'a> CredentialStep<'a, '_> {
-    pub(super) fn run(&self, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) -> Flow<Questions<'a>> {
+    pub(super) fn run(&self, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) -> Flow<LivenessQueries<'a>> {
         let (provider, arm) = (self.derived.provider, self.arm());
         let call = match predict(arm.route.as_ref(), provider, credentials) {
             Prediction::Sends(call) => call,
-            Prediction::Missing(in_the_way) => {
+            Prediction::Missing(blocking_name) => {
                 log.trace.step("presence", || format!("none of {} is set", listed(&provider.auth_env)));
-                return Err(refused(self.missing(credentials, in_the_way)));
+                return Err(refused(self.missing(credentials, blocking_name)));
             }
             Prediction::Unreadable(names) => {
                 log.trace.step("presence", || format!("{} could not be read", listed(&names)));
@@ -115,7 +116,7 @@ impl<'a> CredentialStep<'a, '_> {
         };
         self.note_choice(&call, credentials, log);
         if !call.is_own {
-            // Another value wins over one that is the provider's own.
+            // The runtime sends a value that is not this provider's own.
             return Err(match call.passed_over.first() {
                 Some(other) => refused(self.shadowed(&call.judged, ShadowCause::NotOfProvider, other)),
                 None => refused(self.missing(credentials, Some(call.judged.env_name))),
@@ -125,17 +126,17 @@ impl<'a> CredentialStep<'a, '_> {
             log.trace.step("liveness", || "switched off for this provider".into());
             return Err(self.not_asked(&call, Verdict::ProbeDisabled, None));
         }
-        let sent = match self.sent(call.judged, call.moved_to, log) {
-            Ok(sent) => sent,
-            Err(unsent) => return Err(self.unsent(unsent, &call, log)),
+        let outgoing = match self.prepare(call.judged, call.moved_to, log) {
+            Ok(outgoing) => outgoing,
+            Err(reason) => return Err(self.facts_of_not_sent(reason, &call, log)),
         };
-        self.check_exposure(&call, sent.endpoint, log)?;
-        let then = self.fallbacks(&call, log);
-        let mut first = self.query(&sent, if then.is_empty() { call.passed_over.first() } else { None });
+        self.check_exposure(&call, outgoing.endpoint, log)?;
+        let fallbacks = self.fallbacks(&call, log);
+        let mut first = self.query(&outgoing, if fallbacks.is_empty() { call.passed_over.first() } else { None });
         if call.is_unread {
             first.context.place_of_unread = Some(self.place_for(call.judged.env_name));
         }
-        Ok(Questions { first, then })
+        Ok(LivenessQueries { first, fallbacks })
     }
 
     fn arm(&self) -> &'a ArmUse {
@@ -146,13 +147,14 @@ impl<'a> CredentialStep<'a, '_> {
         self.arm().route.as_ref().is_some_and(|arm| arm.route.is_certain())
     }
 
-    /// Notes which value is judged and why, and what could be taken for it.
+    /// Records which value is judged and why, and warns about values that the runtime could use instead.
     fn note_choice(&self, call: &WorkspaceCall<'a>, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) {
         let (provider, judged) = (self.derived.provider, &call.judged);
-        let because = self.because(call);
-        log.trace
-            .step("presence", || format!("{} of scope {} is judged: {}", judged.env_name, judged.scope.as_str(), because.text()));
-        log.resolution.credential = Some(self.judged(judged, because));
+        let chosen_because = self.chosen_because(call);
+        log.trace.step("presence", || {
+            format!("{} of scope {} is judged: {}", judged.env_name, judged.scope.as_str(), chosen_because.text())
+        });
+        log.resolution.credential = Some(self.judged(judged, chosen_because));
         if call.is_unread {
             let what = match self.place_for(judged.env_name) {
                 Some(place) => format!("save the key as {}{}", place.text(), place.choice()),
@@ -162,7 +164,7 @@ impl<'a> CredentialStep<'a, '_> {
             log.warn(WarningCode::UnusedCredential, message, vec![judged.env_name.to_owned()]);
         }
         let conflicts = match &self.arm().route {
-            // What is known of the runtime says what it takes; only what is not sure is told as a possibility.
+            // If the runtime's facts are certain, they say which value it takes. Otherwise the others are named as a possibility.
             Some(arm) if arm.route.is_certain() => Vec::new(),
             _ => credentials.conflicts(&self.snapshot.registry, self.runtime, provider, judged.env_name),
         };
@@ -181,8 +183,8 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    /// Why this value is judged and no other, where the runtime's facts say so.
-    fn because(&self, call: &WorkspaceCall<'_>) -> ChosenBecause {
+    /// Why this value is judged and no other.
+    fn chosen_because(&self, call: &WorkspaceCall<'_>) -> ChosenBecause {
         let Some(arm) = &self.arm().route else { return ChosenBecause::FirstDeclared };
         match call.passed_over.first() {
             _ if call.is_unread => ChosenBecause::Unread,
@@ -192,7 +194,7 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    fn judged(&self, found: &Found<'_>, chosen_because: ChosenBecause) -> JudgedCredential {
+    fn judged(&self, found: &FoundCredential<'_>, chosen_because: ChosenBecause) -> JudgedCredential {
         JudgedCredential {
             env_name: found.env_name.to_owned(),
             scope: found.scope,
@@ -202,49 +204,56 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    /// The value as it will be sent, and where to; or why it is not.
-    fn sent(&self, found: Found<'a>, moved_to: Option<&'a Url>, log: &mut EvaluationLog) -> Result<Sent<'a>, Unsent> {
+    /// The value and its destination as the runtime would send it, or the reason why it is not sent.
+    fn prepare(
+        &self,
+        found: FoundCredential<'a>,
+        moved_to: Option<&'a Url>,
+        log: &mut EvaluationLog,
+    ) -> Result<OutgoingCredential<'a>, NotSent> {
         let arm = self.arm();
         let secret = self.trimmed(&found, log)?;
         let kind = self.snapshot.catalogue.credential_kind(found.env_name);
-        let secret = match kind.map(|kind| kind.look(secret.expose())) {
-            Some(Look::Malformed(fault)) => {
+        let secret = match kind.map(|kind| kind.check(secret.expose())) {
+            Some(OauthCheck::Malformed(fault)) => {
                 let value = secret.expose();
-                // What it is says more than that it is no file.
+                // Say what the value is, if that is known: it helps more than "not JSON".
                 let is_file = fault != Malformation::NoJson || value.trim_ascii_start().starts_with('{');
                 let mistaken = if is_file { None } else { mistake(&self.snapshot.catalogue, None, found.env_name, value) };
                 return Err(self.mistaken(&found, mistaken.unwrap_or(Mistake::Malformed(fault))));
             }
-            // Sent as it stands there.
-            Some(Look::Key(key)) if key.expose().trim_ascii().len() < key.expose().len() => {
-                return Err(Unsent::Refused(Box::new(self.malformed(&found, Malformation::BlankInFile))));
+            // The runtime would send the key with the blanks around it.
+            Some(OauthCheck::Key(key)) if key.expose().trim_ascii().len() < key.expose().len() => {
+                return Err(NotSent::Refused(Box::new(self.malformed(&found, Malformation::BlankInFile))));
             }
-            Some(Look::Key(key)) => Arc::new(key),
-            Some(Look::Plausible) => {
+            Some(OauthCheck::Key(key)) => Arc::new(key),
+            Some(OauthCheck::Plausible) => {
                 let value = secret.expose().trim_ascii();
                 let mistaken =
                     if value.starts_with('{') { None } else { mistake(&self.snapshot.catalogue, None, found.env_name, value) };
                 return Err(match mistaken {
                     Some(mistaken) => self.mistaken(&found, mistaken),
-                    None => Unsent::NoSurface(NoSurface::OAuth),
+                    None => NotSent::NoSurface(NoSurface::OAuth),
                 });
             }
             None => secret,
         };
         let route = arm.route.as_ref().map(|arm| &arm.route);
-        let way = route.map(|route| route.way_of(secret.expose()));
-        let endpoint = self.endpoint(way, moved_to).map_err(Unsent::NoSurface)?;
-        let takes_oauth = route.is_none_or(|route| !route.is_certain() || route.has_way_for(secret.expose()));
-        match unfit(&self.snapshot.catalogue, endpoint, found.env_name, &secret, takes_oauth) {
-            None => Ok(Sent { found, secret, endpoint, way }),
-            Some(Unfit::NoSurface(reason)) => Err(Unsent::NoSurface(reason)),
-            Some(Unfit::Malformed(fault)) => Err(Unsent::Refused(Box::new(self.malformed(&found, fault)))),
-            Some(Unfit::Refused(refusal)) => Err(Unsent::Refused(Box::new(refusal.saved_as(self.place_for(found.env_name))))),
+        let delivery = route.map(|route| route.delivery_of(secret.expose()));
+        let endpoint = self.endpoint(delivery, moved_to).map_err(NotSent::NoSurface)?;
+        let takes_oauth = route.is_none_or(|route| !route.is_certain() || route.has_delivery_for(secret.expose()));
+        match why_unsendable(&self.snapshot.catalogue, endpoint, found.env_name, &secret, takes_oauth) {
+            None => Ok(OutgoingCredential { found, secret, endpoint, delivery }),
+            Some(Unsendable::NoSurface(reason)) => Err(NotSent::NoSurface(reason)),
+            Some(Unsendable::Malformed(fault)) => Err(NotSent::Refused(Box::new(self.malformed(&found, fault)))),
+            Some(Unsendable::Refused(refusal)) => {
+                Err(NotSent::Refused(Box::new(refusal.saved_as(self.place_for(found.env_name)))))
+            }
         }
     }
 
-    fn mistaken(&self, found: &Found<'_>, mistake: Mistake<'_>) -> Unsent {
-        Unsent::Refused(Box::new(match mistake {
+    fn mistaken(&self, found: &FoundCredential<'_>, mistake: Mistake<'_>) -> NotSent {
+        NotSent::Refused(Box::new(match mistake {
             Mistake::Malformed(fault) => self.malformed(found, fault),
             Mistake::Foreign(what) => Refusal::ForeignSecret {
                 env_name: found.env_name.to_owned(),
@@ -255,8 +264,8 @@ impl<'a> CredentialStep<'a, '_> {
         }))
     }
 
-    /// The value without the blanks around it, where the runtime cuts them off; it is refused where nobody does.
-    fn trimmed(&self, found: &Found<'a>, log: &mut EvaluationLog) -> Result<Arc<Secret>, Unsent> {
+    /// The value without the blanks around it, if the runtime removes them. If it does not, such a value is refused.
+    fn trimmed(&self, found: &FoundCredential<'a>, log: &mut EvaluationLog) -> Result<Arc<Secret>, NotSent> {
         let value = found.secret.expose();
         let is_blank = |byte: Option<u8>| byte.is_some_and(|byte| matches!(byte, b' ' | b'\t' | b'\r' | b'\n'));
         let (in_front, behind) = (is_blank(value.bytes().next()), is_blank(value.bytes().next_back()));
@@ -264,7 +273,7 @@ impl<'a> CredentialStep<'a, '_> {
             return Ok(Arc::clone(found.secret));
         }
         let trims = self.arm().route.as_ref().filter(|arm| arm.route.is_certain()).map_or(Trims::Nothing, |arm| arm.trims);
-        // A login's file or token is never sent as it is: what is around it harms nobody.
+        // A login file or token is never sent itself, so blanks around it do no harm.
         let is_login =
             self.derived.provider.auth == Auth::OAuth || self.snapshot.catalogue.credential_kind(found.env_name).is_some();
         let fault = match trims {
@@ -280,7 +289,7 @@ impl<'a> CredentialStep<'a, '_> {
         };
         if let Some(fault) = fault {
             let vendor = self.snapshot.endpoint(self.derived.provider).ok().and_then(|endpoint| endpoint.vendor.as_deref());
-            // What it is without them says more.
+            // Say what the value is without the blanks, if that is known: it helps more.
             let mistaken = mistake(&self.snapshot.catalogue, vendor, found.env_name, value.trim_ascii());
             return Err(self.mistaken(found, mistaken.unwrap_or(Mistake::Malformed(fault))));
         }
@@ -292,10 +301,10 @@ impl<'a> CredentialStep<'a, '_> {
         Ok(Arc::new(Secret::new(value.trim_matches([' ', '\t', '\r', '\n']).to_owned())))
     }
 
-    /// Whom to ask, unless the workspace dials a host of the tenant's own.
-    fn endpoint(&self, way: Option<&Way>, moved_to: Option<&Url>) -> Result<&'a Arc<Endpoint>, NoSurface> {
-        let found = self.snapshot.dialled(self.derived.provider, self.arm(), way, moved_to);
-        // What needs no address is told by that, whatever the tenant set.
+    /// The endpoint that the workspace would call, unless the tenant has set a base URL of its own.
+    fn endpoint(&self, delivery: Option<&Delivery>, moved_to: Option<&Url>) -> Result<&'a Arc<Endpoint>, NoSurface> {
+        let found = self.snapshot.dialled(self.derived.provider, self.arm(), delivery, moved_to);
+        // Providers without an address keep their own reason, whatever base URL the tenant has set.
         if !matches!(found, Err(NoSurface::OAuth | NoSurface::Ambient | NoSurface::Platform)) {
             let concerns = |name: &&String| self.arm().base_url_env.contains(name);
             let own: Vec<String> = self.spec.tenant_base_url_env.iter().filter(concerns).cloned().collect();
@@ -306,14 +315,14 @@ impl<'a> CredentialStep<'a, '_> {
         found.map_err(NoSurface::clone)
     }
 
-    /// What comes of a value that is not sent.
-    fn unsent(&self, unsent: Unsent, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Box<Facts> {
-        match unsent {
-            Unsent::NoSurface(reason) => {
-                log.trace.step("liveness", || reason.text());
-                self.not_asked(call, Verdict::NoServerSurface, Some(&reason))
+    /// The facts for a value that is not sent.
+    fn facts_of_not_sent(&self, reason: NotSent, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Box<Facts> {
+        match reason {
+            NotSent::NoSurface(surface) => {
+                log.trace.step("liveness", || surface.text());
+                self.not_asked(call, Verdict::NoServerSurface, Some(&surface))
             }
-            Unsent::Refused(refusal) => {
+            NotSent::Refused(refusal) => {
                 log.trace.step("shape", || format!("{} is not sent: {}", call.judged.env_name, refusal.code()));
                 let usable = self.usable(call);
                 refused(match usable {
@@ -324,23 +333,23 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    /// Another of the provider's own values that is not used, and could be sent.
-    fn usable(&self, call: &WorkspaceCall<'a>) -> Option<Found<'a>> {
-        let mut unnoted = EvaluationLog::new(false);
-        call.passed_over.iter().find(|other| self.sent(**other, call.moved_to, &mut unnoted).is_ok()).copied()
+    /// Another of the provider's own values, which is not used but could be sent.
+    fn usable(&self, call: &WorkspaceCall<'a>) -> Option<FoundCredential<'a>> {
+        let mut discarded = EvaluationLog::new(false);
+        call.passed_over.iter().find(|other| self.prepare(**other, call.moved_to, &mut discarded).is_ok()).copied()
     }
 
-    /// Refused, or warned of, where another credential goes to a vendor that is not its own.
+    /// Refuses or warns if the request also carries a credential that does not belong to this vendor.
     fn check_exposure(&self, call: &WorkspaceCall<'a>, endpoint: &Endpoint, log: &mut EvaluationLog) -> Flow<()> {
         let arm = self.arm().route.as_ref();
         let is_own = |name: &str| arm.is_some_and(|arm| arm.own.iter().any(|own| own == name));
-        let is_of_another = |found: &Found<'_>| {
+        let is_of_another = |found: &FoundCredential<'_>| {
             let shapes = self.snapshot.catalogue.shapes_of(found.secret.expose().trim_ascii_start());
             let vendor = endpoint.vendor.as_deref();
             let is_no_key = self.snapshot.catalogue.foreign_secrets.what(found.secret.expose(), vendor).is_some();
             is_no_key || !shapes.is_empty() && vendor.is_some_and(|vendor| shapes.iter().all(|shape| shape.vendor != vendor))
         };
-        let exposed = call.travels.iter().filter(|(found, _)| !is_own(found.env_name) || is_of_another(found));
+        let exposed = call.also_sent.iter().filter(|(found, _)| !is_own(found.env_name) || is_of_another(found));
         let env_names: Vec<String> = exposed.map(|(found, _)| found.env_name.to_owned()).collect();
         if env_names.is_empty() {
             return Ok(());
@@ -354,20 +363,20 @@ impl<'a> CredentialStep<'a, '_> {
         Ok(())
     }
 
-    /// The credentials that the runtime goes on to after a refusal.
+    /// The credentials that the runtime tries after a refusal.
     fn fallbacks(&self, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Vec<(LivenessQuery<'a>, JudgedCredential)> {
         let Some(arm) = self.arm().route.as_ref().filter(|arm| arm.falls_back) else { return Vec::new() };
-        let read = |found: &&Found<'_>| arm.route.reads.iter().any(|name| name == found.env_name);
+        let read = |found: &&FoundCredential<'_>| arm.route.reads.iter().any(|name| name == found.env_name);
         let others = call.passed_over.iter().filter(read).filter_map(|found| {
-            let sent = self.sent(*found, call.moved_to, log).ok()?;
-            Some((self.query(&sent, None), self.judged(found, ChosenBecause::SentAfterARefusal)))
+            let outgoing = self.prepare(*found, call.moved_to, log).ok()?;
+            Some((self.query(&outgoing, None), self.judged(found, ChosenBecause::SentAfterARefusal)))
         });
         others.collect()
     }
 
-    fn query(&self, sent: &Sent<'a>, passed_over: Option<&Found<'a>>) -> LivenessQuery<'a> {
-        let Sent { found, secret, endpoint, way } = sent;
-        let (headers, surface) = way.map_or((&[][..], None), |way| (way.headers.as_slice(), way.surface));
+    fn query(&self, outgoing: &OutgoingCredential<'a>, passed_over: Option<&FoundCredential<'a>>) -> LivenessQuery<'a> {
+        let OutgoingCredential { found, secret, endpoint, delivery } = outgoing;
+        let (headers, surface) = delivery.map_or((&[][..], None), |delivery| (delivery.headers.as_slice(), delivery.surface));
         let certain = self.is_certain();
         LivenessQuery {
             endpoint,
@@ -388,7 +397,7 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    fn missing(&self, credentials: &CredentialSet<'_>, in_the_way: Option<&str>) -> Refusal {
+    fn missing(&self, credentials: &CredentialSet<'_>, blocking_name: Option<&str>) -> Refusal {
         let Provider { name, display_name, auth_env, .. } = self.derived.provider;
         let registry = &self.snapshot.registry;
         let usable = self.arm().usable(self.derived.provider);
@@ -426,14 +435,14 @@ impl<'a> CredentialStep<'a, '_> {
             unread,
             others,
             elsewhere,
-            in_the_way: in_the_way.map(str::to_owned),
-            at_hand: self.at_hand(credentials, &candidates),
+            blocking_name: blocking_name.map(str::to_owned),
+            available: self.available_elsewhere(credentials, &candidates),
             missing_env,
         }
     }
 
-    /// A credential of another provider that is there, and whose models it would do for.
-    fn at_hand(&self, credentials: &CredentialSet<'_>, candidates: &[&Arm]) -> Option<(String, ModelChoice)> {
+    /// A credential of another provider that is set, and the models that it could be used for.
+    fn available_elsewhere(&self, credentials: &CredentialSet<'_>, candidates: &[&Arm]) -> Option<(String, ModelChoice)> {
         if self.spec.credentials.is_empty() {
             return None;
         }
@@ -442,14 +451,14 @@ impl<'a> CredentialStep<'a, '_> {
             candidates.iter().all(|candidate| candidate.index != arm.index) && !provider.is_platform()
         });
         let usable = |arm: &Arm| self.snapshot.arm(arm).usable(self.snapshot.registry.provider(arm));
-        // A name says the most of the provider that has it in front of all others.
+        // First look at the variable that each provider prefers.
         let first = others.clone().filter_map(|arm| Some((usable(arm).into_iter().next()?, arm)));
         let any = others.flat_map(|arm| usable(arm).into_iter().map(move |name| (name, arm)));
         let (name, arm) = first.chain(any).find(|(name, _)| credentials.has(name))?;
         Some((name, self.choice(arm)))
     }
 
-    /// Where the value of this variable is saved so that the runtime reads it; nowhere, if it reads none of the provider's.
+    /// Where to save a value of this variable so that the runtime reads it. `None` if the runtime reads no variable of the provider.
     fn place_for(&self, env_name: &str) -> Option<Place> {
         let unread = self.arm().route.as_ref().filter(|arm| arm.usable().all(|name| name != env_name));
         match unread.map(|arm| arm.usable().next()) {
@@ -459,19 +468,19 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    /// Where a key of a provider goes that the runtime has no variable for: into the file of another one that is sent to the same host.
+    /// Where to save a key of a provider for which the runtime reads no variable: in the auth.json of another provider that is sent to the same host.
     fn place_in_auth_json(&self, provider: &Provider) -> Option<Place> {
         let host = provider.base_url.as_ref()?.host_str()?;
         self.runtime.arms.iter().find_map(|arm| {
             let route = self.snapshot.arm(arm).route.as_ref()?;
-            let is_there = route.route.way.base.as_ref().and_then(Url::host_str) == Some(host);
+            let is_there = route.route.delivery.base.as_ref().and_then(Url::host_str) == Some(host);
             let is_file = |name: &&String| self.snapshot.catalogue.credential_kind(name) == Some(CredentialKind::CodexAuthJson);
             let name = route.usable().find(is_file).filter(|_| is_there)?;
             Some(Place { with: self.choice_for(arm), ..self.snapshot.place(name) })
         })
     }
 
-    /// What has to be chosen for this provider to be the one, where the present model is not its own.
+    /// The model to choose so that this provider is used. `None` if the present model already belongs to it.
     fn choice_for(&self, arm: &Arm) -> Option<ModelChoice> {
         let candidates = candidate_arms(&self.snapshot.registry, self.runtime, self.model);
         candidates.iter().all(|candidate| candidate.index != arm.index).then(|| self.choice(arm))
@@ -482,13 +491,13 @@ impl<'a> CredentialStep<'a, '_> {
         ModelChoice { owner: self.snapshot.registry.provider(arm).display_name.clone(), example }
     }
 
-    fn shadowed(&self, sent: &Found<'_>, why: ShadowCause, other: &Found<'_>) -> Refusal {
+    fn shadowed(&self, sent: &FoundCredential<'_>, why: ShadowCause, other: &FoundCredential<'_>) -> Refusal {
         let beats = self.arm().route.as_ref().is_some_and(|arm| arm.route.beaten_by.iter().any(|name| name == sent.env_name));
         let provider = self.derived.provider.name.clone();
         Refusal::Shadowed { sent: sent.named(), why, other: other.named(), replaceable: !beats, provider }
     }
 
-    fn malformed(&self, found: &Found<'_>, fault: Malformation) -> Refusal {
+    fn malformed(&self, found: &FoundCredential<'_>, fault: Malformation) -> Refusal {
         Refusal::Malformed {
             env_name: found.env_name.to_owned(),
             provider: self.derived.provider.name.clone(),
@@ -500,7 +509,7 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    /// The variable that such a value belongs into: of a token the subscription's, of a key that of the same API's provider.
+    /// The variable in which such a value is right: a token in the variable of the subscription, a key in that of a provider with the same API.
     fn right_place(&self, env_name: &str, fault: Malformation) -> Option<Place> {
         let wanted = match fault {
             Malformation::TokenForKey => Auth::OAuth,
@@ -542,7 +551,7 @@ impl<'a> CredentialStep<'a, '_> {
 }
 
 /// Why a value is not sent.
-enum Unsent {
+enum NotSent {
     Refused(Box<Refusal>),
     NoSurface(NoSurface),
 }

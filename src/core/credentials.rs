@@ -1,4 +1,4 @@
-//! Which credential answers for a provider? Scopes merged per name, unreadable never taken for absent.
+//! The credentials of a request by name. Scopes are merged, and a credential that could not be read is never taken for a missing one.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -13,7 +13,7 @@ use crate::{
     },
 };
 
-/// The credentials of one spec, merged per name as the workspace's own environment would be.
+/// The credentials of one spec, merged by name in the way of the workspace's own environment.
 #[derive(Debug)]
 pub struct CredentialSet<'s> {
     rows: BTreeMap<&'s str, Rows<'s>>,
@@ -27,7 +27,7 @@ struct Rows<'s> {
     organization: Option<&'s CredentialValue>,
 }
 
-/// What a name holds.
+/// What a variable holds.
 #[derive(Debug, Clone, Copy)]
 pub enum Lookup<'s> {
     /// A value that is not blank.
@@ -36,19 +36,19 @@ pub enum Lookup<'s> {
         secret: &'s Arc<Secret>,
         /// Where it is stored.
         scope: Scope,
-        /// It hides an organization row of the same name.
+        /// The organization has a credential with the same name, which this one hides.
         shadows_organization: bool,
     },
-    /// Nothing, or a blank value.
+    /// No value, or a blank one.
     Nothing,
-    /// Could not be read: a value, a blank one, or nothing.
+    /// It could not be read.
     Unknown,
 }
 
 // === impl CredentialSet ===
 
 impl<'s> CredentialSet<'s> {
-    /// The wallet of a spec, and the names that were dropped since no provider accepts them.
+    /// The credentials of a spec, and the names that were left out because nothing uses them.
     pub fn of(spec: &'s WorkspaceSpec, known: &BTreeSet<String>) -> (Self, Vec<String>) {
         let mut rows: BTreeMap<&str, Rows<'_>> = BTreeMap::new();
         let mut dropped = BTreeSet::new();
@@ -72,13 +72,13 @@ impl<'s> CredentialSet<'s> {
         (credentials, dropped.into_iter().collect())
     }
 
-    /// What this name holds. A workspace row hides the organization's, even when it is blank or unreadable.
+    /// What this variable holds. A credential of the workspace hides the organization's, even if it is blank or unreadable.
     pub fn lookup(&self, name: &str) -> Lookup<'s> {
         let row = self.rows.get(name);
         let (workspace, organization) = row.map_or((None, None), |row| (row.workspace, row.organization));
         match (workspace, organization) {
             (Some(value), hidden) => of_row(value, Scope::Workspace, hidden.is_some_and(|hidden| !is_blank(hidden))),
-            // The workspace may have a row of this name that nobody could see, and that row would hide this one.
+            // The workspace may have a credential with this name that could not be listed and would hide the organization's.
             (None, _) if self.workspace_unreadable => Lookup::Unknown,
             (None, Some(value)) => of_row(value, Scope::Organization, false),
             (None, None) if self.organization_unreadable => Lookup::Unknown,
@@ -86,7 +86,7 @@ impl<'s> CredentialSet<'s> {
         }
     }
 
-    /// A blank row of the workspace hides a value of the organization's.
+    /// Whether a blank value of the workspace hides a value of the organization.
     pub fn is_hidden(&self, name: &str) -> bool {
         let Some(Rows { workspace: Some(workspace), organization: Some(organization) }) = self.rows.get(name) else {
             return false;
@@ -94,12 +94,12 @@ impl<'s> CredentialSet<'s> {
         is_blank(workspace) && !is_blank(organization)
     }
 
-    /// This name holds a readable value that is not blank.
+    /// Whether the variable holds a readable value that is not blank.
     pub fn has(&self, name: &str) -> bool {
         matches!(self.lookup(name), Lookup::Value { .. })
     }
 
-    /// Something could not be read, whether or not it matters.
+    /// Whether anything could not be read, even if it does not matter.
     pub fn has_unreadable(&self) -> bool {
         let unreadable = |value: Option<&CredentialValue>| matches!(value, Some(CredentialValue::Unreadable));
         self.workspace_unreadable
@@ -107,8 +107,8 @@ impl<'s> CredentialSet<'s> {
             || self.rows.values().any(|row| unreadable(row.workspace) || unreadable(row.organization))
     }
 
-    /// Names that hold a value and that this runtime could pick up instead of the one that was judged: those that its other
-    /// providers accept, and a second, different value that this provider accepts.
+    /// The variables that the runtime could use instead of the judged one: those that its other providers accept, and those that this provider
+    /// accepts and that hold another value.
     pub fn conflicts(&self, registry: &Registry, runtime: &Runtime, provider: &Provider, judged: &str) -> Vec<String> {
         let Lookup::Value { secret: chosen, .. } = self.lookup(judged) else { return Vec::new() };
         let others = || runtime.arms.iter().map(|arm| registry.provider(arm)).filter(|other| other.name != provider.name);
@@ -117,7 +117,7 @@ impl<'s> CredentialSet<'s> {
             Lookup::Value { .. } => others().any(|other| other.accepts(name)),
             Lookup::Nothing | Lookup::Unknown => false,
         };
-        // A spec holds few names, a runtime's providers accept many.
+        // Iterate over the spec's names: they are few, while a runtime's providers accept many.
         self.rows.keys().filter(|name| **name != judged && conflicts(name)).map(|name| (*name).to_owned()).collect()
     }
 }

@@ -1,4 +1,4 @@
-//! Who owns a model? One pure function of registry, runtime, model and the credential *names* that are available.
+//! Finds the owner of a model. A pure function of registry, runtime, model and the credential *names* that are available.
 
 use crate::{
     core::registry::{Arm, Provider, Registry, Runtime},
@@ -8,46 +8,46 @@ use crate::{
 /// The owner of a model.
 #[derive(Debug, Clone, Copy)]
 pub struct Derived<'r> {
-    /// Its place in the runtime.
+    /// The owner's entry in the runtime.
     pub arm: &'r Arm,
     /// The owner.
     pub provider: &'r Provider,
-    /// How it was found.
+    /// How the owner was found.
     pub matched_by: MatchedBy,
 }
 
-/// Why there is no owner.
+/// Why a model has no owner.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Underivable {
     /// The model is blank.
     ModelRequired,
-    /// The registry does not know the runtime.
+    /// The registry does not have the runtime.
     UnknownRuntime,
-    /// No provider of the runtime lists the model or matches it.
+    /// No provider of the runtime lists the model or has a matching pattern.
     Unregistered,
-    /// Several patterns match and the names single none out.
+    /// Several patterns match, and the available names do not single one out.
     Ambiguous {
-        /// The possible owners' names, in declared order.
+        /// The possible owners, in the order of the registry.
         candidates: Vec<String>,
     },
 }
 
-/// By which step the candidates for a model were found.
+/// How the candidates for a model were found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum MatchStep {
     Exact,
     Prefix,
 }
 
-/// The owner of `model` on `runtime`. The model is trimmed, otherwise every id is compared byte for byte.
+/// The owner of `model` on `runtime`. The model is trimmed; otherwise ids are compared byte for byte.
 ///
-/// An exact listing beats every pattern. Several listings are settled by the one that accepts an available name, else by the
-/// order of the declaration; several patterns are settled by the available name or not at all.
+/// A provider that lists the model comes before all patterns. If several list it, the one that accepts an available name owns it, or else the first
+/// in the registry. If several patterns match, only an available name can decide.
 pub fn derive<'r>(
     registry: &'r Registry,
     runtime: &str,
     model: &str,
-    at_hand: &dyn Fn(&str) -> bool,
+    is_available: &dyn Fn(&str) -> bool,
 ) -> Result<Derived<'r>, Underivable> {
     let model = model.trim();
     if model.is_empty() {
@@ -55,7 +55,7 @@ pub fn derive<'r>(
     }
     let runtime = registry.runtime(runtime).ok_or(Underivable::UnknownRuntime)?;
     let listed = runtime.listing(model);
-    // Most models are listed once.
+    // Most models are listed by one provider only.
     if let (Some(only), None) = (listed.clone().next(), listed.clone().nth(1)) {
         return Ok(Derived { arm: only, provider: registry.provider(only), matched_by: MatchedBy::ExactModel });
     }
@@ -68,7 +68,7 @@ pub fn derive<'r>(
     };
     let accepting: Vec<&Arm> = std::iter::once(first)
         .chain(others.iter().copied())
-        .filter(|arm| registry.provider(arm).auth_env.iter().any(|name| at_hand(name)))
+        .filter(|arm| registry.provider(arm).auth_env.iter().any(|name| is_available(name)))
         .collect();
     match (step, accepting.as_slice()) {
         (MatchStep::Exact, [only]) => owner(only, MatchedBy::ExactModelAndCredential),
@@ -81,7 +81,7 @@ pub fn derive<'r>(
     }
 }
 
-/// The arms that could own the model, in declared order: those that list it, or else those whose pattern matches it.
+/// The arms that could own the model, in the order of the registry: those that list it, or else those whose pattern matches.
 pub fn candidate_arms<'r>(registry: &'r Registry, runtime: &'r Runtime, model: &str) -> Vec<&'r Arm> {
     candidates(registry, runtime, model.trim()).1
 }

@@ -1,4 +1,4 @@
-//! Where and how a provider is asked: the registry's base URL and the catalogue's rows, joined into finished requests.
+//! Joins the registry's base URL and the catalogue's rows into finished requests to a provider.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,111 +16,111 @@ use crate::{
     },
 };
 
-/// How one provider is asked, whatever the model: made once, when registry and catalogue are loaded.
+/// How a provider is asked, for any model. Built once when registry and catalogue are loaded.
 #[derive(Debug)]
 pub struct Endpoint {
-    /// The provider's name.
+    /// The provider's name in the registry.
     pub provider: String,
-    /// The host, with its port if that is not the scheme's own.
+    /// The host, with its port if that is not the scheme's default.
     pub host: String,
-    /// Whose host it is, where the catalogue knows.
+    /// The vendor that the host belongs to, if the catalogue knows it.
     pub vendor: Option<String>,
-    /// Other regions of the vendor.
+    /// Hosts of the vendor in other regions.
     pub siblings: Vec<String>,
-    /// How a key of this vendor begins, where the catalogue knows.
+    /// The prefix of this vendor's keys, if the catalogue knows it.
     pub key_prefix: Option<String>,
-    /// Whose keys it takes beside its own vendor's.
+    /// Vendors whose keys the host takes, beside its own vendor's.
     pub accepts_keys_of: AcceptsKeysOf,
-    /// In which header the clients of this API send a credential, where nobody wrote a row that says what the vendor takes.
+    /// The header in which clients of this API send a credential. Set where the catalogue has no row that says what the vendor takes.
     pub client_header: Option<HeaderFamily>,
-    /// Tells the base URL from any other: what it teaches of its headers holds for every provider there.
+    /// A hash of the base URL. What is learnt about headers holds for every provider with this base URL.
     pub base_identity: [u8; 32],
-    /// The time for the whole ladder, if a row asks for more or less than the service's own.
+    /// The time budget of a whole probe, if a row asks for another than the default.
     pub budget: Option<Duration>,
-    /// Tells this endpoint, and every reading of its answers, from any other; the model takes no part.
+    /// A hash of everything that decides what is sent and how answers are read, without the model.
     pub identity: [u8; 32],
-    /// The first probe names the model, so that every finding is about one model.
+    /// The first probe names the model, so every finding is about one model.
     pub names_model: bool,
     base: Url,
-    /// The ladder, each with its header families in the order in which they are tried. Never empty.
+    /// The probes in their order, each with its headers in the order in which they are tried. Never empty.
     probes: Vec<Probe>,
     wire_ids: WireIds,
     thinking: bool,
-    /// How the ids of models end that vendors serve without a key.
+    /// The endings of model ids that vendors serve without a key.
     free_models: Arc<[String]>,
 }
 
-/// How the workspace's own client will use a credential, as far as that is known.
+/// How the workspace's own client will send a credential, as far as that is known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Preference {
-    /// The header in which it sends it.
+    /// The header that it uses.
     pub family: Option<HeaderFamily>,
     /// The surface that it calls.
     pub surface: Option<Surface>,
 }
 
-/// An endpoint, with the requests for one model.
+/// An endpoint, and the requests for one model.
 #[derive(Debug, Clone)]
 pub struct Target {
-    /// Whom to ask.
+    /// The endpoint.
     pub endpoint: Arc<Endpoint>,
-    /// How the workspace's own client will use the credential.
+    /// How the workspace's own client will send the credential.
     pub preference: Preference,
-    /// The ladder, in order. Never empty.
+    /// The requests in their order. Never empty.
     pub calls: Vec<Call>,
 }
 
-/// How a provider's own ids are made of the workspace's models.
+/// How a provider's own model ids are made from the workspace's.
 #[derive(Debug)]
 struct WireIds {
-    /// What is taken off: the first of these that a model begins with.
+    /// Prefixes to remove. Only the first one that a model begins with is removed.
     strip: Vec<String>,
-    /// What is put before the rest.
+    /// The prefix to put before the rest.
     prefix: String,
 }
 
-/// One finished request, but for the credential.
+/// A finished request, without the credential.
 #[derive(Debug, Clone)]
 pub struct Call {
-    /// The row that it is made of.
+    /// The catalogue's row for this request.
     pub probe: Probe,
-    /// Where it goes: always the host of the provider's base URL.
+    /// The address. Its host is always that of the provider's base URL.
     pub url: Url,
     /// The JSON body.
     pub body: Option<Arc<str>>,
-    /// The body or the path holds the model: the answer is about this model alone.
+    /// Body or path hold the model, so the answer is about this model only.
     pub names_model: bool,
-    /// The vendor's id of the model, where the request names it; else empty.
+    /// The provider's own id of the model; empty if the request names none.
     pub model: String,
-    /// Tells the request from any other, whatever the model: of models only whether such a one is served without a key takes part.
+    /// A hash of the request without its model. Only whether the model is one that is served without a key takes part.
     pub request: [u8; 32],
 }
 
-/// Why there is nothing to call.
+/// Why a provider cannot be asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NoSurface {
-    /// OAuth credentials are never exercised.
+    /// It takes OAuth credentials, which are never sent.
     OAuth,
-    /// The value has the shape of an OAuth credential, which is never sent.
+    /// The value looks like an OAuth credential, which is never sent.
     OAuthShaped,
-    /// The provider authenticates by the machine's own cloud identity.
+    /// It authenticates by the machine's own cloud identity.
     Ambient,
-    /// The platform's own metered proxy: there is no tenant credential.
+    /// It is the platform's metered proxy, which takes no tenant credential.
     Platform,
-    /// Neither the registry nor the catalogue gives an address.
+    /// Neither the registry nor the catalogue has an address.
     NoEndpoint,
-    /// The catalogue says why not.
+    /// The catalogue says that it is not probed, and why.
     Unprobed(Unprobed),
-    /// The workspace dials a host of the tenant's own.
+    /// The workspace calls a base URL that the tenant has set in these variables.
     TenantBaseUrl(Vec<String>),
 }
 
-/// How this provider is asked about a credential for this model.
+/// The requests that check a credential of this provider for this model.
 pub fn target(provider: &Provider, catalogue: &Catalogue, model: &str) -> Result<Target, NoSurface> {
     Endpoint::of(provider, catalogue).map(|endpoint| Target::of(&Arc::new(endpoint), model))
 }
 
-/// The base-URL variables that concern a provider of which nothing more is known, by its API.
+/// The base-URL variables that concern a provider by its API, for runtimes of which nothing more is known.
 pub fn base_url_names(provider: &Provider, catalogue: &Catalogue) -> Vec<String> {
     match provider.auth {
         Auth::Key if !provider.is_platform() => {
@@ -133,7 +133,7 @@ pub fn base_url_names(provider: &Provider, catalogue: &Catalogue) -> Vec<String>
 // === impl Endpoint ===
 
 impl Endpoint {
-    /// The endpoint of a provider that has one.
+    /// The endpoint at the provider's own base URL.
     pub fn of(provider: &Provider, catalogue: &Catalogue) -> Result<Self, NoSurface> {
         match provider.auth {
             Auth::OAuth => return Err(NoSurface::OAuth),
@@ -144,7 +144,7 @@ impl Endpoint {
         Self::new(provider, base(provider, catalogue)?, provider.protocol, provider.probes.as_slice(), catalogue)
     }
 
-    /// The endpoint that a runtime dials for this provider, where it is another one. Probes of the registry's own are about the registry's.
+    /// The endpoint that a runtime calls for this provider instead of the registry's base URL. Probes in the registry do not apply to it.
     pub fn dialled(provider: &Provider, base: &Url, surface: Option<Surface>, catalogue: &Catalogue) -> Result<Self, NoSurface> {
         let protocol = match surface {
             Some(Surface::Messages) => Protocol::Anthropic,
@@ -168,7 +168,7 @@ impl Endpoint {
             ([], _) => (catalogue.default_probes(protocol), true),
             (inline, _) => (inline, false),
         };
-        // The header that the workspace's own client will use is tried first.
+        // Try the header that the workspace's own client will use first.
         let first = (provider.auth_token_env.as_deref() == Some("ANTHROPIC_API_KEY")).then_some(HeaderFamily::XApiKey);
         let thinking = provider.thinking_required;
         let calls: Vec<Call> = probes.iter().filter_map(|probe| call(base, probe, MODEL, thinking, first)).collect();
@@ -182,7 +182,7 @@ impl Endpoint {
             identity: identity(provider, base, row, &probes, &catalogue.common_codes().fingerprint),
             base_identity: *blake3::hash(base.as_str().as_bytes()).as_bytes(),
             accepts_keys_of: row.map(|row| row.accepts_keys_of.clone()).unwrap_or_default(),
-            // OpenAI's clients send a bearer token; Anthropic's send either, by the variable.
+            // OpenAI's clients send a bearer token. Anthropic's clients choose the header by the variable.
             client_header: (is_default && protocol == Protocol::OpenAi).then_some(HeaderFamily::Bearer),
             provider: provider.name.clone(),
             host,
@@ -203,13 +203,13 @@ impl Endpoint {
 // === impl Target ===
 
 impl Target {
-    /// This endpoint's requests for this model.
+    /// The requests of this endpoint for this model.
     pub fn of(endpoint: &Arc<Endpoint>, model: &str) -> Self {
         let Endpoint { base, probes, wire_ids, thinking, free_models, .. } = &**endpoint;
         let model = wire_ids.id_of(model);
         let is_free = free_models.iter().any(|end| model.ends_with(end.as_str()));
         let calls = probes.iter().filter_map(|probe| {
-            // The header families stand in their order already.
+            // The headers are already in their order.
             let call = call(base, probe, &model, *thinking, None)?;
             let request = if call.names_model && is_free { *blake3::hash(&call.request).as_bytes() } else { call.request };
             Some(Call { request, ..call })
@@ -217,7 +217,7 @@ impl Target {
         Self { endpoint: Arc::clone(endpoint), preference: Preference::default(), calls: calls.collect() }
     }
 
-    /// The same for a workspace whose client is known.
+    /// The same target for a workspace whose client is known.
     pub fn preferring(self, preference: Preference) -> Self {
         Self { preference, ..self }
     }
@@ -226,30 +226,29 @@ impl Target {
 // === impl WireIds ===
 
 impl WireIds {
-    /// Where a row lists what stands before a model, nothing else is taken off: a vendor's ids may begin with the vendor's own
-    /// name.
+    /// If the row lists prefixes, only those are removed: a vendor's own ids may begin with the vendor's name.
     fn of(provider: &Provider, row: Option<&HostRow>) -> Self {
         let listed = row.map(|row| row.strip_model_prefixes.clone()).unwrap_or_default();
         let own = || [':', '/'].map(|separator| format!("{}{separator}", provider.name)).to_vec();
         Self { strip: if listed.is_empty() { own() } else { listed }, prefix: provider.wire_model_prefix.clone() }
     }
 
-    /// The provider's own id for the workspace's model.
+    /// The provider's own id of the workspace's model.
     fn id_of(&self, model: &str) -> String {
         let bare = self.strip.iter().find_map(|prefix| model.strip_prefix(prefix.as_str())).unwrap_or(model);
         format!("{}{bare}", self.prefix)
     }
 }
 
-/// Where the provider is: by its registry entry, else its vendor's one host by the catalogue.
+/// The base URL from the registry, or else the vendor's one host from the catalogue.
 fn base<'a>(provider: &'a Provider, catalogue: &'a Catalogue) -> Result<&'a Url, NoSurface> {
     let unprobed = catalogue.unprobed(&provider.name);
-    // Its vendor's one host is not the tenant's.
+    // The tenant's address is not known, and it is not the vendor's host.
     if provider.is_per_tenant {
         return Err(NoSurface::NoEndpoint);
     }
     match (&provider.base_url, unprobed) {
-        // Probes of the registry's own say that there is something to ask.
+        // Probes in the registry say that this provider can be asked.
         (Some(base), _) if !provider.probes.is_empty() => Ok(base),
         (Some(_), Some(unprobed)) if unprobed.reason == UnprobedReason::Keyless => Err(NoSurface::Unprobed(unprobed.clone())),
         (Some(base), _) => Ok(base),
@@ -258,7 +257,7 @@ fn base<'a>(provider: &'a Provider, catalogue: &'a Catalogue) -> Result<&'a Url,
     }
 }
 
-/// Whether a base-URL variable of the tenant's concerns a provider with this API.
+/// Whether a base-URL variable that the tenant has set concerns a provider with this API.
 fn concerns(catalogue: &Catalogue, name: &str, provider: &Provider) -> bool {
     match catalogue.concerned_by(name) {
         None => false,
@@ -267,7 +266,7 @@ fn concerns(catalogue: &Catalogue, name: &str, provider: &Provider) -> bool {
     }
 }
 
-/// Provider, endpoint, how wire ids are made, and effective rows, as one hash.
+/// A hash of the provider, its base URL, how model ids are made, and the probes.
 fn identity(provider: &Provider, base: &Url, row: Option<&HostRow>, probes: &[Probe], codes: &[u8; 32]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(codes);
@@ -286,7 +285,7 @@ fn identity(provider: &Provider, base: &Url, row: Option<&HostRow>, probes: &[Pr
     *hasher.finalize().as_bytes()
 }
 
-/// One call to a base URL. `None` if the path leads away from its host, which the catalogue's check rules out.
+/// One request to a base URL. `None` if the path leads to another host, which the catalogue's check rules out.
 pub fn call(base: &Url, probe: &Probe, model: &str, thinking: bool, first: Option<HeaderFamily>) -> Option<Call> {
     let url = join(base, &probe.path, model)?;
     let mut names_model = probe.path.contains(MODEL);
@@ -312,11 +311,11 @@ pub fn call(base: &Url, probe: &Probe, model: &str, thinking: bool, first: Optio
     Some(Call { probe, url, body, names_model, model, request })
 }
 
-/// What stands for the model in a path or a body.
+/// The placeholder for the model in a path or a body.
 pub const MODEL: &str = "{model}";
 
-/// The path on the base's own host: nothing in a row or a model can change the host. Exactly one `/v1` where a base ends in
-/// it and a row goes on with it.
+/// The base URL with this path. Neither a row nor a model can change the host. If the base ends in `/v1` and the path begins with it, it appears
+/// once.
 fn join(base: &Url, path: &str, model: &str) -> Option<Url> {
     let path = path.replace(MODEL, &utf8_percent_encode(model, SEGMENT).to_string());
     let (path, query) = path.split_once('?').map_or((path.as_str(), None), |(path, query)| (path, Some(query)));
@@ -332,10 +331,10 @@ fn join(base: &Url, path: &str, model: &str) -> Option<Url> {
     (url.host() == base.host() && url.port() == base.port()).then_some(url)
 }
 
-/// What one path segment may hold as it is: RFC 3986's unreserved characters.
+/// The characters that need no encoding in a path segment: RFC 3986's unreserved ones.
 const SEGMENT: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 
-/// The body with every string `{model}` replaced by the model; JSON encodes it.
+/// The body with each string `{model}` replaced by the model.
 fn filled(body: &serde_json::Value, model: &str, names_model: &mut bool) -> serde_json::Value {
     use serde_json::Value;
     match body {
@@ -354,7 +353,7 @@ fn filled(body: &serde_json::Value, model: &str, names_model: &mut bool) -> serd
 // === impl NoSurface ===
 
 impl NoSurface {
-    /// The machine's reason.
+    /// The machine-readable reason.
     pub const fn reason(&self) -> &'static str {
         match self {
             Self::OAuth => "OAUTH_SUBSCRIPTION",
@@ -367,7 +366,7 @@ impl NoSurface {
         }
     }
 
-    /// The reason for a person.
+    /// The reason in words.
     pub fn text(&self) -> String {
         match self {
             Self::OAuth => "an OAuth subscription: its credential is never exercised, presence governs".into(),

@@ -1,4 +1,5 @@
-//! One decision, end to end: assess, ask if need be, rule. The only pipeline; every early exit passes `policy::apply` too.
+//! Makes one decision from start to end: evaluate, ask the provider if needed, apply the policy. There is no other pipeline; early ends apply the
+//! policy too.
 
 use std::{
     collections::BTreeSet,
@@ -19,7 +20,7 @@ use uuid::Uuid;
 use crate::{
     core::{
         classify::Finding,
-        credential::{LivenessQuery, QueryContext, Questions},
+        credential::{LivenessQueries, LivenessQuery, QueryContext},
         endpoint::{Endpoint, Target},
         evaluate::{Next, Resolved, Unresolved, alternative_models, evaluate, resolve},
         evaluation_log::Trace,
@@ -35,39 +36,39 @@ use crate::{
     },
 };
 
-/// A future on the heap, so that sources can be stacked without naming their types.
+/// A boxed future, so that implementations can be stacked without naming their types.
 pub type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
-/// Asks a provider about a credential: one walk up the ladder, within its own time budget.
+/// Asks a provider about a credential. One probe, within its own time budget.
 pub trait Prober: Send + Sync + 'static {
-    /// What came of it. Bounds its own time, whoever waits.
+    /// Runs a probe to its end. The time is bounded by the prober itself, even if no caller waits any more.
     fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding>;
 
-    /// How long a question to this provider that came now would wait for its turn. Whoever lets nobody wait has nothing to say.
+    /// How long a probe of this provider that was started now would wait for its turn. A prober without a queue returns zero.
     fn expected_wait(&self, _provider: &str) -> Duration {
         Duration::ZERO
     }
 
-    /// How long a question about this credential that was not taken is to stay away: until its turn behind a full queue.
+    /// How long the caller should wait before it asks about this credential again, after the queue was full.
     fn turn(&self, _provider: &str, _credential: [u8; 32]) -> Duration {
         Duration::ZERO
     }
 }
 
-/// What is asked.
+/// What a prober is asked.
 #[derive(Debug)]
 pub struct ProbeRequest {
-    /// Whom and how.
+    /// The requests to the provider.
     pub target: Arc<Target>,
-    /// About which credential.
+    /// The credential's value.
     pub secret: Arc<Secret>,
-    /// Tells it from others: a hash under a key of this process.
+    /// A keyed hash that tells this credential from others. The key is this process's own.
     pub credential: [u8; 32],
-    /// To be told when the provider itself is asked, after what waiting there was.
+    /// Set by the prober when the provider itself is asked, after any wait for a turn.
     pub started: ProbeStarted,
 }
 
-/// Whether the provider itself is being asked, or the question still waits for its turn.
+/// Whether the provider is being asked, or the probe still waits for its turn.
 #[derive(Debug, Clone, Default)]
 pub struct ProbeStarted(Arc<Progress>);
 
@@ -77,95 +78,94 @@ struct Progress {
     answer_at: OnceLock<Instant>,
 }
 
-/// What is known of a credential's liveness, remembered or asked.
+/// Knows about the liveness of credentials, from memory or by a probe.
 pub trait LivenessSource: Send + Sync + 'static {
-    /// What is remembered, if it is no older than wanted. Most calls end here, without anything to wait for. A source that
-    /// remembers nothing has nothing to recall.
+    /// The remembered observation, if it is not older than `max_age`. Most calls end here, without waiting. A source without a memory returns `None`.
     fn recall(&self, _query: &LivenessQuery<'_>, _max_age: Option<Duration>) -> Option<Observed> {
         None
     }
 
-    /// An observation no older than wanted, by the deadline.
+    /// An observation that is not older than `max_age`, by the deadline.
     fn observe<'a>(&'a self, query: LivenessQuery<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed>;
 
-    /// How long a question to this provider that came now would wait for its turn.
+    /// How long a probe of this provider that was started now would wait for its turn.
     fn expected_wait(&self, _provider: &str) -> Duration {
         Duration::ZERO
     }
 }
 
-/// What was observed, or remembered.
+/// An observation of a credential, remembered or new.
 #[derive(Debug, Clone)]
 pub struct Observed {
-    /// The verdict and its evidence.
+    /// The verdict with its evidence.
     pub finding: Arc<Finding>,
     /// When the provider answered.
     pub observed_at: SystemTime,
-    /// How old that is.
+    /// The age of the observation.
     pub age: Duration,
-    /// Where it came from.
+    /// Where the observation came from.
     pub served_from: ServedFrom,
-    /// Another replica of this service has observed it.
+    /// Another replica of this service made the observation.
     pub shared: bool,
     /// When to ask again, if the verdict calls for it.
     pub retry_after: Duration,
-    /// The newest VALID within the hard maximum age and the caller's, unless it was refused since.
+    /// The newest VALID, if it is within the caller's and the hard maximum age and the credential was not refused since.
     pub earlier_valid: Option<EarlierValid>,
 }
 
-/// An earlier VALID observation.
+/// An earlier observation of VALID.
 #[derive(Debug, Clone)]
 pub struct EarlierValid {
-    /// Its evidence.
+    /// The verdict with its evidence.
     pub finding: Arc<Finding>,
     /// When the provider answered.
     pub observed_at: SystemTime,
-    /// How old that is.
+    /// The age of the observation.
     pub age: Duration,
 }
 
-/// The service's core.
+/// Makes decisions.
 pub struct Engine {
     snapshot: ArcSwap<Snapshot>,
     liveness: Arc<dyn LivenessSource>,
     fingerprint_key: Option<[u8; 32]>,
 }
 
-/// A decision, and which versions made it.
+/// A decision, with the versions of the documents that it was made by.
 #[derive(Debug, Clone)]
 pub struct Decided {
     /// The decision's id.
     pub id: Uuid,
     /// The decision.
     pub decision: Decision,
-    /// The registry that decided.
+    /// The revision of the registry.
     pub registry_revision: String,
-    /// The catalogue that decided.
+    /// The revision of the catalogue.
     pub catalogue_revision: String,
-    /// What was heard of the credential, where somebody was asked, now or before: why it is not VALID, for the log. An allow that rests on
-    /// an earlier VALID has here what was heard since.
+    /// What is known about the credential, if a provider was asked, now or earlier. The log uses it to say why the credential is not VALID. If the
+    /// decision rests on an earlier VALID, this is the newer observation.
     pub finding: Option<Arc<Finding>>,
 }
 
 // === impl ProbeStarted ===
 
 impl ProbeStarted {
-    /// From now on the provider is asked.
+    /// Records that the provider is being asked.
     pub fn set(&self) {
         self.0.started.store(true, Ordering::Relaxed);
     }
 
-    /// While it waits for its turn: when its answer is expected.
+    /// Records when the answer is expected, while the probe waits for its turn.
     pub fn expect_answer_at(&self, at: Instant) {
         self.0.answer_at.get_or_init(|| at);
     }
 
-    /// When its answer was expected, as it began to wait.
+    /// The expected time of the answer, as estimated when the wait began.
     pub fn answer_at(&self) -> Option<Instant> {
         self.0.answer_at.get().copied()
     }
 
-    /// It is.
+    /// Whether the provider is being asked.
     pub fn is_set(&self) -> bool {
         self.0.started.load(Ordering::Relaxed)
     }
@@ -184,7 +184,7 @@ impl Engine {
         self.snapshot.load_full()
     }
 
-    /// Decides by this snapshot from the next call on. Calls under way keep theirs.
+    /// Replaces the snapshot for the calls to come. Calls in progress keep theirs.
     pub fn swap(&self, snapshot: Snapshot) {
         self.snapshot.store(Arc::new(snapshot));
     }
@@ -194,7 +194,7 @@ impl Engine {
         self.liveness.expected_wait(provider)
     }
 
-    /// Decides, by the deadline.
+    /// Makes a decision by the deadline.
     pub async fn decide(&self, request: &Request, deadline: Instant) -> Decided {
         match self.decide_admitted(request, deadline, |_| ready(Ok::<_, Infallible>(()))).await {
             Ok(decided) => decided,
@@ -202,14 +202,14 @@ impl Engine {
         }
     }
 
-    /// Decides, by the deadline. A decision that has to wait for a provider takes a place for that first, and for as long as it waits; all
-    /// others take none, so that a provider that hangs costs them nothing.
+    /// Makes a decision by the deadline. A decision that has to wait for a provider acquires a permit first and holds it while it waits. Other
+    /// decisions need none, so a provider that hangs does not hold them up.
     /// INVARIANT (one-snapshot): registry, catalogue and policy are taken once, together, for the whole call.
     pub async fn decide_admitted<P, E, F: Future<Output = Result<P, E>>>(
         &self,
         request: &Request,
         deadline: Instant,
-        place: impl FnOnce(Arc<Endpoint>) -> F,
+        acquire_permit: impl FnOnce(Arc<Endpoint>) -> F,
     ) -> Result<Decided, E> {
         let snapshot = self.snapshot();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -217,19 +217,19 @@ impl Engine {
         let (mut trace, mut resolution, mut warnings) = (evaluation.trace, evaluation.resolution, evaluation.warnings);
         let (facts, seen) = match evaluation.next {
             Next::Rule(facts) => (facts, None),
-            Next::Ask(Questions { first, then }) => {
-                let mut place = Some(place);
-                let mut held = None;
+            Next::Ask(LivenessQueries { first, fallbacks }) => {
+                let mut acquire_permit = Some(acquire_permit);
+                let mut permit = None;
                 let mut query = first;
-                let mut observed = self.ask(&query, request.max_liveness_age, deadline, &mut place, &mut held).await?;
-                for (next, judged) in then {
-                    // The runtime goes on to the next credential where one is refused, and there alone.
+                let mut observed = self.ask(&query, request.max_liveness_age, deadline, &mut acquire_permit, &mut permit).await?;
+                for (next, judged) in fallbacks {
+                    // The runtime tries the next credential only after a refusal.
                     if observed.finding.verdict != Verdict::Invalid {
                         break;
                     }
                     trace.step("liveness", || describe(&query, &observed));
                     warnings.push(refused_first(&query, next.env_name));
-                    observed = self.ask(&next, request.max_liveness_age, deadline, &mut place, &mut held).await?;
+                    observed = self.ask(&next, request.max_liveness_age, deadline, &mut acquire_permit, &mut permit).await?;
                     resolution.credential = Some(judged);
                     query = next;
                 }
@@ -263,36 +263,36 @@ impl Engine {
         })
     }
 
-    /// What is remembered, or observed now: with a place for the waiting, which is taken once for a decision.
+    /// The remembered observation, or a new one. Before it waits for the first time, it acquires the decision's permit.
     async fn ask<P, E, F: Future<Output = Result<P, E>>>(
         &self,
         query: &LivenessQuery<'_>,
         max_age: Option<Duration>,
         deadline: Instant,
-        place: &mut Option<impl FnOnce(Arc<Endpoint>) -> F>,
-        held: &mut Option<P>,
+        acquire_permit: &mut Option<impl FnOnce(Arc<Endpoint>) -> F>,
+        permit: &mut Option<P>,
     ) -> Result<Observed, E> {
         if let Some(observed) = self.liveness.recall(query, max_age) {
             return Ok(in_own_header(query, observed));
         }
-        if let Some(place) = place.take() {
-            *held = Some(place(Arc::clone(query.endpoint)).await?);
+        if let Some(acquire_permit) = acquire_permit.take() {
+            *permit = Some(acquire_permit(Arc::clone(query.endpoint)).await?);
         }
         Ok(in_own_header(query, self.liveness.observe(query.clone(), max_age, deadline).await))
     }
 
-    /// Who owns a model, by names alone.
+    /// The owner of a model, by credential names alone.
     pub fn resolve(
         &self,
         runtime: &str,
         model: &str,
-        at_hand: &BTreeSet<String>,
+        available: &BTreeSet<String>,
     ) -> (Result<Resolved, Unresolved>, Arc<Snapshot>) {
         let snapshot = self.snapshot();
-        (resolve(&snapshot, runtime, model, at_hand), snapshot)
+        (resolve(&snapshot, runtime, model, available), snapshot)
     }
 
-    /// 8 hex digits under the configured key, so that a person can tell which key was judged; nothing without one.
+    /// 8 hex digits under the configured key, by which a person recognises a credential. Empty if no key is configured.
     fn fingerprint(&self, secret: &Secret) -> String {
         self.fingerprint_key.map_or_else(String::new, |key| {
             with_stack_wiped(|| blake3::keyed_hash(&key, secret.expose().as_bytes())).to_hex().chars().take(8).collect()
@@ -300,8 +300,8 @@ impl Engine {
     }
 }
 
-/// A new decision's id, of UUID's version 7. Its random bits come from the thread's generator: the library would ask the kernel for
-/// them, a system call for each decision.
+/// An id for a new decision, a UUID of version 7. Its random bits come from the thread's generator: the library would make a system call for each
+/// decision.
 fn new_id() -> Uuid {
     let millis = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
     uuid::Builder::from_unix_timestamp_millis(u64::try_from(millis).unwrap_or(u64::MAX), &rand::random()).into_uuid()
@@ -348,7 +348,7 @@ fn to_facts(snapshot: &Snapshot, query: &LivenessQuery<'_>, observed: &Observed)
     }
 }
 
-/// Versions of one program send the same variable in different headers: each of them is the workspace's own.
+/// Versions of one program may send the same variable in different headers. Each of them counts as the workspace's own.
 fn in_own_header(query: &LivenessQuery<'_>, observed: Observed) -> Observed {
     let finding = &observed.finding;
     if !finding.wrong_header || !finding.family.is_some_and(|family| query.context.own_headers.contains(&family)) {
@@ -358,7 +358,7 @@ fn in_own_header(query: &LivenessQuery<'_>, observed: Observed) -> Observed {
     Observed { finding, ..observed }
 }
 
-/// A good key that was accepted in another header than the workspace's own.
+/// The facts about a good key that was accepted in another header than the workspace uses. `None` if the header is right.
 fn wrong_header(query: &LivenessQuery<'_>, finding: &Finding) -> Option<Facts> {
     let accepted_in = finding.family.filter(|_| finding.wrong_header)?;
     let QueryContext { own_headers, own_names, facts, .. } = &query.context;
@@ -373,7 +373,7 @@ fn wrong_header(query: &LivenessQuery<'_>, finding: &Finding) -> Option<Facts> {
             sent_in,
             accepted_in,
             right_name: right_name.to_owned(),
-            // A name of somebody else's would leave the workspace without a credential.
+            // Under a name that belongs to another provider, the key would not reach this one.
             right_is_own: own_names.iter().any(|own| own == right_name),
         })
     });
@@ -383,7 +383,7 @@ fn wrong_header(query: &LivenessQuery<'_>, finding: &Finding) -> Option<Facts> {
     Some(Facts::WrongHeader { evidence: WrongHeader { env_name, message, refusal }, enforcement: query.enforcement })
 }
 
-/// The plan whose keys begin so, if this provider is none of those that are for it.
+/// The plan that keys with this prefix belong to, if this provider is not for that plan.
 fn plan_of(snapshot: &Snapshot, query: &LivenessQuery<'_>) -> Option<(String, Vec<String>)> {
     let shape = snapshot.catalogue.shapes_of(query.secret.expose()).first()?;
     let plan = shape.plan.clone()?;
@@ -401,7 +401,7 @@ fn refused_first(query: &LivenessQuery<'_>, next: &str) -> Warning {
     }
 }
 
-/// What is shown where nothing was asked.
+/// The liveness to show if no provider was asked.
 fn static_liveness(facts: &Facts) -> Option<Liveness> {
     match facts {
         Facts::NotValid { evidence, served_from: None, .. } => Some(Liveness {
@@ -424,7 +424,7 @@ fn static_liveness(facts: &Facts) -> Option<Liveness> {
     }
 }
 
-/// What is shown: what was observed, or the earlier VALID that the ruling rests on.
+/// The liveness to show: the observation, or the earlier VALID that the ruling rests on.
 fn to_liveness(query: &LivenessQuery<'_>, observed: Observed, on_earlier_valid: bool) -> Liveness {
     let Observed { finding, observed_at, age, served_from, earlier_valid, shared: _, retry_after: _ } = observed;
     let (finding, seen) = match earlier_valid {

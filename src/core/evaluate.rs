@@ -1,10 +1,10 @@
-//! The order of the decision, up to the point where the provider has to be asked: pure.
+//! The order of a decision, up to the point where the provider has to be asked. Pure.
 
 use std::{collections::BTreeSet, sync::Arc};
 
 use crate::{
     core::{
-        credential::{CredentialStep, Questions},
+        credential::{CredentialStep, LivenessQueries},
         credentials::{CredentialSet, Lookup},
         derive::{Derived, Underivable, derive},
         evaluation_log::{EvaluationLog, Trace},
@@ -21,36 +21,36 @@ use crate::{
     },
 };
 
-/// So many of a runtime's models are named where one is not offered.
+/// How many of a runtime's models a denial names.
 const MAX_OFFERED: usize = 12;
-/// Less alike, and a model is no misspelling of another.
-const ALIKE: f64 = 0.8;
+/// A model less similar than this is not suggested as the one that was meant.
+const MIN_SIMILARITY: f64 = 0.8;
 
-/// The decision so far.
+/// The state of a decision when evaluation ends.
 #[derive(Debug)]
 pub struct Evaluation<'a> {
-    /// What is to be ruled on, or asked first.
+    /// What the engine has to do next.
     pub next: Next<'a>,
-    /// Who owns the model, as far as that is settled.
+    /// The owner of the model, as far as it is known.
     pub resolution: Resolution,
-    /// What did not decide.
+    /// Warnings so far.
     pub warnings: Vec<Warning>,
-    /// The steps, if they were asked for.
+    /// The steps, if the caller wants them explained.
     pub trace: Trace,
-    /// The names that mattered.
+    /// The credential names that mattered.
     pub relevant: RelevantNames,
 }
 
-/// What happens next.
+/// What the engine has to do next.
 #[derive(Debug)]
 pub enum Next<'a> {
-    /// Everything is known.
+    /// Everything is known: apply the policy.
     Rule(Facts),
-    /// The provider has to be asked.
-    Ask(Questions<'a>),
+    /// Ask the provider.
+    Ask(LivenessQueries<'a>),
 }
 
-/// Assesses a request at this second of Unix time. `fingerprint` tells keys apart for a person.
+/// Evaluates a request at this second of Unix time. `fingerprint` makes a short name by which a person recognises a key.
 pub fn evaluate<'a>(
     snapshot: &'a Snapshot,
     request: &'a Request,
@@ -66,7 +66,7 @@ pub fn evaluate<'a>(
     Evaluation { next, resolution, warnings, trace, relevant }
 }
 
-/// What the runtime offers without a key, for a workspace that is denied.
+/// The models that the runtime offers without a key, for a workspace that is denied.
 pub fn alternative_models(snapshot: &Snapshot, spec: &WorkspaceSpec) -> Vec<String> {
     match (proxy_of(snapshot, spec), snapshot.registry.runtime(&spec.runtime)) {
         (PlatformProxy::Available, Some(runtime)) => snapshot.registry.keyless_models(runtime),
@@ -78,8 +78,8 @@ fn proxy_of(snapshot: &Snapshot, spec: &WorkspaceSpec) -> PlatformProxy {
     spec.platform_proxy.unwrap_or(snapshot.policy.platform_proxy)
 }
 
-/// Who owns a model by names alone: what `ResolveProvider` answers.
-pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeSet<String>) -> Result<Resolved, Unresolved> {
+/// The owner of a model by credential names alone, for `ResolveProvider`.
+pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, available: &BTreeSet<String>) -> Result<Resolved, Unresolved> {
     let mut resolution = Resolution::empty();
     if is_exempt(snapshot, runtime) {
         resolution.billing_mode = Some(BillingMode::None);
@@ -89,9 +89,9 @@ pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeS
     let registry = &snapshot.registry;
     let found = known_runtime(registry, runtime)?;
     let model = known_model(runtime, model)?;
-    // A refusal names them too: if one of them were available, the model might have an owner, or another one.
+    // A refusal has these names too: if one of them were available, the model might have an owner, or another owner.
     let relevant_env = snapshot.relevant_names(found, model);
-    let derived = match derive(registry, runtime, model, &|name| at_hand.contains(name)) {
+    let derived = match derive(registry, runtime, model, &|name| available.contains(name)) {
         Ok(derived) => derived,
         Err(underivable) => return Err(Unresolved { refusal: refusal_of(underivable, runtime, model, registry), relevant_env }),
     };
@@ -106,34 +106,34 @@ pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, at_hand: &BTreeS
     Ok(Resolved { resolution, relevant, withdrawn: derived.arm.has_withdrawn(model) })
 }
 
-/// Who owns a model, and what to fetch before a decision.
+/// The owner of a model, and the names that a caller should fetch before it asks for a decision.
 #[derive(Debug)]
 pub struct Resolved {
     /// The owner.
     pub resolution: Resolution,
-    /// The names that matter.
+    /// The names that matter to the decision.
     pub relevant: RelevantNames,
-    /// Not for new workspaces.
+    /// New workspaces cannot have this model.
     pub withdrawn: bool,
 }
 
-/// Why there is no owner, or none that a workspace could start with.
+/// Why a model has no owner, or none that a workspace could start with.
 #[derive(Debug)]
 pub struct Unresolved {
     /// The reason.
     pub refusal: Box<Refusal>,
-    /// Every name that could change that.
+    /// Every credential name that could change it.
     pub relevant_env: Arc<[String]>,
 }
 
 impl From<Box<Refusal>> for Unresolved {
-    /// A refusal that no credential can change.
+    /// For a refusal that no credential can change.
     fn from(refusal: Box<Refusal>) -> Self {
         Self { refusal, relevant_env: Arc::default() }
     }
 }
 
-// === the walk through the steps ===
+// === evaluator ===
 
 struct Evaluator<'a, 'f> {
     snapshot: &'a Snapshot,
@@ -145,7 +145,7 @@ struct Evaluator<'a, 'f> {
     fingerprint: &'f dyn Fn(&Secret) -> String,
 }
 
-/// `Err` is the early end: the facts are complete.
+/// `Err` ends the evaluation early: the facts are complete.
 type Flow<T> = Result<T, Box<Facts>>;
 
 impl<'a> Evaluator<'a, '_> {
@@ -188,7 +188,7 @@ impl<'a> Evaluator<'a, '_> {
         step.run(&credentials, log).map(Next::Ask)
     }
 
-    /// A base-URL variable that nothing reads moves no host: it is told, and changes nothing.
+    /// Warns about base-URL variables that no runtime reads. They change nothing.
     fn check_base_url_names(&self, log: &mut EvaluationLog) {
         let is_known = |name: &str| {
             let catalogue = &self.snapshot.catalogue;
@@ -238,11 +238,10 @@ impl<'a> Evaluator<'a, '_> {
         Ok(runtime)
     }
 
-    /// The owner by the names that are readable, provided that no unreadable one could change it.
+    /// The owner by the readable names, if no unreadable name could change it.
     ///
-    /// It is enough to add unreadable names one at a time: the set of candidates that accept an available name only grows, an
-    /// outcome other than the default needs that set to hold exactly one, and whatever several names make of it, one of
-    /// them alone has already made it differ.
+    /// Unreadable names are tried one at a time, and that is enough. More available names can only add candidates that accept one, and any outcome
+    /// but the default needs exactly one such candidate. So whatever several names change together, one of them already changes alone.
     fn owner(
         &self,
         credentials: &CredentialSet<'_>,
@@ -254,7 +253,7 @@ impl<'a> Evaluator<'a, '_> {
         let name = self.spec.runtime.as_str();
         let derived = derive(registry, name, model, &|name| credentials.has(name));
         log.relevant.env = match &derived {
-            // Nobody else lists it.
+            // Only this provider lists the model.
             Ok(Derived { arm, matched_by: MatchedBy::ExactModel, .. }) => self.snapshot.names_of(arm),
             Ok(_) | Err(_) => self.snapshot.relevant_names(runtime, model),
         };
@@ -316,7 +315,7 @@ fn refused(refusal: Refusal) -> Box<Facts> {
     Box::new(Facts::Refused(refusal))
 }
 
-/// No list of exemptions can name the workspace that names nothing.
+/// Whether the runtime is on the list of exemptions. A workspace without a runtime never is.
 fn is_exempt(snapshot: &Snapshot, runtime: &str) -> bool {
     !runtime.is_empty() && snapshot.policy.exempt_runtimes.contains(runtime)
 }
@@ -360,13 +359,13 @@ fn refusal_of(underivable: Underivable, runtime: &str, model: &str, registry: &R
     })
 }
 
-/// The model that is written most like this one, if any is.
+/// The model whose id is most similar to this one, if any is similar enough.
 fn nearest<'m>(model: &str, models: impl Iterator<Item = &'m str>) -> Option<&'m str> {
-    let rated = models.map(|known| (strsim::jaro_winkler(model, known), known)).filter(|(alike, _)| *alike >= ALIKE);
+    let rated = models.map(|known| (strsim::jaro_winkler(model, known), known)).filter(|(alike, _)| *alike >= MIN_SIMILARITY);
     rated.max_by(|one, other| one.0.total_cmp(&other.0)).map(|(_, known)| known)
 }
 
-/// What a runtime offers to new workspaces by name.
+/// The models that a runtime offers to new workspaces.
 fn offered(registry: &Registry, runtime: &Runtime) -> Vec<String> {
     let mut models: Vec<String> = Vec::new();
     for arm in runtime.arms.iter().filter(|arm| registry.provider(arm).auth != Auth::Ambient) {
@@ -382,7 +381,7 @@ fn offered(registry: &Registry, runtime: &Runtime) -> Vec<String> {
 fn record_owner(resolution: &mut Resolution, provider: &Provider, matched_by: MatchedBy) {
     resolution.provider.clone_from(&provider.name);
     resolution.matched_by = Some(matched_by);
-    // A provider of ambient identity takes no tenant credential: nobody would pay, and no name is accepted.
+    // A provider with ambient identity takes no tenant credential, so no name is accepted and there is nobody to bill.
     if provider.auth != Auth::Ambient {
         resolution.billing_mode = Some(provider.billing_mode());
     }

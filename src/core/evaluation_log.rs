@@ -1,11 +1,11 @@
-//! What a decision notes on its way: who owns the model, warnings, steps, names.
+//! What a decision records while it is evaluated: the owner of the model, warnings, steps and names.
 
 use crate::domain::{
     decision::{RelevantNames, Resolution, TraceStep, Warning},
     verdict::WarningCode,
 };
 
-/// Everything that is noted before the ruling.
+/// The records of one evaluation.
 #[derive(Debug)]
 pub(super) struct EvaluationLog {
     pub(super) resolution: Resolution,
@@ -14,7 +14,7 @@ pub(super) struct EvaluationLog {
     pub(super) relevant: RelevantNames,
 }
 
-/// The steps of one decision, kept only if they were asked for.
+/// The steps of one decision. Kept only if the caller wants them.
 #[derive(Debug, Default)]
 pub struct Trace {
     pub(super) on: bool,
@@ -41,14 +41,14 @@ impl EvaluationLog {
 // === impl Trace ===
 
 impl Trace {
-    /// Notes a step, if steps are wanted.
+    /// Records a step, if steps are wanted.
     pub fn step(&mut self, step: &'static str, detail: impl FnOnce() -> String) {
         if self.on {
             self.steps.push(TraceStep { step, detail: detail() });
         }
     }
 
-    /// The steps, in order.
+    /// The steps in order.
     pub fn into_steps(self) -> Vec<TraceStep> {
         self.steps
     }

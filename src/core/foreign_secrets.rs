@@ -1,25 +1,25 @@
-//! Values that certainly are no key of an LLM provider: tokens of source hosts, clouds, chats and payments, private keys, database URLs. Known
-//! by how they begin, what they hold and how long they are, as data: `foreign_secrets:` in the catalogue.
+//! Secrets that are certainly not keys of an LLM provider: tokens of source hosts, clouds, chats and payment services, private keys, database URLs.
+//! They are recognised by prefix, content and length. The facts are data: `foreign_secrets:` in the catalogue.
 
 use serde::Deserialize;
 
 use crate::domain::problem::Problem;
 
-/// A beginning this short says nothing of a value, unless its length and its letters are given too.
+/// A shorter prefix is not enough to recognise a secret, unless its length and its characters are given too.
 const MIN_PREFIX_BYTES: usize = 4;
-/// So are parts this short, in a kind that has no beginning.
+/// The same for the infixes of a kind without a prefix.
 const MIN_INFIX_BYTES: usize = 3;
 
-/// Every kind that is known.
+/// All known kinds.
 #[derive(Debug, Clone, Default)]
 pub struct ForeignSecrets {
-    /// Those with a beginning, by its first byte; sorted by it.
-    beginning: Vec<Shape>,
-    /// Those that are known by what they hold.
-    holding: Vec<Shape>,
+    /// Kinds with a prefix, sorted by its first byte.
+    by_prefix: Vec<Shape>,
+    /// Kinds that are recognised by infixes only.
+    by_infix: Vec<Shape>,
 }
 
-/// One kind.
+/// One kind of secret.
 #[derive(Debug, Clone)]
 struct Shape {
     what: String,
@@ -27,11 +27,11 @@ struct Shape {
     infixes: Vec<String>,
     lengths: std::ops::RangeInclusive<usize>,
     letters: Letters,
-    /// At the hosts of this vendor it is a key.
+    /// Hosts of this vendor take it as a key.
     key_of: Option<String>,
 }
 
-/// Which characters stand behind the beginning.
+/// The characters after the prefix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Letters {
     Any,
@@ -39,7 +39,7 @@ enum Letters {
     Hexadecimal,
 }
 
-/// The schema.
+/// The schema of an entry.
 #[derive(Debug, Deserialize)]
 pub(crate) struct ForeignSecretFile {
     #[serde(default)]
@@ -62,7 +62,7 @@ pub(crate) struct ForeignSecretFile {
     source: String,
 }
 
-/// Checks the section of this name.
+/// Checks the whole section.
 pub(crate) fn check(section: Vec<ForeignSecretFile>, problems: &mut Vec<Problem>) -> ForeignSecrets {
     let mut found = ForeignSecrets::default();
     for (index, file) in section.into_iter().enumerate() {
@@ -84,9 +84,9 @@ pub(crate) fn check(section: Vec<ForeignSecretFile>, problems: &mut Vec<Problem>
                 Letters::Any
             }
         };
-        // Alone, what a value holds has to be as telling as a beginning.
-        let held: usize = infixes.iter().map(String::len).sum();
-        if prefix.is_empty() && held < MIN_INFIX_BYTES {
+        // Without a prefix, the infixes alone must be enough to recognise a secret.
+        let infix_bytes: usize = infixes.iter().map(String::len).sum();
+        if prefix.is_empty() && infix_bytes < MIN_INFIX_BYTES {
             problem("without a prefix, the infixes have three characters at least");
         }
         if prefix.len() < MIN_PREFIX_BYTES && infixes.is_empty() && (length.is_none() || letters == Letters::Any) {
@@ -97,7 +97,7 @@ pub(crate) fn check(section: Vec<ForeignSecretFile>, problems: &mut Vec<Problem>
             problem("`max_length` is less than `min_length`");
         }
         let shape = Shape { what, prefix, infixes, lengths, letters, key_of };
-        if shape.prefix.is_empty() { &mut found.holding } else { &mut found.beginning }.push(shape);
+        if shape.prefix.is_empty() { &mut found.by_infix } else { &mut found.by_prefix }.push(shape);
     }
     found.sort();
     found
@@ -106,34 +106,34 @@ pub(crate) fn check(section: Vec<ForeignSecretFile>, problems: &mut Vec<Problem>
 // === impl ForeignSecrets ===
 
 impl ForeignSecrets {
-    /// What this value is, with its article, if it is one of them and no key at the hosts of `vendor`.
+    /// The name of this kind of secret, with its article. `None` if the value is not a known one, or if hosts of `vendor` take it as a key.
     pub fn what(&self, value: &str, vendor: Option<&str>) -> Option<&str> {
         let first = value.as_bytes().first()?;
-        let from = self.beginning.partition_point(|shape| shape.prefix.as_bytes().first() < Some(first));
-        let mut found = self.beginning.iter().skip(from).take_while(|shape| shape.prefix.as_bytes().first() == Some(first));
+        let from = self.by_prefix.partition_point(|shape| shape.prefix.as_bytes().first() < Some(first));
+        let mut found = self.by_prefix.iter().skip(from).take_while(|shape| shape.prefix.as_bytes().first() == Some(first));
         let found = found.find(|shape| shape.fits(value)).or_else(|| {
-            // Each of them holds one of these; most keys do not.
-            let holds = value.bytes().fold(false, |holds, byte| holds | matches!(byte, b':' | b'=' | b'.' | b'~'));
-            self.holding.iter().filter(|_| holds).find(|shape| shape.fits(value))
+            // Every kind without a prefix has one of these characters. Most keys have none.
+            let may_match = value.bytes().fold(false, |may_match, byte| may_match | matches!(byte, b':' | b'=' | b'.' | b'~'));
+            self.by_infix.iter().filter(|_| may_match).find(|shape| shape.fits(value))
         });
         found.filter(|shape| shape.key_of.is_none() || shape.key_of.as_deref() != vendor).map(|shape| shape.what.as_str())
     }
 
-    /// How many kinds are known.
+    /// The number of known kinds.
     pub fn count(&self) -> usize {
-        self.beginning.len() + self.holding.len()
+        self.by_prefix.len() + self.by_infix.len()
     }
 
-    /// These kinds beside the present ones.
+    /// Adds these kinds.
     pub fn lay_over(&mut self, over: Self) {
-        self.beginning.extend(over.beginning);
-        self.holding.extend(over.holding);
+        self.by_prefix.extend(over.by_prefix);
+        self.by_infix.extend(over.by_infix);
         self.sort();
     }
 
     fn sort(&mut self) {
-        // The longest first: it says the most.
-        self.beginning.sort_by(|one, other| {
+        // The longest prefix comes first, so that it wins.
+        self.by_prefix.sort_by(|one, other| {
             let key = |shape: &Shape| (shape.prefix.as_bytes().first().copied(), std::cmp::Reverse(shape.prefix.len()));
             key(one).cmp(&key(other))
         });
@@ -155,7 +155,7 @@ impl Shape {
             Letters::Hexadecimal => all(u8::is_ascii_hexdigit),
         };
         let mut left = rest;
-        // Each behind the one before it.
+        // Each infix comes after the one before.
         let infixes = self.infixes.iter().all(|infix| match left.split_once(infix.as_str()) {
             Some((_, behind)) => {
                 left = behind;

@@ -1,4 +1,4 @@
-//! What a value looks like, before any of it is sent: fit for a header, whose key, and of which kind.
+//! Checks the shape of a value before it is sent: whether it fits into a header, whose key it is, and of which kind.
 
 use std::collections::BTreeMap;
 
@@ -16,82 +16,88 @@ use crate::{
     },
 };
 
-/// The longest value that could be a key: the longest real ones are JWTs of 1 to 3 KiB, and common front ends close a whole HTTP/2
-/// connection over headers of 8 KiB, which would cost everybody who shares it.
+/// The longest value that is sent. The longest real keys are JWTs of 1 to 3 KiB. Common front ends close the whole HTTP/2 connection over headers of
+/// 8 KiB, and so would end the requests of other callers.
 pub const MAX_KEY_BYTES: usize = 6 * 1024;
-/// The shortest OAuth token: those of vendors are of 100 bytes and more.
+/// The shortest OAuth token that is taken for a whole one. Real ones have 100 bytes and more.
 const MIN_OAUTH_TOKEN_BYTES: usize = 40;
-/// The members by which OAuth credentials in JSON are known, as agent programs save them.
+/// Members that mark JSON as an OAuth credential, in the way agent programs save it.
 const OAUTH_MEMBERS: [&str; 6] = ["access_token", "refresh_token", "id_token", "accessToken", "refreshToken", "token_uri"];
-/// How deep they may lie: programs wrap them once or twice.
+/// How deep these members may be nested. Programs wrap them once or twice.
 const OAUTH_MEMBER_DEPTH: usize = 4;
 
 /// Why a value is not sent.
 #[derive(Debug)]
-pub enum Unfit {
+pub enum Unsendable {
     /// It cannot be a key.
     Malformed(Malformation),
-    /// It is one of another kind, or somebody else's.
+    /// It is another kind of secret, or the key of another vendor.
     Refused(Box<Refusal>),
-    /// It is never sent.
+    /// It is of a kind that is never sent.
     NoSurface(NoSurface),
 }
 
-/// What a value is that is no credential.
+/// Why a value is not a credential.
 #[derive(Debug)]
 pub enum Mistake<'c> {
-    /// It cannot be one.
+    /// It cannot be a credential.
     Malformed(Malformation),
-    /// This, with its article.
+    /// It is this other kind of secret, named with its article.
     Foreign(&'c str),
 }
 
-/// Why this value is not one to send to this endpoint: its characters, its length, or whose key it looks like. `takes_oauth`: an OAuth token
-/// may be of use in a key's place, as far as is known.
-pub fn unfit(catalogue: &Catalogue, endpoint: &Endpoint, env_name: &str, secret: &Secret, takes_oauth: bool) -> Option<Unfit> {
+/// Why this value is not sent to this endpoint, by its characters, its length or its vendor. `takes_oauth`: the runtime may use an OAuth token
+/// instead of a key.
+pub fn why_unsendable(
+    catalogue: &Catalogue,
+    endpoint: &Endpoint,
+    env_name: &str,
+    secret: &Secret,
+    takes_oauth: bool,
+) -> Option<Unsendable> {
     let value = secret.expose();
     let shapes = catalogue.shapes_of(value.trim_ascii_start());
     let vendor = endpoint.vendor.as_deref();
     let place = || Some(Place::of(env_name));
     let (env, provider) = (|| env_name.to_owned(), || endpoint.provider.clone());
-    let refused = |refusal| Some(Unfit::Refused(Box::new(refusal)));
+    let refused = |refusal| Some(Unsendable::Refused(Box::new(refusal)));
     let foreign = |what: &str| {
         refused(Refusal::ForeignSecret { env_name: env(), provider: provider(), what: what.to_owned(), save_as: place() })
     };
-    // JSON may have line breaks, and be longer than any key.
+    // JSON may have line breaks and be longer than a key.
     if value.trim_ascii_start().starts_with('{') {
         if let Some(what) = catalogue.foreign_secrets.what(value.trim_ascii(), vendor) {
             return foreign(what);
         }
         let is_oauth = shapes.iter().any(|shape| shape.kind == KeyKind::OAuth && vendor == Some(&shape.vendor));
         return Some(if is_oauth && holds_oauth_members(value) {
-            Unfit::NoSurface(NoSurface::OAuthShaped)
+            Unsendable::NoSurface(NoSurface::OAuthShaped)
         } else {
-            Unfit::Malformed(if value.contains("{{") { Malformation::Template } else { Malformation::Json })
+            Unsendable::Malformed(if value.contains("{{") { Malformation::Template } else { Malformation::Json })
         });
     }
     match mistake(catalogue, vendor, env_name, value) {
         None => {}
-        Some(Mistake::Malformed(fault)) => return Some(Unfit::Malformed(fault)),
+        Some(Mistake::Malformed(fault)) => return Some(Unsendable::Malformed(fault)),
         Some(Mistake::Foreign(what)) => return foreign(what),
     }
     let shape @ KeyShape { vendor: owner, kind, .. } = shapes.first()?;
     let host_takes_it =
         vendor.is_none_or(|host| shapes.iter().any(|shape| shape.vendor == host)) || endpoint.accepts_keys_of.takes(owner);
     match kind {
-        KeyKind::RefreshToken => Some(Unfit::Malformed(Malformation::RefreshTokenForKey)),
+        KeyKind::RefreshToken => Some(Unsendable::Malformed(Malformation::RefreshTokenForKey)),
         KeyKind::Administrative => {
             refused(Refusal::AdministrativeKey { env_name: env(), provider: provider(), vendor: owner.clone(), save_as: place() })
         }
         KeyKind::OAuth if host_takes_it => Some(if value.len() < MIN_OAUTH_TOKEN_BYTES.max(shape.prefix.len()) {
-            Unfit::Malformed(Malformation::CutOff)
+            Unsendable::Malformed(Malformation::CutOff)
         } else if takes_oauth || vendor != Some(owner) {
-            Unfit::NoSurface(NoSurface::OAuthShaped)
+            Unsendable::NoSurface(NoSurface::OAuthShaped)
         } else {
-            Unfit::Malformed(Malformation::TokenForKey)
+            Unsendable::Malformed(Malformation::TokenForKey)
         }),
         KeyKind::ApiKey | KeyKind::OAuth => {
-            // A beginning that several vendors have tells nothing.
+            // A prefix that several vendors use does not tell whose key it is.
             let is_telling = !host_takes_it && shapes.iter().all(|shape| shape.vendor == *owner);
             let (host, vendor, is_oauth) = (endpoint.host.clone(), owner.clone(), *kind == KeyKind::OAuth);
             let foreign =
@@ -101,11 +107,11 @@ pub fn unfit(catalogue: &Catalogue, endpoint: &Endpoint, env_name: &str, secret:
     }
 }
 
-/// What this value is, if it is no credential at all; `vendor`: whose host it is for.
+/// Why this value is not a credential, if it is none. `vendor` is the vendor of the host.
 pub fn mistake<'c>(catalogue: &'c Catalogue, vendor: Option<&str>, env_name: &str, value: &str) -> Option<Mistake<'c>> {
     let is_key = |rest: &str| !catalogue.shapes_of(rest).is_empty();
     let fault = fault(value, env_name, &is_key);
-    // What it is says more than what is wrong with it: a private key has line breaks.
+    // A foreign secret may also be malformed, as a private key has line breaks. Its kind says more.
     let value = if fault.is_some() { value.trim_ascii() } else { value };
     let foreign = catalogue.foreign_secrets.what(value, vendor).map(Mistake::Foreign);
     foreign.or_else(|| fault.map(Mistake::Malformed))
@@ -115,15 +121,15 @@ fn fault(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<M
     if value.len() > MAX_KEY_BYTES {
         return Some(Malformation::TooLong { length: value.len(), limit: MAX_KEY_BYTES });
     }
-    // Most keys are: one look is enough for them.
-    if is_simple(value) {
+    // Most keys need no further check.
+    if has_only_key_characters(value) {
         return simple_placeholder(value);
     }
-    unprintable(value).or_else(|| pasted(value, env_name, is_key))
+    unprintable(value).or_else(|| paste_mistake(value, env_name, is_key))
 }
 
-/// Nothing but what nearly every key is made of: told several bytes at a time.
-fn is_simple(value: &str) -> bool {
+/// Whether the value has only the characters of nearly every key. A fold without early exit checks several bytes at a time.
+fn has_only_key_characters(value: &str) -> bool {
     value.bytes().fold(true, |simple, byte| simple & (byte.is_ascii_alphanumeric() | matches!(byte, b'-' | b'_' | b'.')))
 }
 
@@ -131,7 +137,7 @@ fn unprintable(value: &str) -> Option<Malformation> {
     if is_plain(value) {
         return None;
     }
-    // How consoles show a key that they no longer tell.
+    // Consoles show a key like this after its creation.
     if value.contains(['…', '•']) {
         return Some(Malformation::Masked);
     }
@@ -147,8 +153,8 @@ fn unprintable(value: &str) -> Option<Malformation> {
     Some(Malformation::ControlCharacter { at, trailing })
 }
 
-/// What people save by mistake in place of a key, where it has other characters than most keys. No vendor's keys look like any of it.
-fn pasted(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<Malformation> {
+/// What people save by mistake instead of a key, for values with unusual characters. No vendor's keys look like this.
+fn paste_mistake(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<Malformation> {
     let first = value.bytes().next()?;
     let around = |open: &str, close: &str| value.len() > 1 && value.starts_with(open) && value.ends_with(close);
     if value.contains("{{") && value.contains("}}") {
@@ -162,16 +168,18 @@ fn pasted(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<
             return Some(if around("<%", "%>") { Malformation::Template } else { Malformation::Placeholder });
         }
         b'[' if value == "[object Object]" => return Some(Malformation::NoValue),
-        b'b' | b'B' if begins(value, "bearer ") => return Some(Malformation::BearerInFront),
+        b'b' | b'B' if starts_with_any_case(value, "bearer ") => return Some(Malformation::BearerInFront),
         _ => {}
     }
-    if HEADERS.iter().any(|header| begins(value, header)) {
+    if HEADERS.iter().any(|header| starts_with_any_case(value, header)) {
         return Some(Malformation::HeaderInFront);
     }
-    if REFERENCES.iter().any(|reference| begins(value, reference)) || begins(value, "projects/") && value.contains("/secrets/") {
+    if REFERENCES.iter().any(|reference| starts_with_any_case(value, reference))
+        || starts_with_any_case(value, "projects/") && value.contains("/secrets/")
+    {
         return Some(Malformation::Reference);
     }
-    if begins(value, "https://") || begins(value, "http://") {
+    if starts_with_any_case(value, "https://") || starts_with_any_case(value, "http://") {
         return Some(Malformation::WebAddress);
     }
     if is_email(value) {
@@ -197,10 +205,10 @@ fn pasted(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<
     value.trim_ascii().contains(' ').then_some(Malformation::BlankWithin)
 }
 
-/// How a line begins that was copied out of a request.
+/// The beginning of a line that was copied from a request.
 const HEADERS: [&str; 6] = ["authorization:", "proxy-authorization:", "x-api-key:", "x-goog-api-key:", "api-key:", "apikey:"];
 
-/// How vaults, clouds and orchestrators refer to a secret that is kept elsewhere.
+/// How secret stores, clouds and orchestrators refer to a secret.
 const REFERENCES: [&str; 20] = [
     "op://",
     "vault:",
@@ -224,16 +232,16 @@ const REFERENCES: [&str; 20] = [
     "/run/secrets/",
 ];
 
-/// Without regard to case.
-fn begins(value: &str, with: &str) -> bool {
+/// Whether the value begins with this text, compared without case.
+fn starts_with_any_case(value: &str, with: &str) -> bool {
     value.get(..with.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(with))
 }
 
-/// Each as long as keys are, and of the letters that they have.
+/// Whether both are as long as keys and have only their characters.
 fn are_two_keys(one: &str, other: &str) -> bool {
     const SHORTEST: usize = 16;
     let other = other.trim_ascii().split([',', ';', ' ', '\n', '\r', '\t']).next().unwrap_or_default();
-    [one.trim_ascii(), other].iter().all(|key| key.len() >= SHORTEST && is_simple(key))
+    [one.trim_ascii(), other].iter().all(|key| key.len() >= SHORTEST && has_only_key_characters(key))
 }
 
 fn is_email(value: &str) -> bool {
@@ -245,12 +253,12 @@ fn is_email(value: &str) -> bool {
     is_word(name) && is_word(host) && ends
 }
 
-/// `NAME=` or `NAME: `, as it stands in files. What stands behind it need not look like a key, where the name is one of a key's.
+/// Whether the value is `NAME=...` or `NAME: ...`, as in a file. If the name is that of a key, the rest need not look like one.
 fn has_name_in_front(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> bool {
     let line = value.strip_prefix("export ").or_else(|| value.strip_prefix("set ")).unwrap_or(value);
     let Some(at) = line.find(['=', ':']) else { return false };
     let (name, rest) = (line.get(..at).unwrap_or_default().trim_ascii(), line.get(at + 1..).unwrap_or_default());
-    // `==` at the end is base64's.
+    // `==` at the end belongs to base64.
     let rest = rest.trim_matches(['=', ' ', '"', '\'']);
     let is_word = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
     let begins_a_name = name.bytes().next().is_some_and(|byte| byte.is_ascii_alphabetic() || byte == b'_');
@@ -261,27 +269,27 @@ fn has_name_in_front(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool)
     name == env_name || is_of_a_key || line.len() < value.len() || is_key(rest)
 }
 
-/// A variable's name, as shells have it.
+/// Whether the word is the name of a variable in upper case.
 fn is_name(word: &str) -> bool {
     let is_of_name = |byte: u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_';
     word.bytes().next().is_some_and(|byte| !byte.is_ascii_digit()) && word.bytes().all(is_of_name)
 }
 
-/// What programs write where they have no value.
+/// What programs write if they have no value.
 const NO_VALUES: [&str; 5] = ["undefined", "null", "none", "nil", "nan"];
-/// What people write where one is still to come.
-const WORDS: [&str; 10] =
+/// What people write for a value that is still missing.
+const PLACEHOLDER_WORDS: [&str; 10] =
     ["todo", "tbd", "fixme", "changeme", "change-me", "change_me", "replaceme", "replace-me", "replace_me", "placeholder"];
-/// Keys are longer than any placeholder, but for those that say what they are.
+/// Longer values are not checked for placeholders, except for repeated letters.
 const LONGEST_PLACEHOLDER: usize = 64;
 
-/// The same for values of a key's own letters.
+/// Checks a value that has only the characters of a key for placeholders.
 fn simple_placeholder(value: &str) -> Option<Malformation> {
     let last = value.bytes().next_back()?;
     if value.bytes().fold(false, |dotted, byte| dotted | (byte == b'.')) && value.contains("...") {
         return Some(if value.ends_with("...") { Malformation::Placeholder } else { Malformation::Masked });
     }
-    // `sk-xxxxxxxx`, however long.
+    // `sk-xxxxxxxx` of any length.
     if matches!(last, b'x' | b'X') {
         let rest = value.trim_end_matches(['x', 'X']);
         if value.len() - rest.len() >= 4 && (rest.is_empty() || rest.ends_with(['-', '_'])) {
@@ -295,21 +303,24 @@ fn simple_placeholder(value: &str) -> Option<Malformation> {
     is_placeholder(value).then_some(Malformation::Placeholder)
 }
 
-/// What vendors' documentation and `.env.example` files have in a key's place.
+/// Whether the value is a placeholder as in documentation or an `.env.example` file.
 fn is_placeholder(value: &str) -> bool {
     if value.len() > LONGEST_PLACEHOLDER {
         return false;
     }
     let words = value.strip_prefix("sk-").unwrap_or(value);
-    if words.len() <= 11 && WORDS.iter().any(|word| words.eq_ignore_ascii_case(word)) {
+    if words.len() <= 11 && PLACEHOLDER_WORDS.iter().any(|word| words.eq_ignore_ascii_case(word)) {
         return true;
     }
     let says = |of: &str| words.to_ascii_lowercase().contains(of);
-    (begins(words, "your") || begins(words, "my-api") || begins(words, "my_api") || begins(words, "insert"))
+    (starts_with_any_case(words, "your")
+        || starts_with_any_case(words, "my-api")
+        || starts_with_any_case(words, "my_api")
+        || starts_with_any_case(words, "insert"))
         && ["key", "token", "here"].iter().any(|word| says(word))
 }
 
-/// JSON that parses, and has a member by which OAuth credentials are known. Nothing of it is copied but names.
+/// Whether the value is JSON with a member that marks an OAuth credential. Only names of members are copied.
 fn holds_oauth_members(value: &str) -> bool {
     fn has(text: &str, depth: usize) -> bool {
         let Ok(members) = serde_json::from_str::<BTreeMap<String, &RawValue>>(text) else { return false };
@@ -348,7 +359,7 @@ mod tests {
             ("sk-your-key", Some(Placeholder)),
             ("sk-...", Some(Placeholder)),
             ("changeme", Some(Placeholder)),
-            // Keys, however odd.
+            // Unusual, but possible keys.
             ("made-up-key", None),
             ("\"", None),
             ("$", None),

@@ -1,28 +1,29 @@
-//! Made-up keys: what an endpoint is asked with to see whether it refuses what nobody issued.
+//! Makes keys that nobody has issued. An endpoint that refuses them is known to check keys.
 //!
-//! A server may look at no more than a key's form (its length, its alphabet) before it says yes. So the made-up key has the form of the key that it
-//! is compared with, and a "yes" counts only where a made-up key of that form is refused. What a server checks beyond the form, as a checksum in
-//! the key, stays unseen.
+//! A server may check only the form of a key (its length, its alphabet) before it accepts it. So a made-up key has the form of the real key that it
+//! is compared with, and a success response counts only if a made-up key of that form is refused. A check beyond the form, such as a checksum in the
+//! key, is not noticed.
 
 use crate::domain::secret::Secret;
 
-/// The random part of a made-up key of no given form.
+/// The length of the random part, if no real key gives the form.
 const USUAL_LENGTH: usize = 48;
-/// How a key begins where nobody knows.
+/// The prefix, if the catalogue knows none.
 const USUAL_PREFIX: &str = "sk-";
-/// With fewer random characters than this, or fewer bits, a made-up key could be somebody's.
+/// With fewer random characters or bits than these, a made-up key could be somebody's real key.
 const MIN_RANDOM: usize = 12;
 const MIN_BITS: usize = 40;
-/// The first word of a key, as `acme_`, is no longer than this.
+/// The longest word at the beginning of a key, such as `acme_`, with its separator.
 const MAX_FIRST_WORD: usize = 12;
-/// Nor is a word behind it that is no usual one, of which there are few, and which leave so many letters and digits.
+/// A second or third word may be an uncommon one only if it is this short, if there are no more words than this, and if this many letters and digits
+/// follow.
 const MAX_WORD: usize = 8;
 const MAX_WORDS: usize = 3;
-const LEFT_BY_WORDS: usize = 16;
-/// So many letters at the beginning of a key without marks may be its vendor's.
+const MIN_AFTER_WORDS: usize = 16;
+/// In a key without separators, this many letters at its beginning may be the vendor's prefix.
 const MAX_FIRST_LETTERS: usize = 6;
 
-/// The form of a key, as far as a server can check it without knowing the key.
+/// The form of a key: what a server can check without knowing the key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct KeyForm {
     length: usize,
@@ -32,7 +33,7 @@ pub struct KeyForm {
     has_other: bool,
 }
 
-/// Out of what a key's letters and digits are.
+/// The characters that a key's letters and digits are taken from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Alphabet {
     Digits,
@@ -83,7 +84,7 @@ impl Alphabet {
         }
     }
 
-    /// About how many bits of chance each character has that stands in another's place.
+    /// About how many random bits a replaced character has.
     fn bits(self) -> usize {
         match self {
             Self::Digits => 3,
@@ -92,9 +93,9 @@ impl Alphabet {
         }
     }
 
-    /// A character that may stand in this one's place. `random`: a number below the given one. Where there are letters, only those characters that
-    /// every usual alphabet has: base32 has neither 0, 1, 8 nor 9, base58 neither 0, O, I nor l, Crockford's base32 neither I, L, O nor U.
-    fn another(self, byte: u8, random: &mut impl FnMut(u8) -> u8) -> u8 {
+    /// A random character to replace this one. `random` returns a number below its argument. A key with letters gets only characters that
+    /// every common alphabet has: base32 lacks 0, 1, 8 and 9, base58 lacks 0, O, I and l, Crockford's base32 lacks I, L, O and U.
+    fn replacement(self, byte: u8, random: &mut impl FnMut(u8) -> u8) -> u8 {
         let among: &[u8] = match (self, byte) {
             (Self::Digits | Self::LowerHex | Self::UpperHex, b'0'..=b'9') => b"0123456789",
             (_, b'0'..=b'9') => b"234567",
@@ -109,20 +110,20 @@ impl Alphabet {
     }
 }
 
-/// A key that nobody issued, of the vendor's prefix. `random`: a number below the given one.
+/// A made-up key with the vendor's prefix. `random` returns a number below its argument.
 pub fn made_up_key(prefix: Option<&str>, mut random: impl FnMut(u8) -> u8) -> Secret {
     let mut key = prefix.unwrap_or(USUAL_PREFIX).to_owned();
     key.extend((0..USUAL_LENGTH).map(|_| char::from(*ALPHANUMERIC.get(usize::from(random(62))).unwrap_or(&b'a'))));
     Secret::new(key)
 }
 
-/// Whether there can be a made-up key of the form of this one.
+/// Whether a made-up key can have the form of this key.
 pub fn can_be_imitated(key: &Secret, prefix: Option<&str>) -> bool {
-    imitable(key, prefix).is_some()
+    split_for_imitation(key, prefix).is_some()
 }
 
-/// What a made-up key has of this one, and what it has others in place of.
-fn imitable<'k>(key: &'k Secret, prefix: Option<&str>) -> Option<(&'k str, &'k str)> {
+/// The part of a key that a made-up key keeps, and the part that it replaces. `None` if too little would be random.
+fn split_for_imitation<'k>(key: &'k Secret, prefix: Option<&str>) -> Option<(&'k str, &'k str)> {
     let text = key.expose();
     let of_vendor = prefix.filter(|prefix| text.starts_with(prefix)).map_or(0, str::len);
     let (kept, rest) = text.split_at_checked(of_vendor.max(first_words(text).len()))?;
@@ -131,27 +132,28 @@ fn imitable<'k>(key: &'k Secret, prefix: Option<&str>) -> Option<(&'k str, &'k s
     (rest.is_ascii() && has_room).then_some((kept, rest))
 }
 
-/// A key that nobody issued, and its form: that of this one. It has this one's first words or the vendor's prefix, and another character of the same
-/// kind for every letter and digit behind it. A key that is too short for that gets the usual one, of the usual form.
+/// A made-up key with the form of this key, and that form. It keeps the first words or the vendor's prefix, and replaces every letter and digit after
+/// them by a random one of the same kind. If the key is too short for that, the result is a key of the usual form.
 pub fn made_up_key_like(key: &Secret, prefix: Option<&str>, mut random: impl FnMut(u8) -> u8) -> (Secret, KeyForm) {
-    let Some((kept, rest)) = imitable(key, prefix) else {
+    let Some((kept, rest)) = split_for_imitation(key, prefix) else {
         let usual = made_up_key(prefix, random);
         let form = KeyForm::of(&usual);
         return (usual, form);
     };
     let alphabet = Alphabet::of(rest.bytes());
-    // Version and variant of a UUID are no part of its random numbers.
+    // The version and the variant of a UUID are not random.
     let is_uuid = rest.len() == 36 && [8, 13, 18, 23].iter().all(|at| rest.as_bytes().get(*at) == Some(&b'-'));
-    // Base64's last character has fewer bits where it is filled up.
+    // Before padding, the last character of base64 holds fewer bits, so it is kept.
     let data = rest.trim_end_matches('=').len();
     let stays = |at: usize| is_uuid && matches!(at, 14 | 19) || data < rest.len() && at + 1 == data;
-    let another = rest.bytes().enumerate().map(|(at, byte)| if stays(at) { byte } else { alphabet.another(byte, &mut random) });
-    let made_up: String = kept.chars().chain(another.map(char::from)).collect();
+    let replacement =
+        rest.bytes().enumerate().map(|(at, byte)| if stays(at) { byte } else { alphabet.replacement(byte, &mut random) });
+    let made_up: String = kept.chars().chain(replacement.map(char::from)).collect();
     (Secret::new(made_up), KeyForm::of(key))
 }
 
-/// `acme_live_` of `acme_live_0123`: words before the random part, or a few letters where there is no mark. Of a signed token in three parts, its
-/// head, which holds no secret.
+/// The words before the random part: `acme_live_` of `acme_live_0123`. Without separators, a few letters. Of a JWT, its header, which holds no
+/// secret.
 fn first_words(key: &str) -> &str {
     if key.starts_with("eyJ") && key.bytes().filter(|byte| *byte == b'.').count() == 2 {
         return key.find('.').and_then(|end| key.get(..=end)).unwrap_or_default();
@@ -172,23 +174,23 @@ fn first_words(key: &str) -> &str {
     }
     if kept == 0 && !key.contains(['-', '_', '.', ':', '/']) {
         let letters = key.bytes().take(MAX_FIRST_LETTERS).take_while(u8::is_ascii_alphabetic).count();
-        kept = key.get(letters..).filter(|rest| letters_and_digits(rest) >= LEFT_BY_WORDS).map_or(0, |_| letters);
+        kept = key.get(letters..).filter(|rest| letters_and_digits(rest) >= MIN_AFTER_WORDS).map_or(0, |_| letters);
     }
     key.get(..kept).unwrap_or_default()
 }
 
-/// Letters of one case, which random ones hardly are.
+/// Whether these are letters of one case, which is rare in random text.
 fn is_plain_word(letters: &str, behind: &str) -> bool {
     let is_of_one_case =
         letters.bytes().all(|byte| byte.is_ascii_lowercase()) || letters.bytes().all(|byte| byte.is_ascii_uppercase());
-    !letters.is_empty() && letters.len() <= MAX_WORD && is_of_one_case && letters_and_digits(behind) >= LEFT_BY_WORDS
+    !letters.is_empty() && letters.len() <= MAX_WORD && is_of_one_case && letters_and_digits(behind) >= MIN_AFTER_WORDS
 }
 
 fn letters_and_digits(text: &str) -> usize {
     text.bytes().filter(u8::is_ascii_alphanumeric).count()
 }
 
-/// What stands behind the first word of a key, before its random part; with up to two digits behind it.
+/// Words that commonly follow the first word of a key. Each may end in up to two digits.
 const USUAL_WORDS: [&str; 21] = [
     "v",
     "api",
@@ -246,7 +248,7 @@ mod tests {
             ("sk-Ab12Cd34Ef5", None, "sk-"),
             ("x9Kd83Jq", None, ""),
             ("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=", None, ""),
-            // Random words are not kept without end.
+            // At most three words are kept, since random text may look like words.
             ("ab-cd-ef-gh-ij-0123456789abcdefGHIJklmnop", None, "ab-cd-ef-"),
         ] {
             let made_up = like(key, prefix);

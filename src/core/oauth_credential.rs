@@ -1,4 +1,4 @@
-//! Credentials that are never sent: is it one at all? Looked at here, since nobody else would before the workspace is dead.
+//! Checks login credentials, which this service never sends. A damaged one would otherwise be noticed only in the running workspace.
 
 use std::{borrow::Cow, collections::BTreeMap};
 
@@ -7,7 +7,7 @@ use strum::{EnumString, IntoStaticStr, VariantArray};
 
 use crate::domain::{denial::Malformation, secret::Secret};
 
-/// What such a variable holds.
+/// The kind of login credential that a variable holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, EnumString, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "kebab-case")]
 pub enum CredentialKind {
@@ -17,27 +17,27 @@ pub enum CredentialKind {
     CodexAuthJson,
 }
 
-/// What a look at a value has shown.
+/// The result of checking a value.
 #[derive(Debug)]
-pub enum Look {
-    /// It may be a good one: nothing here tells.
+pub enum OauthCheck {
+    /// Nothing is wrong with it, as far as can be seen.
     Plausible,
-    /// It cannot be one.
+    /// It cannot be a login credential.
     Malformed(Malformation),
-    /// It is an API key in a file's clothes, and is sent as any other key.
+    /// The file holds an API key, which is sent like any other key.
     Key(Secret),
 }
 
-/// A Claude token has 108 characters.
+/// A real Claude token has 108 characters. A shorter one than this was cut off.
 const MIN_CLAUDE_TOKEN_BYTES: usize = 60;
 
 // === impl CredentialKind ===
 
 impl CredentialKind {
-    /// Looks at a value of this kind.
-    pub fn look(self, value: &str) -> Look {
+    /// Checks a value of this kind.
+    pub fn check(self, value: &str) -> OauthCheck {
         match self {
-            Self::ClaudeOauthToken => claude_token(value.trim()).map_or(Look::Plausible, Look::Malformed),
+            Self::ClaudeOauthToken => claude_token(value.trim()).map_or(OauthCheck::Plausible, OauthCheck::Malformed),
             Self::CodexAuthJson => auth_json(value),
         }
     }
@@ -71,23 +71,23 @@ fn claude_token(value: &str) -> Option<Malformation> {
 
 type Members<'v> = BTreeMap<Cow<'v, str>, &'v RawValue>;
 
-fn auth_json(value: &str) -> Look {
+fn auth_json(value: &str) -> OauthCheck {
     let Ok(file) = serde_json::from_str::<Members<'_>>(value) else {
-        return Look::Malformed(if is_key(value.trim_ascii()) { Malformation::KeyForFile } else { Malformation::NoJson });
+        return OauthCheck::Malformed(if is_key(value.trim_ascii()) { Malformation::KeyForFile } else { Malformation::NoJson });
     };
     let key = file.get("OPENAI_API_KEY").filter(|value| value.get() != "null");
     let mode = file.get("auth_mode").and_then(|mode| serde_json::from_str::<Cow<'_, str>>(mode.get()).ok());
     let is_key_mode = match mode.as_deref() {
         Some("apikey") => true,
-        // Without a mode a key wins, even beside tokens.
+        // Without a mode the key is used, even if there are tokens too.
         None => key.is_some(),
         Some(_) => false,
     };
     if is_key_mode {
         let key = key.and_then(|key| serde_json::from_str::<String>(key.get()).ok()).map(Secret::new);
         return match key {
-            Some(key) if !key.is_blank() => Look::Key(key),
-            Some(_) | None => Look::Malformed(Malformation::NoToken),
+            Some(key) if !key.is_blank() => OauthCheck::Key(key),
+            Some(_) | None => OauthCheck::Malformed(Malformation::NoToken),
         };
     }
     let tokens = file.get("tokens").and_then(|tokens| serde_json::from_str::<Members<'_>>(tokens.get()).ok());
@@ -95,17 +95,17 @@ fn auth_json(value: &str) -> Look {
         let raw = tokens.as_ref()?.get(name)?.get();
         raw.strip_prefix('"')?.strip_suffix('"').filter(|text| !text.is_empty())
     };
-    // An access token that has ended is fresh again by the other.
+    // The refresh token renews an access token that has expired.
     let is_whole = text("id_token").is_some_and(is_jwt) && text("access_token").is_some() && text("refresh_token").is_some();
-    if is_whole { Look::Plausible } else { Look::Malformed(Malformation::NoToken) }
+    if is_whole { OauthCheck::Plausible } else { OauthCheck::Malformed(Malformation::NoToken) }
 }
 
-/// A key alone, as vendors make them: nothing else begins so.
+/// Whether the value is a key and not a file: only keys begin like this.
 fn is_key(value: &str) -> bool {
     value.starts_with("sk-") && value.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
 
-/// Three parts of base64url.
+/// Whether the text has three parts of base64url.
 fn is_jwt(text: &str) -> bool {
     let parts: Vec<&str> = text.split('.').collect();
     let is_base64 = |part: &&str| {
@@ -118,11 +118,11 @@ fn is_jwt(text: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn told(kind: CredentialKind, value: &str) -> String {
-        match kind.look(value) {
-            Look::Plausible => "plausible".into(),
-            Look::Malformed(fault) => format!("{fault:?}"),
-            Look::Key(key) => format!("key {}", key.expose()),
+    fn result_of(kind: CredentialKind, value: &str) -> String {
+        match kind.check(value) {
+            OauthCheck::Plausible => "plausible".into(),
+            OauthCheck::Malformed(fault) => format!("{fault:?}"),
+            OauthCheck::Key(key) => format!("key {}", key.expose()),
         }
     }
 
@@ -142,7 +142,7 @@ mod tests {
             ("made-up-code#made-up-state".to_owned(), "AuthorizationCode"),
             (r#"{"claudeAiOauth": {"accessToken": "made-up"}}"#.to_owned(), "CredentialsFile"),
         ] {
-            assert_eq!(told(CredentialKind::ClaudeOauthToken, &value), expect, "{value}");
+            assert_eq!(result_of(CredentialKind::ClaudeOauthToken, &value), expect, "{value}");
         }
     }
 
@@ -168,7 +168,7 @@ mod tests {
             ("sk-proj-made-up\n".to_owned(), "KeyForFile"),
             ("sk-proj-made-up {".to_owned(), "NoJson"),
         ] {
-            assert_eq!(told(CredentialKind::CodexAuthJson, &value), expect, "{value}");
+            assert_eq!(result_of(CredentialKind::CodexAuthJson, &value), expect, "{value}");
         }
     }
 }

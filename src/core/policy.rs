@@ -1,4 +1,4 @@
-//! From facts to a ruling: total, synchronous, no clock. The only place that allows.
+//! Turns facts into a ruling. Total and synchronous, without a clock. No other code can allow a workspace.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,7 +11,7 @@ use crate::domain::{
     verdict::{ServedFrom, Verdict, WarningCode, Withheld},
 };
 
-/// Verdicts that an operator rules on together, per checkpoint.
+/// Verdicts that one setting rules on, per checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Group {
     /// FORBIDDEN.
@@ -22,46 +22,46 @@ pub enum Group {
     Inconclusive,
     /// NO_SERVER_SURFACE, NOT_CALIBRATED, PROBE_DISABLED.
     Unverifiable,
-    /// NO_SERVER_SURFACE, because the workspace dials a base URL of the tenant's own.
+    /// NO_SERVER_SURFACE, because the workspace calls a base URL of the tenant's own.
     TenantEndpoint,
-    /// A credential that travels to a vendor that is not its own.
+    /// A credential that is also sent to a vendor that is not its own.
     Exposure,
 }
 
-/// What is done about a group.
+/// The ruling on a group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
-    /// Allow, with a warning.
+    /// Allow with a warning.
     Allow,
-    /// Allow, with a warning, if the credential was seen VALID within the hard maximum age; else deny.
+    /// Allow with a warning if the credential was VALID within the hard maximum age; deny otherwise.
     AllowIfRecentlyValid,
     /// Deny.
     Deny,
 }
 
-/// How seriously one provider's verdicts are taken.
+/// How seriously a provider's verdicts are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Enforcement {
-    /// As the policy says.
+    /// The policy decides.
     Enforce,
-    /// Judged and shown, never denied for it.
+    /// A credential is judged and the verdict is shown, but no workspace is denied for it.
     Report,
-    /// Not asked.
+    /// The provider is not asked.
     Off,
 }
 
-/// A provider's enforcement, until its end.
+/// Another enforcement for one provider, until a given time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Exception {
-    /// Report or off.
+    /// The enforcement until then.
     pub enforcement: Enforcement,
-    /// From this second of Unix time on, `Enforce` holds again.
+    /// The second of Unix time from which `Enforce` holds again.
     pub until: i64,
 }
 
-/// What is done about each group at one checkpoint, as settings have it.
+/// The rulings on all groups at one checkpoint, as the settings have them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Actions {
     /// FORBIDDEN.
@@ -72,13 +72,13 @@ pub struct Actions {
     pub inconclusive: Action,
     /// NO_SERVER_SURFACE, NOT_CALIBRATED, PROBE_DISABLED.
     pub unverifiable: Action,
-    /// NO_SERVER_SURFACE, because the workspace dials a base URL of the tenant's own.
+    /// NO_SERVER_SURFACE, because the workspace calls a base URL of the tenant's own.
     pub tenant_endpoint: Action,
-    /// A credential that travels to a vendor that is not its own: allow, with a warning, or deny.
+    /// A credential that is also sent to a vendor that is not its own: allow with a warning, or deny.
     pub exposure: Action,
 }
 
-/// The same for each checkpoint that has a policy of its own; AUDIT has PROVISION's.
+/// The rulings at each checkpoint that has its own. AUDIT uses those of PROVISION.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CheckpointActions {
@@ -90,115 +90,115 @@ pub struct CheckpointActions {
     pub update: Actions,
 }
 
-/// Whether operator overrides count.
+/// Whether an operator's override in a request counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(rename_all = "lowercase")]
 pub enum Overrides {
-    /// They do.
+    /// It counts.
     #[default]
     Honour,
-    /// They are refused.
+    /// A request with an override is denied.
     Refuse,
 }
 
-/// How seriously one provider's verdicts are taken, and until when, as settings have it.
+/// Another enforcement for one provider, as the settings have it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ProviderException {
-    /// How.
+    /// The enforcement.
     pub probe: Enforcement,
-    /// Until when: a date such as 2026-12-31.
+    /// The date at which it ends, such as 2026-12-31.
     #[serde(default)]
     pub until: Option<String>,
 }
 
-/// What the operator decided.
+/// What the operator has decided.
 #[derive(Debug, Clone)]
 pub struct Policy {
     actions: BTreeMap<(Checkpoint, Group), Action>,
     exceptions: BTreeMap<String, Exception>,
-    /// Whether operator overrides in a spec are honoured.
+    /// Whether an operator's override in a request counts.
     pub honour_overrides: bool,
     /// Runtimes that are allowed without any check.
     pub exempt_runtimes: BTreeSet<String>,
-    /// What an unspecified `platform_proxy` means. Built in as ABSENT: no zero value allows.
+    /// What an unspecified `platform_proxy` means. The default is ABSENT, so that a missing value never allows.
     pub platform_proxy: PlatformProxy,
 }
 
-/// What the policy rules on. Each variant is all the evidence that its ruling needs.
+/// What the policy rules on. Each variant holds all the evidence that its ruling needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Facts {
-    /// Refused before a credential was looked at, or for its shape.
+    /// Refused before the credential was looked at, or for its shape.
     Refused(Refusal),
     /// The operator's override says that no model calls are expected.
     OverrideDisabled,
-    /// The runtime is on the configured list.
+    /// The runtime is on the list of exemptions.
     ExemptRuntime,
-    /// The platform is to pay: by the registry, or by the operator's override.
+    /// The platform would pay, by the registry or by the operator's override.
     Platform {
-        /// The operator's override says so, not the registry.
+        /// By the override and not by the registry.
         by_override: bool,
-        /// Whether it can.
+        /// Whether the platform's proxy is available.
         proxy: PlatformProxy,
         /// The model.
         model: String,
     },
-    /// The tenant's own credential is VALID. Nothing else is needed to say so.
+    /// The tenant's own credential is VALID.
     Valid,
-    /// It is VALID, in a header in which the workspace does not send it.
+    /// The credential is VALID in a header in which the workspace does not send it.
     WrongHeader {
-        /// What is said of it.
+        /// The details.
         evidence: WrongHeader,
         /// How seriously this provider's verdicts are taken.
         enforcement: Enforcement,
     },
-    /// The workspace sends another value than the one that would do, and that one is not VALID.
+    /// The workspace sends a value that is not VALID, instead of one that would do.
     Shadowed {
-        /// What is said of it.
+        /// The denial, if it is one.
         refusal: Box<Refusal>,
-        /// The verdict on what is sent.
+        /// The verdict on the value that is sent.
         evidence: LivenessEvidence,
         /// How seriously this provider's verdicts are taken.
         enforcement: Enforcement,
     },
-    /// The tenant's own credential was judged, and is not VALID.
+    /// The tenant's own credential was judged and is not VALID.
     NotValid {
-        /// The evidence.
+        /// The verdict with its evidence.
         evidence: LivenessEvidence,
-        /// Where the verdict came from, if something was asked.
+        /// Where the verdict came from, if the provider was asked.
         served_from: Option<ServedFrom>,
-        /// It was seen VALID within the hard maximum age and the caller's.
+        /// It was VALID within the caller's and the hard maximum age.
         recently_valid: bool,
         /// How seriously this provider's verdicts are taken.
         enforcement: Enforcement,
     },
 }
 
-/// A good key in the wrong header.
+/// A good key that the workspace sends in the wrong header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WrongHeader {
-    /// Its name.
+    /// The variable that holds it.
     pub env_name: String,
-    /// What is known about it.
+    /// The warning's text.
     pub message: String,
-    /// Where the runtime's facts are sure and there is a right name: the denial.
+    /// The denial. Set only if the runtime's facts are certain and there is a variable for the right header.
     pub refusal: Option<Box<Refusal>>,
 }
 
-/// The ruling.
+/// The result of the policy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ruling {
     /// Allowed, or the refusal.
     pub outcome: Result<Allow, Refusal>,
-    /// What a person should know all the same.
+    /// Warnings, whatever the outcome.
     pub warnings: Vec<Warning>,
-    /// Allowed on an earlier VALID, which the answer then shows.
+    /// Allowed because of an earlier VALID, which the answer then shows.
     pub on_earlier_valid: bool,
 }
 
 // === ruling ===
 
-/// The ruling on these facts. Total: every fact has its arm, and doubt is a denial.
+/// The ruling on these facts. Every fact has its ruling, and doubt is a denial.
 pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
     match facts {
         Facts::Refused(refusal) => Ruling::deny(refusal),
@@ -224,7 +224,7 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
         Facts::Shadowed { refusal: _, evidence, enforcement: Enforcement::Report } => Ruling::allow_reported(evidence),
         Facts::NotValid { evidence, served_from: _, recently_valid, enforcement } => {
             let action = group_of(&evidence).map_or(Action::Deny, |group| policy.action(checkpoint, group));
-            // Whatever is configured: the service is no key checker, and a flood of keys does not get past it by being one.
+            // Deny whatever is configured: the keys of a flood must not pass unchecked because they are too many to check.
             let starts = checkpoint != Checkpoint::Update;
             if starts && evidence.withheld == Some(Withheld::NewKeys) {
                 return Ruling::deny(Refusal::Liveness(evidence));
@@ -235,7 +235,7 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
                 Action::Allow => false,
             };
             match (denied, enforcement) {
-                // A provider that is off was not asked: its PROBE_DISABLED is ruled on by the group, as any other verdict.
+                // A provider that is off was not asked. Its PROBE_DISABLED is ruled on by its group like any other verdict.
                 (true, Enforcement::Enforce | Enforcement::Off) => Ruling::deny(Refusal::Liveness(evidence)),
                 (true, Enforcement::Report) => Ruling::allow_reported(evidence),
                 (false, _) if action == Action::AllowIfRecentlyValid => Ruling::allow_on_earlier_valid(&evidence),
@@ -245,7 +245,7 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
     }
 }
 
-/// By which group a verdict is ruled on. INVALID is by none: it is denied. So would VALID be, which is a fact of its own.
+/// The group that rules on a verdict. INVALID has none and is denied. VALID has none either: it is a fact of its own.
 fn group_of(evidence: &LivenessEvidence) -> Option<Group> {
     match evidence.verdict {
         Verdict::Valid | Verdict::Invalid => None,
@@ -274,7 +274,7 @@ impl Default for Policy {
 }
 
 impl Actions {
-    /// Each group with what is done about it.
+    /// Each group with its ruling.
     pub fn groups(&self) -> [(Group, Action); 6] {
         let Self { forbidden, unanswered, inconclusive, unverifiable, tenant_endpoint, exposure } = *self;
         [
@@ -289,7 +289,7 @@ impl Actions {
 }
 
 impl CheckpointActions {
-    /// Each checkpoint with its actions.
+    /// Each checkpoint with its rulings.
     pub fn checkpoints(&self) -> [(Checkpoint, &Actions); 3] {
         let Self { create, provision, update } = self;
         [(Checkpoint::Create, create), (Checkpoint::Provision, provision), (Checkpoint::Update, update)]
@@ -312,36 +312,36 @@ impl Default for CheckpointActions {
 }
 
 impl Policy {
-    /// What is done about a group at a checkpoint.
+    /// The ruling on a group at a checkpoint.
     pub fn action(&self, checkpoint: Checkpoint, group: Group) -> Action {
-        // A running workspace is judged as it would be at its next start.
+        // A running workspace is judged as at its next start.
         let checkpoint = if checkpoint == Checkpoint::Audit { Checkpoint::Provision } else { checkpoint };
         self.actions.get(&(checkpoint, group)).copied().unwrap_or(match (group, checkpoint) {
             (Group::Forbidden, _) => Action::Deny,
             (Group::Unanswered, Checkpoint::Create) => Action::Deny,
             (Group::Unanswered, Checkpoint::Provision | Checkpoint::Audit) => Action::AllowIfRecentlyValid,
-            // A leaked key must be replaceable while its vendor is down; PROVISION decides.
+            // A leaked key must be replaceable while its vendor is down. PROVISION decides about the start.
             (Group::Unanswered, Checkpoint::Update) => Action::Allow,
             (Group::Inconclusive | Group::Unverifiable | Group::TenantEndpoint | Group::Exposure, _) => Action::Allow,
         })
     }
 
-    /// Rules differently on a group at a checkpoint.
+    /// Replaces the ruling on a group at a checkpoint.
     pub fn set_action(&mut self, checkpoint: Checkpoint, group: Group, action: Action) {
         self.actions.insert((checkpoint, group), action);
     }
 
-    /// Takes a provider's verdicts less seriously for a time.
+    /// Sets another enforcement for a provider until a given time.
     pub fn set_exception(&mut self, provider: String, exception: Exception) {
         self.exceptions.insert(provider, exception);
     }
 
-    /// The providers with an exception.
+    /// The providers with another enforcement.
     pub fn exceptions(&self) -> impl Iterator<Item = (&str, Exception)> {
         self.exceptions.iter().map(|(name, exception)| (name.as_str(), *exception))
     }
 
-    /// How seriously a provider's verdicts are taken at this second of Unix time.
+    /// The enforcement for a provider at this second of Unix time.
     pub fn enforcement(&self, provider: &str, now: i64) -> Enforcement {
         match self.exceptions.get(provider) {
             Some(exception) if now < exception.until => exception.enforcement,
@@ -391,7 +391,7 @@ impl Ruling {
         Self::allow(Grounds::Credential(evidence.verdict)).warned(WarningCode::ReportOnly, &evidence, message)
     }
 
-    /// The ruling as an outcome, with what the runtime offers instead of a refusal.
+    /// The outcome of the decision. A denial also names models that the runtime offers without a key.
     pub fn into_outcome(self, alternative_models: impl FnOnce() -> Vec<String>) -> Outcome {
         match self.outcome {
             Ok(allow) => Outcome::Allow(allow),

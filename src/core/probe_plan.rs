@@ -1,11 +1,13 @@
-//! What to ask next about a credential, and what is known then: one pure plan, so that every path can be tested without a network.
+//! Decides which request a probe sends next, and which verdict follows from the answers. Pure, so that tests can take every path without a network.
 //!
-//! A target's calls are rungs, free ones first. Of each rung the client's own header is asked first, the others together after a refusal.
-//! A "yes" counts where a made-up key is refused right after it: by a code that is about keys, or in whatever way if the real key is accepted once
-//! more after that. A refusal in words counts at once; any other answer counts as a refusal if a made-up key gets the same one. What was refused in
-//! the client's own header stays refused: only a "yes" in another one says otherwise.
-//! A list of models may refuse every key, good or bad, or fail for everybody: what it says is held until the request that calls a model was answered,
-//! unless a key was seen accepted at this list.
+//! A plan has one step per request, and requests that cost nothing come first. Each step first sends the credential in the header that the
+//! workspace's client uses, and after a refusal in the other headers together.
+//! A success response counts if a made-up key is refused right after it. The refusal must carry a code that is about keys; with any other refusal,
+//! the real key must be accepted once more afterwards. A response that says in words that the key is refused counts at once. Any other response
+//! counts as a refusal if a made-up key gets the same one. Once refused in the client's own header, a key stays refused unless another header gets a
+//! success response.
+//! A list of models may refuse every key, good or bad, or fail for every caller. So its refusal is held back until the request that calls a model is
+//! answered, unless a key was seen accepted at this list.
 
 use std::time::Duration;
 
@@ -13,8 +15,8 @@ use crate::{
     core::{
         classify::{Body, Calibration, Classification, Finding, ProbeResponse, ReadBy, Reading},
         endpoint::{Call, Preference},
-        look::Look,
-        taught::EndpointFacts,
+        endpoint_facts::EndpointFacts,
+        response_shape::ResponseShape,
     },
     domain::{
         protocol::HeaderFamily,
@@ -22,270 +24,280 @@ use crate::{
     },
 };
 
-/// What to do next.
+/// The next thing that the caller of the plan has to do.
 #[derive(Debug)]
 pub enum Next<'t> {
-    /// Ask this with the credential in these headers.
+    /// Send this request with the credential.
     Ask {
-        /// What is asked.
+        /// The request.
         call: &'t Call,
-        /// In which headers.
+        /// The headers that carry the credential.
         families: Vec<HeaderFamily>,
-        /// It was accepted there right before a made-up key was refused: is it still?
+        /// The key was accepted here, and then a made-up key was refused: check whether the key is still accepted.
         is_second: bool,
     },
-    /// Find out what a made-up key gets there.
+    /// Find out how this request answers a made-up key.
     Calibrate {
-        /// What is asked.
+        /// The request.
         call: &'t Call,
-        /// In which headers.
+        /// The headers that carry the made-up key.
         families: Vec<HeaderFamily>,
-        /// What for.
+        /// What the answer is needed for.
         purpose: Purpose,
     },
-    /// Find out what a request without any key gets there.
+    /// Find out how this request answers without any key.
     Keyless {
-        /// What is asked.
+        /// The request.
         call: &'t Call,
-        /// What it got an hour ago does not do.
+        /// A remembered answer is too old: send the request now.
         now: bool,
     },
-    /// Done.
+    /// The probe has ended with this finding.
     Done(Finding),
 }
 
-/// What a made-up key's answer is for.
+/// What the answer to a made-up key is needed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Purpose {
-    /// Whether a "yes" counts.
+    /// To decide whether a success response counts.
     Acceptance {
-        /// Only what a made-up key of the credential's own form gets counts.
+        /// The made-up key must have the form of the credential.
         of_its_form: bool,
     },
-    /// Whether an answer is a refusal.
+    /// To decide whether a response is a refusal.
     Refusal,
-    /// Whether the catalogue still holds: what is known already is enough.
+    /// To check that the catalogue is still right. What is known already is enough.
     Check,
 }
 
-/// What is known of a request in a header.
+/// What is known about a request with the credential in a given header.
 #[derive(Clone, Copy)]
 pub struct Requests<'f> {
-    /// It tells nothing: anybody is accepted there, or it is not there at all.
+    /// The response proves nothing: every key is accepted, or the path does not exist.
     pub is_pointless: &'f dyn Fn(&Call, HeaderFamily) -> bool,
-    /// A real key was accepted there.
+    /// A real key was accepted.
     pub has_accepted: &'f dyn Fn(&Call, HeaderFamily) -> bool,
 }
 
 impl Requests<'_> {
-    /// Nothing is known.
+    /// For when nothing is known.
     pub const UNKNOWN: Requests<'static> = Requests { is_pointless: &|_, _| false, has_accepted: &|_, _| false };
 }
 
 /// How the workspace's own client uses the credential.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Client {
-    /// As far as it is known of this workspace.
+    /// What is known about this workspace's client.
     pub preference: Preference,
-    /// The header that clients of the API use by default, where nobody wrote a row for the host.
+    /// The header that clients of this API use by default. Set where the catalogue has no row for the host.
     pub usual_header: Option<HeaderFamily>,
 }
 
-/// What an endpoint taught on the way.
+/// Something that the probe has learnt about the endpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Lesson {
-    /// A key was accepted in this header, and refused in those.
+    /// A key was accepted in one header and refused in others.
     Family {
-        /// The header.
+        /// The header in which it was accepted.
         right: HeaderFamily,
-        /// The others.
+        /// The headers in which it was refused.
         wrong: Vec<HeaderFamily>,
     },
-    /// A good key gets nothing but "no such path" there, or what every key gets.
+    /// A good key gets "no such path" from this request, or what every key gets.
     Absent([u8; 32]),
-    /// This came to everybody at that request in this header, or these.
-    ToEverybody([u8; 32], Vec<HeaderFamily>, Look),
+    /// Every key gets this response from this request in these headers.
+    SameForEveryKey([u8; 32], Vec<HeaderFamily>, ResponseShape),
 }
 
-/// The walk through a target's calls.
+/// The state of one probe.
 #[derive(Debug)]
 pub struct ProbePlan<'t> {
-    rungs: Vec<Rung<'t>>,
-    /// The header of the workspace's own client, where it is known.
+    steps: Vec<PlanStep<'t>>,
+    /// The header of the workspace's own client, if known.
     client: Option<HeaderFamily>,
-    at: usize,
-    group: usize,
+    /// The position of the current step.
+    current: usize,
+    /// The position in the step's `order`: the headers that are being tried.
+    header_group: usize,
     state: State<'t>,
-    /// What the first header of this rung came to.
+    /// The result of this step's first header.
     first_header: Option<FirstHeader>,
     made_up: MadeUpKey,
-    /// The best that was heard without being conclusive.
+    /// The most informative result so far that is not conclusive.
     fallback: Option<Finding>,
-    /// Another header than the client's own has been accepted at a list: these were refused.
+    /// A list accepted the key in another header than the client's own, and a request that calls a model has to confirm it. These headers were
+    /// refused.
     confirming: Option<Vec<HeaderFamily>>,
-    /// What a list said that may refuse every key, heard before the request that calls a model was sent.
-    held: Option<Held>,
-    /// A list where anybody is accepted, or was.
-    open: Option<(&'t Call, HeaderFamily)>,
-    /// Answers that come to everybody.
-    to_everybody: Vec<Look>,
-    /// The 403 of an earlier rung where a made-up key gets a 401.
-    restricted: Option<Look>,
-    /// Rungs that answered "no such path".
+    /// A refusal by a list that may refuse every key. It waits for the answer to the request that calls a model.
+    held: Option<HeldRefusal>,
+    /// A list that accepts every key, now or in the past.
+    open_list: Option<(&'t Call, HeaderFamily)>,
+    /// Responses that every key gets.
+    same_for_every_key: Vec<ResponseShape>,
+    /// The 403 of an earlier step where a made-up key gets a 401.
+    restricted: Option<ResponseShape>,
+    /// Requests that answered "no such path".
     absent: Vec<[u8; 32]>,
-    /// Every rung so far had nothing but "no such path", or a page.
+    /// All steps so far got only "no such path" or a page for people.
     no_api: bool,
-    /// A made-up key, or a request without a key, gets the same answer there.
-    for_everybody: bool,
+    /// A made-up key, or a request without a key, got the same response.
+    seen_for_every_key: bool,
     named_model: bool,
     cost_money: bool,
     lessons: Vec<Lesson>,
 }
 
+/// One request of the plan.
 #[derive(Debug)]
-struct Rung<'t> {
+struct PlanStep<'t> {
     call: &'t Call,
-    /// The headers, as [`EndpointFacts::order`] has them.
+    /// The headers in the order of [`EndpointFacts::order`].
     order: Vec<Vec<HeaderFamily>>,
-    /// A real key was accepted there.
+    /// A real key was accepted by this request.
     has_accepted: bool,
 }
 
+/// What the current step waits for.
 #[derive(Debug)]
 enum State<'t> {
+    /// Send the request.
     Ask,
-    Calibrate(Heard),
-    Keyless(Heard),
-    /// Restricted, it seems: does the same come without any key by now?
-    KeylessNow(Heard),
-    /// Accepted, and a made-up key refused in a way that a limit or a ban may have: it is asked again.
-    Second(Heard),
-    /// Refused as a made-up key is: does it come at an open list by now, too?
-    AtOpenList(Heard, &'t Call, HeaderFamily),
-    /// One of several headers of one request was the right one, it seems: each is asked alone.
-    Identify(Vec<HeaderFamily>, Heard),
+    /// Find out how a made-up key is answered.
+    Calibrate(ReadAnswer),
+    /// The response is that of a made-up key: check whether a request without any key gets another one.
+    Keyless(ReadAnswer),
+    /// The key seems restricted: check whether a request without any key gets the same response by now.
+    KeylessNow(ReadAnswer),
+    /// The key was accepted, and the refusal of a made-up key may be a limit or a ban: send the real key again.
+    AskAgain(ReadAnswer),
+    /// The refusal is what a made-up key gets: check whether an open list gives the same response by now.
+    AtOpenList(ReadAnswer, &'t Call, HeaderFamily),
+    /// A request with several headers was accepted: send each header alone to find the right one.
+    Identify(Vec<HeaderFamily>, ReadAnswer),
     Done(Finding),
 }
 
-/// An answer that waits for what a made-up key gets.
+/// A response whose meaning depends on the answer to a made-up key.
 #[derive(Debug, Clone)]
-struct Heard {
+struct ReadAnswer {
     reading: Reading,
-    look: Look,
+    shape: ResponseShape,
     retry_after: Option<Duration>,
 }
 
-/// What the client's own header came to.
+/// The result of the client's own header.
 #[derive(Debug)]
 enum FirstHeader {
+    /// The key was refused.
     Refused(Finding),
+    /// The response had no meaning.
     Unread(Finding),
 }
 
-/// A refusal that counts only if the request that calls a model does not say otherwise.
+/// A refusal that counts only if the request that calls a model does not contradict it.
 #[derive(Debug, Clone)]
-struct Held {
+struct HeldRefusal {
     finding: Finding,
-    look: Look,
-    /// Where it was heard.
-    at: usize,
-    by: HeldBy,
+    shape: ResponseShape,
+    /// The step that was refused.
+    step: usize,
+    because: HeldBecause,
 }
 
-/// What such a refusal rests on.
+/// Why a refusal is held back. The kind decides what can contradict it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum HeldBy {
-    /// A 401 in words, or as a made-up key gets it: it counts unless the key is accepted later.
+enum HeldBecause {
+    /// A 401 that says in words that the key is refused, or that a made-up key gets too. It counts unless the key is accepted later.
     Status401,
-    /// A code for "forbidden", which a made-up key gets too: it counts unless a later answer is clear.
+    /// A code for "forbidden" that a made-up key gets too. It counts unless a later answer is clear.
     Code,
-    /// The look alone: it counts only if a later answer is nearly the same.
-    Look,
+    /// Only the shape of the response. It counts only if a later response is nearly the same.
+    Shape,
 }
 
-impl Rung<'_> {
-    /// A model is called.
+impl PlanStep<'_> {
+    /// This request calls a model.
     fn is_inference(&self) -> bool {
         self.call.probe.surface.is_inference()
     }
 
-    /// The header that is asked first.
-    fn first(&self) -> Option<HeaderFamily> {
-        self.order.first().and_then(|group| group.first()).copied()
+    /// The header that is sent first.
+    fn first_header(&self) -> Option<HeaderFamily> {
+        self.order.first().and_then(|headers| headers.first()).copied()
     }
 }
 
 impl<'t> ProbePlan<'t> {
-    /// Begins at the first rung.
+    /// A plan for these requests, at its first step.
     pub fn new(calls: &'t [Call], client: Client, facts: &EndpointFacts, requests: Requests<'_>) -> Self {
         let Client { preference, usual_header } = client;
         let wanted = preference.surface.filter(|wanted| calls.iter().any(|call| call.probe.surface == *wanted));
-        let mut rungs: Vec<Rung<'t>> = calls
+        let mut steps: Vec<PlanStep<'t>> = calls
             .iter()
-            // Of the surfaces where models are called, the one that the runtime uses.
+            // Of the surfaces that call a model, keep the one that the runtime uses.
             .filter(|call| wanted.is_none_or(|wanted| !call.probe.surface.is_inference() || call.probe.surface == wanted))
-            .map(|call| Rung {
+            .map(|call| PlanStep {
                 call,
                 order: facts.order(&call.probe.auth, preference.family),
                 has_accepted: call.probe.auth.iter().any(|family| (requests.has_accepted)(call, *family)),
             })
             .collect();
-        let useful = |rung: &Rung<'_>| rung.first().is_none_or(|first| !(requests.is_pointless)(rung.call, first));
-        let open = rungs.iter().find(|rung| rung.has_accepted && !rung.is_inference() && !useful(rung));
-        let open = open.and_then(|rung| rung.first().map(|first| (rung.call, first)));
-        if rungs.iter().any(useful) {
-            // A list where no key was seen accepted may refuse every key: what takes anybody is needed beside it.
-            let is_trusted = rungs.iter().any(|rung| useful(rung) && (rung.has_accepted || rung.call.probe.refuses_bad_keys));
-            rungs.retain(|rung| useful(rung) || !is_trusted && rung.is_inference() && rung.has_accepted);
+        let useful = |step: &PlanStep<'_>| step.first_header().is_none_or(|first| !(requests.is_pointless)(step.call, first));
+        let open_list = steps.iter().find(|step| step.has_accepted && !step.is_inference() && !useful(step));
+        let open_list = open_list.and_then(|step| step.first_header().map(|first| (step.call, first)));
+        if steps.iter().any(useful) {
+            // A list that was never seen to accept a key may refuse every key. So keep a request that calls a model, even if it accepts every key.
+            let is_trusted = steps.iter().any(|step| useful(step) && (step.has_accepted || step.call.probe.refuses_bad_keys));
+            steps.retain(|step| useful(step) || !is_trusted && step.is_inference() && step.has_accepted);
         } else {
-            // Anybody is accepted where something is there at all: the first of these says as much as all of them.
-            if rungs.iter().any(|rung| rung.has_accepted) {
-                rungs.retain(|rung| rung.has_accepted);
+            // All requests accept every key or do not exist. Asking one of them tells as much as asking all.
+            if steps.iter().any(|step| step.has_accepted) {
+                steps.retain(|step| step.has_accepted);
             }
-            rungs.truncate(1);
+            steps.truncate(1);
         }
         Self {
-            rungs,
+            steps,
             client: preference.family.or(usual_header),
-            at: 0,
-            group: 0,
+            current: 0,
+            header_group: 0,
             state: State::Ask,
             first_header: None,
             made_up: MadeUpKey::NotAsked,
             fallback: None,
             confirming: None,
             held: None,
-            open,
-            to_everybody: Vec::new(),
+            open_list,
+            same_for_every_key: Vec::new(),
             restricted: None,
             absent: Vec::new(),
-            // Where a key was accepted, there is one.
+            // An API that accepted a key exists.
             no_api: !facts.has_accepted(),
-            for_everybody: false,
+            seen_for_every_key: false,
             named_model: false,
             cost_money: false,
             lessons: Vec::new(),
         }
     }
 
-    /// What to ask, or the end.
+    /// The next thing to do. Call it again after each `take_*`.
     pub fn proceed(&mut self) -> Next<'t> {
-        let Some(Rung { call, order, .. }) = self.rungs.get(self.at) else {
-            self.end();
+        let Some(PlanStep { call, order, .. }) = self.steps.get(self.current) else {
+            self.conclude();
             return match &self.state {
                 State::Done(finding) => Next::Done(finding.clone()),
                 _ => self.proceed(),
             };
         };
-        let families = order.get(self.group).cloned().unwrap_or_default();
+        let families = order.get(self.header_group).cloned().unwrap_or_default();
         match &self.state {
             State::Ask => Next::Ask { call, families, is_second: false },
-            State::Second(_) => Next::Ask { call, families, is_second: true },
-            State::Calibrate(heard) => {
-                let accepted = heard.reading.classification == Classification::Accepted;
+            State::AskAgain(_) => Next::Ask { call, families, is_second: true },
+            State::Calibrate(answer) => {
+                let accepted = answer.reading.classification == Classification::Accepted;
                 let purpose = match (accepted, call.probe.refuses_bad_keys) {
                     (true, true) => Purpose::Check,
-                    (true, false) => Purpose::Acceptance { of_its_form: self.is_held_back() },
+                    (true, false) => Purpose::Acceptance { of_its_form: self.is_provisional() },
                     (false, _) => Purpose::Refusal,
                 };
                 Next::Calibrate { call, families, purpose }
@@ -300,259 +312,263 @@ impl<'t> ProbePlan<'t> {
         }
     }
 
-    /// What was learnt of the endpoint.
+    /// What the probe has learnt about the endpoint.
     pub fn into_lessons(self) -> Vec<Lesson> {
         self.lessons
     }
 
-    /// What came of an `Ask`.
+    /// Takes the result of a [`Next::Ask`].
     pub fn take_response(&mut self, response: ProbeResponse) {
-        let Some(Rung { call, .. }) = self.rungs.get(self.at) else { return };
+        let Some(PlanStep { call, .. }) = self.steps.get(self.current) else { return };
         self.named_model |= call.names_model;
         self.cost_money |= call.probe.costs_money;
-        let (reading, look, retry_after) = match response {
-            ProbeResponse::Answer { reading, look, retry_after } => (reading, look, retry_after),
-            ProbeResponse::TimedOut => return self.take_silence(self.finding(Verdict::Timeout, None, None)),
+        let (reading, shape, retry_after) = match response {
+            ProbeResponse::Answer { reading, shape, retry_after } => (reading, shape, retry_after),
+            ProbeResponse::TimedOut => return self.take_no_answer(self.finding(Verdict::Timeout, None, None)),
             ProbeResponse::Unreachable(why) => {
                 let finding = Finding { unreached: Some(why), ..self.finding(Verdict::Unreachable, None, None) };
-                return self.take_silence(finding);
+                return self.take_no_answer(finding);
             }
             ProbeResponse::Exhausted => {
                 let finding = Finding { withheld: Some(Withheld::Fault), ..self.finding(Verdict::NotAttempted, None, None) };
-                return self.take_silence(finding);
+                return self.take_no_answer(finding);
             }
         };
-        let heard = Heard { reading, look, retry_after };
+        let answer = ReadAnswer { reading, shape, retry_after };
         if let State::Identify(families, first) = &mut self.state {
             let (asked, first) = (families.remove(0), first.clone());
-            let accepted = heard.reading.classification == Classification::Accepted;
+            let accepted = answer.reading.classification == Classification::Accepted;
             return match (accepted, families.is_empty()) {
                 (true, _) => self.accept(asked, &first),
-                // All of them together, and none alone: no client asks so.
+                // Accepted with all headers together, and with none alone: no client sends such a request.
                 (false, true) => {
                     self.state = State::Ask;
-                    self.finish_rung();
+                    self.finish_step();
                 }
                 (false, false) => {}
             };
         }
         match std::mem::replace(&mut self.state, State::Ask) {
-            State::Second(first) if heard.reading.classification == Classification::Accepted => self.believe(first),
-            State::Second(first) => self.take_limit(&first),
-            State::AtOpenList(first, ..) if heard.look.is_like(&first.look) => self.leave_to_everybody(&first),
-            State::AtOpenList(first, ..) => self.refuse_as_made_up(first.look.status),
-            _ if self.group > 0 => self.take_in_another_header(heard),
-            _ => self.take_in_own_header(heard),
+            State::AskAgain(first) if answer.reading.classification == Classification::Accepted => self.accept_response(first),
+            State::AskAgain(first) => self.take_second_refusal(&first),
+            State::AtOpenList(first, ..) if answer.shape.is_like(&first.shape) => self.take_same_for_every_key(&first),
+            State::AtOpenList(first, ..) => self.take_refusal_like_made_up(first.shape.status),
+            _ if self.header_group > 0 => self.take_in_another_header(answer),
+            _ => self.take_in_own_header(answer),
         }
     }
 
-    /// What a made-up key gets there.
+    /// Takes the result of a [`Next::Calibrate`].
     pub fn take_calibration(&mut self, calibration: &Calibration) {
         self.made_up = outcome_of(calibration);
-        let State::Calibrate(heard) = std::mem::replace(&mut self.state, State::Ask) else { return };
-        let Some(call) = self.rungs.get(self.at).map(|rung| rung.call) else { return };
-        let status = heard.look.status;
-        if let Calibration::Everybody(look) = calibration {
-            self.to_everybody.push(look.clone());
+        let State::Calibrate(answer) = std::mem::replace(&mut self.state, State::Ask) else { return };
+        let Some(call) = self.steps.get(self.current).map(|step| step.call) else { return };
+        let status = answer.shape.status;
+        if let Calibration::SameForEveryKey(shape) = calibration {
+            self.same_for_every_key.push(shape.clone());
         }
-        match (&heard.reading.classification, calibration) {
-            (Classification::Accepted, _) => match worth(call.probe.refuses_bad_keys, calibration) {
-                Worth::Yes => self.believe(heard),
-                Worth::IfAcceptedAgain => self.state = State::Second(heard),
-                Worth::Nothing if self.group > 0 => self.finish_rung(),
-                Worth::Nothing if self.ask_own_header_alone() => {}
-                Worth::Nothing => {
+        match (&answer.reading.classification, calibration) {
+            (Classification::Accepted, _) => match acceptance_proof(call.probe.refuses_bad_keys, calibration) {
+                AcceptanceProof::Proven => self.accept_response(answer),
+                AcceptanceProof::NeedsSecondAcceptance => self.state = State::AskAgain(answer),
+                AcceptanceProof::Unproven if self.header_group > 0 => self.finish_step(),
+                AcceptanceProof::Unproven if self.ask_own_header_alone() => {}
+                AcceptanceProof::Unproven => {
                     let anyone = *calibration == Calibration::AcceptsAnyone;
                     if anyone && !call.probe.surface.is_inference() {
-                        self.open = self.families().first().map(|family| (call, *family));
+                        self.open_list = self.families().first().map(|family| (call, *family));
                     }
                     let cause = if anyone { Cause::AcceptsAnyone } else { Cause::MadeUpKeyUntold };
-                    self.fall_back_on(self.finding(Verdict::NotCalibrated, Some(cause), Some(status)));
+                    self.keep_as_fallback(self.finding(Verdict::NotCalibrated, Some(cause), Some(status)));
                     self.no_api = false;
-                    self.step();
+                    self.next_step();
                 }
             },
-            (_, Calibration::Everybody(look)) if look.is_like(&heard.look) => self.leave_to_everybody(&heard),
-            // The same status and code, whatever the words.
-            (Classification::Forbidden(code), Calibration::Refuses { look, in_contrast, .. })
-                if look.status == 403 && look.code == *code && (!code.is_empty() || look.is_like(&heard.look)) =>
+            (_, Calibration::SameForEveryKey(shape)) if shape.is_like(&answer.shape) => self.take_same_for_every_key(&answer),
+            // Status and code are the same; the words do not matter.
+            (Classification::Forbidden(code), Calibration::Refuses { shape, confirmed, .. })
+                if shape.status == 403 && shape.code == *code && (!code.is_empty() || shape.is_like(&answer.shape)) =>
             {
                 match &self.restricted {
-                    _ if *in_contrast => self.refuse_as_made_up(status),
-                    // There it got a 403 and a made-up key a 401: it is no dead key. Now both get what it got there.
-                    Some(earlier) if earlier.is_like(&heard.look) => self.leave_to_everybody(&heard),
-                    Some(_) => self.refuse(self.finding(Verdict::Forbidden, Some(heard.reading.cause), Some(status))),
-                    None => self.refuse_by_code(heard, false),
+                    _ if *confirmed => self.take_refusal_like_made_up(status),
+                    // At the earlier step the key got this 403 and a made-up key a 401, so the key is not dead. Now both get the 403.
+                    Some(earlier) if earlier.is_like(&answer.shape) => self.take_same_for_every_key(&answer),
+                    Some(_) => self.take_refusal(self.finding(Verdict::Forbidden, Some(answer.reading.cause), Some(status))),
+                    None => self.take_refusal_by_code(answer, false),
                 }
             }
-            (Classification::Forbidden(_), Calibration::Refuses { look, in_words, .. }) if *in_words || look.status == 401 => {
-                self.restricted = Some(heard.look.clone());
-                if self.is_last_call() { self.state = State::KeylessNow(heard) } else { self.restrict(status) }
+            (Classification::Forbidden(_), Calibration::Refuses { shape, in_words, .. }) if *in_words || shape.status == 401 => {
+                self.restricted = Some(answer.shape.clone());
+                if self.is_last_inference() { self.state = State::KeylessNow(answer) } else { self.take_restricted(status) }
             }
             (Classification::Forbidden(_), _) => {
-                self.refuse(self.finding(Verdict::Forbidden, Some(heard.reading.cause), Some(status)))
+                self.take_refusal(self.finding(Verdict::Forbidden, Some(answer.reading.cause), Some(status)))
             }
-            (Classification::Restricted, Calibration::Refuses { look, in_contrast, .. }) if look.is_like(&heard.look) => {
-                self.refuse_by_code(heard, *in_contrast);
+            (Classification::Restricted, Calibration::Refuses { shape, confirmed, .. }) if shape.is_like(&answer.shape) => {
+                self.take_refusal_by_code(answer, *confirmed);
             }
-            (Classification::Restricted, _) => self.restrict(status),
-            (Classification::Unread | Classification::Verdict(_), Calibration::Refuses { look, in_contrast, .. })
-                if look.is_like(&heard.look) =>
+            (Classification::Restricted, _) => self.take_restricted(status),
+            (Classification::Unread | Classification::Verdict(_), Calibration::Refuses { shape, confirmed, .. })
+                if shape.is_like(&answer.shape) =>
             {
-                let page = look.body == Body::Page;
-                self.for_everybody |= page || heard.reading.cause == Cause::NotFound;
+                let page = shape.body == Body::Page;
+                self.seen_for_every_key |= page || answer.reading.cause == Cause::NotFound;
                 match status {
-                    _ if *in_contrast => self.refuse_as_made_up(status),
-                    // A page may greet everybody; so may whatever is no 4xx and no JSON.
-                    _ if page => self.leave_unread(&heard),
-                    401 if self.may_refuse_everybody() => self.hold(&heard, HeldBy::Status401, Cause::AsAMadeUpKey),
-                    401 => self.refuse_unless_limited(heard),
-                    // Too long, whosever it is.
-                    413 | 414 | 431 => self.leave_unread(&heard),
-                    400..=499 => self.state = State::Keyless(heard),
-                    200..=299 if look.body == Body::Json => self.state = State::Keyless(heard),
-                    _ => self.leave_unread(&heard),
+                    _ if *confirmed => self.take_refusal_like_made_up(status),
+                    // A page may be shown to every visitor. So may any response that is neither a 4xx nor JSON.
+                    _ if page => self.take_unread(&answer),
+                    401 if self.may_refuse_every_key() => self.hold_refusal(&answer, HeldBecause::Status401, Cause::AsAMadeUpKey),
+                    401 => self.take_refusal_after_list_check(answer),
+                    // The request is too long with any key.
+                    413 | 414 | 431 => self.take_unread(&answer),
+                    400..=499 => self.state = State::Keyless(answer),
+                    200..=299 if shape.body == Body::Json => self.state = State::Keyless(answer),
+                    _ => self.take_unread(&answer),
                 }
             }
-            // A made-up key does not get this: it is about this key's account.
+            // A made-up key does not get this response, so it is about this key's account.
             (Classification::Verdict(verdict @ Verdict::QuotaExhausted), _) => {
-                let finding = self.finding(*verdict, Some(heard.reading.cause), Some(status));
-                self.close(Finding { retry_after: heard.retry_after, ..finding });
+                let finding = self.finding(*verdict, Some(answer.reading.cause), Some(status));
+                self.finish_unless_refused(Finding { retry_after: answer.retry_after, ..finding });
             }
-            (Classification::Unread | Classification::Verdict(_), _) => self.leave_unread(&heard),
+            (Classification::Unread | Classification::Verdict(_), _) => self.take_unread(&answer),
         }
     }
 
-    /// What a request without any key gets there, if that could be found out.
-    pub fn take_keyless(&mut self, keyless: Option<&Look>) {
-        let heard = match std::mem::replace(&mut self.state, State::Ask) {
-            State::Keyless(heard) => heard,
-            // A ban or a limit since then: it is not about this key.
-            State::KeylessNow(heard) if keyless.is_some_and(|keyless| keyless.is_like(&heard.look)) => {
-                return self.leave_to_everybody(&heard);
+    /// Takes the result of a [`Next::Keyless`]; `None` if no answer could be had.
+    pub fn take_keyless(&mut self, keyless: Option<&ResponseShape>) {
+        let answer = match std::mem::replace(&mut self.state, State::Ask) {
+            State::Keyless(answer) => answer,
+            // A ban or a limit has begun since the restricted response. It is not about this key.
+            State::KeylessNow(answer) if keyless.is_some_and(|keyless| keyless.is_like(&answer.shape)) => {
+                return self.take_same_for_every_key(&answer);
             }
-            State::KeylessNow(heard) => return self.restrict(heard.look.status),
+            State::KeylessNow(answer) => return self.take_restricted(answer.shape.status),
             state => {
                 self.state = state;
                 return;
             }
         };
-        let Some(Rung { call, .. }) = self.rungs.get(self.at) else { return };
-        let is_alike = keyless.map(|keyless| keyless.is_like(&heard.look));
-        // A key makes a difference there, and this one makes the one that a made-up key makes.
+        let Some(PlanStep { call, .. }) = self.steps.get(self.current) else { return };
+        let is_alike = keyless.map(|keyless| keyless.is_like(&answer.shape));
+        // With a key the response is another one than without, and this key gets the response of a made-up key.
         let differs = keyless.is_some_and(|keyless| {
-            let told = !matches!(keyless.status, 408 | 425 | 429 | 501..=599);
-            // Where models are called, such an answer may mean the request, or the model in it, and not the key.
-            let of_the_request = call.probe.surface.is_inference()
-                && (matches!(keyless.status, 401 | 403) || matches!(heard.look.status, 400 | 404 | 405 | 411 | 413 | 415 | 422));
-            told && !of_the_request && is_alike == Some(false)
+            let is_conclusive = !matches!(keyless.status, 408 | 425 | 429 | 501..=599);
+            // Where a model is called, such a response may be about the request or its model instead of the key.
+            let may_be_about_the_request = call.probe.surface.is_inference()
+                && (matches!(keyless.status, 401 | 403)
+                    || matches!(answer.shape.status, 400 | 404 | 405 | 411 | 413 | 415 | 422));
+            is_conclusive && !may_be_about_the_request && is_alike == Some(false)
         });
         match is_alike {
-            Some(true) => self.for_everybody = true,
-            // Something there asks for a key.
+            Some(true) => self.seen_for_every_key = true,
+            // The endpoint distinguishes keys from no key, so there is an API.
             Some(false) => self.no_api = false,
             None => {}
         }
-        match (differs, self.is_held_back()) {
-            (false, _) => self.leave_unread(&heard),
-            (true, true) => self.hold(&heard, HeldBy::Look, Cause::AsAMadeUpKey),
-            (true, false) => self.refuse_as_made_up(heard.look.status),
+        match (differs, self.is_provisional()) {
+            (false, _) => self.take_unread(&answer),
+            (true, true) => self.hold_refusal(&answer, HeldBecause::Shape, Cause::AsAMadeUpKey),
+            (true, false) => self.take_refusal_like_made_up(answer.shape.status),
         }
     }
 
-    // --- one rung ---
+    // --- responses ---
 
-    fn take_in_own_header(&mut self, heard: Heard) {
-        // Of all headers at once, a clear "yes" or "no" does; anything else may be for their number.
+    /// Takes a response to the client's own header, which was sent first.
+    fn take_in_own_header(&mut self, answer: ReadAnswer) {
+        // Several headers in one request can cause an error by themselves. Only an acceptance or a clear refusal counts then.
         let is_clear =
-            matches!(heard.reading.classification, Classification::Accepted | Classification::Verdict(Verdict::Invalid));
-        if !is_clear && !self.repeats_what_is_held(&heard) && self.ask_own_header_alone() {
+            matches!(answer.reading.classification, Classification::Accepted | Classification::Verdict(Verdict::Invalid));
+        if !is_clear && !self.repeats_what_is_held(&answer) && self.ask_own_header_alone() {
             return;
         }
-        let status = Some(heard.look.status);
-        let Reading { classification, by, cause, stop } = &heard.reading;
+        let status = Some(answer.shape.status);
+        let Reading { classification, by, cause, stop } = &answer.reading;
         let finding = |verdict| self.finding(verdict, Some(*cause), status);
-        let is_yes = *classification == Classification::Accepted;
-        if !is_yes && self.to_everybody.iter().any(|look| look.is_like(&heard.look)) {
-            return self.leave_to_everybody(&heard);
+        let is_accepted = *classification == Classification::Accepted;
+        if !is_accepted && self.same_for_every_key.iter().any(|shape| shape.is_like(&answer.shape)) {
+            return self.take_same_for_every_key(&answer);
         }
         match classification {
-            // The same "no" to two kinds of request, and to a made-up key at the first of them, is about the key.
-            Classification::Unread if self.repeats_what_is_held(&heard) => self.refuse_as_made_up(heard.look.status),
+            // Two kinds of request got this refusal, and a made-up key got it from the first of them: it is about the key.
+            Classification::Unread if self.repeats_what_is_held(&answer) => self.take_refusal_like_made_up(answer.shape.status),
             Classification::Accepted | Classification::Forbidden(_) | Classification::Unread => {
-                self.state = State::Calibrate(heard)
+                self.state = State::Calibrate(answer)
             }
-            Classification::Restricted if *by == ReadBy::CommonCode => self.state = State::Calibrate(heard),
-            // The status alone says so: it may be what every unknown key gets.
-            Classification::Verdict(Verdict::QuotaExhausted) if *by == ReadBy::Shape => self.state = State::Calibrate(heard),
-            Classification::Restricted => self.restrict(heard.look.status),
-            // This list may say so to every key.
+            Classification::Restricted if *by == ReadBy::CommonCode => self.state = State::Calibrate(answer),
+            // Only the status says so. Every unknown key may get it.
+            Classification::Verdict(Verdict::QuotaExhausted) if *by == ReadBy::Shape => self.state = State::Calibrate(answer),
+            Classification::Restricted => self.take_restricted(answer.shape.status),
+            // This list may refuse every key with this response.
             Classification::Verdict(Verdict::Invalid)
-                if heard.look.status == 401 && !matches!(by, ReadBy::Signal(_)) && self.may_refuse_everybody() =>
+                if answer.shape.status == 401 && !matches!(by, ReadBy::Signal(_)) && self.may_refuse_every_key() =>
             {
-                self.hold(&heard, HeldBy::Status401, *cause);
+                self.hold_refusal(&answer, HeldBecause::Status401, *cause);
             }
-            Classification::Verdict(Verdict::Invalid) => self.refuse(finding(Verdict::Invalid)),
+            Classification::Verdict(Verdict::Invalid) => self.take_refusal(finding(Verdict::Invalid)),
             Classification::Verdict(Verdict::UnexpectedResponse) if !stop => {
-                self.fall_back_on(finding(Verdict::UnexpectedResponse));
+                self.keep_as_fallback(finding(Verdict::UnexpectedResponse));
                 self.no_api = false;
-                self.step();
+                self.next_step();
             }
-            // The list may fail for everybody, or be missing ("not implemented").
-            Classification::Verdict(verdict @ (Verdict::ProviderError | Verdict::RateLimited)) if self.is_held_back() => {
-                self.fall_back_on(Finding { retry_after: heard.retry_after, ..finding(*verdict) });
+            // The list may fail for every key, or may not be implemented.
+            Classification::Verdict(verdict @ (Verdict::ProviderError | Verdict::RateLimited)) if self.is_provisional() => {
+                self.keep_as_fallback(Finding { retry_after: answer.retry_after, ..finding(*verdict) });
                 self.no_api = false;
-                self.step();
+                self.next_step();
             }
             Classification::Verdict(verdict) => {
-                self.close(Finding { retry_after: heard.retry_after, ..finding(*verdict) });
+                self.finish_unless_refused(Finding { retry_after: answer.retry_after, ..finding(*verdict) });
             }
         }
     }
 
-    /// Only a "yes" there changes what the client's own header came to; and where that told nothing, a clear word does.
-    fn take_in_another_header(&mut self, heard: Heard) {
-        // Several headers in one request may be what is refused: then each is asked alone.
+    /// After a refusal in the client's own header, only a success response in another header changes the result. After a response without meaning, a
+    /// clear refusal does too.
+    fn take_in_another_header(&mut self, answer: ReadAnswer) {
+        // The number of headers may be what was refused: send each of them alone.
         let families = self.families();
         let own = match &self.first_header {
             Some(FirstHeader::Refused(own) | FirstHeader::Unread(own)) => own.status,
             None => None,
         };
         let several = families.len() > 1
-            && heard.reading.classification == Classification::Unread
-            && matches!(heard.look.status, 400 | 409 | 422)
-            && own != Some(heard.look.status);
-        if several && let Some(rung) = self.rungs.get_mut(self.at) {
-            rung.order.splice(self.group..=self.group, families.into_iter().map(|family| vec![family]));
+            && answer.reading.classification == Classification::Unread
+            && matches!(answer.shape.status, 400 | 409 | 422)
+            && own != Some(answer.shape.status);
+        if several && let Some(step) = self.steps.get_mut(self.current) {
+            step.order.splice(self.header_group..=self.header_group, families.into_iter().map(|family| vec![family]));
             self.state = State::Ask;
             return;
         }
-        match (&heard.reading.classification, &self.first_header) {
-            (Classification::Accepted, _) => self.state = State::Calibrate(heard),
-            // A 401 is about a credential: in words elsewhere, it is one. A 400 may be about anything, and the 401 elsewhere about no key.
+        match (&answer.reading.classification, &self.first_header) {
+            (Classification::Accepted, _) => self.state = State::Calibrate(answer),
+            // The client's own header got a 401, which is about credentials, so a clear refusal in another header counts. A 400 may be about
+            // anything, and a 401 elsewhere then need not be about the key.
             (Classification::Verdict(verdict @ (Verdict::Invalid | Verdict::QuotaExhausted)), Some(FirstHeader::Unread(own)))
                 if matches!(own.status, Some(401 | 407)) =>
             {
-                self.state = State::Done(self.finding(*verdict, Some(heard.reading.cause), Some(heard.look.status)));
+                self.state = State::Done(self.finding(*verdict, Some(answer.reading.cause), Some(answer.shape.status)));
             }
-            _ => self.finish_rung(),
+            _ => self.finish_step(),
         }
     }
 
-    /// Silence cancels neither a refusal nor an earlier answer.
-    fn take_silence(&mut self, finding: Finding) {
+    /// No response came. Earlier responses keep their weight.
+    fn take_no_answer(&mut self, finding: Finding) {
         match std::mem::replace(&mut self.state, State::Ask) {
-            // One of them was the right one: the key is good, whatever comes of the search for which.
+            // One of these headers was accepted, so the key is good. Which one it was stays unknown.
             State::Identify(families, first) => {
                 let one = families.first().copied();
                 return one.map_or((), |one| self.accept(one, &first));
             }
-            State::Second(first) => return self.take_limit(&first),
-            State::AtOpenList(first, ..) => return self.leave_to_everybody(&first),
+            State::AskAgain(first) => return self.take_second_refusal(&first),
+            State::AtOpenList(first, ..) => return self.take_same_for_every_key(&first),
             _ => {}
         }
-        if self.group > 0 {
-            return self.finish_rung();
+        if self.header_group > 0 {
+            return self.finish_step();
         }
         let says_more =
             |finding: &Finding| matches!(finding.verdict, Verdict::NotCalibrated | Verdict::ProviderError | Verdict::RateLimited);
@@ -560,125 +576,132 @@ impl<'t> ProbePlan<'t> {
             Some(earlier) if says_more(&earlier) => Finding { cost_money: finding.cost_money, ..earlier },
             Some(_) | None => finding,
         };
-        self.close(finding);
+        self.finish_unless_refused(finding);
     }
 
-    /// The end, unless an earlier refusal counts against an answer that tells nothing.
-    fn close(&mut self, finding: Finding) {
-        let untold = matches!(
+    /// Ends the probe with this finding. If it says nothing about the key and an earlier refusal is held, the refusal counts instead.
+    fn finish_unless_refused(&mut self, finding: Finding) {
+        let is_inconclusive = matches!(
             finding.verdict,
             Verdict::RateLimited | Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::Timeout | Verdict::Unreachable
         );
         match self.held.take() {
-            // In another header than the client's own, nothing but a "yes" says otherwise.
+            // The held refusal was in the client's own header. Only a success response in another header would overrule it.
             Some(held) if self.confirming.is_some() => {
                 self.state = State::Done(Finding { cost_money: finding.cost_money, ..held.finding });
             }
-            Some(held) if held.by != HeldBy::Look && untold => self.settle(held),
+            Some(held) if held.because != HeldBecause::Shape && is_inconclusive => self.apply_held_refusal(held),
             Some(_) | None => self.state = State::Done(finding),
         }
     }
 
-    /// What was held counts: the other headers are asked where it was heard.
-    fn settle(&mut self, held: Held) {
-        (self.at, self.group) = (held.at, 0);
-        self.refuse(held.finding);
+    /// The held refusal counts. Goes back to its step to try the other headers there.
+    fn apply_held_refusal(&mut self, held: HeldRefusal) {
+        (self.current, self.header_group) = (held.step, 0);
+        self.take_refusal(held.finding);
     }
 
-    /// This "yes" counts.
-    fn believe(&mut self, heard: Heard) {
+    /// This success response counts.
+    fn accept_response(&mut self, answer: ReadAnswer) {
         match self.families().as_slice() {
-            [one] => self.accept(*one, &heard),
-            several => self.state = State::Identify(several.to_vec(), heard),
+            [one] => self.accept(*one, &answer),
+            several => self.state = State::Identify(several.to_vec(), answer),
         }
     }
 
-    /// The same key is not accepted again at once: what refused the made-up key may be a limit.
-    fn take_limit(&mut self, heard: &Heard) {
-        if self.group > 0 {
-            return self.finish_rung();
+    /// The key was not accepted again right afterwards. So the refusal of the made-up key may have been a limit.
+    fn take_second_refusal(&mut self, answer: &ReadAnswer) {
+        if self.header_group > 0 {
+            return self.finish_step();
         }
-        let finding = self.finding(Verdict::NotCalibrated, Some(Cause::MadeUpKeyUntold), Some(heard.look.status));
-        self.close(finding);
+        let finding = self.finding(Verdict::NotCalibrated, Some(Cause::MadeUpKeyUntold), Some(answer.shape.status));
+        self.finish_unless_refused(finding);
     }
 
-    /// This comes to everybody by now: it says nothing of the key, and no further header is tried.
-    fn leave_to_everybody(&mut self, heard: &Heard) {
-        self.for_everybody = true;
+    /// Every key gets this response by now. It says nothing about this key, and no further header is tried.
+    fn take_same_for_every_key(&mut self, answer: &ReadAnswer) {
+        self.seen_for_every_key = true;
         self.no_api = false;
-        self.to_everybody.push(heard.look.clone());
-        if let Some(rung) = self.rungs.get(self.at) {
-            self.lessons.push(Lesson::ToEverybody(rung.call.request, self.families(), heard.look.clone()));
+        self.same_for_every_key.push(answer.shape.clone());
+        if let Some(step) = self.steps.get(self.current) {
+            self.lessons.push(Lesson::SameForEveryKey(step.call.request, self.families(), answer.shape.clone()));
         }
-        // What seemed a restriction of this key is none.
+        // An earlier restriction was not about this key either.
         self.fallback.take_if(|earlier| earlier.cause == Some(Cause::Restricted));
-        self.fall_back_on(self.finding(Verdict::UnexpectedResponse, Some(Cause::RequestRefused), Some(heard.look.status)));
-        self.finish_rung();
+        self.keep_as_fallback(self.finding(Verdict::UnexpectedResponse, Some(Cause::RequestRefused), Some(answer.shape.status)));
+        self.finish_step();
     }
 
-    fn accept(&mut self, family: HeaderFamily, heard: &Heard) {
-        let Some(Rung { call, order, .. }) = self.rungs.get(self.at) else { return };
+    /// Ends the probe with VALID, unless a request that calls a model has to confirm it first.
+    fn accept(&mut self, family: HeaderFamily, answer: &ReadAnswer) {
+        let Some(PlanStep { call, order, .. }) = self.steps.get(self.current) else { return };
         let wrong = match &self.confirming {
             Some(wrong) => wrong.clone(),
             None => {
-                // The client's own header, alone or first of several, was refused.
-                let own = order.first().and_then(|group| group.first()).filter(|own| **own != family);
+                // The client's own header was sent first, alone or with others, and was refused.
+                let own = order.first().and_then(|headers| headers.first()).filter(|own| **own != family);
                 own.into_iter().copied().collect()
             }
         };
-        // A list may look at no more than a key's form. What was refused in the client's own header is accepted in another one only if the
-        // request that calls a model is, too.
-        let confirms = |rung: &Rung<'_>| rung.is_inference() && rung.call.probe.auth.contains(&family);
+        // A list may check only the form of a key. So an acceptance in another header than the client's own has to be confirmed by a request that
+        // calls a model.
+        let confirms = |step: &PlanStep<'_>| step.is_inference() && step.call.probe.auth.contains(&family);
         if let Some(FirstHeader::Refused(refused)) = &self.first_header
-            && self.group > 0
-            && self.is_held_back()
+            && self.header_group > 0
+            && self.is_provisional()
             && self.later().any(confirms)
         {
-            self.held = Some(Held { finding: refused.clone(), look: heard.look.clone(), at: self.at, by: HeldBy::Status401 });
+            self.held = Some(HeldRefusal {
+                finding: refused.clone(),
+                shape: answer.shape.clone(),
+                step: self.current,
+                because: HeldBecause::Status401,
+            });
             self.confirming = Some(wrong);
-            let later = self.rungs.split_off(self.at + 1).into_iter().filter(confirms);
-            self.rungs.extend(later.map(|rung| Rung { order: vec![vec![family]], ..rung }));
-            return self.step();
+            let later = self.steps.split_off(self.current + 1).into_iter().filter(confirms);
+            self.steps.extend(later.map(|step| PlanStep { order: vec![vec![family]], ..step }));
+            return self.next_step();
         }
-        // What the list said in this header it says to good keys too.
+        // Here the list refused a key that is good, so it refuses good keys in this header.
         if let Some(held) = self.held.as_ref().filter(|_| self.confirming.is_none())
-            && let Some(list) = self.rungs.get(held.at).filter(|list| list.first() == Some(family))
+            && let Some(list) = self.steps.get(held.step).filter(|list| list.first_header() == Some(family))
         {
             self.absent.push(list.call.request);
         }
         self.lessons.push(Lesson::Family { right: family, wrong });
         self.lessons.extend(self.absent.iter().copied().map(Lesson::Absent));
-        // In a request that never takes the client's header, another one is no sign.
+        // Where the request never takes the client's own header, acceptance in another one is no sign of a mistake.
         let wrong_header = self.client.is_some_and(|client| client != family && call.probe.auth.contains(&client));
-        let finding = self.finding(Verdict::Valid, None, Some(heard.look.status));
+        let finding = self.finding(Verdict::Valid, None, Some(answer.shape.status));
         self.state = State::Done(Finding { family: Some(family), wrong_header, ..finding });
     }
 
-    /// Alive, but not for this. Where models are called, and no other way to call them is left, such a key is of no use.
-    fn restrict(&mut self, status: u16) {
+    /// The key is alive but may not use this endpoint. If this was the last request that calls a model, the key is of no use.
+    fn take_restricted(&mut self, status: u16) {
         self.no_api = false;
-        if self.is_last_call() {
-            self.close(self.finding(Verdict::Forbidden, Some(Cause::Restricted), Some(status)));
+        if self.is_last_inference() {
+            self.finish_unless_refused(self.finding(Verdict::Forbidden, Some(Cause::Restricted), Some(status)));
         } else {
-            self.fall_back_on(self.finding(Verdict::UnexpectedResponse, Some(Cause::Restricted), Some(status)));
-            self.step();
+            self.keep_as_fallback(self.finding(Verdict::UnexpectedResponse, Some(Cause::Restricted), Some(status)));
+            self.next_step();
         }
     }
 
-    /// A model is called here, and no other way to call one is left.
-    fn is_last_call(&self) -> bool {
-        self.rungs.get(self.at).is_some_and(Rung::is_inference) && !self.later().any(Rung::is_inference)
+    /// This step calls a model, and no later step does.
+    fn is_last_inference(&self) -> bool {
+        self.steps.get(self.current).is_some_and(PlanStep::is_inference) && !self.later().any(PlanStep::is_inference)
     }
 
-    fn refuse_as_made_up(&mut self, status: u16) {
-        self.refuse(self.finding(Verdict::Invalid, Some(Cause::AsAMadeUpKey), Some(status)));
+    /// The key was refused in the same way as a made-up key.
+    fn take_refusal_like_made_up(&mut self, status: u16) {
+        self.take_refusal(self.finding(Verdict::Invalid, Some(Cause::AsAMadeUpKey), Some(status)));
     }
 
-    /// Refused in the client's own header: the others are tried, and change it only by a "yes".
-    fn refuse(&mut self, finding: Finding) {
+    /// The key was refused in the client's own header. Tries the other headers, which change the result only by a success response.
+    fn take_refusal(&mut self, finding: Finding) {
         self.no_api = false;
-        // The list said so first.
-        let is_same = |held: &Held| held.by == HeldBy::Status401 && finding.verdict == Verdict::Invalid;
+        // The list refused it first; its finding has the first evidence.
+        let is_same = |held: &HeldRefusal| held.because == HeldBecause::Status401 && finding.verdict == Verdict::Invalid;
         let finding = match self.held.take_if(|held| self.confirming.is_none() && is_same(held)) {
             Some(held) => held.finding,
             None => finding,
@@ -687,103 +710,106 @@ impl<'t> ProbePlan<'t> {
         self.try_other_headers();
     }
 
-    /// Forbidden by its code, as a made-up key is.
-    fn refuse_by_code(&mut self, heard: Heard, in_contrast: bool) {
-        match (in_contrast, self.is_held_back()) {
-            (true, _) => self.refuse_as_made_up(heard.look.status),
-            (false, true) => self.hold(&heard, HeldBy::Code, Cause::AsAMadeUpKey),
-            (false, false) => self.refuse_unless_limited(heard),
+    /// A made-up key gets the same code for "forbidden".
+    fn take_refusal_by_code(&mut self, answer: ReadAnswer, confirmed: bool) {
+        match (confirmed, self.is_provisional()) {
+            (true, _) => self.take_refusal_like_made_up(answer.shape.status),
+            (false, true) => self.hold_refusal(&answer, HeldBecause::Code, Cause::AsAMadeUpKey),
+            (false, false) => self.take_refusal_after_list_check(answer),
         }
     }
 
-    /// A made-up key gets the same, and so may everybody by now: where anybody was accepted before, that is asked once more.
-    fn refuse_unless_limited(&mut self, heard: Heard) {
-        match self.open {
-            Some((list, family)) if self.rungs.get(self.at).is_some_and(Rung::is_inference) => {
-                self.state = State::AtOpenList(heard, list, family);
+    /// A made-up key is refused in the same way, but every key may be by now. So a list that accepted every key before is asked once more.
+    fn take_refusal_after_list_check(&mut self, answer: ReadAnswer) {
+        match self.open_list {
+            Some((list, family)) if self.steps.get(self.current).is_some_and(PlanStep::is_inference) => {
+                self.state = State::AtOpenList(answer, list, family);
             }
-            _ => self.refuse_as_made_up(heard.look.status),
+            _ => self.take_refusal_like_made_up(answer.shape.status),
         }
     }
 
-    /// Nobody says of this list that it tells keys apart, and a request that calls a model comes after it.
-    fn is_held_back(&self) -> bool {
-        let Some(rung) = self.rungs.get(self.at) else { return false };
-        !rung.call.probe.refuses_bad_keys && !rung.is_inference() && self.later().any(Rung::is_inference)
+    /// The catalogue does not say that this list refuses bad keys, and a later step calls a model. So a refusal here is not final.
+    fn is_provisional(&self) -> bool {
+        let Some(step) = self.steps.get(self.current) else { return false };
+        !step.call.probe.refuses_bad_keys && !step.is_inference() && self.later().any(PlanStep::is_inference)
     }
 
-    /// What has not been asked yet.
-    fn later(&self) -> impl Iterator<Item = &Rung<'t>> {
-        self.rungs.iter().skip(self.at + 1)
+    /// The steps that are still to come.
+    fn later(&self) -> impl Iterator<Item = &PlanStep<'t>> {
+        self.steps.iter().skip(self.current + 1)
     }
 
-    /// No key was seen accepted at this list: it may want another kind of login than a key.
-    fn may_refuse_everybody(&self) -> bool {
-        self.is_held_back() && self.rungs.get(self.at).is_some_and(|rung| !rung.has_accepted)
+    /// No key was ever seen accepted at this list. It may want another kind of login than a key.
+    fn may_refuse_every_key(&self) -> bool {
+        self.is_provisional() && self.steps.get(self.current).is_some_and(|step| !step.has_accepted)
     }
 
-    fn hold(&mut self, heard: &Heard, by: HeldBy, cause: Cause) {
-        let finding = self.finding(Verdict::Invalid, Some(cause), Some(heard.look.status));
+    /// Holds the refusal back until a request that calls a model is answered, and goes on to the next step.
+    fn hold_refusal(&mut self, answer: &ReadAnswer, because: HeldBecause, cause: Cause) {
+        let finding = self.finding(Verdict::Invalid, Some(cause), Some(answer.shape.status));
         self.no_api = false;
-        self.fall_back_on(Finding { verdict: Verdict::UnexpectedResponse, ..finding.clone() });
-        self.held = Some(Held { finding, look: heard.look.clone(), at: self.at, by });
-        // The other headers are tried where the answer counts: after a 401, all in one request.
-        if by == HeldBy::Status401 {
-            for rung in self.rungs.iter_mut().skip(self.at + 1).filter(|rung| rung.is_inference()) {
-                rung.order = vec![rung.order.concat()];
+        self.keep_as_fallback(Finding { verdict: Verdict::UnexpectedResponse, ..finding.clone() });
+        self.held = Some(HeldRefusal { finding, shape: answer.shape.clone(), step: self.current, because });
+        // After a 401, later steps send all headers in one request.
+        if because == HeldBecause::Status401 {
+            for step in self.steps.iter_mut().skip(self.current + 1).filter(|step| step.is_inference()) {
+                step.order = vec![step.order.concat()];
             }
         }
-        self.step();
+        self.next_step();
     }
 
-    /// Without words, the same answer may be about the path.
-    fn repeats_what_is_held(&self, heard: &Heard) -> bool {
-        let of_the_path = heard.reading.cause == Cause::NotFound && heard.look.body != Body::Json;
-        !of_the_path && self.held.as_ref().is_some_and(|held| held.look.says_the_same(&heard.look))
+    /// The held refusal and this response are the same. A "no such path" without a JSON body does not count: it may be about the path.
+    fn repeats_what_is_held(&self, answer: &ReadAnswer) -> bool {
+        let may_be_about_the_path = answer.reading.cause == Cause::NotFound && answer.shape.body != Body::Json;
+        !may_be_about_the_path && self.held.as_ref().is_some_and(|held| held.shape.matches_across_requests(&answer.shape))
     }
 
-    fn leave_unread(&mut self, heard: &Heard) {
-        let status = heard.look.status;
-        let cause = heard.reading.cause;
+    /// The response has no meaning, or none that counts yet.
+    fn take_unread(&mut self, answer: &ReadAnswer) {
+        let status = answer.shape.status;
+        let cause = answer.reading.cause;
         let nothing_there = cause == Cause::NotFound || cause == Cause::Page && !matches!(status, 401 | 403 | 407);
-        let of_a_model = heard.look.code.contains("model");
-        self.no_api &= nothing_there && !of_a_model;
+        let is_about_a_model = answer.shape.code.contains("model");
+        self.no_api &= nothing_there && !is_about_a_model;
         if cause == Cause::NotFound
-            && let Some(Rung { call, .. }) = self.rungs.get(self.at)
+            && let Some(PlanStep { call, .. }) = self.steps.get(self.current)
         {
             self.absent.push(call.request);
         }
-        if self.repeats_what_is_held(heard) {
-            return self.refuse_as_made_up(status);
+        if self.repeats_what_is_held(answer) {
+            return self.take_refusal_like_made_up(status);
         }
         self.first_header = Some(FirstHeader::Unread(self.finding(Verdict::UnexpectedResponse, Some(cause), Some(status))));
-        // A refusal it may be: for want of the key in the right header.
-        if matches!(status, 400..=499) && !nothing_there { self.try_other_headers() } else { self.finish_rung() }
+        // A 4xx may be a refusal because the key is missing in the right header.
+        if matches!(status, 400..=499) && !nothing_there { self.try_other_headers() } else { self.finish_step() }
     }
 
-    /// The client's own header was asked together with the others: it is asked alone.
+    /// Sends the client's own header alone, if it was sent together with others.
     fn ask_own_header_alone(&mut self) -> bool {
         let families = self.families();
-        let Some(rung) = self.rungs.get_mut(self.at).filter(|_| self.group == 0) else { return false };
+        let Some(step) = self.steps.get_mut(self.current).filter(|_| self.header_group == 0) else { return false };
         let [own, rest @ ..] = families.as_slice() else { return false };
         if rest.is_empty() {
             return false;
         }
-        rung.order = vec![vec![*own], rest.to_vec()];
+        step.order = vec![vec![*own], rest.to_vec()];
         self.state = State::Ask;
         true
     }
 
     fn try_other_headers(&mut self) {
-        self.group += 1;
+        self.header_group += 1;
         self.state = State::Ask;
         if self.families().is_empty() {
-            self.finish_rung();
+            self.finish_step();
         }
     }
 
-    fn finish_rung(&mut self) {
-        if self.group > 0 && self.rungs.get(self.at).is_some_and(|rung| self.group + 1 < rung.order.len()) {
+    /// Tries the next headers of this step. If there are none, ends the step with the result of its first header.
+    fn finish_step(&mut self) {
+        if self.header_group > 0 && self.steps.get(self.current).is_some_and(|step| self.header_group + 1 < step.order.len()) {
             return self.try_other_headers();
         }
         match self.first_header.take() {
@@ -791,44 +817,48 @@ impl<'t> ProbePlan<'t> {
                 self.state = State::Done(Finding { cost_money: self.cost_money, ..finding });
             }
             Some(FirstHeader::Unread(finding)) => {
-                self.fall_back_on(finding);
-                self.step();
+                self.keep_as_fallback(finding);
+                self.next_step();
             }
-            None => self.step(),
+            None => self.next_step(),
         }
     }
 
-    fn step(&mut self) {
-        self.at += 1;
-        self.group = 0;
+    fn next_step(&mut self) {
+        self.current += 1;
+        self.header_group = 0;
         self.first_header = None;
         self.made_up = MadeUpKey::NotAsked;
         self.state = State::Ask;
     }
 
-    /// No rung is left.
-    fn end(&mut self) {
-        let untold = self.fallback.as_ref().is_none_or(|earlier| earlier.verdict == Verdict::UnexpectedResponse);
+    /// Ends the probe: no step is left.
+    fn conclude(&mut self) {
+        let is_inconclusive = self.fallback.as_ref().is_none_or(|earlier| earlier.verdict == Verdict::UnexpectedResponse);
         let was_accepted = self.fallback.as_ref().is_some_and(|earlier| earlier.verdict == Verdict::NotCalibrated);
         match self.held.take() {
             Some(held) if self.confirming.is_some() => {
                 self.state = State::Done(Finding { cost_money: self.cost_money, ..held.finding });
                 return;
             }
-            // But for a "yes" where models are called, though nothing shows what it is worth: then nothing tells.
-            Some(held) if held.by == HeldBy::Status401 && !was_accepted || held.by == HeldBy::Code && untold => {
-                return self.settle(held);
+            // A held 401 counts, unless a request that calls a model accepted the key without proof. Then nothing is certain.
+            Some(held)
+                if held.because == HeldBecause::Status401 && !was_accepted
+                    || held.because == HeldBecause::Code && is_inconclusive =>
+            {
+                return self.apply_held_refusal(held);
             }
             Some(_) | None => {}
         }
         let finding = self.fallback.take().unwrap_or_else(|| Finding::bare(Verdict::UnexpectedResponse));
-        let no_api = self.no_api && self.for_everybody && finding.verdict == Verdict::UnexpectedResponse;
+        let no_api = self.no_api && self.seen_for_every_key && finding.verdict == Verdict::UnexpectedResponse;
         let cause = if no_api { Some(Cause::NoApiAtBaseUrl) } else { finding.cause };
         self.state = State::Done(Finding { cause, about_model: self.named_model, cost_money: self.cost_money, ..finding });
     }
 
-    /// The most telling one is kept: a list that fails, accepts anybody, then restricted, then anything that tells nothing.
-    fn fall_back_on(&mut self, finding: Finding) {
+    /// Keeps the more informative of two results. From most to least informative: a failing endpoint, one that accepts every key, a restriction,
+    /// anything else.
+    fn keep_as_fallback(&mut self, finding: Finding) {
         let rank = |finding: &Finding| match (finding.verdict, finding.cause) {
             (Verdict::ProviderError | Verdict::RateLimited, _) => 3,
             (Verdict::NotCalibrated, _) => 2,
@@ -841,14 +871,14 @@ impl<'t> ProbePlan<'t> {
     }
 
     fn families(&self) -> Vec<HeaderFamily> {
-        self.rungs.get(self.at).and_then(|rung| rung.order.get(self.group)).cloned().unwrap_or_default()
+        self.steps.get(self.current).and_then(|step| step.order.get(self.header_group)).cloned().unwrap_or_default()
     }
 
     fn finding(&self, verdict: Verdict, cause: Option<Cause>, status: Option<u16>) -> Finding {
         Finding {
             cause,
             status,
-            probe: self.rungs.get(self.at).map(|rung| rung.call.probe.name.clone()).unwrap_or_default(),
+            probe: self.steps.get(self.current).map(|step| step.call.probe.name.clone()).unwrap_or_default(),
             family: self.families().first().copied(),
             made_up: self.made_up,
             about_model: self.named_model,
@@ -858,33 +888,35 @@ impl<'t> ProbePlan<'t> {
     }
 }
 
-/// What a "yes" is worth.
-enum Worth {
-    Yes,
-    /// What refused the made-up key may be a limit on calls.
-    IfAcceptedAgain,
-    Nothing,
+/// Whether a success response proves that the key is good.
+enum AcceptanceProof {
+    Proven,
+    /// The refusal of the made-up key may have been a limit on calls.
+    NeedsSecondAcceptance,
+    Unproven,
 }
 
-/// A "yes" counts where the endpoint was seen to refuse a made-up key, or is documented to and was not seen to accept one.
-fn worth(documented: bool, calibration: &Calibration) -> Worth {
+/// A success response is proof if the endpoint was seen to refuse a made-up key, or is documented to and was not seen to accept one.
+fn acceptance_proof(documented: bool, calibration: &Calibration) -> AcceptanceProof {
     match calibration {
-        Calibration::AcceptsAnyone => Worth::Nothing,
-        _ if documented => Worth::Yes,
-        Calibration::Refuses { by_code, in_contrast, .. } if *by_code || *in_contrast => Worth::Yes,
-        Calibration::Refuses { .. } => Worth::IfAcceptedAgain,
-        Calibration::Untold(_) | Calibration::Everybody(_) | Calibration::NotWaitedFor | Calibration::NotAsked => Worth::Nothing,
+        Calibration::AcceptsAnyone => AcceptanceProof::Unproven,
+        _ if documented => AcceptanceProof::Proven,
+        Calibration::Refuses { by_code, confirmed, .. } if *by_code || *confirmed => AcceptanceProof::Proven,
+        Calibration::Refuses { .. } => AcceptanceProof::NeedsSecondAcceptance,
+        Calibration::Inconclusive(_) | Calibration::SameForEveryKey(_) | Calibration::NotWaitedFor | Calibration::NotAsked => {
+            AcceptanceProof::Unproven
+        }
     }
 }
 
-/// What a made-up key got.
+/// How the endpoint answered a made-up key.
 pub fn outcome_of(calibration: &Calibration) -> MadeUpKey {
     match calibration {
-        Calibration::Refuses { look, .. } => MadeUpKey::Refused(look.status),
+        Calibration::Refuses { shape, .. } => MadeUpKey::Refused(shape.status),
         Calibration::AcceptsAnyone => MadeUpKey::Accepted,
-        Calibration::Untold(Some(status)) => MadeUpKey::Inconclusive(*status),
-        Calibration::Everybody(look) => MadeUpKey::Inconclusive(look.status),
-        Calibration::Untold(None) => MadeUpKey::NoAnswer,
+        Calibration::Inconclusive(Some(status)) => MadeUpKey::Inconclusive(*status),
+        Calibration::SameForEveryKey(shape) => MadeUpKey::Inconclusive(shape.status),
+        Calibration::Inconclusive(None) => MadeUpKey::NoAnswer,
         Calibration::NotWaitedFor => MadeUpKey::NotWaitedFor,
         Calibration::NotAsked => MadeUpKey::NotAsked,
     }

@@ -1,4 +1,5 @@
-//! The registry: providers, and which of them each runtime can use for which models. Valid by construction.
+//! The registry: which providers there are, and which of them each runtime can use for which models. A `Registry` exists only if its document is
+//! valid.
 
 mod check;
 mod file;
@@ -19,10 +20,10 @@ use crate::{
     },
 };
 
-/// The registry that is built in: our own text around the platform's facts.
+/// The built-in registry: the platform's facts, in our own words.
 const EMBEDDED: &str = include_str!("registry/default.yaml");
 
-/// All that is known about who owns which model.
+/// Which provider owns which model.
 #[derive(Debug)]
 pub struct Registry {
     revision: String,
@@ -32,58 +33,58 @@ pub struct Registry {
     credential_names: BTreeSet<String>,
 }
 
-/// One provider.
+/// A provider of models.
 #[derive(Debug)]
 pub struct Provider {
-    /// Its unique name.
+    /// The unique name.
     pub name: String,
-    /// Its name for people.
+    /// The name that people see.
     pub display_name: String,
-    /// The API it speaks.
+    /// The API that it speaks.
     pub protocol: Protocol,
     /// How it authenticates.
     pub auth: Auth,
-    /// Where it is, if it can be called at all: placeholders resolved, no trailing slash.
+    /// The base URL, if it is known: with placeholders filled, without a trailing slash.
     pub base_url: Option<url::Url>,
-    /// Where it can be called by Anthropic's API, whatever its protocol.
+    /// The base URL for Anthropic's API, whatever the provider's protocol.
     pub anthropic_base_url: Option<url::Url>,
-    /// Its base URL differs from tenant to tenant and is not known here: nothing can be asked.
+    /// The base URL differs from tenant to tenant and is not known here, so the provider cannot be asked.
     pub is_per_tenant: bool,
-    /// The credential names that it accepts, in the order in which they are tried. Never empty.
+    /// The variables that may hold its credential, in the order in which they are tried. Never empty.
     pub auth_env: Vec<String>,
-    /// The variable through which a workspace hands the credential to its client; tells the header family to try first.
+    /// The variable that passes the credential to the workspace's client. It says which header to try first.
     pub auth_token_env: Option<String>,
-    /// Models that it owns by pattern.
+    /// A pattern for the models that it owns.
     pub pattern: Regex,
-    /// What it puts before a model id on the wire.
+    /// The prefix of its model ids in requests.
     pub wire_model_prefix: String,
-    /// Its models refuse a completion that does not ask for thinking.
+    /// Its models refuse a completion that does not enable thinking.
     pub thinking_required: bool,
-    /// Probes written into the registry itself; they win over the catalogue.
+    /// Probes in the registry itself. They replace those of the catalogue.
     pub probes: Vec<Probe>,
-    /// The registry marks it so; it decides nothing.
+    /// Marked as deprecated. Has no influence on decisions.
     pub deprecated: bool,
 }
 
 /// How a provider authenticates.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Auth {
-    /// A key in a header.
+    /// By a key in a header.
     Key,
-    /// A subscription's OAuth credential, which is never exercised.
+    /// By a subscription's OAuth credential, which is never sent.
     OAuth,
-    /// The machine's own cloud identity: there is no tenant credential.
+    /// By the machine's own cloud identity. There is no tenant credential.
     Ambient,
 }
 
-/// One runtime: its providers in declared order.
+/// A runtime, with its providers in the order of the document.
 #[derive(Debug, Default)]
 pub struct Runtime {
-    /// Its name for people; empty if it has none.
+    /// The name that people see; empty if it has none.
     pub display_name: String,
     /// The providers that it can use.
     pub arms: Vec<Arm>,
-    /// Arms that list a model id, by the id.
+    /// The positions of the arms that list a model, by the model's id.
     exact: HashMap<String, Vec<usize>>,
 }
 
@@ -91,64 +92,64 @@ pub struct Runtime {
 #[derive(Debug)]
 pub struct Arm {
     provider: usize,
-    /// Its place among all arms of the registry.
+    /// The position among all arms of the registry.
     pub index: usize,
-    /// The models that it lists; none for a name-only arm, which owns by pattern alone.
+    /// The models that it lists. If there are none, it owns models by the provider's pattern only.
     pub models: Vec<String>,
-    /// Models that new workspaces cannot have; it still owns them.
+    /// Models that new workspaces cannot have. The provider still owns them.
     pub withdrawn: Vec<String>,
 }
 
 // === impl Registry ===
 
 impl Registry {
-    /// Reads a registry. `document` names it in problems; `env` answers for `endpoint_vars`.
+    /// Reads a registry. `document` is its name in problems; `env` looks up the variables of `endpoint_vars`.
     pub fn parse(document: &str, bytes: &[u8], env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded<Self>, Problems> {
         check::check(document, bytes, env)
     }
 
-    /// The embedded registry.
+    /// The built-in registry.
     pub fn embedded(env: &dyn Fn(&str) -> Option<String>) -> Result<Loaded<Self>, Problems> {
         Self::parse("embedded registry", EMBEDDED.as_bytes(), env)
     }
 
-    /// Content hash.
+    /// A hash of the document.
     pub fn revision(&self) -> &str {
         &self.revision
     }
 
-    /// SHA-256 of the file, in hex.
+    /// The document's SHA-256 in hex.
     pub fn sha256(&self) -> &str {
         &self.sha256
     }
 
-    /// All providers, in declared order.
+    /// All providers, in the order of the document.
     pub fn providers(&self) -> &[Provider] {
         &self.providers
     }
 
-    /// A runtime, by its name as given.
+    /// The runtime with this name.
     pub fn runtime(&self, name: &str) -> Option<&Runtime> {
         self.runtimes.get(name)
     }
 
-    /// All runtimes, by name.
+    /// All runtimes, sorted by name.
     pub fn runtimes(&self) -> impl Iterator<Item = (&str, &Runtime)> {
         self.runtimes.iter().map(|(name, runtime)| (name.as_str(), runtime))
     }
 
-    /// Every credential name that some provider accepts.
+    /// Every variable that may hold a credential of some provider.
     pub fn credential_names(&self) -> &BTreeSet<String> {
         &self.credential_names
     }
 
-    /// The provider of an arm.
+    /// The provider of this arm.
     pub fn provider(&self, arm: &Arm) -> &Provider {
         #[expect(clippy::indexing_slicing, reason = "`check` builds arms from positions in `providers`, which never changes")]
         &self.providers[arm.provider]
     }
 
-    /// What a runtime offers without a key of the tenant's own.
+    /// The models that a runtime offers without a key of the tenant's own.
     pub fn keyless_models(&self, runtime: &Runtime) -> Vec<String> {
         let mut models = Vec::new();
         for arm in runtime.arms.iter().filter(|arm| self.provider(arm).is_platform()) {
@@ -174,7 +175,7 @@ impl Runtime {
         Self { display_name, arms, exact }
     }
 
-    /// The arms that list this model id, in declared order; a withdrawn id counts.
+    /// The arms that list this model, in the order of the document. Withdrawn models count.
     pub fn listing(&self, model: &str) -> impl Iterator<Item = &Arm> + Clone {
         self.exact.get(model).into_iter().flatten().filter_map(|&index| self.arms.get(index))
     }
@@ -183,17 +184,17 @@ impl Runtime {
 // === impl Provider ===
 
 impl Provider {
-    /// The platform pays for this one.
+    /// Whether the platform pays for this provider.
     pub fn is_platform(&self) -> bool {
         self.name == PLATFORM
     }
 
-    /// Who pays for its models.
+    /// Who pays for the provider's models.
     pub fn billing_mode(&self) -> BillingMode {
         if self.is_platform() { BillingMode::PlatformManaged } else { BillingMode::Byok }
     }
 
-    /// It accepts a credential of this name.
+    /// Whether a variable with this name may hold its credential.
     pub fn accepts(&self, name: &str) -> bool {
         self.auth_env.iter().any(|accepted| accepted == name)
     }
@@ -202,7 +203,7 @@ impl Provider {
 // === impl Arm ===
 
 impl Arm {
-    /// The model is withdrawn here.
+    /// Whether new workspaces cannot have this model.
     pub fn has_withdrawn(&self, model: &str) -> bool {
         self.withdrawn.iter().any(|withdrawn| withdrawn == model)
     }

@@ -1,5 +1,5 @@
-//! What agent programs, and the launchers before them, do with credentials: which variables they read, in which header they send them, to
-//! which host. Facts with their source and version, as data: `runtimes:` in the catalogue.
+//! How agent programs and their launchers use credentials: which variables they read, in which header they send the value, and to which host. The
+//! facts are data with source and version: `runtimes:` in the catalogue.
 
 mod check;
 mod file;
@@ -11,112 +11,112 @@ use url::Url;
 pub(crate) use self::{check::check, file::RuntimeFile};
 use crate::domain::protocol::{HeaderFamily, Surface};
 
-/// The facts, by runtime.
+/// The facts about all runtimes, by name.
 #[derive(Debug, Clone, Default)]
 pub struct Runtimes {
     by_name: BTreeMap<String, RuntimeFacts>,
-    /// Every variable that some runtime takes a base URL from.
+    /// Every variable from which some runtime takes a base URL.
     base_url_names: BTreeSet<String>,
 }
 
-/// What is known of one runtime.
+/// The facts about one runtime.
 #[derive(Debug, Clone)]
 pub struct RuntimeFacts {
-    /// For which version it was seen or read.
+    /// The version that was seen or read.
     pub version: String,
-    /// Where that is from.
+    /// Where the facts are from.
     pub sources: Vec<String>,
-    /// How well it is known.
+    /// How certain the facts are.
     pub certainty: Certainty,
-    /// What becomes of blanks around a value.
+    /// Whether the runtime removes blanks around a value.
     pub trims: Trims,
-    /// Names that are taken out of the organization's credentials unless the provider accepts them: the launcher's doing.
+    /// Variables that the launcher removes from the organization's credentials, unless the provider accepts them.
     pub organization_loses: BTreeSet<String>,
-    /// A refused credential is followed by the next one of the same provider.
+    /// After a refusal, the runtime tries the next credential of the same provider.
     pub falls_back: bool,
     general: Option<General>,
     routes: BTreeMap<String, Route>,
     base_url_env: Option<Vec<String>>,
 }
 
-/// Of a runtime that sends variables whatever the provider is.
+/// For a runtime that sends the same variables to every provider.
 #[derive(Debug, Clone)]
 struct General {
-    /// In which header each of them travels.
+    /// The header in which it sends each of them.
     headers: BTreeMap<String, HeaderFamily>,
     surface: Surface,
 }
 
-/// How a provider's credential leaves a workspace.
+/// How the credential of one provider leaves a workspace.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Route {
-    /// How well it is known.
+    /// How certain the route is.
     pub certainty: Certainty,
-    /// The variables that the value is taken from: the first that is set. Empty: the runtime reads none.
+    /// The variables from which the runtime takes the value: the first that is set. If empty, it reads none.
     pub reads: Vec<String>,
-    /// Variables that are used in its place wherever they are set.
+    /// Variables that are used instead whenever they are set.
     pub beaten_by: Vec<String>,
-    /// How it is sent.
-    pub way: Way,
-    /// Values that are sent another way, by how they begin.
-    pub by_prefix: Vec<(String, Way)>,
-    /// Where this variable is set, the value goes to this base URL.
+    /// How the value is sent.
+    pub delivery: Delivery,
+    /// Values that are sent differently, by their prefix.
+    pub by_prefix: Vec<(String, Delivery)>,
+    /// If this variable is set, the value goes to this base URL.
     pub by_env: Vec<(String, Url)>,
-    /// What else travels in the same request, and in which header.
+    /// Other variables that are sent in the same request, with their headers.
     pub also_sends: BTreeMap<String, HeaderFamily>,
-    /// The base-URL variables that move the host; `None`: those that the catalogue knows for the protocol.
+    /// The base-URL variables that change the host. `None`: those that the catalogue knows for the API.
     pub base_url_env: Option<Vec<String>>,
 }
 
-/// In which header, to which surface, to which host. What is not said is as for any other workspace.
+/// In which header, to which surface and to which host a value is sent. What is not given is as in any other workspace.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Way {
-    /// The header; several are sent or tried by versions that are in use.
+pub struct Delivery {
+    /// The header. Several if different versions use different ones.
     pub headers: Vec<HeaderFamily>,
-    /// The surface.
+    /// The surface that it calls.
     pub surface: Option<Surface>,
-    /// The base URL, where it is another than the registry's.
+    /// The base URL, if it is not the registry's.
     pub base: Option<Url>,
 }
 
-/// How well a fact is known.
+/// How certain a fact is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Certainty {
-    /// By report: what rests on it warns and never denies.
+    /// Somebody reported it. It can cause warnings but no denials.
     #[default]
     Reported,
-    /// The code was read.
+    /// The program's code was read.
     Read,
-    /// The program was seen doing it.
+    /// The program was observed.
     Seen,
 }
 
-/// What becomes of blanks and line breaks around a value.
+/// What a runtime does with blanks and line breaks around a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Trims {
-    /// Not known, or nothing: such a value is refused.
+    /// Nothing, or unknown. Such a value is refused.
     #[default]
     Nothing,
-    /// They are cut off at its end.
+    /// It removes them at the end.
     End,
-    /// They are cut off.
+    /// It removes them at both ends.
     BothEnds,
 }
 
 // === impl Runtimes ===
 
 impl Runtimes {
-    /// What is known of this runtime.
+    /// The facts about this runtime, if there are any.
     pub fn get(&self, runtime: &str) -> Option<&RuntimeFacts> {
         self.by_name.get(runtime)
     }
 
-    /// Some runtime takes a base URL from this variable.
+    /// Whether some runtime takes a base URL from this variable.
     pub fn reads_base_url(&self, name: &str) -> bool {
         self.base_url_names.contains(name)
     }
 
-    /// These facts laid over the present ones, runtime by runtime.
+    /// Adds these facts. They replace the present ones of the same runtimes.
     pub fn lay_over(&mut self, over: Self) {
         self.by_name.extend(over.by_name);
         self.base_url_names = self.by_name.values().flat_map(RuntimeFacts::base_url_names).collect();
@@ -131,8 +131,8 @@ impl Runtimes {
 // === impl RuntimeFacts ===
 
 impl RuntimeFacts {
-    /// How a provider's credential leaves a workspace of the runtime; `None` where nothing is known of that. `auth_env`, `auth_token_env` and
-    /// `anthropic_base_url` are what the registry says of the provider.
+    /// How this provider's credential leaves a workspace of the runtime; `None` if nothing is known. The last three arguments are what the registry
+    /// says about the provider.
     pub fn route(
         &self,
         provider: &str,
@@ -147,7 +147,7 @@ impl RuntimeFacts {
             });
         }
         let General { headers, surface } = self.general.as_ref()?;
-        // The launcher copies the first of the provider's names into this one, unless it is set.
+        // The launcher copies the value of the provider's first variable to this one, unless it is set.
         let token_env = auth_token_env?;
         let header = *headers.get(token_env)?;
         let base = anthropic_base_url?.clone();
@@ -157,14 +157,14 @@ impl RuntimeFacts {
         Some(Route {
             certainty: self.certainty,
             reads,
-            way: Way { headers: vec![header], surface: Some(*surface), base: Some(base) },
+            delivery: Delivery { headers: vec![header], surface: Some(*surface), base: Some(base) },
             also_sends: also_sends.collect(),
             base_url_env: self.base_url_env.clone(),
             ..Route::default()
         })
     }
 
-    /// Under which name a value of this provider travels in that header, if there is one.
+    /// The variable whose value the runtime sends in this header, if there is one.
     pub fn name_for(&self, header: HeaderFamily) -> Option<&str> {
         let headers = &self.general.as_ref()?.headers;
         headers.iter().find(|(_, family)| **family == header).map(|(name, _)| name.as_str())
@@ -180,21 +180,24 @@ impl RuntimeFacts {
 
 impl Route {
     /// How this value is sent.
-    pub fn way_of(&self, value: &str) -> &Way {
-        self.by_prefix.iter().find(|(prefix, _)| value.starts_with(prefix.as_str())).map_or(&self.way, |(_, way)| way)
+    pub fn delivery_of(&self, value: &str) -> &Delivery {
+        self.by_prefix
+            .iter()
+            .find(|(prefix, _)| value.starts_with(prefix.as_str()))
+            .map_or(&self.delivery, |(_, delivery)| delivery)
     }
 
-    /// It says how values that begin like this one are sent.
-    pub fn has_way_for(&self, value: &str) -> bool {
+    /// Whether there is a rule for values with the prefix of this one.
+    pub fn has_delivery_for(&self, value: &str) -> bool {
         self.by_prefix.iter().any(|(prefix, _)| value.starts_with(prefix.as_str()))
     }
 
-    /// It is known well enough to deny by.
+    /// Whether a denial may rest on it.
     pub fn is_certain(&self) -> bool {
         self.certainty >= Certainty::Read
     }
 
-    /// Every variable that takes part.
+    /// Every variable that is read or sent.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         let Self { reads, beaten_by, also_sends, by_env, .. } = self;
         reads.iter().chain(beaten_by).chain(also_sends.keys()).chain(by_env.iter().map(|(name, _)| name)).map(String::as_str)

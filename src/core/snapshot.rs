@@ -1,4 +1,4 @@
-//! What one decision is made by: one version of registry, catalogue and policy, with what follows from them.
+//! The inputs of one decision: one version of registry, catalogue and policy, and what can be computed from them in advance.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,50 +16,50 @@ use crate::{
         oauth_credential::CredentialKind,
         policy::Policy,
         registry::{Arm, Provider, Registry, Runtime},
-        runtimes::Way,
+        runtimes::Delivery,
         workspace_call::ArmRoute,
     },
     domain::{denial::Place, protocol::Surface},
 };
 
-/// What one decision is made by: one version of everything, for the whole call.
+/// One version of registry, catalogue and policy. A call uses the same snapshot from start to end.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
-    /// Who owns what.
+    /// Which provider owns which model.
     pub registry: Arc<Registry>,
-    /// How to ask.
+    /// How providers are asked.
     pub catalogue: Arc<Catalogue>,
-    /// What the operator decided.
+    /// What the operator has decided.
     pub policy: Arc<Policy>,
-    /// Where the registry came from.
+    /// The source of the registry.
     pub registry_origin: Origin,
-    /// Where the catalogue came from.
+    /// The source of the catalogue.
     pub catalogue_origin: Origin,
-    /// What follows from registry and catalogue alone: made anew for every call, it cost more than all the rest of a decision.
-    derived: Arc<Follows>,
+    /// Computed once from registry and catalogue. To compute it for every call would cost more than the rest of a decision.
+    precomputed: Arc<Precomputed>,
 }
 
-/// What follows from registry and catalogue.
+/// What is computed from registry and catalogue.
 #[derive(Debug)]
-struct Follows {
-    /// How each provider is asked, or why not.
+struct Precomputed {
+    /// How each provider is asked, or why it cannot be asked.
     endpoints: BTreeMap<String, Result<Arc<Endpoint>, NoSurface>>,
-    /// By the arms' places.
+    /// By the arms' index.
     arms: Vec<ArmUse>,
-    /// Every name that a caller may send.
+    /// Every credential name that a caller may send.
     credential_names: BTreeSet<String>,
 }
 
 /// How a runtime uses one of its providers.
 #[derive(Debug)]
 pub struct ArmUse {
-    /// How the provider's credential leaves a workspace, where that is known.
+    /// How the provider's credential leaves a workspace, if that is known.
     pub route: Option<ArmRoute>,
-    /// The credentials that take part.
+    /// The credential names that are read, sent or accepted.
     pub names: Arc<[String]>,
-    /// The base-URL variables with which a workspace would dial another host.
+    /// The base-URL variables with which a workspace would call another host.
     pub base_url_env: Arc<[String]>,
-    /// How the hosts are asked that the runtime dials, where they are others than the registry's.
+    /// The endpoints that the runtime calls at other base URLs than the registry's.
     dialled: Vec<Dialled>,
 }
 
@@ -70,21 +70,21 @@ struct Dialled {
     endpoint: Result<Arc<Endpoint>, NoSurface>,
 }
 
-/// Where a document came from.
+/// The source of a document.
 #[derive(Debug, Clone)]
 pub struct Origin {
-    /// `embedded`, or the file's path.
+    /// `embedded`, or the path of a file.
     pub source: String,
     /// When it was loaded.
     pub loaded_at: SystemTime,
-    /// Why the version that should have followed it is not in force; empty if none should.
+    /// Why a newer version is not in use; empty if there is none.
     pub last_reload_error: String,
 }
 
 // === impl Snapshot ===
 
 impl Snapshot {
-    /// These versions together.
+    /// A snapshot of these versions.
     pub fn new(
         registry: Arc<Registry>,
         catalogue: Arc<Catalogue>,
@@ -92,39 +92,39 @@ impl Snapshot {
         registry_origin: Origin,
         catalogue_origin: Origin,
     ) -> Self {
-        let derived = Arc::new(Follows::from(&registry, &catalogue));
-        Self { registry, catalogue, policy, registry_origin, catalogue_origin, derived }
+        let precomputed = Arc::new(Precomputed::from(&registry, &catalogue));
+        Self { registry, catalogue, policy, registry_origin, catalogue_origin, precomputed }
     }
 
-    /// How a provider of this registry is asked, or why not.
+    /// How a provider of this registry is asked, or why it cannot be asked.
     pub fn endpoint(&self, provider: &Provider) -> Result<&Arc<Endpoint>, &NoSurface> {
-        self.derived.endpoints.get(&provider.name).map_or(Err(&NoSurface::NoEndpoint), Result::as_ref)
+        self.precomputed.endpoints.get(&provider.name).map_or(Err(&NoSurface::NoEndpoint), Result::as_ref)
     }
 
-    /// How a runtime uses the provider of this arm.
+    /// How the runtime uses the provider of this arm.
     pub fn arm(&self, arm: &Arm) -> &ArmUse {
         #[expect(clippy::indexing_slicing, reason = "there is one for each arm of this registry, in their order")]
-        &self.derived.arms[arm.index]
+        &self.precomputed.arms[arm.index]
     }
 
-    /// How the host is asked that a workspace dials for this provider with a value that is sent this way.
+    /// The endpoint that a workspace calls for this provider, with a value that is sent in this way.
     pub fn dialled<'s>(
         &'s self,
         provider: &Provider,
         arm: &'s ArmUse,
-        way: Option<&Way>,
+        delivery: Option<&Delivery>,
         moved_to: Option<&Url>,
     ) -> Result<&'s Arc<Endpoint>, &'s NoSurface> {
-        let base = moved_to.or_else(|| way?.base.as_ref());
-        // Probes of the registry's own say where to ask.
+        let base = moved_to.or_else(|| delivery?.base.as_ref());
+        // Probes in the registry are for the registry's base URL only.
         let Some(base) = base.filter(|_| provider.probes.is_empty()) else { return self.endpoint(provider) };
-        let surface = way.and_then(|way| way.surface);
+        let surface = delivery.and_then(|delivery| delivery.surface);
         let dialled = arm.dialled.iter().find(|dialled| dialled.base == *base && dialled.surface == surface);
         dialled.map_or(Err(&NoSurface::NoEndpoint), |dialled| dialled.endpoint.as_ref())
     }
 
-    /// Every credential name that could change the owner of this model, or answer for it. Empty where the platform owns it whatever is
-    /// there, and where nobody does.
+    /// Every credential name that could change the owner of this model or be used for it. Empty if the platform is the only possible owner, or if
+    /// there is none.
     pub fn relevant_names(&self, runtime: &Runtime, model: &str) -> Arc<[String]> {
         let arms = candidate_arms(&self.registry, runtime, model);
         let providers = || arms.iter().map(|arm| self.registry.provider(arm));
@@ -143,28 +143,28 @@ impl Snapshot {
         names.into()
     }
 
-    /// The same, where this arm alone could own the model.
+    /// The same, if this arm is the only possible owner.
     pub fn names_of(&self, arm: &Arm) -> Arc<[String]> {
         if self.registry.provider(arm).is_platform() { Arc::default() } else { Arc::clone(&self.arm(arm).names) }
     }
 
-    /// This variable as the place of a key.
+    /// This variable as a place to save a key.
     pub fn place(&self, env_name: &str) -> Place {
         let in_auth_json = self.catalogue.credential_kind(env_name) == Some(CredentialKind::CodexAuthJson);
         Place { in_auth_json, ..Place::of(env_name) }
     }
 
-    /// Every name that a caller may send: the registry's, and those that runtimes read.
+    /// Every credential name that a caller may send: those in the registry and those that runtimes read.
     pub fn credential_names(&self) -> &BTreeSet<String> {
-        &self.derived.credential_names
+        &self.precomputed.credential_names
     }
 }
 
-// === impl Follows ===
+// === impl Precomputed ===
 
-impl Follows {
+impl Precomputed {
     fn from(registry: &Registry, catalogue: &Catalogue) -> Self {
-        let asked = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, catalogue).map(Arc::new));
+        let endpoint_of = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, catalogue).map(Arc::new));
         let mut arms: Vec<(usize, ArmUse)> = Vec::new();
         let mut credential_names = registry.credential_names().clone();
         for (runtime, found) in registry.runtimes() {
@@ -182,14 +182,14 @@ impl Follows {
         }
         arms.sort_by_key(|(index, _)| *index);
         let arms = arms.into_iter().map(|(_, arm)| arm).collect();
-        Self { endpoints: registry.providers().iter().map(asked).collect(), arms, credential_names }
+        Self { endpoints: registry.providers().iter().map(endpoint_of).collect(), arms, credential_names }
     }
 }
 
 // === impl ArmUse ===
 
 impl ArmUse {
-    /// The names of this provider that the runtime reads, as far as that is known.
+    /// The provider's variables that the runtime reads, as far as that is known.
     pub fn usable<'a>(&'a self, provider: &'a Provider) -> Vec<String> {
         self.route.as_ref().map_or_else(|| provider.auth_env.clone(), |arm| arm.usable().cloned().collect())
     }
@@ -204,9 +204,11 @@ impl ArmUse {
         }
         let mut dialled: Vec<Dialled> = Vec::new();
         if let Some(ArmRoute { route, .. }) = &route {
-            let ways = std::iter::once(&route.way).chain(route.by_prefix.iter().map(|(_, way)| way));
-            let moved = route.by_env.iter().map(|(_, base)| (base, route.way.surface));
-            for (base, surface) in ways.filter_map(|way| Some((way.base.as_ref()?, way.surface))).chain(moved) {
+            let deliveries = std::iter::once(&route.delivery).chain(route.by_prefix.iter().map(|(_, delivery)| delivery));
+            let moved = route.by_env.iter().map(|(_, base)| (base, route.delivery.surface));
+            for (base, surface) in
+                deliveries.filter_map(|delivery| Some((delivery.base.as_ref()?, delivery.surface))).chain(moved)
+            {
                 if !dialled.iter().any(|known| known.base == *base && known.surface == surface) {
                     let endpoint = Endpoint::dialled(provider, base, surface, catalogue).map(Arc::new);
                     dialled.push(Dialled { base: base.clone(), surface, endpoint });

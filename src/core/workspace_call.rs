@@ -1,4 +1,5 @@
-//! The request that a workspace will make: which variable's value the provider will read, in which header, and what travels along. Pure.
+//! Predicts the request that a workspace will make: which variable's value the provider will read, in which header, and what else is sent along.
+//! Pure.
 
 use std::sync::Arc;
 
@@ -13,66 +14,66 @@ use crate::{
     domain::{denial::NameAndScope, protocol::HeaderFamily, request::Scope, secret::Secret},
 };
 
-/// A provider's route in a runtime, and which names are the provider's own there.
+/// How a runtime sends the credentials of one of its providers.
 #[derive(Debug, Clone)]
 pub struct ArmRoute {
-    /// What is known.
+    /// The known facts.
     pub route: Route,
-    /// The registry's names, and those of the runtime's that no other provider has.
+    /// The provider's own variables: those in the registry, and those that its route reads and no other provider accepts.
     pub own: Vec<String>,
-    /// What becomes of blanks around a value.
+    /// Whether the runtime removes blanks around a value.
     pub trims: Trims,
-    /// A refused credential is followed by the next one.
+    /// After a refusal, the runtime tries the next credential.
     pub falls_back: bool,
-    /// Names that the launcher takes out of the organization's credentials.
+    /// Variables that the launcher removes from the organization's credentials.
     stripped: Vec<String>,
 }
 
-/// A credential with where it is from.
+/// A credential with its origin.
 #[derive(Debug, Clone, Copy)]
-pub struct Found<'a> {
-    /// Its name.
+pub struct FoundCredential<'a> {
+    /// The variable that holds it.
     pub env_name: &'a str,
-    /// Its value.
+    /// The value.
     pub secret: &'a Arc<Secret>,
     /// Where it is stored.
     pub scope: Scope,
-    /// It hides an organization row of the same name.
+    /// The organization has a credential with the same name, which this one hides.
     pub shadows_organization: bool,
 }
 
 /// What the workspace will send.
 #[derive(Debug)]
 pub enum Prediction<'a> {
-    /// Nothing that the provider accepts is there. This would be sent in its place, if it were.
+    /// No value that the provider accepts. Holds the variable that would be sent instead of one, if any.
     Missing(Option<&'a str>),
-    /// It depends on these names, which could not be read.
+    /// It depends on these variables, which could not be read.
     Unreadable(Vec<String>),
-    /// This.
+    /// These credentials.
     Sends(WorkspaceCall<'a>),
 }
 
-/// The credentials of one request.
+/// The credentials in one request.
 #[derive(Debug)]
 pub struct WorkspaceCall<'a> {
-    /// What the provider will read.
-    pub judged: Found<'a>,
-    /// Its name is one of the provider's own.
+    /// The credential that the provider will read.
+    pub judged: FoundCredential<'a>,
+    /// Its variable is one of the provider's own.
     pub is_own: bool,
-    /// The runtime is known not to read that name.
+    /// The runtime is known not to read that variable.
     pub is_unread: bool,
-    /// Different values under the provider's own names that are not used, the next one first.
-    pub passed_over: Vec<Found<'a>>,
-    /// Another base URL, where a variable moves it.
+    /// Other values in the provider's own variables that are not sent. The one that comes next is first.
+    pub passed_over: Vec<FoundCredential<'a>>,
+    /// The base URL that the request goes to, if a variable changes it.
     pub moved_to: Option<&'a Url>,
-    /// What else goes to the same host.
-    pub travels: Vec<(Found<'a>, HeaderFamily)>,
+    /// Other credentials that are sent to the same host.
+    pub also_sent: Vec<(FoundCredential<'a>, HeaderFamily)>,
 }
 
-// === impl Found ===
+// === impl FoundCredential ===
 
-impl Found<'_> {
-    /// Its name and its scope, for a denial's words.
+impl FoundCredential<'_> {
+    /// Its variable and scope, for the text of a denial.
     pub fn named(&self) -> NameAndScope {
         NameAndScope { env_name: self.env_name.to_owned(), scope: self.scope }
     }
@@ -81,7 +82,7 @@ impl Found<'_> {
 // === impl ArmRoute ===
 
 impl ArmRoute {
-    /// Of a runtime of which something is known, for one of its providers. `others_accept`: another provider of the registry has this name.
+    /// The route of a provider in a runtime, if facts are known. `others_accept` says whether another provider of the registry accepts a variable.
     pub fn of(facts: &RuntimeFacts, provider: &Provider, others_accept: &dyn Fn(&str) -> bool) -> Option<Self> {
         let Provider { name, auth_env, auth_token_env, anthropic_base_url, .. } = provider;
         let route = facts.route(name, auth_env, auth_token_env.as_ref(), anthropic_base_url.as_ref())?;
@@ -91,16 +92,16 @@ impl ArmRoute {
         Some(Self { route, own, trims: facts.trims, falls_back: facts.falls_back, stripped })
     }
 
-    /// Every name that takes part.
+    /// Every variable that is read, sent or accepted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.own.iter().map(String::as_str).chain(self.route.names())
     }
 
-    /// The provider's own names that the runtime reads, or those of which nobody knows that it does not.
+    /// The provider's own variables that the runtime reads. If the route is not certain and reads none of them, all of them.
     pub fn usable(&self) -> impl Iterator<Item = &String> {
         let reads = |name: &&String| self.route.reads.contains(name);
-        let untold = !self.route.is_certain() && !self.own.iter().any(|name| reads(&name));
-        self.own.iter().filter(move |name| untold || reads(name))
+        let unknown = !self.route.is_certain() && !self.own.iter().any(|name| reads(&name));
+        self.own.iter().filter(move |name| unknown || reads(name))
     }
 
     fn lookup<'a>(&'a self, credentials: &CredentialSet<'a>, name: &'a str) -> Lookup<'a> {
@@ -128,7 +129,7 @@ pub fn predict<'a>(arm: Option<&'a ArmRoute>, provider: &'a Provider, credential
                         is_unread: false,
                         passed_over: Vec::new(),
                         moved_to: None,
-                        travels: Vec::new(),
+                        also_sent: Vec::new(),
                     };
                     Prediction::Sends(call)
                 }
@@ -142,67 +143,73 @@ fn predict_by<'a>(arm: &'a ArmRoute, credentials: &CredentialSet<'a>) -> Result<
     let ArmRoute { route, own, .. } = arm;
     let lookup = |name| arm.lookup(credentials, name);
     let is_own = |name: &str| own.iter().any(|own| own == name);
-    // An own value has to be there, whatever else is sent.
-    let owned = own.iter().filter_map(|name| found(name, &lookup)).collect::<Vec<_>>();
-    let beats = first(&route.beaten_by, &lookup)?;
+    // The provider needs a value of its own, whatever else is sent.
+    let owned = own.iter().filter_map(|name| find(name, &lookup)).collect::<Vec<_>>();
+    let overriding = first(&route.beaten_by, &lookup)?;
     let read = first(&route.reads, &lookup)?;
-    let Some(sent) = beats.or(read) else {
-        // Nothing that it reads is there: what the registry accepts is judged, and is of no use to it.
+    let Some(sent) = overriding.or(read) else {
+        // The runtime reads none of the variables that are set. Judge what the registry accepts, although the runtime does not use it.
         let Some(judged) = first(own, &lookup)? else { return Ok(Prediction::Missing(None)) };
-        let call =
-            WorkspaceCall { judged, is_own: true, is_unread: true, passed_over: Vec::new(), moved_to: None, travels: Vec::new() };
+        let call = WorkspaceCall {
+            judged,
+            is_own: true,
+            is_unread: true,
+            passed_over: Vec::new(),
+            moved_to: None,
+            also_sent: Vec::new(),
+        };
         return Ok(Prediction::Sends(call));
     };
     if owned.is_empty() {
         return match own.iter().filter(|name| matches!(lookup(name), Lookup::Unknown)).cloned().collect::<Vec<_>>() {
-            unknown if unknown.is_empty() => Ok(Prediction::Missing(in_the_way(arm, sent.env_name))),
+            unknown if unknown.is_empty() => Ok(Prediction::Missing(blocking_name(arm, sent.env_name))),
             unknown => Err(unknown),
         };
     }
-    // The same value under one of the provider's own names is the provider's own, where it is sent as that one would be.
-    let judged = if is_own(sent.env_name) || beats.is_some() {
+    // A foreign variable may hold the same value as one of the provider's own. Then judge the provider's own, because it is sent in the same way.
+    let judged = if is_own(sent.env_name) || overriding.is_some() {
         sent
     } else {
         owned.iter().find(|own| own.secret.same_as(sent.secret)).copied().unwrap_or(sent)
     };
-    let mut passed_over: Vec<Found<'a>> = Vec::new();
-    // Most workspaces have one value, and nothing that it could be taken for.
-    let is_judged = |found: &Found<'_>| found.env_name == judged.env_name;
+    let mut passed_over: Vec<FoundCredential<'a>> = Vec::new();
+    // Most workspaces have only one value.
+    let is_judged = |found: &FoundCredential<'_>| found.env_name == judged.env_name;
     if !owned.iter().all(is_judged) {
-        let differs = |found: &Found<'_>| !found.secret.same_as(judged.secret) || !is_own(judged.env_name);
-        let in_order = route.reads.iter().chain(own).filter(|name| is_own(name)).filter_map(|name| found(name, &lookup));
+        let differs = |found: &FoundCredential<'_>| !found.secret.same_as(judged.secret) || !is_own(judged.env_name);
+        let in_order = route.reads.iter().chain(own).filter(|name| is_own(name)).filter_map(|name| find(name, &lookup));
         for other in in_order.filter(|other| !is_judged(other) && differs(other)) {
             if passed_over.iter().all(|known| known.env_name != other.env_name) {
                 passed_over.push(other);
             }
         }
     }
-    let travels = route.also_sends.iter().filter_map(|(name, header)| Some((found(name, &lookup)?, *header)));
-    let moved_to = route.by_env.iter().find(|(name, _)| found(name, &lookup).is_some()).map(|(_, base)| base);
-    let travels = travels.filter(|(found, _)| !found.secret.same_as(judged.secret)).collect();
+    let also_sent = route.also_sends.iter().filter_map(|(name, header)| Some((find(name, &lookup)?, *header)));
+    let moved_to = route.by_env.iter().find(|(name, _)| find(name, &lookup).is_some()).map(|(_, base)| base);
+    let also_sent = also_sent.filter(|(found, _)| !found.secret.same_as(judged.secret)).collect();
     Ok(Prediction::Sends(WorkspaceCall {
         judged,
         is_own: is_own(judged.env_name),
         is_unread: false,
         passed_over,
         moved_to,
-        travels,
+        also_sent,
     }))
 }
 
-/// This name, if it is read before one of the provider's own.
-fn in_the_way<'a>(arm: &'a ArmRoute, sent: &'a str) -> Option<&'a str> {
+/// The variable that is sent, if the runtime reads it before one of the provider's own.
+fn blocking_name<'a>(arm: &'a ArmRoute, sent: &'a str) -> Option<&'a str> {
     let mut behind = arm.route.beaten_by.iter().chain(&arm.route.reads).skip_while(|name| *name != sent);
     behind.any(|name| arm.own.contains(name)).then_some(sent)
 }
 
-/// The first of these names that holds a value, unless one before it could not be read.
-fn first<'a>(names: &'a [String], lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Result<Option<Found<'a>>, Vec<String>> {
+/// The first of these variables that holds a value. `Err` names those before it that could not be read.
+fn first<'a>(names: &'a [String], lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Result<Option<FoundCredential<'a>>, Vec<String>> {
     let mut unknown = Vec::new();
     for name in names {
         match lookup(name) {
             Lookup::Value { secret, scope, shadows_organization } if unknown.is_empty() => {
-                return Ok(Some(Found { env_name: name, secret, scope, shadows_organization }));
+                return Ok(Some(FoundCredential { env_name: name, secret, scope, shadows_organization }));
             }
             Lookup::Value { .. } => break,
             Lookup::Nothing => {}
@@ -212,10 +219,10 @@ fn first<'a>(names: &'a [String], lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Res
     if unknown.is_empty() { Ok(None) } else { Err(unknown) }
 }
 
-fn found<'a>(name: &'a str, lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Option<Found<'a>> {
+fn find<'a>(name: &'a str, lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Option<FoundCredential<'a>> {
     match lookup(name) {
         Lookup::Value { secret, scope, shadows_organization } => {
-            Some(Found { env_name: name, secret, scope, shadows_organization })
+            Some(FoundCredential { env_name: name, secret, scope, shadows_organization })
         }
         Lookup::Nothing | Lookup::Unknown => None,
     }

@@ -1,4 +1,4 @@
-//! The one door for YAML: size, encoding, syntax and schema, each fault with its place. Names the YAML crate; no other file does.
+//! Reads YAML documents: size, encoding, syntax and schema, each problem with its line. The only file that uses the YAML crate.
 
 use std::{collections::BTreeMap, fmt, marker::PhantomData};
 
@@ -9,28 +9,28 @@ use serde::{
 
 use crate::domain::problem::{Loaded, Problem};
 
-/// The largest document that is read. The platform's own registry is under 40 KB; a file of this size is a mistake.
+/// The largest document that is read. The platform's own registry has less than 40 KB, so a file of this size is a mistake.
 pub(crate) const MAX_DOCUMENT_BYTES: usize = 1024 * 1024;
-/// How many bytes may be parsed again in order to say more about a faulty document: each line that is looked up, and each
-/// part that is read by itself, costs one pass. Enough for 200 of the platform's registry, and a second at the most.
-const SECOND_LOOK_BYTES: usize = 8 * 1024 * 1024;
+/// How many bytes may be parsed again to describe the problems of a document. Each line that is looked up, and each part that is read alone, costs
+/// one pass. Enough for 200 passes over the platform's registry; takes a second at most.
+const REPARSE_BYTES: usize = 8 * 1024 * 1024;
 
-/// Parses one document. Keys that the schema does not know are accepted and come back as warnings.
+/// Parses a document. Keys that are not in the schema become warnings.
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Loaded<T>, Problem> {
     let text = text_of(bytes)?;
     let mut warnings = Vec::new();
     let value = serde_ignored::deserialize(serde_yaml::Deserializer::from_str(text), |path| {
-        warnings.push(Problem::at(spelled(&path), "is not a key that this schema knows; it was ignored"));
+        warnings.push(Problem::at(path_text(&path), "is not a key that this schema knows; it was ignored"));
     })
-    .map_err(|fault| problem_of(&fault))?;
-    Ok(Loaded { value, warnings: located(bytes, warnings) })
+    .map_err(|fault| to_problem(&fault))?;
+    Ok(Loaded { value, warnings: with_lines(bytes, warnings) })
 }
 
-/// The names of a type's fields, as documents spell them.
+/// The names of a type's fields as documents write them.
 pub(crate) fn fields_of<T: DeserializeOwned>() -> &'static [&'static str] {
-    struct Asking<'f>(&'f mut &'static [&'static str]);
+    struct FieldNames<'f>(&'f mut &'static [&'static str]);
 
-    impl<'de> Deserializer<'de> for Asking<'_> {
+    impl<'de> Deserializer<'de> for FieldNames<'_> {
         type Error = de::value::Error;
 
         fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Self::Error> {
@@ -54,15 +54,15 @@ pub(crate) fn fields_of<T: DeserializeOwned>() -> &'static [&'static str] {
     }
 
     let mut fields: &'static [&'static str] = &[];
-    // It ends in the error above, whatever the type is.
-    drop(T::deserialize(Asking(&mut fields)));
+    // Always the error above: only the names of the fields are wanted.
+    drop(T::deserialize(FieldNames(&mut fields)));
     fields
 }
 
-/// The problems in the order of the document, each with the line of its place, or of the nearest place around it.
-pub(crate) fn located(bytes: &[u8], mut problems: Vec<Problem>) -> Vec<Problem> {
+/// The problems in the order of the document, each with its line or the line of the nearest place around it.
+pub(crate) fn with_lines(bytes: &[u8], mut problems: Vec<Problem>) -> Vec<Problem> {
     let Ok(text) = text_of(bytes) else { return problems };
-    let affordable = SECOND_LOOK_BYTES / text.len().max(1);
+    let affordable = REPARSE_BYTES / text.len().max(1);
     for problem in problems.iter_mut().filter(|problem| problem.line.is_none() && !problem.place.is_empty()).take(affordable) {
         problem.line = line_of(text, &problem.place);
     }
@@ -70,36 +70,36 @@ pub(crate) fn located(bytes: &[u8], mut problems: Vec<Problem>) -> Vec<Problem> 
     problems
 }
 
-/// Parts of one document, each read by itself: a fault in one then hides nothing of the others.
+/// Reads parts of a document one by one, so that a problem in one part does not hide those in others.
 pub(crate) struct Parts<'t> {
     text: &'t str,
     left: usize,
 }
 
 impl<'t> Parts<'t> {
-    /// The parts of this document, if it is text at all.
+    /// The parts of this document, if it is text.
     pub(crate) fn of(bytes: &'t [u8]) -> Option<Self> {
         let text = text_of(bytes).ok()?;
-        Some(Self { text, left: SECOND_LOOK_BYTES / text.len().max(1) })
+        Some(Self { text, left: REPARSE_BYTES / text.len().max(1) })
     }
 
-    /// The value at a path such as `providers[3]`; `None` if there is none, or if too much has been read already.
+    /// The value at a path such as `providers[3]`. `None` if there is none, or if too much has been read already.
     pub(crate) fn read<T: DeserializeOwned>(&mut self, path: &str) -> Result<Option<T>, Problem> {
         self.left = match self.left.checked_sub(1) {
             Some(left) => left,
             None => return Ok(None),
         };
-        let walk = At { path, end: PhantomData::<T> };
-        walk.deserialize(serde_yaml::Deserializer::from_str(self.text)).map_err(|fault| problem_of(&fault))
+        let walk = Walk { path, end: PhantomData::<T> };
+        walk.deserialize(serde_yaml::Deserializer::from_str(self.text)).map_err(|fault| to_problem(&fault))
     }
 
-    /// So many parts can still be read.
+    /// Whether this many parts can still be read.
     pub(crate) fn can_read(&self, parts: usize) -> bool {
         parts <= self.left
     }
 }
 
-/// For maps by name: a name that appears twice is an error, where serde's own maps would keep the last.
+/// Deserializes a map. A key that appears twice is an error; serde's own maps would keep the last value.
 pub(crate) fn unique_keys<'de, D, V>(deserializer: D) -> Result<Option<BTreeMap<String, V>>, D::Error>
 where
     D: Deserializer<'de>,
@@ -147,37 +147,36 @@ fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
     Ok(text.strip_prefix('\u{feff}').unwrap_or(text))
 }
 
-/// The parser's fault, its place told apart from what it says.
-fn problem_of(fault: &serde_yaml::Error) -> Problem {
+/// Splits the parser's error into place, line and message.
+fn to_problem(fault: &serde_yaml::Error) -> Problem {
     let whole = fault.to_string();
-    let said = whole.rsplit_once(" at line ").map_or(whole.as_str(), |(said, _)| said);
-    let (place, said) = match said.split_once(": ") {
+    let message = whole.rsplit_once(" at line ").map_or(whole.as_str(), |(message, _)| message);
+    let (place, message) = match message.split_once(": ") {
         Some((place, rest)) if !place.contains([' ', '`']) => (place, rest),
-        _ => ("", said),
+        _ => ("", message),
     };
-    Problem { line: fault.location().map(|at| at.line()), ..Problem::at(place, format!("parse manifest: {said}")) }
+    Problem { line: fault.location().map(|at| at.line()), ..Problem::at(place, format!("parse manifest: {message}")) }
 }
 
-/// A path as problems spell it: `providers[3].probe[0].headers`.
-fn spelled(path: &serde_ignored::Path<'_>) -> String {
+/// A path as problems show it: `providers[3].probe[0].headers`.
+fn path_text(path: &serde_ignored::Path<'_>) -> String {
     use serde_ignored::Path;
     match path {
         Path::Root => String::new(),
-        Path::Seq { parent, index } => format!("{}[{index}]", spelled(parent)),
+        Path::Seq { parent, index } => format!("{}[{index}]", path_text(parent)),
         Path::Map { parent, key } => {
-            let parent = spelled(parent);
+            let parent = path_text(parent);
             if parent.is_empty() { key.clone() } else { format!("{parent}.{key}") }
         }
-        Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => spelled(parent),
+        Path::Some { parent } | Path::NewtypeStruct { parent } | Path::NewtypeVariant { parent } => path_text(parent),
     }
 }
 
-/// The line of a path, else of the nearest one around it that is there. The parser tells lines in errors only, so the walk
-/// to the path ends in one.
+/// The line of a path, or of the nearest place around it. The parser gives lines only in errors, so the walk to the path ends in an error.
 fn line_of(text: &str, path: &str) -> Option<usize> {
     let mut path = path;
     loop {
-        let walk = At { path, end: Fail };
+        let walk = Walk { path, end: FailHere };
         match walk.deserialize(serde_yaml::Deserializer::from_str(text)) {
             Err(fault) => return fault.location().map(|at| at.line()),
             Ok(_) => path = path.rfind(['.', '[']).and_then(|end| path.get(..end))?,
@@ -185,17 +184,17 @@ fn line_of(text: &str, path: &str) -> Option<usize> {
     }
 }
 
-/// Walks to a path and deserializes what is there with `end`; all else is skipped.
-struct At<'p, S> {
+/// Walks to a path and deserializes what is there with `end`. Everything else is skipped.
+struct Walk<'p, S> {
     path: &'p str,
     end: S,
 }
 
-/// An end that is an error: its location is the place that was walked to.
+/// Fails at once, so that the error's location is the place that was reached.
 #[derive(Clone, Copy)]
-struct Fail;
+struct FailHere;
 
-impl<'de, S: DeserializeSeed<'de> + Copy> DeserializeSeed<'de> for At<'_, S> {
+impl<'de, S: DeserializeSeed<'de> + Copy> DeserializeSeed<'de> for Walk<'_, S> {
     type Value = Option<S::Value>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
@@ -203,7 +202,7 @@ impl<'de, S: DeserializeSeed<'de> + Copy> DeserializeSeed<'de> for At<'_, S> {
     }
 }
 
-impl<'de, S: DeserializeSeed<'de> + Copy> Visitor<'de> for At<'_, S> {
+impl<'de, S: DeserializeSeed<'de> + Copy> Visitor<'de> for Walk<'_, S> {
     type Value = Option<S::Value>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -219,7 +218,7 @@ impl<'de, S: DeserializeSeed<'de> + Copy> Visitor<'de> for At<'_, S> {
                 Some(_) => None,
             });
             match rest {
-                Some(path) if found.is_none() => found = map.next_value_seed(At { path, end: self.end })?,
+                Some(path) if found.is_none() => found = map.next_value_seed(Walk { path, end: self.end })?,
                 Some(_) | None => drop(map.next_value::<IgnoredAny>()?),
             }
         }
@@ -232,7 +231,7 @@ impl<'de, S: DeserializeSeed<'de> + Copy> Visitor<'de> for At<'_, S> {
         let (mut at, mut found) = (0_usize, None);
         loop {
             match step {
-                Some((index, path)) if index == at => match seq.next_element_seed(At { path, end: self.end })? {
+                Some((index, path)) if index == at => match seq.next_element_seed(Walk { path, end: self.end })? {
                     Some(value) => found = value,
                     None => return Ok(found),
                 },
@@ -271,7 +270,7 @@ impl<'de, S: DeserializeSeed<'de> + Copy> Visitor<'de> for At<'_, S> {
     }
 }
 
-impl<'de> DeserializeSeed<'de> for Fail {
+impl<'de> DeserializeSeed<'de> for FailHere {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -280,7 +279,7 @@ impl<'de> DeserializeSeed<'de> for Fail {
         impl<'de> Visitor<'de> for Here {
             type Value = ();
 
-            // Every `visit_*` that is left out is an error, which is what is wanted.
+            // Every `visit_*` method that is left out returns an error, as wanted.
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("nothing")
             }
@@ -290,7 +289,7 @@ impl<'de> DeserializeSeed<'de> for Fail {
     }
 }
 
-/// Parses one document into a tree without a schema. An empty document is null; a key that appears twice is a fault.
+/// Parses a document without a schema. An empty document is null; a key that appears twice is an error.
 pub(crate) fn tree(bytes: &[u8]) -> Result<serde_json::Value, Problem> {
     let value = parse::<serde_yaml::Value>(bytes)?.value;
     serde_json::to_value(value).map_err(|fault| Problem::at("", format!("parse manifest: {fault}")))

@@ -1,4 +1,4 @@
-//! The words of an answer: who pays, what was observed, what was refused. No rule lives here; `policy.rs` has them.
+//! The parts of an answer: who pays, what was observed, what was refused. The rules are in `policy.rs`.
 
 use std::{
     sync::Arc,
@@ -12,72 +12,72 @@ use crate::domain::{
     verdict::{BillingMode, Cause, MatchedBy, ServedFrom, Source, Verdict, WarningCode},
 };
 
-/// What a person should know although it did not decide.
+/// Something that did not decide but that a person should know.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Warning {
-    /// The machine's name.
+    /// The machine-readable name.
     pub code: WarningCode,
-    /// One sentence.
+    /// The text.
     pub message: String,
-    /// The names that it is about.
+    /// The variables that it is about.
     pub env_names: Vec<String>,
 }
 
-/// One step taken, in words.
+/// One step of the evaluation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TraceStep {
     /// The step's name.
     pub step: &'static str,
-    /// What was found.
+    /// What the step found.
     pub detail: String,
 }
 
-/// Who owns the model and which credential answers for it, as far as that was settled.
+/// The owner of the model and the credential that is used, as far as they are known.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolution {
-    /// The provider's name; empty if none was derived.
+    /// The owner; empty if none was found.
     pub provider: String,
-    /// Who pays, or would have.
+    /// Who pays, or would pay.
     pub billing_mode: Option<BillingMode>,
-    /// What settled it.
+    /// What decided about the owner.
     pub source: Source,
-    /// By which step.
+    /// How the owner was found.
     pub matched_by: Option<MatchedBy>,
-    /// The names that the provider accepts, in the order in which they are tried.
+    /// The variables that the owner accepts, in the order in which they are tried.
     pub accepted_env: Vec<String>,
-    /// The name whose value was judged, and where it is stored.
+    /// The credential that was judged.
     pub credential: Option<JudgedCredential>,
 }
 
-/// Which credential was judged.
+/// The credential that was judged.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct JudgedCredential {
-    /// Its name.
+    /// The variable that holds it.
     pub env_name: String,
-    /// Its scope.
+    /// Where it is stored.
     pub scope: Scope,
-    /// It hides an organization row of the same name.
+    /// The organization has a credential with the same name, which this one hides.
     pub shadows_organization: bool,
-    /// Why this value and no other.
+    /// Why this value was judged and no other.
     pub chosen_because: ChosenBecause,
-    /// 8 hex digits under the configured key; empty without one.
+    /// 8 hex digits by which a person recognises the value. Empty if no key for fingerprints is configured.
     pub fingerprint: String,
 }
 
-/// Why one value is judged and no other.
+/// Why a value was judged and no other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ChosenBecause {
-    /// It is the first of the provider's names that holds a value; of the runtime nothing more is known.
+    /// The first of the provider's variables that is set. Nothing more is known about the runtime.
     FirstDeclared,
     /// The runtime sends it.
     Sent,
-    /// The runtime sends it before this one.
+    /// The runtime sends it first, and this other one after a refusal.
     SentBefore(String),
-    /// The runtime sends it and not this one.
+    /// The runtime sends it instead of this other one.
     SentInPlaceOf(String),
-    /// The runtime goes on to it after a refusal.
+    /// The runtime sends it after the first was refused.
     SentAfterARefusal,
-    /// The registry accepts it, and the runtime does not read it.
+    /// The registry accepts it, but the runtime does not read it.
     Unread,
 }
 
@@ -86,52 +86,52 @@ pub enum ChosenBecause {
 pub struct Liveness {
     /// The verdict.
     pub verdict: Verdict,
-    /// The provider's status, if it answered.
+    /// The status of the provider's response, if there was one.
     pub upstream_status: Option<u16>,
-    /// The host that was asked; empty if none.
+    /// The host that was asked; empty if none was.
     pub endpoint_host: String,
-    /// The conclusive probe's name; empty if none.
+    /// The name of the conclusive probe; empty if none was.
     pub probe: String,
-    /// In which header the credential was, where the provider was asked.
+    /// The header that carried the credential, if the provider was asked.
     pub header: Option<HeaderFamily>,
-    /// Why the verdict is what it is.
+    /// The reason for the verdict.
     pub cause: Option<Cause>,
-    /// When the provider answered, and how old that was at the decision; `None` if nothing was asked.
+    /// The time and the source of the observation; `None` if the provider was not asked.
     pub seen: Option<Seen>,
 }
 
-/// When and where from an observation was had.
+/// When an observation was made, and where it came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Seen {
     /// When the provider answered.
     pub observed_at: SystemTime,
-    /// How old that was at the decision.
+    /// The age of the observation at the decision.
     pub age: Duration,
-    /// Where it came from.
+    /// Where the observation came from.
     pub served_from: ServedFrom,
 }
 
-/// A refusal, and what the runtime offers instead.
+/// A denial.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Deny {
-    /// The reason, with its evidence.
+    /// The reason with its evidence.
     pub refusal: Refusal,
-    /// Models that this runtime offers without a key.
+    /// Models that the runtime offers without a key.
     pub alternative_models: Vec<String>,
 }
 
-/// On what grounds a workspace may start. There is no other way to an `Allow` than one of these.
+/// Why a workspace may start. Every `Allow` has one of these grounds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Grounds {
     /// The operator's override says that no model calls are expected.
     OverrideDisabled,
-    /// The runtime is on the configured list.
+    /// The runtime is on the list of exemptions.
     ExemptRuntime,
-    /// The registry gives the model to the platform, and the proxy is there.
+    /// The platform owns the model, and its proxy is available.
     PlatformOwnsModel,
-    /// The operator's override bills the platform by name, and the proxy is there.
+    /// The operator's override says that the platform pays, and its proxy is available.
     OverridePlatformManaged,
-    /// A credential of the tenant's own was judged, and policy accepts the verdict.
+    /// A credential of the tenant was judged, and policy accepts the verdict.
     Credential(Verdict),
 }
 
@@ -141,36 +141,36 @@ pub struct Allow {
     grounds: Grounds,
 }
 
-/// Allowed or denied.
+/// The result of a decision.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
-    /// It may start.
+    /// The workspace may start.
     Allow(Allow),
-    /// It must not. The answer when in doubt.
+    /// The workspace must not start. Also the result of any doubt.
     Deny(Box<Deny>),
 }
 
-/// The names that mattered to a decision: who has sent what there is of them has sent enough.
+/// The names that mattered to a decision. A caller that sends all values it has under these names has sent enough.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RelevantNames {
-    /// Credentials that could change the owner of the model, or answer for it.
+    /// Credentials that could change the owner of the model or be used for it.
     pub env: Arc<[String]>,
-    /// Base-URL variables with which the workspace would dial another host.
+    /// Base-URL variables with which the workspace would call another host.
     pub base_url_env: Arc<[String]>,
 }
 
-/// One decision with its reasons.
+/// A decision with its reasons.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
     /// Allowed or denied.
     pub outcome: Outcome,
-    /// Who owns the model.
+    /// The owner of the model.
     pub resolution: Resolution,
     /// What is known about the credential.
     pub liveness: Option<Liveness>,
-    /// What did not decide.
+    /// Warnings, which did not decide.
     pub warnings: Vec<Warning>,
-    /// The steps, if they were asked for.
+    /// The steps, if the caller wants them.
     pub trace: Vec<TraceStep>,
     /// The names that mattered.
     pub relevant: RelevantNames,
@@ -179,7 +179,7 @@ pub struct Decision {
 // === impl Resolution ===
 
 impl Resolution {
-    /// Nothing is settled yet.
+    /// A resolution in which nothing is known.
     pub const fn empty() -> Self {
         Self {
             provider: String::new(),
@@ -195,7 +195,7 @@ impl Resolution {
 // === impl ChosenBecause ===
 
 impl ChosenBecause {
-    /// The same for a person.
+    /// The reason in words.
     pub fn text(&self) -> String {
         match self {
             Self::FirstDeclared => "the first of the provider's names that is set".into(),
@@ -211,7 +211,7 @@ impl ChosenBecause {
 // === impl Allow ===
 
 impl Allow {
-    /// An allow on these grounds.
+    /// An `Allow` on these grounds.
     pub const fn on(grounds: Grounds) -> Self {
         Self { grounds }
     }
@@ -221,7 +221,7 @@ impl Allow {
         self.grounds
     }
 
-    /// Who pays follows from the grounds alone.
+    /// Who pays. Follows from the grounds alone.
     /// INVARIANT (never-flip): a judged credential is BYOK; only the two platform grounds bill the platform.
     pub const fn billing_mode(self) -> BillingMode {
         match self.grounds {
@@ -235,7 +235,7 @@ impl Allow {
 // === impl Decision ===
 
 impl Decision {
-    /// The denial, if it is one.
+    /// The denial, if the decision is one.
     pub fn denial(&self) -> Option<&Deny> {
         match &self.outcome {
             Outcome::Allow(_) => None,
@@ -243,7 +243,7 @@ impl Decision {
         }
     }
 
-    /// Allowed although nobody could show that the credential is alive.
+    /// Whether the workspace may start although the credential could not be verified now.
     pub fn is_unverified_allow(&self) -> bool {
         match &self.outcome {
             Outcome::Allow(allow) => match allow.grounds() {

@@ -1,5 +1,4 @@
-//! Every reason for a denial, with its evidence, its sentence and its remedy. One place, so that every checkpoint and every
-//! caller reads the same words.
+//! Every reason for a denial, with its evidence. All of them are here, so that every checkpoint and every caller gets the same words.
 
 use std::time::Duration;
 
@@ -9,354 +8,354 @@ use crate::domain::{
     verdict::{Cause, DenyCode, Unreached, Verdict, Withheld},
 };
 
-/// When to ask again about a secret store that could not be read: such faults pass quickly.
+/// The wait after a secret store could not be read. Such faults are usually short.
 const UNREADABLE_RETRY_AFTER: Duration = Duration::from_secs(2);
 
-/// A reason for a denial. Names, hosts and statuses only: never a value, never the provider's own text.
+/// A reason for a denial. It holds names, hosts and statuses, but never a credential's value or the provider's own text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Refusal {
-    /// Configuration refuses overrides.
+    /// The configuration does not allow overrides.
     OverrideNotAllowed,
-    /// The override says BYOK, the model is the platform's.
+    /// The override requires the tenant's own credential, but the model belongs to the platform.
     OverrideConflictsWithModel {
         /// The model.
         model: String,
     },
-    /// No runtime.
+    /// The request names no runtime.
     RuntimeRequired,
-    /// Unknown runtime.
+    /// The registry does not have the runtime.
     RuntimeUnsupported {
-        /// The runtime asked for.
+        /// The runtime in the request.
         runtime: String,
-        /// Those that the registry knows.
+        /// The runtimes in the registry.
         known: Vec<String>,
     },
-    /// No model.
+    /// The request names no model.
     ModelRequired {
         /// The runtime.
         runtime: String,
     },
-    /// No owner.
+    /// No provider of the runtime owns the model.
     UnregisteredModel {
         /// The runtime.
         runtime: String,
         /// The model.
         model: String,
-        /// The offered model that is written most like it.
+        /// The offered model with the most similar id.
         nearest: Option<String>,
-        /// Some of what the runtime offers.
+        /// Some of the models that the runtime offers.
         offered: Vec<String>,
     },
-    /// Several possible owners.
+    /// Several providers could own the model.
     AmbiguousProvider {
         /// The runtime.
         runtime: String,
         /// The model.
         model: String,
-        /// The possible owners, in declared order.
+        /// The possible owners, in the order of the registry.
         candidates: Vec<String>,
     },
-    /// Withdrawn model.
+    /// New workspaces cannot have the model.
     ModelWithdrawn {
         /// The runtime.
         runtime: String,
         /// The model.
         model: String,
-        /// Its owner.
+        /// The owner.
         provider: String,
     },
-    /// What could not be read could change the answer.
+    /// A credential that could not be read could change the decision.
     CredentialsUnreadable {
-        /// The names in question.
+        /// The variables that could not be read.
         names: Vec<String>,
-        /// It could change who owns the model, not only which value answers for it.
+        /// They could change the owner of the model, and not only the credential that is used.
         changes_owner: bool,
     },
-    /// No proxy for a platform model.
+    /// The platform owns the model, but its proxy is not available.
     MissingPlatformProxy {
         /// The model.
         model: String,
     },
-    /// The provider takes no tenant credential.
+    /// The owner takes no credential of a tenant.
     ProviderNotByok {
         /// The provider.
         provider: String,
         /// The model.
         model: String,
     },
-    /// No credential.
+    /// The owner needs a credential, and there is none.
     MissingCredential {
         /// The provider.
         provider: String,
-        /// Its name for people.
+        /// The name that people see.
         display_name: String,
         /// The model.
         model: String,
-        /// The names that it accepts and the runtime reads; all that it accepts where the runtime reads none of them.
+        /// The variables that it accepts and the runtime reads. If the runtime reads none of them, all that it accepts.
         accepted_env: Vec<String>,
-        /// The runtime reads none of them.
+        /// The runtime reads none of the variables.
         unread: bool,
-        /// Who else could own the model, with the names that would make it so.
+        /// Other possible owners, with the variables that would make them the owner.
         others: Vec<(String, Vec<String>)>,
-        /// Where a key goes whose own name the runtime does not read, with its owner.
+        /// For an owner whose variables the runtime does not read: its name, and where else to save its key.
         elsewhere: Option<(String, Place)>,
-        /// A name that holds a value which would be sent in the credential's place.
-        in_the_way: Option<String>,
-        /// A name that is set, and the models that it would do for.
-        at_hand: Option<(String, ModelChoice)>,
-        /// Names whose blank value in the workspace hides one of the organization's.
+        /// A variable that is set and would be sent instead of the credential.
+        blocking_name: Option<String>,
+        /// A variable of another provider that is set, and the models that it could be used for.
+        available: Option<(String, ModelChoice)>,
+        /// Variables that are blank in the workspace and so hide the organization's values.
         hidden: Vec<String>,
-        /// All names, for programs.
+        /// All variables of which one is needed, for programs.
         missing_env: Vec<String>,
     },
-    /// The value cannot be what its variable is for.
+    /// The value cannot be what the variable is for.
     Malformed {
-        /// The name.
+        /// The variable.
         env_name: String,
         /// The provider.
         provider: String,
-        /// What is wrong with it, and where.
+        /// What is wrong, and where.
         fault: Malformation,
-        /// Where what it should be is saved.
+        /// Where to save a right value.
         save_as: Option<Place>,
-        /// Where what it is belongs, if there is such a place.
+        /// Where this value would be right, if there is such a place.
         right_place: Option<Place>,
     },
-    /// No key of an LLM provider at all.
+    /// The value is a secret that is not a key of any LLM provider.
     ForeignSecret {
-        /// The name.
+        /// The variable.
         env_name: String,
         /// The provider.
         provider: String,
-        /// What it is, with its article.
+        /// The kind of secret, with its article.
         what: String,
-        /// Where a key is saved.
+        /// Where to save a key.
         save_as: Option<Place>,
     },
-    /// A key that administers an organization, and calls no model.
+    /// The key administers an organization and cannot call models.
     AdministrativeKey {
-        /// The name.
+        /// The variable.
         env_name: String,
         /// The provider.
         provider: String,
-        /// Whose.
+        /// The vendor whose key it is.
         vendor: String,
-        /// Where a key is saved.
+        /// Where to save a key.
         save_as: Option<Place>,
     },
-    /// The workspace would send another value than the one that would do.
+    /// The workspace would send another value instead of one that would do.
     Shadowed {
-        /// What it sends.
+        /// The value that it sends.
         sent: NameAndScope,
-        /// Why that is no use.
+        /// Why that value does not do.
         why: ShadowCause,
-        /// What would do.
+        /// The value that would do.
         other: NameAndScope,
-        /// The other value would do under the name of this one.
+        /// The other value would also do in the variable of the first.
         replaceable: bool,
         /// The provider.
         provider: String,
     },
-    /// Good, in a header in which the workspace does not send it.
+    /// The key is good, but the workspace sends it in the wrong header.
     WrongName {
-        /// The name.
+        /// The variable.
         env_name: String,
         /// The provider.
         provider: String,
-        /// Who accepted it.
+        /// The host that accepted it.
         host: String,
-        /// In which header it is sent.
+        /// The header in which the workspace sends it.
         sent_in: HeaderFamily,
-        /// In which it was accepted.
+        /// The header in which it was accepted.
         accepted_in: HeaderFamily,
-        /// The name under which it is sent in that.
+        /// The variable whose value is sent in the accepted header.
         right_name: String,
-        /// The provider accepts that name.
+        /// The provider accepts that variable.
         right_is_own: bool,
     },
-    /// Another credential would travel along.
+    /// Another credential would be sent along to a vendor that is not its own.
     Exposed {
-        /// Which.
+        /// The variables that would be sent along.
         env_names: Vec<String>,
-        /// Where to.
+        /// The host that they would go to.
         host: String,
     },
-    /// Another vendor's key.
+    /// The value looks like a key of another vendor.
     ForeignKey {
-        /// The name.
+        /// The variable.
         env_name: String,
         /// The provider.
         provider: String,
-        /// The host that it would have been sent to.
+        /// The host of the provider.
         host: String,
-        /// Whose key it looks like.
+        /// The vendor whose key it looks like.
         vendor: String,
-        /// It is no key but a token that its vendor's programs log in with.
+        /// It is an OAuth token and not a key.
         is_oauth: bool,
-        /// Where a key is saved.
+        /// Where to save a key.
         save_as: Option<Place>,
     },
-    /// The verdict on the credential.
+    /// The provider was asked, or could not be asked, and the verdict is not VALID.
     Liveness(LivenessEvidence),
 }
 
-/// Where a credential is saved so that the runtime uses it. Where a remedy has none, the runtime reads no key of the provider.
+/// Where to save a credential so that the runtime uses it. If a remedy has no such place, the runtime reads no key of the provider.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// The variable.
     pub env_name: String,
-    /// The variable holds Codex's auth.json, and a key goes into that.
+    /// The variable holds Codex's auth.json, and the key goes into that file.
     pub in_auth_json: bool,
-    /// What has to be chosen with it, where it does not serve the present model.
+    /// The model to choose as well, if the place is not for the present model.
     pub with: Option<ModelChoice>,
 }
 
 /// Models to choose from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelChoice {
-    /// Whose.
+    /// The provider that owns them.
     pub owner: String,
-    /// One of them.
+    /// One of the models.
     pub example: Option<String>,
 }
 
 /// A variable, and where its value is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NameAndScope {
-    /// Its name.
+    /// The variable.
     pub env_name: String,
-    /// Its scope.
+    /// Where its value is stored.
     pub scope: Scope,
 }
 
-/// Why a value that wins is no use.
+/// Why the value that is sent does not do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ShadowCause {
-    /// Its variable is none of the provider's.
+    /// The variable is not one of the provider's.
     NotOfProvider,
-    /// It would have been refused by itself, for this.
+    /// The value would be refused for this reason.
     Refused(Box<Refusal>),
 }
 
-/// What makes a value unfit to be sent.
+/// Why a value is not sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Malformation {
-    /// A control character at this byte, the last one of the value or not.
+    /// There is a control character, such as a line break.
     ControlCharacter {
         /// Its offset in bytes, from 0.
         at: usize,
-        /// Nothing but control characters and white space follows.
+        /// Only control characters and white space follow it.
         trailing: bool,
     },
-    /// A byte that is not ASCII.
+    /// There is a byte that is not ASCII.
     NonAscii {
         /// Its offset in bytes, from 0.
         at: usize,
     },
-    /// Too long.
+    /// The value is too long.
     TooLong {
-        /// Its length in bytes.
+        /// The length in bytes.
         length: usize,
         /// The limit in bytes.
         limit: usize,
     },
-    /// The header's scheme stands in front of it.
+    /// `Bearer ` is in front of it.
     BearerInFront,
-    /// Its variable's name stands in front of it.
+    /// The variable's name is in front of it.
     NameInFront,
-    /// Quotation marks stand around it.
+    /// It is in quotation marks.
     Quoted,
-    /// It is a variable's name, which nothing has put a value in for.
+    /// It is a variable's name that was not replaced by its value.
     VariableName,
     /// It is a template that was not expanded.
     Template,
-    /// Its middle is asterisks, as consoles show a key that they no longer tell.
+    /// Its middle is hidden by asterisks, as consoles show a key.
     Masked,
-    /// It is an example's placeholder.
+    /// It is a placeholder from an example.
     Placeholder,
-    /// It is a piece of JSON, or JSON that holds no token.
+    /// It is JSON without a token, or a piece of JSON.
     Json,
-    /// It is the beginning of a token and no more.
+    /// It is only the beginning of a token.
     CutOff,
-    /// A blank or line break stands in front of it, and is sent along.
+    /// A blank or a line break is in front of it and would be sent along.
     BlankInFront,
-    /// The same behind it.
+    /// A blank is behind it and would be sent along.
     BlankBehind,
-    /// A blank stands within it.
+    /// There is a blank within it.
     BlankWithin,
-    /// An API key in the place of a subscription's token.
+    /// It is an API key, and the variable is for a subscription's token.
     KeyForToken,
-    /// A subscription's token in the place of an API key.
+    /// It is a subscription's token, and the variable is for an API key.
     TokenForKey,
-    /// A refresh token.
+    /// It is a refresh token.
     RefreshToken,
-    /// The code of a login that was not finished.
+    /// It is the code of a login that was not finished.
     AuthorizationCode,
-    /// A whole credentials file in the place of its token.
+    /// It is a whole credentials file instead of the token in it.
     CredentialsFile,
-    /// No JSON, or not all of it.
+    /// It is not JSON, or only a part of a file.
     NoJson,
-    /// JSON without a usable token or key.
+    /// It is JSON without a usable token or key.
     NoToken,
-    /// A key alone in the place of the file that it goes into.
+    /// It is a key instead of the file that holds one.
     KeyForFile,
-    /// A blank or line break stands around the key in a file, and is sent along.
+    /// A blank or a line break is around the key in a file and would be sent along.
     BlankInFile,
-    /// A refresh token in the place of an API key.
+    /// It is a refresh token instead of an API key.
     RefreshTokenForKey,
-    /// A header's name stands in front of it.
+    /// A header's name is in front of it.
     HeaderInFront,
-    /// Two values, one behind the other.
+    /// It is two values, one after the other.
     TwoValues,
-    /// A comma or a semicolon stands behind it.
+    /// A comma or a semicolon is behind it.
     Punctuation,
-    /// What a program writes where it has no value.
+    /// It is what a program writes if it has no value.
     NoValue,
-    /// It says where a secret is kept.
+    /// It is a reference to a secret and not the secret.
     Reference,
-    /// The address of a page.
+    /// It is the address of a page.
     WebAddress,
-    /// An e-mail address.
+    /// It is an e-mail address.
     Email,
 }
 
-/// A credential that was judged, and what came of it.
+/// A credential that was judged and is not VALID.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LivenessEvidence {
-    /// The verdict; never VALID.
+    /// The verdict, which is never VALID.
     pub verdict: Verdict,
-    /// The name.
+    /// The variable.
     pub env_name: String,
     /// The provider.
     pub provider: String,
-    /// The host asked; empty if none.
+    /// The host that was asked; empty if none was.
     pub host: String,
-    /// Its status, if it answered.
+    /// The status of its response, if there was one.
     pub upstream_status: Option<u16>,
-    /// Other regions of the same vendor, whose keys this host refuses.
+    /// Hosts of the vendor in other regions. This host refuses their keys.
     pub siblings: Vec<String>,
-    /// When to try again, where that makes sense.
+    /// When to try again, if that can help.
     pub retry_after: Duration,
-    /// Why nothing was asked, where nothing was.
+    /// Why no request was sent, if none was.
     pub withheld: Option<Withheld>,
-    /// What failed on the way, where something did.
+    /// What kept a request from reaching the provider, if something did.
     pub unreached: Option<Unreached>,
-    /// The answer's own reason, where it has one.
+    /// The reason that was read from the response, if there is one.
     pub cause: Option<Cause>,
-    /// The workspace dials a host of the tenant's choosing.
+    /// The workspace calls a base URL of the tenant's own.
     pub tenant_endpoint: bool,
-    /// What plan the key's beginning tells of, and which providers are for it.
+    /// The plan that keys with this prefix belong to, and the providers for that plan.
     pub plan: Option<(String, Vec<String>)>,
     /// The model.
     pub model: String,
-    /// Where a good one is saved.
+    /// Where to save a good credential.
     pub save_as: Option<Place>,
 }
 
 // === impl Place ===
 
 impl Place {
-    /// This variable, as it is.
+    /// This variable, without further conditions.
     pub fn of(env_name: &str) -> Self {
         Self { env_name: env_name.to_owned(), in_auth_json: false, with: None }
     }
@@ -365,7 +364,7 @@ impl Place {
 // === impl Refusal ===
 
 impl Refusal {
-    /// The machine's reason.
+    /// The machine-readable reason.
     pub const fn code(&self) -> DenyCode {
         match self {
             Self::OverrideNotAllowed => DenyCode::OverrideNotAllowed,
@@ -391,7 +390,7 @@ impl Refusal {
         }
     }
 
-    /// The names of which one is needed, where one is missing.
+    /// The variables of which one is needed, if a credential is missing.
     pub fn missing_env(&self) -> &[String] {
         match self {
             Self::MissingCredential { missing_env, .. } => missing_env,
@@ -417,7 +416,7 @@ impl Refusal {
         }
     }
 
-    /// The same, with this as the place where a good one is saved.
+    /// The same refusal, with another place to save a credential.
     #[must_use]
     pub fn saved_as(mut self, place: Option<Place>) -> Self {
         if let Self::ForeignKey { save_as, .. } | Self::ForeignSecret { save_as, .. } | Self::AdministrativeKey { save_as, .. } =
@@ -428,14 +427,14 @@ impl Refusal {
         self
     }
 
-    /// The same request may be allowed later with nothing changed.
+    /// Whether the same request may be allowed later without any change.
     pub fn retryable(&self) -> bool {
-        // An address that this service may not dial is no outage.
+        // An address that this service may not call is not an outage.
         let is_address = matches!(self, Self::Liveness(LivenessEvidence { unreached: Some(Unreached::Address), .. }));
         self.code().retryable() && !is_address
     }
 
-    /// When to try again: on every retryable refusal, and on no other.
+    /// When to try again. Set for every retryable refusal and for no other.
     pub fn retry_after(&self) -> Option<Duration> {
         let wait = match self {
             Self::Liveness(evidence) => evidence.retry_after,
@@ -448,7 +447,7 @@ impl Refusal {
 // === impl Malformation ===
 
 impl Malformation {
-    /// It is about a key, and not about the file or the token that a variable holds.
+    /// Whether it is about a key, and not about a file or a token.
     pub const fn is_of_a_key(self) -> bool {
         !matches!(
             self,
@@ -465,10 +464,10 @@ impl Malformation {
 // === impl LivenessEvidence ===
 
 impl LivenessEvidence {
-    /// The machine's reason.
+    /// The machine-readable reason.
     pub const fn code(&self) -> DenyCode {
         match self.verdict {
-            // VALID is never refused; if a caller were to build it, the nearest truth is that it could not be verified.
+            // VALID is never refused. If it were, "not verifiable" would be the closest reason.
             Verdict::Valid | Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => {
                 DenyCode::ByokNotVerifiable
             }

@@ -1,5 +1,5 @@
-//! Every denial in words: what is wrong and what to do, for the tenant; and what only the platform's people can do, for them.
-//! One place, so that every checkpoint and every caller reads the same words. Names, hosts and statuses only: never a value.
+//! The text of every denial: what is wrong and what to do, for the tenant, and a hint for the platform's operator. Holds names, hosts and statuses,
+//! but never a credential's value.
 
 use super::{
     denial::{LivenessEvidence, Malformation, ModelChoice, NameAndScope, Place, Refusal, ShadowCause, any_of, listed},
@@ -92,7 +92,7 @@ impl Refusal {
         }
     }
 
-    /// What the tenant can do about it.
+    /// What the tenant can do.
     pub fn remedy(&self) -> String {
         match self {
             Self::OverrideNotAllowed => "remove the override".into(),
@@ -119,16 +119,17 @@ impl Refusal {
             Self::MissingCredential { hidden, .. } if !hidden.is_empty() => {
                 format!("remove the blank {} from the workspace's secrets, or set it there", listed(hidden))
             }
-            Self::MissingCredential { accepted_env, unread, others, elsewhere, in_the_way, at_hand, .. } => {
-                let in_the_way =
-                    in_the_way.iter().map(|name| format!(", and remove {name}, which the runtime sends in its place"));
+            Self::MissingCredential { accepted_env, unread, others, elsewhere, blocking_name, available, .. } => {
+                let blocking_name =
+                    blocking_name.iter().map(|name| format!(", and remove {name}, which the runtime sends in its place"));
                 let own = format!("set {} as a secret of the workspace or of the organization", any_of(accepted_env));
-                let own = (!unread).then(|| own + &in_the_way.collect::<String>());
+                let own = (!unread).then(|| own + &blocking_name.collect::<String>());
                 let others = others.iter().map(|(owner, names)| format!("{} for {owner}", any_of(names)));
                 let elsewhere =
                     elsewhere.iter().map(|(owner, place)| format!("save a key of {owner} as {}{}", place.text(), place.choice()));
-                let at_hand = at_hand.iter().map(|(name, models)| format!("choose {}, for {name}, which is set", models.text()));
-                let ways: Vec<String> = own.into_iter().chain(others).chain(elsewhere).chain(at_hand).collect();
+                let available =
+                    available.iter().map(|(name, models)| format!("choose {}, for {name}, which is set", models.text()));
+                let ways: Vec<String> = own.into_iter().chain(others).chain(elsewhere).chain(available).collect();
                 if ways.is_empty() { READS_NO_KEY.to_owned() } else { ways.join("; or ") }
             }
             Self::Malformed { env_name, fault, save_as, right_place, .. } => {
@@ -169,7 +170,7 @@ impl Refusal {
         }
     }
 
-    /// What only the platform's people can do; empty where the tenant can do all there is.
+    /// What only the operator can do; empty if the tenant can do everything.
     pub fn operator_hint(&self) -> String {
         match self {
             Self::OverrideNotAllowed => "`operator_overrides: honour` in the service's configuration would allow it".into(),
@@ -209,7 +210,7 @@ impl Refusal {
     }
 }
 
-/// `KEY (workspace)`.
+/// `KEY (of the workspace)`.
 fn stored(NameAndScope { env_name, scope }: &NameAndScope) -> String {
     format!("{env_name} (of the {})", scope_word(*scope))
 }
@@ -221,10 +222,10 @@ fn scope_word(scope: Scope) -> &'static str {
     }
 }
 
-/// What there is to do where no variable would do.
+/// The remedy if the runtime reads no variable of the provider.
 const READS_NO_KEY: &str = "choose a model of another provider: the runtime reads no key of this one";
 
-/// What to save where, if the runtime reads anything.
+/// The remedy that names the place to save a key, if there is one.
 fn saved(place: Option<&Place>, say: impl FnOnce(&str) -> String) -> String {
     place.map_or_else(|| READS_NO_KEY.to_owned(), |place| say(&format!("{}{}", place.text(), place.choice())))
 }
@@ -232,19 +233,19 @@ fn saved(place: Option<&Place>, say: impl FnOnce(&str) -> String) -> String {
 // === impl Place ===
 
 impl Place {
-    /// Behind "save it as".
+    /// The place, as it follows "save it as".
     pub fn text(&self) -> String {
         let Self { env_name, in_auth_json, .. } = self;
         if *in_auth_json { format!("{env_name}, in the form {KEY_IN_AUTH_JSON}") } else { env_name.clone() }
     }
 
-    /// Behind that: what else it takes.
+    /// The model to choose as well, as it follows the place.
     pub fn choice(&self) -> String {
         self.with.as_ref().map_or_else(String::new, |with| format!(" and choose {}", with.text()))
     }
 }
 
-/// How a key stands in Codex's file.
+/// The form of a key in Codex's auth.json.
 const KEY_IN_AUTH_JSON: &str = "`{\"OPENAI_API_KEY\": \"THE KEY\"}`";
 
 // === impl ModelChoice ===
@@ -430,7 +431,7 @@ fn quoted(words: &[String]) -> Vec<String> {
 // === impl Malformation ===
 
 impl Malformation {
-    /// What is wrong, behind "cannot be a credential:". Places are counted in characters from 1.
+    /// What is wrong, as it follows "cannot be a credential:". Characters are counted from 1.
     fn text(self) -> String {
         match self {
             Self::ControlCharacter { at: 0, .. } => "it begins with a line break or another control character".into(),
@@ -474,7 +475,7 @@ impl Malformation {
         }
     }
 
-    /// `right`: where what it is belongs.
+    /// What to do. `right` is the place where this value would be right.
     fn remedy(self, env_name: &str, save_as: Option<&Place>, right: Option<&Place>) -> String {
         let at_place = saved(save_as, |place| self.remedy_at(place));
         let Some(right) = right else { return at_place };
@@ -483,7 +484,7 @@ impl Malformation {
         if save_as.is_some() { format!("{at_place}; or {instead}") } else { instead }
     }
 
-    /// Where what it should be is saved at this place.
+    /// What to do to save a right value at this place.
     fn remedy_at(self, place: &str) -> String {
         match self {
             Self::ControlCharacter { trailing: true, .. } | Self::BlankInFront | Self::BlankBehind => {

@@ -1,14 +1,14 @@
-//! Lengths of time as settings have them: `500ms`, `10s`, `5m`, `1h 30m`.
+//! Durations as settings write them: `500ms`, `10s`, `5m`, `1h 30m`.
 
 use std::time::Duration;
 
 use jiff::fmt::friendly::{Designator, SpanPrinter};
 pub use jiff::fmt::serde::unsigned_duration::friendly::compact::required::{deserialize, serialize};
 
-/// Longer than any setting needs, and far from where arithmetic on instants ends.
+/// Longer than any setting needs, and short enough that arithmetic on instants cannot overflow.
 pub const MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// A length of time for a person, as a settings file would have it.
+/// A duration as a settings file writes it.
 pub fn text(duration: Duration) -> String {
     SpanPrinter::new().designator(Designator::Compact).unsigned_duration_to_string(&duration)
 }

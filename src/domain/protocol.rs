@@ -1,20 +1,20 @@
-//! How a provider is spoken to: its API, the method, and the header that carries the credential.
+//! How a provider is called: its API, the HTTP method, and the header that carries the credential.
 
 use strum::{EnumString, IntoStaticStr, VariantArray};
 
-/// The closed name of the provider that the platform pays for.
+/// The name of the provider that the platform pays for. It is reserved.
 pub const PLATFORM: &str = "platform";
 
 /// The API that a provider speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Protocol {
-    /// OpenAI's.
+    /// OpenAI's API.
     OpenAi,
-    /// Anthropic's.
+    /// Anthropic's API.
     Anthropic,
 }
 
-/// A request's method.
+/// An HTTP method.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, EnumString, IntoStaticStr)]
 #[strum(serialize_all = "UPPERCASE")]
 pub enum Method {
@@ -38,7 +38,7 @@ pub enum HeaderFamily {
     ApiKey,
 }
 
-/// Which of a provider's surfaces a request is for.
+/// The part of a provider's API that a request calls.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, EnumString, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "kebab-case")]
 pub enum Surface {
@@ -59,14 +59,14 @@ pub enum Surface {
 // === impl Method, HeaderFamily, Surface ===
 
 impl Method {
-    /// Its name on the wire.
+    /// The name on the wire.
     pub fn as_str(self) -> &'static str {
         self.into()
     }
 }
 
 impl HeaderFamily {
-    /// Its name in the catalogue.
+    /// The name in the catalogue.
     pub fn as_str(self) -> &'static str {
         self.into()
     }
@@ -81,12 +81,12 @@ impl HeaderFamily {
 }
 
 impl Surface {
-    /// Its name in the catalogue.
+    /// The name in the catalogue.
     pub fn as_str(self) -> &'static str {
         self.into()
     }
 
-    /// A model is called there: the workspace's own kind of call.
+    /// Whether it calls a model, as a workspace does.
     pub const fn is_inference(self) -> bool {
         match self {
             Self::Models | Self::KeyInformation => false,
@@ -94,7 +94,7 @@ impl Surface {
         }
     }
 
-    /// What a request with this path is for, as the paths of the known APIs end.
+    /// The surface of a path, by how the paths of the known APIs end.
     pub fn of_path(path: &str) -> Self {
         let path = path.split('?').next().unwrap_or(path).trim_end_matches('/');
         match path.rsplit('/').next().unwrap_or_default() {

@@ -1,4 +1,4 @@
-//! What a caller asks about: parsed once at the door, then trusted.
+//! What a caller asks. Checked once when a call arrives, and trusted from then on.
 
 use std::{fmt, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -7,17 +7,17 @@ use strum::{IntoStaticStr, VariantArray};
 
 use crate::domain::secret::Secret;
 
-/// The moment at which a decision is asked for.
+/// The moment in a workspace's life at which a decision is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum Checkpoint {
-    /// A new workspace, before its row is written.
+    /// A new workspace, before it is stored.
     Create,
-    /// Start, restart or resume.
+    /// A start, a restart or a resume.
     Provision,
-    /// A change of model, runtime or secret, before it is saved.
+    /// A change of model, runtime or secret, before it is stored.
     Update,
-    /// A running workspace is looked at again.
+    /// A check of a running workspace.
     Audit,
 }
 
@@ -32,47 +32,47 @@ pub enum Scope {
 }
 
 impl Checkpoint {
-    /// The wire name, without the enum's own name as a prefix.
+    /// The name on the wire, without the enum's name as a prefix.
     pub fn as_str(self) -> &'static str {
         self.into()
     }
 }
 
 impl Scope {
-    /// The wire name, without the enum's own name as a prefix.
+    /// The name on the wire, without the enum's name as a prefix.
     pub fn as_str(self) -> &'static str {
         self.into()
     }
 }
 
-/// What a credential's row holds.
+/// The value of a stored credential.
 #[derive(Debug, Clone)]
 pub enum CredentialValue {
-    /// Its value, which may be blank.
+    /// The value, which may be blank.
     Readable(Arc<Secret>),
-    /// The row exists and could not be read. Never taken for "no secret there".
+    /// There is a credential, but it could not be read. Never taken for a missing one.
     Unreadable,
 }
 
-/// One available credential.
+/// A stored credential.
 #[derive(Debug, Clone)]
 pub struct Credential {
-    /// The environment variable's name.
+    /// The environment variable.
     pub env_name: String,
-    /// Where it is stored. A name stands at most once in each scope.
+    /// Where it is stored. A variable appears at most once in each scope.
     pub scope: Scope,
-    /// What its row holds.
+    /// The value.
     pub value: CredentialValue,
 }
 
-/// The operator's escape hatch.
+/// An operator's override of the decision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OperatorOverride {
-    /// No override: derive.
+    /// No override: the owner of the model decides.
     Derive,
-    /// Bill the platform, whatever the model derives to.
+    /// The platform pays, whoever owns the model.
     PlatformManaged,
-    /// Require the tenant's own credential.
+    /// The tenant's own credential is required.
     Byok,
     /// No model calls are expected.
     Disabled,
@@ -89,71 +89,71 @@ pub enum PlatformProxy {
     Absent,
 }
 
-/// The workspace as it would start.
+/// The workspace that would start.
 #[derive(Debug, Clone)]
 pub struct WorkspaceSpec {
-    /// The platform's id for the workspace; may be empty at create.
+    /// The platform's id for the workspace. May be empty at CREATE.
     pub workspace_id: String,
-    /// The platform's id for the tenant; may be empty.
+    /// The platform's id for the tenant. May be empty.
     pub organization_id: String,
-    /// The effective runtime, as given.
+    /// The runtime.
     pub runtime: String,
-    /// The effective model, trimmed of Unicode white space.
+    /// The model, trimmed of Unicode white space.
     pub model: String,
-    /// The available credentials.
+    /// The stored credentials.
     pub credentials: Vec<Credential>,
     /// Scopes that could not be listed.
     pub unreadable_scopes: Vec<Scope>,
     /// The operator's override.
     pub operator_override: OperatorOverride,
-    /// Whether the proxy is there; `None` is the configured default.
+    /// Whether the proxy is available; `None` means the configured default.
     pub platform_proxy: Option<PlatformProxy>,
-    /// Base-URL variables that the tenant set.
+    /// The base-URL variables that the tenant has set.
     pub tenant_base_url_env: Vec<String>,
 }
 
-/// One question.
+/// A request for a decision.
 #[derive(Debug, Clone)]
 pub struct Request {
     /// The workspace.
     pub spec: WorkspaceSpec,
-    /// The moment.
+    /// The moment in the workspace's life.
     pub checkpoint: Checkpoint,
-    /// How old an observation may be; `None` is the service's own ages.
+    /// The oldest observation that the caller accepts; `None` means the configured ages.
     pub max_liveness_age: Option<Duration>,
-    /// Whether the steps are to be told.
+    /// Whether the answer lists the steps of the decision.
     pub explain: bool,
-    /// The caller does not act on the answer: it is recorded and counted apart.
+    /// The caller does not act on the answer. It is recorded and counted separately.
     pub report_only: bool,
-    /// Who asks.
+    /// The caller.
     pub caller: CalledBy,
 }
 
-/// Who asks, as far as limits tell callers apart.
+/// The caller, as far as limits distinguish callers.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct CalledBy {
-    /// The name that the edge knows it by; empty where callers have none.
+    /// The name under which the server knows the caller; empty if callers have no names.
     pub name: String,
-    /// It is a workspace, beside a tenant's code, and no platform.
+    /// The caller is a workspace, which runs a tenant's code, and not the platform.
     pub is_workspace: bool,
 }
 
-/// Who is at the other end of a connection, as far as the kernel knows.
+/// The other end of a connection, as the kernel reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Peer {
-    /// From this address.
+    /// A TCP connection from this address.
     Tcp(SocketAddr),
-    /// Of these ids, on this machine.
+    /// A Unix socket on this machine.
     Unix {
-        /// The user's.
+        /// The user's id.
         uid: u32,
-        /// The group's.
+        /// The group's id.
         gid: u32,
     },
 }
 
 impl fmt::Display for Peer {
-    /// Without the port, which changes with each connection.
+    /// Leaves out the port, which differs for each connection.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(address) => address.ip().to_canonical().fmt(f),
@@ -162,12 +162,12 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Nothing but printable ASCII, which nearly every text is: told several bytes at a time.
+/// Whether the text has only printable ASCII. A fold without early exit checks several bytes at a time.
 pub fn is_plain(text: &str) -> bool {
     text.bytes().fold(true, |plain, byte| plain & matches!(byte, b' '..=b'~'))
 }
 
-/// A variable's name as every shell takes it: letters, digits and `_`, not beginning with a digit, at most 128 bytes.
+/// Whether every shell accepts the name of a variable: letters, digits and `_`, no digit first, at most 128 bytes.
 pub fn is_env_name(name: &str) -> bool {
     name.len() <= 128
         && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')

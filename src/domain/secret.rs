@@ -1,35 +1,35 @@
-//! The credential value: it cannot be printed, compared in variable time, cloned or serialised, and is wiped on drop.
+//! A credential's value. It cannot be printed, cloned or serialised, is compared in constant time, and is wiped on drop.
 
 use std::{hint::black_box, mem::MaybeUninit};
 
 use subtle::ConstantTimeEq;
 use zeroize::Zeroizing;
 
-/// More than a hash function takes of the stack, in KiB.
+/// The part of the stack that is wiped, in KiB. More than a hash function uses.
 const WIPED_STACK: usize = 8;
 
-/// A credential value. Shared by `Arc`, never copied; `expose` is the one way to its text.
+/// A credential's value. It is shared by `Arc` and never copied; `expose` is the only access to its text.
 pub struct Secret(Zeroizing<String>);
 
 // === impl Secret ===
 
 impl Secret {
-    /// Takes the text over.
+    /// Takes ownership of the text.
     pub fn new(value: String) -> Self {
         Self(Zeroizing::new(value))
     }
 
-    /// The text itself. Callers hash it, inspect its shape, or put it into a request's header; nothing else.
+    /// The text. Callers may hash it, check its shape, or put it into a request's header.
     pub fn expose(&self) -> &str {
         &self.0
     }
 
-    /// Holds nothing but ASCII white space: such a row counts as absent, as it would in the workspace.
+    /// Whether the value is empty or ASCII white space. It then counts as missing, as in the workspace.
     pub fn is_blank(&self) -> bool {
         self.0.bytes().all(|byte| byte.is_ascii_whitespace())
     }
 
-    /// Equal to `other`, in time that depends on the lengths alone.
+    /// Whether the values are equal. The time depends only on their lengths.
     pub fn same_as(&self, other: &Self) -> bool {
         self.0.as_bytes().ct_eq(other.0.as_bytes()).into()
     }
@@ -41,15 +41,15 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-/// Does what reads a secret, as hashing it does, and wipes the stack that it used: a hash function copies what it reads into blocks there,
-/// and what comes later on this thread may not reach them for as long as the server is idle.
+/// Runs work that reads a secret and wipes the stack that it has used. A hash function copies its input to the stack, and on an idle server later
+/// calls might not overwrite it for a long time.
 pub fn with_stack_wiped<T>(work: impl FnOnce() -> T) -> T {
     let result = run(work);
     wipe_stack();
     result
 }
 
-/// Never inlined, as the other: so both begin at the same place of the stack.
+/// Neither function is inlined, so that both begin at the same place on the stack.
 #[inline(never)]
 fn run<T>(work: impl FnOnce() -> T) -> T {
     work()
@@ -58,7 +58,7 @@ fn run<T>(work: impl FnOnce() -> T) -> T {
 #[inline(never)]
 fn wipe_stack() {
     let mut stack = [const { MaybeUninit::<[u8; 1024]>::uninit() }; WIPED_STACK];
-    // In parts: beyond 2 KiB at once, the C library's memset takes an instruction that is slow to begin and counts for every byte.
+    // In parts of 1 KiB: beyond 2 KiB at once, the C library's memset uses an instruction that is slow to start and counts for every byte.
     for part in &mut stack {
         black_box(part.write([0; 1024]));
     }

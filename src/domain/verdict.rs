@@ -1,128 +1,128 @@
-//! The closed vocabularies of an answer: deny codes, verdicts, warnings, who pays. Their wire names are the variants' own, in upper case.
+//! The enums of an answer: deny codes, verdicts, warnings, who pays. The names on the wire are those of the variants, in upper case.
 
 use strum::{Display, EnumString, IntoStaticStr, VariantArray};
 
-/// Why a workspace was refused.
+/// Why a workspace was denied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Display, EnumString, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum DenyCode {
-    /// No runtime.
+    /// The request names no runtime.
     RuntimeRequired,
-    /// Unknown runtime.
+    /// The registry does not have the runtime.
     RuntimeUnsupported,
-    /// No model.
+    /// The request names no model.
     ModelRequired,
-    /// No owner.
+    /// No provider of the runtime owns the model.
     UnregisteredModelForRuntime,
-    /// Several possible owners.
+    /// Several providers could own the model.
     AmbiguousProvider,
-    /// Kept for callers that know the code: the load guards rule it out, so nothing here ever makes it.
+    /// Never used: a registry with this fault does not load. Kept for callers that know the code.
     DerivedProviderNotInRegistry,
-    /// Withdrawn, and this is not a workspace that has it already.
+    /// New workspaces cannot have the model.
     ModelWithdrawn,
-    /// What could not be read could change the answer.
+    /// A credential that could not be read could change the decision.
     CredentialScopeUnreadable,
-    /// Billed to the platform, without a proxy.
+    /// The platform owns the model, but its proxy is not available.
     MissingPlatformProxy,
-    /// The owner takes no tenant credential.
+    /// The owner takes no credential of a tenant.
     ProviderNotByok,
-    /// Configuration refuses overrides.
+    /// The configuration does not allow overrides.
     OverrideNotAllowed,
-    /// BYOK asked for by override, platform's model.
+    /// The override requires the tenant's own credential, but the model belongs to the platform.
     OverrideConflictsWithModel,
-    /// No accepted name holds a value.
+    /// No variable of the owner holds a value.
     MissingByokCredential,
     /// The value cannot be a key.
     MalformedByokCredential,
-    /// Refused by the provider, or another vendor's key.
+    /// The provider refused the credential, or it is a key of another vendor.
     InvalidByokCredential,
-    /// No usable answer in time.
+    /// No usable response in time.
     ByokProbeTimeout,
-    /// Not reachable.
+    /// The provider could not be reached.
     ByokProviderUnreachable,
-    /// Not asked.
+    /// The provider was not asked.
     ByokProbeNotAttempted,
-    /// Rate limited.
+    /// The provider limits the rate.
     ByokProviderRateLimited,
-    /// The provider's fault.
+    /// The provider failed.
     ByokProviderError,
-    /// An answer that says nothing.
+    /// The response says nothing about the credential.
     ByokUnexpectedResponse,
-    /// Out of credit.
+    /// The account is out of credit or suspended.
     ByokQuotaExhausted,
-    /// Cannot be verified.
+    /// The credential cannot be verified.
     ByokNotVerifiable,
-    /// Another value is sent in the place of the one that would do.
+    /// The workspace sends another value instead of one that would do.
     ShadowedByokCredential,
-    /// Good, in a header in which the runtime does not send it.
+    /// The credential is good, but the runtime sends it in the wrong header.
     WrongCredentialName,
-    /// Another credential would travel to a vendor that is not its own, and policy forbids that.
+    /// Another credential would be sent to a vendor that is not its own, and policy forbids that.
     ExposedCredential,
 }
 
-/// What a person should know although it did not decide.
+/// Something that did not decide but that a person should know.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Display, EnumString, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum WarningCode {
-    /// An override took part.
+    /// The request has an operator's override.
     OperatorOverride,
-    /// Nothing was checked.
+    /// The runtime is exempt, so nothing was checked.
     ExemptRuntime,
-    /// Withdrawn, kept by the workspace that has it.
+    /// The model is withdrawn, and the workspace keeps it.
     ModelWithdrawn,
-    /// Dropped at the door.
+    /// No provider or runtime uses a credential with this name.
     UnknownCredentialName,
-    /// Another credential could be picked up instead.
+    /// The runtime could use another credential instead.
     ConflictingCredential,
-    /// Allowed unverified.
+    /// Allowed, although the credential could not be verified.
     CredentialUnverified,
-    /// Allowed on an earlier observation.
+    /// Allowed because of an earlier VALID.
     StaleLiveness,
-    /// Would have been denied.
+    /// Would have been denied, but the provider is on report only.
     ReportOnly,
-    /// Not readable, and without influence.
+    /// Some credentials could not be read, and none of them could change the decision.
     UnreadableCredentials,
-    /// It travels to a vendor that is not its own.
+    /// Another credential is sent to a vendor that is not its own.
     ExposedCredential,
-    /// The runtime does not read the variable that answers.
+    /// The runtime does not read the variable of the judged credential.
     UnusedCredential,
-    /// Good, in another header than the one that is tried first.
+    /// The credential is good, but in another header than the workspace uses.
     WrongHeader,
     /// Judged without the blanks around it.
     TrimmedCredential,
-    /// A base-URL variable that nothing reads.
+    /// No runtime reads a base URL from this variable.
     UnknownBaseUrlName,
 }
 
-/// What is known about a credential.
+/// The result of checking a credential.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Display, EnumString, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum Verdict {
-    /// Accepted where bad ones are refused.
+    /// The provider accepts it and refuses bad ones.
     Valid,
-    /// Dead or unknown, says the provider.
+    /// The provider refuses it.
     Invalid,
-    /// A 403 that nothing tells apart.
+    /// The provider forbids its use, and it is not known why.
     Forbidden,
-    /// Alive, out of credit or suspended.
+    /// Alive, but out of credit or suspended.
     QuotaExhausted,
-    /// 429 that is not about quota.
+    /// The provider limits the rate.
     RateLimited,
-    /// 5xx and the like.
+    /// The provider failed.
     ProviderError,
-    /// Says nothing about the credential.
+    /// The response says nothing about the credential.
     UnexpectedResponse,
-    /// No usable answer within the budget.
+    /// No usable response within the time budget.
     Timeout,
-    /// DNS, connect, TLS, or an address that may not be dialled.
+    /// DNS, connection or TLS failed, or the address may not be called.
     Unreachable,
-    /// We did not ask.
+    /// This service did not ask.
     NotAttempted,
-    /// Nothing to call.
+    /// The provider cannot be asked.
     NoServerSurface,
-    /// The endpoint's "yes" proves nothing.
+    /// The provider accepts it, but was not seen to refuse bad ones.
     NotCalibrated,
-    /// Switched off by the operator.
+    /// The operator has switched the check off.
     ProbeDisabled,
 }
 
@@ -134,15 +134,15 @@ pub enum BillingMode {
     PlatformManaged,
     /// The tenant, with a key of its own.
     Byok,
-    /// Nobody.
+    /// Nobody: no model calls are expected, or the runtime is exempt.
     None,
 }
 
-/// What settled a resolution.
+/// What decided about the owner of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Display, EnumString, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum Source {
-    /// Derivation.
+    /// The registry.
     Derived,
     /// An operator's override.
     OperatorOverride,
@@ -150,19 +150,19 @@ pub enum Source {
     ExemptRuntime,
 }
 
-/// By which step of the derivation the provider was found.
+/// How the owner of a model was found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Display, EnumString, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum MatchedBy {
-    /// One provider lists the model.
+    /// It is the only provider that lists the model.
     ExactModel,
-    /// Several do; one accepts an available name.
+    /// Several list it, and only this one accepts an available name.
     ExactModelAndCredential,
-    /// Several do; the first declared.
+    /// Several list it, and this one is the first.
     FirstDeclared,
-    /// One pattern matches.
+    /// It is the only provider with a matching pattern.
     Prefix,
-    /// Several do; one accepts an available name.
+    /// Several patterns match, and only this provider accepts an available name.
     PrefixAndCredential,
 }
 
@@ -170,102 +170,102 @@ pub enum MatchedBy {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Display, EnumString, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum ServedFrom {
-    /// A call for this decision.
+    /// A probe for this decision.
     Probe,
-    /// Memory, fresh enough.
+    /// The cache, within its age.
     Cache,
-    /// Memory, past its age, within the hard maximum.
+    /// The cache, beyond its age but within the hard maximum age.
     Stale,
     /// The open circuit breaker.
     Breaker,
 }
 
-/// Why the provider was not asked: our doing.
+/// Why this service did not ask the provider.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, VariantArray)]
 pub enum Withheld {
-    /// As many questions wait for this provider as may, or this one waited too long.
+    /// The queue for this provider is full, or the wait was too long.
     Queue,
-    /// The provider's calls per second are spent.
+    /// The provider's calls per second are used up.
     Budget,
-    /// The caller or the organization had too many new credentials judged.
+    /// The caller or the organization has had too many new credentials checked.
     NewKeys,
-    /// An internal fault: the probe ended without an answer.
+    /// An internal fault: the probe ended without a result.
     Fault,
 }
 
-/// What failed on the way to the provider.
+/// What kept a request from reaching the provider.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, VariantArray)]
 pub enum Unreached {
     /// The host's name could not be resolved.
     Dns,
-    /// The address may not be dialled, or not in this scheme.
+    /// The address, or the scheme, may not be used.
     Address,
-    /// No connection.
+    /// No connection could be made.
     Connect,
-    /// The connection stands, but not its TLS.
+    /// The TLS handshake failed.
     Tls,
-    /// It was closed before any answer.
+    /// The connection was closed before a response.
     Closed,
-    /// What came is not HTTP.
+    /// The response is not HTTP.
     Protocol,
-    /// The forward proxy could not be reached, or did not let the call through.
+    /// The forward proxy could not be reached or refused the request.
     Proxy,
 }
 
-/// Why a probe ended in its verdict. A VALID needs none.
+/// The reason for a verdict. VALID has none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Display, EnumString, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub enum Cause {
-    /// A signal of the host's row says so.
+    /// A signal of the catalogue's row.
     RowSignal,
-    /// A code that many servers share says so.
+    /// An error code that many servers share.
     CommonCode,
-    /// The status of a machine-readable answer says so.
+    /// The status of a machine-readable response.
     Status,
-    /// The answer is the one that a made-up key gets.
+    /// A made-up key gets the same response.
     AsAMadeUpKey,
-    /// Alive, and not for this endpoint.
+    /// The key is alive but may not use this endpoint.
     Restricted,
-    /// The endpoint accepts a made-up key too.
+    /// The endpoint accepts made-up keys too.
     AcceptsAnyone,
-    /// No made-up key was asked about there, or its answer told nothing: the endpoint's "yes" is not shown to mean anything.
+    /// It is not known that the endpoint refuses made-up keys: none was sent, or the response was inconclusive.
     MadeUpKeyUntold,
-    /// A page for people.
+    /// The response is a page for people.
     Page,
-    /// Text that no machine reads.
+    /// The response is plain text.
     PlainText,
-    /// Nothing but a status.
+    /// The response has no body.
     EmptyBody,
-    /// A 2xx without what a good answer holds.
+    /// A 2xx without the content of a success response.
     WrongShape,
-    /// A 2xx that says that something is wrong.
+    /// A 2xx with an error in it.
     ErrorBeside,
-    /// Elsewhere, says the provider. Nobody follows.
+    /// A redirect, which is not followed.
     Redirect,
-    /// There is no such path.
+    /// The path does not exist.
     NotFound,
-    /// The request is refused for what the credential need not have a part in.
+    /// The request was refused, and not necessarily because of the credential.
     RequestRefused,
-    /// A cache between here and the provider answered, whoever asks.
+    /// A cache answered instead of the provider.
     FromACache,
-    /// Nobody gets anything else there than "no such path", or a page: the base URL leads to no API.
+    /// Every key gets a page or "no such path", so the base URL has no API.
     NoApiAtBaseUrl,
 }
 
-/// What a made-up key got where the real one was asked about.
+/// How a made-up key was answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum MadeUpKey {
-    /// This service has not asked.
+    /// None was sent.
     NotAsked,
-    /// It is on its way, and what is known without it is enough.
+    /// One was sent, but the probe did not wait for the response.
     NotWaitedFor,
-    /// No answer in time.
+    /// No response in time.
     NoAnswer,
-    /// An answer that tells nothing: a limit, a failing server.
+    /// A response with this status that proves nothing, such as a rate limit or a failing server.
     Inconclusive(u16),
-    /// A refusal, in whatever words.
+    /// Refused with this status.
     Refused(u16),
-    /// A "yes".
+    /// Accepted.
     Accepted,
 }
 
@@ -286,7 +286,7 @@ as_str!(DenyCode, WarningCode, Verdict, BillingMode, Source, MatchedBy, ServedFr
 // === impl Cause, MadeUpKey ===
 
 impl Cause {
-    /// The same for a person.
+    /// The cause in words.
     pub const fn text(self) -> &'static str {
         match self {
             Self::RowSignal => "a signal of the host's row says so",
@@ -311,7 +311,7 @@ impl Cause {
 }
 
 impl MadeUpKey {
-    /// The same for a person.
+    /// The response in words.
     pub fn text(self) -> String {
         match self {
             Self::NotAsked => "not asked".into(),
@@ -327,7 +327,7 @@ impl MadeUpKey {
 // === impl DenyCode ===
 
 impl DenyCode {
-    /// The same request may be allowed later with nothing changed.
+    /// Whether the same request may be allowed later without any change.
     pub const fn retryable(self) -> bool {
         match self {
             Self::CredentialScopeUnreadable

@@ -1,5 +1,5 @@
-//! How many decisions wait for providers at a time, over all and for one: a few more may wait for a place for a short time, all others are
-//! refused at once. A decision that waits for nobody takes no place.
+//! Limits how many decisions wait for providers at the same time, in total and for one provider. A few more may wait for a permit for a short time;
+//! all others are refused at once. A decision that waits for no provider needs no permit.
 
 use std::{
     collections::HashMap,
@@ -20,27 +20,27 @@ use super::{
 };
 use crate::domain::duration::text;
 
-/// How many providers are kept. Their names are of registries that were loaded, so there are few.
+/// The most providers that are tracked. Their names come from loaded registries, so there are few.
 const MAX_PROVIDERS: usize = 10_000;
 
-/// The door to waiting.
+/// Hands out permits to wait for a provider.
 pub(super) struct Admission {
-    places: Arc<Semaphore>,
-    shares: Mutex<HashMap<String, Arc<Semaphore>>>,
-    share: usize,
+    total_permits: Arc<Semaphore>,
+    permits_by_provider: Mutex<HashMap<String, Arc<Semaphore>>>,
+    per_provider: usize,
     waiting: Semaphore,
     wait: Duration,
-    words: String,
+    limit_text: String,
 }
 
-/// How long a question to a provider would wait for its turn.
+/// Returns how long a probe of the provider would wait for its turn.
 type ExpectedWait<'w> = dyn Fn() -> Duration + Sync + 'w;
 
-/// One place to wait for one provider.
+/// A permit to wait for one provider. Given back when it is dropped.
 #[derive(Debug)]
-pub(super) struct Place {
-    _of_all: OwnedSemaphorePermit,
-    _of_provider: OwnedSemaphorePermit,
+pub(super) struct WaitPermit {
+    _total: OwnedSemaphorePermit,
+    _provider: OwnedSemaphorePermit,
 }
 
 // === impl Admission ===
@@ -49,86 +49,88 @@ impl Admission {
     pub(super) fn new(limits: &Limits) -> Self {
         let Limits { decisions, decisions_per_provider, decisions_waiting, decision_wait, .. } = limits;
         Self {
-            places: Arc::new(Semaphore::new(*decisions)),
-            shares: Mutex::default(),
-            share: *decisions_per_provider,
+            total_permits: Arc::new(Semaphore::new(*decisions)),
+            permits_by_provider: Mutex::default(),
+            per_provider: *decisions_per_provider,
             waiting: Semaphore::new(*decisions_waiting),
             wait: *decision_wait,
-            words: format!(
+            limit_text: format!(
                 "{decisions} decisions wait for providers, {decisions_waiting} more at most {} each",
                 text(*decision_wait)
             ),
         }
     }
 
-    /// A place for one decision. Whoever gets none is told when there will be one, by how long a question to this provider waits.
-    pub(super) async fn enter(&self, provider: &str, expected_wait: &ExpectedWait<'_>) -> Result<Place, Status> {
-        let share = self.share_of(provider);
-        if let (Ok(_of_provider), Ok(_of_all)) =
-            (Arc::clone(&share).try_acquire_owned(), Arc::clone(&self.places).try_acquire_owned())
+    /// A permit for one decision. An error says when to try again, by how long a probe of this provider would wait.
+    pub(super) async fn admit(&self, provider: &str, expected_wait: &ExpectedWait<'_>) -> Result<WaitPermit, Status> {
+        let provider_permits = self.permits_of(provider);
+        if let (Ok(_provider), Ok(_total)) =
+            (Arc::clone(&provider_permits).try_acquire_owned(), Arc::clone(&self.total_permits).try_acquire_owned())
         {
-            return Ok(Place { _of_all, _of_provider });
+            return Ok(WaitPermit { _total, _provider });
         }
-        let Ok(_seat) = self.waiting.try_acquire() else { return Err(self.full(provider, &share, expected_wait)) };
-        self.acquire(share, provider, Instant::now() + self.wait, expected_wait).await
+        let Ok(_waiting) = self.waiting.try_acquire() else {
+            return Err(self.refusal(provider, &provider_permits, expected_wait));
+        };
+        self.wait_for_permit(provider_permits, provider, Instant::now() + self.wait, expected_wait).await
     }
 
-    /// A place for one item of a batch, which is bounded by itself and has a deadline of its own.
-    pub(super) async fn enter_by(
+    /// A permit for one item of a batch. It may wait until the item's deadline, since a batch has limits of its own.
+    pub(super) async fn admit_by(
         &self,
         provider: &str,
         deadline: Instant,
         expected_wait: &ExpectedWait<'_>,
-    ) -> Result<Place, Status> {
-        self.acquire(self.share_of(provider), provider, deadline, expected_wait).await
+    ) -> Result<WaitPermit, Status> {
+        self.wait_for_permit(self.permits_of(provider), provider, deadline, expected_wait).await
     }
 
-    /// How many are waiting for a provider.
+    /// How many decisions are waiting for a provider.
     pub(super) fn in_flight(&self, limits: &Limits) -> usize {
-        limits.decisions.saturating_sub(self.places.available_permits())
+        limits.decisions.saturating_sub(self.total_permits.available_permits())
     }
 
-    async fn acquire(
+    async fn wait_for_permit(
         &self,
-        share: Arc<Semaphore>,
+        provider_permits: Arc<Semaphore>,
         provider: &str,
         deadline: Instant,
         expected_wait: &ExpectedWait<'_>,
-    ) -> Result<Place, Status> {
-        // Its share first: who waits for a provider that is full holds no place of all.
-        let Ok(Ok(_of_provider)) = timeout_at(deadline, Arc::clone(&share).acquire_owned()).await else {
-            return Err(self.full(provider, &share, expected_wait));
+    ) -> Result<WaitPermit, Status> {
+        // First the provider's permit: a decision that waits for a busy provider must not hold one of the total.
+        let Ok(Ok(_provider)) = timeout_at(deadline, Arc::clone(&provider_permits).acquire_owned()).await else {
+            return Err(self.refusal(provider, &provider_permits, expected_wait));
         };
-        let Ok(Ok(_of_all)) = timeout_at(deadline, Arc::clone(&self.places).acquire_owned()).await else {
-            return Err(self.full(provider, &share, expected_wait));
+        let Ok(Ok(_total)) = timeout_at(deadline, Arc::clone(&self.total_permits).acquire_owned()).await else {
+            return Err(self.refusal(provider, &provider_permits, expected_wait));
         };
-        Ok(Place { _of_all, _of_provider })
+        Ok(WaitPermit { _total, _provider })
     }
 
-    fn share_of(&self, provider: &str) -> Arc<Semaphore> {
-        // A panic elsewhere cannot leave the map half-changed: every change to it is one call.
-        let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(share) = shares.get(provider) {
-            return Arc::clone(share);
+    fn permits_of(&self, provider: &str) -> Arc<Semaphore> {
+        // A panic elsewhere cannot leave the map inconsistent: every change to it is a single call.
+        let mut permits_by_provider = self.permits_by_provider.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(provider_permits) = permits_by_provider.get(provider) {
+            return Arc::clone(provider_permits);
         }
-        if shares.len() >= MAX_PROVIDERS {
-            // Who holds a place keeps it; the names of registries that are no longer loaded go.
-            shares.clear();
+        if permits_by_provider.len() >= MAX_PROVIDERS {
+            // Removes the names of registries that are no longer loaded. Permits that are held stay valid.
+            permits_by_provider.clear();
         }
-        let share = Arc::new(Semaphore::new(self.share));
-        shares.insert(provider.to_owned(), Arc::clone(&share));
-        share
+        let provider_permits = Arc::new(Semaphore::new(self.per_provider));
+        permits_by_provider.insert(provider.to_owned(), Arc::clone(&provider_permits));
+        provider_permits
     }
 
-    fn full(&self, provider: &str, share: &Semaphore, expected_wait: &ExpectedWait<'_>) -> Status {
-        // Those who have a place leave it over all of that time, and a crowd that was refused at one moment comes back over the half of it.
+    fn refusal(&self, provider: &str, provider_permits: &Semaphore, expected_wait: &ExpectedWait<'_>) -> Status {
+        // Permits are given back over all of the expected wait. Refused callers come back spread over its second half.
         let pause = RETRY_AFTER.max(expected_wait() / 2);
         let pause = pause + pause.mul_f64(rand::rng().random_range(0.0..=1.0));
-        if share.available_permits() == 0 {
-            let words = format!("{} decisions wait for provider `{provider}`", self.share);
-            return limit_reached("limits.decisions_per_provider", &words, pause);
+        if provider_permits.available_permits() == 0 {
+            let limit_text = format!("{} decisions wait for provider `{provider}`", self.per_provider);
+            return limit_reached("limits.decisions_per_provider", &limit_text, pause);
         }
-        limit_reached("limits.decisions", &self.words, pause)
+        limit_reached("limits.decisions", &self.limit_text, pause)
     }
 }
 
@@ -139,7 +141,7 @@ mod tests {
 
     use super::*;
 
-    fn door(decisions: usize, decisions_per_provider: usize) -> Arc<Admission> {
+    fn admission_of(decisions: usize, decisions_per_provider: usize) -> Arc<Admission> {
         let decision_wait = Duration::from_millis(20);
         let limits = Limits { decisions, decisions_per_provider, decisions_waiting: 1, decision_wait, ..Limits::default() };
         Arc::new(Admission::new(&limits))
@@ -157,23 +159,23 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn one_runs_one_waits_and_the_third_is_refused_at_once() {
-        let door = door(1, 9);
-        let first = door.enter("acme", &NO_WAIT).await.unwrap();
+        let admission = admission_of(1, 9);
+        let first = admission.admit("acme", &NO_WAIT).await.unwrap();
         let second = tokio::spawn({
-            let door = Arc::clone(&door);
-            async move { door.enter("acme", &NO_WAIT).await.map(drop) }
+            let admission = Arc::clone(&admission);
+            async move { admission.admit("acme", &NO_WAIT).await.map(drop) }
         });
         tokio::task::yield_now().await;
         let began = Instant::now();
-        let refused = door.enter("acme", &NO_WAIT).await.unwrap_err();
+        let refused = admission.admit("acme", &NO_WAIT).await.unwrap_err();
         assert_eq!(began.elapsed(), Duration::ZERO);
         assert_eq!(refused.code(), Code::ResourceExhausted);
         assert!((RETRY_AFTER..=2 * RETRY_AFTER).contains(&retry_delay(&refused)));
-        // Where a question waits for a long time there will be no place sooner, and not one for all of them at once.
+        // If probes wait for a long time, permits are given back late, and refused callers must not all come back at once.
         let waits = || Duration::from_secs(20);
         let mut spread = Vec::new();
         for _ in 0..50 {
-            spread.push(retry_delay(&door.enter("acme", &waits).await.unwrap_err()).as_secs());
+            spread.push(retry_delay(&admission.admit("acme", &waits).await.unwrap_err()).as_secs());
         }
         assert!(spread.iter().all(|seconds| (10..=20).contains(seconds)), "{spread:?}");
         assert!(spread.iter().max() > spread.iter().min().map(|least| least + 3).as_ref(), "{spread:?}");
@@ -184,24 +186,24 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_wait_has_an_end_and_a_seat_is_given_back() {
-        let door = door(1, 9);
-        let _first = door.enter("acme", &NO_WAIT).await.unwrap();
+        let admission = admission_of(1, 9);
+        let _first = admission.admit("acme", &NO_WAIT).await.unwrap();
         for _ in 0..2 {
             let began = Instant::now();
-            assert_eq!(door.enter("acme", &NO_WAIT).await.unwrap_err().code(), Code::ResourceExhausted);
+            assert_eq!(admission.admit("acme", &NO_WAIT).await.unwrap_err().code(), Code::ResourceExhausted);
             assert_eq!(began.elapsed(), Duration::from_millis(20));
         }
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_provider_that_hangs_leaves_places_for_the_others() {
-        let door = door(4, 2);
-        let held = [door.enter("hangs", &NO_WAIT).await.unwrap(), door.enter("hangs", &NO_WAIT).await.unwrap()];
-        assert_eq!(subject(&door.enter("hangs", &NO_WAIT).await.unwrap_err()), "limits.decisions_per_provider");
+        let admission = admission_of(4, 2);
+        let held = [admission.admit("hangs", &NO_WAIT).await.unwrap(), admission.admit("hangs", &NO_WAIT).await.unwrap()];
+        assert_eq!(subject(&admission.admit("hangs", &NO_WAIT).await.unwrap_err()), "limits.decisions_per_provider");
         let by = Instant::now() + Duration::from_secs(1);
-        assert_eq!(subject(&door.enter_by("hangs", by, &NO_WAIT).await.unwrap_err()), "limits.decisions_per_provider");
-        let _others = [door.enter("acme", &NO_WAIT).await.unwrap(), door.enter("acme", &NO_WAIT).await.unwrap()];
+        assert_eq!(subject(&admission.admit_by("hangs", by, &NO_WAIT).await.unwrap_err()), "limits.decisions_per_provider");
+        let _others = [admission.admit("acme", &NO_WAIT).await.unwrap(), admission.admit("acme", &NO_WAIT).await.unwrap()];
         drop(held);
-        door.enter("hangs", &NO_WAIT).await.unwrap();
+        admission.admit("hangs", &NO_WAIT).await.unwrap();
     }
 }

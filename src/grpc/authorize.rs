@@ -1,4 +1,4 @@
-//! Who may call what: by role the methods, then the request itself, and how often.
+//! Who may call what: methods by role, then the request itself, and how often.
 
 use std::{collections::BTreeSet, num::NonZeroU32, time::Duration};
 
@@ -15,29 +15,29 @@ use crate::{
     telemetry::metrics::calls::{BATCH_DECIDE, DECIDE},
 };
 
-/// A caller that the server knows. It travels with each call; a call without one is not answered.
+/// A known caller. It is part of each call, and a call without one is not answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Caller {
-    /// How it is known, for logs: never a secret.
+    /// The name for logs, which is never a secret.
     pub name: String,
-    /// What it may do.
+    /// What the caller may do.
     pub role: Role,
 }
 
 /// What a caller may do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Role {
-    /// Everything.
+    /// Call every method.
     Platform,
-    /// Decide at PROVISION for these workspaces, without an operator's override.
+    /// Call Decide at PROVISION for these workspaces, without an operator's override.
     Workspace(BTreeSet<String>),
-    /// Status, models and providers: nothing that takes a credential.
+    /// Ask for status, models and providers: only methods that take no credential.
     Operator,
 }
 
-/// The rules, and the rates of callers whose rate is low.
+/// The rules for callers, and the rate limit of workspaces.
 pub(crate) struct Authorizer {
-    /// By the name of the caller: of as many as are configured.
+    /// By the caller's name. There are as many as are configured.
     rates: RateLimiter<String, HashMapStateStore<String>, TokioClock, NoOpMiddleware<Duration>>,
     per_minute: NonZeroU32,
 }
@@ -45,7 +45,7 @@ pub(crate) struct Authorizer {
 // === impl Authorizer ===
 
 impl Authorizer {
-    /// Workspaces may call so often.
+    /// `workspace_calls_per_minute` limits each workspace.
     pub(crate) fn new(workspace_calls_per_minute: NonZeroU32) -> Self {
         let quota = Quota::per_minute(workspace_calls_per_minute);
         Self {
@@ -54,18 +54,18 @@ impl Authorizer {
         }
     }
 
-    /// Whether this caller may call this method of the service now; reflection and the like are `None`.
+    /// Whether this caller may call this method now. `None` stands for methods of other services, such as reflection.
     pub(crate) fn call(&self, caller: &Caller, method: Option<&str>) -> Result<(), Status> {
         match (&caller.role, method) {
             (Role::Platform, _) => Ok(()),
             (Role::Operator, Some(DECIDE | BATCH_DECIDE)) => Err(not_an_operators()),
             (Role::Operator, _) => Ok(()),
-            (Role::Workspace(_), Some(DECIDE)) => self.take(&caller.name),
+            (Role::Workspace(_), Some(DECIDE)) => self.check_rate(&caller.name),
             (Role::Workspace(_), _) => Err(error(ErrorReason::MethodNotAllowed, "a `workspace` caller may call Decide only")),
         }
     }
 
-    /// Whether it may ask for this decision: a workspace next to a tenant's code vouches for nobody but itself.
+    /// Whether this caller may ask for this decision. A workspace runs a tenant's code, so it may ask only about itself.
     pub(super) fn request(&self, caller: &Caller, request: &Request) -> Result<(), Status> {
         let Role::Workspace(ids) = &caller.role else {
             return if caller.role == Role::Operator { Err(not_an_operators()) } else { Ok(()) };
@@ -83,8 +83,8 @@ impl Authorizer {
         Ok(())
     }
 
-    /// One call of a caller whose rate is low.
-    fn take(&self, name: &str) -> Result<(), Status> {
+    /// Counts a call of a workspace against its rate limit.
+    fn check_rate(&self, name: &str) -> Result<(), Status> {
         let over = |spent: governor::NotUntil<Duration>| {
             let words = format!("{} calls a minute", self.per_minute);
             limit_reached("callers.workspace_calls_per_minute", &words, spent.wait_time_from(self.rates.clock().now()))

@@ -1,5 +1,5 @@
-//! BatchDecide: items run by themselves, a few at a time, under the deadline; their results wait for whoever reads them. A reader that does
-//! not read holds up none of them.
+//! BatchDecide. Its items are decided independently, a few at a time, until the deadline. Results are kept until the caller reads them, so a slow
+//! reader does not delay any item.
 
 use futures_util::{Stream, StreamExt, stream};
 use tokio::{
@@ -21,7 +21,7 @@ use super::{
     errors::{self, error, invalid},
 };
 
-/// The results of a batch, as they are ready. Dropped, it ends the items that are under way.
+/// The results of a batch as they become ready. When the stream is dropped, items in progress are cancelled.
 pub(super) fn run(
     decider: Decider,
     message: pb::BatchDecideRequest,
@@ -33,10 +33,10 @@ pub(super) fn run(
         let found = format!("holds {}; it must hold 1 to {}", requests.len(), limits.batch_items);
         return Err(invalid(Violations(vec![("requests".to_owned(), found)])));
     }
-    // What can still go wrong is an item's.
+    // From here on, errors belong to single items.
     record.end(Code::Ok, "");
-    // There is room for every result, so that no item waits for a reader.
-    let (tell, results) = mpsc::channel(requests.len());
+    // The channel has room for every result, so no item waits for the reader.
+    let (sender, results) = mpsc::channel(requests.len());
     let concurrency = limits.batch_concurrency;
     let items: Vec<_> = (0_u32..).zip(requests).map(|(index, message)| (index, message, record.item(index))).collect();
     let mut running = JoinSet::new();
@@ -44,18 +44,18 @@ pub(super) fn run(
         let decided = stream::iter(items).map(|(index, message, record)| decide(&decider, index, message, deadline, record));
         let mut decided = std::pin::pin!(decided.buffer_unordered(concurrency));
         while let Some(item) = decided.next().await {
-            // There is room; without a reader nobody asks any more.
-            drop(tell.try_send(Ok(item)));
+            // Sending fails only if the reader has gone.
+            drop(sender.try_send(Ok(item)));
         }
     });
-    // The items end with the stream that is read.
+    // The tasks are owned by the stream, so that they end with it.
     Ok(ReceiverStream::new(results).map(move |result| {
         let _while_read = &running;
         result
     }))
 }
 
-/// One item, whatever becomes of it.
+/// Decides one item. Errors become its status.
 async fn decide(
     decider: &Decider,
     index: u32,
@@ -63,7 +63,7 @@ async fn decide(
     deadline: Deadline,
     record: CallRecord,
 ) -> pb::BatchDecideResponse {
-    // An item's own time is a Decide's, within the batch's.
+    // An item has the time of a Decide call, within the time of the batch.
     let own = deadline.answer_by.min(Instant::now() + decider.shared.deadlines.decide);
     let decided = timeout_at(deadline.answer_by, decider.item(message, own, &record)).await.unwrap_or_else(|_| {
         let status = error(ErrorReason::Deadline, "no decision was made before the batch's deadline");
@@ -72,7 +72,7 @@ async fn decide(
     });
     let result = match decided {
         Ok(response) => pb::batch_decide_response::Result::Response(Box::new(response)),
-        Err(status) => pb::batch_decide_response::Result::Status(errors::item(&status)),
+        Err(status) => pb::batch_decide_response::Result::Status(errors::item_status(&status)),
     };
     pb::BatchDecideResponse { index, result: Some(result) }
 }

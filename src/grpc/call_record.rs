@@ -1,5 +1,5 @@
-//! One record of each call, and of each item of a batch: started with it and ended once, with its decision or its code. Out of it the log's
-//! event, the numbers and the span are written.
+//! One record for each call and for each item of a batch. It begins with the call and ends once, with a decision or a gRPC code. The log event, the
+//! metrics and the span are written from it.
 
 use std::{
     sync::{
@@ -29,7 +29,7 @@ use crate::{
     },
 };
 
-/// Where records go.
+/// The destinations of records.
 pub(crate) struct Recorder {
     journal: Journal,
     lately: Arc<Lately>,
@@ -37,13 +37,13 @@ pub(crate) struct Recorder {
     decisions: Decisions,
 }
 
-/// One call, or one item of a batch. Dropped before it has ended, it was given up by its caller.
+/// The record of one call or of one item of a batch. If it is dropped before it has ended, the caller has cancelled.
 pub(crate) struct CallRecord {
     recorder: Arc<Recorder>,
     peer: Peer,
     method: &'static str,
     traced: Traced,
-    /// What fails is no workspace that could not start.
+    /// The caller does not act on the answer, so a failure keeps no workspace from starting.
     report_only: AtomicBool,
     ended: AtomicBool,
 }
@@ -51,7 +51,7 @@ pub(crate) struct CallRecord {
 // === impl Recorder ===
 
 impl Recorder {
-    /// Events go to this journal, and what a person may ask about to this list.
+    /// `journal` gets the events, and `lately` the decisions and failures that the status page shows.
     pub(crate) fn new(journal: Journal, lately: Arc<Lately>) -> Self {
         Self { journal, lately, calls: Calls::default(), decisions: Decisions::default() }
     }
@@ -67,9 +67,9 @@ impl Collect for Recorder {
 // === impl CallRecord ===
 
 impl CallRecord {
-    /// Of a call that begins now. The method is empty where it is none of the service's.
+    /// The record of a call that begins now. `method` is empty for methods of other services.
     pub(crate) fn begin(recorder: &Arc<Recorder>, peer: Peer, method: &'static str, headers: &HeaderMap) -> Self {
-        let traced = if decides(method) { Traced::begin(headers, NAME, method) } else { Traced::default() };
+        let traced = if asks_for_decision(method) { Traced::begin(headers, NAME, method) } else { Traced::default() };
         Self {
             recorder: Arc::clone(recorder),
             peer,
@@ -80,7 +80,7 @@ impl CallRecord {
         }
     }
 
-    /// Of one item of this batch.
+    /// The record of one item of this batch.
     pub(super) fn item(&self, index: u32) -> Self {
         let Self { peer, method, .. } = *self;
         Self {
@@ -93,17 +93,17 @@ impl CallRecord {
         }
     }
 
-    /// The span of the work; none if it is not traced.
+    /// The span of the call; disabled if the call is not traced.
     pub(super) fn span(&self) -> Span {
         self.traced.span()
     }
 
-    /// The caller only wants to know.
+    /// Sets whether the caller acts on the answer.
     pub(super) fn set_report_only(&self, report_only: bool) {
         self.report_only.store(report_only, Ordering::Relaxed);
     }
 
-    /// A decision was made.
+    /// Ends the record with a decision.
     pub(super) fn decided(&self, request: &Request, decided: &Decided, took: Duration) {
         if self.ended.swap(true, Ordering::Relaxed) {
             return;
@@ -116,23 +116,23 @@ impl CallRecord {
         journal.decision(request, decided, took, self.traced.trace_id());
     }
 
-    /// Something panicked on the way: a fault of ours, which ends this call alone.
+    /// Counts and logs a panic. Only this call fails because of it.
     pub(super) fn panicked(&self) {
         self.recorder.decisions.panicked();
         tracing::error!(event = "decision_panicked", method = self.method, "a panic of this service; no decision was made");
     }
 
-    /// It ended with this status; `request` is what was asked, if that much was understood.
+    /// Ends the record with an error. `request` is given if the message could be parsed.
     pub(super) fn failed(&self, status: &Status, request: Option<&Request>) {
         self.end_with(status.code(), status.message(), request);
     }
 
-    /// It was given up before it ended, if it has not ended.
-    pub(super) fn left(&self, request: Option<&Request>) {
+    /// Ends the record as cancelled, unless it has ended.
+    pub(super) fn cancelled(&self, request: Option<&Request>) {
         self.end_with(Code::Cancelled, "the caller left, or its deadline passed, before a decision was made", request);
     }
 
-    /// It ended so, unless it has ended before.
+    /// Ends the record with this code, unless it has ended.
     pub(crate) fn end(&self, code: Code, reason: &str) {
         self.end_with(code, reason, None);
     }
@@ -145,7 +145,7 @@ impl CallRecord {
         if code != Code::Ok {
             let report_only = self.report_only.load(Ordering::Relaxed);
             calls.failed(self.method, code as i32, report_only);
-            if decides(self.method) {
+            if asks_for_decision(self.method) {
                 let Self { peer, method, .. } = *self;
                 let (grpc_code, trace_id) = (word_of(code as i32), self.traced.trace_id());
                 let undecided = Undecided { method, grpc_code, reason, peer, request, report_only, trace_id };
@@ -159,11 +159,11 @@ impl CallRecord {
 
 impl Drop for CallRecord {
     fn drop(&mut self) {
-        self.left(None);
+        self.cancelled(None);
     }
 }
 
-/// The journal knows of the calls that ask for a decision.
-fn decides(method: &str) -> bool {
+/// Whether the method asks for a decision. The journal has only such calls.
+fn asks_for_decision(method: &str) -> bool {
     matches!(method, DECIDE | BATCH_DECIDE)
 }

@@ -1,4 +1,4 @@
-//! Messages on the wire: tonic's own way, with buffers of a decision's size. Its own are of 8 KiB each way, which cost 2,100 of a call's 64,600
+//! Encodes and decodes messages as tonic does, but with smaller buffers. tonic's buffers of 8 KiB in each direction cost 2,100 of a call's 64,600
 //! instructions (docs/performance.md).
 
 use std::marker::PhantomData;
@@ -7,13 +7,13 @@ use prost::Message;
 use tonic::codec::{self, BufferSettings};
 use tonic_prost::{ProstCodec, ProstDecoder, ProstEncoder};
 
-/// A decision fits, asked and answered, and a buffer grows for what does not. tonic's are eight times as long, which the allocator
-/// does not keep.
+/// Large enough for a decision's request and answer; a buffer grows for larger ones. tonic's default is eight times as long, and the allocator does
+/// not keep buffers of that size.
 const BUFFER_BYTES: usize = 1024;
-/// What may be ready of an answer before it is sent: tonic's own measure.
+/// How much encoded data may be collected before it is sent. tonic's default.
 const SEND_BYTES: usize = 32 * 1024;
 
-/// What the generated code encodes and decodes by.
+/// The codec that the generated code uses.
 #[derive(Debug, Clone)]
 pub(super) struct Codec<T, U>(PhantomData<(T, U)>);
 

@@ -1,4 +1,4 @@
-//! Proto and domain, both ways. With `grpc.rs` and the CLI's client the only files that name generated code.
+//! Converts between proto messages and domain types. With `grpc.rs` and the CLI's client, these are the only files that use generated code.
 
 use super::limits::Limits;
 use crate::{
@@ -30,7 +30,7 @@ pub mod pb {
     tonic::include_proto!("byokgate.v1");
 }
 
-/// So many entries `unreadable_scopes` may have: far more than there are scopes.
+/// The most entries of `unreadable_scopes`. Far more than there are scopes.
 const UNREADABLE_SCOPES: usize = 16;
 
 /// The encoded descriptors, for reflection.
@@ -41,7 +41,7 @@ pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descrip
 pub struct Violations(pub Vec<(String, String)>);
 
 impl Violations {
-    /// Fields and descriptions are made into text here and nowhere before: nearly every request has no violation.
+    /// The arguments become text only here, because nearly every request is valid.
     fn add(&mut self, field: impl fmt::Display, description: impl fmt::Display) {
         self.0.push((field.to_string(), description.to_string()));
     }
@@ -50,7 +50,7 @@ impl Violations {
         if self.0.is_empty() { Ok(value) } else { Err(self) }
     }
 
-    /// A name that may stand in logs and messages.
+    /// Checks a name that may appear in logs and messages.
     fn check_name(&mut self, field: impl fmt::Display, name: &str, limit: usize) {
         if name.len() > limit {
             self.add(&field, format_args!("is {} bytes long; the limit is {limit}", name.len()));
@@ -65,12 +65,12 @@ impl Violations {
 
 // === in ===
 
-/// A Decide request within the built-in limits: what a command takes.
+/// Parses a Decide request with the built-in limits, for commands.
 pub fn request(message: pb::DecideRequest) -> Result<Request, Violations> {
     request_within(message, &Limits::default())
 }
 
-/// A Decide request, parsed once: inside, nothing is checked again.
+/// Parses and checks a Decide request. Later code relies on the checks.
 pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Request, Violations> {
     let pb::DecideRequest { workspace_spec, checkpoint, max_liveness_age, explain, report_only } = message;
     let mut violations = Violations::default();
@@ -85,7 +85,7 @@ pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Req
         }
     };
     let max_liveness_age = max_liveness_age.and_then(|age| {
-        let found = length_of(age);
+        let found = duration_of(age);
         if found.is_none() {
             violations.add("max_liveness_age", "must be a duration of 0 s to 315,576,000,000 s, its nanos 0 to 999,999,999");
         }
@@ -106,9 +106,9 @@ pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Req
     }
 }
 
-/// A duration as the wire has it, if it is one that the well-known type allows. The library's own conversion panics at the smallest number
-/// of seconds, and takes parts of different signs.
-fn length_of(wire: prost_types::Duration) -> Option<Duration> {
+/// A duration from the wire, if the well-known type allows it. The library's own conversion panics for the smallest number of seconds and accepts
+/// parts with different signs.
+fn duration_of(wire: prost_types::Duration) -> Option<Duration> {
     const MAX_SECONDS: u64 = 315_576_000_000;
     let (seconds, nanos) = (u64::try_from(wire.seconds).ok()?, u32::try_from(wire.nanos).ok()?);
     (seconds <= MAX_SECONDS && nanos < 1_000_000_000).then(|| Duration::new(seconds, nanos))
@@ -126,10 +126,10 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
         platform_proxy,
         tenant_base_url_env,
     } = message;
-    violations.check_name(format_args!("{AT}.workspace_id"), &workspace_id, limits.name_bytes);
-    violations.check_name(format_args!("{AT}.organization_id"), &organization_id, limits.name_bytes);
-    violations.check_name(format_args!("{AT}.runtime"), &runtime, limits.name_bytes);
-    let model = model_within(model, format_args!("{AT}.model"), limits, violations);
+    violations.check_name(format_args!("{SPEC}.workspace_id"), &workspace_id, limits.name_bytes);
+    violations.check_name(format_args!("{SPEC}.organization_id"), &organization_id, limits.name_bytes);
+    violations.check_name(format_args!("{SPEC}.runtime"), &runtime, limits.name_bytes);
+    let model = model_within(model, format_args!("{SPEC}.model"), limits, violations);
     let credentials = credentials_of(credentials, limits, violations);
     let unreadable_scopes = scopes(unreadable_scopes, violations);
     let operator_override = override_of(operator_override, violations);
@@ -148,13 +148,13 @@ fn spec(message: pb::WorkspaceSpec, limits: &Limits, violations: &mut Violations
     }
 }
 
-/// Where all of this is in a request.
-const AT: &str = "workspace_spec";
+/// The field that holds the spec.
+const SPEC: &str = "workspace_spec";
 
 fn credentials_of(credentials: Vec<pb::Credential>, limits: &Limits, violations: &mut Violations) -> Vec<Credential> {
     if credentials.len() > limits.credentials {
         violations.add(
-            format_args!("{AT}.credentials"),
+            format_args!("{SPEC}.credentials"),
             format_args!(
                 "holds {}; the limit is {} (limits.credentials): send only names that GetRegistryStatus lists",
                 credentials.len(),
@@ -164,10 +164,10 @@ fn credentials_of(credentials: Vec<pb::Credential>, limits: &Limits, violations:
     }
     let mut parsed: Vec<Credential> = Vec::with_capacity(credentials.len().min(limits.credentials));
     for (index, message) in credentials.into_iter().take(limits.credentials).enumerate() {
-        let place = format_args!("{AT}.credentials[{index}]");
+        let place = format_args!("{SPEC}.credentials[{index}]");
         if let Some(credential) = credential(message, place, limits, violations) {
             let Credential { env_name, scope, .. } = &credential;
-            // There are few: looking through them is cheaper than keeping a set.
+            // A search through the few entries costs less than a set.
             if parsed.iter().any(|other| other.scope == *scope && other.env_name == *env_name) {
                 violations.add(format_args!("{place}.env_name"), format_args!("`{env_name}` appears twice in one scope"));
             }
@@ -180,7 +180,7 @@ fn credentials_of(credentials: Vec<pb::Credential>, limits: &Limits, violations:
 fn scopes(unreadable_scopes: Vec<i32>, violations: &mut Violations) -> Vec<Scope> {
     if unreadable_scopes.len() > UNREADABLE_SCOPES {
         violations.add(
-            format_args!("{AT}.unreadable_scopes"),
+            format_args!("{SPEC}.unreadable_scopes"),
             format_args!("holds {}; the limit is {UNREADABLE_SCOPES}: name each scope once", unreadable_scopes.len()),
         );
     }
@@ -188,7 +188,7 @@ fn scopes(unreadable_scopes: Vec<i32>, violations: &mut Violations) -> Vec<Scope
         .into_iter()
         .take(UNREADABLE_SCOPES)
         .enumerate()
-        .filter_map(|(index, number)| scope(number, format_args!("{AT}.unreadable_scopes[{index}]"), violations))
+        .filter_map(|(index, number)| scope(number, format_args!("{SPEC}.unreadable_scopes[{index}]"), violations))
         .collect()
 }
 
@@ -200,7 +200,7 @@ fn override_of(operator_override: i32, violations: &mut Violations) -> OperatorO
         Ok(pb::OperatorOverride::Disabled) => OperatorOverride::Disabled,
         Err(_) => {
             violations.add(
-                format_args!("{AT}.operator_override"),
+                format_args!("{SPEC}.operator_override"),
                 format_args!("{operator_override} is not a value of OperatorOverride"),
             );
             OperatorOverride::Derive
@@ -214,7 +214,8 @@ fn proxy_of(platform_proxy: i32, violations: &mut Violations) -> Option<Platform
         Ok(pb::PlatformProxy::Available) => Some(PlatformProxy::Available),
         Ok(pb::PlatformProxy::Absent) => Some(PlatformProxy::Absent),
         Err(_) => {
-            violations.add(format_args!("{AT}.platform_proxy"), format_args!("{platform_proxy} is not a value of PlatformProxy"));
+            violations
+                .add(format_args!("{SPEC}.platform_proxy"), format_args!("{platform_proxy} is not a value of PlatformProxy"));
             None
         }
     }
@@ -223,12 +224,12 @@ fn proxy_of(platform_proxy: i32, violations: &mut Violations) -> Option<Platform
 fn check_base_url_names(names: &[String], limits: &Limits, violations: &mut Violations) {
     if names.len() > limits.base_url_names {
         violations.add(
-            format_args!("{AT}.tenant_base_url_env"),
+            format_args!("{SPEC}.tenant_base_url_env"),
             format_args!("holds {}; the limit is {} (limits.base_url_names)", names.len(), limits.base_url_names),
         );
     }
     for (index, name) in names.iter().take(limits.base_url_names).enumerate() {
-        let field = format_args!("{AT}.tenant_base_url_env[{index}]");
+        let field = format_args!("{SPEC}.tenant_base_url_env[{index}]");
         violations.check_name(field, name, limits.name_bytes);
         if name.is_empty() {
             violations.add(field, "is empty: name the variable, or leave it out");
@@ -236,7 +237,7 @@ fn check_base_url_names(names: &[String], limits: &Limits, violations: &mut Viol
     }
 }
 
-/// The model without blanks at its ends. The bound is for what was sent.
+/// The model without white space at its ends. The limit applies to the text as sent.
 fn model_within(model: String, place: std::fmt::Arguments<'_>, limits: &Limits, violations: &mut Violations) -> String {
     if model.len() > limits.model_bytes {
         violations
@@ -248,7 +249,7 @@ fn model_within(model: String, place: std::fmt::Arguments<'_>, limits: &Limits, 
     model
 }
 
-/// Trimmed of Unicode white space; copied only where there is some.
+/// Trims Unicode white space. Copies only if there is some.
 fn trimmed(text: String) -> String {
     let kept = text.trim();
     if kept.len() == text.len() { text } else { kept.to_owned() }
@@ -291,7 +292,7 @@ fn scope(number: i32, field: impl fmt::Display, violations: &mut Violations) -> 
     }
 }
 
-/// A ResolveProvider request: runtime, model, names.
+/// Parses a ResolveProvider request: runtime, model, names.
 pub fn resolve_request(
     message: pb::ResolveProviderRequest,
     limits: &Limits,
@@ -312,7 +313,7 @@ pub fn resolve_request(
     violations.or((runtime, model, credential_names.into_iter().collect()))
 }
 
-/// A ListModels request: the runtime, or every one; and whether details are asked for.
+/// Parses a ListModels request: the runtime, or `None` for all, and whether details are wanted.
 pub fn list_request(message: pb::ListModelsRequest, limits: &Limits) -> Result<(Option<String>, bool), Violations> {
     let pb::ListModelsRequest { runtime, details } = message;
     let mut violations = Violations::default();
@@ -370,7 +371,7 @@ pub fn to_request(request: &Request) -> pb::DecideRequest {
 
 // === out ===
 
-/// A decision.
+/// The answer to Decide.
 pub fn response(decided: Decided) -> pb::DecideResponse {
     let Decided { id, decision, registry_revision, catalogue_revision, finding: _ } = decided;
     let Decision { outcome, resolution, liveness, warnings, trace, relevant } = decision;
@@ -393,7 +394,7 @@ pub fn response(decided: Decided) -> pb::DecideResponse {
     }
 }
 
-/// An answer to ResolveProvider.
+/// The answer to ResolveProvider.
 pub fn resolve_response(result: Result<Resolved, Unresolved>, model: &str, snapshot: &Snapshot) -> pb::ResolveProviderResponse {
     let registry_revision = snapshot.registry.revision().to_owned();
     match result {
@@ -425,7 +426,7 @@ fn withdrawal(model: &str) -> Warning {
     }
 }
 
-/// What a runtime, or every one, offers. Details are what a menu for people shows beside it.
+/// The answer to ListModels for one runtime or all. Details are what a menu for people shows in addition.
 pub fn models(snapshot: &Snapshot, runtime: Option<&str>, details: bool) -> pb::ListModelsResponse {
     let registry = &snapshot.registry;
     let (mut models, mut open_providers) = (Vec::new(), Vec::new());
@@ -465,7 +466,7 @@ pub fn models(snapshot: &Snapshot, runtime: Option<&str>, details: bool) -> pb::
     pb::ListModelsResponse { models, registry_revision: registry.revision().to_owned(), open_providers }
 }
 
-/// The state of registry and catalogue.
+/// The answer to GetRegistryStatus.
 pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResponse {
     let Snapshot { registry, catalogue, registry_origin, catalogue_origin, .. } = snapshot;
     let source = |revision: &str, origin: &Origin| pb::SourceStatus {
@@ -639,7 +640,7 @@ fn deny_code(code: DenyCode) -> i32 {
 }
 
 fn duration(duration: Duration) -> prost_types::Duration {
-    // A duration beyond what the message can hold is cut to its maximum: nobody waits 10,000 years.
+    // A longer duration becomes the message's maximum of 10,000 years.
     duration.try_into().unwrap_or(prost_types::Duration { seconds: 315_576_000_000, nanos: 0 })
 }
 

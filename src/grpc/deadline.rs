@@ -1,31 +1,30 @@
-//! How long a call may take: the caller's `grpc-timeout`, capped, less a margin so that the answer arrives in time.
+//! How long a call may take: the caller's `grpc-timeout` up to a maximum, less a margin so that the answer arrives in time.
 
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName};
 use tokio::time::Instant;
 
-/// The part of a caller's time that is kept back, so that the answer arrives before the caller gives up: a tenth, within
-/// these bounds. A caller with less than the lower one could not receive an answer.
+/// The margin is a tenth of the caller's time, within these bounds. A caller with less than the lower bound could not receive an answer in time.
 const MIN_MARGIN: Duration = Duration::from_millis(5);
 const MAX_MARGIN: Duration = Duration::from_millis(100);
 
-/// The caller's time.
+/// The header with the caller's timeout.
 static GRPC_TIMEOUT: HeaderName = HeaderName::from_static("grpc-timeout");
 
-/// One call's time, counted from its headers.
+/// The deadlines of a call, counted from the arrival of its headers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Deadline {
-    /// By when an answer is made, whatever it is.
+    /// When an answer must be made, whatever it is.
     pub(crate) answer_by: Instant,
-    /// From when on there is no answer any more.
+    /// When the caller's time ends and no answer is sent any more.
     pub(crate) end: Instant,
 }
 
 // === impl Deadline ===
 
 impl Deadline {
-    /// Of a call that begins now. None: the time is over before it began.
+    /// The deadlines of a call that begins now. `None` if there is no time for an answer.
     pub(crate) fn of(headers: &HeaderMap, cap: Duration) -> Option<Self> {
         let given = headers.get(&GRPC_TIMEOUT).and_then(|value| grpc_timeout(value.to_str().ok()?));
         let time = given.unwrap_or(cap).min(cap);
@@ -35,7 +34,7 @@ impl Deadline {
     }
 }
 
-/// `1` to `8` digits and a unit. Anything else is no timeout, as the gRPC library has it.
+/// One to eight digits and a unit. Anything else is ignored, as in the gRPC library.
 fn grpc_timeout(text: &str) -> Option<Duration> {
     let unit = text.chars().next_back()?;
     let digits = text.strip_suffix(unit)?;

@@ -1,4 +1,4 @@
-//! One decision: bad input and faults of ours are statuses, everything else is a decision. Either is recorded.
+//! Makes one decision for a call. Invalid input and internal errors become gRPC statuses, everything else becomes a decision. Both are recorded.
 
 use std::{panic::AssertUnwindSafe, sync::Arc};
 
@@ -24,7 +24,7 @@ use crate::{
     domain::request::{CalledBy, Request},
 };
 
-/// What all calls share.
+/// The state that all calls share.
 pub(super) struct Shared {
     pub(super) engine: Arc<Engine>,
     pub(super) admission: Admission,
@@ -33,7 +33,7 @@ pub(super) struct Shared {
     pub(super) deadlines: Deadlines,
 }
 
-/// Decides for one caller.
+/// Makes decisions for one caller.
 #[derive(Clone)]
 pub(super) struct Decider {
     pub(super) shared: Arc<Shared>,
@@ -43,7 +43,7 @@ pub(super) struct Decider {
 // === impl Decider ===
 
 impl Decider {
-    /// A call of its own.
+    /// Answers a Decide call.
     pub(super) async fn call(
         &self,
         message: pb::DecideRequest,
@@ -51,10 +51,10 @@ impl Decider {
         record: &CallRecord,
     ) -> Result<pb::DecideResponse, Status> {
         record.set_report_only(message.report_only);
-        self.guarded(convert::request_within(message, &self.shared.limits).map_err(invalid), answer_by, false, record).await
+        self.catch_panics(convert::request_within(message, &self.shared.limits).map_err(invalid), answer_by, false, record).await
     }
 
-    /// An item of a batch. The library holds single messages to their length, but not these.
+    /// Decides an item of a batch. The gRPC library limits the size of a whole message, but not of an item.
     pub(super) async fn item(
         &self,
         message: pb::DecideRequest,
@@ -69,18 +69,18 @@ impl Decider {
         } else {
             convert::request_within(message, &self.shared.limits).map_err(invalid)
         };
-        self.guarded(request, answer_by, true, record).await
+        self.catch_panics(request, answer_by, true, record).await
     }
 
-    /// Whatever panics on the way is this call's end alone: not the connection's, and not that of a batch's other items.
-    async fn guarded(
+    /// A panic ends only this call, and not the connection or other items of a batch.
+    async fn catch_panics(
         &self,
         request: Result<Request, Status>,
         answer_by: Instant,
-        patient: bool,
+        waits_until_deadline: bool,
         record: &CallRecord,
     ) -> Result<pb::DecideResponse, Status> {
-        let deciding = AssertUnwindSafe(self.decide(request, answer_by, patient, record)).catch_unwind().await;
+        let deciding = AssertUnwindSafe(self.decide(request, answer_by, waits_until_deadline, record)).catch_unwind().await;
         deciding.unwrap_or_else(|_| {
             record.panicked();
             let status = internal();
@@ -93,7 +93,7 @@ impl Decider {
         &self,
         request: Result<Request, Status>,
         answer_by: Instant,
-        patient: bool,
+        waits_until_deadline: bool,
         record: &CallRecord,
     ) -> Result<pb::DecideResponse, Status> {
         let mut request = request.inspect_err(|status| record.failed(status, None))?;
@@ -101,30 +101,31 @@ impl Decider {
             CalledBy { name: self.caller.name.clone(), is_workspace: matches!(self.caller.role, Role::Workspace(_)) };
         let began = Instant::now();
         let _unfinished = Unfinished { record, request: &request };
-        let decided = self.decided(&request, answer_by, patient).instrument(record.span()).await;
+        let decided = self.decided(&request, answer_by, waits_until_deadline).instrument(record.span()).await;
         let decided = decided.inspect_err(|status| record.failed(status, Some(&request)))?;
         record.decided(&request, &decided, began.elapsed());
         Ok(convert::response(decided))
     }
 
-    /// An item of a batch waits for its place until its own deadline; a call is refused soon, and can try another replica.
-    async fn decided(&self, request: &Request, answer_by: Instant, patient: bool) -> Result<Decided, Status> {
+    /// An item of a batch waits for a permit until its deadline. A call is refused soon, so that it can try another replica.
+    async fn decided(&self, request: &Request, answer_by: Instant, waits_until_deadline: bool) -> Result<Decided, Status> {
         let Shared { engine, admission, authorizer, .. } = &*self.shared;
         authorizer.request(&self.caller, request)?;
         engine
             .decide_admitted(request, answer_by, |endpoint| async move {
                 let expected_wait = || engine.expected_wait(&endpoint.provider);
-                if patient {
-                    admission.enter_by(&endpoint.provider, answer_by, &expected_wait).await
+                if waits_until_deadline {
+                    admission.admit_by(&endpoint.provider, answer_by, &expected_wait).await
                 } else {
-                    admission.enter(&endpoint.provider, &expected_wait).await
+                    admission.admit(&endpoint.provider, &expected_wait).await
                 }
             })
             .await
     }
 }
 
-/// A decision under way. Dropped before it was recorded, its caller has left, or it has panicked: either way the record says of whom.
+/// A decision in progress. If it is dropped before it is recorded, the caller has cancelled or the code has panicked. The record then has the
+/// request.
 struct Unfinished<'d> {
     record: &'d CallRecord,
     request: &'d Request,
@@ -135,7 +136,7 @@ impl Drop for Unfinished<'_> {
         if std::thread::panicking() {
             self.record.failed(&internal(), Some(self.request));
         } else {
-            self.record.left(Some(self.request));
+            self.record.cancelled(Some(self.request));
         }
     }
 }

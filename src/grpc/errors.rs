@@ -1,4 +1,4 @@
-//! Why a call ended without a decision: gRPC's code, a sentence, and details by which a program tells one from another.
+//! Errors of calls that end without a decision: a gRPC code, a text, and details that a program can read.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -11,17 +11,17 @@ use super::convert::{
     pb::{self, ErrorReason},
 };
 
-/// Who says so, in google.rpc.ErrorInfo.
+/// The domain in google.rpc.ErrorInfo.
 pub(crate) const ERROR_DOMAIN: &str = "byok-gate";
-/// When a refused caller should try again: long enough that a refused crowd does not come back as one, short for a person.
+/// How long a refused caller should wait: long enough to spread callers out, short for a person.
 pub(crate) const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// An error for this reason, in these words.
+/// An error with this reason and text.
 pub(crate) fn error(reason: ErrorReason, message: impl Into<String>) -> Status {
     with_details(reason, message, ErrorDetails::new(), HashMap::new())
 }
 
-/// RESOURCE_EXHAUSTED that says which limit, and when to try again.
+/// RESOURCE_EXHAUSTED with the name of the limit and the time to wait.
 pub(crate) fn limit_reached(limit: &str, words: &str, retry_after: Duration) -> Status {
     let mut details = ErrorDetails::with_retry_info(Some(retry_after));
     details.add_quota_failure_violation(limit, words);
@@ -32,13 +32,13 @@ pub(crate) fn limit_reached(limit: &str, words: &str, retry_after: Duration) -> 
     with_details(ErrorReason::LimitReached, message, details, HashMap::from([("limit".to_owned(), limit.to_owned())]))
 }
 
-/// UNAVAILABLE: the service stops before this call is answered.
+/// UNAVAILABLE: the service stops before the call is answered.
 pub(crate) fn draining() -> Status {
     let details = ErrorDetails::with_retry_info(Some(RETRY_AFTER));
     with_details(ErrorReason::Draining, "no decision was made: the service is stopping", details, HashMap::new())
 }
 
-/// INVALID_ARGUMENT: the first violation in words, all of them as details.
+/// INVALID_ARGUMENT: the first violation as the text, all of them as details.
 pub(crate) fn bad_request(reason: ErrorReason, violations: Violations) -> Status {
     let Violations(list) = violations;
     let first = list.first().map_or_else(String::new, |(field, description)| format!("{field}: {description}"));
@@ -54,9 +54,9 @@ pub(super) fn invalid(violations: Violations) -> Status {
     bad_request(ErrorReason::BadRequest, violations)
 }
 
-/// The same error, with the details that every error of this service has. An error of the gRPC library has none of its own.
-pub(crate) fn explained(status: Status) -> Status {
-    /// How the library says that what came is no message: a body that ends too early, or has no beginning.
+/// The same error with the details that every error of this service has. Errors of the gRPC library have none.
+pub(crate) fn with_standard_details(status: Status) -> Status {
+    /// How the gRPC library begins its text for a body that ends too early or has no valid frame.
     const BROKEN: [&str; 3] = ["Unexpected EOF", "Missing request message", "protocol error: received message with invalid"];
     if !status.details().is_empty() {
         return status;
@@ -72,23 +72,23 @@ pub(crate) fn explained(status: Status) -> Status {
         Code::ResourceExhausted => ErrorReason::LimitReached,
         Code::DeadlineExceeded | Code::Cancelled | Code::Aborted => ErrorReason::Deadline,
         Code::Unavailable => ErrorReason::Draining,
-        // Health knows no service of that name.
+        // The health service does not know the name, or there is no such method.
         Code::NotFound | Code::Unimplemented => ErrorReason::Unsupported,
         Code::Ok | Code::Unknown | Code::AlreadyExists | Code::Internal | Code::DataLoss => ErrorReason::Internal,
     };
     let code = match status.code() {
-        // The health protocol has its own code.
+        // The health protocol requires this code.
         Code::NotFound => Code::NotFound,
-        // A caller that has left is not late.
+        // A caller that has cancelled did not run out of time.
         Code::Cancelled | Code::Aborted => Code::Cancelled,
         _ => code_of(reason),
     };
     with_code(code, reason, status.message(), ErrorDetails::new(), HashMap::new())
 }
 
-/// An item's status in a batch: the same as that of a call.
-pub(super) fn item(status: &Status) -> pb::ItemStatus {
-    // What we encoded ourselves.
+/// The status of an item of a batch. It is the same as that of a call.
+pub(super) fn item_status(status: &Status) -> pb::ItemStatus {
+    // These details were encoded by this service, so they can be decoded.
     let details = tonic_types::Status::decode(status.details()).map(|status| status.details).unwrap_or_default();
     pb::ItemStatus { code: status.code() as i32, message: status.message().to_owned(), details }
 }

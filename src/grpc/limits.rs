@@ -1,4 +1,4 @@
-//! How much and how long a caller may ask: the limits of messages and calls, and the deadlines.
+//! The settings for how much and how long a caller may ask: limits of messages and calls, and deadlines.
 
 use std::time::Duration;
 
@@ -6,73 +6,73 @@ use serde::{Deserialize, Serialize};
 
 use crate::domain::{duration, problem::Review};
 
-/// The largest count or size that a limit may have: far above any use, far below where arithmetic ends.
+/// The largest value of a limit: far above any use, and small enough that arithmetic cannot overflow.
 const MAX_COUNT: usize = 1 << 30;
-/// A token of 4 KiB beside the usual headers must pass.
+/// A token of 4 KiB must fit beside the usual headers.
 const MIN_HEADER_LIST_BYTES: u32 = 8 * 1024;
-/// The smallest request with a key has some hundred bytes; one that holds a PEM or a JSON credential has some KiB.
+/// A request with a key has some hundred bytes, and one with a PEM or JSON credential has a few KiB.
 const MIN_MESSAGE_BYTES: usize = 4 * 1024;
-/// Less, and no answer could be made and sent.
+/// With less time, no answer could be made and sent.
 const MIN_DEADLINE: Duration = Duration::from_millis(100);
 
-/// How much.
+/// The limits of messages, connections and calls.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Limits {
-    /// Bytes of one Decide request, and of every other but a batch.
+    /// Bytes of a Decide request and of any other request but a batch.
     pub message_bytes: usize,
-    /// Bytes of one batch request.
+    /// Bytes of a batch request.
     pub batch_message_bytes: usize,
     /// Bytes of all requests that are being read or decided.
     pub request_bytes: usize,
-    /// Bytes of one request's headers.
+    /// Bytes of a request's headers.
     pub header_list_bytes: u32,
-    /// Open connections of one listener.
+    /// Open connections of a listener.
     pub connections: usize,
-    /// Calls at a time of one connection.
+    /// Concurrent calls of a connection.
     pub streams_per_connection: u32,
-    /// Calls at a time of callers that nobody knows: health checks without a token, and whatever else has no name.
+    /// Concurrent calls of unknown callers, such as health checks without a token.
     pub unknown_calls: usize,
-    /// Health watches at a time.
+    /// Concurrent health watches.
     pub watches: usize,
-    /// Decisions that wait for a provider at a time.
+    /// Decisions that wait for a provider.
     pub decisions: usize,
-    /// Of these, how many may wait for one provider.
+    /// Decisions that wait for the same provider.
     pub decisions_per_provider: usize,
-    /// Decisions that may wait for such a place.
+    /// Decisions that may wait for a permit.
     pub decisions_waiting: usize,
-    /// How long one may wait for it.
+    /// How long a decision may wait for a permit.
     #[serde(with = "duration")]
     pub decision_wait: Duration,
-    /// Items of one batch.
+    /// Items of a batch.
     pub batch_items: usize,
-    /// Items of one batch that are decided at a time.
+    /// Items of a batch that are decided at the same time.
     pub batch_concurrency: usize,
-    /// Credentials of one spec.
+    /// Credentials in a request.
     pub credentials: usize,
-    /// Bytes of one credential's value.
+    /// Bytes of a credential's value.
     pub credential_bytes: usize,
     /// Bytes of an id or a name.
     pub name_bytes: usize,
     /// Bytes of a model's id.
     pub model_bytes: usize,
-    /// Base-URL variables of one spec.
+    /// Base-URL variables in a request.
     pub base_url_names: usize,
-    /// Credential names of one ResolveProvider.
+    /// Credential names in a ResolveProvider request.
     pub resolve_names: usize,
 }
 
-/// How long.
+/// The time limits of calls.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Deadlines {
-    /// One Decide, whatever the caller allows; and every other call but a batch and a health watch.
+    /// For Decide, and for every other call but a batch and a health watch. A caller can set less, and not more.
     #[serde(with = "duration")]
     pub decide: Duration,
-    /// One batch.
+    /// For a batch.
     #[serde(with = "duration")]
     pub batch: Duration,
-    /// From a connection's first byte to the end of its TLS handshake and HTTP/2 preface.
+    /// From the first byte of a connection to the end of its TLS handshake and HTTP/2 preface.
     #[serde(with = "duration")]
     pub handshake: Duration,
 }
@@ -107,7 +107,7 @@ impl Default for Limits {
 }
 
 impl Limits {
-    /// What is wrong with them.
+    /// Reports what is wrong with these settings.
     pub fn review(&self, review: &mut Review<'_>) {
         let Self { message_bytes, batch_message_bytes, request_bytes, .. } = *self;
         for (key, count) in [
@@ -157,7 +157,7 @@ impl Default for Deadlines {
 }
 
 impl Deadlines {
-    /// What is wrong with them.
+    /// Reports what is wrong with these settings.
     pub fn review(&self, review: &mut Review<'_>) {
         for (key, length) in [("decide", self.decide), ("batch", self.batch), ("handshake", self.handshake)] {
             review.length(key, length, MIN_DEADLINE, duration::MAX);

@@ -1,4 +1,4 @@
-//! ResolveProvider, ListModels and GetRegistryStatus: names alone, no secret and no network.
+//! ResolveProvider, ListModels and GetRegistryStatus. They use names only: no credential, no network.
 
 use std::time::SystemTime;
 

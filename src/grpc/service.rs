@@ -1,4 +1,4 @@
-//! The service, and each of its calls: which method is answered where.
+//! The gRPC service: maps each method to the code that answers it.
 
 use std::{pin::Pin, sync::Arc};
 
@@ -21,11 +21,11 @@ use crate::{
     telemetry::metrics::{Collect, Page},
 };
 
-/// The service, waiting for calls.
+/// The service.
 #[derive(Clone)]
 pub(crate) struct PolicyDecision(Arc<Shared>);
 
-/// The service for one call. Who makes it, until when, and its record are part of it, so that nothing is answered without them.
+/// The service for one call, with its caller, deadline and record. So no call can be answered without them.
 pub(crate) struct Call {
     shared: Arc<Shared>,
     caller: Arc<Caller>,
@@ -36,13 +36,13 @@ pub(crate) struct Call {
 // === impl PolicyDecision ===
 
 impl PolicyDecision {
-    /// A service over this engine.
+    /// A service that decides with this engine.
     pub(crate) fn new(engine: Arc<Engine>, authorizer: Arc<Authorizer>, limits: Limits, deadlines: Deadlines) -> Self {
         let admission = Admission::new(&limits);
         Self(Arc::new(Shared { engine, admission, authorizer, limits, deadlines }))
     }
 
-    /// What answers one call of this caller.
+    /// The service for one call of this caller.
     pub(crate) fn to(&self, caller: Arc<Caller>, deadline: Deadline, record: Arc<CallRecord>) -> Call {
         Call { shared: Arc::clone(&self.0), caller, deadline, record }
     }

@@ -21,11 +21,11 @@ use crate::{
             Answer, Body, Calibration, Classification, Finding, ProbeResponse, from_a_cache, is_from_a_cache, is_page, read,
         },
         endpoint::{Call, Target},
+        endpoint_facts::{CalibrationQuestion, EndpointFacts},
         engine::{Boxed, ProbeRequest, Prober},
-        look::Look,
         made_up_key::{KeyForm, made_up_key},
         probe_plan::{Client, Lesson, Next, ProbePlan, Purpose, Requests, outcome_of},
-        taught::{EndpointFacts, Question},
+        response_shape::ResponseShape,
     },
     domain::{
         causes::causes,
@@ -224,16 +224,16 @@ async fn run_plan(
             Next::Ask { call, families, is_second } => {
                 let began = Instant::now();
                 let response = ask(http, call, &families, secret, deadline).await;
-                if let (ProbeResponse::Answer { reading, look, .. }, Some(endpoints)) = (&response, endpoints) {
+                if let (ProbeResponse::Answer { reading, shape, .. }, Some(endpoints)) = (&response, endpoints) {
                     match &reading.classification {
                         Classification::Accepted if is_second => endpoints.second_answer(call, &families, None),
                         Classification::Accepted => endpoints.accepted(call, &families),
                         Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError) => {}
-                        _ if is_second => endpoints.second_answer(call, &families, Some(look.clone())),
+                        _ if is_second => endpoints.second_answer(call, &families, Some(shape.clone())),
                         Classification::Verdict(Verdict::Invalid) | Classification::Unread
-                            if look.status == 401 && look.body != Body::Page =>
+                            if shape.status == 401 && shape.body != Body::Page =>
                         {
-                            endpoints.refused(call, &families, secret, look);
+                            endpoints.refused(call, &families, secret, shape);
                         }
                         _ => {}
                     }
@@ -256,11 +256,11 @@ async fn run_plan(
                 let calibration = match (endpoints, purpose) {
                     (None, _) => Calibration::NotAsked,
                     (Some(endpoints), Purpose::Acceptance { of_its_form }) => {
-                        let question = Question::Acceptance(of_its_form.then(|| KeyForm::of(secret)));
+                        let question = CalibrationQuestion::Acceptance(of_its_form.then(|| KeyForm::of(secret)));
                         endpoints.ask(call, &families, target, secret, question, most_of(deadline)).await
                     }
                     (Some(endpoints), Purpose::Refusal) => {
-                        endpoints.ask(call, &families, target, secret, Question::Refusal, half_of(deadline)).await
+                        endpoints.ask(call, &families, target, secret, CalibrationQuestion::Refusal, half_of(deadline)).await
                     }
                     // Believed on its documentation, and checked in the background for the next time.
                     (Some(endpoints), Purpose::Check) => endpoints.ask_behind(call, &families, target, secret),
@@ -277,17 +277,19 @@ async fn run_plan(
                     Some(_) => ask(http, call, &[], &nobody, half_of(deadline)).await,
                 };
                 plan.take_keyless(match &response {
-                    ProbeResponse::Answer { look, .. } => Some(look),
+                    ProbeResponse::Answer { shape, .. } => Some(shape),
                     _ => None,
                 });
             }
             Next::Keyless { call, now: false } => {
                 let calibration = match endpoints {
                     None => Calibration::NotAsked,
-                    Some(endpoints) => endpoints.ask(call, &[], target, secret, Question::Refusal, half_of(deadline)).await,
+                    Some(endpoints) => {
+                        endpoints.ask(call, &[], target, secret, CalibrationQuestion::Refusal, half_of(deadline)).await
+                    }
                 };
                 plan.take_keyless(match &calibration {
-                    Calibration::Refuses { look, .. } => Some(look),
+                    Calibration::Refuses { shape, .. } => Some(shape),
                     _ => None,
                 });
             }
@@ -297,7 +299,7 @@ async fn run_plan(
     for (attempt, (call, families)) in attempts.iter_mut().zip(&asked) {
         if attempt.calibration == Calibration::NotAsked {
             attempt.calibration =
-                endpoints.map(|endpoints| endpoints.known(call, families, Question::Refusal)).unwrap_or_default();
+                endpoints.map(|endpoints| endpoints.known(call, families, CalibrationQuestion::Refusal)).unwrap_or_default();
         }
     }
     let decisive = |attempt: &&Attempt| {
@@ -349,7 +351,7 @@ async fn ask(http: &Http, call: &Call, families: &[HeaderFamily], secret: &Secre
             } else {
                 read(response.facts(), &call.probe)
             },
-            look: Look::of(response.facts(), secret.expose()),
+            shape: ResponseShape::of(response.facts(), secret.expose()),
             retry_after: response.retry_after,
         },
     }

@@ -54,7 +54,7 @@ use crate::{
             pb::{ErrorReason, policy_decision_service_server::PolicyDecisionServiceServer},
         },
         deadline::Deadline,
-        errors::{RETRY_AFTER, bad_request, draining, error, explained, limit_reached},
+        errors::{RETRY_AFTER, bad_request, draining, error, limit_reached, with_standard_details},
         limits::{Deadlines, Limits},
         service::PolicyDecision,
     },
@@ -482,7 +482,7 @@ fn explanation(response: &Response<Body>, limit: usize) -> Option<Status> {
         (Code::Internal, message) if message.starts_with(UNDECODABLE) => {
             (ErrorReason::RequestUnreadable, "is not this call's message".to_owned())
         }
-        _ => return status.details().is_empty().then(|| explained(status.clone())),
+        _ => return status.details().is_empty().then(|| with_standard_details(status.clone())),
     };
     Some(bad_request(reason, Violations(vec![("request".to_owned(), description)])))
 }

@@ -10,7 +10,7 @@ use byok_gate::{
     core::{
         catalogue::{AcceptsKeysOf, Catalogue},
         endpoint::Endpoint,
-        key_shape::unfit,
+        key_shape::why_unsendable,
         registry::Registry,
     },
     domain::{decision::Outcome, request::Request, secret::Secret, verdict::DenyCode},
@@ -205,7 +205,7 @@ fn every_vendors_own_key_passes_at_its_hosts_at_a_region_of_them_and_at_a_gatewa
                 let key = Secret::new(format!("{}{tail}", shape.prefix));
                 for endpoint in own.iter().chain(&elsewhere) {
                     tried += 1;
-                    let told = unfit(&catalogue, endpoint, "SOME_API_KEY", &key, false);
+                    let told = why_unsendable(&catalogue, endpoint, "SOME_API_KEY", &key, false);
                     assert!(told.is_none(), "{} of {vendor} at {}: {told:?}", key.expose(), endpoint.host);
                 }
             }
@@ -215,7 +215,7 @@ fn every_vendors_own_key_passes_at_its_hosts_at_a_region_of_them_and_at_a_gatewa
     hosts.insert("eu9.models.example".to_owned());
     for endpoint in endpoints(&catalogue, &hosts) {
         for form in FORMS {
-            let told = unfit(&catalogue, &endpoint, "SOME_API_KEY", &Secret::new((*form).to_owned()), false);
+            let told = why_unsendable(&catalogue, &endpoint, "SOME_API_KEY", &Secret::new((*form).to_owned()), false);
             assert!(told.is_none(), "{form} at {}: {told:?}", endpoint.host);
         }
     }
@@ -232,7 +232,7 @@ fn what_is_a_key_at_one_vendors_hosts_passes_there_alone() {
     let hosts = ["models.github.ai", "api.openai.com"].map(str::to_owned).into();
     for endpoint in endpoints(&catalogue, &hosts) {
         for kind in &kinds {
-            let told = unfit(&catalogue, &endpoint, "SOME_API_KEY", &Secret::new(kind.canary()), false);
+            let told = why_unsendable(&catalogue, &endpoint, "SOME_API_KEY", &Secret::new(kind.canary()), false);
             assert_eq!(told.is_none(), endpoint.vendor == kind.key_of, "{} at {}: {told:?}", kind.what, endpoint.host);
         }
     }
@@ -247,7 +247,7 @@ fn a_logins_tokens_are_sent_nowhere() {
     for endpoint in endpoints(&catalogue, &hosts.map(str::to_owned).into()) {
         for (prefix, vendor) in [("ya29.", "google"), ("sk-ant-oat01-", "anthropic")] {
             let token = Secret::new(format!("{prefix}{}", letters(None, 90)));
-            let told = format!("{:?}", unfit(&catalogue, &endpoint, "SOME_API_KEY", &token, true));
+            let told = format!("{:?}", why_unsendable(&catalogue, &endpoint, "SOME_API_KEY", &token, true));
             let expected = match endpoint.vendor.as_deref() {
                 None | Some("portkey") => "NoSurface(OAuthShaped)",
                 Some(owner) if owner == vendor => "NoSurface(OAuthShaped)",
@@ -257,7 +257,7 @@ fn a_logins_tokens_are_sent_nowhere() {
         }
         for prefix in ["1//0", "rt_", "sk-ant-ort01-"] {
             let token = Secret::new(format!("{prefix}{}", letters(None, 90)));
-            let told = format!("{:?}", unfit(&catalogue, &endpoint, "SOME_API_KEY", &token, true));
+            let told = format!("{:?}", why_unsendable(&catalogue, &endpoint, "SOME_API_KEY", &token, true));
             assert!(told.contains("RefreshTokenForKey"), "{prefix} at {}: {told}", endpoint.host);
         }
     }

@@ -9,7 +9,7 @@ use strum::VariantArray;
 use byok_gate::{
     core::{
         catalogue::Catalogue,
-        credential::Questions,
+        credential::LivenessQueries,
         evaluate::{Next, evaluate},
         policy::{Action, Enforcement, Exception, Facts, Group, Policy, Ruling, apply},
         registry::Registry,
@@ -59,7 +59,7 @@ fn rule(snapshot: &Snapshot, request: &Request, verdict: Verdict, recently_valid
     let facts = match evaluation.next {
         Next::Rule(facts) => facts,
         Next::Ask(_) if verdict == Verdict::Valid => Facts::Valid,
-        Next::Ask(Questions { first, .. }) => Facts::NotValid {
+        Next::Ask(LivenessQueries { first, .. }) => Facts::NotValid {
             evidence: evidence(verdict, &first.endpoint.provider, first.env_name),
             served_from: Some(ServedFrom::Probe),
             recently_valid,

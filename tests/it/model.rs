@@ -10,12 +10,12 @@ use byok_gate::{
         classify::{Answer, Calibration},
         credential::LivenessQuery,
         endpoint::Target,
+        endpoint_facts::{CalibrationQuestion, RequestFacts},
         engine::{Engine, LivenessSource, Observed},
         evaluate::{Next, evaluate},
-        look::Look,
         made_up_key::KeyForm,
+        response_shape::ResponseShape,
         snapshot::Snapshot,
-        taught::{Question, RequestFacts},
     },
     domain::{
         request::Request,
@@ -316,11 +316,11 @@ impl Model {
     }
 }
 
-// === what an endpoint has taught ===
+// === what an endpoint has learnt ===
 
 /// One thing that happens to the facts of one request, at a second.
 #[derive(Debug, Clone)]
-enum Taught {
+enum Learnt {
     /// A made-up key of this form, for this model, got: 0 a 401 by code, 1 a 404, 2 a "yes", 3 a 503, 4 nothing.
     MadeUp(&'static str, KeyForm, u8),
     Accepted(&'static str),
@@ -338,59 +338,59 @@ struct Stands {
     form: KeyForm,
     kind: u8,
     after_acceptance: bool,
-    in_contrast: bool,
+    confirmed: bool,
 }
 
 const GOOD_FOR: u64 = 6 * 3600;
 
-fn taught_look(status: u16) -> Look {
-    Look::of(Answer { status, body: b"no", truncated: false, page: false, retry_after: None }, "")
+fn learnt_shape(status: u16) -> ResponseShape {
+    ResponseShape::of(Answer { status, body: b"no", truncated: false, page: false, retry_after: None }, "")
 }
 
 /// What is known of it then, from all that happened and nothing else.
-fn taught_by(log: &[(u64, Taught)], model: &str, question: Question, now: u64) -> Calibration {
+fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, now: u64) -> Calibration {
     let mut standing: Vec<Stands> = Vec::new();
-    let (mut misses, mut untold, mut back_off_until) = (0_u32, None, 0);
-    let mut miss = |at: u64, misses: &mut u32, untold: &mut Option<Calibration>, what| {
+    let (mut misses, mut inconclusive, mut back_off_until) = (0_u32, None, 0);
+    let mut miss = |at: u64, misses: &mut u32, inconclusive: &mut Option<Calibration>, what| {
         back_off_until = at + (60 << (*misses).min(20)).min(3600);
         *misses += 1;
-        *untold = Some(what);
+        *inconclusive = Some(what);
     };
     for (position, (at, event)) in log.iter().enumerate() {
-        let before = |is: &dyn Fn(&Taught) -> bool, within: u64| {
+        let before = |is: &dyn Fn(&Learnt) -> bool, within: u64| {
             log[..position].iter().any(|(other, event)| at - other <= within && is(event))
         };
         match event {
-            Taught::MadeUp(model, form, kind @ 0..=2) => {
-                let after_acceptance = before(&|event| matches!(event, Taught::Accepted(other) if other == model), 600);
-                let keys_get_a_401 = before(&|event| matches!(event, Taught::Refused(other) if other == form), GOOD_FOR);
+            Learnt::MadeUp(model, form, kind @ 0..=2) => {
+                let after_acceptance = before(&|event| matches!(event, Learnt::Accepted(other) if other == model), 600);
+                let keys_get_a_401 = before(&|event| matches!(event, Learnt::Refused(other) if other == form), GOOD_FOR);
                 if *kind == 1 && !after_acceptance && keys_get_a_401 {
-                    miss(*at, &mut misses, &mut untold, Calibration::Everybody(taught_look(404)));
+                    miss(*at, &mut misses, &mut inconclusive, Calibration::SameForEveryKey(learnt_shape(404)));
                     continue;
                 }
                 standing.retain(|other| (other.model, other.form) != (*model, *form) && *at < other.at + GOOD_FOR);
-                standing.push(Stands { at: *at, model, form: *form, kind: *kind, after_acceptance, in_contrast: false });
-                (misses, untold) = (0, None);
+                standing.push(Stands { at: *at, model, form: *form, kind: *kind, after_acceptance, confirmed: false });
+                (misses, inconclusive) = (0, None);
             }
-            Taught::MadeUp(_, _, kind) => {
-                miss(*at, &mut misses, &mut untold, Calibration::Untold((*kind == 3).then_some(503)));
+            Learnt::MadeUp(_, _, kind) => {
+                miss(*at, &mut misses, &mut inconclusive, Calibration::Inconclusive((*kind == 3).then_some(503)));
             }
-            Taught::Second(model, other) => {
+            Learnt::Second(model, other) => {
                 let latest = standing.iter().rposition(|answer| answer.model == *model && answer.after_acceptance);
                 if let Some(latest) = latest
                     && standing[latest].kind != 2
                     && at - standing[latest].at <= 600
                 {
                     match other {
-                        None => standing[latest].in_contrast = true,
+                        None => standing[latest].confirmed = true,
                         Some(other) => {
                             standing.remove(latest);
-                            miss(*at, &mut misses, &mut untold, Calibration::Everybody(taught_look(*other)));
+                            miss(*at, &mut misses, &mut inconclusive, Calibration::SameForEveryKey(learnt_shape(*other)));
                         }
                     }
                 }
             }
-            Taught::Accepted(_) | Taught::Refused(_) => {}
+            Learnt::Accepted(_) | Learnt::Refused(_) => {}
         }
     }
     let tells = |answer: &&Stands| {
@@ -398,30 +398,30 @@ fn taught_by(log: &[(u64, Taught)], model: &str, question: Question, now: u64) -
         now < answer.at + GOOD_FOR
             && match (question, answer.kind) {
                 (_, 2) => of_model,
-                (Question::Refusal, kind) => of_model || kind == 0,
-                (Question::Acceptance(form), kind) => {
+                (CalibrationQuestion::Refusal, kind) => of_model || kind == 0,
+                (CalibrationQuestion::Acceptance(form), kind) => {
                     of_model
                         && form.is_none_or(|form| form == answer.form)
-                        && (answer.in_contrast || kind == 0 && answer.after_acceptance)
+                        && (answer.confirmed || kind == 0 && answer.after_acceptance)
                 }
             }
     };
-    let found = standing.iter().filter(tells).max_by_key(|answer| (answer.kind == 2, answer.in_contrast));
-    match (found, untold) {
+    let found = standing.iter().filter(tells).max_by_key(|answer| (answer.kind == 2, answer.confirmed));
+    match (found, inconclusive) {
         (Some(Stands { kind: 2, .. }), _) => Calibration::AcceptsAnyone,
-        (Some(Stands { kind, in_contrast, .. }), _) => {
+        (Some(Stands { kind, confirmed, .. }), _) => {
             let by_code = *kind == 0;
-            let look = taught_look(if by_code { 401 } else { 404 });
-            Calibration::Refuses { look, in_words: by_code, by_code, in_contrast: *in_contrast }
+            let shape = learnt_shape(if by_code { 401 } else { 404 });
+            Calibration::Refuses { shape, in_words: by_code, by_code, confirmed: *confirmed }
         }
-        (None, Some(untold)) if now < back_off_until => untold,
+        (None, Some(inconclusive)) if now < back_off_until => inconclusive,
         (None, _) => Calibration::NotAsked,
     }
 }
 
-/// What an endpoint has taught is what a model of it says that keeps every event and forgets nothing by itself.
+/// What an endpoint has learnt is what a model of it says that keeps every event and forgets nothing by itself.
 #[test]
-fn what_an_endpoint_taught_is_what_its_model_says() {
+fn what_was_learnt_of_an_endpoint_is_what_its_model_says() {
     let mut met: BTreeMap<String, u32> = BTreeMap::new();
     let forms = ["acme-0123456789abcdef", "acme-0123456789ABCDEFGH"].map(|key| KeyForm::of(&Secret::new(key.into())));
     for seed in 0..SCHEDULES {
@@ -435,45 +435,45 @@ fn what_an_endpoint_taught_is_what_its_model_says() {
             match random.random_range(0..10) {
                 0..3 => {
                     facts.take_acceptance(model, false, at);
-                    log.push((now, Taught::Accepted(model)));
+                    log.push((now, Learnt::Accepted(model)));
                 }
                 3 => {
-                    facts.take_refusal(form, taught_look(401).body, at);
-                    log.push((now, Taught::Refused(form)));
+                    facts.take_refusal(form, learnt_shape(401).body, at);
+                    log.push((now, Learnt::Refused(form)));
                 }
                 4 => {
                     let other = *[None, None, Some(401), Some(404)].choose(random).unwrap();
-                    facts.take_second_answer(model, other.map(taught_look), at, 1.0);
-                    log.push((now, Taught::Second(model, other)));
+                    facts.take_second_answer(model, other.map(learnt_shape), at, 1.0);
+                    log.push((now, Learnt::Second(model, other)));
                 }
                 _ => {
                     let kind = random.random_range(0..5);
                     let refuses = |status, by_code| Calibration::Refuses {
-                        look: taught_look(status),
+                        shape: learnt_shape(status),
                         in_words: by_code,
                         by_code,
-                        in_contrast: false,
+                        confirmed: false,
                     };
                     let calibration = match kind {
                         0 => refuses(401, true),
                         1 => refuses(404, false),
                         2 => Calibration::AcceptsAnyone,
-                        3 => Calibration::Untold(Some(503)),
-                        _ => Calibration::Untold(None),
+                        3 => Calibration::Inconclusive(Some(503)),
+                        _ => Calibration::Inconclusive(None),
                     };
                     facts.take_answer((model, form), calibration, at, Duration::from_secs(GOOD_FOR), 1.0);
-                    log.push((now, Taught::MadeUp(model, form, kind)));
+                    log.push((now, Learnt::MadeUp(model, form, kind)));
                 }
             }
             let later = now + *[0, 10, 100, 700, 20_000].choose(random).unwrap();
-            let questions = [None, Some(forms[0]), Some(forms[1])].map(Question::Acceptance);
-            let questions = questions.into_iter().chain([Question::Refusal]);
+            let questions = [None, Some(forms[0]), Some(forms[1])].map(CalibrationQuestion::Acceptance);
+            let questions = questions.into_iter().chain([CalibrationQuestion::Refusal]);
             for (model, question) in questions.flat_map(|question| ["", "m", "n"].map(|model| (model, question))) {
-                let expected = taught_by(&log, model, question, later);
+                let expected = learnt_by(&log, model, question, later);
                 let found = facts.calibration(model, question, Duration::from_secs(later));
                 assert_eq!(found, expected, "seed {seed}, at {later}, `{model}` {question:?}: {log:#?}");
                 let word = format!("{found:?}").chars().take_while(|c| c.is_alphanumeric()).collect::<String>();
-                let contrast = matches!(found, Calibration::Refuses { in_contrast: true, .. });
+                let contrast = matches!(found, Calibration::Refuses { confirmed: true, .. });
                 *met.entry(format!("{word} {contrast}")).or_default() += 1;
                 // Nobody is asked about what is known, or too soon after what told nothing.
                 assert!(!facts.is_due(model, question, Duration::from_secs(later)) || found == Calibration::NotAsked);

@@ -6,12 +6,12 @@ use HeaderFamily::{ApiKey, Bearer, XApiKey};
 use byok_gate::{
     core::{
         catalogue::Catalogue,
-        classify::{Answer, Calibration, Finding, ProbeResponse, calibrated, read},
+        classify::{Answer, Calibration, Finding, ProbeResponse, calibration_of, read},
         endpoint::{Call, Endpoint, Preference, Target, target},
-        look::Look,
+        endpoint_facts::EndpointFacts,
         probe_plan::{Client, Lesson, Next, ProbePlan, Requests},
         registry::Registry,
-        taught::EndpointFacts,
+        response_shape::ResponseShape,
     },
     domain::{
         protocol::{HeaderFamily, Surface},
@@ -61,10 +61,10 @@ fn response(call: &Call, (status, body): (u16, &str)) -> ProbeResponse {
         return ProbeResponse::TimedOut;
     }
     let answer = Answer { status, body: body.as_bytes(), truncated: false, page: false, retry_after: None };
-    ProbeResponse::Answer { reading: read(answer, &call.probe), look: Look::of(answer, ""), retry_after: None }
+    ProbeResponse::Answer { reading: read(answer, &call.probe), shape: ResponseShape::of(answer, ""), retry_after: None }
 }
 
-fn run(target: &Target, facts: &EndpointFacts, in_contrast: bool, world: World<'_>) -> Came {
+fn run(target: &Target, facts: &EndpointFacts, confirmed: bool, world: World<'_>) -> Came {
     let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
     let mut plan = ProbePlan::new(&target.calls, client, facts, Requests::UNKNOWN);
     let mut asked = Vec::new();
@@ -79,18 +79,18 @@ fn run(target: &Target, facts: &EndpointFacts, in_contrast: bool, world: World<'
             }
             Next::Calibrate { call, families, .. } => {
                 let calibration = match response(call, world(call.probe.surface, &families, MadeUp)) {
-                    ProbeResponse::Answer { reading, look, .. } => calibrated(&reading, &look),
-                    _ => Calibration::Untold(None),
+                    ProbeResponse::Answer { reading, shape, .. } => calibration_of(&reading, &shape),
+                    _ => Calibration::Inconclusive(None),
                 };
                 plan.take_calibration(&match calibration {
-                    Calibration::Refuses { look, in_words, by_code, .. } => {
-                        Calibration::Refuses { look, in_words, by_code, in_contrast }
+                    Calibration::Refuses { shape, in_words, by_code, .. } => {
+                        Calibration::Refuses { shape, in_words, by_code, confirmed }
                     }
                     other => other,
                 });
             }
             Next::Keyless { call, .. } => match response(call, world(call.probe.surface, &[], Key::None)) {
-                ProbeResponse::Answer { look, .. } => plan.take_keyless(Some(&look)),
+                ProbeResponse::Answer { shape, .. } => plan.take_keyless(Some(&shape)),
                 _ => plan.take_keyless(None),
             },
         }
@@ -408,13 +408,13 @@ fn a_missing_list_or_model_is_no_missing_api() {
 fn a_402_that_a_made_up_key_gets_too_says_nothing_of_an_account() {
     let pay = (402, r#"{"error":{"message":"unknown key, pay"}}"#);
     let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
-    let judged = |made_up, keyless, in_contrast| {
+    let judged = |made_up, keyless, confirmed| {
         let world = |_, _: &[HeaderFamily], key| match key {
             Real => pay,
             MadeUp => made_up,
             Key::None => keyless,
         };
-        run(&target, &EndpointFacts::default(), in_contrast, &world).finding.verdict
+        run(&target, &EndpointFacts::default(), confirmed, &world).finding.verdict
     };
     assert_eq!(judged(DEAD, DEAD, false), Verdict::QuotaExhausted);
     assert_eq!(judged((503, ""), DEAD, false), Verdict::QuotaExhausted);

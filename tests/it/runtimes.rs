@@ -51,7 +51,7 @@ fn told(snapshot: &Snapshot, request: &Request) -> String {
     };
     let first = match &evaluation.next {
         Next::Ask(questions) => {
-            let then = questions.then.iter().map(|(query, _)| format!(", then {}", asks(query))).collect::<String>();
+            let then = questions.fallbacks.iter().map(|(query, _)| format!(", then {}", asks(query))).collect::<String>();
             format!("{}{then}", asks(&questions.first))
         }
         Next::Rule(Facts::Refused(refusal)) => refusal.code().as_str().to_owned(),
@@ -289,7 +289,7 @@ fn only_values_under_the_providers_own_names_are_ever_asked_about() {
                             snapshot.registry.providers().iter().find(|known| known.name == evaluation.resolution.provider);
                         let Next::Ask(questions) = &evaluation.next else { continue };
                         let owner = owner.unwrap();
-                        for query in std::iter::once(&questions.first).chain(questions.then.iter().map(|(query, _)| query)) {
+                        for query in std::iter::once(&questions.first).chain(questions.fallbacks.iter().map(|(query, _)| query)) {
                             asked += 1;
                             let others_own = |name: &str| {
                                 let mut others = snapshot.registry.providers().iter().filter(|known| known.name != owner.name);

@@ -1,4 +1,4 @@
-//! From the schema's words to a `Catalogue`: every rule, and every problem at once.
+//! Checks a catalogue document and builds a `Catalogue`. Reports all problems at once.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -28,13 +28,13 @@ use crate::{
 
 /// The version of the schema that this service reads.
 const CATALOGUE_VERSION: i64 = 1;
-/// The longest that one row may give a slow vendor.
+/// The longest time budget that a row may give a slow vendor.
 const MAX_BUDGET_MS: u64 = 10_000;
-/// What stands for the workspace's model in a path or a body.
+/// The placeholder for the workspace's model in a path or a body.
 const MODEL: &str = "{model}";
-/// The provider whose endpoint is the tenant's own: no row may say where it is.
+/// The provider whose endpoint is the tenant's own. No row may give it a host.
 const CUSTOM: &str = "custom";
-/// Headers that a row may not set: the credential has its own way, and these change where or how a request goes.
+/// Headers that a row may not set. The credential's headers are set by the prober; the others change where or how a request goes.
 const RESERVED_HEADERS: [&str; 9] = [
     "authorization",
     "x-api-key",
@@ -48,7 +48,7 @@ const RESERVED_HEADERS: [&str; 9] = [
 ];
 
 pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, Problems> {
-    let failed = |list| Problems { document: document.to_owned(), list: yaml::located(bytes, list) };
+    let failed = |list| Problems { document: document.to_owned(), list: yaml::with_lines(bytes, list) };
     let Loaded { value: file, warnings } = yaml::parse::<CatalogueFile>(bytes).map_err(|problem| failed(vec![problem]))?;
     let CatalogueFile {
         catalogue_version,
@@ -113,7 +113,7 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
     Ok(Loaded { value, warnings })
 }
 
-/// Rows by host, and the hosts that providers have of their vendors.
+/// The rows by host, and the base URLs of providers that have none in the registry.
 fn check_hosts(files: Vec<HostFile>, problems: &mut Vec<Problem>) -> (BTreeMap<String, Vec<HostRow>>, BTreeMap<String, Url>) {
     let mut hosts: BTreeMap<String, Vec<HostRow>> = BTreeMap::new();
     let mut homes = BTreeMap::new();
@@ -128,7 +128,7 @@ fn check_hosts(files: Vec<HostFile>, problems: &mut Vec<Problem>) -> (BTreeMap<S
                 problems.push(Problem::at(&place, message));
             }
             rows.push(row.clone());
-            // A row about one API before one about both.
+            // A row for one API comes before a row for both.
             rows.sort_by_key(|row| (std::cmp::Reverse(row.path_prefix.len()), row.protocol.is_none()));
         }
     }
@@ -198,7 +198,7 @@ fn check_common_codes(file: CommonCodesFile, problems: &mut Vec<Problem>) -> Com
     CommonCodes { paths: paths.unwrap_or_default(), codes, fingerprint }
 }
 
-/// Takes out of a host's row the providers that it gives a home.
+/// Moves the providers that a host's row lists into `homes`.
 fn check_home(file: &mut HostFile, place: &str, homes: &mut BTreeMap<String, Url>, problems: &mut Vec<Problem>) {
     let (providers, base_path) = (file.providers.take(), file.base_path.take());
     let Some(providers) = providers else {
@@ -231,7 +231,7 @@ fn check_home(file: &mut HostFile, place: &str, homes: &mut BTreeMap<String, Url
     }
 }
 
-/// The hosts that a row is for, and the row.
+/// The host names that a row applies to, and the row.
 fn check_host(file: HostFile, place: &str, problems: &mut Vec<Problem>) -> Option<(Vec<String>, HostRow)> {
     let before = problems.len();
     let HostFile {
@@ -292,13 +292,13 @@ fn check_host(file: HostFile, place: &str, problems: &mut Vec<Problem>) -> Optio
     (problems.len() == before).then_some((names, row))
 }
 
-/// Every host that this one stands for.
+/// The host names that the row applies to.
 fn check_host_names(host: &str, problem: &mut dyn FnMut(&str, String)) -> Vec<String> {
-    let names = spelled_out(&host.to_ascii_lowercase());
+    let names = expand_braces(&host.to_ascii_lowercase());
     for name in &names {
         if !is_host(&name.replace('*', "x")) {
             problem("host", format!("`{host}` must be a host, with `:PORT` if that is not the scheme's own; no scheme, no path"));
-        } else if !is_narrow(name) {
+        } else if !is_single_vendor_pattern(name) {
             problem(
                 "host",
                 format!("`{host}`: a `*` stands for a part of one label, once in it, and never for one of the last two"),
@@ -322,25 +322,25 @@ fn check_accepts_keys_of(file: Option<OneOrMany<String>>, problem: &mut dyn FnMu
     }
 }
 
-/// Every host that `{a,b}.example.com` stands for.
-fn spelled_out(host: &str) -> Vec<String> {
+/// Every host that a name with braces stands for: `{a,b}.example.com` is two.
+fn expand_braces(host: &str) -> Vec<String> {
     let parts = host.split_once('{').and_then(|(before, rest)| Some((before, rest.split_once('}')?)));
     match parts {
         None => vec![host.to_owned()],
         Some((before, (choices, behind))) => {
-            choices.split(',').flat_map(|choice| spelled_out(&format!("{before}{choice}{behind}"))).collect()
+            choices.split(',').flat_map(|choice| expand_braces(&format!("{before}{choice}{behind}"))).collect()
         }
     }
 }
 
-/// A pattern of hosts that one vendor has: the last two labels stand as they are.
-fn is_narrow(pattern: &str) -> bool {
+/// Whether the pattern can only match hosts of one vendor: there is no `*` in the last two labels.
+fn is_single_vendor_pattern(pattern: &str) -> bool {
     let labels: Vec<&str> = pattern.split('.').collect();
     let last_two = labels.len().saturating_sub(2);
     labels.iter().enumerate().all(|(index, label)| label.matches('*').count() <= usize::from(index < last_two))
 }
 
-/// A host as a row's key: lower case, with a port where that is not the scheme's own.
+/// Whether the name is a host in lower case, with a port only if that is not the scheme's default.
 fn is_host(name: &str) -> bool {
     let known = |url: Url| url.path() == "/" && url.query().is_none() && url.fragment().is_none() && url.username().is_empty();
     let spelled = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '.' | '-' | ':' | '[' | ']');
@@ -420,7 +420,7 @@ fn check_probes(files: Option<Vec<ProbeFile>>, place: &str, problems: &mut Vec<P
     probes
 }
 
-/// One probe, or all that is wrong with it.
+/// Checks one probe. Returns all of its problems.
 pub(crate) fn check_probe(file: ProbeFile, place: &str) -> Result<Probe, Vec<Problem>> {
     let mut problems = Vec::new();
     let mut problem = |field: &str, message: String| problems.push(Problem::at(format!("{place}.{field}"), message));
@@ -513,7 +513,7 @@ fn check_signals(file: Vec<SignalFile>, problem: &mut dyn FnMut(&str, String)) -
     for (index, signal) in file.into_iter().enumerate() {
         match check_signal(signal) {
             Ok(signal) => {
-                if let Some((earlier, _)) = signals.iter().find(|(_, earlier)| leaves_nothing_for(earlier, &signal)) {
+                if let Some((earlier, _)) = signals.iter().find(|(_, earlier)| covers(earlier, &signal)) {
                     problem(&format!("signals[{index}]"), format!("can never match: signals[{earlier}] takes its every answer"));
                 }
                 signals.push((index, signal));
@@ -561,7 +561,7 @@ fn check_auth(words: Vec<String>, problem: &mut dyn FnMut(&str, String)) -> Vec<
     auth
 }
 
-/// A string in a body that looks like a placeholder and is not the one that there is.
+/// A string in a body that looks like a placeholder but is not `{model}`.
 fn misspelt_placeholder(body: &serde_json::Value) -> Option<&str> {
     use serde_json::Value;
     match body {
@@ -608,7 +608,8 @@ fn check_signal(file: SignalFile) -> Result<Signal, String> {
     if statuses.is_empty() && !positive {
         return Err("matches every answer; give it a status or a test of the body".into());
     }
-    // A bare status is never a "yes"; of a refusal, what the body says must be known too, and a failing server says nothing.
+    // A status alone does not prove that a key was accepted, and neither does a body that only lacks a text. A failing server says nothing about
+    // keys.
     let says_yes = matches!(outcome, SignalOutcome::Accepted);
     if says_yes && (!positive || statuses.is_empty() || statuses.iter().any(|status| *status >= 500)) {
         return Err("ACCEPTED needs statuses below 500 and a test of what the body says".into());
@@ -635,7 +636,7 @@ fn check_outcome(word: &str) -> Result<SignalOutcome, String> {
                 | Verdict::ProviderError
                 | Verdict::UnexpectedResponse),
             ) => Ok(SignalOutcome::Verdict(verdict)),
-            // VALID is earned by calibration, and the rest are not things that an answer can say.
+            // VALID needs a calibration, and the other verdicts are not about the content of a response.
             _ => Err(format!(
                 "verdict `{word}` is none of ACCEPTED, RESTRICTED, INVALID, FORBIDDEN, QUOTA_EXHAUSTED, RATE_LIMITED, \
                  PROVIDER_ERROR, UNEXPECTED_RESPONSE"
@@ -644,8 +645,8 @@ fn check_outcome(word: &str) -> Result<SignalOutcome, String> {
     }
 }
 
-/// The earlier row matches whatever the later one does.
-fn leaves_nothing_for(earlier: &Signal, later: &Signal) -> bool {
+/// Whether the earlier signal matches every response that the later one matches.
+fn covers(earlier: &Signal, later: &Signal) -> bool {
     let statuses = BTreeSet::from_iter(&earlier.statuses);
     let wider =
         statuses.is_empty() || (!later.statuses.is_empty() && later.statuses.iter().all(|status| statuses.contains(status)));

@@ -1,4 +1,4 @@
-//! The schema of the probe catalogue. Words only; `check.rs` has the rules.
+//! The schema of the probe catalogue. The rules are in `check.rs`.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::core::{foreign_secrets::ForeignSecretFile, runtimes::RuntimeFile, yaml};
 
-/// The document.
+/// A whole document.
 #[derive(Debug, Deserialize)]
 pub(crate) struct CatalogueFile {
     pub(super) catalogue_version: Option<i64>,
@@ -32,7 +32,7 @@ pub(crate) struct CatalogueFile {
     pub(super) credential_kinds: Option<BTreeMap<String, String>>,
 }
 
-/// Codes that many servers share.
+/// Error codes that many servers share.
 #[derive(Debug, Default, Deserialize, serde::Serialize)]
 pub(crate) struct CommonCodesFile {
     #[serde(default)]
@@ -41,7 +41,7 @@ pub(crate) struct CommonCodesFile {
     pub(super) codes: Option<Vec<CodesFile>>,
 }
 
-/// Codes with one meaning.
+/// Error codes with the same meaning.
 #[derive(Debug, Default, Deserialize, serde::Serialize)]
 pub(crate) struct CodesFile {
     #[serde(default)]
@@ -52,7 +52,7 @@ pub(crate) struct CodesFile {
     pub(super) verdict: String,
 }
 
-/// The ladders for hosts without a row.
+/// The probes for hosts without a row.
 #[derive(Debug, Default, Deserialize)]
 pub(crate) struct DefaultsFile {
     #[serde(default)]
@@ -61,7 +61,7 @@ pub(crate) struct DefaultsFile {
     pub(super) anthropic: Option<Vec<ProbeFile>>,
 }
 
-/// One host.
+/// A host's row.
 #[derive(Debug, Deserialize)]
 pub(crate) struct HostFile {
     #[serde(default)]
@@ -94,7 +94,7 @@ pub(crate) struct HostFile {
     pub(super) note: Option<String>,
 }
 
-/// A provider that is not asked, and why.
+/// A provider that is never asked.
 #[derive(Debug, Deserialize)]
 pub(crate) struct UnprobedFile {
     #[serde(default)]
@@ -103,7 +103,7 @@ pub(crate) struct UnprobedFile {
     pub(super) note: String,
 }
 
-/// What a kind of key begins with.
+/// A known prefix of keys.
 #[derive(Debug, Deserialize)]
 pub(crate) struct KeyShapeFile {
     #[serde(default)]
@@ -118,7 +118,7 @@ pub(crate) struct KeyShapeFile {
     pub(super) plan: Option<String>,
 }
 
-/// One call. Serialised again, it is what the probe's fingerprint is taken of.
+/// A probe. The fingerprint of a probe is the hash of its serialised form.
 #[derive(Debug, Clone, Deserialize, serde::Serialize)]
 pub(crate) struct ProbeFile {
     #[serde(default)]
@@ -149,7 +149,7 @@ pub(crate) struct ProbeFile {
     pub(super) signals: Option<Vec<SignalFile>>,
 }
 
-/// One row of meaning.
+/// A rule about responses.
 #[derive(Debug, Clone, Deserialize, serde::Serialize)]
 pub(crate) struct SignalFile {
     #[serde(default)]
@@ -172,30 +172,28 @@ pub(crate) struct SignalFile {
     pub(super) page: Option<bool>,
     #[serde(default)]
     pub(super) stop: Option<bool>,
-    // What is known of a row changes nothing of what it does, so it takes no part in the fingerprint.
+    // Remarks do not change how a rule works, so the fingerprint leaves them out.
     #[serde(default, skip_serializing)]
     pub(super) confidence: Option<String>,
     #[serde(default, skip_serializing)]
     pub(super) note: Option<String>,
 }
 
-/// Paths with the kind of value that is there, or without.
+/// The paths of values in a success response.
 #[derive(Debug, Clone, Deserialize, serde::Serialize)]
 #[serde(untagged)]
 pub(crate) enum ExpectFile {
-    /// Any value but null.
+    /// The value at the path is not null.
     Paths(Vec<String>),
-    /// Of this kind.
+    /// The value at the path has this kind.
     Kinds(BTreeMap<String, String>),
 }
 
-/// One value, or a list of them.
+/// One value or a list.
 #[derive(Debug, Clone, Deserialize, serde::Serialize)]
 #[serde(untagged)]
 pub(crate) enum OneOrMany<T> {
-    /// One.
     One(T),
-    /// Several.
     Many(Vec<T>),
 }
 

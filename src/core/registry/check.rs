@@ -1,4 +1,4 @@
-//! From the schema's words to a `Registry`: every guard, and every problem at once.
+//! Checks a registry document and builds a `Registry`. Reports all problems at once.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,31 +22,31 @@ use crate::{
 /// The version of the schema that this service reads.
 const SCHEMA_VERSION: i64 = 1;
 
-/// The ways of authenticating that are known to be used. Any other is taken for a key in a header, and warned of.
+/// The known values of `auth_mode`. Any other means a key in a header, with a warning.
 const KNOWN_AUTH_MODES: [&str; 5] =
     ["anthropic_api", "oauth", "third_party_anthropic_compat", "wif_adc", "openai_compat_responses"];
-/// The one policy about thinking that is known to be used.
+/// The only known value of `thinking_policy`.
 const THINKING_REQUIRED: &str = "require_enabled";
 
-/// How many credential names may matter to one model: twice as many credentials, one a scope, fit into a request.
+/// The most credential names that may matter to one model. A request has room for twice as many credentials, one for each scope.
 const MAX_RELEVANT_NAMES: usize = 32;
-/// The longest answer to ListModels: gRPC clients take 4 MiB.
-const MAX_MENU_BYTES: usize = 3 * 1024 * 1024;
-/// What an entry of that answer has beside its texts: tags, lengths, two numbers.
-const MENU_ENTRY_BYTES: usize = 32;
+/// The longest answer to ListModels. gRPC clients accept 4 MiB.
+const MAX_LIST_MODELS_BYTES: usize = 3 * 1024 * 1024;
+/// The size of an entry of that answer without its texts: tags, lengths, two numbers.
+const LIST_MODELS_ENTRY_BYTES: usize = 32;
 
-/// Answers for a variable of the environment.
+/// Looks up an environment variable.
 type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// What has been found wrong, and odd, so far.
+/// Problems and warnings so far.
 #[derive(Default)]
-struct Found {
+struct Findings {
     problems: Vec<Problem>,
     warnings: Vec<Problem>,
 }
 
 pub(super) fn check(document: &str, bytes: &[u8], env: Env<'_>) -> Result<Loaded<Registry>, Problems> {
-    let mut found = Found::default();
+    let mut found = Findings::default();
     let mut unknown_keys = Vec::new();
     let file = match yaml::parse::<RegistryFile>(bytes) {
         Ok(Loaded { value, warnings }) => {
@@ -56,7 +56,7 @@ pub(super) fn check(document: &str, bytes: &[u8], env: Env<'_>) -> Result<Loaded
         }
         Err(problem) => match part_by_part(bytes, &mut found.problems) {
             Some(file) => {
-                // What is wrong between the parts, such as a key that appears twice, shows in none of them.
+                // A problem between the parts, such as a repeated key, does not show in any of them.
                 if !found.problems.contains(&problem) {
                     found.problems.push(problem);
                 }
@@ -66,24 +66,24 @@ pub(super) fn check(document: &str, bytes: &[u8], env: Env<'_>) -> Result<Loaded
         },
     };
     let value = check_file(file, bytes, env, &mut found);
-    let Found { problems, warnings } = found;
+    let Findings { problems, warnings } = found;
     match value {
-        Some(value) if problems.is_empty() => Ok(Loaded { value, warnings: yaml::located(bytes, warnings) }),
+        Some(value) if problems.is_empty() => Ok(Loaded { value, warnings: yaml::with_lines(bytes, warnings) }),
         _ => {
-            // One of them may be the key that is missing elsewhere, misspelt.
-            let list = yaml::located(bytes, problems.into_iter().chain(unknown_keys).collect());
+            // An unknown key may be a misspelt one that is missing elsewhere, so it is listed too.
+            let list = yaml::with_lines(bytes, problems.into_iter().chain(unknown_keys).collect());
             Err(Problems { document: document.to_owned(), list })
         }
     }
 }
 
-/// A document that does not fit the schema, read part by part: what is wrong with one provider hides nothing of another.
-/// `None` if not even its parts can be told apart, or if there are too many of them.
+/// Reads a document that does not fit the schema part by part, so that a problem in one provider does not hide those of another. `None` if the parts
+/// cannot be told apart or are too many.
 fn part_by_part(bytes: &[u8], problems: &mut Vec<Problem>) -> Option<RegistryFile> {
     let mut parts = yaml::Parts::of(bytes)?;
     let Skeleton { providers, runtimes } = parts.read::<Skeleton>("").ok()??;
     let (providers, runtimes) = (providers.unwrap_or_default().len(), runtimes.unwrap_or_default());
-    // A provider that is at fault is read once more for its name.
+    // A provider with a problem is read a second time for its name.
     if !parts.can_read(2 * providers + runtimes.len() + 1) {
         return None;
     }
@@ -112,7 +112,7 @@ fn part_by_part(bytes: &[u8], problems: &mut Vec<Problem>) -> Option<RegistryFil
     Some(RegistryFile { schema_version, providers: Some(read_providers), runtimes: Some(read_runtimes) })
 }
 
-fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Found) -> Option<Registry> {
+fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Findings) -> Option<Registry> {
     let faulty_version = found.problems.iter().any(|problem| problem.place == "schema_version");
     if file.schema_version != Some(SCHEMA_VERSION) && !faulty_version {
         let version = file.schema_version.map_or_else(|| "nothing".to_owned(), |version| version.to_string());
@@ -120,8 +120,8 @@ fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Found)
     }
     let providers = check_providers(file.providers.unwrap_or_default(), env, found);
     let runtimes = check_runtimes(file.runtimes.unwrap_or_default(), &providers, found);
-    check_menu(&runtimes, &providers, found);
-    // A provider that could not be built leaves problems behind, and then nothing is built from positions in this list.
+    check_list_models_size(&runtimes, &providers, found);
+    // Arms hold positions in this list. If a provider could not be built, there are problems and nothing is built.
     let providers: Vec<Provider> = providers.into_iter().filter_map(|(_, provider)| provider).collect();
     if !found.problems.is_empty() {
         return None;
@@ -136,9 +136,9 @@ fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Found)
     Some(Registry { revision, sha256, providers, runtimes, credential_names })
 }
 
-/// A key that is not known, with the one that was most likely meant.
+/// The problem of an unknown key, with the key that was probably meant.
 fn with_nearest_key(mut problem: Problem) -> Problem {
-    /// Below it two words have no more in common than any two.
+    /// Keys less similar than this are not suggested.
     const SIMILAR: f64 = 0.92;
     let fields = [
         yaml::fields_of::<RegistryFile>(),
@@ -156,8 +156,8 @@ fn with_nearest_key(mut problem: Problem) -> Problem {
     problem
 }
 
-/// Each with its name, at its position, whether or not it could be built.
-fn check_providers(files: Vec<ProviderFile>, env: Env<'_>, found: &mut Found) -> Vec<(String, Option<Provider>)> {
+/// Each provider's name, and the provider if it could be built. The positions are those of the document.
+fn check_providers(files: Vec<ProviderFile>, env: Env<'_>, found: &mut Findings) -> Vec<(String, Option<Provider>)> {
     if files.is_empty() {
         found.problems.push(Problem::at("providers", "no providers; declare at least one"));
     } else if !files.iter().any(|file| file.name == PLATFORM) {
@@ -188,14 +188,14 @@ fn check_providers(files: Vec<ProviderFile>, env: Env<'_>, found: &mut Found) ->
     providers
 }
 
-fn check_provider(mut file: ProviderFile, place: &str, env: Env<'_>, found: &mut Found) -> Option<Provider> {
-    let Found { problems, warnings } = found;
+fn check_provider(mut file: ProviderFile, place: &str, env: Env<'_>, found: &mut Findings) -> Option<Provider> {
+    let Findings { problems, warnings } = found;
     let before = problems.len();
-    let of_this = if file.name.is_empty() { String::new() } else { format!(" (provider `{}`)", file.name) };
+    let suffix = if file.name.is_empty() { String::new() } else { format!(" (provider `{}`)", file.name) };
     let mut problem =
-        |field: &str, message: String| problems.push(Problem::at(format!("{place}.{field}"), format!("{message}{of_this}")));
+        |field: &str, message: String| problems.push(Problem::at(format!("{place}.{field}"), format!("{message}{suffix}")));
     let mut warning =
-        |field: &str, message: String| warnings.push(Problem::at(format!("{place}.{field}"), format!("{message}{of_this}")));
+        |field: &str, message: String| warnings.push(Problem::at(format!("{place}.{field}"), format!("{message}{suffix}")));
     check_words(&file, &mut problem, &mut warning);
     let protocol = check_protocol(&file.protocol, &mut problem);
     let auth_env = check_auth_env(file.auth_env.take().unwrap_or_default(), &mut problem);
@@ -241,11 +241,11 @@ fn check_provider(mut file: ProviderFile, place: &str, env: Env<'_>, found: &mut
     })
 }
 
-/// Takes what is wrong, or odd, with a field.
-type Tell<'a> = &'a mut dyn FnMut(&str, String);
+/// Reports a problem or a warning about a field.
+type Report<'a> = &'a mut dyn FnMut(&str, String);
 
-/// Names and words of a provider.
-fn check_words(file: &ProviderFile, problem: Tell<'_>, warning: Tell<'_>) {
+/// Checks a provider's names and words.
+fn check_words(file: &ProviderFile, problem: Report<'_>, warning: Report<'_>) {
     for (field, value) in [("name", &file.name), ("display_name", &file.display_name), ("auth_mode", &file.auth_mode)] {
         if value.trim().is_empty() {
             problem(field, "is required".into());
@@ -262,7 +262,7 @@ fn check_words(file: &ProviderFile, problem: Tell<'_>, warning: Tell<'_>) {
     }
 }
 
-fn check_protocol(word: &str, problem: Tell<'_>) -> Option<Protocol> {
+fn check_protocol(word: &str, problem: Report<'_>) -> Option<Protocol> {
     match word {
         "openai" => Some(Protocol::OpenAi),
         "anthropic" => Some(Protocol::Anthropic),
@@ -273,7 +273,7 @@ fn check_protocol(word: &str, problem: Tell<'_>) -> Option<Protocol> {
     }
 }
 
-fn check_pattern(text: &str, problem: Tell<'_>) -> Option<Regex> {
+fn check_pattern(text: &str, problem: Report<'_>) -> Option<Regex> {
     if text.is_empty() {
         problem("model_prefix_match", "is required: a pattern for the models that no list names".into());
         return None;
@@ -291,7 +291,7 @@ struct Bases {
     is_per_tenant: bool,
 }
 
-fn check_bases(file: &mut ProviderFile, env: Env<'_>, problem: Tell<'_>, warning: Tell<'_>) -> Bases {
+fn check_bases(file: &mut ProviderFile, env: Env<'_>, problem: Report<'_>, warning: Report<'_>) -> Bases {
     let vars = file.endpoint_vars.take().unwrap_or_default();
     for (name, EndpointVarFile { env, .. }) in &vars {
         if !is_env_name(env) {
@@ -325,12 +325,12 @@ fn check_bases(file: &mut ProviderFile, env: Env<'_>, problem: Tell<'_>, warning
     };
     let openai = base("base_url_template", &file.base_url_template);
     let anthropic = base("base_url_anthropic", &file.base_url_anthropic);
-    // With one of the two unknown nobody can say which would be dialled.
+    // If one of the two is unknown, it is unknown which would be called.
     let (openai, anthropic) = if is_per_tenant { (None, None) } else { (openai, anthropic) };
     Bases { openai, anthropic, is_per_tenant }
 }
 
-fn check_auth_env(names: Vec<String>, problem: Tell<'_>) -> Vec<String> {
+fn check_auth_env(names: Vec<String>, problem: Report<'_>) -> Vec<String> {
     if names.is_empty() {
         problem("auth_env", "is required: name at least one variable".into());
     }
@@ -351,9 +351,9 @@ fn not_a_variable(name: &str) -> String {
 fn check_runtimes(
     files: BTreeMap<String, RuntimeFile>,
     providers: &[(String, Option<Provider>)],
-    found: &mut Found,
+    found: &mut Findings,
 ) -> BTreeMap<String, Runtime> {
-    // Those that could not be read have left their problems.
+    // Runtimes that could not be read have already left their problems.
     if files.is_empty() && !found.problems.iter().any(|problem| problem.place.starts_with("runtimes.")) {
         found.problems.push(Problem::at("runtimes", "no runtimes; declare at least one"));
     }
@@ -386,7 +386,7 @@ fn check_runtimes(
     runtimes
 }
 
-fn check_arm(arm: ArmFile, place: &str, providers: &[(String, Option<Provider>)], found: &mut Found) -> Option<Arm> {
+fn check_arm(arm: ArmFile, place: &str, providers: &[(String, Option<Provider>)], found: &mut Findings) -> Option<Arm> {
     let models = arm.models.unwrap_or_default();
     let withdrawn = arm.withdrawn_models.unwrap_or_default();
     for (field, list) in [("models", &models), ("withdrawn_models", &withdrawn)] {
@@ -417,13 +417,13 @@ fn check_arm(arm: ArmFile, place: &str, providers: &[(String, Option<Provider>)]
     Some(Arm { provider: position, index: 0, models, withdrawn })
 }
 
-/// Two patterns with a model id in common make it ambiguous where the available names single nobody out; and all of them together decide how
-/// many names matter to it.
-fn check_patterns(place: &str, arms: &[Arm], providers: &[(String, Option<Provider>)], found: &mut Found) {
+/// Warns about patterns that match the same model, because its owner may then be ambiguous. Also checks how many credential names matter to a model
+/// of each pattern.
+fn check_patterns(place: &str, arms: &[Arm], providers: &[(String, Option<Provider>)], found: &mut Findings) {
     let owners = arms.iter().filter_map(|arm| providers.get(arm.provider)?.1.as_ref());
     let compared: Vec<_> = owners.map(|provider| (provider, Comparable::of(provider.pattern.as_str()))).collect();
     for (index, (one, pattern)) in compared.iter().enumerate() {
-        // Who matches an id that this one matches too, as far as can be told.
+        // The credential names of every provider that may match the same model.
         let mut names: BTreeSet<&str> = one.auth_env.iter().map(String::as_str).collect();
         for (at, (two, other)) in compared.iter().enumerate().filter(|(at, _)| *at != index) {
             let (Some(pattern), Some(other)) = (pattern, other) else {
@@ -444,8 +444,8 @@ fn check_patterns(place: &str, arms: &[Arm], providers: &[(String, Option<Provid
     }
 }
 
-/// How many names matter to each model that is listed.
-fn check_listings(place: &str, arms: &[Arm], providers: &[(String, Option<Provider>)], found: &mut Found) {
+/// Checks how many credential names matter to each model that is listed.
+fn check_listings(place: &str, arms: &[Arm], providers: &[(String, Option<Provider>)], found: &mut Findings) {
     let mut names: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
     for arm in arms {
         let Some(provider) = providers.get(arm.provider).and_then(|(_, provider)| provider.as_ref()) else { continue };
@@ -462,14 +462,14 @@ fn too_many_names(what: &str, count: usize) -> String {
     format!("{count} credential names matter to {what}; a request has room for {MAX_RELEVANT_NAMES}: shorten `auth_env`")
 }
 
-/// Whether ListModels can answer with all of it.
-fn check_menu(runtimes: &BTreeMap<String, Runtime>, providers: &[(String, Option<Provider>)], found: &mut Found) {
+/// Checks that an answer to ListModels can hold the whole registry.
+fn check_list_models_size(runtimes: &BTreeMap<String, Runtime>, providers: &[(String, Option<Provider>)], found: &mut Findings) {
     let mut bytes = 0;
     for (name, runtime) in runtimes {
         for arm in &runtime.arms {
             let Some(provider) = providers.get(arm.provider).and_then(|(_, provider)| provider.as_ref()) else { continue };
             let names: usize = provider.auth_env.iter().map(|name| name.len() + 2).sum();
-            let around = MENU_ENTRY_BYTES
+            let around = LIST_MODELS_ENTRY_BYTES
                 + name.len()
                 + runtime.display_name.len()
                 + provider.name.len()
@@ -481,18 +481,18 @@ fn check_menu(runtimes: &BTreeMap<String, Runtime>, providers: &[(String, Option
             bytes += arm.models.iter().chain(&arm.withdrawn).map(|model| around + model.len()).sum::<usize>();
         }
     }
-    if bytes > MAX_MENU_BYTES {
+    if bytes > MAX_LIST_MODELS_BYTES {
         let message = format!(
             "ListModels would answer with about {bytes} bytes, and gRPC clients take 4 MiB; list fewer models, or own them by pattern \
-             (at most {MAX_MENU_BYTES} bytes)"
+             (at most {MAX_LIST_MODELS_BYTES} bytes)"
         );
         found.problems.push(Problem::at("runtimes", message));
     }
 }
 
-/// Why a template is no URL.
+/// Why a template does not give a URL.
 enum Unresolved {
-    /// It cannot be one.
+    /// The template is wrong.
     Wrong(String),
     /// A placeholder has no value here.
     PerTenant(String),
@@ -518,7 +518,7 @@ fn resolve(template: &str, vars: &BTreeMap<String, EndpointVarFile>, env: Env<'_
                 var.env
             ))
         })?;
-        // A whole base URL may stand first, up to a slash; anything else is one label or segment, so that it cannot change
+        // The first placeholder may stand for a whole base URL, up to a slash. Any other must be one label or one segment, so that it cannot change
         // the host.
         let whole = text.is_empty() && (tail.is_empty() || tail.starts_with('/'));
         let label = !value.is_empty() && value.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
@@ -538,13 +538,13 @@ fn resolve(template: &str, vars: &BTreeMap<String, EndpointVarFile>, env: Env<'_
         return Err("a base URL must not hold user information; credentials come from auth_env".to_owned().into());
     }
     if url.query().is_some() || url.fragment().is_some() || url.host().is_none() {
-        // What stands in a query may be a key: it is not shown.
+        // A query may hold a key, so the URL is not shown.
         return Err("must be a base URL: a host and a path, no query, no fragment".to_owned().into());
     }
     Ok(url)
 }
 
-/// Its host is this machine, by name or by address.
+/// Whether the host is this machine, by name or by address.
 pub(crate) fn is_loopback(url: &Url) -> bool {
     match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost",

@@ -1,4 +1,4 @@
-//! The schema of `providers.yaml`, as the platform writes it. Words only; `check.rs` has the rules.
+//! The schema of `providers.yaml`, as the platform writes it. The rules are in `check.rs`.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, de::IgnoredAny};
 
 use crate::core::{catalogue::file::ProbeFile, yaml};
 
-/// The document.
+/// A whole document.
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "a map with schema_version, providers and runtimes")]
 pub(super) struct RegistryFile {
@@ -17,7 +17,7 @@ pub(super) struct RegistryFile {
     pub(super) runtimes: Option<BTreeMap<String, RuntimeFile>>,
 }
 
-/// What can still be counted in a document that does not fit the schema.
+/// The parts that can be counted in a document that does not fit the schema.
 #[derive(Debug, Deserialize)]
 pub(super) struct Skeleton {
     #[serde(default)]
@@ -26,7 +26,7 @@ pub(super) struct Skeleton {
     pub(super) runtimes: Option<BTreeMap<String, IgnoredAny>>,
 }
 
-/// One provider.
+/// A provider.
 #[derive(Debug, Default, Deserialize)]
 #[serde(expecting = "a map that describes a provider")]
 pub(super) struct ProviderFile {
@@ -60,17 +60,17 @@ pub(super) struct ProviderFile {
     pub(super) probe: Option<Vec<ProbeFile>>,
     #[serde(default)]
     pub(super) deprecated: Option<bool>,
-    // Known to the platform, of no meaning here; named so that they are not taken for typing errors.
+    // Keys that only the platform uses. They are named here so that they are not reported as unknown.
     #[serde(default, rename = "model_aliases")]
     pub(super) _model_aliases: Option<Vec<String>>,
     #[serde(default, rename = "vendor_logo")]
     pub(super) _vendor_logo: Option<String>,
-    /// It could not be read, and is here for its name alone.
+    /// The provider could not be read. Only its name is set.
     #[serde(skip)]
     pub(super) unread: bool,
 }
 
-/// A placeholder's value: the environment's, else the default.
+/// The source of a placeholder's value: an environment variable, or else the default.
 #[derive(Debug, Deserialize)]
 pub(super) struct EndpointVarFile {
     pub(super) env: String,
@@ -78,7 +78,7 @@ pub(super) struct EndpointVarFile {
     pub(super) default: Option<String>,
 }
 
-/// One runtime.
+/// A runtime.
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "a map with the runtime's providers")]
 pub(super) struct RuntimeFile {
@@ -88,7 +88,7 @@ pub(super) struct RuntimeFile {
     pub(super) display_name: Option<String>,
 }
 
-/// One provider of a runtime.
+/// A provider of a runtime.
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "a map with a provider's name, and its models if it lists any")]
 pub(super) struct ArmFile {

@@ -1,4 +1,4 @@
-//! Is there a model id that two patterns both match? Asked at load, exactly: a walk through both automata at once.
+//! Finds a model id that two patterns both match. Exact: both automata are walked at once. Used when a registry is loaded.
 
 use std::collections::{HashSet, VecDeque};
 
@@ -8,9 +8,9 @@ use regex_automata::{
     util::primitives::StateID,
 };
 
-/// The largest automaton that is built. The patterns in use need under 10 KB; a monstrous one is not looked into.
+/// The largest automaton that is built. Real patterns need less than 10 KB; larger ones are not compared.
 const MAX_DFA_BYTES: usize = 1024 * 1024;
-/// How many pairs of states are visited before the search is given up.
+/// The most pairs of states that are visited before the search gives up.
 const MAX_PAIRS: usize = 50_000;
 
 /// A pattern that can be compared with others.
@@ -18,11 +18,11 @@ pub(super) struct Comparable {
     dfa: dense::DFA<Vec<u32>>,
 }
 
-/// A state of each automaton; `None` where the pattern has matched already, whatever follows.
+/// A state of each automaton; `None` if the pattern has already matched, whatever follows.
 type Pair = [Option<StateID>; 2];
 
 impl Comparable {
-    /// `None` if the pattern is too large, or of a kind that cannot be compared.
+    /// `None` if the pattern is too large or of a kind that cannot be compared.
     pub(super) fn of(pattern: &str) -> Option<Self> {
         let limits = dense::Config::new().dfa_size_limit(Some(MAX_DFA_BYTES)).determinize_size_limit(Some(MAX_DFA_BYTES));
         Some(Self { dfa: dense::Builder::new().configure(limits).build(pattern).ok()? })
@@ -35,7 +35,7 @@ impl Comparable {
         let first = [Some(start(both[0])?), Some(start(both[1])?)];
         let (mut seen, mut queue) = (HashSet::from([first]), VecDeque::from([(first, String::new())]));
         while let Some((pair, text)) = queue.pop_front() {
-            if at_the_end(both, pair) {
+            if both_match_at_end(both, pair) {
                 return Some(text);
             }
             for byte in id_bytes() {
@@ -52,13 +52,13 @@ impl Comparable {
     }
 }
 
-/// What ids are written in, the usual first, so that a witness reads like one.
+/// The characters that ids consist of, common ones first, so that the id that is found looks like a real one.
 fn id_bytes() -> impl Iterator<Item = u8> {
     let usual = || (b'a'..=b'z').chain(b'0'..=b'9').chain(*b"-/:._");
     usual().chain((b' '..=b'~').filter(move |byte| usual().all(|other| other != *byte)))
 }
 
-/// `None` if one of the patterns cannot match any more.
+/// The next pair of states; `None` if one of the patterns can no longer match.
 fn step(both: [&dense::DFA<Vec<u32>>; 2], pair: Pair, byte: u8) -> Option<Pair> {
     let [one, two] = both;
     let [left, right] = pair;
@@ -77,7 +77,7 @@ fn follow(dfa: &dense::DFA<Vec<u32>>, state: Option<StateID>, byte: u8) -> Optio
     }
 }
 
-fn at_the_end(both: [&dense::DFA<Vec<u32>>; 2], pair: Pair) -> bool {
+fn both_match_at_end(both: [&dense::DFA<Vec<u32>>; 2], pair: Pair) -> bool {
     let ends = |dfa: &dense::DFA<Vec<u32>>, state: Option<StateID>| {
         state.is_none_or(|state| dfa.is_match_state(dfa.next_eoi_state(state)))
     };

@@ -1,19 +1,19 @@
-//! From the schema's words to `Runtimes`: every rule, and every problem at once.
+//! Checks the `runtimes:` section of a catalogue and builds `Runtimes`. Reports all problems at once.
 
 use std::{collections::BTreeMap, str::FromStr};
 
 use url::Url;
 
 use super::{
-    Certainty, General, Route, RuntimeFacts, Runtimes, Trims, Way,
-    file::{OneOrMany, RouteFile, RuntimeFile, WayFile},
+    Certainty, Delivery, General, Route, RuntimeFacts, Runtimes, Trims,
+    file::{DeliveryFile, OneOrMany, RouteFile, RuntimeFile},
 };
 use crate::domain::{
     problem::Problem,
     protocol::{HeaderFamily, Surface},
 };
 
-/// Checks the section with this name.
+/// Checks the whole section.
 pub(crate) fn check(section: BTreeMap<String, RuntimeFile>, problems: &mut Vec<Problem>) -> Runtimes {
     let facts = section.into_iter().map(|(name, file)| {
         let facts = Checker { place: format!("runtimes.{name}"), problems }.runtime(file);
@@ -102,20 +102,20 @@ impl Checker<'_> {
             self.problem("reads", "is missing: name the variables in the order in which they are read; [] if it reads none");
             return Route::default();
         };
-        let mut way = self.way(WayFile { header, surface: own_surface, base });
-        way.surface = way.surface.or(surface);
-        let mut prefixes: Vec<(String, Way)> = Vec::new();
+        let mut delivery = self.delivery(DeliveryFile { header, surface: own_surface, base });
+        delivery.surface = delivery.surface.or(surface);
+        let mut prefixes: Vec<(String, Delivery)> = Vec::new();
         for (prefix, file) in by_prefix.unwrap_or_default() {
-            let own = self.way(file);
-            let pick = |own: Vec<HeaderFamily>| if own.is_empty() { way.headers.clone() } else { own };
-            let whole = Way {
+            let own = self.delivery(file);
+            let pick = |own: Vec<HeaderFamily>| if own.is_empty() { delivery.headers.clone() } else { own };
+            let whole = Delivery {
                 headers: pick(own.headers),
-                surface: own.surface.or(way.surface),
-                base: own.base.or_else(|| way.base.clone()),
+                surface: own.surface.or(delivery.surface),
+                base: own.base.or_else(|| delivery.base.clone()),
             };
             prefixes.push((prefix, whole));
         }
-        // The longest first: it is the one that tells.
+        // The longest prefix comes first, so that it wins.
         prefixes.sort_by_key(|(prefix, _)| std::cmp::Reverse(prefix.len()));
         let by_env = by_env.unwrap_or_default().into_iter().filter_map(|(name, base)| Some((name, self.base(&base)?)));
         let by_env = by_env.collect();
@@ -125,7 +125,7 @@ impl Checker<'_> {
             certainty,
             reads,
             beaten_by: beaten_by.unwrap_or_default(),
-            way,
+            delivery,
             by_prefix: prefixes,
             by_env,
             also_sends,
@@ -133,14 +133,14 @@ impl Checker<'_> {
         }
     }
 
-    fn way(&mut self, WayFile { header, surface, base }: WayFile) -> Way {
+    fn delivery(&mut self, DeliveryFile { header, surface, base }: DeliveryFile) -> Delivery {
         let words = match header {
             None => Vec::new(),
             Some(OneOrMany::One(word)) => vec![word],
             Some(OneOrMany::Many(words)) => words,
         };
         let headers = words.iter().filter_map(|word| self.word::<HeaderFamily>("header", word)).collect();
-        Way { headers, surface: self.surface(surface), base: base.and_then(|base| self.base(&base)) }
+        Delivery { headers, surface: self.surface(surface), base: base.and_then(|base| self.base(&base)) }
     }
 
     fn headers(&mut self, key: &str, words: BTreeMap<String, String>) -> BTreeMap<String, HeaderFamily> {
@@ -152,7 +152,7 @@ impl Checker<'_> {
     }
 
     fn base(&mut self, text: &str) -> Option<Url> {
-        // Whether plain http may be dialled is the prober's to say, as for the registry's base URLs.
+        // The prober decides whether plain http may be used, as for the base URLs of the registry.
         let is_base = |url: &Url| matches!(url.scheme(), "https" | "http") && url.query().is_none() && url.fragment().is_none();
         let url = Url::parse(text).ok().filter(is_base);
         if url.is_none() {

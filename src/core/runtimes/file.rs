@@ -1,4 +1,4 @@
-//! The schema of `runtimes:`. Words only; `check.rs` has the rules.
+//! The schema of `runtimes:`. The rules are in `check.rs`.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::core::yaml;
 
-/// One runtime.
+/// A runtime.
 #[derive(Debug, Deserialize)]
 pub(crate) struct RuntimeFile {
     #[serde(default)]
@@ -21,7 +21,7 @@ pub(crate) struct RuntimeFile {
     pub(super) organization_loses: Option<Vec<String>>,
     #[serde(default)]
     pub(super) falls_back: bool,
-    /// Variables that are sent whatever the provider is, each with its header.
+    /// Variables that are sent to every provider, each with its header.
     #[serde(default, deserialize_with = "yaml::unique_keys")]
     pub(super) sends: Option<BTreeMap<String, String>>,
     #[serde(default)]
@@ -32,7 +32,7 @@ pub(crate) struct RuntimeFile {
     pub(super) providers: Option<BTreeMap<String, RouteFile>>,
 }
 
-/// One provider's route.
+/// How the credential of one provider is sent.
 #[derive(Debug, Deserialize)]
 pub(crate) struct RouteFile {
     #[serde(default)]
@@ -48,7 +48,7 @@ pub(crate) struct RouteFile {
     #[serde(default)]
     pub(super) base: Option<String>,
     #[serde(default, deserialize_with = "yaml::unique_keys")]
-    pub(super) by_prefix: Option<BTreeMap<String, WayFile>>,
+    pub(super) by_prefix: Option<BTreeMap<String, DeliveryFile>>,
     #[serde(default, deserialize_with = "yaml::unique_keys")]
     pub(super) by_env: Option<BTreeMap<String, String>>,
     #[serde(default, deserialize_with = "yaml::unique_keys")]
@@ -57,9 +57,9 @@ pub(crate) struct RouteFile {
     pub(super) base_url_env: Option<Vec<String>>,
 }
 
-/// One way.
+/// How one kind of value is sent.
 #[derive(Debug, Default, Deserialize)]
-pub(crate) struct WayFile {
+pub(crate) struct DeliveryFile {
     #[serde(default)]
     pub(super) header: Option<OneOrMany>,
     #[serde(default)]
@@ -68,7 +68,7 @@ pub(crate) struct WayFile {
     pub(super) base: Option<String>,
 }
 
-/// A word, or a list of them.
+/// One word or a list.
 #[derive(Debug, Deserialize)]
 #[serde(untagged)]
 pub(crate) enum OneOrMany {

@@ -16,12 +16,12 @@ use tracing::Instrument;
 use super::{Exchange, Http};
 use crate::{
     core::{
-        classify::{Calibration, Finding, calibrated, read},
+        classify::{Calibration, Finding, calibration_of, read},
         endpoint::{Call, Endpoint, Target},
-        look::Look,
+        endpoint_facts::{CalibrationQuestion, EndpointFacts, RequestFacts},
         made_up_key::{KeyForm, can_be_imitated, made_up_key_like},
         probe_plan::Lesson,
-        taught::{EndpointFacts, Question, RequestFacts},
+        response_shape::ResponseShape,
     },
     domain::{protocol::HeaderFamily, secret::Secret, verdict::Cause},
     liveness::single_flight::{FlightEnd, InFlight, Join, SingleFlight, Start, wait},
@@ -115,7 +115,8 @@ impl Endpoints {
 
     /// This request tells nothing of a key: anybody is accepted, or it is not there.
     pub(super) fn is_pointless(&self, call: &Call, family: HeaderFamily) -> bool {
-        self.absent.contains_key(&call.request) || self.known(call, &[family], Question::Refusal) == Calibration::AcceptsAnyone
+        self.absent.contains_key(&call.request)
+            || self.known(call, &[family], CalibrationQuestion::Refusal) == Calibration::AcceptsAnyone
     }
 
     /// A real key was accepted there within hours.
@@ -129,9 +130,9 @@ impl Endpoints {
         for lesson in lessons {
             match lesson {
                 Lesson::Absent(request) => self.absent.insert(request, ()),
-                Lesson::ToEverybody(request, families, look) => {
+                Lesson::SameForEveryKey(request, families, shape) => {
                     if let Some(facts) = self.requests.get(&key_of(&request, &families)) {
-                        lock(&facts).take_everybody(&look, self.since.elapsed(), jitter());
+                        lock(&facts).take_same_for_every_key(&shape, self.since.elapsed(), jitter());
                     }
                 }
                 Lesson::Family { right, wrong } => {
@@ -167,12 +168,12 @@ impl Endpoints {
     }
 
     /// A real key was refused there with this 401.
-    pub(super) fn refused(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, look: &Look) {
-        lock(&self.request(call, families)).take_refusal(KeyForm::of(secret), look.body, self.since.elapsed());
+    pub(super) fn refused(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, shape: &ResponseShape) {
+        lock(&self.request(call, families)).take_refusal(KeyForm::of(secret), shape.body, self.since.elapsed());
     }
 
     /// What the real key that was accepted gets once more, after a made-up one was refused: the same, or this.
-    pub(super) fn second_answer(&self, call: &Call, families: &[HeaderFamily], other: Option<Look>) {
+    pub(super) fn second_answer(&self, call: &Call, families: &[HeaderFamily], other: Option<ResponseShape>) {
         lock(&self.request(call, families)).take_second_answer(&call.model, other, self.since.elapsed(), jitter());
     }
 
@@ -189,20 +190,20 @@ impl Endpoints {
         families: &[HeaderFamily],
         target: &Target,
         secret: &Secret,
-        question: Question,
+        question: CalibrationQuestion,
         deadline: Instant,
     ) -> Calibration {
         // A key that cannot be imitated is compared with the usual made-up one.
         let question = match question {
-            Question::Acceptance(Some(_)) if !can_be_imitated(secret, target.endpoint.key_prefix.as_deref()) => {
-                Question::Acceptance(None)
+            CalibrationQuestion::Acceptance(Some(_)) if !can_be_imitated(secret, target.endpoint.key_prefix.as_deref()) => {
+                CalibrationQuestion::Acceptance(None)
             }
             question => question,
         };
         let tells = |told: &Told| match question {
-            Question::Refusal => true,
-            Question::Acceptance(_) if told.model != call.model => false,
-            Question::Acceptance(form) => {
+            CalibrationQuestion::Refusal => true,
+            CalibrationQuestion::Acceptance(_) if told.model != call.model => false,
+            CalibrationQuestion::Acceptance(form) => {
                 form.is_none_or(|form| form == told.form) || told.calibration == Calibration::AcceptsAnyone
             }
         };
@@ -213,23 +214,30 @@ impl Endpoints {
                 Asked::UnderWay(flight) => match wait(flight, deadline).await {
                     FlightEnd::Completed(told) if tells(&told) => return told.calibration,
                     FlightEnd::Completed(_) => {}
-                    FlightEnd::TimedOut { .. } | FlightEnd::Lost => return Calibration::Untold(None),
+                    FlightEnd::TimedOut { .. } | FlightEnd::Lost => return Calibration::Inconclusive(None),
                 },
             }
         }
-        Calibration::Untold(None)
+        Calibration::Inconclusive(None)
     }
 
     /// Asks in the background, unless the answer is known. What is known without waiting.
     pub(super) fn ask_behind(&self, call: &Call, families: &[HeaderFamily], target: &Target, secret: &Secret) -> Calibration {
-        match self.begin(call, families, target, secret, Question::Refusal) {
+        match self.begin(call, families, target, secret, CalibrationQuestion::Refusal) {
             Asked::Known(calibration) => calibration,
             Asked::UnderWay(_) => Calibration::NotWaitedFor,
         }
     }
 
     /// Asks with a made-up key like this one in these headers, or without any where there are none, unless the answer is known or under way.
-    fn begin(&self, call: &Call, families: &[HeaderFamily], target: &Target, secret: &Secret, question: Question) -> Asked {
+    fn begin(
+        &self,
+        call: &Call,
+        families: &[HeaderFamily],
+        target: &Target,
+        secret: &Secret,
+        question: CalibrationQuestion,
+    ) -> Asked {
         let key = key(call, families);
         let facts = self.request(call, families);
         let launch = |_| {
@@ -252,7 +260,7 @@ impl Endpoints {
     }
 
     /// What is known without asking.
-    pub(super) fn known(&self, call: &Call, families: &[HeaderFamily], question: Question) -> Calibration {
+    pub(super) fn known(&self, call: &Call, families: &[HeaderFamily], question: CalibrationQuestion) -> Calibration {
         let facts = self.requests.get(&key(call, families));
         facts.map_or(Calibration::NotAsked, |facts| lock(&facts).calibration(&call.model, question, self.since.elapsed()))
     }
@@ -279,12 +287,13 @@ impl Endpoints {
             let exchange = endpoints.http.exchange_again(&call, &families, &made_up, Instant::now() + BUDGET).await;
             let told = match exchange {
                 Exchange::Answered(response) => {
-                    let (reading, look) = (read(response.facts(), &call.probe), Look::of(response.facts(), made_up.expose()));
+                    let (reading, shape) =
+                        (read(response.facts(), &call.probe), ResponseShape::of(response.facts(), made_up.expose()));
                     // The answer to a request without a key is compared, and not read.
-                    let seen = |look| Calibration::Refuses { look, in_words: false, by_code: false, in_contrast: false };
-                    if families.is_empty() { seen(look) } else { calibrated(&reading, &look) }
+                    let seen = |shape| Calibration::Refuses { shape, in_words: false, by_code: false, confirmed: false };
+                    if families.is_empty() { seen(shape) } else { calibration_of(&reading, &shape) }
                 }
-                Exchange::TimedOut | Exchange::Unreachable(_) | Exchange::Exhausted => Calibration::Untold(None),
+                Exchange::TimedOut | Exchange::Unreachable(_) | Exchange::Exhausted => Calibration::Inconclusive(None),
             };
             traces::calibrated(&told);
             if !families.is_empty() {
@@ -299,9 +308,10 @@ impl Endpoints {
     fn count(&self, name: [String; 4], told: &Calibration) {
         let (number, result) = match told {
             Calibration::Refuses { in_words: true, .. } => (0, "refused"),
-            Calibration::Untold(_) | Calibration::Everybody(_) | Calibration::NotWaitedFor | Calibration::NotAsked => {
-                (1, "untold")
-            }
+            Calibration::Inconclusive(_)
+            | Calibration::SameForEveryKey(_)
+            | Calibration::NotWaitedFor
+            | Calibration::NotAsked => (1, "untold"),
             Calibration::AcceptsAnyone => (2, "accepted"),
             Calibration::Refuses { in_words: false, .. } => (3, "refused_oddly"),
         };

@@ -265,7 +265,10 @@ pub(crate) fn calibrated(calibration: &Calibration) {
         let word = match calibration {
             Calibration::Refuses { .. } => "refuses",
             Calibration::AcceptsAnyone => "accepts anyone",
-            Calibration::Untold(_) | Calibration::Everybody(_) | Calibration::NotWaitedFor | Calibration::NotAsked => "untold",
+            Calibration::Inconclusive(_)
+            | Calibration::SameForEveryKey(_)
+            | Calibration::NotWaitedFor
+            | Calibration::NotAsked => "untold",
         };
         Span::current().record("byokgate.calibration", word);
     }

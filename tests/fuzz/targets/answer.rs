@@ -5,11 +5,11 @@ use std::{sync::LazyLock, time::Duration};
 
 use byok_gate::{
     core::{
-        classify::{Answer, Calibration, ProbeResponse, calibrated, is_page, read},
+        classify::{Answer, Calibration, ProbeResponse, calibration_of, is_page, read},
         endpoint::{Target, target},
-        look::Look,
+        response_shape::ResponseShape,
         probe_plan::{Client, Next, ProbePlan, Requests},
-        taught::EndpointFacts,
+        endpoint_facts::EndpointFacts,
     },
     domain::verdict::{Unreached, Verdict},
 };
@@ -51,7 +51,7 @@ impl Given<'_> {
         }
         let retry_after = (self.flags & 32 != 0).then_some(Duration::from_secs(u64::from(self.status)));
         let answer = Answer { status: self.status, body, truncated: self.flags & 64 != 0, page: is_page(&headers), retry_after };
-        ProbeResponse::Answer { reading: read(answer, &call.probe), look: Look::of(answer, KEY), retry_after }
+        ProbeResponse::Answer { reading: read(answer, &call.probe), shape: ResponseShape::of(answer, KEY), retry_after }
     }
 }
 
@@ -90,14 +90,14 @@ fuzz_target!(|input: &[u8]| {
             Next::Calibrate { call, .. } => {
                 let response = nth(if same { last } else { steps }).response(call);
                 plan.take_calibration(&match response {
-                    ProbeResponse::Answer { reading, look, .. } => calibrated(&reading, &look),
+                    ProbeResponse::Answer { reading, shape, .. } => calibration_of(&reading, &shape),
                     ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) | ProbeResponse::Exhausted => {
-                        Calibration::Untold(None)
+                        Calibration::Inconclusive(None)
                     }
                 });
             }
             Next::Keyless { call, .. } => match nth(if same { last } else { steps }).response(call) {
-                ProbeResponse::Answer { look, .. } => plan.take_keyless(Some(&look)),
+                ProbeResponse::Answer { shape, .. } => plan.take_keyless(Some(&shape)),
                 ProbeResponse::TimedOut | ProbeResponse::Unreachable(_) | ProbeResponse::Exhausted => plan.take_keyless(None),
             },
         }

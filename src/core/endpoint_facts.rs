@@ -1,0 +1,306 @@
+//! What has been learnt about an endpoint: how it treats made-up keys, and which headers it takes. Pure and bounded. The caller gives the time, as
+//! the duration since a fixed moment.
+//!
+//! A made-up key that gets a code about keys has been refused, without doubt. Any other response to it (plain text, a page, a 404, a bare 401) may
+//! come from a rate limit, a ban or an outage. Such a response counts as a refusal only if a real key was accepted right before it and again right
+//! after it. What every key gets is never a refusal: no real key is accepted there at that time.
+
+use std::time::Duration;
+
+use crate::{
+    core::{
+        classify::{Body, Calibration},
+        made_up_key::KeyForm,
+        response_shape::ResponseShape,
+    },
+    domain::protocol::HeaderFamily,
+};
+
+/// The most time between the acceptance of a real key and the refusal of a made-up key, for the two to be compared.
+pub const COMPARABLE_WITHIN: Duration = Duration::from_secs(600);
+/// The first wait after an inconclusive answer (429, 5xx, none). It doubles each time, up to [`MAX_BACK_OFF`].
+pub const BACK_OFF: Duration = Duration::from_secs(60);
+/// The longest wait.
+pub const MAX_BACK_OFF: Duration = Duration::from_secs(3600);
+/// How long the acceptance of a real key, or its refusal with a 401, is remembered.
+pub const REMEMBERED_FOR: Duration = Duration::from_secs(6 * 3600);
+/// The most answers to made-up keys that are kept for one request, one per model and form of key. An endpoint needs more only if it refuses
+/// differently for each model, or if its keys have many forms.
+const MAX_ANSWERS: usize = 16;
+
+/// What the caller wants to know from a calibration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CalibrationQuestion {
+    /// Whether a response is the refusal that a made-up key gets.
+    Refusal,
+    /// Whether a success response counts. With a form, only made-up keys of this form are considered.
+    Acceptance(Option<KeyForm>),
+}
+
+/// What has been learnt about one request with the credential in one header.
+#[derive(Debug, Clone, Default)]
+pub struct RequestFacts {
+    made_up: Vec<MadeUpAnswer>,
+    /// The models for which a real key was accepted, and when last.
+    accepted: Vec<(String, Duration)>,
+    /// The catalogue says that this request refuses bad keys.
+    is_documented: bool,
+    /// Real keys that were refused with a 401: their form, the kind of the response's body, and when.
+    refused: Vec<(KeyForm, Body, Duration)>,
+    /// No made-up key is sent before this time.
+    back_off_until: Duration,
+    /// How many answers in a row were inconclusive.
+    misses: u32,
+    /// The last inconclusive answer.
+    inconclusive: Option<Calibration>,
+}
+
+#[derive(Debug, Clone)]
+struct MadeUpAnswer {
+    /// The model in the request; empty if the request names none.
+    model: String,
+    form: KeyForm,
+    calibration: Calibration,
+    /// A real key had been accepted for this model shortly before.
+    after_acceptance: bool,
+    at: Duration,
+    until: Duration,
+}
+
+impl MadeUpAnswer {
+    /// Whether this answer settles the question for a request with this model. A 401 or 403 is about the credential and holds for every model; a 400
+    /// or 404 may depend on the model. An acceptance always may, since some models are served without a key. A refusal that was seen before any
+    /// acceptance does not prove an acceptance: a cache may give the first refusal to every key.
+    fn settles(&self, model: &str, question: CalibrationQuestion) -> bool {
+        match (question, &self.calibration) {
+            (_, Calibration::AcceptsAnyone) => self.model == model,
+            (CalibrationQuestion::Refusal, Calibration::Refuses { shape, .. }) => {
+                self.model == model || matches!(shape.status, 401 | 403)
+            }
+            (CalibrationQuestion::Acceptance(form), Calibration::Refuses { by_code, confirmed, .. }) => {
+                self.model == model
+                    && form.is_none_or(|form| form == self.form)
+                    && (*confirmed || *by_code && self.after_acceptance)
+            }
+            (
+                _,
+                Calibration::Inconclusive(_)
+                | Calibration::SameForEveryKey(_)
+                | Calibration::NotWaitedFor
+                | Calibration::NotAsked,
+            ) => false,
+        }
+    }
+}
+
+// === impl RequestFacts ===
+
+impl RequestFacts {
+    /// How a made-up key is answered, for a request that names this model.
+    pub fn calibration(&self, model: &str, question: CalibrationQuestion, now: Duration) -> Calibration {
+        let settling = || self.made_up.iter().filter(|answer| now < answer.until && answer.settles(model, question));
+        // An acceptance outweighs every refusal; a confirmed refusal outweighs the others.
+        let weight = |answer: &&MadeUpAnswer| match answer.calibration {
+            Calibration::AcceptsAnyone => 2,
+            Calibration::Refuses { confirmed: true, .. } => 1,
+            _ => 0,
+        };
+        match (settling().max_by_key(weight), &self.inconclusive) {
+            (Some(answer), _) => answer.calibration.clone(),
+            (None, Some(inconclusive)) if now < self.back_off_until => inconclusive.clone(),
+            (None, _) => Calibration::NotAsked,
+        }
+    }
+
+    /// Whether a made-up key should be sent now.
+    pub fn is_due(&self, model: &str, question: CalibrationQuestion, now: Duration) -> bool {
+        self.calibration(model, question, now) == Calibration::NotAsked && now >= self.back_off_until
+    }
+
+    /// Whether a real key was accepted recently.
+    pub fn has_accepted(&self, now: Duration) -> bool {
+        self.accepted.iter().any(|(_, at)| now.saturating_sub(*at) <= REMEMBERED_FOR)
+    }
+
+    /// Records the answer to a made-up key of this form, valid for `good_for`. `jitter` (0.8 to 1) spreads waits and expiries. Returns what the
+    /// answer means in the light of what is known.
+    pub fn take_answer(
+        &mut self,
+        (model, form): (&str, KeyForm),
+        calibration: Calibration,
+        now: Duration,
+        good_for: Duration,
+        jitter: f64,
+    ) -> Calibration {
+        let is_recent = |at: Duration| now.abs_diff(at) <= COMPARABLE_WITHIN;
+        let after_acceptance = self.accepted.iter().any(|(accepted, at)| accepted == model && is_recent(*at));
+        let calibration = match calibration {
+            Calibration::AcceptsAnyone => Calibration::AcceptsAnyone,
+            // Real keys of this form are refused with a 401. A made-up key that gets something else got what every key gets now.
+            Calibration::Refuses { shape, by_code: false, .. }
+                if !after_acceptance && self.refuses_otherwise(form, &shape, now) =>
+            {
+                return self.record_inconclusive(Calibration::SameForEveryKey(shape), now, jitter);
+            }
+            Calibration::Refuses { shape, in_words, by_code, .. } => {
+                let confirms = |(accepted, at): &(String, Duration)| is_recent(*at) && are_comparable(&shape, accepted, model);
+                let confirmed = self.is_documented && self.accepted.iter().any(confirms);
+                Calibration::Refuses { shape, in_words, by_code, confirmed }
+            }
+            Calibration::NotAsked | Calibration::NotWaitedFor => return calibration,
+            inconclusive @ (Calibration::Inconclusive(_) | Calibration::SameForEveryKey(_)) => {
+                return self.record_inconclusive(inconclusive, now, jitter);
+            }
+        };
+        (self.misses, self.inconclusive) = (0, None);
+        self.made_up.retain(|answer| now < answer.until && (answer.model != model || answer.form != form));
+        if self.made_up.len() >= MAX_ANSWERS {
+            self.made_up.remove(0);
+        }
+        let until = now + good_for.mul_f64(jitter);
+        let model = model.to_owned();
+        self.made_up.push(MadeUpAnswer { model, form, calibration: calibration.clone(), after_acceptance, at: now, until });
+        calibration
+    }
+
+    /// Records that a real key was accepted. `is_documented`: the catalogue says that this request refuses bad keys.
+    pub fn take_acceptance(&mut self, model: &str, is_documented: bool, now: Duration) {
+        self.is_documented |= is_documented;
+        self.accepted.retain(|(accepted, at)| accepted != model && now.saturating_sub(*at) <= REMEMBERED_FOR);
+        if self.accepted.len() >= MAX_ANSWERS {
+            self.accepted.remove(0);
+        }
+        self.accepted.push((model.to_owned(), now));
+        if !self.is_documented {
+            return;
+        }
+        for answer in self.made_up.iter_mut().filter(|answer| now.abs_diff(answer.at) <= COMPARABLE_WITHIN) {
+            if let Calibration::Refuses { shape, confirmed, .. } = &mut answer.calibration {
+                *confirmed |= are_comparable(shape, model, &answer.model);
+            }
+        }
+    }
+
+    /// Records that a real key of this form was refused with a 401 that had this kind of body.
+    pub fn take_refusal(&mut self, form: KeyForm, body: Body, now: Duration) {
+        let is_same = |refused: KeyForm, known: Body| (refused, known) == (form, body);
+        self.refused.retain(|(refused, known, at)| !is_same(*refused, *known) && now.saturating_sub(*at) <= REMEMBERED_FOR);
+        if self.refused.len() >= MAX_ANSWERS {
+            self.refused.remove(0);
+        }
+        self.refused.push((form, body, now));
+    }
+
+    /// Records how the real key was answered that was sent again after the made-up one: `None` if it was accepted, else the response.
+    pub fn take_second_answer(&mut self, model: &str, other: Option<ResponseShape>, now: Duration, jitter: f64) {
+        let latest = self.made_up.iter_mut().rev().find(|answer| answer.model == model && answer.after_acceptance);
+        let Some(answer) = latest.filter(|answer| now.abs_diff(answer.at) <= COMPARABLE_WITHIN) else { return };
+        let Calibration::Refuses { confirmed, .. } = &mut answer.calibration else { return };
+        match other {
+            None => *confirmed = true,
+            Some(other) => {
+                let form = answer.form;
+                self.made_up.retain(|answer| answer.model != model || answer.form != form);
+                self.record_inconclusive(Calibration::SameForEveryKey(other), now, jitter);
+            }
+        }
+    }
+
+    /// Records that every key gets this response. Earlier refusals of made-up keys that look like it no longer count.
+    pub fn take_same_for_every_key(&mut self, shape: &ResponseShape, now: Duration, jitter: f64) {
+        self.made_up.retain(|answer| match &answer.calibration {
+            Calibration::Refuses { shape: refusal, confirmed: false, .. } => !refusal.is_like(shape),
+            _ => true,
+        });
+        self.record_inconclusive(Calibration::SameForEveryKey(shape.clone()), now, jitter);
+    }
+
+    fn record_inconclusive(&mut self, inconclusive: Calibration, now: Duration, jitter: f64) -> Calibration {
+        self.misses = self.misses.saturating_add(1);
+        let doubled = BACK_OFF.saturating_mul(2_u32.saturating_pow(self.misses - 1)).min(MAX_BACK_OFF);
+        self.back_off_until = now + doubled.mul_f64(jitter);
+        self.inconclusive = Some(inconclusive.clone());
+        inconclusive
+    }
+
+    /// Whether keys of this form are known to be refused with a 401 of another kind than this response.
+    fn refuses_otherwise(&self, form: KeyForm, shape: &ResponseShape, now: Duration) -> bool {
+        let is_recent = |at: Duration| now.saturating_sub(at) <= REMEMBERED_FOR;
+        let differs = |body: Body| shape.status != 401 || shape.body != body;
+        self.refused.iter().any(|(refused, body, at)| *refused == form && is_recent(*at) && differs(*body))
+    }
+}
+
+/// Whether a refusal and an acceptance can be compared: they are about the same model, or the status is about the credential.
+fn are_comparable(shape: &ResponseShape, one: &str, other: &str) -> bool {
+    one == other || matches!(shape.status, 401 | 403)
+}
+
+/// The headers in which an endpoint takes a credential, and those in which it does not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct EndpointFacts {
+    right: Vec<HeaderFamily>,
+    wrong: Vec<HeaderFamily>,
+}
+
+// === impl EndpointFacts ===
+
+impl EndpointFacts {
+    /// Records that a key was accepted in one header and refused in others.
+    pub fn take_family(&mut self, right: HeaderFamily, wrong: &[HeaderFamily]) {
+        self.wrong.retain(|family| *family != right);
+        if !self.right.contains(&right) {
+            self.right.push(right);
+        }
+        for family in wrong {
+            if !self.wrong.contains(family) && !self.right.contains(family) {
+                self.wrong.push(*family);
+            }
+        }
+    }
+
+    /// Whether any key was accepted at this endpoint.
+    pub fn has_accepted(&self) -> bool {
+        !self.right.is_empty()
+    }
+
+    /// The headers to send a credential in, of those that a request supports: one alone first, then the others together. Once a header is known to be
+    /// right, only that one is used. The client's own header still comes before it, unless it was seen refused.
+    pub fn order(&self, known: &[HeaderFamily], preferred: Option<HeaderFamily>) -> Vec<Vec<HeaderFamily>> {
+        let own = preferred.filter(|family| known.contains(family));
+        let right: Vec<HeaderFamily> = known.iter().copied().filter(|family| self.right.contains(family)).collect();
+        match (own, right.first()) {
+            (Some(own), _) if right.contains(&own) => vec![vec![own]],
+            (Some(own), Some(right)) if !self.wrong.contains(&own) => vec![vec![own], vec![*right]],
+            (_, Some(right)) => vec![vec![*right]],
+            (own, None) => {
+                let first = own.or(known.first().copied());
+                let rest: Vec<HeaderFamily> = known.iter().copied().filter(|family| Some(*family) != first).collect();
+                first.into_iter().map(|first| vec![first]).chain(Some(rest).filter(|rest| !rest.is_empty())).collect()
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use HeaderFamily::{ApiKey, Bearer, XApiKey};
+
+    const ALL: [HeaderFamily; 3] = [Bearer, XApiKey, ApiKey];
+
+    #[test]
+    fn one_header_once_it_is_known() {
+        let mut facts = EndpointFacts::default();
+        assert_eq!(facts.order(&ALL, None), [vec![Bearer], vec![XApiKey, ApiKey]]);
+        assert_eq!(facts.order(&ALL, Some(ApiKey)), [vec![ApiKey], vec![Bearer, XApiKey]]);
+        assert_eq!(facts.order(&[Bearer], Some(ApiKey)), [vec![Bearer]]);
+        facts.take_family(ApiKey, &[Bearer]);
+        assert_eq!(facts.order(&ALL, None), [vec![ApiKey]]);
+        assert_eq!(facts.order(&ALL, Some(Bearer)), [vec![ApiKey]], "it was seen refused");
+        assert_eq!(facts.order(&ALL, Some(XApiKey)), [vec![XApiKey], vec![ApiKey]], "nobody has tried it");
+        facts.take_family(Bearer, &[]);
+        assert_eq!(facts.order(&ALL, Some(Bearer)), [vec![Bearer]]);
+        assert_eq!(facts.order(&[XApiKey], None), [vec![XApiKey]]);
+    }
+}
