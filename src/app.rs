@@ -35,22 +35,22 @@ pub struct App {
     /// Whatever has numbers to show.
     pub measured: Vec<Arc<dyn Collect>>,
     /// Hears from other replicas what was refused, where replicas share what they find.
-    pub listening: Option<Boxed<'static, ()>>,
+    pub refusal_listener: Option<Boxed<'static, ()>>,
     /// Providers that it cannot ask.
-    pub undialled: Vec<Problems>,
+    pub forbidden_destinations: Vec<Problems>,
 }
 
 /// Registry, catalogue and configuration, followed while the service runs.
 pub struct Documents {
     engine: Arc<Engine>,
     load: Box<Load>,
-    relist: Box<Relist>,
+    replace_callers: Box<ReplaceCallers>,
     /// Those in force.
     settings: Settings,
     /// Those that the process has started with, for what is read at the start alone.
     started: Settings,
     /// The keys that a restart is needed for, as they were told last.
-    waiting: Vec<String>,
+    pending_restart: Vec<String>,
     files: Vec<PathBuf>,
     loosenings: Arc<Loosenings>,
 }
@@ -69,7 +69,7 @@ impl Collect for Loosenings {
 /// Reads everything anew.
 pub type Load = dyn Fn() -> Result<Setup, ConfigError> + Send;
 /// Puts lists of callers in force.
-pub type Relist = dyn Fn(&CallerSettings) + Send;
+pub type ReplaceCallers = dyn Fn(&CallerSettings) + Send;
 
 // === impl App ===
 
@@ -78,12 +78,12 @@ impl App {
     pub fn new(setup: &Setup, tier: Option<Arc<Tier>>) -> Result<Self, ProbeSetupError> {
         let Setup { snapshot, fingerprint_key, settings, .. } = setup;
         let prober = Arc::new(prober(setup)?);
-        let undialled = undialled(snapshot, &prober);
+        let forbidden_destinations = forbidden_destinations(snapshot, &prober);
         let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits()));
-        let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()).sharing(tier));
-        let listening = cache.listen();
+        let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()).with_tier(tier));
+        let refusal_listener = cache.refusal_listener();
         let engine = Arc::new(Engine::new(snapshot.clone(), cache.clone(), *fingerprint_key));
-        Ok(Self { engine, measured: vec![prober, limiter, cache], listening, undialled })
+        Ok(Self { engine, measured: vec![prober, limiter, cache], refusal_listener, forbidden_destinations })
     }
 }
 
@@ -93,7 +93,7 @@ pub fn prober(Setup { settings, probe_ca, proxy, .. }: &Setup) -> Result<HttpPro
 }
 
 /// Providers whose every credential would be denied, since their address or scheme may not be dialled. No name is resolved for it.
-pub fn undialled(snapshot: &Snapshot, prober: &HttpProber) -> Vec<Problems> {
+pub fn forbidden_destinations(snapshot: &Snapshot, prober: &HttpProber) -> Vec<Problems> {
     let now = jiff::Timestamp::now().as_second();
     let problem = |provider: &Provider| {
         if snapshot.policy.enforcement(&provider.name, now) != Enforcement::Enforce {
@@ -120,12 +120,12 @@ pub fn undialled(snapshot: &Snapshot, prober: &HttpProber) -> Vec<Problems> {
 // === impl Documents ===
 
 impl Documents {
-    /// Those that this engine decides by; `relist` takes the lists of callers, at the same moment as the engine takes the rest.
-    pub fn new(engine: Arc<Engine>, setup: &Setup, load: Box<Load>, relist: Box<Relist>) -> Self {
+    /// Those that this engine decides by; `replace_callers` takes the lists of callers, at the same moment as the engine takes the rest.
+    pub fn new(engine: Arc<Engine>, setup: &Setup, load: Box<Load>, replace_callers: Box<ReplaceCallers>) -> Self {
         let loosenings = Arc::default();
         let settings = setup.settings.clone();
-        let (started, waiting) = (settings.clone(), Vec::new());
-        Self { engine, load, relist, settings, started, waiting, files: setup.documents.clone(), loosenings }
+        let (started, pending_restart) = (settings.clone(), Vec::new());
+        Self { engine, load, replace_callers, settings, started, pending_restart, files: setup.documents.clone(), loosenings }
     }
 
     /// What reloads have loosened.
@@ -189,10 +189,10 @@ impl Source for Documents {
         for (setting, caller) in removed_callers(&self.settings, &settings) {
             tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
         }
-        let waiting = waiting_for_restart(&self.started, &settings);
-        if waiting != self.waiting {
-            let settings = waiting.join(", ");
-            if waiting.is_empty() {
+        let pending_restart = waiting_for_restart(&self.started, &settings);
+        if pending_restart != self.pending_restart {
+            let settings = pending_restart.join(", ");
+            if pending_restart.is_empty() {
                 tracing::info!(event = "restart_not_needed", "the settings that are read at the start are again those in force");
             } else {
                 tracing::warn!(
@@ -201,11 +201,11 @@ impl Source for Documents {
                     "these settings are read at the start; the old values stay in force"
                 );
             }
-            self.waiting = waiting;
+            self.pending_restart = pending_restart;
         }
         config::warn(&warnings);
         self.engine.swap(snapshot);
-        (self.relist)(&settings.callers);
+        (self.replace_callers)(&settings.callers);
         self.settings = settings;
         self.files = documents;
         Ok(Reloaded::Taken)

@@ -96,12 +96,12 @@ impl Cli {
         };
         let log = match telemetry::init(log.as_deref().unwrap_or(default), to) {
             Ok(log) => log,
-            Err(fault) => return complain(&of_log(fault)),
+            Err(fault) => return print_error(&log_error(fault)),
         };
         let ended = command.run(&log);
         // Before what is said last; and whoever does not read what is logged does not hold up the end.
-        log.flush(exit::LAST_LINES);
-        ended.unwrap_or_else(|fault| complain(&fault))
+        log.flush(exit::LOG_FLUSH_LIMIT);
+        ended.unwrap_or_else(|fault| print_error(&fault))
     }
 }
 
@@ -129,12 +129,12 @@ impl Command {
 }
 
 /// Says why nothing came of it. Standard error may be closed; there is nobody else to tell.
-fn complain(fault: &anyhow::Error) -> Exit {
+fn print_error(fault: &anyhow::Error) -> Exit {
     drop(writeln!(io::stderr(), "byok-gate: {fault:#}"));
     exit_of(fault)
 }
 
-fn of_log(fault: LogError) -> anyhow::Error {
+fn log_error(fault: LogError) -> anyhow::Error {
     match fault {
         LogError::Filter { .. } => UsageError(fault.to_string()).into(),
         LogError::Open(_) => fault.into(),

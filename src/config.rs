@@ -15,9 +15,9 @@ use std::{
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-pub use self::layers::{Flag, From as Origin};
+pub use self::layers::{Flag, Origin};
 use self::{
-    layers::{Layered, Layers},
+    layers::{Layers, MergedSettings},
     settings::Settings,
 };
 use crate::{
@@ -90,7 +90,7 @@ pub struct Setup {
     pub origins: BTreeMap<String, Origin>,
     /// The files that decisions are made by: registry, catalogue, configuration.
     pub documents: Vec<PathBuf>,
-    /// What is odd about the documents, document by document.
+    /// Warnings about the documents, document by document.
     pub warnings: Vec<Problems>,
 }
 
@@ -102,7 +102,7 @@ pub struct ConfigError(pub Vec<Problems>);
 /// Reads everything, in time. All problems of all documents are in its error.
 pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> {
     let (paths, overrides) = (paths.clone(), overrides.clone());
-    let document = named(&paths);
+    let document = document_name(&paths);
     files::in_time(move || read_all(&paths, &overrides)).unwrap_or_else(|fault| {
         let list = vec![Problem::at("", fault.to_string())];
         Err(ConfigError(vec![Problems { document, list }]))
@@ -111,10 +111,10 @@ pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
 
 fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> {
     let mut found = Found::default();
-    let Layered { settings, origins, problems } = layered(paths, overrides, env::vars())?;
-    let (mut of_settings, odd) = settings.review();
+    let MergedSettings { settings, origins, problems } = merge_layers(paths, overrides, env::vars())?;
+    let (mut of_settings, settings_warnings) = settings.review();
     of_settings.splice(0..0, problems);
-    found.odd(&named(paths), odd);
+    found.add_warnings(&document_name(paths), settings_warnings);
     let environment = |name: &str| env::var(name).ok();
     let registry_file = settings.registry.file.as_ref();
     let registry = found.document(registry_file, |document, bytes| match bytes {
@@ -128,8 +128,8 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     });
     let now = SystemTime::now();
     let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
-    let (policy, in_the_past) = policy_of(&settings, registry.as_ref(), seconds, &mut of_settings);
-    found.odd(&named(paths), in_the_past);
+    let (policy, expired_exceptions) = policy_of(&settings, registry.as_ref(), seconds, &mut of_settings);
+    found.add_warnings(&document_name(paths), expired_exceptions);
     let fingerprint_key = found.secret(settings.fingerprints.key_file.as_ref());
     let fingerprint_key = fingerprint_key.map(|bytes| blake3::derive_key("byok-gate credential fingerprint v1", &bytes));
     let probe_ca = found.bytes(settings.probe.ca_file.as_ref(), yaml::MAX_DOCUMENT_BYTES as u64);
@@ -140,7 +140,7 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
         found.warn_if_readable(file);
     }
     if !of_settings.is_empty() {
-        found.faults.insert(0, Problems { document: named(paths), list: of_settings });
+        found.faults.insert(0, Problems { document: document_name(paths), list: of_settings });
     }
     let Found { faults, warnings } = found;
     let (Some(registry), Some(catalogue), true) = (registry, catalogue, faults.is_empty()) else {
@@ -174,27 +174,27 @@ pub fn settings_of(
     overrides: &Overrides,
     environment: impl Iterator<Item = (String, String)>,
 ) -> Result<(Settings, BTreeMap<String, Origin>), ConfigError> {
-    let Layered { settings, origins, mut problems } = layered(paths, overrides, environment)?;
+    let MergedSettings { settings, origins, mut problems } = merge_layers(paths, overrides, environment)?;
     problems.extend(settings.review().0);
     if problems.is_empty() {
         Ok((settings, origins))
     } else {
-        Err(ConfigError(vec![Problems { document: named(paths), list: problems }]))
+        Err(ConfigError(vec![Problems { document: document_name(paths), list: problems }]))
     }
 }
 
 /// The same for who looks on past a fault: with all that is wrong with values. Of those that have the wrong form the default is there.
-pub fn settings_despite(paths: &Paths, overrides: &Overrides) -> Result<(Settings, Vec<Problem>), ConfigError> {
-    let Layered { settings, mut problems, .. } = layered(paths, overrides, env::vars())?;
+pub fn settings_with_problems(paths: &Paths, overrides: &Overrides) -> Result<(Settings, Vec<Problem>), ConfigError> {
+    let MergedSettings { settings, mut problems, .. } = merge_layers(paths, overrides, env::vars())?;
     problems.extend(settings.review().0);
     Ok((settings, problems))
 }
 
-fn layered(
+fn merge_layers(
     paths: &Paths,
     overrides: &Overrides,
     environment: impl Iterator<Item = (String, String)>,
-) -> Result<Layered, ConfigError> {
+) -> Result<MergedSettings, ConfigError> {
     let mut layers = Layers::new();
     if let Some(path) = &paths.config {
         let document = path.display().to_string();
@@ -209,16 +209,16 @@ fn layered(
     for flag in flags_of(paths, overrides) {
         layers.flag(flag);
     }
-    let mut layered = layers.finish();
+    let mut merged = layers.finish();
     if !overrides.exempt_runtimes.is_empty() {
         // The one list to which a flag adds: taking an exemption away is the file's to do.
-        layered.settings.exempt_runtimes.extend(overrides.exempt_runtimes.iter().cloned());
-        layered.origins.insert("exempt_runtimes".to_owned(), Origin::Flag("--exempt-runtime"));
+        merged.settings.exempt_runtimes.extend(overrides.exempt_runtimes.iter().cloned());
+        merged.origins.insert("exempt_runtimes".to_owned(), Origin::Flag("--exempt-runtime"));
     }
-    Ok(layered)
+    Ok(merged)
 }
 
-/// Logs what is odd, and may not have been meant.
+/// Logs the warnings: what may not have been meant.
 pub fn warn(warnings: &[Problems]) {
     for Problems { document, list } in warnings {
         for Problem { place, line, message } in list {
@@ -227,7 +227,7 @@ pub fn warn(warnings: &[Problems]) {
     }
 }
 
-/// The files that `tier` names, in time, and what is odd about them. Only who serves reads them: nobody else holds the tier's keys.
+/// The files that `tier` names, in time, and warnings about them. Only who serves reads them: nobody else holds the tier's keys.
 pub fn tier_access(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>), ConfigError> {
     let settings = settings.clone();
     files::in_time(move || read_tier(&settings)).unwrap_or_else(|fault| {
@@ -254,12 +254,12 @@ fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>),
 }
 
 /// Every setting with its value.
-pub fn listed(settings: &Settings) -> Vec<(String, Value)> {
+pub fn list_settings(settings: &Settings) -> Vec<(String, Value)> {
     layers::leaves(settings)
 }
 
 /// The document that a fault of the settings is told of.
-fn named(paths: &Paths) -> String {
+fn document_name(paths: &Paths) -> String {
     paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string())
 }
 
@@ -279,7 +279,7 @@ struct Found {
 // === impl Found ===
 
 impl Found {
-    fn odd(&mut self, document: &str, list: Vec<Problem>) {
+    fn add_warnings(&mut self, document: &str, list: Vec<Problem>) {
         if !list.is_empty() {
             self.warnings.push(Problems { document: document.to_owned(), list });
         }
@@ -298,7 +298,7 @@ impl Found {
         };
         match parse(&source, bytes.as_ref().map(|bytes| bytes.as_slice())) {
             Ok(Loaded { value, warnings }) => {
-                self.odd(&source, warnings);
+                self.add_warnings(&source, warnings);
                 Some(value)
             }
             Err(problems) => {
@@ -342,7 +342,7 @@ impl Found {
         if files::is_readable_by_all(path) {
             let problem =
                 Problem::at("", "holds a secret, and every user of this machine can read it; give it mode 0600 or 0640");
-            self.odd(&path.display().to_string(), vec![problem]);
+            self.add_warnings(&path.display().to_string(), vec![problem]);
         }
     }
 }
@@ -459,7 +459,7 @@ mod tests {
         let registry = Registry::embedded(&|_| None).unwrap().value;
         let mut layers = Layers::new();
         layers.file("test", yaml::tree(text.as_bytes()).map_err(|problem| problem.to_string())?);
-        let Layered { settings, mut problems, .. } = layers.finish();
+        let MergedSettings { settings, mut problems, .. } = layers.finish();
         let (policy, _) = policy_of(&settings, Some(&registry), 0, &mut problems);
         if problems.is_empty() { Ok(policy) } else { Err(format!("{problems:?}")) }
     }
@@ -505,7 +505,7 @@ mod tests {
         }
     }
 
-    fn settled(
+    fn merged(
         text: &str,
         environment: &[(&str, &str)],
         flags: Vec<Flag>,
@@ -523,7 +523,7 @@ mod tests {
         let text = "limits: {decisions: 1, connections: 1, batch_items: 1}\n";
         let environment = [("BYOK_GATE__LIMITS__CONNECTIONS", "2"), ("BYOK_GATE__LIMITS__BATCH_ITEMS", "2"), ("PATH", "/bin")];
         let flag = Flag { name: "--test", key: "limits.batch_items", value: Value::from(3) };
-        let (settings, origins) = settled(text, &environment, vec![flag]).unwrap();
+        let (settings, origins) = merged(text, &environment, vec![flag]).unwrap();
         let limits = &settings.limits;
         assert_eq!((limits.decisions, limits.connections, limits.batch_items), (1, 2, 3));
         assert_eq!(limits.credentials, Settings::default().limits.credentials);
@@ -549,7 +549,7 @@ mod tests {
             ("BYOK_GATE__POLICY__CREATE__INCONCLUSIVE", "deny"),
             ("BYOK_GATE__EXEMPT_RUNTIMES", "mock"),
         ];
-        let settings = settled("{}", &environment, Vec::new()).unwrap().0;
+        let settings = merged("{}", &environment, Vec::new()).unwrap().0;
         assert_eq!(settings.server.listen, ["127.0.0.1:1", "unix:/run/x.sock"]);
         assert!(settings.server.insecure_listen);
         assert_eq!((settings.socket.mode.as_str(), settings.socket.group), ("0600", Some(1000)));
@@ -609,7 +609,7 @@ mod tests {
             ("limits: {decisions: 1}\nlimits: {decisions: 2}", None, "duplicate"),
             ("- a", None, "must be a mapping"),
         ] {
-            let fault = settled(text, environment.as_slice(), Vec::new()).unwrap_err();
+            let fault = merged(text, environment.as_slice(), Vec::new()).unwrap_err();
             assert!(fault.contains(expect), "{text} {environment:?}: {fault}");
         }
     }
@@ -624,7 +624,7 @@ mod tests {
             ("BYOK_GATE__CALLERS__CERTIFICATES", "anyone"),
         ];
         let text = "exempt_runtimes: [mock]\ncallers: {unix_peers: [{uid: 1}]}\nadmin: {listen: '127.0.0.1:1'}\n";
-        let settings = settled(text, &environment, Vec::new()).unwrap().0;
+        let settings = merged(text, &environment, Vec::new()).unwrap().0;
         assert!(settings.exempt_runtimes.is_empty() && settings.callers.unix_peers.entries().is_empty());
         assert_eq!((settings.tls.key, settings.admin.listen, settings.callers.certificates), (None, None, CallerList::Anyone));
     }

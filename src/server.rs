@@ -34,10 +34,10 @@ use tonic::service::Routes;
 use tonic_health::pb::{FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS, health_server::HealthServer};
 
 use self::{
-    accept::{accept, affordable},
-    admin::{Shown, answer_scrapers, note_counts},
+    accept::{accept, affordable_connections},
+    admin::{AdminPages, sample_counts, serve_admin},
     callers::Callers,
-    connection::{ConnectionContext, LAST_WORDS},
+    connection::{CUT_OFF_GRACE, ConnectionContext},
     connections::{ConnectionCounts, Connections},
     health::{HealthService, Phase},
     listen::Listener,
@@ -54,8 +54,8 @@ use crate::{
     grpc::{authorize::Authorizer, call_record::Recorder, convert, service::PolicyDecision},
     telemetry::{
         events::Journal,
-        lately::Lately,
         metrics::{Collect, process::Process},
+        recent_decisions::RecentDecisions,
     },
     watch::{Source, Watcher, files},
 };
@@ -92,7 +92,7 @@ impl Bound {
     /// Takes the sockets and reads the files. Nothing is accepted yet.
     pub async fn open(settings: EdgeSettings) -> Result<Self, ServerError> {
         let (addresses, admin) = addresses(&settings)?;
-        let (callers, tls) = secured(&settings)?;
+        let (callers, tls) = load_callers_and_tls(&settings)?;
         let mut listeners = Vec::new();
         for address in addresses {
             listeners.push(listener(address, &settings).await?);
@@ -163,9 +163,9 @@ impl Bound {
     }
 
     /// Puts other lists of callers in force.
-    pub fn relist(&self) -> impl Fn(&CallerSettings) + Send + Sync + use<> {
+    pub fn replace_callers(&self) -> impl Fn(&CallerSettings) + Send + Sync + use<> {
         let callers = Arc::clone(&self.callers);
-        move |settings| callers.relist(settings)
+        move |settings| callers.replace_lists(settings)
     }
 
     /// Serves until `shutdown`, then leaves: NOT_SERVING, a moment for that to be noticed, no new connections, GOAWAY, calls
@@ -173,20 +173,20 @@ impl Bound {
     pub async fn run(self, engine: Arc<Engine>, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, ServerError> {
         let Self { listeners, admin, mut measured, callers, tls, settings, journal, tasks: supervised, look } = self;
         let (phase, phases) = watch::channel(Phase::Starting);
-        let limit = affordable(settings.limits.connections, listeners.len());
-        let lately = Arc::new(Lately::new(settings.admin.show_workspace_ids));
-        let recorder = Arc::new(Recorder::new(journal, Arc::clone(&lately)));
+        let limit = affordable_connections(settings.limits.connections, listeners.len());
+        let recent_decisions = Arc::new(RecentDecisions::new(settings.admin.show_workspace_ids));
+        let recorder = Arc::new(Recorder::new(journal, Arc::clone(&recent_decisions)));
         let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit))));
         let context = context(&settings, callers, tls.clone(), Arc::clone(&engine), &recorder, phases, &counts)?;
         measured.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder, counts.clone()]);
         let mut tasks = JoinSet::new();
         if let Some(listener) = admin {
-            let shown = Arc::new(Shown::new(engine, measured, lately, tls, Arc::clone(&counts)));
-            spawn(&mut tasks, ("status counts", Box::pin(note_counts(Arc::clone(&shown)))));
-            spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, shown))));
+            let pages = Arc::new(AdminPages::new(engine, measured, recent_decisions, tls, Arc::clone(&counts)));
+            spawn(&mut tasks, ("status counts", Box::pin(sample_counts(Arc::clone(&pages)))));
+            spawn(&mut tasks, ("admin", Box::pin(serve_admin(listener, pages))));
         }
         // Every connection holds a sender; when the last one is dropped, all are gone.
-        let (open, mut all_gone) = mpsc::channel::<Infallible>(1);
+        let (open, mut all_closed) = mpsc::channel::<Infallible>(1);
         let context = Arc::new(context);
         for (listener, connections) in listeners.into_iter().zip(counts.open.clone()) {
             let accepting = accept(listener, connections, Arc::clone(&context), Arc::clone(&counts), open.clone());
@@ -212,11 +212,11 @@ impl Bound {
         // With the tasks go the sockets.
         tasks.shutdown().await;
         drop(look);
-        let drained = timeout(settings.shutdown.drain, all_gone.recv()).await;
+        let drained = timeout(settings.shutdown.drain, all_closed.recv()).await;
         phase.send_replace(Phase::Cut);
         if drained.is_err() {
             // Calls that are cut off are told so, if their callers listen.
-            drop(timeout(LAST_WORDS * 2, all_gone.recv()).await);
+            drop(timeout(CUT_OFF_GRACE * 2, all_closed.recv()).await);
         }
         match (ended, drained) {
             (Some(name), _) => Err(ServerError::TaskEnded(name)),
@@ -232,14 +232,14 @@ fn addresses(settings: &EdgeSettings) -> Result<(Vec<Address>, Option<Address>),
     let parsed = |setting, text: &String| text.parse().map_err(|message| ServerError::Address { setting, message });
     let addresses: Vec<Address> = server.listen.iter().map(|text| parsed("server.listen", text)).collect::<Result<_, _>>()?;
     let admin = admin.listen.as_ref().map(|text| parsed("admin.listen", text)).transpose()?;
-    match addresses.iter().find_map(|address| exposed(address, settings)) {
+    match addresses.iter().find_map(|address| exposure_fault(address, settings)) {
         Some(fault) => Err(fault),
         None => Ok((addresses, admin)),
     }
 }
 
 /// Why this address may not be listened on with these settings.
-fn exposed(address: &Address, EdgeSettings { server, tls, callers, .. }: &EdgeSettings) -> Option<ServerError> {
+fn exposure_fault(address: &Address, EdgeSettings { server, tls, callers, .. }: &EdgeSettings) -> Option<ServerError> {
     let has_tls = tls.certificate.is_some();
     let knows_callers = tls.client_ca.is_some() || callers.token_file.is_some();
     if !address.is_local() && !has_tls && !server.insecure_listen {
@@ -251,7 +251,7 @@ fn exposed(address: &Address, EdgeSettings { server, tls, callers, .. }: &EdgeSe
 }
 
 /// Who may call, and TLS where it is set up: their files read, in time.
-fn secured(settings: &EdgeSettings) -> Result<(Arc<Callers>, Option<Arc<Tls>>), ServerError> {
+fn load_callers_and_tls(settings: &EdgeSettings) -> Result<(Arc<Callers>, Option<Arc<Tls>>), ServerError> {
     let EdgeSettings { tls, callers, .. } = settings.clone();
     let token_file = callers.token_file.clone();
     let read = move || {
@@ -280,7 +280,7 @@ pub fn review(settings: &EdgeSettings) -> Review {
     }
     for (setting, address) in addresses_of {
         if setting == "server.listen" {
-            faults.extend(exposed(&address, settings));
+            faults.extend(exposure_fault(&address, settings));
         }
         if let Err(source) = address.may_be_bound() {
             faults.push(ServerError::Listen { address, source });

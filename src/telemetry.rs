@@ -2,9 +2,9 @@
 
 pub mod cause;
 pub mod events;
-pub mod lately;
 pub mod log_writer;
 pub mod metrics;
+pub mod recent_decisions;
 pub mod status;
 pub mod traces;
 

@@ -31,7 +31,7 @@ struct ModelChange {
     runtime: String,
     model: String,
     /// With this name available and no other; empty for none.
-    at_hand: String,
+    available: String,
     before: Owner,
     after: Owner,
 }
@@ -44,7 +44,7 @@ struct Owner {
     billing_mode: &'static str,
     /// Empty for the platform, whose models need no credential of a tenant's.
     accepted_env: Vec<String>,
-    /// Whether the runtime offers it: `LISTED`, `WITHDRAWN`, or `UNLISTED` where it is owned by pattern, or by nobody.
+    /// Whether the runtime offers it: `LISTED`, `WITHDRAWN`, or `UNLISTED` where it is owned by pattern, or by no provider.
     offer: &'static str,
 }
 
@@ -93,8 +93,8 @@ impl Changes {
             json!({"provider": provider, "billing_mode": billing_mode, "accepted_env": accepted_env, "offer": offer})
         };
         let model = |change: &ModelChange| {
-            let ModelChange { runtime, model, at_hand, before, after } = change;
-            json!({"runtime": runtime, "model": model, "at_hand": at_hand, "before": owner(before), "after": owner(after)})
+            let ModelChange { runtime, model, available, before, after } = change;
+            json!({"runtime": runtime, "model": model, "at_hand": available, "before": owner(before), "after": owner(after)})
         };
         let pattern = |change: &PatternChange| {
             let PatternChange { runtime, provider, before, after } = change;
@@ -128,7 +128,11 @@ impl Changes {
         };
         section("models:", models.iter().map(ModelChange::text).collect());
         let pattern = |PatternChange { runtime, provider, before, after }: &PatternChange| {
-            format!("{runtime}: `{provider}` owns by pattern {} -> {}", owned(before.as_ref()), owned(after.as_ref()))
+            format!(
+                "{runtime}: `{provider}` owns by pattern {} -> {}",
+                pattern_text(before.as_ref()),
+                pattern_text(after.as_ref())
+            )
         };
         section("unlisted models:", patterns.iter().map(pattern).collect());
         let way = |Sent { env_name, host, header, provider }: &Sent| {
@@ -142,8 +146,8 @@ impl Changes {
 
 impl ModelChange {
     fn text(&self) -> String {
-        let Self { runtime, model, at_hand, before, after } = self;
-        let with = if at_hand.is_empty() { String::new() } else { format!(" with {at_hand} available") };
+        let Self { runtime, model, available, before, after } = self;
+        let with = if available.is_empty() { String::new() } else { format!(" with {available} available") };
         let mut parts = Vec::new();
         let mut part = |label: &str, one: String, two: String| {
             if one != two {
@@ -162,7 +166,7 @@ fn listed(names: &[String]) -> String {
     if names.is_empty() { "nothing".into() } else { names.join("|") }
 }
 
-fn owned(unlisted: Option<&Unlisted>) -> String {
+fn pattern_text(unlisted: Option<&Unlisted>) -> String {
     unlisted.map_or_else(
         || "nothing".into(),
         |Unlisted { pattern, accepted_env }| format!("`{pattern}`, accepting {}", listed(accepted_env)),
@@ -186,9 +190,9 @@ fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
             })
             .flat_map(|provider| provider.auth_env.iter().cloned())
             .collect();
-        let change = |at_hand: &str| {
-            let (before, after) = (owner(old, runtime, model, at_hand), owner(new, runtime, model, at_hand));
-            ModelChange { runtime: runtime.to_owned(), model: model.to_owned(), at_hand: at_hand.to_owned(), before, after }
+        let change = |available: &str| {
+            let (before, after) = (owner(old, runtime, model, available), owner(new, runtime, model, available));
+            ModelChange { runtime: runtime.to_owned(), model: model.to_owned(), available: available.to_owned(), before, after }
         };
         let without = change("");
         for with in names.iter().map(|name| change(name)) {
@@ -201,14 +205,14 @@ fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
             changes.push(without);
         }
     }
-    changes.sort_by(|one, two| (&one.runtime, &one.model, &one.at_hand).cmp(&(&two.runtime, &two.model, &two.at_hand)));
+    changes.sort_by(|one, two| (&one.runtime, &one.model, &one.available).cmp(&(&two.runtime, &two.model, &two.available)));
     changes
 }
 
-fn owner(registry: &Registry, runtime: &str, model: &str, at_hand: &str) -> Owner {
-    let nobody =
+fn owner(registry: &Registry, runtime: &str, model: &str, available: &str) -> Owner {
+    let unowned =
         |why: &str| Owner { provider: why.to_owned(), billing_mode: "NONE", accepted_env: Vec::new(), offer: "UNLISTED" };
-    match derive(registry, runtime, model, &|name| name == at_hand) {
+    match derive(registry, runtime, model, &|name| name == available) {
         Ok(derived) => Owner {
             provider: derived.provider.name.clone(),
             billing_mode: derived.provider.billing_mode().as_str(),
@@ -219,9 +223,9 @@ fn owner(registry: &Registry, runtime: &str, model: &str, at_hand: &str) -> Owne
                 _ => "UNLISTED",
             },
         },
-        Err(Underivable::UnknownRuntime) => nobody("RUNTIME_UNSUPPORTED"),
-        Err(Underivable::ModelRequired | Underivable::Unregistered) => nobody("UNREGISTERED"),
-        Err(Underivable::Ambiguous { .. }) => nobody("AMBIGUOUS"),
+        Err(Underivable::UnknownRuntime) => unowned("RUNTIME_UNSUPPORTED"),
+        Err(Underivable::ModelRequired | Underivable::Unregistered) => unowned("UNREGISTERED"),
+        Err(Underivable::Ambiguous { .. }) => unowned("AMBIGUOUS"),
     }
 }
 

@@ -56,7 +56,7 @@ struct VerifyArgs {
 }
 
 /// One request to be made.
-struct Asked {
+struct MadeUpRequest {
     host: String,
     key_prefix: Option<String>,
     call: Call,
@@ -69,22 +69,22 @@ pub(super) async fn run(args: CatalogueArgs) -> anyhow::Result<Exit> {
         Duration::try_from_secs_f64(pause).map_err(|_| UsageError(format!("--pause {pause}: a number of seconds, 0 or more")))?;
     let mut setup = engine.load(probe)?;
     let (registry, catalogue) = (&setup.snapshot.registry, &setup.snapshot.catalogue);
-    let asked = match &provider {
+    let requests = match &provider {
         Some(name) if !registry.providers().iter().any(|provider| provider.name == *name) => {
             return Err(UsageError(format!("--provider {name}: the registry has no such provider")).into());
         }
-        _ => asked(registry, catalogue, provider.as_deref()),
+        _ => requests(registry, catalogue, provider.as_deref()),
     };
     // What is asked here is asked once, and remembered by nobody.
     setup.settings.probe.calibrate = false;
     let prober = app::prober(&setup)?;
     let (mut rows, mut drifted) = (Vec::new(), 0_usize);
-    for (index, Asked { host, key_prefix, call, family }) in asked.iter().enumerate() {
+    for (index, MadeUpRequest { host, key_prefix, call, family }) in requests.iter().enumerate() {
         if index > 0 {
             tokio::time::sleep(pause).await;
         }
         let response = prober.control(call, &[*family], key_prefix.as_deref()).await;
-        let (result, status, code) = told(&response);
+        let (result, status, code) = result_of(&response);
         let drift = call.probe.refuses_bad_keys && matches!(result, "ACCEPTED" | "REFUSED_ODDLY");
         drifted += usize::from(drift);
         let row = json!({
@@ -114,14 +114,14 @@ pub(super) async fn run(args: CatalogueArgs) -> anyhow::Result<Exit> {
 }
 
 /// Every endpoint once in each of its headers: those of the registry's providers, and of the rows that no provider is at.
-fn asked(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> Vec<Asked> {
+fn requests(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> Vec<MadeUpRequest> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
     let mut add = |host: &str, key_prefix: Option<&str>, call: Call| {
         for family in call.probe.auth.clone() {
             if seen.insert((call.url.to_string(), call.probe.method.as_str(), family)) {
                 let key_prefix = key_prefix.map(str::to_owned);
-                found.push(Asked { host: host.to_owned(), key_prefix, call: call.clone(), family });
+                found.push(MadeUpRequest { host: host.to_owned(), key_prefix, call: call.clone(), family });
             }
         }
     };
@@ -151,7 +151,7 @@ fn asked(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> Vec<
     found
 }
 
-fn told(response: &ProbeResponse) -> (&'static str, Option<u16>, Option<&str>) {
+fn result_of(response: &ProbeResponse) -> (&'static str, Option<u16>, Option<&str>) {
     let ProbeResponse::Answer { reading, look, .. } = response else { return ("NO_ANSWER", None, None) };
     let code = Some(look.code.as_str()).filter(|code| !code.is_empty());
     let result = match calibrated(reading, look) {

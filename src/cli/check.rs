@@ -170,7 +170,7 @@ impl Found {
         let loaded = config::load(&paths, &overrides);
         // Whatever is wrong with the documents, or with other settings, hides nothing of the edge.
         let of_edge = |problem: &Problem| EDGE.iter().any(|part| problem.place.starts_with(part));
-        if let Ok((settings, problems)) = config::settings_despite(&paths, &overrides)
+        if let Ok((settings, problems)) = config::settings_with_problems(&paths, &overrides)
             && !problems.iter().any(of_edge)
         {
             let document = paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string());
@@ -226,7 +226,7 @@ impl Found {
     /// What the prober cannot be made of, and which providers it cannot ask.
     fn prober(&mut self, setup: &Setup) {
         match app::prober(setup) {
-            Ok(prober) => self.warnings.extend(app::undialled(&setup.snapshot, &prober)),
+            Ok(prober) => self.warnings.extend(app::forbidden_destinations(&setup.snapshot, &prober)),
             Err(fault) => {
                 let document = config::source_of(setup.settings.probe.ca_file.as_ref());
                 self.problems.push(Problems { document, list: vec![Problem::at("", chain(&fault))] });

@@ -71,7 +71,7 @@ pub(super) struct ClassifyArgs {
 
 /// One answer that a vendor gave.
 #[derive(Debug, Deserialize)]
-struct Given {
+struct RecordedAnswer {
     host: String,
     request: String,
     status: u16,
@@ -105,8 +105,11 @@ pub(super) fn run(args: ClassifyArgs) -> anyhow::Result<Exit> {
         Some("-") => capped(io::stdin())?,
         Some(path) => capped(fs::File::open(path).with_context(|| format!("{path}: could not be read"))?)?,
     };
-    let report =
-        report(&catalogue, &Given { host, request, status, headers: given, body: Value::Null, truncated: false }, &body)?;
+    let report = report(
+        &catalogue,
+        &RecordedAnswer { host, request, status, headers: given, body: Value::Null, truncated: false },
+        &body,
+    )?;
     match format {
         Format::Json => print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?,
         Format::Text => print(&text(&report))?,
@@ -129,8 +132,8 @@ fn run_batch(catalogue: &Catalogue, path: &PathBuf) -> anyhow::Result<Exit> {
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let given = serde_json::from_slice::<Given>(&line).map_err(|fault| fault.to_string());
-        let told = given.and_then(|given| {
+        let given = serde_json::from_slice::<RecordedAnswer>(&line).map_err(|fault| fault.to_string());
+        let line_out = given.and_then(|given| {
             let body = match &given.body {
                 Value::Null => Vec::new(),
                 Value::String(text) => text.clone().into_bytes(),
@@ -138,11 +141,11 @@ fn run_batch(catalogue: &Catalogue, path: &PathBuf) -> anyhow::Result<Exit> {
             };
             report(catalogue, &given, &body).map_err(|fault| fault.to_string())
         });
-        let told = told.unwrap_or_else(|error| {
+        let line_out = line_out.unwrap_or_else(|error| {
             all_good = false;
             json!({"line": number, "error": error})
         });
-        print(&format!("{told}\n"))?;
+        print(&format!("{line_out}\n"))?;
     }
     Ok(if all_good { Exit::Ok } else { Exit::Usage })
 }
@@ -154,7 +157,7 @@ fn capped(from: impl Read) -> io::Result<Vec<u8>> {
 }
 
 /// What is known of this answer.
-fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, UsageError> {
+fn report(catalogue: &Catalogue, given: &RecordedAnswer, body: &[u8]) -> Result<Value, UsageError> {
     let (method, path) = given
         .request
         .split_once(' ')
@@ -164,7 +167,7 @@ fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, Us
         return Err(UsageError(format!("status {} is not an HTTP answer's", given.status)));
     }
     let host = given.host.to_ascii_lowercase();
-    let Asked { row, probe, ladder, base, is_nearest } = asked(catalogue, &host, method, path)?;
+    let MatchedProbe { row, probe, ladder, base, is_nearest } = match_probe(catalogue, &host, method, path)?;
     let headers = header_map(&given.headers)?;
     let answer = Answer {
         status: given.status,
@@ -178,7 +181,7 @@ fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, Us
     let is_last = !calls.iter().skip(1).any(|call| call.probe.surface.is_inference());
     let at_last = probe.surface.is_inference() && (is_nearest || is_last);
     let verdict = verdict(&reading.classification, probe.refuses_bad_keys, at_last);
-    let once_calibrated = told_by(&reading.classification).filter(|calibrated| *calibrated != verdict);
+    let once_calibrated = verdict_if_calibrated(&reading.classification).filter(|calibrated| *calibrated != verdict);
     let next = if is_nearest { None } else { next(&calls, &reading, answer) };
     let signal = match reading.by {
         ReadBy::Signal(position) => probe.signals.get(position).map(|signal| (position, signal)),
@@ -204,7 +207,7 @@ fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, Us
 }
 
 /// The rung of a ladder that sends a request, or the one that is nearest to it.
-struct Asked<'c> {
+struct MatchedProbe<'c> {
     row: Option<&'c HostRow>,
     probe: Probe,
     /// The rung with those above it.
@@ -213,7 +216,7 @@ struct Asked<'c> {
     is_nearest: bool,
 }
 
-fn asked<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> Result<Asked<'c>, UsageError> {
+fn match_probe<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> Result<MatchedProbe<'c>, UsageError> {
     let path = path.split('?').next().unwrap_or(path);
     let base = |path: &str| {
         Url::parse(&format!("https://{host}{path}")).map_err(|fault| UsageError(format!("`{host}` is not a host: {fault}")))
@@ -233,7 +236,7 @@ fn asked<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> 
         for (at, probe) in probes.iter().enumerate() {
             if let Some(base_path) = (probe.method == method).then(|| base_path(&probe.path, path)).flatten() {
                 let ladder = probes.get(at..).unwrap_or_default();
-                return Ok(Asked { row: *row, probe: probe.clone(), ladder, base: base(base_path)?, is_nearest: false });
+                return Ok(MatchedProbe { row: *row, probe: probe.clone(), ladder, base: base(base_path)?, is_nearest: false });
             }
         }
     }
@@ -250,7 +253,7 @@ fn asked<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> 
     let expect =
         shapes.chain(rungs().map(|(_, probe)| probe)).find(|probe| probe.surface == surface).map(|probe| probe.expect.clone());
     let probe = Probe { surface, expect: expect.unwrap_or_else(|| probe.expect.clone()), ..probe.clone() };
-    Ok(Asked { row, probe, ladder: &[], base: base("")?, is_nearest: true })
+    Ok(MatchedProbe { row, probe, ladder: &[], base: base("")?, is_nearest: true })
 }
 
 /// The path of the base URL that makes this request of a probe's path; `None` if none does.
@@ -295,7 +298,7 @@ fn verdict(classification: &Classification, refuses_bad_keys: bool, at_last: boo
 }
 
 /// What it makes once the endpoint was seen to refuse a made-up key, in the same way where this is a refusal.
-fn told_by(classification: &Classification) -> Option<Verdict> {
+fn verdict_if_calibrated(classification: &Classification) -> Option<Verdict> {
     match classification {
         Classification::Accepted => Some(Verdict::Valid),
         Classification::Forbidden(_) | Classification::Unread => Some(Verdict::Invalid),

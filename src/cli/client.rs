@@ -32,7 +32,7 @@ use crate::{domain::causes::causes, watch::files};
 /// The largest file of certificates, and of a token.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
 /// How long a look at what answers there may take.
-const LOOK: Duration = Duration::from_secs(1);
+const DETECT_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How a server is reached, and as whom.
 #[derive(Debug, Clone, Default, PartialEq, Args)]
@@ -80,7 +80,7 @@ type Pem = Zeroizing<Vec<u8>>;
 
 /// What answers an HTTP/2 client that speaks no TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Heard {
+enum PeerProtocol {
     /// An alert of TLS.
     Tls,
     /// HTTP/2.
@@ -162,15 +162,15 @@ fn token(path: &Path) -> anyhow::Result<Zeroizing<String>> {
 
 impl Server {
     /// A channel; what is wrong with TLS may show with the first call only.
-    pub(super) async fn connect(&self, patience: Duration) -> anyhow::Result<Channel> {
+    pub(super) async fn connect(&self, timeout: Duration) -> anyhow::Result<Channel> {
         let wrong = || UsageError(format!("--server {} is not an address: write HOST:PORT or unix:PATH", self.address));
-        let mut endpoint = Endpoint::from_shared(self.uri.clone()).map_err(|_| wrong())?.connect_timeout(patience);
+        let mut endpoint = Endpoint::from_shared(self.uri.clone()).map_err(|_| wrong())?.connect_timeout(timeout);
         if let Some(tls) = &self.tls {
             endpoint = endpoint.tls_config(tls.config()).map_err(|fault| UsageError(format!("TLS: {}", chain(&fault))))?;
         }
         match endpoint.connect().await {
             Ok(channel) => Ok(channel),
-            Err(fault) => Err(anyhow::anyhow!(self.sentence(&fault).await)),
+            Err(fault) => Err(anyhow::anyhow!(self.failure_text(&fault).await)),
         }
     }
 
@@ -196,7 +196,7 @@ impl Server {
         let code = status.code();
         // The status itself says no more than its source, and that in the library's own notation.
         if let Some(source) = status.source() {
-            return self.sentence(source).await;
+            return self.failure_text(source).await;
         }
         let has_identity = self.tls.as_ref().is_some_and(|tls| tls.identity.is_some());
         let hint = match code {
@@ -210,20 +210,20 @@ impl Server {
     }
 
     /// The same of what the connection failed of.
-    async fn sentence(&self, fault: &(dyn Error + 'static)) -> String {
+    async fn failure_text(&self, fault: &(dyn Error + 'static)) -> String {
         let address = &self.address;
-        if let Some(said) = of_tls(fault) {
+        if let Some(said) = tls_failure(fault) {
             return format!("{address}: {said}");
         }
-        if let Some(said) = self.alert().await {
+        if let Some(said) = self.handshake_alert().await {
             return format!("{address}: {said}");
         }
-        match (self.tls.is_some(), self.heard().await) {
-            (false, Heard::Tls) => format!("{address} speaks TLS: write https:// before the address, or give --server-ca"),
-            (true, Heard::Plain) => {
+        match (self.tls.is_some(), self.peer_protocol().await) {
+            (false, PeerProtocol::Tls) => format!("{address} speaks TLS: write https:// before the address, or give --server-ca"),
+            (true, PeerProtocol::Plain) => {
                 format!("{address} speaks no TLS: leave out https://, --server-ca, --server-name and --client-cert")
             }
-            (false, Heard::Other) if is_cut_off(fault) => {
+            (false, PeerProtocol::Other) if is_closed_by_peer(fault) => {
                 format!(
                     "{address} closed the connection without an answer of gRPC's: is it the port of --admin-listen, or stopping?"
                 )
@@ -234,7 +234,7 @@ impl Server {
 
     /// What the server ends the handshake with, where the HTTP/2 library has not kept it: a write to a connection that is closed already may
     /// come before the read of why.
-    async fn alert(&self) -> Option<String> {
+    async fn handshake_alert(&self) -> Option<String> {
         let Tls { authorities, name, identity } = self.tls.as_ref()?;
         let uri: http::Uri = self.uri.parse().ok()?;
         let mut roots = RootCertStore::empty();
@@ -262,15 +262,15 @@ impl Server {
             // It says nothing before we do, unless it ends the connection.
             stream.read_u8().await
         };
-        match timeout(LOOK, look).await {
-            Ok(Err(fault)) => of_tls(&fault),
+        match timeout(DETECT_TIMEOUT, look).await {
+            Ok(Err(fault)) => tls_failure(&fault),
             Ok(Ok(_)) | Err(_) => None,
         }
     }
 
     /// What answers there.
-    async fn heard(&self) -> Heard {
-        let Some((_, rest)) = self.uri.split_once("://") else { return Heard::Other };
+    async fn peer_protocol(&self) -> PeerProtocol {
+        let Some((_, rest)) = self.uri.split_once("://") else { return PeerProtocol::Other };
         let authority = rest.split('/').next().unwrap_or_default().to_owned();
         let look = async move {
             let mut stream = TcpStream::connect(authority).await?;
@@ -286,10 +286,10 @@ impl Server {
             }
             io::Result::Ok(head)
         };
-        match timeout(LOOK, look).await {
-            Ok(Ok([21, 3, ..])) => Heard::Tls,
-            Ok(Ok([0, _, _, 4, ..])) => Heard::Plain,
-            _ => Heard::Other,
+        match timeout(DETECT_TIMEOUT, look).await {
+            Ok(Ok([21, 3, ..])) => PeerProtocol::Tls,
+            Ok(Ok([0, _, _, 4, ..])) => PeerProtocol::Plain,
+            _ => PeerProtocol::Other,
         }
     }
 }
@@ -314,15 +314,15 @@ impl Tls {
 // === why ===
 
 /// Whether a connection that was there has been ended from the other side.
-fn is_cut_off(fault: &(dyn Error + 'static)) -> bool {
+fn is_closed_by_peer(fault: &(dyn Error + 'static)) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     let mut kinds = causes(fault).filter_map(|error| error.downcast_ref::<io::Error>()).map(io::Error::kind);
     kinds.any(|kind| matches!(kind, BrokenPipe | ConnectionReset | UnexpectedEof))
 }
 
 /// What TLS fell over, with what to do.
-pub(super) fn of_tls(fault: &(dyn Error + 'static)) -> Option<String> {
-    let Some(found) = rustls_error(fault) else { return alert_in(fault).map(|alert| of_alert(&alert)) };
+pub(super) fn tls_failure(fault: &(dyn Error + 'static)) -> Option<String> {
+    let Some(found) = rustls_error(fault) else { return alert_in(fault).map(|alert| alert_meaning(&alert)) };
     Some(match found {
         rustls::Error::InvalidCertificate(why) => match why {
             CertificateError::UnknownIssuer => {
@@ -338,14 +338,14 @@ pub(super) fn of_tls(fault: &(dyn Error + 'static)) -> Option<String> {
             }
             other => format!("the server's certificate is not taken: {other}"),
         },
-        rustls::Error::AlertReceived(alert) => of_alert(&format!("{alert:?}")),
+        rustls::Error::AlertReceived(alert) => alert_meaning(&format!("{alert:?}")),
         rustls::Error::InvalidMessage(_) => "what answers there speaks no TLS: leave out https:// and --server-ca".into(),
         other => format!("TLS failed: {other}"),
     })
 }
 
 /// What the server's alert means, by its name.
-fn of_alert(alert: &str) -> String {
+fn alert_meaning(alert: &str) -> String {
     match alert {
         "CertificateRequired" => "the server wants a client certificate: give --client-cert and --client-key".into(),
         "AccessDenied" => {

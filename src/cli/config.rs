@@ -23,7 +23,7 @@ pub(super) fn run(args: ConfigArgs) -> anyhow::Result<Exit> {
     let ConfigArgs { format, serve } = args;
     let (paths, overrides) = serve.layers();
     let (settings, origins) = config::settings_of(&paths, &overrides, std::env::vars())?;
-    let rows = config::listed(&settings).into_iter().map(|(key, value)| {
+    let rows = config::list_settings(&settings).into_iter().map(|(key, value)| {
         let from = origins.get(&key).unwrap_or(&Origin::Default).to_string();
         (key, value, from)
     });

@@ -30,7 +30,7 @@ use crate::{
 };
 
 /// The longest that a command waits: the slowest row's budget of 10 s and a little.
-const PATIENCE: Duration = Duration::from_secs(12);
+const TIMEOUT: Duration = Duration::from_secs(12);
 /// The longest credential that is read from standard input or a file; the service's own limit is lower and says so.
 pub(super) const MAX_VALUE_BYTES: u64 = 1024 * 1024;
 
@@ -134,16 +134,16 @@ pub(super) async fn decide(mut setup: Setup, request: Request, log: &LogWriter) 
     setup.settings.probe.calibrate = false;
     let App { engine, .. } = App::new(&setup, None)?;
     let began = Instant::now();
-    let decided = engine.decide(&request, began + PATIENCE).await;
+    let decided = engine.decide(&request, began + TIMEOUT).await;
     Journal::to(log.clone(), setup.settings.log.plain_allow_ratio).decision(&request, &decided, began.elapsed(), None);
     Ok(convert::response(decided))
 }
 
 /// By a server.
 pub(super) async fn ask(server: &Server, request: &Request) -> anyhow::Result<pb::DecideResponse> {
-    let channel = server.connect(PATIENCE).await.context("no decision")?;
+    let channel = server.connect(TIMEOUT).await.context("no decision")?;
     let mut message = server.request(convert::to_request(request))?;
-    message.set_timeout(PATIENCE);
+    message.set_timeout(TIMEOUT);
     let answer = pb::policy_decision_service_client::PolicyDecisionServiceClient::new(channel).decide(message).await;
     match answer {
         Ok(response) => Ok(response.into_inner()),

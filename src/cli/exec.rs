@@ -19,7 +19,7 @@ use super::{
     args::{EngineArgs, ProbeArgs, ProxyArg},
     client::ClientArgs,
     decide::{MAX_VALUE_BYTES, ask, decide, without_line_break},
-    exit::{Exit, LAST_LINES, UsageError},
+    exit::{Exit, LOG_FLUSH_LIMIT, UsageError},
     report::Report,
 };
 use crate::{
@@ -98,9 +98,10 @@ struct WorkspaceArgs {
 pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit> {
     let ExecArgs { runtime, model, workspace, server, termination_log, client, engine, probe, command } = args;
     let termination_log = termination_log.or_else(|| Path::new(TERMINATION_LOG).exists().then(|| TERMINATION_LOG.into()));
-    let asked = Asked { runtime: said(runtime, "BYOK_GATE_RUNTIME")?, model: said(model, "BYOK_GATE_MODEL")? };
+    let workload =
+        Workload { runtime: flag_or_env(runtime, "BYOK_GATE_RUNTIME")?, model: flag_or_env(model, "BYOK_GATE_MODEL")? };
     let deciding = async {
-        let server = Some(said(server, "BYOK_GATE_SERVER")?).filter(|server| !server.is_empty());
+        let server = Some(flag_or_env(server, "BYOK_GATE_SERVER")?).filter(|server| !server.is_empty());
         let platform_proxy = engine.platform_proxy.map(ProxyArg::into);
         let setup = engine.load(probe)?;
         if setup.settings.tier.address.is_some() {
@@ -108,7 +109,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
             let list = vec![Problem::at("tier.address", message)];
             return Err(ConfigError(vec![Problems { document: "configuration".to_owned(), list }]).into());
         }
-        let request = workspace.request(&asked, setup.snapshot.credential_names(), platform_proxy)?;
+        let request = workspace.request(&workload, setup.snapshot.credential_names(), platform_proxy)?;
         match server {
             Some(server) => ask(&client.server(&server)?, &request).await,
             None => decide(setup, request, log).await,
@@ -124,20 +125,20 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
     let ended = match decided {
         Ok(response) => {
             let report = Report::of(&response);
-            tell(&report);
-            if report.exit == Exit::Ok { become_it(&command, log) } else { Ok((report.exit, asked.denial(&report))) }
+            print_outcome(&report);
+            if report.exit == Exit::Ok { replace_process(&command, log) } else { Ok((report.exit, workload.denial(&report))) }
         }
         Err(fault) => Err(fault),
     };
     let (exit, body) = match ended {
         Ok((exit, body)) => (Ok(exit), body),
         Err(fault) => {
-            let body = asked.unavailable(&format!("{fault:#}"));
+            let body = workload.unavailable(&format!("{fault:#}"));
             (Err(fault), body)
         }
     };
     if let Some(path) = &termination_log {
-        leave(path, body);
+        write_termination_log(path, body);
     }
     exit
 }
@@ -145,18 +146,18 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
 // === impl WorkspaceArgs ===
 
 impl WorkspaceArgs {
-    /// What is asked, with what is found of these names.
+    /// The request, with the credentials that are found under of these names.
     fn request(
         self,
-        Asked { runtime, model }: &Asked,
+        Workload { runtime, model }: &Workload,
         names: &BTreeSet<String>,
         platform_proxy: Option<PlatformProxy>,
     ) -> anyhow::Result<Request> {
         let Self { workspace_id, organization_id, secrets_dir, tenant_base_url_env } = self;
         let secrets_dir = secrets_dir.or_else(|| env::var_os("BYOK_GATE_SECRETS_DIR").map(PathBuf::from));
-        let workspace_id = said(workspace_id, "BYOK_GATE_WORKSPACE_ID")?;
-        let organization_id = said(organization_id, "BYOK_GATE_ORGANIZATION_ID")?;
-        let (credentials, unreadable_scopes) = found(names, secrets_dir.as_deref(), &|name| env::var_os(name));
+        let workspace_id = flag_or_env(workspace_id, "BYOK_GATE_WORKSPACE_ID")?;
+        let organization_id = flag_or_env(organization_id, "BYOK_GATE_ORGANIZATION_ID")?;
+        let (credentials, unreadable_scopes) = collect_credentials(names, secrets_dir.as_deref(), &|name| env::var_os(name));
         Ok(Request {
             spec: WorkspaceSpec {
                 workspace_id,
@@ -180,16 +181,16 @@ impl WorkspaceArgs {
 }
 
 /// Replaces this process. Returns only if it could not.
-fn become_it(command: &[OsString], log: &LogWriter) -> anyhow::Result<(Exit, Value)> {
+fn replace_process(command: &[OsString], log: &LogWriter) -> anyhow::Result<(Exit, Value)> {
     let (program, arguments) = command.split_first().ok_or_else(|| UsageError("exec needs a CMD behind `--`".into()))?;
     // Here, and not after the runtime's end: that would wait for a name lookup that nobody needs any more.
-    log.flush(LAST_LINES);
+    log.flush(LOG_FLUSH_LIMIT);
     let fault = Command::new(program).args(arguments).exec();
     Err(anyhow::Error::new(fault).context(format!("allowed, but {} could not be run", program.display())))
 }
 
 /// A flag, or its variable in the environment, or nothing: then the decision says what is missing.
-fn said(flag: Option<String>, variable: &str) -> anyhow::Result<String> {
+fn flag_or_env(flag: Option<String>, variable: &str) -> anyhow::Result<String> {
     match (flag, env::var(variable)) {
         (Some(value), _) | (None, Ok(value)) => Ok(value),
         (None, Err(env::VarError::NotPresent)) => Ok(String::new()),
@@ -199,7 +200,7 @@ fn said(flag: Option<String>, variable: &str) -> anyhow::Result<String> {
 
 /// The credentials of these names, and the scope if its folder could not be searched. What CMD sees in its environment answers for
 /// a name, even when it is blank; a file counts where the environment has nothing.
-fn found(
+fn collect_credentials(
     names: &BTreeSet<String>,
     secrets_dir: Option<&Path>,
     environment: &dyn Fn(&str) -> Option<OsString>,
@@ -210,7 +211,7 @@ fn found(
             Ok(found) => files = found,
             Err(fault) => {
                 // Never taken for a folder without secrets; what does not depend on it is decided all the same.
-                note(&format!("{} could not be searched: {fault}", folder.display()));
+                print_line(&format!("{} could not be searched: {fault}", folder.display()));
                 unreadable.push(Scope::Workspace);
             }
         }
@@ -222,7 +223,7 @@ fn found(
     let credentials = names.iter().filter_map(|name| {
         let value = value(name)?.map_or_else(
             |fault| {
-                note(&fault);
+                print_line(&fault);
                 CredentialValue::Unreadable
             },
             |value| CredentialValue::Readable(Arc::new(Secret::new(value))),
@@ -259,21 +260,21 @@ fn from_file(path: &Path) -> Result<Option<String>, String> {
 }
 
 /// A denial whole, of an allow its warnings: what nobody verified is not allowed in silence.
-fn tell(report: &Report) {
+fn print_outcome(report: &Report) {
     let text = report.text();
     match report.exit {
-        Exit::Ok => text.lines().filter(|line| line.starts_with("  warning ")).for_each(|line| note(line.trim())),
-        _ => note(&format!("{text}CMD was not run")),
+        Exit::Ok => text.lines().filter(|line| line.starts_with("  warning ")).for_each(|line| print_line(line.trim())),
+        _ => print_line(&format!("{text}CMD was not run")),
     }
 }
 
-fn note(text: &str) {
+fn print_line(text: &str) {
     // Standard error may be closed; there is nobody else to tell.
     drop(writeln!(io::stderr(), "byok-gate: {text}"));
 }
 
 /// Writes the termination log. A fault there changes nothing about the decision.
-fn leave(path: &Path, mut body: Value) {
+fn write_termination_log(path: &Path, mut body: Value) {
     // What a person misses least goes first.
     for field in ["warnings", "alternative_models"] {
         if body.to_string().len() > MAX_TERMINATION_LOG_BYTES
@@ -287,19 +288,19 @@ fn leave(path: &Path, mut body: Value) {
     }
     let written = OpenOptions::new().write(true).create(true).truncate(true).open(path);
     if let Err(fault) = written.and_then(|mut file| file.write_all(body.to_string().as_bytes())) {
-        note(&format!("the termination log {} could not be written: {fault}", path.display()));
+        print_line(&format!("the termination log {} could not be written: {fault}", path.display()));
     }
 }
 
 /// What a denial's body repeats of the question.
-struct Asked {
+struct Workload {
     runtime: String,
     model: String,
 }
 
-// === impl Asked ===
+// === impl Workload ===
 
-impl Asked {
+impl Workload {
     /// A denial as `docs/denial-body.schema.json` has it.
     fn denial(&self, report: &Report) -> Value {
         let of = |pointer: &str| report.body.pointer(pointer).cloned().filter(|value| !value.is_null());

@@ -11,7 +11,7 @@ use clap::ValueEnum;
 use crate::{config::ConfigError, server::ServerError};
 
 /// How long the last lines of the log may take.
-pub(super) const LAST_LINES: Duration = Duration::from_secs(1);
+pub(super) const LOG_FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

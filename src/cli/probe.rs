@@ -71,14 +71,15 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
     let snapshot = setup.snapshot.clone();
     let found = find(&snapshot.registry, &provider)?;
     let model = model.or_else(|| first_model(&snapshot.registry, found)).unwrap_or_default();
-    let untold = |reason: &str| answer(format, &provider, None, &Finding::bare(Verdict::NoServerSurface), &[], reason, explain);
+    let not_probed =
+        |reason: &str| answer(format, &provider, None, &Finding::bare(Verdict::NoServerSurface), &[], reason, explain);
     let target = match endpoint::target(found, &snapshot.catalogue, &model) {
         Ok(target) => target,
-        Err(reason) => return untold(&reason.text()),
+        Err(reason) => return not_probed(&reason.text()),
     };
     let refusal = match unfit(&snapshot.catalogue, &target.endpoint, &credential.env_name, secret, true) {
         None => None,
-        Some(Unfit::NoSurface(reason)) => return untold(&reason.text()),
+        Some(Unfit::NoSurface(reason)) => return not_probed(&reason.text()),
         Some(Unfit::Refused(refusal)) => Some(*refusal),
         Some(Unfit::Malformed(fault)) => {
             let env_name = credential.env_name.clone();

@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// The longest that the last spans hold up the end: a collector that is there takes them in far less.
-const LAST_SPANS: Duration = Duration::from_secs(1);
+const SPAN_FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
@@ -88,8 +88,8 @@ pub(super) fn run(args: ServeArgs, log: LogWriter) -> anyhow::Result<Exit> {
 /// still can.
 fn keep_memory_private() {
     let no_core = rlimit::setrlimit(rlimit::Resource::CORE, 0, 0);
-    let no_look = set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(io::Error::from);
-    for fault in [no_core, no_look].into_iter().filter_map(Result::err) {
+    let not_dumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(io::Error::from);
+    for fault in [no_core, not_dumpable].into_iter().filter_map(Result::err) {
         tracing::warn!(event = "memory_can_be_read", %fault, "a core file or another process of this user may show credentials");
     }
 }
@@ -102,25 +102,25 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     let hangup = signal(SignalKind::hangup())?;
     let settings = &setup.settings;
     let stop = settings.shutdown.clone();
-    let (access, odd) = config::tier_access(settings)?;
-    config::warn(&odd);
+    let (access, warnings) = config::tier_access(settings)?;
+    config::warn(&warnings);
     let tier = access.map(Tier::new).transpose()?;
-    let App { engine, measured, listening, undialled } = App::new(&setup, tier.clone())?;
-    config::warn(&undialled);
+    let App { engine, measured, refusal_listener, forbidden_destinations } = App::new(&setup, tier.clone())?;
+    config::warn(&forbidden_destinations);
     let mut bound = Bound::open(settings.edge()).await?;
     bound.set_journal(Journal::to(log.clone(), settings.log.plain_allow_ratio));
     bound.measure(Arc::new(log));
-    bound.measure(Arc::new(traces::Exported));
+    bound.measure(Arc::new(traces::ExportMetrics));
     measured.into_iter().for_each(|source| bound.measure(source));
     traces::start(&settings.tracing, setup.tracing_ca.as_deref())?;
     let load = Box::new(move || config::load(&paths, &overrides));
-    let documents = Documents::new(Arc::clone(&engine), &setup, load, Box::new(bound.relist()));
+    let documents = Documents::new(Arc::clone(&engine), &setup, load, Box::new(bound.replace_callers()));
     bound.measure(documents.loosenings());
     bound.follow(documents);
-    if let Some(listening) = listening {
-        bound.supervise("tier", listening);
+    if let Some(listener) = refusal_listener {
+        bound.supervise("tier", listener);
     }
-    look_at_hangup(&mut bound, hangup);
+    reload_on_hangup(&mut bound, hangup);
     log_addresses(&bound, &setup.snapshot);
     let stopping = Arc::new(OnceLock::new());
     let shutdown = {
@@ -143,7 +143,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
             );
         }
     }
-    traces::finish(left().min(LAST_SPANS));
+    traces::finish(left().min(SPAN_FLUSH_LIMIT));
     if ended == Ended::Drained {
         tracing::info!(event = "stopped", drained = true);
     } else {
@@ -154,7 +154,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
 }
 
 /// SIGHUP asks for a look at all files.
-fn look_at_hangup(bound: &mut Bound, mut hangup: Signal) {
+fn reload_on_hangup(bound: &mut Bound, mut hangup: Signal) {
     let look = bound.look();
     bound.supervise("hangup", async move {
         while hangup.recv().await.is_some() {

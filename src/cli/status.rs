@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 
 use super::{
-    client::{ClientArgs, Server, chain, of_tls},
+    client::{ClientArgs, Server, chain, tls_failure},
     exit::{Exit, Format, UsageError, print},
 };
 use crate::telemetry::status::{
@@ -15,11 +15,11 @@ use crate::telemetry::status::{
 };
 
 /// The longest that the command waits: what the server gives a request.
-const PATIENCE: Duration = Duration::from_secs(10);
+const TIMEOUT: Duration = Duration::from_secs(10);
 /// More than a status with the largest registry has.
 const MAX_BYTES: usize = 16 * 1024 * 1024;
 /// How many decisions of each list are shown.
-const SHOWN: usize = 10;
+const DEFAULT_LAST: usize = 10;
 
 #[derive(Debug, Args)]
 #[command(
@@ -31,7 +31,7 @@ pub(super) struct StatusArgs {
     #[arg(long, value_name = "HOST:PORT|unix:PATH", default_value = "127.0.0.1:9464")]
     server: String,
     /// How many decisions of each list to show.
-    #[arg(long, value_name = "COUNT", default_value_t = SHOWN)]
+    #[arg(long, value_name = "COUNT", default_value_t = DEFAULT_LAST)]
     last: usize,
     /// How the answer is written.
     #[arg(long, value_enum, default_value_t = Format::Text)]
@@ -55,7 +55,7 @@ async fn fetch(server: &Server) -> anyhow::Result<Vec<u8>> {
     // Err means that the process has one already, which serves as well.
     drop(rustls::crypto::ring::default_provider().install_default());
     let address = &server.address;
-    let mut builder = reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).timeout(PATIENCE);
+    let mut builder = reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).timeout(TIMEOUT);
     let mut base = server.uri.trim_end_matches('/').to_owned();
     if let Some(path) = server.uri.strip_prefix("unix:") {
         builder = builder.unix_socket(path);
@@ -108,7 +108,7 @@ async fn fetch(server: &Server) -> anyhow::Result<Vec<u8>> {
 
 fn why(fault: &reqwest::Error) -> String {
     let said = chain(fault);
-    if let Some(said) = of_tls(fault) {
+    if let Some(said) = tls_failure(fault) {
         said
     } else if fault.is_timeout() {
         "no answer in time".to_owned()

@@ -11,13 +11,13 @@ use crate::{core::yaml, domain::problem::Problem};
 pub(crate) const PREFIX: &str = "BYOK_GATE__";
 
 /// Sections whose keys are names of the operator's choosing.
-const FREE: [&str; 1] = ["providers"];
+const FREE_FORM_SECTIONS: [&str; 1] = ["providers"];
 /// What `callers: anyone` says, key by key.
 const CALLER_LISTS: [&str; 2] = ["callers.certificates", "callers.unix_peers"];
 
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum From {
+pub enum Origin {
     /// Built in.
     Default,
     /// The configuration file at this path.
@@ -43,14 +43,14 @@ pub struct Flag {
 pub(super) struct Layers {
     schema: Value,
     tree: Value,
-    origins: BTreeMap<String, From>,
+    origins: BTreeMap<String, Origin>,
     problems: Vec<Problem>,
 }
 
 /// What came of all layers. With problems, what is at fault has its default in the settings, so that the rest can still be looked at.
-pub(super) struct Layered {
+pub(super) struct MergedSettings {
     pub(super) settings: Settings,
-    pub(super) origins: BTreeMap<String, From>,
+    pub(super) origins: BTreeMap<String, Origin>,
     pub(super) problems: Vec<Problem>,
 }
 
@@ -67,7 +67,7 @@ impl Layers {
     pub(super) fn file(&mut self, document: &str, tree: Value) {
         match tree {
             Value::Null => self.problems.push(Problem::at("", "is empty; write `{}` if every default is meant")),
-            Value::Object(map) => self.section("", map, &From::File(document.to_owned())),
+            Value::Object(map) => self.section("", map, &Origin::File(document.to_owned())),
             _ => self.problems.push(Problem::at("", "must be a mapping of sections")),
         }
     }
@@ -80,7 +80,7 @@ impl Layers {
             let value = candidates(&text).into_iter().find(|value| fits(&path, value)).unwrap_or(Value::String(text));
             let value = path.rsplit('.').fold(value, |value, key| Value::Object(Map::from_iter([(key.to_owned(), value)])));
             if let Value::Object(map) = value {
-                self.section("", map, &From::Environment(name));
+                self.section("", map, &Origin::Environment(name));
             }
         }
     }
@@ -88,11 +88,11 @@ impl Layers {
     /// Lays a flag over it.
     pub(super) fn flag(&mut self, Flag { name, key, value }: Flag) {
         put(&mut self.tree, key, value);
-        self.origins.insert(key.to_owned(), From::Flag(name));
+        self.origins.insert(key.to_owned(), Origin::Flag(name));
     }
 
     /// What came of it. A value that its key does not take is a problem of the layer that it came from.
-    pub(super) fn finish(self) -> Layered {
+    pub(super) fn finish(self) -> MergedSettings {
         let Self { schema, mut tree, origins, mut problems } = self;
         for (path, from) in &origins {
             let Some(value) = get(&tree, path) else { continue };
@@ -107,17 +107,17 @@ impl Layers {
             problems.push(Problem::at("", fault.to_string()));
             Settings::default()
         });
-        Layered { settings, origins, problems }
+        MergedSettings { settings, origins, problems }
     }
 
-    fn section(&mut self, at: &str, map: Map<String, Value>, from: &From) {
+    fn section(&mut self, at: &str, map: Map<String, Value>, from: &Origin) {
         for (key, value) in map {
             let path = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
             let known = if at.is_empty() { Some(&self.schema) } else { get(&self.schema, at) };
             let known = known.and_then(Value::as_object);
-            let is_free = FREE.contains(&at);
+            let is_free_form = FREE_FORM_SECTIONS.contains(&at);
             match known.and_then(|known| known.get(&key)) {
-                None if !is_free => {
+                None if !is_free_form => {
                     let names = known.into_iter().flat_map(Map::keys).map(String::as_str);
                     let message = format!("is not a key (from {from}); {}", hint(&key, at, names));
                     self.problems.push(Problem::at(path, message));
@@ -136,7 +136,7 @@ impl Layers {
         }
     }
 
-    fn set(&mut self, path: String, value: Value, from: &From) {
+    fn set(&mut self, path: String, value: Value, from: &Origin) {
         put(&mut self.tree, &path, value);
         self.origins.insert(path, from.clone());
     }
@@ -146,7 +146,9 @@ impl Layers {
 pub(super) fn leaves(settings: &Settings) -> Vec<(String, Value)> {
     fn walk(at: &str, value: Value, out: &mut Vec<(String, Value)>) {
         match value {
-            Value::Object(map) if !map.is_empty() && !FREE.iter().any(|free| at.starts_with(&format!("{free}."))) => {
+            Value::Object(map)
+                if !map.is_empty() && !FREE_FORM_SECTIONS.iter().any(|free| at.starts_with(&format!("{free}."))) =>
+            {
                 for (key, value) in map {
                     walk(&if at.is_empty() { key } else { format!("{at}.{key}") }, value, out);
                 }
@@ -166,7 +168,7 @@ fn to_tree(settings: &Settings) -> Value {
 
 /// The keys of a path. A free key may hold a dot itself.
 fn keys(path: &str) -> Vec<&str> {
-    match path.split_once('.').filter(|(section, _)| FREE.contains(section)) {
+    match path.split_once('.').filter(|(section, _)| FREE_FORM_SECTIONS.contains(section)) {
         Some((section, key)) => vec![section, key],
         None => path.split('.').collect(),
     }
@@ -227,7 +229,7 @@ fn hint<'a>(key: &str, at: &str, names: impl Iterator<Item = &'a str>) -> String
     }
 }
 
-impl fmt::Display for From {
+impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Default => f.write_str("default"),

@@ -38,7 +38,7 @@ use crate::{
     },
     telemetry::{
         metrics::{Collect, Counter, Page},
-        traces::{self, Part},
+        traces::{self, FlightRole},
     },
 };
 
@@ -105,7 +105,7 @@ const MAX_ENTRIES: u64 = 100_000;
 const MAX_FLIGHTS: usize = 4096;
 const MAX_FLIGHTS_OF_ONE_PROVIDER: usize = 1024;
 /// How long a walk up the ladder is taken to need, where its row does not say.
-const USUAL_BUDGET: Duration = Duration::from_secs(3);
+const DEFAULT_PROBE_BUDGET: Duration = Duration::from_secs(3);
 /// The longest value that nobody wonders at: vendors' keys are under 200 bytes, some JWTs over 1 KiB.
 const USUAL_KEY_BYTES: usize = 1024;
 
@@ -133,20 +133,20 @@ pub struct Cache {
     lookups: Lookups,
     evicted: Arc<Counter>,
     /// What replicas share, where they do.
-    sharing: Option<Arc<Sharing>>,
+    tier_link: Option<Arc<TierLink>>,
     /// One for keys of credentials, one for those of single models. Made anew by every process: a key in a memory image tells
     /// nothing about a credential.
     hash_keys: [[u8; 32]; 2],
 }
 
 type Key = [u8; 32];
-type Memory = moka::sync::Cache<Key, Remembered, BuildHasherDefault<Hashed>>;
+type Memory = moka::sync::Cache<Key, CacheEntry, BuildHasherDefault<PrehashedHasher>>;
 
 /// The hasher of keys that are hashes, under a key of this process, already.
 #[derive(Default)]
-struct Hashed(u64);
+struct PrehashedHasher(u64);
 
-impl Hasher for Hashed {
+impl Hasher for PrehashedHasher {
     fn write(&mut self, bytes: &[u8]) {
         for (at, byte) in bytes.iter().take(8).enumerate() {
             self.0 ^= u64::from(*byte) << (8 * at);
@@ -180,10 +180,10 @@ struct Lookups {
 
 /// What is remembered under a key.
 #[derive(Debug, Clone, Default)]
-struct Remembered {
-    latest: Option<Arc<Timed>>,
+struct CacheEntry {
+    latest: Option<Arc<TimedFinding>>,
     /// The same one, as long as nothing else was seen since.
-    valid: Option<Arc<Timed>>,
+    valid: Option<Arc<TimedFinding>>,
     refused_at: Option<Instant>,
     /// There is more under the keys of single models.
     per_model: bool,
@@ -191,7 +191,7 @@ struct Remembered {
 
 /// A finding and when it was made.
 #[derive(Debug)]
-struct Timed {
+struct TimedFinding {
     finding: Arc<Finding>,
     at: Instant,
     wall: SystemTime,
@@ -201,15 +201,15 @@ struct Timed {
 }
 
 /// The shared tier, and which of its observations this replica remembers.
-struct Sharing {
+struct TierLink {
     tier: Arc<Tier>,
-    remembered: moka::sync::Cache<Id, Key, BuildHasherDefault<Hashed>>,
+    key_of: moka::sync::Cache<Id, Key, BuildHasherDefault<PrehashedHasher>>,
 }
 
 /// What a flight found, and the key that it stands under.
 #[derive(Debug, Clone)]
 struct Fetched {
-    timed: Arc<Timed>,
+    timed: Arc<TimedFinding>,
     key: Key,
 }
 
@@ -221,7 +221,7 @@ impl Cache {
         let CacheSettings { ages, breaker, new_keys } = settings;
         let hash_keys = rand::rng().random();
         let evicted = Arc::new(Counter::new());
-        let evicting = Arc::clone(&evicted);
+        let eviction_count = Arc::clone(&evicted);
         Self {
             prober,
             // LRU: the default policy may refuse a new entry under pressure, and a key that is never stored is probed forever.
@@ -232,7 +232,7 @@ impl Cache {
                 // For want of room: whatever ends by its age was of no use any more.
                 .eviction_listener(move |_, _, cause| {
                     if cause == RemovalCause::Size {
-                        evicting.inc();
+                        eviction_count.inc();
                     }
                 })
                 .build_with_hasher(BuildHasherDefault::default()),
@@ -243,27 +243,27 @@ impl Cache {
             ages,
             lookups: Lookups::default(),
             evicted,
-            sharing: None,
+            tier_link: None,
             hash_keys,
         }
     }
 
     /// The same, with what other replicas have found.
     #[must_use]
-    pub fn sharing(self, tier: Option<Arc<Tier>>) -> Self {
-        let sharing = tier.map(|tier| {
-            let remembered = moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(self.ages.hard_maximum);
-            Arc::new(Sharing { tier, remembered: remembered.build_with_hasher(BuildHasherDefault::default()) })
+    pub fn with_tier(self, tier: Option<Arc<Tier>>) -> Self {
+        let tier_link = tier.map(|tier| {
+            let key_of = moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(self.ages.hard_maximum);
+            Arc::new(TierLink { tier, key_of: key_of.build_with_hasher(BuildHasherDefault::default()) })
         });
-        Self { sharing, ..self }
+        Self { tier_link, ..self }
     }
 
     /// Forgets what other replicas have seen refused, for ever; nothing where nothing is shared.
-    pub fn listen(&self) -> Option<Boxed<'static, ()>> {
-        let sharing = Arc::clone(self.sharing.as_ref()?);
-        let (tier, memory) = (Arc::clone(&sharing.tier), self.memory.clone());
+    pub fn refusal_listener(&self) -> Option<Boxed<'static, ()>> {
+        let tier_link = Arc::clone(self.tier_link.as_ref()?);
+        let (tier, memory) = (Arc::clone(&tier_link.tier), self.memory.clone());
         Some(Box::pin(tier.listen(move |id| {
-            if let Some(key) = sharing.remembered.get(&id) {
+            if let Some(key) = tier_link.key_of.get(&id) {
                 forget_refused(&memory, key, Instant::now());
             }
         })))
@@ -275,12 +275,12 @@ impl Cache {
         query: LivenessQuery<'_>,
         max_age: Option<Duration>,
         deadline: Instant,
-        part: &mut Option<Part>,
+        role: &mut Option<FlightRole>,
     ) -> Observed {
         let keys = self.keys(&query);
         // A flight for another model may land without an answer that holds for this one; then this one flies next.
         loop {
-            if let Some(observed) = self.remembered(&keys, max_age) {
+            if let Some(observed) = self.fresh_entry(&keys, max_age) {
                 return observed;
             }
             let mut first = false;
@@ -290,18 +290,18 @@ impl Cache {
             };
             let joined = self.flights.join(query.endpoint.identity, keys.first, launch);
             self.lookups.of(&joined, first).inc();
-            *part = matches!(joined, Join::InFlight(_)).then_some(if first { Part::Fill } else { Part::Wait });
+            *role = matches!(joined, Join::InFlight(_)).then_some(if first { FlightRole::Fill } else { FlightRole::Wait });
             match joined {
                 Join::Known(Fetched { timed, .. }) => {
                     return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
                 }
-                Join::Rejected(Rejected::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
+                Join::Rejected(Rejected::Open(opened)) => return self.breaker_verdict(&keys, &opened, max_age),
                 Join::Rejected(Rejected::NewKeys(wait)) => {
-                    return self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
+                    return self.without_answer(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
                 }
                 Join::Full => {
                     let wait = self.prober.turn(&query.endpoint.provider, keys.first).max(self.ages.unanswered);
-                    return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
+                    return self.without_answer(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                 }
                 Join::InFlight(flight) => match wait(flight, deadline).await {
                     FlightEnd::Completed(Fetched { timed, key })
@@ -312,7 +312,7 @@ impl Cache {
                     }
                     FlightEnd::Completed(_) => {}
                     FlightEnd::TimedOut { started: true, .. } => {
-                        return self.unasked(&keys, Finding::bare(Verdict::Timeout), max_age, self.ages.unanswered);
+                        return self.without_answer(&keys, Finding::bare(Verdict::Timeout), max_age, self.ages.unanswered);
                     }
                     // It still waited for its turn: that is our doing, not the provider's. It goes on waiting, and will be answered, if it
                     // was not expected to be by now: then it may wait in vain.
@@ -322,10 +322,10 @@ impl Cache {
                             Some(at) if at > now => at - now,
                             _ => self.prober.turn(&query.endpoint.provider, keys.first),
                         };
-                        return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
+                        return self.without_answer(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                     }
                     FlightEnd::Lost => {
-                        return self.unasked(&keys, Finding::withheld(Withheld::Fault), max_age, self.ages.unanswered);
+                        return self.without_answer(&keys, Finding::withheld(Withheld::Fault), max_age, self.ages.unanswered);
                     }
                 },
             }
@@ -333,7 +333,7 @@ impl Cache {
     }
 
     /// What is remembered, if it is young enough.
-    fn remembered(&self, keys: &Keys<'_>, max_age: Option<Duration>) -> Option<Observed> {
+    fn fresh_entry(&self, keys: &Keys<'_>, max_age: Option<Duration>) -> Option<Observed> {
         let (known, now) = (self.known(keys), Instant::now());
         let timed = self.ages.fresh(&known, max_age, now)?;
         self.lookups.hit.inc();
@@ -354,7 +354,7 @@ impl Cache {
             return Start::Known(Fetched { timed: timed.clone(), key: keys.first });
         }
         // Before the breaker: what meets an open one is a new key as well.
-        let is_new = known.is_nothing();
+        let is_new = known.is_empty();
         if is_new && let Err(wait) = self.new_keys.count(keys.first, query.caller, query.organization) {
             return Start::Rejected(Rejected::NewKeys(wait));
         }
@@ -365,24 +365,24 @@ impl Cache {
             return Start::Rejected(Rejected::Open(opened));
         }
         // Whoever launches it is its parent in a trace; the others' traces show that they waited.
-        let seeking = self.sharing.as_ref().map(|sharing| self.seeking(sharing, query, keys, max_age, deadline));
-        Start::Run(self.fill(query, keys, started, seeking).instrument(traces::probe(query.endpoint)))
+        let tier_lookup = self.tier_link.as_ref().map(|tier_link| self.tier_lookup(tier_link, query, keys, max_age, deadline));
+        Start::Run(self.fill(query, keys, started, tier_lookup).instrument(traces::probe_span(query.endpoint)))
     }
 
     /// What a flight needs to look into the shared tier first.
-    fn seeking(
+    fn tier_lookup(
         &self,
-        sharing: &Arc<Sharing>,
+        tier_link: &Arc<TierLink>,
         query: &LivenessQuery<'_>,
         keys: &Keys<'_>,
         max_age: Option<Duration>,
         deadline: Instant,
-    ) -> Seeking {
+    ) -> TierLookup {
         // Another replica's answer is waited for as long as there is time for a probe of our own behind it, or half of what there is.
         let left = deadline.saturating_duration_since(Instant::now());
-        let until = deadline - query.endpoint.budget.unwrap_or(USUAL_BUDGET).min(left / 2);
-        Seeking {
-            sharing: Arc::clone(sharing),
+        let until = deadline - query.endpoint.budget.unwrap_or(DEFAULT_PROBE_BUDGET).min(left / 2);
+        TierLookup {
+            tier_link: Arc::clone(tier_link),
             memory: self.memory.clone(),
             ages: self.ages,
             first: keys.first,
@@ -400,7 +400,7 @@ impl Cache {
         query: &LivenessQuery<'_>,
         keys: &Keys<'_>,
         started: ProbeStarted,
-        seeking: Option<Seeking>,
+        tier_lookup: Option<TierLookup>,
     ) -> impl Future<Output = Fetched> + Send + use<> {
         let target = Arc::new(Target::of(query.endpoint, query.model).preferring(query.preference));
         let request = ProbeRequest { target, secret: Arc::clone(&query.secret), credential: keys.first, started };
@@ -409,10 +409,10 @@ impl Cache {
         let (first, second) = (keys.first, self.second(keys));
         let reporter = (self.source(query, keys), query.secret.expose().len() > USUAL_KEY_BYTES);
         async move {
-            let mut probe = Unreported { breakers: &breakers, provider: target.endpoint.identity, reported: false };
+            let mut probe = BreakerReport { breakers: &breakers, provider: target.endpoint.identity, reported: false };
             let mut lease = None;
-            if let Some(seeking) = seeking {
-                match seeking.seek(&request).await {
+            if let Some(tier_lookup) = tier_lookup {
+                match tier_lookup.run(&request).await {
                     Sought::Known(fetched) => return fetched,
                     Sought::Ask(granted) => lease = granted,
                 }
@@ -421,13 +421,13 @@ impl Cache {
                 Some(lease) => lease.held(prober.probe(request)).await,
                 None => prober.probe(request).await,
             };
-            traces::found(&finding);
+            traces::record_finding(&finding);
             let key = second.filter(|_| finding.about_model).unwrap_or(first);
             let age = ages.fresh_for(&finding);
             // What the provider asked for is kept to the second.
             let fresh_for = if finding.retry_after.is_some() { age } else { ages.jittered(age) };
             let (finding, at, wall) = (intern_valid(finding, &last_valid), Instant::now(), SystemTime::now());
-            let fetched = Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for, shared: false }), key };
+            let fetched = Fetched { timed: Arc::new(TimedFinding { finding, at, wall, fresh_for, shared: false }), key };
             remember(&memory, first, &fetched);
             breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &fetched.timed.finding, at);
             probe.reported = true;
@@ -450,15 +450,15 @@ impl Cache {
 
     /// What is remembered under these keys. Hardly any ladder comes to a probe that names the model, and where one did, the first
     /// entry says so: one look is enough for nearly all.
-    fn known(&self, keys: &Keys<'_>) -> Known {
+    fn known(&self, keys: &Keys<'_>) -> CachedEntries {
         let first = self.memory.get(&keys.first);
         let has_more = first.as_ref().is_some_and(|entry| entry.per_model);
         let second = if has_more { self.second(keys).and_then(|key| self.memory.get(&key)) } else { None };
-        Known { first, second }
+        CachedEntries { first, second }
     }
 
     /// The newest VALID that a PROVISION may still rest on: within the hard maximum and the caller's age, not refused since.
-    fn earlier_valid(&self, known: &Known, max_age: Option<Duration>, now: Instant) -> Option<EarlierValid> {
+    fn earlier_valid(&self, known: &CachedEntries, max_age: Option<Duration>, now: Instant) -> Option<EarlierValid> {
         let refused_at = known.entries().filter_map(|entry| entry.refused_at).max();
         let valid = known.entries().filter_map(|entry| entry.valid.as_ref()).max_by_key(|timed| timed.at)?;
         let age = now - valid.at;
@@ -467,7 +467,14 @@ impl Cache {
         counts.then(|| EarlierValid { finding: Arc::clone(&valid.finding), observed_at: valid.wall, age })
     }
 
-    fn served(&self, known: &Known, timed: &Timed, served_from: ServedFrom, max_age: Option<Duration>, now: Instant) -> Observed {
+    fn served(
+        &self,
+        known: &CachedEntries,
+        timed: &TimedFinding,
+        served_from: ServedFrom,
+        max_age: Option<Duration>,
+        now: Instant,
+    ) -> Observed {
         let age = now - timed.at;
         Observed {
             finding: Arc::clone(&timed.finding),
@@ -482,7 +489,7 @@ impl Cache {
     }
 
     /// The verdict that opened the breaker.
-    fn by_the_breaker(&self, keys: &Keys<'_>, opened: &Opened, max_age: Option<Duration>) -> Observed {
+    fn breaker_verdict(&self, keys: &Keys<'_>, opened: &Opened, max_age: Option<Duration>) -> Observed {
         Observed {
             finding: Arc::clone(&opened.finding),
             observed_at: opened.wall,
@@ -495,7 +502,7 @@ impl Cache {
     }
 
     /// A verdict of ours about not having an answer, which may be there after this wait. It is never remembered and replaces nothing.
-    fn unasked(&self, keys: &Keys<'_>, finding: Finding, max_age: Option<Duration>, wait: Duration) -> Observed {
+    fn without_answer(&self, keys: &Keys<'_>, finding: Finding, max_age: Option<Duration>, wait: Duration) -> Observed {
         Observed {
             finding: Arc::new(finding),
             observed_at: SystemTime::now(),
@@ -543,10 +550,10 @@ fn hash(hash_key: &[u8; 32], parts: &[&[u8]]) -> Key {
 
 impl LivenessSource for Cache {
     fn recall(&self, query: &LivenessQuery<'_>, max_age: Option<Duration>) -> Option<Observed> {
-        let observed = self.remembered(&self.keys(query), max_age)?;
+        let observed = self.fresh_entry(&self.keys(query), max_age)?;
         if traces::is_traced() {
             // A trace shows the look as a step of its own.
-            traces::observed(&traces::cache(), &observed, None);
+            traces::record_observation(&traces::cache_span(), &observed, None);
         }
         Some(observed)
     }
@@ -556,15 +563,15 @@ impl LivenessSource for Cache {
     }
 
     fn observe<'a>(&'a self, query: LivenessQuery<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
-        let span = traces::cache();
+        let span = traces::cache_span();
         if span.is_none() {
             return Box::pin(async move { self.observe(query, max_age, deadline, &mut None).await });
         }
-        let told = span.clone();
+        let cache_span = span.clone();
         let observing = async move {
-            let mut part = None;
-            let observed = self.observe(query, max_age, deadline, &mut part).await;
-            traces::observed(&told, &observed, part);
+            let mut role = None;
+            let observed = self.observe(query, max_age, deadline, &mut role).await;
+            traces::record_observation(&cache_span, &observed, role);
             observed
         };
         Box::pin(observing.instrument(span))
@@ -588,7 +595,7 @@ impl Collect for Cache {
             .add(&[], self.flights.lost());
         self.breakers.collect(page);
         self.new_keys.collect(page);
-        self.sharing.iter().for_each(|sharing| sharing.tier.collect(page));
+        self.tier_link.iter().for_each(|tier_link| tier_link.tier.collect(page));
     }
 }
 
@@ -606,13 +613,13 @@ fn intern_valid(finding: Finding, last_valid: &ArcSwap<Finding>) -> Arc<Finding>
 }
 
 /// A probe that the breaker has not heard of: one that ends in a panic says nothing of the provider, and holds up no other.
-struct Unreported<'b> {
+struct BreakerReport<'b> {
     breakers: &'b Breakers,
     provider: [u8; 32],
     reported: bool,
 }
 
-impl Drop for Unreported<'_> {
+impl Drop for BreakerReport<'_> {
     fn drop(&mut self) {
         if !self.reported {
             self.breakers.abandon(&self.provider, Instant::now());
@@ -647,15 +654,15 @@ fn remember(memory: &Memory, first: Key, fetched: &Fetched) {
     memory.insert(*key, entry);
     if *key != first {
         let entry = memory.get(&first).unwrap_or_default();
-        memory.insert(first, Remembered { per_model: true, ..entry });
+        memory.insert(first, CacheEntry { per_model: true, ..entry });
     }
 }
 
 // === what replicas share ===
 
 /// A flight's look into the shared tier.
-struct Seeking {
-    sharing: Arc<Sharing>,
+struct TierLookup {
+    tier_link: Arc<TierLink>,
     memory: Memory,
     ages: Ages,
     first: Key,
@@ -666,25 +673,25 @@ struct Seeking {
     until: Instant,
 }
 
-// === impl Seeking ===
+// === impl TierLookup ===
 
-impl Seeking {
-    async fn seek(self, request: &ProbeRequest) -> Sought<Fetched> {
-        let Self { sharing, memory, ages, first, second, client, model, max_age, until } = self;
+impl TierLookup {
+    async fn run(self, request: &ProbeRequest) -> Sought<Fetched> {
+        let Self { tier_link, memory, ages, first, second, client, model, max_age, until } = self;
         let endpoint = &request.target.endpoint;
         let model = if second.is_some() { Model::Sometimes(&model) } else { Model::Always(&model) };
-        let seat = sharing.tier.seat(&Whose { endpoint: &endpoint.identity, client, value: request.secret.expose(), model });
+        let seat = tier_link.tier.seat(&Whose { endpoint: &endpoint.identity, client, value: request.secret.expose(), model });
         for (id, of_model) in seat.ids() {
-            sharing.remembered.insert(id, second.filter(|_| of_model).unwrap_or(first));
+            tier_link.key_of.insert(id, second.filter(|_| of_model).unwrap_or(first));
         }
         let take = |found: Vec<Shared>| {
             for shared in found {
                 let key = second.filter(|_| shared.about_model).unwrap_or(first);
-                absorb(&memory, (first, key), shared, &ages);
+                merge_shared(&memory, (first, key), shared, &ages);
             }
-            let known = Known { first: memory.get(&first), second: second.and_then(|key| memory.get(&key)) };
+            let known = CachedEntries { first: memory.get(&first), second: second.and_then(|key| memory.get(&key)) };
             let timed = ages.fresh(&known, max_age, Instant::now())?;
-            let is_here = |entry: &Remembered| entry.latest.as_ref().is_some_and(|latest| Arc::ptr_eq(latest, timed));
+            let is_here = |entry: &CacheEntry| entry.latest.as_ref().is_some_and(|latest| Arc::ptr_eq(latest, timed));
             let key = second.filter(|_| known.second.as_ref().is_some_and(is_here)).unwrap_or(first);
             Some(Fetched { timed: Arc::clone(timed), key })
         };
@@ -693,7 +700,7 @@ impl Seeking {
 }
 
 /// Remembers another replica's observation, where it is news: what is known already is newer, or it was refused since.
-fn absorb(memory: &Memory, (first, key): (Key, Key), shared: Shared, ages: &Ages) {
+fn merge_shared(memory: &Memory, (first, key): (Key, Key), shared: Shared, ages: &Ages) {
     let Shared { finding, at, wall, fresh_for, earlier_valid, refused_at, about_model: _ } = shared;
     let mut entry = memory.get(&key).unwrap_or_default();
     if entry.latest.as_ref().is_some_and(|latest| latest.at >= at) {
@@ -703,8 +710,9 @@ fn absorb(memory: &Memory, (first, key): (Key, Key), shared: Shared, ages: &Ages
     if finding.verdict == Verdict::Valid && entry.refused_at.is_some_and(|refused_at| refused_at >= at) {
         return;
     }
-    let timed =
-        |finding: Finding, at, wall, fresh_for| Arc::new(Timed { finding: Arc::new(finding), at, wall, fresh_for, shared: true });
+    let timed = |finding: Finding, at, wall, fresh_for| {
+        Arc::new(TimedFinding { finding: Arc::new(finding), at, wall, fresh_for, shared: true })
+    };
     // No longer than this replica's own settings have it.
     let fresh_for = fresh_for.min(ages.fresh_for(&finding));
     let latest = timed(finding, at, wall, fresh_for);
@@ -719,7 +727,7 @@ fn absorb(memory: &Memory, (first, key): (Key, Key), shared: Shared, ages: &Ages
     memory.insert(key, entry);
     if key != first {
         let entry = memory.get(&first).unwrap_or_default();
-        memory.insert(first, Remembered { per_model: true, ..entry });
+        memory.insert(first, CacheEntry { per_model: true, ..entry });
     }
 }
 
@@ -729,7 +737,7 @@ fn forget_refused(memory: &Memory, key: Key, now: Instant) {
     let is_refused =
         entry.latest.as_ref().is_some_and(|latest| matches!(latest.finding.verdict, Verdict::Invalid | Verdict::Forbidden));
     if !is_refused {
-        memory.insert(key, Remembered { latest: None, valid: None, refused_at: Some(now), ..entry });
+        memory.insert(key, CacheEntry { latest: None, valid: None, refused_at: Some(now), ..entry });
     }
 }
 
@@ -782,19 +790,19 @@ struct Keys<'a> {
 
 /// What is remembered under both keys.
 #[derive(Debug)]
-struct Known {
-    first: Option<Remembered>,
-    second: Option<Remembered>,
+struct CachedEntries {
+    first: Option<CacheEntry>,
+    second: Option<CacheEntry>,
 }
 
-// === impl Known ===
+// === impl CachedEntries ===
 
-impl Known {
-    fn entries(&self) -> impl Iterator<Item = &Remembered> {
+impl CachedEntries {
+    fn entries(&self) -> impl Iterator<Item = &CacheEntry> {
         self.first.iter().chain(&self.second)
     }
 
-    fn is_nothing(&self) -> bool {
+    fn is_empty(&self) -> bool {
         self.entries().all(|entry| entry.latest.is_none() && entry.refused_at.is_none())
     }
 }
@@ -831,18 +839,18 @@ impl Ages {
     }
 
     /// The newest observation, if it is young enough.
-    fn fresh<'k>(&self, known: &'k Known, max_age: Option<Duration>, now: Instant) -> Option<&'k Arc<Timed>> {
+    fn fresh<'k>(&self, known: &'k CachedEntries, max_age: Option<Duration>, now: Instant) -> Option<&'k Arc<TimedFinding>> {
         let latest = known.entries().filter_map(|entry| entry.latest.as_ref()).max_by_key(|timed| timed.at)?;
         self.is_fresh(latest, max_age, now).then_some(latest)
     }
 
-    fn is_fresh(&self, timed: &Timed, max_age: Option<Duration>, now: Instant) -> bool {
+    fn is_fresh(&self, timed: &TimedFinding, max_age: Option<Duration>, now: Instant) -> bool {
         let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.floor_of(&timed.finding)));
         now - timed.at < timed.fresh_for.min(wanted)
     }
 
     /// Whether it answers those who waited for it: another replica's may be older than this caller wants.
-    fn serves(&self, timed: &Timed, max_age: Option<Duration>) -> bool {
+    fn serves(&self, timed: &TimedFinding, max_age: Option<Duration>) -> bool {
         !timed.shared || self.is_fresh(timed, max_age, Instant::now())
     }
 
@@ -877,9 +885,9 @@ impl Ages {
 mod tests {
     use super::*;
 
-    struct Nobody;
+    struct PendingProber;
 
-    impl Prober for Nobody {
+    impl Prober for PendingProber {
         fn probe(&self, _: ProbeRequest) -> Boxed<'static, Finding> {
             Box::pin(std::future::pending())
         }
@@ -912,16 +920,16 @@ mod tests {
         tokio::time::advance(Duration::from_secs(1)).await;
         // The store's answer, given before the refusal was stored, comes after the message about that.
         forget_refused(&memory, key, Instant::now());
-        absorb(&memory, (key, key), valid(began), &ages);
+        merge_shared(&memory, (key, key), valid(began), &ages);
         assert!(memory.get(&key).is_none_or(|entry| entry.latest.is_none() && entry.valid.is_none()));
         tokio::time::advance(Duration::from_secs(1)).await;
-        absorb(&memory, (key, key), valid(Instant::now()), &ages);
+        merge_shared(&memory, (key, key), valid(Instant::now()), &ages);
         assert!(memory.get(&key).is_some_and(|entry| entry.latest.is_some() && entry.valid.is_some()), "a newer one counts");
     }
 
     #[tokio::test]
     async fn what_makes_room_is_counted() {
-        let cache = Cache::new(Arc::new(Nobody), CacheSettings::default());
+        let cache = Cache::new(Arc::new(PendingProber), CacheSettings::default());
         for index in 0..MAX_ENTRIES + 3 {
             let mut key = [0; 32];
             key[..8].copy_from_slice(&index.to_le_bytes());
@@ -930,7 +938,7 @@ mod tests {
             remember(
                 &cache.memory,
                 key,
-                &Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for, shared: false }), key },
+                &Fetched { timed: Arc::new(TimedFinding { finding, at, wall, fresh_for, shared: false }), key },
             );
         }
         let mut page = Page::about(std::iter::empty());

@@ -14,7 +14,7 @@ use std::{
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
-use self::endpoints::{BUDGET as MAX_BUDGET, Endpoints, header_of};
+use self::endpoints::{BUDGET as CALIBRATION_BUDGET, Endpoints, header_of};
 use crate::{
     core::{
         classify::{
@@ -46,9 +46,9 @@ pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
 const USER_AGENT: &str = concat!("byok-gate/", env!("CARGO_PKG_VERSION"), " (credential liveness check)");
 /// A credential longer than this has a connection that it shares with its like alone. API keys of vendors are far shorter, and the smallest limit
 /// on a header that fronts are seen to have is 4 KiB for all of them.
-const USUAL_CREDENTIAL_BYTES: usize = 1024;
+const SHARED_CONNECTION_MAX_BYTES: usize = 1024;
 /// How long an idle connection is kept: a create storm reuses it, an idle service holds none for long.
-const POOL_IDLE: Duration = Duration::from_secs(30);
+const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How providers are asked.
 #[derive(Debug, Clone)]
@@ -179,7 +179,7 @@ impl HttpProber {
     /// changed.
     pub async fn control(&self, call: &Call, families: &[HeaderFamily], key_prefix: Option<&str>) -> ProbeResponse {
         let made_up = made_up_key(key_prefix, |below| rand::rng().random_range(0..below));
-        ask(&self.http, call, families, &made_up, Instant::now() + MAX_BUDGET).await
+        ask(&self.http, call, families, &made_up, Instant::now() + CALIBRATION_BUDGET).await
     }
 }
 
@@ -212,7 +212,7 @@ async fn run_plan(
 ) -> Finding {
     let facts = endpoints.map_or_else(EndpointFacts::default, |endpoints| endpoints.facts_of(&target.endpoint));
     let requests = Requests {
-        is_pointless: &|call, family| endpoints.is_some_and(|endpoints| endpoints.is_pointless(call, family)),
+        is_pointless: &|call, family| endpoints.is_some_and(|endpoints| endpoints.is_uninformative(call, family)),
         has_accepted: &|call, family| endpoints.is_some_and(|endpoints| endpoints.has_accepted(call, family)),
     };
     let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
@@ -226,14 +226,14 @@ async fn run_plan(
                 let response = ask(http, call, &families, secret, deadline).await;
                 if let (ProbeResponse::Answer { reading, look, .. }, Some(endpoints)) = (&response, endpoints) {
                     match &reading.classification {
-                        Classification::Accepted if is_second => endpoints.second_answer(call, &families, None),
-                        Classification::Accepted => endpoints.accepted(call, &families),
+                        Classification::Accepted if is_second => endpoints.record_second_answer(call, &families, None),
+                        Classification::Accepted => endpoints.record_acceptance(call, &families),
                         Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError) => {}
-                        _ if is_second => endpoints.second_answer(call, &families, Some(look.clone())),
+                        _ if is_second => endpoints.record_second_answer(call, &families, Some(look.clone())),
                         Classification::Verdict(Verdict::Invalid) | Classification::Unread
                             if look.status == 401 && look.body != Body::Page =>
                         {
-                            endpoints.refused(call, &families, secret, look);
+                            endpoints.record_refusal(call, &families, secret, look);
                         }
                         _ => {}
                     }
@@ -257,13 +257,13 @@ async fn run_plan(
                     (None, _) => Calibration::NotAsked,
                     (Some(endpoints), Purpose::Acceptance { of_its_form }) => {
                         let question = Question::Acceptance(of_its_form.then(|| KeyForm::of(secret)));
-                        endpoints.ask(call, &families, target, secret, question, most_of(deadline)).await
+                        endpoints.calibrate(call, &families, target, secret, question, three_quarters_of(deadline)).await
                     }
                     (Some(endpoints), Purpose::Refusal) => {
-                        endpoints.ask(call, &families, target, secret, Question::Refusal, half_of(deadline)).await
+                        endpoints.calibrate(call, &families, target, secret, Question::Refusal, half_of(deadline)).await
                     }
                     // Believed on its documentation, and checked in the background for the next time.
-                    (Some(endpoints), Purpose::Check) => endpoints.ask_behind(call, &families, target, secret),
+                    (Some(endpoints), Purpose::Check) => endpoints.calibrate_in_background(call, &families, target, secret),
                 };
                 if let Some(attempt) = attempts.last_mut() {
                     attempt.calibration = calibration.clone();
@@ -271,10 +271,10 @@ async fn run_plan(
                 plan.take_calibration(&calibration);
             }
             Next::Keyless { call, now: true } => {
-                let nobody = Secret::new(String::new());
+                let no_key = Secret::new(String::new());
                 let response = match endpoints {
                     None => ProbeResponse::TimedOut,
-                    Some(_) => ask(http, call, &[], &nobody, half_of(deadline)).await,
+                    Some(_) => ask(http, call, &[], &no_key, half_of(deadline)).await,
                 };
                 plan.take_keyless(match &response {
                     ProbeResponse::Answer { look, .. } => Some(look),
@@ -284,7 +284,7 @@ async fn run_plan(
             Next::Keyless { call, now: false } => {
                 let calibration = match endpoints {
                     None => Calibration::NotAsked,
-                    Some(endpoints) => endpoints.ask(call, &[], target, secret, Question::Refusal, half_of(deadline)).await,
+                    Some(endpoints) => endpoints.calibrate(call, &[], target, secret, Question::Refusal, half_of(deadline)).await,
                 };
                 plan.take_keyless(match &calibration {
                     Calibration::Refuses { look, .. } => Some(look),
@@ -317,11 +317,11 @@ async fn run_plan(
             if let (Lesson::Family { right, .. }, Some((call, several))) = (lesson, in_several)
                 && several.contains(right)
             {
-                endpoints.single_out(call, several, *right);
+                endpoints.copy_facts(call, several, *right);
             }
         }
         endpoints.learn(&target.endpoint, lessons);
-        endpoints.show(&target.endpoint, &finding);
+        endpoints.record_finding(&target.endpoint, &finding);
     }
     finding
 }
@@ -332,13 +332,13 @@ fn half_of(deadline: Instant) -> Instant {
 }
 
 /// Three quarters of what is left: the accepted key may have to be asked once more.
-fn most_of(deadline: Instant) -> Instant {
+fn three_quarters_of(deadline: Instant) -> Instant {
     Instant::now() + deadline.saturating_duration_since(Instant::now()) * 3 / 4
 }
 
 /// One request, and what its answer says.
 async fn ask(http: &Http, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> ProbeResponse {
-    match http.exchange_again(call, families, secret, deadline).await {
+    match http.exchange_with_retry(call, families, secret, deadline).await {
         Exchange::TimedOut => ProbeResponse::TimedOut,
         Exchange::Unreachable(why) => ProbeResponse::Unreachable(why),
         Exchange::Exhausted => ProbeResponse::Exhausted,
@@ -365,7 +365,7 @@ impl ClientParts {
             .no_proxy()
             .referer(false)
             .user_agent(USER_AGENT)
-            .pool_idle_timeout(POOL_IDLE)
+            .pool_idle_timeout(POOL_IDLE_TIMEOUT)
             .dns_resolver(egress.resolver(resolve.clone()));
         if let Some(ForwardProxy { credentials, .. }) = proxy {
             let rule = egress.clone();
@@ -397,7 +397,7 @@ impl Http {
 
     /// The client whose connections this credential may travel on. `None` if there is none and it cannot be made now.
     fn client_for(&self, secret: &Secret) -> Option<&reqwest::Client> {
-        if secret.expose().len() <= USUAL_CREDENTIAL_BYTES {
+        if secret.expose().len() <= SHARED_CONNECTION_MAX_BYTES {
             return Some(&self.client);
         }
         if self.client_for_long.get().is_none() {
@@ -409,7 +409,7 @@ impl Http {
 
     /// One request, and once more where the connection was closed before any byte of an answer, as an idle connection or a restarting proxy
     /// does; never after an answer.
-    async fn exchange_again(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
+    async fn exchange_with_retry(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
         match self.exchange(call, families, secret, deadline).await {
             Exchange::Unreachable(Unreached::Closed) => self.exchange(call, families, secret, deadline).await,
             exchange => exchange,
@@ -418,9 +418,9 @@ impl Http {
 
     /// One request with this credential in these headers, and its answer, by the deadline.
     async fn exchange(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
-        let span = traces::request(call, &header_of(families));
+        let span = traces::request_span(call, &header_of(families));
         let exchange = self.send(call, families, secret, deadline).instrument(span.clone()).await;
-        traces::replied(
+        traces::record_reply(
             &span,
             match &exchange {
                 Exchange::Answered(response) => Ok(response.status),
@@ -442,7 +442,7 @@ impl Http {
         match timeout_at(deadline, client.execute(request)).await {
             Err(_) => Exchange::TimedOut,
             Ok(Err(fault)) if fault.is_timeout() => Exchange::TimedOut,
-            Ok(Err(fault)) if is_own_lack(&fault) => Exchange::Exhausted,
+            Ok(Err(fault)) if is_resource_exhaustion(&fault) => Exchange::Exhausted,
             Ok(Err(fault)) => Exchange::Unreachable(match unreached(&fault) {
                 // The proxy, and not the provider, is what could not be reached, or did not let the call through.
                 Unreached::Connect | Unreached::Closed | Unreached::Dns
@@ -481,10 +481,10 @@ impl Http {
 }
 
 /// No descriptor, buffer or memory was left on this machine.
-fn is_own_lack(fault: &(dyn std::error::Error + 'static)) -> bool {
-    let lacks = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
+fn is_resource_exhaustion(fault: &(dyn std::error::Error + 'static)) -> bool {
+    let exhaustion_codes = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
     let code = |error: &(dyn std::error::Error + 'static)| error.downcast_ref::<std::io::Error>()?.raw_os_error();
-    causes(fault).filter_map(code).any(|code| lacks.contains(&code))
+    causes(fault).filter_map(code).any(|code| exhaustion_codes.contains(&code))
 }
 
 /// What failed on the way, as far as the chain of causes tells.
@@ -584,10 +584,10 @@ mod tests {
     fn a_descriptor_that_is_missing_here_is_no_fault_of_the_providers() {
         for (code, own) in [(libc::EMFILE, true), (libc::ENFILE, true), (libc::ENOMEM, true), (libc::ECONNREFUSED, false)] {
             let bare = std::io::Error::from_raw_os_error(code);
-            assert_eq!(is_own_lack(&bare), own, "{code}");
+            assert_eq!(is_resource_exhaustion(&bare), own, "{code}");
             // As the resolver hands it on, and wrapped once more.
             let looked_up = Unresolved::Lookup(std::io::Error::from_raw_os_error(code));
-            assert_eq!(is_own_lack(&std::io::Error::other(looked_up)), own, "{code}");
+            assert_eq!(is_resource_exhaustion(&std::io::Error::other(looked_up)), own, "{code}");
         }
     }
 

@@ -18,7 +18,7 @@ use crate::{core::engine::ProbeStarted, telemetry::metrics::Counter};
 pub(crate) struct SingleFlight<K, V> {
     under_way: Mutex<UnderWay<K, V>>,
     limit: usize,
-    share: usize,
+    group_limit: usize,
     lost: Counter,
 }
 
@@ -83,10 +83,10 @@ where
     K: Eq + Hash + Copy + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    /// At most `limit` keys at a time, and at most `share` of one group.
-    pub(crate) fn new(limit: usize, share: usize) -> Arc<Self> {
+    /// At most `limit` keys at a time, and at most `group_limit` of one group.
+    pub(crate) fn new(limit: usize, group_limit: usize) -> Arc<Self> {
         let under_way = UnderWay { by_key: HashMap::new(), by_group: HashMap::new() };
-        Arc::new(Self { under_way: Mutex::new(under_way), limit, share, lost: Counter::new() })
+        Arc::new(Self { under_way: Mutex::new(under_way), limit, group_limit, lost: Counter::new() })
     }
 
     /// Joins the flight of this key, or launches it. `launch` runs under the lock: a flight that has landed since the caller
@@ -107,7 +107,7 @@ where
             return Join::InFlight(flight.clone());
         }
         let of_group = under_way.by_group.get(&group).copied().unwrap_or(0);
-        if under_way.by_key.len() >= self.limit || of_group >= self.share {
+        if under_way.by_key.len() >= self.limit || of_group >= self.group_limit {
             return Join::Full;
         }
         let started = ProbeStarted::default();

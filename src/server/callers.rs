@@ -34,7 +34,7 @@ const MIN_TOKEN_BYTES: usize = 16;
 
 /// Everybody who may call.
 pub(super) struct Callers {
-    listed: ArcSwap<Listed>,
+    lists: ArcSwap<CallerLists>,
     tokens: Option<Arc<Tokens>>,
     anonymous: Arc<Caller>,
     any_certificate: Arc<Caller>,
@@ -42,7 +42,7 @@ pub(super) struct Callers {
 }
 
 /// Who may call by certificate or by Unix peer, as the configuration lists them.
-struct Listed {
+struct CallerLists {
     certificates: Vec<(String, Arc<Caller>)>,
     unix_peers: Vec<(UnixCaller, Arc<Caller>)>,
 }
@@ -75,7 +75,7 @@ impl Callers {
     pub(super) fn new(settings: &CallerSettings) -> Result<Self, ServerError> {
         let named = |name: &str| Arc::new(Caller { name: name.to_owned(), role: Role::Platform });
         Ok(Self {
-            listed: ArcSwap::from_pointee(Listed::of(settings)),
+            lists: ArcSwap::from_pointee(CallerLists::of(settings)),
             tokens: settings.token_file.as_deref().map(Tokens::load).transpose()?.map(Arc::new),
             anonymous: named("anonymous"),
             any_certificate: named("certificate"),
@@ -84,8 +84,8 @@ impl Callers {
     }
 
     /// Takes the lists of certificates and Unix peers anew.
-    pub(super) fn relist(&self, settings: &CallerSettings) {
-        self.listed.store(Arc::new(Listed::of(settings)));
+    pub(super) fn replace_lists(&self, settings: &CallerSettings) {
+        self.lists.store(Arc::new(CallerLists::of(settings)));
     }
 
     /// The tokens, if they are how callers are known.
@@ -94,7 +94,7 @@ impl Callers {
     }
 
     /// Whether a certificate with these names may call.
-    pub(super) fn knows(&self, names: &[String]) -> bool {
+    pub(super) fn allows_names(&self, names: &[String]) -> bool {
         self.by_names(names).is_some()
     }
 
@@ -103,8 +103,8 @@ impl Callers {
         let refused = |message: String| error(ErrorReason::CallerUnknown, message);
         let by_connection = match (identity.peer, &identity.names) {
             (Peer::Tcp(_), Some(names)) => {
-                let listed = "the client certificate's names are not on the list of callers";
-                Some(self.by_names(names).ok_or_else(|| refused(listed.to_owned()))?)
+                let message = "the client certificate's names are not on the list of callers";
+                Some(self.by_names(names).ok_or_else(|| refused(message.to_owned()))?)
             }
             (Peer::Tcp(_), None) if self.tokens.is_some() => None,
             (Peer::Tcp(_), None) => Some(Arc::clone(&self.anonymous)),
@@ -113,37 +113,37 @@ impl Callers {
                     .ok_or_else(|| refused(format!("uid {uid} with gid {gid} is not on the list of Unix peers")))?,
             ),
         };
-        let Some(tokens) = &self.tokens else { return by_connection.ok_or_else(missing) };
-        match bearer(headers) {
+        let Some(tokens) = &self.tokens else { return by_connection.ok_or_else(token_missing) };
+        match bearer_token(headers) {
             Err(()) => Err(error(ErrorReason::TokenMalformed, "the authorization header is not one bearer token")),
             Ok(Some(token)) => {
                 tokens.caller_of(token).ok_or_else(|| error(ErrorReason::TokenUnknown, "the bearer token is not known"))
             }
-            Ok(None) => by_connection.ok_or_else(missing),
+            Ok(None) => by_connection.ok_or_else(token_missing),
         }
     }
 
     fn by_unix_peer(&self, uid: u32, gid: u32) -> Option<Arc<Caller>> {
-        let listed = self.listed.load();
-        if listed.unix_peers.is_empty() {
+        let lists = self.lists.load();
+        if lists.unix_peers.is_empty() {
             return Some(Arc::clone(&self.any_unix_peer));
         }
         let matches = |wanted: Option<u32>, found| wanted.is_none_or(|wanted| wanted == found);
-        let found = listed.unix_peers.iter().find(|(peer, _)| matches(peer.uid, uid) && matches(peer.gid, gid));
+        let found = lists.unix_peers.iter().find(|(peer, _)| matches(peer.uid, uid) && matches(peer.gid, gid));
         found.map(|(_, caller)| Arc::clone(caller))
     }
 
     fn by_names(&self, names: &[String]) -> Option<Arc<Caller>> {
-        let listed = self.listed.load();
-        if listed.certificates.is_empty() {
+        let lists = self.lists.load();
+        if lists.certificates.is_empty() {
             return Some(Arc::clone(&self.any_certificate));
         }
-        let found = listed.certificates.iter().find(|(san, _)| names.iter().any(|name| covers(san, name)));
+        let found = lists.certificates.iter().find(|(san, _)| names.iter().any(|name| covers(san, name)));
         found.map(|(_, caller)| Arc::clone(caller))
     }
 }
 
-fn missing() -> Status {
+fn token_missing() -> Status {
     error(ErrorReason::TokenMissing, "the call carries no bearer token: send `authorization: Bearer TOKEN`")
 }
 
@@ -164,7 +164,7 @@ fn role_of(word: RoleWord, workspaces: BTreeSet<String>) -> Role {
 }
 
 /// The bearer token of a call, if it has one. More than one, or another scheme, is a fault.
-fn bearer(headers: &HeaderMap) -> Result<Option<&[u8]>, ()> {
+fn bearer_token(headers: &HeaderMap) -> Result<Option<&[u8]>, ()> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
     match (values.next(), values.next()) {
         (None, _) => Ok(None),
@@ -176,9 +176,9 @@ fn bearer(headers: &HeaderMap) -> Result<Option<&[u8]>, ()> {
     }
 }
 
-// === impl Listed ===
+// === impl CallerLists ===
 
-impl Listed {
+impl CallerLists {
     fn of(settings: &CallerSettings) -> Self {
         let certificate = |caller: &CertificateCaller| {
             let CertificateCaller { san, role, workspaces } = caller;
@@ -220,8 +220,8 @@ impl Tokens {
         let new = parse(&self.path, &content, &self.key)?;
         let old = self.known.swap(Arc::new(new));
         let known = self.known.load();
-        let is_gone = |token: &&Token| !known.iter().any(|other| bool::from(other.hash.ct_eq(&token.hash)));
-        for Token { caller, .. } in old.iter().filter(is_gone) {
+        let is_removed = |token: &&Token| !known.iter().any(|other| bool::from(other.hash.ct_eq(&token.hash)));
+        for Token { caller, .. } in old.iter().filter(is_removed) {
             let (setting, caller) = ("callers.token_file", caller.name.as_str());
             tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
         }
@@ -374,8 +374,8 @@ mod tests {
     #[test]
     fn a_unix_peer_must_match_every_id_that_is_given_and_is_looked_up_for_each_call() {
         let one = |uid, gid| UnixCaller { uid, gid, role: RoleWord::Operator, workspaces: BTreeSet::new() };
-        let listed = |peers| CallerSettings { unix_peers: CallerList::Only(peers), ..CallerSettings::default() };
-        let callers = Callers::new(&listed(vec![one(Some(1), Some(2)), one(None, Some(9))])).unwrap();
+        let settings = |peers| CallerSettings { unix_peers: CallerList::Only(peers), ..CallerSettings::default() };
+        let callers = Callers::new(&settings(vec![one(Some(1), Some(2)), one(None, Some(9))])).unwrap();
         let identify = |uid, gid| {
             let identity = Identity { peer: Peer::Unix { uid, gid }, names: None };
             callers.identify(&identity, &HeaderMap::new()).map_err(|status| status.code())
@@ -383,7 +383,7 @@ mod tests {
         for (uid, gid, allowed) in [(1, 2, true), (1, 3, false), (3, 2, false), (5, 9, true)] {
             assert_eq!(identify(uid, gid).is_ok(), allowed, "{uid} {gid}");
         }
-        callers.relist(&listed(vec![one(Some(1), Some(2))]));
+        callers.replace_lists(&settings(vec![one(Some(1), Some(2))]));
         assert_eq!(identify(5, 9).unwrap_err(), Code::PermissionDenied);
         assert!(identify(1, 2).is_ok());
     }
@@ -391,14 +391,14 @@ mod tests {
     #[test]
     fn a_certificate_that_is_taken_off_the_list_makes_no_further_call() {
         let one = |san: &str| CertificateCaller { san: san.into(), role: RoleWord::Platform, workspaces: BTreeSet::new() };
-        let listed = |names| CallerSettings { certificates: CallerList::Only(names), ..CallerSettings::default() };
-        let callers = Callers::new(&listed(vec![one("spiffe://a/*"), one("api.example")])).unwrap();
+        let settings = |names| CallerSettings { certificates: CallerList::Only(names), ..CallerSettings::default() };
+        let callers = Callers::new(&settings(vec![one("spiffe://a/*"), one("api.example")])).unwrap();
         let identity =
             Identity { peer: Peer::Tcp("127.0.0.1:1".parse().unwrap()), names: Some(vec!["spiffe://a/platform".into()]) };
         assert_eq!(callers.identify(&identity, &HeaderMap::new()).unwrap().name, "certificate spiffe://a/*");
-        callers.relist(&listed(vec![one("api.example")]));
+        callers.replace_lists(&settings(vec![one("api.example")]));
         assert_eq!(callers.identify(&identity, &HeaderMap::new()).unwrap_err().code(), Code::PermissionDenied);
-        callers.relist(&CallerSettings { certificates: CallerList::Anyone, ..CallerSettings::default() });
+        callers.replace_lists(&CallerSettings { certificates: CallerList::Anyone, ..CallerSettings::default() });
         assert!(callers.identify(&identity, &HeaderMap::new()).is_ok());
     }
 }

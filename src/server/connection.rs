@@ -34,7 +34,7 @@ use tower_service::Service;
 
 use super::{
     callers::{Callers, Identity},
-    connections::{ConnectionCounts, ConnectionState, Place, Using},
+    connections::{CallGuard, ConnectionCounts, ConnectionState, Place},
     health::Phase,
     inline_executor::InlineExecutor,
     listen::{Accepted, Stream},
@@ -73,7 +73,7 @@ const ENHANCE_YOUR_CALM: u8 = 0x0b;
 /// person, and gRPC's clients lose its text: grpc-go tells of a connection that is draining, and tries again for ever.
 const TLS_ALERT: [u8; 7] = [0x15, 0x03, 0x03, 0, 2, 2, 10];
 /// What is said to whoever speaks TLS or HTTP/1.1 where neither is spoken. A TLS client shows none of it, but knows from it what is wrong.
-const SPEAKS_HTTP2: &str =
+const NEEDS_HTTP2: &str =
     "HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\nthis port speaks gRPC over HTTP/2";
 /// What is said to whoever speaks HTTP/2 and no gRPC.
 const NOT_GRPC: &str = "the content type must be application/grpc or application/grpc+proto: this port speaks gRPC\n";
@@ -85,9 +85,9 @@ const CONNECTION_WINDOW: u32 = 256 * 1024;
 /// What may wait to be sent of one answer that is not read.
 const SEND_BUFFER: usize = 64 * 1024;
 /// An answer that has not been read so long after its call's end is not read any more.
-const READ_TIME: Duration = Duration::from_secs(1);
+const ANSWER_READ_TIME: Duration = Duration::from_secs(1);
 /// How long the calls that are cut off at the end of a drain have to be told so.
-pub(super) const LAST_WORDS: Duration = Duration::from_millis(100);
+pub(super) const CUT_OFF_GRACE: Duration = Duration::from_millis(100);
 /// Beyond the longest deadline of a call: how long a connection that ignores GOAWAY is kept.
 const AFTER_LAST_CALL: Duration = Duration::from_secs(2);
 /// Health, which everybody may ask: a kubelet has neither certificate nor token.
@@ -134,7 +134,7 @@ impl ConnectionContext {
         let started = tokio::select! {
             started = timeout_at(handshake_by, self.begin(accepted)) => started,
             () = reached(&mut phase, Phase::Draining) => return,
-            () = place.state.told_to_make_room() => return,
+            () = place.state.evicted() => return,
         };
         let (io, identity) = match started {
             Ok(Ok(started)) => started,
@@ -149,7 +149,7 @@ impl ConnectionContext {
     }
 
     /// TLS where it is configured, then the preface: whoever does not speak HTTP/2 goes no further.
-    async fn begin(&self, accepted: Accepted) -> Result<(Prefaced, Identity), Option<Refusal>> {
+    async fn begin(&self, accepted: Accepted) -> Result<(Rewind, Identity), Option<Refusal>> {
         let Accepted { io, peer } = accepted;
         let (mut io, names, is_plain): (Box<dyn Stream>, _, _) = match (&self.tls, peer) {
             (Some(tls), Peer::Tcp(_)) => {
@@ -164,21 +164,21 @@ impl ConnectionContext {
             (_, _) => (io, None, true),
         };
         let mut preface = [0; PREFACE.len()];
-        io.read_exact(&mut preface).await.map_err(broken)?;
+        io.read_exact(&mut preface).await.map_err(broken_connection)?;
         if preface != *PREFACE {
             let is_tls = is_plain && preface.starts_with(&TLS_RECORD);
             // Noise on a bad network is told nothing: its client would take the text for another server's.
             if is_tls || METHODS.iter().any(|method| preface.starts_with(method)) {
-                say(io, format!("{SPEAKS_HTTP2}{}\n", if is_plain { ", without TLS" } else { "" }).as_bytes()).await;
+                send_last_bytes(io, format!("{NEEDS_HTTP2}{}\n", if is_plain { ", without TLS" } else { "" }).as_bytes()).await;
             }
             let fault = if is_tls { HandshakeFault::TlsUnexpected } else { HandshakeFault::NoHttp2 };
             return Err(Some(Refusal::of(fault)));
         }
-        Ok((Prefaced { io, left: Bytes::from_static(PREFACE) }, Identity { peer, names }))
+        Ok((Rewind { io, prefix: Bytes::from_static(PREFACE) }, Identity { peer, names }))
     }
 
     fn refuse(&self, peer: Peer, refusal: Refusal) {
-        self.counts.failed.inc();
+        self.counts.handshake_failed.inc();
         self.counts.refusals.add(peer, refusal);
     }
 
@@ -207,7 +207,7 @@ impl ConnectionContext {
 // === impl Connection ===
 
 impl Connection {
-    async fn serve(self: Arc<Self>, io: Prefaced) {
+    async fn serve(self: Arc<Self>, io: Rewind) {
         let mut phase = self.context.phase.clone();
         let ends_at = Instant::now() + self.context.max_age();
         let service = service_fn(|request| self.call(request));
@@ -231,7 +231,7 @@ impl Connection {
             () = reached(&mut phase, Phase::Draining) => {}
             () = sleep_until(ends_at) => {}
             () = self.state.idle(self.context.settings.max_connection_idle) => {}
-            () = self.state.told_to_make_room() => return,
+            () = self.state.evicted() => return,
         }
         // GOAWAY: what is under way is finished, nothing new begins.
         connection.as_mut().graceful_shutdown();
@@ -242,12 +242,12 @@ impl Connection {
             () = sleep(decide.max(batch) + AFTER_LAST_CALL) => {}
         }
         // What was cut off is told so.
-        drop(timeout(LAST_WORDS, running!()).await);
+        drop(timeout(CUT_OFF_GRACE, running!()).await);
     }
 
     /// One call: who, how much, until when, then the service. Its future goes to the heap: it is small, since what can be told at once has
     /// been told before.
-    fn call(self: &Arc<Self>, request: Request<Incoming>) -> impl Future<Output = Answered> + Send + use<> {
+    fn call(self: &Arc<Self>, request: Request<Incoming>) -> impl Future<Output = CallResult> + Send + use<> {
         let method = method_of(request.uri().path()).map(known_method);
         let record = Arc::new(CallRecord::begin(
             &self.context.recorder,
@@ -257,10 +257,10 @@ impl Connection {
         ));
         let started = self.start(request, method, &record);
         let end = started.as_ref().map_or_else(|_| Some(Instant::now()), |started| started.end);
-        self.inline.set_next_end(end.map(|end| end + READ_TIME));
-        let (context, using) = (Arc::clone(&self.context), self.state.begin_call());
+        self.inline.set_next_end(end.map(|end| end + ANSWER_READ_TIME));
+        let (context, call_guard) = (Arc::clone(&self.context), self.state.begin_call());
         async move {
-            let response = context.finish(started, using).await;
+            let response = context.finish(started, call_guard).await;
             // How it ended, as far as its headers tell: a failure of the library's or ours has no body before its code.
             let code = response.headers().get(Status::GRPC_STATUS).map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()));
             let reason = response.extensions().get::<Status>().map(Status::message);
@@ -277,7 +277,7 @@ impl Connection {
     ) -> Result<Started, Box<Response<Body>>> {
         if !is_grpc(request.headers()) {
             record.end(Code::InvalidArgument, NOT_GRPC);
-            return Err(Box::new(no_grpc()));
+            return Err(Box::new(not_grpc_response()));
         }
         self.begin(request, method, record).map_err(|status| Box::new(status.into_http()))
     }
@@ -308,15 +308,15 @@ impl Connection {
         let limits = &context.limits;
         let unknown = match &caller {
             Some(_) => None,
-            None => Some(Counted::one(&context.unknown_calls, limits.unknown_calls, "limits.unknown_calls")?),
+            None => Some(Permit::take(&context.unknown_calls, limits.unknown_calls, "limits.unknown_calls")?),
         };
-        let watch = if is_watch { Some(Counted::one(&context.watches, limits.watches, "limits.watches")?) } else { None };
+        let watch = if is_watch { Some(Permit::take(&context.watches, limits.watches, "limits.watches")?) } else { None };
         let bytes = context.bytes.call(caller.is_some());
         let request = request.map(|body| CountedBody::new(body, Arc::clone(&bytes)));
-        let held = Held { _unknown: unknown, _watch: watch, _bytes: bytes };
+        let permits = CallPermits { _unknown: unknown, _watch: watch, _bytes: bytes };
         match (method, caller) {
-            (Some(method), Some(caller)) => context.service_call(request, method, caller, record, held),
-            (_, _) => context.route(request, !is_watch, held),
+            (Some(method), Some(caller)) => context.service_call(request, method, caller, record, permits),
+            (_, _) => context.route(request, !is_watch, permits),
         }
     }
 }
@@ -329,7 +329,7 @@ impl ConnectionContext {
         method: &'static str,
         caller: Arc<Caller>,
         record: &Arc<CallRecord>,
-        held: Held,
+        permits: CallPermits,
     ) -> Result<Started, Status> {
         let (cap, limit) = if method == BATCH_DECIDE {
             (self.deadlines.batch, self.limits.batch_message_bytes)
@@ -338,38 +338,38 @@ impl ConnectionContext {
         };
         let deadline = self.deadline(request.headers(), cap)?;
         let service = PolicyDecisionServiceServer::new(self.service.to(caller, deadline, Arc::clone(record)));
-        let answering = service.max_decoding_message_size(limit).call(request);
-        Ok(Started { answering, end: Some(deadline.end), limit, held, streams: method == BATCH_DECIDE })
+        let response = service.max_decoding_message_size(limit).call(request);
+        Ok(Started { response, end: Some(deadline.end), limit, permits, streams: method == BATCH_DECIDE })
     }
 
     /// Health and reflection, which have a deadline as any call, but for a watch.
-    fn route(&self, request: Request<CountedBody>, ends: bool, held: Held) -> Result<Started, Status> {
+    fn route(&self, request: Request<CountedBody>, ends: bool, permits: CallPermits) -> Result<Started, Status> {
         let end = if ends { Some(self.deadline(request.headers(), self.deadlines.decide)?.end) } else { None };
         let limit = self.limits.message_bytes;
-        Ok(Started { answering: Box::pin(self.routes.clone().call(request)), end, limit, held, streams: !ends })
+        Ok(Started { response: Box::pin(self.routes.clone().call(request)), end, limit, permits, streams: !ends })
     }
 
     fn deadline(&self, headers: &HeaderMap, cap: Duration) -> Result<Deadline, Status> {
-        Deadline::of(headers, cap).ok_or_else(late)
+        Deadline::of(headers, cap).ok_or_else(deadline_exceeded)
     }
 
-    async fn finish(&self, started: Result<Started, Box<Response<Body>>>, using: Using) -> Response<Body> {
-        let Started { mut answering, end, limit, held, streams } = match started {
+    async fn finish(&self, started: Result<Started, Box<Response<Body>>>, call_guard: CallGuard) -> Response<Body> {
+        let Started { mut response, end, limit, permits, streams } = match started {
             Ok(started) => started,
             Err(response) => return *response,
         };
         // Most calls wait for nothing, and need no timer.
-        let answered = match (futures_util::poll!(&mut answering), end) {
+        let answered = match (futures_util::poll!(&mut response), end) {
             (Poll::Ready(answered), _) => answered,
-            (Poll::Pending, None) => answering.await,
+            (Poll::Pending, None) => response.await,
             (Poll::Pending, Some(end)) => {
                 let mut phase = self.phase.clone();
                 tokio::select! {
                     // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
-                    answered = timeout_at(end, answering) => match answered {
+                    answered = timeout_at(end, response) => match answered {
                         Ok(answered) => answered,
                         // The service has noticed that its call was given up.
-                        Err(_) => return late().into_http(),
+                        Err(_) => return deadline_exceeded().into_http(),
                     },
                     () = reached(&mut phase, Phase::Cut) => return draining().into_http(),
                 }
@@ -378,7 +378,7 @@ impl ConnectionContext {
         let Ok(response) = answered;
         match explanation(&response, limit) {
             Some(status) => status.into_http(),
-            None if streams => response.map(|body| Body::new(HoldingBody { body, _held: held, _using: using })),
+            None if streams => response.map(|body| Body::new(GuardedBody { body, _permits: permits, _call_guard: call_guard })),
             None => response,
         }
     }
@@ -392,7 +392,7 @@ fn is_grpc(headers: &HeaderMap) -> bool {
 }
 
 /// What other peers are told: gRPC's specification has this status of HTTP for it, and a body is for who reads it with curl.
-fn no_grpc() -> Response<Body> {
+fn not_grpc_response() -> Response<Body> {
     let mut response = Response::new(Body::new(NOT_GRPC.to_owned()));
     *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
     response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("text/plain"));
@@ -405,35 +405,35 @@ fn method_of(path: &str) -> Option<&str> {
 }
 
 /// What comes of a call.
-type Answered = Result<Response<Body>, Infallible>;
-type Answering = Pin<Box<dyn Future<Output = Answered> + Send>>;
+type CallResult = Result<Response<Body>, Infallible>;
+type CallFuture = Pin<Box<dyn Future<Output = CallResult> + Send>>;
 
 /// A call that is being answered.
 struct Started {
-    answering: Answering,
+    response: CallFuture,
     end: Option<Instant>,
     /// How long its message may be.
     limit: usize,
-    held: Held,
+    permits: CallPermits,
     /// It goes on after its first answer.
     streams: bool,
 }
 
 /// The shares of the limits over all connections that a call holds until it is answered.
-struct Held {
-    _unknown: Option<Counted>,
-    _watch: Option<Counted>,
+struct CallPermits {
+    _unknown: Option<Permit>,
+    _watch: Option<Permit>,
     _bytes: Arc<super::request_body::CallBytes>,
 }
 
 /// The answers of a call that goes on, which holds what it has to its end.
-struct HoldingBody {
+struct GuardedBody {
     body: Body,
-    _held: Held,
-    _using: Using,
+    _permits: CallPermits,
+    _call_guard: CallGuard,
 }
 
-impl hyper::body::Body for HoldingBody {
+impl hyper::body::Body for GuardedBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -447,27 +447,27 @@ impl hyper::body::Body for HoldingBody {
 }
 
 /// One place of a limited number.
-struct Counted(Arc<AtomicUsize>);
+struct Permit(Arc<AtomicUsize>);
 
-// === impl Counted ===
+// === impl Permit ===
 
-impl Counted {
-    fn one(count: &Arc<AtomicUsize>, limit: usize, name: &str) -> Result<Self, Status> {
-        let counted = Self(Arc::clone(count));
+impl Permit {
+    fn take(count: &Arc<AtomicUsize>, limit: usize, name: &str) -> Result<Self, Status> {
+        let permit = Self(Arc::clone(count));
         if count.fetch_add(1, Ordering::Relaxed) < limit {
-            return Ok(counted);
+            return Ok(permit);
         }
         Err(limit_reached(name, &format!("{limit} at a time"), RETRY_AFTER))
     }
 }
 
-impl Drop for Counted {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-fn late() -> Status {
+fn deadline_exceeded() -> Status {
     error(ErrorReason::Deadline, "no decision was made before the call's deadline")
 }
 
@@ -494,25 +494,25 @@ pub(super) async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
 }
 
 /// Tells a client that there are too many connections.
-pub(super) async fn turn_away(io: Box<dyn Stream>, limit: usize) {
-    say(io, &goaway(ENHANCE_YOUR_CALM, &format!("limits.connections ({limit}) is reached"))).await;
+pub(super) async fn reject_over_limit(io: Box<dyn Stream>, limit: usize) {
+    send_last_bytes(io, &goaway(ENHANCE_YOUR_CALM, &format!("limits.connections ({limit}) is reached"))).await;
 }
 
 /// A client's first bytes have been read, and are those of TLS. One that speaks HTTP without it is told so.
-async fn speaks_tls(mut io: Box<dyn Stream>) -> Result<Prefaced, Option<Refusal>> {
+async fn speaks_tls(mut io: Box<dyn Stream>) -> Result<Rewind, Option<Refusal>> {
     let mut first = [0; TLS_RECORD.len()];
-    io.read_exact(&mut first).await.map_err(broken)?;
+    io.read_exact(&mut first).await.map_err(broken_connection)?;
     if first == TLS_RECORD {
-        return Ok(Prefaced { io, left: Bytes::from_static(&TLS_RECORD) });
+        return Ok(Rewind { io, prefix: Bytes::from_static(&TLS_RECORD) });
     }
     if PREFACE.starts_with(&first) {
-        say(io, &TLS_ALERT).await;
+        send_last_bytes(io, &TLS_ALERT).await;
     }
     Err(Some(Refusal::of(HandshakeFault::NoTls)))
 }
 
 /// A connection that broke before it had said what it wants.
-fn broken(fault: io::Error) -> Option<Refusal> {
+fn broken_connection(fault: io::Error) -> Option<Refusal> {
     (!is_a_look(&fault)).then(|| Refusal::of(HandshakeFault::Failed))
 }
 
@@ -528,35 +528,35 @@ fn goaway(code: u8, why: &str) -> Vec<u8> {
 
 /// Some last bytes. Best effort: a fresh socket takes these few at once. What the client has sent is read, or the kernel would answer with a
 /// reset that takes them away again.
-async fn say(mut io: Box<dyn Stream>, words: &[u8]) {
-    const PATIENCE: Duration = Duration::from_millis(100);
-    const MOST: u64 = 64 * 1024;
-    let telling = async {
-        io.write_all(words).await?;
+async fn send_last_bytes(mut io: Box<dyn Stream>, bytes: &[u8]) {
+    const TIMEOUT: Duration = Duration::from_millis(100);
+    const MAX_DISCARDED_BYTES: u64 = 64 * 1024;
+    let sending = async {
+        io.write_all(bytes).await?;
         io.shutdown().await?;
-        tokio::io::copy(&mut io.take(MOST), &mut tokio::io::sink()).await
+        tokio::io::copy(&mut io.take(MAX_DISCARDED_BYTES), &mut tokio::io::sink()).await
     };
-    drop(timeout(PATIENCE, telling).await);
+    drop(timeout(TIMEOUT, sending).await);
 }
 
 /// A connection whose first bytes have been read, and are read again by the library behind it.
-struct Prefaced {
+struct Rewind {
     io: Box<dyn Stream>,
-    left: Bytes,
+    prefix: Bytes,
 }
 
-impl AsyncRead for Prefaced {
+impl AsyncRead for Rewind {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.left.is_empty() {
+        if self.prefix.is_empty() {
             return Pin::new(&mut self.io).poll_read(cx, buffer);
         }
-        let length = self.left.len().min(buffer.remaining());
-        buffer.put_slice(&self.left.split_to(length));
+        let length = self.prefix.len().min(buffer.remaining());
+        buffer.put_slice(&self.prefix.split_to(length));
         Poll::Ready(Ok(()))
     }
 }
 
-impl AsyncWrite for Prefaced {
+impl AsyncWrite for Rewind {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, bytes)
     }

@@ -16,7 +16,7 @@ use super::refused::Refusals;
 use crate::telemetry::metrics::{Collect, Counter, Page};
 
 /// A known caller's connection may make room only after so long without a call.
-const KNOWN_IDLE: Duration = Duration::from_secs(10);
+const KNOWN_CALLER_MIN_IDLE: Duration = Duration::from_secs(10);
 
 /// The connections that are open.
 pub(super) struct Connections {
@@ -38,18 +38,18 @@ pub(super) struct ConnectionState {
     last_used: AtomicU64,
     calls: AtomicUsize,
     /// Its handshake is over.
-    speaks: AtomicBool,
+    handshake_done: AtomicBool,
     /// A caller that is known has made a call.
     known: AtomicBool,
-    make_room: Notify,
-    gone: Notify,
+    eviction: Notify,
+    closed: Notify,
 }
 
 /// A connection that has come in.
-pub(super) struct Entered {
+pub(super) struct Admitted {
     pub(super) place: Place,
     /// The one that had to go for it.
-    pub(super) made_room: Option<Arc<ConnectionState>>,
+    pub(super) evicted: Option<Arc<ConnectionState>>,
 }
 
 /// A connection's place. Dropped with the connection.
@@ -60,18 +60,18 @@ pub(super) struct Place {
 }
 
 /// A call under way.
-pub(super) struct Using(Arc<ConnectionState>);
+pub(super) struct CallGuard(Arc<ConnectionState>);
 
 /// Numbers about connections, and about what takes them.
 #[derive(Default)]
 pub(super) struct ConnectionCounts {
     /// Each listener's.
     pub(super) open: Vec<Arc<Connections>>,
-    pub(super) taken: Counter,
-    pub(super) made_room: Counter,
+    pub(super) accepted: Counter,
+    pub(super) evicted: Counter,
     pub(super) refused: Counter,
     /// Connections that never came to HTTP/2 by their own fault or ours.
-    pub(super) failed: Counter,
+    pub(super) handshake_failed: Counter,
     /// Why.
     pub(super) refusals: Refusals,
     /// Work in the background that ended.
@@ -96,13 +96,13 @@ impl Connections {
     }
 
     /// A place for a new connection. `None`: every one is in use by a caller that is known.
-    pub(super) fn enter(self: &Arc<Self>) -> Option<Entered> {
+    pub(super) fn admit(self: &Arc<Self>) -> Option<Admitted> {
         let mut open = self.lock();
-        let mut made_room = None;
+        let mut evicted = None;
         if open.by_id.len() >= self.limit {
             let id = self.least_needed(&open)?;
-            made_room = open.by_id.remove(&id);
-            made_room.iter().for_each(|state| state.make_room.notify_one());
+            evicted = open.by_id.remove(&id);
+            evicted.iter().for_each(|state| state.eviction.notify_one());
         }
         let id = open.next_id;
         open.next_id += 1;
@@ -110,13 +110,13 @@ impl Connections {
             began: self.began,
             last_used: AtomicU64::new(since(self.began)),
             calls: AtomicUsize::new(0),
-            speaks: AtomicBool::new(false),
+            handshake_done: AtomicBool::new(false),
             known: AtomicBool::new(false),
-            make_room: Notify::new(),
-            gone: Notify::new(),
+            eviction: Notify::new(),
+            closed: Notify::new(),
         });
         open.by_id.insert(id, Arc::clone(&state));
-        Some(Entered { place: Place { connections: Arc::clone(self), id, state }, made_room })
+        Some(Admitted { place: Place { connections: Arc::clone(self), id, state }, evicted })
     }
 
     /// The connection that is missed least, if any may go. Looked for only when there is no room.
@@ -125,11 +125,11 @@ impl Connections {
         let rank = |state: &ConnectionState| {
             let last_used = state.last_used.load(Ordering::Relaxed);
             let idle = state.calls.load(Ordering::Relaxed) == 0;
-            let rank = match (state.known.load(Ordering::Relaxed), state.speaks.load(Ordering::Relaxed)) {
+            let rank = match (state.known.load(Ordering::Relaxed), state.handshake_done.load(Ordering::Relaxed)) {
                 (false, false) => 0,
                 (false, true) if idle => 1,
                 (false, true) => 2,
-                (true, _) if idle && now.saturating_sub(last_used) >= millis(KNOWN_IDLE) => 3,
+                (true, _) if idle && now.saturating_sub(last_used) >= millis(KNOWN_CALLER_MIN_IDLE) => 3,
                 (true, _) => return None,
             };
             Some((rank, last_used))
@@ -147,7 +147,7 @@ impl Connections {
 impl Drop for Place {
     fn drop(&mut self) {
         self.connections.lock().by_id.remove(&self.id);
-        self.state.gone.notify_one();
+        self.state.closed.notify_one();
     }
 }
 
@@ -164,12 +164,12 @@ impl Collect for ConnectionCounts {
     fn collect(&self, page: &mut Page) {
         let open: usize = self.open.iter().map(|connections| connections.count()).sum();
         page.gauge("byokgate_connections_open", "Connections that are open").add(&[], open);
-        page.counter("byokgate_connections", "Connections that were taken").add(&[], &self.taken);
+        page.counter("byokgate_connections", "Connections that were taken").add(&[], &self.accepted);
         page.counter("byokgate_connections_made_room", "Connections that were closed to make room for others")
-            .add(&[], &self.made_room);
+            .add(&[], &self.evicted);
         let mut refused = page.counter("byokgate_connections_refused", "Connections that came to no call");
         refused.add(&[("reason", "limit")], &self.refused);
-        refused.add(&[("reason", "handshake")], &self.failed);
+        refused.add(&[("reason", "handshake")], &self.handshake_failed);
         self.refusals.collect(page);
         if let Some(task) = self.task_ended.get() {
             page.counter("byokgate_background_tasks_ended", "Work in the background that ended: the server is stopping")
@@ -183,7 +183,7 @@ impl Collect for ConnectionCounts {
 impl ConnectionState {
     /// Its handshake is over.
     pub(super) fn set_handshake_done(&self) {
-        self.speaks.store(true, Ordering::Relaxed);
+        self.handshake_done.store(true, Ordering::Relaxed);
     }
 
     /// A caller that is known has made a call.
@@ -192,9 +192,9 @@ impl ConnectionState {
     }
 
     /// A call begins.
-    pub(super) fn begin_call(self: &Arc<Self>) -> Using {
+    pub(super) fn begin_call(self: &Arc<Self>) -> CallGuard {
         self.calls.fetch_add(1, Ordering::Relaxed);
-        Using(Arc::clone(self))
+        CallGuard(Arc::clone(self))
     }
 
     /// Waits until it has been without a call for this long.
@@ -210,19 +210,19 @@ impl ConnectionState {
     }
 
     /// Waits until it has to make room for another.
-    pub(super) async fn told_to_make_room(&self) {
-        self.make_room.notified().await;
+    pub(super) async fn evicted(&self) {
+        self.eviction.notified().await;
     }
 }
 
 impl ConnectionState {
     /// Waits until it is closed.
-    pub(super) async fn gone(&self) {
-        self.gone.notified().await;
+    pub(super) async fn closed(&self) {
+        self.closed.notified().await;
     }
 }
 
-impl Drop for Using {
+impl Drop for CallGuard {
     fn drop(&mut self) {
         self.0.last_used.store(since(self.0.began), Ordering::Relaxed);
         self.0.calls.fetch_sub(1, Ordering::Relaxed);
@@ -243,15 +243,15 @@ mod tests {
 
     use super::*;
 
-    async fn makes_room(place: &Place) -> bool {
-        tokio::time::timeout(Duration::ZERO, place.state.told_to_make_room()).await.is_ok()
+    async fn is_evicted(place: &Place) -> bool {
+        tokio::time::timeout(Duration::ZERO, place.state.evicted()).await.is_ok()
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_is_known_least_makes_room_and_who_is_in_use_never() {
         let connections = Connections::new(4);
-        let enter = || connections.enter().map(|entered| entered.place);
-        let (silent, idle, asking, known) = (enter().unwrap(), enter().unwrap(), enter().unwrap(), enter().unwrap());
+        let admit = || connections.admit().map(|admitted| admitted.place);
+        let (silent, idle, asking, known) = (admit().unwrap(), admit().unwrap(), admit().unwrap(), admit().unwrap());
         for place in [&idle, &asking, &known] {
             place.state.set_handshake_done();
         }
@@ -261,24 +261,24 @@ mod tests {
         let mut newer = Vec::new();
         for (place, what) in [(&silent, "no handshake"), (&idle, "no call"), (&asking, "a call of nobody's")] {
             advance(Duration::from_secs(60)).await;
-            let new = enter().unwrap_or_else(|| panic!("{what}"));
+            let new = admit().unwrap_or_else(|| panic!("{what}"));
             new.state.set_handshake_done();
             new.state.set_known();
-            assert!(makes_room(place).await && !makes_room(&known).await, "{what}");
+            assert!(is_evicted(place).await && !is_evicted(&known).await, "{what}");
             newer.push((new.state.begin_call(), new));
         }
-        assert!(enter().is_none(), "everybody is known and at work");
+        assert!(admit().is_none(), "everybody is known and at work");
         drop(in_use);
-        assert!(enter().is_none(), "a known caller's pause is no idleness");
-        advance(KNOWN_IDLE).await;
-        assert!(enter().is_some() && makes_room(&known).await);
+        assert!(admit().is_none(), "a known caller's pause is no idleness");
+        advance(KNOWN_CALLER_MIN_IDLE).await;
+        assert!(admit().is_some() && is_evicted(&known).await);
         assert_eq!(connections.count(), 3, "places go with their connections");
     }
 
     #[tokio::test(start_paused = true)]
     async fn idle_is_counted_from_the_end_of_the_last_call() {
         let connections = Connections::new(1);
-        let place = connections.enter().unwrap().place;
+        let place = connections.admit().unwrap().place;
         let limit = Duration::from_secs(10);
         let began = Instant::now();
         let call = place.state.begin_call();

@@ -29,7 +29,7 @@ pub(super) enum Phase {
 #[derive(Clone)]
 pub(super) struct HealthService(pub(super) watch::Receiver<Phase>);
 
-fn answer(phase: Phase) -> HealthCheckResponse {
+fn response_for(phase: Phase) -> HealthCheckResponse {
     let status = match phase {
         Phase::Serving => ServingStatus::Serving,
         Phase::Starting | Phase::Leaving | Phase::Draining | Phase::Cut => ServingStatus::NotServing,
@@ -37,7 +37,7 @@ fn answer(phase: Phase) -> HealthCheckResponse {
     HealthCheckResponse { status: status as i32 }
 }
 
-fn known(request: Request<HealthCheckRequest>) -> Result<(), Status> {
+fn check_service_name(request: Request<HealthCheckRequest>) -> Result<(), Status> {
     let HealthCheckRequest { service } = request.into_inner();
     if service.is_empty() || service == NAME { Ok(()) } else { Err(Status::not_found("no service of this name is served")) }
 }
@@ -47,25 +47,25 @@ impl Health for HealthService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send>>;
 
     async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
-        known(request)?;
-        Ok(Response::new(answer(*self.0.borrow())))
+        check_service_name(request)?;
+        Ok(Response::new(response_for(*self.0.borrow())))
     }
 
     /// Each change, the present state first; it ends when the server drains.
     async fn watch(&self, request: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        known(request)?;
-        let told = stream::unfold((self.0.clone(), None::<HealthCheckResponse>), |(mut phase, last)| async move {
+        check_service_name(request)?;
+        let changes = stream::unfold((self.0.clone(), None::<HealthCheckResponse>), |(mut phase, last)| async move {
             loop {
                 let now = *phase.borrow_and_update();
-                let said = answer(now);
-                if last != Some(said) {
-                    return Some((Ok(said), (phase, Some(said))));
+                let response = response_for(now);
+                if last != Some(response) {
+                    return Some((Ok(response), (phase, Some(response))));
                 }
                 if now >= Phase::Draining || phase.changed().await.is_err() {
                     return None;
                 }
             }
         });
-        Ok(Response::new(Box::pin(told)))
+        Ok(Response::new(Box::pin(changes)))
     }
 }

@@ -48,8 +48,8 @@ impl InlineExecutor {
             let next = self.lock().calls.pop_front();
             let Some(Call { mut running, end }) = next else { return };
             // Nothing needs waking yet: a call that waits is polled again, by its task. A panic ends the call alone, as in a task.
-            let mut unwoken = Context::from_waker(Waker::noop());
-            let polled = catch_unwind(AssertUnwindSafe(|| running.as_mut().poll(&mut unwoken)));
+            let mut no_wake = Context::from_waker(Waker::noop());
+            let polled = catch_unwind(AssertUnwindSafe(|| running.as_mut().poll(&mut no_wake)));
             if polled.is_ok_and(|polled| polled.is_pending()) {
                 tokio::spawn(async move {
                     match end {
@@ -95,10 +95,10 @@ mod tests {
     #[tokio::test]
     async fn who_need_not_wait_gets_no_task_and_who_waits_gets_one() {
         let (inline, answered) = (InlineExecutor::default(), Arc::new(AtomicUsize::new(0)));
-        let (tell, told) = oneshot::channel::<()>();
+        let (sender, receiver) = oneshot::channel::<()>();
         let (first, second) = (Arc::clone(&answered), Arc::clone(&answered));
         inline.execute(async move {
-            told.await.unwrap();
+            receiver.await.unwrap();
             second.fetch_add(10, Ordering::Relaxed);
         });
         inline.execute(async move {
@@ -107,7 +107,7 @@ mod tests {
         assert_eq!(seen(&answered), (0, 0), "nobody has been polled");
         inline.poll_once();
         assert_eq!(seen(&answered), (1, 1));
-        tell.send(()).unwrap();
+        sender.send(()).unwrap();
         while seen(&answered).1 > 0 {
             yield_now().await;
         }

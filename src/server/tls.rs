@@ -53,12 +53,12 @@ pub(super) struct TlsFiles {
 pub(super) struct Tls {
     files: TlsFiles,
     callers: Arc<Callers>,
-    in_force: ArcSwap<InForce>,
+    active: ArcSwap<ActiveConfig>,
     last: Mutex<blake3::Hash>,
 }
 
 /// What the files held when they were last good.
-struct InForce {
+struct ActiveConfig {
     config: Arc<ServerConfig>,
     /// When the server's certificate ends, and the first of the clients' authorities, in seconds of Unix time.
     certificate_ends: Option<i64>,
@@ -78,29 +78,29 @@ impl Tls {
     /// Reads the files. Whatever is wrong with them is fatal here.
     pub(super) fn load(files: TlsFiles, callers: Arc<Callers>) -> Result<Self, ServerError> {
         let content = Content::read(&files)?;
-        let in_force = content.in_force(&files, &callers)?;
-        Ok(Self { last: Mutex::new(content.hash()), in_force: ArcSwap::from_pointee(in_force), files, callers })
+        let active = content.load(&files, &callers)?;
+        Ok(Self { last: Mutex::new(content.hash()), active: ArcSwap::from_pointee(active), files, callers })
     }
 
     /// Adds everything that is to be said of these files.
     pub(super) fn review(files: &TlsFiles, callers: &Arc<Callers>, found: &mut Review) {
         let TlsFiles { certificate, key, client_ca } = files;
         let named = [Some(certificate), Some(key), client_ca.as_ref()].into_iter().flatten();
-        let unread: Vec<ServerError> = named.filter_map(|path| read(path).err()).collect();
-        if !unread.is_empty() {
-            return found.faults.extend(unread);
+        let unreadable: Vec<ServerError> = named.filter_map(|path| read(path).err()).collect();
+        if !unreadable.is_empty() {
+            return found.faults.extend(unreadable);
         }
         let content = match Content::read(files) {
             Ok(content) => content,
             Err(fault) => return found.faults.push(fault),
         };
-        match content.in_force(files, callers) {
-            Ok(in_force) => found.near_ends.extend(in_force.ends(files).into_iter().filter_map(of_near_end)),
+        match content.load(files, callers) {
+            Ok(active) => found.near_ends.extend(active.ends(files).into_iter().filter_map(near_end_warning)),
             Err(fault) => found.faults.push(fault),
         }
         // The authority's own fault, where the server's certificate has hidden it.
         if let (Some(pem), Some(path)) = (&content.client_ca, client_ca)
-            && let Err(message) = known_clients(pem, Arc::new(ring::default_provider()), callers)
+            && let Err(message) = client_verifier(pem, Arc::new(ring::default_provider()), callers)
             && !found.faults.iter().any(|fault| matches!(fault, ServerError::Content { path: other, .. } if other == path))
         {
             found.faults.push(ServerError::Content { path: path.clone(), message });
@@ -113,25 +113,25 @@ impl Tls {
         if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
             return Ok(Reloaded::Unchanged);
         }
-        self.in_force.store(Arc::new(content.in_force(&self.files, &self.callers)?));
+        self.active.store(Arc::new(content.load(&self.files, &self.callers)?));
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
         Ok(Reloaded::Taken)
     }
 
     /// For one connection: what is in force now.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor::from(Arc::clone(&self.in_force.load().config))
+        TlsAcceptor::from(Arc::clone(&self.active.load().config))
     }
 
     /// The certificates in force.
     pub(super) fn ends(&self) -> Vec<CertificateEnd> {
-        self.in_force.load().ends(&self.files)
+        self.active.load().ends(&self.files)
     }
 }
 
-// === impl InForce ===
+// === impl ActiveConfig ===
 
-impl InForce {
+impl ActiveConfig {
     /// The setting that names the file, the file, and when it ends in seconds of Unix time.
     fn ends(&self, TlsFiles { certificate, client_ca, .. }: &TlsFiles) -> Vec<CertificateEnd> {
         [
@@ -145,7 +145,7 @@ impl InForce {
 }
 
 /// Of one that is near its end: the setting, and what to say of it.
-fn of_near_end((setting, file, end): CertificateEnd) -> Option<(&'static str, String)> {
+fn near_end_warning((setting, file, end): CertificateEnd) -> Option<(&'static str, String)> {
     let (left, ends_at) = near_end(end)?;
     Some((setting, format!("{file} ends at {ends_at}, left: {left}; {}", certificate_remedy(setting))))
 }
@@ -163,17 +163,17 @@ fn near_end(end: i64) -> Option<(String, String)> {
 
 /// Says at the start, after a change and once a day that a certificate is near its end, or past it.
 pub(super) async fn watch_ends(tls: Arc<Tls>) {
-    const LOOK_EVERY: Duration = Duration::from_secs(60);
-    const TELL_EVERY: Duration = Duration::from_secs(24 * 3600);
-    let mut told: Option<(Vec<CertificateEnd>, Instant)> = None;
+    const CHECK_EVERY: Duration = Duration::from_secs(60);
+    const WARN_EVERY: Duration = Duration::from_secs(24 * 3600);
+    let mut last_warned: Option<(Vec<CertificateEnd>, Instant)> = None;
     loop {
         let ends = tls.ends();
-        let is_due = told.as_ref().is_none_or(|(earlier, at)| *earlier != ends || at.elapsed() >= TELL_EVERY);
+        let is_due = last_warned.as_ref().is_none_or(|(earlier, at)| *earlier != ends || at.elapsed() >= WARN_EVERY);
         if is_due {
             ends.iter().for_each(|(setting, file, end)| warn_near_end(setting, file, *end));
-            told = Some((ends, Instant::now()));
+            last_warned = Some((ends, Instant::now()));
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(CHECK_EVERY).await;
     }
 }
 
@@ -236,9 +236,9 @@ impl Content {
         })
     }
 
-    fn in_force(&self, files: &TlsFiles, callers: &Arc<Callers>) -> Result<InForce, ServerError> {
+    fn load(&self, files: &TlsFiles, callers: &Arc<Callers>) -> Result<ActiveConfig, ServerError> {
         let first_end = |pem: &Zeroizing<Vec<u8>>| certificates(pem).ok()?.iter().filter_map(end_of_validity).min();
-        Ok(InForce {
+        Ok(ActiveConfig {
             config: Arc::new(self.config(files, callers)?),
             // A chain is good as long as each of its parts.
             certificate_ends: first_end(&self.certificate),
@@ -262,7 +262,7 @@ impl Content {
             .map_err(|failed| fault(&files.certificate, failed.to_string()))?;
         let builder = match (&self.client_ca, &files.client_ca) {
             (Some(pem), Some(path)) => {
-                let verifier = known_clients(pem, provider, callers).map_err(|message| fault(path, message))?;
+                let verifier = client_verifier(pem, provider, callers).map_err(|message| fault(path, message))?;
                 builder.with_client_cert_verifier(verifier)
             }
             (_, _) => builder.with_no_client_auth(),
@@ -348,14 +348,14 @@ fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
 /// Takes clients whose certificate the authority signed *and* whose name is on the list: both in the handshake, so that
 /// nobody else sends a byte of HTTP.
 #[derive(Debug)]
-struct KnownClients {
+struct ListedClientVerifier {
     chain: Arc<dyn ClientCertVerifier>,
     callers: CallersOnly,
 }
 
 struct CallersOnly(Arc<Callers>);
 
-fn known_clients(
+fn client_verifier(
     pem: &[u8],
     provider: Arc<CryptoProvider>,
     callers: &Arc<Callers>,
@@ -367,7 +367,7 @@ fn known_clients(
     let chain = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
         .build()
         .map_err(|fault| format!("cannot verify clients: {fault}"))?;
-    Ok(Arc::new(KnownClients { chain, callers: CallersOnly(Arc::clone(callers)) }))
+    Ok(Arc::new(ListedClientVerifier { chain, callers: CallersOnly(Arc::clone(callers)) }))
 }
 
 /// The names in a certificate: URIs, then DNS names. None: it does not parse.
@@ -376,7 +376,7 @@ pub(super) fn names_of(certificate: &CertificateDer<'_>) -> Option<Vec<String>> 
     Some(parsed.valid_uri_names().chain(parsed.valid_dns_names()).map(str::to_owned).collect())
 }
 
-impl ClientCertVerifier for KnownClients {
+impl ClientCertVerifier for ListedClientVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         self.chain.root_hint_subjects()
     }
@@ -391,7 +391,11 @@ impl ClientCertVerifier for KnownClients {
         presented(names.as_deref().unwrap_or_default());
         let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
         let names = names.ok_or(CertificateError::BadEncoding)?;
-        if self.callers.0.knows(&names) { Ok(verified) } else { Err(CertificateError::ApplicationVerificationFailure.into()) }
+        if self.callers.0.allows_names(&names) {
+            Ok(verified)
+        } else {
+            Err(CertificateError::ApplicationVerificationFailure.into())
+        }
     }
 
     fn verify_tls12_signature(
@@ -465,11 +469,11 @@ mod tests {
         write(&first);
         let callers = Arc::new(Callers::new(&CallerSettings::default()).unwrap());
         let tls = Tls::load(files.clone(), callers).unwrap();
-        let in_force = Arc::as_ptr(&tls.in_force.load_full());
+        let active = Arc::as_ptr(&tls.active.load_full());
         let stays = |why: &str, fault: &str| {
             let said = super::chain(&tls.refresh().unwrap_err());
             assert!(said.contains(fault), "{why}: {said}");
-            assert_eq!(Arc::as_ptr(&tls.in_force.load_full()), in_force, "{why}");
+            assert_eq!(Arc::as_ptr(&tls.active.load_full()), active, "{why}");
         };
         assert_eq!(tls.refresh().unwrap(), Reloaded::Unchanged);
         fs::write(&files.certificate, &second.0).unwrap();
@@ -490,6 +494,6 @@ mod tests {
         stays("gone", "could not be read");
         write(&second);
         assert_eq!(tls.refresh().unwrap(), Reloaded::Taken);
-        assert_ne!(Arc::as_ptr(&tls.in_force.load_full()), in_force);
+        assert_ne!(Arc::as_ptr(&tls.active.load_full()), active);
     }
 }

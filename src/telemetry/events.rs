@@ -141,8 +141,8 @@ impl Journal {
             return;
         }
         // Nobody was refused by an answer that its caller does not act on.
-        let loud = is_loud(decision) && !request.report_only;
-        let (level, passes) = if loud { ("WARN", self.warn) } else { ("INFO", self.info) };
+        let warns = is_warning(decision) && !request.report_only;
+        let (level, passes) = if warns { ("WARN", self.warn) } else { ("INFO", self.info) };
         if !passes {
             return;
         }
@@ -158,24 +158,24 @@ impl Journal {
         if request.report_only {
             line.flag(key!("report_only"));
         }
-        line.given(text!("workspace_id"), &spec.workspace_id);
-        line.given(text!("organization_id"), &spec.organization_id);
-        line.given(text!("caller"), &caller.name);
+        line.optional_text(text!("workspace_id"), &spec.workspace_id);
+        line.optional_text(text!("organization_id"), &spec.organization_id);
+        line.optional_text(text!("caller"), &caller.name);
         line.text(text!("runtime"), &spec.runtime);
         line.text(text!("model"), &spec.model);
         line.word(text!("outcome"), word);
         line.word(text!("code"), code);
         if let Outcome::Deny(deny) = outcome {
             line.text(text!("reason"), &printable(&deny.refusal.message()));
-            line.given(text!("operator_hint"), &printable(&deny.refusal.operator_hint()));
+            line.optional_text(text!("operator_hint"), &printable(&deny.refusal.operator_hint()));
         }
-        line.given(text!("provider"), &resolution.provider);
+        line.optional_text(text!("provider"), &resolution.provider);
         line.word(text!("billing_mode"), resolution.billing_mode.map_or("", |mode| mode.as_str()));
         line.word(text!("source"), resolution.source.as_str());
         if let Some(credential) = &resolution.credential {
             line.text(text!("credential_env"), &credential.env_name);
             line.word(text!("credential_scope"), credential.scope.as_str());
-            line.given(text!("credential_fingerprint"), &credential.fingerprint);
+            line.optional_text(text!("credential_fingerprint"), &credential.fingerprint);
         }
         if let Some(liveness) = liveness {
             line.word(text!("verdict"), liveness.verdict.as_str());
@@ -188,8 +188,8 @@ impl Journal {
             }
             // Of an allow about which there is nothing to say, neither: it is most of the log.
             if !is_plain {
-                line.given(text!("endpoint_host"), &liveness.endpoint_host);
-                line.given(text!("probe"), &liveness.probe);
+                line.optional_text(text!("endpoint_host"), &liveness.endpoint_host);
+                line.optional_text(text!("probe"), &liveness.probe);
             }
         }
         if let Some(finding) = finding.as_ref().filter(|_| !is_plain) {
@@ -220,9 +220,9 @@ impl Journal {
         line.text(text!("method"), method);
         if let Some(Request { spec, checkpoint, caller, .. }) = request {
             line.word(text!("checkpoint"), checkpoint.as_str());
-            line.given(text!("workspace_id"), &spec.workspace_id);
-            line.given(text!("organization_id"), &spec.organization_id);
-            line.given(text!("caller"), &caller.name);
+            line.optional_text(text!("workspace_id"), &spec.workspace_id);
+            line.optional_text(text!("organization_id"), &spec.organization_id);
+            line.optional_text(text!("caller"), &caller.name);
         }
         line.plain(text!("peer"), &peer.to_string());
         if report_only {
@@ -290,7 +290,7 @@ impl Line {
     }
 
     /// A text that may be empty: then it is left out.
-    fn given(&mut self, key: &str, text: &str) {
+    fn optional_text(&mut self, key: &str, text: &str) {
         if !text.is_empty() {
             self.text(key, text);
         }
@@ -302,14 +302,14 @@ impl Line {
     }
 
     /// Why the verdict is what it is.
-    fn cause(&mut self, finding: &Finding, shown: Option<&Liveness>) {
+    fn cause(&mut self, finding: &Finding, liveness: Option<&Liveness>) {
         self.word(text!("header"), finding.family.map_or("", HeaderFamily::as_str));
         self.word(text!("cause"), finding.cause.map_or("", Cause::as_str));
         self.word(text!("unreached"), finding.unreached.map_or("", cause::unreached));
         self.word(text!("withheld"), finding.withheld.map_or("", cause::withheld));
         // Nobody wonders how made-up keys fare where nobody answered.
         self.word(text!("made_up_keys"), if finding.status.is_some() { cause::made_up(finding.made_up) } else { "" });
-        if shown.is_some_and(|shown| shown.verdict != finding.verdict) {
+        if liveness.is_some_and(|liveness| liveness.verdict != finding.verdict) {
             // An earlier VALID is shown.
             self.word(text!("verdict_now"), finding.verdict.as_str());
         }
@@ -339,7 +339,7 @@ impl Line {
     }
 }
 
-fn is_loud(decision: &Decision) -> bool {
+fn is_warning(decision: &Decision) -> bool {
     let by_design = decision.liveness.as_ref().is_some_and(|liveness| liveness.verdict == Verdict::NoServerSurface);
     match decision.outcome {
         Outcome::Deny(_) => true,
@@ -385,7 +385,7 @@ mod tests {
         let mut line = Line::begin("decision", "INFO");
         for text in texts {
             line.text(text!("text"), text);
-            line.given(text!("given"), text);
+            line.optional_text(text!("given"), text);
         }
         line.number(key!("number"), u64::MAX);
         line.words(key!("none"), std::iter::empty());
@@ -401,8 +401,8 @@ mod tests {
         let expect = format!("{},\"number\":{},\"none\":[],\"words\":[\"ONE\",\"TWO\"]", expect.concat(), u64::MAX);
         assert!(std::str::from_utf8(rest).unwrap().ends_with(&expect), "{rest:?}");
         assert_eq!(end, b"}\n");
-        let told: serde_json::Value = serde_json::from_slice(&line).unwrap();
-        assert!(told["timestamp"].as_str().unwrap().parse::<jiff::Timestamp>().is_ok(), "{told}");
+        let parsed: serde_json::Value = serde_json::from_slice(&line).unwrap();
+        assert!(parsed["timestamp"].as_str().unwrap().parse::<jiff::Timestamp>().is_ok(), "{parsed}");
     }
 
     #[test]

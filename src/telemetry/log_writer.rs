@@ -25,13 +25,13 @@ use crate::telemetry::metrics::{Collect, Page};
 /// counted.
 pub const MAX_PENDING: usize = 4 << 20;
 /// How long lines are collected, where there are many.
-const MOMENT: Duration = Duration::from_millis(20);
+const BATCH_INTERVAL: Duration = Duration::from_millis(20);
 /// So many writes of a moment are made at once: each wakes the thread, which is dear where there are few cores.
-const WRITES: u32 = 16;
+const WRITES_PER_INTERVAL: u32 = 16;
 /// Lines are collected up to this: more at once saves no system call that counts, and would not stay in a core's cache.
-const BATCH: usize = 128 << 10;
+const BATCH_BYTES: usize = 128 << 10;
 /// What an empty buffer may keep of its space, so that a burst is not remembered for ever.
-const KEPT: usize = 2 * BATCH;
+const RETAINED_CAPACITY: usize = 2 * BATCH_BYTES;
 
 /// Where lines go. A clone goes to the same place; when the last one is dropped, the thread writes what is left and ends.
 #[derive(Clone)]
@@ -42,11 +42,11 @@ struct Owner(Arc<Shared>);
 struct Shared {
     state: Mutex<State>,
     /// There is something to write, after a time without.
-    more: Condvar,
+    work: Condvar,
     /// There is no time to collect, or enough is.
-    hurry: Condvar,
+    flush_now: Condvar,
     /// Everything is written.
-    done: Condvar,
+    drained: Condvar,
 }
 
 #[derive(Default)]
@@ -56,9 +56,9 @@ struct State {
     count: u64,
     dropped: u64,
     writing: bool,
-    /// The thread waits for `more`. Without it every line would wake somebody who is awake: a system call.
+    /// The thread waits for `work`. Without it every line would wake somebody who is awake: a system call.
     idle: bool,
-    hurried: bool,
+    flush_requested: bool,
     closed: bool,
 }
 
@@ -69,9 +69,9 @@ impl LogWriter {
     pub fn to(stream: impl Write + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State::default()),
-            more: Condvar::new(),
-            hurry: Condvar::new(),
-            done: Condvar::new(),
+            work: Condvar::new(),
+            flush_now: Condvar::new(),
+            drained: Condvar::new(),
         });
         let writer = Arc::clone(&shared);
         thread::Builder::new().name("log".into()).spawn(move || writer.write_all_to(stream))?;
@@ -80,7 +80,7 @@ impl LogWriter {
 
     /// Takes a line with its line break; or, where there is no room for all of it, counts it as dropped.
     pub fn push(&self, line: &[u8]) {
-        let Shared { more, hurry, .. } = &*self.0.0;
+        let Shared { work, flush_now, .. } = &*self.0.0;
         let mut state = self.0.0.lock();
         let (before, after) = (state.pending.len(), state.pending.len() + line.len());
         if after > MAX_PENDING {
@@ -91,10 +91,10 @@ impl LogWriter {
         state.count += 1;
         if mem::take(&mut state.idle) {
             drop(state);
-            more.notify_one();
-        } else if before < BATCH && after >= BATCH {
+            work.notify_one();
+        } else if before < BATCH_BYTES && after >= BATCH_BYTES {
             drop(state);
-            hurry.notify_one();
+            flush_now.notify_one();
         }
     }
 
@@ -104,19 +104,19 @@ impl LogWriter {
     }
 
     /// Waits until everything is written, but not longer than this. Whether it is.
-    pub fn flush(&self, patience: Duration) -> bool {
-        let Shared { more, hurry, done, .. } = &*self.0.0;
-        let end = Instant::now() + patience;
+    pub fn flush(&self, timeout: Duration) -> bool {
+        let Shared { work, flush_now, drained, .. } = &*self.0.0;
+        let end = Instant::now() + timeout;
         let mut state = self.0.0.lock();
         loop {
             if state.pending.is_empty() && !state.writing {
                 return true;
             }
             let Some(left) = end.checked_duration_since(Instant::now()) else { return false };
-            state.hurried = true;
-            more.notify_one();
-            hurry.notify_one();
-            state = done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state.flush_requested = true;
+            work.notify_one();
+            flush_now.notify_one();
+            state = drained.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
@@ -151,7 +151,7 @@ impl<'a> MakeWriter<'a> for LogWriter {
 impl Shared {
     fn write_all_to(&self, mut stream: impl Write) {
         let mut batch = Vec::new();
-        let mut told = 0;
+        let mut reported = 0;
         let (mut began, mut writes) = (Instant::now(), 0);
         let mut state = self.lock();
         loop {
@@ -160,36 +160,37 @@ impl Shared {
                     return;
                 }
                 state.idle = true;
-                state = self.more.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             state.idle = false;
             state.writing = true;
             mem::swap(&mut state.pending, &mut batch);
             let (count, dropped) = (mem::take(&mut state.count), state.dropped);
             drop(state);
-            if dropped > told {
-                put_lost(&mut batch, dropped - told);
+            if dropped > reported {
+                put_dropped_line(&mut batch, dropped - reported);
             }
             let written = stream.write_all(&batch).and_then(|()| stream.flush());
             batch.clear();
-            batch.shrink_to(KEPT);
+            batch.shrink_to(RETAINED_CAPACITY);
             state = self.lock();
             match written {
-                Ok(()) => told = dropped,
+                Ok(()) => reported = dropped,
                 Err(_) => state.dropped += count,
             }
             state.writing = false;
             if state.pending.is_empty() {
-                state.hurried = false;
-                self.done.notify_all();
+                state.flush_requested = false;
+                self.drained.notify_all();
             }
-            let left = MOMENT.saturating_sub(began.elapsed());
+            let left = BATCH_INTERVAL.saturating_sub(began.elapsed());
             writes += 1;
             if left.is_zero() {
                 (began, writes) = (Instant::now(), 0);
-            } else if writes >= WRITES {
-                let collects = |state: &mut State| !state.hurried && !state.closed && state.pending.len() < BATCH;
-                let pause = self.hurry.wait_timeout_while(state, left, collects);
+            } else if writes >= WRITES_PER_INTERVAL {
+                let keep_collecting =
+                    |state: &mut State| !state.flush_requested && !state.closed && state.pending.len() < BATCH_BYTES;
+                let pause = self.flush_now.wait_timeout_while(state, left, keep_collecting);
                 state = pause.unwrap_or_else(PoisonError::into_inner).0;
             }
         }
@@ -205,12 +206,12 @@ impl Drop for Owner {
     fn drop(&mut self) {
         let Self(shared) = self;
         shared.lock().closed = true;
-        shared.more.notify_one();
-        shared.hurry.notify_one();
+        shared.work.notify_one();
+        shared.flush_now.notify_one();
     }
 }
 
-fn put_lost(batch: &mut Vec<u8>, count: u64) {
+fn put_dropped_line(batch: &mut Vec<u8>, count: u64) {
     batch.extend_from_slice(b"{\"timestamp\":\"");
     put_timestamp(batch);
     batch.extend(format!("\",\"level\":\"ERROR\",\"event\":\"log_lines_dropped\",\"count\":{count}}}\n").bytes());
@@ -231,7 +232,7 @@ mod tests {
 
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const TIMEOUT: Duration = Duration::from_secs(20);
 
     #[test]
     fn every_line_arrives_whole_and_in_order() {
@@ -244,7 +245,7 @@ mod tests {
         assert_eq!(reading.join().unwrap(), expect);
     }
 
-    /// Nobody reads: whoever logs goes on, memory stays bounded, and when somebody reads again the loss is told.
+    /// Nobody reads: whoever logs goes on, memory stays bounded, and when somebody reads again the loss is reported.
     #[test]
     fn a_stream_that_nobody_reads_drops_lines_and_says_how_many() {
         let (reader, writer) = io::pipe().unwrap();
@@ -258,13 +259,13 @@ mod tests {
         assert!(dropped > 0 && !lines.flush(Duration::from_millis(1)));
         assert!(lines.0.0.lock().pending.len() <= MAX_PENDING);
         let reading = thread::spawn(move || BufReader::new(reader).lines().map(Result::unwrap).collect::<Vec<_>>());
-        assert!(lines.flush(PATIENCE));
+        assert!(lines.flush(TIMEOUT));
         drop(lines);
-        let (told, whole): (Vec<_>, Vec<_>) = reading.join().unwrap().into_iter().partition(|line| line.starts_with('{'));
+        let (reports, whole): (Vec<_>, Vec<_>) = reading.join().unwrap().into_iter().partition(|line| line.starts_with('{'));
         assert!(whole.iter().all(|line| line.len() == 1023));
         assert_eq!(whole.len() as u64 + dropped, pushed as u64);
-        let told: Vec<serde_json::Value> = told.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
-        assert_eq!(told.iter().map(|line| line["count"].as_u64().unwrap()).sum::<u64>(), dropped, "{told:?}");
+        let reports: Vec<serde_json::Value> = reports.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(reports.iter().map(|line| line["count"].as_u64().unwrap()).sum::<u64>(), dropped, "{reports:?}");
     }
 
     #[test]
@@ -274,7 +275,7 @@ mod tests {
         let lines = LogWriter::to(writer).unwrap();
         for _ in 0..3 {
             lines.push(b"one\n");
-            assert!(lines.flush(PATIENCE));
+            assert!(lines.flush(TIMEOUT));
         }
         assert_eq!(lines.dropped(), 3);
     }
@@ -288,12 +289,12 @@ mod tests {
             let mut line = [0; 4];
             while reader.read_exact(&mut line).is_ok() && read.send(line).is_ok() {}
         });
-        for _ in 0..2 * WRITES {
+        for _ in 0..2 * WRITES_PER_INTERVAL {
             while !lines.0.0.lock().idle {
                 thread::yield_now();
             }
             lines.push(b"one\n");
-            assert_eq!(&reads.recv_timeout(PATIENCE).unwrap(), b"one\n");
+            assert_eq!(&reads.recv_timeout(TIMEOUT).unwrap(), b"one\n");
         }
     }
 }

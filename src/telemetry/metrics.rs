@@ -109,7 +109,7 @@ pub enum Value {
     /// How much.
     Real(f64),
     /// How often within each bucket, not summed up, and how long in all.
-    Spread([u64; BOUNDS.len() + 1], Duration),
+    Buckets([u64; BOUNDS.len() + 1], Duration),
 }
 
 /// Adds series of one name.
@@ -162,7 +162,7 @@ impl Histogram {
     pub fn value(&self) -> Option<Value> {
         let buckets = self.buckets.each_ref().map(|bucket| bucket.load(Ordering::Relaxed));
         let nanos = Duration::from_nanos(self.nanos.load(Ordering::Relaxed));
-        buckets.iter().any(|count| *count > 0).then_some(Value::Spread(buckets, nanos))
+        buckets.iter().any(|count| *count > 0).then_some(Value::Buckets(buckets, nanos))
     }
 }
 
@@ -207,7 +207,7 @@ impl Page {
         family.into_iter().flat_map(|family| &family.series).filter_map(|Series { labels, value }| match value {
             Value::Whole(number) => Some((Labels(labels), *number as f64)),
             Value::Real(number) => Some((Labels(labels), *number)),
-            Value::Spread(..) => None,
+            Value::Buckets(..) => None,
         })
     }
 
@@ -244,7 +244,7 @@ fn encode(encoder: &mut MetricEncoder<'_>, kind: MetricType, value: &Value) -> R
         (Value::Real(number), MetricType::Counter) => encoder.encode_counter::<NoLabelSet, _, f64>(number, None),
         (Value::Whole(number), _) => encoder.encode_gauge(&i64::try_from(*number).unwrap_or(i64::MAX)),
         (Value::Real(number), _) => encoder.encode_gauge(number),
-        (Value::Spread(counts, sum), _) => {
+        (Value::Buckets(counts, sum), _) => {
             let bounds = BOUNDS.iter().map(Duration::as_secs_f64).chain([f64::INFINITY]);
             let buckets: Vec<(f64, u64)> = bounds.zip(*counts).collect();
             encoder.encode_histogram::<NoLabelSet>(sum.as_secs_f64(), counts.iter().sum(), &buckets, None)

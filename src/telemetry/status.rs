@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     cause,
-    lately::{Entry, Lately, UndecidedCalls},
     metrics::{PROVIDER, Page, process},
+    recent_decisions::{Entry, RecentDecisions, UndecidedCalls},
 };
 use crate::{
     core::{
@@ -24,7 +24,7 @@ use crate::{
 
 /// The version of the JSON: it rises when a field goes or changes its meaning, not when one is added.
 const SCHEMA_VERSION: u32 = 1;
-/// What "lately" means for counts.
+/// The counts that the page calls recent cover this time.
 pub const WINDOW: Duration = Duration::from_secs(15 * 60);
 /// How often the counts are noted for that.
 pub const SAMPLE_EVERY: Duration = Duration::from_secs(60);
@@ -256,7 +256,7 @@ pub struct Sources<'s> {
     /// What decisions are made by.
     pub snapshot: &'s Snapshot,
     /// The last decisions.
-    pub lately: &'s Lately,
+    pub recent_decisions: &'s RecentDecisions,
     /// The counts of a while ago.
     pub window: &'s Window,
     /// Since when the service runs.
@@ -336,7 +336,7 @@ fn since(then: SystemTime, now: SystemTime) -> Duration {
 
 /// The whole status, as of now.
 pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
-    let Sources { page, snapshot, lately, window, started, certificates, refused_connections } = sources;
+    let Sources { page, snapshot, recent_decisions, window, started, certificates, refused_connections } = sources;
     let (then, length) = window.then(now);
     let totals = Totals::of(page);
     let documents = documents(snapshot, now);
@@ -352,7 +352,7 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
     let providers = providers(sources, &totals, &then, now);
     let mut attention = attention(page, &documents, &certificates, &providers);
     attention.extend(refused(refused_connections, now));
-    let undecided = lately.undecided_calls();
+    let undecided = recent_decisions.undecided_calls();
     attention.extend(unanswered(&undecided, now));
     attention.extend(limited(&totals, &then));
     let decisions = totals.decisions.iter().map(|((outcome, code), total)| DecisionCount {
@@ -376,8 +376,8 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         decisions: decisions.collect(),
         refused_connections: refused_connections.clone(),
         undecided_calls: undecided.into_iter().map(UndecidedCall::from).collect(),
-        denials: recent(lately.denials()),
-        unverified_allows: recent(lately.unverified_allows()),
+        denials: recent(recent_decisions.denials()),
+        unverified_allows: recent(recent_decisions.unverified_allows()),
     }
 }
 
@@ -424,7 +424,7 @@ fn documents(snapshot: &Snapshot, now: SystemTime) -> Vec<Document> {
 }
 
 fn providers(sources: &Sources<'_>, totals: &Totals, then: &Totals, now: SystemTime) -> Vec<Provider> {
-    let Sources { page, snapshot, lately, .. } = sources;
+    let Sources { page, snapshot, recent_decisions, .. } = sources;
     let exceptions: BTreeMap<&str, i64> =
         snapshot.policy.exceptions().map(|(provider, exception)| (provider, exception.until)).collect();
     let one = |family: &str, provider: &str| {
@@ -466,7 +466,7 @@ fn providers(sources: &Sources<'_>, totals: &Totals, then: &Totals, now: SystemT
                 })
                 .collect(),
             no_api_at: no_api.map(|(labels, _)| labels.get("host").unwrap_or_default().to_owned()).collect(),
-            last_failure: lately.failure(name).map(|failure| LastFailure {
+            last_failure: recent_decisions.failure(name).map(|failure| LastFailure {
                 at: text_of(failure.at),
                 verdict: failure.verdict.as_str().to_owned(),
                 cause: failure.cause(),

@@ -48,12 +48,12 @@ pub fn is_readable_by_all(path: &Path) -> bool {
 
 /// Does what may block on a thread of its own, which is left behind when it takes too long.
 pub fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
-    let (tell, told) = mpsc::sync_channel(1);
+    let (sender, receiver) = mpsc::sync_channel(1);
     thread::Builder::new().name("files".to_owned()).spawn(move || {
         // Nobody waits for it any more.
-        drop(tell.send(work()));
+        drop(sender.send(work()));
     })?;
-    told.recv_timeout(READ_TIME).map_err(|_| {
+    receiver.recv_timeout(READ_TIME).map_err(|_| {
         io::Error::new(ErrorKind::TimedOut, format!("could not be read within {}: the volume does not answer", text(READ_TIME)))
     })
 }

@@ -34,13 +34,13 @@ const METHODS: [&str; 6] = [DECIDE, BATCH_DECIDE, "ResolveProvider", "ListModels
 /// Counts of calls that failed.
 #[derive(Debug, Default)]
 pub struct Calls {
-    failed: Failed,
+    failed: FailureCounts,
     /// Those that were only to report.
-    reported: Failed,
+    reported: FailureCounts,
 }
 
 /// By method and code.
-type Failed = [[Counter; CODES.len()]; METHODS.len()];
+type FailureCounts = [[Counter; CODES.len()]; METHODS.len()];
 
 /// The method, if it is one of ours; else empty.
 pub fn known_method(method: &str) -> &'static str {

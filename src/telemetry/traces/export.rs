@@ -130,17 +130,17 @@ static EXPORT: OnceLock<Export> = OnceLock::new();
 #[derive(Debug)]
 struct Export {
     processor: BatchSpanProcessor,
-    held: Arc<Held>,
+    budget: Arc<SpanBudget>,
     sample_ratio: f64,
 }
 
 /// What became of the spans: numbers for the page.
 #[derive(Debug)]
-pub struct Exported;
+pub struct ExportMetrics;
 
 /// The spans that are waiting or on their way, and those that are lost.
 #[derive(Debug, Default)]
-struct Held {
+struct SpanBudget {
     spans: AtomicUsize,
     limit: usize,
     lost: Counter,
@@ -157,7 +157,7 @@ struct LastReport {
 
 /// Gives finished spans to what [`start`] made.
 #[derive(Debug)]
-struct Outlet;
+struct ExportProcessor;
 
 /// Sends batches, on the thread that calls it and on no other: its runtime runs only while it sends.
 #[derive(Debug)]
@@ -165,7 +165,7 @@ struct Sender {
     inner: OtlpExporter,
     runtime: tokio::runtime::Runtime,
     timeout: Duration,
-    held: Arc<Held>,
+    budget: Arc<SpanBudget>,
 }
 
 // === setting up ===
@@ -173,7 +173,7 @@ struct Sender {
 /// The subscriber's layer: spans of ours, and no events, since the log has them.
 pub(crate) fn layer<S: Subscriber + for<'s> LookupSpan<'s>>() -> impl Layer<S> {
     // Sampled is what is built at all; the SDK would read the environment for another answer.
-    let provider = SdkTracerProvider::builder().with_sampler(Sampler::AlwaysOn).with_span_processor(Outlet).build();
+    let provider = SdkTracerProvider::builder().with_sampler(Sampler::AlwaysOn).with_span_processor(ExportProcessor).build();
     let scope = InstrumentationScope::builder(env!("CARGO_PKG_NAME")).with_version(env!("CARGO_PKG_VERSION")).build();
     let ours = |metadata: &Metadata<'_>| metadata.is_span() && metadata.target() == TARGET;
     OpenTelemetryLayer::new(provider.tracer_with_scope(scope))
@@ -210,30 +210,30 @@ pub fn start(settings: &TracingSettings, roots: Option<&[u8]>) -> Result<(), Tra
         .with_timeout(*timeout)
         .build()
         .map_err(|fault| TraceSetupError::Exporter(fault.to_string()))?;
-    let held = Arc::new(Held { limit: *queue, ..Held::default() });
+    let budget = Arc::new(SpanBudget { limit: *queue, ..SpanBudget::default() });
     let config = BatchConfigBuilder::default()
         .with_max_queue_size(*queue)
         .with_max_export_batch_size(BATCH_SPANS.min(*queue))
         .with_scheduled_delay(*interval)
         .build();
-    let sender = Sender { inner, runtime, timeout: *timeout, held: Arc::clone(&held) };
+    let sender = Sender { inner, runtime, timeout: *timeout, budget: Arc::clone(&budget) };
     let mut processor = BatchSpanProcessor::new(sender, config);
     processor.set_resource(&resource());
     // A second start would be a second server in one process, which there is not.
-    drop(EXPORT.set(Export { processor, held, sample_ratio: *sample_ratio }));
+    drop(EXPORT.set(Export { processor, budget, sample_ratio: *sample_ratio }));
     Ok(())
 }
 
 /// Sends what is left, for this long at most, and not at all to a collector that did not take the last batch: it changes no
 /// exit. Blocks its thread: for the end of a process.
 pub fn finish(within: Duration) {
-    let Some(Export { processor, held, .. }) = EXPORT.get() else { return };
-    let within = if held.failing.load(Ordering::Relaxed) { Duration::ZERO } else { within };
+    let Some(Export { processor, budget, .. }) = EXPORT.get() else { return };
+    let within = if budget.failing.load(Ordering::Relaxed) { Duration::ZERO } else { within };
     let sent = processor.shutdown_with_timeout(within);
     if sent.is_err() {
-        held.lose(held.spans.load(Ordering::Relaxed));
+        budget.count_lost(budget.spans.load(Ordering::Relaxed));
     }
-    held.report("the collector did not take them before the end", Duration::ZERO);
+    budget.report("the collector did not take them before the end", Duration::ZERO);
 }
 
 fn collector(endpoint: &str, timeout: Duration, roots: Option<&[u8]>) -> Result<Endpoint, tonic::transport::Error> {
@@ -271,15 +271,15 @@ fn resource() -> Resource {
 
 // === the way out ===
 
-impl SpanProcessor for Outlet {
+impl SpanProcessor for ExportProcessor {
     fn on_start(&self, _span: &mut SdkSpan, _context: &Context) {}
 
     fn on_end(&self, span: SpanData) {
-        let Some(Export { processor, held, .. }) = EXPORT.get() else { return };
-        if held.take_one() {
+        let Some(Export { processor, budget, .. }) = EXPORT.get() else { return };
+        if budget.try_reserve() {
             processor.on_end(span);
         } else {
-            held.lose(1);
+            budget.count_lost(1);
         }
     }
 
@@ -299,16 +299,16 @@ impl SpanExporter for Sender {
             let sending = tokio::time::timeout(self.timeout, self.inner.export(batch));
             sending.await.unwrap_or(Err(OTelSdkError::Timeout(self.timeout)))
         });
-        self.held.failing.store(sent.is_err(), Ordering::Relaxed);
-        self.held.spans.fetch_sub(count, Ordering::Relaxed);
+        self.budget.failing.store(sent.is_err(), Ordering::Relaxed);
+        self.budget.spans.fetch_sub(count, Ordering::Relaxed);
         let why = match &sent {
             Ok(()) => "more came than could be sent".to_owned(),
             Err(fault) => {
-                self.held.lose(count);
+                self.budget.count_lost(count);
                 fault.to_string()
             }
         };
-        self.held.report(&why, REPORT_EVERY);
+        self.budget.report(&why, REPORT_EVERY);
         ready(sent)
     }
 
@@ -317,17 +317,17 @@ impl SpanExporter for Sender {
     }
 }
 
-impl Collect for Exported {
+impl Collect for ExportMetrics {
     fn collect(&self, page: &mut Page) {
-        let lost = EXPORT.get().map_or(0, |export| export.held.lost.get());
+        let lost = EXPORT.get().map_or(0, |export| export.budget.lost.get());
         page.counter("byokgate_spans_dropped", "Trace spans that no collector took").add(&[], lost);
     }
 }
 
-// === impl Held ===
+// === impl SpanBudget ===
 
-impl Held {
-    fn take_one(&self) -> bool {
+impl SpanBudget {
+    fn try_reserve(&self) -> bool {
         let taken = self.spans.fetch_add(1, Ordering::Relaxed) < self.limit;
         if !taken {
             self.spans.fetch_sub(1, Ordering::Relaxed);
@@ -335,7 +335,7 @@ impl Held {
         taken
     }
 
-    fn lose(&self, spans: usize) {
+    fn count_lost(&self, spans: usize) {
         self.lost.inc_by(spans as u64);
     }
 
@@ -361,17 +361,17 @@ mod tests {
 
     #[test]
     fn what_is_held_is_bounded_and_what_is_lost_is_reported_rarely() {
-        let held = Held { limit: 2, ..Held::default() };
-        assert_eq!([held.take_one(), held.take_one(), held.take_one()], [true, true, false]);
-        held.spans.fetch_sub(1, Ordering::Relaxed);
-        assert_eq!([held.take_one(), held.take_one()], [true, false]);
+        let budget = SpanBudget { limit: 2, ..SpanBudget::default() };
+        assert_eq!([budget.try_reserve(), budget.try_reserve(), budget.try_reserve()], [true, true, false]);
+        budget.spans.fetch_sub(1, Ordering::Relaxed);
+        assert_eq!([budget.try_reserve(), budget.try_reserve()], [true, false]);
         let reported = |every| {
-            held.report("made to", every);
-            held.reported.lock().unwrap().lost
+            budget.report("made to", every);
+            budget.reported.lock().unwrap().lost
         };
-        held.lose(3);
+        budget.count_lost(3);
         assert_eq!(reported(REPORT_EVERY), 3);
-        held.lose(4);
+        budget.count_lost(4);
         assert_eq!(reported(REPORT_EVERY), 3);
         assert_eq!(reported(Duration::ZERO), 7);
     }

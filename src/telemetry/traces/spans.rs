@@ -34,7 +34,7 @@ static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
 /// The part that a call had in a flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Part {
+pub(crate) enum FlightRole {
     /// It launched it.
     Fill,
     /// Another call had.
@@ -106,7 +106,7 @@ impl Traced {
 
     /// One item of a batch.
     pub fn item(&self, index: u32) -> Self {
-        let span = below(&self.span, |parent| span_of_a_decision!(parent, "decide", byokgate.batch.index = i64::from(index),));
+        let span = child_of(&self.span, |parent| span_of_a_decision!(parent, "decide", byokgate.batch.index = i64::from(index),));
         Self { span, trace_id: self.trace_id }
     }
 
@@ -182,14 +182,14 @@ fn parent_of(headers: &HeaderMap) -> Option<SpanContext> {
 // === what a call does ===
 
 /// Builds a span below this one, if this one is of ours; else none.
-fn below(parent: &Span, build: impl FnOnce(&Span) -> Span) -> Span {
+fn child_of(parent: &Span, build: impl FnOnce(&Span) -> Span) -> Span {
     if parent.metadata().is_some_and(|metadata| metadata.target() == TARGET) { build(parent) } else { Span::none() }
 }
 
 /// The same below the current one.
-fn here(build: impl FnOnce(&Span) -> Span) -> Span {
+fn child_of_current(build: impl FnOnce(&Span) -> Span) -> Span {
     // Without an exporter there are none, and the subscriber need not be asked.
-    if sample_ratio().is_none() { Span::none() } else { below(&Span::current(), build) }
+    if sample_ratio().is_none() { Span::none() } else { child_of(&Span::current(), build) }
 }
 
 /// Whether what is done here is shown in a trace.
@@ -198,8 +198,8 @@ pub(crate) fn is_traced() -> bool {
 }
 
 /// A look into the memory of observations, and what waiting comes of it.
-pub(crate) fn cache() -> Span {
-    here(|parent| {
+pub(crate) fn cache_span() -> Span {
+    child_of_current(|parent| {
         tracing::info_span!(
             target: TARGET,
             parent: parent,
@@ -211,13 +211,13 @@ pub(crate) fn cache() -> Span {
 }
 
 /// What came of it.
-pub(crate) fn observed(span: &Span, observed: &Observed, part: Option<Part>) {
+pub(crate) fn record_observation(span: &Span, observed: &Observed, role: Option<FlightRole>) {
     if span.is_none() {
         return;
     }
-    let result = match (part, observed.served_from) {
-        (Some(Part::Fill), _) => "fill",
-        (Some(Part::Wait), _) => "wait",
+    let result = match (role, observed.served_from) {
+        (Some(FlightRole::Fill), _) => "fill",
+        (Some(FlightRole::Wait), _) => "wait",
         (None, ServedFrom::Cache | ServedFrom::Stale) => "hit",
         (None, ServedFrom::Breaker) => "breaker",
         (None, ServedFrom::Probe) => "withheld",
@@ -227,8 +227,8 @@ pub(crate) fn observed(span: &Span, observed: &Observed, part: Option<Part>) {
 }
 
 /// One walk up a provider's ladder, with the wait for its turn.
-pub(crate) fn probe(endpoint: &endpoint::Endpoint) -> Span {
-    here(|parent| {
+pub(crate) fn probe_span(endpoint: &endpoint::Endpoint) -> Span {
+    child_of_current(|parent| {
         tracing::info_span!(
             target: TARGET,
             parent: parent,
@@ -240,15 +240,15 @@ pub(crate) fn probe(endpoint: &endpoint::Endpoint) -> Span {
 }
 
 /// What came of the walk whose work this is.
-pub(crate) fn found(finding: &Finding) {
+pub(crate) fn record_finding(finding: &Finding) {
     if sample_ratio().is_some() {
         Span::current().record("byokgate.verdict", finding.verdict.as_str());
     }
 }
 
 /// Whether an endpoint refuses a made-up key.
-pub(crate) fn calibrate(target: &Target) -> Span {
-    here(|parent| {
+pub(crate) fn calibration_span(target: &Target) -> Span {
+    child_of_current(|parent| {
         tracing::info_span!(
             target: TARGET,
             parent: parent,
@@ -260,7 +260,7 @@ pub(crate) fn calibrate(target: &Target) -> Span {
 }
 
 /// What came of the calibration whose work this is.
-pub(crate) fn calibrated(calibration: &Calibration) {
+pub(crate) fn record_calibration(calibration: &Calibration) {
     if sample_ratio().is_some() {
         let word = match calibration {
             Calibration::Refuses { .. } => "refuses",
@@ -272,8 +272,8 @@ pub(crate) fn calibrated(calibration: &Calibration) {
 }
 
 /// One request. Its path is left out: it may hold what an operator wrote into a base URL.
-pub(crate) fn request(call: &Call, header: &str) -> Span {
-    here(|parent| {
+pub(crate) fn request_span(call: &Call, header: &str) -> Span {
+    child_of_current(|parent| {
         let method = call.probe.method.as_str();
         tracing::info_span!(
             target: TARGET,
@@ -295,7 +295,7 @@ pub(crate) fn request(call: &Call, header: &str) -> Span {
 }
 
 /// A request's answer: its status, or why there is none; without a reason its time was over.
-pub(crate) fn replied(span: &Span, reply: Result<u16, Option<Unreached>>) {
+pub(crate) fn record_reply(span: &Span, reply: Result<u16, Option<Unreached>>) {
     if span.is_none() {
         return;
     }

@@ -26,9 +26,9 @@ const MAX_PROVIDERS: usize = 1_000;
 /// A model or a runtime that is longer is cut: what an agent is called is under a hundred characters.
 const MAX_CHARS: usize = 200;
 
-/// What was decided lately.
+/// What was decided in the last minutes.
 #[derive(Debug)]
-pub struct Lately {
+pub struct RecentDecisions {
     /// Whether a workspace's id is kept.
     workspace_ids: bool,
     denials: Mutex<VecDeque<Arc<Entry>>>,
@@ -99,9 +99,9 @@ pub struct Failure {
     finding: Arc<Finding>,
 }
 
-// === impl Lately ===
+// === impl RecentDecisions ===
 
-impl Lately {
+impl RecentDecisions {
     /// Nothing yet.
     pub fn new(workspace_ids: bool) -> Self {
         Self {
@@ -123,7 +123,7 @@ impl Lately {
         };
         let at = SystemTime::now();
         let host = liveness.as_ref().map_or_else(String::new, |liveness| liveness.endpoint_host.clone());
-        if let Some(finding) = finding.as_ref().filter(|finding| leaves_open(finding.verdict)) {
+        if let Some(finding) = finding.as_ref().filter(|finding| is_inconclusive(finding.verdict)) {
             let failure = Failure { at, verdict: finding.verdict, host: host.clone(), finding: Arc::clone(finding) };
             let mut failures = lock(&self.failures);
             if failures.len() >= MAX_PROVIDERS && !failures.contains_key(&resolution.provider) {
@@ -229,7 +229,7 @@ impl Failure {
 }
 
 /// It says nothing of the credential: the provider, the way there, or we are at fault.
-const fn leaves_open(verdict: Verdict) -> bool {
+const fn is_inconclusive(verdict: Verdict) -> bool {
     match verdict {
         Verdict::RateLimited
         | Verdict::ProviderError
