@@ -1,6 +1,6 @@
-//! The owner of what endpoints have taught: how they refuse a made-up key, whether they accept anybody, in which headers, and which requests
-//! lead nowhere. Shared by every probe, bounded, and forgotten after hours. In that time a made-up key is sent once per request, header and form of
-//! key, one at a time; it runs by itself, so that a caller with little time does not end it.
+//! Stores what is known of endpoints: how they refuse a made-up key, whether they accept any key, in which headers, and which paths do not
+//! exist. All probes share it; it is bounded, and facts expire after hours. Until then a made-up key is sent once per request, header and form
+//! of key, one at a time. That request runs detached, so that a caller with little time does not end it.
 
 use std::{
     collections::BTreeMap,
@@ -31,15 +31,15 @@ use crate::{
     },
 };
 
-/// How long what was taught is good for, jittered downwards: endpoints change rarely, and every check is a refused request.
+/// How long facts are used, shortened at random. Endpoints change rarely, and every check causes a refused request at the vendor.
 const FACTS_TTL: Duration = Duration::from_secs(6 * 3600);
-/// How long a path that is not there stays unasked: lists are added one day.
+/// How long a path that does not exist is not requested again. A vendor may add it one day.
 const ABSENT_TTL: Duration = Duration::from_secs(3600);
-/// The time for one made-up request. Nobody waits for longer than their own budget.
+/// The time for one request with a made-up key. A caller waits no longer than its own budget.
 pub(super) const BUDGET: Duration = Duration::from_secs(10);
-/// How many requests and endpoints are remembered: far more than any catalogue has.
+/// How many requests and base URLs are stored: far more than any catalogue has.
 const MAX_ENTRIES: u64 = 10_000;
-/// How many made-up keys may be under way at a time.
+/// How many requests with made-up keys may be in flight at a time.
 const MAX_FLIGHTS: usize = 64;
 
 type Key = [u8; 32];
@@ -56,25 +56,25 @@ pub(super) struct Endpoints {
     metrics: Arc<Mutex<EndpointMetrics>>,
 }
 
-/// What a base URL taught, and until when it is good.
+/// The facts about a base URL, and when they expire.
 #[derive(Debug, Clone)]
 struct BaseFacts {
     facts: EndpointFacts,
     until: Instant,
 }
 
-/// What the page of numbers shows, under names of the loaded documents, so there are few.
+/// What the metrics page shows. Its labels come from the loaded documents, so there are few.
 #[derive(Debug, Default)]
 struct EndpointMetrics {
-    /// By provider, host, probe and header.
+    /// The calibration state, by provider, host, probe and header.
     states: BTreeMap<[String; 4], u64>,
-    /// By provider, header and result.
+    /// Requests with a made-up key, by provider, header and result.
     sent: BTreeMap<[String; 3], Counter>,
-    /// By provider and host: whether there is no API at the base URL.
+    /// Whether there is no API at the base URL, by provider and host.
     no_api: BTreeMap<[String; 2], bool>,
 }
 
-/// What a made-up key came to: of which model and form it was, and what it got.
+/// The result of one made-up key: the model and form it was sent for, and how the endpoint answered.
 #[derive(Debug, Clone)]
 pub(super) struct CalibrationResult {
     model: String,
@@ -82,7 +82,7 @@ pub(super) struct CalibrationResult {
     calibration: Calibration,
 }
 
-/// One that is known or under way.
+/// A calibration that is known, or in flight.
 enum CalibrationLookup {
     Known(Calibration),
     Pending(InFlight<CalibrationResult>),
@@ -104,7 +104,7 @@ impl Endpoints {
         }
     }
 
-    /// In which headers this endpoint takes a credential, as far as it has taught.
+    /// In which headers this endpoint takes a credential, as far as that is known.
     pub(super) fn facts_of(&self, endpoint: &Endpoint) -> EndpointFacts {
         let known = self.bases.get(&endpoint.base_identity);
         known
@@ -113,18 +113,18 @@ impl Endpoints {
             .map_or_else(EndpointFacts::default, |known| known.facts)
     }
 
-    /// This request tells nothing of a key: anybody is accepted, or it is not there.
+    /// Whether this request says nothing about a key: the endpoint accepts any key, or the path does not exist.
     pub(super) fn is_uninformative(&self, call: &Call, family: HeaderFamily) -> bool {
         self.absent.contains_key(&call.request) || self.known(call, &[family], Question::Refusal) == Calibration::AcceptsAnyone
     }
 
-    /// A real key was accepted there within hours.
+    /// Whether the endpoint accepted a real key within the last hours.
     pub(super) fn has_accepted(&self, call: &Call, family: HeaderFamily) -> bool {
         let facts = self.requests.get(&key(call, &[family]));
         facts.is_some_and(|facts| lock(&facts).has_accepted(self.since.elapsed()))
     }
 
-    /// Takes in what a probe has learnt.
+    /// Stores what a probe has learnt.
     pub(super) fn learn(&self, endpoint: &Endpoint, lessons: Vec<Lesson>) {
         for lesson in lessons {
             match lesson {
@@ -148,41 +148,41 @@ impl Endpoints {
         }
     }
 
-    /// What a probe came to, for the page of numbers.
+    /// Records a probe's finding for the metrics page.
     pub(super) fn record_finding(&self, endpoint: &Endpoint, finding: &Finding) {
         let missing = finding.cause == Some(Cause::NoApiAtBaseUrl);
         let name = [endpoint.provider.clone(), endpoint.host.clone()];
         let mut metrics = lock(&self.metrics);
-        // An endpoint that never lacked its API has no entry.
+        // Only endpoints that once had no API have an entry.
         if missing || finding.status.is_some() && metrics.no_api.contains_key(&name) {
             clear_if_full(&mut metrics.no_api);
             metrics.no_api.insert(name, missing);
         }
     }
 
-    /// A real key was accepted there.
+    /// Records that a real key was accepted.
     pub(super) fn record_acceptance(&self, call: &Call, families: &[HeaderFamily]) {
         let (facts, now) = (self.request(call, families), self.since.elapsed());
         lock(&facts).take_acceptance(&call.model, call.probe.refuses_bad_keys, now);
     }
 
-    /// A real key was refused there with this 401.
+    /// Records that a real key was refused with this 401.
     pub(super) fn record_refusal(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, look: &Look) {
         lock(&self.request(call, families)).take_refusal(KeyForm::of(secret), look.body, self.since.elapsed());
     }
 
-    /// What the real key that was accepted gets once more, after a made-up one was refused: the same, or this.
+    /// Records the second answer to an accepted real key, which is sent again after a made-up key was refused. `None`: it was accepted again.
     pub(super) fn record_second_answer(&self, call: &Call, families: &[HeaderFamily], other: Option<Look>) {
         lock(&self.request(call, families)).take_second_answer(&call.model, other, self.since.elapsed(), jitter());
     }
 
-    /// What was learnt in several headers at once holds for the one of them that was the right one.
+    /// Copies the facts about a request with several headers to the same request with the right header alone.
     pub(super) fn copy_facts(&self, call: &Call, families: &[HeaderFamily], right: HeaderFamily) {
         let known = lock(&self.request(call, families)).clone();
         self.requests.insert(key(call, &[right]), Arc::new(Mutex::new(known)));
     }
 
-    /// What a made-up key gets, by the deadline: one like this key, or, in no header, none.
+    /// How the endpoint answers a made-up key that looks like this key, waited for until the deadline. With no headers, no key is sent.
     pub(super) async fn calibrate(
         &self,
         call: &Call,
@@ -192,7 +192,7 @@ impl Endpoints {
         question: Question,
         deadline: Instant,
     ) -> Calibration {
-        // A key that cannot be imitated is compared with the usual made-up one.
+        // A key whose form cannot be imitated is compared with a made-up key of the usual form.
         let question = match question {
             Question::Acceptance(Some(_)) if !can_be_imitated(secret, target.endpoint.key_prefix.as_deref()) => {
                 Question::Acceptance(None)
@@ -206,7 +206,7 @@ impl Endpoints {
                 form.is_none_or(|form| form == result.form) || result.calibration == Calibration::AcceptsAnyone
             }
         };
-        // One of another form, or for another model, may be under way.
+        // The flight may be for another form or model. Then the next round starts one for this key.
         for _ in 0..3 {
             match self.start_calibration(call, families, target, secret, question) {
                 CalibrationLookup::Known(calibration) => return calibration,
@@ -220,7 +220,7 @@ impl Endpoints {
         Calibration::Untold(None)
     }
 
-    /// Asks in the background, unless the answer is known. What is known without waiting.
+    /// Starts a calibration in the background unless the answer is known. Returns what is known without waiting.
     pub(super) fn calibrate_in_background(
         &self,
         call: &Call,
@@ -234,7 +234,7 @@ impl Endpoints {
         }
     }
 
-    /// Asks with a made-up key like this one in these headers, or without any where there are none, unless the answer is known or under way.
+    /// Sends a made-up key like this one in these headers, unless the answer is known or in flight. With no headers, no key is sent.
     fn start_calibration(
         &self,
         call: &Call,
@@ -267,7 +267,7 @@ impl Endpoints {
         }
     }
 
-    /// What is known without asking.
+    /// What is known without a request.
     pub(super) fn known(&self, call: &Call, families: &[HeaderFamily], question: Question) -> Calibration {
         let facts = self.requests.get(&key(call, families));
         facts.map_or(Calibration::NotAsked, |facts| lock(&facts).calibration(&call.model, question, self.since.elapsed()))
@@ -296,7 +296,7 @@ impl Endpoints {
             let calibration = match exchange {
                 Exchange::Answered(response) => {
                     let (reading, look) = (read(response.facts(), &call.probe), Look::of(response.facts(), made_up.expose()));
-                    // The answer to a request without a key is compared, and not read.
+                    // The answer to a request without a key is only compared, so its meaning is not read.
                     let seen = |look| Calibration::Refuses { look, in_words: false, by_code: false, in_contrast: false };
                     if families.is_empty() { seen(look) } else { calibrated(&reading, &look) }
                 }
@@ -352,7 +352,7 @@ impl Collect for Endpoints {
     }
 }
 
-/// Names of documents that are no longer loaded are forgotten together.
+/// Clears the map when it is full: most of its labels are then from documents that are no longer loaded.
 fn clear_if_full<K: Ord, V>(map: &mut BTreeMap<K, V>) {
     if map.len() as u64 >= MAX_ENTRIES {
         map.clear();
@@ -360,7 +360,7 @@ fn clear_if_full<K: Ord, V>(map: &mut BTreeMap<K, V>) {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic elsewhere cannot leave it half-changed: what changes it cannot panic.
+    // A panic elsewhere cannot leave the value inconsistent: the code that changes it cannot panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -368,7 +368,7 @@ fn jitter() -> f64 {
     rand::rng().random_range(0.8..=1.0)
 }
 
-/// The header or headers of a request, as numbers and traces name them.
+/// The header or headers of a request, as metrics and traces name them.
 pub(super) fn header_of(families: &[HeaderFamily]) -> String {
     if families.is_empty() { "none".into() } else { families.iter().map(|family| family.as_str()).collect::<Vec<_>>().join("+") }
 }
