@@ -1,4 +1,4 @@
-//! Taking connections: each with a place, and so many that descriptors are left for the rest of the work.
+//! Accepts connections up to the limit, which leaves file descriptors for the rest of the work.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -11,15 +11,15 @@ use super::{
 };
 use crate::domain::request::Peer;
 
-/// A refusal of connections is logged once for so many.
+/// One in this many refused connections is logged.
 const LOG_EVERY_REFUSED: u64 = 1000;
-/// What closes closes within this, unless the machine is that busy.
+/// How long to wait for an evicted connection to close. It takes longer only on a very busy machine.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(100);
-/// Descriptors that connections leave for probes, files and the log.
+/// Descriptors that are reserved for probes, files and the log.
 const RESERVED_DESCRIPTORS: usize = 256;
 
-/// How many connections each of so many listeners may have: as many as the settings say, and as the process has descriptors for. It takes
-/// as many of those as the system lets it have.
+/// How many connections each listener may have: the setting, or fewer if the process has too few descriptors. It raises the process's limit of
+/// descriptors as far as the system allows.
 pub(super) fn affordable_connections(limit: usize, listeners: usize) -> usize {
     let Ok(descriptors) = rlimit::increase_nofile_limit(rlimit::INFINITY) else { return limit };
     let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
@@ -41,8 +41,8 @@ fn share(descriptors: usize, listeners: usize) -> usize {
     ((descriptors - reserved) / listeners.max(1)).max(1)
 }
 
-/// Takes connections for ever. When there are as many as may be, the one that is needed least makes room; where none may go, the new one
-/// is told so at once, and not left waiting in the kernel's queue.
+/// Accepts connections for ever. At the limit, the connection that is needed least is evicted. If none may be evicted, the new one is refused at
+/// once instead of waiting in the kernel's queue.
 pub(super) async fn accept(
     listener: Listener,
     connections: Arc<Connections>,
@@ -79,7 +79,7 @@ pub(super) async fn accept(
                 tracing::warn!(event = "connection_limit", %address, limit, made_room, "connections that wait make room for new ones");
             }
             made_room += 1;
-            // Its descriptor is given back first: a flood of connections does not outrun the closing of others.
+            // Wait until its descriptor is free, so that a flood of connections does not use up descriptors faster than evictions free them.
             drop(timeout(CLOSE_TIMEOUT, evicted.closed()).await);
         }
         counts.accepted.inc();

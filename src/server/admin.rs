@@ -1,5 +1,5 @@
-//! Numbers for Prometheus and the status for people, over HTTP/1.1 on a socket of its own: names, codes and counts, no secret, so they are
-//! open to whoever reaches it.
+//! The admin listener: metrics for Prometheus and the status page for people, over HTTP/1.1 on a socket of its own. The pages hold names, codes
+//! and counts but no secret, so everybody who reaches the socket may read them.
 
 use std::{
     convert::Infallible,
@@ -33,24 +33,24 @@ use crate::{
     },
 };
 
-/// Scrapers at a time: a pair of Prometheus servers and a person or two.
+/// The limit of connections: enough for two Prometheus servers and a few people.
 const MAX_CONNECTIONS: usize = 8;
-/// A scraper sends its few headers at once.
+/// The time for a request's headers. A client sends its few headers at once.
 const HEADER_TIME: Duration = Duration::from_secs(5);
-/// One request and its answer: what Prometheus waits at most, as it is set by default.
+/// The time for one request and its answer: the default scrape timeout of Prometheus.
 const CONNECTION_TIME: Duration = Duration::from_secs(10);
-/// A scraper's headers are under 1 KiB; this is the least that the HTTP library takes.
+/// The buffer for headers. They are under 1 KiB; this is the HTTP library's minimum.
 const MAX_HEADER_BYTES: usize = 8 * 1024;
 
 const ROOT: &str = "/";
 const METRICS: &str = "/metrics";
 const STATUS: &str = "/status";
 const STATUS_JSON: &str = "/status.json";
-/// No script, no image, no frame, nothing from elsewhere: whatever a name in it holds, a browser does nothing with it.
+/// Forbids scripts, images, frames and anything from other sites, so that no name on the page can make a browser do anything.
 const CONTENT_SECURITY: &str =
     "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// Everything that has something to show.
+/// What the admin pages are made of.
 pub(super) struct AdminPages {
     engine: Arc<Engine>,
     sources: Vec<Arc<dyn Collect>>,
@@ -64,7 +64,7 @@ pub(super) struct AdminPages {
 // === impl AdminPages ===
 
 impl AdminPages {
-    /// From now on.
+    /// The pages of a server that starts now.
     pub(super) fn new(
         engine: Arc<Engine>,
         sources: Vec<Arc<dyn Collect>>,
@@ -76,7 +76,7 @@ impl AdminPages {
         Self { engine, sources, recent_decisions, tls, connections, window: Window::since(started), started }
     }
 
-    /// What is counted, as of now.
+    /// The metrics as they are now.
     fn page(&self) -> Page {
         let snapshot = self.engine.snapshot();
         let mut page = Page::about(snapshot.registry.providers().iter().map(|provider| provider.name.as_str()));
@@ -98,7 +98,7 @@ impl AdminPages {
         status::status(&sources, SystemTime::now())
     }
 
-    /// One of the pages, with its type.
+    /// Renders the page at this path. Returns its content type and its text.
     fn render(&self, path: &str) -> Result<(&'static str, String), fmt::Error> {
         Ok(match path {
             METRICS => (CONTENT_TYPE, self.page().text()?),
@@ -108,7 +108,7 @@ impl AdminPages {
     }
 }
 
-/// Notes every minute what is counted, for ever, so that a page can say what is recent. Nothing is counted for it.
+/// Stores the counts every minute, for ever, so that the status page can say which are recent. Decisions count nothing extra for this.
 pub(super) async fn sample_counts(pages: Arc<AdminPages>) {
     loop {
         tokio::time::sleep(SAMPLE_EVERY).await;
@@ -118,7 +118,7 @@ pub(super) async fn sample_counts(pages: Arc<AdminPages>) {
     }
 }
 
-/// Answers scrapers for ever.
+/// Serves the admin pages for ever.
 pub(super) async fn serve_admin(listener: Listener, pages: Arc<AdminPages>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
@@ -127,7 +127,7 @@ pub(super) async fn serve_admin(listener: Listener, pages: Arc<AdminPages>) {
             accepted = listener.accept() => accepted,
             Some(_) = connections.join_next() => continue,
         };
-        // Without a place it is closed unanswered: a scraper sees that, and the numbers are there for the next one.
+        // Over the limit, the connection is closed without an answer. The client notices, and may come again.
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
         let pages = Arc::clone(&pages);
         connections.spawn(async move {
@@ -137,7 +137,7 @@ pub(super) async fn serve_admin(listener: Listener, pages: Arc<AdminPages>) {
     }
 }
 
-/// One request, or none in time.
+/// Serves one request, or closes the connection when its time is over.
 async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, pages: Arc<AdminPages>) {
     let service = service_fn(|request| {
         let pages = Arc::clone(&pages);
@@ -149,7 +149,7 @@ async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, pages: Arc<AdminPages>) 
         .max_buf_size(MAX_HEADER_BYTES)
         .keep_alive(false)
         .serve_connection(TokioIo::new(io), service);
-    // Its fault is a scraper's, which sees it.
+    // A fault here is the client's, and the client sees it.
     drop(timeout(CONNECTION_TIME, connection).await);
 }
 
@@ -174,7 +174,7 @@ async fn answer(request: &Request<Incoming>, pages: Arc<AdminPages>) -> Response
             return plain_response(StatusCode::NOT_FOUND, here);
         }
     };
-    // On a thread that may wait: files are read, and no decision stands behind it.
+    // On a blocking thread: it reads files under /proc, and decisions must not wait for it.
     match tokio::task::spawn_blocking(move || pages.render(&path)).await.map_err(io::Error::other) {
         Ok(Ok((content_type, page))) => response_of_type(StatusCode::OK, content_type, page),
         Ok(Err(_)) | Err(_) => {
@@ -219,9 +219,9 @@ mod tests {
         },
     };
 
-    struct Nobody;
+    struct PendingProber;
 
-    impl Prober for Nobody {
+    impl Prober for PendingProber {
         fn probe(&self, _: ProbeRequest) -> Boxed<'static, Finding> {
             Box::pin(std::future::pending())
         }
@@ -229,12 +229,12 @@ mod tests {
 
     fn pages() -> Arc<AdminPages> {
         let setup = config::load(&config::Paths::default(), &config::Overrides::default()).unwrap();
-        let cache = crate::liveness::cache::Cache::new(Arc::new(Nobody), crate::liveness::cache::CacheSettings::default());
+        let cache = crate::liveness::cache::Cache::new(Arc::new(PendingProber), crate::liveness::cache::CacheSettings::default());
         let engine = Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None));
         Arc::new(AdminPages::new(engine, Vec::new(), Arc::new(RecentDecisions::new(false)), None, Arc::default()))
     }
 
-    /// Headers that come byte by byte, and an answer that nobody reads: each connection has its end.
+    /// A connection ends even if headers arrive byte by byte or the answer is not read.
     #[tokio::test(start_paused = true)]
     async fn a_slow_scraper_is_cut_off() {
         let began = Instant::now();
@@ -252,7 +252,7 @@ mod tests {
         deaf.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
         serve(io, pages()).await;
         assert_eq!(began.elapsed(), CONNECTION_TIME);
-        // In time, for comparison.
+        // For comparison, a client that is fast enough.
         let (mut quick, io) = duplex(64 * 1024);
         quick.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
         serve(io, pages()).await;

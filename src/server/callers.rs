@@ -1,5 +1,5 @@
-//! Who is calling: by client certificate, by bearer token, by Unix peer. Looked up for each call, so that whoever is taken off the list makes
-//! no further one, on whatever connection.
+//! Identifies callers by client certificate, bearer token or Unix peer. The lists are consulted for each call, so that a removed caller can make
+//! no further call, even on an open connection.
 
 use std::{
     collections::BTreeSet,
@@ -27,12 +27,12 @@ use crate::{
     watch::{Fault, Reloaded, Source, files},
 };
 
-/// The largest file of tokens.
+/// The maximum size of the token file.
 const MAX_TOKEN_FILE_BYTES: u64 = 64 * 1024;
-/// A token that can be guessed keeps nobody out: 16 characters of base64 are 96 bits.
+/// The minimum length of a token, so that it cannot be guessed: 16 characters of base64 are 96 bits.
 const MIN_TOKEN_BYTES: usize = 16;
 
-/// Everybody who may call.
+/// All known callers.
 pub(super) struct Callers {
     lists: ArcSwap<CallerLists>,
     tokens: Option<Arc<Tokens>>,
@@ -41,24 +41,24 @@ pub(super) struct Callers {
     any_unix_peer: Arc<Caller>,
 }
 
-/// Who may call by certificate or by Unix peer, as the configuration lists them.
+/// The callers by certificate and by Unix peer, as the configuration lists them.
 struct CallerLists {
     certificates: Vec<(String, Arc<Caller>)>,
     unix_peers: Vec<(UnixCaller, Arc<Caller>)>,
 }
 
-/// What a connection proves about its caller.
+/// What a connection proves about its peer.
 #[derive(Debug, Clone)]
 pub(super) struct Identity {
     pub(super) peer: Peer,
-    /// The names of its client certificate, if it has one: they were verified in the handshake.
+    /// The names of its client certificate, if it has one. The handshake has verified them.
     pub(super) names: Option<Vec<String>>,
 }
 
-/// Tokens, from a file that is read again.
+/// The bearer tokens, from a file that is reloaded.
 pub(super) struct Tokens {
     path: PathBuf,
-    /// Made anew by every process: neither tokens nor anything that is made of them alone stays in memory.
+    /// Each process makes a new hash key, so that memory holds neither tokens nor hashes that could be reproduced from tokens alone.
     key: [u8; 32],
     known: ArcSwap<Vec<Token>>,
     last: Mutex<[u8; 32]>,
@@ -83,12 +83,12 @@ impl Callers {
         })
     }
 
-    /// Takes the lists of certificates and Unix peers anew.
+    /// Replaces the lists of certificates and Unix peers.
     pub(super) fn replace_lists(&self, settings: &CallerSettings) {
         self.lists.store(Arc::new(CallerLists::of(settings)));
     }
 
-    /// The tokens, if they are how callers are known.
+    /// The tokens, if a token file is configured.
     pub(super) fn tokens(&self) -> Option<&Arc<Tokens>> {
         self.tokens.as_ref()
     }
@@ -98,7 +98,7 @@ impl Callers {
         self.by_names(names).is_some()
     }
 
-    /// Who makes a call with these headers, on a connection that has proven this.
+    /// Identifies the caller of a call with these headers, on a connection with this identity.
     pub(super) fn identify(&self, identity: &Identity, headers: &HeaderMap) -> Result<Arc<Caller>, Status> {
         let refused = |message: String| error(ErrorReason::CallerUnknown, message);
         let by_connection = match (identity.peer, &identity.names) {
@@ -147,7 +147,7 @@ fn token_missing() -> Status {
     error(ErrorReason::TokenMissing, "the call carries no bearer token: send `authorization: Bearer TOKEN`")
 }
 
-/// Whether an entry of the list covers a name: the same text, or everything below a URI that ends in `/*`.
+/// Whether a list entry covers a name. An entry covers the same text, or everything below it if it is a URI that ends in `/*`.
 fn covers(entry: &str, name: &str) -> bool {
     match entry.strip_suffix('*') {
         Some(below) if below.ends_with('/') && below.contains("://") => name.len() > below.len() && name.starts_with(below),
@@ -163,7 +163,7 @@ fn role_of(word: RoleWord, workspaces: BTreeSet<String>) -> Role {
     }
 }
 
-/// The bearer token of a call, if it has one. More than one, or another scheme, is a fault.
+/// The bearer token of a call, if it has one. More than one, or another scheme, is an error.
 fn bearer_token(headers: &HeaderMap) -> Result<Option<&[u8]>, ()> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
     match (values.next(), values.next()) {
@@ -229,8 +229,8 @@ impl Tokens {
         Ok(Reloaded::Taken)
     }
 
-    /// Who has this token. Both sides are hashed under a key of this process, and every entry is looked at: the time tells
-    /// nothing about how much of a token was right.
+    /// The caller with this token. It compares keyed hashes in constant time and visits every entry, so that the time does not reveal how much of
+    /// a token was right.
     fn caller_of(&self, token: &[u8]) -> Option<Arc<Caller>> {
         let hash = hash(&self.key, token);
         let mut found = None;
@@ -261,12 +261,12 @@ fn read(path: &Path) -> Result<zeroize::Zeroizing<String>, ServerError> {
     files::read_text(path, MAX_TOKEN_FILE_BYTES).map_err(|source| ServerError::File { path: path.to_owned(), source })
 }
 
-/// Of a token, or of all of them.
+/// Hashes a token, or the whole file.
 fn hash(key: &[u8; 32], secret: &[u8]) -> [u8; 32] {
     with_stack_wiped(|| *blake3::keyed_hash(key, secret).as_bytes())
 }
 
-/// `TOKEN [ROLE [ID,ID..]]` a line; `#` begins a comment. What is wrong is told by line, never by content.
+/// Parses lines of `TOKEN [ROLE [ID,ID..]]`; `#` begins a comment. Errors name the line and never its content.
 fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, ServerError> {
     let fault = |line: usize, message: &str| ServerError::Content {
         path: path.to_owned(),

@@ -1,5 +1,5 @@
-//! The open connections of one listener: so many, and when there are as many as may be, which of them makes room. Whoever has not said who
-//! it is goes first, the longest without a call before the others; a connection of a known caller that is in use is never closed for another.
+//! The open connections of one listener, up to a limit. At the limit a new connection evicts one: first those whose caller is not known yet, and
+//! among them the one that is longest without a call. A known caller's connection that is in use is never evicted.
 
 use std::{
     collections::HashMap,
@@ -15,10 +15,10 @@ use tokio::{sync::Notify, time::Instant};
 use super::refused::Refusals;
 use crate::telemetry::metrics::{Collect, Counter, Page};
 
-/// A known caller's connection may make room only after so long without a call.
+/// A known caller's connection may be evicted only after this time without a call.
 const KNOWN_CALLER_MIN_IDLE: Duration = Duration::from_secs(10);
 
-/// The connections that are open.
+/// The open connections of one listener.
 pub(super) struct Connections {
     limit: usize,
     began: Instant,
@@ -31,50 +31,49 @@ struct Open {
     by_id: HashMap<u64, Arc<ConnectionState>>,
 }
 
-/// What is known of one connection.
+/// The state of one connection.
 pub(super) struct ConnectionState {
     began: Instant,
-    /// Milliseconds from then to the last time that a call began or ended.
+    /// When the last call ended, or the connection was admitted, in milliseconds since `began`.
     last_used: AtomicU64,
     calls: AtomicUsize,
-    /// Its handshake is over.
     handshake_done: AtomicBool,
-    /// A caller that is known has made a call.
+    /// Whether a known caller has made a call on it.
     known: AtomicBool,
     eviction: Notify,
     closed: Notify,
 }
 
-/// A connection that has come in.
+/// A new connection that was admitted.
 pub(super) struct Admitted {
     pub(super) place: Place,
-    /// The one that had to go for it.
+    /// The connection that was evicted for it, if any.
     pub(super) evicted: Option<Arc<ConnectionState>>,
 }
 
-/// A connection's place. Dropped with the connection.
+/// A connection's place among the open ones. Dropping it frees the place.
 pub(super) struct Place {
     connections: Arc<Connections>,
     id: u64,
     pub(super) state: Arc<ConnectionState>,
 }
 
-/// A call under way.
+/// Counts a call in flight until it is dropped.
 pub(super) struct CallGuard(Arc<ConnectionState>);
 
-/// Numbers about connections, and about what takes them.
+/// Counts of connections, and the background task that ended.
 #[derive(Default)]
 pub(super) struct ConnectionCounts {
-    /// Each listener's.
+    /// The open connections of each listener.
     pub(super) open: Vec<Arc<Connections>>,
     pub(super) accepted: Counter,
     pub(super) evicted: Counter,
     pub(super) refused: Counter,
-    /// Connections that never came to HTTP/2 by their own fault or ours.
+    /// Connections that failed before their first call.
     pub(super) handshake_failed: Counter,
-    /// Why.
+    /// Why they failed.
     pub(super) refusals: Refusals,
-    /// Work in the background that ended.
+    /// The background task that ended first. It stops the server.
     pub(super) task_ended: OnceLock<&'static str>,
 }
 
@@ -95,7 +94,7 @@ impl Connections {
         self.lock().by_id.len()
     }
 
-    /// A place for a new connection. `None`: every one is in use by a caller that is known.
+    /// Admits a new connection, if need be by evicting another. `None` if no connection may be evicted.
     pub(super) fn admit(self: &Arc<Self>) -> Option<Admitted> {
         let mut open = self.lock();
         let mut evicted = None;
@@ -119,7 +118,7 @@ impl Connections {
         Some(Admitted { place: Place { connections: Arc::clone(self), id, state }, evicted })
     }
 
-    /// The connection that is missed least, if any may go. Looked for only when there is no room.
+    /// The connection that is needed least, if any may be evicted. Only called when the limit is reached.
     fn least_needed(&self, open: &Open) -> Option<u64> {
         let now = since(self.began);
         let rank = |state: &ConnectionState| {
@@ -139,7 +138,7 @@ impl Connections {
     }
 
     fn lock(&self) -> MutexGuard<'_, Open> {
-        // No panic can leave it half-changed: each change is one call.
+        // A panic cannot leave the map inconsistent: each change is one call.
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -154,7 +153,7 @@ impl Drop for Place {
 // === impl ConnectionCounts ===
 
 impl ConnectionCounts {
-    /// Of these, which have no connection yet.
+    /// Counts for these listeners.
     pub(super) fn of(open: impl Iterator<Item = Arc<Connections>>) -> Self {
         Self { open: open.collect(), ..Self::default() }
     }
@@ -181,23 +180,23 @@ impl Collect for ConnectionCounts {
 // === impl ConnectionState ===
 
 impl ConnectionState {
-    /// Its handshake is over.
+    /// Marks the handshake as done.
     pub(super) fn set_handshake_done(&self) {
         self.handshake_done.store(true, Ordering::Relaxed);
     }
 
-    /// A caller that is known has made a call.
+    /// Marks the connection as used by a known caller.
     pub(super) fn set_known(&self) {
         self.known.store(true, Ordering::Relaxed);
     }
 
-    /// A call begins.
+    /// Counts a call that begins.
     pub(super) fn begin_call(self: &Arc<Self>) -> CallGuard {
         self.calls.fetch_add(1, Ordering::Relaxed);
         CallGuard(Arc::clone(self))
     }
 
-    /// Waits until it has been without a call for this long.
+    /// Waits until the connection has had no call for this long.
     pub(super) async fn idle(&self, limit: Duration) {
         loop {
             let used = self.began + Duration::from_millis(self.last_used.load(Ordering::Relaxed));
@@ -209,14 +208,12 @@ impl ConnectionState {
         }
     }
 
-    /// Waits until it has to make room for another.
+    /// Waits until the connection is evicted.
     pub(super) async fn evicted(&self) {
         self.eviction.notified().await;
     }
-}
 
-impl ConnectionState {
-    /// Waits until it is closed.
+    /// Waits until the connection is closed.
     pub(super) async fn closed(&self) {
         self.closed.notified().await;
     }

@@ -1,4 +1,4 @@
-//! Health, as gRPC's own protocol has it: one state for the server as a whole and for the service by name, pushed to watchers.
+//! The gRPC health protocol. The server as a whole and the service by name have the same state, and watchers get every change.
 
 use std::pin::Pin;
 
@@ -9,23 +9,23 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_check_res
 
 use crate::grpc::NAME;
 
-/// Where the server is in its life.
+/// The phases of a server's life, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Phase {
-    /// There is nothing to decide by yet.
+    /// It does not serve yet.
     Starting,
     /// It serves.
     Serving,
-    /// It serves, and says that it is about to leave.
+    /// It still serves, but reports NOT_SERVING because it is about to stop.
     Leaving,
-    /// Calls under way are finished; nothing new is taken.
+    /// It finishes calls in flight and accepts no new ones.
     Draining,
-    /// What is still open is cut off.
+    /// It cuts off the calls that are still open.
     Cut,
 }
 
-/// The service. A library's reporter says SERVING for "" from birth and never ends a watcher's stream, which would hold up
-/// every drain; hence this one.
+/// The health service. It is written here because tonic-health's reporter says SERVING for "" from the beginning, and never ends a watcher's
+/// stream, which would delay every drain.
 #[derive(Clone)]
 pub(super) struct HealthService(pub(super) watch::Receiver<Phase>);
 
@@ -51,7 +51,7 @@ impl Health for HealthService {
         Ok(Response::new(response_for(*self.0.borrow())))
     }
 
-    /// Each change, the present state first; it ends when the server drains.
+    /// Sends the present state, then each change. The stream ends when the server drains.
     async fn watch(&self, request: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
         check_service_name(request)?;
         let changes = stream::unfold((self.0.clone(), None::<HealthCheckResponse>), |(mut phase, last)| async move {
