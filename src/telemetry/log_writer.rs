@@ -1,12 +1,10 @@
-//! Whole lines on their way to a standard stream: a bounded buffer and a thread that empties it. Whoever logs never waits for
-//! whoever reads.
+//! Writes log lines to a standard stream through a bounded buffer, which a thread empties. Code that logs never waits for the reader of the log.
 //!
-//! A line is written at once as long as there are few; many are collected for a moment and written together, so that a line costs
-//! a busy server no system call. A process that is killed outright loses what it has not written yet: a busy one at most that
-//! moment's lines, any other hardly ever one.
+//! A few lines are written at once. Many lines are collected for a short interval and written together, so that on a busy server a line costs no
+//! system call of its own. A killed process loses the lines that are not written yet: on a busy server those of one interval, else hardly any.
 //!
-//! Written by hand, with the lines of `events`: in place of tracing's formatter they took 21,700 of 107,700 instructions from a call
-//! (docs/performance.md), and a reader that comes back is told how much was lost.
+//! Written by hand, like the lines of `events`: together they save 21,700 of a call's 107,700 instructions over tracing's formatter
+//! (docs/performance.md), and after a pause the reader of the log is told how many lines were lost.
 
 use std::{
     io::{self, Write},
@@ -21,19 +19,18 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::telemetry::metrics::{Collect, Page};
 
-/// How much may wait to be written: about 6,000 decisions, a fifth of a second at full load. What does not fit is dropped and
-/// counted.
+/// How many bytes may wait to be written: about 6,000 decisions, a fifth of a second at full load. Lines over the limit are dropped and counted.
 pub const MAX_PENDING: usize = 4 << 20;
-/// How long lines are collected, where there are many.
+/// How long lines are collected on a busy server.
 const BATCH_INTERVAL: Duration = Duration::from_millis(20);
-/// So many writes of a moment are made at once: each wakes the thread, which is dear where there are few cores.
+/// After this many writes within one interval, lines are collected. Each write wakes the thread, which is expensive on few cores.
 const WRITES_PER_INTERVAL: u32 = 16;
-/// Lines are collected up to this: more at once saves no system call that counts, and would not stay in a core's cache.
+/// Lines are collected up to this size. A larger batch saves few system calls, and would not stay in a core's cache.
 const BATCH_BYTES: usize = 128 << 10;
-/// What an empty buffer may keep of its space, so that a burst is not remembered for ever.
+/// The capacity that an empty buffer keeps, so that the memory of a burst is given back.
 const RETAINED_CAPACITY: usize = 2 * BATCH_BYTES;
 
-/// Where lines go. A clone goes to the same place; when the last one is dropped, the thread writes what is left and ends.
+/// Takes log lines. Clones share one buffer. When the last clone is dropped, the thread writes the remaining lines and ends.
 #[derive(Clone)]
 pub struct LogWriter(Arc<Owner>);
 
@@ -41,22 +38,22 @@ struct Owner(Arc<Shared>);
 
 struct Shared {
     state: Mutex<State>,
-    /// There is something to write, after a time without.
+    /// Signals the idle thread that there are lines to write.
     work: Condvar,
-    /// There is no time to collect, or enough is.
+    /// Signals the thread to stop collecting: a flush was requested, or a batch is full.
     flush_now: Condvar,
-    /// Everything is written.
+    /// Signals that everything is written.
     drained: Condvar,
 }
 
 #[derive(Default)]
 struct State {
     pending: Vec<u8>,
-    /// How many lines that is.
+    /// How many lines `pending` holds.
     count: u64,
     dropped: u64,
     writing: bool,
-    /// The thread waits for `work`. Without it every line would wake somebody who is awake: a system call.
+    /// Whether the thread waits for `work`. Without this flag, every line would make a system call to wake a thread that runs already.
     idle: bool,
     flush_requested: bool,
     closed: bool,
@@ -65,7 +62,7 @@ struct State {
 // === impl LogWriter ===
 
 impl LogWriter {
-    /// Lines to this stream, which may block for ever and may fail.
+    /// Writes lines to this stream, which may block for ever and may fail.
     pub fn to(stream: impl Write + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State::default()),
@@ -78,7 +75,7 @@ impl LogWriter {
         Ok(Self(Arc::new(Owner(shared))))
     }
 
-    /// Takes a line with its line break; or, where there is no room for all of it, counts it as dropped.
+    /// Takes a line with its line break. If it does not fit, it is counted as dropped.
     pub fn push(&self, line: &[u8]) {
         let Shared { work, flush_now, .. } = &*self.0.0;
         let mut state = self.0.0.lock();
@@ -98,12 +95,12 @@ impl LogWriter {
         }
     }
 
-    /// How many lines were dropped: the reader was too slow, or gone.
+    /// How many lines were dropped because the reader was too slow or gone.
     pub fn dropped(&self) -> u64 {
         self.0.0.lock().dropped
     }
 
-    /// Waits until everything is written, but not longer than this. Whether it is.
+    /// Waits until everything is written, up to the timeout. Returns whether it is.
     pub fn flush(&self, timeout: Duration) -> bool {
         let Shared { work, flush_now, drained, .. } = &*self.0.0;
         let end = Instant::now() + timeout;
@@ -197,7 +194,7 @@ impl Shared {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic elsewhere leaves nothing half-changed: every line is put in by one call.
+        // A panic elsewhere cannot leave the state inconsistent: every line is added by one call.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -217,9 +214,9 @@ fn put_dropped_line(batch: &mut Vec<u8>, count: u64) {
     batch.extend(format!("\",\"level\":\"ERROR\",\"event\":\"log_lines_dropped\",\"count\":{count}}}\n").bytes());
 }
 
-/// Now, as the log's other lines have it.
+/// Appends the present time, in the format of the other log lines.
 pub(super) fn put_timestamp(line: &mut Vec<u8>) {
-    // Into memory: it cannot fail.
+    // Writing to memory cannot fail.
     drop(DateTimePrinter::new().precision(Some(6)).print_timestamp(&Timestamp::now(), line));
 }
 
@@ -245,7 +242,7 @@ mod tests {
         assert_eq!(reading.join().unwrap(), expect);
     }
 
-    /// Nobody reads: whoever logs goes on, memory stays bounded, and when somebody reads again the loss is reported.
+    /// If the log is not read, logging goes on and memory stays bounded. When it is read again, the loss is reported.
     #[test]
     fn a_stream_that_nobody_reads_drops_lines_and_says_how_many() {
         let (reader, writer) = io::pipe().unwrap();

@@ -1,4 +1,4 @@
-//! Distributed traces: a caller's trace is continued, and what became of it goes to a collector over OTLP.
+//! Distributed traces. A caller's trace is continued, and its spans are sent to a collector over OTLP.
 
 mod export;
 mod spans;

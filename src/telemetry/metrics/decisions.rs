@@ -1,4 +1,4 @@
-//! What decisions came to.
+//! Counts and durations of decisions.
 
 use std::{
     collections::BTreeMap,
@@ -16,8 +16,7 @@ use crate::domain::{
     verdict::{DenyCode, ServedFrom, Verdict},
 };
 
-/// How many providers are kept. Their names are of registries that were loaded, so there are few; reloads for ever that rename
-/// them all must not fill the memory.
+/// How many providers are kept. Their names come from loaded registries, so there are few. The limit is for endless reloads that rename them.
 const MAX_PROVIDERS: usize = 1_000;
 
 /// Counts of decisions.
@@ -30,14 +29,14 @@ pub struct Decisions {
 
 type ByProvider = BTreeMap<String, Arc<ProviderCounts>>;
 
-/// One provider's; of the empty name, what was decided before a provider was known.
+/// The counts of one provider. The empty name stands for decisions made before a provider was known.
 #[derive(Debug, Default)]
 struct ProviderCounts {
     made: ByOutcome,
-    /// Of answers that their callers do not act on.
+    /// Decisions with `report_only`, which their callers do not act on.
     reported: ByOutcome,
     judged: [[Counter; ServedFrom::VARIANTS.len()]; Verdict::VARIANTS.len()],
-    /// Of verdicts that nobody was asked for.
+    /// Verdicts that needed no probe.
     unprobed: [Counter; Verdict::VARIANTS.len()],
     unverified: [Counter; Verdict::VARIANTS.len()],
     took: Histogram,
@@ -52,7 +51,7 @@ struct ByOutcome {
 // === impl Decisions ===
 
 impl Decisions {
-    /// One was made.
+    /// Counts a decision.
     pub fn made(&self, request: &Request, decision: &Decision, took: Duration) {
         let name = decision.resolution.provider.as_str();
         match self.by_provider.load().get(name) {
@@ -61,14 +60,14 @@ impl Decisions {
         }
     }
 
-    /// One ended in a panic.
+    /// Counts a decision that panicked.
     pub fn panicked(&self) {
         self.panicked.inc();
     }
 
     #[cold]
     fn add_provider(&self, name: &str) -> Arc<ProviderCounts> {
-        // No panic can leave a map half made: it is put in place as a whole.
+        // A panic cannot leave the map inconsistent: it is replaced as a whole.
         let _one_at_a_time = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
         let known = self.by_provider.load();
         if let Some(of) = known.get(name) {
