@@ -1,5 +1,5 @@
-//! The one composition of the service: prober, limits of each provider, cache, engine. `serve`, `decide`, `exec` and `probe` are made of it.
-//! And the documents that it follows while it serves.
+//! Composes the service: prober, limits of each provider, cache, engine. `serve`, `decide`, `exec` and `probe` use it. It also reloads the
+//! documents while the service runs.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -28,34 +28,34 @@ use crate::{
     watch::{Fault, Reloaded, Source},
 };
 
-/// The parts, put together.
+/// The composed parts.
 pub struct App {
-    /// What decides.
+    /// Makes the decisions.
     pub engine: Arc<Engine>,
-    /// Whatever has numbers to show.
+    /// The sources of metrics.
     pub measured: Vec<Arc<dyn Collect>>,
-    /// Hears from other replicas what was refused, where replicas share what they find.
+    /// The task that learns from other replicas which credentials were refused. `None` without a shared tier.
     pub refusal_listener: Option<Boxed<'static, ()>>,
-    /// Providers that it cannot ask.
+    /// Providers that the configuration does not allow to be probed.
     pub forbidden_destinations: Vec<Problems>,
 }
 
-/// Registry, catalogue and configuration, followed while the service runs.
+/// Registry, catalogue and configuration, reloaded while the service runs.
 pub struct Documents {
     engine: Arc<Engine>,
     load: Box<Load>,
     replace_callers: Box<ReplaceCallers>,
-    /// Those in force.
+    /// The settings in force.
     settings: Settings,
-    /// Those that the process has started with, for what is read at the start alone.
+    /// The settings at the start. Some settings are only read then.
     started: Settings,
-    /// The keys that a restart is needed for, as they were told last.
+    /// The settings that need a restart, as last logged.
     pending_restart: Vec<String>,
     files: Vec<PathBuf>,
     loosenings: Arc<Loosenings>,
 }
 
-/// How many settings were changed to let through more than before.
+/// Counts settings that a reload changed to allow more than before.
 #[derive(Debug, Default)]
 pub struct Loosenings(Counter);
 
@@ -66,15 +66,15 @@ impl Collect for Loosenings {
     }
 }
 
-/// Reads everything anew.
+/// Reads all documents and settings again.
 pub type Load = dyn Fn() -> Result<Setup, ConfigError> + Send;
-/// Puts lists of callers in force.
+/// Replaces the lists of callers.
 pub type ReplaceCallers = dyn Fn(&CallerSettings) + Send;
 
 // === impl App ===
 
 impl App {
-    /// A service of these settings and documents; `tier` is what it shares with other replicas, where it does.
+    /// Composes a service of these settings and documents. `tier` is the tier that it shares with other replicas, if there is one.
     pub fn new(setup: &Setup, tier: Option<Arc<Tier>>) -> Result<Self, ProbeSetupError> {
         let Setup { snapshot, fingerprint_key, settings, .. } = setup;
         let prober = Arc::new(prober(setup)?);
@@ -87,12 +87,12 @@ impl App {
     }
 }
 
-/// The prober alone.
+/// Builds only the prober.
 pub fn prober(Setup { settings, probe_ca, proxy, .. }: &Setup) -> Result<HttpProber, ProbeSetupError> {
     HttpProber::new(settings.probe_settings(probe_ca.clone(), proxy.clone()))
 }
 
-/// Providers whose every credential would be denied, since their address or scheme may not be dialled. No name is resolved for it.
+/// Providers whose address or scheme the configuration does not allow. All their credentials would be denied. No name is resolved for this.
 pub fn forbidden_destinations(snapshot: &Snapshot, prober: &HttpProber) -> Vec<Problems> {
     let now = jiff::Timestamp::now().as_second();
     let problem = |provider: &Provider| {
@@ -100,7 +100,7 @@ pub fn forbidden_destinations(snapshot: &Snapshot, prober: &HttpProber) -> Vec<P
             return None;
         }
         let target = target(provider, &snapshot.catalogue, "made-up-model").ok()?;
-        // Of plain http beyond loopback the registry's own warning tells.
+        // The registry's own warning covers plain http beyond loopback.
         let call = target.calls.iter().find(|call| !prober.may_ask(call))?;
         if call.url.scheme() == "http" && !is_loopback(&call.url) {
             return None;
@@ -120,7 +120,7 @@ pub fn forbidden_destinations(snapshot: &Snapshot, prober: &HttpProber) -> Vec<P
 // === impl Documents ===
 
 impl Documents {
-    /// Those that this engine decides by; `replace_callers` takes the lists of callers, at the same moment as the engine takes the rest.
+    /// The documents of this engine. A reload calls `replace_callers` right after it gives the engine the new snapshot.
     pub fn new(engine: Arc<Engine>, setup: &Setup, load: Box<Load>, replace_callers: Box<ReplaceCallers>) -> Self {
         let loosenings = Arc::default();
         let settings = setup.settings.clone();
@@ -128,18 +128,18 @@ impl Documents {
         Self { engine, load, replace_callers, settings, started, pending_restart, files: setup.documents.clone(), loosenings }
     }
 
-    /// What reloads have loosened.
+    /// The count of settings that reloads have loosened.
     pub fn loosenings(&self) -> Arc<Loosenings> {
         Arc::clone(&self.loosenings)
     }
 
-    /// Everything that is wrong, in one text; and the status says it from now on.
+    /// Refuses a reload. The status page shows the faults from now on, and the returned text holds all of them.
     fn refuse(&self, faults: &[Problems]) -> Fault {
         self.engine.swap(marked(&self.engine.snapshot(), faults));
         Fault(faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
     }
 
-    /// The version in force is this one.
+    /// Whether this setup equals the version in force.
     fn is_in_force(&self, setup: &Setup) -> bool {
         let current = self.engine.snapshot();
         let marked =
@@ -223,10 +223,10 @@ impl Source for Documents {
     }
 }
 
-/// The same version, saying what is wrong with the one that should have followed it.
+/// The same snapshot, with the faults of the version that was not taken.
 fn marked(snapshot: &Snapshot, faults: &[Problems]) -> Snapshot {
     let mut marked = snapshot.clone();
-    // A fault of the configuration is shown with the registry, whose names it uses.
+    // Faults of the configuration are shown at the registry, whose names it uses.
     let (of_catalogue, of_registry): (Vec<_>, Vec<_>) =
         faults.iter().partition(|fault| fault.document == snapshot.catalogue_origin.source);
     let mark = |origin: &mut Origin, faults: &[&Problems]| {

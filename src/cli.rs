@@ -1,4 +1,4 @@
-//! The command line: one file a command; exit codes as an enum. The only place with `anyhow`.
+//! The command line. Each command has its own file, and exit codes are an enum. Only this layer uses `anyhow`.
 
 mod against;
 mod args;
@@ -99,7 +99,7 @@ impl Cli {
             Err(fault) => return print_error(&log_error(fault)),
         };
         let ended = command.run(&log);
-        // Before what is said last; and whoever does not read what is logged does not hold up the end.
+        // Write the log before the last message. The time limit keeps a log that is not read from delaying the end.
         log.flush(exit::LOG_FLUSH_LIMIT);
         ended.unwrap_or_else(|fault| print_error(&fault))
     }
@@ -128,7 +128,7 @@ impl Command {
     }
 }
 
-/// Says why nothing came of it. Standard error may be closed; there is nobody else to tell.
+/// Prints why the command failed. If standard error is closed, the message is lost.
 fn print_error(fault: &anyhow::Error) -> Exit {
     drop(writeln!(io::stderr(), "byok-gate: {fault:#}"));
     exit_of(fault)
@@ -144,7 +144,7 @@ fn log_error(fault: LogError) -> anyhow::Error {
 fn block_on<T>(work: impl Future<Output = T>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let ended = runtime.block_on(work);
-    // Neither a name lookup nor a file that nobody needs any more is waited for.
+    // Do not wait for name lookups and file reads that are no longer needed.
     runtime.shutdown_background();
     Ok(ended)
 }

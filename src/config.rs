@@ -1,4 +1,4 @@
-//! Configuration: defaults, one YAML file, the environment and flags, into settings that are valid by construction.
+//! Configuration. Defaults, one YAML file, the environment and flags are merged into settings, which are checked.
 
 pub mod changes;
 mod layers;
@@ -40,66 +40,66 @@ use crate::{
     watch::files,
 };
 
-/// The largest file that holds a secret of ours.
+/// The maximum size of a file with a secret of this service.
 const MAX_KEY_FILE_BYTES: u64 = 64 * 1024;
 
-/// Where things are, as the command line has it.
+/// The paths of files, from the command line.
 #[derive(Debug, Clone, Default)]
 pub struct Paths {
-    /// Replaces the embedded registry.
+    /// The registry that replaces the embedded one.
     pub registry: Option<PathBuf>,
-    /// Laid over the embedded catalogue.
+    /// The catalogue that is laid over the embedded one.
     pub probe_catalog: Option<PathBuf>,
     /// The configuration file.
     pub config: Option<PathBuf>,
-    /// Holds the key of credential fingerprints.
+    /// The file with the key of credential fingerprints.
     pub fingerprint_key: Option<PathBuf>,
     /// Further certificate authorities for probes.
     pub probe_ca: Option<PathBuf>,
 }
 
-/// What the command line sets over the configuration file.
+/// Settings from the command line. They override the configuration file.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides {
     /// What an unspecified `platform_proxy` means.
     pub platform_proxy: Option<PlatformProxy>,
-    /// Operator overrides are refused.
+    /// Refuses operator overrides.
     pub refuse_operator_overrides: bool,
     /// Further exempt runtimes.
     pub exempt_runtimes: Vec<String>,
-    /// Any other key.
+    /// Flags for any other key.
     pub flags: Vec<Flag>,
 }
 
-/// Everything that a service is made of, checked.
+/// Everything that a service is built from, checked.
 #[derive(Debug)]
 pub struct Setup {
-    /// What decisions are made by.
+    /// The registry, catalogue and policy of decisions.
     pub snapshot: Snapshot,
     /// The key of credential fingerprints.
     pub fingerprint_key: Option<[u8; 32]>,
     /// Further certificate authorities for probes, in PEM.
     pub probe_ca: Vec<u8>,
-    /// The way of probes out.
+    /// The forward proxy for probes.
     pub proxy: Option<ForwardProxy>,
-    /// Authorities of the traces' collector, in PEM.
+    /// Certificate authorities of the trace collector, in PEM.
     pub tracing_ca: Option<Vec<u8>>,
-    /// Everything else that is set.
+    /// All other settings.
     pub settings: Settings,
-    /// Where each value came from that is not a default, by its key.
+    /// Where each value that is not a default came from, by key.
     pub origins: BTreeMap<String, Origin>,
-    /// The files that decisions are made by: registry, catalogue, configuration.
+    /// The files that are watched: registry, catalogue, configuration.
     pub documents: Vec<PathBuf>,
-    /// Warnings about the documents, document by document.
+    /// Warnings, document by document.
     pub warnings: Vec<Problems>,
 }
 
-/// What is wrong with the documents: all of it, document by document.
+/// All problems of the documents, document by document.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
 pub struct ConfigError(pub Vec<Problems>);
 
-/// Reads everything, in time. All problems of all documents are in its error.
+/// Reads all documents within the time limit for files. The error holds all problems of all documents.
 pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> {
     let (paths, overrides) = (paths.clone(), overrides.clone());
     let document = document_name(&paths);
@@ -163,12 +163,12 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     })
 }
 
-/// How a document is called: `embedded`, or its file's path.
+/// The name of a document: `embedded`, or its file's path.
 pub(crate) fn source_of(path: Option<&PathBuf>) -> String {
     path.map_or_else(|| "embedded".to_owned(), |path| path.display().to_string())
 }
 
-/// The settings alone: no other file than the configuration file is read.
+/// Reads only the settings. It reads no other file than the configuration file.
 pub fn settings_of(
     paths: &Paths,
     overrides: &Overrides,
@@ -183,7 +183,7 @@ pub fn settings_of(
     }
 }
 
-/// The same for who looks on past a fault: with all that is wrong with values. Of those that have the wrong form the default is there.
+/// Reads the settings even if some values are wrong, and returns the problems too. A value of the wrong type is replaced by its default.
 pub fn settings_with_problems(paths: &Paths, overrides: &Overrides) -> Result<(Settings, Vec<Problem>), ConfigError> {
     let MergedSettings { settings, mut problems, .. } = merge_layers(paths, overrides, env::vars())?;
     problems.extend(settings.review().0);
@@ -204,21 +204,21 @@ fn merge_layers(
             .map_err(|problem| ConfigError(vec![Problems { document: document.clone(), list: vec![problem] }]))?;
         layers.file(&document, tree);
     }
-    // In one order, whatever the process's environment has.
+    // Sorted, so that the result does not depend on the order of the process's environment.
     layers.environment(environment.collect::<BTreeMap<_, _>>().into_iter());
     for flag in flags_of(paths, overrides) {
         layers.flag(flag);
     }
     let mut merged = layers.finish();
     if !overrides.exempt_runtimes.is_empty() {
-        // The one list to which a flag adds: taking an exemption away is the file's to do.
+        // Flags add to this list and do not replace it: only the file can remove an exemption.
         merged.settings.exempt_runtimes.extend(overrides.exempt_runtimes.iter().cloned());
         merged.origins.insert("exempt_runtimes".to_owned(), Origin::Flag("--exempt-runtime"));
     }
     Ok(merged)
 }
 
-/// Logs the warnings: what may not have been meant.
+/// Logs warnings.
 pub fn warn(warnings: &[Problems]) {
     for Problems { document, list } in warnings {
         for Problem { place, line, message } in list {
@@ -227,7 +227,7 @@ pub fn warn(warnings: &[Problems]) {
     }
 }
 
-/// The files that `tier` names, in time, and warnings about them. Only who serves reads them: nobody else holds the tier's keys.
+/// Reads the files that `tier` names, within the time limit for files. Only `serve` reads them, so that no other command holds the tier's keys.
 pub fn tier_access(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>), ConfigError> {
     let settings = settings.clone();
     files::in_time(move || read_tier(&settings)).unwrap_or_else(|fault| {
@@ -253,23 +253,23 @@ fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>),
     }
 }
 
-/// Every setting with its value.
+/// Lists every setting with its value.
 pub fn list_settings(settings: &Settings) -> Vec<(String, Value)> {
     layers::leaves(settings)
 }
 
-/// The document that a fault of the settings is told of.
+/// The document to name in problems of the settings.
 fn document_name(paths: &Paths) -> String {
     paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string())
 }
 
-/// A file that could not be read.
+/// The problem of a file that could not be read.
 pub(crate) fn unreadable(path: &Path, fault: &io::Error) -> Problems {
     let list = vec![Problem::at("", format!("could not be read: {fault}"))];
     Problems { document: path.display().to_string(), list }
 }
 
-/// What has been found in the documents so far.
+/// The problems and warnings found so far.
 #[derive(Default)]
 struct Found {
     faults: Vec<Problems>,
@@ -285,7 +285,7 @@ impl Found {
         }
     }
 
-    /// A document, embedded or a file's.
+    /// Parses a document, embedded or from a file.
     fn document<T>(
         &mut self,
         path: Option<&PathBuf>,
@@ -308,7 +308,7 @@ impl Found {
         }
     }
 
-    /// A configured file. One that is missing is never taken for one that was not configured.
+    /// Reads a configured file. A missing file is a fault, and not the same as no file configured.
     fn bytes(&mut self, path: Option<&PathBuf>, limit: u64) -> Option<Zeroizing<Vec<u8>>> {
         let path = path?;
         files::read(path, limit)
@@ -318,7 +318,7 @@ impl Found {
             .ok()
     }
 
-    /// A file that is a secret of ours. An empty one is none.
+    /// Reads a file with a secret of this service. An empty file is a fault.
     fn secret(&mut self, path: Option<&PathBuf>) -> Option<Zeroizing<Vec<u8>>> {
         let bytes = self.bytes(path, MAX_KEY_FILE_BYTES)?;
         self.warn_if_readable(path?);
@@ -330,7 +330,7 @@ impl Found {
         Some(bytes)
     }
 
-    /// The same, as text that says something.
+    /// Reads a secret and parses it as text.
     fn secret_text<T>(&mut self, path: Option<&PathBuf>, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
         let bytes = self.secret(path)?;
         let parsed = std::str::from_utf8(&bytes).map_err(|_| "is not UTF-8".to_owned()).and_then(parse);
@@ -347,7 +347,7 @@ impl Found {
     }
 }
 
-/// The forward proxy, with its credentials; what is wrong with them is a problem of the settings.
+/// The forward proxy with its credentials. A fault in them is a problem of the settings.
 fn proxy_of(egress: &EgressSettings, credentials: Option<&[u8]>, problems: &mut Vec<Problem>) -> Option<ForwardProxy> {
     let place = "egress.proxy.credentials_file";
     let text = match credentials.map(std::str::from_utf8).transpose() {
@@ -357,7 +357,7 @@ fn proxy_of(egress: &EgressSettings, credentials: Option<&[u8]>, problems: &mut 
             return None;
         }
     };
-    // The review has told of the URL.
+    // The review has checked the URL.
     egress.proxy.url.as_ref()?;
     match egress.forward_proxy(text) {
         Ok(proxy) => proxy,
@@ -397,7 +397,7 @@ fn flags_of(paths: &Paths, overrides: &Overrides) -> Vec<Flag> {
     files.chain(proxy).chain(refuse).chain(flags.iter().cloned()).collect()
 }
 
-/// The policy that the settings make, and exceptions whose time is over.
+/// Builds the policy from the settings. Also returns warnings about exceptions that have expired.
 fn policy_of(settings: &Settings, registry: Option<&Registry>, now: i64, problems: &mut Vec<Problem>) -> (Policy, Vec<Problem>) {
     let mut policy = Policy::default();
     policy.platform_proxy = settings.platform_proxy;
@@ -629,7 +629,7 @@ mod tests {
         assert_eq!((settings.tls.key, settings.admin.listen, settings.callers.certificates), (None, None, CallerList::Anyone));
     }
 
-    /// One fault hides no other: an unknown key, a value that its key does not take, one that is out of bounds, a provider that is not there.
+    /// An unknown key, a value of the wrong type, one out of bounds and an unknown provider are all reported together.
     #[test]
     fn all_that_is_wrong_is_told_at_once() {
         let folder = tempfile::tempdir().unwrap();

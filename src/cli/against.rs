@@ -1,4 +1,5 @@
-//! What a change of registry and catalogue does to people: who owns and pays for which model, and where credentials go.
+//! `byok-gate check --against`: compares two versions of registry and catalogue. It shows which provider owns and who pays for each model, and
+//! where credentials are sent.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,14 +12,14 @@ use crate::core::{
     registry::Registry,
 };
 
-/// One state of both documents.
+/// One version of both documents.
 #[derive(Clone, Copy)]
 pub(super) struct Side<'s> {
     pub(super) registry: &'s Registry,
     pub(super) catalogue: &'s Catalogue,
 }
 
-/// All that differs between two states, in a fixed order.
+/// All differences between two versions, in a fixed order.
 pub(super) struct Changes {
     models: Vec<ModelChange>,
     patterns: Vec<PatternChange>,
@@ -26,29 +27,29 @@ pub(super) struct Changes {
     no_longer_sent: Vec<Sent>,
 }
 
-/// What becomes of one model on one runtime.
+/// The change of one model on one runtime.
 struct ModelChange {
     runtime: String,
     model: String,
-    /// With this name available and no other; empty for none.
+    /// The only credential name that is available; empty for none.
     available: String,
     before: Owner,
     after: Owner,
 }
 
-/// Who owns a model, as people feel it.
+/// The owner of a model, in the terms that matter to a tenant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Owner {
-    /// The provider, or in upper case why there is none.
+    /// The provider, or a word in upper case that says why there is none.
     provider: String,
     billing_mode: &'static str,
-    /// Empty for the platform, whose models need no credential of a tenant's.
+    /// Empty for the platform, whose models need no credential of the tenant.
     accepted_env: Vec<String>,
     /// Whether the runtime offers it: `LISTED`, `WITHDRAWN`, or `UNLISTED` where it is owned by pattern, or by no provider.
     offer: &'static str,
 }
 
-/// How a provider owns the models of a runtime that no list names. `None` where it is not there.
+/// The change of the pattern by which a provider owns unlisted models of a runtime. `None` if the provider is not there.
 struct PatternChange {
     runtime: String,
     provider: String,
@@ -56,7 +57,7 @@ struct PatternChange {
     after: Option<Unlisted>,
 }
 
-/// What becomes of models that no list names.
+/// How a provider owns models that no list names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Unlisted {
     pattern: String,
@@ -75,7 +76,7 @@ struct Sent {
 // === impl Changes ===
 
 impl Changes {
-    /// What is different in `new`.
+    /// The changes from `old` to `new`.
     pub(super) fn between(old: Side<'_>, new: Side<'_>) -> Self {
         let (before, after) = (sent(old), sent(new));
         Self {
@@ -173,7 +174,7 @@ fn pattern_text(unlisted: Option<&Unlisted>) -> String {
     )
 }
 
-/// Every pair of runtime and model that either side lists, with no name available and with each name that could matter alone.
+/// Compares every pair of runtime and model that either version lists: without any credential name, and with each relevant name alone.
 fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
     let mut pairs: BTreeSet<(&str, &str)> = BTreeSet::new();
     for (runtime, arms) in old.runtimes().chain(new.runtimes()) {
@@ -196,7 +197,7 @@ fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
         };
         let without = change("");
         for with in names.iter().map(|name| change(name)) {
-            // Where the name changes nothing, the line without it says all.
+            // A name that makes no difference is covered by the line without it.
             if (&with.before, &with.after) != (&without.before, &without.after) && with.before != with.after {
                 changes.push(with);
             }
@@ -250,7 +251,7 @@ fn patterns(old: &Registry, new: &Registry) -> Vec<PatternChange> {
         .collect()
 }
 
-/// Every way that a credential can leave by: the providers of all runtimes, asked as their rows say.
+/// Where credentials may be sent: the hosts and headers of the providers of all runtimes.
 fn sent(Side { registry, catalogue }: Side<'_>) -> BTreeSet<Sent> {
     let mut ways = BTreeSet::new();
     let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);

@@ -60,7 +60,7 @@ impl EngineArgs {
         load(&paths, &overrides)
     }
 
-    /// What the command line sets, as the configuration has it.
+    /// The settings from the command line, as layers of the configuration.
     pub(super) fn layers(self, probe: ProbeArgs, mut flags: Vec<Flag>) -> (Paths, Overrides) {
         let ProbeArgs { allow_loopback_http, probe_ca_file: probe_ca } = probe;
         if allow_loopback_http {

@@ -1,5 +1,5 @@
-//! `byok-gate catalogue verify`: do endpoints still refuse made-up keys as the catalogue says? For a weekly job from the operator's own network,
-//! with no key at all.
+//! `byok-gate catalogue verify`: checks whether endpoints still refuse made-up keys as the catalogue says. It is for a weekly job in the operator's
+//! own network, and needs no real key.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -22,7 +22,7 @@ use crate::{
     domain::protocol::HeaderFamily,
 };
 
-/// The model of requests that name one, where no runtime lists any for the provider.
+/// The model in requests, if no runtime lists one for the provider.
 const SOME_MODEL: &str = "made-up-model";
 
 #[derive(Debug, Args)]
@@ -55,7 +55,7 @@ struct VerifyArgs {
     probe: ProbeArgs,
 }
 
-/// One request to be made.
+/// One request to send with a made-up key.
 struct MadeUpRequest {
     host: String,
     key_prefix: Option<String>,
@@ -75,7 +75,7 @@ pub(super) async fn run(args: CatalogueArgs) -> anyhow::Result<Exit> {
         }
         _ => requests(registry, catalogue, provider.as_deref()),
     };
-    // What is asked here is asked once, and remembered by nobody.
+    // Each request is sent once, so no calibration is needed.
     setup.settings.probe.calibrate = false;
     let prober = app::prober(&setup)?;
     let (mut rows, mut drifted) = (Vec::new(), 0_usize);
@@ -113,7 +113,8 @@ pub(super) async fn run(args: CatalogueArgs) -> anyhow::Result<Exit> {
     Ok(if drifted == 0 { Exit::Ok } else { Exit::Drift })
 }
 
-/// Every endpoint once in each of its headers: those of the registry's providers, and of the rows that no provider is at.
+/// The requests: every endpoint once in each of its headers. These are the endpoints of the registry's providers, and of catalogue rows that no
+/// provider uses.
 fn requests(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> Vec<MadeUpRequest> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
@@ -139,7 +140,7 @@ fn requests(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> V
     }
     for (host, rows) in catalogue.hosts() {
         for row in rows {
-            // A pattern is no address, and a path below an unknown base URL leads nowhere.
+            // Skip host patterns, which are not addresses, and paths below an unknown base URL.
             let Ok(base) = Url::parse(&format!("https://{host}{}", row.path_prefix)) else { continue };
             for probe in row.probes.iter().filter(|probe| probe.path.starts_with('/') && !host.contains('*')) {
                 if let Some(call) = endpoint::call(&base, probe, SOME_MODEL, false, None) {
@@ -156,7 +157,7 @@ fn result_of(response: &ProbeResponse) -> (&'static str, Option<u16>, Option<&st
     let code = Some(look.code.as_str()).filter(|code| !code.is_empty());
     let result = match calibrated(reading, look) {
         Calibration::Refuses { in_words: true, .. } => "REFUSED",
-        // A 403 of its own, or "alive" by a row: a refusal, in words that are not those of a dead key.
+        // A 403, or "alive" by a row, is a refusal too, but not in the words for a dead key.
         Calibration::Refuses { .. } if matches!(reading.classification, Classification::Forbidden(_)) => "REFUSED",
         Calibration::Refuses { .. } => "REFUSED_ODDLY",
         Calibration::AcceptsAnyone => "ACCEPTED",

@@ -1,4 +1,4 @@
-//! `byok-gate classify`: which verdict would this answer get, by which row, and what would be asked next? Nothing is sent.
+//! `byok-gate classify`: shows which verdict an answer would get, by which catalogue row, and which request would come next. It sends nothing.
 
 use std::{
     fs,
@@ -36,9 +36,9 @@ use crate::{
     liveness::prober::{MAX_BODY_BYTES, retry_after},
 };
 
-/// The longest line of a batch: the body that is read, twice as long in JSON's escapes, and a little.
+/// The maximum length of a batch line: the body limit, doubled for JSON escapes, and some room for the rest.
 const MAX_LINE_BYTES: u64 = 2 * MAX_BODY_BYTES as u64 + 16 * 1024;
-/// What stands for a model where a request has to be shown.
+/// The model in the requests that are shown.
 const SOME_MODEL: &str = "MODEL";
 
 #[derive(Debug, Args)]
@@ -77,7 +77,7 @@ struct RecordedAnswer {
     status: u16,
     #[serde(default)]
     headers: serde_json::Map<String, Value>,
-    /// Text, or JSON as it stands.
+    /// A JSON string with the text, or any other JSON value.
     #[serde(default)]
     body: Value,
     /// There was more of the body.
@@ -117,7 +117,7 @@ pub(super) fn run(args: ClassifyArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Ok)
 }
 
-/// One line of JSON for each line of the file; a line that says nothing classifiable gets its fault, and the others go on.
+/// Writes one line of JSON for each line of the file. A line that cannot be classified gets an error, and the others go on.
 fn run_batch(catalogue: &Catalogue, path: &PathBuf) -> anyhow::Result<Exit> {
     let mut lines: Box<dyn BufRead> = match path.to_str() {
         Some("-") => Box::new(BufReader::new(io::stdin())),
@@ -156,7 +156,7 @@ fn capped(from: impl Read) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// What is known of this answer.
+/// Classifies this answer.
 fn report(catalogue: &Catalogue, given: &RecordedAnswer, body: &[u8]) -> Result<Value, UsageError> {
     let (method, path) = given
         .request
@@ -206,11 +206,11 @@ fn report(catalogue: &Catalogue, given: &RecordedAnswer, body: &[u8]) -> Result<
     }))
 }
 
-/// The rung of a ladder that sends a request, or the one that is nearest to it.
+/// The probe that sends a request, or the nearest one.
 struct MatchedProbe<'c> {
     row: Option<&'c HostRow>,
     probe: Probe,
-    /// The rung with those above it.
+    /// The probe with the later ones of its row.
     ladder: &'c [Probe],
     base: Url,
     is_nearest: bool,
@@ -226,7 +226,7 @@ fn match_probe<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &st
     let rows = catalogue.rows_of(host);
     let protocols = [Protocol::OpenAi, Protocol::Anthropic];
     let nearest: Vec<&HostRow> = protocols.iter().filter_map(|protocol| catalogue.row(host, path, *protocol)).collect();
-    // A host without a ladder of its own is asked by its protocol's.
+    // A host without probes of its own uses its protocol's default probes.
     let with_ladder = rows.iter().any(|row| !row.probes.is_empty());
     let default = nearest.first().copied();
     let defaults = protocols.map(|protocol| (default, catalogue.default_probes(protocol)));
@@ -240,7 +240,8 @@ fn match_probe<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &st
             }
         }
     }
-    // A request that no rung makes, as a tenant's own completion: by what the nearest rung's signals say, and the shape of its own surface.
+    // No probe sends this request; it may be a tenant's own completion. Use the signals of the nearest probe, and the answer shape of the request's
+    // own surface.
     let surface = Surface::of_path(path);
     let rungs = || ladders.iter().flat_map(|(row, probes)| probes.iter().map(move |probe| (*row, probe)));
     let kind = |probe: &Probe| {
@@ -256,7 +257,7 @@ fn match_probe<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &st
     Ok(MatchedProbe { row, probe, ladder: &[], base: base("")?, is_nearest: true })
 }
 
-/// The path of the base URL that makes this request of a probe's path; `None` if none does.
+/// The base URL's path with which a probe's path gives this request path. `None` if there is none.
 fn base_path<'p>(template: &str, path: &'p str) -> Option<&'p str> {
     let template = template.split('?').next().unwrap_or(template);
     let tail = template.strip_prefix("{base}");
@@ -264,7 +265,7 @@ fn base_path<'p>(template: &str, path: &'p str) -> Option<&'p str> {
     let mut rest = path;
     for segment in wanted.iter().rev() {
         let (before, found) = rest.rsplit_once('/')?;
-        // A placeholder stands for a model, and something may follow it.
+        // The placeholder stands for a model. Text may follow it.
         let fits = segment.strip_prefix(MODEL).map_or(*segment == found, |behind| found.ends_with(behind));
         if !fits {
             return None;
@@ -285,7 +286,7 @@ fn header_map(given: &serde_json::Map<String, Value>) -> Result<HeaderMap, Usage
     Ok(headers)
 }
 
-/// What this answer makes, if nothing that is heard later says otherwise. `at_last`: where models are called, and no other way is left.
+/// The verdict of this answer, if no later answer changes it. `at_last`: the request calls a model, and no other probe follows.
 fn verdict(classification: &Classification, refuses_bad_keys: bool, at_last: bool) -> Verdict {
     match classification {
         Classification::Accepted if refuses_bad_keys => Verdict::Valid,
@@ -297,7 +298,7 @@ fn verdict(classification: &Classification, refuses_bad_keys: bool, at_last: boo
     }
 }
 
-/// What it makes once the endpoint was seen to refuse a made-up key, in the same way where this is a refusal.
+/// The verdict once the endpoint is known to refuse a made-up key. If this answer is a refusal, the made-up key got the same one.
 fn verdict_if_calibrated(classification: &Classification) -> Option<Verdict> {
     match classification {
         Classification::Accepted => Some(Verdict::Valid),
@@ -316,7 +317,7 @@ fn word(classification: &Classification) -> &'static str {
     }
 }
 
-/// What is asked after this answer, a made-up key being refused there: so, where this is a 403.
+/// The request that follows this answer, if the endpoint refuses made-up keys. If this answer is a 403, they got the same one.
 fn next(calls: &[Call], reading: &Reading, answer: Answer<'_>) -> Option<Value> {
     let mut plan = ProbePlan::new(calls, Client::default(), &EndpointFacts::default(), Requests::UNKNOWN);
     let look = Look::of(answer, "");

@@ -1,4 +1,4 @@
-//! How commands reach a server: its address, TLS, who they are, and in one sentence why it did not go.
+//! How commands connect to a server: its address, TLS and the client's identity. A failure is explained in one sentence.
 
 use std::{
     env,
@@ -29,12 +29,12 @@ use zeroize::Zeroizing;
 use super::exit::UsageError;
 use crate::{domain::causes::causes, watch::files};
 
-/// The largest file of certificates, and of a token.
+/// The maximum size of a file with certificates or a token.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
-/// How long a look at what answers there may take.
+/// How long it may take to find out which protocol the peer speaks.
 const DETECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How a server is reached, and as whom.
+/// How to connect to a server, and as which client.
 #[derive(Debug, Clone, Default, PartialEq, Args)]
 pub(super) struct ClientArgs {
     /// Speak TLS, and take the server's certificate only by these authorities, in PEM. With `https://HOST:PORT` and without this, the
@@ -56,19 +56,19 @@ pub(super) struct ClientArgs {
     client_token_file: Option<PathBuf>,
 }
 
-/// A server, and how it is reached.
+/// A server and how to connect to it.
 pub(super) struct Server {
-    /// As it was given.
+    /// The address as given.
     pub(super) address: String,
-    /// With its scheme.
+    /// The address with its scheme.
     pub(super) uri: String,
     pub(super) tls: Option<Tls>,
     token: Option<Zeroizing<String>>,
 }
 
-/// What TLS is made with.
+/// The client's TLS settings.
 pub(super) struct Tls {
-    /// None takes the system's.
+    /// `None` uses the system's authorities.
     pub(super) authorities: Option<Pem>,
     pub(super) name: Option<String>,
     /// Certificate and key.
@@ -78,21 +78,21 @@ pub(super) struct Tls {
 /// A file's content.
 type Pem = Zeroizing<Vec<u8>>;
 
-/// What answers an HTTP/2 client that speaks no TLS.
+/// The protocol of a peer, by its answer to an HTTP/2 preface without TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum PeerProtocol {
-    /// An alert of TLS.
+    /// It answered with a TLS alert.
     Tls,
-    /// HTTP/2.
+    /// It answered with HTTP/2.
     Plain,
-    /// Anything else, or nothing.
+    /// It answered something else, or nothing.
     Other,
 }
 
 // === impl ClientArgs ===
 
 impl ClientArgs {
-    /// The flags, and where there is none, the environment.
+    /// Takes each missing flag from the environment.
     fn or_environment(self) -> Self {
         let path =
             |flag: Option<PathBuf>, name: &str| flag.or_else(|| env::var_os(name).filter(|it| !it.is_empty()).map(Into::into));
@@ -105,7 +105,7 @@ impl ClientArgs {
         }
     }
 
-    /// The server at this address: `HOST:PORT` with a name or an IP address, `http://` or `https://` before it, or `unix:PATH`.
+    /// The server at this address: `HOST:PORT` with a name or an IP address, with or without `http://` or `https://`, or `unix:PATH`.
     pub(super) fn server(self, address: &str) -> anyhow::Result<Server> {
         let Self { server_ca, server_name, client_cert, client_key, client_token_file } = self.or_environment();
         let identity = match (client_cert, client_key) {
@@ -161,7 +161,7 @@ fn token(path: &Path) -> anyhow::Result<Zeroizing<String>> {
 // === impl Server ===
 
 impl Server {
-    /// A channel; what is wrong with TLS may show with the first call only.
+    /// Connects. Some TLS faults only appear with the first call.
     pub(super) async fn connect(&self, timeout: Duration) -> anyhow::Result<Channel> {
         let wrong = || UsageError(format!("--server {} is not an address: write HOST:PORT or unix:PATH", self.address));
         let mut endpoint = Endpoint::from_shared(self.uri.clone()).map_err(|_| wrong())?.connect_timeout(timeout);
@@ -174,7 +174,7 @@ impl Server {
         }
     }
 
-    /// A call's message with the token, if there is one.
+    /// A request with the token, if there is one.
     pub(super) fn request<T>(&self, message: T) -> anyhow::Result<Request<T>> {
         let mut request = Request::new(message);
         if let Some(header) = self.bearer() {
@@ -186,15 +186,15 @@ impl Server {
         Ok(request)
     }
 
-    /// The header's value.
+    /// The value of the authorization header.
     pub(super) fn bearer(&self) -> Option<Zeroizing<String>> {
         self.token.as_ref().map(|token| Zeroizing::new(format!("Bearer {}", **token)))
     }
 
-    /// Why a call came to nothing.
+    /// Explains why a call failed.
     pub(super) async fn refusal(&self, status: &Status) -> String {
         let code = status.code();
-        // The status itself says no more than its source, and that in the library's own notation.
+        // The status says no more than its source, but in the library's notation.
         if let Some(source) = status.source() {
             return self.failure_text(source).await;
         }
@@ -209,7 +209,7 @@ impl Server {
         format!("{} answered {code:?}: {}{hint}", self.address, status.message())
     }
 
-    /// The same of what the connection failed of.
+    /// Explains a connection failure.
     async fn failure_text(&self, fault: &(dyn Error + 'static)) -> String {
         let address = &self.address;
         if let Some(said) = tls_failure(fault) {
@@ -232,8 +232,8 @@ impl Server {
         }
     }
 
-    /// What the server ends the handshake with, where the HTTP/2 library has not kept it: a write to a connection that is closed already may
-    /// come before the read of why.
+    /// Repeats the handshake to get the server's TLS alert. The HTTP/2 library loses it if it writes to the closed connection before it reads the
+    /// alert.
     async fn handshake_alert(&self) -> Option<String> {
         let Tls { authorities, name, identity } = self.tls.as_ref()?;
         let uri: http::Uri = self.uri.parse().ok()?;
@@ -259,7 +259,7 @@ impl Server {
         let look = async move {
             let stream = TcpStream::connect(authority).await?;
             let mut stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
-            // It says nothing before we do, unless it ends the connection.
+            // A server sends nothing first, unless it ends the connection.
             stream.read_u8().await
         };
         match timeout(DETECT_TIMEOUT, look).await {
@@ -268,7 +268,7 @@ impl Server {
         }
     }
 
-    /// What answers there.
+    /// Finds out which protocol the peer speaks.
     async fn peer_protocol(&self) -> PeerProtocol {
         let Some((_, rest)) = self.uri.split_once("://") else { return PeerProtocol::Other };
         let authority = rest.split('/').next().unwrap_or_default().to_owned();
@@ -311,16 +311,16 @@ impl Tls {
     }
 }
 
-// === why ===
+// === failures ===
 
-/// Whether a connection that was there has been ended from the other side.
+/// Whether the peer closed an open connection.
 fn is_closed_by_peer(fault: &(dyn Error + 'static)) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     let mut kinds = causes(fault).filter_map(|error| error.downcast_ref::<io::Error>()).map(io::Error::kind);
     kinds.any(|kind| matches!(kind, BrokenPipe | ConnectionReset | UnexpectedEof))
 }
 
-/// What TLS fell over, with what to do.
+/// Explains a TLS failure, with what to do.
 pub(super) fn tls_failure(fault: &(dyn Error + 'static)) -> Option<String> {
     let Some(found) = rustls_error(fault) else { return alert_in(fault).map(|alert| alert_meaning(&alert)) };
     Some(match found {
@@ -344,7 +344,7 @@ pub(super) fn tls_failure(fault: &(dyn Error + 'static)) -> Option<String> {
     })
 }
 
-/// What the server's alert means, by its name.
+/// The meaning of a TLS alert of the server, by its name.
 fn alert_meaning(alert: &str) -> String {
     match alert {
         "CertificateRequired" => "the server wants a client certificate: give --client-cert and --client-key".into(),
@@ -357,7 +357,7 @@ fn alert_meaning(alert: &str) -> String {
     }
 }
 
-/// The alert's name, where the HTTP/2 library has kept no more of the TLS library's error than its words.
+/// The alert's name, from the text of the error. The HTTP/2 library keeps only the text of the TLS library's error.
 fn alert_in(fault: &(dyn Error + 'static)) -> Option<String> {
     const SAID: &str = "received fatal alert: ";
     causes(fault).find_map(|error| {
@@ -367,12 +367,12 @@ fn alert_in(fault: &(dyn Error + 'static)) -> Option<String> {
     })
 }
 
-/// The TLS library's own error, wherever in the chain it is.
+/// The TLS library's error, anywhere in the chain.
 fn rustls_error<'f>(fault: &'f (dyn Error + 'static)) -> Option<&'f rustls::Error> {
     causes(fault).find_map(|error| error.downcast_ref::<rustls::Error>())
 }
 
-/// A fault with its causes, each once.
+/// An error with its causes, each once.
 pub(super) fn chain(fault: &dyn Error) -> String {
     let mut said: Vec<String> = Vec::new();
     let mut next = Some(fault);
@@ -383,14 +383,14 @@ pub(super) fn chain(fault: &dyn Error) -> String {
         }
         next = error.source();
     }
-    // "transport error" tells nobody anything where there is more to say.
+    // "transport error" adds nothing to a more specific message.
     if said.len() > 1 {
         said.retain(|words| words != "transport error");
     }
     said.join(": ")
 }
 
-/// How long a command waits for a server, in words, for one that did not answer.
+/// Turns a timeout into an error that names the server.
 pub(super) fn in_time<T>(answered: Result<T, tokio::time::error::Elapsed>, server: &Server) -> anyhow::Result<T> {
     answered.with_context(|| format!("{} did not answer in time", server.address))
 }

@@ -1,4 +1,4 @@
-//! `byok-gate config`
+//! `byok-gate config`: shows all settings and where each came from.
 
 use clap::Args;
 use serde_json::{Map, Value, json};
@@ -18,7 +18,7 @@ pub(super) struct ConfigArgs {
     serve: ServeArgs,
 }
 
-/// Shows what `serve` with the same flags would run with. Files that hold secrets are named, and not read.
+/// Shows the settings of `serve` with the same flags. Files with secrets are named but not read.
 pub(super) fn run(args: ConfigArgs) -> anyhow::Result<Exit> {
     let ConfigArgs { format, serve } = args;
     let (paths, overrides) = serve.layers();

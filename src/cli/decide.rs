@@ -1,4 +1,4 @@
-//! `byok-gate decide`
+//! `byok-gate decide`: makes one decision, in this process or by asking a server.
 
 use std::{
     env,
@@ -29,9 +29,9 @@ use crate::{
     telemetry::{events::Journal, log_writer::LogWriter},
 };
 
-/// The longest that a command waits: the slowest row's budget of 10 s and a little.
+/// How long the command waits: the largest budget of a catalogue row, 10 s, and some room.
 const TIMEOUT: Duration = Duration::from_secs(12);
-/// The longest credential that is read from standard input or a file; the service's own limit is lower and says so.
+/// The maximum size of a credential from standard input or a file. The service's own limit is lower, and has its own error.
 pub(super) const MAX_VALUE_BYTES: u64 = 1024 * 1024;
 
 #[derive(Debug, Args)]
@@ -124,9 +124,9 @@ pub(super) async fn run(args: DecideArgs, log: &LogWriter) -> anyhow::Result<Exi
     Ok(report.exit)
 }
 
-/// In this process. Nothing is tested with made-up keys: a one-shot command relies on the catalogue.
+/// Decides in this process. No made-up keys are sent: a one-shot command relies on the catalogue.
 pub(super) async fn decide(mut setup: Setup, request: Request, log: &LogWriter) -> anyhow::Result<pb::DecideResponse> {
-    // The same door as the service's: what it refuses is refused here, with the same words.
+    // Use the service's own validation, so that the same requests are refused with the same messages.
     let request = convert::request(convert::to_request(&request)).map_err(|violations| {
         let said: Vec<String> = violations.0.into_iter().map(|(field, description)| format!("{field}: {description}")).collect();
         UsageError(said.join("; "))
@@ -139,7 +139,7 @@ pub(super) async fn decide(mut setup: Setup, request: Request, log: &LogWriter) 
     Ok(convert::response(decided))
 }
 
-/// By a server.
+/// Asks a server to decide.
 pub(super) async fn ask(server: &Server, request: &Request) -> anyhow::Result<pb::DecideResponse> {
     let channel = server.connect(TIMEOUT).await.context("no decision")?;
     let mut message = server.request(convert::to_request(request))?;
@@ -194,7 +194,7 @@ fn request(args: &DecideArgs) -> anyhow::Result<Request> {
 
 pub(super) fn from_environment(name: &str, scope: Scope) -> Result<Option<Credential>, UsageError> {
     if name.contains('=') {
-        // Somebody may have put the value behind it: it is not repeated.
+        // The argument may contain the credential's value, so it is not quoted.
         return Err(UsageError("--env takes a variable's name alone; its value is read from the environment".into()));
     }
     match env::var(name) {
@@ -206,7 +206,7 @@ pub(super) fn from_environment(name: &str, scope: Scope) -> Result<Option<Creden
 
 pub(super) fn from_stdin(argument: &str) -> anyhow::Result<Credential> {
     let Some(name) = argument.strip_suffix("=@-") else {
-        // Whatever stands there may be a value: it is not repeated.
+        // The text may be a credential, so it is not quoted.
         return Err(UsageError(
             "--credential takes NAME=@- and reads the value from standard input, never from an argument".into(),
         )

@@ -1,4 +1,4 @@
-//! `byok-gate exec`: the gate in front of a workspace's own process.
+//! `byok-gate exec`: decides, and if the workspace is allowed, becomes the workspace's process.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -36,9 +36,9 @@ use crate::{
     watch::files,
 };
 
-/// Where Kubernetes reads why a container ended.
+/// The file where Kubernetes reads why a container ended.
 const TERMINATION_LOG: &str = "/dev/termination-log";
-/// Kubernetes keeps that much of it; a longer text would be cut, and no longer be JSON.
+/// Kubernetes cuts a longer text, and the rest would not be valid JSON.
 const MAX_TERMINATION_LOG_BYTES: usize = 4096;
 
 #[derive(Debug, Args)]
@@ -76,7 +76,7 @@ pub(super) struct ExecArgs {
     command: Vec<OsString>,
 }
 
-/// The workspace that is to start, but for what it is to run.
+/// The workspace that is to start.
 #[derive(Debug, Args)]
 struct WorkspaceArgs {
     /// The workspace's id [environment: BYOK_GATE_WORKSPACE_ID].
@@ -94,7 +94,7 @@ struct WorkspaceArgs {
     tenant_base_url_env: Vec<String>,
 }
 
-/// Does not return where CMD runs: the process has then become it, with its id, its signals and its exit code.
+/// Does not return if CMD is run: CMD then replaces this process and keeps its process id.
 pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit> {
     let ExecArgs { runtime, model, workspace, server, termination_log, client, engine, probe, command } = args;
     let termination_log = termination_log.or_else(|| Path::new(TERMINATION_LOG).exists().then(|| TERMINATION_LOG.into()));
@@ -115,7 +115,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
             None => decide(setup, request, log).await,
         }
     };
-    // A process with id 1 is not ended by a signal that it does not catch. Caught signals are CMD's to decide about again.
+    // Catch signals: a process with id 1 is not ended by signals that it does not catch. CMD starts with the default handlers again.
     let signals = Signals::catch()?;
     let decided = tokio::select! {
         biased;
@@ -146,7 +146,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
 // === impl WorkspaceArgs ===
 
 impl WorkspaceArgs {
-    /// The request, with the credentials that are found under of these names.
+    /// The request, with the credentials found under these names.
     fn request(
         self,
         Workload { runtime, model }: &Workload,
@@ -170,7 +170,7 @@ impl WorkspaceArgs {
                 platform_proxy,
                 tenant_base_url_env,
             },
-            // A pod that starts: the workspace was created before.
+            // The workspace was created before; now its pod starts.
             checkpoint: Checkpoint::Provision,
             max_liveness_age: None,
             explain: false,
@@ -180,16 +180,16 @@ impl WorkspaceArgs {
     }
 }
 
-/// Replaces this process. Returns only if it could not.
+/// Replaces this process by CMD. Returns only if that failed.
 fn replace_process(command: &[OsString], log: &LogWriter) -> anyhow::Result<(Exit, Value)> {
     let (program, arguments) = command.split_first().ok_or_else(|| UsageError("exec needs a CMD behind `--`".into()))?;
-    // Here, and not after the runtime's end: that would wait for a name lookup that nobody needs any more.
+    // Replace the process before the runtime ends, since its end would wait for name lookups that are no longer needed.
     log.flush(LOG_FLUSH_LIMIT);
     let fault = Command::new(program).args(arguments).exec();
     Err(anyhow::Error::new(fault).context(format!("allowed, but {} could not be run", program.display())))
 }
 
-/// A flag, or its variable in the environment, or nothing: then the decision says what is missing.
+/// The value of a flag, or else of its environment variable. If both are missing it is empty, and the decision says what is missing.
 fn flag_or_env(flag: Option<String>, variable: &str) -> anyhow::Result<String> {
     match (flag, env::var(variable)) {
         (Some(value), _) | (None, Ok(value)) => Ok(value),
@@ -198,8 +198,8 @@ fn flag_or_env(flag: Option<String>, variable: &str) -> anyhow::Result<String> {
     }
 }
 
-/// The credentials of these names, and the scope if its folder could not be searched. What CMD sees in its environment answers for
-/// a name, even when it is blank; a file counts where the environment has nothing.
+/// The credentials of these names, and the workspace scope if its folder could not be read. An environment variable wins over a file, even if it
+/// is blank, since CMD sees the variable.
 fn collect_credentials(
     names: &BTreeSet<String>,
     secrets_dir: Option<&Path>,
@@ -210,7 +210,7 @@ fn collect_credentials(
         match from_folder(folder, names) {
             Ok(found) => files = found,
             Err(fault) => {
-                // Never taken for a folder without secrets; what does not depend on it is decided all the same.
+                // Not the same as a folder without secrets. A decision that does not depend on the folder is still made.
                 print_line(&format!("{} could not be searched: {fault}", folder.display()));
                 unreadable.push(Scope::Workspace);
             }
@@ -233,10 +233,10 @@ fn collect_credentials(
     (credentials.collect(), unreadable)
 }
 
-/// What mounted secrets hold, or why not, by name.
+/// The content of mounted secrets, or why it could not be read, by name.
 type Files = BTreeMap<String, Result<String, String>>;
 
-/// The mounted secrets of these names, all of them in time: a volume that does not answer costs one wait.
+/// Reads the mounted secrets of these names under one time limit, so that a volume that does not answer costs one wait.
 fn from_folder(folder: &Path, names: &BTreeSet<String>) -> io::Result<Files> {
     let (folder, names) = (folder.to_owned(), names.clone());
     files::in_time(move || {
@@ -250,7 +250,7 @@ fn from_folder(folder: &Path, names: &BTreeSet<String>) -> io::Result<Files> {
     .and_then(|found| found)
 }
 
-/// A mounted secret; nothing where there is no such file.
+/// Reads a mounted secret. `None` if there is no such file.
 fn from_file(path: &Path) -> Result<Option<String>, String> {
     match files::read_text(path, MAX_VALUE_BYTES) {
         Ok(mut value) => Ok(Some(without_line_break(std::mem::take(&mut *value)))),
@@ -259,7 +259,7 @@ fn from_file(path: &Path) -> Result<Option<String>, String> {
     }
 }
 
-/// A denial whole, of an allow its warnings: what nobody verified is not allowed in silence.
+/// Prints a denial, or the warnings of an allow: an unverified allow is never silent.
 fn print_outcome(report: &Report) {
     let text = report.text();
     match report.exit {
@@ -269,13 +269,13 @@ fn print_outcome(report: &Report) {
 }
 
 fn print_line(text: &str) {
-    // Standard error may be closed; there is nobody else to tell.
+    // If standard error is closed, the message is lost.
     drop(writeln!(io::stderr(), "byok-gate: {text}"));
 }
 
-/// Writes the termination log. A fault there changes nothing about the decision.
+/// Writes the termination log. A failure to write it does not change the decision.
 fn write_termination_log(path: &Path, mut body: Value) {
-    // What a person misses least goes first.
+    // If it is too long, drop the least important fields first.
     for field in ["warnings", "alternative_models"] {
         if body.to_string().len() > MAX_TERMINATION_LOG_BYTES
             && let Some(fields) = body.as_object_mut()
@@ -292,7 +292,7 @@ fn write_termination_log(path: &Path, mut body: Value) {
     }
 }
 
-/// What a denial's body repeats of the question.
+/// The parts of the request that a denial's body repeats.
 struct Workload {
     runtime: String,
     model: String,
@@ -301,7 +301,7 @@ struct Workload {
 // === impl Workload ===
 
 impl Workload {
-    /// A denial as `docs/denial-body.schema.json` has it.
+    /// The body of a denial, by `docs/denial-body.schema.json`.
     fn denial(&self, report: &Report) -> Value {
         let of = |pointer: &str| report.body.pointer(pointer).cloned().filter(|value| !value.is_null());
         let text = |pointer: &str| of(pointer).unwrap_or_else(|| json!(""));
@@ -330,7 +330,7 @@ impl Workload {
         body
     }
 
-    /// No decision.
+    /// The body when there is no decision.
     fn unavailable(&self, error: &str) -> Value {
         json!({
             "error": error,

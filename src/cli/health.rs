@@ -1,4 +1,4 @@
-//! `byok-gate health`
+//! `byok-gate health`: asks a server for its health.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::grpc::NAME;
 
-/// The longest that the check waits: less than the usual period of a container's check.
+/// How long the check waits: less than the usual interval of container health checks.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Args)]

@@ -1,4 +1,4 @@
-//! `byok-gate models`
+//! `byok-gate models`: lists the models of runtimes.
 
 use clap::Args;
 use serde_json::json;

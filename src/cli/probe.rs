@@ -1,4 +1,4 @@
-//! `byok-gate probe`: one live check of one credential, the ladder call by call.
+//! `byok-gate probe`: probes one credential at its provider, and can show each request.
 
 use clap::Args;
 use serde_json::{Value, json};

@@ -1,4 +1,4 @@
-//! `byok-gate serve`
+//! `byok-gate serve`: runs the server until a signal.
 
 use std::{
     io,
@@ -25,7 +25,7 @@ use crate::{
     telemetry::{events::Journal, log_writer::LogWriter, traces},
 };
 
-/// The longest that the last spans hold up the end: a collector that is there takes them in far less.
+/// How long sending the last spans may delay the end. A reachable collector takes them much faster.
 const SPAN_FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
@@ -73,19 +73,19 @@ pub(super) fn run(args: ServeArgs, log: LogWriter) -> anyhow::Result<Exit> {
     let (paths, overrides) = args.layers();
     let setup = config::load(&paths, &overrides)?;
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    // Without a number there is one thread for each CPU that the container's quota gives.
+    // Without a number, tokio starts one thread for each CPU of the container's quota.
     if setup.settings.server.worker_threads > 0 {
         runtime.worker_threads(setup.settings.server.worker_threads);
     }
     let runtime = runtime.enable_all().build()?;
     let ended = runtime.block_on(serve(setup, paths, overrides, log));
-    // A thread that waits for a volume that does not answer is not waited for.
+    // Do not wait for a thread that is blocked by a volume that does not answer.
     runtime.shutdown_background();
     ended
 }
 
-/// What memory holds is nobody's to read: no core file is left, and no other process of the same user attaches or looks into `/proc`. Root
-/// still can.
+/// Protects the memory, which holds credentials: the process leaves no core file, and other processes of the same user can neither attach to it
+/// nor read its memory in `/proc`. Root still can.
 fn keep_memory_private() {
     let no_core = rlimit::setrlimit(rlimit::Resource::CORE, 0, 0);
     let not_dumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(io::Error::from);
@@ -97,7 +97,7 @@ fn keep_memory_private() {
 async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter) -> anyhow::Result<Exit> {
     keep_memory_private();
     config::warn(&setup.warnings);
-    // Signals are caught before the socket opens: one that comes at once is not lost.
+    // Catch signals before the sockets open, so that none is lost.
     let signals = Signals::catch()?;
     let hangup = signal(SignalKind::hangup())?;
     let settings = &setup.settings;
@@ -131,7 +131,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
         }
     };
     let ended = bound.run(engine, shutdown).await?;
-    // Within the time that it has for leaving: whoever waits for its end has counted on that.
+    // The rest uses only what is left of the configured shutdown time, which a supervisor relies on.
     let left = || (stop.notice + stop.drain).saturating_sub(stopping.get().map_or(Duration::ZERO, Instant::elapsed));
     if let Some(tier) = tier {
         let dropped = tier.finish(tokio::time::Instant::now() + left()).await;
@@ -153,7 +153,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     Ok(Exit::Ok)
 }
 
-/// SIGHUP asks for a look at all files.
+/// SIGHUP makes all watchers check their files.
 fn reload_on_hangup(bound: &mut Bound, mut hangup: Signal) {
     let look = bound.look();
     bound.supervise("hangup", async move {
@@ -182,7 +182,7 @@ fn log_addresses(bound: &Bound, snapshot: &Snapshot) {
 // === impl ServeArgs ===
 
 impl ServeArgs {
-    /// What the command line sets, as the configuration has it.
+    /// The settings from the command line, as layers of the configuration.
     pub(super) fn layers(self) -> (Paths, Overrides) {
         let Self {
             listen,

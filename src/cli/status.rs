@@ -1,4 +1,4 @@
-//! `byok-gate status`: the status page of a running server, in a terminal.
+//! `byok-gate status`: shows the status of a running server in a terminal.
 
 use std::time::Duration;
 
@@ -14,11 +14,11 @@ use crate::telemetry::status::{
     printable,
 };
 
-/// The longest that the command waits: what the server gives a request.
+/// How long the command waits: the server's own time limit for a request.
 const TIMEOUT: Duration = Duration::from_secs(10);
-/// More than a status with the largest registry has.
+/// The maximum size of a status: more than one with the largest registry.
 const MAX_BYTES: usize = 16 * 1024 * 1024;
-/// How many decisions of each list are shown.
+/// How many decisions of each list are shown by default.
 const DEFAULT_LAST: usize = 10;
 
 #[derive(Debug, Args)]
@@ -52,7 +52,7 @@ pub(super) async fn run(args: StatusArgs) -> anyhow::Result<Exit> {
 }
 
 async fn fetch(server: &Server) -> anyhow::Result<Vec<u8>> {
-    // Err means that the process has one already, which serves as well.
+    // An error means that the process has a provider already, which is as good.
     drop(rustls::crypto::ring::default_provider().install_default());
     let address = &server.address;
     let mut builder = reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).timeout(TIMEOUT);

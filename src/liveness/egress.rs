@@ -69,7 +69,7 @@ pub(super) enum Unresolved {
     /// It could not be resolved.
     #[error("the name could not be resolved")]
     Lookup(#[source] io::Error),
-    /// It is only at addresses that may not be dialled.
+    /// All its addresses are refused by the rules.
     #[error("the name is at no address that may be dialled")]
     Refused,
 }

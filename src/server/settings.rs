@@ -23,11 +23,11 @@ const EVERYBODY: u32 = 0o007;
 pub struct EdgeSettings {
     /// Where it listens and how it runs.
     pub server: ServerSettings,
-    /// Where its numbers are shown.
+    /// The admin listener.
     pub admin: AdminSettings,
-    /// Of Unix sockets.
+    /// The files of Unix sockets.
     pub socket: SocketSettings,
-    /// Certificates and the key.
+    /// TLS files.
     pub tls: TlsSettings,
     /// Who may call.
     pub callers: CallerSettings,
@@ -70,7 +70,7 @@ pub struct ServerSettings {
     pub replicas: NonZeroU32,
 }
 
-/// Where its numbers are shown.
+/// The admin listener.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct AdminSettings {
@@ -80,7 +80,7 @@ pub struct AdminSettings {
     pub show_workspace_ids: bool,
 }
 
-/// Of Unix sockets.
+/// The files of Unix sockets.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SocketSettings {
@@ -92,7 +92,7 @@ pub struct SocketSettings {
     pub group: Option<u32>,
 }
 
-/// Certificates and the key.
+/// TLS files.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct TlsSettings {
