@@ -33,7 +33,7 @@ pub struct App {
     /// Makes the decisions.
     pub engine: Arc<Engine>,
     /// The sources of metrics.
-    pub measured: Vec<Arc<dyn Collect>>,
+    pub collectors: Vec<Arc<dyn Collect>>,
     /// The task that learns from other replicas which credentials were refused. `None` without a shared tier.
     pub refusal_listener: Option<Boxed<'static, ()>>,
     /// Providers that the configuration does not allow to be probed.
@@ -83,7 +83,7 @@ impl App {
         let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()).with_tier(tier));
         let refusal_listener = cache.refusal_listener();
         let engine = Arc::new(Engine::new(snapshot.clone(), cache.clone(), *fingerprint_key));
-        Ok(Self { engine, measured: vec![prober, limiter, cache], refusal_listener, forbidden_destinations })
+        Ok(Self { engine, collectors: vec![prober, limiter, cache], refusal_listener, forbidden_destinations })
     }
 }
 

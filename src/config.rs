@@ -535,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_speaks_every_type() {
+    fn the_environment_can_set_every_type() {
         let environment = [
             ("BYOK_GATE__SERVER__LISTEN", "127.0.0.1:1, unix:/run/x.sock"),
             ("BYOK_GATE__SERVER__INSECURE_LISTEN", "true"),
@@ -561,7 +561,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_stand_is_named_with_its_place_and_the_nearest_key() {
+    fn an_invalid_setting_is_named_with_its_place_and_the_nearest_key() {
         for (text, environment, expect) in [
             ("limits: {decision: 1}", None, "limits.decision: is not a key (from file"),
             ("limits: {decision: 1}", None, "the nearest is `limits.decisions`"),
@@ -631,7 +631,7 @@ mod tests {
 
     /// An unknown key, a value of the wrong type, one out of bounds and an unknown provider are all reported together.
     #[test]
-    fn all_that_is_wrong_is_told_at_once() {
+    fn all_problems_are_reported_at_once() {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("byok-gate.yaml");
         let text = "limit: {}\nlimits: {decisions: many, batch_items: 0}\nproviders: {deepsek: {probe: report, until: 2026-12-01}}\n\

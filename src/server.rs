@@ -65,14 +65,14 @@ use crate::{
 pub struct Bound {
     listeners: Vec<Listener>,
     admin: Option<Listener>,
-    measured: Vec<Arc<dyn Collect>>,
+    collectors: Vec<Arc<dyn Collect>>,
     callers: Arc<Callers>,
     tls: Option<Arc<Tls>>,
     settings: EdgeSettings,
     journal: Journal,
     tasks: Vec<Task>,
     /// Makes all file watchers check their files at once.
-    look: watch::Sender<()>,
+    recheck: watch::Sender<()>,
 }
 
 /// A background task and its name. It ends only if it fails.
@@ -102,12 +102,12 @@ impl Bound {
             None => None,
             Some(address) => Some(listener(address, &settings).await?),
         };
-        let measured: Vec<Arc<dyn Collect>> = vec![Arc::new(Process::started())];
-        let (look, _) = watch::channel(());
+        let collectors: Vec<Arc<dyn Collect>> = vec![Arc::new(Process::started())];
+        let (recheck, _) = watch::channel(());
         let (journal, tasks) = (Journal::off(), Vec::new());
-        let mut bound = Self { listeners, admin, measured, callers, tls, settings, journal, tasks, look };
+        let mut bound = Self { listeners, admin, collectors, callers, tls, settings, journal, tasks, recheck };
         if let Some(tls) = bound.tls.clone() {
-            bound.measure(tls.clone());
+            bound.register(tls.clone());
             bound.supervise("certificates", watch_ends(tls.clone()));
             bound.follow(tls);
         }
@@ -141,8 +141,8 @@ impl Bound {
     }
 
     /// Adds a source of metrics.
-    pub fn measure(&mut self, source: Arc<dyn Collect>) {
-        self.measured.push(source);
+    pub fn register(&mut self, source: Arc<dyn Collect>) {
+        self.collectors.push(source);
     }
 
     /// Runs a background task. If it ends, the server drains and fails.
@@ -154,13 +154,13 @@ impl Bound {
     pub fn follow(&mut self, source: impl Source) {
         let name = source.name();
         let watcher = Watcher::new(source);
-        self.measure(watcher.counts());
-        self.supervise(name, watcher.run(self.settings.server.reload_interval, self.look.subscribe()));
+        self.register(watcher.counts());
+        self.supervise(name, watcher.run(self.settings.server.reload_interval, self.recheck.subscribe()));
     }
 
     /// A sender that makes all watchers check their files at once.
-    pub fn look(&self) -> watch::Sender<()> {
-        self.look.clone()
+    pub fn recheck_files(&self) -> watch::Sender<()> {
+        self.recheck.clone()
     }
 
     /// A function that replaces the lists of callers.
@@ -172,17 +172,17 @@ impl Bound {
     /// Serves until `shutdown`, then stops in this order: it reports NOT_SERVING, waits until that is noticed, accepts no more connections, sends
     /// GOAWAY, and finishes calls in flight until the drain deadline.
     pub async fn run(self, engine: Arc<Engine>, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, ServerError> {
-        let Self { listeners, admin, mut measured, callers, tls, settings, journal, tasks: supervised, look } = self;
+        let Self { listeners, admin, mut collectors, callers, tls, settings, journal, tasks: supervised, recheck } = self;
         let (phase, phases) = watch::channel(Phase::Starting);
         let limit = affordable_connections(settings.limits.connections, listeners.len());
         let recent_decisions = Arc::new(RecentDecisions::new(settings.admin.show_workspace_ids));
         let recorder = Arc::new(Recorder::new(journal, Arc::clone(&recent_decisions)));
         let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit))));
         let context = context(&settings, callers, tls.clone(), Arc::clone(&engine), &recorder, phases, &counts)?;
-        measured.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder, counts.clone()]);
+        collectors.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder, counts.clone()]);
         let mut tasks = JoinSet::new();
         if let Some(listener) = admin {
-            let pages = Arc::new(AdminPages::new(engine, measured, recent_decisions, tls, Arc::clone(&counts)));
+            let pages = Arc::new(AdminPages::new(engine, collectors, recent_decisions, tls, Arc::clone(&counts)));
             spawn(&mut tasks, ("status counts", Box::pin(sample_counts(Arc::clone(&pages)))));
             spawn(&mut tasks, ("admin", Box::pin(serve_admin(listener, pages))));
         }
@@ -212,7 +212,7 @@ impl Bound {
         phase.send_replace(Phase::Draining);
         // The tasks own the sockets, so this closes them.
         tasks.shutdown().await;
-        drop(look);
+        drop(recheck);
         let drained = timeout(settings.shutdown.drain, all_closed.recv()).await;
         phase.send_replace(Phase::Cut);
         if drained.is_err() {

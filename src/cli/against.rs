@@ -23,8 +23,8 @@ pub(super) struct Side<'s> {
 pub(super) struct Changes {
     models: Vec<ModelChange>,
     patterns: Vec<PatternChange>,
-    sent: Vec<Sent>,
-    no_longer_sent: Vec<Sent>,
+    sent: Vec<CredentialRoute>,
+    no_longer_sent: Vec<CredentialRoute>,
 }
 
 /// The change of one model on one runtime.
@@ -66,7 +66,7 @@ struct Unlisted {
 
 /// A credential of this name may be sent to this host in this header.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Sent {
+struct CredentialRoute {
     env_name: String,
     host: String,
     header: &'static str,
@@ -78,7 +78,7 @@ struct Sent {
 impl Changes {
     /// The changes from `old` to `new`.
     pub(super) fn between(old: Side<'_>, new: Side<'_>) -> Self {
-        let (before, after) = (sent(old), sent(new));
+        let (before, after) = (credential_routes(old), credential_routes(new));
         Self {
             models: models(old.registry, new.registry),
             patterns: patterns(old.registry, new.registry),
@@ -106,15 +106,15 @@ impl Changes {
             };
             json!({"runtime": runtime, "provider": provider, "before": unlisted(before), "after": unlisted(after)})
         };
-        let way = |sent: &Sent| {
-            let Sent { env_name, host, header, provider } = sent;
+        let route = |sent: &CredentialRoute| {
+            let CredentialRoute { env_name, host, header, provider } = sent;
             json!({"env_name": env_name, "host": host, "header": header, "provider": provider})
         };
         json!({
             "models": models.iter().map(model).collect::<Vec<_>>(),
             "patterns": patterns.iter().map(pattern).collect::<Vec<_>>(),
-            "credentials_sent": sent.iter().map(way).collect::<Vec<_>>(),
-            "credentials_no_longer_sent": no_longer_sent.iter().map(way).collect::<Vec<_>>(),
+            "credentials_sent": sent.iter().map(route).collect::<Vec<_>>(),
+            "credentials_no_longer_sent": no_longer_sent.iter().map(route).collect::<Vec<_>>(),
         })
     }
 
@@ -136,11 +136,11 @@ impl Changes {
             )
         };
         section("unlisted models:", patterns.iter().map(pattern).collect());
-        let way = |Sent { env_name, host, header, provider }: &Sent| {
+        let route = |CredentialRoute { env_name, host, header, provider }: &CredentialRoute| {
             format!("{env_name} -> {host} in `{header}` (provider `{provider}`)")
         };
-        section("credentials that may be sent, and could not be before:", sent.iter().map(way).collect());
-        section("credentials that are not sent any more:", no_longer_sent.iter().map(way).collect());
+        section("credentials that may be sent, and could not be before:", sent.iter().map(route).collect());
+        section("credentials that are not sent any more:", no_longer_sent.iter().map(route).collect());
         if out.is_empty() { "\nnothing changes for people\n".into() } else { out }
     }
 }
@@ -252,13 +252,13 @@ fn patterns(old: &Registry, new: &Registry) -> Vec<PatternChange> {
 }
 
 /// Where credentials may be sent: the hosts and headers of the providers of all runtimes.
-fn sent(Side { registry, catalogue }: Side<'_>) -> BTreeSet<Sent> {
-    let mut ways = BTreeSet::new();
+fn credential_routes(Side { registry, catalogue }: Side<'_>) -> BTreeSet<CredentialRoute> {
+    let mut routes = BTreeSet::new();
     let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);
     for provider in arms.map(|arm| registry.provider(arm)) {
         let Ok(target) = target(provider, catalogue, "") else { continue };
         for family in target.calls.iter().flat_map(|call| &call.probe.auth) {
-            ways.extend(provider.auth_env.iter().map(|env_name| Sent {
+            routes.extend(provider.auth_env.iter().map(|env_name| CredentialRoute {
                 env_name: env_name.clone(),
                 host: target.endpoint.host.clone(),
                 header: family.header(),
@@ -266,5 +266,5 @@ fn sent(Side { registry, catalogue }: Side<'_>) -> BTreeSet<Sent> {
             }));
         }
     }
-    ways
+    routes
 }

@@ -102,8 +102,8 @@ pub(super) fn run(args: ClassifyArgs) -> anyhow::Result<Exit> {
     }
     let body = match body.strip_prefix('@') {
         None => body.into_bytes(),
-        Some("-") => capped(io::stdin())?,
-        Some(path) => capped(fs::File::open(path).with_context(|| format!("{path}: could not be read"))?)?,
+        Some("-") => read_limited(io::stdin())?,
+        Some(path) => read_limited(fs::File::open(path).with_context(|| format!("{path}: could not be read"))?)?,
     };
     let report = report(
         &catalogue,
@@ -150,7 +150,7 @@ fn run_batch(catalogue: &Catalogue, path: &PathBuf) -> anyhow::Result<Exit> {
     Ok(if all_good { Exit::Ok } else { Exit::Usage })
 }
 
-fn capped(from: impl Read) -> io::Result<Vec<u8>> {
+fn read_limited(from: impl Read) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     from.take(MAX_BODY_BYTES as u64 + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
@@ -194,9 +194,9 @@ fn report(catalogue: &Catalogue, given: &RecordedAnswer, body: &[u8]) -> Result<
         "asked_by": match (is_nearest, row) { (true, _) => "nearest", (false, Some(_)) => "row", (false, None) => "default" },
         "probe": probe.name,
         "surface": probe.surface.as_str(),
-        "reading": word(&reading.classification),
+        "reading": classification_word(&reading.classification),
         "cause": reading.cause.as_str(),
-        "signal": signal.map(|(position, signal)| shown(position, signal)),
+        "signal": signal.map(|(position, signal)| signal_json(position, signal)),
         "verdict": verdict.as_str(),
         "once_calibrated": once_calibrated.map(Verdict::as_str),
         "next": next,
@@ -307,7 +307,7 @@ fn verdict_if_calibrated(classification: &Classification) -> Option<Verdict> {
     }
 }
 
-fn word(classification: &Classification) -> &'static str {
+fn classification_word(classification: &Classification) -> &'static str {
     match classification {
         Classification::Accepted => "ACCEPTED",
         Classification::Restricted => "RESTRICTED",
@@ -346,7 +346,7 @@ fn next(calls: &[Call], reading: &Reading, answer: Answer<'_>) -> Option<Value> 
     }
 }
 
-fn shown(position: usize, signal: &Signal) -> Value {
+fn signal_json(position: usize, signal: &Signal) -> Value {
     json!({
         "position": position,
         "verdict": signal.outcome.as_str(),

@@ -105,17 +105,17 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     let (access, warnings) = config::tier_access(settings)?;
     config::warn(&warnings);
     let tier = access.map(Tier::new).transpose()?;
-    let App { engine, measured, refusal_listener, forbidden_destinations } = App::new(&setup, tier.clone())?;
+    let App { engine, collectors, refusal_listener, forbidden_destinations } = App::new(&setup, tier.clone())?;
     config::warn(&forbidden_destinations);
     let mut bound = Bound::open(settings.edge()).await?;
     bound.set_journal(Journal::to(log.clone(), settings.log.plain_allow_ratio));
-    bound.measure(Arc::new(log));
-    bound.measure(Arc::new(traces::ExportMetrics));
-    measured.into_iter().for_each(|source| bound.measure(source));
+    bound.register(Arc::new(log));
+    bound.register(Arc::new(traces::ExportMetrics));
+    collectors.into_iter().for_each(|source| bound.register(source));
     traces::start(&settings.tracing, setup.tracing_ca.as_deref())?;
     let load = Box::new(move || config::load(&paths, &overrides));
     let documents = Documents::new(Arc::clone(&engine), &setup, load, Box::new(bound.replace_callers()));
-    bound.measure(documents.loosenings());
+    bound.register(documents.loosenings());
     bound.follow(documents);
     if let Some(listener) = refusal_listener {
         bound.supervise("tier", listener);
@@ -155,11 +155,11 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
 
 /// SIGHUP makes all watchers check their files.
 fn reload_on_hangup(bound: &mut Bound, mut hangup: Signal) {
-    let look = bound.look();
+    let recheck = bound.recheck_files();
     bound.supervise("hangup", async move {
         while hangup.recv().await.is_some() {
             tracing::info!(event = "hangup", "all files are looked at now, changed or not");
-            look.send_replace(());
+            recheck.send_replace(());
         }
     });
 }

@@ -88,7 +88,7 @@ async fn fetch(server: &Server) -> anyhow::Result<Vec<u8>> {
     }
     let mut response = match request.send().await {
         Ok(response) => response,
-        Err(fault) => anyhow::bail!("{address}: {}", why(&fault)),
+        Err(fault) => anyhow::bail!("{address}: {}", failure_text(&fault)),
     };
     if !response.status().is_success() {
         anyhow::bail!(
@@ -106,7 +106,7 @@ async fn fetch(server: &Server) -> anyhow::Result<Vec<u8>> {
     Ok(json)
 }
 
-fn why(fault: &reqwest::Error) -> String {
+fn failure_text(fault: &reqwest::Error) -> String {
     let said = chain(fault);
     if let Some(said) = tls_failure(fault) {
         said

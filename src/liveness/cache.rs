@@ -898,7 +898,7 @@ mod tests {
     }
 
     #[test]
-    fn a_usual_finding_is_kept_once() {
+    fn equal_valid_findings_share_one_copy() {
         let last_valid = ArcSwap::from_pointee(Finding::bare(Verdict::Valid));
         let valid = || Finding { status: Some(200), ..Finding::bare(Verdict::Valid) };
         let (first, refused) = (intern_valid(valid(), &last_valid), intern_valid(Finding::bare(Verdict::Invalid), &last_valid));
@@ -908,7 +908,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_refusal_that_is_heard_of_first_holds_against_an_older_valid() {
+    async fn a_refusal_that_arrives_first_wins_over_an_older_valid() {
         let memory: Memory = moka::sync::Cache::builder().max_capacity(9).build_with_hasher(BuildHasherDefault::default());
         let (key, ages) = ([7; 32], Ages::default());
         let valid = |at| Shared {
@@ -932,7 +932,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_makes_room_is_counted() {
+    async fn evictions_are_counted() {
         let cache = Cache::new(Arc::new(PendingProber), CacheSettings::default());
         for index in 0..MAX_ENTRIES + 3 {
             let mut key = [0; 32];

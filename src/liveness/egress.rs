@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_allowed_is_allowed_in_the_scheme_that_is_said_and_metadata_never() {
+    async fn allowed_destinations_are_allowed_in_their_scheme_and_metadata_never() {
         let egress =
             allowing(&["10.1.0.0/16", "fd12::/16", "llm.corp.example", "*.svc.example"], &["10.2.0.7", "vllm.corp.example"]);
         for (url, may) in [

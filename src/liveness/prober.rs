@@ -582,7 +582,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_descriptor_that_is_missing_here_is_no_fault_of_the_providers() {
+    fn a_lack_of_descriptors_here_is_not_the_providers_fault() {
         for (code, own) in [(libc::EMFILE, true), (libc::ENFILE, true), (libc::ENOMEM, true), (libc::ECONNREFUSED, false)] {
             let bare = std::io::Error::from_raw_os_error(code);
             assert_eq!(is_resource_exhaustion(&bare), own, "{code}");

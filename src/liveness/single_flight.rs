@@ -257,7 +257,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_limit_holds_and_what_is_there_or_withheld_does_not_fly() {
+    async fn the_limit_holds_and_known_or_rejected_values_start_no_flight() {
         let flights = SingleFlight::<u8, u8>::new(1, 1);
         let nothing = |launch: Start<u8, &'static str, std::future::Pending<u8>>| |_: ProbeStarted| launch;
         assert!(matches!(flights.join(0, 2, nothing(Start::Known(4))), Join::Known(4)));

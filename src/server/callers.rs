@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_have_roles_and_faults_are_told_without_the_token() {
+    fn lines_have_roles_and_errors_never_quote_the_token() {
         let tokens =
             parsed(&format!("# ours\n\n{GOOD}\r\nmade-up-token-two-xx workspace ws-1,ws-2\nmade-up-token-three operator\n"))
                 .unwrap();

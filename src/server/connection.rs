@@ -91,7 +91,7 @@ const ANSWER_READ_TIME: Duration = Duration::from_secs(1);
 /// How long the statuses of calls that are cut off at the end of a drain may take to be sent.
 pub(super) const CUT_OFF_GRACE: Duration = Duration::from_millis(100);
 /// How long a connection that ignores GOAWAY is kept beyond the longest deadline of a call.
-const AFTER_LAST_CALL: Duration = Duration::from_secs(2);
+const GOAWAY_GRACE: Duration = Duration::from_secs(2);
 /// The health service. Callers need no credentials for it: a kubelet has neither certificate nor token.
 const HEALTH_PREFIX: &str = "/grpc.health.v1.Health/";
 const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
@@ -136,7 +136,7 @@ impl ConnectionContext {
         let peer = accepted.peer;
         let started = tokio::select! {
             started = timeout_at(handshake_by, self.begin(accepted)) => started,
-            () = reached(&mut phase, Phase::Draining) => return,
+            () = wait_for_phase(&mut phase, Phase::Draining) => return,
             () = place.state.evicted() => return,
         };
         let (io, identity) = match started {
@@ -156,7 +156,7 @@ impl ConnectionContext {
         let Accepted { io, peer } = accepted;
         let (mut io, names, is_plain): (Box<dyn Stream>, _, _) = match (&self.tls, peer) {
             (Some(tls), Peer::Tcp(_)) => {
-                let io = speaks_tls(io).await?;
+                let io = expect_tls(io).await?;
                 let stream = handshake(tls.acceptor().accept(io)).await?;
                 let names = stream.get_ref().1.peer_certificates().and_then(<[_]>::first).map(names_of);
                 // The handshake has verified the certificate, so it parses.
@@ -231,7 +231,7 @@ impl Connection {
         };
         tokio::select! {
             done = running!() => return ended(done),
-            () = reached(&mut phase, Phase::Draining) => {}
+            () = wait_for_phase(&mut phase, Phase::Draining) => {}
             () = sleep_until(ends_at) => {}
             () = self.state.idle(self.context.settings.max_connection_idle) => {}
             () = self.state.evicted() => return,
@@ -241,8 +241,8 @@ impl Connection {
         let Deadlines { decide, batch, .. } = self.context.deadlines;
         tokio::select! {
             done = running!() => return ended(done),
-            () = reached(&mut phase, Phase::Cut) => {}
-            () = sleep(decide.max(batch) + AFTER_LAST_CALL) => {}
+            () = wait_for_phase(&mut phase, Phase::Cut) => {}
+            () = sleep(decide.max(batch) + GOAWAY_GRACE) => {}
         }
         // Send the statuses of calls that were cut off.
         drop(timeout(CUT_OFF_GRACE, running!()).await);
@@ -277,7 +277,7 @@ impl Connection {
         request: Request<Incoming>,
         method: Option<&'static str>,
         record: &Arc<CallRecord>,
-    ) -> Result<Started, Box<Response<Body>>> {
+    ) -> Result<CallInFlight, Box<Response<Body>>> {
         if !is_grpc(request.headers()) {
             record.end(Code::InvalidArgument, NOT_GRPC);
             return Err(Box::new(not_grpc_response()));
@@ -290,7 +290,7 @@ impl Connection {
         mut request: Request<Incoming>,
         method: Option<&'static str>,
         record: &Arc<CallRecord>,
-    ) -> Result<Started, Status> {
+    ) -> Result<CallInFlight, Status> {
         let Self { context, identity, state, .. } = self;
         if method == Some("") {
             return Err(error(ErrorReason::Unsupported, "the service has no such method"));
@@ -333,7 +333,7 @@ impl ConnectionContext {
         caller: Arc<Caller>,
         record: &Arc<CallRecord>,
         permits: CallPermits,
-    ) -> Result<Started, Status> {
+    ) -> Result<CallInFlight, Status> {
         let (cap, limit) = if method == BATCH_DECIDE {
             (self.deadlines.batch, self.limits.batch_message_bytes)
         } else {
@@ -342,22 +342,22 @@ impl ConnectionContext {
         let deadline = self.deadline(request.headers(), cap)?;
         let service = PolicyDecisionServiceServer::new(self.service.to(caller, deadline, Arc::clone(record)));
         let response = service.max_decoding_message_size(limit).call(request);
-        Ok(Started { response, end: Some(deadline.end), limit, permits, streams: method == BATCH_DECIDE })
+        Ok(CallInFlight { response, end: Some(deadline.end), limit, permits, streams: method == BATCH_DECIDE })
     }
 
     /// Calls health or reflection. They have a deadline like every call, but a health watch has none.
-    fn route(&self, request: Request<CountedBody>, ends: bool, permits: CallPermits) -> Result<Started, Status> {
+    fn route(&self, request: Request<CountedBody>, ends: bool, permits: CallPermits) -> Result<CallInFlight, Status> {
         let end = if ends { Some(self.deadline(request.headers(), self.deadlines.decide)?.end) } else { None };
         let limit = self.limits.message_bytes;
-        Ok(Started { response: Box::pin(self.routes.clone().call(request)), end, limit, permits, streams: !ends })
+        Ok(CallInFlight { response: Box::pin(self.routes.clone().call(request)), end, limit, permits, streams: !ends })
     }
 
     fn deadline(&self, headers: &HeaderMap, cap: Duration) -> Result<Deadline, Status> {
         Deadline::of(headers, cap).ok_or_else(deadline_exceeded)
     }
 
-    async fn finish(&self, started: Result<Started, Box<Response<Body>>>, call_guard: CallGuard) -> Response<Body> {
-        let Started { mut response, end, limit, permits, streams } = match started {
+    async fn finish(&self, started: Result<CallInFlight, Box<Response<Body>>>, call_guard: CallGuard) -> Response<Body> {
+        let CallInFlight { mut response, end, limit, permits, streams } = match started {
             Ok(started) => started,
             Err(response) => return *response,
         };
@@ -374,12 +374,12 @@ impl ConnectionContext {
                         // Dropping the future tells the service that the call was given up.
                         Err(_) => return deadline_exceeded().into_http(),
                     },
-                    () = reached(&mut phase, Phase::Cut) => return draining().into_http(),
+                    () = wait_for_phase(&mut phase, Phase::Cut) => return draining().into_http(),
                 }
             }
         };
         let Ok(response) = answered;
-        match explanation(&response, limit) {
+        match contract_error(&response, limit) {
             Some(status) => status.into_http(),
             None if streams => response.map(|body| Body::new(GuardedBody { body, _permits: permits, _call_guard: call_guard })),
             None => response,
@@ -412,7 +412,7 @@ type CallResult = Result<Response<Body>, Infallible>;
 type CallFuture = Pin<Box<dyn Future<Output = CallResult> + Send>>;
 
 /// A call in flight.
-struct Started {
+struct CallInFlight {
     response: CallFuture,
     end: Option<Instant>,
     /// The maximum length of its message.
@@ -475,7 +475,7 @@ fn deadline_exceeded() -> Status {
 }
 
 /// Replaces an error of the gRPC library by the contract's error: bad input is INVALID_ARGUMENT with a field, and every error has a reason.
-fn explanation(response: &Response<Body>, limit: usize) -> Option<Status> {
+fn contract_error(response: &Response<Body>, limit: usize) -> Option<Status> {
     const UNDECODABLE: &str = "failed to decode Protobuf message";
     let status = response.extensions().get::<Status>()?;
     let (reason, description) = match (status.code(), status.message()) {
@@ -490,7 +490,7 @@ fn explanation(response: &Response<Body>, limit: usize) -> Option<Status> {
 }
 
 /// Waits until the server reaches this phase.
-pub(super) async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
+pub(super) async fn wait_for_phase(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
     // A closed sender means that the server has ended.
     drop(phase.wait_for(|phase| *phase >= wanted).await);
 }
@@ -501,7 +501,7 @@ pub(super) async fn reject_over_limit(io: Box<dyn Stream>, limit: usize) {
 }
 
 /// Reads a client's first bytes and checks that they are TLS. A client that speaks plain HTTP/2 gets a TLS alert.
-async fn speaks_tls(mut io: Box<dyn Stream>) -> Result<Rewind, Option<Refusal>> {
+async fn expect_tls(mut io: Box<dyn Stream>) -> Result<Rewind, Option<Refusal>> {
     let mut first = [0; TLS_RECORD.len()];
     io.read_exact(&mut first).await.map_err(broken_connection)?;
     if first == TLS_RECORD {

@@ -245,7 +245,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_is_known_least_makes_room_and_who_is_in_use_never() {
+    async fn the_connection_needed_least_is_evicted_and_one_in_use_never() {
         let connections = Connections::new(4);
         let admit = || connections.admit().map(|admitted| admitted.place);
         let (silent, idle, asking, known) = (admit().unwrap(), admit().unwrap(), admit().unwrap(), admit().unwrap());

@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_need_not_wait_gets_no_task_and_who_waits_gets_one() {
+    async fn a_call_that_is_ready_gets_no_task_and_one_that_waits_gets_one() {
         let (inline, answered) = (InlineExecutor::default(), Arc::new(AtomicUsize::new(0)));
         let (sender, receiver) = oneshot::channel::<()>();
         let (first, second) = (Arc::clone(&answered), Arc::clone(&answered));

@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn silent_peers_are_asked_after() {
+    async fn silent_peers_are_probed() {
         let server = ServerSettings { keepalive_interval: Duration::from_secs(21), ..ServerSettings::default() };
         let address = Address::Tcp("127.0.0.1:0".parse().unwrap());
         let Listener::Tcp(listener, address) = Listener::bind(&address, &server, &SocketSettings::default()).await.unwrap()

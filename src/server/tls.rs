@@ -459,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reload_takes_what_stands_and_keeps_the_last_good_otherwise() {
+    fn a_reload_takes_valid_files_and_otherwise_keeps_the_last_valid_ones() {
         let folder = tempfile::tempdir().unwrap();
         let files = TlsFiles { certificate: folder.path().join("c"), key: folder.path().join("k"), client_ca: None };
         let write = |pair: &(String, String)| {

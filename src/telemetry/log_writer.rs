@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_stream_that_is_gone_is_counted_and_harms_nobody() {
+    fn lines_for_a_closed_stream_are_counted_as_dropped() {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
         let lines = LogWriter::to(writer).unwrap();

@@ -359,7 +359,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_held_is_bounded_and_what_is_lost_is_reported_rarely() {
+    fn held_spans_are_bounded_and_lost_ones_are_reported_rarely() {
         let budget = SpanBudget { limit: 2, ..SpanBudget::default() };
         assert_eq!([budget.try_reserve(), budget.try_reserve(), budget.try_reserve()], [true, true, false]);
         budget.spans.fetch_sub(1, Ordering::Relaxed);
