@@ -44,23 +44,23 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Decide one workspace, in this process or by asking a server.
     Decide(decide::DecideArgs),
-    /// Decide this workspace at its start, then become CMD, or say why not.
+    /// Decide this workspace at its start, then run CMD in place of this process, or say why not.
     Exec(exec::ExecArgs),
-    /// List what runtimes offer.
+    /// List the models of runtimes.
     Models(models::ModelsArgs),
     /// Check configuration, registry and catalogue.
     Check(check::CheckArgs),
-    /// Look after the probe catalogue.
+    /// Check the probe catalogue against the vendors' endpoints.
     Catalogue(catalogue::CatalogueArgs),
-    /// Tell which verdict an answer would get, by which row of the catalogue, without any network.
+    /// Show which verdict an answer would get and by which row of the catalogue, without any network.
     Classify(classify::ClassifyArgs),
     /// Check one credential at its provider, live.
     Probe(probe::ProbeCommandArgs),
-    /// Show every setting that `serve` with the same flags would run with, and where each came from.
+    /// Show every setting of `serve` with the same flags, and where each came from.
     Config(config::ConfigArgs),
     /// Ask a server whether it serves.
     Health(health::HealthArgs),
-    /// Show how a running server is: what needs attention, providers, the last denials.
+    /// Show the status of a running server: what needs attention, providers, the last denials.
     Status(status::StatusArgs),
     /// Copy this executable to FILE, for a container whose image does not have it.
     Copy(copy::CopyArgs),

@@ -33,20 +33,20 @@ pub(super) struct CatalogueArgs {
 
 #[derive(Debug, Subcommand)]
 enum CatalogueCommand {
-    /// Ask every endpoint once in each header with a made-up key, slowly, and tell which do not refuse it as the catalogue says.
+    /// Send a made-up key to every endpoint once in each header, slowly, and show which do not refuse it as the catalogue says.
     Verify(VerifyArgs),
 }
 
-/// Exits 0 where all is as the catalogue says, 12 where something is not. What could not be reached tells nothing.
+/// Exits 0 if all endpoints answer as the catalogue says, and 12 if one does not. Endpoints that cannot be reached do not count.
 #[derive(Debug, Args)]
 struct VerifyArgs {
-    /// This provider of the registry alone.
+    /// Check only this provider of the registry.
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
     /// Seconds between two requests.
     #[arg(long, default_value_t = 2.0)]
     pause: f64,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]

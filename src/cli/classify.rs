@@ -61,7 +61,7 @@ pub(super) struct ClassifyArgs {
     /// Classify a file of JSON lines `{host, request, status, headers, body}`, or `-` for standard input: one line of JSON each.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["host", "request", "status", "headers", "body", "format"])]
     batch: Option<PathBuf>,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     /// A probe catalogue to lay over the embedded one, host by host.

@@ -37,21 +37,21 @@ const DETECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How to connect to a server, and as which client.
 #[derive(Debug, Clone, Default, PartialEq, Args)]
 pub(super) struct ClientArgs {
-    /// Speak TLS, and take the server's certificate only by these authorities, in PEM. With `https://HOST:PORT` and without this, the
-    /// system's are taken [environment: BYOK_GATE_SERVER_CA].
+    /// Speak TLS, and trust only these authorities (PEM) for the server's certificate. With `https://HOST:PORT` and without this flag, the
+    /// system's authorities are trusted [environment: BYOK_GATE_SERVER_CA].
     #[arg(long, value_name = "FILE")]
     server_ca: Option<PathBuf>,
-    /// The name that the server's certificate is to have, where it is not the address's [environment: BYOK_GATE_SERVER_NAME].
+    /// The name that the server's certificate must have, if it differs from the address's [environment: BYOK_GATE_SERVER_NAME].
     #[arg(long, value_name = "NAME")]
     server_name: Option<String>,
-    /// This client's certificate chain, in PEM, for a server that wants one [environment: BYOK_GATE_CLIENT_CERT].
+    /// This client's certificate chain (PEM), for a server that requires one [environment: BYOK_GATE_CLIENT_CERT].
     #[arg(long, value_name = "FILE")]
     client_cert: Option<PathBuf>,
     /// Its key, in PEM [environment: BYOK_GATE_CLIENT_KEY].
     #[arg(long, value_name = "FILE")]
     client_key: Option<PathBuf>,
-    /// A file whose first line is this client's bearer token; what stands behind a space is not part of it, so that a line of the server's
-    /// own file serves [environment: BYOK_GATE_CLIENT_TOKEN_FILE].
+    /// A file whose first line is this client's bearer token. Text after a space is ignored, so that a line of the server's own token file
+    /// works too [environment: BYOK_GATE_CLIENT_TOKEN_FILE].
     #[arg(long, value_name = "FILE")]
     client_token_file: Option<PathBuf>,
 }

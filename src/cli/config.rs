@@ -11,7 +11,7 @@ use crate::config::{self, Origin};
 
 #[derive(Debug, Args)]
 pub(super) struct ConfigArgs {
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]

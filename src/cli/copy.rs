@@ -16,7 +16,7 @@ const SELF: &str = "/proc/self/exe";
 
 #[derive(Debug, Args)]
 pub(super) struct CopyArgs {
-    /// Where to: a file in a folder that is there. What it held is replaced in one step.
+    /// The destination: a file in a folder that exists. An existing file is replaced in one step.
     #[arg(value_name = "FILE")]
     to: PathBuf,
 }

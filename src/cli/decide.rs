@@ -42,10 +42,10 @@ pub(super) struct DecideArgs {
     /// The workspace's model.
     #[arg(long)]
     model: String,
-    /// The moment.
+    /// The checkpoint of the workspace's life.
     #[arg(long, value_enum, default_value_t = CheckpointArg::Create)]
     checkpoint: CheckpointArg,
-    /// Take the workspace's credential of this name from the environment (repeatable). Not set is absent.
+    /// Take the workspace's credential of this name from the environment (repeatable). A variable that is not set counts as absent.
     #[arg(long = "env", value_name = "NAME")]
     envs: Vec<String>,
     /// The same, as the organization's credential (repeatable).
@@ -69,7 +69,7 @@ pub(super) struct DecideArgs {
     /// How old an observation of the credential may be, in seconds.
     #[arg(long, value_name = "SECONDS")]
     max_liveness_age: Option<u32>,
-    /// Tell each step.
+    /// Show each step of the decision.
     #[arg(long)]
     explain: bool,
     /// Ask this server instead of deciding here.
@@ -78,7 +78,7 @@ pub(super) struct DecideArgs {
         "allow_loopback_http", "probe_ca_file",
     ])]
     server: Option<String>,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]

@@ -58,11 +58,11 @@ pub(super) struct ExecArgs {
     model: Option<String>,
     #[command(flatten)]
     workspace: WorkspaceArgs,
-    /// Ask this server instead of deciding here; --registry then only says which names are looked for
+    /// Ask this server instead of deciding here. --registry then only says which credential names are read
     /// [environment: BYOK_GATE_SERVER].
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
     server: Option<String>,
-    /// Where to write, as JSON, why CMD was not run [default: /dev/termination-log if it exists].
+    /// The file for the reason, as JSON, why CMD was not run [default: /dev/termination-log if it exists].
     #[arg(long, value_name = "FILE")]
     termination_log: Option<PathBuf>,
     #[command(flatten)]
@@ -71,7 +71,7 @@ pub(super) struct ExecArgs {
     engine: EngineArgs,
     #[command(flatten)]
     probe: ProbeArgs,
-    /// What to run, by its path or by PATH, and its arguments.
+    /// The command to run, by its path or found in PATH, and its arguments.
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
 }
@@ -85,8 +85,8 @@ struct WorkspaceArgs {
     /// The organization's id [environment: BYOK_GATE_ORGANIZATION_ID].
     #[arg(long)]
     organization_id: Option<String>,
-    /// A folder of mounted secrets, one file a name. One line break at a file's end is not part of the value. The environment
-    /// hides a file of the same name [environment: BYOK_GATE_SECRETS_DIR].
+    /// A folder of mounted secrets, one file per name. One line break at a file's end is not part of the value. An environment
+    /// variable of the same name wins [environment: BYOK_GATE_SECRETS_DIR].
     #[arg(long, value_name = "DIR")]
     secrets_dir: Option<PathBuf>,
     /// A base-URL variable that the tenant set, and not the platform (repeatable).

@@ -32,7 +32,7 @@ pub enum Exit {
     Drift,
 }
 
-/// How an answer is written.
+/// The output format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Format {
     /// For people.

@@ -18,7 +18,7 @@ pub(super) struct ModelsArgs {
     /// Only this runtime.
     #[arg(long)]
     runtime: Option<String>,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]

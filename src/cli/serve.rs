@@ -34,8 +34,8 @@ pub(super) struct ServeArgs {
     /// [default: 127.0.0.1:50051].
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
     listen: Vec<String>,
-    /// Show how it is at http://HOST:PORT/status, and numbers for Prometheus at /metrics; or both on a socket file. They hold no secret.
-    /// Port 0 takes a free one, which the log names [default: nowhere].
+    /// Serve the status page at http://HOST:PORT/status and Prometheus metrics at /metrics, or both on a socket file. They hold no secret.
+    /// Port 0 takes a free one, which the log names [default: not served].
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
     admin_listen: Option<String>,
     /// Listen beyond loopback without TLS: credentials then cross the network in the clear.
@@ -50,17 +50,17 @@ pub(super) struct ServeArgs {
     /// Require a client certificate that one of these authorities signed, in PEM. Read again when it changes.
     #[arg(long, value_name = "FILE")]
     tls_client_ca: Option<PathBuf>,
-    /// Take only client certificates with this name as a platform's (repeatable): a URI such as spiffe://domain/path, or with
-    /// `/*` at its end everything below it, or a DNS name.
+    /// Accept only client certificates with this name, as a platform (repeatable): a URI such as spiffe://domain/path, a URI with
+    /// `/*` at its end for everything below it, or a DNS name.
     #[arg(long = "allow-client-san", value_name = "NAME")]
     allow_client_sans: Vec<String>,
     /// Require one of this file's bearer tokens from callers without a client certificate. Read again when it changes.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Take calls from everybody over TLS, without client certificates or tokens.
+    /// Accept calls from everybody over TLS, without client certificates or tokens.
     #[arg(long)]
     allow_anonymous: bool,
-    /// Never test an endpoint with a made-up key; a "yes" then counts only where the catalogue vouches for the endpoint.
+    /// Never test an endpoint with a made-up key. A "yes" then counts only if the catalogue vouches for the endpoint.
     #[arg(long)]
     no_calibration: bool,
     #[command(flatten)]

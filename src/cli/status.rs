@@ -33,7 +33,7 @@ pub(super) struct StatusArgs {
     /// How many decisions of each list to show.
     #[arg(long, value_name = "COUNT", default_value_t = DEFAULT_LAST)]
     last: usize,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]
