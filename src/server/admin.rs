@@ -93,7 +93,7 @@ impl AdminPages {
             window: &self.window,
             started: self.started,
             certificates: self.tls.as_ref().map_or_else(Vec::new, |tls| tls.ends()),
-            refused_connections: self.connections.refusals.shown(),
+            refused_connections: self.connections.refusals.recent(),
         };
         status::status(&sources, SystemTime::now())
     }

@@ -39,7 +39,7 @@ use super::{
     health::Phase,
     inline_executor::InlineExecutor,
     listen::{Accepted, Stream},
-    refused::{HandshakeFault, Refusal, handshake, is_a_look},
+    refused::{HandshakeFault, Refusal, handshake, is_port_check},
     request_body::{ByteBudget, CountedBody},
     settings::ServerSettings,
     tls::{Tls, names_of},
@@ -515,7 +515,7 @@ async fn expect_tls(mut io: Box<dyn Stream>) -> Result<Rewind, Option<Refusal>> 
 
 /// The refusal for a connection that broke before its preface. `None` if the peer only checked the port.
 fn broken_connection(fault: io::Error) -> Option<Refusal> {
-    (!is_a_look(&fault)).then(|| Refusal::of(HandshakeFault::Failed))
+    (!is_port_check(&fault)).then(|| Refusal::of(HandshakeFault::Failed))
 }
 
 /// The SETTINGS frame that a server must send first, then a GOAWAY frame with this code and text.

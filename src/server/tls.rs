@@ -24,7 +24,7 @@ use zeroize::Zeroizing;
 use super::{
     callers::Callers,
     error::{Review, ServerError, chain},
-    refused::presented,
+    refused::record_presented_names,
 };
 use crate::{
     domain::{duration, secret::with_stack_wiped},
@@ -389,7 +389,7 @@ impl ClientCertVerifier for ListedClientVerifier {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let names = names_of(end_entity);
-        presented(names.as_deref().unwrap_or_default());
+        record_presented_names(names.as_deref().unwrap_or_default());
         let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
         let names = names.ok_or(CertificateError::BadEncoding)?;
         if self.callers.0.allows_names(&names) {
