@@ -85,6 +85,7 @@ pub struct Watcher<S> {
     acted_on: Hash,
     /// The content at the last check.
     last_seen: Hash,
+    /// For how many checks in a row the content has been changing.
     unsettled: u32,
     failures: u64,
     last_fault: Option<Fault>,

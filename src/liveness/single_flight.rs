@@ -69,7 +69,7 @@ pub(crate) enum FlightEnd<V> {
     TimedOut {
         /// Whether the probe had started.
         started: bool,
-        /// When its answer was expected, if the probe had not started.
+        /// When its answer was expected, if that is known.
         answer_at: Option<Instant>,
     },
     /// The flight panicked, and there is no value.

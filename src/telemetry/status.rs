@@ -92,7 +92,7 @@ pub struct Document {
     pub source: String,
     /// When it was read.
     pub loaded_at: String,
-    /// How long ago.
+    /// Its age.
     pub age_seconds: u64,
     /// Why a newer version was not taken; empty if there is none.
     pub last_reload_error: String,
@@ -171,9 +171,9 @@ pub struct RefusedConnection {
     pub at: String,
     /// The fault, in one word.
     pub fault: String,
-    /// From where.
+    /// The peer's address.
     pub peer: String,
-    /// How many since the start, as long as it is kept.
+    /// How many there were since this entry exists.
     pub count: u64,
     /// The names in the certificate that the client presented.
     pub names: Vec<String>,
@@ -192,13 +192,13 @@ pub struct UndecidedCall {
     pub grpc_code: String,
     /// The status's message.
     pub reason: String,
-    /// From where.
+    /// The peer's address.
     pub peer: String,
     /// The caller; empty if it is not known.
     pub caller: String,
     /// Whether they were only to be reported, and no workspace was to start.
     pub report_only: bool,
-    /// How many since the start, as long as it is kept.
+    /// How many there were since this entry exists.
     pub count: u64,
 }
 
@@ -485,7 +485,7 @@ impl Provider {
     }
 }
 
-/// As the gauge has it.
+/// The word for a value of the breaker gauge.
 fn breaker(state: f64) -> &'static str {
     match state as u64 {
         0 => "closed",
@@ -494,7 +494,7 @@ fn breaker(state: f64) -> &'static str {
     }
 }
 
-/// As the gauge has it.
+/// The word for a value of the calibration gauge.
 fn made_up_keys(state: f64) -> &'static str {
     match state as u64 {
         0 => "refuses",
