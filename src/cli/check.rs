@@ -212,8 +212,8 @@ impl Found {
     fn tier(&mut self, setup: &Setup) {
         match config::tier_access(&setup.settings) {
             Ok((None, _)) => {}
-            Ok((Some(access), odd)) => {
-                self.warnings.extend(odd);
+            Ok((Some(access), warnings)) => {
+                self.warnings.extend(warnings);
                 if let Err(fault) = Tier::new(access) {
                     let document = config::source_of(setup.settings.tier.ca_file.as_ref());
                     self.problems.push(Problems { document, list: vec![Problem::at("", fault.to_string())] });
