@@ -1,5 +1,5 @@
-//! The one composition of the service: prober, limits of each provider, cache, engine. `serve`, `decide`, `exec` and `probe` are made of it.
-//! And the documents that it follows while it serves.
+//! Composes the service: prober, limits of each provider, cache, engine. `serve`, `decide`, `exec` and `probe` use it. It also reloads the
+//! documents while the service runs.
 
 use std::{path::PathBuf, sync::Arc};
 
@@ -28,34 +28,34 @@ use crate::{
     watch::{Fault, Reloaded, Source},
 };
 
-/// The parts, put together.
+/// The composed parts.
 pub struct App {
-    /// What decides.
+    /// Makes the decisions.
     pub engine: Arc<Engine>,
-    /// Whatever has numbers to show.
-    pub measured: Vec<Arc<dyn Collect>>,
-    /// Hears from other replicas what was refused, where replicas share what they find.
-    pub listening: Option<Boxed<'static, ()>>,
-    /// Providers that it cannot ask.
-    pub undialled: Vec<Problems>,
+    /// The sources of metrics.
+    pub collectors: Vec<Arc<dyn Collect>>,
+    /// The task that learns from other replicas which credentials were refused. `None` without a shared tier.
+    pub refusal_listener: Option<Boxed<'static, ()>>,
+    /// Providers that the configuration does not allow to be probed.
+    pub forbidden_destinations: Vec<Problems>,
 }
 
-/// Registry, catalogue and configuration, followed while the service runs.
+/// Registry, catalogue and configuration, reloaded while the service runs.
 pub struct Documents {
     engine: Arc<Engine>,
     load: Box<Load>,
-    relist: Box<Relist>,
-    /// Those in force.
+    replace_callers: Box<ReplaceCallers>,
+    /// The settings in force.
     settings: Settings,
-    /// Those that the process has started with, for what is read at the start alone.
+    /// The settings at the start. Some settings are only read then.
     started: Settings,
-    /// The keys that a restart is needed for, as they were told last.
-    waiting: Vec<String>,
+    /// The settings that need a restart, as last logged.
+    pending_restart: Vec<String>,
     files: Vec<PathBuf>,
     loosenings: Arc<Loosenings>,
 }
 
-/// How many settings were changed to let through more than before.
+/// Counts settings that a reload changed to allow more than before.
 #[derive(Debug, Default)]
 pub struct Loosenings(Counter);
 
@@ -66,41 +66,41 @@ impl Collect for Loosenings {
     }
 }
 
-/// Reads everything anew.
+/// Reads all documents and settings again.
 pub type Load = dyn Fn() -> Result<Setup, ConfigError> + Send;
-/// Puts lists of callers in force.
-pub type Relist = dyn Fn(&CallerSettings) + Send;
+/// Replaces the lists of callers.
+pub type ReplaceCallers = dyn Fn(&CallerSettings) + Send;
 
 // === impl App ===
 
 impl App {
-    /// A service of these settings and documents; `tier` is what it shares with other replicas, where it does.
+    /// Composes a service of these settings and documents. `tier` is the tier that it shares with other replicas, if there is one.
     pub fn new(setup: &Setup, tier: Option<Arc<Tier>>) -> Result<Self, ProbeSetupError> {
         let Setup { snapshot, fingerprint_key, settings, .. } = setup;
         let prober = Arc::new(prober(setup)?);
-        let undialled = undialled(snapshot, &prober);
+        let forbidden_destinations = forbidden_destinations(snapshot, &prober);
         let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits()));
-        let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()).sharing(tier));
-        let listening = cache.listen();
+        let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()).with_tier(tier));
+        let refusal_listener = cache.refusal_listener();
         let engine = Arc::new(Engine::new(snapshot.clone(), cache.clone(), *fingerprint_key));
-        Ok(Self { engine, measured: vec![prober, limiter, cache], listening, undialled })
+        Ok(Self { engine, collectors: vec![prober, limiter, cache], refusal_listener, forbidden_destinations })
     }
 }
 
-/// The prober alone.
+/// Builds only the prober.
 pub fn prober(Setup { settings, probe_ca, proxy, .. }: &Setup) -> Result<HttpProber, ProbeSetupError> {
     HttpProber::new(settings.probe_settings(probe_ca.clone(), proxy.clone()))
 }
 
-/// Providers whose every credential would be denied, since their address or scheme may not be dialled. No name is resolved for it.
-pub fn undialled(snapshot: &Snapshot, prober: &HttpProber) -> Vec<Problems> {
+/// Providers whose address or scheme the configuration does not allow. All their credentials would be denied. No name is resolved for this.
+pub fn forbidden_destinations(snapshot: &Snapshot, prober: &HttpProber) -> Vec<Problems> {
     let now = jiff::Timestamp::now().as_second();
     let problem = |provider: &Provider| {
         if snapshot.policy.enforcement(&provider.name, now) != Enforcement::Enforce {
             return None;
         }
         let target = target(provider, &snapshot.catalogue, "made-up-model").ok()?;
-        // Of plain http beyond loopback the registry's own warning tells.
+        // The registry's own warning covers plain http beyond loopback.
         let call = target.calls.iter().find(|call| !prober.may_ask(call))?;
         if call.url.scheme() == "http" && !is_loopback(&call.url) {
             return None;
@@ -120,26 +120,26 @@ pub fn undialled(snapshot: &Snapshot, prober: &HttpProber) -> Vec<Problems> {
 // === impl Documents ===
 
 impl Documents {
-    /// Those that this engine decides by; `relist` takes the lists of callers, at the same moment as the engine takes the rest.
-    pub fn new(engine: Arc<Engine>, setup: &Setup, load: Box<Load>, relist: Box<Relist>) -> Self {
+    /// The documents of this engine. A reload calls `replace_callers` right after it gives the engine the new snapshot.
+    pub fn new(engine: Arc<Engine>, setup: &Setup, load: Box<Load>, replace_callers: Box<ReplaceCallers>) -> Self {
         let loosenings = Arc::default();
         let settings = setup.settings.clone();
-        let (started, waiting) = (settings.clone(), Vec::new());
-        Self { engine, load, relist, settings, started, waiting, files: setup.documents.clone(), loosenings }
+        let (started, pending_restart) = (settings.clone(), Vec::new());
+        Self { engine, load, replace_callers, settings, started, pending_restart, files: setup.documents.clone(), loosenings }
     }
 
-    /// What reloads have loosened.
+    /// The count of settings that reloads have loosened.
     pub fn loosenings(&self) -> Arc<Loosenings> {
         Arc::clone(&self.loosenings)
     }
 
-    /// Everything that is wrong, in one text; and the status says it from now on.
+    /// Refuses a reload. The status page shows the faults from now on, and the returned text holds all of them.
     fn refuse(&self, faults: &[Problems]) -> Fault {
         self.engine.swap(marked(&self.engine.snapshot(), faults));
         Fault(faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
     }
 
-    /// The version in force is this one.
+    /// Whether this setup equals the version in force.
     fn is_in_force(&self, setup: &Setup) -> bool {
         let current = self.engine.snapshot();
         let marked =
@@ -189,10 +189,10 @@ impl Source for Documents {
         for (setting, caller) in removed_callers(&self.settings, &settings) {
             tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
         }
-        let waiting = waiting_for_restart(&self.started, &settings);
-        if waiting != self.waiting {
-            let settings = waiting.join(", ");
-            if waiting.is_empty() {
+        let pending_restart = waiting_for_restart(&self.started, &settings);
+        if pending_restart != self.pending_restart {
+            let settings = pending_restart.join(", ");
+            if pending_restart.is_empty() {
                 tracing::info!(event = "restart_not_needed", "the settings that are read at the start are again those in force");
             } else {
                 tracing::warn!(
@@ -201,11 +201,11 @@ impl Source for Documents {
                     "these settings are read at the start; the old values stay in force"
                 );
             }
-            self.waiting = waiting;
+            self.pending_restart = pending_restart;
         }
         config::warn(&warnings);
         self.engine.swap(snapshot);
-        (self.relist)(&settings.callers);
+        (self.replace_callers)(&settings.callers);
         self.settings = settings;
         self.files = documents;
         Ok(Reloaded::Taken)
@@ -223,10 +223,10 @@ impl Source for Documents {
     }
 }
 
-/// The same version, saying what is wrong with the one that should have followed it.
+/// The same snapshot, with the faults of the version that was not taken.
 fn marked(snapshot: &Snapshot, faults: &[Problems]) -> Snapshot {
     let mut marked = snapshot.clone();
-    // A fault of the configuration is shown with the registry, whose names it uses.
+    // Faults of the configuration are shown at the registry, whose names it uses.
     let (of_catalogue, of_registry): (Vec<_>, Vec<_>) =
         faults.iter().partition(|fault| fault.document == snapshot.catalogue_origin.source);
     let mark = |origin: &mut Origin, faults: &[&Problems]| {

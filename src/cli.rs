@@ -1,4 +1,4 @@
-//! The command line: one file a command; exit codes as an enum. The only place with `anyhow`.
+//! The command line. Each command has its own file, and exit codes are an enum. Only this layer uses `anyhow`.
 
 mod against;
 mod args;
@@ -44,23 +44,23 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Decide one workspace, in this process or by asking a server.
     Decide(decide::DecideArgs),
-    /// Decide this workspace at its start, then become CMD, or say why not.
+    /// Decide this workspace at its start, then run CMD in place of this process, or say why not.
     Exec(exec::ExecArgs),
-    /// List what runtimes offer.
+    /// List the models of runtimes.
     Models(models::ModelsArgs),
     /// Check configuration, registry and catalogue.
     Check(check::CheckArgs),
-    /// Look after the probe catalogue.
+    /// Check the probe catalogue against the vendors' endpoints.
     Catalogue(catalogue::CatalogueArgs),
-    /// Tell which verdict an answer would get, by which row of the catalogue, without any network.
+    /// Show which verdict an answer would get and by which row of the catalogue, without any network.
     Classify(classify::ClassifyArgs),
     /// Check one credential at its provider, live.
     Probe(probe::ProbeCommandArgs),
-    /// Show every setting that `serve` with the same flags would run with, and where each came from.
+    /// Show every setting of `serve` with the same flags, and where each came from.
     Config(config::ConfigArgs),
     /// Ask a server whether it serves.
     Health(health::HealthArgs),
-    /// Show how a running server is: what needs attention, providers, the last denials.
+    /// Show the status of a running server: what needs attention, providers, the last denials.
     Status(status::StatusArgs),
     /// Copy this executable to FILE, for a container whose image does not have it.
     Copy(copy::CopyArgs),
@@ -96,12 +96,12 @@ impl Cli {
         };
         let log = match telemetry::init(log.as_deref().unwrap_or(default), to) {
             Ok(log) => log,
-            Err(fault) => return complain(&of_log(fault)),
+            Err(fault) => return print_error(&log_error(fault)),
         };
         let ended = command.run(&log);
-        // Before what is said last; and whoever does not read what is logged does not hold up the end.
-        log.flush(exit::LAST_LINES);
-        ended.unwrap_or_else(|fault| complain(&fault))
+        // Write the log before the last message. The time limit keeps a log that is not read from delaying the end.
+        log.flush(exit::LOG_FLUSH_LIMIT);
+        ended.unwrap_or_else(|fault| print_error(&fault))
     }
 }
 
@@ -128,13 +128,13 @@ impl Command {
     }
 }
 
-/// Says why nothing came of it. Standard error may be closed; there is nobody else to tell.
-fn complain(fault: &anyhow::Error) -> Exit {
+/// Prints why the command failed. If standard error is closed, the message is lost.
+fn print_error(fault: &anyhow::Error) -> Exit {
     drop(writeln!(io::stderr(), "byok-gate: {fault:#}"));
     exit_of(fault)
 }
 
-fn of_log(fault: LogError) -> anyhow::Error {
+fn log_error(fault: LogError) -> anyhow::Error {
     match fault {
         LogError::Filter { .. } => UsageError(fault.to_string()).into(),
         LogError::Open(_) => fault.into(),
@@ -144,7 +144,7 @@ fn of_log(fault: LogError) -> anyhow::Error {
 fn block_on<T>(work: impl Future<Output = T>) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let ended = runtime.block_on(work);
-    // Neither a name lookup nor a file that nobody needs any more is waited for.
+    // Do not wait for name lookups and file reads that are no longer needed.
     runtime.shutdown_background();
     Ok(ended)
 }

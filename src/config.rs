@@ -1,4 +1,4 @@
-//! Configuration: defaults, one YAML file, the environment and flags, into settings that are valid by construction.
+//! Configuration. Defaults, one YAML file, the environment and flags are merged into settings, which are checked.
 
 pub mod changes;
 mod layers;
@@ -15,9 +15,9 @@ use std::{
 use serde_json::Value;
 use zeroize::Zeroizing;
 
-pub use self::layers::{Flag, From as Origin};
+pub use self::layers::{Flag, Origin};
 use self::{
-    layers::{Layered, Layers},
+    layers::{Layers, MergedSettings},
     settings::Settings,
 };
 use crate::{
@@ -40,69 +40,69 @@ use crate::{
     watch::files,
 };
 
-/// The largest file that holds a secret of ours.
+/// The maximum size of a file with a secret of this service.
 const MAX_KEY_FILE_BYTES: u64 = 64 * 1024;
 
-/// Where things are, as the command line has it.
+/// The paths of files, from the command line.
 #[derive(Debug, Clone, Default)]
 pub struct Paths {
-    /// Replaces the embedded registry.
+    /// The registry that replaces the embedded one.
     pub registry: Option<PathBuf>,
-    /// Laid over the embedded catalogue.
+    /// The catalogue that is laid over the embedded one.
     pub probe_catalog: Option<PathBuf>,
     /// The configuration file.
     pub config: Option<PathBuf>,
-    /// Holds the key of credential fingerprints.
+    /// The file with the key of credential fingerprints.
     pub fingerprint_key: Option<PathBuf>,
     /// Further certificate authorities for probes.
     pub probe_ca: Option<PathBuf>,
 }
 
-/// What the command line sets over the configuration file.
+/// Settings from the command line. They override the configuration file.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides {
     /// What an unspecified `platform_proxy` means.
     pub platform_proxy: Option<PlatformProxy>,
-    /// Operator overrides are refused.
+    /// Refuses operator overrides.
     pub refuse_operator_overrides: bool,
     /// Further exempt runtimes.
     pub exempt_runtimes: Vec<String>,
-    /// Any other key.
+    /// Flags for any other key.
     pub flags: Vec<Flag>,
 }
 
-/// Everything that a service is made of, checked.
+/// Everything that a service is built from, checked.
 #[derive(Debug)]
 pub struct Setup {
-    /// What decisions are made by.
+    /// The registry, catalogue and policy of decisions.
     pub snapshot: Snapshot,
     /// The key of credential fingerprints.
     pub fingerprint_key: Option<[u8; 32]>,
     /// Further certificate authorities for probes, in PEM.
     pub probe_ca: Vec<u8>,
-    /// The way of probes out.
+    /// The forward proxy for probes.
     pub proxy: Option<ForwardProxy>,
-    /// Authorities of the traces' collector, in PEM.
+    /// Certificate authorities of the trace collector, in PEM.
     pub tracing_ca: Option<Vec<u8>>,
-    /// Everything else that is set.
+    /// All other settings.
     pub settings: Settings,
-    /// Where each value came from that is not a default, by its key.
+    /// Where each value that is not a default came from, by key.
     pub origins: BTreeMap<String, Origin>,
-    /// The files that decisions are made by: registry, catalogue, configuration.
+    /// The files that are watched: registry, catalogue, configuration.
     pub documents: Vec<PathBuf>,
-    /// What is odd about the documents, document by document.
+    /// Warnings, document by document.
     pub warnings: Vec<Problems>,
 }
 
-/// What is wrong with the documents: all of it, document by document.
+/// All problems of the documents, document by document.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
 pub struct ConfigError(pub Vec<Problems>);
 
-/// Reads everything, in time. All problems of all documents are in its error.
+/// Reads all documents within the time limit for files. The error holds all problems of all documents.
 pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> {
     let (paths, overrides) = (paths.clone(), overrides.clone());
-    let document = named(&paths);
+    let document = document_name(&paths);
     files::in_time(move || read_all(&paths, &overrides)).unwrap_or_else(|fault| {
         let list = vec![Problem::at("", fault.to_string())];
         Err(ConfigError(vec![Problems { document, list }]))
@@ -111,10 +111,10 @@ pub fn load(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
 
 fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> {
     let mut found = Found::default();
-    let Layered { settings, origins, problems } = layered(paths, overrides, env::vars())?;
-    let (mut of_settings, odd) = settings.review();
+    let MergedSettings { settings, origins, problems } = merge_layers(paths, overrides, env::vars())?;
+    let (mut of_settings, settings_warnings) = settings.review();
     of_settings.splice(0..0, problems);
-    found.odd(&named(paths), odd);
+    found.add_warnings(&document_name(paths), settings_warnings);
     let environment = |name: &str| env::var(name).ok();
     let registry_file = settings.registry.file.as_ref();
     let registry = found.document(registry_file, |document, bytes| match bytes {
@@ -128,8 +128,8 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     });
     let now = SystemTime::now();
     let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
-    let (policy, in_the_past) = policy_of(&settings, registry.as_ref(), seconds, &mut of_settings);
-    found.odd(&named(paths), in_the_past);
+    let (policy, expired_exceptions) = policy_of(&settings, registry.as_ref(), seconds, &mut of_settings);
+    found.add_warnings(&document_name(paths), expired_exceptions);
     let fingerprint_key = found.secret(settings.fingerprints.key_file.as_ref());
     let fingerprint_key = fingerprint_key.map(|bytes| blake3::derive_key("byok-gate credential fingerprint v1", &bytes));
     let probe_ca = found.bytes(settings.probe.ca_file.as_ref(), yaml::MAX_DOCUMENT_BYTES as u64);
@@ -140,7 +140,7 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
         found.warn_if_readable(file);
     }
     if !of_settings.is_empty() {
-        found.faults.insert(0, Problems { document: named(paths), list: of_settings });
+        found.faults.insert(0, Problems { document: document_name(paths), list: of_settings });
     }
     let Found { faults, warnings } = found;
     let (Some(registry), Some(catalogue), true) = (registry, catalogue, faults.is_empty()) else {
@@ -163,38 +163,38 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     })
 }
 
-/// How a document is called: `embedded`, or its file's path.
+/// The name of a document: `embedded`, or its file's path.
 pub(crate) fn source_of(path: Option<&PathBuf>) -> String {
     path.map_or_else(|| "embedded".to_owned(), |path| path.display().to_string())
 }
 
-/// The settings alone: no other file than the configuration file is read.
+/// Reads only the settings. It reads no other file than the configuration file.
 pub fn settings_of(
     paths: &Paths,
     overrides: &Overrides,
     environment: impl Iterator<Item = (String, String)>,
 ) -> Result<(Settings, BTreeMap<String, Origin>), ConfigError> {
-    let Layered { settings, origins, mut problems } = layered(paths, overrides, environment)?;
+    let MergedSettings { settings, origins, mut problems } = merge_layers(paths, overrides, environment)?;
     problems.extend(settings.review().0);
     if problems.is_empty() {
         Ok((settings, origins))
     } else {
-        Err(ConfigError(vec![Problems { document: named(paths), list: problems }]))
+        Err(ConfigError(vec![Problems { document: document_name(paths), list: problems }]))
     }
 }
 
-/// The same for who looks on past a fault: with all that is wrong with values. Of those that have the wrong form the default is there.
-pub fn settings_despite(paths: &Paths, overrides: &Overrides) -> Result<(Settings, Vec<Problem>), ConfigError> {
-    let Layered { settings, mut problems, .. } = layered(paths, overrides, env::vars())?;
+/// Reads the settings even if some values are wrong, and returns the problems too. A value of the wrong type is replaced by its default.
+pub fn settings_with_problems(paths: &Paths, overrides: &Overrides) -> Result<(Settings, Vec<Problem>), ConfigError> {
+    let MergedSettings { settings, mut problems, .. } = merge_layers(paths, overrides, env::vars())?;
     problems.extend(settings.review().0);
     Ok((settings, problems))
 }
 
-fn layered(
+fn merge_layers(
     paths: &Paths,
     overrides: &Overrides,
     environment: impl Iterator<Item = (String, String)>,
-) -> Result<Layered, ConfigError> {
+) -> Result<MergedSettings, ConfigError> {
     let mut layers = Layers::new();
     if let Some(path) = &paths.config {
         let document = path.display().to_string();
@@ -204,21 +204,21 @@ fn layered(
             .map_err(|problem| ConfigError(vec![Problems { document: document.clone(), list: vec![problem] }]))?;
         layers.file(&document, tree);
     }
-    // In one order, whatever the process's environment has.
+    // Sorted, so that the result does not depend on the order of the process's environment.
     layers.environment(environment.collect::<BTreeMap<_, _>>().into_iter());
     for flag in flags_of(paths, overrides) {
         layers.flag(flag);
     }
-    let mut layered = layers.finish();
+    let mut merged = layers.finish();
     if !overrides.exempt_runtimes.is_empty() {
-        // The one list to which a flag adds: taking an exemption away is the file's to do.
-        layered.settings.exempt_runtimes.extend(overrides.exempt_runtimes.iter().cloned());
-        layered.origins.insert("exempt_runtimes".to_owned(), Origin::Flag("--exempt-runtime"));
+        // Flags add to this list and do not replace it: only the file can remove an exemption.
+        merged.settings.exempt_runtimes.extend(overrides.exempt_runtimes.iter().cloned());
+        merged.origins.insert("exempt_runtimes".to_owned(), Origin::Flag("--exempt-runtime"));
     }
-    Ok(layered)
+    Ok(merged)
 }
 
-/// Logs what is odd, and may not have been meant.
+/// Logs warnings.
 pub fn warn(warnings: &[Problems]) {
     for Problems { document, list } in warnings {
         for Problem { place, line, message } in list {
@@ -227,7 +227,7 @@ pub fn warn(warnings: &[Problems]) {
     }
 }
 
-/// The files that `tier` names, in time, and what is odd about them. Only who serves reads them: nobody else holds the tier's keys.
+/// Reads the files that `tier` names, within the time limit for files. Only `serve` reads them, so that no other command holds the tier's keys.
 pub fn tier_access(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>), ConfigError> {
     let settings = settings.clone();
     files::in_time(move || read_tier(&settings)).unwrap_or_else(|fault| {
@@ -253,23 +253,23 @@ fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>),
     }
 }
 
-/// Every setting with its value.
-pub fn listed(settings: &Settings) -> Vec<(String, Value)> {
+/// Lists every setting with its value.
+pub fn list_settings(settings: &Settings) -> Vec<(String, Value)> {
     layers::leaves(settings)
 }
 
-/// The document that a fault of the settings is told of.
-fn named(paths: &Paths) -> String {
+/// The document to name in problems of the settings.
+fn document_name(paths: &Paths) -> String {
     paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string())
 }
 
-/// A file that could not be read.
+/// The problem of a file that could not be read.
 pub(crate) fn unreadable(path: &Path, fault: &io::Error) -> Problems {
     let list = vec![Problem::at("", format!("could not be read: {fault}"))];
     Problems { document: path.display().to_string(), list }
 }
 
-/// What has been found in the documents so far.
+/// The problems and warnings found so far.
 #[derive(Default)]
 struct Found {
     faults: Vec<Problems>,
@@ -279,13 +279,13 @@ struct Found {
 // === impl Found ===
 
 impl Found {
-    fn odd(&mut self, document: &str, list: Vec<Problem>) {
+    fn add_warnings(&mut self, document: &str, list: Vec<Problem>) {
         if !list.is_empty() {
             self.warnings.push(Problems { document: document.to_owned(), list });
         }
     }
 
-    /// A document, embedded or a file's.
+    /// Parses a document, embedded or from a file.
     fn document<T>(
         &mut self,
         path: Option<&PathBuf>,
@@ -298,7 +298,7 @@ impl Found {
         };
         match parse(&source, bytes.as_ref().map(|bytes| bytes.as_slice())) {
             Ok(Loaded { value, warnings }) => {
-                self.odd(&source, warnings);
+                self.add_warnings(&source, warnings);
                 Some(value)
             }
             Err(problems) => {
@@ -308,7 +308,7 @@ impl Found {
         }
     }
 
-    /// A configured file. One that is missing is never taken for one that was not configured.
+    /// Reads a configured file. A missing file is a fault, and not the same as no file configured.
     fn bytes(&mut self, path: Option<&PathBuf>, limit: u64) -> Option<Zeroizing<Vec<u8>>> {
         let path = path?;
         files::read(path, limit)
@@ -318,7 +318,7 @@ impl Found {
             .ok()
     }
 
-    /// A file that is a secret of ours. An empty one is none.
+    /// Reads a file with a secret of this service. An empty file is a fault.
     fn secret(&mut self, path: Option<&PathBuf>) -> Option<Zeroizing<Vec<u8>>> {
         let bytes = self.bytes(path, MAX_KEY_FILE_BYTES)?;
         self.warn_if_readable(path?);
@@ -330,7 +330,7 @@ impl Found {
         Some(bytes)
     }
 
-    /// The same, as text that says something.
+    /// Reads a secret and parses it as text.
     fn secret_text<T>(&mut self, path: Option<&PathBuf>, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
         let bytes = self.secret(path)?;
         let parsed = std::str::from_utf8(&bytes).map_err(|_| "is not UTF-8".to_owned()).and_then(parse);
@@ -342,12 +342,12 @@ impl Found {
         if files::is_readable_by_all(path) {
             let problem =
                 Problem::at("", "holds a secret, and every user of this machine can read it; give it mode 0600 or 0640");
-            self.odd(&path.display().to_string(), vec![problem]);
+            self.add_warnings(&path.display().to_string(), vec![problem]);
         }
     }
 }
 
-/// The forward proxy, with its credentials; what is wrong with them is a problem of the settings.
+/// The forward proxy with its credentials. A fault in them is a problem of the settings.
 fn proxy_of(egress: &EgressSettings, credentials: Option<&[u8]>, problems: &mut Vec<Problem>) -> Option<ForwardProxy> {
     let place = "egress.proxy.credentials_file";
     let text = match credentials.map(std::str::from_utf8).transpose() {
@@ -357,7 +357,7 @@ fn proxy_of(egress: &EgressSettings, credentials: Option<&[u8]>, problems: &mut 
             return None;
         }
     };
-    // The review has told of the URL.
+    // The review has checked the URL.
     egress.proxy.url.as_ref()?;
     match egress.forward_proxy(text) {
         Ok(proxy) => proxy,
@@ -397,7 +397,7 @@ fn flags_of(paths: &Paths, overrides: &Overrides) -> Vec<Flag> {
     files.chain(proxy).chain(refuse).chain(flags.iter().cloned()).collect()
 }
 
-/// The policy that the settings make, and exceptions whose time is over.
+/// Builds the policy from the settings. Also returns warnings about exceptions that have expired.
 fn policy_of(settings: &Settings, registry: Option<&Registry>, now: i64, problems: &mut Vec<Problem>) -> (Policy, Vec<Problem>) {
     let mut policy = Policy::default();
     policy.platform_proxy = settings.platform_proxy;
@@ -459,7 +459,7 @@ mod tests {
         let registry = Registry::embedded(&|_| None).unwrap().value;
         let mut layers = Layers::new();
         layers.file("test", yaml::tree(text.as_bytes()).map_err(|problem| problem.to_string())?);
-        let Layered { settings, mut problems, .. } = layers.finish();
+        let MergedSettings { settings, mut problems, .. } = layers.finish();
         let (policy, _) = policy_of(&settings, Some(&registry), 0, &mut problems);
         if problems.is_empty() { Ok(policy) } else { Err(format!("{problems:?}")) }
     }
@@ -505,7 +505,7 @@ mod tests {
         }
     }
 
-    fn settled(
+    fn merged(
         text: &str,
         environment: &[(&str, &str)],
         flags: Vec<Flag>,
@@ -523,7 +523,7 @@ mod tests {
         let text = "limits: {decisions: 1, connections: 1, batch_items: 1}\n";
         let environment = [("BYOK_GATE__LIMITS__CONNECTIONS", "2"), ("BYOK_GATE__LIMITS__BATCH_ITEMS", "2"), ("PATH", "/bin")];
         let flag = Flag { name: "--test", key: "limits.batch_items", value: Value::from(3) };
-        let (settings, origins) = settled(text, &environment, vec![flag]).unwrap();
+        let (settings, origins) = merged(text, &environment, vec![flag]).unwrap();
         let limits = &settings.limits;
         assert_eq!((limits.decisions, limits.connections, limits.batch_items), (1, 2, 3));
         assert_eq!(limits.credentials, Settings::default().limits.credentials);
@@ -535,7 +535,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_speaks_every_type() {
+    fn the_environment_can_set_every_type() {
         let environment = [
             ("BYOK_GATE__SERVER__LISTEN", "127.0.0.1:1, unix:/run/x.sock"),
             ("BYOK_GATE__SERVER__INSECURE_LISTEN", "true"),
@@ -549,7 +549,7 @@ mod tests {
             ("BYOK_GATE__POLICY__CREATE__INCONCLUSIVE", "deny"),
             ("BYOK_GATE__EXEMPT_RUNTIMES", "mock"),
         ];
-        let settings = settled("{}", &environment, Vec::new()).unwrap().0;
+        let settings = merged("{}", &environment, Vec::new()).unwrap().0;
         assert_eq!(settings.server.listen, ["127.0.0.1:1", "unix:/run/x.sock"]);
         assert!(settings.server.insecure_listen);
         assert_eq!((settings.socket.mode.as_str(), settings.socket.group), ("0600", Some(1000)));
@@ -561,7 +561,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_stand_is_named_with_its_place_and_the_nearest_key() {
+    fn an_invalid_setting_is_named_with_its_place_and_the_nearest_key() {
         for (text, environment, expect) in [
             ("limits: {decision: 1}", None, "limits.decision: is not a key (from file"),
             ("limits: {decision: 1}", None, "the nearest is `limits.decisions`"),
@@ -609,7 +609,7 @@ mod tests {
             ("limits: {decisions: 1}\nlimits: {decisions: 2}", None, "duplicate"),
             ("- a", None, "must be a mapping"),
         ] {
-            let fault = settled(text, environment.as_slice(), Vec::new()).unwrap_err();
+            let fault = merged(text, environment.as_slice(), Vec::new()).unwrap_err();
             assert!(fault.contains(expect), "{text} {environment:?}: {fault}");
         }
     }
@@ -624,14 +624,14 @@ mod tests {
             ("BYOK_GATE__CALLERS__CERTIFICATES", "anyone"),
         ];
         let text = "exempt_runtimes: [mock]\ncallers: {unix_peers: [{uid: 1}]}\nadmin: {listen: '127.0.0.1:1'}\n";
-        let settings = settled(text, &environment, Vec::new()).unwrap().0;
+        let settings = merged(text, &environment, Vec::new()).unwrap().0;
         assert!(settings.exempt_runtimes.is_empty() && settings.callers.unix_peers.entries().is_empty());
         assert_eq!((settings.tls.key, settings.admin.listen, settings.callers.certificates), (None, None, CallerList::Anyone));
     }
 
-    /// One fault hides no other: an unknown key, a value that its key does not take, one that is out of bounds, a provider that is not there.
+    /// An unknown key, a value of the wrong type, one out of bounds and an unknown provider are all reported together.
     #[test]
-    fn all_that_is_wrong_is_told_at_once() {
+    fn all_problems_are_reported_at_once() {
         let folder = tempfile::tempdir().unwrap();
         let config = folder.path().join("byok-gate.yaml");
         let text = "limit: {}\nlimits: {decisions: many, batch_items: 0}\nproviders: {deepsek: {probe: report, until: 2026-12-01}}\n\

@@ -1,5 +1,5 @@
-//! Is a credential alive? The effects behind that question: the memory of observations and what replicas share of it, one probe at a time per
-//! credential, the limits of each provider, the circuit breaker, and the probe itself.
+//! Finds out whether a credential is alive. It holds everything with an effect: the cache of observations, the tier that replicas share, one
+//! probe at a time per credential, the limits of each provider, the circuit breaker, and the probe itself.
 
 pub mod breaker;
 pub mod cache;

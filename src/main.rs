@@ -4,7 +4,7 @@ use byok_gate::cli::{Cli, Exit};
 use clap::Parser;
 use mimalloc::MiMalloc;
 
-/// Everywhere, not only in the static binary that needs it: what is tested is what is shipped.
+/// Only the static binary needs it, but all builds use it, so that tests run with the allocator that is shipped.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 

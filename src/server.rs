@@ -1,4 +1,5 @@
-//! The server: bind, then run until told to stop. Who may call, limits, health, reflection, and the order of leaving.
+//! The server. It binds its sockets, then serves until it is told to stop. It holds callers, limits, health, reflection and the order of
+//! shutdown.
 
 mod accept;
 mod admin;
@@ -34,10 +35,10 @@ use tonic::service::Routes;
 use tonic_health::pb::{FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS, health_server::HealthServer};
 
 use self::{
-    accept::{accept, affordable},
-    admin::{Shown, answer_scrapers, note_counts},
+    accept::{accept, affordable_connections},
+    admin::{AdminPages, sample_counts, serve_admin},
     callers::Callers,
-    connection::{ConnectionContext, LAST_WORDS},
+    connection::{CUT_OFF_GRACE, ConnectionContext},
     connections::{ConnectionCounts, Connections},
     health::{HealthService, Phase},
     listen::Listener,
@@ -54,33 +55,33 @@ use crate::{
     grpc::{authorize::Authorizer, call_record::Recorder, convert, service::PolicyDecision},
     telemetry::{
         events::Journal,
-        lately::Lately,
         metrics::{Collect, process::Process},
+        recent_decisions::RecentDecisions,
     },
     watch::{Source, Watcher, files},
 };
 
-/// A server that has its sockets and its files.
+/// A server that has opened its sockets and read its files.
 pub struct Bound {
     listeners: Vec<Listener>,
     admin: Option<Listener>,
-    measured: Vec<Arc<dyn Collect>>,
+    collectors: Vec<Arc<dyn Collect>>,
     callers: Arc<Callers>,
     tls: Option<Arc<Tls>>,
     settings: EdgeSettings,
     journal: Journal,
     tasks: Vec<Task>,
-    /// Asks whoever follows files to look at once.
-    look: watch::Sender<()>,
+    /// Makes all file watchers check their files at once.
+    recheck: watch::Sender<()>,
 }
 
-/// Work in the background, by name. It ends only if it fails.
+/// A background task and its name. It ends only if it fails.
 type Task = (&'static str, Pin<Box<dyn Future<Output = ()> + Send>>);
 
 /// How a server ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
-    /// Every call was answered and every connection closed.
+    /// All calls were answered and all connections closed.
     Drained,
     /// Some calls or connections were still open at the drain deadline.
     CutOff,
@@ -89,10 +90,10 @@ pub enum Ended {
 // === impl Bound ===
 
 impl Bound {
-    /// Takes the sockets and reads the files. Nothing is accepted yet.
+    /// Opens the sockets and reads the files. It accepts no connection yet.
     pub async fn open(settings: EdgeSettings) -> Result<Self, ServerError> {
         let (addresses, admin) = addresses(&settings)?;
-        let (callers, tls) = secured(&settings)?;
+        let (callers, tls) = load_callers_and_tls(&settings)?;
         let mut listeners = Vec::new();
         for address in addresses {
             listeners.push(listener(address, &settings).await?);
@@ -101,12 +102,12 @@ impl Bound {
             None => None,
             Some(address) => Some(listener(address, &settings).await?),
         };
-        let measured: Vec<Arc<dyn Collect>> = vec![Arc::new(Process::started())];
-        let (look, _) = watch::channel(());
+        let collectors: Vec<Arc<dyn Collect>> = vec![Arc::new(Process::started())];
+        let (recheck, _) = watch::channel(());
         let (journal, tasks) = (Journal::off(), Vec::new());
-        let mut bound = Self { listeners, admin, measured, callers, tls, settings, journal, tasks, look };
+        let mut bound = Self { listeners, admin, collectors, callers, tls, settings, journal, tasks, recheck };
         if let Some(tls) = bound.tls.clone() {
-            bound.measure(tls.clone());
+            bound.register(tls.clone());
             bound.supervise("certificates", watch_ends(tls.clone()));
             bound.follow(tls);
         }
@@ -116,7 +117,7 @@ impl Bound {
         Ok(bound)
     }
 
-    /// Where it listens: with the port that was given for port 0.
+    /// The addresses that it listens on, with the port that the system chose for port 0.
     pub fn addresses(&self) -> Vec<Address> {
         self.listeners.iter().map(Listener::address).collect()
     }
@@ -129,64 +130,64 @@ impl Bound {
         })
     }
 
-    /// Where numbers are shown, if they are: with the port that was given for port 0.
+    /// The address of the admin listener, if there is one, with the port that the system chose for port 0.
     pub fn admin_address(&self) -> Option<Address> {
         self.admin.as_ref().map(Listener::address)
     }
 
-    /// Writes decisions down there. Without it, nowhere.
+    /// Logs decisions to this journal. Without one they are not logged.
     pub fn set_journal(&mut self, journal: Journal) {
         self.journal = journal;
     }
 
-    /// Shows these numbers too.
-    pub fn measure(&mut self, source: Arc<dyn Collect>) {
-        self.measured.push(source);
+    /// Adds a source of metrics.
+    pub fn register(&mut self, source: Arc<dyn Collect>) {
+        self.collectors.push(source);
     }
 
-    /// Runs this beside the server. It is not to end by itself: the server then drains and fails.
+    /// Runs a background task. If it ends, the server drains and fails.
     pub fn supervise(&mut self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
         self.tasks.push((name, Box::pin(work)));
     }
 
-    /// Follows what comes from files.
+    /// Watches a source's files, and reloads it when they change.
     pub fn follow(&mut self, source: impl Source) {
         let name = source.name();
         let watcher = Watcher::new(source);
-        self.measure(watcher.counts());
-        self.supervise(name, watcher.run(self.settings.server.reload_interval, self.look.subscribe()));
+        self.register(watcher.counts());
+        self.supervise(name, watcher.run(self.settings.server.reload_interval, self.recheck.subscribe()));
     }
 
-    /// Asks for a look at all files that are followed, at once.
-    pub fn look(&self) -> watch::Sender<()> {
-        self.look.clone()
+    /// A sender that makes all watchers check their files at once.
+    pub fn recheck_files(&self) -> watch::Sender<()> {
+        self.recheck.clone()
     }
 
-    /// Puts other lists of callers in force.
-    pub fn relist(&self) -> impl Fn(&CallerSettings) + Send + Sync + use<> {
+    /// A function that replaces the lists of callers.
+    pub fn replace_callers(&self) -> impl Fn(&CallerSettings) + Send + Sync + use<> {
         let callers = Arc::clone(&self.callers);
-        move |settings| callers.relist(settings)
+        move |settings| callers.replace_lists(settings)
     }
 
-    /// Serves until `shutdown`, then leaves: NOT_SERVING, a moment for that to be noticed, no new connections, GOAWAY, calls
-    /// under way to the drain deadline.
+    /// Serves until `shutdown`, then stops in this order: it reports NOT_SERVING, waits until that is noticed, accepts no more connections, sends
+    /// GOAWAY, and finishes calls in flight until the drain deadline.
     pub async fn run(self, engine: Arc<Engine>, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, ServerError> {
-        let Self { listeners, admin, mut measured, callers, tls, settings, journal, tasks: supervised, look } = self;
+        let Self { listeners, admin, mut collectors, callers, tls, settings, journal, tasks: supervised, recheck } = self;
         let (phase, phases) = watch::channel(Phase::Starting);
-        let limit = affordable(settings.limits.connections, listeners.len());
-        let lately = Arc::new(Lately::new(settings.admin.show_workspace_ids));
-        let recorder = Arc::new(Recorder::new(journal, Arc::clone(&lately)));
+        let limit = affordable_connections(settings.limits.connections, listeners.len());
+        let recent_decisions = Arc::new(RecentDecisions::new(settings.admin.show_workspace_ids));
+        let recorder = Arc::new(Recorder::new(journal, Arc::clone(&recent_decisions)));
         let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit))));
         let context = context(&settings, callers, tls.clone(), Arc::clone(&engine), &recorder, phases, &counts)?;
-        measured.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder, counts.clone()]);
+        collectors.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder, counts.clone()]);
         let mut tasks = JoinSet::new();
         if let Some(listener) = admin {
-            let shown = Arc::new(Shown::new(engine, measured, lately, tls, Arc::clone(&counts)));
-            spawn(&mut tasks, ("status counts", Box::pin(note_counts(Arc::clone(&shown)))));
-            spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, shown))));
+            let pages = Arc::new(AdminPages::new(engine, collectors, recent_decisions, tls, Arc::clone(&counts)));
+            spawn(&mut tasks, ("status counts", Box::pin(sample_counts(Arc::clone(&pages)))));
+            spawn(&mut tasks, ("admin", Box::pin(serve_admin(listener, pages))));
         }
-        // Every connection holds a sender; when the last one is dropped, all are gone.
-        let (open, mut all_gone) = mpsc::channel::<Infallible>(1);
+        // Every connection holds a sender. When the last one is dropped, all connections are closed.
+        let (open, mut all_closed) = mpsc::channel::<Infallible>(1);
         let context = Arc::new(context);
         for (listener, connections) in listeners.into_iter().zip(counts.open.clone()) {
             let accepting = accept(listener, connections, Arc::clone(&context), Arc::clone(&counts), open.clone());
@@ -202,21 +203,21 @@ impl Bound {
             Some(ended) = tasks.join_next() => Some(ended.unwrap_or("unknown")),
         };
         if let Some(name) = ended {
-            // The first one alone: the server stops with it.
+            // Only the first task that ends is recorded: the server stops because of it.
             let _is_first = counts.task_ended.set(name);
             tracing::error!(event = "background_task_ended", task = name, "it never should; stopping");
         }
         phase.send_replace(Phase::Leaving);
         sleep(settings.shutdown.notice).await;
         phase.send_replace(Phase::Draining);
-        // With the tasks go the sockets.
+        // The tasks own the sockets, so this closes them.
         tasks.shutdown().await;
-        drop(look);
-        let drained = timeout(settings.shutdown.drain, all_gone.recv()).await;
+        drop(recheck);
+        let drained = timeout(settings.shutdown.drain, all_closed.recv()).await;
         phase.send_replace(Phase::Cut);
         if drained.is_err() {
-            // Calls that are cut off are told so, if their callers listen.
-            drop(timeout(LAST_WORDS * 2, all_gone.recv()).await);
+            // Wait until the calls that are cut off have sent their statuses.
+            drop(timeout(CUT_OFF_GRACE * 2, all_closed.recv()).await);
         }
         match (ended, drained) {
             (Some(name), _) => Err(ServerError::TaskEnded(name)),
@@ -226,32 +227,32 @@ impl Bound {
     }
 }
 
-/// Where it is to listen, and where its numbers are to be shown.
+/// Parses the addresses to listen on and the admin address.
 fn addresses(settings: &EdgeSettings) -> Result<(Vec<Address>, Option<Address>), ServerError> {
     let EdgeSettings { server, admin, .. } = settings;
     let parsed = |setting, text: &String| text.parse().map_err(|message| ServerError::Address { setting, message });
     let addresses: Vec<Address> = server.listen.iter().map(|text| parsed("server.listen", text)).collect::<Result<_, _>>()?;
     let admin = admin.listen.as_ref().map(|text| parsed("admin.listen", text)).transpose()?;
-    match addresses.iter().find_map(|address| exposed(address, settings)) {
+    match addresses.iter().find_map(|address| exposure_fault(address, settings)) {
         Some(fault) => Err(fault),
         None => Ok((addresses, admin)),
     }
 }
 
-/// Why this address may not be listened on with these settings.
-fn exposed(address: &Address, EdgeSettings { server, tls, callers, .. }: &EdgeSettings) -> Option<ServerError> {
+/// The fault, if these settings would expose the service on this address.
+fn exposure_fault(address: &Address, EdgeSettings { server, tls, callers, .. }: &EdgeSettings) -> Option<ServerError> {
     let has_tls = tls.certificate.is_some();
     let knows_callers = tls.client_ca.is_some() || callers.token_file.is_some();
     if !address.is_local() && !has_tls && !server.insecure_listen {
         return Some(ServerError::Exposed(address.clone()));
     }
-    // Whoever sets up TLS expects a network, on whatever address it arrives.
+    // With TLS the operator expects calls over a network, even on a loopback address.
     let is_tcp = matches!(address, Address::Tcp(_));
     (is_tcp && has_tls && !knows_callers && !server.allow_anonymous).then(|| ServerError::Anonymous(address.clone()))
 }
 
-/// Who may call, and TLS where it is set up: their files read, in time.
-fn secured(settings: &EdgeSettings) -> Result<(Arc<Callers>, Option<Arc<Tls>>), ServerError> {
+/// Reads the files of callers and of TLS, within the time limit for files.
+fn load_callers_and_tls(settings: &EdgeSettings) -> Result<(Arc<Callers>, Option<Arc<Tls>>), ServerError> {
     let EdgeSettings { tls, callers, .. } = settings.clone();
     let token_file = callers.token_file.clone();
     let read = move || {
@@ -267,7 +268,7 @@ fn secured(settings: &EdgeSettings) -> Result<(Arc<Callers>, Option<Arc<Tls>>), 
     })
 }
 
-/// Everything about these settings, without taking a socket: addresses, certificates, tokens.
+/// Checks addresses, certificates and tokens of these settings without opening a socket.
 pub fn review(settings: &EdgeSettings) -> Review {
     let (mut faults, mut addresses_of) = (Vec::new(), Vec::new());
     let EdgeSettings { server, admin, tls, callers, .. } = settings;
@@ -280,7 +281,7 @@ pub fn review(settings: &EdgeSettings) -> Review {
     }
     for (setting, address) in addresses_of {
         if setting == "server.listen" {
-            faults.extend(exposed(&address, settings));
+            faults.extend(exposure_fault(&address, settings));
         }
         if let Err(source) = address.may_be_bound() {
             faults.push(ServerError::Listen { address, source });
@@ -290,7 +291,7 @@ pub fn review(settings: &EdgeSettings) -> Review {
     let read = move || {
         let mut found = Review::default();
         let known = Callers::new(&callers).map_err(|fault| found.faults.push(fault)).ok();
-        // Certificates are looked at whoever may call.
+        // A fault of the token file must not hide one of the certificates.
         let unlisted = CallerSettings { token_file: None, ..callers };
         if let (Some(certificate), Some(key), Some(callers)) =
             (tls.certificate, tls.key, known.or_else(|| Callers::new(&unlisted).ok()))
@@ -312,7 +313,7 @@ async fn listener(address: Address, settings: &EdgeSettings) -> Result<Listener,
     Listener::bind(&address, &settings.server, &settings.socket).await.map_err(|source| ServerError::Listen { address, source })
 }
 
-/// What every connection shares.
+/// Builds what all connections share.
 fn context(
     settings: &EdgeSettings,
     callers: Arc<Callers>,
@@ -352,7 +353,7 @@ fn context(
     })
 }
 
-/// Starts work in the background; a panic in it is an end like any other.
+/// Starts a background task. A panic ends it like any other end.
 fn spawn(tasks: &mut JoinSet<&'static str>, (name, work): Task) {
     tasks.spawn(async move {
         drop(AssertUnwindSafe(work).catch_unwind().await);

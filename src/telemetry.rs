@@ -1,10 +1,10 @@
-//! Logs: where lines go, and the event that every decision leaves. Traces.
+//! Telemetry: the log and the event of every decision, metrics, traces, and the status of the service.
 
 pub mod cause;
 pub mod events;
-pub mod lately;
 pub mod log_writer;
 pub mod metrics;
+pub mod recent_decisions;
 pub mod status;
 pub mod traces;
 
@@ -27,9 +27,9 @@ use self::log_writer::LogWriter;
 /// Where and how logs are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogTo {
-    /// JSON lines on standard output: a server's.
+    /// JSON lines on standard output, for a server.
     StdoutJson,
-    /// Text on standard error: a command's, whose standard output is its answer.
+    /// Text on standard error, for a command, whose standard output is its answer.
     StderrText,
 }
 
@@ -39,17 +39,17 @@ pub enum LogError {
     /// The filter does not parse.
     #[error("log filter `{filter}`: {fault}")]
     Filter {
-        /// What was given.
+        /// The filter.
         filter: String,
         /// What is wrong with it.
         fault: String,
     },
-    /// Its stream or its thread could not be had.
+    /// Its stream or its thread could not be opened.
     #[error("the log could not be opened")]
     Open(#[from] io::Error),
 }
 
-/// What is wrong with a filter. The library takes a misspelt level for the name of a module, and then nothing at all is logged.
+/// Checks a filter. The library takes a misspelt level for a module's name, and then logs nothing at all.
 pub fn check_filter(filter: &str) -> Result<(), LogError> {
     let failed = |fault: String| LogError::Filter { filter: filter.to_owned(), fault };
     EnvFilter::try_new(filter).map_err(|fault| failed(fault.to_string()))?;
@@ -65,7 +65,7 @@ pub fn check_filter(filter: &str) -> Result<(), LogError> {
     Ok(())
 }
 
-/// Starts logging. The filter is the first layer, so that spans and events below it are never built.
+/// Starts logging. The filter is the first layer, so that spans and events below its level are never built.
 pub fn init(filter: &str, to: LogTo) -> Result<LogWriter, LogError> {
     let failed = |fault: String| LogError::Filter { filter: filter.to_owned(), fault };
     check_filter(filter)?;
@@ -80,7 +80,7 @@ pub fn init(filter: &str, to: LogTo) -> Result<LogWriter, LogError> {
     match to {
         LogTo::StdoutJson => {
             let layer = layer.json().flatten_event(true).with_current_span(false).with_span_list(false);
-            // No line shows a span, but each field that a span is told would be written down for it, and read again for the next.
+            // Log lines show no spans. Without this filter the layer would still format every field that a span records.
             let events = filter_fn(|metadata: &Metadata<'_>| metadata.is_event());
             registry.with(layer.with_filter(events)).with(traces::layer()).try_init()
         }
@@ -90,7 +90,7 @@ pub fn init(filter: &str, to: LogTo) -> Result<LogWriter, LogError> {
     Ok(lines)
 }
 
-/// The stream without the standard library's lock and buffer, which a writer that is stuck would hold.
+/// The stream without the standard library's lock and buffer, since a blocked writer would hold that lock.
 fn own(stream: BorrowedFd<'_>) -> io::Result<File> {
     Ok(File::from(stream.try_clone_to_owned()?))
 }

@@ -1,8 +1,8 @@
-//! Files that are read again while the server runs: by content, the last good version kept, every fault logged and counted. One watcher
-//! serves all that comes from files: registry, catalogue and configuration, certificates, tokens.
+//! Reloads files while the server runs. The last valid version stays in force, and every fault is logged and counted. One watcher is used for all
+//! files: registry, catalogue and configuration, certificates, tokens.
 //!
-//! The content decides and never an event: a volume that is swapped by symlink, a file that is written in place and one that is renamed over
-//! then look alike, and nothing is missed.
+//! The watcher compares content and does not rely on events. So it notices a volume that is swapped by symlink, a file that is written in place
+//! and one that is renamed over another, all in the same way.
 
 pub mod files;
 
@@ -24,35 +24,35 @@ use tokio::{
 
 use crate::{domain::secret::with_stack_wiped, telemetry::metrics::reloads::Reloads};
 
-/// How long after an event or an unsettled look the next look comes: a writer that truncates first has written by then.
+/// The delay of the next check after an event, or after content that is still changing. A writer that truncates first has then written.
 const SETTLE: Duration = Duration::from_millis(100);
-/// How many looks in a row may find the content changing before it is read all the same. A file that is being written is
-/// left alone until two looks agree; one that never rests must not hide every change.
+/// How many checks in a row may find changed content before it is read anyway. A file that is being written is not read until two checks agree,
+/// but one that changes all the time must not block every reload.
 const MAX_UNSETTLED: u32 = 4;
-/// The most of one file that is looked at: more than any document that is accepted.
-const MAX_LOOKED_AT: u64 = 2 * 1024 * 1024;
+/// How many bytes of a file are hashed: more than any accepted document has.
+const MAX_HASHED_BYTES: u64 = 2 * 1024 * 1024;
 
-/// Something that comes from files.
+/// Something that is loaded from files.
 pub trait Source: Send + 'static {
-    /// For logs and numbers.
+    /// Its name in logs and metrics.
     fn name(&self) -> &'static str;
 
-    /// The files. They may be others after a reload: a configuration names some.
+    /// Its files. They may change with a reload, since the configuration names some of them.
     fn files(&self) -> Vec<PathBuf>;
 
-    /// Reads the files, and puts in force what they hold if it is good. With a fault nothing changes.
+    /// Reads the files and puts valid content in force. With a fault, nothing changes.
     fn reload(&mut self) -> Result<Reloaded, Fault>;
 
-    /// Logs that a new version is in force, after so many failures.
+    /// Logs that a new version is in force, after this many failures.
     fn log_taken(&self, failures: u64) {
         tracing::info!(event = "reloaded", what = self.name(), failures);
     }
 }
 
-/// What came of reading again.
+/// The result of a reload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reloaded {
-    /// The files hold what is in force.
+    /// The files hold the version in force.
     Unchanged,
     /// A new version is in force.
     Taken,
@@ -62,29 +62,30 @@ pub enum Reloaded {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault(pub String);
 
-/// What a look came to.
+/// The result of a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PollOutcome {
-    /// Nothing is new.
+    /// Nothing changed.
     Same,
-    /// Something is new, and may be half written.
+    /// The content changed, and may be half written.
     Unsettled,
     /// The new version is in force.
     Taken,
-    /// The new version is bad, and the last good one stays.
+    /// The new version is invalid, and the last valid one stays in force.
     Kept(Fault),
 }
 
-/// Follows one source's files.
+/// Watches the files of one source.
 pub struct Watcher<S> {
     source: S,
     files: Vec<PathBuf>,
-    /// Of the hash: the content of a key or of a token must not be guessed from what stays in memory.
+    /// The key of the hashes, so that a TLS key or token cannot be guessed from a hash in memory.
     hash_key: [u8; 32],
-    /// The content that was last acted on, whether it was good or not.
+    /// The content that was last reloaded, valid or not.
     acted_on: Hash,
-    /// The content at the last look, and for how many looks it has been another each time.
+    /// The content at the last check.
     last_seen: Hash,
+    /// For how many checks in a row the content has been changing.
     unsettled: u32,
     failures: u64,
     last_fault: Option<Fault>,
@@ -96,7 +97,7 @@ type Hash = [u8; 32];
 // === impl Watcher ===
 
 impl<S: Source> Watcher<S> {
-    /// Of a source that has been read. The first looks read it again: a file may have changed since.
+    /// Watches a source that has been read. The first checks read it again, since a file may have changed meanwhile.
     pub fn new(source: S) -> Self {
         let (files, hash_key) = (source.files(), rand::rng().random());
         let counts = Arc::new(Reloads::of(source.name()));
@@ -114,13 +115,13 @@ impl<S: Source> Watcher<S> {
         }
     }
 
-    /// How it went so far.
+    /// The counts of its reloads.
     pub fn counts(&self) -> Arc<Reloads> {
         Arc::clone(&self.counts)
     }
 
-    /// Looks this often, soon after a folder of the files has changed, and at once when `forced` says so. Ends when the sender of that is
-    /// gone.
+    /// Checks the files at this interval, soon after their folder changed, and at once when `forced` is signalled. Ends when the sender of `forced`
+    /// is dropped.
     pub async fn run(mut self, every: Duration, mut forced: watch::Receiver<()>) {
         let mut events = Events::of(&self.files);
         let mut next = Instant::now();
@@ -128,7 +129,7 @@ impl<S: Source> Watcher<S> {
             let is_forced = tokio::select! {
                 () = sleep_until(next) => false,
                 () = events.changed() => {
-                    // Not put off by a further event: a file that never rests is looked at all the same.
+                    // A further event does not delay the check, so a file that changes all the time is checked too.
                     next = next.min(Instant::now() + SETTLE);
                     continue;
                 }
@@ -139,7 +140,7 @@ impl<S: Source> Watcher<S> {
             };
             let name = self.source.name();
             let counts = self.counts();
-            // Reading and checking are work for a thread that may wait.
+            // Reading and checking may block, so they run on a blocking thread.
             let mut polling = tokio::task::spawn_blocking(move || {
                 let outcome = self.poll(is_forced);
                 (self, outcome)
@@ -153,11 +154,11 @@ impl<S: Source> Watcher<S> {
                         what = name,
                         "the files cannot be read: their volume does not answer"
                     );
-                    // One thread waits for it, and no more than one.
+                    // Wait for it, so that at most one thread is blocked.
                     polling.await
                 }
             };
-            // `poll` does not panic, and the runtime does not cancel what blocks; if it ended all the same, so does this.
+            // `poll` does not panic, and the runtime does not cancel blocking work. If it ended anyway, so does the watcher.
             let Ok((watcher, outcome)) = polled else { return };
             self = watcher;
             next = Instant::now() + if outcome == PollOutcome::Unsettled { SETTLE } else { every };
@@ -167,7 +168,7 @@ impl<S: Source> Watcher<S> {
         }
     }
 
-    /// One look. `forced` reads what is there even if it is the same, or may be half written.
+    /// Checks once. `forced` reloads even if the content is the same or may be half written.
     pub fn poll(&mut self, forced: bool) -> PollOutcome {
         let seen = hash(&self.hash_key, &self.files);
         let settled = seen == std::mem::replace(&mut self.last_seen, seen);
@@ -180,24 +181,24 @@ impl<S: Source> Watcher<S> {
             return PollOutcome::Unsettled;
         }
         self.unsettled = 0;
-        // A document must not be able to end the watch, whatever it does to the code that reads it.
+        // A document that makes its parser panic must not end the watcher.
         let reloaded = catch_unwind(AssertUnwindSafe(|| self.source.reload()))
             .unwrap_or_else(|_| Err(Fault("reading it ended in a panic of this service".to_owned())));
         self.acted_on = seen;
         let files = self.source.files();
         if files != self.files {
             self.files = files;
-            // Read once more: what was hashed is not what was read of files that were not followed yet.
+            // Reload once more: the files that are new were read but not hashed before.
             self.last_seen = hash(&self.hash_key, &self.files);
             self.acted_on = [0; 32];
         } else if !forced && hash(&self.hash_key, &self.files) != seen {
-            // What was read is what was seen, or the next look sees to it.
+            // The content changed while it was read, so the next check reloads it.
             self.acted_on = [0; 32];
         }
         self.record(reloaded)
     }
 
-    /// Counts it, and logs what is new: the same fault again is told at debug level.
+    /// Counts and logs the result. A fault that repeats is logged at debug level.
     fn record(&mut self, reloaded: Result<Reloaded, Fault>) -> PollOutcome {
         let (what, failures) = (self.source.name(), self.failures);
         match reloaded {
@@ -237,12 +238,12 @@ impl fmt::Display for Fault {
     }
 }
 
-/// Changes in the folders of files: a reason to look, never more. Folders, since a file that is renamed over or reached through
-/// a swapped symlink is another file.
+/// Change events in the folders of the files. An event only causes a check. Folders are watched, since a file that is renamed over or reached
+/// through a swapped symlink is a new file.
 struct Events {
     files: Vec<PathBuf>,
     changed: mpsc::Receiver<()>,
-    /// `None` where the system gives no events: looking again and again is then all there is.
+    /// `None` if the system gives no events. Then only the interval causes checks.
     watcher: Option<notify::RecommendedWatcher>,
 }
 
@@ -250,8 +251,8 @@ struct Events {
 
 impl Events {
     fn of(files: &[PathBuf]) -> Self {
-        let (tell, changed) = mpsc::channel(1);
-        let watcher = Self::watch(files, tell)
+        let (sender, changed) = mpsc::channel(1);
+        let watcher = Self::watch(files, sender)
             .inspect_err(|fault| {
                 let fault = fault.to_string();
                 tracing::warn!(event = "no_file_events", fault, "changes of the files are seen by looking alone");
@@ -260,12 +261,12 @@ impl Events {
         Self { files: files.to_owned(), changed, watcher }
     }
 
-    fn watch(files: &[PathBuf], tell: mpsc::Sender<()>) -> notify::Result<notify::RecommendedWatcher> {
+    fn watch(files: &[PathBuf], sender: mpsc::Sender<()>) -> notify::Result<notify::RecommendedWatcher> {
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            // Looking is an access too: taking it for a change would make each look the reason for the next.
+            // A check reads the files, which is an access event. It must not cause the next check.
             if !event.is_ok_and(|event| event.kind.is_access()) {
-                // Full means that it is known already.
-                let _full = tell.try_send(());
+                // A full channel means that a change is signalled already.
+                let _full = sender.try_send(());
             }
         })?;
         let folder = |file: &PathBuf| match file.parent() {
@@ -278,7 +279,7 @@ impl Events {
         Ok(watcher)
     }
 
-    /// Waits for a change; for ever where there are no events.
+    /// Waits for a change event, or for ever if there are no events.
     async fn changed(&mut self) {
         if self.watcher.is_none() || self.changed.recv().await.is_none() {
             std::future::pending().await
@@ -286,13 +287,13 @@ impl Events {
     }
 }
 
-/// The content of all files as one hash. A file that cannot be read has a content of its own: its absence.
+/// Hashes the content of all files. For a file that cannot be read, the error is hashed.
 fn hash(key: &[u8; 32], files: &[PathBuf]) -> Hash {
-    // Some of them hold tokens or a TLS key.
+    // Some files hold tokens or a TLS key.
     with_stack_wiped(|| {
         let mut hasher = blake3::Hasher::new_keyed(key);
         for file in files {
-            match files::read(file, MAX_LOOKED_AT) {
+            match files::read(file, MAX_HASHED_BYTES) {
                 Ok(bytes) => hasher.update(&bytes.len().to_le_bytes()).update(&bytes),
                 Err(fault) => hasher.update(&[0xff; 9]).update(format!("{:?}", fault.kind()).as_bytes()),
             };
@@ -307,7 +308,7 @@ mod tests {
 
     use super::*;
 
-    /// Every way in which editors, deployments and Kubernetes change a file.
+    /// The ways in which editors, deployments and Kubernetes change a file.
     #[tokio::test]
     async fn each_change_is_an_event() {
         let folder = tempfile::tempdir().unwrap();
@@ -337,7 +338,7 @@ mod tests {
             change();
             let seen = tokio::time::timeout(Duration::from_secs(10), events.changed()).await;
             assert!(seen.is_ok(), "{what}: no event");
-            // What else this change told.
+            // Drain further events of this change.
             while tokio::time::timeout(Duration::from_millis(50), events.changed()).await.is_ok() {}
         }
         fs::read(at("registry.yaml")).unwrap();

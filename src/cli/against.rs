@@ -1,4 +1,5 @@
-//! What a change of registry and catalogue does to people: who owns and pays for which model, and where credentials go.
+//! `byok-gate check --against`: compares two versions of registry and catalogue. It shows which provider owns and who pays for each model, and
+//! where credentials are sent.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,44 +12,44 @@ use crate::core::{
     registry::Registry,
 };
 
-/// One state of both documents.
+/// One version of both documents.
 #[derive(Clone, Copy)]
 pub(super) struct Side<'s> {
     pub(super) registry: &'s Registry,
     pub(super) catalogue: &'s Catalogue,
 }
 
-/// All that differs between two states, in a fixed order.
+/// All differences between two versions, in a fixed order.
 pub(super) struct Changes {
     models: Vec<ModelChange>,
     patterns: Vec<PatternChange>,
-    sent: Vec<Sent>,
-    no_longer_sent: Vec<Sent>,
+    sent: Vec<CredentialRoute>,
+    no_longer_sent: Vec<CredentialRoute>,
 }
 
-/// What becomes of one model on one runtime.
+/// The change of one model on one runtime.
 struct ModelChange {
     runtime: String,
     model: String,
-    /// With this name available and no other; empty for none.
-    at_hand: String,
+    /// The only credential name that is available; empty for none.
+    available: String,
     before: Owner,
     after: Owner,
 }
 
-/// Who owns a model, as people feel it.
+/// The owner of a model, in the terms that matter to a tenant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Owner {
-    /// The provider, or in upper case why there is none.
+    /// The provider, or a word in upper case that says why there is none.
     provider: String,
     billing_mode: &'static str,
-    /// Empty for the platform, whose models need no credential of a tenant's.
+    /// Empty for the platform, whose models need no credential of the tenant.
     accepted_env: Vec<String>,
-    /// Whether the runtime offers it: `LISTED`, `WITHDRAWN`, or `UNLISTED` where it is owned by pattern, or by nobody.
+    /// Whether the runtime offers it: `LISTED`, `WITHDRAWN`, or `UNLISTED` where it is owned by pattern, or by no provider.
     offer: &'static str,
 }
 
-/// How a provider owns the models of a runtime that no list names. `None` where it is not there.
+/// The change of the pattern by which a provider owns unlisted models of a runtime. `None` if the provider is not there.
 struct PatternChange {
     runtime: String,
     provider: String,
@@ -56,7 +57,7 @@ struct PatternChange {
     after: Option<Unlisted>,
 }
 
-/// What becomes of models that no list names.
+/// How a provider owns models that no list names.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Unlisted {
     pattern: String,
@@ -65,7 +66,7 @@ struct Unlisted {
 
 /// A credential of this name may be sent to this host in this header.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Sent {
+struct CredentialRoute {
     env_name: String,
     host: String,
     header: &'static str,
@@ -75,9 +76,9 @@ struct Sent {
 // === impl Changes ===
 
 impl Changes {
-    /// What is different in `new`.
+    /// The changes from `old` to `new`.
     pub(super) fn between(old: Side<'_>, new: Side<'_>) -> Self {
-        let (before, after) = (sent(old), sent(new));
+        let (before, after) = (credential_routes(old), credential_routes(new));
         Self {
             models: models(old.registry, new.registry),
             patterns: patterns(old.registry, new.registry),
@@ -93,8 +94,8 @@ impl Changes {
             json!({"provider": provider, "billing_mode": billing_mode, "accepted_env": accepted_env, "offer": offer})
         };
         let model = |change: &ModelChange| {
-            let ModelChange { runtime, model, at_hand, before, after } = change;
-            json!({"runtime": runtime, "model": model, "at_hand": at_hand, "before": owner(before), "after": owner(after)})
+            let ModelChange { runtime, model, available, before, after } = change;
+            json!({"runtime": runtime, "model": model, "at_hand": available, "before": owner(before), "after": owner(after)})
         };
         let pattern = |change: &PatternChange| {
             let PatternChange { runtime, provider, before, after } = change;
@@ -105,15 +106,15 @@ impl Changes {
             };
             json!({"runtime": runtime, "provider": provider, "before": unlisted(before), "after": unlisted(after)})
         };
-        let way = |sent: &Sent| {
-            let Sent { env_name, host, header, provider } = sent;
+        let route = |sent: &CredentialRoute| {
+            let CredentialRoute { env_name, host, header, provider } = sent;
             json!({"env_name": env_name, "host": host, "header": header, "provider": provider})
         };
         json!({
             "models": models.iter().map(model).collect::<Vec<_>>(),
             "patterns": patterns.iter().map(pattern).collect::<Vec<_>>(),
-            "credentials_sent": sent.iter().map(way).collect::<Vec<_>>(),
-            "credentials_no_longer_sent": no_longer_sent.iter().map(way).collect::<Vec<_>>(),
+            "credentials_sent": sent.iter().map(route).collect::<Vec<_>>(),
+            "credentials_no_longer_sent": no_longer_sent.iter().map(route).collect::<Vec<_>>(),
         })
     }
 
@@ -128,22 +129,26 @@ impl Changes {
         };
         section("models:", models.iter().map(ModelChange::text).collect());
         let pattern = |PatternChange { runtime, provider, before, after }: &PatternChange| {
-            format!("{runtime}: `{provider}` owns by pattern {} -> {}", owned(before.as_ref()), owned(after.as_ref()))
+            format!(
+                "{runtime}: `{provider}` owns by pattern {} -> {}",
+                pattern_text(before.as_ref()),
+                pattern_text(after.as_ref())
+            )
         };
         section("unlisted models:", patterns.iter().map(pattern).collect());
-        let way = |Sent { env_name, host, header, provider }: &Sent| {
+        let route = |CredentialRoute { env_name, host, header, provider }: &CredentialRoute| {
             format!("{env_name} -> {host} in `{header}` (provider `{provider}`)")
         };
-        section("credentials that may be sent, and could not be before:", sent.iter().map(way).collect());
-        section("credentials that are not sent any more:", no_longer_sent.iter().map(way).collect());
+        section("credentials that may be sent, and could not be before:", sent.iter().map(route).collect());
+        section("credentials that are not sent any more:", no_longer_sent.iter().map(route).collect());
         if out.is_empty() { "\nnothing changes for people\n".into() } else { out }
     }
 }
 
 impl ModelChange {
     fn text(&self) -> String {
-        let Self { runtime, model, at_hand, before, after } = self;
-        let with = if at_hand.is_empty() { String::new() } else { format!(" with {at_hand} available") };
+        let Self { runtime, model, available, before, after } = self;
+        let with = if available.is_empty() { String::new() } else { format!(" with {available} available") };
         let mut parts = Vec::new();
         let mut part = |label: &str, one: String, two: String| {
             if one != two {
@@ -162,14 +167,14 @@ fn listed(names: &[String]) -> String {
     if names.is_empty() { "nothing".into() } else { names.join("|") }
 }
 
-fn owned(unlisted: Option<&Unlisted>) -> String {
+fn pattern_text(unlisted: Option<&Unlisted>) -> String {
     unlisted.map_or_else(
         || "nothing".into(),
         |Unlisted { pattern, accepted_env }| format!("`{pattern}`, accepting {}", listed(accepted_env)),
     )
 }
 
-/// Every pair of runtime and model that either side lists, with no name available and with each name that could matter alone.
+/// Compares every pair of runtime and model that either version lists: without any credential name, and with each relevant name alone.
 fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
     let mut pairs: BTreeSet<(&str, &str)> = BTreeSet::new();
     for (runtime, arms) in old.runtimes().chain(new.runtimes()) {
@@ -186,13 +191,13 @@ fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
             })
             .flat_map(|provider| provider.auth_env.iter().cloned())
             .collect();
-        let change = |at_hand: &str| {
-            let (before, after) = (owner(old, runtime, model, at_hand), owner(new, runtime, model, at_hand));
-            ModelChange { runtime: runtime.to_owned(), model: model.to_owned(), at_hand: at_hand.to_owned(), before, after }
+        let change = |available: &str| {
+            let (before, after) = (owner(old, runtime, model, available), owner(new, runtime, model, available));
+            ModelChange { runtime: runtime.to_owned(), model: model.to_owned(), available: available.to_owned(), before, after }
         };
         let without = change("");
         for with in names.iter().map(|name| change(name)) {
-            // Where the name changes nothing, the line without it says all.
+            // A name that makes no difference is covered by the line without it.
             if (&with.before, &with.after) != (&without.before, &without.after) && with.before != with.after {
                 changes.push(with);
             }
@@ -201,14 +206,14 @@ fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
             changes.push(without);
         }
     }
-    changes.sort_by(|one, two| (&one.runtime, &one.model, &one.at_hand).cmp(&(&two.runtime, &two.model, &two.at_hand)));
+    changes.sort_by(|one, two| (&one.runtime, &one.model, &one.available).cmp(&(&two.runtime, &two.model, &two.available)));
     changes
 }
 
-fn owner(registry: &Registry, runtime: &str, model: &str, at_hand: &str) -> Owner {
-    let nobody =
+fn owner(registry: &Registry, runtime: &str, model: &str, available: &str) -> Owner {
+    let unowned =
         |why: &str| Owner { provider: why.to_owned(), billing_mode: "NONE", accepted_env: Vec::new(), offer: "UNLISTED" };
-    match derive(registry, runtime, model, &|name| name == at_hand) {
+    match derive(registry, runtime, model, &|name| name == available) {
         Ok(derived) => Owner {
             provider: derived.provider.name.clone(),
             billing_mode: derived.provider.billing_mode().as_str(),
@@ -219,9 +224,9 @@ fn owner(registry: &Registry, runtime: &str, model: &str, at_hand: &str) -> Owne
                 _ => "UNLISTED",
             },
         },
-        Err(Underivable::UnknownRuntime) => nobody("RUNTIME_UNSUPPORTED"),
-        Err(Underivable::ModelRequired | Underivable::Unregistered) => nobody("UNREGISTERED"),
-        Err(Underivable::Ambiguous { .. }) => nobody("AMBIGUOUS"),
+        Err(Underivable::UnknownRuntime) => unowned("RUNTIME_UNSUPPORTED"),
+        Err(Underivable::ModelRequired | Underivable::Unregistered) => unowned("UNREGISTERED"),
+        Err(Underivable::Ambiguous { .. }) => unowned("AMBIGUOUS"),
     }
 }
 
@@ -246,14 +251,14 @@ fn patterns(old: &Registry, new: &Registry) -> Vec<PatternChange> {
         .collect()
 }
 
-/// Every way that a credential can leave by: the providers of all runtimes, asked as their rows say.
-fn sent(Side { registry, catalogue }: Side<'_>) -> BTreeSet<Sent> {
-    let mut ways = BTreeSet::new();
+/// Where credentials may be sent: the hosts and headers of the providers of all runtimes.
+fn credential_routes(Side { registry, catalogue }: Side<'_>) -> BTreeSet<CredentialRoute> {
+    let mut routes = BTreeSet::new();
     let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);
     for provider in arms.map(|arm| registry.provider(arm)) {
         let Ok(target) = target(provider, catalogue, "") else { continue };
         for family in target.calls.iter().flat_map(|call| &call.probe.auth) {
-            ways.extend(provider.auth_env.iter().map(|env_name| Sent {
+            routes.extend(provider.auth_env.iter().map(|env_name| CredentialRoute {
                 env_name: env_name.clone(),
                 host: target.endpoint.host.clone(),
                 header: family.header(),
@@ -261,5 +266,5 @@ fn sent(Side { registry, catalogue }: Side<'_>) -> BTreeSet<Sent> {
             }));
         }
     }
-    ways
+    routes
 }

@@ -21,7 +21,7 @@ pub(super) struct EngineArgs {
     /// The configuration file.
     #[arg(long, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
-    /// What a spec that does not say means: whether the platform's metered proxy is there [default: absent].
+    /// Whether the platform's metered proxy is available, for a spec that does not say [default: absent].
     #[arg(long, value_name = "available|absent")]
     pub(super) platform_proxy: Option<ProxyArg>,
     /// Refuse operator overrides.
@@ -30,18 +30,18 @@ pub(super) struct EngineArgs {
     /// Allow this runtime without any check (repeatable).
     #[arg(long = "exempt-runtime", value_name = "RUNTIME")]
     pub(super) exempt_runtimes: Vec<String>,
-    /// A file whose content is the key of credential fingerprints; no fingerprints without it.
+    /// A file with the key of credential fingerprints. Without it there are no fingerprints.
     #[arg(long, value_name = "FILE")]
     pub(super) fingerprint_key_file: Option<PathBuf>,
 }
 
-/// How providers are asked.
+/// How providers are probed.
 #[derive(Debug, Clone, Default, Args)]
 pub(super) struct ProbeArgs {
-    /// Allow loopback addresses, and plain http there: for tests and for providers on the same host.
+    /// Allow loopback addresses, over plain http too: for tests and for providers on the same host.
     #[arg(long)]
     pub(super) allow_loopback_http: bool,
-    /// Certificate authorities (PEM) to trust beside the system's.
+    /// Certificate authorities (PEM) to trust in addition to the system's.
     #[arg(long, value_name = "FILE")]
     pub(super) probe_ca_file: Option<PathBuf>,
 }
@@ -60,7 +60,7 @@ impl EngineArgs {
         load(&paths, &overrides)
     }
 
-    /// What the command line sets, as the configuration has it.
+    /// The settings from the command line, as layers of the configuration.
     pub(super) fn layers(self, probe: ProbeArgs, mut flags: Vec<Flag>) -> (Paths, Overrides) {
         let ProbeArgs { allow_loopback_http, probe_ca_file: probe_ca } = probe;
         if allow_loopback_http {

@@ -1,5 +1,5 @@
-//! `byok-gate catalogue verify`: do endpoints still refuse made-up keys as the catalogue says? For a weekly job from the operator's own network,
-//! with no key at all.
+//! `byok-gate catalogue verify`: checks whether endpoints still refuse made-up keys as the catalogue says. It is for a weekly job in the operator's
+//! own network, and needs no real key.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -22,7 +22,7 @@ use crate::{
     domain::protocol::HeaderFamily,
 };
 
-/// The model of requests that name one, where no runtime lists any for the provider.
+/// The model in requests, if no runtime lists one for the provider.
 const SOME_MODEL: &str = "made-up-model";
 
 #[derive(Debug, Args)]
@@ -33,20 +33,20 @@ pub(super) struct CatalogueArgs {
 
 #[derive(Debug, Subcommand)]
 enum CatalogueCommand {
-    /// Ask every endpoint once in each header with a made-up key, slowly, and tell which do not refuse it as the catalogue says.
+    /// Send a made-up key to every endpoint once in each header, slowly, and show which do not refuse it as the catalogue says.
     Verify(VerifyArgs),
 }
 
-/// Exits 0 where all is as the catalogue says, 12 where something is not. What could not be reached tells nothing.
+/// Exits 0 if all endpoints answer as the catalogue says, and 12 if one does not. Endpoints that cannot be reached do not count.
 #[derive(Debug, Args)]
 struct VerifyArgs {
-    /// This provider of the registry alone.
+    /// Check only this provider of the registry.
     #[arg(long, value_name = "NAME")]
     provider: Option<String>,
     /// Seconds between two requests.
     #[arg(long, default_value_t = 2.0)]
     pause: f64,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]
@@ -55,8 +55,8 @@ struct VerifyArgs {
     probe: ProbeArgs,
 }
 
-/// One request to be made.
-struct Asked {
+/// One request to send with a made-up key.
+struct MadeUpRequest {
     host: String,
     key_prefix: Option<String>,
     call: Call,
@@ -69,22 +69,22 @@ pub(super) async fn run(args: CatalogueArgs) -> anyhow::Result<Exit> {
         Duration::try_from_secs_f64(pause).map_err(|_| UsageError(format!("--pause {pause}: a number of seconds, 0 or more")))?;
     let mut setup = engine.load(probe)?;
     let (registry, catalogue) = (&setup.snapshot.registry, &setup.snapshot.catalogue);
-    let asked = match &provider {
+    let requests = match &provider {
         Some(name) if !registry.providers().iter().any(|provider| provider.name == *name) => {
             return Err(UsageError(format!("--provider {name}: the registry has no such provider")).into());
         }
-        _ => asked(registry, catalogue, provider.as_deref()),
+        _ => requests(registry, catalogue, provider.as_deref()),
     };
-    // What is asked here is asked once, and remembered by nobody.
+    // Each request is sent once, so no calibration is needed.
     setup.settings.probe.calibrate = false;
     let prober = app::prober(&setup)?;
     let (mut rows, mut drifted) = (Vec::new(), 0_usize);
-    for (index, Asked { host, key_prefix, call, family }) in asked.iter().enumerate() {
+    for (index, MadeUpRequest { host, key_prefix, call, family }) in requests.iter().enumerate() {
         if index > 0 {
             tokio::time::sleep(pause).await;
         }
         let response = prober.control(call, &[*family], key_prefix.as_deref()).await;
-        let (result, status, code) = told(&response);
+        let (result, status, code) = result_of(&response);
         let drift = call.probe.refuses_bad_keys && matches!(result, "ACCEPTED" | "REFUSED_ODDLY");
         drifted += usize::from(drift);
         let row = json!({
@@ -113,15 +113,16 @@ pub(super) async fn run(args: CatalogueArgs) -> anyhow::Result<Exit> {
     Ok(if drifted == 0 { Exit::Ok } else { Exit::Drift })
 }
 
-/// Every endpoint once in each of its headers: those of the registry's providers, and of the rows that no provider is at.
-fn asked(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> Vec<Asked> {
+/// The requests: every endpoint once in each of its headers. These are the endpoints of the registry's providers, and of catalogue rows that no
+/// provider uses.
+fn requests(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> Vec<MadeUpRequest> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
     let mut add = |host: &str, key_prefix: Option<&str>, call: Call| {
         for family in call.probe.auth.clone() {
             if seen.insert((call.url.to_string(), call.probe.method.as_str(), family)) {
                 let key_prefix = key_prefix.map(str::to_owned);
-                found.push(Asked { host: host.to_owned(), key_prefix, call: call.clone(), family });
+                found.push(MadeUpRequest { host: host.to_owned(), key_prefix, call: call.clone(), family });
             }
         }
     };
@@ -139,7 +140,7 @@ fn asked(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> Vec<
     }
     for (host, rows) in catalogue.hosts() {
         for row in rows {
-            // A pattern is no address, and a path below an unknown base URL leads nowhere.
+            // Skip host patterns, which are not addresses, and paths below an unknown base URL.
             let Ok(base) = Url::parse(&format!("https://{host}{}", row.path_prefix)) else { continue };
             for probe in row.probes.iter().filter(|probe| probe.path.starts_with('/') && !host.contains('*')) {
                 if let Some(call) = endpoint::call(&base, probe, SOME_MODEL, false, None) {
@@ -151,12 +152,12 @@ fn asked(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> Vec<
     found
 }
 
-fn told(response: &ProbeResponse) -> (&'static str, Option<u16>, Option<&str>) {
+fn result_of(response: &ProbeResponse) -> (&'static str, Option<u16>, Option<&str>) {
     let ProbeResponse::Answer { reading, shape, .. } = response else { return ("NO_ANSWER", None, None) };
     let code = Some(shape.code.as_str()).filter(|code| !code.is_empty());
     let result = match calibration_of(reading, shape) {
         Calibration::Refuses { in_words: true, .. } => "REFUSED",
-        // A 403 of its own, or "alive" by a row: a refusal, in words that are not those of a dead key.
+        // A 403, or "alive" by a row, is a refusal too, but not in the words for a dead key.
         Calibration::Refuses { .. } if matches!(reading.classification, Classification::Forbidden(_)) => "REFUSED",
         Calibration::Refuses { .. } => "REFUSED_ODDLY",
         Calibration::AcceptsAnyone => "ACCEPTED",

@@ -1,4 +1,4 @@
-//! `byok-gate check`: do configuration, registry and catalogue stand, and what would a change of them do to people?
+//! `byok-gate check`: checks configuration, registry and catalogue, and shows what a change of them would mean for tenants.
 
 use std::{
     env,
@@ -55,7 +55,7 @@ pub(super) struct CheckArgs {
     /// The earlier probe catalogue; without it, the embedded one was in use.
     #[arg(long, value_name = "OLD CATALOGUE", requires = "against")]
     against_catalog: Option<PathBuf>,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     /// The same as those of `serve`: what would keep it from starting is found too.
@@ -63,15 +63,15 @@ pub(super) struct CheckArgs {
     serve: ServeArgs,
 }
 
-/// The settings that listeners and callers are made of.
+/// The settings of listeners and callers.
 const EDGE: [&str; 4] = ["server", "tls", "callers", "admin"];
 
-/// What was found in the documents, document by document.
+/// Problems and warnings, document by document.
 #[derive(Default)]
 struct Found {
     problems: Vec<Problems>,
     warnings: Vec<Problems>,
-    /// Rows whose facts have grown old.
+    /// Catalogue rows whose facts are old.
     aged: Vec<Problems>,
 }
 
@@ -82,8 +82,8 @@ pub(super) async fn run(args: CheckArgs) -> anyhow::Result<Exit> {
     let whole = match whole {
         Some(setup) if probe => {
             let prober = app::prober(&setup)?;
-            let told = found.ask(&setup.snapshot, &prober).await;
-            Some((setup.snapshot, Some(told)))
+            let answers = found.ask_without_key(&setup.snapshot, &prober).await;
+            Some((setup.snapshot, Some(answers)))
         }
         other => other.map(|setup| (setup.snapshot, None)),
     };
@@ -92,7 +92,7 @@ pub(super) async fn run(args: CheckArgs) -> anyhow::Result<Exit> {
     let old = match &against {
         None => None,
         Some(path) => {
-            // What was odd about the earlier documents is nobody's concern now.
+            // Warnings about the earlier documents do not matter.
             let mut quiet = Found::default();
             let sides = (quiet.take(registry(path)), quiet.take(catalogue(against_catalog.as_ref())));
             found.problems.extend(quiet.problems);
@@ -137,7 +137,7 @@ pub(super) async fn run(args: CheckArgs) -> anyhow::Result<Exit> {
     Ok(if valid { Exit::Ok } else { Exit::Invalid })
 }
 
-/// A document's name with what it says.
+/// A document's name and its content.
 type Checked<T> = Result<(String, Loaded<T>), Problems>;
 
 fn registry(path: &PathBuf) -> Checked<Registry> {
@@ -164,13 +164,13 @@ fn bytes(path: &Path) -> Result<Zeroizing<Vec<u8>>, Problems> {
 // === impl Found ===
 
 impl Found {
-    /// All that there is to say of what a service would be started with; and that itself, if it is good.
+    /// Checks everything that `serve` would start with. Returns the setup if it is valid.
     fn all(&mut self, serve: ServeArgs, elsewhere: bool) -> Option<Setup> {
         let (paths, overrides) = serve.layers();
         let loaded = config::load(&paths, &overrides);
-        // Whatever is wrong with the documents, or with other settings, hides nothing of the edge.
+        // Problems of the documents or of other settings must not hide those of listeners and callers.
         let of_edge = |problem: &Problem| EDGE.iter().any(|part| problem.place.starts_with(part));
-        if let Ok((settings, problems)) = config::settings_despite(&paths, &overrides)
+        if let Ok((settings, problems)) = config::settings_with_problems(&paths, &overrides)
             && !problems.iter().any(of_edge)
         {
             let document = paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string());
@@ -208,12 +208,12 @@ impl Found {
         }
     }
 
-    /// What would keep the shared tier from being set up. It is not asked.
+    /// Checks whether the shared tier could be set up. It does not connect to it.
     fn tier(&mut self, setup: &Setup) {
         match config::tier_access(&setup.settings) {
             Ok((None, _)) => {}
-            Ok((Some(access), odd)) => {
-                self.warnings.extend(odd);
+            Ok((Some(access), warnings)) => {
+                self.warnings.extend(warnings);
                 if let Err(fault) = Tier::new(access) {
                     let document = config::source_of(setup.settings.tier.ca_file.as_ref());
                     self.problems.push(Problems { document, list: vec![Problem::at("", fault.to_string())] });
@@ -223,10 +223,10 @@ impl Found {
         }
     }
 
-    /// What the prober cannot be made of, and which providers it cannot ask.
+    /// Checks whether the prober could be built, and which providers it may not probe.
     fn prober(&mut self, setup: &Setup) {
         match app::prober(setup) {
-            Ok(prober) => self.warnings.extend(app::undialled(&setup.snapshot, &prober)),
+            Ok(prober) => self.warnings.extend(app::forbidden_destinations(&setup.snapshot, &prober)),
             Err(fault) => {
                 let document = config::source_of(setup.settings.probe.ca_file.as_ref());
                 self.problems.push(Problems { document, list: vec![Problem::at("", chain(&fault))] });
@@ -234,9 +234,9 @@ impl Found {
         }
     }
 
-    /// Asks each provider without a key, until an answer is one of an API: a list may be missing where there is one.
-    async fn ask(&mut self, snapshot: &Snapshot, prober: &HttpProber) -> Vec<Value> {
-        let mut told = Vec::new();
+    /// Sends each provider's requests without a key until an answer is one of an API. One path may be missing although there is an API.
+    async fn ask_without_key(&mut self, snapshot: &Snapshot, prober: &HttpProber) -> Vec<Value> {
+        let mut answers = Vec::new();
         for provider in snapshot.registry.providers() {
             let Ok(target) = target(provider, &snapshot.catalogue, "made-up-model") else { continue };
             let mut last = None;
@@ -256,7 +256,7 @@ impl Found {
                 }
                 ProbeResponse::Answer { shape, .. } => (format!("HTTP {}", shape.status), None, None),
                 ProbeResponse::TimedOut => ("no answer in time".into(), None, Some("gave no answer in time")),
-                // Found without asking, where no name had to be resolved for it.
+                // The check without a request has reported it already, since no name had to be resolved.
                 ProbeResponse::Unreachable(Unreached::Address) if target.calls.iter().any(|call| !prober.may_ask(call)) => {
                     ("not dialled".into(), None, None)
                 }
@@ -275,9 +275,9 @@ impl Found {
             };
             self.problems.extend(fault.map(problem));
             self.warnings.extend(warning.map(problem));
-            told.push(json!({"provider": provider.name, "host": target.endpoint.host, "answer": answer}));
+            answers.push(json!({"provider": provider.name, "host": target.endpoint.host, "answer": answer}));
         }
-        told
+        answers
     }
 
     fn take<T>(&mut self, checked: Checked<T>) -> Option<T> {
@@ -285,7 +285,7 @@ impl Found {
     }
 }
 
-/// A fault that would keep a server from starting, told with its setting or its file.
+/// A fault that would keep a server from starting, as a problem of its setting or file.
 fn of_server(configuration: &str, fault: &ServerError) -> Problems {
     let (document, problem) = match fault {
         ServerError::Address { setting, message } => (configuration.to_owned(), Problem::at(*setting, message.clone())),
@@ -302,13 +302,13 @@ fn of_server(configuration: &str, fault: &ServerError) -> Problems {
     Problems { document, list: vec![problem] }
 }
 
-/// Nothing that an API says: no such path, or a page.
+/// Whether the answer is not one of an API: the path does not exist, or it is a web page.
 fn is_missing(response: &ProbeResponse) -> bool {
     let ProbeResponse::Answer { reading, shape, .. } = response else { return false };
     reading.cause == Cause::NotFound || reading.cause == Cause::Page && !matches!(shape.status, 401 | 403 | 407)
 }
 
-/// Rows of an operator's that no provider of the registry is asked by: a host that is misspelt, or given without its port.
+/// The operator's catalogue rows that no provider of the registry uses, as when a host is misspelt or lacks its port.
 fn unused_rows(registry: &Registry, catalogue: &Catalogue) -> Vec<Problem> {
     let bases: Vec<(&Provider, &Url)> = registry
         .providers()
@@ -341,7 +341,7 @@ fn unused_rows(registry: &Registry, catalogue: &Catalogue) -> Vec<Problem> {
     problems
 }
 
-/// Rows whose facts are known for longer than a year: the vendor may answer otherwise by now.
+/// Catalogue rows whose facts are older than a year. The vendor may answer differently by now.
 fn aged_rows(catalogue: &Catalogue, today: Date) -> Vec<Problem> {
     let rows = catalogue.hosts().flat_map(|(host, rows)| rows.iter().map(move |row| (host, row)));
     let aged = rows.filter_map(|(host, row)| {
@@ -355,7 +355,7 @@ fn aged_rows(catalogue: &Catalogue, today: Date) -> Vec<Problem> {
     aged.collect()
 }
 
-/// The registry's providers whose credentials cannot be checked, and why: presence alone governs them.
+/// The registry's providers whose credentials cannot be probed, and why. They are allowed if the credential is present.
 fn not_asked(registry: &Registry, catalogue: &Catalogue) -> Vec<Value> {
     let reasons = registry.providers().iter().filter_map(|provider| {
         let reason = target(provider, catalogue, "").err()?;
@@ -373,7 +373,7 @@ fn rows<'f>(found: impl Iterator<Item = &'f Problems>) -> Vec<Value> {
     rows.collect()
 }
 
-/// `error: FILE:LINE: PLACE: MESSAGE`, as editors and CI systems read it.
+/// Lines of `error: FILE:LINE: PLACE: MESSAGE`, which editors and CI systems can read.
 fn lines(level: &str, found: &[Problems]) -> String {
     let lines = found.iter().flat_map(|Problems { document, list }| {
         list.iter().map(move |problem| {

@@ -1,4 +1,4 @@
-//! `byok-gate classify`: which verdict would this answer get, by which row, and what would be asked next? Nothing is sent.
+//! `byok-gate classify`: shows which verdict an answer would get, by which catalogue row, and which request would come next. It sends nothing.
 
 use std::{
     fs,
@@ -36,9 +36,9 @@ use crate::{
     liveness::prober::{MAX_BODY_BYTES, retry_after},
 };
 
-/// The longest line of a batch: the body that is read, twice as long in JSON's escapes, and a little.
+/// The maximum length of a batch line: the body limit, doubled for JSON escapes, and some room for the rest.
 const MAX_LINE_BYTES: u64 = 2 * MAX_BODY_BYTES as u64 + 16 * 1024;
-/// What stands for a model where a request has to be shown.
+/// The model in the requests that are shown.
 const SOME_MODEL: &str = "MODEL";
 
 #[derive(Debug, Args)]
@@ -61,7 +61,7 @@ pub(super) struct ClassifyArgs {
     /// Classify a file of JSON lines `{host, request, status, headers, body}`, or `-` for standard input: one line of JSON each.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["host", "request", "status", "headers", "body", "format"])]
     batch: Option<PathBuf>,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     /// A probe catalogue to lay over the embedded one, host by host.
@@ -71,13 +71,13 @@ pub(super) struct ClassifyArgs {
 
 /// One answer that a vendor gave.
 #[derive(Debug, Deserialize)]
-struct Given {
+struct RecordedAnswer {
     host: String,
     request: String,
     status: u16,
     #[serde(default)]
     headers: serde_json::Map<String, Value>,
-    /// Text, or JSON as it stands.
+    /// A JSON string with the text, or any other JSON value.
     #[serde(default)]
     body: Value,
     /// There was more of the body.
@@ -102,11 +102,14 @@ pub(super) fn run(args: ClassifyArgs) -> anyhow::Result<Exit> {
     }
     let body = match body.strip_prefix('@') {
         None => body.into_bytes(),
-        Some("-") => capped(io::stdin())?,
-        Some(path) => capped(fs::File::open(path).with_context(|| format!("{path}: could not be read"))?)?,
+        Some("-") => read_limited(io::stdin())?,
+        Some(path) => read_limited(fs::File::open(path).with_context(|| format!("{path}: could not be read"))?)?,
     };
-    let report =
-        report(&catalogue, &Given { host, request, status, headers: given, body: Value::Null, truncated: false }, &body)?;
+    let report = report(
+        &catalogue,
+        &RecordedAnswer { host, request, status, headers: given, body: Value::Null, truncated: false },
+        &body,
+    )?;
     match format {
         Format::Json => print(&format!("{}\n", serde_json::to_string_pretty(&report)?))?,
         Format::Text => print(&text(&report))?,
@@ -114,7 +117,7 @@ pub(super) fn run(args: ClassifyArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Ok)
 }
 
-/// One line of JSON for each line of the file; a line that says nothing classifiable gets its fault, and the others go on.
+/// Writes one line of JSON for each line of the file. A line that cannot be classified gets an error, and the others go on.
 fn run_batch(catalogue: &Catalogue, path: &PathBuf) -> anyhow::Result<Exit> {
     let mut lines: Box<dyn BufRead> = match path.to_str() {
         Some("-") => Box::new(BufReader::new(io::stdin())),
@@ -129,8 +132,8 @@ fn run_batch(catalogue: &Catalogue, path: &PathBuf) -> anyhow::Result<Exit> {
         if line.trim_ascii().is_empty() {
             continue;
         }
-        let given = serde_json::from_slice::<Given>(&line).map_err(|fault| fault.to_string());
-        let told = given.and_then(|given| {
+        let given = serde_json::from_slice::<RecordedAnswer>(&line).map_err(|fault| fault.to_string());
+        let line_out = given.and_then(|given| {
             let body = match &given.body {
                 Value::Null => Vec::new(),
                 Value::String(text) => text.clone().into_bytes(),
@@ -138,23 +141,23 @@ fn run_batch(catalogue: &Catalogue, path: &PathBuf) -> anyhow::Result<Exit> {
             };
             report(catalogue, &given, &body).map_err(|fault| fault.to_string())
         });
-        let told = told.unwrap_or_else(|error| {
+        let line_out = line_out.unwrap_or_else(|error| {
             all_good = false;
             json!({"line": number, "error": error})
         });
-        print(&format!("{told}\n"))?;
+        print(&format!("{line_out}\n"))?;
     }
     Ok(if all_good { Exit::Ok } else { Exit::Usage })
 }
 
-fn capped(from: impl Read) -> io::Result<Vec<u8>> {
+fn read_limited(from: impl Read) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     from.take(MAX_BODY_BYTES as u64 + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
-/// What is known of this answer.
-fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, UsageError> {
+/// Classifies this answer.
+fn report(catalogue: &Catalogue, given: &RecordedAnswer, body: &[u8]) -> Result<Value, UsageError> {
     let (method, path) = given
         .request
         .split_once(' ')
@@ -164,7 +167,7 @@ fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, Us
         return Err(UsageError(format!("status {} is not an HTTP answer's", given.status)));
     }
     let host = given.host.to_ascii_lowercase();
-    let Asked { row, probe, ladder, base, is_nearest } = asked(catalogue, &host, method, path)?;
+    let MatchedProbe { row, probe, ladder, base, is_nearest } = match_probe(catalogue, &host, method, path)?;
     let headers = header_map(&given.headers)?;
     let answer = Answer {
         status: given.status,
@@ -178,7 +181,7 @@ fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, Us
     let is_last = !calls.iter().skip(1).any(|call| call.probe.surface.is_inference());
     let at_last = probe.surface.is_inference() && (is_nearest || is_last);
     let verdict = verdict(&reading.classification, probe.refuses_bad_keys, at_last);
-    let once_calibrated = told_by(&reading.classification).filter(|calibrated| *calibrated != verdict);
+    let once_calibrated = verdict_if_calibrated(&reading.classification).filter(|calibrated| *calibrated != verdict);
     let next = if is_nearest { None } else { next(&calls, &reading, answer) };
     let signal = match reading.by {
         ReadBy::Signal(position) => probe.signals.get(position).map(|signal| (position, signal)),
@@ -191,9 +194,9 @@ fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, Us
         "asked_by": match (is_nearest, row) { (true, _) => "nearest", (false, Some(_)) => "row", (false, None) => "default" },
         "probe": probe.name,
         "surface": probe.surface.as_str(),
-        "reading": word(&reading.classification),
+        "reading": classification_word(&reading.classification),
         "cause": reading.cause.as_str(),
-        "signal": signal.map(|(position, signal)| shown(position, signal)),
+        "signal": signal.map(|(position, signal)| signal_json(position, signal)),
         "verdict": verdict.as_str(),
         "once_calibrated": once_calibrated.map(Verdict::as_str),
         "next": next,
@@ -203,17 +206,17 @@ fn report(catalogue: &Catalogue, given: &Given, body: &[u8]) -> Result<Value, Us
     }))
 }
 
-/// The rung of a ladder that sends a request, or the one that is nearest to it.
-struct Asked<'c> {
+/// The probe that sends a request, or the nearest one.
+struct MatchedProbe<'c> {
     row: Option<&'c HostRow>,
     probe: Probe,
-    /// The rung with those above it.
+    /// The probe with the later ones of its row.
     ladder: &'c [Probe],
     base: Url,
     is_nearest: bool,
 }
 
-fn asked<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> Result<Asked<'c>, UsageError> {
+fn match_probe<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> Result<MatchedProbe<'c>, UsageError> {
     let path = path.split('?').next().unwrap_or(path);
     let base = |path: &str| {
         Url::parse(&format!("https://{host}{path}")).map_err(|fault| UsageError(format!("`{host}` is not a host: {fault}")))
@@ -223,7 +226,7 @@ fn asked<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> 
     let rows = catalogue.rows_of(host);
     let protocols = [Protocol::OpenAi, Protocol::Anthropic];
     let nearest: Vec<&HostRow> = protocols.iter().filter_map(|protocol| catalogue.row(host, path, *protocol)).collect();
-    // A host without a ladder of its own is asked by its protocol's.
+    // A host without probes of its own uses its protocol's default probes.
     let with_ladder = rows.iter().any(|row| !row.probes.is_empty());
     let default = nearest.first().copied();
     let defaults = protocols.map(|protocol| (default, catalogue.default_probes(protocol)));
@@ -233,11 +236,12 @@ fn asked<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> 
         for (at, probe) in probes.iter().enumerate() {
             if let Some(base_path) = (probe.method == method).then(|| base_path(&probe.path, path)).flatten() {
                 let ladder = probes.get(at..).unwrap_or_default();
-                return Ok(Asked { row: *row, probe: probe.clone(), ladder, base: base(base_path)?, is_nearest: false });
+                return Ok(MatchedProbe { row: *row, probe: probe.clone(), ladder, base: base(base_path)?, is_nearest: false });
             }
         }
     }
-    // A request that no rung makes, as a tenant's own completion: by what the nearest rung's signals say, and the shape of its own surface.
+    // No probe sends this request; it may be a tenant's own completion. Use the signals of the nearest probe, and the answer shape of the request's
+    // own surface.
     let surface = Surface::of_path(path);
     let rungs = || ladders.iter().flat_map(|(row, probes)| probes.iter().map(move |probe| (*row, probe)));
     let kind = |probe: &Probe| {
@@ -250,10 +254,10 @@ fn asked<'c>(catalogue: &'c Catalogue, host: &str, method: &str, path: &str) -> 
     let expect =
         shapes.chain(rungs().map(|(_, probe)| probe)).find(|probe| probe.surface == surface).map(|probe| probe.expect.clone());
     let probe = Probe { surface, expect: expect.unwrap_or_else(|| probe.expect.clone()), ..probe.clone() };
-    Ok(Asked { row, probe, ladder: &[], base: base("")?, is_nearest: true })
+    Ok(MatchedProbe { row, probe, ladder: &[], base: base("")?, is_nearest: true })
 }
 
-/// The path of the base URL that makes this request of a probe's path; `None` if none does.
+/// The base URL's path with which a probe's path gives this request path. `None` if there is none.
 fn base_path<'p>(template: &str, path: &'p str) -> Option<&'p str> {
     let template = template.split('?').next().unwrap_or(template);
     let tail = template.strip_prefix("{base}");
@@ -261,7 +265,7 @@ fn base_path<'p>(template: &str, path: &'p str) -> Option<&'p str> {
     let mut rest = path;
     for segment in wanted.iter().rev() {
         let (before, found) = rest.rsplit_once('/')?;
-        // A placeholder stands for a model, and something may follow it.
+        // The placeholder stands for a model. Text may follow it.
         let fits = segment.strip_prefix(MODEL).map_or(*segment == found, |behind| found.ends_with(behind));
         if !fits {
             return None;
@@ -282,7 +286,7 @@ fn header_map(given: &serde_json::Map<String, Value>) -> Result<HeaderMap, Usage
     Ok(headers)
 }
 
-/// What this answer makes, if nothing that is heard later says otherwise. `at_last`: where models are called, and no other way is left.
+/// The verdict of this answer, if no later answer changes it. `at_last`: the request calls a model, and no other probe follows.
 fn verdict(classification: &Classification, refuses_bad_keys: bool, at_last: bool) -> Verdict {
     match classification {
         Classification::Accepted if refuses_bad_keys => Verdict::Valid,
@@ -294,8 +298,8 @@ fn verdict(classification: &Classification, refuses_bad_keys: bool, at_last: boo
     }
 }
 
-/// What it makes once the endpoint was seen to refuse a made-up key, in the same way where this is a refusal.
-fn told_by(classification: &Classification) -> Option<Verdict> {
+/// The verdict once the endpoint is known to refuse a made-up key. If this answer is a refusal, the made-up key got the same one.
+fn verdict_if_calibrated(classification: &Classification) -> Option<Verdict> {
     match classification {
         Classification::Accepted => Some(Verdict::Valid),
         Classification::Forbidden(_) | Classification::Unread => Some(Verdict::Invalid),
@@ -303,7 +307,7 @@ fn told_by(classification: &Classification) -> Option<Verdict> {
     }
 }
 
-fn word(classification: &Classification) -> &'static str {
+fn classification_word(classification: &Classification) -> &'static str {
     match classification {
         Classification::Accepted => "ACCEPTED",
         Classification::Restricted => "RESTRICTED",
@@ -313,7 +317,7 @@ fn word(classification: &Classification) -> &'static str {
     }
 }
 
-/// What is asked after this answer, a made-up key being refused there: so, where this is a 403.
+/// The request that follows this answer, if the endpoint refuses made-up keys. If this answer is a 403, they got the same one.
 fn next(calls: &[Call], reading: &Reading, answer: Answer<'_>) -> Option<Value> {
     let mut plan = ProbePlan::new(calls, Client::default(), &EndpointFacts::default(), Requests::UNKNOWN);
     let shape = ResponseShape::of(answer, "");
@@ -342,7 +346,7 @@ fn next(calls: &[Call], reading: &Reading, answer: Answer<'_>) -> Option<Value> 
     }
 }
 
-fn shown(position: usize, signal: &Signal) -> Value {
+fn signal_json(position: usize, signal: &Signal) -> Value {
     json!({
         "position": position,
         "verdict": signal.outcome.as_str(),

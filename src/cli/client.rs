@@ -1,4 +1,4 @@
-//! How commands reach a server: its address, TLS, who they are, and in one sentence why it did not go.
+//! How commands connect to a server: its address, TLS and the client's identity. A failure is explained in one sentence.
 
 use std::{
     env,
@@ -29,46 +29,46 @@ use zeroize::Zeroizing;
 use super::exit::UsageError;
 use crate::{domain::causes::causes, watch::files};
 
-/// The largest file of certificates, and of a token.
+/// The maximum size of a file with certificates or a token.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
-/// How long a look at what answers there may take.
-const LOOK: Duration = Duration::from_secs(1);
+/// How long it may take to find out which protocol the peer speaks.
+const DETECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How a server is reached, and as whom.
+/// How to connect to a server, and as which client.
 #[derive(Debug, Clone, Default, PartialEq, Args)]
 pub(super) struct ClientArgs {
-    /// Speak TLS, and take the server's certificate only by these authorities, in PEM. With `https://HOST:PORT` and without this, the
-    /// system's are taken [environment: BYOK_GATE_SERVER_CA].
+    /// Speak TLS, and trust only these authorities (PEM) for the server's certificate. With `https://HOST:PORT` and without this flag, the
+    /// system's authorities are trusted [environment: BYOK_GATE_SERVER_CA].
     #[arg(long, value_name = "FILE")]
     server_ca: Option<PathBuf>,
-    /// The name that the server's certificate is to have, where it is not the address's [environment: BYOK_GATE_SERVER_NAME].
+    /// The name that the server's certificate must have, if it differs from the address's [environment: BYOK_GATE_SERVER_NAME].
     #[arg(long, value_name = "NAME")]
     server_name: Option<String>,
-    /// This client's certificate chain, in PEM, for a server that wants one [environment: BYOK_GATE_CLIENT_CERT].
+    /// This client's certificate chain (PEM), for a server that requires one [environment: BYOK_GATE_CLIENT_CERT].
     #[arg(long, value_name = "FILE")]
     client_cert: Option<PathBuf>,
     /// Its key, in PEM [environment: BYOK_GATE_CLIENT_KEY].
     #[arg(long, value_name = "FILE")]
     client_key: Option<PathBuf>,
-    /// A file whose first line is this client's bearer token; what stands behind a space is not part of it, so that a line of the server's
-    /// own file serves [environment: BYOK_GATE_CLIENT_TOKEN_FILE].
+    /// A file whose first line is this client's bearer token. Text after a space is ignored, so that a line of the server's own token file
+    /// works too [environment: BYOK_GATE_CLIENT_TOKEN_FILE].
     #[arg(long, value_name = "FILE")]
     client_token_file: Option<PathBuf>,
 }
 
-/// A server, and how it is reached.
+/// A server and how to connect to it.
 pub(super) struct Server {
-    /// As it was given.
+    /// The address as given.
     pub(super) address: String,
-    /// With its scheme.
+    /// The address with its scheme.
     pub(super) uri: String,
     pub(super) tls: Option<Tls>,
     token: Option<Zeroizing<String>>,
 }
 
-/// What TLS is made with.
+/// The client's TLS settings.
 pub(super) struct Tls {
-    /// None takes the system's.
+    /// `None` uses the system's authorities.
     pub(super) authorities: Option<Pem>,
     pub(super) name: Option<String>,
     /// Certificate and key.
@@ -78,21 +78,21 @@ pub(super) struct Tls {
 /// A file's content.
 type Pem = Zeroizing<Vec<u8>>;
 
-/// What answers an HTTP/2 client that speaks no TLS.
+/// The protocol of a peer, by its answer to an HTTP/2 preface without TLS.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Heard {
-    /// An alert of TLS.
+enum PeerProtocol {
+    /// It answered with a TLS alert.
     Tls,
-    /// HTTP/2.
+    /// It answered with HTTP/2.
     Plain,
-    /// Anything else, or nothing.
+    /// It answered something else, or nothing.
     Other,
 }
 
 // === impl ClientArgs ===
 
 impl ClientArgs {
-    /// The flags, and where there is none, the environment.
+    /// Takes each missing flag from the environment.
     fn or_environment(self) -> Self {
         let path =
             |flag: Option<PathBuf>, name: &str| flag.or_else(|| env::var_os(name).filter(|it| !it.is_empty()).map(Into::into));
@@ -105,7 +105,7 @@ impl ClientArgs {
         }
     }
 
-    /// The server at this address: `HOST:PORT` with a name or an IP address, `http://` or `https://` before it, or `unix:PATH`.
+    /// The server at this address: `HOST:PORT` with a name or an IP address, with or without `http://` or `https://`, or `unix:PATH`.
     pub(super) fn server(self, address: &str) -> anyhow::Result<Server> {
         let Self { server_ca, server_name, client_cert, client_key, client_token_file } = self.or_environment();
         let identity = match (client_cert, client_key) {
@@ -161,20 +161,20 @@ fn token(path: &Path) -> anyhow::Result<Zeroizing<String>> {
 // === impl Server ===
 
 impl Server {
-    /// A channel; what is wrong with TLS may show with the first call only.
-    pub(super) async fn connect(&self, patience: Duration) -> anyhow::Result<Channel> {
+    /// Connects. Some TLS faults only appear with the first call.
+    pub(super) async fn connect(&self, timeout: Duration) -> anyhow::Result<Channel> {
         let wrong = || UsageError(format!("--server {} is not an address: write HOST:PORT or unix:PATH", self.address));
-        let mut endpoint = Endpoint::from_shared(self.uri.clone()).map_err(|_| wrong())?.connect_timeout(patience);
+        let mut endpoint = Endpoint::from_shared(self.uri.clone()).map_err(|_| wrong())?.connect_timeout(timeout);
         if let Some(tls) = &self.tls {
             endpoint = endpoint.tls_config(tls.config()).map_err(|fault| UsageError(format!("TLS: {}", chain(&fault))))?;
         }
         match endpoint.connect().await {
             Ok(channel) => Ok(channel),
-            Err(fault) => Err(anyhow::anyhow!(self.sentence(&fault).await)),
+            Err(fault) => Err(anyhow::anyhow!(self.failure_text(&fault).await)),
         }
     }
 
-    /// A call's message with the token, if there is one.
+    /// A request with the token, if there is one.
     pub(super) fn request<T>(&self, message: T) -> anyhow::Result<Request<T>> {
         let mut request = Request::new(message);
         if let Some(header) = self.bearer() {
@@ -186,17 +186,17 @@ impl Server {
         Ok(request)
     }
 
-    /// The header's value.
+    /// The value of the authorization header.
     pub(super) fn bearer(&self) -> Option<Zeroizing<String>> {
         self.token.as_ref().map(|token| Zeroizing::new(format!("Bearer {}", **token)))
     }
 
-    /// Why a call came to nothing.
+    /// Explains why a call failed.
     pub(super) async fn refusal(&self, status: &Status) -> String {
         let code = status.code();
-        // The status itself says no more than its source, and that in the library's own notation.
+        // The status says no more than its source, but in the library's notation.
         if let Some(source) = status.source() {
-            return self.sentence(source).await;
+            return self.failure_text(source).await;
         }
         let has_identity = self.tls.as_ref().is_some_and(|tls| tls.identity.is_some());
         let hint = match code {
@@ -209,21 +209,21 @@ impl Server {
         format!("{} answered {code:?}: {}{hint}", self.address, status.message())
     }
 
-    /// The same of what the connection failed of.
-    async fn sentence(&self, fault: &(dyn Error + 'static)) -> String {
+    /// Explains a connection failure.
+    async fn failure_text(&self, fault: &(dyn Error + 'static)) -> String {
         let address = &self.address;
-        if let Some(said) = of_tls(fault) {
+        if let Some(said) = tls_failure(fault) {
             return format!("{address}: {said}");
         }
-        if let Some(said) = self.alert().await {
+        if let Some(said) = self.handshake_alert().await {
             return format!("{address}: {said}");
         }
-        match (self.tls.is_some(), self.heard().await) {
-            (false, Heard::Tls) => format!("{address} speaks TLS: write https:// before the address, or give --server-ca"),
-            (true, Heard::Plain) => {
+        match (self.tls.is_some(), self.peer_protocol().await) {
+            (false, PeerProtocol::Tls) => format!("{address} speaks TLS: write https:// before the address, or give --server-ca"),
+            (true, PeerProtocol::Plain) => {
                 format!("{address} speaks no TLS: leave out https://, --server-ca, --server-name and --client-cert")
             }
-            (false, Heard::Other) if is_cut_off(fault) => {
+            (false, PeerProtocol::Other) if is_closed_by_peer(fault) => {
                 format!(
                     "{address} closed the connection without an answer of gRPC's: is it the port of --admin-listen, or stopping?"
                 )
@@ -232,9 +232,9 @@ impl Server {
         }
     }
 
-    /// What the server ends the handshake with, where the HTTP/2 library has not kept it: a write to a connection that is closed already may
-    /// come before the read of why.
-    async fn alert(&self) -> Option<String> {
+    /// Repeats the handshake to get the server's TLS alert. The HTTP/2 library loses it if it writes to the closed connection before it reads the
+    /// alert.
+    async fn handshake_alert(&self) -> Option<String> {
         let Tls { authorities, name, identity } = self.tls.as_ref()?;
         let uri: http::Uri = self.uri.parse().ok()?;
         let mut roots = RootCertStore::empty();
@@ -259,18 +259,18 @@ impl Server {
         let look = async move {
             let stream = TcpStream::connect(authority).await?;
             let mut stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
-            // It says nothing before we do, unless it ends the connection.
+            // A server sends nothing first, unless it ends the connection.
             stream.read_u8().await
         };
-        match timeout(LOOK, look).await {
-            Ok(Err(fault)) => of_tls(&fault),
+        match timeout(DETECT_TIMEOUT, look).await {
+            Ok(Err(fault)) => tls_failure(&fault),
             Ok(Ok(_)) | Err(_) => None,
         }
     }
 
-    /// What answers there.
-    async fn heard(&self) -> Heard {
-        let Some((_, rest)) = self.uri.split_once("://") else { return Heard::Other };
+    /// Finds out which protocol the peer speaks.
+    async fn peer_protocol(&self) -> PeerProtocol {
+        let Some((_, rest)) = self.uri.split_once("://") else { return PeerProtocol::Other };
         let authority = rest.split('/').next().unwrap_or_default().to_owned();
         let look = async move {
             let mut stream = TcpStream::connect(authority).await?;
@@ -286,10 +286,10 @@ impl Server {
             }
             io::Result::Ok(head)
         };
-        match timeout(LOOK, look).await {
-            Ok(Ok([21, 3, ..])) => Heard::Tls,
-            Ok(Ok([0, _, _, 4, ..])) => Heard::Plain,
-            _ => Heard::Other,
+        match timeout(DETECT_TIMEOUT, look).await {
+            Ok(Ok([21, 3, ..])) => PeerProtocol::Tls,
+            Ok(Ok([0, _, _, 4, ..])) => PeerProtocol::Plain,
+            _ => PeerProtocol::Other,
         }
     }
 }
@@ -311,18 +311,18 @@ impl Tls {
     }
 }
 
-// === why ===
+// === failures ===
 
-/// Whether a connection that was there has been ended from the other side.
-fn is_cut_off(fault: &(dyn Error + 'static)) -> bool {
+/// Whether the peer closed an open connection.
+fn is_closed_by_peer(fault: &(dyn Error + 'static)) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     let mut kinds = causes(fault).filter_map(|error| error.downcast_ref::<io::Error>()).map(io::Error::kind);
     kinds.any(|kind| matches!(kind, BrokenPipe | ConnectionReset | UnexpectedEof))
 }
 
-/// What TLS fell over, with what to do.
-pub(super) fn of_tls(fault: &(dyn Error + 'static)) -> Option<String> {
-    let Some(found) = rustls_error(fault) else { return alert_in(fault).map(|alert| of_alert(&alert)) };
+/// Explains a TLS failure, with what to do.
+pub(super) fn tls_failure(fault: &(dyn Error + 'static)) -> Option<String> {
+    let Some(found) = rustls_error(fault) else { return alert_in(fault).map(|alert| alert_meaning(&alert)) };
     Some(match found {
         rustls::Error::InvalidCertificate(why) => match why {
             CertificateError::UnknownIssuer => {
@@ -338,14 +338,14 @@ pub(super) fn of_tls(fault: &(dyn Error + 'static)) -> Option<String> {
             }
             other => format!("the server's certificate is not taken: {other}"),
         },
-        rustls::Error::AlertReceived(alert) => of_alert(&format!("{alert:?}")),
+        rustls::Error::AlertReceived(alert) => alert_meaning(&format!("{alert:?}")),
         rustls::Error::InvalidMessage(_) => "what answers there speaks no TLS: leave out https:// and --server-ca".into(),
         other => format!("TLS failed: {other}"),
     })
 }
 
-/// What the server's alert means, by its name.
-fn of_alert(alert: &str) -> String {
+/// The meaning of a TLS alert of the server, by its name.
+fn alert_meaning(alert: &str) -> String {
     match alert {
         "CertificateRequired" => "the server wants a client certificate: give --client-cert and --client-key".into(),
         "AccessDenied" => {
@@ -357,7 +357,7 @@ fn of_alert(alert: &str) -> String {
     }
 }
 
-/// The alert's name, where the HTTP/2 library has kept no more of the TLS library's error than its words.
+/// The alert's name, from the text of the error. The HTTP/2 library keeps only the text of the TLS library's error.
 fn alert_in(fault: &(dyn Error + 'static)) -> Option<String> {
     const SAID: &str = "received fatal alert: ";
     causes(fault).find_map(|error| {
@@ -367,12 +367,12 @@ fn alert_in(fault: &(dyn Error + 'static)) -> Option<String> {
     })
 }
 
-/// The TLS library's own error, wherever in the chain it is.
+/// The TLS library's error, anywhere in the chain.
 fn rustls_error<'f>(fault: &'f (dyn Error + 'static)) -> Option<&'f rustls::Error> {
     causes(fault).find_map(|error| error.downcast_ref::<rustls::Error>())
 }
 
-/// A fault with its causes, each once.
+/// An error with its causes, each once.
 pub(super) fn chain(fault: &dyn Error) -> String {
     let mut said: Vec<String> = Vec::new();
     let mut next = Some(fault);
@@ -383,14 +383,14 @@ pub(super) fn chain(fault: &dyn Error) -> String {
         }
         next = error.source();
     }
-    // "transport error" tells nobody anything where there is more to say.
+    // "transport error" adds nothing to a more specific message.
     if said.len() > 1 {
         said.retain(|words| words != "transport error");
     }
     said.join(": ")
 }
 
-/// How long a command waits for a server, in words, for one that did not answer.
+/// Turns a timeout into an error that names the server.
 pub(super) fn in_time<T>(answered: Result<T, tokio::time::error::Elapsed>, server: &Server) -> anyhow::Result<T> {
     answered.with_context(|| format!("{} did not answer in time", server.address))
 }

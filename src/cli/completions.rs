@@ -1,4 +1,4 @@
-//! `byok-gate completions` and `byok-gate man`: for whoever packages it.
+//! `byok-gate completions` and `byok-gate man`: for packaging.
 
 use std::path::PathBuf;
 
@@ -25,7 +25,7 @@ pub(super) struct ManArgs {
 pub(super) fn completions(args: CompletionsArgs, mut command: Command) -> anyhow::Result<Exit> {
     let mut script = Vec::new();
     clap_complete::generate(args.shell, &mut command, "byok-gate", &mut script);
-    // clap_complete 4.6.11 looks the commands of a binary with a dash in its name up under another label than it files them under.
+    // If a binary's name has a dash, clap_complete 4.6.11 stores its commands under another label than the one it looks up.
     print(&String::from_utf8(script)?.replace("byok__subcmd__gate", "byok__gate"))?;
     Ok(Exit::Ok)
 }

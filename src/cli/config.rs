@@ -1,4 +1,4 @@
-//! `byok-gate config`
+//! `byok-gate config`: shows all settings and where each came from.
 
 use clap::Args;
 use serde_json::{Map, Value, json};
@@ -11,19 +11,19 @@ use crate::config::{self, Origin};
 
 #[derive(Debug, Args)]
 pub(super) struct ConfigArgs {
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]
     serve: ServeArgs,
 }
 
-/// Shows what `serve` with the same flags would run with. Files that hold secrets are named, and not read.
+/// Shows the settings of `serve` with the same flags. Files with secrets are named but not read.
 pub(super) fn run(args: ConfigArgs) -> anyhow::Result<Exit> {
     let ConfigArgs { format, serve } = args;
     let (paths, overrides) = serve.layers();
     let (settings, origins) = config::settings_of(&paths, &overrides, std::env::vars())?;
-    let rows = config::listed(&settings).into_iter().map(|(key, value)| {
+    let rows = config::list_settings(&settings).into_iter().map(|(key, value)| {
         let from = origins.get(&key).unwrap_or(&Origin::Default).to_string();
         (key, value, from)
     });

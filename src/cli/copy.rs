@@ -1,4 +1,4 @@
-//! `byok-gate copy`: how the binary gets into a container whose image does not have it.
+//! `byok-gate copy`: copies this binary into a container whose image does not have it.
 
 use std::{
     fs::{self, Permissions},
@@ -11,25 +11,26 @@ use clap::Args;
 
 use super::exit::{Exit, UsageError};
 
-/// This process's own executable, whatever its file is called by now.
+/// This process's executable, even if its file was renamed.
 const SELF: &str = "/proc/self/exe";
 
 #[derive(Debug, Args)]
 pub(super) struct CopyArgs {
-    /// Where to: a file in a folder that is there. What it held is replaced in one step.
+    /// The destination: a file in a folder that exists. An existing file is replaced in one step.
     #[arg(value_name = "FILE")]
     to: PathBuf,
 }
 
-/// Leaves a whole executable at its destination, or what was there before.
+/// Copies in one step: the destination holds the whole new executable, or still the old file.
 pub(super) fn run(args: CopyArgs) -> anyhow::Result<Exit> {
     let CopyArgs { to } = args;
     if to.is_dir() {
         return Err(UsageError(format!("{} is a folder: name the file within it", to.display())).into());
     }
-    // Beside it, so that the last step stays within one file system; an init container that is run again finds its own remains.
+    // The temporary file is in the same folder, so that the rename stays within one file system. Its name is fixed, so that an init container that
+    // runs again overwrites its own leftovers.
     let half = to.with_extension("half");
-    let copied = leave(&half, &to);
+    let copied = copy_and_rename(&half, &to);
     if copied.is_err() {
         drop(fs::remove_file(&half));
     }
@@ -37,9 +38,9 @@ pub(super) fn run(args: CopyArgs) -> anyhow::Result<Exit> {
     Ok(Exit::Ok)
 }
 
-fn leave(half: &Path, to: &Path) -> std::io::Result<()> {
+fn copy_and_rename(half: &Path, to: &Path) -> std::io::Result<()> {
     fs::copy(SELF, half)?;
-    // For every user: the container that runs it has another one than this.
+    // Executable by all users: the other container runs as another user.
     fs::set_permissions(half, Permissions::from_mode(0o755))?;
     fs::rename(half, to)
 }

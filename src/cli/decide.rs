@@ -1,4 +1,4 @@
-//! `byok-gate decide`
+//! `byok-gate decide`: makes one decision, in this process or by asking a server.
 
 use std::{
     env,
@@ -29,9 +29,9 @@ use crate::{
     telemetry::{events::Journal, log_writer::LogWriter},
 };
 
-/// The longest that a command waits: the slowest row's budget of 10 s and a little.
-const PATIENCE: Duration = Duration::from_secs(12);
-/// The longest credential that is read from standard input or a file; the service's own limit is lower and says so.
+/// How long the command waits: the largest budget of a catalogue row, 10 s, and some room.
+const TIMEOUT: Duration = Duration::from_secs(12);
+/// The maximum size of a credential from standard input or a file. The service's own limit is lower, and has its own error.
 pub(super) const MAX_VALUE_BYTES: u64 = 1024 * 1024;
 
 #[derive(Debug, Args)]
@@ -42,10 +42,10 @@ pub(super) struct DecideArgs {
     /// The workspace's model.
     #[arg(long)]
     model: String,
-    /// The moment.
+    /// The checkpoint of the workspace's life.
     #[arg(long, value_enum, default_value_t = CheckpointArg::Create)]
     checkpoint: CheckpointArg,
-    /// Take the workspace's credential of this name from the environment (repeatable). Not set is absent.
+    /// Take the workspace's credential of this name from the environment (repeatable). A variable that is not set counts as absent.
     #[arg(long = "env", value_name = "NAME")]
     envs: Vec<String>,
     /// The same, as the organization's credential (repeatable).
@@ -69,7 +69,7 @@ pub(super) struct DecideArgs {
     /// How old an observation of the credential may be, in seconds.
     #[arg(long, value_name = "SECONDS")]
     max_liveness_age: Option<u32>,
-    /// Tell each step.
+    /// Show each step of the decision.
     #[arg(long)]
     explain: bool,
     /// Ask this server instead of deciding here.
@@ -78,7 +78,7 @@ pub(super) struct DecideArgs {
         "allow_loopback_http", "probe_ca_file",
     ])]
     server: Option<String>,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]
@@ -124,9 +124,9 @@ pub(super) async fn run(args: DecideArgs, log: &LogWriter) -> anyhow::Result<Exi
     Ok(report.exit)
 }
 
-/// In this process. Nothing is tested with made-up keys: a one-shot command relies on the catalogue.
+/// Decides in this process. No made-up keys are sent: a one-shot command relies on the catalogue.
 pub(super) async fn decide(mut setup: Setup, request: Request, log: &LogWriter) -> anyhow::Result<pb::DecideResponse> {
-    // The same door as the service's: what it refuses is refused here, with the same words.
+    // Use the service's own validation, so that the same requests are refused with the same messages.
     let request = convert::request(convert::to_request(&request)).map_err(|violations| {
         let said: Vec<String> = violations.0.into_iter().map(|(field, description)| format!("{field}: {description}")).collect();
         UsageError(said.join("; "))
@@ -134,16 +134,16 @@ pub(super) async fn decide(mut setup: Setup, request: Request, log: &LogWriter) 
     setup.settings.probe.calibrate = false;
     let App { engine, .. } = App::new(&setup, None)?;
     let began = Instant::now();
-    let decided = engine.decide(&request, began + PATIENCE).await;
+    let decided = engine.decide(&request, began + TIMEOUT).await;
     Journal::to(log.clone(), setup.settings.log.plain_allow_ratio).decision(&request, &decided, began.elapsed(), None);
     Ok(convert::response(decided))
 }
 
-/// By a server.
+/// Asks a server to decide.
 pub(super) async fn ask(server: &Server, request: &Request) -> anyhow::Result<pb::DecideResponse> {
-    let channel = server.connect(PATIENCE).await.context("no decision")?;
+    let channel = server.connect(TIMEOUT).await.context("no decision")?;
     let mut message = server.request(convert::to_request(request))?;
-    message.set_timeout(PATIENCE);
+    message.set_timeout(TIMEOUT);
     let answer = pb::policy_decision_service_client::PolicyDecisionServiceClient::new(channel).decide(message).await;
     match answer {
         Ok(response) => Ok(response.into_inner()),
@@ -194,7 +194,7 @@ fn request(args: &DecideArgs) -> anyhow::Result<Request> {
 
 pub(super) fn from_environment(name: &str, scope: Scope) -> Result<Option<Credential>, UsageError> {
     if name.contains('=') {
-        // Somebody may have put the value behind it: it is not repeated.
+        // The argument may contain the credential's value, so it is not quoted.
         return Err(UsageError("--env takes a variable's name alone; its value is read from the environment".into()));
     }
     match env::var(name) {
@@ -206,7 +206,7 @@ pub(super) fn from_environment(name: &str, scope: Scope) -> Result<Option<Creden
 
 pub(super) fn from_stdin(argument: &str) -> anyhow::Result<Credential> {
     let Some(name) = argument.strip_suffix("=@-") else {
-        // Whatever stands there may be a value: it is not repeated.
+        // The text may be a credential, so it is not quoted.
         return Err(UsageError(
             "--credential takes NAME=@- and reads the value from standard input, never from an argument".into(),
         )

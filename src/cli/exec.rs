@@ -1,4 +1,4 @@
-//! `byok-gate exec`: the gate in front of a workspace's own process.
+//! `byok-gate exec`: decides, and if the workspace is allowed, becomes the workspace's process.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -19,7 +19,7 @@ use super::{
     args::{EngineArgs, ProbeArgs, ProxyArg},
     client::ClientArgs,
     decide::{MAX_VALUE_BYTES, ask, decide, without_line_break},
-    exit::{Exit, LAST_LINES, UsageError},
+    exit::{Exit, LOG_FLUSH_LIMIT, UsageError},
     report::Report,
 };
 use crate::{
@@ -36,9 +36,9 @@ use crate::{
     watch::files,
 };
 
-/// Where Kubernetes reads why a container ended.
+/// The file where Kubernetes reads why a container ended.
 const TERMINATION_LOG: &str = "/dev/termination-log";
-/// Kubernetes keeps that much of it; a longer text would be cut, and no longer be JSON.
+/// Kubernetes cuts a longer text, and the rest would not be valid JSON.
 const MAX_TERMINATION_LOG_BYTES: usize = 4096;
 
 #[derive(Debug, Args)]
@@ -58,11 +58,11 @@ pub(super) struct ExecArgs {
     model: Option<String>,
     #[command(flatten)]
     workspace: WorkspaceArgs,
-    /// Ask this server instead of deciding here; --registry then only says which names are looked for
+    /// Ask this server instead of deciding here. --registry then only says which credential names are read
     /// [environment: BYOK_GATE_SERVER].
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
     server: Option<String>,
-    /// Where to write, as JSON, why CMD was not run [default: /dev/termination-log if it exists].
+    /// The file for the reason, as JSON, why CMD was not run [default: /dev/termination-log if it exists].
     #[arg(long, value_name = "FILE")]
     termination_log: Option<PathBuf>,
     #[command(flatten)]
@@ -71,12 +71,12 @@ pub(super) struct ExecArgs {
     engine: EngineArgs,
     #[command(flatten)]
     probe: ProbeArgs,
-    /// What to run, by its path or by PATH, and its arguments.
+    /// The command to run, by its path or found in PATH, and its arguments.
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
 }
 
-/// The workspace that is to start, but for what it is to run.
+/// The workspace that is to start.
 #[derive(Debug, Args)]
 struct WorkspaceArgs {
     /// The workspace's id [environment: BYOK_GATE_WORKSPACE_ID].
@@ -85,8 +85,8 @@ struct WorkspaceArgs {
     /// The organization's id [environment: BYOK_GATE_ORGANIZATION_ID].
     #[arg(long)]
     organization_id: Option<String>,
-    /// A folder of mounted secrets, one file a name. One line break at a file's end is not part of the value. The environment
-    /// hides a file of the same name [environment: BYOK_GATE_SECRETS_DIR].
+    /// A folder of mounted secrets, one file per name. One line break at a file's end is not part of the value. An environment
+    /// variable of the same name wins [environment: BYOK_GATE_SECRETS_DIR].
     #[arg(long, value_name = "DIR")]
     secrets_dir: Option<PathBuf>,
     /// A base-URL variable that the tenant set, and not the platform (repeatable).
@@ -94,13 +94,14 @@ struct WorkspaceArgs {
     tenant_base_url_env: Vec<String>,
 }
 
-/// Does not return where CMD runs: the process has then become it, with its id, its signals and its exit code.
+/// Does not return if CMD is run: CMD then replaces this process and keeps its process id.
 pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit> {
     let ExecArgs { runtime, model, workspace, server, termination_log, client, engine, probe, command } = args;
     let termination_log = termination_log.or_else(|| Path::new(TERMINATION_LOG).exists().then(|| TERMINATION_LOG.into()));
-    let asked = Asked { runtime: said(runtime, "BYOK_GATE_RUNTIME")?, model: said(model, "BYOK_GATE_MODEL")? };
+    let workload =
+        Workload { runtime: flag_or_env(runtime, "BYOK_GATE_RUNTIME")?, model: flag_or_env(model, "BYOK_GATE_MODEL")? };
     let deciding = async {
-        let server = Some(said(server, "BYOK_GATE_SERVER")?).filter(|server| !server.is_empty());
+        let server = Some(flag_or_env(server, "BYOK_GATE_SERVER")?).filter(|server| !server.is_empty());
         let platform_proxy = engine.platform_proxy.map(ProxyArg::into);
         let setup = engine.load(probe)?;
         if setup.settings.tier.address.is_some() {
@@ -108,13 +109,13 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
             let list = vec![Problem::at("tier.address", message)];
             return Err(ConfigError(vec![Problems { document: "configuration".to_owned(), list }]).into());
         }
-        let request = workspace.request(&asked, setup.snapshot.credential_names(), platform_proxy)?;
+        let request = workspace.request(&workload, setup.snapshot.credential_names(), platform_proxy)?;
         match server {
             Some(server) => ask(&client.server(&server)?, &request).await,
             None => decide(setup, request, log).await,
         }
     };
-    // A process with id 1 is not ended by a signal that it does not catch. Caught signals are CMD's to decide about again.
+    // Catch signals: a process with id 1 is not ended by signals that it does not catch. CMD starts with the default handlers again.
     let signals = Signals::catch()?;
     let decided = tokio::select! {
         biased;
@@ -124,20 +125,20 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
     let ended = match decided {
         Ok(response) => {
             let report = Report::of(&response);
-            tell(&report);
-            if report.exit == Exit::Ok { become_it(&command, log) } else { Ok((report.exit, asked.denial(&report))) }
+            print_outcome(&report);
+            if report.exit == Exit::Ok { replace_process(&command, log) } else { Ok((report.exit, workload.denial(&report))) }
         }
         Err(fault) => Err(fault),
     };
     let (exit, body) = match ended {
         Ok((exit, body)) => (Ok(exit), body),
         Err(fault) => {
-            let body = asked.unavailable(&format!("{fault:#}"));
+            let body = workload.unavailable(&format!("{fault:#}"));
             (Err(fault), body)
         }
     };
     if let Some(path) = &termination_log {
-        leave(path, body);
+        write_termination_log(path, body);
     }
     exit
 }
@@ -145,18 +146,18 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
 // === impl WorkspaceArgs ===
 
 impl WorkspaceArgs {
-    /// What is asked, with what is found of these names.
+    /// The request, with the credentials found under these names.
     fn request(
         self,
-        Asked { runtime, model }: &Asked,
+        Workload { runtime, model }: &Workload,
         names: &BTreeSet<String>,
         platform_proxy: Option<PlatformProxy>,
     ) -> anyhow::Result<Request> {
         let Self { workspace_id, organization_id, secrets_dir, tenant_base_url_env } = self;
         let secrets_dir = secrets_dir.or_else(|| env::var_os("BYOK_GATE_SECRETS_DIR").map(PathBuf::from));
-        let workspace_id = said(workspace_id, "BYOK_GATE_WORKSPACE_ID")?;
-        let organization_id = said(organization_id, "BYOK_GATE_ORGANIZATION_ID")?;
-        let (credentials, unreadable_scopes) = found(names, secrets_dir.as_deref(), &|name| env::var_os(name));
+        let workspace_id = flag_or_env(workspace_id, "BYOK_GATE_WORKSPACE_ID")?;
+        let organization_id = flag_or_env(organization_id, "BYOK_GATE_ORGANIZATION_ID")?;
+        let (credentials, unreadable_scopes) = collect_credentials(names, secrets_dir.as_deref(), &|name| env::var_os(name));
         Ok(Request {
             spec: WorkspaceSpec {
                 workspace_id,
@@ -169,7 +170,7 @@ impl WorkspaceArgs {
                 platform_proxy,
                 tenant_base_url_env,
             },
-            // A pod that starts: the workspace was created before.
+            // The workspace was created before; now its pod starts.
             checkpoint: Checkpoint::Provision,
             max_liveness_age: None,
             explain: false,
@@ -179,17 +180,17 @@ impl WorkspaceArgs {
     }
 }
 
-/// Replaces this process. Returns only if it could not.
-fn become_it(command: &[OsString], log: &LogWriter) -> anyhow::Result<(Exit, Value)> {
+/// Replaces this process by CMD. Returns only if that failed.
+fn replace_process(command: &[OsString], log: &LogWriter) -> anyhow::Result<(Exit, Value)> {
     let (program, arguments) = command.split_first().ok_or_else(|| UsageError("exec needs a CMD behind `--`".into()))?;
-    // Here, and not after the runtime's end: that would wait for a name lookup that nobody needs any more.
-    log.flush(LAST_LINES);
+    // Replace the process before the runtime ends, since its end would wait for name lookups that are no longer needed.
+    log.flush(LOG_FLUSH_LIMIT);
     let fault = Command::new(program).args(arguments).exec();
     Err(anyhow::Error::new(fault).context(format!("allowed, but {} could not be run", program.display())))
 }
 
-/// A flag, or its variable in the environment, or nothing: then the decision says what is missing.
-fn said(flag: Option<String>, variable: &str) -> anyhow::Result<String> {
+/// The value of a flag, or else of its environment variable. If both are missing it is empty, and the decision says what is missing.
+fn flag_or_env(flag: Option<String>, variable: &str) -> anyhow::Result<String> {
     match (flag, env::var(variable)) {
         (Some(value), _) | (None, Ok(value)) => Ok(value),
         (None, Err(env::VarError::NotPresent)) => Ok(String::new()),
@@ -197,9 +198,9 @@ fn said(flag: Option<String>, variable: &str) -> anyhow::Result<String> {
     }
 }
 
-/// The credentials of these names, and the scope if its folder could not be searched. What CMD sees in its environment answers for
-/// a name, even when it is blank; a file counts where the environment has nothing.
-fn found(
+/// The credentials of these names, and the workspace scope if its folder could not be read. An environment variable wins over a file, even if it
+/// is blank, since CMD sees the variable.
+fn collect_credentials(
     names: &BTreeSet<String>,
     secrets_dir: Option<&Path>,
     environment: &dyn Fn(&str) -> Option<OsString>,
@@ -209,8 +210,8 @@ fn found(
         match from_folder(folder, names) {
             Ok(found) => files = found,
             Err(fault) => {
-                // Never taken for a folder without secrets; what does not depend on it is decided all the same.
-                note(&format!("{} could not be searched: {fault}", folder.display()));
+                // Not the same as a folder without secrets. A decision that does not depend on the folder is still made.
+                print_line(&format!("{} could not be searched: {fault}", folder.display()));
                 unreadable.push(Scope::Workspace);
             }
         }
@@ -222,7 +223,7 @@ fn found(
     let credentials = names.iter().filter_map(|name| {
         let value = value(name)?.map_or_else(
             |fault| {
-                note(&fault);
+                print_line(&fault);
                 CredentialValue::Unreadable
             },
             |value| CredentialValue::Readable(Arc::new(Secret::new(value))),
@@ -232,10 +233,10 @@ fn found(
     (credentials.collect(), unreadable)
 }
 
-/// What mounted secrets hold, or why not, by name.
+/// The content of mounted secrets, or why it could not be read, by name.
 type Files = BTreeMap<String, Result<String, String>>;
 
-/// The mounted secrets of these names, all of them in time: a volume that does not answer costs one wait.
+/// Reads the mounted secrets of these names under one time limit, so that a volume that does not answer costs one wait.
 fn from_folder(folder: &Path, names: &BTreeSet<String>) -> io::Result<Files> {
     let (folder, names) = (folder.to_owned(), names.clone());
     files::in_time(move || {
@@ -249,7 +250,7 @@ fn from_folder(folder: &Path, names: &BTreeSet<String>) -> io::Result<Files> {
     .and_then(|found| found)
 }
 
-/// A mounted secret; nothing where there is no such file.
+/// Reads a mounted secret. `None` if there is no such file.
 fn from_file(path: &Path) -> Result<Option<String>, String> {
     match files::read_text(path, MAX_VALUE_BYTES) {
         Ok(mut value) => Ok(Some(without_line_break(std::mem::take(&mut *value)))),
@@ -258,23 +259,23 @@ fn from_file(path: &Path) -> Result<Option<String>, String> {
     }
 }
 
-/// A denial whole, of an allow its warnings: what nobody verified is not allowed in silence.
-fn tell(report: &Report) {
+/// Prints a denial, or the warnings of an allow: an unverified allow is never silent.
+fn print_outcome(report: &Report) {
     let text = report.text();
     match report.exit {
-        Exit::Ok => text.lines().filter(|line| line.starts_with("  warning ")).for_each(|line| note(line.trim())),
-        _ => note(&format!("{text}CMD was not run")),
+        Exit::Ok => text.lines().filter(|line| line.starts_with("  warning ")).for_each(|line| print_line(line.trim())),
+        _ => print_line(&format!("{text}CMD was not run")),
     }
 }
 
-fn note(text: &str) {
-    // Standard error may be closed; there is nobody else to tell.
+fn print_line(text: &str) {
+    // If standard error is closed, the message is lost.
     drop(writeln!(io::stderr(), "byok-gate: {text}"));
 }
 
-/// Writes the termination log. A fault there changes nothing about the decision.
-fn leave(path: &Path, mut body: Value) {
-    // What a person misses least goes first.
+/// Writes the termination log. A failure to write it does not change the decision.
+fn write_termination_log(path: &Path, mut body: Value) {
+    // If it is too long, drop the least important fields first.
     for field in ["warnings", "alternative_models"] {
         if body.to_string().len() > MAX_TERMINATION_LOG_BYTES
             && let Some(fields) = body.as_object_mut()
@@ -287,20 +288,20 @@ fn leave(path: &Path, mut body: Value) {
     }
     let written = OpenOptions::new().write(true).create(true).truncate(true).open(path);
     if let Err(fault) = written.and_then(|mut file| file.write_all(body.to_string().as_bytes())) {
-        note(&format!("the termination log {} could not be written: {fault}", path.display()));
+        print_line(&format!("the termination log {} could not be written: {fault}", path.display()));
     }
 }
 
-/// What a denial's body repeats of the question.
-struct Asked {
+/// The parts of the request that a denial's body repeats.
+struct Workload {
     runtime: String,
     model: String,
 }
 
-// === impl Asked ===
+// === impl Workload ===
 
-impl Asked {
-    /// A denial as `docs/denial-body.schema.json` has it.
+impl Workload {
+    /// The body of a denial, by `docs/denial-body.schema.json`.
     fn denial(&self, report: &Report) -> Value {
         let of = |pointer: &str| report.body.pointer(pointer).cloned().filter(|value| !value.is_null());
         let text = |pointer: &str| of(pointer).unwrap_or_else(|| json!(""));
@@ -329,7 +330,7 @@ impl Asked {
         body
     }
 
-    /// No decision.
+    /// The body when there is no decision.
     fn unavailable(&self, error: &str) -> Value {
         json!({
             "error": error,

@@ -1,4 +1,4 @@
-//! How commands end, and what they write.
+//! Exit codes, output formats, and printing.
 
 use std::{
     io::{self, Write},
@@ -10,8 +10,8 @@ use clap::ValueEnum;
 
 use crate::{config::ConfigError, server::ServerError};
 
-/// How long the last lines of the log may take.
-pub(super) const LAST_LINES: Duration = Duration::from_secs(1);
+/// How long writing the last lines of the log may take.
+pub(super) const LOG_FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// How a command ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,13 +26,13 @@ pub enum Exit {
     Invalid,
     /// Denied.
     Denied,
-    /// Denied, and worth trying again with nothing changed.
+    /// Denied, but a retry without any change may succeed.
     DeniedRetryable,
     /// A vendor does not answer as the catalogue says.
     Drift,
 }
 
-/// How an answer is written.
+/// The output format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Format {
     /// For people.
@@ -41,7 +41,7 @@ pub(super) enum Format {
     Json,
 }
 
-/// The command line is wrong beyond what its grammar tells.
+/// The command line is wrong in a way that clap does not check.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(super) struct UsageError(pub(super) String);
@@ -74,7 +74,7 @@ impl Termination for Exit {
     }
 }
 
-/// Writes to standard output. A reader that has gone is not an error of this program.
+/// Writes to standard output. A closed pipe is not an error.
 pub(super) fn print(text: &str) -> anyhow::Result<()> {
     match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
         Err(fault) if fault.kind() == io::ErrorKind::BrokenPipe => Ok(()),

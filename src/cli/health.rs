@@ -1,4 +1,4 @@
-//! `byok-gate health`
+//! `byok-gate health`: asks a server for its health.
 
 use std::time::Duration;
 
@@ -11,8 +11,8 @@ use super::{
 };
 use crate::grpc::NAME;
 
-/// The longest that the check waits: less than the usual period of a container's check.
-const PATIENCE: Duration = Duration::from_secs(3);
+/// How long the check waits: less than the usual interval of container health checks.
+const TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(Debug, Args)]
 pub(super) struct HealthArgs {
@@ -31,13 +31,13 @@ pub(super) async fn run(args: HealthArgs) -> anyhow::Result<Exit> {
     let HealthArgs { server, service, client } = args;
     let server = client.server(&server)?;
     let asked = async {
-        let channel = server.connect(PATIENCE).await?;
+        let channel = server.connect(TIMEOUT).await?;
         match HealthClient::new(channel).check(server.request(HealthCheckRequest { service })?).await {
             Ok(status) => Ok(status),
             Err(status) => Err(anyhow::anyhow!(server.refusal(&status).await)),
         }
     };
-    let status = in_time(tokio::time::timeout(PATIENCE, asked).await, &server)??;
+    let status = in_time(tokio::time::timeout(TIMEOUT, asked).await, &server)??;
     let status = status.into_inner().status();
     print(&format!("{}\n", status.as_str_name()))?;
     Ok(if status.as_str_name() == "SERVING" { Exit::Ok } else { Exit::Fault })

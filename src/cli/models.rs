@@ -1,4 +1,4 @@
-//! `byok-gate models`
+//! `byok-gate models`: lists the models of runtimes.
 
 use clap::Args;
 use serde_json::json;
@@ -18,7 +18,7 @@ pub(super) struct ModelsArgs {
     /// Only this runtime.
     #[arg(long)]
     runtime: Option<String>,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]

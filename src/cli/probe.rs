@@ -1,4 +1,4 @@
-//! `byok-gate probe`: one live check of one credential, the ladder call by call.
+//! `byok-gate probe`: probes one credential at its provider, and can show each request.
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -26,28 +26,28 @@ use crate::{
     liveness::prober::Attempt,
 };
 
-/// Exits 0 for VALID, 10 for a credential that is refused, 11 where nothing could be told.
+/// Exits 0 for VALID, 10 for a refused credential, and 11 if the probe was inconclusive.
 #[derive(Debug, Args)]
 pub(super) struct ProbeCommandArgs {
     /// The provider, by its name in the registry.
     #[arg(long)]
     provider: String,
-    /// Take the credential from this variable of the environment.
+    /// Take the credential from this environment variable.
     #[arg(long, value_name = "NAME", required_unless_present = "credential", conflicts_with = "credential")]
     env: Option<String>,
-    /// Take it from standard input: `NAME=@-`. One line break at its end is not part of it.
+    /// Take the credential from standard input: `NAME=@-`. One line break at its end is not part of it.
     #[arg(long, value_name = "NAME=@-")]
     credential: Option<String>,
     /// The model for calls that name one [default: the first that some runtime lists for the provider].
     #[arg(long)]
     model: Option<String>,
-    /// Tell every call with its status and time.
+    /// Show every request with its status and time.
     #[arg(long)]
     explain: bool,
-    /// Also ask with made-up keys, as a long-running server does, so that a "yes" counts where the catalogue does not vouch for it.
+    /// Also send made-up keys, as a long-running server does, so that a "yes" counts even if the catalogue does not vouch for the endpoint.
     #[arg(long)]
     calibrate: bool,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]
@@ -71,14 +71,15 @@ pub(super) async fn run(args: ProbeCommandArgs) -> anyhow::Result<Exit> {
     let snapshot = setup.snapshot.clone();
     let found = find(&snapshot.registry, &provider)?;
     let model = model.or_else(|| first_model(&snapshot.registry, found)).unwrap_or_default();
-    let untold = |reason: &str| answer(format, &provider, None, &Finding::bare(Verdict::NoServerSurface), &[], reason, explain);
+    let not_probed =
+        |reason: &str| answer(format, &provider, None, &Finding::bare(Verdict::NoServerSurface), &[], reason, explain);
     let target = match endpoint::target(found, &snapshot.catalogue, &model) {
         Ok(target) => target,
-        Err(reason) => return untold(&reason.text()),
+        Err(reason) => return not_probed(&reason.text()),
     };
     let refusal = match why_unsendable(&snapshot.catalogue, &target.endpoint, &credential.env_name, secret, true) {
         None => None,
-        Some(Unsendable::NoSurface(reason)) => return untold(&reason.text()),
+        Some(Unsendable::NoSurface(reason)) => return not_probed(&reason.text()),
         Some(Unsendable::Refused(refusal)) => Some(*refusal),
         Some(Unsendable::Malformed(fault)) => {
             let env_name = credential.env_name.clone();

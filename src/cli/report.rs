@@ -1,4 +1,4 @@
-//! A decision as people and programs read it: enum names without their enum's name, durations in seconds.
+//! Prints a decision as text or JSON. Enum values are printed without their enum's prefix, and durations in seconds.
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -6,13 +6,13 @@ use serde_json::{Value, json};
 use super::exit::Exit;
 use crate::grpc::convert::pb;
 
-/// Where the labels end and the values begin.
+/// The width of the column of labels.
 const COLUMN: usize = 14;
 
-/// A decision, read from its wire form with the rules of a careful caller: what is not a clear allow is a denial.
+/// A decision, read from its wire form as a careful caller should: anything but a clear allow is not an allow.
 #[derive(Debug, Serialize)]
 pub(super) struct Report {
-    /// The exit code's reason.
+    /// The exit code.
     #[serde(skip)]
     pub(super) exit: Exit,
     #[serde(flatten)]
@@ -71,7 +71,7 @@ impl Report {
         Self { exit, body }
     }
 
-    /// A few aligned lines.
+    /// The decision as aligned lines.
     pub(super) fn text(&self) -> String {
         let field = |pointer: &str| match self.body.pointer(pointer) {
             None | Some(Value::Null) => String::new(),
@@ -120,17 +120,17 @@ impl Report {
     }
 }
 
-/// Two words, or what there is of them.
+/// Joins two words; empty if the first one is.
 fn spaced(one: &str, two: &str) -> String {
     if one.is_empty() { String::new() } else { format!("{one} {two}").trim_end().to_owned() }
 }
 
-/// Rounded up: who waits that long has waited long enough.
+/// Rounds up, so that a caller that waits this long has waited long enough.
 fn whole_seconds(seconds: f64) -> String {
     format!("{} s", seconds.ceil())
 }
 
-/// Without an answer there is none.
+/// The HTTP status; empty without an answer.
 fn http_status(status: &str) -> String {
     if matches!(status, "" | "0") { String::new() } else { format!("HTTP {status}") }
 }
@@ -173,7 +173,7 @@ fn seconds(duration: &prost_types::Duration) -> f64 {
     f64::from(i32::try_from(duration.seconds).unwrap_or(i32::MAX)) + f64::from(duration.nanos) / 1e9
 }
 
-/// An enum whose names carry its own name before them.
+/// An enum whose value names begin with its own name.
 pub(super) trait Words: TryFrom<i32> {
     const PREFIX: &'static str;
     fn name(&self) -> &'static str;

@@ -1,4 +1,4 @@
-//! `byok-gate serve`
+//! `byok-gate serve`: runs the server until a signal.
 
 use std::{
     io,
@@ -25,8 +25,8 @@ use crate::{
     telemetry::{events::Journal, log_writer::LogWriter, traces},
 };
 
-/// The longest that the last spans hold up the end: a collector that is there takes them in far less.
-const LAST_SPANS: Duration = Duration::from_secs(1);
+/// How long sending the last spans may delay the end. A reachable collector takes them much faster.
+const SPAN_FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
@@ -34,8 +34,8 @@ pub(super) struct ServeArgs {
     /// [default: 127.0.0.1:50051].
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
     listen: Vec<String>,
-    /// Show how it is at http://HOST:PORT/status, and numbers for Prometheus at /metrics; or both on a socket file. They hold no secret.
-    /// Port 0 takes a free one, which the log names [default: nowhere].
+    /// Serve the status page at http://HOST:PORT/status and Prometheus metrics at /metrics, or both on a socket file. They hold no secret.
+    /// Port 0 takes a free one, which the log names [default: not served].
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
     admin_listen: Option<String>,
     /// Listen beyond loopback without TLS: credentials then cross the network in the clear.
@@ -50,17 +50,17 @@ pub(super) struct ServeArgs {
     /// Require a client certificate that one of these authorities signed, in PEM. Read again when it changes.
     #[arg(long, value_name = "FILE")]
     tls_client_ca: Option<PathBuf>,
-    /// Take only client certificates with this name as a platform's (repeatable): a URI such as spiffe://domain/path, or with
-    /// `/*` at its end everything below it, or a DNS name.
+    /// Accept only client certificates with this name, as a platform (repeatable): a URI such as spiffe://domain/path, a URI with
+    /// `/*` at its end for everything below it, or a DNS name.
     #[arg(long = "allow-client-san", value_name = "NAME")]
     allow_client_sans: Vec<String>,
     /// Require one of this file's bearer tokens from callers without a client certificate. Read again when it changes.
     #[arg(long, value_name = "FILE")]
     token_file: Option<PathBuf>,
-    /// Take calls from everybody over TLS, without client certificates or tokens.
+    /// Accept calls from everybody over TLS, without client certificates or tokens.
     #[arg(long)]
     allow_anonymous: bool,
-    /// Never test an endpoint with a made-up key; a "yes" then counts only where the catalogue vouches for the endpoint.
+    /// Never test an endpoint with a made-up key. A "yes" then counts only if the catalogue vouches for the endpoint.
     #[arg(long)]
     no_calibration: bool,
     #[command(flatten)]
@@ -73,23 +73,23 @@ pub(super) fn run(args: ServeArgs, log: LogWriter) -> anyhow::Result<Exit> {
     let (paths, overrides) = args.layers();
     let setup = config::load(&paths, &overrides)?;
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    // Without a number there is one thread for each CPU that the container's quota gives.
+    // Without a number, tokio starts one thread for each CPU of the container's quota.
     if setup.settings.server.worker_threads > 0 {
         runtime.worker_threads(setup.settings.server.worker_threads);
     }
     let runtime = runtime.enable_all().build()?;
     let ended = runtime.block_on(serve(setup, paths, overrides, log));
-    // A thread that waits for a volume that does not answer is not waited for.
+    // Do not wait for a thread that is blocked by a volume that does not answer.
     runtime.shutdown_background();
     ended
 }
 
-/// What memory holds is nobody's to read: no core file is left, and no other process of the same user attaches or looks into `/proc`. Root
-/// still can.
+/// Protects the memory, which holds credentials: the process leaves no core file, and other processes of the same user can neither attach to it
+/// nor read its memory in `/proc`. Root still can.
 fn keep_memory_private() {
     let no_core = rlimit::setrlimit(rlimit::Resource::CORE, 0, 0);
-    let no_look = set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(io::Error::from);
-    for fault in [no_core, no_look].into_iter().filter_map(Result::err) {
+    let not_dumpable = set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(io::Error::from);
+    for fault in [no_core, not_dumpable].into_iter().filter_map(Result::err) {
         tracing::warn!(event = "memory_can_be_read", %fault, "a core file or another process of this user may show credentials");
     }
 }
@@ -97,30 +97,30 @@ fn keep_memory_private() {
 async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter) -> anyhow::Result<Exit> {
     keep_memory_private();
     config::warn(&setup.warnings);
-    // Signals are caught before the socket opens: one that comes at once is not lost.
+    // Catch signals before the sockets open, so that none is lost.
     let signals = Signals::catch()?;
     let hangup = signal(SignalKind::hangup())?;
     let settings = &setup.settings;
     let stop = settings.shutdown.clone();
-    let (access, odd) = config::tier_access(settings)?;
-    config::warn(&odd);
+    let (access, warnings) = config::tier_access(settings)?;
+    config::warn(&warnings);
     let tier = access.map(Tier::new).transpose()?;
-    let App { engine, measured, listening, undialled } = App::new(&setup, tier.clone())?;
-    config::warn(&undialled);
+    let App { engine, collectors, refusal_listener, forbidden_destinations } = App::new(&setup, tier.clone())?;
+    config::warn(&forbidden_destinations);
     let mut bound = Bound::open(settings.edge()).await?;
     bound.set_journal(Journal::to(log.clone(), settings.log.plain_allow_ratio));
-    bound.measure(Arc::new(log));
-    bound.measure(Arc::new(traces::Exported));
-    measured.into_iter().for_each(|source| bound.measure(source));
+    bound.register(Arc::new(log));
+    bound.register(Arc::new(traces::ExportMetrics));
+    collectors.into_iter().for_each(|source| bound.register(source));
     traces::start(&settings.tracing, setup.tracing_ca.as_deref())?;
     let load = Box::new(move || config::load(&paths, &overrides));
-    let documents = Documents::new(Arc::clone(&engine), &setup, load, Box::new(bound.relist()));
-    bound.measure(documents.loosenings());
+    let documents = Documents::new(Arc::clone(&engine), &setup, load, Box::new(bound.replace_callers()));
+    bound.register(documents.loosenings());
     bound.follow(documents);
-    if let Some(listening) = listening {
-        bound.supervise("tier", listening);
+    if let Some(listener) = refusal_listener {
+        bound.supervise("tier", listener);
     }
-    look_at_hangup(&mut bound, hangup);
+    reload_on_hangup(&mut bound, hangup);
     log_addresses(&bound, &setup.snapshot);
     let stopping = Arc::new(OnceLock::new());
     let shutdown = {
@@ -131,7 +131,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
         }
     };
     let ended = bound.run(engine, shutdown).await?;
-    // Within the time that it has for leaving: whoever waits for its end has counted on that.
+    // The rest uses only what is left of the configured shutdown time, which a supervisor relies on.
     let left = || (stop.notice + stop.drain).saturating_sub(stopping.get().map_or(Duration::ZERO, Instant::elapsed));
     if let Some(tier) = tier {
         let dropped = tier.finish(tokio::time::Instant::now() + left()).await;
@@ -143,7 +143,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
             );
         }
     }
-    traces::finish(left().min(LAST_SPANS));
+    traces::finish(left().min(SPAN_FLUSH_LIMIT));
     if ended == Ended::Drained {
         tracing::info!(event = "stopped", drained = true);
     } else {
@@ -153,13 +153,13 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     Ok(Exit::Ok)
 }
 
-/// SIGHUP asks for a look at all files.
-fn look_at_hangup(bound: &mut Bound, mut hangup: Signal) {
-    let look = bound.look();
+/// SIGHUP makes all watchers check their files.
+fn reload_on_hangup(bound: &mut Bound, mut hangup: Signal) {
+    let recheck = bound.recheck_files();
     bound.supervise("hangup", async move {
         while hangup.recv().await.is_some() {
             tracing::info!(event = "hangup", "all files are looked at now, changed or not");
-            look.send_replace(());
+            recheck.send_replace(());
         }
     });
 }
@@ -182,7 +182,7 @@ fn log_addresses(bound: &Bound, snapshot: &Snapshot) {
 // === impl ServeArgs ===
 
 impl ServeArgs {
-    /// What the command line sets, as the configuration has it.
+    /// The settings from the command line, as layers of the configuration.
     pub(super) fn layers(self) -> (Paths, Overrides) {
         let Self {
             listen,

@@ -1,4 +1,4 @@
-//! `byok-gate status`: the status page of a running server, in a terminal.
+//! `byok-gate status`: shows the status of a running server in a terminal.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::Args;
 
 use super::{
-    client::{ClientArgs, Server, chain, of_tls},
+    client::{ClientArgs, Server, chain, tls_failure},
     exit::{Exit, Format, UsageError, print},
 };
 use crate::telemetry::status::{
@@ -14,12 +14,12 @@ use crate::telemetry::status::{
     printable,
 };
 
-/// The longest that the command waits: what the server gives a request.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// More than a status with the largest registry has.
+/// How long the command waits: the server's own time limit for a request.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// The maximum size of a status: more than one with the largest registry.
 const MAX_BYTES: usize = 16 * 1024 * 1024;
-/// How many decisions of each list are shown.
-const SHOWN: usize = 10;
+/// How many decisions of each list are shown by default.
+const DEFAULT_LAST: usize = 10;
 
 #[derive(Debug, Args)]
 #[command(
@@ -31,9 +31,9 @@ pub(super) struct StatusArgs {
     #[arg(long, value_name = "HOST:PORT|unix:PATH", default_value = "127.0.0.1:9464")]
     server: String,
     /// How many decisions of each list to show.
-    #[arg(long, value_name = "COUNT", default_value_t = SHOWN)]
+    #[arg(long, value_name = "COUNT", default_value_t = DEFAULT_LAST)]
     last: usize,
-    /// How the answer is written.
+    /// The output format.
     #[arg(long, value_enum, default_value_t = Format::Text)]
     format: Format,
     #[command(flatten)]
@@ -52,10 +52,10 @@ pub(super) async fn run(args: StatusArgs) -> anyhow::Result<Exit> {
 }
 
 async fn fetch(server: &Server) -> anyhow::Result<Vec<u8>> {
-    // Err means that the process has one already, which serves as well.
+    // An error means that the process has a provider already, which is as good.
     drop(rustls::crypto::ring::default_provider().install_default());
     let address = &server.address;
-    let mut builder = reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).timeout(PATIENCE);
+    let mut builder = reqwest::Client::builder().no_proxy().redirect(reqwest::redirect::Policy::none()).timeout(TIMEOUT);
     let mut base = server.uri.trim_end_matches('/').to_owned();
     if let Some(path) = server.uri.strip_prefix("unix:") {
         builder = builder.unix_socket(path);
@@ -88,7 +88,7 @@ async fn fetch(server: &Server) -> anyhow::Result<Vec<u8>> {
     }
     let mut response = match request.send().await {
         Ok(response) => response,
-        Err(fault) => anyhow::bail!("{address}: {}", why(&fault)),
+        Err(fault) => anyhow::bail!("{address}: {}", failure_text(&fault)),
     };
     if !response.status().is_success() {
         anyhow::bail!(
@@ -106,9 +106,9 @@ async fn fetch(server: &Server) -> anyhow::Result<Vec<u8>> {
     Ok(json)
 }
 
-fn why(fault: &reqwest::Error) -> String {
+fn failure_text(fault: &reqwest::Error) -> String {
     let said = chain(fault);
-    if let Some(said) = of_tls(fault) {
+    if let Some(said) = tls_failure(fault) {
         said
     } else if fault.is_timeout() {
         "no answer in time".to_owned()

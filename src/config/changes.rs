@@ -1,4 +1,4 @@
-//! What a new configuration opens, and what of it needs a restart: said when it is taken, since a reload is quiet otherwise.
+//! Compares two configurations: what the new one allows more than the old one, and which changes need a restart. A reload logs this.
 
 use std::fmt::Debug;
 
@@ -9,7 +9,7 @@ use crate::{
     server::settings::{CallerList, CertificateCaller, RoleWord, UnixCaller},
 };
 
-/// Sections and keys that a reload takes; every other is read at the start alone.
+/// Sections and keys that a reload applies. All others are only read at the start.
 const LIVE: [&str; 8] = [
     "callers.certificates",
     "callers.unix_peers",
@@ -21,18 +21,18 @@ const LIVE: [&str; 8] = [
     "registry.file",
 ];
 
-/// A setting that lets through what was refused before.
+/// A setting that allows what was refused before.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loosened {
     /// Its key.
     pub setting: String,
-    /// What was.
+    /// The old value.
     pub was: String,
-    /// What is.
+    /// The new value.
     pub is: String,
 }
 
-/// Lists of callers that have lost all their entries without the word that says so: a torn file must not open the service.
+/// Problems of caller lists that lost all entries without saying `anyone`. A truncated file must not let everybody in.
 pub fn emptied(old: &Settings, new: &Settings) -> Vec<Problem> {
     fn one<T>(key: &str, old: &CallerList<T>, new: &CallerList<T>) -> Option<Problem> {
         let entries = old.entries().len();
@@ -51,7 +51,7 @@ pub fn emptied(old: &Settings, new: &Settings) -> Vec<Problem> {
     .collect()
 }
 
-/// Everything that the new settings let through and the old ones did not.
+/// Every setting that allows more than before.
 pub fn loosened(old: &Settings, new: &Settings) -> Vec<Loosened> {
     let mut found = Vec::new();
     let mut add = |setting: String, was: String, is: String| found.push(Loosened { setting, was, is });
@@ -84,7 +84,7 @@ pub fn loosened(old: &Settings, new: &Settings) -> Vec<Loosened> {
     found
 }
 
-/// Callers who may call no more: of which setting, and who.
+/// Callers that were removed: the setting, and the caller.
 pub fn removed_callers(old: &Settings, new: &Settings) -> Vec<(&'static str, String)> {
     fn removed<T: PartialEq>(
         key: &'static str,
@@ -92,7 +92,7 @@ pub fn removed_callers(old: &Settings, new: &Settings) -> Vec<(&'static str, Str
         is: &CallerList<T>,
         name: &dyn Fn(&T) -> String,
     ) -> Vec<(&'static str, String)> {
-        // Where everybody may call, nobody is missing.
+        // If everybody may call, no caller was removed.
         let gone = was.entries().iter().filter(|entry| !is.entries().is_empty() && !is.entries().contains(entry));
         gone.map(|entry| (key, name(entry))).collect()
     }
@@ -102,21 +102,21 @@ pub fn removed_callers(old: &Settings, new: &Settings) -> Vec<(&'static str, Str
     gone
 }
 
-/// The keys whose new value is not in force before a restart.
+/// The keys whose new value needs a restart.
 pub fn waiting_for_restart(old: &Settings, new: &Settings) -> Vec<String> {
     let live =
         |key: &str| LIVE.iter().any(|live| key == *live || key.starts_with(&format!("{live}."))) || key == "catalogue.file";
     changed(old, new).into_iter().filter(|key| !live(key)).collect()
 }
 
-/// Every key whose value is another one, whether it lets through more or less.
+/// Every key whose value changed, whether it allows more or less.
 pub fn changed(old: &Settings, new: &Settings) -> Vec<String> {
     let (old, new) = (leaves(old), leaves(new));
     let is_other = |(key, value): &(String, _)| !old.iter().any(|(other, was)| other == key && was == value);
     new.into_iter().filter(is_other).map(|(key, _)| key).collect()
 }
 
-/// Entries that were not there, and a list that takes everybody now.
+/// New entries of a caller list, and a list that now allows everybody.
 fn callers<T: PartialEq>(
     key: &str,
     was: &CallerList<T>,
@@ -125,7 +125,7 @@ fn callers<T: PartialEq>(
     add: &mut dyn FnMut(String, String, String),
 ) {
     if was.entries().is_empty() {
-        // Everybody could call; nothing is looser than that.
+        // Everybody could call before, so nothing can be looser.
         return;
     }
     if is.entries().is_empty() {
@@ -153,7 +153,7 @@ const fn role_word(role: RoleWord) -> &'static str {
     }
 }
 
-/// Less is enforced than before, or for longer.
+/// Whether less is enforced than before, or for a longer time.
 fn looser(was: Option<&ProviderException>, is: &ProviderException) -> bool {
     let weight = |enforcement| match enforcement {
         Enforcement::Enforce => 0,
@@ -167,7 +167,7 @@ fn exception(ProviderException { probe, until }: &ProviderException) -> String {
     format!("{} until {}", word(probe), until.as_deref().unwrap_or("no date"))
 }
 
-/// As the file has it.
+/// The word of the configuration file.
 fn word(value: &impl Debug) -> String {
     let mut out = String::new();
     for (index, letter) in format!("{value:?}").char_indices() {
@@ -194,10 +194,10 @@ mod tests {
     #[track_caller]
     fn opens(old: &str, new: &str, expect: &[&str]) {
         let (old, new) = (settings(old), settings(new));
-        let told = |list: Vec<Loosened>| -> Vec<String> {
+        let lines = |list: Vec<Loosened>| -> Vec<String> {
             list.into_iter().map(|Loosened { setting, was, is }| format!("{setting}: {was} -> {is}")).collect()
         };
-        assert_eq!(told(loosened(&old, &new)), expect);
+        assert_eq!(lines(loosened(&old, &new)), expect);
         if !expect.is_empty() {
             assert_eq!(loosened(&new, &old), [], "the way back opens nothing");
         }
@@ -257,7 +257,7 @@ mod tests {
         assert_eq!(gone(two, "callers: anyone"), []);
     }
 
-    /// What lets through less pages people as well.
+    /// Settings that allow less than before are named too.
     #[test]
     fn whatever_is_changed_is_named() {
         let keys = |old: &str, new: &str| changed(&settings(old), &settings(new));

@@ -1,4 +1,4 @@
-//! Layers of settings: the defaults, one file, the environment, flags. Each later one wins, and every value knows its origin.
+//! Merges the layers of settings: defaults, one file, the environment, flags. A later layer wins, and the origin of every value is kept.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -7,17 +7,17 @@ use serde_json::{Map, Value};
 use super::settings::Settings;
 use crate::{core::yaml, domain::problem::Problem};
 
-/// The environment's variables begin so; `__` stands between a section and a key.
+/// The prefix of environment variables. `__` separates a section from a key.
 pub(crate) const PREFIX: &str = "BYOK_GATE__";
 
-/// Sections whose keys are names of the operator's choosing.
-const FREE: [&str; 1] = ["providers"];
-/// What `callers: anyone` says, key by key.
+/// Sections whose keys are names that the operator chooses.
+const FREE_FORM_SECTIONS: [&str; 1] = ["providers"];
+/// The lists that `callers: anyone` sets.
 const CALLER_LISTS: [&str; 2] = ["callers.certificates", "callers.unix_peers"];
 
 /// Where a value came from.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum From {
+pub enum Origin {
     /// Built in.
     Default,
     /// The configuration file at this path.
@@ -31,48 +31,48 @@ pub enum From {
 /// A flag's value for a key.
 #[derive(Debug, Clone)]
 pub struct Flag {
-    /// As it is written: `--listen`.
+    /// The flag, such as `--listen`.
     pub name: &'static str,
-    /// `server.listen`
+    /// The key that it sets, such as `server.listen`.
     pub key: &'static str,
-    /// What it sets.
+    /// The key's value.
     pub value: Value,
 }
 
-/// Settings while they are laid over each other.
+/// Settings while layers are merged.
 pub(super) struct Layers {
     schema: Value,
     tree: Value,
-    origins: BTreeMap<String, From>,
+    origins: BTreeMap<String, Origin>,
     problems: Vec<Problem>,
 }
 
-/// What came of all layers. With problems, what is at fault has its default in the settings, so that the rest can still be looked at.
-pub(super) struct Layered {
+/// The merged settings. A value with a problem is replaced by its default, so that the rest can still be checked.
+pub(super) struct MergedSettings {
     pub(super) settings: Settings,
-    pub(super) origins: BTreeMap<String, From>,
+    pub(super) origins: BTreeMap<String, Origin>,
     pub(super) problems: Vec<Problem>,
 }
 
 // === impl Layers ===
 
 impl Layers {
-    /// The defaults.
+    /// Starts with the defaults.
     pub(super) fn new() -> Self {
         let schema = to_tree(&Settings::default());
         Self { tree: schema.clone(), schema, origins: BTreeMap::new(), problems: Vec::new() }
     }
 
-    /// Lays a file over it. An empty one says nothing on purpose: it is what a full disk or a torn write leaves.
+    /// Adds the file. An empty file is a problem, since a full disk or an interrupted write leaves one.
     pub(super) fn file(&mut self, document: &str, tree: Value) {
         match tree {
             Value::Null => self.problems.push(Problem::at("", "is empty; write `{}` if every default is meant")),
-            Value::Object(map) => self.section("", map, &From::File(document.to_owned())),
+            Value::Object(map) => self.section("", map, &Origin::File(document.to_owned())),
             _ => self.problems.push(Problem::at("", "must be a mapping of sections")),
         }
     }
 
-    /// Lays the environment over it: every variable with the prefix.
+    /// Adds every environment variable with the prefix.
     pub(super) fn environment(&mut self, variables: impl Iterator<Item = (String, String)>) {
         for (name, text) in variables {
             let Some(path) = name.strip_prefix(PREFIX) else { continue };
@@ -80,19 +80,19 @@ impl Layers {
             let value = candidates(&text).into_iter().find(|value| fits(&path, value)).unwrap_or(Value::String(text));
             let value = path.rsplit('.').fold(value, |value, key| Value::Object(Map::from_iter([(key.to_owned(), value)])));
             if let Value::Object(map) = value {
-                self.section("", map, &From::Environment(name));
+                self.section("", map, &Origin::Environment(name));
             }
         }
     }
 
-    /// Lays a flag over it.
+    /// Adds a flag.
     pub(super) fn flag(&mut self, Flag { name, key, value }: Flag) {
         put(&mut self.tree, key, value);
-        self.origins.insert(key.to_owned(), From::Flag(name));
+        self.origins.insert(key.to_owned(), Origin::Flag(name));
     }
 
-    /// What came of it. A value that its key does not take is a problem of the layer that it came from.
-    pub(super) fn finish(self) -> Layered {
+    /// Merges the layers. The problem of a wrong value names the layer that it came from.
+    pub(super) fn finish(self) -> MergedSettings {
         let Self { schema, mut tree, origins, mut problems } = self;
         for (path, from) in &origins {
             let Some(value) = get(&tree, path) else { continue };
@@ -107,24 +107,24 @@ impl Layers {
             problems.push(Problem::at("", fault.to_string()));
             Settings::default()
         });
-        Layered { settings, origins, problems }
+        MergedSettings { settings, origins, problems }
     }
 
-    fn section(&mut self, at: &str, map: Map<String, Value>, from: &From) {
+    fn section(&mut self, at: &str, map: Map<String, Value>, from: &Origin) {
         for (key, value) in map {
             let path = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
             let known = if at.is_empty() { Some(&self.schema) } else { get(&self.schema, at) };
             let known = known.and_then(Value::as_object);
-            let is_free = FREE.contains(&at);
+            let is_free_form = FREE_FORM_SECTIONS.contains(&at);
             match known.and_then(|known| known.get(&key)) {
-                None if !is_free => {
+                None if !is_free_form => {
                     let names = known.into_iter().flat_map(Map::keys).map(String::as_str);
                     let message = format!("is not a key (from {from}); {}", hint(&key, at, names));
                     self.problems.push(Problem::at(path, message));
                 }
                 Some(Value::Object(_)) => match value {
                     Value::Object(map) => self.section(&path, map, from),
-                    // A section with all its keys commented out.
+                    // All keys of the section are commented out.
                     Value::Null => {}
                     Value::String(word) if path == "callers" && word == "anyone" => {
                         CALLER_LISTS.into_iter().for_each(|list| self.set(list.to_owned(), Value::from("anyone"), from));
@@ -136,17 +136,19 @@ impl Layers {
         }
     }
 
-    fn set(&mut self, path: String, value: Value, from: &From) {
+    fn set(&mut self, path: String, value: Value, from: &Origin) {
         put(&mut self.tree, &path, value);
         self.origins.insert(path, from.clone());
     }
 }
 
-/// Every setting with its value, in the order of their names.
+/// Every setting with its value, sorted by name.
 pub(super) fn leaves(settings: &Settings) -> Vec<(String, Value)> {
     fn walk(at: &str, value: Value, out: &mut Vec<(String, Value)>) {
         match value {
-            Value::Object(map) if !map.is_empty() && !FREE.iter().any(|free| at.starts_with(&format!("{free}."))) => {
+            Value::Object(map)
+                if !map.is_empty() && !FREE_FORM_SECTIONS.iter().any(|free| at.starts_with(&format!("{free}."))) =>
+            {
                 for (key, value) in map {
                     walk(&if at.is_empty() { key } else { format!("{at}.{key}") }, value, out);
                 }
@@ -160,13 +162,13 @@ pub(super) fn leaves(settings: &Settings) -> Vec<(String, Value)> {
 }
 
 fn to_tree(settings: &Settings) -> Value {
-    // Names, numbers and lists: nothing that JSON could not hold.
+    // Settings are names, numbers and lists, so serializing them cannot fail.
     serde_json::to_value(settings).unwrap_or_default()
 }
 
-/// The keys of a path. A free key may hold a dot itself.
+/// The keys of a path. A key that the operator chose may contain a dot.
 fn keys(path: &str) -> Vec<&str> {
-    match path.split_once('.').filter(|(section, _)| FREE.contains(section)) {
+    match path.split_once('.').filter(|(section, _)| FREE_FORM_SECTIONS.contains(section)) {
         Some((section, key)) => vec![section, key],
         None => path.split('.').collect(),
     }
@@ -188,7 +190,7 @@ fn remove(tree: &mut Value, path: &str) {
     }
 }
 
-/// The section that a path leads into, and the key within it.
+/// The section that holds the path's last key, and that key.
 fn section_of<'t>(tree: &'t mut Value, path: &str) -> Option<(&'t mut Map<String, Value>, String)> {
     let keys = keys(path);
     let (last, sections) = keys.split_last()?;
@@ -196,7 +198,7 @@ fn section_of<'t>(tree: &'t mut Value, path: &str) -> Option<(&'t mut Map<String
     Some((section.as_object_mut()?, (*last).to_owned()))
 }
 
-/// What a variable's text may mean: itself, a YAML value, a list with commas. An empty one means "none".
+/// The possible meanings of a variable's text: the text itself, a YAML value, or a comma-separated list. An empty text means "none".
 fn candidates(text: &str) -> Vec<Value> {
     if text.trim().is_empty() {
         return vec![Value::Null, Value::Array(Vec::new())];
@@ -227,7 +229,7 @@ fn hint<'a>(key: &str, at: &str, names: impl Iterator<Item = &'a str>) -> String
     }
 }
 
-impl fmt::Display for From {
+impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Default => f.write_str("default"),

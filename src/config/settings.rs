@@ -1,5 +1,5 @@
-//! Every setting with its default: the shape of the configuration file, put together from the settings that each part owns.
-//! `deploy/byok-gate.yaml` says why each default is what it is.
+//! All settings with their defaults, in the shape of the configuration file. Each part owns its own settings. `deploy/byok-gate.yaml` explains
+//! the defaults.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -32,90 +32,90 @@ use crate::{
     telemetry::{events::LogSettings, traces::TracingSettings},
 };
 
-/// The whole document.
+/// The whole configuration file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct Settings {
     /// Where it listens and how it runs.
     pub server: ServerSettings,
-    /// Where its numbers are shown.
+    /// The admin listener.
     pub admin: AdminSettings,
-    /// Of Unix sockets.
+    /// The files of Unix sockets.
     pub socket: SocketSettings,
-    /// Certificates and the key.
+    /// TLS files.
     pub tls: TlsSettings,
     /// Who may call.
     pub callers: CallerSettings,
-    /// How much.
+    /// Limits of calls.
     pub limits: Limits,
-    /// How long.
+    /// Deadlines of calls.
     pub deadlines: Deadlines,
     /// How it stops.
     pub shutdown: ShutdownSettings,
     /// What is logged.
     pub log: LogSettings,
-    /// How long observations count.
+    /// The maximum age of observations.
     pub cache: Ages,
-    /// How providers are asked.
+    /// How providers are probed.
     pub probe: Probe,
-    /// Where probes may go beside public addresses.
+    /// Where probes may go, besides public addresses.
     pub egress: EgressSettings,
-    /// How much is asked of each provider.
+    /// Limits of the requests to each provider.
     pub provider_limits: ProviderLimits,
-    /// How many new credentials may be judged.
+    /// How many new credentials may be probed.
     pub new_keys: NewKeyLimits,
-    /// When a provider's breaker opens.
+    /// When a provider's circuit breaker opens.
     pub breaker: BreakerSettings,
-    /// What replicas remember together.
+    /// The tier of observations that replicas share.
     pub tier: TierSettings,
-    /// Who owns what.
+    /// The registry of providers and runtimes.
     pub registry: Document,
-    /// How hosts are asked.
+    /// The catalogue of probes.
     pub catalogue: Document,
-    /// Of credential fingerprints.
+    /// Credential fingerprints.
     pub fingerprints: Fingerprints,
-    /// Of distributed traces.
+    /// Distributed traces.
     pub tracing: TracingSettings,
-    /// What a spec that does not say means.
+    /// Whether the platform's proxy exists, for a spec that does not say.
     pub platform_proxy: PlatformProxy,
-    /// Whether operator overrides count.
+    /// Whether operator overrides are honoured.
     pub operator_overrides: Overrides,
     /// Runtimes that are allowed without any check.
     pub exempt_runtimes: BTreeSet<String>,
-    /// What is done about verdicts that settle nothing.
+    /// The actions for inconclusive verdicts.
     pub policy: CheckpointActions,
-    /// Providers whose verdicts are taken less seriously for a time.
+    /// Providers whose verdicts are not enforced for a time.
     pub providers: BTreeMap<String, ProviderException>,
 }
 
-/// How providers are asked.
+/// How providers are probed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Probe {
-    /// Of one walk up the ladder.
+    /// The time for all requests of one probe.
     #[serde(with = "duration")]
     pub budget: Duration,
-    /// Endpoints are tested with made-up keys.
+    /// Whether endpoints are tested with made-up keys.
     pub calibrate: bool,
-    /// Loopback may be dialled, over plain http too.
+    /// Whether loopback addresses are allowed, over plain http too.
     pub allow_loopback_http: bool,
     /// Further certificate authorities.
     pub ca_file: Option<PathBuf>,
 }
 
-/// A document of its own.
+/// A document in a file of its own.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct Document {
-    /// Where it is; embedded if not set.
+    /// Its path. If it is not set, the embedded document is used.
     pub file: Option<PathBuf>,
 }
 
-/// Of credential fingerprints.
+/// The settings of credential fingerprints.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct Fingerprints {
-    /// Holds their key; none are made without it.
+    /// The file with their key. Without it, no fingerprints are made.
     pub key_file: Option<PathBuf>,
 }
 
@@ -127,7 +127,7 @@ impl Default for Probe {
 }
 
 impl Settings {
-    /// What no single value shows: errors, and what is odd.
+    /// Checks all settings. Returns errors and warnings.
     pub fn review(&self) -> (Vec<Problem>, Vec<Problem>) {
         let (mut problems, mut warnings) = (Vec::new(), Vec::new());
         let mut of = |section, look: &dyn Fn(&mut Review<'_>)| look(&mut Review::of(section, &mut problems, &mut warnings));
@@ -172,23 +172,23 @@ impl Settings {
         }
     }
 
-    /// For the server.
+    /// The settings of the server.
     pub fn edge(&self) -> EdgeSettings {
         let Self { server, admin, socket, tls, callers, limits, deadlines, shutdown, .. } = self.clone();
         EdgeSettings { server, admin, socket, tls, callers, limits, deadlines, shutdown }
     }
 
-    /// For the memory of observations, and what guards the providers behind it.
+    /// The settings of the cache and of what protects the providers behind it.
     pub fn cache_settings(&self) -> CacheSettings {
         CacheSettings { ages: self.cache, breaker: self.breaker, new_keys: self.new_keys.of_one(self.server.replicas) }
     }
 
-    /// What this replica may ask of each provider.
+    /// This replica's part of each provider's limits.
     pub fn provider_limits(&self) -> ProviderLimits {
         self.provider_limits.of_one(self.server.replicas)
     }
 
-    /// For the prober.
+    /// The settings of the prober.
     pub fn probe_settings(&self, extra_roots: Vec<u8>, proxy: Option<ForwardProxy>) -> ProbeSettings {
         let Probe { budget, calibrate, allow_loopback_http, .. } = self.probe;
         let egress = self.egress.clone();

@@ -19,12 +19,12 @@ use crate::{
     domain::request::{Peer, Request},
     telemetry::{
         events::{Journal, Undecided},
-        lately::Lately,
         metrics::{
             Collect, Page,
             calls::{BATCH_DECIDE, Calls, DECIDE, word_of},
             decisions::Decisions,
         },
+        recent_decisions::RecentDecisions,
         traces::Traced,
     },
 };
@@ -32,7 +32,7 @@ use crate::{
 /// The destinations of records.
 pub(crate) struct Recorder {
     journal: Journal,
-    lately: Arc<Lately>,
+    recent_decisions: Arc<RecentDecisions>,
     calls: Calls,
     decisions: Decisions,
 }
@@ -51,9 +51,9 @@ pub(crate) struct CallRecord {
 // === impl Recorder ===
 
 impl Recorder {
-    /// `journal` gets the events, and `lately` the decisions and failures that the status page shows.
-    pub(crate) fn new(journal: Journal, lately: Arc<Lately>) -> Self {
-        Self { journal, lately, calls: Calls::default(), decisions: Decisions::default() }
+    /// Events go to this journal, and what a person may ask about to this list.
+    pub(crate) fn new(journal: Journal, recent_decisions: Arc<RecentDecisions>) -> Self {
+        Self { journal, recent_decisions, calls: Calls::default(), decisions: Decisions::default() }
     }
 }
 
@@ -108,11 +108,11 @@ impl CallRecord {
         if self.ended.swap(true, Ordering::Relaxed) {
             return;
         }
-        let Recorder { journal, lately, decisions, .. } = &*self.recorder;
+        let Recorder { journal, recent_decisions, decisions, .. } = &*self.recorder;
         self.traced.decided(request.checkpoint.as_str(), decided);
         self.traced.answered(Code::Ok);
         decisions.made(request, &decided.decision, took);
-        lately.decided(request, decided);
+        recent_decisions.decided(request, decided);
         journal.decision(request, decided, took, self.traced.trace_id());
     }
 
@@ -141,7 +141,7 @@ impl CallRecord {
         if self.ended.swap(true, Ordering::Relaxed) {
             return;
         }
-        let Recorder { journal, lately, calls, .. } = &*self.recorder;
+        let Recorder { journal, recent_decisions, calls, .. } = &*self.recorder;
         if code != Code::Ok {
             let report_only = self.report_only.load(Ordering::Relaxed);
             calls.failed(self.method, code as i32, report_only);
@@ -149,7 +149,7 @@ impl CallRecord {
                 let Self { peer, method, .. } = *self;
                 let (grpc_code, trace_id) = (word_of(code as i32), self.traced.trace_id());
                 let undecided = Undecided { method, grpc_code, reason, peer, request, report_only, trace_id };
-                lately.undecided(&undecided);
+                recent_decisions.undecided(&undecided);
                 journal.undecided(undecided);
             }
         }

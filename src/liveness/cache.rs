@@ -1,7 +1,8 @@
-//! Observations remembered for a short time: keyed hash, age per verdict, one probe per key, detached fill.
+//! The cache of observations. A credential is stored as a keyed hash, each verdict has its own maximum age, and one probe at a time runs per
+//! key. A probe runs detached from its callers.
 //!
-//! moka holds and bounds them. Freshness is decided here, by tokio's clock, for two reasons: an age depends on who asks
-//! (`max_liveness_age`, the hard maximum at PROVISION), and tests can then move time instead of waiting for it.
+//! moka stores and bounds the entries. This module decides freshness itself, with tokio's clock, for two reasons: the age that counts depends
+//! on the caller (`max_liveness_age`, the hard maximum at PROVISION), and tests can move that clock instead of waiting.
 
 use std::{
     hash::{BuildHasherDefault, Hasher},
@@ -38,46 +39,46 @@ use crate::{
     },
     telemetry::{
         metrics::{Collect, Counter, Page},
-        traces::{self, Part},
+        traces::{self, FlightRole},
     },
 };
 
-/// How long observations count, per verdict.
+/// The maximum age of a cached observation, per verdict.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Ages {
-    /// VALID: revocation is seen within this time.
+    /// VALID. A revoked key is noticed within this time.
     #[serde(with = "duration")]
     pub valid: Duration,
-    /// VALID, where a probe costs the tenant money.
+    /// VALID, if a probe costs the tenant money.
     #[serde(with = "duration")]
     pub valid_paid: Duration,
-    /// INVALID and FORBIDDEN: a repaired key is seen within this time.
+    /// INVALID and FORBIDDEN. A repaired key is noticed within this time.
     #[serde(with = "duration")]
     pub refused: Duration,
-    /// TIMEOUT, UNREACHABLE.
+    /// TIMEOUT and UNREACHABLE.
     #[serde(with = "duration")]
     pub unanswered: Duration,
     /// PROVIDER_ERROR, UNEXPECTED_RESPONSE, QUOTA_EXHAUSTED, and RATE_LIMITED without a Retry-After.
     #[serde(with = "duration")]
     pub inconclusive: Duration,
-    /// RATE_LIMITED: the least that the provider's Retry-After counts.
+    /// RATE_LIMITED: the lower bound of the provider's Retry-After.
     #[serde(with = "duration")]
     pub rate_limited_min: Duration,
-    /// The most.
+    /// RATE_LIMITED: the upper bound of the provider's Retry-After.
     #[serde(with = "duration")]
     pub rate_limited_max: Duration,
-    /// A VALID past its age still counts at PROVISION, when there is no answer, up to this.
+    /// At PROVISION, an expired VALID still counts up to this age if the provider does not answer.
     #[serde(with = "duration")]
     pub hard_maximum: Duration,
-    /// A caller's `max_liveness_age` is never taken for less than this.
+    /// A smaller `max_liveness_age` of a caller is raised to this.
     #[serde(with = "duration")]
     pub floor: Duration,
-    /// The same, where a probe costs the tenant money.
+    /// The same, if a probe costs the tenant money.
     #[serde(with = "duration")]
     pub floor_paid: Duration,
-    /// Each age is cut by up to this many percent, so that entries made together do not end together. Never longer: a configured
-    /// age is a maximum.
+    /// Each age is shortened by a random share, up to this many percent, so that entries made together do not expire together. It is never
+    /// lengthened: a configured age is a maximum.
     pub jitter_percent: u32,
 }
 
@@ -99,61 +100,61 @@ impl Default for Ages {
     }
 }
 
-/// How many credentials are remembered.
+/// How many entries the cache holds.
 const MAX_ENTRIES: u64 = 100_000;
-/// How many probes may be under way at a time, over all providers and for one: what waits for a provider that hangs leaves room for others.
+/// How many probes may be in flight at a time, in total and for one provider. The second limit leaves room for the others when one hangs.
 const MAX_FLIGHTS: usize = 4096;
 const MAX_FLIGHTS_OF_ONE_PROVIDER: usize = 1024;
-/// How long a walk up the ladder is taken to need, where its row does not say.
-const USUAL_BUDGET: Duration = Duration::from_secs(3);
-/// The longest value that nobody wonders at: vendors' keys are under 200 bytes, some JWTs over 1 KiB.
+/// The time reserved for a probe if its catalogue row sets no budget.
+const DEFAULT_PROBE_BUDGET: Duration = Duration::from_secs(3);
+/// The longest credential of a usual length. Vendors' keys are under 200 bytes, and some JWTs are over 1 KiB.
 const USUAL_KEY_BYTES: usize = 1024;
 
-/// How the memory is kept, and what guards the providers behind it.
+/// The settings of the cache and of what protects the providers behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CacheSettings {
-    /// How long observations count.
+    /// The maximum age of observations.
     pub ages: Ages,
-    /// When a provider's breaker opens.
+    /// When a provider's circuit breaker opens.
     pub breaker: BreakerSettings,
-    /// How many new credentials may be judged.
+    /// How many new credentials may be probed.
     pub new_keys: NewKeyLimits,
 }
 
-/// A source that remembers.
+/// A liveness source that caches what its prober finds.
 pub struct Cache {
     prober: Arc<dyn Prober>,
     memory: Memory,
     flights: Arc<SingleFlight<Key, Fetched>>,
-    /// The last VALID.
+    /// The last VALID finding, shared by all entries that equal it.
     last_valid: Arc<ArcSwap<Finding>>,
     breakers: Arc<Breakers>,
     new_keys: NewKeys,
     ages: Ages,
     lookups: Lookups,
     evicted: Arc<Counter>,
-    /// What replicas share, where they do.
-    sharing: Option<Arc<Sharing>>,
-    /// One for keys of credentials, one for those of single models. Made anew by every process: a key in a memory image tells
-    /// nothing about a credential.
+    /// The tier that replicas share, if one is configured.
+    tier_link: Option<Arc<TierLink>>,
+    /// The hash keys: one for credentials, one for a credential with one model. Each process makes new ones, so that a cache key in a memory
+    /// image reveals nothing about a credential.
     hash_keys: [[u8; 32]; 2],
 }
 
 type Key = [u8; 32];
-type Memory = moka::sync::Cache<Key, Remembered, BuildHasherDefault<Hashed>>;
+type Memory = moka::sync::Cache<Key, CacheEntry, BuildHasherDefault<PrehashedHasher>>;
 
-/// The hasher of keys that are hashes, under a key of this process, already.
+/// A hasher that uses a cache key's first bytes as they are. The keys are keyed hashes already.
 #[derive(Default)]
-struct Hashed(u64);
+struct PrehashedHasher(u64);
 
-impl Hasher for Hashed {
+impl Hasher for PrehashedHasher {
     fn write(&mut self, bytes: &[u8]) {
         for (at, byte) in bytes.iter().take(8).enumerate() {
             self.0 ^= u64::from(*byte) << (8 * at);
         }
     }
 
-    /// The length of a key, which is always the same.
+    /// Ignores the length prefix: all keys have the same length.
     fn write_usize(&mut self, _: usize) {}
 
     fn finish(&self) -> u64 {
@@ -161,78 +162,78 @@ impl Hasher for Hashed {
     }
 }
 
-/// How it went with those who looked for an observation.
+/// Counts of lookups, by result.
 #[derive(Debug, Default)]
 struct Lookups {
-    /// It was there, young enough.
+    /// A fresh observation was cached.
     hit: Counter,
-    /// A probe was begun for it.
+    /// The lookup started a probe.
     fill: Counter,
-    /// A probe was under way for somebody else.
+    /// The lookup waited for a probe that another call had started.
     wait: Counter,
-    /// The breaker's verdict was taken.
+    /// The circuit breaker was open, and its verdict was used.
     breaker: Counter,
-    /// Too many new credentials.
+    /// The limit of new credentials was reached.
     new_keys: Counter,
-    /// Too many probes under way, over all providers.
+    /// The limit of probes in flight was reached.
     full: Counter,
 }
 
-/// What is remembered under a key.
+/// What the cache holds under one key.
 #[derive(Debug, Clone, Default)]
-struct Remembered {
-    latest: Option<Arc<Timed>>,
-    /// The same one, as long as nothing else was seen since.
-    valid: Option<Arc<Timed>>,
+struct CacheEntry {
+    latest: Option<Arc<TimedFinding>>,
+    /// The last VALID. It is removed when the credential is refused.
+    valid: Option<Arc<TimedFinding>>,
     refused_at: Option<Instant>,
-    /// There is more under the keys of single models.
+    /// There are further entries, for this credential with one model.
     per_model: bool,
 }
 
-/// A finding and when it was made.
+/// A finding, and when it was made.
 #[derive(Debug)]
-struct Timed {
+struct TimedFinding {
     finding: Arc<Finding>,
     at: Instant,
     wall: SystemTime,
     fresh_for: Duration,
-    /// Another replica has made it.
+    /// Another replica made it.
     shared: bool,
 }
 
-/// The shared tier, and which of its observations this replica remembers.
-struct Sharing {
+/// The shared tier, and the cache key for each of its ids that this replica has used.
+struct TierLink {
     tier: Arc<Tier>,
-    remembered: moka::sync::Cache<Id, Key, BuildHasherDefault<Hashed>>,
+    key_of: moka::sync::Cache<Id, Key, BuildHasherDefault<PrehashedHasher>>,
 }
 
-/// What a flight found, and the key that it stands under.
+/// The result of a flight, and the key that it is stored under.
 #[derive(Debug, Clone)]
 struct Fetched {
-    timed: Arc<Timed>,
+    timed: Arc<TimedFinding>,
     key: Key,
 }
 
 // === impl Cache ===
 
 impl Cache {
-    /// Remembers what `prober` finds.
+    /// Caches what `prober` finds.
     pub fn new(prober: Arc<dyn Prober>, settings: CacheSettings) -> Self {
         let CacheSettings { ages, breaker, new_keys } = settings;
         let hash_keys = rand::rng().random();
         let evicted = Arc::new(Counter::new());
-        let evicting = Arc::clone(&evicted);
+        let eviction_count = Arc::clone(&evicted);
         Self {
             prober,
-            // LRU: the default policy may refuse a new entry under pressure, and a key that is never stored is probed forever.
+            // LRU: under pressure, moka's default policy may refuse a new entry. A key that is never stored would be probed by every call.
             memory: moka::sync::Cache::builder()
                 .max_capacity(MAX_ENTRIES)
                 .eviction_policy(moka::policy::EvictionPolicy::lru())
                 .time_to_live(ages.hard_maximum)
-                // For want of room: whatever ends by its age was of no use any more.
+                // Only evictions for want of room count. An entry that expired was of no use any more.
                 .eviction_listener(move |_, _, cause| {
                     if cause == RemovalCause::Size {
-                        evicting.inc();
+                        eviction_count.inc();
                     }
                 })
                 .build_with_hasher(BuildHasherDefault::default()),
@@ -243,44 +244,44 @@ impl Cache {
             ages,
             lookups: Lookups::default(),
             evicted,
-            sharing: None,
+            tier_link: None,
             hash_keys,
         }
     }
 
-    /// The same, with what other replicas have found.
+    /// Shares observations with other replicas over this tier.
     #[must_use]
-    pub fn sharing(self, tier: Option<Arc<Tier>>) -> Self {
-        let sharing = tier.map(|tier| {
-            let remembered = moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(self.ages.hard_maximum);
-            Arc::new(Sharing { tier, remembered: remembered.build_with_hasher(BuildHasherDefault::default()) })
+    pub fn with_tier(self, tier: Option<Arc<Tier>>) -> Self {
+        let tier_link = tier.map(|tier| {
+            let key_of = moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(self.ages.hard_maximum);
+            Arc::new(TierLink { tier, key_of: key_of.build_with_hasher(BuildHasherDefault::default()) })
         });
-        Self { sharing, ..self }
+        Self { tier_link, ..self }
     }
 
-    /// Forgets what other replicas have seen refused, for ever; nothing where nothing is shared.
-    pub fn listen(&self) -> Option<Boxed<'static, ()>> {
-        let sharing = Arc::clone(self.sharing.as_ref()?);
-        let (tier, memory) = (Arc::clone(&sharing.tier), self.memory.clone());
+    /// A task that runs for ever and forgets each observation that another replica saw refused. `None` without a shared tier.
+    pub fn refusal_listener(&self) -> Option<Boxed<'static, ()>> {
+        let tier_link = Arc::clone(self.tier_link.as_ref()?);
+        let (tier, memory) = (Arc::clone(&tier_link.tier), self.memory.clone());
         Some(Box::pin(tier.listen(move |id| {
-            if let Some(key) = sharing.remembered.get(&id) {
+            if let Some(key) = tier_link.key_of.get(&id) {
                 forget_refused(&memory, key, Instant::now());
             }
         })))
     }
 
-    /// `part` is told what part the call had in a flight, if there was one.
+    /// Writes to `role` which role the call had in a flight, if there was one.
     async fn observe(
         &self,
         query: LivenessQuery<'_>,
         max_age: Option<Duration>,
         deadline: Instant,
-        part: &mut Option<Part>,
+        role: &mut Option<FlightRole>,
     ) -> Observed {
         let keys = self.keys(&query);
-        // A flight for another model may land without an answer that holds for this one; then this one flies next.
+        // A flight for another model may end without an answer that is valid for this model. The loop then starts a flight for this one.
         loop {
-            if let Some(observed) = self.remembered(&keys, max_age) {
+            if let Some(observed) = self.fresh_entry(&keys, max_age) {
                 return observed;
             }
             let mut first = false;
@@ -290,18 +291,18 @@ impl Cache {
             };
             let joined = self.flights.join(query.endpoint.identity, keys.first, launch);
             self.lookups.of(&joined, first).inc();
-            *part = matches!(joined, Join::InFlight(_)).then_some(if first { Part::Fill } else { Part::Wait });
+            *role = matches!(joined, Join::InFlight(_)).then_some(if first { FlightRole::Fill } else { FlightRole::Wait });
             match joined {
                 Join::Known(Fetched { timed, .. }) => {
                     return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
                 }
-                Join::Rejected(Rejected::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
+                Join::Rejected(Rejected::Open(opened)) => return self.breaker_verdict(&keys, &opened, max_age),
                 Join::Rejected(Rejected::NewKeys(wait)) => {
-                    return self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
+                    return self.without_answer(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
                 }
                 Join::Full => {
                     let wait = self.prober.turn(&query.endpoint.provider, keys.first).max(self.ages.unanswered);
-                    return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
+                    return self.without_answer(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                 }
                 Join::InFlight(flight) => match wait(flight, deadline).await {
                     FlightEnd::Completed(Fetched { timed, key })
@@ -312,35 +313,35 @@ impl Cache {
                     }
                     FlightEnd::Completed(_) => {}
                     FlightEnd::TimedOut { started: true, .. } => {
-                        return self.unasked(&keys, Finding::bare(Verdict::Timeout), max_age, self.ages.unanswered);
+                        return self.without_answer(&keys, Finding::bare(Verdict::Timeout), max_age, self.ages.unanswered);
                     }
-                    // It still waited for its turn: that is our doing, not the provider's. It goes on waiting, and will be answered, if it
-                    // was not expected to be by now: then it may wait in vain.
+                    // The probe was still queued: the cause is this service and not the provider. It stays queued. If its answer was expected
+                    // later, that time is the wait. If it was expected by now, the estimate was wrong, and the queue is asked again.
                     FlightEnd::TimedOut { started: false, answer_at } => {
                         let now = Instant::now();
                         let wait = match answer_at {
                             Some(at) if at > now => at - now,
                             _ => self.prober.turn(&query.endpoint.provider, keys.first),
                         };
-                        return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
+                        return self.without_answer(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                     }
                     FlightEnd::Lost => {
-                        return self.unasked(&keys, Finding::withheld(Withheld::Fault), max_age, self.ages.unanswered);
+                        return self.without_answer(&keys, Finding::withheld(Withheld::Fault), max_age, self.ages.unanswered);
                     }
                 },
             }
         }
     }
 
-    /// What is remembered, if it is young enough.
-    fn remembered(&self, keys: &Keys<'_>, max_age: Option<Duration>) -> Option<Observed> {
+    /// The cached observation, if it is fresh enough.
+    fn fresh_entry(&self, keys: &Keys<'_>, max_age: Option<Duration>) -> Option<Observed> {
         let (known, now) = (self.known(keys), Instant::now());
         let timed = self.ages.fresh(&known, max_age, now)?;
         self.lookups.hit.inc();
         Some(self.served(&known, timed, ServedFrom::Cache, max_age, now))
     }
 
-    /// What the first caller of a key does: it takes what is there by now, is barred, or asks.
+    /// Decides what the first caller of a key does: use an observation that is cached by now, be rejected, or probe.
     fn launch(
         &self,
         query: &LivenessQuery<'_>,
@@ -353,8 +354,8 @@ impl Cache {
         if let Some(timed) = self.ages.fresh(&known, max_age, now) {
             return Start::Known(Fetched { timed: timed.clone(), key: keys.first });
         }
-        // Before the breaker: what meets an open one is a new key as well.
-        let is_new = known.is_nothing();
+        // Checked before the breaker: a key that finds the breaker open is a new key as well.
+        let is_new = known.is_empty();
         if is_new && let Err(wait) = self.new_keys.count(keys.first, query.caller, query.organization) {
             return Start::Rejected(Rejected::NewKeys(wait));
         }
@@ -364,25 +365,25 @@ impl Cache {
             }
             return Start::Rejected(Rejected::Open(opened));
         }
-        // Whoever launches it is its parent in a trace; the others' traces show that they waited.
-        let seeking = self.sharing.as_ref().map(|sharing| self.seeking(sharing, query, keys, max_age, deadline));
-        Start::Run(self.fill(query, keys, started, seeking).instrument(traces::probe(query.endpoint)))
+        // In a trace, the call that starts the flight is the parent of its span. The traces of the other calls show that they waited.
+        let tier_lookup = self.tier_link.as_ref().map(|tier_link| self.tier_lookup(tier_link, query, keys, max_age, deadline));
+        Start::Run(self.fill(query, keys, started, tier_lookup).instrument(traces::probe_span(query.endpoint)))
     }
 
-    /// What a flight needs to look into the shared tier first.
-    fn seeking(
+    /// Collects what a flight needs for its lookup in the shared tier.
+    fn tier_lookup(
         &self,
-        sharing: &Arc<Sharing>,
+        tier_link: &Arc<TierLink>,
         query: &LivenessQuery<'_>,
         keys: &Keys<'_>,
         max_age: Option<Duration>,
         deadline: Instant,
-    ) -> Seeking {
-        // Another replica's answer is waited for as long as there is time for a probe of our own behind it, or half of what there is.
+    ) -> TierLookup {
+        // The flight waits for another replica's answer as long as time for a probe of its own remains, and at least half of the time left.
         let left = deadline.saturating_duration_since(Instant::now());
-        let until = deadline - query.endpoint.budget.unwrap_or(USUAL_BUDGET).min(left / 2);
-        Seeking {
-            sharing: Arc::clone(sharing),
+        let until = deadline - query.endpoint.budget.unwrap_or(DEFAULT_PROBE_BUDGET).min(left / 2);
+        TierLookup {
+            tier_link: Arc::clone(tier_link),
             memory: self.memory.clone(),
             ages: self.ages,
             first: keys.first,
@@ -394,13 +395,13 @@ impl Cache {
         }
     }
 
-    /// Asks, and stores what was found: the work of a flight. Where replicas share what they find, it looks there first.
+    /// The work of a flight: probes and stores the finding. With a shared tier, it looks there first.
     fn fill(
         &self,
         query: &LivenessQuery<'_>,
         keys: &Keys<'_>,
         started: ProbeStarted,
-        seeking: Option<Seeking>,
+        tier_lookup: Option<TierLookup>,
     ) -> impl Future<Output = Fetched> + Send + use<> {
         let target = Arc::new(Target::of(query.endpoint, query.model).preferring(query.preference));
         let request = ProbeRequest { target, secret: Arc::clone(&query.secret), credential: keys.first, started };
@@ -409,10 +410,10 @@ impl Cache {
         let (first, second) = (keys.first, self.second(keys));
         let reporter = (self.source(query, keys), query.secret.expose().len() > USUAL_KEY_BYTES);
         async move {
-            let mut probe = Unreported { breakers: &breakers, provider: target.endpoint.identity, reported: false };
+            let mut probe = BreakerReport { breakers: &breakers, provider: target.endpoint.identity, reported: false };
             let mut lease = None;
-            if let Some(seeking) = seeking {
-                match seeking.seek(&request).await {
+            if let Some(tier_lookup) = tier_lookup {
+                match tier_lookup.run(&request).await {
                     Sought::Known(fetched) => return fetched,
                     Sought::Ask(granted) => lease = granted,
                 }
@@ -421,13 +422,13 @@ impl Cache {
                 Some(lease) => lease.held(prober.probe(request)).await,
                 None => prober.probe(request).await,
             };
-            traces::found(&finding);
+            traces::record_finding(&finding);
             let key = second.filter(|_| finding.about_model).unwrap_or(first);
             let age = ages.fresh_for(&finding);
-            // What the provider asked for is kept to the second.
+            // A Retry-After of the provider is kept exactly, without jitter.
             let fresh_for = if finding.retry_after.is_some() { age } else { ages.jittered(age) };
             let (finding, at, wall) = (intern_valid(finding, &last_valid), Instant::now(), SystemTime::now());
-            let fetched = Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for, shared: false }), key };
+            let fetched = Fetched { timed: Arc::new(TimedFinding { finding, at, wall, fresh_for, shared: false }), key };
             remember(&memory, first, &fetched);
             breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &fetched.timed.finding, at);
             probe.reported = true;
@@ -439,7 +440,7 @@ impl Cache {
         }
     }
 
-    /// Whose call it is, as the breaker tells them apart.
+    /// The source of the call, as the circuit breaker distinguishes them: the organization, or else the credential.
     fn source(&self, query: &LivenessQuery<'_>, keys: &Keys<'_>) -> Source {
         if query.organization.is_empty() {
             return keys.first;
@@ -448,17 +449,17 @@ impl Cache {
         *blake3::keyed_hash(of_credential, query.organization.as_bytes()).as_bytes()
     }
 
-    /// What is remembered under these keys. Hardly any ladder comes to a probe that names the model, and where one did, the first
-    /// entry says so: one look is enough for nearly all.
-    fn known(&self, keys: &Keys<'_>) -> Known {
+    /// Reads the entries under these keys. Few probes name the model, and the first entry says whether one did. So one read is enough for
+    /// nearly all calls.
+    fn known(&self, keys: &Keys<'_>) -> CachedEntries {
         let first = self.memory.get(&keys.first);
         let has_more = first.as_ref().is_some_and(|entry| entry.per_model);
         let second = if has_more { self.second(keys).and_then(|key| self.memory.get(&key)) } else { None };
-        Known { first, second }
+        CachedEntries { first, second }
     }
 
-    /// The newest VALID that a PROVISION may still rest on: within the hard maximum and the caller's age, not refused since.
-    fn earlier_valid(&self, known: &Known, max_age: Option<Duration>, now: Instant) -> Option<EarlierValid> {
+    /// The newest VALID that a PROVISION may still use: within the hard maximum and the caller's maximum age, and not refused since.
+    fn earlier_valid(&self, known: &CachedEntries, max_age: Option<Duration>, now: Instant) -> Option<EarlierValid> {
         let refused_at = known.entries().filter_map(|entry| entry.refused_at).max();
         let valid = known.entries().filter_map(|entry| entry.valid.as_ref()).max_by_key(|timed| timed.at)?;
         let age = now - valid.at;
@@ -467,7 +468,14 @@ impl Cache {
         counts.then(|| EarlierValid { finding: Arc::clone(&valid.finding), observed_at: valid.wall, age })
     }
 
-    fn served(&self, known: &Known, timed: &Timed, served_from: ServedFrom, max_age: Option<Duration>, now: Instant) -> Observed {
+    fn served(
+        &self,
+        known: &CachedEntries,
+        timed: &TimedFinding,
+        served_from: ServedFrom,
+        max_age: Option<Duration>,
+        now: Instant,
+    ) -> Observed {
         let age = now - timed.at;
         Observed {
             finding: Arc::clone(&timed.finding),
@@ -475,14 +483,14 @@ impl Cache {
             age,
             served_from,
             shared: timed.shared,
-            // Asking again sooner would only be served from here.
+            // A call before that time would only get this entry again.
             retry_after: timed.fresh_for.saturating_sub(age).max(self.ages.floor),
             earlier_valid: if timed.finding.verdict == Verdict::Valid { None } else { self.earlier_valid(known, max_age, now) },
         }
     }
 
-    /// The verdict that opened the breaker.
-    fn by_the_breaker(&self, keys: &Keys<'_>, opened: &Opened, max_age: Option<Duration>) -> Observed {
+    /// An observation with the verdict that opened the circuit breaker.
+    fn breaker_verdict(&self, keys: &Keys<'_>, opened: &Opened, max_age: Option<Duration>) -> Observed {
         Observed {
             finding: Arc::clone(&opened.finding),
             observed_at: opened.wall,
@@ -494,8 +502,8 @@ impl Cache {
         }
     }
 
-    /// A verdict of ours about not having an answer, which may be there after this wait. It is never remembered and replaces nothing.
-    fn unasked(&self, keys: &Keys<'_>, finding: Finding, max_age: Option<Duration>, wait: Duration) -> Observed {
+    /// An observation for a call that got no answer. `wait` is when an answer may exist. It is never cached.
+    fn without_answer(&self, keys: &Keys<'_>, finding: Finding, max_age: Option<Duration>, wait: Duration) -> Observed {
         Observed {
             finding: Arc::new(finding),
             observed_at: SystemTime::now(),
@@ -511,7 +519,7 @@ impl Cache {
         let LivenessQuery { endpoint, ref secret, model, preference, .. } = *query;
         let [of_credential, of_model] = &self.hash_keys;
         let client = client_of(preference);
-        // The one hash that reads the secret.
+        // No other hash reads the secret.
         let credential = with_stack_wiped(|| hash(of_credential, &[&endpoint.identity, &client, secret.expose().as_bytes()]));
         if endpoint.names_model {
             Keys { first: hash(of_model, &[&credential, model.as_bytes()]), model: None }
@@ -520,19 +528,19 @@ impl Cache {
         }
     }
 
-    /// Under which key a finding about the model alone stands, if that is another one.
+    /// The key of a finding that is about one model, if it differs from the first key.
     fn second(&self, keys: &Keys<'_>) -> Option<Key> {
         let [_, of_model] = &self.hash_keys;
         keys.model.map(|model| hash(of_model, &[&keys.first, model.as_bytes()]))
     }
 }
 
-/// Another client may get another verdict.
+/// Encodes the client for the cache key: a provider may answer another client differently.
 fn client_of(Preference { family, surface }: Preference) -> [u8; 2] {
     [family.map_or(0, |family| family as u8 + 1), surface.map_or(0, |surface| surface as u8 + 1)]
 }
 
-/// A key made of parts, of which all but the last are always of one length.
+/// Hashes the parts to a key. All parts but the last have a fixed length, so no separator is needed.
 fn hash(hash_key: &[u8; 32], parts: &[&[u8]]) -> Key {
     let mut hasher = blake3::Hasher::new_keyed(hash_key);
     for part in parts {
@@ -543,10 +551,10 @@ fn hash(hash_key: &[u8; 32], parts: &[&[u8]]) -> Key {
 
 impl LivenessSource for Cache {
     fn recall(&self, query: &LivenessQuery<'_>, max_age: Option<Duration>) -> Option<Observed> {
-        let observed = self.remembered(&self.keys(query), max_age)?;
+        let observed = self.fresh_entry(&self.keys(query), max_age)?;
         if traces::is_traced() {
-            // A trace shows the look as a step of its own.
-            traces::observed(&traces::cache(), &observed, None);
+            // A trace shows the cache lookup as a span of its own.
+            traces::record_observation(&traces::cache_span(), &observed, None);
         }
         Some(observed)
     }
@@ -556,15 +564,15 @@ impl LivenessSource for Cache {
     }
 
     fn observe<'a>(&'a self, query: LivenessQuery<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed> {
-        let span = traces::cache();
+        let span = traces::cache_span();
         if span.is_none() {
             return Box::pin(async move { self.observe(query, max_age, deadline, &mut None).await });
         }
-        let told = span.clone();
+        let cache_span = span.clone();
         let observing = async move {
-            let mut part = None;
-            let observed = self.observe(query, max_age, deadline, &mut part).await;
-            traces::observed(&told, &observed, part);
+            let mut role = None;
+            let observed = self.observe(query, max_age, deadline, &mut role).await;
+            traces::record_observation(&cache_span, &observed, role);
             observed
         };
         Box::pin(observing.instrument(span))
@@ -573,7 +581,7 @@ impl LivenessSource for Cache {
 
 impl Collect for Cache {
     fn collect(&self, page: &mut Page) {
-        // What moka has put off: its numbers are of what it has settled.
+        // moka defers its bookkeeping. This brings its entry count up to date.
         self.memory.run_pending_tasks();
         let Lookups { hit, fill, wait, breaker, new_keys, full } = &self.lookups;
         let mut lookups = page.counter("byokgate_cache_lookups", "Looks for an observation of a credential, by what came of it");
@@ -588,11 +596,12 @@ impl Collect for Cache {
             .add(&[], self.flights.lost());
         self.breakers.collect(page);
         self.new_keys.collect(page);
-        self.sharing.iter().for_each(|sharing| sharing.tier.collect(page));
+        self.tier_link.iter().for_each(|tier_link| tier_link.tier.collect(page));
     }
 }
 
-/// A VALID that is as the last one is kept once for all keys: nearly all are, and each would take a fifth of its key's memory.
+/// Returns the last VALID finding if this one equals it, so that all keys share one copy. Nearly all VALID findings are equal, and a copy
+/// would take a fifth of an entry's memory.
 fn intern_valid(finding: Finding, last_valid: &ArcSwap<Finding>) -> Arc<Finding> {
     let known = last_valid.load_full();
     if *known == finding {
@@ -605,14 +614,15 @@ fn intern_valid(finding: Finding, last_valid: &ArcSwap<Finding>) -> Arc<Finding>
     finding
 }
 
-/// A probe that the breaker has not heard of: one that ends in a panic says nothing of the provider, and holds up no other.
-struct Unreported<'b> {
+/// Tells the breaker when a probe ends without a report, as after a panic. Such a probe says nothing about the provider, and must not block
+/// the next trial.
+struct BreakerReport<'b> {
     breakers: &'b Breakers,
     provider: [u8; 32],
     reported: bool,
 }
 
-impl Drop for Unreported<'_> {
+impl Drop for BreakerReport<'_> {
     fn drop(&mut self) {
         if !self.reported {
             self.breakers.abandon(&self.provider, Instant::now());
@@ -620,8 +630,8 @@ impl Drop for Unreported<'_> {
     }
 }
 
-/// Stores an observation, and marks the first entry if that is another. Only the flight of the first key writes under it and what
-/// it leads to, so reading and writing back is no race.
+/// Stores an observation. If its key is not the first one, the first entry is marked. Only the flight of the first key writes these entries,
+/// so reading one and writing it back is not a race.
 fn remember(memory: &Memory, first: Key, fetched: &Fetched) {
     let Fetched { timed, key } = fetched;
     let mut entry = memory.get(key).unwrap_or_default();
@@ -631,7 +641,7 @@ fn remember(memory: &Memory, first: Key, fetched: &Fetched) {
             entry.valid = None;
             entry.refused_at = Some(timed.at);
         }
-        // Not ours to remember: nothing was asked.
+        // Not an observation: nothing was sent.
         Verdict::NotAttempted => return,
         Verdict::QuotaExhausted
         | Verdict::RateLimited
@@ -647,15 +657,15 @@ fn remember(memory: &Memory, first: Key, fetched: &Fetched) {
     memory.insert(*key, entry);
     if *key != first {
         let entry = memory.get(&first).unwrap_or_default();
-        memory.insert(first, Remembered { per_model: true, ..entry });
+        memory.insert(first, CacheEntry { per_model: true, ..entry });
     }
 }
 
-// === what replicas share ===
+// === the shared tier ===
 
-/// A flight's look into the shared tier.
-struct Seeking {
-    sharing: Arc<Sharing>,
+/// A flight's lookup in the shared tier.
+struct TierLookup {
+    tier_link: Arc<TierLink>,
     memory: Memory,
     ages: Ages,
     first: Key,
@@ -666,25 +676,25 @@ struct Seeking {
     until: Instant,
 }
 
-// === impl Seeking ===
+// === impl TierLookup ===
 
-impl Seeking {
-    async fn seek(self, request: &ProbeRequest) -> Sought<Fetched> {
-        let Self { sharing, memory, ages, first, second, client, model, max_age, until } = self;
+impl TierLookup {
+    async fn run(self, request: &ProbeRequest) -> Sought<Fetched> {
+        let Self { tier_link, memory, ages, first, second, client, model, max_age, until } = self;
         let endpoint = &request.target.endpoint;
         let model = if second.is_some() { Model::Sometimes(&model) } else { Model::Always(&model) };
-        let seat = sharing.tier.seat(&Whose { endpoint: &endpoint.identity, client, value: request.secret.expose(), model });
+        let seat = tier_link.tier.seat(&Whose { endpoint: &endpoint.identity, client, value: request.secret.expose(), model });
         for (id, of_model) in seat.ids() {
-            sharing.remembered.insert(id, second.filter(|_| of_model).unwrap_or(first));
+            tier_link.key_of.insert(id, second.filter(|_| of_model).unwrap_or(first));
         }
         let take = |found: Vec<Shared>| {
             for shared in found {
                 let key = second.filter(|_| shared.about_model).unwrap_or(first);
-                absorb(&memory, (first, key), shared, &ages);
+                merge_shared(&memory, (first, key), shared, &ages);
             }
-            let known = Known { first: memory.get(&first), second: second.and_then(|key| memory.get(&key)) };
+            let known = CachedEntries { first: memory.get(&first), second: second.and_then(|key| memory.get(&key)) };
             let timed = ages.fresh(&known, max_age, Instant::now())?;
-            let is_here = |entry: &Remembered| entry.latest.as_ref().is_some_and(|latest| Arc::ptr_eq(latest, timed));
+            let is_here = |entry: &CacheEntry| entry.latest.as_ref().is_some_and(|latest| Arc::ptr_eq(latest, timed));
             let key = second.filter(|_| known.second.as_ref().is_some_and(is_here)).unwrap_or(first);
             Some(Fetched { timed: Arc::clone(timed), key })
         };
@@ -692,8 +702,8 @@ impl Seeking {
     }
 }
 
-/// Remembers another replica's observation, where it is news: what is known already is newer, or it was refused since.
-fn absorb(memory: &Memory, (first, key): (Key, Key), shared: Shared, ages: &Ages) {
+/// Stores another replica's observation. It is dropped if the local entry is newer, or if the credential was refused since.
+fn merge_shared(memory: &Memory, (first, key): (Key, Key), shared: Shared, ages: &Ages) {
     let Shared { finding, at, wall, fresh_for, earlier_valid, refused_at, about_model: _ } = shared;
     let mut entry = memory.get(&key).unwrap_or_default();
     if entry.latest.as_ref().is_some_and(|latest| latest.at >= at) {
@@ -703,9 +713,10 @@ fn absorb(memory: &Memory, (first, key): (Key, Key), shared: Shared, ages: &Ages
     if finding.verdict == Verdict::Valid && entry.refused_at.is_some_and(|refused_at| refused_at >= at) {
         return;
     }
-    let timed =
-        |finding: Finding, at, wall, fresh_for| Arc::new(Timed { finding: Arc::new(finding), at, wall, fresh_for, shared: true });
-    // No longer than this replica's own settings have it.
+    let timed = |finding: Finding, at, wall, fresh_for| {
+        Arc::new(TimedFinding { finding: Arc::new(finding), at, wall, fresh_for, shared: true })
+    };
+    // Not longer than this replica's own settings allow.
     let fresh_for = fresh_for.min(ages.fresh_for(&finding));
     let latest = timed(finding, at, wall, fresh_for);
     let valid = if latest.finding.verdict == Verdict::Valid {
@@ -719,21 +730,22 @@ fn absorb(memory: &Memory, (first, key): (Key, Key), shared: Shared, ages: &Ages
     memory.insert(key, entry);
     if key != first {
         let entry = memory.get(&first).unwrap_or_default();
-        memory.insert(first, Remembered { per_model: true, ..entry });
+        memory.insert(first, CacheEntry { per_model: true, ..entry });
     }
 }
 
-/// What another replica has just seen refused is looked up again. Nothing may be known of it yet: an older VALID can still be on its way here.
+/// Clears an entry that another replica just saw refused, so that the next call looks it up again. The time of the refusal is stored even
+/// without an entry: an older VALID may still be on its way here.
 fn forget_refused(memory: &Memory, key: Key, now: Instant) {
     let entry = memory.get(&key).unwrap_or_default();
     let is_refused =
         entry.latest.as_ref().is_some_and(|latest| matches!(latest.finding.verdict, Verdict::Invalid | Verdict::Forbidden));
     if !is_refused {
-        memory.insert(key, Remembered { latest: None, valid: None, refused_at: Some(now), ..entry });
+        memory.insert(key, CacheEntry { latest: None, valid: None, refused_at: Some(now), ..entry });
     }
 }
 
-/// What is remembered with this observation, as the tier has it.
+/// The entry with this observation, in the form that the tier stores.
 fn to_record(memory: &Memory, Fetched { timed, key }: &Fetched, lease: &Lease) -> Option<Record> {
     let entry = memory.get(key)?;
     let is_valid = timed.finding.verdict == Verdict::Valid;
@@ -762,50 +774,50 @@ impl Lookups {
     }
 }
 
-/// Why a first caller does not ask.
+/// Why a first caller may not probe.
 #[derive(Debug)]
 enum Rejected {
-    /// The provider's breaker is open.
+    /// The provider's circuit breaker is open.
     Open(Opened),
-    /// Too many new credentials; another may come after this time.
+    /// The limit of new credentials is reached. The next one may come after this time.
     NewKeys(Duration),
 }
 
-/// Under which keys an observation may stand.
+/// The keys that an observation may be stored under.
 #[derive(Debug, Clone, Copy)]
 struct Keys<'a> {
-    /// Of the credential with any model; with its model, where every probe names that. One probe at a time per this key.
+    /// The credential with any model, or with its model if every probe names it. One probe at a time runs per this key.
     first: Key,
-    /// The model, where only some probes name it: what they find stands under a second key.
+    /// The model, if only some probes name it. Their findings are stored under a second key.
     model: Option<&'a str>,
 }
 
-/// What is remembered under both keys.
+/// The entries under both keys.
 #[derive(Debug)]
-struct Known {
-    first: Option<Remembered>,
-    second: Option<Remembered>,
+struct CachedEntries {
+    first: Option<CacheEntry>,
+    second: Option<CacheEntry>,
 }
 
-// === impl Known ===
+// === impl CachedEntries ===
 
-impl Known {
-    fn entries(&self) -> impl Iterator<Item = &Remembered> {
+impl CachedEntries {
+    fn entries(&self) -> impl Iterator<Item = &CacheEntry> {
         self.first.iter().chain(&self.second)
     }
 
-    fn is_nothing(&self) -> bool {
+    fn is_empty(&self) -> bool {
         self.entries().all(|entry| entry.latest.is_none() && entry.refused_at.is_none())
     }
 }
 
 // === impl Ages ===
 
-/// An age of nothing would have every decision ask its provider.
+/// With an age of zero, every decision would probe.
 const MIN_AGE: Duration = Duration::from_secs(1);
 
 impl Ages {
-    /// What is wrong with them.
+    /// Reports every age that is out of bounds.
     pub fn review(&self, review: &mut Review<'_>) {
         for (key, age) in [
             ("valid", self.valid),
@@ -830,25 +842,25 @@ impl Ages {
         }
     }
 
-    /// The newest observation, if it is young enough.
-    fn fresh<'k>(&self, known: &'k Known, max_age: Option<Duration>, now: Instant) -> Option<&'k Arc<Timed>> {
+    /// The newest observation, if it is fresh enough.
+    fn fresh<'k>(&self, known: &'k CachedEntries, max_age: Option<Duration>, now: Instant) -> Option<&'k Arc<TimedFinding>> {
         let latest = known.entries().filter_map(|entry| entry.latest.as_ref()).max_by_key(|timed| timed.at)?;
         self.is_fresh(latest, max_age, now).then_some(latest)
     }
 
-    fn is_fresh(&self, timed: &Timed, max_age: Option<Duration>, now: Instant) -> bool {
+    fn is_fresh(&self, timed: &TimedFinding, max_age: Option<Duration>, now: Instant) -> bool {
         let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.floor_of(&timed.finding)));
         now - timed.at < timed.fresh_for.min(wanted)
     }
 
-    /// Whether it answers those who waited for it: another replica's may be older than this caller wants.
-    fn serves(&self, timed: &Timed, max_age: Option<Duration>) -> bool {
+    /// Whether a flight's result answers a caller that waited. Another replica's observation may be older than this caller allows.
+    fn serves(&self, timed: &TimedFinding, max_age: Option<Duration>) -> bool {
         !timed.shared || self.is_fresh(timed, max_age, Instant::now())
     }
 
     fn fresh_for(&self, finding: &Finding) -> Duration {
         match finding.verdict {
-            // An endpoint that cannot tell is asked as rarely as one that said yes.
+            // An endpoint whose "yes" proves nothing is probed as rarely as one whose "yes" counts.
             Verdict::Valid | Verdict::NotCalibrated if finding.cost_money => self.valid_paid,
             Verdict::Valid | Verdict::NotCalibrated => self.valid,
             Verdict::Invalid | Verdict::Forbidden => self.refused,
@@ -857,7 +869,7 @@ impl Ages {
                 finding.retry_after.map_or(self.inconclusive, |wanted| wanted.clamp(self.rate_limited_min, self.rate_limited_max))
             }
             Verdict::ProviderError | Verdict::UnexpectedResponse | Verdict::QuotaExhausted => self.inconclusive,
-            // Whoever did not ask says when it will.
+            // The limiter that withheld the probe also says when it will allow one.
             Verdict::NotAttempted => finding.retry_after.unwrap_or(self.unanswered),
             Verdict::NoServerSurface | Verdict::ProbeDisabled => Duration::ZERO,
         }
@@ -877,16 +889,16 @@ impl Ages {
 mod tests {
     use super::*;
 
-    struct Nobody;
+    struct PendingProber;
 
-    impl Prober for Nobody {
+    impl Prober for PendingProber {
         fn probe(&self, _: ProbeRequest) -> Boxed<'static, Finding> {
             Box::pin(std::future::pending())
         }
     }
 
     #[test]
-    fn a_usual_finding_is_kept_once() {
+    fn equal_valid_findings_share_one_copy() {
         let last_valid = ArcSwap::from_pointee(Finding::bare(Verdict::Valid));
         let valid = || Finding { status: Some(200), ..Finding::bare(Verdict::Valid) };
         let (first, refused) = (intern_valid(valid(), &last_valid), intern_valid(Finding::bare(Verdict::Invalid), &last_valid));
@@ -896,7 +908,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_refusal_that_is_heard_of_first_holds_against_an_older_valid() {
+    async fn a_refusal_that_arrives_first_wins_over_an_older_valid() {
         let memory: Memory = moka::sync::Cache::builder().max_capacity(9).build_with_hasher(BuildHasherDefault::default());
         let (key, ages) = ([7; 32], Ages::default());
         let valid = |at| Shared {
@@ -910,18 +922,18 @@ mod tests {
         };
         let began = Instant::now();
         tokio::time::advance(Duration::from_secs(1)).await;
-        // The store's answer, given before the refusal was stored, comes after the message about that.
+        // The store answered before the refusal was stored, and its answer arrives after the message about the refusal.
         forget_refused(&memory, key, Instant::now());
-        absorb(&memory, (key, key), valid(began), &ages);
+        merge_shared(&memory, (key, key), valid(began), &ages);
         assert!(memory.get(&key).is_none_or(|entry| entry.latest.is_none() && entry.valid.is_none()));
         tokio::time::advance(Duration::from_secs(1)).await;
-        absorb(&memory, (key, key), valid(Instant::now()), &ages);
+        merge_shared(&memory, (key, key), valid(Instant::now()), &ages);
         assert!(memory.get(&key).is_some_and(|entry| entry.latest.is_some() && entry.valid.is_some()), "a newer one counts");
     }
 
     #[tokio::test]
-    async fn what_makes_room_is_counted() {
-        let cache = Cache::new(Arc::new(Nobody), CacheSettings::default());
+    async fn evictions_are_counted() {
+        let cache = Cache::new(Arc::new(PendingProber), CacheSettings::default());
         for index in 0..MAX_ENTRIES + 3 {
             let mut key = [0; 32];
             key[..8].copy_from_slice(&index.to_le_bytes());
@@ -930,7 +942,7 @@ mod tests {
             remember(
                 &cache.memory,
                 key,
-                &Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for, shared: false }), key },
+                &Fetched { timed: Arc::new(TimedFinding { finding, at, wall, fresh_for, shared: false }), key },
             );
         }
         let mut page = Page::about(std::iter::empty());

@@ -1,11 +1,11 @@
-//! Tokio's clock for the library that limits rates, so that tests can move it.
+//! Tokio's clock for governor, the rate limiter, so that tests can move time.
 
 use std::time::Duration;
 
 use governor::clock::Clock;
 use tokio::time::Instant;
 
-/// Tokio's clock, so that tests can move it.
+/// Measures from the time it was made.
 #[derive(Debug, Clone)]
 pub(crate) struct TokioClock(Instant);
 

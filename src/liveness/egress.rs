@@ -1,5 +1,5 @@
-//! Which addresses may be dialled, straight or through a forward proxy: checked on the address that is dialled, names resolved once by the
-//! same hand.
+//! Decides which addresses probes may connect to, directly or through a forward proxy. The check is made on the address that is connected to:
+//! the resolver that resolves a name also filters its addresses, and the name is not resolved a second time.
 
 use std::{
     collections::BTreeMap,
@@ -16,13 +16,13 @@ use url::{Host, Url};
 
 use crate::domain::{problem::Review, secret::Secret};
 
-/// Where probes may go beside public addresses over https.
+/// Where probes may go, besides public addresses over https.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct EgressSettings {
-    /// Networks (CIDR) and host names that may be dialled over https whatever address they are at. `*.NAME` is every name below.
+    /// Networks (CIDR) and host names that are allowed over https, whatever their addresses. `*.NAME` covers every name below NAME.
     pub allow: Vec<String>,
-    /// The same, over https and over plain http.
+    /// The same, over https and plain http.
     pub allow_plain_http: Vec<String>,
     /// A forward proxy for everything else.
     pub proxy: ProxySettings,
@@ -32,49 +32,49 @@ pub struct EgressSettings {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct ProxySettings {
-    /// Where it is: `http://HOST:PORT` or `https://HOST:PORT`. Never taken from the environment.
+    /// Its URL: `http://HOST:PORT` or `https://HOST:PORT`. It is never read from the environment.
     pub url: Option<String>,
-    /// Holds `USER:PASSWORD`, in one line.
+    /// A file with one line, `USER:PASSWORD`.
     pub credentials_file: Option<PathBuf>,
 }
 
-/// A forward proxy, ready to be used.
+/// A forward proxy with its credentials.
 #[derive(Debug, Clone)]
 pub struct ForwardProxy {
-    /// Where it is.
+    /// Its URL.
     pub url: Url,
     /// User and password.
     pub credentials: Option<(String, Arc<Secret>)>,
 }
 
-/// The rule. What is told apart is the address that is dialled and not the name that led to it.
+/// The rules for outgoing connections.
 #[derive(Debug, Clone, Default)]
 pub struct Egress {
     allow_loopback_http: bool,
-    https: Places,
-    plain_http: Places,
+    https: AllowList,
+    plain_http: AllowList,
     proxy: Option<Url>,
 }
 
 /// Hosts and networks.
 #[derive(Debug, Clone, Default)]
-struct Places {
+struct AllowList {
     networks: Vec<IpNet>,
     names: Vec<String>,
 }
 
-/// A name leads nowhere.
+/// A name gave no address to connect to.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unresolved {
     /// It could not be resolved.
     #[error("the name could not be resolved")]
     Lookup(#[source] io::Error),
-    /// It is only at addresses that may not be dialled.
+    /// All its addresses are refused by the rules.
     #[error("the name is at no address that may be dialled")]
     Refused,
 }
 
-/// Resolves names for the client and lets through only addresses that may be dialled.
+/// Resolves names for the HTTP client, and returns only allowed addresses.
 struct GuardedResolver {
     egress: Egress,
     fixed: Arc<BTreeMap<String, SocketAddr>>,
@@ -83,11 +83,11 @@ struct GuardedResolver {
 // === impl EgressSettings ===
 
 impl EgressSettings {
-    /// What no single value shows.
+    /// Reports every entry and URL that is invalid.
     pub fn review(&self, review: &mut Review<'_>) {
         for (key, list) in [("allow", &self.allow), ("allow_plain_http", &self.allow_plain_http)] {
             for (index, entry) in list.iter().enumerate() {
-                if let Err(message) = Place::of(entry) {
+                if let Err(message) = AllowEntry::of(entry) {
                     review.error(format!("{key}[{index}]"), message);
                 }
             }
@@ -102,7 +102,7 @@ impl EgressSettings {
         }
     }
 
-    /// The proxy, with what stands in the file of its credentials.
+    /// The proxy, with the content of its credentials file.
     pub fn forward_proxy(&self, credentials: Option<&str>) -> Result<Option<ForwardProxy>, String> {
         let Some(url) = &self.proxy.url else { return Ok(None) };
         let url = proxy_url(url)?;
@@ -136,12 +136,12 @@ fn proxy_url(text: &str) -> Result<Url, String> {
 }
 
 /// One entry of a list.
-enum Place {
+enum AllowEntry {
     Network(IpNet),
     Name(String),
 }
 
-impl Place {
+impl AllowEntry {
     fn of(entry: &str) -> Result<Self, String> {
         if let Ok(network) = entry.parse::<IpNet>() {
             return Ok(Self::Network(network.trunc()));
@@ -161,20 +161,20 @@ impl Place {
     }
 }
 
-// === impl Places ===
+// === impl AllowList ===
 
-impl Places {
+impl AllowList {
     fn of(entries: &[String]) -> Self {
-        let mut places = Self::default();
+        let mut list = Self::default();
         for entry in entries {
-            match Place::of(entry) {
-                Ok(Place::Network(network)) => places.networks.push(network),
-                Ok(Place::Name(name)) => places.names.push(name),
-                // The review has refused it.
+            match AllowEntry::of(entry) {
+                Ok(AllowEntry::Network(network)) => list.networks.push(network),
+                Ok(AllowEntry::Name(name)) => list.names.push(name),
+                // The review has reported it.
                 Err(_) => {}
             }
         }
-        places
+        list
     }
 
     fn has_address(&self, address: IpAddr) -> bool {
@@ -193,19 +193,19 @@ impl Places {
 // === impl Egress ===
 
 impl Egress {
-    /// By these settings. `allow_loopback_http`: loopback may be dialled, in plain http too.
+    /// Builds the rules. `allow_loopback_http` allows loopback addresses, over plain http too.
     pub fn new(allow_loopback_http: bool, settings: &EgressSettings, proxy: Option<&ForwardProxy>) -> Self {
         let EgressSettings { allow, allow_plain_http, proxy: _ } = settings;
         Self {
             allow_loopback_http,
-            https: Places::of(allow),
-            plain_http: Places::of(allow_plain_http),
+            https: AllowList::of(allow),
+            plain_http: AllowList::of(allow_plain_http),
             proxy: proxy.map(|proxy| proxy.url.clone()),
         }
     }
 
-    /// https to any public address; plain http, and other addresses, only where that is allowed. An address in the URL itself is never
-    /// resolved, so it is checked here.
+    /// Whether this URL may be requested. https is allowed to any public address, and plain http and other addresses only if a setting allows
+    /// them. An address in the URL itself never reaches the resolver, so it is checked here.
     pub fn may_ask(&self, url: &Url) -> bool {
         let plain = match url.scheme() {
             "https" => false,
@@ -221,15 +221,15 @@ impl Egress {
             },
             Some(address) => {
                 let allowed = self.plain_http.has_address(address.to_canonical());
-                // Its spelling has to be loopback's own for plain http.
+                // For plain http the address must be written as loopback itself, and not as a mapped address.
                 let loopback = self.allow_loopback_http && address.is_loopback();
                 (!plain || allowed || loopback) && self.may_dial(None, address)
             }
         }
     }
 
-    /// It goes there itself, although there is a proxy: what is allowed by name or network is within the operator's own.
-    fn goes_straight(&self, url: &Url) -> bool {
+    /// Whether requests to this URL do not use the proxy. An allowed name or network belongs to the operator's own network.
+    fn bypasses_proxy(&self, url: &Url) -> bool {
         match (address_of(url), url.host()) {
             (Some(address), _) => {
                 let address = address.to_canonical();
@@ -242,16 +242,16 @@ impl Egress {
         }
     }
 
-    /// The proxy as the client wants it, if this URL goes through one.
-    pub(super) fn proxied(&self, url: &Url) -> Option<&Url> {
-        self.proxy.as_ref().filter(|_| !self.goes_straight(url))
+    /// The proxy for this URL, if it goes through one.
+    pub(super) fn proxy_for(&self, url: &Url) -> Option<&Url> {
+        self.proxy.as_ref().filter(|_| !self.bypasses_proxy(url))
     }
 
     pub(super) fn resolver(&self, fixed: BTreeMap<String, SocketAddr>) -> Arc<dyn Resolve> {
         Arc::new(GuardedResolver { egress: self.clone(), fixed: Arc::new(fixed) })
     }
 
-    /// `name`: what led to the address.
+    /// Whether this address may be connected to. `name` is the host name that resolved to it.
     fn may_dial(&self, name: Option<&str>, address: IpAddr) -> bool {
         let address = address.to_canonical();
         let is_proxy = || self.proxy.as_ref().and_then(Url::host_str).is_some_and(|host| Some(host) == name);
@@ -280,8 +280,8 @@ fn address_of(url: &Url) -> Option<IpAddr> {
     }
 }
 
-/// Where clouds hand out the machine's own credentials: never, whatever is allowed. Link-local, and those of AWS, Google, Alibaba and Oracle
-/// that are not (their documentation, 2026-11).
+/// Whether a cloud serves the machine's own credentials at this address. It is refused whatever the settings allow. These are link-local
+/// addresses, and the others of AWS, Google, Alibaba and Oracle (their documentation, 2026-11).
 fn is_metadata(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(address) => {
@@ -314,7 +314,7 @@ impl Resolve for GuardedResolver {
     }
 }
 
-/// IANA's special-purpose registry, less what is globally reachable.
+/// False for IANA's special-purpose networks that are not globally reachable.
 fn is_public_v4(address: Ipv4Addr) -> bool {
     let [a, b, c, _] = address.octets();
     !(address.is_private()
@@ -332,7 +332,7 @@ fn is_public_v4(address: Ipv4Addr) -> bool {
 fn is_public_v6(address: Ipv6Addr) -> bool {
     let segments = address.segments();
     let [first, second, ..] = segments;
-    // 2000::/3 is what is given out for the public Internet; within it, tunnels and documentation are not.
+    // The public Internet uses 2000::/3. Within it, tunnels and documentation networks are not public.
     (0x2000..0x4000).contains(&first)
         && !(first == 0x2001 && second < 0x0200) // Teredo, ORCHID, benchmarking
         && !(first == 0x2001 && second == 0x0db8)
@@ -366,7 +366,7 @@ mod tests {
         asked("https://127.0.0.1/", false, true);
         asked("http://[::1]:8080/", false, true);
         asked("http://localhost:11434/v1", false, true);
-        asked("http://[::ffff:127.0.0.1]/", false, false); // its spelling is not loopback's: http is refused
+        asked("http://[::ffff:127.0.0.1]/", false, false); // a mapped address, for which plain http is refused
         asked("ftp://api.example.com/", false, false);
         asked("https://[::ffff:127.0.0.1]/", false, true);
     }
@@ -430,7 +430,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_allowed_is_allowed_in_the_scheme_that_is_said_and_metadata_never() {
+    async fn allowed_destinations_are_allowed_in_their_scheme_and_metadata_never() {
         let egress =
             allowing(&["10.1.0.0/16", "fd12::/16", "llm.corp.example", "*.svc.example"], &["10.2.0.7", "vllm.corp.example"]);
         for (url, may) in [
@@ -486,13 +486,13 @@ mod tests {
         for entry in
             ["", "10.0.0.0/33", "https://llm.corp.example", "llm.corp.example:443", "LLM.corp.example", "a b", "*", "*.", "[::1]"]
         {
-            assert!(Place::of(entry).is_err(), "{entry}");
+            assert!(AllowEntry::of(entry).is_err(), "{entry}");
         }
     }
 
     #[test]
     fn a_proxy_is_a_url_without_a_password() {
-        for (url, stands) in [
+        for (url, valid) in [
             ("http://proxy.example:3128", true),
             ("https://proxy.example", true),
             ("http://user:made-up@proxy.example:3128", false),
@@ -500,7 +500,7 @@ mod tests {
             ("http://proxy.example/path", false),
             ("proxy.example:3128", false),
         ] {
-            assert_eq!(proxy_url(url).is_ok(), stands, "{url}");
+            assert_eq!(proxy_url(url).is_ok(), valid, "{url}");
         }
         let settings = EgressSettings {
             allow: vec!["llm.corp.example".into()],
@@ -516,7 +516,7 @@ mod tests {
             assert!(settings.forward_proxy(Some(torn)).is_err(), "{torn:?}");
         }
         let egress = Egress::new(true, &settings, Some(&proxy));
-        let proxied = |url: &str| egress.proxied(&Url::parse(url).unwrap()).is_some();
+        let proxied = |url: &str| egress.proxy_for(&Url::parse(url).unwrap()).is_some();
         assert!(proxied("https://api.example.com/v1") && proxied("https://93.184.215.14/"));
         assert!(
             !proxied("https://llm.corp.example/v1") && !proxied("http://127.0.0.1:8000/v1") && !proxied("http://localhost/v1")

@@ -1,4 +1,5 @@
-//! Asking over HTTPS: one total budget, no redirects, no proxy but the configured one, guarded addresses, bounded bodies, sensitive headers.
+//! Probes over HTTPS. A probe has one budget for all its requests, follows no redirect, uses no proxy but the configured one, and connects only
+//! to allowed addresses. Bodies are limited, and credential headers are marked sensitive.
 
 mod endpoints;
 
@@ -14,7 +15,7 @@ use std::{
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
-use self::endpoints::{BUDGET as MAX_BUDGET, Endpoints, header_of};
+use self::endpoints::{BUDGET as CALIBRATION_BUDGET, Endpoints, header_of};
 use crate::{
     core::{
         classify::{
@@ -40,39 +41,39 @@ use crate::{
     },
 };
 
-/// The most of a body that is read. An error is under 1 KiB; a list's beginning is enough to know its shape.
+/// How many bytes of a body are read. An error is under 1 KiB, and the start of a list is enough to recognize its shape.
 pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
-/// Who is asking. Stable, so that vendors can tell; honest, so that none is deceived.
+/// It is stable and says what it is, so that vendors can recognize these requests.
 const USER_AGENT: &str = concat!("byok-gate/", env!("CARGO_PKG_VERSION"), " (credential liveness check)");
-/// A credential longer than this has a connection that it shares with its like alone. API keys of vendors are far shorter, and the smallest limit
-/// on a header that fronts are seen to have is 4 KiB for all of them.
-const USUAL_CREDENTIAL_BYTES: usize = 1024;
-/// How long an idle connection is kept: a create storm reuses it, an idle service holds none for long.
-const POOL_IDLE: Duration = Duration::from_secs(30);
+/// A longer credential uses connections of its own client. Vendors' API keys are far shorter, and the smallest limit seen at a front proxy is
+/// 4 KiB for all headers.
+const SHARED_CONNECTION_MAX_BYTES: usize = 1024;
+/// How long an idle connection is kept. A burst of creates reuses it, and an idle service does not hold it for long.
+const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// How providers are asked.
+/// How providers are probed.
 #[derive(Debug, Clone)]
 pub struct ProbeSettings {
-    /// The time for one walk up the ladder, connect included, where a row says nothing else.
+    /// The time for all requests of a probe, connecting included, if the catalogue row sets none.
     pub budget: Duration,
-    /// Loopback addresses may be dialled, and plain http there. For tests and providers on the same host.
+    /// Allows loopback addresses, over plain http too. For tests and providers on the same host.
     pub allow_loopback_http: bool,
-    /// What else may be dialled.
+    /// Which other addresses are allowed.
     pub egress: EgressSettings,
-    /// The way for everything that is not within the operator's own network.
+    /// The proxy for everything outside the operator's own network.
     pub proxy: Option<ForwardProxy>,
-    /// Whether endpoints are tested with made-up keys. Off in one-shot commands, which rely on the catalogue.
+    /// Whether endpoints are tested with made-up keys. One-shot commands switch it off and rely on the catalogue.
     pub calibrate: bool,
     /// Further certificate authorities, in PEM.
     pub extra_roots: Vec<u8>,
-    /// Host names that are at these addresses, as curl's `--resolve` has it.
+    /// Fixed addresses of host names, like curl's `--resolve`.
     pub resolve: BTreeMap<String, SocketAddr>,
 }
 
-/// Asks providers.
+/// Probes providers over HTTPS.
 pub struct HttpProber {
     http: Arc<Http>,
-    /// What endpoints have taught; none where no made-up key may be sent.
+    /// What is known of endpoints. `None` if made-up keys must not be sent.
     endpoints: Option<Endpoints>,
     budget: Duration,
 }
@@ -82,16 +83,16 @@ pub struct HttpProber {
 #[error("the probe's HTTPS client could not be built")]
 pub struct ProbeSetupError(#[source] reqwest::Error);
 
-/// The HTTPS client with its rules. Shared by probes and calibrations.
+/// The HTTPS clients with their rules. Probes and calibrations share them.
 struct Http {
     client: reqwest::Client,
-    /// For credentials of unusual length, with connections of its own: common fronts end a connection over a header that is too long for them,
-    /// and with it the requests of everybody on it. Made when the first one comes, since making it reads the system's certificates.
+    /// The client for long credentials, with connections of its own. Common front proxies close a connection when a header is too long, and
+    /// every request on that connection fails with it. It is made when first needed, since making it reads the system's certificates.
     client_for_long: OnceLock<reqwest::Client>,
     parts: ClientParts,
 }
 
-/// What clients are made of.
+/// The settings that both clients are built from.
 struct ClientParts {
     egress: Egress,
     proxy: Option<ForwardProxy>,
@@ -99,7 +100,7 @@ struct ClientParts {
     extra_roots: Vec<u8>,
 }
 
-/// What one request came to.
+/// The result of one request.
 enum Exchange {
     Answered(Box<Response>),
     TimedOut,
@@ -107,22 +108,22 @@ enum Exchange {
     Exhausted,
 }
 
-/// One call of a walk up the ladder, for a person who looks on. No credential, no text of the provider's.
+/// One request of a probe, for `--explain`. It holds no credential and none of the provider's text.
 #[derive(Debug, Clone)]
 pub struct Attempt {
     /// The probe's name.
     pub probe: String,
     /// Its method.
     pub method: Method,
-    /// Where it went; the model may be part of it.
+    /// Its URL. The model may be part of it.
     pub url: String,
-    /// In which header the credential went, or in which of them.
+    /// The header or headers that carried the credential.
     pub header: String,
-    /// What was heard.
+    /// The response.
     pub response: ProbeResponse,
-    /// What a made-up key got there, where that was looked at.
+    /// How the endpoint answered a made-up key, if that is known.
     pub calibration: Calibration,
-    /// How long the call took.
+    /// How long the request took.
     pub took: Duration,
 }
 
@@ -153,7 +154,7 @@ impl Default for ProbeSettings {
 // === impl HttpProber ===
 
 impl HttpProber {
-    /// A prober with these settings.
+    /// Builds a prober with these settings.
     pub fn new(settings: ProbeSettings) -> Result<Self, ProbeSetupError> {
         let ProbeSettings { budget, allow_loopback_http, egress, proxy, calibrate, extra_roots, resolve } = settings;
         let egress = Egress::new(allow_loopback_http, &egress, proxy.as_ref());
@@ -162,7 +163,7 @@ impl HttpProber {
         Ok(Self { http, endpoints, budget })
     }
 
-    /// Asks once, and tells every call.
+    /// Probes once, and returns every request too.
     pub async fn explain(&self, target: &Target, secret: &Secret) -> (Finding, Vec<Attempt>) {
         let deadline = Instant::now() + target.endpoint.budget.unwrap_or(self.budget);
         let mut attempts = Vec::new();
@@ -170,16 +171,16 @@ impl HttpProber {
         (finding, attempts)
     }
 
-    /// Whether this configuration lets the request's scheme and address be dialled, as far as no name has to be resolved for it.
+    /// Whether the configuration allows the request's scheme and address. A host name is not resolved for this.
     pub fn may_ask(&self, call: &Call) -> bool {
         self.http.parts.egress.may_ask(&call.url)
     }
 
-    /// One request with a made-up key that begins like this vendor's, or, in no header, without any: for commands that look for what has
-    /// changed.
+    /// Sends one request with a made-up key that begins like this vendor's keys. With no headers, it sends no key. For commands that look for
+    /// changes at endpoints.
     pub async fn control(&self, call: &Call, families: &[HeaderFamily], key_prefix: Option<&str>) -> ProbeResponse {
         let made_up = made_up_key(key_prefix, |below| rand::rng().random_range(0..below));
-        ask(&self.http, call, families, &made_up, Instant::now() + MAX_BUDGET).await
+        ask(&self.http, call, families, &made_up, Instant::now() + CALIBRATION_BUDGET).await
     }
 }
 
@@ -201,7 +202,7 @@ impl Prober for HttpProber {
     }
 }
 
-/// Does what the plan says until it has come to an end. The deadline ends what is under way.
+/// Runs the plan to its end. The deadline ends a request that is in flight.
 async fn run_plan(
     http: &Http,
     endpoints: Option<&Endpoints>,
@@ -212,7 +213,7 @@ async fn run_plan(
 ) -> Finding {
     let facts = endpoints.map_or_else(EndpointFacts::default, |endpoints| endpoints.facts_of(&target.endpoint));
     let requests = Requests {
-        is_pointless: &|call, family| endpoints.is_some_and(|endpoints| endpoints.is_pointless(call, family)),
+        is_pointless: &|call, family| endpoints.is_some_and(|endpoints| endpoints.is_uninformative(call, family)),
         has_accepted: &|call, family| endpoints.is_some_and(|endpoints| endpoints.has_accepted(call, family)),
     };
     let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
@@ -226,14 +227,14 @@ async fn run_plan(
                 let response = ask(http, call, &families, secret, deadline).await;
                 if let (ProbeResponse::Answer { reading, shape, .. }, Some(endpoints)) = (&response, endpoints) {
                     match &reading.classification {
-                        Classification::Accepted if is_second => endpoints.second_answer(call, &families, None),
-                        Classification::Accepted => endpoints.accepted(call, &families),
+                        Classification::Accepted if is_second => endpoints.record_second_answer(call, &families, None),
+                        Classification::Accepted => endpoints.record_acceptance(call, &families),
                         Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError) => {}
-                        _ if is_second => endpoints.second_answer(call, &families, Some(shape.clone())),
+                        _ if is_second => endpoints.record_second_answer(call, &families, Some(shape.clone())),
                         Classification::Verdict(Verdict::Invalid) | Classification::Unread
                             if shape.status == 401 && shape.body != Body::Page =>
                         {
-                            endpoints.refused(call, &families, secret, shape);
+                            endpoints.record_refusal(call, &families, secret, shape);
                         }
                         _ => {}
                     }
@@ -250,20 +251,22 @@ async fn run_plan(
                 asked.push((call, families));
                 plan.take_response(response);
             }
-            // A made-up key is asked after the real one, never beside it: a server that lets one request at a time through would refuse either for the
-            // other. The first caller at an endpoint waits for it.
+            // The made-up key is sent after the real one and never at the same time: a server that allows one request at a time would refuse one
+            // because of the other. The first caller at an endpoint waits for the answer.
             Next::Calibrate { call, families, purpose } => {
                 let calibration = match (endpoints, purpose) {
                     (None, _) => Calibration::NotAsked,
                     (Some(endpoints), Purpose::Acceptance { of_its_form }) => {
                         let question = CalibrationQuestion::Acceptance(of_its_form.then(|| KeyForm::of(secret)));
-                        endpoints.ask(call, &families, target, secret, question, most_of(deadline)).await
+                        endpoints.calibrate(call, &families, target, secret, question, three_quarters_of(deadline)).await
                     }
                     (Some(endpoints), Purpose::Refusal) => {
-                        endpoints.ask(call, &families, target, secret, CalibrationQuestion::Refusal, half_of(deadline)).await
+                        endpoints
+                            .calibrate(call, &families, target, secret, CalibrationQuestion::Refusal, half_of(deadline))
+                            .await
                     }
-                    // Believed on its documentation, and checked in the background for the next time.
-                    (Some(endpoints), Purpose::Check) => endpoints.ask_behind(call, &families, target, secret),
+                    // The documentation is trusted for now, and checked in the background for the next probe.
+                    (Some(endpoints), Purpose::Check) => endpoints.calibrate_in_background(call, &families, target, secret),
                 };
                 if let Some(attempt) = attempts.last_mut() {
                     attempt.calibration = calibration.clone();
@@ -271,10 +274,10 @@ async fn run_plan(
                 plan.take_calibration(&calibration);
             }
             Next::Keyless { call, now: true } => {
-                let nobody = Secret::new(String::new());
+                let no_key = Secret::new(String::new());
                 let response = match endpoints {
                     None => ProbeResponse::TimedOut,
-                    Some(_) => ask(http, call, &[], &nobody, half_of(deadline)).await,
+                    Some(_) => ask(http, call, &[], &no_key, half_of(deadline)).await,
                 };
                 plan.take_keyless(match &response {
                     ProbeResponse::Answer { shape, .. } => Some(shape),
@@ -285,7 +288,7 @@ async fn run_plan(
                 let calibration = match endpoints {
                     None => Calibration::NotAsked,
                     Some(endpoints) => {
-                        endpoints.ask(call, &[], target, secret, CalibrationQuestion::Refusal, half_of(deadline)).await
+                        endpoints.calibrate(call, &[], target, secret, CalibrationQuestion::Refusal, half_of(deadline)).await
                     }
                 };
                 plan.take_keyless(match &calibration {
@@ -295,7 +298,7 @@ async fn run_plan(
             }
         }
     };
-    // A clear answer needed none, but one may be known.
+    // A clear answer needs no calibration, but the result of an earlier one may be known.
     for (attempt, (call, families)) in attempts.iter_mut().zip(&asked) {
         if attempt.calibration == Calibration::NotAsked {
             attempt.calibration =
@@ -305,7 +308,7 @@ async fn run_plan(
     let decisive = |attempt: &&Attempt| {
         attempt.probe == finding.probe && Some(attempt.header.as_str()) == finding.family.map(HeaderFamily::as_str)
     };
-    // What a made-up key got there; or, so that "not asked" is true where it is said, at another request of this walk.
+    // Report how a made-up key fared at the decisive request, or else at another request of this probe, so that "not asked" is never wrong.
     let there = attempts.iter().rev().find(decisive).into_iter().chain(attempts.iter().rev());
     let finding = match there.map(|attempt| outcome_of(&attempt.calibration)).find(|got| *got != MadeUpKey::NotAsked) {
         Some(made_up) if finding.made_up == MadeUpKey::NotAsked => Finding { made_up, ..finding },
@@ -313,39 +316,39 @@ async fn run_plan(
     };
     if let Some(endpoints) = endpoints {
         let lessons = plan.into_lessons();
-        // The last request in several headers at once.
+        // The last request that carried the key in several headers at once.
         let in_several = asked.iter().rev().find(|(_, families)| families.len() > 1);
         for lesson in &lessons {
             if let (Lesson::Family { right, .. }, Some((call, several))) = (lesson, in_several)
                 && several.contains(right)
             {
-                endpoints.single_out(call, several, *right);
+                endpoints.copy_facts(call, several, *right);
             }
         }
         endpoints.learn(&target.endpoint, lessons);
-        endpoints.show(&target.endpoint, &finding);
+        endpoints.record_finding(&target.endpoint, &finding);
     }
     finding
 }
 
-/// Half of what is left: the next request needs its time too.
+/// Half of the time left: the next request needs time too.
 fn half_of(deadline: Instant) -> Instant {
     Instant::now() + deadline.saturating_duration_since(Instant::now()) / 2
 }
 
-/// Three quarters of what is left: the accepted key may have to be asked once more.
-fn most_of(deadline: Instant) -> Instant {
+/// Three quarters of the time left: the accepted key may have to be sent once more.
+fn three_quarters_of(deadline: Instant) -> Instant {
     Instant::now() + deadline.saturating_duration_since(Instant::now()) * 3 / 4
 }
 
-/// One request, and what its answer says.
+/// Sends one request and reads its answer.
 async fn ask(http: &Http, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> ProbeResponse {
-    match http.exchange_again(call, families, secret, deadline).await {
+    match http.exchange_with_retry(call, families, secret, deadline).await {
         Exchange::TimedOut => ProbeResponse::TimedOut,
         Exchange::Unreachable(why) => ProbeResponse::Unreachable(why),
         Exchange::Exhausted => ProbeResponse::Exhausted,
         Exchange::Answered(response) => ProbeResponse::Answer {
-            // What a request for a model gets is never kept.
+            // Only a GET can be answered by an HTTP cache.
             reading: if response.is_from_a_cache && call.probe.method == Method::Get {
                 from_a_cache()
             } else {
@@ -367,11 +370,11 @@ impl ClientParts {
             .no_proxy()
             .referer(false)
             .user_agent(USER_AGENT)
-            .pool_idle_timeout(POOL_IDLE)
+            .pool_idle_timeout(POOL_IDLE_TIMEOUT)
             .dns_resolver(egress.resolver(resolve.clone()));
         if let Some(ForwardProxy { credentials, .. }) = proxy {
             let rule = egress.clone();
-            let mut proxy = reqwest::Proxy::custom(move |url| rule.proxied(url).cloned());
+            let mut proxy = reqwest::Proxy::custom(move |url| rule.proxy_for(url).cloned());
             if let Some((user, password)) = credentials {
                 proxy = proxy.basic_auth(user, password.expose());
             }
@@ -390,39 +393,39 @@ impl Http {
     fn new(parts: ClientParts) -> Result<Self, ProbeSetupError> {
         static PROVIDER: Once = Once::new();
         PROVIDER.call_once(|| {
-            // Err means that the process has one already, which serves as well.
+            // An error means that the process has a provider already, which is as good.
             drop(rustls::crypto::ring::default_provider().install_default());
         });
         let client = parts.client().map_err(ProbeSetupError)?;
         Ok(Self { client, client_for_long: OnceLock::new(), parts })
     }
 
-    /// The client whose connections this credential may travel on. `None` if there is none and it cannot be made now.
+    /// The client for a credential of this length. `None` if it cannot be built now.
     fn client_for(&self, secret: &Secret) -> Option<&reqwest::Client> {
-        if secret.expose().len() <= USUAL_CREDENTIAL_BYTES {
+        if secret.expose().len() <= SHARED_CONNECTION_MAX_BYTES {
             return Some(&self.client);
         }
         if self.client_for_long.get().is_none() {
-            // Whoever is first sets it.
+            // Another task may have set it meanwhile; then this one is dropped.
             drop(self.client_for_long.set(self.parts.client().ok()?));
         }
         self.client_for_long.get()
     }
 
-    /// One request, and once more where the connection was closed before any byte of an answer, as an idle connection or a restarting proxy
-    /// does; never after an answer.
-    async fn exchange_again(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
+    /// Sends one request, and sends it once more if the connection was closed before any byte of an answer. Idle connections and restarting
+    /// proxies close like that. It never retries after an answer.
+    async fn exchange_with_retry(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
         match self.exchange(call, families, secret, deadline).await {
             Exchange::Unreachable(Unreached::Closed) => self.exchange(call, families, secret, deadline).await,
             exchange => exchange,
         }
     }
 
-    /// One request with this credential in these headers, and its answer, by the deadline.
+    /// Sends one request with this credential in these headers, and waits for the answer until the deadline.
     async fn exchange(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
-        let span = traces::request(call, &header_of(families));
+        let span = traces::request_span(call, &header_of(families));
         let exchange = self.send(call, families, secret, deadline).instrument(span.clone()).await;
-        traces::replied(
+        traces::record_reply(
             &span,
             match &exchange {
                 Exchange::Answered(response) => Ok(response.status),
@@ -439,16 +442,16 @@ impl Http {
             return Exchange::Unreachable(Unreached::Address);
         }
         let Some(request) = self.request(call, families, secret) else { return Exchange::Unreachable(Unreached::Address) };
-        // It was made of the same once: what is missing now is missing here.
+        // The first client was built from the same settings, so a failure means that this machine lacks a resource.
         let Some(client) = self.client_for(secret) else { return Exchange::Exhausted };
         match timeout_at(deadline, client.execute(request)).await {
             Err(_) => Exchange::TimedOut,
             Ok(Err(fault)) if fault.is_timeout() => Exchange::TimedOut,
-            Ok(Err(fault)) if is_own_lack(&fault) => Exchange::Exhausted,
+            Ok(Err(fault)) if is_resource_exhaustion(&fault) => Exchange::Exhausted,
             Ok(Err(fault)) => Exchange::Unreachable(match unreached(&fault) {
-                // The proxy, and not the provider, is what could not be reached, or did not let the call through.
+                // The proxy failed, not the provider: it could not be reached, or it refused the request.
                 Unreached::Connect | Unreached::Closed | Unreached::Dns
-                    if fault.is_connect() && self.parts.egress.proxied(&call.url).is_some() =>
+                    if fault.is_connect() && self.parts.egress.proxy_for(&call.url).is_some() =>
                 {
                     Unreached::Proxy
                 }
@@ -458,7 +461,7 @@ impl Http {
         }
     }
 
-    /// `None` if the credential cannot be a header's value; the shape check rules that out before.
+    /// `None` if the credential cannot be a header value. The shape check has ruled that out before.
     fn request(&self, call: &Call, families: &[HeaderFamily], secret: &Secret) -> Option<reqwest::Request> {
         let method = match call.probe.method {
             Method::Get => reqwest::Method::GET,
@@ -482,14 +485,14 @@ impl Http {
     }
 }
 
-/// No descriptor, buffer or memory was left on this machine.
-fn is_own_lack(fault: &(dyn std::error::Error + 'static)) -> bool {
-    let lacks = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
+/// Whether this machine had no descriptor, buffer or memory left.
+fn is_resource_exhaustion(fault: &(dyn std::error::Error + 'static)) -> bool {
+    let exhaustion_codes = [libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
     let code = |error: &(dyn std::error::Error + 'static)| error.downcast_ref::<std::io::Error>()?.raw_os_error();
-    causes(fault).filter_map(code).any(|code| lacks.contains(&code))
+    causes(fault).filter_map(code).any(|code| exhaustion_codes.contains(&code))
 }
 
-/// What failed on the way, as far as the chain of causes tells.
+/// What failed before an answer, as far as the chain of causes says.
 fn unreached(fault: &reqwest::Error) -> Unreached {
     for error in causes(fault) {
         if let Some(unresolved) = error.downcast_ref::<Unresolved>() {
@@ -512,14 +515,14 @@ fn unreached(fault: &reqwest::Error) -> Unreached {
         let io = error.downcast_ref::<std::io::Error>();
         if io.is_some_and(|io| matches!(io.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe | ErrorKind::UnexpectedEof))
         {
-            // Before the connection stands, that is how a peer that speaks no TLS ends the handshake.
+            // While connecting, a peer that does not speak TLS ends the handshake like this.
             return if fault.is_connect() { Unreached::Tls } else { Unreached::Closed };
         }
     }
     Unreached::Connect
 }
 
-/// The header that carries the credential: always marked sensitive, so that no client or HPACK table keeps or prints it.
+/// The header with the credential. It is marked sensitive, so that no client prints it and no HPACK table stores it.
 fn credential_header(family: HeaderFamily, secret: &Secret) -> Option<(HeaderName, HeaderValue)> {
     let (name, mut value) = match family {
         HeaderFamily::Bearer => {
@@ -534,7 +537,7 @@ fn credential_header(family: HeaderFamily, secret: &Secret) -> Option<(HeaderNam
     Some((name, value))
 }
 
-/// Status, and the body up to the cap. A body that stalls, breaks off or is too long leaves what was read of it.
+/// Reads the status, and the body up to the limit. If the body stalls, breaks off or is too long, the part that was read is used.
 async fn receive(mut response: reqwest::Response, deadline: Instant) -> Response {
     let status = response.status().as_u16();
     let retry_after = response.headers().get(header::RETRY_AFTER).and_then(|value| retry_after(value, SystemTime::now()));
@@ -583,13 +586,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_descriptor_that_is_missing_here_is_no_fault_of_the_providers() {
+    fn a_lack_of_descriptors_here_is_not_the_providers_fault() {
         for (code, own) in [(libc::EMFILE, true), (libc::ENFILE, true), (libc::ENOMEM, true), (libc::ECONNREFUSED, false)] {
             let bare = std::io::Error::from_raw_os_error(code);
-            assert_eq!(is_own_lack(&bare), own, "{code}");
-            // As the resolver hands it on, and wrapped once more.
+            assert_eq!(is_resource_exhaustion(&bare), own, "{code}");
+            // The same, wrapped by the resolver and once more.
             let looked_up = Unresolved::Lookup(std::io::Error::from_raw_os_error(code));
-            assert_eq!(is_own_lack(&std::io::Error::other(looked_up)), own, "{code}");
+            assert_eq!(is_resource_exhaustion(&std::io::Error::other(looked_up)), own, "{code}");
         }
     }
 

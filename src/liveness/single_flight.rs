@@ -1,7 +1,7 @@
-//! Single flight: one run of a piece of work per key, however many wait for it, detached from every one of them.
+//! Single flight: one piece of work runs per key, however many callers wait for it. It runs detached from all of them.
 //!
-//! Written by hand: moka's own joins callers, whose first one does the work and ends it by leaving. Here the work outlives all of them, waits for its
-//! turn in a queue, and is begun anew where a caller wants a younger answer.
+//! Written by hand. In moka's own single flight the first caller does the work, and the work ends when that caller leaves. Here it outlives all
+//! callers, waits for its turn in a queue, and is started again if a caller wants a younger answer.
 
 use std::{
     collections::HashMap,
@@ -13,66 +13,66 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::{core::engine::ProbeStarted, telemetry::metrics::Counter};
 
-/// The work under way, by key.
+/// The work in flight, by key.
 #[derive(Debug)]
 pub(crate) struct SingleFlight<K, V> {
     under_way: Mutex<UnderWay<K, V>>,
     limit: usize,
-    share: usize,
+    group_limit: usize,
     lost: Counter,
 }
 
-/// The work under way, and how much of it each group has.
+/// The work in flight, and how many flights each group has.
 #[derive(Debug)]
 struct UnderWay<K, V> {
     by_key: HashMap<K, InFlight<V>>,
     by_group: HashMap<K, usize>,
 }
 
-/// One piece of work under way.
+/// One piece of work in flight.
 #[derive(Debug, Clone)]
 pub(crate) struct InFlight<V> {
     result: watch::Receiver<Option<V>>,
     started: ProbeStarted,
 }
 
-/// What a caller that would be the first does.
+/// What the first caller of a key does.
 #[derive(Debug)]
 pub(crate) enum Start<V, R, F> {
-    /// Nothing: the value is there.
+    /// Nothing: the value is known already.
     Known(V),
-    /// Nothing: it may not.
+    /// Nothing: the work is not allowed.
     Rejected(R),
-    /// This work.
+    /// It runs this work.
     Run(F),
 }
 
-/// What came of joining.
+/// The result of joining.
 #[derive(Debug)]
 pub(crate) enum Join<V, R> {
-    /// There was no need to fly.
+    /// The value is known, and no work was started.
     Known(V),
-    /// It may not.
+    /// The work is not allowed.
     Rejected(R),
-    /// Wait for this.
+    /// The flight to wait for.
     InFlight(InFlight<V>),
-    /// As many are under way as may be.
+    /// The limit of flights is reached.
     Full,
 }
 
-/// What came of waiting.
+/// The result of waiting.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum FlightEnd<V> {
-    /// The result.
+    /// The value.
     Completed(V),
-    /// It did not come by the waiter's own deadline. The flight goes on.
+    /// The waiter's deadline passed. The flight goes on.
     TimedOut {
-        /// It had come to the point where it asks somebody else.
+        /// Whether the probe had started.
         started: bool,
-        /// When its answer was expected, where it has not.
+        /// When its answer was expected, if that is known.
         answer_at: Option<Instant>,
     },
-    /// The flight ended without a result: it panicked.
+    /// The flight panicked, and there is no value.
     Lost,
 }
 
@@ -83,16 +83,16 @@ where
     K: Eq + Hash + Copy + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    /// At most `limit` keys at a time, and at most `share` of one group.
-    pub(crate) fn new(limit: usize, share: usize) -> Arc<Self> {
+    /// Allows `limit` flights at a time, and `group_limit` of one group.
+    pub(crate) fn new(limit: usize, group_limit: usize) -> Arc<Self> {
         let under_way = UnderWay { by_key: HashMap::new(), by_group: HashMap::new() };
-        Arc::new(Self { under_way: Mutex::new(under_way), limit, share, lost: Counter::new() })
+        Arc::new(Self { under_way: Mutex::new(under_way), limit, group_limit, lost: Counter::new() })
     }
 
-    /// Joins the flight of this key, or launches it. `launch` runs under the lock: a flight that has landed since the caller
-    /// last looked is then seen, and no second one starts.
+    /// Joins the flight of this key, or starts one. `launch` runs under the lock, so that it sees what a flight stored that ended since the
+    /// caller's own lookup, and no second flight starts.
     ///
-    /// The work must store what it found before it returns, must bound its own time, and runs to its end whoever waits.
+    /// The work must store its value before it returns, and must limit its own time. It runs to its end whoever waits.
     pub(crate) fn join<R, F>(
         self: &Arc<Self>,
         group: K,
@@ -107,7 +107,7 @@ where
             return Join::InFlight(flight.clone());
         }
         let of_group = under_way.by_group.get(&group).copied().unwrap_or(0);
-        if under_way.by_key.len() >= self.limit || of_group >= self.share {
+        if under_way.by_key.len() >= self.limit || of_group >= self.group_limit {
             return Join::Full;
         }
         let started = ProbeStarted::default();
@@ -123,7 +123,7 @@ where
         drop(under_way);
         let slot = Slot { flights: Arc::clone(self), group, key };
         tokio::spawn(async move {
-            // Frees the key when the work ends in any way, a panic included; waiters then see the sender gone.
+            // Frees the key however the work ends. After a panic, the waiters see that the sender is closed.
             let slot = slot;
             let value = work.await;
             fetched.send_replace(Some(value));
@@ -132,13 +132,13 @@ where
         Join::InFlight(flight)
     }
 
-    /// How many have panicked.
+    /// How many flights panicked.
     pub(crate) fn lost(&self) -> &Counter {
         &self.lost
     }
 
     fn lock(&self) -> MutexGuard<'_, UnderWay<K, V>> {
-        // A panic elsewhere cannot leave the map half-changed: every change to it is one call.
+        // A panic elsewhere cannot leave the maps inconsistent: every change is one call.
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -153,7 +153,7 @@ pub(crate) async fn wait<V: Clone>(flight: InFlight<V>, deadline: Instant) -> Fl
     }
 }
 
-/// A key's place in the map.
+/// A key's place in the maps. Dropping it frees the key.
 struct Slot<K, V>
 where
     K: Eq + Hash + Copy + Send + 'static,
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn the_limit_holds_and_what_is_there_or_withheld_does_not_fly() {
+    async fn the_limit_holds_and_known_or_rejected_values_start_no_flight() {
         let flights = SingleFlight::<u8, u8>::new(1, 1);
         let nothing = |launch: Start<u8, &'static str, std::future::Pending<u8>>| |_: ProbeStarted| launch;
         assert!(matches!(flights.join(0, 2, nothing(Start::Known(4))), Join::Known(4)));

@@ -1,26 +1,26 @@
-//! Taking connections: each with a place, and so many that descriptors are left for the rest of the work.
+//! Accepts connections up to the limit, which leaves file descriptors for the rest of the work.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use tokio::{sync::mpsc, time::timeout};
 
 use super::{
-    connection::{ConnectionContext, turn_away},
+    connection::{ConnectionContext, reject_over_limit},
     connections::{ConnectionCounts, Connections},
     listen::Listener,
 };
 use crate::domain::request::Peer;
 
-/// A refusal of connections is logged once for so many.
+/// One in this many refused connections is logged.
 const LOG_EVERY_REFUSED: u64 = 1000;
-/// What closes closes within this, unless the machine is that busy.
-const CLOSING_TIME: Duration = Duration::from_millis(100);
-/// Descriptors that connections leave for probes, files and the log.
-const KEPT_DESCRIPTORS: usize = 256;
+/// How long to wait for an evicted connection to close. It takes longer only on a very busy machine.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(100);
+/// Descriptors that are reserved for probes, files and the log.
+const RESERVED_DESCRIPTORS: usize = 256;
 
-/// How many connections each of so many listeners may have: as many as the settings say, and as the process has descriptors for. It takes
-/// as many of those as the system lets it have.
-pub(super) fn affordable(limit: usize, listeners: usize) -> usize {
+/// How many connections each listener may have: the setting, or fewer if the process has too few descriptors. It raises the process's limit of
+/// descriptors as far as the system allows.
+pub(super) fn affordable_connections(limit: usize, listeners: usize) -> usize {
     let Ok(descriptors) = rlimit::increase_nofile_limit(rlimit::INFINITY) else { return limit };
     let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
     let affordable = share(descriptors, listeners);
@@ -37,12 +37,12 @@ pub(super) fn affordable(limit: usize, listeners: usize) -> usize {
 }
 
 fn share(descriptors: usize, listeners: usize) -> usize {
-    let kept = KEPT_DESCRIPTORS.min(descriptors / 2);
-    ((descriptors - kept) / listeners.max(1)).max(1)
+    let reserved = RESERVED_DESCRIPTORS.min(descriptors / 2);
+    ((descriptors - reserved) / listeners.max(1)).max(1)
 }
 
-/// Takes connections for ever. When there are as many as may be, the one that is needed least makes room; where none may go, the new one
-/// is told so at once, and not left waiting in the kernel's queue.
+/// Accepts connections for ever. At the limit, the connection that is needed least is evicted. If none may be evicted, the new one is refused at
+/// once instead of waiting in the kernel's queue.
 pub(super) async fn accept(
     listener: Listener,
     connections: Arc<Connections>,
@@ -54,7 +54,7 @@ pub(super) async fn accept(
     let (mut refused, mut made_room) = (0_u64, 0_u64);
     loop {
         let accepted = listener.accept().await;
-        let Some(entered) = connections.enter() else {
+        let Some(admitted) = connections.admit() else {
             counts.refused.inc();
             if refused.is_multiple_of(LOG_EVERY_REFUSED) {
                 tracing::warn!(
@@ -68,25 +68,25 @@ pub(super) async fn accept(
             refused += 1;
             let is_plain = context.tls.is_none() || matches!(accepted.peer, Peer::Unix { .. });
             if is_plain {
-                tokio::spawn(turn_away(accepted.io, limit));
+                tokio::spawn(reject_over_limit(accepted.io, limit));
             }
             continue;
         };
-        if let Some(going) = &entered.made_room {
-            counts.made_room.inc();
+        if let Some(evicted) = &admitted.evicted {
+            counts.evicted.inc();
             if made_room.is_multiple_of(LOG_EVERY_REFUSED) {
                 let address = listener.address();
                 tracing::warn!(event = "connection_limit", %address, limit, made_room, "connections that wait make room for new ones");
             }
             made_room += 1;
-            // Its descriptor is given back first: a flood of connections does not outrun the closing of others.
-            drop(timeout(CLOSING_TIME, going.gone()).await);
+            // Wait until its descriptor is free, so that a flood of connections does not use up descriptors faster than evictions free them.
+            drop(timeout(CLOSE_TIMEOUT, evicted.closed()).await);
         }
-        counts.taken.inc();
+        counts.accepted.inc();
         let (context, open) = (Arc::clone(&context), open.clone());
         tokio::spawn(async move {
-            context.serve(accepted, &entered.place).await;
-            drop((entered, open));
+            context.serve(accepted, &admitted.place).await;
+            drop((admitted, open));
         });
     }
 }

@@ -1,5 +1,5 @@
-//! Numbers for Prometheus and the status for people, over HTTP/1.1 on a socket of its own: names, codes and counts, no secret, so they are
-//! open to whoever reaches it.
+//! The admin listener: metrics for Prometheus and the status page for people, over HTTP/1.1 on a socket of its own. The pages hold names, codes
+//! and counts but no secret, so everybody who reaches the socket may read them.
 
 use std::{
     convert::Infallible,
@@ -27,56 +27,56 @@ use super::{connections::ConnectionCounts, listen::Listener, status_page::html, 
 use crate::{
     core::engine::Engine,
     telemetry::{
-        lately::Lately,
         metrics::{CONTENT_TYPE, Collect, Page, loaded},
+        recent_decisions::RecentDecisions,
         status::{self, SAMPLE_EVERY, Sources, Status, Totals, Window},
     },
 };
 
-/// Scrapers at a time: a pair of Prometheus servers and a person or two.
+/// The limit of connections: enough for two Prometheus servers and a few people.
 const MAX_CONNECTIONS: usize = 8;
-/// A scraper sends its few headers at once.
+/// The time for a request's headers. A client sends its few headers at once.
 const HEADER_TIME: Duration = Duration::from_secs(5);
-/// One request and its answer: what Prometheus waits at most, as it is set by default.
+/// The time for one request and its answer: the default scrape timeout of Prometheus.
 const CONNECTION_TIME: Duration = Duration::from_secs(10);
-/// A scraper's headers are under 1 KiB; this is the least that the HTTP library takes.
+/// The buffer for headers. They are under 1 KiB; this is the HTTP library's minimum.
 const MAX_HEADER_BYTES: usize = 8 * 1024;
 
 const ROOT: &str = "/";
 const METRICS: &str = "/metrics";
 const STATUS: &str = "/status";
 const STATUS_JSON: &str = "/status.json";
-/// No script, no image, no frame, nothing from elsewhere: whatever a name in it holds, a browser does nothing with it.
+/// Forbids scripts, images, frames and anything from other sites, so that no name on the page can make a browser do anything.
 const CONTENT_SECURITY: &str =
     "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// Everything that has something to show.
-pub(super) struct Shown {
+/// What the admin pages are made of.
+pub(super) struct AdminPages {
     engine: Arc<Engine>,
     sources: Vec<Arc<dyn Collect>>,
-    lately: Arc<Lately>,
+    recent_decisions: Arc<RecentDecisions>,
     tls: Option<Arc<Tls>>,
     connections: Arc<ConnectionCounts>,
     window: Window,
     started: SystemTime,
 }
 
-// === impl Shown ===
+// === impl AdminPages ===
 
-impl Shown {
-    /// From now on.
+impl AdminPages {
+    /// The pages of a server that starts now.
     pub(super) fn new(
         engine: Arc<Engine>,
         sources: Vec<Arc<dyn Collect>>,
-        lately: Arc<Lately>,
+        recent_decisions: Arc<RecentDecisions>,
         tls: Option<Arc<Tls>>,
         connections: Arc<ConnectionCounts>,
     ) -> Self {
         let started = SystemTime::now();
-        Self { engine, sources, lately, tls, connections, window: Window::since(started), started }
+        Self { engine, sources, recent_decisions, tls, connections, window: Window::since(started), started }
     }
 
-    /// What is counted, as of now.
+    /// The metrics as they are now.
     fn page(&self) -> Page {
         let snapshot = self.engine.snapshot();
         let mut page = Page::about(snapshot.registry.providers().iter().map(|provider| provider.name.as_str()));
@@ -89,17 +89,17 @@ impl Shown {
         let sources = Sources {
             page: &self.page(),
             snapshot: &self.engine.snapshot(),
-            lately: &self.lately,
+            recent_decisions: &self.recent_decisions,
             window: &self.window,
             started: self.started,
             certificates: self.tls.as_ref().map_or_else(Vec::new, |tls| tls.ends()),
-            refused_connections: self.connections.refusals.shown(),
+            refused_connections: self.connections.refusals.recent(),
         };
         status::status(&sources, SystemTime::now())
     }
 
-    /// One of the pages, with its type.
-    fn written(&self, path: &str) -> Result<(&'static str, String), fmt::Error> {
+    /// Renders the page at this path. Returns its content type and its text.
+    fn render(&self, path: &str) -> Result<(&'static str, String), fmt::Error> {
         Ok(match path {
             METRICS => (CONTENT_TYPE, self.page().text()?),
             STATUS => ("text/html; charset=utf-8", html(&self.status())),
@@ -108,18 +108,18 @@ impl Shown {
     }
 }
 
-/// Notes every minute what is counted, for ever, so that a page can say what is recent. Nothing is counted for it.
-pub(super) async fn note_counts(shown: Arc<Shown>) {
+/// Stores the counts every minute, for ever, so that the status page can say which are recent. Decisions count nothing extra for this.
+pub(super) async fn sample_counts(pages: Arc<AdminPages>) {
     loop {
         tokio::time::sleep(SAMPLE_EVERY).await;
-        let shown = Arc::clone(&shown);
-        let noting = move || shown.window.note(SystemTime::now(), Totals::of(&shown.page()));
-        drop(tokio::task::spawn_blocking(noting).await);
+        let pages = Arc::clone(&pages);
+        let sampling = move || pages.window.note(SystemTime::now(), Totals::of(&pages.page()));
+        drop(tokio::task::spawn_blocking(sampling).await);
     }
 }
 
-/// Answers scrapers for ever.
-pub(super) async fn answer_scrapers(listener: Listener, shown: Arc<Shown>) {
+/// Serves the admin pages for ever.
+pub(super) async fn serve_admin(listener: Listener, pages: Arc<AdminPages>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
@@ -127,21 +127,21 @@ pub(super) async fn answer_scrapers(listener: Listener, shown: Arc<Shown>) {
             accepted = listener.accept() => accepted,
             Some(_) = connections.join_next() => continue,
         };
-        // Without a place it is closed unanswered: a scraper sees that, and the numbers are there for the next one.
+        // Over the limit, the connection is closed without an answer. The client notices, and may come again.
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
-        let shown = Arc::clone(&shown);
+        let pages = Arc::clone(&pages);
         connections.spawn(async move {
-            serve(accepted.io, shown).await;
+            serve(accepted.io, pages).await;
             drop(place);
         });
     }
 }
 
-/// One request, or none in time.
-async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, shown: Arc<Shown>) {
+/// Serves one request, or closes the connection when its time is over.
+async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, pages: Arc<AdminPages>) {
     let service = service_fn(|request| {
-        let shown = Arc::clone(&shown);
-        async move { Ok::<_, Infallible>(answer(&request, shown).await) }
+        let pages = Arc::clone(&pages);
+        async move { Ok::<_, Infallible>(answer(&request, pages).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
@@ -149,46 +149,46 @@ async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, shown: Arc<Shown>) {
         .max_buf_size(MAX_HEADER_BYTES)
         .keep_alive(false)
         .serve_connection(TokioIo::new(io), service);
-    // Its fault is a scraper's, which sees it.
+    // A fault here is the client's, and the client sees it.
     drop(timeout(CONNECTION_TIME, connection).await);
 }
 
-async fn answer(request: &Request<Incoming>, shown: Arc<Shown>) -> Response<Body> {
+async fn answer(request: &Request<Incoming>, pages: Arc<AdminPages>) -> Response<Body> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        let mut response = said(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD");
+        let mut response = plain_response(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD");
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
         return response;
     }
     if !request.body().is_end_stream() {
-        return said(StatusCode::PAYLOAD_TOO_LARGE, "no body is taken");
+        return plain_response(StatusCode::PAYLOAD_TOO_LARGE, "no body is taken");
     }
     let path = match request.uri().path() {
         path @ (METRICS | STATUS | STATUS_JSON) => path.to_owned(),
         ROOT => {
-            let mut response = said(StatusCode::FOUND, "see /status");
+            let mut response = plain_response(StatusCode::FOUND, "see /status");
             response.headers_mut().insert(header::LOCATION, HeaderValue::from_static(STATUS));
             return response;
         }
         _ => {
             let here = "here are /status, /status.json and /metrics; health is gRPC's own service, on server.listen";
-            return said(StatusCode::NOT_FOUND, here);
+            return plain_response(StatusCode::NOT_FOUND, here);
         }
     };
-    // On a thread that may wait: files are read, and no decision stands behind it.
-    match tokio::task::spawn_blocking(move || shown.written(&path)).await.map_err(io::Error::other) {
-        Ok(Ok((content_type, page))) => typed(StatusCode::OK, content_type, page),
+    // On a blocking thread: it reads files under /proc, and decisions must not wait for it.
+    match tokio::task::spawn_blocking(move || pages.render(&path)).await.map_err(io::Error::other) {
+        Ok(Ok((content_type, page))) => response_of_type(StatusCode::OK, content_type, page),
         Ok(Err(_)) | Err(_) => {
             tracing::error!(event = "metrics_failed", "a page of the admin listener could not be written");
-            said(StatusCode::INTERNAL_SERVER_ERROR, "the page could not be written")
+            plain_response(StatusCode::INTERNAL_SERVER_ERROR, "the page could not be written")
         }
     }
 }
 
-fn said(status: StatusCode, words: &str) -> Response<Body> {
-    typed(status, "text/plain; charset=utf-8", format!("{words}\n"))
+fn plain_response(status: StatusCode, words: &str) -> Response<Body> {
+    response_of_type(status, "text/plain; charset=utf-8", format!("{words}\n"))
 }
 
-fn typed(status: StatusCode, content_type: &'static str, text: String) -> Response<Body> {
+fn response_of_type(status: StatusCode, content_type: &'static str, text: String) -> Response<Body> {
     let mut response = Response::new(Body::new(text));
     *response.status_mut() = status;
     for (name, value) in [
@@ -219,27 +219,27 @@ mod tests {
         },
     };
 
-    struct Nobody;
+    struct PendingProber;
 
-    impl Prober for Nobody {
+    impl Prober for PendingProber {
         fn probe(&self, _: ProbeRequest) -> Boxed<'static, Finding> {
             Box::pin(std::future::pending())
         }
     }
 
-    fn shown() -> Arc<Shown> {
+    fn pages() -> Arc<AdminPages> {
         let setup = config::load(&config::Paths::default(), &config::Overrides::default()).unwrap();
-        let cache = crate::liveness::cache::Cache::new(Arc::new(Nobody), crate::liveness::cache::CacheSettings::default());
+        let cache = crate::liveness::cache::Cache::new(Arc::new(PendingProber), crate::liveness::cache::CacheSettings::default());
         let engine = Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None));
-        Arc::new(Shown::new(engine, Vec::new(), Arc::new(Lately::new(false)), None, Arc::default()))
+        Arc::new(AdminPages::new(engine, Vec::new(), Arc::new(RecentDecisions::new(false)), None, Arc::default()))
     }
 
-    /// Headers that come byte by byte, and an answer that nobody reads: each connection has its end.
+    /// A connection ends even if headers arrive byte by byte or the answer is not read.
     #[tokio::test(start_paused = true)]
     async fn a_slow_scraper_is_cut_off() {
         let began = Instant::now();
         let (mut slow, io) = duplex(1024);
-        let serving = tokio::spawn(serve(io, shown()));
+        let serving = tokio::spawn(serve(io, pages()));
         for byte in b"GET /metrics HTTP/1.1\r\nhost: gate\r\n".iter().cycle() {
             if serving.is_finished() || slow.write_all(&[*byte]).await.is_err() {
                 break;
@@ -250,12 +250,12 @@ mod tests {
         let (mut deaf, io) = duplex(64);
         let began = Instant::now();
         deaf.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
-        serve(io, shown()).await;
+        serve(io, pages()).await;
         assert_eq!(began.elapsed(), CONNECTION_TIME);
-        // In time, for comparison.
+        // For comparison, a client that is fast enough.
         let (mut quick, io) = duplex(64 * 1024);
         quick.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
-        serve(io, shown()).await;
+        serve(io, pages()).await;
         let mut said = String::new();
         quick.read_to_string(&mut said).await.unwrap();
         assert!(said.starts_with("HTTP/1.1 200") && said.ends_with("# EOF\n"), "{said}");

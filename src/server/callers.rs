@@ -1,5 +1,5 @@
-//! Who is calling: by client certificate, by bearer token, by Unix peer. Looked up for each call, so that whoever is taken off the list makes
-//! no further one, on whatever connection.
+//! Identifies callers by client certificate, bearer token or Unix peer. The lists are consulted for each call, so that a removed caller can make
+//! no further call, even on an open connection.
 
 use std::{
     collections::BTreeSet,
@@ -27,38 +27,38 @@ use crate::{
     watch::{Fault, Reloaded, Source, files},
 };
 
-/// The largest file of tokens.
+/// The maximum size of the token file.
 const MAX_TOKEN_FILE_BYTES: u64 = 64 * 1024;
-/// A token that can be guessed keeps nobody out: 16 characters of base64 are 96 bits.
+/// The minimum length of a token, so that it cannot be guessed: 16 characters of base64 are 96 bits.
 const MIN_TOKEN_BYTES: usize = 16;
 
-/// Everybody who may call.
+/// All known callers.
 pub(super) struct Callers {
-    listed: ArcSwap<Listed>,
+    lists: ArcSwap<CallerLists>,
     tokens: Option<Arc<Tokens>>,
     anonymous: Arc<Caller>,
     any_certificate: Arc<Caller>,
     any_unix_peer: Arc<Caller>,
 }
 
-/// Who may call by certificate or by Unix peer, as the configuration lists them.
-struct Listed {
+/// The callers by certificate and by Unix peer, as the configuration lists them.
+struct CallerLists {
     certificates: Vec<(String, Arc<Caller>)>,
     unix_peers: Vec<(UnixCaller, Arc<Caller>)>,
 }
 
-/// What a connection proves about its caller.
+/// What a connection proves about its peer.
 #[derive(Debug, Clone)]
 pub(super) struct Identity {
     pub(super) peer: Peer,
-    /// The names of its client certificate, if it has one: they were verified in the handshake.
+    /// The names of its client certificate, if it has one. The handshake has verified them.
     pub(super) names: Option<Vec<String>>,
 }
 
-/// Tokens, from a file that is read again.
+/// The bearer tokens, from a file that is reloaded.
 pub(super) struct Tokens {
     path: PathBuf,
-    /// Made anew by every process: neither tokens nor anything that is made of them alone stays in memory.
+    /// Each process makes a new hash key, so that memory holds neither tokens nor hashes that could be reproduced from tokens alone.
     key: [u8; 32],
     known: ArcSwap<Vec<Token>>,
     last: Mutex<[u8; 32]>,
@@ -75,7 +75,7 @@ impl Callers {
     pub(super) fn new(settings: &CallerSettings) -> Result<Self, ServerError> {
         let named = |name: &str| Arc::new(Caller { name: name.to_owned(), role: Role::Platform });
         Ok(Self {
-            listed: ArcSwap::from_pointee(Listed::of(settings)),
+            lists: ArcSwap::from_pointee(CallerLists::of(settings)),
             tokens: settings.token_file.as_deref().map(Tokens::load).transpose()?.map(Arc::new),
             anonymous: named("anonymous"),
             any_certificate: named("certificate"),
@@ -83,28 +83,28 @@ impl Callers {
         })
     }
 
-    /// Takes the lists of certificates and Unix peers anew.
-    pub(super) fn relist(&self, settings: &CallerSettings) {
-        self.listed.store(Arc::new(Listed::of(settings)));
+    /// Replaces the lists of certificates and Unix peers.
+    pub(super) fn replace_lists(&self, settings: &CallerSettings) {
+        self.lists.store(Arc::new(CallerLists::of(settings)));
     }
 
-    /// The tokens, if they are how callers are known.
+    /// The tokens, if a token file is configured.
     pub(super) fn tokens(&self) -> Option<&Arc<Tokens>> {
         self.tokens.as_ref()
     }
 
     /// Whether a certificate with these names may call.
-    pub(super) fn knows(&self, names: &[String]) -> bool {
+    pub(super) fn allows_names(&self, names: &[String]) -> bool {
         self.by_names(names).is_some()
     }
 
-    /// Who makes a call with these headers, on a connection that has proven this.
+    /// Identifies the caller of a call with these headers, on a connection with this identity.
     pub(super) fn identify(&self, identity: &Identity, headers: &HeaderMap) -> Result<Arc<Caller>, Status> {
         let refused = |message: String| error(ErrorReason::CallerUnknown, message);
         let by_connection = match (identity.peer, &identity.names) {
             (Peer::Tcp(_), Some(names)) => {
-                let listed = "the client certificate's names are not on the list of callers";
-                Some(self.by_names(names).ok_or_else(|| refused(listed.to_owned()))?)
+                let message = "the client certificate's names are not on the list of callers";
+                Some(self.by_names(names).ok_or_else(|| refused(message.to_owned()))?)
             }
             (Peer::Tcp(_), None) if self.tokens.is_some() => None,
             (Peer::Tcp(_), None) => Some(Arc::clone(&self.anonymous)),
@@ -113,41 +113,41 @@ impl Callers {
                     .ok_or_else(|| refused(format!("uid {uid} with gid {gid} is not on the list of Unix peers")))?,
             ),
         };
-        let Some(tokens) = &self.tokens else { return by_connection.ok_or_else(missing) };
-        match bearer(headers) {
+        let Some(tokens) = &self.tokens else { return by_connection.ok_or_else(token_missing) };
+        match bearer_token(headers) {
             Err(()) => Err(error(ErrorReason::TokenMalformed, "the authorization header is not one bearer token")),
             Ok(Some(token)) => {
                 tokens.caller_of(token).ok_or_else(|| error(ErrorReason::TokenUnknown, "the bearer token is not known"))
             }
-            Ok(None) => by_connection.ok_or_else(missing),
+            Ok(None) => by_connection.ok_or_else(token_missing),
         }
     }
 
     fn by_unix_peer(&self, uid: u32, gid: u32) -> Option<Arc<Caller>> {
-        let listed = self.listed.load();
-        if listed.unix_peers.is_empty() {
+        let lists = self.lists.load();
+        if lists.unix_peers.is_empty() {
             return Some(Arc::clone(&self.any_unix_peer));
         }
         let matches = |wanted: Option<u32>, found| wanted.is_none_or(|wanted| wanted == found);
-        let found = listed.unix_peers.iter().find(|(peer, _)| matches(peer.uid, uid) && matches(peer.gid, gid));
+        let found = lists.unix_peers.iter().find(|(peer, _)| matches(peer.uid, uid) && matches(peer.gid, gid));
         found.map(|(_, caller)| Arc::clone(caller))
     }
 
     fn by_names(&self, names: &[String]) -> Option<Arc<Caller>> {
-        let listed = self.listed.load();
-        if listed.certificates.is_empty() {
+        let lists = self.lists.load();
+        if lists.certificates.is_empty() {
             return Some(Arc::clone(&self.any_certificate));
         }
-        let found = listed.certificates.iter().find(|(san, _)| names.iter().any(|name| covers(san, name)));
+        let found = lists.certificates.iter().find(|(san, _)| names.iter().any(|name| covers(san, name)));
         found.map(|(_, caller)| Arc::clone(caller))
     }
 }
 
-fn missing() -> Status {
+fn token_missing() -> Status {
     error(ErrorReason::TokenMissing, "the call carries no bearer token: send `authorization: Bearer TOKEN`")
 }
 
-/// Whether an entry of the list covers a name: the same text, or everything below a URI that ends in `/*`.
+/// Whether a list entry covers a name. An entry covers the same text, or everything below it if it is a URI that ends in `/*`.
 fn covers(entry: &str, name: &str) -> bool {
     match entry.strip_suffix('*') {
         Some(below) if below.ends_with('/') && below.contains("://") => name.len() > below.len() && name.starts_with(below),
@@ -163,8 +163,8 @@ fn role_of(word: RoleWord, workspaces: BTreeSet<String>) -> Role {
     }
 }
 
-/// The bearer token of a call, if it has one. More than one, or another scheme, is a fault.
-fn bearer(headers: &HeaderMap) -> Result<Option<&[u8]>, ()> {
+/// The bearer token of a call, if it has one. More than one, or another scheme, is an error.
+fn bearer_token(headers: &HeaderMap) -> Result<Option<&[u8]>, ()> {
     let mut values = headers.get_all(header::AUTHORIZATION).iter();
     match (values.next(), values.next()) {
         (None, _) => Ok(None),
@@ -176,9 +176,9 @@ fn bearer(headers: &HeaderMap) -> Result<Option<&[u8]>, ()> {
     }
 }
 
-// === impl Listed ===
+// === impl CallerLists ===
 
-impl Listed {
+impl CallerLists {
     fn of(settings: &CallerSettings) -> Self {
         let certificate = |caller: &CertificateCaller| {
             let CertificateCaller { san, role, workspaces } = caller;
@@ -220,8 +220,8 @@ impl Tokens {
         let new = parse(&self.path, &content, &self.key)?;
         let old = self.known.swap(Arc::new(new));
         let known = self.known.load();
-        let is_gone = |token: &&Token| !known.iter().any(|other| bool::from(other.hash.ct_eq(&token.hash)));
-        for Token { caller, .. } in old.iter().filter(is_gone) {
+        let is_removed = |token: &&Token| !known.iter().any(|other| bool::from(other.hash.ct_eq(&token.hash)));
+        for Token { caller, .. } in old.iter().filter(is_removed) {
             let (setting, caller) = ("callers.token_file", caller.name.as_str());
             tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
         }
@@ -229,8 +229,8 @@ impl Tokens {
         Ok(Reloaded::Taken)
     }
 
-    /// Who has this token. Both sides are hashed under a key of this process, and every entry is looked at: the time tells
-    /// nothing about how much of a token was right.
+    /// The caller with this token. It compares keyed hashes in constant time and visits every entry, so that the time does not reveal how much of
+    /// a token was right.
     fn caller_of(&self, token: &[u8]) -> Option<Arc<Caller>> {
         let hash = hash(&self.key, token);
         let mut found = None;
@@ -261,12 +261,12 @@ fn read(path: &Path) -> Result<zeroize::Zeroizing<String>, ServerError> {
     files::read_text(path, MAX_TOKEN_FILE_BYTES).map_err(|source| ServerError::File { path: path.to_owned(), source })
 }
 
-/// Of a token, or of all of them.
+/// Hashes a token, or the whole file.
 fn hash(key: &[u8; 32], secret: &[u8]) -> [u8; 32] {
     with_stack_wiped(|| *blake3::keyed_hash(key, secret).as_bytes())
 }
 
-/// `TOKEN [ROLE [ID,ID..]]` a line; `#` begins a comment. What is wrong is told by line, never by content.
+/// Parses lines of `TOKEN [ROLE [ID,ID..]]`; `#` begins a comment. Errors name the line and never its content.
 fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, ServerError> {
     let fault = |line: usize, message: &str| ServerError::Content {
         path: path.to_owned(),
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_have_roles_and_faults_are_told_without_the_token() {
+    fn lines_have_roles_and_errors_never_quote_the_token() {
         let tokens =
             parsed(&format!("# ours\n\n{GOOD}\r\nmade-up-token-two-xx workspace ws-1,ws-2\nmade-up-token-three operator\n"))
                 .unwrap();
@@ -374,8 +374,8 @@ mod tests {
     #[test]
     fn a_unix_peer_must_match_every_id_that_is_given_and_is_looked_up_for_each_call() {
         let one = |uid, gid| UnixCaller { uid, gid, role: RoleWord::Operator, workspaces: BTreeSet::new() };
-        let listed = |peers| CallerSettings { unix_peers: CallerList::Only(peers), ..CallerSettings::default() };
-        let callers = Callers::new(&listed(vec![one(Some(1), Some(2)), one(None, Some(9))])).unwrap();
+        let settings = |peers| CallerSettings { unix_peers: CallerList::Only(peers), ..CallerSettings::default() };
+        let callers = Callers::new(&settings(vec![one(Some(1), Some(2)), one(None, Some(9))])).unwrap();
         let identify = |uid, gid| {
             let identity = Identity { peer: Peer::Unix { uid, gid }, names: None };
             callers.identify(&identity, &HeaderMap::new()).map_err(|status| status.code())
@@ -383,7 +383,7 @@ mod tests {
         for (uid, gid, allowed) in [(1, 2, true), (1, 3, false), (3, 2, false), (5, 9, true)] {
             assert_eq!(identify(uid, gid).is_ok(), allowed, "{uid} {gid}");
         }
-        callers.relist(&listed(vec![one(Some(1), Some(2))]));
+        callers.replace_lists(&settings(vec![one(Some(1), Some(2))]));
         assert_eq!(identify(5, 9).unwrap_err(), Code::PermissionDenied);
         assert!(identify(1, 2).is_ok());
     }
@@ -391,14 +391,14 @@ mod tests {
     #[test]
     fn a_certificate_that_is_taken_off_the_list_makes_no_further_call() {
         let one = |san: &str| CertificateCaller { san: san.into(), role: RoleWord::Platform, workspaces: BTreeSet::new() };
-        let listed = |names| CallerSettings { certificates: CallerList::Only(names), ..CallerSettings::default() };
-        let callers = Callers::new(&listed(vec![one("spiffe://a/*"), one("api.example")])).unwrap();
+        let settings = |names| CallerSettings { certificates: CallerList::Only(names), ..CallerSettings::default() };
+        let callers = Callers::new(&settings(vec![one("spiffe://a/*"), one("api.example")])).unwrap();
         let identity =
             Identity { peer: Peer::Tcp("127.0.0.1:1".parse().unwrap()), names: Some(vec!["spiffe://a/platform".into()]) };
         assert_eq!(callers.identify(&identity, &HeaderMap::new()).unwrap().name, "certificate spiffe://a/*");
-        callers.relist(&listed(vec![one("api.example")]));
+        callers.replace_lists(&settings(vec![one("api.example")]));
         assert_eq!(callers.identify(&identity, &HeaderMap::new()).unwrap_err().code(), Code::PermissionDenied);
-        callers.relist(&CallerSettings { certificates: CallerList::Anyone, ..CallerSettings::default() });
+        callers.replace_lists(&CallerSettings { certificates: CallerList::Anyone, ..CallerSettings::default() });
         assert!(callers.identify(&identity, &HeaderMap::new()).is_ok());
     }
 }

@@ -1,7 +1,8 @@
-//! One connection, and each of its calls: handshake, preface, HTTP/2; then caller, limits, deadline, service.
+//! Serves one connection: TLS handshake, HTTP/2 preface, HTTP/2. For each call it finds the caller, applies limits and the deadline, and calls
+//! the service.
 //!
-//! hyper is used as it is, without tonic's transport in between: that answers an expired grpc-timeout with CANCELLED, ends no client that
-//! never reads, and reads certificates once.
+//! It uses hyper directly, without tonic's transport. tonic's transport answers an expired grpc-timeout with CANCELLED, does not end a client
+//! that never reads, and reads certificates only once.
 
 use std::{
     convert::Infallible,
@@ -34,11 +35,11 @@ use tower_service::Service;
 
 use super::{
     callers::{Callers, Identity},
-    connections::{ConnectionCounts, ConnectionState, Place, Using},
+    connections::{CallGuard, ConnectionCounts, ConnectionState, Place},
     health::Phase,
     inline_executor::InlineExecutor,
     listen::{Accepted, Stream},
-    refused::{HandshakeFault, Refusal, handshake, is_a_look},
+    refused::{HandshakeFault, Refusal, handshake, is_port_check},
     request_body::{ByteBudget, CountedBody},
     settings::ServerSettings,
     tls::{Tls, names_of},
@@ -61,45 +62,46 @@ use crate::{
     telemetry::metrics::calls::{BATCH_DECIDE, known_method},
 };
 
-/// What an HTTP/2 client says first.
+/// The first bytes of an HTTP/2 client.
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How a TLS client begins: a handshake record of TLS 1.
+/// The first bytes of a TLS client: a handshake record of TLS 1.
 const TLS_RECORD: [u8; 2] = [0x16, 0x03];
-/// An empty SETTINGS frame, with which a server must begin.
+/// An empty SETTINGS frame, which a server must send first.
 const SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
-/// GOAWAY's code for a peer that asks too much.
+/// GOAWAY's code for a peer that asks for too much.
 const ENHANCE_YOUR_CALM: u8 = 0x0b;
-/// What whoever speaks without TLS is told where TLS is spoken: a fatal alert, `unexpected_message`. A GOAWAY would be easier to read for a
-/// person, and gRPC's clients lose its text: grpc-go tells of a connection that is draining, and tries again for ever.
+/// The answer to a client without TLS on a TLS port: a fatal alert, `unexpected_message`. A GOAWAY would be easier to read, but gRPC clients
+/// lose its text: grpc-go reports a draining connection, and retries for ever.
 const TLS_ALERT: [u8; 7] = [0x15, 0x03, 0x03, 0, 2, 2, 10];
-/// What is said to whoever speaks TLS or HTTP/1.1 where neither is spoken. A TLS client shows none of it, but knows from it what is wrong.
-const SPEAKS_HTTP2: &str =
+/// The answer to a client that speaks TLS or HTTP/1.1 on a port that does not. A TLS client does not show the text, but reports that the server
+/// does not speak TLS.
+const NEEDS_HTTP2: &str =
     "HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\nthis port speaks gRPC over HTTP/2";
-/// What is said to whoever speaks HTTP/2 and no gRPC.
+/// The answer to a client that speaks HTTP/2 but not gRPC.
 const NOT_GRPC: &str = "the content type must be application/grpc or application/grpc+proto: this port speaks gRPC\n";
-/// How a request of HTTP/1.1 begins.
+/// The first bytes of an HTTP/1.1 request.
 const METHODS: [&[u8]; 6] = [b"GET ", b"HEAD ", b"POST ", b"PUT ", b"DELETE ", b"OPTIONS "];
-/// What a peer may send of one call, and of all calls of a connection, before any of it has been read.
+/// How many bytes a peer may send before any are read, for one call and for all calls of a connection.
 const STREAM_WINDOW: u32 = 64 * 1024;
 const CONNECTION_WINDOW: u32 = 256 * 1024;
-/// What may wait to be sent of one answer that is not read.
+/// How many bytes of one answer may wait for a client that does not read.
 const SEND_BUFFER: usize = 64 * 1024;
-/// An answer that has not been read so long after its call's end is not read any more.
-const READ_TIME: Duration = Duration::from_secs(1);
-/// How long the calls that are cut off at the end of a drain have to be told so.
-pub(super) const LAST_WORDS: Duration = Duration::from_millis(100);
-/// Beyond the longest deadline of a call: how long a connection that ignores GOAWAY is kept.
-const AFTER_LAST_CALL: Duration = Duration::from_secs(2);
-/// Health, which everybody may ask: a kubelet has neither certificate nor token.
+/// After the end of a call, its answer is dropped if the client has not read it within this time.
+const ANSWER_READ_TIME: Duration = Duration::from_secs(1);
+/// How long the statuses of calls that are cut off at the end of a drain may take to be sent.
+pub(super) const CUT_OFF_GRACE: Duration = Duration::from_millis(100);
+/// How long a connection that ignores GOAWAY is kept beyond the longest deadline of a call.
+const GOAWAY_GRACE: Duration = Duration::from_secs(2);
+/// The health service. Callers need no credentials for it: a kubelet has neither certificate nor token.
 const HEALTH_PREFIX: &str = "/grpc.health.v1.Health/";
 const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
 
-/// What every connection shares.
+/// What all connections share.
 pub(super) struct ConnectionContext {
     pub(super) callers: Arc<Callers>,
     pub(super) authorizer: Arc<Authorizer>,
     pub(super) tls: Option<Arc<Tls>>,
-    /// Called as it is: routing one service to itself would cost each call a tenth.
+    /// Called directly: routing to it would make each call a tenth slower.
     pub(super) service: PolicyDecision,
     /// Health and reflection.
     pub(super) routes: Routes,
@@ -109,8 +111,9 @@ pub(super) struct ConnectionContext {
     pub(super) recorder: Arc<Recorder>,
     pub(super) phase: watch::Receiver<Phase>,
     pub(super) bytes: Arc<ByteBudget>,
-    /// Calls under way of callers that nobody knows, and health watches.
+    /// The number of calls in flight from unknown callers.
     pub(super) unknown_calls: Arc<AtomicUsize>,
+    /// The number of open health watches.
     pub(super) watches: Arc<AtomicUsize>,
     pub(super) counts: Arc<ConnectionCounts>,
 }
@@ -126,15 +129,15 @@ struct Connection {
 // === impl ConnectionContext ===
 
 impl ConnectionContext {
-    /// Serves a connection to its end.
+    /// Serves a connection until it ends.
     pub(super) async fn serve(self: Arc<Self>, accepted: Accepted, place: &Place) {
         let handshake_by = Instant::now() + self.deadlines.handshake;
         let mut phase = self.phase.clone();
         let peer = accepted.peer;
         let started = tokio::select! {
             started = timeout_at(handshake_by, self.begin(accepted)) => started,
-            () = reached(&mut phase, Phase::Draining) => return,
-            () = place.state.told_to_make_room() => return,
+            () = wait_for_phase(&mut phase, Phase::Draining) => return,
+            () = place.state.evicted() => return,
         };
         let (io, identity) = match started {
             Ok(Ok(started)) => started,
@@ -148,15 +151,15 @@ impl ConnectionContext {
         connection.serve(io).await;
     }
 
-    /// TLS where it is configured, then the preface: whoever does not speak HTTP/2 goes no further.
-    async fn begin(&self, accepted: Accepted) -> Result<(Prefaced, Identity), Option<Refusal>> {
+    /// Does the TLS handshake if TLS is configured, then reads the HTTP/2 preface. Any other protocol is refused.
+    async fn begin(&self, accepted: Accepted) -> Result<(Rewind, Identity), Option<Refusal>> {
         let Accepted { io, peer } = accepted;
         let (mut io, names, is_plain): (Box<dyn Stream>, _, _) = match (&self.tls, peer) {
             (Some(tls), Peer::Tcp(_)) => {
-                let io = speaks_tls(io).await?;
+                let io = expect_tls(io).await?;
                 let stream = handshake(tls.acceptor().accept(io)).await?;
                 let names = stream.get_ref().1.peer_certificates().and_then(<[_]>::first).map(names_of);
-                // Verified in the handshake: it parses.
+                // The handshake has verified the certificate, so it parses.
                 let unread = || Some(Refusal::of(HandshakeFault::CertificateBad));
                 let names = names.map(|names| names.ok_or_else(unread)).transpose()?;
                 (Box::new(stream), names, false)
@@ -164,21 +167,21 @@ impl ConnectionContext {
             (_, _) => (io, None, true),
         };
         let mut preface = [0; PREFACE.len()];
-        io.read_exact(&mut preface).await.map_err(broken)?;
+        io.read_exact(&mut preface).await.map_err(broken_connection)?;
         if preface != *PREFACE {
             let is_tls = is_plain && preface.starts_with(&TLS_RECORD);
-            // Noise on a bad network is told nothing: its client would take the text for another server's.
+            // Other bytes get no answer: they may be noise of a bad network, and the client would take the text for another server's answer.
             if is_tls || METHODS.iter().any(|method| preface.starts_with(method)) {
-                say(io, format!("{SPEAKS_HTTP2}{}\n", if is_plain { ", without TLS" } else { "" }).as_bytes()).await;
+                send_last_bytes(io, format!("{NEEDS_HTTP2}{}\n", if is_plain { ", without TLS" } else { "" }).as_bytes()).await;
             }
             let fault = if is_tls { HandshakeFault::TlsUnexpected } else { HandshakeFault::NoHttp2 };
             return Err(Some(Refusal::of(fault)));
         }
-        Ok((Prefaced { io, left: Bytes::from_static(PREFACE) }, Identity { peer, names }))
+        Ok((Rewind { io, prefix: Bytes::from_static(PREFACE) }, Identity { peer, names }))
     }
 
     fn refuse(&self, peer: Peer, refusal: Refusal) {
-        self.counts.failed.inc();
+        self.counts.handshake_failed.inc();
         self.counts.refusals.add(peer, refusal);
     }
 
@@ -190,15 +193,15 @@ impl ConnectionContext {
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_send_buf_size(SEND_BUFFER)
-            // Calls that were reset before they were looked at. An honest client whose calls all reach their deadline at once resets as many
-            // as it may have; who goes on resetting is cut off.
+            // The limit of calls that are reset before they are accepted. An honest client resets at most all its streams at once, when all its
+            // calls reach their deadline. A client that resets more is disconnected.
             .max_pending_accept_reset_streams(Some(streams as usize))
-            // No gRPC client reads it.
+            // No gRPC client reads the date.
             .auto_date_header(false);
         http
     }
 
-    /// How old a connection gets: within a tenth, so that those made together do not end together.
+    /// The maximum age of a connection, varied by a tenth, so that connections made together do not end together.
     fn max_age(&self) -> Duration {
         self.settings.max_connection_age.mul_f64(rand::rng().random_range(0.9..=1.1))
     }
@@ -207,7 +210,7 @@ impl ConnectionContext {
 // === impl Connection ===
 
 impl Connection {
-    async fn serve(self: Arc<Self>, io: Prefaced) {
+    async fn serve(self: Arc<Self>, io: Rewind) {
         let mut phase = self.context.phase.clone();
         let ends_at = Instant::now() + self.context.max_age();
         let service = service_fn(|request| self.call(request));
@@ -228,26 +231,26 @@ impl Connection {
         };
         tokio::select! {
             done = running!() => return ended(done),
-            () = reached(&mut phase, Phase::Draining) => {}
+            () = wait_for_phase(&mut phase, Phase::Draining) => {}
             () = sleep_until(ends_at) => {}
             () = self.state.idle(self.context.settings.max_connection_idle) => {}
-            () = self.state.told_to_make_room() => return,
+            () = self.state.evicted() => return,
         }
-        // GOAWAY: what is under way is finished, nothing new begins.
+        // Send GOAWAY: calls in flight are finished, and no new call begins.
         connection.as_mut().graceful_shutdown();
         let Deadlines { decide, batch, .. } = self.context.deadlines;
         tokio::select! {
             done = running!() => return ended(done),
-            () = reached(&mut phase, Phase::Cut) => {}
-            () = sleep(decide.max(batch) + AFTER_LAST_CALL) => {}
+            () = wait_for_phase(&mut phase, Phase::Cut) => {}
+            () = sleep(decide.max(batch) + GOAWAY_GRACE) => {}
         }
-        // What was cut off is told so.
-        drop(timeout(LAST_WORDS, running!()).await);
+        // Send the statuses of calls that were cut off.
+        drop(timeout(CUT_OFF_GRACE, running!()).await);
     }
 
-    /// One call: who, how much, until when, then the service. Its future goes to the heap: it is small, since what can be told at once has
-    /// been told before.
-    fn call(self: &Arc<Self>, request: Request<Incoming>) -> impl Future<Output = Answered> + Send + use<> {
+    /// Answers one call. Caller, limits and deadline are checked at once, and only the rest is in the returned future. So that future, which is
+    /// allocated for every call, stays small.
+    fn call(self: &Arc<Self>, request: Request<Incoming>) -> impl Future<Output = CallResult> + Send + use<> {
         let method = method_of(request.uri().path()).map(known_method);
         let record = Arc::new(CallRecord::begin(
             &self.context.recorder,
@@ -257,11 +260,11 @@ impl Connection {
         ));
         let started = self.start(request, method, &record);
         let end = started.as_ref().map_or_else(|_| Some(Instant::now()), |started| started.end);
-        self.inline.set_next_end(end.map(|end| end + READ_TIME));
-        let (context, using) = (Arc::clone(&self.context), self.state.begin_call());
+        self.inline.set_next_end(end.map(|end| end + ANSWER_READ_TIME));
+        let (context, call_guard) = (Arc::clone(&self.context), self.state.begin_call());
         async move {
-            let response = context.finish(started, using).await;
-            // How it ended, as far as its headers tell: a failure of the library's or ours has no body before its code.
+            let response = context.finish(started, call_guard).await;
+            // The headers say how the call ended: a failure, of the library or of this service, has its code there and no body before it.
             let code = response.headers().get(Status::GRPC_STATUS).map_or(Code::Ok, |code| Code::from_bytes(code.as_bytes()));
             let reason = response.extensions().get::<Status>().map(Status::message);
             record.end(code, reason.unwrap_or_default());
@@ -274,10 +277,10 @@ impl Connection {
         request: Request<Incoming>,
         method: Option<&'static str>,
         record: &Arc<CallRecord>,
-    ) -> Result<Started, Box<Response<Body>>> {
+    ) -> Result<CallInFlight, Box<Response<Body>>> {
         if !is_grpc(request.headers()) {
             record.end(Code::InvalidArgument, NOT_GRPC);
-            return Err(Box::new(no_grpc()));
+            return Err(Box::new(not_grpc_response()));
         }
         self.begin(request, method, record).map_err(|status| Box::new(status.into_http()))
     }
@@ -287,7 +290,7 @@ impl Connection {
         mut request: Request<Incoming>,
         method: Option<&'static str>,
         record: &Arc<CallRecord>,
-    ) -> Result<Started, Status> {
+    ) -> Result<CallInFlight, Status> {
         let Self { context, identity, state, .. } = self;
         if method == Some("") {
             return Err(error(ErrorReason::Unsupported, "the service has no such method"));
@@ -303,34 +306,34 @@ impl Connection {
             context.authorizer.call(caller, method)?;
             state.set_known();
         }
-        // It has been read, and nothing behind this line is to know it.
+        // The token has been checked. No later code may see it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
         let limits = &context.limits;
         let unknown = match &caller {
             Some(_) => None,
-            None => Some(Counted::one(&context.unknown_calls, limits.unknown_calls, "limits.unknown_calls")?),
+            None => Some(Permit::take(&context.unknown_calls, limits.unknown_calls, "limits.unknown_calls")?),
         };
-        let watch = if is_watch { Some(Counted::one(&context.watches, limits.watches, "limits.watches")?) } else { None };
+        let watch = if is_watch { Some(Permit::take(&context.watches, limits.watches, "limits.watches")?) } else { None };
         let bytes = context.bytes.call(caller.is_some());
         let request = request.map(|body| CountedBody::new(body, Arc::clone(&bytes)));
-        let held = Held { _unknown: unknown, _watch: watch, _bytes: bytes };
+        let permits = CallPermits { _unknown: unknown, _watch: watch, _bytes: bytes };
         match (method, caller) {
-            (Some(method), Some(caller)) => context.service_call(request, method, caller, record, held),
-            (_, _) => context.route(request, !is_watch, held),
+            (Some(method), Some(caller)) => context.service_call(request, method, caller, record, permits),
+            (_, _) => context.route(request, !is_watch, permits),
         }
     }
 }
 
 impl ConnectionContext {
-    /// A call of the service.
+    /// Calls the decision service.
     fn service_call(
         &self,
         request: Request<CountedBody>,
         method: &'static str,
         caller: Arc<Caller>,
         record: &Arc<CallRecord>,
-        held: Held,
-    ) -> Result<Started, Status> {
+        permits: CallPermits,
+    ) -> Result<CallInFlight, Status> {
         let (cap, limit) = if method == BATCH_DECIDE {
             (self.deadlines.batch, self.limits.batch_message_bytes)
         } else {
@@ -338,102 +341,102 @@ impl ConnectionContext {
         };
         let deadline = self.deadline(request.headers(), cap)?;
         let service = PolicyDecisionServiceServer::new(self.service.to(caller, deadline, Arc::clone(record)));
-        let answering = service.max_decoding_message_size(limit).call(request);
-        Ok(Started { answering, end: Some(deadline.end), limit, held, streams: method == BATCH_DECIDE })
+        let response = service.max_decoding_message_size(limit).call(request);
+        Ok(CallInFlight { response, end: Some(deadline.end), limit, permits, streams: method == BATCH_DECIDE })
     }
 
-    /// Health and reflection, which have a deadline as any call, but for a watch.
-    fn route(&self, request: Request<CountedBody>, ends: bool, held: Held) -> Result<Started, Status> {
+    /// Calls health or reflection. They have a deadline like every call, but a health watch has none.
+    fn route(&self, request: Request<CountedBody>, ends: bool, permits: CallPermits) -> Result<CallInFlight, Status> {
         let end = if ends { Some(self.deadline(request.headers(), self.deadlines.decide)?.end) } else { None };
         let limit = self.limits.message_bytes;
-        Ok(Started { answering: Box::pin(self.routes.clone().call(request)), end, limit, held, streams: !ends })
+        Ok(CallInFlight { response: Box::pin(self.routes.clone().call(request)), end, limit, permits, streams: !ends })
     }
 
     fn deadline(&self, headers: &HeaderMap, cap: Duration) -> Result<Deadline, Status> {
-        Deadline::of(headers, cap).ok_or_else(late)
+        Deadline::of(headers, cap).ok_or_else(deadline_exceeded)
     }
 
-    async fn finish(&self, started: Result<Started, Box<Response<Body>>>, using: Using) -> Response<Body> {
-        let Started { mut answering, end, limit, held, streams } = match started {
+    async fn finish(&self, started: Result<CallInFlight, Box<Response<Body>>>, call_guard: CallGuard) -> Response<Body> {
+        let CallInFlight { mut response, end, limit, permits, streams } = match started {
             Ok(started) => started,
             Err(response) => return *response,
         };
-        // Most calls wait for nothing, and need no timer.
-        let answered = match (futures_util::poll!(&mut answering), end) {
+        // Most calls are ready at once and need no timer.
+        let answered = match (futures_util::poll!(&mut response), end) {
             (Poll::Ready(answered), _) => answered,
-            (Poll::Pending, None) => answering.await,
+            (Poll::Pending, None) => response.await,
             (Poll::Pending, Some(end)) => {
                 let mut phase = self.phase.clone();
                 tokio::select! {
-                    // The body is read within this as well: a caller that sends it byte by byte holds nothing for longer.
-                    answered = timeout_at(end, answering) => match answered {
+                    // The deadline covers reading the body too, so a caller that sends it byte by byte holds its permits no longer.
+                    answered = timeout_at(end, response) => match answered {
                         Ok(answered) => answered,
-                        // The service has noticed that its call was given up.
-                        Err(_) => return late().into_http(),
+                        // Dropping the future tells the service that the call was given up.
+                        Err(_) => return deadline_exceeded().into_http(),
                     },
-                    () = reached(&mut phase, Phase::Cut) => return draining().into_http(),
+                    () = wait_for_phase(&mut phase, Phase::Cut) => return draining().into_http(),
                 }
             }
         };
         let Ok(response) = answered;
-        match explanation(&response, limit) {
+        match contract_error(&response, limit) {
             Some(status) => status.into_http(),
-            None if streams => response.map(|body| Body::new(HoldingBody { body, _held: held, _using: using })),
+            None if streams => response.map(|body| Body::new(GuardedBody { body, _permits: permits, _call_guard: call_guard })),
             None => response,
         }
     }
 }
 
-/// Whether this is gRPC with Protocol Buffers, by the content type.
+/// Whether the content type is gRPC with Protocol Buffers.
 fn is_grpc(headers: &HeaderMap) -> bool {
     let kind = headers.get(http::header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     let kind = kind.split(';').next().unwrap_or_default().trim_ascii();
     ["application/grpc", "application/grpc+proto"].iter().any(|known| kind.eq_ignore_ascii_case(known))
 }
 
-/// What other peers are told: gRPC's specification has this status of HTTP for it, and a body is for who reads it with curl.
-fn no_grpc() -> Response<Body> {
+/// The answer to a client that does not speak gRPC. gRPC's specification asks for this HTTP status. The body is for a person with curl.
+fn not_grpc_response() -> Response<Body> {
     let mut response = Response::new(Body::new(NOT_GRPC.to_owned()));
     *response.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
     response.headers_mut().insert(http::header::CONTENT_TYPE, http::HeaderValue::from_static("text/plain"));
     response
 }
 
-/// Which of the service's calls a path names.
+/// The service's method that a path names.
 fn method_of(path: &str) -> Option<&str> {
     path.strip_prefix('/')?.strip_prefix(NAME)?.strip_prefix('/')
 }
 
-/// What comes of a call.
-type Answered = Result<Response<Body>, Infallible>;
-type Answering = Pin<Box<dyn Future<Output = Answered> + Send>>;
+/// The result of a call.
+type CallResult = Result<Response<Body>, Infallible>;
+type CallFuture = Pin<Box<dyn Future<Output = CallResult> + Send>>;
 
-/// A call that is being answered.
-struct Started {
-    answering: Answering,
+/// A call in flight.
+struct CallInFlight {
+    response: CallFuture,
     end: Option<Instant>,
-    /// How long its message may be.
+    /// The maximum length of its message.
     limit: usize,
-    held: Held,
-    /// It goes on after its first answer.
+    permits: CallPermits,
+    /// Whether it goes on after its first message.
     streams: bool,
 }
 
-/// The shares of the limits over all connections that a call holds until it is answered.
-struct Held {
-    _unknown: Option<Counted>,
-    _watch: Option<Counted>,
+/// What a call takes from the limits over all connections. It is given back when the call is answered.
+struct CallPermits {
+    _unknown: Option<Permit>,
+    _watch: Option<Permit>,
     _bytes: Arc<super::request_body::CallBytes>,
 }
 
-/// The answers of a call that goes on, which holds what it has to its end.
-struct HoldingBody {
+/// The body of a streaming answer. It holds the call's permits until the stream ends.
+struct GuardedBody {
     body: Body,
-    _held: Held,
-    _using: Using,
+    _permits: CallPermits,
+    _call_guard: CallGuard,
 }
 
-impl hyper::body::Body for HoldingBody {
+impl hyper::body::Body for GuardedBody {
     type Data = Bytes;
     type Error = Status;
 
@@ -446,34 +449,33 @@ impl hyper::body::Body for HoldingBody {
     }
 }
 
-/// One place of a limited number.
-struct Counted(Arc<AtomicUsize>);
+/// One unit of a limited number.
+struct Permit(Arc<AtomicUsize>);
 
-// === impl Counted ===
+// === impl Permit ===
 
-impl Counted {
-    fn one(count: &Arc<AtomicUsize>, limit: usize, name: &str) -> Result<Self, Status> {
-        let counted = Self(Arc::clone(count));
+impl Permit {
+    fn take(count: &Arc<AtomicUsize>, limit: usize, name: &str) -> Result<Self, Status> {
+        let permit = Self(Arc::clone(count));
         if count.fetch_add(1, Ordering::Relaxed) < limit {
-            return Ok(counted);
+            return Ok(permit);
         }
         Err(limit_reached(name, &format!("{limit} at a time"), RETRY_AFTER))
     }
 }
 
-impl Drop for Counted {
+impl Drop for Permit {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-fn late() -> Status {
+fn deadline_exceeded() -> Status {
     error(ErrorReason::Deadline, "no decision was made before the call's deadline")
 }
 
-/// What the library finds wrong with a message, in the contract's words: bad input is INVALID_ARGUMENT with a field. And every error says
-/// its reason.
-fn explanation(response: &Response<Body>, limit: usize) -> Option<Status> {
+/// Replaces an error of the gRPC library by the contract's error: bad input is INVALID_ARGUMENT with a field, and every error has a reason.
+fn contract_error(response: &Response<Body>, limit: usize) -> Option<Status> {
     const UNDECODABLE: &str = "failed to decode Protobuf message";
     let status = response.extensions().get::<Status>()?;
     let (reason, description) = match (status.code(), status.message()) {
@@ -487,36 +489,36 @@ fn explanation(response: &Response<Body>, limit: usize) -> Option<Status> {
     Some(bad_request(reason, Violations(vec![("request".to_owned(), description)])))
 }
 
-/// Waits until the server is that far.
-pub(super) async fn reached(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
-    // A sender that is gone means that the server is.
+/// Waits until the server reaches this phase.
+pub(super) async fn wait_for_phase(phase: &mut watch::Receiver<Phase>, wanted: Phase) {
+    // A closed sender means that the server has ended.
     drop(phase.wait_for(|phase| *phase >= wanted).await);
 }
 
-/// Tells a client that there are too many connections.
-pub(super) async fn turn_away(io: Box<dyn Stream>, limit: usize) {
-    say(io, &goaway(ENHANCE_YOUR_CALM, &format!("limits.connections ({limit}) is reached"))).await;
+/// Refuses a connection with GOAWAY, because there are too many.
+pub(super) async fn reject_over_limit(io: Box<dyn Stream>, limit: usize) {
+    send_last_bytes(io, &goaway(ENHANCE_YOUR_CALM, &format!("limits.connections ({limit}) is reached"))).await;
 }
 
-/// A client's first bytes have been read, and are those of TLS. One that speaks HTTP without it is told so.
-async fn speaks_tls(mut io: Box<dyn Stream>) -> Result<Prefaced, Option<Refusal>> {
+/// Reads a client's first bytes and checks that they are TLS. A client that speaks plain HTTP/2 gets a TLS alert.
+async fn expect_tls(mut io: Box<dyn Stream>) -> Result<Rewind, Option<Refusal>> {
     let mut first = [0; TLS_RECORD.len()];
-    io.read_exact(&mut first).await.map_err(broken)?;
+    io.read_exact(&mut first).await.map_err(broken_connection)?;
     if first == TLS_RECORD {
-        return Ok(Prefaced { io, left: Bytes::from_static(&TLS_RECORD) });
+        return Ok(Rewind { io, prefix: Bytes::from_static(&TLS_RECORD) });
     }
     if PREFACE.starts_with(&first) {
-        say(io, &TLS_ALERT).await;
+        send_last_bytes(io, &TLS_ALERT).await;
     }
     Err(Some(Refusal::of(HandshakeFault::NoTls)))
 }
 
-/// A connection that broke before it had said what it wants.
-fn broken(fault: io::Error) -> Option<Refusal> {
-    (!is_a_look(&fault)).then(|| Refusal::of(HandshakeFault::Failed))
+/// The refusal for a connection that broke before its preface. `None` if the peer only checked the port.
+fn broken_connection(fault: io::Error) -> Option<Refusal> {
+    (!is_port_check(&fault)).then(|| Refusal::of(HandshakeFault::Failed))
 }
 
-/// What a server must begin with, and the end with its reason.
+/// The SETTINGS frame that a server must send first, then a GOAWAY frame with this code and text.
 fn goaway(code: u8, why: &str) -> Vec<u8> {
     let mut frames = SETTINGS.to_vec();
     let length = u8::try_from(8 + why.len()).unwrap_or(u8::MAX);
@@ -526,37 +528,37 @@ fn goaway(code: u8, why: &str) -> Vec<u8> {
     frames
 }
 
-/// Some last bytes. Best effort: a fresh socket takes these few at once. What the client has sent is read, or the kernel would answer with a
-/// reset that takes them away again.
-async fn say(mut io: Box<dyn Stream>, words: &[u8]) {
-    const PATIENCE: Duration = Duration::from_millis(100);
-    const MOST: u64 = 64 * 1024;
-    let telling = async {
-        io.write_all(words).await?;
+/// Sends these bytes and closes the connection, as far as that works within the timeout. It also reads what the client has sent: with unread
+/// bytes the kernel would send a reset, and the client would lose the answer.
+async fn send_last_bytes(mut io: Box<dyn Stream>, bytes: &[u8]) {
+    const TIMEOUT: Duration = Duration::from_millis(100);
+    const MAX_DISCARDED_BYTES: u64 = 64 * 1024;
+    let sending = async {
+        io.write_all(bytes).await?;
         io.shutdown().await?;
-        tokio::io::copy(&mut io.take(MOST), &mut tokio::io::sink()).await
+        tokio::io::copy(&mut io.take(MAX_DISCARDED_BYTES), &mut tokio::io::sink()).await
     };
-    drop(timeout(PATIENCE, telling).await);
+    drop(timeout(TIMEOUT, sending).await);
 }
 
-/// A connection whose first bytes have been read, and are read again by the library behind it.
-struct Prefaced {
+/// A stream whose first bytes were read already and are returned again to the next reader.
+struct Rewind {
     io: Box<dyn Stream>,
-    left: Bytes,
+    prefix: Bytes,
 }
 
-impl AsyncRead for Prefaced {
+impl AsyncRead for Rewind {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        if self.left.is_empty() {
+        if self.prefix.is_empty() {
             return Pin::new(&mut self.io).poll_read(cx, buffer);
         }
-        let length = self.left.len().min(buffer.remaining());
-        buffer.put_slice(&self.left.split_to(length));
+        let length = self.prefix.len().min(buffer.remaining());
+        buffer.put_slice(&self.prefix.split_to(length));
         Poll::Ready(Ok(()))
     }
 }
 
-impl AsyncWrite for Prefaced {
+impl AsyncWrite for Rewind {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, bytes)
     }

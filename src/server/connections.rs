@@ -1,5 +1,5 @@
-//! The open connections of one listener: so many, and when there are as many as may be, which of them makes room. Whoever has not said who
-//! it is goes first, the longest without a call before the others; a connection of a known caller that is in use is never closed for another.
+//! The open connections of one listener, up to a limit. At the limit a new connection evicts one: first those whose caller is not known yet, and
+//! among them the one that is longest without a call. A known caller's connection that is in use is never evicted.
 
 use std::{
     collections::HashMap,
@@ -15,10 +15,10 @@ use tokio::{sync::Notify, time::Instant};
 use super::refused::Refusals;
 use crate::telemetry::metrics::{Collect, Counter, Page};
 
-/// A known caller's connection may make room only after so long without a call.
-const KNOWN_IDLE: Duration = Duration::from_secs(10);
+/// A known caller's connection may be evicted only after this time without a call.
+const KNOWN_CALLER_MIN_IDLE: Duration = Duration::from_secs(10);
 
-/// The connections that are open.
+/// The open connections of one listener.
 pub(super) struct Connections {
     limit: usize,
     began: Instant,
@@ -31,50 +31,49 @@ struct Open {
     by_id: HashMap<u64, Arc<ConnectionState>>,
 }
 
-/// What is known of one connection.
+/// The state of one connection.
 pub(super) struct ConnectionState {
     began: Instant,
-    /// Milliseconds from then to the last time that a call began or ended.
+    /// When the last call ended, or the connection was admitted, in milliseconds since `began`.
     last_used: AtomicU64,
     calls: AtomicUsize,
-    /// Its handshake is over.
-    speaks: AtomicBool,
-    /// A caller that is known has made a call.
+    handshake_done: AtomicBool,
+    /// Whether a known caller has made a call on it.
     known: AtomicBool,
-    make_room: Notify,
-    gone: Notify,
+    eviction: Notify,
+    closed: Notify,
 }
 
-/// A connection that has come in.
-pub(super) struct Entered {
+/// A new connection that was admitted.
+pub(super) struct Admitted {
     pub(super) place: Place,
-    /// The one that had to go for it.
-    pub(super) made_room: Option<Arc<ConnectionState>>,
+    /// The connection that was evicted for it, if any.
+    pub(super) evicted: Option<Arc<ConnectionState>>,
 }
 
-/// A connection's place. Dropped with the connection.
+/// A connection's place among the open ones. Dropping it frees the place.
 pub(super) struct Place {
     connections: Arc<Connections>,
     id: u64,
     pub(super) state: Arc<ConnectionState>,
 }
 
-/// A call under way.
-pub(super) struct Using(Arc<ConnectionState>);
+/// Counts a call in flight until it is dropped.
+pub(super) struct CallGuard(Arc<ConnectionState>);
 
-/// Numbers about connections, and about what takes them.
+/// Counts of connections, and the background task that ended.
 #[derive(Default)]
 pub(super) struct ConnectionCounts {
-    /// Each listener's.
+    /// The open connections of each listener.
     pub(super) open: Vec<Arc<Connections>>,
-    pub(super) taken: Counter,
-    pub(super) made_room: Counter,
+    pub(super) accepted: Counter,
+    pub(super) evicted: Counter,
     pub(super) refused: Counter,
-    /// Connections that never came to HTTP/2 by their own fault or ours.
-    pub(super) failed: Counter,
-    /// Why.
+    /// Connections that failed before their first call.
+    pub(super) handshake_failed: Counter,
+    /// Why they failed.
     pub(super) refusals: Refusals,
-    /// Work in the background that ended.
+    /// The background task that ended first. It stops the server.
     pub(super) task_ended: OnceLock<&'static str>,
 }
 
@@ -95,14 +94,14 @@ impl Connections {
         self.lock().by_id.len()
     }
 
-    /// A place for a new connection. `None`: every one is in use by a caller that is known.
-    pub(super) fn enter(self: &Arc<Self>) -> Option<Entered> {
+    /// Admits a new connection, if need be by evicting another. `None` if no connection may be evicted.
+    pub(super) fn admit(self: &Arc<Self>) -> Option<Admitted> {
         let mut open = self.lock();
-        let mut made_room = None;
+        let mut evicted = None;
         if open.by_id.len() >= self.limit {
             let id = self.least_needed(&open)?;
-            made_room = open.by_id.remove(&id);
-            made_room.iter().for_each(|state| state.make_room.notify_one());
+            evicted = open.by_id.remove(&id);
+            evicted.iter().for_each(|state| state.eviction.notify_one());
         }
         let id = open.next_id;
         open.next_id += 1;
@@ -110,26 +109,26 @@ impl Connections {
             began: self.began,
             last_used: AtomicU64::new(since(self.began)),
             calls: AtomicUsize::new(0),
-            speaks: AtomicBool::new(false),
+            handshake_done: AtomicBool::new(false),
             known: AtomicBool::new(false),
-            make_room: Notify::new(),
-            gone: Notify::new(),
+            eviction: Notify::new(),
+            closed: Notify::new(),
         });
         open.by_id.insert(id, Arc::clone(&state));
-        Some(Entered { place: Place { connections: Arc::clone(self), id, state }, made_room })
+        Some(Admitted { place: Place { connections: Arc::clone(self), id, state }, evicted })
     }
 
-    /// The connection that is missed least, if any may go. Looked for only when there is no room.
+    /// The connection that is needed least, if any may be evicted. Only called when the limit is reached.
     fn least_needed(&self, open: &Open) -> Option<u64> {
         let now = since(self.began);
         let rank = |state: &ConnectionState| {
             let last_used = state.last_used.load(Ordering::Relaxed);
             let idle = state.calls.load(Ordering::Relaxed) == 0;
-            let rank = match (state.known.load(Ordering::Relaxed), state.speaks.load(Ordering::Relaxed)) {
+            let rank = match (state.known.load(Ordering::Relaxed), state.handshake_done.load(Ordering::Relaxed)) {
                 (false, false) => 0,
                 (false, true) if idle => 1,
                 (false, true) => 2,
-                (true, _) if idle && now.saturating_sub(last_used) >= millis(KNOWN_IDLE) => 3,
+                (true, _) if idle && now.saturating_sub(last_used) >= millis(KNOWN_CALLER_MIN_IDLE) => 3,
                 (true, _) => return None,
             };
             Some((rank, last_used))
@@ -139,7 +138,7 @@ impl Connections {
     }
 
     fn lock(&self) -> MutexGuard<'_, Open> {
-        // No panic can leave it half-changed: each change is one call.
+        // A panic cannot leave the map inconsistent: each change is one call.
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -147,14 +146,14 @@ impl Connections {
 impl Drop for Place {
     fn drop(&mut self) {
         self.connections.lock().by_id.remove(&self.id);
-        self.state.gone.notify_one();
+        self.state.closed.notify_one();
     }
 }
 
 // === impl ConnectionCounts ===
 
 impl ConnectionCounts {
-    /// Of these, which have no connection yet.
+    /// Counts for these listeners.
     pub(super) fn of(open: impl Iterator<Item = Arc<Connections>>) -> Self {
         Self { open: open.collect(), ..Self::default() }
     }
@@ -164,12 +163,12 @@ impl Collect for ConnectionCounts {
     fn collect(&self, page: &mut Page) {
         let open: usize = self.open.iter().map(|connections| connections.count()).sum();
         page.gauge("byokgate_connections_open", "Connections that are open").add(&[], open);
-        page.counter("byokgate_connections", "Connections that were taken").add(&[], &self.taken);
+        page.counter("byokgate_connections", "Connections that were taken").add(&[], &self.accepted);
         page.counter("byokgate_connections_made_room", "Connections that were closed to make room for others")
-            .add(&[], &self.made_room);
+            .add(&[], &self.evicted);
         let mut refused = page.counter("byokgate_connections_refused", "Connections that came to no call");
         refused.add(&[("reason", "limit")], &self.refused);
-        refused.add(&[("reason", "handshake")], &self.failed);
+        refused.add(&[("reason", "handshake")], &self.handshake_failed);
         self.refusals.collect(page);
         if let Some(task) = self.task_ended.get() {
             page.counter("byokgate_background_tasks_ended", "Work in the background that ended: the server is stopping")
@@ -181,23 +180,23 @@ impl Collect for ConnectionCounts {
 // === impl ConnectionState ===
 
 impl ConnectionState {
-    /// Its handshake is over.
+    /// Marks the handshake as done.
     pub(super) fn set_handshake_done(&self) {
-        self.speaks.store(true, Ordering::Relaxed);
+        self.handshake_done.store(true, Ordering::Relaxed);
     }
 
-    /// A caller that is known has made a call.
+    /// Marks the connection as used by a known caller.
     pub(super) fn set_known(&self) {
         self.known.store(true, Ordering::Relaxed);
     }
 
-    /// A call begins.
-    pub(super) fn begin_call(self: &Arc<Self>) -> Using {
+    /// Counts a call that begins.
+    pub(super) fn begin_call(self: &Arc<Self>) -> CallGuard {
         self.calls.fetch_add(1, Ordering::Relaxed);
-        Using(Arc::clone(self))
+        CallGuard(Arc::clone(self))
     }
 
-    /// Waits until it has been without a call for this long.
+    /// Waits until the connection has had no call for this long.
     pub(super) async fn idle(&self, limit: Duration) {
         loop {
             let used = self.began + Duration::from_millis(self.last_used.load(Ordering::Relaxed));
@@ -209,20 +208,18 @@ impl ConnectionState {
         }
     }
 
-    /// Waits until it has to make room for another.
-    pub(super) async fn told_to_make_room(&self) {
-        self.make_room.notified().await;
+    /// Waits until the connection is evicted.
+    pub(super) async fn evicted(&self) {
+        self.eviction.notified().await;
+    }
+
+    /// Waits until the connection is closed.
+    pub(super) async fn closed(&self) {
+        self.closed.notified().await;
     }
 }
 
-impl ConnectionState {
-    /// Waits until it is closed.
-    pub(super) async fn gone(&self) {
-        self.gone.notified().await;
-    }
-}
-
-impl Drop for Using {
+impl Drop for CallGuard {
     fn drop(&mut self) {
         self.0.last_used.store(since(self.0.began), Ordering::Relaxed);
         self.0.calls.fetch_sub(1, Ordering::Relaxed);
@@ -243,15 +240,15 @@ mod tests {
 
     use super::*;
 
-    async fn makes_room(place: &Place) -> bool {
-        tokio::time::timeout(Duration::ZERO, place.state.told_to_make_room()).await.is_ok()
+    async fn is_evicted(place: &Place) -> bool {
+        tokio::time::timeout(Duration::ZERO, place.state.evicted()).await.is_ok()
     }
 
     #[tokio::test(start_paused = true)]
-    async fn who_is_known_least_makes_room_and_who_is_in_use_never() {
+    async fn the_connection_needed_least_is_evicted_and_one_in_use_never() {
         let connections = Connections::new(4);
-        let enter = || connections.enter().map(|entered| entered.place);
-        let (silent, idle, asking, known) = (enter().unwrap(), enter().unwrap(), enter().unwrap(), enter().unwrap());
+        let admit = || connections.admit().map(|admitted| admitted.place);
+        let (silent, idle, asking, known) = (admit().unwrap(), admit().unwrap(), admit().unwrap(), admit().unwrap());
         for place in [&idle, &asking, &known] {
             place.state.set_handshake_done();
         }
@@ -261,24 +258,24 @@ mod tests {
         let mut newer = Vec::new();
         for (place, what) in [(&silent, "no handshake"), (&idle, "no call"), (&asking, "a call of nobody's")] {
             advance(Duration::from_secs(60)).await;
-            let new = enter().unwrap_or_else(|| panic!("{what}"));
+            let new = admit().unwrap_or_else(|| panic!("{what}"));
             new.state.set_handshake_done();
             new.state.set_known();
-            assert!(makes_room(place).await && !makes_room(&known).await, "{what}");
+            assert!(is_evicted(place).await && !is_evicted(&known).await, "{what}");
             newer.push((new.state.begin_call(), new));
         }
-        assert!(enter().is_none(), "everybody is known and at work");
+        assert!(admit().is_none(), "everybody is known and at work");
         drop(in_use);
-        assert!(enter().is_none(), "a known caller's pause is no idleness");
-        advance(KNOWN_IDLE).await;
-        assert!(enter().is_some() && makes_room(&known).await);
+        assert!(admit().is_none(), "a known caller's pause is no idleness");
+        advance(KNOWN_CALLER_MIN_IDLE).await;
+        assert!(admit().is_some() && is_evicted(&known).await);
         assert_eq!(connections.count(), 3, "places go with their connections");
     }
 
     #[tokio::test(start_paused = true)]
     async fn idle_is_counted_from_the_end_of_the_last_call() {
         let connections = Connections::new(1);
-        let place = connections.enter().unwrap().place;
+        let place = connections.admit().unwrap().place;
         let limit = Duration::from_secs(10);
         let began = Instant::now();
         let call = place.state.begin_call();

@@ -7,30 +7,30 @@ use super::listen::Address;
 /// The server could not start or go on.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
-    /// An address does not parse.
+    /// An address is invalid.
     #[error("{setting}: {message}")]
     Address {
-        /// Which setting it is of.
+        /// The setting that holds it.
         setting: &'static str,
         /// What is wrong.
         message: String,
     },
-    /// Credentials would cross a network in the clear.
+    /// Without TLS, credentials would cross a network unencrypted.
     #[error(
         "listening on {0} is beyond loopback, where credentials would cross the network in the clear; give tls.certificate and \
          tls.key, listen on loopback or unix:PATH, or say --insecure-listen where the network is trusted"
     )]
     Exposed(Address),
-    /// Everybody on a network could call.
+    /// Without client authentication, everybody on the network could call.
     #[error(
         "listening on {0} with TLS would take calls from everybody; give tls.client_ca or callers.token_file, or say \
          --allow-anonymous"
     )]
     Anonymous(Address),
-    /// The socket could not be had.
+    /// The socket could not be opened.
     #[error("could not listen on {address}")]
     Listen {
-        /// What was asked for.
+        /// The address.
         address: Address,
         /// The fault.
         #[source]
@@ -49,27 +49,27 @@ pub enum ServerError {
     Content {
         /// The file.
         path: PathBuf,
-        /// What is wrong; never what it holds.
+        /// What is wrong. It never quotes the content.
         message: String,
     },
     /// Reflection could not be built from the descriptors.
     #[error("reflection could not be set up")]
     Reflection(#[from] tonic_reflection::server::Error),
-    /// Work in the background ended, which it never should.
+    /// A background task ended, which must not happen.
     #[error("the background task `{0}` ended; the server drained and left")]
     TaskEnded(&'static str),
 }
 
-/// What is to be said of settings before a server is started with them.
+/// The result of checking settings without starting a server.
 #[derive(Debug, Default)]
 pub struct Review {
-    /// What would keep it from starting.
+    /// Faults that would keep the server from starting.
     pub faults: Vec<ServerError>,
-    /// Certificates that are near their end, or past it: the setting, and what to say of it.
+    /// Warnings about certificates that expire soon or have expired: the setting, and the text.
     pub near_ends: Vec<(&'static str, String)>,
 }
 
-/// A fault with all its causes, in one line.
+/// An error with all its causes, in one line.
 pub(super) fn chain(fault: &dyn Error) -> String {
     let mut out = fault.to_string();
     let mut cause = fault.source();

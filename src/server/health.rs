@@ -1,4 +1,4 @@
-//! Health, as gRPC's own protocol has it: one state for the server as a whole and for the service by name, pushed to watchers.
+//! The gRPC health protocol. The server as a whole and the service by name have the same state, and watchers get every change.
 
 use std::pin::Pin;
 
@@ -9,27 +9,27 @@ use tonic_health::pb::{HealthCheckRequest, HealthCheckResponse, health_check_res
 
 use crate::grpc::NAME;
 
-/// Where the server is in its life.
+/// The phases of a server's life, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Phase {
-    /// There is nothing to decide by yet.
+    /// It does not serve yet.
     Starting,
     /// It serves.
     Serving,
-    /// It serves, and says that it is about to leave.
+    /// It still serves, but reports NOT_SERVING because it is about to stop.
     Leaving,
-    /// Calls under way are finished; nothing new is taken.
+    /// It finishes calls in flight and accepts no new ones.
     Draining,
-    /// What is still open is cut off.
+    /// It cuts off the calls that are still open.
     Cut,
 }
 
-/// The service. A library's reporter says SERVING for "" from birth and never ends a watcher's stream, which would hold up
-/// every drain; hence this one.
+/// The health service. It is written here because tonic-health's reporter says SERVING for "" from the beginning, and never ends a watcher's
+/// stream, which would delay every drain.
 #[derive(Clone)]
 pub(super) struct HealthService(pub(super) watch::Receiver<Phase>);
 
-fn answer(phase: Phase) -> HealthCheckResponse {
+fn response_for(phase: Phase) -> HealthCheckResponse {
     let status = match phase {
         Phase::Serving => ServingStatus::Serving,
         Phase::Starting | Phase::Leaving | Phase::Draining | Phase::Cut => ServingStatus::NotServing,
@@ -37,7 +37,7 @@ fn answer(phase: Phase) -> HealthCheckResponse {
     HealthCheckResponse { status: status as i32 }
 }
 
-fn known(request: Request<HealthCheckRequest>) -> Result<(), Status> {
+fn check_service_name(request: Request<HealthCheckRequest>) -> Result<(), Status> {
     let HealthCheckRequest { service } = request.into_inner();
     if service.is_empty() || service == NAME { Ok(()) } else { Err(Status::not_found("no service of this name is served")) }
 }
@@ -47,25 +47,25 @@ impl Health for HealthService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<HealthCheckResponse, Status>> + Send>>;
 
     async fn check(&self, request: Request<HealthCheckRequest>) -> Result<Response<HealthCheckResponse>, Status> {
-        known(request)?;
-        Ok(Response::new(answer(*self.0.borrow())))
+        check_service_name(request)?;
+        Ok(Response::new(response_for(*self.0.borrow())))
     }
 
-    /// Each change, the present state first; it ends when the server drains.
+    /// Sends the present state, then each change. The stream ends when the server drains.
     async fn watch(&self, request: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        known(request)?;
-        let told = stream::unfold((self.0.clone(), None::<HealthCheckResponse>), |(mut phase, last)| async move {
+        check_service_name(request)?;
+        let changes = stream::unfold((self.0.clone(), None::<HealthCheckResponse>), |(mut phase, last)| async move {
             loop {
                 let now = *phase.borrow_and_update();
-                let said = answer(now);
-                if last != Some(said) {
-                    return Some((Ok(said), (phase, Some(said))));
+                let response = response_for(now);
+                if last != Some(response) {
+                    return Some((Ok(response), (phase, Some(response))));
                 }
                 if now >= Phase::Draining || phase.changed().await.is_err() {
                     return None;
                 }
             }
         });
-        Ok(Response::new(Box::pin(told)))
+        Ok(Response::new(Box::pin(changes)))
     }
 }

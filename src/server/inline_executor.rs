@@ -1,7 +1,8 @@
-//! Where a connection's calls run: first on the connection's own task, and on tasks of their own if they have to wait; none past its end.
+//! Runs a connection's calls. A call is polled once on the connection's own task, and gets a task of its own only if it has to wait. No call runs
+//! past its end.
 //!
-//! Written by hand: a task for each call, as hyper's own executor has it, costs more than deciding from memory (docs/performance.md has the
-//! numbers), and nothing else in the HTTP library ends a call whose answer nobody reads.
+//! Written by hand: hyper's own executor starts a task for each call, which costs more than deciding from memory (docs/performance.md has the
+//! numbers). And nothing else in the HTTP library ends a call whose answer is not read.
 
 use std::{
     collections::VecDeque,
@@ -14,21 +15,21 @@ use std::{
 use hyper::rt::Executor;
 use tokio::time::{Instant, timeout_at};
 
-/// The calls of one connection that have not been polled. Most need no other poll: they are answered from memory. They have it once all that
-/// came together has been read, so that the answers leave together.
+/// The calls of one connection that have not been polled yet. Most need only one poll, since they are answered from memory. They are polled after
+/// all requests that arrived together have been read, so that their answers are sent together.
 ///
-/// There are no more of them than a connection may have streams.
+/// Their number is limited by the connection's number of streams.
 #[derive(Clone, Default)]
 pub(super) struct InlineExecutor(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
     calls: VecDeque<Call>,
-    /// When the call ends that is executed next, whether its answer has been read or not.
+    /// When the next call that is executed must end, even if its answer has not been read.
     next_end: Option<Instant>,
 }
 
-/// A call, with what sends its answer.
+/// A call, including the sending of its answer.
 struct Call {
     running: Pin<Box<dyn Future<Output = ()> + Send>>,
     end: Option<Instant>,
@@ -37,23 +38,23 @@ struct Call {
 // === impl InlineExecutor ===
 
 impl InlineExecutor {
-    /// The call that the HTTP library hands over next ends then: its stream is reset, and what it holds is freed.
+    /// Sets the end of the call that the HTTP library executes next. At its end, its stream is reset and its resources are freed.
     pub(super) fn set_next_end(&self, end: Option<Instant>) {
         self.lock().next_end = end;
     }
 
-    /// Polls each waiting call once, on this thread. Whoever answers wakes the connection.
+    /// Polls each waiting call once, on this thread. A call that answers wakes the connection.
     pub(super) fn poll_once(&self) {
         loop {
             let next = self.lock().calls.pop_front();
             let Some(Call { mut running, end }) = next else { return };
-            // Nothing needs waking yet: a call that waits is polled again, by its task. A panic ends the call alone, as in a task.
-            let mut unwoken = Context::from_waker(Waker::noop());
-            let polled = catch_unwind(AssertUnwindSafe(|| running.as_mut().poll(&mut unwoken)));
+            // No waker is needed: a call that is still pending is polled again by its own task. A panic ends only this call, as in a task.
+            let mut no_wake = Context::from_waker(Waker::noop());
+            let polled = catch_unwind(AssertUnwindSafe(|| running.as_mut().poll(&mut no_wake)));
             if polled.is_ok_and(|polled| polled.is_pending()) {
                 tokio::spawn(async move {
                     match end {
-                        // Dropping it resets the stream.
+                        // Dropping the future resets the stream.
                         Some(end) => drop(timeout_at(end, running).await),
                         None => running.await,
                     }
@@ -63,7 +64,7 @@ impl InlineExecutor {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        // Nothing panics while it is locked.
+        // No code panics while it holds the lock.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -87,18 +88,18 @@ mod tests {
 
     use super::*;
 
-    /// How many have been answered, and how many tasks there are.
+    /// How many calls were answered, and how many tasks exist.
     fn seen(answered: &AtomicUsize) -> (usize, usize) {
         (answered.load(Ordering::Relaxed), Handle::current().metrics().num_alive_tasks())
     }
 
     #[tokio::test]
-    async fn who_need_not_wait_gets_no_task_and_who_waits_gets_one() {
+    async fn a_call_that_is_ready_gets_no_task_and_one_that_waits_gets_one() {
         let (inline, answered) = (InlineExecutor::default(), Arc::new(AtomicUsize::new(0)));
-        let (tell, told) = oneshot::channel::<()>();
+        let (sender, receiver) = oneshot::channel::<()>();
         let (first, second) = (Arc::clone(&answered), Arc::clone(&answered));
         inline.execute(async move {
-            told.await.unwrap();
+            receiver.await.unwrap();
             second.fetch_add(10, Ordering::Relaxed);
         });
         inline.execute(async move {
@@ -107,7 +108,7 @@ mod tests {
         assert_eq!(seen(&answered), (0, 0), "nobody has been polled");
         inline.poll_once();
         assert_eq!(seen(&answered), (1, 1));
-        tell.send(()).unwrap();
+        sender.send(()).unwrap();
         while seen(&answered).1 > 0 {
             yield_now().await;
         }
@@ -126,7 +127,7 @@ mod tests {
         assert_eq!(seen(&answered), (1, 0));
     }
 
-    /// A call whose answer nobody takes ends all the same, and the one after it has an end of its own.
+    /// A call whose answer is not read ends too. The end that was set does not apply to the call after it.
     #[tokio::test(start_paused = true)]
     async fn a_call_ends_at_its_end() {
         let (inline, answered) = (InlineExecutor::default(), Arc::new(AtomicUsize::new(0)));

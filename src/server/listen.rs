@@ -1,4 +1,4 @@
-//! Sockets: TCP and Unix, bound with their rights, accepted from without ever giving up.
+//! Listening sockets, TCP and Unix. A Unix socket is bound with its owner and mode, and accepting goes on after every fault.
 
 use std::{
     fmt, fs,
@@ -22,10 +22,10 @@ use tokio::{
 use super::settings::{ServerSettings, SocketSettings};
 use crate::{domain::request::Peer, watch::files};
 
-/// After a fault of the machine's own (no descriptors, no memory) the next accept waits this long: some calls will have ended.
+/// The pause after an accept failed because the machine lacks descriptors or memory. Meanwhile some calls end.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Where to listen.
+/// An address to listen on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
     /// An IP address and a port.
@@ -34,25 +34,25 @@ pub enum Address {
     Unix(PathBuf),
 }
 
-/// A socket that is bound.
+/// A bound socket.
 pub(super) enum Listener {
     Tcp(TcpListener, SocketAddr),
     Unix(UnixListener, SocketFile),
 }
 
-/// A socket file of ours. It is removed with it, unless somebody else has put another one in its place.
+/// The file of a Unix socket. It is removed when this is dropped, unless another process has replaced the file.
 pub(super) struct SocketFile {
     path: PathBuf,
     inode: u64,
 }
 
-/// A connection before anything is known about it.
+/// A new connection, before its handshake.
 pub(super) struct Accepted {
     pub(super) io: Box<dyn Stream>,
     pub(super) peer: Peer,
 }
 
-/// Bytes both ways.
+/// A byte stream in both directions.
 pub(super) trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
@@ -60,7 +60,7 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 // === impl Address ===
 
 impl Address {
-    /// Whether a socket file could be made there, without making one. Of a port only trying it tells.
+    /// Checks whether a socket file could be made there, without making one. A port can only be tried, so it is not checked.
     pub(super) fn may_be_bound(&self) -> io::Result<()> {
         let Self::Unix(path) = self else { return Ok(()) };
         match fs::symlink_metadata(path) {
@@ -73,7 +73,7 @@ impl Address {
         if fs::metadata(folder)?.is_dir() { Ok(()) } else { Err(ErrorKind::NotADirectory.into()) }
     }
 
-    /// Only this machine's processes reach it.
+    /// Whether only processes of this machine can connect to it.
     pub fn is_local(&self) -> bool {
         match self {
             Self::Tcp(address) => address.ip().is_loopback(),
@@ -97,12 +97,12 @@ impl FromStr for Address {
     }
 }
 
-/// The address of a name with a port: one, and of IPv4 where there is any, as `localhost` has both.
+/// Resolves a name with a port to one address. It prefers IPv4, since `localhost` has both kinds.
 fn resolved(text: &str) -> Result<SocketAddr, String> {
     let wrong = || format!("`{text}` is neither HOST:PORT, such as 127.0.0.1:50051 or localhost:50051, nor unix:PATH");
     let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
     let is_name = !host.is_empty() && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_'));
-    // Digits and dots alone are an address that is wrong, and no name.
+    // Only digits and dots: a wrong address and not a name.
     let is_number = host.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
     if !is_name || is_number || port.parse::<u16>().is_err() {
         return Err(wrong());
@@ -145,12 +145,12 @@ impl Listener {
         }
     }
 
-    /// The next connection. A fault of one connection, or of the machine for a while, is waited out.
+    /// Waits for the next connection. It goes on after a fault of one connection, and pauses after a fault of the machine.
     pub(super) async fn accept(&self) -> Accepted {
         loop {
             let accepted = match self {
                 Self::Tcp(listener, _) => listener.accept().await.map(|(stream, from)| {
-                    // It fails on a connection that is gone already, which its first read will say.
+                    // This fails only if the connection is closed already; the first read then reports that.
                     drop(stream.set_nodelay(true));
                     Accepted { io: Box::new(stream), peer: Peer::Tcp(from) }
                 }),
@@ -174,21 +174,21 @@ impl Listener {
     }
 }
 
-/// What is accepted has this from its listener. The kernel asks a silent peer, and gives up one that acknowledges nothing or takes
-/// nothing. HTTP/2's own pings would tell no more here: calls are bounded by their deadlines, connections by their number, and a
-/// proxy answers for whoever is behind it. They would cost each call a clock read and a lock for every frame.
+/// Sets TCP keepalive on the listener; accepted sockets inherit it. The kernel probes a silent peer, and closes the connection if the peer
+/// acknowledges or reads nothing. HTTP/2 pings would add nothing here: deadlines limit calls, the number of connections is limited, and a proxy
+/// answers pings for the client behind it. Pings would also cost every frame of a call a clock read and a lock.
 fn keep_alive(listener: &TcpListener, server: &ServerSettings) -> io::Result<()> {
     const PROBES: u32 = 4;
-    let (silent, patience) = (server.keepalive_interval, server.keepalive_timeout);
-    let every = (patience / PROBES).max(Duration::from_secs(1));
+    let (silent, timeout) = (server.keepalive_interval, server.keepalive_timeout);
+    let every = (timeout / PROBES).max(Duration::from_secs(1));
     let socket = SockRef::from(listener);
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(silent).with_interval(every).with_retries(PROBES))?;
     #[cfg(target_os = "linux")]
-    socket.set_tcp_user_timeout(Some(silent + patience))?;
+    socket.set_tcp_user_timeout(Some(silent + timeout))?;
     Ok(())
 }
 
-/// The connection is gone; the socket is well.
+/// Whether the fault is of one connection and not of the listening socket.
 fn is_of_one_connection(fault: &io::Error) -> bool {
     matches!(
         fault.kind(),
@@ -203,8 +203,8 @@ fn is_of_one_connection(fault: &io::Error) -> bool {
 
 // === Unix ===
 
-/// Binds in a folder that nobody else can enter, sets owner and mode there, and moves the socket into place: it is never to be
-/// reached with wider rights than it should have. The move also replaces a stale socket, and nothing but a socket.
+/// Binds in a private folder, sets owner and mode there, and moves the socket into place. So it can never be reached with wider rights than
+/// configured. The move also replaces a stale socket, but no other kind of file.
 fn bind_unix(path: &Path, socket: &SocketSettings) -> io::Result<Listener> {
     match fs::symlink_metadata(path) {
         Ok(found) if !found.file_type().is_socket() => {
@@ -219,13 +219,13 @@ fn bind_unix(path: &Path, socket: &SocketSettings) -> io::Result<Listener> {
     }
     let folder = PathBuf::from(format!("{}.{}", path.display(), std::process::id()));
     let inside = folder.join("s");
-    // What a killed process of the same id has left.
+    // A killed process with the same id may have left these.
     drop(fs::remove_file(&inside));
     drop(fs::remove_dir(&folder));
     fs::DirBuilder::new().mode(0o700).create(&folder)?;
     let bound = (|| {
         let listener = UnixListener::bind(&inside)?;
-        // Checked with the settings: octal digits.
+        // The settings' review has checked that these are octal digits.
         let mode = u32::from_str_radix(&socket.mode, 8).unwrap_or(0o600);
         fs::set_permissions(&inside, fs::Permissions::from_mode(mode))?;
         if socket.owner.is_some() || socket.group.is_some() {
@@ -248,7 +248,7 @@ impl Drop for SocketFile {
     fn drop(&mut self) {
         let is_ours = fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode);
         if is_ours {
-            // Gone already: somebody else was faster.
+            // An error means that another process has removed it.
             drop(fs::remove_file(&self.path));
         }
     }
@@ -264,7 +264,7 @@ mod tests {
         assert_eq!(parsed("127.0.0.1:1"), Ok(Address::Tcp("127.0.0.1:1".parse().unwrap())));
         assert_eq!(parsed("[::1]:1"), Ok(Address::Tcp("[::1]:1".parse().unwrap())));
         assert_eq!(parsed("unix:/run/x.sock"), Ok(Address::Unix("/run/x.sock".into())));
-        // A name is one of its addresses.
+        // A name resolves to one of its addresses.
         assert!(matches!(parsed("localhost:1"), Ok(Address::Tcp(address)) if address.ip().is_loopback() && address.port() == 1));
         for text in ["unix:", "localhost", "localhost:x", "127.0.0.1", "127.0.0.300:1", ":1", "a b:1", ""] {
             assert!(parsed(text).is_err(), "{text:?}");
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn silent_peers_are_asked_after() {
+    async fn silent_peers_are_probed() {
         let server = ServerSettings { keepalive_interval: Duration::from_secs(21), ..ServerSettings::default() };
         let address = Address::Tcp("127.0.0.1:0".parse().unwrap());
         let Listener::Tcp(listener, address) = Listener::bind(&address, &server, &SocketSettings::default()).await.unwrap()

@@ -1,5 +1,5 @@
-//! Connections that came to no call, and why: told in the log once a minute for each fault and peer, counted by fault, and the last ones kept
-//! for the status page. Bounded, whoever connects.
+//! Connections that failed before their first call. Each fault of each peer is logged once a minute. Faults are counted, and the last ones are kept
+//! for the status page. Log and memory stay bounded whoever connects.
 
 use std::{
     cell::RefCell,
@@ -22,81 +22,81 @@ use crate::{
     },
 };
 
-/// The same fault of the same peer is told again after this.
-const TELL_EVERY: Duration = Duration::from_secs(60);
-/// So many lines within that time, over all peers: who connects from everywhere does not push decisions out of the log.
+/// The same fault of the same peer is logged again after this time.
+const REPORT_EVERY: Duration = Duration::from_secs(60);
+/// The limit of log lines within that time for all peers, so that connections from many addresses do not push decisions out of the log.
 const MAX_LINES: u32 = 30;
-/// So many pairs of fault and peer are kept; the one that was seen last the longest ago goes first.
-const MAX_KEPT: usize = 256;
-/// So many names of a certificate, each of so many characters.
+/// How many pairs of fault and peer are kept. At the limit, the one that was seen least recently is dropped.
+const MAX_ENTRIES: usize = 256;
+/// How many names of a certificate are kept, and how many characters of each.
 const MAX_NAMES: usize = 5;
 const MAX_NAME_CHARS: usize = 200;
 
 tokio::task_local! {
-    /// The names in the certificate that the client of this handshake has shown, whether or not it was taken. The TLS library does not tell
-    /// them with its refusal.
-    static PRESENTED: RefCell<Vec<String>>;
+    /// The names in the certificate that the client of this handshake presented, even if it was refused. The TLS library does not return them with
+    /// its error.
+    static PRESENTED_NAMES: RefCell<Vec<String>>;
 }
 
-/// Why a connection came to no call.
+/// Why a connection failed before its first call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "SCREAMING_SNAKE_CASE")]
 pub(super) enum HandshakeFault {
-    /// No TLS where TLS is spoken.
+    /// The client does not speak TLS on a TLS port.
     NoTls,
-    /// TLS where none is spoken.
+    /// The client speaks TLS on a port without it.
     TlsUnexpected,
-    /// No HTTP/2.
+    /// The client does not speak HTTP/2.
     NoHttp2,
-    /// Nothing in time.
+    /// The handshake took too long.
     TooSlow,
     /// No client certificate.
     CertificateMissing,
-    /// One that has expired, or is not valid yet.
+    /// The client certificate has expired, or is not valid yet.
     CertificateExpired,
-    /// Of an authority that is not `tls.client_ca`.
+    /// The client certificate's authority is not in `tls.client_ca`.
     CertificateAuthority,
-    /// Of a name that is on no list.
+    /// No name of the client certificate is on the list of callers.
     CertificateName,
-    /// Anything else about it.
+    /// Another fault of the client certificate.
     CertificateBad,
-    /// The client does not take the server's certificate.
+    /// The client refuses the server's certificate.
     ServerCertificateRefused,
-    /// Any other fault of TLS.
+    /// Another TLS fault.
     TlsFailed,
-    /// Any other fault.
+    /// Another fault.
     Failed,
 }
 
-/// One that was refused.
+/// A connection that was refused.
 #[derive(Debug)]
 pub(super) struct Refusal {
     pub(super) fault: HandshakeFault,
-    /// The library's words.
+    /// The TLS library's message.
     detail: String,
     names: Vec<String>,
 }
 
-/// Those that were refused.
+/// The connections that were refused.
 #[derive(Default)]
 pub(super) struct Refusals {
     counts: [Counter; HandshakeFault::VARIANTS.len()],
-    kept: Mutex<Kept>,
+    recent: Mutex<Recent>,
 }
 
 #[derive(Default)]
-struct Kept {
+struct Recent {
     by_peer: BTreeMap<(HandshakeFault, String), Seen>,
-    /// Since when lines are counted, and how many there were.
+    /// When the present interval of log lines began, and how many it has.
     lines: Option<(Instant, u32)>,
 }
 
 struct Seen {
     at: SystemTime,
     count: u64,
-    /// Of those, how many no line has told of.
-    untold: u64,
-    told: Option<Instant>,
+    /// How many of them were not logged yet.
+    unreported: u64,
+    last_reported: Option<Instant>,
     names: Vec<String>,
 }
 
@@ -107,7 +107,7 @@ impl HandshakeFault {
         self.into()
     }
 
-    /// What it is and what to do.
+    /// What is wrong, and what to do.
     const fn text(self) -> &'static str {
         match self {
             Self::NoTls => "the client speaks no TLS and this port does: give the client TLS",
@@ -147,7 +147,7 @@ impl Refusal {
         Self { fault, detail: String::new(), names: Vec::new() }
     }
 
-    /// What the TLS library says, with the names that the client has shown.
+    /// The refusal for an error of the TLS library, with the names that the client presented.
     fn of_tls(fault: &io::Error, names: Vec<String>) -> Self {
         let Some(tls) = fault.get_ref().and_then(|inner| (inner as &(dyn Error + 'static)).downcast_ref::<rustls::Error>())
         else {
@@ -164,10 +164,10 @@ impl Refusal {
                 CertificateError::ApplicationVerificationFailure => HandshakeFault::CertificateName,
                 _ => HandshakeFault::CertificateBad,
             },
-            // Who refuses our certificate says so, and nothing else is said to us within a handshake.
+            // Within a handshake, a client only sends an alert to refuse the server's certificate.
             rustls::Error::AlertReceived(_) => HandshakeFault::ServerCertificateRefused,
             rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType) => HandshakeFault::NoTls,
-            // It offers HTTP/1.1 alone.
+            // The client offers only HTTP/1.1.
             rustls::Error::NoApplicationProtocol => HandshakeFault::NoHttp2,
             _ => HandshakeFault::TlsFailed,
         };
@@ -175,37 +175,37 @@ impl Refusal {
     }
 }
 
-/// Does a handshake; `Err(None)` where the peer has only looked whether somebody listens.
+/// Runs a handshake. `Err(None)` if the peer only checked whether the port is open.
 pub(super) async fn handshake<T>(accepting: impl Future<Output = io::Result<T>>) -> Result<T, Option<Refusal>> {
     let shown = RefCell::default();
-    PRESENTED
+    PRESENTED_NAMES
         .scope(shown, async {
             accepting.await.map_err(|fault| {
-                let names = PRESENTED.with(RefCell::take);
-                (!is_a_look(&fault) || !names.is_empty()).then(|| Refusal::of_tls(&fault, names))
+                let names = PRESENTED_NAMES.with(RefCell::take);
+                (!is_port_check(&fault) || !names.is_empty()).then(|| Refusal::of_tls(&fault, names))
             })
         })
         .await
 }
 
-/// Notes the names in a certificate that is about to be judged.
-pub(super) fn presented(names: &[String]) {
-    // Outside of a handshake nobody asks.
-    let _is_a_handshake = PRESENTED.try_with(|presented| {
+/// Stores the names of a certificate before it is verified.
+pub(super) fn record_presented_names(names: &[String]) {
+    // Outside of a handshake nobody reads them.
+    let _is_a_handshake = PRESENTED_NAMES.try_with(|presented| {
         let name = |name: &String| printable(name).chars().take(MAX_NAME_CHARS).collect();
         *presented.borrow_mut() = names.iter().take(MAX_NAMES).map(name).collect();
     });
 }
 
-/// Who connects and hangs up looks whether somebody listens, as load balancers do.
-pub(super) fn is_a_look(fault: &io::Error) -> bool {
+/// Whether the peer connected and closed, as load balancers do to check whether the port is open.
+pub(super) fn is_port_check(fault: &io::Error) -> bool {
     matches!(fault.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
 }
 
 // === impl Refusals ===
 
 impl Refusals {
-    /// One more.
+    /// Records a refused connection.
     pub(super) fn add(&self, peer: Peer, refusal: Refusal) {
         let Refusal { fault, detail, names } = refusal;
         if let Some(count) = self.counts.get(fault as usize) {
@@ -213,37 +213,37 @@ impl Refusals {
         }
         let peer = peer.to_string();
         let now = Instant::now();
-        let untold = {
-            let mut kept = lock(&self.kept);
-            let Kept { by_peer, lines } = &mut *kept;
+        let unreported = {
+            let mut recent = lock(&self.recent);
+            let Recent { by_peer, lines } = &mut *recent;
             let key = (fault, peer.clone());
-            if by_peer.len() >= MAX_KEPT && !by_peer.contains_key(&key) {
+            if by_peer.len() >= MAX_ENTRIES && !by_peer.contains_key(&key) {
                 let oldest = by_peer.iter().min_by_key(|(_, seen)| seen.at).map(|(key, _)| key.clone());
                 oldest.and_then(|oldest| by_peer.remove(&oldest));
             }
-            let fresh = || Seen { at: SystemTime::now(), count: 0, untold: 0, told: None, names: Vec::new() };
+            let fresh = || Seen { at: SystemTime::now(), count: 0, unreported: 0, last_reported: None, names: Vec::new() };
             let seen = by_peer.entry(key).or_insert_with(fresh);
             seen.at = SystemTime::now();
             seen.count += 1;
-            seen.untold += 1;
+            seen.unreported += 1;
             seen.names.clone_from(&names);
-            let is_due = seen.told.is_none_or(|told| now.duration_since(told) >= TELL_EVERY);
-            (is_due && may_tell(lines, now)).then(|| {
-                seen.told = Some(now);
-                std::mem::take(&mut seen.untold)
+            let is_due = seen.last_reported.is_none_or(|at| now.duration_since(at) >= REPORT_EVERY);
+            (is_due && may_log(lines, now)).then(|| {
+                seen.last_reported = Some(now);
+                std::mem::take(&mut seen.unreported)
             })
         };
         let (fault, text, names) = (fault.as_str(), fault.text(), names.join(", "));
-        match untold {
+        match unreported {
             Some(count) => tracing::warn!(event = "connection_refused", fault, peer, count, names, detail, "{text}"),
             None => tracing::debug!(event = "connection_refused", fault, peer, names, detail, "{text}"),
         }
     }
 
-    /// The last ones, the newest first.
-    pub(super) fn shown(&self) -> Vec<RefusedConnection> {
-        let kept = lock(&self.kept);
-        let mut all: Vec<_> = kept.by_peer.iter().collect();
+    /// The last refused connections, newest first.
+    pub(super) fn recent(&self) -> Vec<RefusedConnection> {
+        let recent = lock(&self.recent);
+        let mut all: Vec<_> = recent.by_peer.iter().collect();
         all.sort_by_key(|(_, seen)| std::cmp::Reverse(seen.at));
         let shown = all.into_iter().map(|((fault, peer), Seen { at, count, names, .. })| RefusedConnection {
             at: text_of(*at),
@@ -257,18 +257,18 @@ impl Refusals {
     }
 }
 
-fn may_tell(lines: &mut Option<(Instant, u32)>, now: Instant) -> bool {
+fn may_log(lines: &mut Option<(Instant, u32)>, now: Instant) -> bool {
     let (since, count) = lines.get_or_insert((now, 0));
-    if now.duration_since(*since) >= TELL_EVERY {
+    if now.duration_since(*since) >= REPORT_EVERY {
         (*since, *count) = (now, 0);
     }
     *count += 1;
     *count <= MAX_LINES
 }
 
-fn lock(kept: &Mutex<Kept>) -> MutexGuard<'_, Kept> {
-    // A panic cannot leave it half-changed: what changes it cannot panic.
-    kept.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(recent: &Mutex<Recent>) -> MutexGuard<'_, Recent> {
+    // A panic cannot leave it inconsistent: the code that changes it cannot panic.
+    recent.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Collect for Refusals {
@@ -291,13 +291,15 @@ mod tests {
         for number in 0..10_000 {
             refusals.add(peer(number), Refusal::of(HandshakeFault::NoTls));
         }
-        assert_eq!(refusals.shown().len(), MAX_KEPT);
-        let count = |told: bool| lock(&refusals.kept).by_peer.values().filter(|seen| seen.told.is_some() == told).count();
+        assert_eq!(refusals.recent().len(), MAX_ENTRIES);
+        let count = |is_reported: bool| {
+            lock(&refusals.recent).by_peer.values().filter(|seen| seen.last_reported.is_some() == is_reported).count()
+        };
         assert!(count(true) <= MAX_LINES as usize);
-        // And after a minute there is a line again, with what has come since.
+        // After the interval there is a line again, with the count since the last one.
         refusals.add(peer(9_999), Refusal::of(HandshakeFault::NoTls));
-        tokio::time::advance(TELL_EVERY).await;
+        tokio::time::advance(REPORT_EVERY).await;
         refusals.add(peer(9_999), Refusal::of(HandshakeFault::NoTls));
-        assert_eq!(lock(&refusals.kept).by_peer[&(HandshakeFault::NoTls, "0.0.39.15".to_owned())].untold, 0);
+        assert_eq!(lock(&refusals.recent).by_peer[&(HandshakeFault::NoTls, "0.0.39.15".to_owned())].unreported, 0);
     }
 }

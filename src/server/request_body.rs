@@ -1,4 +1,4 @@
-//! The bytes of requests that are being read or decided: counted over all connections, so that no number of them fills the memory.
+//! Counts the bytes of all requests that are being read or decided, over all connections, so that they cannot exhaust the memory.
 
 use std::{
     pin::Pin,
@@ -14,24 +14,24 @@ use tonic::Status;
 
 use crate::grpc::errors::{RETRY_AFTER, limit_reached};
 
-/// So much of the budget may callers have that nobody knows: health checks and reflection ask with a few bytes.
-const SHARE_OF_UNKNOWN: usize = 32;
+/// Unknown callers get the budget divided by this. Health checks and reflection need only a few bytes.
+const UNKNOWN_CALLER_DIVISOR: usize = 32;
 
-/// How many bytes there may be, and how many there are.
+/// The limit of bytes, and how many are used.
 pub(super) struct ByteBudget {
     limit: usize,
     used: AtomicUsize,
     used_by_unknown: AtomicUsize,
 }
 
-/// The bytes of one call. Dropped with it.
+/// The bytes of one call. Dropping it gives them back.
 pub(super) struct CallBytes {
     budget: Arc<ByteBudget>,
     known: bool,
     taken: AtomicUsize,
 }
 
-/// A request's body, whose bytes are counted while they come.
+/// A request body that counts its bytes as they arrive.
 pub(super) struct CountedBody {
     body: Incoming,
     bytes: Arc<CallBytes>,
@@ -44,7 +44,7 @@ impl ByteBudget {
         Arc::new(Self { limit, used: AtomicUsize::new(0), used_by_unknown: AtomicUsize::new(0) })
     }
 
-    /// For a call that begins.
+    /// The count for a new call.
     pub(super) fn call(self: &Arc<Self>, known: bool) -> Arc<CallBytes> {
         Arc::new(CallBytes { budget: Arc::clone(self), known, taken: AtomicUsize::new(0) })
     }
@@ -55,7 +55,7 @@ impl ByteBudget {
 impl CallBytes {
     fn take(&self, bytes: usize) -> Result<(), Status> {
         let ByteBudget { limit, used, used_by_unknown } = &*self.budget;
-        let (used, limit) = if self.known { (used, *limit) } else { (used_by_unknown, limit / SHARE_OF_UNKNOWN) };
+        let (used, limit) = if self.known { (used, *limit) } else { (used_by_unknown, limit / UNKNOWN_CALLER_DIVISOR) };
         self.taken.fetch_add(bytes, Ordering::Relaxed);
         if used.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > limit {
             return Err(limit_reached("limits.request_bytes", &format!("{limit} bytes of requests at a time"), RETRY_AFTER));
@@ -86,8 +86,8 @@ impl Body for CountedBody {
     fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
         let frame = match Pin::new(&mut self.body).poll_frame(context) {
             Poll::Ready(Some(Ok(frame))) => frame,
-            // The caller is gone: no fault of this service is to be looked for. The library would take CANCELLED for the body's end, so it is
-            // made of ABORTED later.
+            // The caller left, which is not a fault of this service. The status becomes CANCELLED later: the library would take CANCELLED here for
+            // the end of the body, so it is ABORTED.
             Poll::Ready(Some(Err(fault))) => {
                 return Poll::Ready(Some(Err(Status::aborted(format!("the caller left while it sent its message: {fault}")))));
             }

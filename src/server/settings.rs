@@ -1,4 +1,4 @@
-//! The settings of the edge: where it listens, who may call, how it stops.
+//! The settings of the server's edge: where it listens, who may call, and how it stops.
 
 use std::{collections::BTreeSet, num::NonZeroU32, path::PathBuf, time::Duration};
 
@@ -9,31 +9,31 @@ use crate::{
     grpc::limits::{Deadlines, Limits},
 };
 
-/// More threads than that help nobody.
+/// More threads than this do not help.
 const MAX_WORKER_THREADS: usize = 256;
-/// The kernel's own bounds for TCP keepalive: whole seconds, in 15 bits.
+/// The kernel's bounds for TCP keepalive: whole seconds in 15 bits.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(32_400));
-/// Less, and a connection would end before its first call.
+/// With less, a connection would end before its first call.
 const MIN_CONNECTION_TIME: Duration = Duration::from_secs(1);
-/// The mode's bits for everybody.
+/// The mode bits for all users.
 const EVERYBODY: u32 = 0o007;
 
-/// All that a server is set up with.
+/// All settings of a server.
 #[derive(Debug, Clone, Default)]
 pub struct EdgeSettings {
     /// Where it listens and how it runs.
     pub server: ServerSettings,
-    /// Where its numbers are shown.
+    /// The admin listener.
     pub admin: AdminSettings,
-    /// Of Unix sockets.
+    /// The files of Unix sockets.
     pub socket: SocketSettings,
-    /// Certificates and the key.
+    /// TLS files.
     pub tls: TlsSettings,
     /// Who may call.
     pub callers: CallerSettings,
-    /// How much.
+    /// Limits of calls.
     pub limits: Limits,
-    /// How long.
+    /// Deadlines of calls.
     pub deadlines: Deadlines,
     /// How it stops.
     pub shutdown: ShutdownSettings,
@@ -45,42 +45,42 @@ pub struct EdgeSettings {
 pub struct ServerSettings {
     /// `HOST:PORT` or `unix:PATH`.
     pub listen: Vec<String>,
-    /// TCP beyond loopback is allowed without TLS.
+    /// Allows TCP beyond loopback without TLS.
     pub insecure_listen: bool,
-    /// TLS is allowed without client certificates and tokens.
+    /// Allows TLS without client certificates and tokens.
     pub allow_anonymous: bool,
-    /// Threads that do the work; 0 takes what the machine or the container's CPU quota gives.
+    /// The number of worker threads. 0 uses one for each CPU of the machine or of the container's quota.
     pub worker_threads: usize,
-    /// How often files are looked at: documents, certificates, keys, tokens. Where the file system tells of changes, they are seen at once.
+    /// How often files are checked for changes: documents, certificates, keys, tokens. File system events make it check at once.
     #[serde(with = "duration")]
     pub reload_interval: Duration,
-    /// After how long a silence the kernel asks a TCP peer whether it is still there, in whole seconds.
+    /// After how much silence the kernel probes a TCP peer, in whole seconds.
     #[serde(with = "duration")]
     pub keepalive_interval: Duration,
-    /// How long it may take to say so, in whole seconds.
+    /// How long the peer may take to acknowledge, in whole seconds.
     #[serde(with = "duration")]
     pub keepalive_timeout: Duration,
-    /// How long a connection may be without a call.
+    /// How long a connection may have no call.
     #[serde(with = "duration")]
     pub max_connection_idle: Duration,
-    /// How long a connection may be used, within a tenth; calls under way are finished.
+    /// The maximum age of a connection, varied by a tenth. Calls in flight are finished.
     #[serde(with = "duration")]
     pub max_connection_age: Duration,
-    /// How many replicas share what may be asked of providers, and what a platform may ask: each takes its part of it.
+    /// How many replicas share the limits of each provider and of a platform. Each replica takes its part.
     pub replicas: NonZeroU32,
 }
 
-/// Where its numbers are shown.
+/// The admin listener.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct AdminSettings {
     /// `HOST:PORT` or `unix:PATH`; nowhere if not set.
     pub listen: Option<String>,
-    /// The status page's lists of decisions name workspaces.
+    /// Shows workspace ids on the status page.
     pub show_workspace_ids: bool,
 }
 
-/// Of Unix sockets.
+/// The files of Unix sockets.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct SocketSettings {
@@ -92,7 +92,7 @@ pub struct SocketSettings {
     pub group: Option<u32>,
 }
 
-/// Certificates and the key.
+/// TLS files.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct TlsSettings {
@@ -100,7 +100,7 @@ pub struct TlsSettings {
     pub certificate: Option<PathBuf>,
     /// Its key.
     pub key: Option<PathBuf>,
-    /// Who signs clients' certificates. Set, it makes one required.
+    /// The authority of client certificates. If set, a client certificate is required.
     pub client_ca: Option<PathBuf>,
 }
 
@@ -108,7 +108,7 @@ pub struct TlsSettings {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct CallerSettings {
-    /// One token a line.
+    /// The file of bearer tokens, one per line.
     pub token_file: Option<PathBuf>,
     /// Client certificates by name.
     pub certificates: CallerList<CertificateCaller>,
@@ -118,13 +118,13 @@ pub struct CallerSettings {
     pub workspace_calls_per_minute: NonZeroU32,
 }
 
-/// A list of callers. Without entries everybody whom the client CA, or the socket's mode, lets in is a platform. A list that has had entries
-/// is only ever emptied by the word `anyone`, so that a file that lost its end opens nothing.
+/// A list of callers. Without entries, everybody whom the client CA or the socket's mode lets in is a platform. A reload empties a list that has
+/// had entries only if it says `anyone`, so that a truncated file lets nobody in.
 #[derive(Debug, Clone, PartialEq)]
 pub enum CallerList<T> {
-    /// `anyone`: everybody, and that is meant.
+    /// `anyone`: everybody, on purpose.
     Anyone,
-    /// These; everybody if there is none.
+    /// These callers. If the list is empty, everybody.
     Only(Vec<T>),
 }
 
@@ -132,12 +132,12 @@ pub enum CallerList<T> {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CertificateCaller {
-    /// `spiffe://..` (or another URI), or a DNS name. A URI that ends in `/*` covers everything below.
+    /// A URI such as `spiffe://..`, or a DNS name. A URI that ends in `/*` covers everything below it.
     pub san: String,
     /// What it may do.
     #[serde(default)]
     pub role: RoleWord,
-    /// Whose decisions a `workspace` may ask for.
+    /// The workspaces that a `workspace` caller may ask about.
     #[serde(default)]
     pub workspaces: BTreeSet<String>,
 }
@@ -155,7 +155,7 @@ pub struct UnixCaller {
     /// What it may do.
     #[serde(default)]
     pub role: RoleWord,
-    /// Whose decisions a `workspace` may ask for.
+    /// The workspaces that a `workspace` caller may ask about.
     #[serde(default)]
     pub workspaces: BTreeSet<String>,
 }
@@ -177,10 +177,10 @@ pub enum RoleWord {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ShutdownSettings {
-    /// Between NOT_SERVING and the end of accepting.
+    /// The time between NOT_SERVING and the end of accepting.
     #[serde(with = "duration")]
     pub notice: Duration,
-    /// For calls under way.
+    /// The time for calls in flight.
     #[serde(with = "duration")]
     pub drain: Duration,
 }
@@ -231,7 +231,7 @@ impl Default for ShutdownSettings {
 // === reviews ===
 
 impl ServerSettings {
-    /// What is wrong with them.
+    /// Reports every problem of these settings.
     pub fn review(&self, review: &mut Review<'_>) {
         if self.listen.is_empty() {
             review.error("listen", "names no address: give at least one HOST:PORT or unix:PATH");
@@ -253,7 +253,7 @@ impl ServerSettings {
 }
 
 impl SocketSettings {
-    /// What is wrong with them.
+    /// Reports every problem of these settings.
     pub fn review(&self, review: &mut Review<'_>) {
         match u32::from_str_radix(&self.mode, 8) {
             Ok(mode) if (3..=4).contains(&self.mode.len()) => {
@@ -270,7 +270,7 @@ impl SocketSettings {
 }
 
 impl TlsSettings {
-    /// What is wrong with them.
+    /// Reports every problem of these settings.
     pub fn review(&self, review: &mut Review<'_>) {
         match (&self.certificate, &self.key) {
             (Some(_), None) => review.error("key", "is required with tls.certificate"),
@@ -282,7 +282,7 @@ impl TlsSettings {
 }
 
 impl CallerSettings {
-    /// The list that names callers that are workspaces, if one does.
+    /// The setting of the list that names `workspace` callers, if one does.
     pub fn workspaces(&self) -> Option<&'static str> {
         let of_certificates = self.certificates.entries().iter().any(|caller| caller.role == RoleWord::Workspace);
         let of_peers = self.unix_peers.entries().iter().any(|caller| caller.role == RoleWord::Workspace);
@@ -291,7 +291,7 @@ impl CallerSettings {
             .find_map(|(list, names)| names.then_some(list))
     }
 
-    /// What is wrong with them, given the certificates.
+    /// Reports every problem, given the TLS settings.
     pub fn review(&self, tls: &TlsSettings, review: &mut Review<'_>) {
         if !self.certificates.entries().is_empty() && tls.client_ca.is_none() {
             review.error("certificates", "needs tls.client_ca: a certificate that nobody vouches for proves no name");
@@ -335,7 +335,7 @@ fn review_workspaces(place: &str, role: RoleWord, workspaces: &BTreeSet<String>,
 }
 
 impl ShutdownSettings {
-    /// What is wrong with them.
+    /// Reports every problem of these settings.
     pub fn review(&self, review: &mut Review<'_>) {
         review.length("notice", self.notice, Duration::ZERO, duration::MAX);
         review.length("drain", self.drain, Duration::ZERO, duration::MAX);

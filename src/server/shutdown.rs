@@ -4,10 +4,10 @@ use std::{io, process};
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// How a process ends that was told twice: as one that a signal killed, and not 0.
+/// The exit code after a second signal: the one of a process that SIGINT ended.
 const EXIT_AT_ONCE: i32 = 130;
 
-/// SIGTERM and SIGINT, caught from now on.
+/// Catches SIGTERM and SIGINT.
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -16,12 +16,12 @@ pub struct Signals {
 // === impl Signals ===
 
 impl Signals {
-    /// Catches them: one that comes before the server runs is not lost.
+    /// Starts catching them, so that a signal that arrives before the server runs is not lost.
     pub fn catch() -> io::Result<Self> {
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 
-    /// Ends with the first one; a second one ends the process.
+    /// Waits for the first signal. A second one ends the process.
     pub async fn first(mut self) {
         self.next().await;
         tracing::info!(event = "draining", "stopping; a second signal stops at once");

@@ -1,4 +1,4 @@
-//! The status as a page: written here whole, without a script, for a phone as for a wall. maud escapes whatever is put into it.
+//! The status as an HTML page without scripts, for small and large screens. maud escapes all values.
 
 use maud::{DOCTYPE, Markup, PreEscaped, html as markup};
 
@@ -10,8 +10,8 @@ use crate::{
 };
 use std::time::Duration;
 
-/// Both schemes keep text at 7 to 1 or more against what it stands on. On a narrow screen a row becomes a block of its own, each cell behind
-/// its column's name, so that nothing is cut off and nothing scrolls sideways.
+/// The style, for light and dark. Text has a contrast of at least 7 to 1. On a narrow screen each row becomes a block and each cell shows its
+/// column's name, so that nothing is cut off or scrolls sideways.
 const STYLE: &str = "
 :root{color-scheme:light dark;--bg:#fff;--fg:#16191d;--dim:#454c55;--line:#c4cad1;--bad:#8f0f0f;--badbg:#fdecec;--good:#0b5226;--card:#f5f6f8}
 @media(prefers-color-scheme:dark){:root{--bg:#14171a;--fg:#eef0f2;--dim:#b9c0c8;--line:#454c55;--bad:#ffb3b3;--badbg:#3a1616;--good:#9be3b4;--card:#1d2125}}
@@ -32,9 +32,9 @@ table,tbody,tr,td{display:block;width:100%}tr{background:var(--card);margin:.5re
 td,td.n{border:0;padding:.12rem 0;text-align:left}td:empty{display:none}td[data-of]::before{content:attr(data-of) \": \";color:var(--dim)}}
 ";
 
-/// More peers than that are in the JSON.
+/// How many refused peers the page shows. The JSON has all.
 const REFUSED_SHOWN: usize = 25;
-/// More kinds of calls without a decision than that, too.
+/// How many kinds of calls without a decision the page shows. The JSON has all.
 const UNDECIDED_SHOWN: usize = 25;
 
 /// The whole page.
@@ -306,12 +306,12 @@ fn recent(title: &str, id: &str, entries: &[Recent]) -> Markup {
     }
 }
 
-/// One line of somebody's words, in a direction of its own.
+/// One line of text from outside, isolated so that its writing direction affects nothing else.
 fn text(words: &str) -> Markup {
     markup! { bdi { (printable(words)) } }
 }
 
-/// Several lines of them.
+/// Several such lines.
 fn lines(words: &str) -> Markup {
     markup! { @for (at, line) in words.lines().enumerate() { @if at > 0 { br; } (text(line)) } }
 }
@@ -324,7 +324,7 @@ fn ago(seconds: u64) -> String {
     format!("{} ago", rough(seconds))
 }
 
-/// A length of time in its two largest units at most.
+/// A duration in at most its two largest units.
 fn rough(seconds: u64) -> String {
     let unit = match seconds {
         0..3600 => 1,

@@ -1,4 +1,4 @@
-//! TLS: the server's certificate and key, the clients' authority, and their reload without a restart.
+//! TLS: the server's certificate and key, and the authority of client certificates. They are reloaded without a restart.
 
 use std::{
     path::{Path, PathBuf},
@@ -24,7 +24,7 @@ use zeroize::Zeroizing;
 use super::{
     callers::Callers,
     error::{Review, ServerError, chain},
-    refused::presented,
+    refused::record_presented_names,
 };
 use crate::{
     domain::{duration, secret::with_stack_wiped},
@@ -35,33 +35,34 @@ use crate::{
     watch::{Fault, Reloaded, Source, files},
 };
 
-/// The largest file of certificates: a bundle of every public authority is a quarter of it.
+/// The maximum size of a file of certificates. A bundle of all public authorities is a quarter of it.
 const MAX_PEM_BYTES: u64 = 1024 * 1024;
 
-/// Where certificates and keys are.
+/// The paths of certificates and keys.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct TlsFiles {
-    /// The server's chain.
+    /// The server's certificate chain.
     pub(super) certificate: PathBuf,
     /// Its key.
     pub(super) key: PathBuf,
-    /// Who signs clients' certificates; one is then required.
+    /// The authority of client certificates. If set, a client certificate is required.
     pub(super) client_ca: Option<PathBuf>,
 }
 
-/// What handshakes are made with.
+/// The TLS files and the configuration made of them.
 pub(super) struct Tls {
     files: TlsFiles,
     callers: Arc<Callers>,
-    in_force: ArcSwap<InForce>,
+    active: ArcSwap<ActiveConfig>,
     last: Mutex<blake3::Hash>,
 }
 
-/// What the files held when they were last good.
-struct InForce {
+/// The last valid content of the files.
+struct ActiveConfig {
     config: Arc<ServerConfig>,
-    /// When the server's certificate ends, and the first of the clients' authorities, in seconds of Unix time.
+    /// When the server's certificate expires, in seconds of Unix time.
     certificate_ends: Option<i64>,
+    /// When the first of the client authorities expires.
     client_ca_ends: Option<i64>,
 }
 
@@ -75,32 +76,32 @@ struct Content {
 // === impl Tls ===
 
 impl Tls {
-    /// Reads the files. Whatever is wrong with them is fatal here.
+    /// Reads the files at the start. Any fault in them is an error.
     pub(super) fn load(files: TlsFiles, callers: Arc<Callers>) -> Result<Self, ServerError> {
         let content = Content::read(&files)?;
-        let in_force = content.in_force(&files, &callers)?;
-        Ok(Self { last: Mutex::new(content.hash()), in_force: ArcSwap::from_pointee(in_force), files, callers })
+        let active = content.load(&files, &callers)?;
+        Ok(Self { last: Mutex::new(content.hash()), active: ArcSwap::from_pointee(active), files, callers })
     }
 
-    /// Adds everything that is to be said of these files.
+    /// Adds every fault of these files to `found`, and certificates that expire soon.
     pub(super) fn review(files: &TlsFiles, callers: &Arc<Callers>, found: &mut Review) {
         let TlsFiles { certificate, key, client_ca } = files;
         let named = [Some(certificate), Some(key), client_ca.as_ref()].into_iter().flatten();
-        let unread: Vec<ServerError> = named.filter_map(|path| read(path).err()).collect();
-        if !unread.is_empty() {
-            return found.faults.extend(unread);
+        let unreadable: Vec<ServerError> = named.filter_map(|path| read(path).err()).collect();
+        if !unreadable.is_empty() {
+            return found.faults.extend(unreadable);
         }
         let content = match Content::read(files) {
             Ok(content) => content,
             Err(fault) => return found.faults.push(fault),
         };
-        match content.in_force(files, callers) {
-            Ok(in_force) => found.near_ends.extend(in_force.ends(files).into_iter().filter_map(of_near_end)),
+        match content.load(files, callers) {
+            Ok(active) => found.near_ends.extend(active.ends(files).into_iter().filter_map(near_end_warning)),
             Err(fault) => found.faults.push(fault),
         }
-        // The authority's own fault, where the server's certificate has hidden it.
+        // A fault of the server's certificate hides one of the authority's file. Report that too.
         if let (Some(pem), Some(path)) = (&content.client_ca, client_ca)
-            && let Err(message) = known_clients(pem, Arc::new(ring::default_provider()), callers)
+            && let Err(message) = client_verifier(pem, Arc::new(ring::default_provider()), callers)
             && !found.faults.iter().any(|fault| matches!(fault, ServerError::Content { path: other, .. } if other == path))
         {
             found.faults.push(ServerError::Content { path: path.clone(), message });
@@ -113,26 +114,26 @@ impl Tls {
         if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
             return Ok(Reloaded::Unchanged);
         }
-        self.in_force.store(Arc::new(content.in_force(&self.files, &self.callers)?));
+        self.active.store(Arc::new(content.load(&self.files, &self.callers)?));
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
         Ok(Reloaded::Taken)
     }
 
-    /// For one connection: what is in force now.
+    /// The acceptor for a new connection, with the active configuration.
     pub(super) fn acceptor(&self) -> TlsAcceptor {
-        TlsAcceptor::from(Arc::clone(&self.in_force.load().config))
+        TlsAcceptor::from(Arc::clone(&self.active.load().config))
     }
 
-    /// The certificates in force.
+    /// The expiry of the active certificates.
     pub(super) fn ends(&self) -> Vec<CertificateEnd> {
-        self.in_force.load().ends(&self.files)
+        self.active.load().ends(&self.files)
     }
 }
 
-// === impl InForce ===
+// === impl ActiveConfig ===
 
-impl InForce {
-    /// The setting that names the file, the file, and when it ends in seconds of Unix time.
+impl ActiveConfig {
+    /// The setting, its file, and when the certificate expires in seconds of Unix time.
     fn ends(&self, TlsFiles { certificate, client_ca, .. }: &TlsFiles) -> Vec<CertificateEnd> {
         [
             ("tls.certificate", Some(certificate), self.certificate_ends),
@@ -144,13 +145,13 @@ impl InForce {
     }
 }
 
-/// Of one that is near its end: the setting, and what to say of it.
-fn of_near_end((setting, file, end): CertificateEnd) -> Option<(&'static str, String)> {
+/// The setting and a warning, if this certificate expires soon.
+fn near_end_warning((setting, file, end): CertificateEnd) -> Option<(&'static str, String)> {
     let (left, ends_at) = near_end(end)?;
     Some((setting, format!("{file} ends at {ends_at}, left: {left}; {}", certificate_remedy(setting))))
 }
 
-/// What is left, and when it ends, of a certificate that is near its end or past it.
+/// The time left and the expiry of a certificate that expires soon or has expired.
 fn near_end(end: i64) -> Option<(String, String)> {
     let left = end.saturating_sub(now());
     if left >= i64::try_from(CERTIFICATE_NEAR_END.as_secs()).unwrap_or(i64::MAX) {
@@ -161,19 +162,19 @@ fn near_end(end: i64) -> Option<(String, String)> {
     Some((left, ends_at))
 }
 
-/// Says at the start, after a change and once a day that a certificate is near its end, or past it.
+/// Warns at the start, after a change and once a day about certificates that expire soon or have expired.
 pub(super) async fn watch_ends(tls: Arc<Tls>) {
-    const LOOK_EVERY: Duration = Duration::from_secs(60);
-    const TELL_EVERY: Duration = Duration::from_secs(24 * 3600);
-    let mut told: Option<(Vec<CertificateEnd>, Instant)> = None;
+    const CHECK_EVERY: Duration = Duration::from_secs(60);
+    const WARN_EVERY: Duration = Duration::from_secs(24 * 3600);
+    let mut last_warned: Option<(Vec<CertificateEnd>, Instant)> = None;
     loop {
         let ends = tls.ends();
-        let is_due = told.as_ref().is_none_or(|(earlier, at)| *earlier != ends || at.elapsed() >= TELL_EVERY);
+        let is_due = last_warned.as_ref().is_none_or(|(earlier, at)| *earlier != ends || at.elapsed() >= WARN_EVERY);
         if is_due {
             ends.iter().for_each(|(setting, file, end)| warn_near_end(setting, file, *end));
-            told = Some((ends, Instant::now()));
+            last_warned = Some((ends, Instant::now()));
         }
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(CHECK_EVERY).await;
     }
 }
 
@@ -236,11 +237,11 @@ impl Content {
         })
     }
 
-    fn in_force(&self, files: &TlsFiles, callers: &Arc<Callers>) -> Result<InForce, ServerError> {
+    fn load(&self, files: &TlsFiles, callers: &Arc<Callers>) -> Result<ActiveConfig, ServerError> {
         let first_end = |pem: &Zeroizing<Vec<u8>>| certificates(pem).ok()?.iter().filter_map(end_of_validity).min();
-        Ok(InForce {
+        Ok(ActiveConfig {
             config: Arc::new(self.config(files, callers)?),
-            // A chain is good as long as each of its parts.
+            // A chain expires with the first of its certificates.
             certificate_ends: first_end(&self.certificate),
             client_ca_ends: self.client_ca.as_ref().and_then(first_end),
         })
@@ -253,7 +254,7 @@ impl Content {
             let ended = jiff::Timestamp::from_second(end).map_or_else(|_| end.to_string(), |at| at.to_string());
             return Err(fault(&files.certificate, format!("the certificate expired at {ended}")));
         }
-        // The parser's own words might quote the file.
+        // The parser's own message might quote the file.
         let key = PrivateKeyDer::from_pem_slice(&self.key)
             .map_err(|_| fault(&files.key, "holds no private key in PEM (PKCS#8, PKCS#1 or SEC1)".to_owned()))?;
         let provider = Arc::new(ring::default_provider());
@@ -262,7 +263,7 @@ impl Content {
             .map_err(|failed| fault(&files.certificate, failed.to_string()))?;
         let builder = match (&self.client_ca, &files.client_ca) {
             (Some(pem), Some(path)) => {
-                let verifier = known_clients(pem, provider, callers).map_err(|message| fault(path, message))?;
+                let verifier = client_verifier(pem, provider, callers).map_err(|message| fault(path, message))?;
                 builder.with_client_cert_verifier(verifier)
             }
             (_, _) => builder.with_no_client_auth(),
@@ -271,7 +272,7 @@ impl Content {
             fault(&files.certificate, format!("does not go with the key in {}: {failed}", files.key.display()))
         })?;
         config.alpn_protocols = vec![b"h2".to_vec()];
-        // A resumed session is not verified again: it would outlive the authority and the names that let it in.
+        // A resumed session is not verified again, so a client could keep one after its authority or name was removed.
         config.session_storage = Arc::new(NoServerSessionStorage {});
         config.send_tls13_tickets = 0;
         Ok(config)
@@ -296,8 +297,8 @@ fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs().try_into().unwrap_or(i64::MAX)
 }
 
-/// When a certificate ends, in seconds of Unix time: `notAfter`, six fields into the DER of a certificate. The library that
-/// verifies chains keeps it to itself, and a parser for all of X.509 is a great deal for one date.
+/// When a certificate expires, in seconds of Unix time. It reads `notAfter`, six fields into the DER. The library that verifies chains does not
+/// expose it, and a full X.509 parser is a large dependency for one date.
 fn end_of_validity(certificate: &CertificateDer<'_>) -> Option<i64> {
     const SEQUENCE: u8 = 0x30;
     const EXPLICIT_VERSION: u8 = 0xa0;
@@ -309,7 +310,7 @@ fn end_of_validity(certificate: &CertificateDer<'_>) -> Option<i64> {
     if rest.first() == Some(&EXPLICIT_VERSION) {
         rest = element(rest)?.2;
     }
-    // Serial number, signature algorithm, issuer.
+    // Skip serial number, signature algorithm and issuer.
     for _ in 0..3 {
         rest = element(rest)?.2;
     }
@@ -317,7 +318,7 @@ fn end_of_validity(certificate: &CertificateDer<'_>) -> Option<i64> {
     let (_, _, rest) = element(validity).filter(|_| tag == SEQUENCE)?;
     let (tag, text, _) = element(rest)?;
     let text = std::str::from_utf8(text).ok()?;
-    // Two digits mean 1950 to 2049.
+    // Two-digit years mean 1950 to 2049.
     let text = match tag {
         UTC_TIME if text.as_bytes().first()? < &b'5' => format!("20{text}"),
         UTC_TIME => format!("19{text}"),
@@ -328,7 +329,7 @@ fn end_of_validity(certificate: &CertificateDer<'_>) -> Option<i64> {
     Some(parsed.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp().as_second())
 }
 
-/// The first element of some DER: its tag, its content and what follows.
+/// The first DER element: its tag, its content, and the bytes after it.
 fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     let (&[tag, first], rest) = der.split_first_chunk::<2>()?;
     let (length, rest) = match first {
@@ -345,17 +346,17 @@ fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
 
 // === clients ===
 
-/// Takes clients whose certificate the authority signed *and* whose name is on the list: both in the handshake, so that
-/// nobody else sends a byte of HTTP.
+/// Accepts a client only if the authority signed its certificate and its name is on the list of callers. Both are checked in the handshake, so
+/// that no other client gets to send HTTP.
 #[derive(Debug)]
-struct KnownClients {
+struct ListedClientVerifier {
     chain: Arc<dyn ClientCertVerifier>,
     callers: CallersOnly,
 }
 
 struct CallersOnly(Arc<Callers>);
 
-fn known_clients(
+fn client_verifier(
     pem: &[u8],
     provider: Arc<CryptoProvider>,
     callers: &Arc<Callers>,
@@ -367,16 +368,16 @@ fn known_clients(
     let chain = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
         .build()
         .map_err(|fault| format!("cannot verify clients: {fault}"))?;
-    Ok(Arc::new(KnownClients { chain, callers: CallersOnly(Arc::clone(callers)) }))
+    Ok(Arc::new(ListedClientVerifier { chain, callers: CallersOnly(Arc::clone(callers)) }))
 }
 
-/// The names in a certificate: URIs, then DNS names. None: it does not parse.
+/// The names in a certificate: URIs, then DNS names. `None` if it does not parse.
 pub(super) fn names_of(certificate: &CertificateDer<'_>) -> Option<Vec<String>> {
     let parsed = webpki::EndEntityCert::try_from(certificate).ok()?;
     Some(parsed.valid_uri_names().chain(parsed.valid_dns_names()).map(str::to_owned).collect())
 }
 
-impl ClientCertVerifier for KnownClients {
+impl ClientCertVerifier for ListedClientVerifier {
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
         self.chain.root_hint_subjects()
     }
@@ -388,10 +389,14 @@ impl ClientCertVerifier for KnownClients {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         let names = names_of(end_entity);
-        presented(names.as_deref().unwrap_or_default());
+        record_presented_names(names.as_deref().unwrap_or_default());
         let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
         let names = names.ok_or(CertificateError::BadEncoding)?;
-        if self.callers.0.knows(&names) { Ok(verified) } else { Err(CertificateError::ApplicationVerificationFailure.into()) }
+        if self.callers.0.allows_names(&names) {
+            Ok(verified)
+        } else {
+            Err(CertificateError::ApplicationVerificationFailure.into())
+        }
     }
 
     fn verify_tls12_signature(
@@ -432,7 +437,7 @@ mod tests {
     use super::*;
     use crate::server::settings::CallerSettings;
 
-    /// A self-signed certificate that ends on the first of January of this year, and its key.
+    /// A self-signed certificate that expires on the first of January of the given year, and its key.
     fn certificate(end: i32) -> (String, String) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
@@ -447,14 +452,14 @@ mod tests {
             let der = certificates(certificate(end).0.as_bytes()).unwrap().remove(0);
             assert_eq!(end_of_validity(&der), Some(expect), "{end}");
             for length in 0..der.len().min(200) {
-                // Cut anywhere: nothing, and no panic.
+                // A certificate that is cut off anywhere gives nothing, and no panic.
                 assert_eq!(end_of_validity(&CertificateDer::from(&der[..length])), None, "{length}");
             }
         }
     }
 
     #[test]
-    fn a_reload_takes_what_stands_and_keeps_the_last_good_otherwise() {
+    fn a_reload_takes_valid_files_and_otherwise_keeps_the_last_valid_ones() {
         let folder = tempfile::tempdir().unwrap();
         let files = TlsFiles { certificate: folder.path().join("c"), key: folder.path().join("k"), client_ca: None };
         let write = |pair: &(String, String)| {
@@ -465,11 +470,11 @@ mod tests {
         write(&first);
         let callers = Arc::new(Callers::new(&CallerSettings::default()).unwrap());
         let tls = Tls::load(files.clone(), callers).unwrap();
-        let in_force = Arc::as_ptr(&tls.in_force.load_full());
+        let active = Arc::as_ptr(&tls.active.load_full());
         let stays = |why: &str, fault: &str| {
             let said = super::chain(&tls.refresh().unwrap_err());
             assert!(said.contains(fault), "{why}: {said}");
-            assert_eq!(Arc::as_ptr(&tls.in_force.load_full()), in_force, "{why}");
+            assert_eq!(Arc::as_ptr(&tls.active.load_full()), active, "{why}");
         };
         assert_eq!(tls.refresh().unwrap(), Reloaded::Unchanged);
         fs::write(&files.certificate, &second.0).unwrap();
@@ -490,6 +495,6 @@ mod tests {
         stays("gone", "could not be read");
         write(&second);
         assert_eq!(tls.refresh().unwrap(), Reloaded::Taken);
-        assert_ne!(Arc::as_ptr(&tls.in_force.load_full()), in_force);
+        assert_ne!(Arc::as_ptr(&tls.active.load_full()), active);
     }
 }

@@ -1,11 +1,11 @@
-//! Why a credential was not seen to be VALID: in one word for programs, in one sentence for people. Nothing of the provider's own text.
+//! Why a credential was not found VALID: one word for programs, one sentence for people. It never contains the provider's own text.
 
 use crate::{
     core::classify::Finding,
     domain::verdict::{MadeUpKey, Unreached, Verdict, Withheld},
 };
 
-/// What failed on the way, as logs have it.
+/// What failed on the way to the provider, as a log word.
 pub const fn unreached(why: Unreached) -> &'static str {
     match why {
         Unreached::Dns => "DNS",
@@ -18,7 +18,7 @@ pub const fn unreached(why: Unreached) -> &'static str {
     }
 }
 
-/// Why nobody was asked, as logs have it.
+/// Why no probe was sent, as a log word.
 pub const fn withheld(why: Withheld) -> &'static str {
     match why {
         Withheld::Queue => "QUEUE",
@@ -28,7 +28,7 @@ pub const fn withheld(why: Withheld) -> &'static str {
     }
 }
 
-/// What a made-up key got there, as logs have it.
+/// How the endpoint answered a made-up key, as a log word.
 pub const fn made_up(got: MadeUpKey) -> &'static str {
     match got {
         MadeUpKey::NotAsked => "NOT_ASKED",
@@ -40,7 +40,7 @@ pub const fn made_up(got: MadeUpKey) -> &'static str {
     }
 }
 
-/// The same for a person: what was heard of this host, and how it was read.
+/// One sentence for a person: what the host answered, and how the answer was classified.
 pub fn sentence(host: &str, finding: &Finding) -> String {
     let Finding { verdict, status, probe, .. } = finding;
     if let Some(why) = finding.withheld {
@@ -56,11 +56,11 @@ pub fn sentence(host: &str, finding: &Finding) -> String {
     }
 }
 
-/// What to do about a provider that fails.
+/// The remedy when the cause is not known.
 pub const CLOSES_BY_ITSELF: &str =
     "look at the vendor's status page; where several are open, at DNS and egress. It closes by itself once the provider answers";
 
-/// What to do about a provider that leaves credentials open.
+/// What to do about a provider whose probes are inconclusive.
 pub const fn remedy(finding: &Finding) -> &'static str {
     match finding.unreached {
         Some(Unreached::Address) => {
@@ -77,7 +77,7 @@ pub const fn remedy(finding: &Finding) -> &'static str {
     }
 }
 
-/// What failed on the way, for a person.
+/// What failed on the way to the provider, for a person.
 pub const fn unreached_text(why: Unreached) -> &'static str {
     match why {
         Unreached::Dns => "the name could not be resolved (DNS)",

@@ -1,8 +1,8 @@
-//! The one event that every decision leaves, and the one of a call that ended without a decision: JSON lines, described by
-//! `docs/decision-event.schema.json`. Names, codes and numbers; no value of a credential, no body, no header.
+//! Writes two kinds of events as JSON lines: one for every decision, and one for a call that ended without a decision.
+//! `docs/decision-event.schema.json` describes them. They hold names, codes and numbers, but no credential's value, no body and no header.
 //!
-//! Lines are put together by hand: a serializer looks at each byte of each name for what JSON escapes, which was 10,900 of a call's 80,600
-//! instructions (docs/performance.md).
+//! Lines are written by hand. A serializer checks each byte of each name for JSON escapes, which took 10,900 of a call's 80,600 instructions
+//! (docs/performance.md).
 
 use std::{
     num::NonZeroU32,
@@ -31,22 +31,22 @@ use crate::{
     },
 };
 
-/// The version of the events' schema: it rises when a field goes or changes its meaning, not when one is added.
+/// The version of the events' schema. It rises when a field is removed or changes its meaning, but not when one is added.
 const SCHEMA_VERSION: &str = ",\"schema_version\":1";
-/// Calls without a decision are told one by one up to so many a second, and beyond that by their count: a flood of refusals
-/// does not push decisions out of the log.
+/// How many calls without a decision are logged per second. Further ones are only counted, so that a flood of refusals does not push decisions
+/// out of the log.
 const UNDECIDED_PER_SECOND: NonZeroU32 = NonZeroU32::MIN.saturating_add(19);
-/// A reason is cut here.
+/// Longer reasons are cut.
 const MAX_REASON_CHARS: usize = 500;
 
-/// What begins a member of a line, of its name. Names need no escape.
+/// The start of a JSON member: a comma, its name and a colon. Names need no escapes.
 macro_rules! key {
     ($name:literal) => {
         concat!(",\"", $name, "\":")
     };
 }
 
-/// The same for a member that is a text, with the text's own quote.
+/// The same for a member with a string value, with the opening quote.
 macro_rules! text {
     ($name:literal) => {
         concat!(",\"", $name, "\":\"")
@@ -57,14 +57,14 @@ macro_rules! text {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LogSettings {
-    /// The share, from 0 to 1, of plain allows that are logged. Everything else always is.
+    /// The share of plain allows that are logged, from 0 to 1. Everything else is always logged.
     pub plain_allow_ratio: f64,
 }
 
-/// Where decisions are written down.
+/// Writes the events of decisions to the log.
 pub struct Journal {
     lines: Option<LogWriter>,
-    /// What the log's filter lets through.
+    /// Whether the log's filter lets WARN and INFO through.
     warn: bool,
     info: bool,
     plain_allow_ratio: f64,
@@ -81,13 +81,13 @@ pub struct Undecided<'a> {
     pub grpc_code: &'static str,
     /// The status's message.
     pub reason: &'a str,
-    /// Who is at the other end of its connection.
+    /// The peer of its connection.
     pub peer: Peer,
-    /// What was asked, if that much was understood.
+    /// The request, if it could be parsed.
     pub request: Option<&'a Request>,
-    /// Nothing was to start: the caller only wanted to know.
+    /// Whether the caller only wanted a report, and no workspace was to start.
     pub report_only: bool,
-    /// The trace that it belongs to.
+    /// The trace that the call belongs to.
     pub trace_id: Option<TraceId>,
 }
 
@@ -100,7 +100,7 @@ impl Default for LogSettings {
 }
 
 impl LogSettings {
-    /// What is wrong with them.
+    /// Reports a ratio that is out of bounds.
     pub fn review(&self, review: &mut Review<'_>) {
         review.number("plain_allow_ratio", self.plain_allow_ratio, 0.0, 1.0);
     }
@@ -109,10 +109,10 @@ impl LogSettings {
 // === impl Journal ===
 
 impl Journal {
-    /// Writes to these lines. Of plain allows only this share, from 0 to 1, is written; all else always is.
+    /// Writes events to this log. Only this share of plain allows is written, from 0 to 1; everything else always is.
     pub fn to(lines: LogWriter, plain_allow_ratio: f64) -> Self {
-        // Asked once, for the filter does not change: to ask without an event to follow also leaves the answer with the thread,
-        // where the next span would find it.
+        // The filter does not change, so it is asked once. Asking without writing an event would also leave the answer in the thread's filter
+        // state, where the next span would use it.
         let warn = tracing::enabled!(target: "byok_gate::decision", Level::WARN);
         let info = tracing::enabled!(target: "byok_gate::decision", Level::INFO);
         Self { lines: Some(lines), warn, info, plain_allow_ratio, ..Self::off() }
@@ -130,8 +130,8 @@ impl Journal {
         }
     }
 
-    /// Writes a decision's event. A denial is at WARN, and so is an allow that was not verified, but at INFO where there is
-    /// nothing to call by design, and where the caller does not act on the answer.
+    /// Writes the event of a decision. Denials and unverified allows are at WARN. They are at INFO if the provider has nothing to probe by design,
+    /// or if the caller does not act on the answer.
     pub fn decision(&self, request: &Request, decided: &Decided, took: Duration, trace_id: Option<TraceId>) {
         let Some(lines) = &self.lines else { return };
         let Decided { id, decision, registry_revision, catalogue_revision, finding } = decided;
@@ -140,9 +140,9 @@ impl Journal {
         if is_plain && !is_sampled(*id, self.plain_allow_ratio) {
             return;
         }
-        // Nobody was refused by an answer that its caller does not act on.
-        let loud = is_loud(decision) && !request.report_only;
-        let (level, passes) = if loud { ("WARN", self.warn) } else { ("INFO", self.info) };
+        // With report_only, the caller does not act on the answer, so nothing was refused.
+        let warns = is_warning(decision) && !request.report_only;
+        let (level, passes) = if warns { ("WARN", self.warn) } else { ("INFO", self.info) };
         if !passes {
             return;
         }
@@ -158,24 +158,24 @@ impl Journal {
         if request.report_only {
             line.flag(key!("report_only"));
         }
-        line.given(text!("workspace_id"), &spec.workspace_id);
-        line.given(text!("organization_id"), &spec.organization_id);
-        line.given(text!("caller"), &caller.name);
+        line.optional_text(text!("workspace_id"), &spec.workspace_id);
+        line.optional_text(text!("organization_id"), &spec.organization_id);
+        line.optional_text(text!("caller"), &caller.name);
         line.text(text!("runtime"), &spec.runtime);
         line.text(text!("model"), &spec.model);
         line.word(text!("outcome"), word);
         line.word(text!("code"), code);
         if let Outcome::Deny(deny) = outcome {
             line.text(text!("reason"), &printable(&deny.refusal.message()));
-            line.given(text!("operator_hint"), &printable(&deny.refusal.operator_hint()));
+            line.optional_text(text!("operator_hint"), &printable(&deny.refusal.operator_hint()));
         }
-        line.given(text!("provider"), &resolution.provider);
+        line.optional_text(text!("provider"), &resolution.provider);
         line.word(text!("billing_mode"), resolution.billing_mode.map_or("", |mode| mode.as_str()));
         line.word(text!("source"), resolution.source.as_str());
         if let Some(credential) = &resolution.credential {
             line.text(text!("credential_env"), &credential.env_name);
             line.word(text!("credential_scope"), credential.scope.as_str());
-            line.given(text!("credential_fingerprint"), &credential.fingerprint);
+            line.optional_text(text!("credential_fingerprint"), &credential.fingerprint);
         }
         if let Some(liveness) = liveness {
             line.word(text!("verdict"), liveness.verdict.as_str());
@@ -186,10 +186,10 @@ impl Journal {
                 line.word(text!("served_from"), seen.served_from.as_str());
                 line.number(key!("age_ms"), u64::try_from(seen.age.as_millis()).unwrap_or(u64::MAX));
             }
-            // Of an allow about which there is nothing to say, neither: it is most of the log.
+            // Plain allows are most of the log, so they leave these out.
             if !is_plain {
-                line.given(text!("endpoint_host"), &liveness.endpoint_host);
-                line.given(text!("probe"), &liveness.probe);
+                line.optional_text(text!("endpoint_host"), &liveness.endpoint_host);
+                line.optional_text(text!("probe"), &liveness.probe);
             }
         }
         if let Some(finding) = finding.as_ref().filter(|_| !is_plain) {
@@ -220,9 +220,9 @@ impl Journal {
         line.text(text!("method"), method);
         if let Some(Request { spec, checkpoint, caller, .. }) = request {
             line.word(text!("checkpoint"), checkpoint.as_str());
-            line.given(text!("workspace_id"), &spec.workspace_id);
-            line.given(text!("organization_id"), &spec.organization_id);
-            line.given(text!("caller"), &caller.name);
+            line.optional_text(text!("workspace_id"), &spec.workspace_id);
+            line.optional_text(text!("organization_id"), &spec.organization_id);
+            line.optional_text(text!("caller"), &caller.name);
         }
         line.plain(text!("peer"), &peer.to_string());
         if report_only {
@@ -230,7 +230,7 @@ impl Journal {
         }
         line.text(text!("grpc_code"), grpc_code);
         line.text(text!("reason"), &printable(reason));
-        // How many more there were since the last one.
+        // How many were not logged since the last one.
         let suppressed = self.suppressed.swap(0, Ordering::Relaxed);
         if suppressed > 0 {
             line.number(key!("suppressed"), suppressed);
@@ -239,8 +239,7 @@ impl Journal {
     }
 }
 
-/// An event's line, member by member. Every decision writes one: a serializer would look at each byte of each name and text for
-/// what JSON escapes, which cost a third of a decision.
+/// The line of an event, written member by member.
 struct Line(Vec<u8>);
 
 // === impl Line ===
@@ -264,14 +263,14 @@ impl Line {
         }
     }
 
-    /// One of our own words, which need no escape; none is left out.
+    /// Adds one of this service's own words, which need no escapes. An empty one is left out.
     fn word(&mut self, key: &str, word: &'static str) {
         if !word.is_empty() {
             self.plain(key, word);
         }
     }
 
-    /// What needs no escape, as hexadecimal digits and dashes.
+    /// Adds a text that needs no escapes, such as hexadecimal digits and dashes.
     fn plain(&mut self, key: &str, text: &str) {
         let Self(line) = self;
         line.extend_from_slice(key.as_bytes());
@@ -284,13 +283,13 @@ impl Line {
             return self.plain(key, text);
         }
         let Self(line) = self;
-        // The serializer brings the quote itself.
+        // The serializer writes the opening quote itself.
         line.extend_from_slice(key.trim_end_matches('"').as_bytes());
         drop(serde_json::to_writer(line, text));
     }
 
-    /// A text that may be empty: then it is left out.
-    fn given(&mut self, key: &str, text: &str) {
+    /// Adds a text, unless it is empty.
+    fn optional_text(&mut self, key: &str, text: &str) {
         if !text.is_empty() {
             self.text(key, text);
         }
@@ -301,16 +300,16 @@ impl Line {
         self.0.extend_from_slice(b"true");
     }
 
-    /// Why the verdict is what it is.
-    fn cause(&mut self, finding: &Finding, shown: Option<&Liveness>) {
+    /// Adds the cause of the verdict.
+    fn cause(&mut self, finding: &Finding, liveness: Option<&Liveness>) {
         self.word(text!("header"), finding.family.map_or("", HeaderFamily::as_str));
         self.word(text!("cause"), finding.cause.map_or("", Cause::as_str));
         self.word(text!("unreached"), finding.unreached.map_or("", cause::unreached));
         self.word(text!("withheld"), finding.withheld.map_or("", cause::withheld));
-        // Nobody wonders how made-up keys fare where nobody answered.
+        // Without an answer, the result of made-up keys does not matter.
         self.word(text!("made_up_keys"), if finding.status.is_some() { cause::made_up(finding.made_up) } else { "" });
-        if shown.is_some_and(|shown| shown.verdict != finding.verdict) {
-            // An earlier VALID is shown.
+        if liveness.is_some_and(|liveness| liveness.verdict != finding.verdict) {
+            // The decision rests on an earlier VALID. This is the verdict of the new probe.
             self.word(text!("verdict_now"), finding.verdict.as_str());
         }
     }
@@ -339,7 +338,7 @@ impl Line {
     }
 }
 
-fn is_loud(decision: &Decision) -> bool {
+fn is_warning(decision: &Decision) -> bool {
     let by_design = decision.liveness.as_ref().is_some_and(|liveness| liveness.verdict == Verdict::NoServerSurface);
     match decision.outcome {
         Outcome::Deny(_) => true,
@@ -347,7 +346,7 @@ fn is_loud(decision: &Decision) -> bool {
     }
 }
 
-/// An allow about which there is nothing to say.
+/// Whether the decision is a verified allow without warnings.
 fn is_plain(decision: &Decision) -> bool {
     match decision.outcome {
         Outcome::Deny(_) => false,
@@ -355,13 +354,13 @@ fn is_plain(decision: &Decision) -> bool {
     }
 }
 
-/// Whether a decision of this id is among this share of all. Its last bits are random.
+/// Whether the decision with this id is in the sampled share. The last bits of an id are random.
 fn is_sampled(id: Uuid, ratio: f64) -> bool {
     let [.., a, b, c, d] = id.into_bytes();
     f64::from(u32::from_be_bytes([a, b, c, d])) < ratio * 2_f64.powi(32)
 }
 
-/// A reason may repeat what a caller sent. JSON escapes what breaks lines; what moves a terminal's cursor goes too.
+/// Replaces control characters and cuts the text. A reason may repeat what a caller sent, and control characters could move a terminal's cursor.
 fn printable(text: &str) -> String {
     text.chars().take(MAX_REASON_CHARS).map(|letter| if letter.is_control() { '\u{fffd}' } else { letter }).collect()
 }
@@ -385,7 +384,7 @@ mod tests {
         let mut line = Line::begin("decision", "INFO");
         for text in texts {
             line.text(text!("text"), text);
-            line.given(text!("given"), text);
+            line.optional_text(text!("given"), text);
         }
         line.number(key!("number"), u64::MAX);
         line.words(key!("none"), std::iter::empty());
@@ -401,8 +400,8 @@ mod tests {
         let expect = format!("{},\"number\":{},\"none\":[],\"words\":[\"ONE\",\"TWO\"]", expect.concat(), u64::MAX);
         assert!(std::str::from_utf8(rest).unwrap().ends_with(&expect), "{rest:?}");
         assert_eq!(end, b"}\n");
-        let told: serde_json::Value = serde_json::from_slice(&line).unwrap();
-        assert!(told["timestamp"].as_str().unwrap().parse::<jiff::Timestamp>().is_ok(), "{told}");
+        let parsed: serde_json::Value = serde_json::from_slice(&line).unwrap();
+        assert!(parsed["timestamp"].as_str().unwrap().parse::<jiff::Timestamp>().is_ok(), "{parsed}");
     }
 
     #[test]

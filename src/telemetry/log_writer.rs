@@ -1,12 +1,10 @@
-//! Whole lines on their way to a standard stream: a bounded buffer and a thread that empties it. Whoever logs never waits for
-//! whoever reads.
+//! Writes log lines to a standard stream through a bounded buffer, which a thread empties. Code that logs never waits for the reader of the log.
 //!
-//! A line is written at once as long as there are few; many are collected for a moment and written together, so that a line costs
-//! a busy server no system call. A process that is killed outright loses what it has not written yet: a busy one at most that
-//! moment's lines, any other hardly ever one.
+//! A few lines are written at once. Many lines are collected for a short interval and written together, so that on a busy server a line costs no
+//! system call of its own. A killed process loses the lines that are not written yet: on a busy server those of one interval, else hardly any.
 //!
-//! Written by hand, with the lines of `events`: in place of tracing's formatter they took 21,700 of 107,700 instructions from a call
-//! (docs/performance.md), and a reader that comes back is told how much was lost.
+//! Written by hand, like the lines of `events`: together they save 21,700 of a call's 107,700 instructions over tracing's formatter
+//! (docs/performance.md), and after a pause the reader of the log is told how many lines were lost.
 
 use std::{
     io::{self, Write},
@@ -21,19 +19,18 @@ use tracing_subscriber::fmt::MakeWriter;
 
 use crate::telemetry::metrics::{Collect, Page};
 
-/// How much may wait to be written: about 6,000 decisions, a fifth of a second at full load. What does not fit is dropped and
-/// counted.
+/// How many bytes may wait to be written: about 6,000 decisions, a fifth of a second at full load. Lines over the limit are dropped and counted.
 pub const MAX_PENDING: usize = 4 << 20;
-/// How long lines are collected, where there are many.
-const MOMENT: Duration = Duration::from_millis(20);
-/// So many writes of a moment are made at once: each wakes the thread, which is dear where there are few cores.
-const WRITES: u32 = 16;
-/// Lines are collected up to this: more at once saves no system call that counts, and would not stay in a core's cache.
-const BATCH: usize = 128 << 10;
-/// What an empty buffer may keep of its space, so that a burst is not remembered for ever.
-const KEPT: usize = 2 * BATCH;
+/// How long lines are collected on a busy server.
+const BATCH_INTERVAL: Duration = Duration::from_millis(20);
+/// After this many writes within one interval, lines are collected. Each write wakes the thread, which is expensive on few cores.
+const WRITES_PER_INTERVAL: u32 = 16;
+/// Lines are collected up to this size. A larger batch saves few system calls, and would not stay in a core's cache.
+const BATCH_BYTES: usize = 128 << 10;
+/// The capacity that an empty buffer keeps, so that the memory of a burst is given back.
+const RETAINED_CAPACITY: usize = 2 * BATCH_BYTES;
 
-/// Where lines go. A clone goes to the same place; when the last one is dropped, the thread writes what is left and ends.
+/// Takes log lines. Clones share one buffer. When the last clone is dropped, the thread writes the remaining lines and ends.
 #[derive(Clone)]
 pub struct LogWriter(Arc<Owner>);
 
@@ -41,46 +38,46 @@ struct Owner(Arc<Shared>);
 
 struct Shared {
     state: Mutex<State>,
-    /// There is something to write, after a time without.
-    more: Condvar,
-    /// There is no time to collect, or enough is.
-    hurry: Condvar,
-    /// Everything is written.
-    done: Condvar,
+    /// Signals the idle thread that there are lines to write.
+    work: Condvar,
+    /// Signals the thread to stop collecting: a flush was requested, or a batch is full.
+    flush_now: Condvar,
+    /// Signals that everything is written.
+    drained: Condvar,
 }
 
 #[derive(Default)]
 struct State {
     pending: Vec<u8>,
-    /// How many lines that is.
+    /// How many lines `pending` holds.
     count: u64,
     dropped: u64,
     writing: bool,
-    /// The thread waits for `more`. Without it every line would wake somebody who is awake: a system call.
+    /// Whether the thread waits for `work`. Without this flag, every line would make a system call to wake a thread that runs already.
     idle: bool,
-    hurried: bool,
+    flush_requested: bool,
     closed: bool,
 }
 
 // === impl LogWriter ===
 
 impl LogWriter {
-    /// Lines to this stream, which may block for ever and may fail.
+    /// Writes lines to this stream, which may block for ever and may fail.
     pub fn to(stream: impl Write + Send + 'static) -> io::Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State::default()),
-            more: Condvar::new(),
-            hurry: Condvar::new(),
-            done: Condvar::new(),
+            work: Condvar::new(),
+            flush_now: Condvar::new(),
+            drained: Condvar::new(),
         });
         let writer = Arc::clone(&shared);
         thread::Builder::new().name("log".into()).spawn(move || writer.write_all_to(stream))?;
         Ok(Self(Arc::new(Owner(shared))))
     }
 
-    /// Takes a line with its line break; or, where there is no room for all of it, counts it as dropped.
+    /// Takes a line with its line break. If it does not fit, it is counted as dropped.
     pub fn push(&self, line: &[u8]) {
-        let Shared { more, hurry, .. } = &*self.0.0;
+        let Shared { work, flush_now, .. } = &*self.0.0;
         let mut state = self.0.0.lock();
         let (before, after) = (state.pending.len(), state.pending.len() + line.len());
         if after > MAX_PENDING {
@@ -91,32 +88,32 @@ impl LogWriter {
         state.count += 1;
         if mem::take(&mut state.idle) {
             drop(state);
-            more.notify_one();
-        } else if before < BATCH && after >= BATCH {
+            work.notify_one();
+        } else if before < BATCH_BYTES && after >= BATCH_BYTES {
             drop(state);
-            hurry.notify_one();
+            flush_now.notify_one();
         }
     }
 
-    /// How many lines were dropped: the reader was too slow, or gone.
+    /// How many lines were dropped because the reader was too slow or gone.
     pub fn dropped(&self) -> u64 {
         self.0.0.lock().dropped
     }
 
-    /// Waits until everything is written, but not longer than this. Whether it is.
-    pub fn flush(&self, patience: Duration) -> bool {
-        let Shared { more, hurry, done, .. } = &*self.0.0;
-        let end = Instant::now() + patience;
+    /// Waits until everything is written, up to the timeout. Returns whether it is.
+    pub fn flush(&self, timeout: Duration) -> bool {
+        let Shared { work, flush_now, drained, .. } = &*self.0.0;
+        let end = Instant::now() + timeout;
         let mut state = self.0.0.lock();
         loop {
             if state.pending.is_empty() && !state.writing {
                 return true;
             }
             let Some(left) = end.checked_duration_since(Instant::now()) else { return false };
-            state.hurried = true;
-            more.notify_one();
-            hurry.notify_one();
-            state = done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state.flush_requested = true;
+            work.notify_one();
+            flush_now.notify_one();
+            state = drained.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }
@@ -151,7 +148,7 @@ impl<'a> MakeWriter<'a> for LogWriter {
 impl Shared {
     fn write_all_to(&self, mut stream: impl Write) {
         let mut batch = Vec::new();
-        let mut told = 0;
+        let mut reported = 0;
         let (mut began, mut writes) = (Instant::now(), 0);
         let mut state = self.lock();
         loop {
@@ -160,43 +157,44 @@ impl Shared {
                     return;
                 }
                 state.idle = true;
-                state = self.more.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
             }
             state.idle = false;
             state.writing = true;
             mem::swap(&mut state.pending, &mut batch);
             let (count, dropped) = (mem::take(&mut state.count), state.dropped);
             drop(state);
-            if dropped > told {
-                put_lost(&mut batch, dropped - told);
+            if dropped > reported {
+                put_dropped_line(&mut batch, dropped - reported);
             }
             let written = stream.write_all(&batch).and_then(|()| stream.flush());
             batch.clear();
-            batch.shrink_to(KEPT);
+            batch.shrink_to(RETAINED_CAPACITY);
             state = self.lock();
             match written {
-                Ok(()) => told = dropped,
+                Ok(()) => reported = dropped,
                 Err(_) => state.dropped += count,
             }
             state.writing = false;
             if state.pending.is_empty() {
-                state.hurried = false;
-                self.done.notify_all();
+                state.flush_requested = false;
+                self.drained.notify_all();
             }
-            let left = MOMENT.saturating_sub(began.elapsed());
+            let left = BATCH_INTERVAL.saturating_sub(began.elapsed());
             writes += 1;
             if left.is_zero() {
                 (began, writes) = (Instant::now(), 0);
-            } else if writes >= WRITES {
-                let collects = |state: &mut State| !state.hurried && !state.closed && state.pending.len() < BATCH;
-                let pause = self.hurry.wait_timeout_while(state, left, collects);
+            } else if writes >= WRITES_PER_INTERVAL {
+                let keep_collecting =
+                    |state: &mut State| !state.flush_requested && !state.closed && state.pending.len() < BATCH_BYTES;
+                let pause = self.flush_now.wait_timeout_while(state, left, keep_collecting);
                 state = pause.unwrap_or_else(PoisonError::into_inner).0;
             }
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic elsewhere leaves nothing half-changed: every line is put in by one call.
+        // A panic elsewhere cannot leave the state inconsistent: every line is added by one call.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -205,20 +203,20 @@ impl Drop for Owner {
     fn drop(&mut self) {
         let Self(shared) = self;
         shared.lock().closed = true;
-        shared.more.notify_one();
-        shared.hurry.notify_one();
+        shared.work.notify_one();
+        shared.flush_now.notify_one();
     }
 }
 
-fn put_lost(batch: &mut Vec<u8>, count: u64) {
+fn put_dropped_line(batch: &mut Vec<u8>, count: u64) {
     batch.extend_from_slice(b"{\"timestamp\":\"");
     put_timestamp(batch);
     batch.extend(format!("\",\"level\":\"ERROR\",\"event\":\"log_lines_dropped\",\"count\":{count}}}\n").bytes());
 }
 
-/// Now, as the log's other lines have it.
+/// Appends the present time, in the format of the other log lines.
 pub(super) fn put_timestamp(line: &mut Vec<u8>) {
-    // Into memory: it cannot fail.
+    // Writing to memory cannot fail.
     drop(DateTimePrinter::new().precision(Some(6)).print_timestamp(&Timestamp::now(), line));
 }
 
@@ -231,7 +229,7 @@ mod tests {
 
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(20);
+    const TIMEOUT: Duration = Duration::from_secs(20);
 
     #[test]
     fn every_line_arrives_whole_and_in_order() {
@@ -244,7 +242,7 @@ mod tests {
         assert_eq!(reading.join().unwrap(), expect);
     }
 
-    /// Nobody reads: whoever logs goes on, memory stays bounded, and when somebody reads again the loss is told.
+    /// If the log is not read, logging goes on and memory stays bounded. When it is read again, the loss is reported.
     #[test]
     fn a_stream_that_nobody_reads_drops_lines_and_says_how_many() {
         let (reader, writer) = io::pipe().unwrap();
@@ -258,23 +256,23 @@ mod tests {
         assert!(dropped > 0 && !lines.flush(Duration::from_millis(1)));
         assert!(lines.0.0.lock().pending.len() <= MAX_PENDING);
         let reading = thread::spawn(move || BufReader::new(reader).lines().map(Result::unwrap).collect::<Vec<_>>());
-        assert!(lines.flush(PATIENCE));
+        assert!(lines.flush(TIMEOUT));
         drop(lines);
-        let (told, whole): (Vec<_>, Vec<_>) = reading.join().unwrap().into_iter().partition(|line| line.starts_with('{'));
+        let (reports, whole): (Vec<_>, Vec<_>) = reading.join().unwrap().into_iter().partition(|line| line.starts_with('{'));
         assert!(whole.iter().all(|line| line.len() == 1023));
         assert_eq!(whole.len() as u64 + dropped, pushed as u64);
-        let told: Vec<serde_json::Value> = told.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
-        assert_eq!(told.iter().map(|line| line["count"].as_u64().unwrap()).sum::<u64>(), dropped, "{told:?}");
+        let reports: Vec<serde_json::Value> = reports.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(reports.iter().map(|line| line["count"].as_u64().unwrap()).sum::<u64>(), dropped, "{reports:?}");
     }
 
     #[test]
-    fn a_stream_that_is_gone_is_counted_and_harms_nobody() {
+    fn lines_for_a_closed_stream_are_counted_as_dropped() {
         let (reader, writer) = io::pipe().unwrap();
         drop(reader);
         let lines = LogWriter::to(writer).unwrap();
         for _ in 0..3 {
             lines.push(b"one\n");
-            assert!(lines.flush(PATIENCE));
+            assert!(lines.flush(TIMEOUT));
         }
         assert_eq!(lines.dropped(), 3);
     }
@@ -288,12 +286,12 @@ mod tests {
             let mut line = [0; 4];
             while reader.read_exact(&mut line).is_ok() && read.send(line).is_ok() {}
         });
-        for _ in 0..2 * WRITES {
+        for _ in 0..2 * WRITES_PER_INTERVAL {
             while !lines.0.0.lock().idle {
                 thread::yield_now();
             }
             lines.push(b"one\n");
-            assert_eq!(&reads.recv_timeout(PATIENCE).unwrap(), b"one\n");
+            assert_eq!(&reads.recv_timeout(TIMEOUT).unwrap(), b"one\n");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! Numbers that modules keep about themselves, and the page that shows them. Nothing here knows what it counts.
+//! Counters and histograms that modules own, and the metrics page that shows them. This module does not know what they count.
 //!
-//! What happens on a decision's path is a plain atomic that its module owns: no global recorder, no name looked up, nothing
-//! built; prometheus-client, which writes the page, finds each count by its labels, behind a lock. Whatever can be read when somebody asks
-//! (entries, queues, states) is read then, by [`Collect::collect`].
+//! On a decision's path a metric is a plain atomic that its module owns. There is no global recorder, no lookup by name and no allocation.
+//! prometheus-client, which writes the page, would look up each count by its labels behind a lock. Values that exist anyway (entries, queues,
+//! states) are read when the page is requested, by [`Collect::collect`].
 
 pub mod calls;
 pub mod decisions;
@@ -27,11 +27,11 @@ use prometheus_client::{
     registry::Registry,
 };
 
-/// How the page is written.
+/// The content type of the page.
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// The upper ends of a histogram's buckets: a remembered key is decided in microseconds, a vendor answers in tenths of a second,
-/// and nothing takes more than ten.
+/// The upper bounds of a histogram's buckets. A cached key is decided in microseconds, a vendor answers in tenths of a second, and nothing takes
+/// more than ten seconds.
 pub const BOUNDS: [Duration; 14] = [
     Duration::from_micros(100),
     Duration::from_micros(250),
@@ -49,28 +49,28 @@ pub const BOUNDS: [Duration; 14] = [
     Duration::from_secs(10),
 ];
 
-/// Has numbers to show.
+/// A source of metrics.
 pub trait Collect: Send + Sync {
-    /// Puts them on the page. Only what was ever measured: what is not there is absent, and not 0.
+    /// Adds its metrics to the page. A metric that was never measured is absent, and not 0.
     fn collect(&self, page: &mut Page);
 }
 
-/// Counts up.
+/// A counter.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
-/// How long something took, in buckets.
+/// A histogram of durations.
 #[derive(Debug, Default)]
 pub struct Histogram {
-    /// One for each bound, and one for what took longer than the last.
+    /// One bucket for each bound, and one for durations over the last bound.
     buckets: [AtomicU64; BOUNDS.len() + 1],
     nanos: AtomicU64,
 }
 
-/// One page of numbers, as of now.
+/// The metrics page as it is now.
 #[derive(Debug)]
 pub struct Page {
-    /// A series about any other provider is not taken: whatever goes wrong elsewhere, no caller's word becomes a label.
+    /// The known providers. A series about any other one is dropped, so that a caller's text can never become a label.
     providers: BTreeSet<String>,
     families: Vec<Family>,
 }
@@ -95,52 +95,52 @@ struct Series {
 pub struct Labels<'p>(&'p [(&'static str, String)]);
 
 impl<'p> Labels<'p> {
-    /// This one's value.
+    /// The value of this label.
     pub fn get(&self, name: &str) -> Option<&'p str> {
         self.0.iter().find(|(label, _)| *label == name).map(|(_, value)| value.as_str())
     }
 }
 
-/// What a series shows.
+/// The value of a series.
 #[derive(Debug, Clone)]
 pub enum Value {
-    /// How many.
+    /// A whole number.
     Whole(u64),
-    /// How much.
+    /// A real number.
     Real(f64),
-    /// How often within each bucket, not summed up, and how long in all.
-    Spread([u64; BOUNDS.len() + 1], Duration),
+    /// The count of each bucket, not cumulative, and the sum of all durations.
+    Buckets([u64; BOUNDS.len() + 1], Duration),
 }
 
-/// Adds series of one name.
+/// Adds series to one family.
 #[derive(Debug)]
 pub struct FamilyWriter<'p> {
     providers: &'p BTreeSet<String>,
     series: &'p mut Vec<Series>,
 }
 
-/// The label whose values are names of providers.
+/// The label with a provider's name.
 pub const PROVIDER: &str = "provider";
 
 // === impl Counter ===
 
 impl Counter {
-    /// From 0.
+    /// A counter at 0.
     pub const fn new() -> Self {
         Self(AtomicU64::new(0))
     }
 
-    /// One more.
+    /// Adds one.
     pub fn inc(&self) {
         self.inc_by(1);
     }
 
-    /// So many more.
+    /// Adds this many.
     pub fn inc_by(&self, more: u64) {
         self.0.fetch_add(more, Ordering::Relaxed);
     }
 
-    /// So far.
+    /// The present count.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -149,7 +149,7 @@ impl Counter {
 // === impl Histogram ===
 
 impl Histogram {
-    /// One more, which took so long.
+    /// Adds a duration.
     pub fn observe(&self, took: Duration) {
         let bucket = BOUNDS.iter().position(|bound| took <= *bound).unwrap_or(BOUNDS.len());
         if let Some(bucket) = self.buckets.get(bucket) {
@@ -158,11 +158,11 @@ impl Histogram {
         self.nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// Nothing if there was none yet.
+    /// Its value. `None` if it is empty.
     pub fn value(&self) -> Option<Value> {
         let buckets = self.buckets.each_ref().map(|bucket| bucket.load(Ordering::Relaxed));
         let nanos = Duration::from_nanos(self.nanos.load(Ordering::Relaxed));
-        buckets.iter().any(|count| *count > 0).then_some(Value::Spread(buckets, nanos))
+        buckets.iter().any(|count| *count > 0).then_some(Value::Buckets(buckets, nanos))
     }
 }
 
@@ -174,22 +174,22 @@ impl Page {
         Self { providers: providers.map(str::to_owned).collect(), families: Vec::new() }
     }
 
-    /// A name that only goes up; `_total` is put behind it.
+    /// A counter family. `_total` is appended to its name.
     pub fn counter(&mut self, name: &'static str, help: &'static str) -> FamilyWriter<'_> {
         self.family(name, help, MetricType::Counter)
     }
 
-    /// A name that goes up and down.
+    /// A gauge family.
     pub fn gauge(&mut self, name: &'static str, help: &'static str) -> FamilyWriter<'_> {
         self.family(name, help, MetricType::Gauge)
     }
 
-    /// A name of lengths of time.
+    /// A histogram family.
     pub fn histogram(&mut self, name: &'static str, help: &'static str) -> FamilyWriter<'_> {
         self.family(name, help, MetricType::Histogram)
     }
 
-    /// Several may add to one name.
+    /// The family of this name, made if it is new: several sources may add to one family.
     fn family(&mut self, name: &'static str, help: &'static str, kind: MetricType) -> FamilyWriter<'_> {
         let Self { providers, families } = self;
         let index = families.iter().position(|family| family.name == name).unwrap_or_else(|| {
@@ -201,13 +201,13 @@ impl Page {
         FamilyWriter { providers, series }
     }
 
-    /// What this name's series are now, histograms apart.
+    /// The series of this family and their values, without histograms.
     pub fn values<'p>(&'p self, name: &str) -> impl Iterator<Item = (Labels<'p>, f64)> + use<'p> {
         let family = self.families.iter().find(|family| family.name == name);
         family.into_iter().flat_map(|family| &family.series).filter_map(|Series { labels, value }| match value {
             Value::Whole(number) => Some((Labels(labels), *number as f64)),
             Value::Real(number) => Some((Labels(labels), *number)),
-            Value::Spread(..) => None,
+            Value::Buckets(..) => None,
         })
     }
 
@@ -244,7 +244,7 @@ fn encode(encoder: &mut MetricEncoder<'_>, kind: MetricType, value: &Value) -> R
         (Value::Real(number), MetricType::Counter) => encoder.encode_counter::<NoLabelSet, _, f64>(number, None),
         (Value::Whole(number), _) => encoder.encode_gauge(&i64::try_from(*number).unwrap_or(i64::MAX)),
         (Value::Real(number), _) => encoder.encode_gauge(number),
-        (Value::Spread(counts, sum), _) => {
+        (Value::Buckets(counts, sum), _) => {
             let bounds = BOUNDS.iter().map(Duration::as_secs_f64).chain([f64::INFINITY]);
             let buckets: Vec<(f64, u64)> = bounds.zip(*counts).collect();
             encoder.encode_histogram::<NoLabelSet>(sum.as_secs_f64(), counts.iter().sum(), &buckets, None)
@@ -255,7 +255,7 @@ fn encode(encoder: &mut MetricEncoder<'_>, kind: MetricType, value: &Value) -> R
 // === impl FamilyWriter ===
 
 impl FamilyWriter<'_> {
-    /// A series; none about a provider that is not loaded.
+    /// Adds a series, unless it is about a provider that is not loaded.
     pub fn add(&mut self, labels: &[(&'static str, &str)], value: impl Into<Value>) {
         let known = |(name, value): &(&str, &str)| *name != PROVIDER || value.is_empty() || self.providers.contains(*value);
         if labels.iter().all(known) {
@@ -264,7 +264,7 @@ impl FamilyWriter<'_> {
         }
     }
 
-    /// A count that has happened; none at 0: of each label's every value there would be thousands.
+    /// Adds a count if it is not 0. With all zeros, the combinations of labels would be thousands.
     pub fn add_if_any(&mut self, labels: &[(&'static str, &str)], count: &Counter) {
         let count = count.get();
         if count > 0 {

@@ -1,5 +1,5 @@
-//! What a person wants to know of a running service at a glance, put together when somebody asks: from what the metrics count, from what
-//! decisions are made by, and from the last decisions. The page, its JSON and the command show the same.
+//! The status of a running service. It is built on request from the metrics, the loaded documents and the last decisions. The status page, its
+//! JSON and the `status` command show the same.
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     cause,
-    lately::{Entry, Lately, UndecidedCalls},
     metrics::{PROVIDER, Page, process},
+    recent_decisions::{Entry, RecentDecisions, UndecidedCalls},
 };
 use crate::{
     core::{
@@ -22,96 +22,96 @@ use crate::{
     domain::duration,
 };
 
-/// The version of the JSON: it rises when a field goes or changes its meaning, not when one is added.
+/// The version of the JSON. It rises when a field is removed or changes its meaning, but not when one is added.
 const SCHEMA_VERSION: u32 = 1;
-/// What "lately" means for counts.
+/// The counts that the page calls recent cover this time.
 pub const WINDOW: Duration = Duration::from_secs(15 * 60);
-/// How often the counts are noted for that.
+/// How often the counts are sampled for that.
 pub const SAMPLE_EVERY: Duration = Duration::from_secs(60);
-/// What was refused, and has been quiet for so long, needs nobody any more: a client with a fault comes again sooner.
+/// A refusal that did not repeat within this time needs no attention any more. A client with a fault repeats sooner.
 const ONGOING: Duration = Duration::from_secs(2 * 60);
-/// So many reasons of calls without a decision are under attention.
+/// How many reasons of calls without a decision are listed under attention.
 const MAX_UNANSWERED: usize = 5;
-/// A certificate that ends sooner needs somebody: two weeks hold a holiday.
+/// A certificate that expires within this time needs attention. Two weeks leave room for a holiday.
 pub const CERTIFICATE_NEAR_END: Duration = Duration::from_secs(14 * 24 * 3600);
 
-/// All of it.
+/// The whole status.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 #[derive(Default)]
 pub struct Status {
-    /// Of this document.
+    /// The version of this document's schema.
     pub schema_version: u32,
-    /// Now.
+    /// When it was made.
     pub as_of: String,
-    /// What runs.
+    /// The version of the service.
     pub version: String,
-    /// The commit; empty in builds by hand.
+    /// The commit of a release build; empty in other builds.
     pub revision: String,
-    /// Since when.
+    /// When the service started.
     pub started_at: String,
-    /// What needs somebody; empty is good.
+    /// What needs attention; empty if all is well.
     pub attention: Vec<Attention>,
     /// Registry and catalogue.
     pub documents: Vec<Document>,
-    /// Certificates of the server, and of its clients' authorities.
+    /// The certificates of the server and of the client authorities.
     pub certificates: Vec<Certificate>,
     /// Every provider of the registry.
     pub providers: Vec<Provider>,
-    /// Over how long the counts below that are called recent go.
+    /// The time that the recent counts below cover.
     pub window_seconds: u64,
     /// Decisions by outcome and code.
     pub decisions: Vec<DecisionCount>,
-    /// Connections that came to no call, the newest first.
+    /// Connections that failed before their first call, newest first.
     pub refused_connections: Vec<RefusedConnection>,
-    /// Calls that ended without a decision, the newest first.
+    /// Calls that ended without a decision, newest first.
     pub undecided_calls: Vec<UndecidedCall>,
-    /// The last denials, the newest first.
+    /// The last denials, newest first.
     pub denials: Vec<Recent>,
-    /// The last allows that nobody could verify, the newest first.
+    /// The last unverified allows, newest first.
     pub unverified_allows: Vec<Recent>,
 }
 
-/// Something that needs somebody.
+/// Something that needs attention.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Attention {
-    /// What is the matter.
+    /// What is wrong.
     pub what: String,
     /// What to do.
     pub remedy: String,
 }
 
-/// A document that decisions are made by.
+/// A loaded document.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Document {
     /// `registry` or `catalogue`.
     pub document: String,
-    /// Its content's hash.
+    /// The hash of its content.
     pub revision: String,
     /// `embedded`, or its file.
     pub source: String,
     /// When it was read.
     pub loaded_at: String,
-    /// How long ago.
+    /// Its age.
     pub age_seconds: u64,
-    /// Why the version that should have followed it is not in force; empty if none should.
+    /// Why a newer version was not taken; empty if there is none.
     pub last_reload_error: String,
 }
 
-/// A certificate's end.
+/// A certificate and its expiry.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Certificate {
     /// The setting that names its file.
     pub setting: String,
     /// The file.
     pub file: String,
-    /// When it ends.
+    /// When it expires.
     pub ends_at: String,
-    /// How long that is; negative once it has ended.
+    /// The time left; negative once it has expired.
     pub seconds_left: i64,
 }
 
-/// A provider.
+/// The status of one provider.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct Provider {
@@ -119,25 +119,25 @@ pub struct Provider {
     pub provider: String,
     /// `enforce`, `report` or `off`.
     pub enforcement: String,
-    /// Until when, of the last two.
+    /// Until when `report` or `off` holds.
     pub until: String,
-    /// `closed`, `half-open` or `open`; empty where it never was touched.
+    /// The circuit breaker: `closed`, `half-open` or `open`; empty if it was never used.
     pub breaker: String,
-    /// Probes that ask, or wait for the budget of calls per second.
+    /// Probes in flight, including those that wait for the rate limit.
     pub probes_in_flight: u64,
-    /// Probes that wait for a place.
+    /// Probes in the queue.
     pub probes_queued: u64,
-    /// Recent decisions by the verdict that they rested on.
+    /// Recent decisions, by verdict.
     pub recent_verdicts: BTreeMap<String, u64>,
-    /// What its endpoints do with made-up keys.
+    /// How its endpoints answer made-up keys.
     pub calibration: Vec<Calibration>,
-    /// Hosts that have no API at the base URL.
+    /// Hosts without an API at the base URL.
     pub no_api_at: Vec<String>,
-    /// Why a credential's state was last left open.
+    /// The last inconclusive probe.
     pub last_failure: Option<LastFailure>,
 }
 
-/// What an endpoint does with made-up keys in one header.
+/// How an endpoint answers made-up keys in one header.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Calibration {
     /// The host.
@@ -150,38 +150,38 @@ pub struct Calibration {
     pub state: String,
 }
 
-/// Why a credential's state was left open.
+/// The last inconclusive probe of a provider.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LastFailure {
-    /// When a decision met it last.
+    /// When a decision last used it.
     pub at: String,
     /// The verdict.
     pub verdict: String,
-    /// In words.
+    /// The cause, in words.
     pub cause: String,
     /// What to do.
     #[serde(default)]
     pub remedy: String,
 }
 
-/// Connections of one peer that came to no call for one reason.
+/// Connections of one peer that failed for the same reason before their first call.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RefusedConnection {
     /// When the last one came.
     pub at: String,
-    /// Why, in a word.
+    /// The fault, in one word.
     pub fault: String,
-    /// From where.
+    /// The peer's address.
     pub peer: String,
-    /// How many since the start, as long as it is kept.
+    /// How many there were since this entry exists.
     pub count: u64,
-    /// The names in the certificate that it showed.
+    /// The names in the certificate that the client presented.
     pub names: Vec<String>,
     /// Why, in words.
     pub meaning: String,
 }
 
-/// Calls of one peer that ended without a decision, in one way.
+/// Calls of one peer that ended without a decision, for the same reason.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct UndecidedCall {
     /// When the last one ended.
@@ -192,13 +192,13 @@ pub struct UndecidedCall {
     pub grpc_code: String,
     /// The status's message.
     pub reason: String,
-    /// From where.
+    /// The peer's address.
     pub peer: String,
-    /// By whom; empty where that is not known.
+    /// The caller; empty if it is not known.
     pub caller: String,
-    /// Nothing was to start.
+    /// Whether they were only to be reported, and no workspace was to start.
     pub report_only: bool,
-    /// How many since the start, as long as it is kept.
+    /// How many there were since this entry exists.
     pub count: u64,
 }
 
@@ -215,7 +215,7 @@ pub struct DecisionCount {
     pub recent: u64,
 }
 
-/// One decision.
+/// One recent decision.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Default)]
 #[serde(default)]
 pub struct Recent {
@@ -223,11 +223,11 @@ pub struct Recent {
     pub at: String,
     /// Its id.
     pub decision_id: String,
-    /// At which checkpoint.
+    /// Its checkpoint.
     pub checkpoint: String,
-    /// Its caller does not act on it.
+    /// Whether its caller only reports it and does not act on it.
     pub report_only: bool,
-    /// Empty unless `admin.show_workspace_ids` is set.
+    /// The workspace's id; empty unless `admin.show_workspace_ids` is set.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub workspace_id: String,
     /// The runtime.
@@ -246,44 +246,44 @@ pub struct Recent {
     pub cause: String,
 }
 
-/// The setting that names a certificate's file, the file, and when the certificate ends in seconds of Unix time.
+/// The setting that names a certificate's file, the file, and when the certificate expires in seconds of Unix time.
 pub type CertificateEnd = (&'static str, String, i64);
 
-/// What is put together.
+/// The sources of a status.
 pub struct Sources<'s> {
-    /// Everything that is counted.
+    /// The metrics.
     pub page: &'s Page,
-    /// What decisions are made by.
+    /// The loaded documents and the policy.
     pub snapshot: &'s Snapshot,
     /// The last decisions.
-    pub lately: &'s Lately,
-    /// The counts of a while ago.
+    pub recent_decisions: &'s RecentDecisions,
+    /// The earlier counts.
     pub window: &'s Window,
-    /// Since when the service runs.
+    /// When the service started.
     pub started: SystemTime,
-    /// Each certificate's setting, file and end in seconds of Unix time.
+    /// The expiry of each certificate.
     pub certificates: Vec<CertificateEnd>,
-    /// Connections that came to no call.
+    /// Connections that failed before their first call.
     pub refused_connections: Vec<RefusedConnection>,
 }
 
-// === what the counts were a while ago ===
+// === earlier counts ===
 
-/// Counts as they were, minute by minute, for a little longer than the window.
+/// Samples of the counts, one per minute, for a little longer than the window.
 #[derive(Debug)]
 pub struct Window(Mutex<VecDeque<(SystemTime, Totals)>>);
 
-/// Counts as they are now. By provider and verdict, and by outcome and code.
+/// The counts at one moment, by provider and verdict and by outcome and code.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Totals {
     verdicts: BTreeMap<(String, String), u64>,
     decisions: BTreeMap<(String, String), u64>,
-    /// What was refused by a limit, by family and label.
+    /// Refusals by a limit, by metric family and label.
     limited: BTreeMap<(String, String), u64>,
 }
 
 impl Totals {
-    /// What this page has counted.
+    /// The counts on this metrics page.
     pub fn of(page: &Page) -> Self {
         let mut totals = Self::default();
         let mut add = |family, names: [&str; 2], to: fn(&mut Self) -> &mut BTreeMap<(String, String), u64>| {
@@ -305,23 +305,23 @@ impl Totals {
 }
 
 impl Window {
-    /// Since this moment, at which nothing was counted.
+    /// A window that starts now with counts of 0.
     pub fn since(now: SystemTime) -> Self {
         Self(Mutex::new([(now, Totals::default())].into()))
     }
 
-    /// Notes the counts of now.
+    /// Adds a sample.
     pub fn note(&self, now: SystemTime, totals: Totals) {
         let mut samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         samples.push_back((now, totals));
-        // One that is old enough is what the rest is compared with; a clock that is set back leaves no more than there are minutes.
+        // Keep one sample that is old enough to compare with. The limit by number holds even if the clock is set back.
         let most = 1 + WINDOW.as_secs().div_ceil(SAMPLE_EVERY.as_secs()) as usize;
         while samples.len() > most || samples.get(1).is_some_and(|(at, _)| since(*at, now) >= WINDOW) {
             samples.pop_front();
         }
     }
 
-    /// What the counts were then, and how long ago that is.
+    /// The oldest sample, and its age.
     fn then(&self, now: SystemTime) -> (Totals, Duration) {
         let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         samples.front().map_or_else(Default::default, |(at, totals)| (totals.clone(), since(*at, now)))
@@ -332,11 +332,11 @@ fn since(then: SystemTime, now: SystemTime) -> Duration {
     now.duration_since(then).unwrap_or_default()
 }
 
-// === putting together ===
+// === building the status ===
 
-/// The whole status, as of now.
+/// Builds the status as of now.
 pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
-    let Sources { page, snapshot, lately, window, started, certificates, refused_connections } = sources;
+    let Sources { page, snapshot, recent_decisions, window, started, certificates, refused_connections } = sources;
     let (then, length) = window.then(now);
     let totals = Totals::of(page);
     let documents = documents(snapshot, now);
@@ -352,7 +352,7 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
     let providers = providers(sources, &totals, &then, now);
     let mut attention = attention(page, &documents, &certificates, &providers);
     attention.extend(refused(refused_connections, now));
-    let undecided = lately.undecided_calls();
+    let undecided = recent_decisions.undecided_calls();
     attention.extend(unanswered(&undecided, now));
     attention.extend(limited(&totals, &then));
     let decisions = totals.decisions.iter().map(|((outcome, code), total)| DecisionCount {
@@ -376,8 +376,8 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         decisions: decisions.collect(),
         refused_connections: refused_connections.clone(),
         undecided_calls: undecided.into_iter().map(UndecidedCall::from).collect(),
-        denials: recent(lately.denials()),
-        unverified_allows: recent(lately.unverified_allows()),
+        denials: recent(recent_decisions.denials()),
+        unverified_allows: recent(recent_decisions.unverified_allows()),
     }
 }
 
@@ -424,7 +424,7 @@ fn documents(snapshot: &Snapshot, now: SystemTime) -> Vec<Document> {
 }
 
 fn providers(sources: &Sources<'_>, totals: &Totals, then: &Totals, now: SystemTime) -> Vec<Provider> {
-    let Sources { page, snapshot, lately, .. } = sources;
+    let Sources { page, snapshot, recent_decisions, .. } = sources;
     let exceptions: BTreeMap<&str, i64> =
         snapshot.policy.exceptions().map(|(provider, exception)| (provider, exception.until)).collect();
     let one = |family: &str, provider: &str| {
@@ -466,7 +466,7 @@ fn providers(sources: &Sources<'_>, totals: &Totals, then: &Totals, now: SystemT
                 })
                 .collect(),
             no_api_at: no_api.map(|(labels, _)| labels.get("host").unwrap_or_default().to_owned()).collect(),
-            last_failure: lately.failure(name).map(|failure| LastFailure {
+            last_failure: recent_decisions.failure(name).map(|failure| LastFailure {
                 at: text_of(failure.at),
                 verdict: failure.verdict.as_str().to_owned(),
                 cause: failure.cause(),
@@ -478,14 +478,14 @@ fn providers(sources: &Sources<'_>, totals: &Totals, then: &Totals, now: SystemT
 }
 
 impl Provider {
-    /// Nothing was heard of it, and nothing is to be said.
+    /// Whether there is nothing to show of this provider.
     pub fn is_quiet(&self) -> bool {
         let Self { provider, .. } = self;
         *self == Self { provider: provider.clone(), enforcement: "enforce".to_owned(), ..Self::default() }
     }
 }
 
-/// As the gauge has it.
+/// The word for a value of the breaker gauge.
 fn breaker(state: f64) -> &'static str {
     match state as u64 {
         0 => "closed",
@@ -494,7 +494,7 @@ fn breaker(state: f64) -> &'static str {
     }
 }
 
-/// As the gauge has it.
+/// The word for a value of the calibration gauge.
 fn made_up_keys(state: f64) -> &'static str {
     match state as u64 {
         0 => "refuses",
@@ -504,7 +504,7 @@ fn made_up_keys(state: f64) -> &'static str {
     }
 }
 
-/// What to do about a certificate that ends.
+/// What to do about a certificate that expires.
 pub fn certificate_remedy(setting: &str) -> &'static str {
     if setting == "tls.client_ca" {
         "add the new authority beside the old one in the same file, renew the clients' certificates, then take the old one out; each is taken \
@@ -514,7 +514,7 @@ pub fn certificate_remedy(setting: &str) -> &'static str {
     }
 }
 
-/// What needs somebody, the worst first.
+/// What needs attention, the worst first.
 fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], providers: &[Provider]) -> Vec<Attention> {
     let mut found = Vec::new();
     let mut add = |what: String, remedy: &str| found.push(Attention { what, remedy: remedy.to_owned() });
@@ -535,7 +535,7 @@ fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], 
     found
 }
 
-/// Takes what is the matter, and what to do.
+/// Adds what is wrong, and what to do.
 type Add<'a> = &'a mut dyn FnMut(String, &str);
 
 fn near_ends(certificates: &[Certificate], add: Add<'_>) {
@@ -550,10 +550,10 @@ fn near_ends(certificates: &[Certificate], add: Add<'_>) {
     }
 }
 
-/// Changes that are not in force.
+/// Changes of files that were not taken.
 fn not_taken(page: &Page, documents: &[Document], add: Add<'_>) {
     for Document { document, source, last_reload_error, .. } in documents.iter().filter(|it| !it.last_reload_error.is_empty()) {
-        // The fault may be in the configuration, which is read together with it: its own file is named then.
+        // The configuration is read together with the document. If the fault is in the configuration, it names that file.
         let whose = if last_reload_error.contains(source.as_str()) {
             format!("the {document}'s")
         } else {
@@ -578,7 +578,7 @@ fn not_taken(page: &Page, documents: &[Document], add: Add<'_>) {
 
 fn wants_of(provider: &Provider, add: Add<'_>) {
     let Provider { provider, breaker, enforcement, until, calibration, no_api_at, last_failure, .. } = provider;
-    // Half-open, it is only not known to be well again: without calls it stays so.
+    // A half-open breaker needs no attention: it only waits for the next call.
     if breaker == "open" {
         let why = last_failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.cause));
         let remedy = last_failure.as_ref().map_or(cause::CLOSES_BY_ITSELF, |failure| failure.remedy.as_str());
@@ -590,7 +590,7 @@ fn wants_of(provider: &Provider, add: Add<'_>) {
             "correct the base URL in the registry; `byok-gate check --probe` finds them all",
         );
     }
-    // Another rung of the ladder may tell: then nothing is amiss.
+    // Another probe of the provider may still tell keys apart. Then nothing is wrong.
     let accepts = |it: &&Calibration| it.state == "accepts";
     if let Some(Calibration { host, .. }) = calibration.iter().find(accepts)
         && calibration.iter().all(|it| accepts(&it))
@@ -608,12 +608,12 @@ fn wants_of(provider: &Provider, add: Add<'_>) {
     }
 }
 
-/// Connections that are being refused.
+/// Connections that are being refused now.
 fn refused(connections: &[RefusedConnection], now: SystemTime) -> impl Iterator<Item = Attention> {
     let is_ongoing = move |it: &&RefusedConnection| {
         it.at.parse::<jiff::Timestamp>().is_ok_and(|at| seconds(now) - at.as_second() < ONGOING.as_secs() as i64)
     };
-    // One line for each fault: the peers are listed below.
+    // One line for each fault. The page lists the peers separately.
     let mut by_fault: BTreeMap<&str, (&RefusedConnection, usize)> = BTreeMap::new();
     for it in connections.iter().filter(is_ongoing) {
         by_fault.entry(&it.fault).or_insert((it, 0)).1 += 1;
@@ -628,7 +628,7 @@ fn refused(connections: &[RefusedConnection], now: SystemTime) -> impl Iterator<
     lines.into_iter()
 }
 
-/// Calls that are being refused as they come: to their callers the service is not there.
+/// Calls that are being refused now. For their callers the service is not available.
 fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item = Attention> {
     let remedy = |code: &str| {
         Some(match code {
@@ -644,7 +644,7 @@ fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item =
             _ => return None,
         })
     };
-    // One line for each reason: the peers are listed below.
+    // One line for each reason. The page lists the peers separately.
     let mut by_reason: BTreeMap<(&str, &str), (&UndecidedCalls, &str, BTreeSet<&str>)> = BTreeMap::new();
     for it in calls.iter().filter(|it| since(it.at, now) < ONGOING) {
         if let Some(remedy) = remedy(it.grpc_code) {
@@ -699,12 +699,12 @@ fn seconds(now: SystemTime) -> i64 {
     now.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX))
 }
 
-/// RFC 3339, in whole seconds.
+/// The time in RFC 3339, in whole seconds.
 pub fn text_of(at: SystemTime) -> String {
     jiff::Timestamp::from_second(seconds(at)).map_or_else(|_| String::new(), |at| at.to_string())
 }
 
-/// For eyes: without what moves a cursor, or turns the direction in which a line is read.
+/// Makes a text safe to show: replaces characters that move a cursor or change the writing direction.
 pub fn printable(text: &str) -> String {
     let turns = |c: char| matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     text.chars().map(|c| if c.is_control() || turns(c) { '\u{fffd}' } else { c }).collect()
@@ -718,7 +718,7 @@ mod tests {
         Totals { verdicts: [(("acme".to_owned(), "VALID".to_owned()), valid)].into(), ..Totals::default() }
     }
 
-    /// What is compared with is never younger than the window, once that has passed, and little older; and there are few of them.
+    /// Once the window has passed, the oldest sample is as old as the window or a little older, and there are few samples.
     #[test]
     fn the_window_moves_on_and_stays_small() {
         let start = UNIX_EPOCH + Duration::from_secs(1_000_000);
@@ -732,14 +732,14 @@ mod tests {
             assert_eq!(then, expect, "minute {minute}");
             assert!(window.0.lock().unwrap().len() <= 17);
         }
-        // A clock that is set back.
+        // The clock is set back.
         for _ in 0..100 {
             window.note(start, totals(1));
         }
         assert!(window.0.lock().unwrap().len() <= 17);
     }
 
-    /// What was refused once and is quiet since leaves nobody at work for a quarter of an hour.
+    /// A refusal that did not repeat must not ask for attention until the window ends.
     #[test]
     fn what_was_refused_needs_somebody_for_as_long_as_it_goes_on() {
         let now = UNIX_EPOCH + Duration::from_secs(1_000_000);
@@ -771,7 +771,7 @@ mod tests {
         assert!(unanswered(&calls[1..], now).next().is_none(), "nobody needs to act on a caller that left");
     }
 
-    /// By its setting, as long as it was reached within the window.
+    /// It is named by its setting if it was reached within the window.
     #[test]
     fn a_limit_that_is_reached_is_named() {
         let totals = |refusals: u64, connections: u64| Totals {

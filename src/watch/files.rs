@@ -1,5 +1,5 @@
-//! The one door to files: regular ones alone, up to a limit, and in time. A pipe may never end, a device gives for ever, and a mount that
-//! hangs answers nobody; none of them may hold up a start, a reload or an end.
+//! Reads files: only regular ones, up to a size limit, and within a time limit. All configured files are read here. A pipe or a device may never
+//! end and a mount may hang, and none of them may block a start, a reload or a shutdown.
 
 use std::{
     fs::{File, OpenOptions},
@@ -15,24 +15,24 @@ use zeroize::Zeroizing;
 
 use crate::domain::duration::text;
 
-/// How long reading may take: far more than a file on a volume that answers needs.
+/// How long reading may take: far longer than a working volume needs.
 pub const READ_TIME: Duration = Duration::from_secs(10);
-/// The mode's bit for reading by everybody.
+/// The mode bit that lets all users read.
 const READABLE_BY_ALL: u32 = 0o004;
 
-/// A file's bytes, one more than the limit at most, so that whoever takes them can say that there are too many. They are wiped when they are
-/// dropped: some files are keys.
+/// Reads a file's bytes, up to one more than the limit, so that the caller can report a file that is too long. They are wiped when dropped, since
+/// some files are keys.
 pub fn read(path: &Path, limit: u64) -> io::Result<Zeroizing<Vec<u8>>> {
     let file = open(path)?;
-    // The whole size at once: a buffer that grows leaves its smaller selves behind. And room to spare: with less than 32 bytes of it the
-    // standard library reads into a buffer on the stack first, where a short token would stay.
+    // Allocate the whole size at once: a buffer that grows would leave unwiped copies behind. Add some room: with fewer than 32 spare bytes the
+    // standard library first reads into a buffer on the stack, where a short token would stay.
     let size = file.metadata()?.len().min(limit);
     let mut bytes = Zeroizing::new(Vec::with_capacity(usize::try_from(size).unwrap_or_default().saturating_add(64)));
     file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
-/// A file's text, likewise.
+/// Reads a file's text in the same way.
 pub fn read_text(path: &Path, limit: u64) -> io::Result<Zeroizing<String>> {
     let mut bytes = read(path, limit)?;
     String::from_utf8(std::mem::take(&mut *bytes)).map(Zeroizing::new).map_err(|fault| {
@@ -41,25 +41,25 @@ pub fn read_text(path: &Path, limit: u64) -> io::Result<Zeroizing<String>> {
     })
 }
 
-/// Everybody on this machine can read it.
+/// Whether all users of this machine can read it.
 pub fn is_readable_by_all(path: &Path) -> bool {
     std::fs::metadata(path).is_ok_and(|found| found.mode() & READABLE_BY_ALL != 0)
 }
 
-/// Does what may block on a thread of its own, which is left behind when it takes too long.
+/// Runs work that may block on a thread of its own. If it takes too long, the thread is left running and this returns an error.
 pub fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
-    let (tell, told) = mpsc::sync_channel(1);
+    let (sender, receiver) = mpsc::sync_channel(1);
     thread::Builder::new().name("files".to_owned()).spawn(move || {
-        // Nobody waits for it any more.
-        drop(tell.send(work()));
+        // An error means that the caller no longer waits.
+        drop(sender.send(work()));
     })?;
-    told.recv_timeout(READ_TIME).map_err(|_| {
+    receiver.recv_timeout(READ_TIME).map_err(|_| {
         io::Error::new(ErrorKind::TimedOut, format!("could not be read within {}: the volume does not answer", text(READ_TIME)))
     })
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    // Without waiting: opening a pipe would wait for a writer.
+    // Non-blocking, since opening a pipe would otherwise wait for a writer.
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     let kind = file.metadata()?.file_type();
     if kind.is_file() {

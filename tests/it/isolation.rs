@@ -350,26 +350,26 @@ async fn a_standing_connection_outlives_no_caller() {
     let of = |text: &str| serde_json::from_value(serde_json::json!([{"san": text}])).unwrap();
     settings.callers.certificates = of("spiffe://example.org/platform");
     let bound = Bound::open(settings.edge()).await.unwrap();
-    let relist = bound.relist();
+    let replace_callers = bound.replace_callers();
     let edge = Edge::run(bound, Held::new(true).engine());
     let own = authority.sign("spiffe://example.org/platform");
     let connector = tls_client(&authority, Some(&own), &[&rustls::version::TLS13]);
     let mut standing = client(tls_channel(edge.tcp(), &connector).await.unwrap());
     assert!(standing.decide(decide("made-up-key")).await.is_ok());
     settings.callers.certificates = of("spiffe://example.org/other");
-    relist(&settings.callers);
+    replace_callers(&settings.callers);
     assert_eq!(standing.decide(decide("made-up-key")).await.unwrap_err().code(), Code::PermissionDenied);
     // By its user id, on a socket.
     let mut settings = crate::support::edge::settings();
     settings.server.listen = vec![format!("unix:{}/gate.sock", folder.path().display())];
     let bound = Bound::open(settings.edge()).await.unwrap();
-    let relist = bound.relist();
+    let replace_callers = bound.replace_callers();
     let edge = Edge::run(bound, Held::new(true).engine());
     let mut standing = client(edge.over_unix().await);
     assert!(standing.decide(decide("made-up-key")).await.is_ok());
     let other = UnixCaller { uid: Some(u32::MAX - 7), gid: None, role: RoleWord::Platform, workspaces: Default::default() };
     settings.callers.unix_peers = CallerList::Only(vec![other]);
-    relist(&settings.callers);
+    replace_callers(&settings.callers);
     assert_eq!(standing.decide(decide("made-up-key")).await.unwrap_err().code(), Code::PermissionDenied);
 }
 

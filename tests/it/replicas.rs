@@ -124,7 +124,7 @@ struct Provider {
 struct Replica {
     cache: Arc<Cache>,
     weather: watch::Sender<Weather>,
-    listening: JoinHandle<()>,
+    refusal_listener: JoinHandle<()>,
 }
 
 fn age_of(verdict: Verdict) -> Ms {
@@ -173,9 +173,9 @@ impl Replica {
             ..CacheSettings::default()
         };
         let provider = Provider { replica: index, log: Arc::clone(log) };
-        let cache = Arc::new(Cache::new(Arc::new(provider), settings).sharing(Some(tier)));
-        let listening = tokio::spawn(cache.listen().unwrap());
-        Self { cache, weather, listening }
+        let cache = Arc::new(Cache::new(Arc::new(provider), settings).with_tier(Some(tier)));
+        let refusal_listener = tokio::spawn(cache.refusal_listener().unwrap());
+        Self { cache, weather, refusal_listener }
     }
 
     /// How often each came up: looks into the tier by what came of them, and leases lost.
@@ -196,7 +196,7 @@ impl Replica {
 
 impl Drop for Replica {
     fn drop(&mut self) {
-        self.listening.abort();
+        self.refusal_listener.abort();
     }
 }
 

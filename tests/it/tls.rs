@@ -116,13 +116,13 @@ async fn the_list_of_certificates_turns_over_without_a_restart() {
     let only = |san: &str| CertificateCaller { san: san.to_owned(), role: RoleWord::Platform, workspaces: Default::default() };
     settings.callers.certificates = CallerList::Only(vec![only(PLATFORM)]);
     let bound = Bound::open(settings.edge()).await.unwrap();
-    let relist = bound.relist();
+    let replace_callers = bound.replace_callers();
     let edge = Edge::run(bound, engine());
     let by = |san: &str| tls_client(&authority, Some(&authority.sign(san)), &[&TLS13]);
     let before = tls_channel(edge.tcp(), &by(PLATFORM)).await.unwrap();
     assert!(answer(&edge, &by(OPERATOR)).await.contains("AccessDenied"));
     settings.callers.certificates = CallerList::Only(vec![only(OPERATOR)]);
-    relist(&settings.callers);
+    replace_callers(&settings.callers);
     assert!(answer(&edge, &by(OPERATOR)).await.contains("served"));
     assert!(answer(&edge, &by(PLATFORM)).await.contains("AccessDenied"));
     assert_eq!(ask_status(before, None).await, Code::PermissionDenied, "nor does a standing connection keep its caller");

@@ -1,6 +1,6 @@
-//! The owner of what endpoints have taught: how they refuse a made-up key, whether they accept anybody, in which headers, and which requests
-//! lead nowhere. Shared by every probe, bounded, and forgotten after hours. In that time a made-up key is sent once per request, header and form of
-//! key, one at a time; it runs by itself, so that a caller with little time does not end it.
+//! Stores what is known of endpoints: how they refuse a made-up key, whether they accept any key, in which headers, and which paths do not
+//! exist. All probes share it; it is bounded, and facts expire after hours. Until then a made-up key is sent once per request, header and form
+//! of key, one at a time. That request runs detached, so that a caller with little time does not end it.
 
 use std::{
     collections::BTreeMap,
@@ -31,15 +31,15 @@ use crate::{
     },
 };
 
-/// How long what was taught is good for, jittered downwards: endpoints change rarely, and every check is a refused request.
-const GOOD_FOR: Duration = Duration::from_secs(6 * 3600);
-/// How long a path that is not there stays unasked: lists are added one day.
-const ABSENT_FOR: Duration = Duration::from_secs(3600);
-/// The time for one made-up request. Nobody waits for longer than their own budget.
+/// How long facts are used, shortened at random. Endpoints change rarely, and every check causes a refused request at the vendor.
+const FACTS_TTL: Duration = Duration::from_secs(6 * 3600);
+/// How long a path that does not exist is not requested again. A vendor may add it one day.
+const ABSENT_TTL: Duration = Duration::from_secs(3600);
+/// The time for one request with a made-up key. A caller waits no longer than its own budget.
 pub(super) const BUDGET: Duration = Duration::from_secs(10);
-/// How many requests and endpoints are remembered: far more than any catalogue has.
+/// How many requests and base URLs are stored: far more than any catalogue has.
 const MAX_ENTRIES: u64 = 10_000;
-/// How many made-up keys may be under way at a time.
+/// How many requests with made-up keys may be in flight at a time.
 const MAX_FLIGHTS: usize = 64;
 
 type Key = [u8; 32];
@@ -52,40 +52,40 @@ pub(super) struct Endpoints {
     requests: moka::sync::Cache<Key, Arc<Mutex<RequestFacts>>>,
     bases: moka::sync::Cache<Key, Arc<Mutex<BaseFacts>>>,
     absent: moka::sync::Cache<Key, ()>,
-    flights: Arc<SingleFlight<Key, Told>>,
-    shown: Arc<Mutex<Shown>>,
+    flights: Arc<SingleFlight<Key, CalibrationResult>>,
+    metrics: Arc<Mutex<EndpointMetrics>>,
 }
 
-/// What a base URL taught, and until when it is good.
+/// The facts about a base URL, and when they expire.
 #[derive(Debug, Clone)]
 struct BaseFacts {
     facts: EndpointFacts,
     until: Instant,
 }
 
-/// What the page of numbers shows, under names of the loaded documents, so there are few.
+/// What the metrics page shows. Its labels come from the loaded documents, so there are few.
 #[derive(Debug, Default)]
-struct Shown {
-    /// By provider, host, probe and header.
+struct EndpointMetrics {
+    /// The calibration state, by provider, host, probe and header.
     states: BTreeMap<[String; 4], u64>,
-    /// By provider, header and result.
+    /// Requests with a made-up key, by provider, header and result.
     sent: BTreeMap<[String; 3], Counter>,
-    /// By provider and host: whether there is no API at the base URL.
+    /// Whether there is no API at the base URL, by provider and host.
     no_api: BTreeMap<[String; 2], bool>,
 }
 
-/// What a made-up key came to: of which model and form it was, and what it got.
+/// The result of one made-up key: the model and form it was sent for, and how the endpoint answered.
 #[derive(Debug, Clone)]
-pub(super) struct Told {
+pub(super) struct CalibrationResult {
     model: String,
     form: KeyForm,
     calibration: Calibration,
 }
 
-/// One that is known or under way.
-enum Asked {
+/// A calibration that is known, or in flight.
+enum CalibrationLookup {
     Known(Calibration),
-    UnderWay(InFlight<Told>),
+    Pending(InFlight<CalibrationResult>),
 }
 
 // === impl Endpoints ===
@@ -96,15 +96,15 @@ impl Endpoints {
         Self {
             http,
             since: Instant::now(),
-            requests: bounded().time_to_idle(2 * GOOD_FOR).build(),
+            requests: bounded().time_to_idle(2 * FACTS_TTL).build(),
             bases: moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).build(),
-            absent: moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(ABSENT_FOR).build(),
+            absent: moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(ABSENT_TTL).build(),
             flights: SingleFlight::new(MAX_FLIGHTS, MAX_FLIGHTS),
-            shown: Arc::default(),
+            metrics: Arc::default(),
         }
     }
 
-    /// In which headers this endpoint takes a credential, as far as it has taught.
+    /// In which headers this endpoint takes a credential, as far as that is known.
     pub(super) fn facts_of(&self, endpoint: &Endpoint) -> EndpointFacts {
         let known = self.bases.get(&endpoint.base_identity);
         known
@@ -113,19 +113,19 @@ impl Endpoints {
             .map_or_else(EndpointFacts::default, |known| known.facts)
     }
 
-    /// This request tells nothing of a key: anybody is accepted, or it is not there.
-    pub(super) fn is_pointless(&self, call: &Call, family: HeaderFamily) -> bool {
+    /// Whether this request says nothing about a key: the endpoint accepts any key, or the path does not exist.
+    pub(super) fn is_uninformative(&self, call: &Call, family: HeaderFamily) -> bool {
         self.absent.contains_key(&call.request)
             || self.known(call, &[family], CalibrationQuestion::Refusal) == Calibration::AcceptsAnyone
     }
 
-    /// A real key was accepted there within hours.
+    /// Whether the endpoint accepted a real key within the last hours.
     pub(super) fn has_accepted(&self, call: &Call, family: HeaderFamily) -> bool {
         let facts = self.requests.get(&key(call, &[family]));
         facts.is_some_and(|facts| lock(&facts).has_accepted(self.since.elapsed()))
     }
 
-    /// Takes in what a probe has learnt.
+    /// Stores what a probe has learnt.
     pub(super) fn learn(&self, endpoint: &Endpoint, lessons: Vec<Lesson>) {
         for lesson in lessons {
             match lesson {
@@ -137,7 +137,7 @@ impl Endpoints {
                 }
                 Lesson::Family { right, wrong } => {
                     let now = Instant::now();
-                    let fresh = || BaseFacts { facts: EndpointFacts::default(), until: now + GOOD_FOR.mul_f64(jitter()) };
+                    let fresh = || BaseFacts { facts: EndpointFacts::default(), until: now + FACTS_TTL.mul_f64(jitter()) };
                     let known = self.bases.get_with(endpoint.base_identity, || Arc::new(Mutex::new(fresh())));
                     let mut known = lock(&known);
                     if known.until <= now {
@@ -149,42 +149,42 @@ impl Endpoints {
         }
     }
 
-    /// What a probe came to, for the page of numbers.
-    pub(super) fn show(&self, endpoint: &Endpoint, finding: &Finding) {
+    /// Records a probe's finding for the metrics page.
+    pub(super) fn record_finding(&self, endpoint: &Endpoint, finding: &Finding) {
         let missing = finding.cause == Some(Cause::NoApiAtBaseUrl);
         let name = [endpoint.provider.clone(), endpoint.host.clone()];
-        let mut shown = lock(&self.shown);
-        // An endpoint that never lacked its API has no entry.
-        if missing || finding.status.is_some() && shown.no_api.contains_key(&name) {
-            bounded(&mut shown.no_api);
-            shown.no_api.insert(name, missing);
+        let mut metrics = lock(&self.metrics);
+        // Only endpoints that once had no API have an entry.
+        if missing || finding.status.is_some() && metrics.no_api.contains_key(&name) {
+            clear_if_full(&mut metrics.no_api);
+            metrics.no_api.insert(name, missing);
         }
     }
 
-    /// A real key was accepted there.
-    pub(super) fn accepted(&self, call: &Call, families: &[HeaderFamily]) {
+    /// Records that a real key was accepted.
+    pub(super) fn record_acceptance(&self, call: &Call, families: &[HeaderFamily]) {
         let (facts, now) = (self.request(call, families), self.since.elapsed());
         lock(&facts).take_acceptance(&call.model, call.probe.refuses_bad_keys, now);
     }
 
-    /// A real key was refused there with this 401.
-    pub(super) fn refused(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, shape: &ResponseShape) {
+    /// Records that a real key was refused with this 401.
+    pub(super) fn record_refusal(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, shape: &ResponseShape) {
         lock(&self.request(call, families)).take_refusal(KeyForm::of(secret), shape.body, self.since.elapsed());
     }
 
-    /// What the real key that was accepted gets once more, after a made-up one was refused: the same, or this.
-    pub(super) fn second_answer(&self, call: &Call, families: &[HeaderFamily], other: Option<ResponseShape>) {
+    /// Records the second answer to an accepted real key, which is sent again after a made-up key was refused. `None`: it was accepted again.
+    pub(super) fn record_second_answer(&self, call: &Call, families: &[HeaderFamily], other: Option<ResponseShape>) {
         lock(&self.request(call, families)).take_second_answer(&call.model, other, self.since.elapsed(), jitter());
     }
 
-    /// What was learnt in several headers at once holds for the one of them that was the right one.
-    pub(super) fn single_out(&self, call: &Call, families: &[HeaderFamily], right: HeaderFamily) {
+    /// Copies the facts about a request with several headers to the same request with the right header alone.
+    pub(super) fn copy_facts(&self, call: &Call, families: &[HeaderFamily], right: HeaderFamily) {
         let known = lock(&self.request(call, families)).clone();
         self.requests.insert(key(call, &[right]), Arc::new(Mutex::new(known)));
     }
 
-    /// What a made-up key gets, by the deadline: one like this key, or, in no header, none.
-    pub(super) async fn ask(
+    /// How the endpoint answers a made-up key that looks like this key, waited for until the deadline. With no headers, no key is sent.
+    pub(super) async fn calibrate(
         &self,
         call: &Call,
         families: &[HeaderFamily],
@@ -193,26 +193,26 @@ impl Endpoints {
         question: CalibrationQuestion,
         deadline: Instant,
     ) -> Calibration {
-        // A key that cannot be imitated is compared with the usual made-up one.
+        // A key whose form cannot be imitated is compared with a made-up key of the usual form.
         let question = match question {
             CalibrationQuestion::Acceptance(Some(_)) if !can_be_imitated(secret, target.endpoint.key_prefix.as_deref()) => {
                 CalibrationQuestion::Acceptance(None)
             }
             question => question,
         };
-        let tells = |told: &Told| match question {
+        let answers = |result: &CalibrationResult| match question {
             CalibrationQuestion::Refusal => true,
-            CalibrationQuestion::Acceptance(_) if told.model != call.model => false,
+            CalibrationQuestion::Acceptance(_) if result.model != call.model => false,
             CalibrationQuestion::Acceptance(form) => {
-                form.is_none_or(|form| form == told.form) || told.calibration == Calibration::AcceptsAnyone
+                form.is_none_or(|form| form == result.form) || result.calibration == Calibration::AcceptsAnyone
             }
         };
-        // One of another form, or for another model, may be under way.
+        // The flight may be for another form or model. Then the next round starts one for this key.
         for _ in 0..3 {
-            match self.begin(call, families, target, secret, question) {
-                Asked::Known(calibration) => return calibration,
-                Asked::UnderWay(flight) => match wait(flight, deadline).await {
-                    FlightEnd::Completed(told) if tells(&told) => return told.calibration,
+            match self.start_calibration(call, families, target, secret, question) {
+                CalibrationLookup::Known(calibration) => return calibration,
+                CalibrationLookup::Pending(flight) => match wait(flight, deadline).await {
+                    FlightEnd::Completed(result) if answers(&result) => return result.calibration,
                     FlightEnd::Completed(_) => {}
                     FlightEnd::TimedOut { .. } | FlightEnd::Lost => return Calibration::Inconclusive(None),
                 },
@@ -221,23 +221,29 @@ impl Endpoints {
         Calibration::Inconclusive(None)
     }
 
-    /// Asks in the background, unless the answer is known. What is known without waiting.
-    pub(super) fn ask_behind(&self, call: &Call, families: &[HeaderFamily], target: &Target, secret: &Secret) -> Calibration {
-        match self.begin(call, families, target, secret, CalibrationQuestion::Refusal) {
-            Asked::Known(calibration) => calibration,
-            Asked::UnderWay(_) => Calibration::NotWaitedFor,
+    /// Starts a calibration in the background unless the answer is known. Returns what is known without waiting.
+    pub(super) fn calibrate_in_background(
+        &self,
+        call: &Call,
+        families: &[HeaderFamily],
+        target: &Target,
+        secret: &Secret,
+    ) -> Calibration {
+        match self.start_calibration(call, families, target, secret, CalibrationQuestion::Refusal) {
+            CalibrationLookup::Known(calibration) => calibration,
+            CalibrationLookup::Pending(_) => Calibration::NotWaitedFor,
         }
     }
 
-    /// Asks with a made-up key like this one in these headers, or without any where there are none, unless the answer is known or under way.
-    fn begin(
+    /// Sends a made-up key like this one in these headers, unless the answer is known or in flight. With no headers, no key is sent.
+    fn start_calibration(
         &self,
         call: &Call,
         families: &[HeaderFamily],
         target: &Target,
         secret: &Secret,
         question: CalibrationQuestion,
-    ) -> Asked {
+    ) -> CalibrationLookup {
         let key = key(call, families);
         let facts = self.request(call, families);
         let launch = |_| {
@@ -246,20 +252,23 @@ impl Endpoints {
                 (facts.calibration(&call.model, question, now), facts.is_due(&call.model, question, now))
             };
             if due {
-                Start::Run(self.fly(call, families, target, secret, Arc::clone(&facts)).instrument(traces::calibrate(target)))
+                Start::Run(
+                    self.send_made_up_key(call, families, target, secret, Arc::clone(&facts))
+                        .instrument(traces::calibration_span(target)),
+                )
             } else {
                 let form = KeyForm::of(secret);
-                Start::<_, Infallible, _>::Known(Told { model: call.model.clone(), form, calibration: known })
+                Start::<_, Infallible, _>::Known(CalibrationResult { model: call.model.clone(), form, calibration: known })
             }
         };
         match self.flights.join(key, key, launch) {
-            Join::Known(known) => Asked::Known(known.calibration),
-            Join::InFlight(flight) => Asked::UnderWay(flight),
-            Join::Full => Asked::Known(Calibration::NotAsked),
+            Join::Known(known) => CalibrationLookup::Known(known.calibration),
+            Join::InFlight(flight) => CalibrationLookup::Pending(flight),
+            Join::Full => CalibrationLookup::Known(Calibration::NotAsked),
         }
     }
 
-    /// What is known without asking.
+    /// What is known without a request.
     pub(super) fn known(&self, call: &Call, families: &[HeaderFamily], question: CalibrationQuestion) -> Calibration {
         let facts = self.requests.get(&key(call, families));
         facts.map_or(Calibration::NotAsked, |facts| lock(&facts).calibration(&call.model, question, self.since.elapsed()))
@@ -269,14 +278,14 @@ impl Endpoints {
         self.requests.get_with(key(call, families), Arc::default)
     }
 
-    fn fly(
+    fn send_made_up_key(
         &self,
         call: &Call,
         families: &[HeaderFamily],
         target: &Target,
         secret: &Secret,
         facts: Arc<Mutex<RequestFacts>>,
-    ) -> impl Future<Output = Told> + Send + use<> {
+    ) -> impl Future<Output = CalibrationResult> + Send + use<> {
         let (endpoints, call, families) = (self.clone(), call.clone(), families.to_vec());
         let (provider, host) = (target.endpoint.provider.clone(), target.endpoint.host.clone());
         let (made_up, form) = {
@@ -284,29 +293,29 @@ impl Endpoints {
             made_up_key_like(secret, target.endpoint.key_prefix.as_deref(), |below| rng.random_range(0..below))
         };
         async move {
-            let exchange = endpoints.http.exchange_again(&call, &families, &made_up, Instant::now() + BUDGET).await;
-            let told = match exchange {
+            let exchange = endpoints.http.exchange_with_retry(&call, &families, &made_up, Instant::now() + BUDGET).await;
+            let calibration = match exchange {
                 Exchange::Answered(response) => {
                     let (reading, shape) =
                         (read(response.facts(), &call.probe), ResponseShape::of(response.facts(), made_up.expose()));
-                    // The answer to a request without a key is compared, and not read.
+                    // The answer to a request without a key is only compared, so its meaning is not read.
                     let seen = |shape| Calibration::Refuses { shape, in_words: false, by_code: false, confirmed: false };
                     if families.is_empty() { seen(shape) } else { calibration_of(&reading, &shape) }
                 }
                 Exchange::TimedOut | Exchange::Unreachable(_) | Exchange::Exhausted => Calibration::Inconclusive(None),
             };
-            traces::calibrated(&told);
+            traces::record_calibration(&calibration);
             if !families.is_empty() {
-                endpoints.count([provider, host, call.probe.name.clone(), header_of(&families)], &told);
+                endpoints.count([provider, host, call.probe.name.clone(), header_of(&families)], &calibration);
             }
             let now = endpoints.since.elapsed();
-            let calibration = lock(&facts).take_answer((&call.model, form), told, now, GOOD_FOR, jitter());
-            Told { model: call.model, form, calibration }
+            let calibration = lock(&facts).take_answer((&call.model, form), calibration, now, FACTS_TTL, jitter());
+            CalibrationResult { model: call.model, form, calibration }
         }
     }
 
-    fn count(&self, name: [String; 4], told: &Calibration) {
-        let (number, result) = match told {
+    fn count(&self, name: [String; 4], calibration: &Calibration) {
+        let (number, result) = match calibration {
             Calibration::Refuses { in_words: true, .. } => (0, "refused"),
             Calibration::Inconclusive(_)
             | Calibration::SameForEveryKey(_)
@@ -315,46 +324,46 @@ impl Endpoints {
             Calibration::AcceptsAnyone => (2, "accepted"),
             Calibration::Refuses { in_words: false, .. } => (3, "refused_oddly"),
         };
-        let mut shown = lock(&self.shown);
+        let mut metrics = lock(&self.metrics);
         let [provider, _, _, header] = &name;
-        bounded(&mut shown.sent);
-        shown.sent.entry([provider.clone(), header.clone(), result.to_owned()]).or_default().inc();
-        bounded(&mut shown.states);
-        shown.states.insert(name, number);
+        clear_if_full(&mut metrics.sent);
+        metrics.sent.entry([provider.clone(), header.clone(), result.to_owned()]).or_default().inc();
+        clear_if_full(&mut metrics.states);
+        metrics.states.insert(name, number);
     }
 }
 
 impl Collect for Endpoints {
     fn collect(&self, page: &mut Page) {
-        let shown = lock(&self.shown);
+        let metrics = lock(&self.metrics);
         let mut states = page.gauge(
             "byokgate_calibration_state",
             "What a made-up key got: 0 refused, 1 nothing that tells, 2 accepted, so that a yes proves nothing, 3 refused in no known words",
         );
-        for ([provider, host, probe, header], number) in &shown.states {
+        for ([provider, host, probe, header], number) in &metrics.states {
             states.add(&[(PROVIDER, provider), ("host", host), ("probe", probe), ("header", header)], *number);
         }
         let mut sent = page.counter("byokgate_calibration_requests", "Made-up keys that were sent, by what they got");
-        for ([provider, header, result], count) in &shown.sent {
+        for ([provider, header, result], count) in &metrics.sent {
             sent.add(&[(PROVIDER, provider), ("header", header), ("result", result)], count);
         }
         let mut no_api = page
             .gauge("byokgate_no_api_at_base_url", "1 where everybody gets a page or no such path, so that the base URL is wrong");
-        for ([provider, host], missing) in &shown.no_api {
+        for ([provider, host], missing) in &metrics.no_api {
             no_api.add(&[(PROVIDER, provider), ("host", host)], u64::from(*missing));
         }
     }
 }
 
-/// Names of documents that are no longer loaded are forgotten together.
-fn bounded<K: Ord, V>(map: &mut BTreeMap<K, V>) {
+/// Clears the map when it is full: most of its labels are then from documents that are no longer loaded.
+fn clear_if_full<K: Ord, V>(map: &mut BTreeMap<K, V>) {
     if map.len() as u64 >= MAX_ENTRIES {
         map.clear();
     }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic elsewhere cannot leave it half-changed: what changes it cannot panic.
+    // A panic elsewhere cannot leave the value inconsistent: the code that changes it cannot panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -362,7 +371,7 @@ fn jitter() -> f64 {
     rand::rng().random_range(0.8..=1.0)
 }
 
-/// The header or headers of a request, as numbers and traces name them.
+/// The header or headers of a request, as metrics and traces name them.
 pub(super) fn header_of(families: &[HeaderFamily]) -> String {
     if families.is_empty() { "none".into() } else { families.iter().map(|family| family.as_str()).collect::<Vec<_>>().join("+") }
 }

@@ -1,8 +1,8 @@
-//! Calls that ended without an answer, by method and gRPC code.
+//! Counts of failed calls, by method and gRPC code.
 
 use super::{Collect, Counter, Page};
 
-/// Every code of gRPC, by its number.
+/// The names of gRPC's codes, by number.
 pub const CODES: [&str; 17] = [
     "OK",
     "CANCELLED",
@@ -22,27 +22,27 @@ pub const CODES: [&str; 17] = [
     "DATA_LOSS",
     "UNAUTHENTICATED",
 ];
-/// A number that gRPC does not have.
+/// The code for a number that gRPC does not define.
 const UNKNOWN: usize = 2;
-/// The call of one decision.
+/// The method that makes one decision.
 pub const DECIDE: &str = "Decide";
-/// The call of many decisions.
+/// The method that makes many decisions.
 pub const BATCH_DECIDE: &str = "BatchDecide";
-/// What is called. Whatever else somebody asks for has no name of its own: its path is the caller's word.
+/// The names of methods in metrics. Any other method is `other`, since its name would be the caller's text.
 const METHODS: [&str; 6] = [DECIDE, BATCH_DECIDE, "ResolveProvider", "ListModels", "GetRegistryStatus", "other"];
 
-/// Counts of calls that failed.
+/// Counts of failed calls.
 #[derive(Debug, Default)]
 pub struct Calls {
-    failed: Failed,
-    /// Those that were only to report.
-    reported: Failed,
+    failed: FailureCounts,
+    /// Failed calls with `report_only`.
+    reported: FailureCounts,
 }
 
-/// By method and code.
-type Failed = [[Counter; CODES.len()]; METHODS.len()];
+/// Counts by method and code.
+type FailureCounts = [[Counter; CODES.len()]; METHODS.len()];
 
-/// The method, if it is one of ours; else empty.
+/// The method's name, if it is known; otherwise empty.
 pub fn known_method(method: &str) -> &'static str {
     METHODS.into_iter().find(|known| *known == method).unwrap_or_default()
 }
@@ -59,7 +59,7 @@ fn index_of(code: i32) -> usize {
 // === impl Calls ===
 
 impl Calls {
-    /// One of this method ended with this code, which is not OK.
+    /// Counts a call of this method that failed with this code.
     pub fn failed(&self, method: &str, code: i32, report_only: bool) {
         let index = METHODS.iter().position(|known| *known == method).unwrap_or(METHODS.len() - 1);
         let counts = if report_only { &self.reported } else { &self.failed };

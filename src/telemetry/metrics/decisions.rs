@@ -1,4 +1,4 @@
-//! What decisions came to.
+//! Counts and durations of decisions.
 
 use std::{
     collections::BTreeMap,
@@ -16,8 +16,7 @@ use crate::domain::{
     verdict::{DenyCode, ServedFrom, Verdict},
 };
 
-/// How many providers are kept. Their names are of registries that were loaded, so there are few; reloads for ever that rename
-/// them all must not fill the memory.
+/// How many providers are kept. Their names come from loaded registries, so there are few. The limit is for endless reloads that rename them.
 const MAX_PROVIDERS: usize = 1_000;
 
 /// Counts of decisions.
@@ -28,17 +27,17 @@ pub struct Decisions {
     panicked: Counter,
 }
 
-type ByProvider = BTreeMap<String, Arc<OfProvider>>;
+type ByProvider = BTreeMap<String, Arc<ProviderCounts>>;
 
-/// One provider's; of the empty name, what was decided before a provider was known.
+/// The counts of one provider. The empty name stands for decisions made before a provider was known.
 #[derive(Debug, Default)]
-struct OfProvider {
+struct ProviderCounts {
     made: ByOutcome,
-    /// Of answers that their callers do not act on.
+    /// Decisions with `report_only`, which their callers do not act on.
     reported: ByOutcome,
     judged: [[Counter; ServedFrom::VARIANTS.len()]; Verdict::VARIANTS.len()],
-    /// Of verdicts that nobody was asked for.
-    unasked: [Counter; Verdict::VARIANTS.len()],
+    /// Verdicts that needed no probe.
+    unprobed: [Counter; Verdict::VARIANTS.len()],
     unverified: [Counter; Verdict::VARIANTS.len()],
     took: Histogram,
 }
@@ -52,30 +51,30 @@ struct ByOutcome {
 // === impl Decisions ===
 
 impl Decisions {
-    /// One was made.
+    /// Counts a decision.
     pub fn made(&self, request: &Request, decision: &Decision, took: Duration) {
         let name = decision.resolution.provider.as_str();
         match self.by_provider.load().get(name) {
-            Some(of) => of.made(request, decision, took),
-            None => self.first_of(name).made(request, decision, took),
+            Some(counts) => counts.made(request, decision, took),
+            None => self.add_provider(name).made(request, decision, took),
         }
     }
 
-    /// One ended in a panic.
+    /// Counts a decision that panicked.
     pub fn panicked(&self) {
         self.panicked.inc();
     }
 
     #[cold]
-    fn first_of(&self, name: &str) -> Arc<OfProvider> {
-        // No panic can leave a map half made: it is put in place as a whole.
+    fn add_provider(&self, name: &str) -> Arc<ProviderCounts> {
+        // A panic cannot leave the map inconsistent: it is replaced as a whole.
         let _one_at_a_time = self.adding.lock().unwrap_or_else(PoisonError::into_inner);
         let known = self.by_provider.load();
         if let Some(of) = known.get(name) {
             return Arc::clone(of);
         }
         let mut by_provider = if known.len() < MAX_PROVIDERS { ByProvider::clone(&known) } else { ByProvider::new() };
-        let of = Arc::new(OfProvider::default());
+        let of = Arc::new(ProviderCounts::default());
         by_provider.insert(name.to_owned(), Arc::clone(&of));
         self.by_provider.store(Arc::new(by_provider));
         of
@@ -92,9 +91,9 @@ impl Collect for Decisions {
     }
 }
 
-// === impl OfProvider ===
+// === impl ProviderCounts ===
 
-impl OfProvider {
+impl ProviderCounts {
     fn made(&self, request: &Request, decision: &Decision, took: Duration) {
         let Request { checkpoint, report_only, .. } = *request;
         let ByOutcome { allowed, denied } = if report_only { &self.reported } else { &self.made };
@@ -111,7 +110,7 @@ impl OfProvider {
         };
         let judged = decision.liveness.as_ref().and_then(|liveness| match liveness.seen {
             Some(seen) => self.judged.get(liveness.verdict as usize).and_then(|judged| judged.get(seen.served_from as usize)),
-            None => self.unasked.get(liveness.verdict as usize),
+            None => self.unprobed.get(liveness.verdict as usize),
         });
         let unverified = unverified.and_then(|verdict| self.unverified.get(verdict as usize));
         [of, judged, unverified].into_iter().flatten().for_each(Counter::inc);
@@ -135,12 +134,12 @@ impl OfProvider {
             }
         }
         let mut verdicts = page.counter("byokgate_verdicts", "Decisions that rested on a verdict about a credential");
-        for (verdict, (judged, unasked)) in Verdict::VARIANTS.iter().zip(self.judged.iter().zip(&self.unasked)) {
+        for (verdict, (judged, unprobed)) in Verdict::VARIANTS.iter().zip(self.judged.iter().zip(&self.unprobed)) {
             let of = |served_from| [(PROVIDER, provider), ("verdict", verdict.as_str()), ("served_from", served_from)];
             for (served_from, count) in ServedFrom::VARIANTS.iter().zip(judged) {
                 verdicts.add_if_any(&of(served_from.as_str()), count);
             }
-            verdicts.add_if_any(&of(""), unasked);
+            verdicts.add_if_any(&of(""), unprobed);
         }
         let mut unverified =
             page.counter("byokgate_unverified_allows", "Allows although nobody could show that the credential is alive");

@@ -1,4 +1,4 @@
-//! What decisions are made by, as it is loaded now.
+//! Metrics of the loaded documents and of exceptions from enforcement.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,7 +8,7 @@ use crate::core::{
     snapshot::{Origin, Snapshot},
 };
 
-/// Puts what is known of a snapshot at this time on the page.
+/// Adds the metrics of this snapshot at this time.
 pub fn collect(snapshot: &Snapshot, now: SystemTime, page: &mut Page) {
     let Snapshot { registry, catalogue, policy, registry_origin, catalogue_origin, .. } = snapshot;
     page.gauge("byokgate_documents_info", "1, with the content hashes of what decisions are made by")
@@ -21,7 +21,7 @@ pub fn collect(snapshot: &Snapshot, now: SystemTime, page: &mut Page) {
     let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
     for (provider, exception) in policy.exceptions() {
         let mode = match policy.enforcement(provider, seconds) {
-            // Its date has passed.
+            // The exception has expired.
             Enforcement::Enforce => continue,
             Enforcement::Report => "report",
             Enforcement::Off => "off",

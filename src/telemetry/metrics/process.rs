@@ -1,4 +1,4 @@
-//! The process itself: what it is, since when it runs, what it holds. Read from `/proc` when somebody asks.
+//! Metrics of the process: its version, start time, memory, descriptors and CPU time. They are read from `/proc` when the page is requested.
 
 use std::{
     fs,
@@ -7,9 +7,9 @@ use std::{
 
 use super::{Collect, Page};
 
-/// In which units the kernel tells a process's CPU time: the same on every Linux.
+/// The unit of CPU time in `/proc`. It is the same on every Linux.
 const TICKS_PER_SECOND: f64 = 100.0;
-/// The commit that a release was built from; builds by hand have none.
+/// The commit of a release build; empty in other builds.
 pub const REVISION: &str = match option_env!("BYOK_GATE_REVISION") {
     Some(revision) => revision,
     None => "",
@@ -24,7 +24,7 @@ pub struct Process {
 // === impl Process ===
 
 impl Process {
-    /// From now on.
+    /// A process that starts now.
     pub fn started() -> Self {
         Self { started: SystemTime::now() }
     }
@@ -36,7 +36,7 @@ impl Collect for Process {
             .add(&[("version", env!("CARGO_PKG_VERSION")), ("revision", REVISION)], 1_u64);
         let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
         page.gauge("process_start_time_seconds", "Since 1970, when the server was set up").add(&[], started.as_secs_f64());
-        // Where there is no /proc, these are absent.
+        // Without /proc, the following are absent.
         if let Some(bytes) = resident_bytes() {
             page.gauge("process_resident_memory_bytes", "Memory that is in use").add(&[], bytes);
         }
@@ -66,7 +66,7 @@ fn descriptor_limit() -> Option<u64> {
 
 fn cpu_seconds() -> Option<f64> {
     let stat = fs::read_to_string("/proc/self/stat").ok()?;
-    // Behind the name, which may hold anything: state is the first field, user and system time are the 12th and 13th.
+    // Skip the process's name, which may contain anything. Then state is the first field, and user and system time are the 12th and 13th.
     let (_, fields) = stat.rsplit_once(')')?;
     let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<u64>).sum::<Result<u64, _>>().ok()?;
     Some(ticks as f64 / TICKS_PER_SECOND)

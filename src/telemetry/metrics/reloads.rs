@@ -1,10 +1,10 @@
-//! How reading a thing's files again went.
+//! Counts of reloads.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Collect, Counter, Page};
 
-/// Counts of one thing's reloads.
+/// Counts of the reloads of one source.
 #[derive(Debug)]
 pub struct Reloads {
     what: &'static str,
@@ -16,23 +16,23 @@ pub struct Reloads {
 // === impl Reloads ===
 
 impl Reloads {
-    /// Of this.
+    /// Counts for the source of this name.
     pub const fn of(what: &'static str) -> Self {
         Self { what, taken: Counter::new(), failed: Counter::new(), failing: AtomicBool::new(false) }
     }
 
-    /// A new version is in force.
+    /// A reload took a new version.
     pub fn taken(&self) {
         self.taken.inc();
         self.failing.store(false, Ordering::Relaxed);
     }
 
-    /// The files stand, and hold what they held.
+    /// A reload found valid files with the same content.
     pub fn unchanged(&self) {
         self.failing.store(false, Ordering::Relaxed);
     }
 
-    /// What is there cannot be read, or is invalid.
+    /// A reload found files that are unreadable or invalid.
     pub fn failed(&self) {
         self.failed.inc();
         self.failing.store(true, Ordering::Relaxed);

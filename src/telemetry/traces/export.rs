@@ -1,5 +1,5 @@
-//! The way out: spans go into a bounded queue, and one thread of its own, with a runtime of its own, sends them over OTLP. What does not fit
-//! or does not arrive is lost, counted, and reported rarely. Nothing else waits for the collector.
+//! Exports spans. They go into a bounded queue, and a separate thread with its own runtime sends them over OTLP. Spans that do not fit or do not
+//! arrive are lost; they are counted, and reported rarely. Nothing else waits for the collector.
 
 use std::{
     env,
@@ -37,32 +37,32 @@ use crate::{
     telemetry::metrics::{Collect, Counter, Page},
 };
 
-/// What the service's own spans are known by. Nobody else's become part of a trace: neither the HTTP library's, nor the exporter's own.
+/// The target of this service's own spans. Spans of libraries, such as HTTP or the exporter, are not traced.
 pub(super) const TARGET: &str = "byok_gate::span";
-/// Keeps them alive under whatever log filter is set: it rules the log, and traces have a switch of their own.
+/// Keeps these spans enabled under every log filter. The filter is for the log only, and traces have their own switch.
 pub(crate) const DIRECTIVE: &str = "byok_gate::span=info";
-/// What is sent at once: a few hundred KiB, far below what a collector takes for one message.
+/// How many spans one message holds: a few hundred KiB, far below a collector's limit.
 const BATCH_SPANS: usize = 512;
-/// Lost spans are reported no more often than this.
+/// The minimum time between two reports of lost spans.
 const REPORT_EVERY: Duration = Duration::from_secs(60);
 
-/// Where spans go, and how many.
+/// The settings of traces.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TracingSettings {
-    /// The OTLP collector over gRPC, `http://HOST:PORT` or `https://HOST:PORT`; no traces without it.
+    /// The OTLP collector over gRPC: `http://HOST:PORT` or `https://HOST:PORT`. Without it there are no traces.
     pub otlp_endpoint: Option<String>,
-    /// Whom to trust for `https`, in place of the system's authorities.
+    /// The authorities to trust for `https`, instead of the system's.
     pub ca_file: Option<PathBuf>,
-    /// The part of the calls without a trace of their own that is traced, 0 to 1.
+    /// The share of calls without a trace of their own that are traced, from 0 to 1.
     pub sample_ratio: f64,
-    /// The longest that one batch may take, tries again included.
+    /// The maximum time for one batch, including retries.
     #[serde(with = "duration")]
     pub export_timeout: Duration,
-    /// The longest that a span waits to be sent.
+    /// The maximum time that a span waits to be sent.
     #[serde(with = "duration")]
     pub export_interval: Duration,
-    /// How many spans are held at a time, those on their way included.
+    /// How many spans are held at a time, including those being sent.
     pub queue_spans: usize,
 }
 
@@ -80,7 +80,7 @@ impl Default for TracingSettings {
 }
 
 impl TracingSettings {
-    /// What is wrong with them.
+    /// Reports every problem of these settings.
     pub fn review(&self, review: &mut Review<'_>) {
         let least = Duration::from_millis(10);
         review.length("export_timeout", self.export_timeout, least, duration::MAX);
@@ -90,13 +90,13 @@ impl TracingSettings {
         if let Some(endpoint) = &self.otlp_endpoint
             && !is_collector(endpoint)
         {
-            // What was given is not repeated: it may hold a password.
+            // The value is not quoted, since it may hold a password.
             review.error("otlp_endpoint", "is not the address of a collector: http://HOST:PORT or https://HOST:PORT");
         }
     }
 }
 
-/// An address for OTLP over gRPC, which has neither path nor user.
+/// Whether this is an address for OTLP over gRPC, which has no path and no user.
 fn is_collector(endpoint: &str) -> bool {
     let Ok(url) = Url::parse(endpoint) else { return false };
     let is_bare = url.username().is_empty() && url.password().is_none() && url.query().is_none() && url.fragment().is_none();
@@ -115,36 +115,36 @@ pub enum TraceSetupError {
         #[source]
         source: tonic::transport::Error,
     },
-    /// The exporter takes some of its settings from the environment, and those are invalid.
+    /// The exporter reads some settings from the environment, and those are invalid.
     #[error("the exporter's own OTEL_EXPORTER_OTLP_ variables: {0}")]
     Exporter(String),
-    /// No thread or timer could be had.
+    /// Its thread or timer could not be started.
     #[error("the exporter's runtime could not be started")]
     Runtime(#[from] io::Error),
 }
 
-/// One process has one subscriber, and it is there before the settings are read.
+/// A process has one subscriber, which is set up before the settings are read. So the exporter is set later, here.
 static EXPORT: OnceLock<Export> = OnceLock::new();
 
-/// What takes finished spans.
+/// Takes finished spans.
 #[derive(Debug)]
 struct Export {
     processor: BatchSpanProcessor,
-    held: Arc<Held>,
+    budget: Arc<SpanBudget>,
     sample_ratio: f64,
 }
 
-/// What became of the spans: numbers for the page.
+/// Metrics of the export.
 #[derive(Debug)]
-pub struct Exported;
+pub struct ExportMetrics;
 
-/// The spans that are waiting or on their way, and those that are lost.
+/// Counts the spans that wait or are being sent, and those that are lost.
 #[derive(Debug, Default)]
-struct Held {
+struct SpanBudget {
     spans: AtomicUsize,
     limit: usize,
     lost: Counter,
-    /// The last batch did not arrive.
+    /// Whether the last batch failed.
     failing: AtomicBool,
     reported: Mutex<LastReport>,
 }
@@ -155,25 +155,25 @@ struct LastReport {
     at: Option<Instant>,
 }
 
-/// Gives finished spans to what [`start`] made.
+/// Passes finished spans to the exporter that [`start`] made.
 #[derive(Debug)]
-struct Outlet;
+struct ExportProcessor;
 
-/// Sends batches, on the thread that calls it and on no other: its runtime runs only while it sends.
+/// Sends batches on the calling thread. Its runtime runs only while it sends.
 #[derive(Debug)]
 struct Sender {
     inner: OtlpExporter,
     runtime: tokio::runtime::Runtime,
     timeout: Duration,
-    held: Arc<Held>,
+    budget: Arc<SpanBudget>,
 }
 
-// === setting up ===
+// === setup ===
 
-/// The subscriber's layer: spans of ours, and no events, since the log has them.
+/// The subscriber's layer for this service's spans. Events are left out, since the log has them.
 pub(crate) fn layer<S: Subscriber + for<'s> LookupSpan<'s>>() -> impl Layer<S> {
-    // Sampled is what is built at all; the SDK would read the environment for another answer.
-    let provider = SdkTracerProvider::builder().with_sampler(Sampler::AlwaysOn).with_span_processor(Outlet).build();
+    // Sampling is decided before a span is built, so every built span is exported. By default the SDK would read a sampler from the environment.
+    let provider = SdkTracerProvider::builder().with_sampler(Sampler::AlwaysOn).with_span_processor(ExportProcessor).build();
     let scope = InstrumentationScope::builder(env!("CARGO_PKG_NAME")).with_version(env!("CARGO_PKG_VERSION")).build();
     let ours = |metadata: &Metadata<'_>| metadata.is_span() && metadata.target() == TARGET;
     OpenTelemetryLayer::new(provider.tracer_with_scope(scope))
@@ -185,8 +185,7 @@ pub(crate) fn layer<S: Subscriber + for<'s> LookupSpan<'s>>() -> impl Layer<S> {
         .with_filter(filter_fn(ours).with_max_level_hint(LevelFilter::INFO))
 }
 
-/// From now on calls are traced. A collector that is not there is no fault: it may come.
-/// `roots` is what the CA file holds.
+/// Starts tracing calls. It is not a fault if the collector cannot be reached yet. `roots` is the content of the CA file.
 pub fn start(settings: &TracingSettings, roots: Option<&[u8]>) -> Result<(), TraceSetupError> {
     let TracingSettings {
         otlp_endpoint,
@@ -210,37 +209,37 @@ pub fn start(settings: &TracingSettings, roots: Option<&[u8]>) -> Result<(), Tra
         .with_timeout(*timeout)
         .build()
         .map_err(|fault| TraceSetupError::Exporter(fault.to_string()))?;
-    let held = Arc::new(Held { limit: *queue, ..Held::default() });
+    let budget = Arc::new(SpanBudget { limit: *queue, ..SpanBudget::default() });
     let config = BatchConfigBuilder::default()
         .with_max_queue_size(*queue)
         .with_max_export_batch_size(BATCH_SPANS.min(*queue))
         .with_scheduled_delay(*interval)
         .build();
-    let sender = Sender { inner, runtime, timeout: *timeout, held: Arc::clone(&held) };
+    let sender = Sender { inner, runtime, timeout: *timeout, budget: Arc::clone(&budget) };
     let mut processor = BatchSpanProcessor::new(sender, config);
     processor.set_resource(&resource());
-    // A second start would be a second server in one process, which there is not.
-    drop(EXPORT.set(Export { processor, held, sample_ratio: *sample_ratio }));
+    // A process runs one server, so this is set only once.
+    drop(EXPORT.set(Export { processor, budget, sample_ratio: *sample_ratio }));
     Ok(())
 }
 
-/// Sends what is left, for this long at most, and not at all to a collector that did not take the last batch: it changes no
-/// exit. Blocks its thread: for the end of a process.
+/// Sends the remaining spans within this time. If the last batch failed, it does not try. It blocks the thread, for the end of a process, and
+/// never changes the exit code.
 pub fn finish(within: Duration) {
-    let Some(Export { processor, held, .. }) = EXPORT.get() else { return };
-    let within = if held.failing.load(Ordering::Relaxed) { Duration::ZERO } else { within };
+    let Some(Export { processor, budget, .. }) = EXPORT.get() else { return };
+    let within = if budget.failing.load(Ordering::Relaxed) { Duration::ZERO } else { within };
     let sent = processor.shutdown_with_timeout(within);
     if sent.is_err() {
-        held.lose(held.spans.load(Ordering::Relaxed));
+        budget.count_lost(budget.spans.load(Ordering::Relaxed));
     }
-    held.report("the collector did not take them before the end", Duration::ZERO);
+    budget.report("the collector did not take them before the end", Duration::ZERO);
 }
 
 fn collector(endpoint: &str, timeout: Duration, roots: Option<&[u8]>) -> Result<Endpoint, tonic::transport::Error> {
     let endpoint = Endpoint::from_shared(endpoint.to_owned())?
         .user_agent(concat!("byok-gate/", env!("CARGO_PKG_VERSION")))?
         .connect_timeout(timeout)
-        // A connection that went dead is found out within one batch, not by every batch until TCP gives up.
+        // Keepalive detects a dead connection within one batch. Otherwise every batch would fail until TCP gives up.
         .http2_keep_alive_interval(timeout / 4)
         .keep_alive_timeout(timeout / 4);
     if endpoint.uri().scheme() != Some(&http::uri::Scheme::HTTPS) {
@@ -253,7 +252,7 @@ fn collector(endpoint: &str, timeout: Duration, roots: Option<&[u8]>) -> Result<
     endpoint.tls_config(tls)
 }
 
-/// Who sends. What `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME` say wins: that is where platforms put a pod's name.
+/// The resource attributes. `OTEL_RESOURCE_ATTRIBUTES` and `OTEL_SERVICE_NAME` win, since platforms put a pod's name there.
 fn resource() -> Resource {
     let named = Resource::builder_empty()
         .with_service_name(env!("CARGO_PKG_NAME"))
@@ -269,17 +268,17 @@ fn resource() -> Resource {
     .build()
 }
 
-// === the way out ===
+// === export ===
 
-impl SpanProcessor for Outlet {
+impl SpanProcessor for ExportProcessor {
     fn on_start(&self, _span: &mut SdkSpan, _context: &Context) {}
 
     fn on_end(&self, span: SpanData) {
-        let Some(Export { processor, held, .. }) = EXPORT.get() else { return };
-        if held.take_one() {
+        let Some(Export { processor, budget, .. }) = EXPORT.get() else { return };
+        if budget.try_reserve() {
             processor.on_end(span);
         } else {
-            held.lose(1);
+            budget.count_lost(1);
         }
     }
 
@@ -299,16 +298,16 @@ impl SpanExporter for Sender {
             let sending = tokio::time::timeout(self.timeout, self.inner.export(batch));
             sending.await.unwrap_or(Err(OTelSdkError::Timeout(self.timeout)))
         });
-        self.held.failing.store(sent.is_err(), Ordering::Relaxed);
-        self.held.spans.fetch_sub(count, Ordering::Relaxed);
+        self.budget.failing.store(sent.is_err(), Ordering::Relaxed);
+        self.budget.spans.fetch_sub(count, Ordering::Relaxed);
         let why = match &sent {
             Ok(()) => "more came than could be sent".to_owned(),
             Err(fault) => {
-                self.held.lose(count);
+                self.budget.count_lost(count);
                 fault.to_string()
             }
         };
-        self.held.report(&why, REPORT_EVERY);
+        self.budget.report(&why, REPORT_EVERY);
         ready(sent)
     }
 
@@ -317,17 +316,17 @@ impl SpanExporter for Sender {
     }
 }
 
-impl Collect for Exported {
+impl Collect for ExportMetrics {
     fn collect(&self, page: &mut Page) {
-        let lost = EXPORT.get().map_or(0, |export| export.held.lost.get());
+        let lost = EXPORT.get().map_or(0, |export| export.budget.lost.get());
         page.counter("byokgate_spans_dropped", "Trace spans that no collector took").add(&[], lost);
     }
 }
 
-// === impl Held ===
+// === impl SpanBudget ===
 
-impl Held {
-    fn take_one(&self) -> bool {
+impl SpanBudget {
+    fn try_reserve(&self) -> bool {
         let taken = self.spans.fetch_add(1, Ordering::Relaxed) < self.limit;
         if !taken {
             self.spans.fetch_sub(1, Ordering::Relaxed);
@@ -335,11 +334,11 @@ impl Held {
         taken
     }
 
-    fn lose(&self, spans: usize) {
+    fn count_lost(&self, spans: usize) {
         self.lost.inc_by(spans as u64);
     }
 
-    /// Reports what was lost since the last report, if that is long enough ago.
+    /// Logs the spans that were lost since the last report, if that was long enough ago.
     fn report(&self, why: &str, every: Duration) {
         let mut reported = self.reported.lock().unwrap_or_else(PoisonError::into_inner);
         let total = self.lost.get();
@@ -350,7 +349,7 @@ impl Held {
     }
 }
 
-/// The part of the calls without a trace of their own that is traced; none where nothing is exported.
+/// The share of calls without a trace of their own that are traced. `None` if nothing is exported.
 pub(super) fn sample_ratio() -> Option<f64> {
     EXPORT.get().map(|export| export.sample_ratio)
 }
@@ -360,18 +359,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_held_is_bounded_and_what_is_lost_is_reported_rarely() {
-        let held = Held { limit: 2, ..Held::default() };
-        assert_eq!([held.take_one(), held.take_one(), held.take_one()], [true, true, false]);
-        held.spans.fetch_sub(1, Ordering::Relaxed);
-        assert_eq!([held.take_one(), held.take_one()], [true, false]);
+    fn held_spans_are_bounded_and_lost_ones_are_reported_rarely() {
+        let budget = SpanBudget { limit: 2, ..SpanBudget::default() };
+        assert_eq!([budget.try_reserve(), budget.try_reserve(), budget.try_reserve()], [true, true, false]);
+        budget.spans.fetch_sub(1, Ordering::Relaxed);
+        assert_eq!([budget.try_reserve(), budget.try_reserve()], [true, false]);
         let reported = |every| {
-            held.report("made to", every);
-            held.reported.lock().unwrap().lost
+            budget.report("made to", every);
+            budget.reported.lock().unwrap().lost
         };
-        held.lose(3);
+        budget.count_lost(3);
         assert_eq!(reported(REPORT_EVERY), 3);
-        held.lose(4);
+        budget.count_lost(4);
         assert_eq!(reported(REPORT_EVERY), 3);
         assert_eq!(reported(Duration::ZERO), 7);
     }

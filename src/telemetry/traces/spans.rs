@@ -1,9 +1,9 @@
-//! Spans: a call's place in its caller's trace, and what is done for it. Whether a call is traced is decided before any span is built: a caller
-//! that has decided already is followed, a call without a trace of its own is taken by chance. A call that is not traced builds nothing, and
-//! work below it asks for its parent first, so that no part of it springs up as a trace of its own.
+//! The spans of a call and of its work. Whether a call is traced is decided before any span is built: the caller's own decision is followed, and
+//! a call without a trace is sampled at random. A call that is not traced builds no spans. Work within a call first checks that there is a parent
+//! span, so that no part of a call becomes a trace of its own.
 //!
-//! Names of spans and attributes stand here and nowhere else; they are OpenTelemetry's where it has one. None of them holds a
-//! URL's path or query, a header or a body.
+//! All names of spans and attributes are in this file. They are OpenTelemetry's where it defines one. No attribute holds a URL's path or query, a
+//! header or a body.
 
 use http::{HeaderMap, HeaderName};
 pub use opentelemetry::trace::TraceId;
@@ -29,19 +29,19 @@ use crate::{
     },
 };
 
-/// Read once here, and not for every call.
+/// Parsed once, and not for every call.
 static TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 
-/// The part that a call had in a flight.
+/// The role of a call in a flight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Part {
-    /// It launched it.
+pub(crate) enum FlightRole {
+    /// It started the flight.
     Fill,
-    /// Another call had.
+    /// It waited for a flight that another call had started.
     Wait,
 }
 
-/// One call's place in a trace; by default in none.
+/// A call's span and trace. By default the call is not traced.
 #[derive(Debug)]
 pub struct Traced {
     span: Span,
@@ -50,7 +50,7 @@ pub struct Traced {
 
 // === one call ===
 
-/// A span with what is told of it by [`Traced::decided`] and [`Traced::answered`]: what it does not name from the start is lost.
+/// A span with the fields that [`Traced::decided`] and [`Traced::answered`] record. A field must be declared here, or its value is lost.
 macro_rules! span_of_a_decision {
     ($parent:expr, $name:literal, $($own:tt)*) => {
         tracing::info_span!(
@@ -77,7 +77,7 @@ impl Default for Traced {
 }
 
 impl Traced {
-    /// A call that begins now, of this method of this service.
+    /// Begins the span of a call of this service and method.
     pub fn begin(headers: &HeaderMap, service: &'static str, method: &'static str) -> Self {
         let parent = parent_of(headers);
         let trace_id = parent.as_ref().map(SpanContext::trace_id);
@@ -96,7 +96,7 @@ impl Traced {
             rpc.method = method,
         );
         if let Some(parent) = parent {
-            // Fails only where there is no layer of ours, and so nothing to continue.
+            // This fails only without the tracing layer; then there is no trace to continue.
             drop(span.set_parent(Context::new().with_remote_span_context(parent)));
         }
         let context = span.context();
@@ -104,23 +104,23 @@ impl Traced {
         Self { span, trace_id }
     }
 
-    /// One item of a batch.
+    /// The span of one item of a batch.
     pub fn item(&self, index: u32) -> Self {
-        let span = below(&self.span, |parent| span_of_a_decision!(parent, "decide", byokgate.batch.index = i64::from(index),));
+        let span = child_of(&self.span, |parent| span_of_a_decision!(parent, "decide", byokgate.batch.index = i64::from(index),));
         Self { span, trace_id: self.trace_id }
     }
 
-    /// The span of the work that the call is; none if it is not traced.
+    /// The call's span; a disabled one if it is not traced.
     pub fn span(&self) -> Span {
         self.span.clone()
     }
 
-    /// The trace that the call belongs to: its caller's, traced here or not, or one of our own.
+    /// The call's trace id: the caller's, even if this service does not trace the call, or one of its own.
     pub fn trace_id(&self) -> Option<TraceId> {
         self.trace_id
     }
 
-    /// A decision was made.
+    /// Records a decision.
     pub fn decided(&self, checkpoint: &'static str, decided: &Decided) {
         if self.span.is_none() {
             return;
@@ -137,7 +137,7 @@ impl Traced {
         self.span.record("byokgate.verdict", decided.decision.liveness.as_ref().map(|liveness| liveness.verdict.as_str()));
     }
 
-    /// The call is answered. Those codes that are a server's fault mark the span.
+    /// Records the call's status code. Codes that are the server's fault mark the span as an error.
     pub fn answered(&self, code: tonic::Code) {
         use tonic::Code;
         if self.span.is_none() {
@@ -156,7 +156,7 @@ impl Traced {
     }
 }
 
-/// A call's headers, as the SDK's propagator reads them.
+/// Lets the SDK's propagator read a call's headers.
 struct Headers<'h>(&'h HeaderMap);
 
 impl Extractor for Headers<'_> {
@@ -169,37 +169,36 @@ impl Extractor for Headers<'_> {
     }
 }
 
-/// The caller's place in its trace, by W3C's `traceparent` and `tracestate`. A `tracestate` that cannot be read is dropped, and the trace
-/// goes on.
+/// The caller's span, from W3C's `traceparent` and `tracestate`. A `tracestate` that cannot be read is dropped, and the trace goes on.
 fn parent_of(headers: &HeaderMap) -> Option<SpanContext> {
-    // Nearly every call has none, which is seen without reading anything.
+    // Most calls have none. Checking that first avoids the propagator's work.
     headers.get(&TRACEPARENT)?;
     let context = TraceContextPropagator::new().extract_with_context(&Context::new(), &Headers(headers));
     let parent = context.span().span_context().clone();
     parent.is_valid().then_some(parent)
 }
 
-// === what a call does ===
+// === the work of a call ===
 
-/// Builds a span below this one, if this one is of ours; else none.
-fn below(parent: &Span, build: impl FnOnce(&Span) -> Span) -> Span {
+/// Builds a child of this span, if it is one of this service's spans. Otherwise returns a disabled span.
+fn child_of(parent: &Span, build: impl FnOnce(&Span) -> Span) -> Span {
     if parent.metadata().is_some_and(|metadata| metadata.target() == TARGET) { build(parent) } else { Span::none() }
 }
 
-/// The same below the current one.
-fn here(build: impl FnOnce(&Span) -> Span) -> Span {
-    // Without an exporter there are none, and the subscriber need not be asked.
-    if sample_ratio().is_none() { Span::none() } else { below(&Span::current(), build) }
+/// Builds a child of the current span in the same way.
+fn child_of_current(build: impl FnOnce(&Span) -> Span) -> Span {
+    // Without an exporter there are no spans, and the subscriber need not be asked.
+    if sample_ratio().is_none() { Span::none() } else { child_of(&Span::current(), build) }
 }
 
-/// Whether what is done here is shown in a trace.
+/// Whether the current work is traced.
 pub(crate) fn is_traced() -> bool {
     sample_ratio().is_some() && !Span::current().is_none()
 }
 
-/// A look into the memory of observations, and what waiting comes of it.
-pub(crate) fn cache() -> Span {
-    here(|parent| {
+/// The span of a cache lookup, including the wait for a probe.
+pub(crate) fn cache_span() -> Span {
+    child_of_current(|parent| {
         tracing::info_span!(
             target: TARGET,
             parent: parent,
@@ -210,14 +209,14 @@ pub(crate) fn cache() -> Span {
     })
 }
 
-/// What came of it.
-pub(crate) fn observed(span: &Span, observed: &Observed, part: Option<Part>) {
+/// Records the result of a cache lookup.
+pub(crate) fn record_observation(span: &Span, observed: &Observed, role: Option<FlightRole>) {
     if span.is_none() {
         return;
     }
-    let result = match (part, observed.served_from) {
-        (Some(Part::Fill), _) => "fill",
-        (Some(Part::Wait), _) => "wait",
+    let result = match (role, observed.served_from) {
+        (Some(FlightRole::Fill), _) => "fill",
+        (Some(FlightRole::Wait), _) => "wait",
         (None, ServedFrom::Cache | ServedFrom::Stale) => "hit",
         (None, ServedFrom::Breaker) => "breaker",
         (None, ServedFrom::Probe) => "withheld",
@@ -226,9 +225,9 @@ pub(crate) fn observed(span: &Span, observed: &Observed, part: Option<Part>) {
     span.record("byokgate.verdict", observed.finding.verdict.as_str());
 }
 
-/// One walk up a provider's ladder, with the wait for its turn.
-pub(crate) fn probe(endpoint: &endpoint::Endpoint) -> Span {
-    here(|parent| {
+/// The span of a probe, including its wait in the queue.
+pub(crate) fn probe_span(endpoint: &endpoint::Endpoint) -> Span {
+    child_of_current(|parent| {
         tracing::info_span!(
             target: TARGET,
             parent: parent,
@@ -239,16 +238,16 @@ pub(crate) fn probe(endpoint: &endpoint::Endpoint) -> Span {
     })
 }
 
-/// What came of the walk whose work this is.
-pub(crate) fn found(finding: &Finding) {
+/// Records the finding of the current probe.
+pub(crate) fn record_finding(finding: &Finding) {
     if sample_ratio().is_some() {
         Span::current().record("byokgate.verdict", finding.verdict.as_str());
     }
 }
 
-/// Whether an endpoint refuses a made-up key.
-pub(crate) fn calibrate(target: &Target) -> Span {
-    here(|parent| {
+/// The span of a calibration: a request with a made-up key.
+pub(crate) fn calibration_span(target: &Target) -> Span {
+    child_of_current(|parent| {
         tracing::info_span!(
             target: TARGET,
             parent: parent,
@@ -259,8 +258,8 @@ pub(crate) fn calibrate(target: &Target) -> Span {
     })
 }
 
-/// What came of the calibration whose work this is.
-pub(crate) fn calibrated(calibration: &Calibration) {
+/// Records the result of the current calibration.
+pub(crate) fn record_calibration(calibration: &Calibration) {
     if sample_ratio().is_some() {
         let word = match calibration {
             Calibration::Refuses { .. } => "refuses",
@@ -274,9 +273,9 @@ pub(crate) fn calibrated(calibration: &Calibration) {
     }
 }
 
-/// One request. Its path is left out: it may hold what an operator wrote into a base URL.
-pub(crate) fn request(call: &Call, header: &str) -> Span {
-    here(|parent| {
+/// The span of one HTTP request. Its path is left out, since it may hold what an operator wrote into a base URL.
+pub(crate) fn request_span(call: &Call, header: &str) -> Span {
+    child_of_current(|parent| {
         let method = call.probe.method.as_str();
         tracing::info_span!(
             target: TARGET,
@@ -297,8 +296,8 @@ pub(crate) fn request(call: &Call, header: &str) -> Span {
     })
 }
 
-/// A request's answer: its status, or why there is none; without a reason its time was over.
-pub(crate) fn replied(span: &Span, reply: Result<u16, Option<Unreached>>) {
+/// Records the answer to a request: its status, or why there is none. `Err(None)` is a timeout.
+pub(crate) fn record_reply(span: &Span, reply: Result<u16, Option<Unreached>>) {
     if span.is_none() {
         return;
     }
@@ -341,11 +340,11 @@ mod tests {
         for (text, expect) in [
             (format!("00-{TRACE}-{SPAN}-01"), parsed(true)),
             (format!("00-{TRACE}-{SPAN}-00"), parsed(false)),
-            // Flags that nobody has defined yet change nothing.
+            // Unknown flags change nothing.
             (format!("00-{TRACE}-{SPAN}-03"), parsed(true)),
             (format!("00-{TRACE}-{SPAN}-fe"), parsed(false)),
             (format!(" 00-{TRACE}-{SPAN}-01\t"), parsed(true)),
-            // A later version, with what it has more.
+            // A later version, with additional fields.
             (format!("cc-{TRACE}-{SPAN}-01"), parsed(true)),
             (format!("cc-{TRACE}-{SPAN}-01-what-comes"), parsed(true)),
             (format!("cc-{TRACE}-{SPAN}-01.what-comes"), None),

@@ -23,7 +23,7 @@ fuzz_target!(|input: &[u8]| {
     let variables = variables.map(|(name, value)| (format!("BYOK_GATE__{name}"), value.to_owned()));
     let paths = Paths { config: Some(path), ..Paths::default() };
     let Ok((settings, _)) = config::settings_of(&paths, &Overrides::default(), variables) else { return };
-    assert!(!config::listed(&settings).is_empty());
+    assert!(!config::list_settings(&settings).is_empty());
     // Loading reads two more documents, which takes its time.
     if choice & 0x1e != 0 {
         return;

@@ -138,9 +138,9 @@ impl Shown {
         let cache = Arc::new(Cache::new(limited.clone(), settings.cache_settings()));
         let engine = files.engine_over(cache.clone());
         let mut bound = Bound::open(settings.edge()).await.unwrap();
-        bound.measure(limited);
-        bound.measure(cache);
-        sources.into_iter().for_each(|source| bound.measure(source));
+        bound.register(limited);
+        bound.register(cache);
+        sources.into_iter().for_each(|source| bound.register(source));
         let Some(Address::Tcp(admin)) = bound.admin_address() else { panic!("it shows nothing") };
         Self { edge: Edge::run(bound, engine), admin }
     }

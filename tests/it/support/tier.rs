@@ -42,7 +42,7 @@ pub(crate) struct Way {
 pub(crate) struct Replica {
     pub(crate) engine: Arc<Engine>,
     cache: Arc<Cache>,
-    listening: JoinHandle<()>,
+    refusal_listener: JoinHandle<()>,
 }
 
 impl Way {
@@ -74,9 +74,9 @@ impl Replica {
     pub(crate) fn with_ages(way: &Way, prober: &Arc<Scripted>, ages: Ages) -> Self {
         let (registry, catalogue) = case::documents(1);
         let settings = CacheSettings { ages, ..CacheSettings::default() };
-        let cache = Arc::new(Cache::new(prober.clone(), settings).sharing(Some(way.tier())));
-        let listening = tokio::spawn(cache.listen().unwrap());
-        Self { engine: Files::new(&registry, &catalogue, None).engine_over(cache.clone()), cache, listening }
+        let cache = Arc::new(Cache::new(prober.clone(), settings).with_tier(Some(way.tier())));
+        let refusal_listener = tokio::spawn(cache.refusal_listener().unwrap());
+        Self { engine: Files::new(&registry, &catalogue, None).engine_over(cache.clone()), cache, refusal_listener }
     }
 
     /// The verdict, and where it came from.
@@ -125,6 +125,6 @@ impl Replica {
 
 impl Drop for Replica {
     fn drop(&mut self) {
-        self.listening.abort();
+        self.refusal_listener.abort();
     }
 }

@@ -1,5 +1,5 @@
-//! The last decisions that a person may ask about, the last calls that ended without one, and why each provider last left one open: for the
-//! status page. So many and no more; of a plain allow, nothing.
+//! What the status page shows of recent calls: the last denials and unverified allows, the last calls that ended without a decision, and why the
+//! last probe of each provider was inconclusive. The lists are bounded, and plain allows are not kept.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -19,17 +19,17 @@ use crate::{
     },
 };
 
-/// So many denials are kept, and so many unverified allows: either would push out the other in one list.
+/// How many entries each list holds. Denials and unverified allows have lists of their own, so that neither pushes out the other.
 const MAX_ENTRIES: usize = 100;
-/// Far more providers than any registry has.
+/// How many providers are kept: far more than any registry has.
 const MAX_PROVIDERS: usize = 1_000;
-/// A model or a runtime that is longer is cut: what an agent is called is under a hundred characters.
+/// Longer names are cut. Names of models and runtimes are under a hundred characters.
 const MAX_CHARS: usize = 200;
 
-/// What was decided lately.
+/// The recent decisions, calls without a decision, and failures.
 #[derive(Debug)]
-pub struct Lately {
-    /// Whether a workspace's id is kept.
+pub struct RecentDecisions {
+    /// Whether workspace ids are kept.
     workspace_ids: bool,
     denials: Mutex<VecDeque<Arc<Entry>>>,
     unverified: Mutex<VecDeque<Arc<Entry>>>,
@@ -37,18 +37,18 @@ pub struct Lately {
     failures: Mutex<BTreeMap<String, Failure>>,
 }
 
-/// A decision, in names and codes. No value of a credential, no organization.
+/// A decision in names and codes. It holds no credential's value and no organization.
 #[derive(Debug)]
 pub struct Entry {
-    /// When.
+    /// When it was made.
     pub at: SystemTime,
     /// The decision's id.
     pub id: Uuid,
-    /// At which checkpoint.
+    /// Its checkpoint.
     pub checkpoint: &'static str,
-    /// Its caller does not act on it.
+    /// Whether its caller only reports it and does not act on it.
     pub report_only: bool,
-    /// Empty unless it is kept.
+    /// The workspace's id; empty unless ids are kept.
     pub workspace_id: String,
     /// The runtime.
     pub runtime: String,
@@ -58,21 +58,21 @@ pub struct Entry {
     pub provider: String,
     /// The deny code; empty for an allow.
     pub code: &'static str,
-    /// The verdict; empty where nobody had to be asked.
+    /// The verdict; empty if no probe was needed.
     pub verdict: &'static str,
-    /// The provider's host; empty where there is none.
+    /// The provider's host; empty if there is none.
     pub host: String,
     finding: Option<Arc<Finding>>,
-    /// Why it was denied without asking anybody.
+    /// Why it was denied, if no probe was made.
     reason: String,
 }
 
-/// Calls of one peer that ended without a decision, in one way.
+/// Calls of one peer that ended without a decision, for the same reason.
 #[derive(Debug, Clone)]
 pub struct UndecidedCalls {
     /// When the last one ended.
     pub at: SystemTime,
-    /// How many there were, as long as they are kept.
+    /// How many there were since this entry exists.
     pub count: u64,
     /// The method.
     pub method: &'static str,
@@ -80,18 +80,18 @@ pub struct UndecidedCalls {
     pub grpc_code: &'static str,
     /// The status's message.
     pub reason: String,
-    /// Where they came from.
+    /// The peer's address.
     pub peer: String,
-    /// Who it was; empty where that is not known.
+    /// The caller; empty if it is not known.
     pub caller: String,
-    /// Nothing was to start.
+    /// Whether they were only to be reported, and no workspace was to start.
     pub report_only: bool,
 }
 
-/// Why a provider last left a credential's state open.
+/// Why a provider's last probe was inconclusive.
 #[derive(Debug, Clone)]
 pub struct Failure {
-    /// When a decision met it last.
+    /// When a decision last used it.
     pub at: SystemTime,
     /// The verdict.
     pub verdict: Verdict,
@@ -99,10 +99,10 @@ pub struct Failure {
     finding: Arc<Finding>,
 }
 
-// === impl Lately ===
+// === impl RecentDecisions ===
 
-impl Lately {
-    /// Nothing yet.
+impl RecentDecisions {
+    /// Empty lists. `workspace_ids`: whether workspace ids are kept.
     pub fn new(workspace_ids: bool) -> Self {
         Self {
             workspace_ids,
@@ -113,7 +113,7 @@ impl Lately {
         }
     }
 
-    /// A decision was made.
+    /// Records a decision.
     pub fn decided(&self, request: &Request, Decided { id, decision, finding, .. }: &Decided) {
         let Decision { outcome, resolution, liveness, .. } = decision;
         let (list, code) = match outcome {
@@ -123,11 +123,11 @@ impl Lately {
         };
         let at = SystemTime::now();
         let host = liveness.as_ref().map_or_else(String::new, |liveness| liveness.endpoint_host.clone());
-        if let Some(finding) = finding.as_ref().filter(|finding| leaves_open(finding.verdict)) {
+        if let Some(finding) = finding.as_ref().filter(|finding| is_inconclusive(finding.verdict)) {
             let failure = Failure { at, verdict: finding.verdict, host: host.clone(), finding: Arc::clone(finding) };
             let mut failures = lock(&self.failures);
             if failures.len() >= MAX_PROVIDERS && !failures.contains_key(&resolution.provider) {
-                // Names of registries that are no longer loaded.
+                // Most names are from registries that are no longer loaded.
                 failures.clear();
             }
             failures.insert(resolution.provider.clone(), failure);
@@ -157,7 +157,7 @@ impl Lately {
         list.push_back(Arc::new(entry));
     }
 
-    /// A call ended without a decision. What repeats itself is counted and not listed again, so that it does not push out the rest.
+    /// Records a call that ended without a decision. A repeated one is counted and not listed again, so that it does not push out the others.
     pub fn undecided(&self, call: &Undecided<'_>) {
         let Undecided { method, grpc_code, reason, peer, request, report_only, trace_id: _ } = *call;
         let new = UndecidedCalls {
@@ -178,22 +178,22 @@ impl Lately {
         list.push_back(UndecidedCalls { count: 1 + known.map_or(0, |known| known.count), ..new });
     }
 
-    /// The last calls without a decision, the newest first.
+    /// The last calls without a decision, newest first.
     pub fn undecided_calls(&self) -> Vec<UndecidedCalls> {
         lock(&self.undecided).iter().rev().cloned().collect()
     }
 
-    /// The last denials, the newest first.
+    /// The last denials, newest first.
     pub fn denials(&self) -> Vec<Arc<Entry>> {
         lock(&self.denials).iter().rev().cloned().collect()
     }
 
-    /// The last allows that nobody could verify, the newest first.
+    /// The last unverified allows, newest first.
     pub fn unverified_allows(&self) -> Vec<Arc<Entry>> {
         lock(&self.unverified).iter().rev().cloned().collect()
     }
 
-    /// Why this provider last left one open.
+    /// Why this provider's last probe was inconclusive.
     pub fn failure(&self, provider: &str) -> Option<Failure> {
         lock(&self.failures).get(provider).cloned()
     }
@@ -202,7 +202,7 @@ impl Lately {
 // === impl UndecidedCalls, Entry, Failure ===
 
 impl UndecidedCalls {
-    /// Of the same peer and caller, in the same way.
+    /// Whether both are of the same peer and caller, and for the same reason.
     fn is_like(&self, other: &Self) -> bool {
         let key = |it: &Self| (it.method, it.grpc_code, it.report_only);
         key(self) == key(other) && self.peer == other.peer && self.caller == other.caller && self.reason == other.reason
@@ -210,14 +210,14 @@ impl UndecidedCalls {
 }
 
 impl Entry {
-    /// Why, in one sentence.
+    /// The cause, in one sentence.
     pub fn cause(&self) -> String {
         self.finding.as_ref().map_or_else(|| self.reason.clone(), |finding| cause::sentence(&self.host, finding))
     }
 }
 
 impl Failure {
-    /// The same.
+    /// The cause, in one sentence.
     pub fn cause(&self) -> String {
         cause::sentence(&self.host, &self.finding)
     }
@@ -228,8 +228,8 @@ impl Failure {
     }
 }
 
-/// It says nothing of the credential: the provider, the way there, or we are at fault.
-const fn leaves_open(verdict: Verdict) -> bool {
+/// Whether the verdict says nothing about the credential: the fault is the provider's, the network's or this service's.
+const fn is_inconclusive(verdict: Verdict) -> bool {
     match verdict {
         Verdict::RateLimited
         | Verdict::ProviderError
@@ -257,6 +257,6 @@ fn cut(text: &str) -> String {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic cannot leave a list half-changed: what changes it cannot panic.
+    // A panic cannot leave a list inconsistent: the code that changes it cannot panic.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
