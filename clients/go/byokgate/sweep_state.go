@@ -82,7 +82,7 @@ func (r Reason) aboutTheRequest() bool {
 	return r == ReasonBadRequest || r == ReasonLookupMissing || r == ReasonInvalidOption
 }
 
-// stopsARound says that whoever is asked next would get no other answer.
+// stopsARound says that every further call of the round would fail in the same way.
 func (r Reason) stopsARound() bool {
 	switch r {
 	case ReasonUnreachable, ReasonTimedOut, ReasonDraining, ReasonOverloaded, ReasonClosed:
