@@ -111,7 +111,7 @@ func (a Allowed) MarshalJSON() ([]byte, error) {
 
 func (a Allowed) mustBe() *byokgatev1.DecideResponse {
 	if a.response == nil {
-		panic("byokgate: the zero Allowed is no allow; the error of the call that it came from was not heeded")
+		panic("byokgate: the zero Allowed is no allow; the error of the call that returned it was ignored")
 	}
 	return a.response
 }

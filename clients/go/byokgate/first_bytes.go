@@ -25,8 +25,8 @@ import (
 var (
 	errSpeaksTLS = errors.New("the other side speaks TLS")
 	errNoTLS     = errors.New("the other side ends each TLS handshake")
-	errNoHTTP2   = errors.New("the other side speaks TLS and does not agree upon HTTP/2")
-	errSilent    = errors.New("the other side closed the connection without a word")
+	errNoHTTP2   = errors.New("the other side speaks TLS without HTTP/2")
+	errSilent    = errors.New("the other side closed the connection without a reply")
 )
 
 // notHTTP2 is a peer that speaks something else.

@@ -185,7 +185,7 @@ func WithStatsHandler(handler stats.Handler) Option {
 func WithUserAgent(name string) Option {
 	return func(c *config) error {
 		if name == "" || strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r > '~' }) || len(name) > 128 {
-			return fmt.Errorf("WithUserAgent: %q is no name of 1 to 128 printable ASCII characters", name)
+			return fmt.Errorf("WithUserAgent: %q is not a name of 1 to 128 printable ASCII characters", name)
 		}
 		c.userAgent = name + " "
 		return nil

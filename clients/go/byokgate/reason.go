@@ -93,17 +93,17 @@ var reasons = map[Reason]told{
 		"dates, and the authority in byok-gate's configuration"},
 	ReasonUnauthenticated: {500, "", "byok-gate does not know this token: check WithToken or WithTokenFile against the callers in " +
 		"byok-gate's configuration"},
-	ReasonPermissionDenied: {500, "", "byok-gate knows this caller and does not let it ask this: check the caller's role in byok-gate's " +
+	ReasonPermissionDenied: {500, "", "byok-gate does not allow this caller to make this call: check the caller's role in byok-gate's " +
 		"configuration"},
 	ReasonNotAGate: {500, "", "what answers at the target is not byok-gate, or is older than this client: check the target"},
-	ReasonTokenUnreadable: {500, "", "the token's file cannot be read any more, and byok-gate does not take the token that was read last: " +
+	ReasonTokenUnreadable: {500, "", "the token's file cannot be read any more, and byok-gate refuses the last token that was read: " +
 		"check the file given to WithTokenFile"},
-	ReasonUnreadableReply: {503, "", "bring the platform and byok-gate to versions that know each other"},
-	ReasonRegistryMoving: {503, "byok-gate's registry changed while it was asked, so nothing was started",
-		"bring all replicas of byok-gate to the same registry"},
+	ReasonUnreadableReply: {503, "", "use versions of the platform and byok-gate that fit together"},
+	ReasonRegistryMoving: {503, "byok-gate's registry changed during the call, so nothing was started",
+		"give all replicas of byok-gate the same registry"},
 	ReasonLookupMissing: {500, "", "the request has no Lookup: set Spec.Lookup"},
-	ReasonLookupFailed:  {503, "the credentials cannot be read", "check the secret store, and what Spec.Lookup says of it"},
-	ReasonInvalidOption: {500, "", "correct what the platform's code gives along with the call"},
+	ReasonLookupFailed:  {503, "the credentials cannot be read", "check the secret store and the error of Spec.Lookup"},
+	ReasonInvalidOption: {500, "", "correct the arguments of the call in the platform's code"},
 	ReasonClosed:        {503, "the platform is stopping, so nothing was started", "the byokgate.Client is closed, nil or zero"},
 	ReasonInternal:      {503, "byok-gate failed, so nothing was started", "byok-gate's log says why"},
 }
@@ -279,7 +279,7 @@ func faultOf(err error) *connectionFault {
 		fault.reason = ReasonTLSMismatch
 	case errors.Is(err, errNoHTTP2):
 		fault.reason = ReasonNotAGate
-		fault.hint = "what answers at the target speaks TLS and does not agree upon HTTP/2 (ALPN h2): a web server, or a TLS proxy without it; " +
+		fault.hint = "what answers at the target speaks TLS without HTTP/2 (ALPN h2): a web server, or a TLS proxy without it; " +
 			"check the target and the proxy"
 	case errors.As(err, &operation) && operation.Op == "remote error":
 		// A TLS alert, which the standard library gives only as text.

@@ -412,12 +412,12 @@ func (s *sweep) list(ctx context.Context) (specs []Spec, whole bool) {
 	}
 	if len(unnamed) > 0 {
 		first := unnamed[0]
-		s.complain(what, fmt.Errorf("%d without a WorkspaceID are not looked at, since a record is kept by it (the first: runtime %q, model %q, organization %q)",
+		s.complain(what, fmt.Errorf("%d without a WorkspaceID are skipped, since records are kept by it (the first: runtime %q, model %q, organization %q)",
 			len(unnamed), first.Runtime, first.Model, first.OrganizationID))
 	}
 	if len(twice) > 0 {
 		first := twice[0]
-		s.complain(what, fmt.Errorf("%d with the WorkspaceID of another are not looked at, since a record is kept by it (the first: %q, organization %q)",
+		s.complain(what, fmt.Errorf("%d with the WorkspaceID of another are skipped, since records are kept by it (the first: %q, organization %q)",
 			len(twice), first.WorkspaceID, first.OrganizationID))
 	}
 	if fault != nil {

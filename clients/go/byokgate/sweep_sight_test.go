@@ -165,7 +165,7 @@ func TestASweepThatIsMisWiredSaysSo(t *testing.T) {
 			if !errors.Is(h.states[0].Err, h.errors[0]) || len(h.changes) != 0 {
 				t.Errorf("%v, %v", h.states[0].Err, h.changes)
 			}
-			if lines := strings.Count(logs.String(), "byok-gate: the sweep finds nothing out"); lines != 1 || !strings.Contains(logs.String(), `"level":"ERROR"`) {
+			if lines := strings.Count(logs.String(), "byok-gate: the sweep learns nothing"); lines != 1 || !strings.Contains(logs.String(), `"level":"ERROR"`) {
 				t.Errorf("%d lines", lines)
 			}
 		})
@@ -206,7 +206,7 @@ func TestASweepSaysWhenItFindsOutAgain(t *testing.T) {
 	if again := client.SweepCounts(); again.Seen[Healthy] == 0 || again.Undecided[ReasonUnauthenticated] == 0 {
 		t.Error("the counts are given out, and not copies of them")
 	}
-	if !strings.Contains(logs.String(), "the sweep finds out again") {
+	if !strings.Contains(logs.String(), "the sweep learns again") {
 		t.Error("its end is not in the log")
 	}
 }
@@ -481,7 +481,7 @@ func TestAWorkspacesOwnFaultIsItsOwn(t *testing.T) {
 		defer cancel()
 		s.run(ctx)
 		synctest.Wait()
-		if len(h.errors) != 1 || !strings.Contains(h.errors[0].Error(), `workspace "ws-1" cannot be looked at`) || errors.Is(h.errors[0], ErrUndecided) || len(h.states) != 0 {
+		if len(h.errors) != 1 || !strings.Contains(h.errors[0].Error(), `workspace "ws-1" cannot be checked`) || errors.Is(h.errors[0], ErrUndecided) || len(h.states) != 0 {
 			t.Errorf("%v, %v", h.errors, h.states)
 		}
 		if len(h.changes) != 2 || h.changes[0].Spec.WorkspaceID != "ws-2" || h.changes[0].Since.Sub(began) > 30*time.Minute || seen["ws-1"] < 12 {

@@ -105,7 +105,7 @@ func (s *sweep) failed(ctx context.Context, spec Spec, refusal *Undecided) bool 
 	if s.faulted[spec.WorkspaceID] != reason {
 		s.faulted[spec.WorkspaceID] = reason
 		// Only its text: an Undecided would mean that the sweep learns nothing.
-		s.complain(fmt.Sprintf("workspace %q cannot be looked at", spec.WorkspaceID), errors.New(refusal.Error()))
+		s.complain(fmt.Sprintf("workspace %q cannot be checked", spec.WorkspaceID), errors.New(refusal.Error()))
 	}
 	return false
 }
@@ -150,8 +150,8 @@ func (s *sweep) blind(ctx context.Context, refusal *Undecided) {
 		}
 	}
 	s.sight.told = reason
-	err := fmt.Errorf("byokgate: Sweep finds nothing out, and reports no change until it does: %w", refusal)
-	s.tell(ctx, SweepState{Reason: reason, Err: err, Since: now}, slog.LevelError, "byok-gate: the sweep finds nothing out",
+	err := fmt.Errorf("byokgate: Sweep learns nothing, and reports no change until it does: %w", refusal)
+	s.tell(ctx, SweepState{Reason: reason, Err: err, Since: now}, slog.LevelError, "byok-gate: the sweep learns nothing",
 		slog.String("why", string(reason)), slog.String("operator_hint", refusal.OperatorHint()), slog.String("error", refusal.Error()))
 	s.say(err)
 }
@@ -166,7 +166,7 @@ func (s *sweep) sees(ctx context.Context) {
 		return
 	}
 	s.sight.told, s.sight.miswired = "", nil
-	s.tell(ctx, SweepState{Since: now}, slog.LevelInfo, "byok-gate: the sweep finds out again")
+	s.tell(ctx, SweepState{Since: now}, slog.LevelInfo, "byok-gate: the sweep learns again")
 }
 
 func (s *sweep) tell(ctx context.Context, state SweepState, level slog.Level, message string, attributes ...slog.Attr) {

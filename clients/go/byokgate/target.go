@@ -54,7 +54,7 @@ func parseTarget(text string) (target, error) {
 		return target{}, errors.New("is neither host:port nor unix:///path")
 	}
 	if number, err := strconv.ParseUint(port, 10, 16); err != nil || number == 0 {
-		return target{}, fmt.Errorf("has the port %q, which is no number from 1 to 65535", port)
+		return target{}, fmt.Errorf("has the port %q, which is not a number from 1 to 65535", port)
 	}
 	if _, err := netip.ParseAddr(host); err == nil {
 		return target{dial: fixedDial, fixed: address, authority: address, host: host}, nil

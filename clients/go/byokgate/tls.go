@@ -65,7 +65,7 @@ func checkTLS(config *tls.Config) error {
 		version uint16
 	}{{"MinVersion", config.MinVersion}, {"MaxVersion", config.MaxVersion}} {
 		if bound.version != 0 && bound.version < tls.VersionTLS12 {
-			faults = append(faults, fmt.Errorf("%s is %s, which byok-gate does not speak and others read along; leave it out, or give 1.2 or 1.3",
+			faults = append(faults, fmt.Errorf("%s is %s, which is insecure and which byok-gate does not speak; leave it out, or give 1.2 or 1.3",
 				bound.name, tls.VersionName(bound.version)))
 		}
 	}
@@ -79,7 +79,7 @@ func checkTLS(config *tls.Config) error {
 		}
 	}
 	if config.KeyLogWriter != nil {
-		faults = append(faults, errors.New("KeyLogWriter lets whoever reads it read every credential; leave it out"))
+		faults = append(faults, errors.New("KeyLogWriter lets its readers decrypt every credential; leave it out"))
 	}
 	return errors.Join(faults...)
 }
