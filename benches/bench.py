@@ -1,9 +1,9 @@
-"""What the scripts of this folder share: building, starting, asking, counting. Python's standard library alone."""
+"""What the scripts of this folder share: building, starting, calling, counting. Only Python's standard library."""
 import json, os, pathlib, re, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PATH = "/byokgate.v1.PolicyDecisionService/"
-# The server has one core to itself, and what asks it has the other: the numbers are those of one core.
+# The server has one core to itself, and the load generator the other: the numbers are those of one core.
 SERVER_CORE, LOAD_CORE = "0", "1"
 IMAGE_TARGET = "x86_64-unknown-linux-musl"
 
@@ -24,7 +24,7 @@ def build(*benches):
 
 
 def gate(profile="release", *target):
-    """The service's own executable, built by itself: beside a bench target it would have the features that tests ask of its libraries.
+    """The service's own executable, built alone: with a bench target its libraries would have the features that tests enable.
     To be built after those, which put theirs in its place."""
     return made("--bin=byok-gate", *target, profile=profile)["byok-gate"]
 
@@ -53,11 +53,11 @@ def free_port():
 
 
 class Bench:
-    """A folder with everything that is measured, and the processes that were started for it."""
+    """A folder with everything that is measured, and the processes started for it."""
 
     def __init__(self, gate, kit):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="byok-gate-bench-"))
-        # Apart from the logs: the service looks whenever something changes beside its files.
+        # Apart from the logs: the service checks its files whenever something changes in their folder.
         self.config = self.folder / "config"
         self.config.mkdir()
         self.gate, self.kit, self.processes = gate, kit, []
@@ -79,7 +79,7 @@ class Bench:
         shutil.rmtree(self.folder)
 
     def documents(self):
-        """The embedded registry, with one provider at the fake's address, and how that is asked: as its real host is."""
+        """The embedded registry, with one provider at the fake's address, with the probes of its real host."""
         registry = (ROOT / "src/core/registry/default.yaml").read_text()
         registry = registry.replace("https://api.anthropic.com/v1", f"http://{self.provider_address}/v1")
         (self.config / "registry.yaml").write_text(registry)
@@ -133,7 +133,7 @@ hosts:
         self.processes.remove(process)
 
     def kit_says(self, *words):
-        """What one of the kit's measurements came to."""
+        """The result of one of the kit's measurements."""
         command = ["taskset", "-c", LOAD_CORE, self.kit, *map(str, words)]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -186,7 +186,7 @@ def load(address, path, frame, requests, clients, streams, core=LOAD_CORE):
 
 
 def paired(first, second, slices):
-    """Alternating slices, A B B A; the median of each, and the median of the paired ratios. What disturbs one disturbs its pair."""
+    """Alternating slices, A B B A; the median of each, and the median of the paired ratios. A disturbance hits both of a pair."""
     pairs = []
     for index in range(slices):
         order = [first, second] if index % 2 == 0 else [second, first]
@@ -200,7 +200,7 @@ def paired(first, second, slices):
 def instructions(start, drive, folder, few=1000, many=3000):
     """Instructions per request, in one process that callgrind counts: of `many` requests after `few` that are not counted.
 
-    `start` takes the words before its command and gives the process, which answers by then; `drive` sends so many requests."""
+    `start` takes the prefix of its command and returns the process, which answers by then; `drive` sends this many requests."""
     process = start(["valgrind", "--tool=callgrind", f"--callgrind-out-file={folder}/callgrind.out", "-q"])
     # taskset and valgrind replace themselves, so the process is the server.
     dump = lambda: subprocess.run(["callgrind_control", "--dump", str(process.pid)], check=True, capture_output=True)

@@ -1,5 +1,5 @@
 //! The floor: a bare tonic server with the same proto, whose answers are made up beforehand. No logic, no limits, no telemetry; the
-//! same allocator and profile as ours. What it costs is what gRPC itself costs.
+//! same allocator and profile as ours. Its cost is that of gRPC itself.
 //!
 //! `floor HOST:PORT|unix:PATH REPLY`, where REPLY is a file with one gRPC frame of `DecideResponse`.
 

@@ -1,6 +1,6 @@
 //! The steps of a decision inside the process, without gRPC.
 //!
-//! As a criterion benchmark it tells times. `inside --count STEP TIMES` runs one step so many times and prints how long each took:
+//! As a criterion benchmark it measures times. `inside --count STEP TIMES` runs one step this many times and prints how long each took:
 //! `benches/gate` runs that under callgrind, since instructions are the same on a busy machine.
 
 #![expect(
@@ -47,7 +47,7 @@ use tokio::{runtime::Runtime, time::Instant};
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// A provider that answers at once: the way to a real one is not what is counted here.
+/// A provider that answers at once: the network is not counted here.
 struct Prompt;
 
 impl Prober for Prompt {
@@ -102,7 +102,7 @@ fn main() {
         _ => {
             let mut criterion = Criterion::default().configure_from_args();
             for (name, make, size) in steps() {
-                // Each is made when its turn comes, not to stand in the others' way.
+                // Each is made when its turn comes, so that it does not affect the others.
                 criterion.bench_function(&name, |bencher| {
                     let mut step = make(size);
                     bencher.iter(&mut step);
@@ -128,7 +128,7 @@ fn classifying(_: usize) -> Step {
     let catalogue = Catalogue::embedded().expect("the embedded catalogue stands").value;
     let row = catalogue.row("api.openai.com", "/v1", Protocol::OpenAi).expect("the catalogue knows it");
     let probe = row.probes.first().expect("it is asked").clone();
-    // A refusal of the usual size, told by the fifth signal.
+    // A refusal of the usual size, matched by the fifth signal.
     let body = br#"{"error":{"message":"Incorrect API key provided: made-up.","type":"invalid_request_error","param":null,"code":"invalid_api_key"}}"#;
     Box::new(move || {
         let answer = Answer { status: 401, body: black_box(body), truncated: false, page: false, retry_after: None };
@@ -167,7 +167,7 @@ fn ruling(_: usize) -> Step {
 
 // === whole decisions ===
 
-/// The embedded registry, with so many further models on the runtime that is asked about.
+/// The embedded registry, with this many further models on the runtime.
 fn registry(further: usize) -> Arc<Registry> {
     let text = include_str!("../src/core/registry/default.yaml");
     let first = "          - \"claude-sonnet-4-6\"\n";
@@ -177,7 +177,7 @@ fn registry(further: usize) -> Arc<Registry> {
     Arc::new(loaded.unwrap_or_else(|problems| panic!("{problems:?}")).value)
 }
 
-/// A decision with so many credentials in the spec and so many keys in memory. The answer is checked once.
+/// A decision with this many credentials in the spec and this many cached keys. The answer is checked once.
 fn deciding(model: &str, credentials: usize, keys: usize, registry: Arc<Registry>) -> Step {
     let origin = || Origin { source: "bench".into(), loaded_at: SystemTime::now(), last_reload_error: String::new() };
     let catalogue = Arc::new(Catalogue::embedded().expect("the embedded catalogue stands").value);
@@ -187,7 +187,7 @@ fn deciding(model: &str, credentials: usize, keys: usize, registry: Arc<Registry
         new_keys: NewKeyLimits { per_organization: many, per_caller: many, per_platform: many },
         ..CacheSettings::default()
     };
-    // Nothing grows old while it is measured.
+    // Nothing expires while it is measured.
     settings.ages.valid = Duration::from_secs(24 * 3600);
     let engine = Engine::new(snapshot, Arc::new(Cache::new(Arc::new(Prompt), settings)), None);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -209,7 +209,7 @@ fn decide(runtime: &Runtime, engine: &Engine, request: &Request) -> bool {
     matches!(decided.decision.outcome, Outcome::Allow(_))
 }
 
-/// Of the names that the registry knows, the one that answers first.
+/// The first usable name of the registry.
 fn request(registry: &Registry, model: &str, credentials: usize, key: &str) -> Request {
     let names = registry.credential_names().iter().filter(|name| *name != "ANTHROPIC_API_KEY");
     let both = [Scope::Workspace, Scope::Organization];

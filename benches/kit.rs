@@ -1,9 +1,9 @@
-//! What the measuring needs beside the two servers.
+//! Helpers for the measurements, besides the two servers.
 //!
 //! - `kit frames FOLDER`: the requests, each as one gRPC frame, for `h2load -d`
-//! - `kit provider HOST:PORT`: a fake provider, a real HTTP server; what a key is called says how it is answered
+//! - `kit provider HOST:PORT`: a fake provider, a real HTTP server; the key's name selects the answer
 //! - `kit cold GATE PROVIDER COUNT`: how much longer a cold decision takes than the provider's own round trip
-//! - `kit fill GATE FROM TO`: decides about these keys, in batches, so that each is remembered
+//! - `kit fill GATE FROM TO`: decides for these keys, in batches, so that each is cached
 
 #![expect(clippy::print_stdout, reason = "what it measures is read by a script")]
 
@@ -140,8 +140,8 @@ async fn client(gate: &str) -> Result<PolicyDecisionServiceClient<Channel>, Fail
     Ok(PolicyDecisionServiceClient::new(channel))
 }
 
-/// Decisions about keys that were never seen, each beside one direct call to the provider and one decision from memory, so that
-/// what a busy machine adds is added to all three.
+/// Decisions about new keys, each beside one direct call to the provider and one decision from the cache, so that
+/// a busy machine slows all three alike.
 async fn cold(gate: &str, provider: &str, count: usize) -> Result<(), Failed> {
     let mut gate = client(gate).await?;
     let stream = TcpStream::connect(provider).await?;

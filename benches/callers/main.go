@@ -1,5 +1,5 @@
-// Command callers is a fleet of workspaces that all start at one moment, and the vendors whose keys they bring. It asks byok-gate by its Go
-// client and obeys its word on when to come back; the last line of its output is JSON.
+// Command callers is a fleet of workspaces that all start at once, and their vendors. It calls byok-gate with its Go client and obeys
+// RetryAfter; the last line of its output is JSON.
 package main
 
 import (
@@ -26,7 +26,7 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/byokgate"
 )
 
-// name is all replicas', as a headless Service's is.
+// name is shared by all replicas, like a headless Service's.
 const name = "gate.test"
 
 // How a vendor may be disturbed.
@@ -35,7 +35,7 @@ const (
 	limited = "429"
 )
 
-// vendor answers about every key that it is alive, and counts.
+// vendor accepts every key, and counts.
 type vendor struct {
 	latency time.Duration
 	how     string
@@ -66,7 +66,7 @@ func (v *vendor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprint(w, `{"data": []}`)
 }
 
-// serveNames answers every question with these addresses.
+// serveNames answers every DNS query with these addresses.
 func serveNames(conn net.PacketConn, gates *names) {
 	packet := make([]byte, 512)
 	for {
@@ -98,7 +98,7 @@ func serveNames(conn net.PacketConn, gates *names) {
 	}
 }
 
-// told is what came of one workspace.
+// told is the result of one workspace.
 type told struct {
 	allowed bool
 	tries   int
@@ -158,7 +158,7 @@ func main() {
 	fleet.client = dial(names, *port, *balance)
 	defer fleet.client.Close()
 
-	// Connections are made first: what is measured is the storm.
+	// Connections are made first: only the burst is measured.
 	if _, err := fleet.client.Decide(context.Background(), platform()); err != nil {
 		log.Fatal(err)
 	}
@@ -180,7 +180,7 @@ func main() {
 	fmt.Println(string(line))
 }
 
-// names is who stands behind the one name.
+// names are the addresses of the one name.
 type names struct {
 	mu        sync.Mutex
 	addresses []string
@@ -198,7 +198,7 @@ func (n *names) all() []string {
 	return slices.Clone(n.addresses)
 }
 
-// after is the sum of this round and those before it; what is told of times is told of the longest.
+// after is the sum of this round and those before it; of times, the longest.
 func (r report) after(before report) report {
 	if before.Workspaces == 0 {
 		return r
@@ -302,7 +302,7 @@ func (f *fleet) storm(workspaces, credentials, attempts int) report {
 	return said
 }
 
-// start asks for one workspace until it may start, or another question would change nothing.
+// start retries for one workspace until it may start, or a retry would change nothing.
 func (f *fleet) start(credential, attempts int, began time.Time) told {
 	said := told{tries: 1}
 	vendor := strconv.Itoa(credential % len(f.vendors))
@@ -336,7 +336,7 @@ func (f *fleet) start(credential, attempts int, began time.Time) told {
 	return said
 }
 
-// platformModels asks about a model that waits for nobody, all along.
+// platformModels keeps requesting decisions about a platform model, which waits for no provider.
 func (f *fleet) platformModels(stop <-chan struct{}) report {
 	var said report
 	var took []float64
@@ -364,7 +364,7 @@ func quantile(sorted []float64, q float64) float64 {
 	return sorted[min(len(sorted)-1, int(q*float64(len(sorted))))]
 }
 
-// thinned leaves so many of them, the first and the last among them.
+// thinned keeps this many of them, including the first and the last.
 func thinned(sorted []float64, many int) []float64 {
 	if len(sorted) <= many {
 		return sorted

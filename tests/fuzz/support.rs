@@ -1,4 +1,4 @@
-//! What the targets share: an engine whose provider says what the input wants, and what must hold of every decision.
+//! Shared by the targets: an engine whose provider answers as the input says, and the checks of every decision.
 
 use std::{
     sync::{Arc, LazyLock},
@@ -42,7 +42,7 @@ pub const VERDICTS: [Verdict; 13] = [
     Verdict::ProbeDisabled,
 ];
 
-/// A provider that says this of every credential.
+/// A provider with this verdict for every credential.
 struct Says(Verdict);
 
 impl LivenessSource for Says {
@@ -91,7 +91,7 @@ pub fn byte(input: &mut &[u8]) -> u8 {
     *first
 }
 
-/// Decides on a message as it came off the wire, and checks what must hold whatever it was.
+/// Decides on a message from the wire, and checks what must always hold.
 pub fn decide(snapshot: &Snapshot, verdict: Verdict, message: pb::DecideRequest) {
     let sent = message.encode_to_vec();
     let values: Vec<String> =
@@ -118,7 +118,7 @@ pub fn decided(snapshot: &Snapshot, verdict: Verdict, request: &Request) -> pb::
     convert::response(decided.expect("nothing that it waits for"))
 }
 
-/// No allow but those that the contract gives, and never the platform's money for a vendor's model.
+/// No allow beyond the contract, and never platform billing for a vendor's model.
 pub fn holds(request: &Request, verdict: Verdict, response: &pb::DecideResponse) {
     use pb::decide_response::Decision;
     let resolution = response.resolution.clone().unwrap_or_default();
@@ -151,7 +151,7 @@ pub fn holds(request: &Request, verdict: Verdict, response: &pb::DecideResponse)
     assert!(verdict == Verdict::Valid || found != Some(pb::Verdict::Valid), "{response:?}");
 }
 
-/// A question about this model with these credentials.
+/// A request for this model with these credentials.
 pub fn question(runtime: &str, model: &str, credentials: Vec<pb::Credential>) -> pb::DecideRequest {
     let spec = pb::WorkspaceSpec { runtime: runtime.into(), model: model.into(), credentials, ..Default::default() };
     pb::DecideRequest {

@@ -1,4 +1,4 @@
-//! What `check --against` tells of a change: the whole answer, as a reviewer and as a program read it.
+//! What `check --against` reports about a change: the whole output, for a reviewer and for a program.
 
 use std::{fs, path::PathBuf};
 
@@ -64,7 +64,7 @@ async fn no_change_is_said_so() {
     assert!(ended.stdout.ends_with("\nnothing changes for people\n"), "{ended:?}");
 }
 
-/// A row that gives a provider a home sends a credential where none went before.
+/// A row that gives a provider a host sends a credential where none went before.
 #[tokio::test]
 async fn a_change_of_the_catalogue_alone_is_told() {
     let folder = tempfile::tempdir().unwrap();
@@ -85,7 +85,7 @@ async fn a_change_of_the_catalogue_alone_is_told() {
     assert_eq!(changes["models"], json!([]));
 }
 
-/// Neither side may be invalid; both documents' problems are told together.
+/// Neither side may be invalid; both documents' problems are reported together.
 #[tokio::test]
 async fn what_does_not_stand_is_not_compared() {
     let (old, bad) = (fixture("old.yaml"), fixture("../registries/bad/load-no-providers.yaml"));
@@ -99,7 +99,7 @@ async fn what_does_not_stand_is_not_compared() {
     assert_eq!(documents.len(), 2);
 }
 
-/// The registry that is checked is the one that the service would have, also where the configuration names it.
+/// `check` uses the registry that the service would use, also if the configuration names it.
 #[tokio::test]
 async fn a_registry_that_the_configuration_names_is_the_one_that_is_checked() {
     let folder = tempfile::tempdir().unwrap();
@@ -115,7 +115,7 @@ async fn a_registry_that_the_configuration_names_is_the_one_that_is_checked() {
     assert_eq!(answer["problems"].as_array().unwrap().len(), 7);
 }
 
-/// A file that is not there is a problem of its own, beside the other documents'.
+/// A missing file is a problem of its own, beside the other documents'.
 #[tokio::test]
 async fn a_file_that_cannot_be_read_is_told_with_the_rest() {
     let catalogue = fixture("../catalogues/bad/many-faults.yaml");
@@ -128,7 +128,7 @@ async fn a_file_that_cannot_be_read_is_told_with_the_rest() {
     assert!(answer["problems"].as_array().unwrap().len() > 10);
 }
 
-/// What cannot be checked at all is said, with a reason that a program can read.
+/// What cannot be checked at all is listed, with a reason that a program can read.
 #[tokio::test]
 async fn check_names_the_providers_that_are_not_asked() {
     let answer = as_json(&[]).await;

@@ -1,7 +1,7 @@
-//! The corpus of vendors' answers in `tests/fixtures/answers`: read by `classify`, and asked for over TLS by the real prober.
+//! The corpus of vendors' answers in `tests/fixtures/answers`: classified by `classify`, and probed over TLS by the real prober.
 //!
 //! One line is one answer and what it means: `case`, `host`, `request`, `status`, `headers`, `body`, `truncated`, and under
-//! `expect` the reading and the verdict while nothing is known of the endpoint's way with bad keys. The bodies are made up
+//! `expect` the classification and the verdict while nothing is known of how the endpoint treats bad keys. The bodies are made up
 //! after what vendors document and what people report; no key in them ever existed.
 
 use std::{
@@ -36,7 +36,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::support::binary::run;
 
-/// In how many ways a models list lies: "yes" that is none, and "no" that is none.
+/// How often a models list misleads: a false "yes", and a false "no".
 const TRAPS: [(&str, usize); 2] = [("fv", 12), ("fi", 15)];
 
 #[derive(Debug, Clone, Deserialize)]
@@ -92,7 +92,7 @@ fn the_corpus_is_wide_enough() {
             assert!(names.iter().any(|name| name.starts_with(&trap)), "no row for {trap}");
         }
     }
-    // Every signal of every row is met by some answer, so that none is there on trust alone. Hosts share rows.
+    // Some answer matches every signal of every row, so that none is untested. Hosts share rows.
     let mut met = BTreeSet::new();
     for line in &corpus {
         let body = body_of(line);
@@ -115,7 +115,7 @@ fn the_corpus_is_wide_enough() {
     assert!(unmet.is_empty(), "no answer of the corpus meets these:\n{}", unmet.join("\n"));
 }
 
-/// A row for each self-hosted server ships with `deploy/catalogue`: each stands, and reads what its server answers. Every signal is met.
+/// `deploy/catalogue` ships a row for each self-hosted server: each is valid, and classifies its server's answers. Every signal is matched.
 #[tokio::test]
 async fn every_recipe_reads_its_servers_answers() {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
@@ -145,7 +145,7 @@ async fn every_recipe_reads_its_servers_answers() {
     }
 }
 
-/// Through the command, file by file: each answer gets its reading and its verdict.
+/// Through the command, file by file: each answer gets its classification and its verdict.
 #[tokio::test]
 async fn classify_reads_every_answer() {
     let mut wrong = Vec::new();
@@ -166,8 +166,8 @@ async fn classify_reads_every_answer() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Over TLS, from the vendors' own host names, by the ladders of the embedded registry's providers: every answer that one of
-/// them would ask for. What else the ladder asks is answered 404, which says nothing.
+/// Over TLS, from the vendors' own host names, by the probes of the embedded registry's providers: every answer that one of
+/// them would request. Other probes get a 404, which says nothing.
 #[tokio::test]
 async fn the_prober_comes_to_the_same_verdicts() {
     let catalogue = Catalogue::embedded().unwrap().value;
@@ -202,7 +202,7 @@ async fn the_prober_comes_to_the_same_verdicts() {
 }
 
 proptest! {
-    /// Whatever comes back, reading it ends in a reading; and an answer that is none is never a "yes".
+    /// Any answer can be classified; and a malformed one is never a "yes".
     #[test]
     fn any_answer_is_read(status in 100_u16..=999, body in any_body(), truncated: bool, page: bool) {
         let answer = Answer { status, body: &body, truncated, page, retry_after: None };
@@ -214,7 +214,7 @@ proptest! {
     }
 }
 
-/// Bytes, and JSON with the words that rows look for.
+/// Bytes, and JSON with the values that rows test.
 fn any_body() -> impl Strategy<Value = Vec<u8>> {
     const WORDS: [&str; 16] = [
         "data",

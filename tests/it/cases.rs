@@ -25,7 +25,7 @@ use crate::support::{
 /// Long enough for every answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How a case is asked.
+/// How a case is run.
 #[derive(Debug, Clone, Copy)]
 enum By {
     Engine,
@@ -118,7 +118,7 @@ fn answered(result: Result<Response<pb::DecideResponse>, Status>) -> Answered {
     }
 }
 
-/// The command line has no words for unreadable secrets or for bad numbers, and it never calibrates.
+/// The command line cannot express unreadable secrets or bad numbers, and it never calibrates.
 fn for_the_command_line(case: &Case) -> bool {
     let Some(spec) = &case.spec else { return false };
     let words =
@@ -127,7 +127,7 @@ fn for_the_command_line(case: &Case) -> bool {
     let whole_age = case.max_liveness_age.is_none_or(|age| age >= 0.0 && age.fract() == 0.0);
     let plain = spec.credentials.is_empty() && spec.unreadable_scopes.is_empty();
     let numbers = words.into_iter().any(|word| matches!(word, Word::Number(number) if *number != 0));
-    // A name cannot stand in both scopes of one environment.
+    // A name cannot be in both scopes of one environment.
     let apart = spec.workspace.keys().all(|name| !spec.organization.contains_key(name));
     readable
         && whole_age
@@ -167,7 +167,7 @@ async fn by_command_line(files: &Files, case: &Case, at: &Word) -> Answered {
     arguments.push(format!("--model={}", spec.model));
     arguments.extend(files.flags());
     if let Word::Name(proxy) = &spec.platform_proxy {
-        // The last word wins over the runner's own.
+        // The last flag wins over the runner's own.
         let place = arguments.iter().position(|argument| argument == "available").unwrap();
         arguments[place] = proxy.to_lowercase();
     }
@@ -190,7 +190,7 @@ async fn by_command_line(files: &Files, case: &Case, at: &Word) -> Answered {
     Answered::Decision(Box::new(record), Said(said))
 }
 
-/// The command line's JSON as cases have it.
+/// The command line's JSON in the form of the cases.
 fn record(body: &Value) -> Record {
     let text = |pointer: &str| body.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned();
     let list = |value: Option<&Value>| {
@@ -252,7 +252,7 @@ fn cover_every_word() {
     let expects: Vec<_> = cases.iter().flat_map(|(_, case)| &case.expect).collect();
     for &code in DenyCode::VARIANTS {
         let met = expects.iter().any(|expect| expect.record.code == code.as_str());
-        // The load guards rule out the one; the other needs a fault of ours, which `liveness.rs` makes.
+        // The checks at load rule out the one; the other needs an internal fault, which `liveness.rs` makes.
         let elsewhere = matches!(code, DenyCode::DerivedProviderNotInRegistry | DenyCode::ByokProbeNotAttempted);
         assert_eq!(met, !elsewhere, "{code}");
     }

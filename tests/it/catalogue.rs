@@ -1,4 +1,4 @@
-//! The embedded catalogue as a whole: whom it covers, where each call goes, and what a faulty document is told.
+//! The embedded catalogue as a whole: which providers it covers, where each call goes, and the errors of a faulty document.
 
 use std::{collections::BTreeSet, fs, path::PathBuf};
 use strum::VariantArray;
@@ -67,7 +67,7 @@ fn the_final_request_of_every_provider_and_probe() {
     assert_eq!(table, fs::read_to_string(&file).unwrap(), "see the test's own words for how to change the table");
 }
 
-/// Nobody is left to the protocol's default ladder, and nobody is without an address for no reason.
+/// No provider is left to the protocol's default probes, and none is without an address for no reason.
 #[test]
 fn every_provider_is_asked_by_a_row_of_its_own_or_says_why_not() {
     let (registry, catalogue) = embedded();
@@ -101,7 +101,7 @@ fn every_row_says_how_well_it_is_known_and_where_from() {
     }
 }
 
-/// Whatever a row says, some answers are never a "yes": a failing server, a page for people, an empty body, a redirect.
+/// No row can make these answers a "yes": a failing server, a web page, an empty body, a redirect.
 #[test]
 fn no_row_takes_a_failure_for_a_yes() {
     let (_, catalogue) = embedded();
@@ -113,7 +113,7 @@ fn no_row_takes_a_failure_for_a_yes() {
                 for body in bodies {
                     let answer = Answer { status, body, truncated: false, page: false, retry_after: None };
                     let classification = classify(answer, probe);
-                    // The one place where a refusal of the request shows that the key was looked at before it.
+                    // The only row where a refusal of the request shows that the key was checked first.
                     let empty_search = host == "ollama.com" && status == 400 && body.ends_with(b"}}");
                     assert!(
                         classification != Classification::Accepted || empty_search,
@@ -168,7 +168,7 @@ fn patterns_name_hosts_and_nobody_elses() {
     }
 }
 
-/// The embedded catalogue knows the vendors of 2026, free rungs stand before paid ones, and whatever it says of keys of others is of gateways.
+/// The embedded catalogue knows the vendors of 2026, free probes come before paid ones, and only gateways accept keys of others.
 #[test]
 fn the_embedded_catalogue_is_wide_and_cheap() {
     let (_, catalogue) = embedded();
@@ -205,7 +205,7 @@ fn problems(document: &str) -> Vec<String> {
     list.iter().map(ToString::to_string).collect()
 }
 
-/// A faulty document, and all that is wrong with it, beside one another.
+/// A faulty document beside all of its problems.
 #[test]
 fn faulty_documents_are_told_all_their_problems() {
     let folder = fixture("catalogues/bad");
@@ -234,7 +234,7 @@ fn an_overlay_moves_a_provider_and_takes_its_home_away() {
     assert_eq!(home_of("catalogue_version: 1\n", "alibaba").unwrap(), "https://dashscope-intl.aliyuncs.com/compatible-mode/v1");
     let moved = row("dashscope.aliyuncs.com", ", providers: [alibaba], base_path: /compatible-mode/v1");
     assert_eq!(home_of(&moved, "alibaba").unwrap(), "https://dashscope.aliyuncs.com/compatible-mode/v1");
-    // A host's rows go whole: without `providers`, nobody is there any more.
+    // A host's rows are replaced as a whole: without `providers`, none is left.
     assert_eq!(home_of(&row("dashscope-intl.aliyuncs.com", ""), "alibaba"), None);
     let unprobed = "catalogue_version: 1\nunprobed:\n  arcee: {reason: TENANT_ENDPOINT, note: x}\n";
     assert_eq!(home_of(unprobed, "arcee"), None);
@@ -254,7 +254,7 @@ fn custom_and_the_platform_get_no_host() {
     }
 }
 
-/// The registry's word decides: a URL of its own makes `custom` one to ask, and a keyless server stays unasked.
+/// The registry decides: with its own URL `custom` is probed, and a keyless server is not.
 #[test]
 fn what_is_not_asked_follows_from_both_files() {
     let (_, catalogue) = embedded();

@@ -25,7 +25,7 @@ async fn one_answer_by_its_row() {
     assert_eq!((&answer["asked_by"], &answer["confidence"]), (&json!("row"), &json!("D")));
 }
 
-/// What only a calibration tells is told as such, and every header is tried before a key is called dead.
+/// An answer that needs a calibration is reported as such, and every header is tried before a key is called dead.
 #[tokio::test]
 async fn a_host_without_a_row() {
     let classify = async |status: &str, body: &str| -> Value {
@@ -59,7 +59,7 @@ async fn headers_count() {
     }
 }
 
-/// An answer that no probe asks for has the shape of its own surface, and the row's words.
+/// An answer to a request that no probe makes is classified by its surface's shape and the row's signals.
 #[tokio::test]
 async fn any_answer_of_a_host() {
     let classify = async |request: &str, status: &str, body: &str| -> Value {
@@ -101,7 +101,7 @@ async fn any_answer_of_a_host() {
     }
 }
 
-/// A row in the making is tried on an answer before anybody is asked by it.
+/// A new row is tried on an answer before any probe uses it.
 #[tokio::test]
 async fn a_new_row_is_tried() {
     let folder = tempfile::tempdir().unwrap();
@@ -115,13 +115,13 @@ async fn a_new_row_is_tried() {
     let ended = run(&[&rows[..], &["--request", "PATCH /me"]].concat(), &[]).await;
     assert_eq!(ended.status.code(), Some(2));
     assert!(ended.stderr.contains("`PATCH` is no method of a probe"), "{ended:?}");
-    // A request of a tenant's own is read by the nearest probe's signals, and said to be so.
+    // A tenant's own request is classified by the nearest probe's signals, and the output says so.
     let ended = run(&[&rows[..], &["--request", "POST /v1/chat/completions"]].concat(), &[]).await;
     assert!(ended.stdout.starts_with("QUOTA_EXHAUSTED\n"), "{ended:?}");
     assert!(ended.stdout.contains("read by the nearest probe's signals"), "{ended:?}");
 }
 
-/// A line that cannot be classified is told so, in its place, and the others are answered.
+/// A line that cannot be classified gets an error in its place, and the others are answered.
 #[tokio::test]
 async fn a_batch_from_standard_input() {
     let lines = [

@@ -1,4 +1,4 @@
-//! Commands that ask a server: over TLS, with certificates and tokens; and what they say where that does not fit.
+//! Commands that call a server: over TLS, with certificates and tokens; and their errors if those do not match.
 
 use std::{fs, path::PathBuf, sync::Arc};
 
@@ -47,7 +47,7 @@ impl Folder {
         ["--client-cert".to_owned(), certificate, "--client-key".to_owned(), key]
     }
 
-    /// A server with this certificate, for whoever the authority vouches for.
+    /// A server with this certificate, for every client of the authority.
     fn settings(&self, authority: &Authority, server: &Pair) -> Settings {
         let mut settings = settings();
         settings.tls.certificate = Some(self.put("server.pem", &server.certificate).into());
@@ -140,7 +140,7 @@ async fn a_decision_is_asked_for_with_a_token() {
     assert!(ended.status.code() == Some(2) && ended.stderr.contains("need --server"), "{ended:?}");
 }
 
-/// Who is refused is in the log of the real process, by name, once a minute, and on its page; so is a certificate near its end.
+/// A refused client is in the log of the real process, by name, once a minute, and on its page; so is a certificate that is about to expire.
 #[tokio::test]
 async fn the_log_names_who_was_refused_and_why() {
     let (folder, authority, stranger) = (Folder::new(), Authority::new(), Authority::new());
@@ -151,7 +151,7 @@ async fn the_log_names_who_was_refused_and_why() {
     let flags = ["--tls-cert", &certificate, "--tls-key", &key, "--tls-client-ca", &ca, "--allow-client-san", PLATFORM];
     let checked = run(&[&["check", "--listen", "127.0.0.1:0"], &flags[..]].concat(), &[]).await;
     assert!(checked.stdout.contains(&format!("tls.certificate: {certificate} ends at")), "{checked:?}");
-    // Without a list, every certificate of the authority may ask.
+    // Without a list, every certificate of the authority may call.
     let unlisted = run(&[&["check", "--listen", "127.0.0.1:0"], &flags[..6]].concat(), &[]).await;
     assert!(unlisted.stdout.contains("certificates: is not set: every certificate of tls.client_ca"), "{unlisted:?}");
     let serving = Serving::start(&[&flags[..], &["--admin-listen", "127.0.0.1:0"]].concat()).await;
@@ -187,7 +187,7 @@ async fn the_log_names_who_was_refused_and_why() {
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     drop(tls_connect(address, &tokio_rustls::TlsConnector::from(std::sync::Arc::new(config))).await);
     refused("NO_HTTP2").await;
-    // Again within the minute: counted, and not told.
+    // Again within the minute: counted, not logged.
     drop(tls_connect(address, &tls_client(&authority, None, &[&TLS13])).await);
     let mut plain = tokio::net::TcpStream::connect(address).await.unwrap();
     tokio::io::AsyncWriteExt::write_all(&mut plain, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
@@ -213,7 +213,7 @@ async fn the_log_names_who_was_refused_and_why() {
     assert_eq!(missing, 1, "once a minute: {told}");
 }
 
-/// Where no TLS is spoken, who speaks it is told what the port is, and the log says it too.
+/// A TLS client at a plain port is told what the port is, and the log says it too.
 #[tokio::test]
 async fn tls_and_http_1_on_a_plain_port_are_told_what_it_is() {
     let (registry, catalogue) = case::documents(1);
@@ -227,11 +227,11 @@ async fn tls_and_http_1_on_a_plain_port_are_told_what_it_is() {
         shown.scrape_until(|page| page.get(r#"byokgate_handshakes_refused_total{fault="TLS_UNEXPECTED"}"#) == Some(1.0)).await;
     page.is(r#"byokgate_handshakes_refused_total{fault="NO_HTTP2"}"#, 1.0);
     page.is(r#"byokgate_connections_refused_total{reason="handshake"}"#, 2.0);
-    // Noise before a preface, as a bad network makes it, is told nothing that a client could take for another server's word.
+    // Noise before a preface, as from a bad network, gets no answer that a client could take for another server's.
     let mut noisy = tokio::net::TcpStream::connect(shown.edge.tcp()).await.unwrap();
     tokio::io::AsyncWriteExt::write_all(&mut noisy, b"\x07\xf3PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
     let mut heard = Vec::new();
-    // What was not read of it may end the connection with a reset.
+    // Unread bytes may end the connection with a reset.
     drop(tokio::io::AsyncReadExt::read_to_end(&mut noisy, &mut heard).await);
     assert_eq!(heard, b"");
 }

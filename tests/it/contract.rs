@@ -1,4 +1,4 @@
-//! The promises of the proto's comments, held against the service: bounds, reasons of errors, what an allow is.
+//! Checks the promises of the proto's comments against the service: limits, reasons of errors, what an allow is.
 
 use std::time::Duration;
 use std::{collections::BTreeMap, fs, num::NonZeroU32};
@@ -75,7 +75,7 @@ fn every_stated_bound_is_the_services_own() {
         assert_eq!(stated(place), expect, "{place}: {}", comments[place]);
     }
     assert!(comments["BatchDecideRequest.requests"].contains(&format!("1 to {} requests", limits.batch_items)));
-    // No other comment states a bound that nothing holds it to.
+    // No other comment states a limit without a check.
     let known = ["ListModelsResponse", "DecideResponse.relevant_base_url_env", "ResolveProviderResponse.relevant_base_url_env"];
     for (place, comment) in &comments {
         let listed = held.iter().any(|(held, _)| held == place) || known.contains(&place.as_str());
@@ -84,7 +84,7 @@ fn every_stated_bound_is_the_services_own() {
             "{place}: {comment}"
         );
     }
-    // A caller that sends whatever matters to a model, in both scopes, is within the bound.
+    // A caller that sends all names that matter to a model, in both scopes, is within the limit.
     assert!(limits.credentials >= 2 * 32);
 }
 
@@ -144,7 +144,7 @@ async fn every_error_has_a_reason_of_the_closed_list() {
         assert_eq!((status.code(), reason(&status).as_str()), (code, expect), "{status:?}");
         assert_eq!(status.get_details_bad_request().is_some(), code == Code::InvalidArgument, "{status:?}");
     }
-    // A place that is taken, and the workspace's rate.
+    // A taken slot, and the workspace's rate.
     let first = tokio::spawn({
         let (mut client, mut request) = (client(), tonic::Request::new(decide("made-up-first")));
         request.metadata_mut().insert("authorization", token("platform").parse().unwrap());
@@ -166,7 +166,7 @@ async fn every_error_has_a_reason_of_the_closed_list() {
     let often = asked(at_provision(), Some(token("workspace"))).await;
     assert_eq!(often.get_details_error_info().unwrap().metadata["limit"], "callers.workspace_calls_per_minute");
     assert!(often.get_details_retry_info().unwrap().retry_delay.unwrap().as_secs() > 1, "{often:?}");
-    // ListModels for a runtime that nobody knows.
+    // ListModels for an unknown runtime.
     let mut request = tonic::Request::new(pb::ListModelsRequest { runtime: "nowhere".into(), details: false });
     request.metadata_mut().insert("authorization", token("platform").parse().unwrap());
     let unknown = client().list_models(request).await.unwrap_err();
@@ -231,7 +231,7 @@ fn asked(checkpoint: pb::Checkpoint, spec: &Spec) -> pb::DecideRequest {
     pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: checkpoint as i32, ..Default::default() }
 }
 
-/// A running workspace is judged as at its next start, and a caller that does not act on an answer gets the same answer.
+/// A running workspace is decided as at its next start, and a caller that does not act on an answer gets the same answer.
 #[tokio::test]
 async fn audit_and_report_only_are_answered_as_provision_is() {
     use byok_gate::domain::verdict::Verdict;
@@ -272,13 +272,13 @@ async fn a_decision_names_what_mattered_as_resolve_provider_does() {
         assert_eq!(decided.relevant_base_url_env, resolved.relevant_base_url_env, "{model}");
         assert_eq!(decided.relevant_env.is_empty(), model == "platform-small", "{model}");
     }
-    // With what it names, the answer is the same whatever else is sent.
+    // With the names that it lists, the answer is the same with any others.
     let spec = Spec { model: "acme-large".into(), ..Spec::default() };
     let nothing = client.decide(asked(pb::Checkpoint::Create, &spec)).await.unwrap().into_inner();
     assert!(nothing.relevant_base_url_env.contains(&"OPENAI_BASE_URL".to_owned()), "{nothing:?}");
 }
 
-/// What could be read of a scope that could not be listed counts; the rest of the scope is unknown.
+/// A credential that could be read counts, even if its scope could not be listed; the rest of the scope is unknown.
 #[tokio::test]
 async fn a_credential_of_an_unreadable_scope_still_counts() {
     let server = gate(Scripted::new(byok_gate::domain::verdict::Verdict::Valid)).await;

@@ -1,4 +1,4 @@
-//! What `deploy/` says, the binary knows: every flag, key and variable there is real, and every container of ours is locked down.
+//! The binary knows everything in `deploy/`: every flag, key and variable there exists, and every container of ours is locked down.
 
 use std::{
     collections::BTreeSet,
@@ -92,7 +92,7 @@ async fn every_flag_of_every_command_line_is_one_of_the_binary() {
     }
 }
 
-/// A key that is not known ends the start: so every configuration file is started from, as far as its settings go.
+/// An unknown key ends the start, so every configuration file is loaded.
 #[tokio::test]
 async fn every_configuration_file_stands() {
     let named = |end: &str| files(end).into_iter().filter(|path| !path.ends_with("compose.yaml"));
@@ -123,7 +123,7 @@ async fn every_variable_is_one_that_exec_reads() {
     assert!(seen.len() >= 4, "{seen:?}");
 }
 
-/// The documents of the base are what is built in, so that applying it changes no decision; a site puts its own in their place.
+/// The documents of the base are the built-in ones, so that applying it changes no decision; a site replaces them.
 #[tokio::test]
 async fn the_documents_of_the_base_are_the_built_in_ones() {
     let base = deploy().join("kubernetes/base");
@@ -134,13 +134,13 @@ async fn the_documents_of_the_base_are_the_built_in_ones() {
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");
 }
 
-/// The schema of the chart refuses a section that is misspelt; so it has to know them all.
+/// The schema of the chart refuses a misspelt section, so it has to know them all.
 #[test]
 fn the_chart_knows_every_section_of_the_settings() {
     let schema: Value = serde_json::from_str(&fs::read_to_string(deploy().join("helm/values.schema.json")).unwrap()).unwrap();
     let names = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
     assert_eq!(names(&schema["properties"]["config"]["properties"]), names(&tree(&deploy().join("byok-gate.yaml"))));
-    // And every value of the chart, so that none is refused that it has.
+    // And every value of the chart, so that it refuses none of its own.
     let values = tree(&deploy().join("helm/values.yaml"));
     let known = names(&schema["properties"]);
     assert!(names(&values).is_subset(&known), "{:?}", names(&values).difference(&known));
@@ -195,13 +195,13 @@ fn every_container_of_ours_is_locked_down() {
     assert_eq!(containers, 5);
 }
 
-/// The binary gets into a tenant's container by its own doing, since its image has no `cp`.
+/// The binary copies itself into a tenant's container, since its image has no `cp`.
 #[tokio::test]
 async fn a_copy_of_the_binary_is_the_binary() {
     let folder = tempfile::tempdir().unwrap();
     let to = folder.path().join("byok-gate");
     let to = to.to_str().unwrap();
-    // An init container may be run again, and finds what it left; or what it left half.
+    // An init container may run again, and finds its own file, whole or half written.
     fs::write(folder.path().join("byok-gate.half"), "half").unwrap();
     for _ in 0..2 {
         let ended = binary::run(&["copy", to], &[]).await;
@@ -233,7 +233,7 @@ async fn the_registry_of_the_page_about_self_hosted_servers_stands() {
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");
 }
 
-/// What a package ships beside the binary: of every command that people see, its flags and its page.
+/// The package's other files: the flags and the manual page of every visible command.
 #[tokio::test]
 async fn completions_and_manual_are_what_the_commands_are() {
     let help = binary::run(&["--help"], &[]).await.stdout;
@@ -255,7 +255,7 @@ async fn completions_and_manual_are_what_the_commands_are() {
     assert!(fs::read_to_string(folder.path().join("byok-gate.1")).unwrap().contains("byok\\-gate\\-serve(1)"));
 }
 
-/// Where numbers are shown, somebody is let in to them, and they are found: settings, port, policy and annotation agree.
+/// Where metrics are served, they can be reached and found: settings, port, policy and annotation agree.
 #[test]
 fn a_service_shows_its_numbers_where_prometheus_may_look() {
     let base = deploy().join("kubernetes");
@@ -276,7 +276,7 @@ fn a_service_shows_its_numbers_where_prometheus_may_look() {
     assert!(ports.contains(&serde_json::json!({"name": "metrics", "containerPort": 9464})), "{ports:?}");
 }
 
-/// Next to a tenant's code: no port, no made-up keys, no override, and no caller but for itself.
+/// Next to a tenant's code: no port, no made-up keys, no override, and no other caller.
 #[test]
 fn a_sidecar_vouches_for_its_own_workspace_alone() {
     let settings = tree(&deploy().join("kubernetes/overlays/sidecar/byok-gate.yaml"));

@@ -1,4 +1,4 @@
-//! Servers that nobody wrote a row for, each with its own way to refuse: the real engine, prober and memory against real sockets.
+//! Servers without a row, each with its own way to refuse: the real engine, prober and cache against real sockets.
 //!
 //! `tests/fixtures/dialects.yaml` says how each server answers and what a decision must make of it. `BYOK_GATE_DIALECTS=FILE` runs another file of the
 //! same form; `BYOK_GATE_CALLS=1` prints what each verdict cost the server in calls.
@@ -64,7 +64,7 @@ struct Dialect {
     limit: Option<Limit>,
     #[serde(default)]
     ban: Option<Ban>,
-    /// The list that a good key got comes to everybody from then on.
+    /// The list that a good key got is served to everybody from then on.
     #[serde(default)]
     list_is_cached: bool,
     /// Several credentials in one request are refused.
@@ -86,7 +86,7 @@ struct Limit {
     answer: Answer,
 }
 
-/// After so many requests with an unknown key everybody gets that.
+/// After this many requests with an unknown key everybody gets that.
 #[derive(Debug, Clone, Deserialize)]
 struct Ban {
     after: usize,
@@ -150,7 +150,7 @@ struct State {
 }
 
 impl State {
-    /// What comes before a key is looked at.
+    /// What comes before the check of the key.
     fn barred(&self, is_wrong: bool, under_way: usize) -> Option<Answer> {
         let Dialect { one_at_a_time, limit, ban, .. } = &self.dialect;
         if let (Some(answer), 1..) = (one_at_a_time, under_way) {
@@ -206,7 +206,7 @@ impl Server {
     /// The calls since the last look, once those on their way have come.
     async fn calls(&self) -> Calls {
         let mut before = *self.calls.lock().unwrap();
-        // A made-up key is asked beside the real one, and nobody waits for its answer where it is not needed.
+        // A made-up key is sent beside the real one, and nobody waits for its answer if it is not needed.
         loop {
             tokio::time::sleep(Duration::from_millis(60)).await;
             let now = *self.calls.lock().unwrap();
@@ -322,7 +322,7 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Respons
     Ok(response.body(Full::from(body)).unwrap())
 }
 
-/// A gate before this server, as a long-running one is.
+/// A long-running gate in front of this server.
 fn gate(dialect: &Dialect, server: &Server) -> (Files, Arc<Engine>) {
     let base = match dialect.protocol.as_str() {
         "openai" => format!("base_url_template: \"http://{}/v1\"", server.address),
@@ -362,7 +362,7 @@ fn said(decided: &Decided) -> String {
     steps.map(|step| step.detail.clone()).collect::<Vec<_>>().join("; ")
 }
 
-/// What one dialect came to: its faults, and what each verdict cost.
+/// The result of one dialect: its faults, and the cost of each verdict.
 async fn run(dialect: Dialect) -> (Vec<String>, String) {
     let mut faults = Vec::new();
     let Expect { good, bad } = dialect.expect.clone();

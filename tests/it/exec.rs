@@ -1,4 +1,4 @@
-//! `byok-gate exec`: what stands in front of a workspace's process, and gets out of its way.
+//! `byok-gate exec`: runs in front of a workspace's process, and then becomes it.
 
 use std::{
     fs,
@@ -89,7 +89,7 @@ async fn an_allowed_workspace_becomes_its_command() {
     let stage = Stage::new().await;
     let flags = ["--model", "acme-large"];
     let ended = stage.run(&flags, &[("ACME_API_KEY", KEY)], "echo \"key $ACME_API_KEY\" | wc -c; exit 10").await;
-    // The command's own exit code, even where it is one of ours; its environment is whole; nothing is added to what it says.
+    // The command's own exit code, even if it is one of ours; its environment is unchanged; nothing is added to its output.
     assert_eq!(ended.status.code(), Some(10), "{ended:?}");
     assert_eq!(ended.stdout.trim(), (KEY.len() + 5).to_string());
     assert_eq!((ended.stderr.as_str(), stage.left().as_str()), ("", ""));
@@ -99,7 +99,7 @@ async fn an_allowed_workspace_becomes_its_command() {
     assert_eq!(stage.run(&[], &environment, "exit 7").await.status.code(), Some(7));
 }
 
-/// A name that the runtime reads and no provider of the registry has is looked at too: it may be the one that is sent.
+/// A name that the runtime reads but no provider of the registry has is read too: it may be the one that is sent.
 #[tokio::test]
 async fn names_that_the_runtime_alone_reads_are_looked_for() {
     let stage = Stage::new().await;
@@ -113,14 +113,14 @@ async fn names_that_the_runtime_alone_reads_are_looked_for() {
         let ended = stage.run(&["--model", "acme-large"], &environment, "exit 0").await;
         assert_eq!(ended.status.code(), Some(exit), "{ended:?}");
     }
-    // And a server says that they are worth sending.
+    // And a server lists them as relevant.
     let flags = stage.files.flags();
     let serving = Serving::start(&flags.iter().map(String::as_str).collect::<Vec<_>>()).await;
     let status = serving.client().await.get_registry_status(pb::GetRegistryStatusRequest {}).await.unwrap().into_inner();
     assert!(status.credential_names.contains(&"AGENTS_OWN_KEY".to_owned()) && status.credential_names.is_sorted());
 }
 
-/// The process becomes CMD: same id, and signals reach CMD with nobody between.
+/// The process becomes CMD: same id, and signals reach CMD directly.
 #[tokio::test]
 async fn signals_reach_the_command_itself() {
     let stage = Stage::new().await;
@@ -164,7 +164,7 @@ async fn a_denied_workspace_never_runs_and_says_why_twice() {
     assert!(!stage.path("ran").exists());
 }
 
-/// What nobody verified is allowed with a word about it.
+/// An unverified key is allowed with a message.
 #[tokio::test]
 async fn an_unverified_allow_is_not_silent() {
     let stage = Stage::new().await;
@@ -187,11 +187,11 @@ async fn mounted_secrets_are_found_by_the_names_that_the_registry_knows() {
     }
     let secrets = stage.text("secrets");
     let flags = ["--model", "acme-large", "--secrets-dir", &secrets];
-    // One line break is not part of the value, and what the registry does not know is not read, sent or warned of.
+    // One line break is not part of the value, and unknown names are not read, sent or warned about.
     let ended = stage.run(&flags, &[], "exit 0").await;
     assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""));
     assert_eq!(stage.vendor.asked_with(KEY), 1);
-    // The command sees its environment, so that is what is judged.
+    // The command sees its environment, so that is checked.
     let ended = stage.run(&flags, &[("ACME_API_KEY", "made-up-dead-key")], "exit 0").await;
     assert_eq!(ended.status.code(), Some(10), "{ended:?}");
     assert_eq!(stage.run(&flags, &[("ACME_API_KEY", " ")], "exit 0").await.status.code(), Some(10));
@@ -201,7 +201,7 @@ async fn mounted_secrets_are_found_by_the_names_that_the_registry_knows() {
     assert!(ended.stderr.contains("MALFORMED_BYOK_CREDENTIAL"), "{}", ended.stderr);
 }
 
-/// What cannot be read is not taken for absent, and does not matter where nothing depends on it.
+/// An unreadable value does not count as absent, and is ignored if nothing depends on it.
 #[tokio::test]
 async fn unreadable_secrets_deny_what_depends_on_them() {
     let stage = Stage::new().await;
@@ -246,7 +246,7 @@ async fn a_server_decides_over_its_socket_and_its_absence_is_no_decision() {
     assert_eq!((body["code"].as_str(), body["retryable"].as_bool()), (Some("DECISION_UNAVAILABLE"), Some(true)));
 }
 
-/// Told to stop while it decides, it stops, and CMD is not run: a process with id 1 would not be ended otherwise.
+/// On a stop signal during the decision it stops, and CMD is not run: a process with id 1 would not end otherwise.
 #[tokio::test]
 async fn a_signal_ends_it_before_the_decision() {
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -254,7 +254,7 @@ async fn a_signal_ends_it_before_the_decision() {
     let server = silent.local_addr().unwrap().to_string();
     let arguments = stage.arguments(&["--model", "acme-large", "--server", &server], "exit 0");
     let mut child = binary::command(&arguments.iter().map(String::as_str).collect::<Vec<_>>(), &[]).spawn().unwrap();
-    // It asks, so it catches signals already.
+    // It has sent its call, so it already catches signals.
     let (_held, _) = timeout(PATIENCE, silent.accept()).await.unwrap().unwrap();
     let id = child.id().unwrap().to_string();
     assert!(Command::new("kill").args(["-TERM", &id]).status().await.unwrap().success());
@@ -278,7 +278,7 @@ async fn a_command_that_cannot_be_run_is_a_fault_that_names_it() {
     }
 }
 
-/// A long list of models would be cut by whoever keeps the log, and then be no JSON any more.
+/// A log collector would truncate a long list of models, and the line would no longer be JSON.
 #[tokio::test]
 async fn the_termination_log_stays_small_enough_to_be_kept_whole() {
     let stage = Stage::new().await;

@@ -1,4 +1,4 @@
-//! What is no LLM key leaves for nobody, and every vendor's own key passes: both for all that the embedded catalogue knows.
+//! A secret that is not an LLM key is never sent, and every vendor's own key is: both for everything in the embedded catalogue.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -56,7 +56,7 @@ fn document(name: &str) -> Document {
     serde_yaml::from_str(&fs::read_to_string(format!("src/core/catalogue/{name}")).unwrap()).unwrap()
 }
 
-/// Letters that say nothing.
+/// Random letters.
 fn letters(kind: Option<&str>, count: usize) -> String {
     let from = match kind {
         Some("hexadecimal") => "3f9ab0c17d2e58",
@@ -87,7 +87,7 @@ fn request(value: &str) -> Request {
 }
 
 /// A value of every kind of the data, under the provider's own variable: at a host of which nothing is known, and at a gateway that takes every
-/// vendor's keys. The listener accepts whatever it gets, so that a value that gets out is seen.
+/// vendor's keys. The listener accepts everything, so that a leaked value is seen.
 #[tokio::test]
 async fn a_canary_of_every_kind_is_seen_by_no_listener() {
     let row = Row { body: r#"{"data": []}"#.into(), ..Row::default() };
@@ -117,13 +117,13 @@ async fn a_canary_of_every_kind_is_seen_by_no_listener() {
             }
         }
         assert_eq!(vendor.connections(), before.1);
-        // The listener is one that would have been asked.
+        // The listener would otherwise have been probed.
         engine.decide(&request("made-up-key-of-acme"), Instant::now() + Duration::from_secs(5)).await;
     }
     assert!(vendor.asked_with("made-up-key-of-acme") > 0);
 }
 
-/// What stands behind a vendor's prefix: all that vendors use, in all lengths that they have.
+/// What follows a vendor's prefix: all forms and lengths that vendors use.
 fn tails() -> Vec<String> {
     let alphabets = ["madeUp0Qz7Kw4", "3f9ab0c17d2e58", "MADEUP3Q7ZK9", "made-Up_0Qz-7Kw_4", "0123456789", "madeUp+Q/z7Kw4"];
     let lengths = [16, 20, 24, 28, 32, 35, 36, 40, 43, 46, 48, 50, 51, 56, 60, 64, 84, 88, 93, 100, 132, 164];
@@ -238,7 +238,7 @@ fn what_is_a_key_at_one_vendors_hosts_passes_there_alone() {
     }
 }
 
-/// Tokens of a login are sent nowhere: not where they would be good, not where nobody knows, and are told as what they are elsewhere.
+/// Login tokens are never sent: neither to their own vendor nor to an unknown one; elsewhere the message names what they are.
 #[test]
 fn a_logins_tokens_are_sent_nowhere() {
     let catalogue = Catalogue::embedded().unwrap().value;

@@ -1,4 +1,4 @@
-//! What a provider is spared: probes in flight, the queue, calls per second, new keys, and an outage's three seconds.
+//! What protects a provider: probes in flight, the queue, calls per second, new keys, and the breaker.
 
 use std::{collections::BTreeMap, num::NonZeroU32, sync::Arc, time::Duration};
 
@@ -74,7 +74,7 @@ const fn count(number: u32) -> NonZeroU32 {
 // === in flight and queue ===
 
 /// A thousand credentials of a thousand tenants in four batches: never more than eight at the vendor, none lost, each with an
-/// answer of its own.
+/// own answer.
 #[tokio::test]
 async fn a_thousand_credentials_in_four_batches() {
     let good = |index: usize| !index.is_multiple_of(3);
@@ -87,7 +87,7 @@ async fn a_thousand_credentials_in_four_batches() {
     let (registry, catalogue) = case::documents(vendor.address.port());
     let prober =
         HttpProber::new(ProbeSettings { allow_loopback_http: true, calibrate: false, ..ProbeSettings::default() }).unwrap();
-    // Nobody is turned away, however busy the machine is.
+    // None is refused, however busy the machine is.
     let queue_time = Duration::from_secs(600);
     let limits = ProviderLimits { in_flight: 8, queue_time, per_second: count(100_000), ..ProviderLimits::default() };
     let cache = Cache::new(Arc::new(ProviderLimiter::new(Arc::new(prober), limits)), CacheSettings::default());
@@ -122,7 +122,7 @@ async fn a_thousand_credentials_in_four_batches() {
     assert!((2..=8).contains(&vendor.most_at_once()), "{} at once", vendor.most_at_once());
 }
 
-/// Asks this often at once, and tells what each was: the verdict, or why it was withheld.
+/// Makes this many calls at once, and returns for each the verdict, or why it was withheld.
 async fn at_once(prober: &ProviderLimiter, times: usize) -> Vec<Result<Verdict, Withheld>> {
     let engine = files().engine();
     let target = Arc::new(crate::model::Asked::about(&engine, 1).target());
@@ -185,7 +185,7 @@ async fn a_provider_that_answers_is_asked_more_at_a_time_up_to_the_ceiling() {
         at_once(&limiter, questions).await;
         assert_eq!(scripted.most_at_once(), most, "of {questions}");
     }
-    // Few at a time say nothing of how many could be.
+    // Few at a time do not show how many are possible.
     let (limiter, scripted) = limited(ProviderLimits::default());
     for _ in 0..100 {
         at_once(&limiter, 3).await;
@@ -204,7 +204,7 @@ async fn each_setback_halves_how_many_are_asked_at_a_time_down_to_the_floor_and_
     for setback in [Verdict::RateLimited, Verdict::ProviderError, Verdict::Timeout] {
         let (limiter, scripted) = limited(ProviderLimits::default());
         at_once(&limiter, 200).await;
-        // A crowd of them at one moment is one.
+        // Many of them at one moment count as one.
         for most in [64, 32, 16, 8, 8] {
             scripted.most_at_once();
             scripted.verdict(setback);
@@ -212,7 +212,7 @@ async fn each_setback_halves_how_many_are_asked_at_a_time_down_to_the_floor_and_
             assert_eq!(scripted.most_at_once(), most, "{setback}");
         }
         scripted.verdict(Verdict::Valid);
-        // What a tenant's own model did is no setback, and neither is a host that cannot be reached: the breaker has that.
+        // A failure of a tenant's own model does not count, nor does an unreachable host: the breaker handles that.
         at_once(&limiter, 8).await;
         for (verdict, about_model) in [(setback, true), (Verdict::Unreachable, false)] {
             scripted.verdict(verdict);
@@ -234,7 +234,7 @@ async fn each_setback_halves_how_many_are_asked_at_a_time_down_to_the_floor_and_
 
 // === a storm ===
 
-/// What a storm came to.
+/// The result of a storm.
 #[derive(Debug)]
 struct Storm {
     tries: f64,
@@ -242,7 +242,7 @@ struct Storm {
     asked: usize,
 }
 
-/// A fleet whose workspaces all start at one moment, and ask again when they are told to.
+/// A fleet whose workspaces all start at once, and retry when they are told to.
 async fn storm(workspaces: usize, credentials: usize, takes: Duration) -> Storm {
     let scripted = Scripted::new(Verdict::Valid);
     scripted.set(|script| script.takes = takes);
@@ -263,7 +263,7 @@ async fn storm(workspaces: usize, credentials: usize, takes: Duration) -> Storm 
                 // The Go client gives a decision 4 s.
                 let decided = engine.decide(&request, Instant::now() + Duration::from_millis(3_900)).await;
                 let Some(denial) = decided.decision.denial() else { return tries };
-                // Or its vendor was being asked when its time was over, and has answered when it comes again.
+                // Or its probe was still running at its deadline, and has a result at its retry.
                 let slow = decided.decision.liveness.as_ref().is_some_and(|liveness| liveness.verdict == Verdict::Timeout);
                 let came_too_early = matches!(withheld(&decided), Some(Withheld::Queue | Withheld::Budget));
                 assert!((came_too_early || slow && takes > Duration::from_secs(1)) && tries < 20, "{decided:?}");
@@ -280,14 +280,14 @@ async fn storm(workspaces: usize, credentials: usize, takes: Duration) -> Storm 
 }
 
 /// A fleet that obeys `retry_after` is decided in little more time than the limits and the vendor's latency need, within two tries on
-/// average, and each credential is asked about once.
+/// average, and each credential is probed once.
 #[tokio::test(start_paused = true)]
 async fn a_fleet_that_obeys_is_decided_within_two_tries_and_near_the_bound() {
     let ms = Duration::from_millis;
     for (workspaces, credentials, takes, tries, over_bound) in [
         (3_000, 2_000, ms(300), 2.0, 1.25),
         (1_000, 1_000, ms(50), 2.0, 1.25),
-        // That a vendor is slow is found out first, and how many it takes at a time grows with each round of its answers.
+        // First it must find out that the vendor is slow; the number in flight grows with each round of its answers.
         (1_500, 1_000, ms(2_000), 4.0, 1.5),
     ] {
         let ProviderLimits { in_flight, per_second, .. } = ProviderLimits::default();
@@ -302,7 +302,7 @@ async fn a_fleet_that_obeys_is_decided_within_two_tries_and_near_the_bound() {
     }
 }
 
-/// All replicas together ask no more than one would; an organization's questions go to one of them.
+/// All replicas together call no more than one would; an organization's calls go to one of them.
 #[test]
 fn replicas_share_the_limits() {
     let mut settings = Settings::default();
@@ -313,13 +313,13 @@ fn replicas_share_the_limits() {
     assert_eq!((limits.in_flight, limits.in_flight_floor, limits.per_second.get()), (13, 2, 20));
     assert_eq!((limits.queue, limits.queue_time), (whole.queue, whole.queue_time));
     assert_eq!(settings.cache_settings().new_keys, NewKeyLimits { per_platform: count(12_000), ..new_keys });
-    // More replicas than there is to share: nobody is left with nothing.
+    // More replicas than shares: each gets at least one.
     settings.server.replicas = count(1_000_000);
     let limits = settings.provider_limits();
     assert_eq!((limits.in_flight, limits.in_flight_floor, limits.per_second.get()), (1, 1, 1));
 }
 
-/// A caller whose time ends in the queue is told that it was our doing, not the provider's.
+/// A caller whose time ends in the queue learns that the gate caused it, not the provider.
 #[tokio::test(start_paused = true)]
 async fn waiting_for_a_turn_is_not_the_providers_timeout() {
     let scripted = Scripted::new(Verdict::Valid);
@@ -373,7 +373,7 @@ async fn an_organization_may_bring_so_many_new_keys_a_minute() {
         let retry_after = refused.decision.denial().unwrap().refusal.retry_after().unwrap().as_secs();
         assert!((seconds - 1..=seconds + 1).contains(&retry_after), "{value}: {retry_after}");
     }
-    // A key that is remembered is not new; another organization has its own count.
+    // A cached key is not new; another organization has its own count.
     assert_eq!(code(&ask(&engine, of("made-up-0", "org-1"), Checkpoint::Create).await), None);
     assert_eq!(code(&ask(&engine, of("made-up-3", "org-2"), Checkpoint::Create).await), None);
     assert_eq!(scripted.asked(), 4);
@@ -403,7 +403,7 @@ async fn a_caller_may_bring_so_many_whatever_the_organizations() {
     assert!(NewKeyLimits::default().per_platform.get() >= 30_000);
 }
 
-/// At CREATE and PROVISION this limit denies, whatever is configured; at UPDATE the policy rules.
+/// At CREATE and PROVISION this limit denies under any configuration; at UPDATE the policy decides.
 #[tokio::test(start_paused = true)]
 async fn no_configuration_makes_a_key_checker_of_the_service() {
     let (engine, _) = with_new_keys(1, 1_000, 1_000);
@@ -444,7 +444,7 @@ async fn an_outage_costs_callers_nothing_once_it_is_known_and_others_nothing_at_
         for index in 0..failures {
             assert_eq!(served_from(&ask(&engine, acme(index), Checkpoint::Create).await), ServedFrom::Probe);
         }
-        // Open: the verdict that opened it, in no time.
+        // Open: the verdict that opened it, at once.
         let (asked, began) = (scripted.asked(), Instant::now());
         for index in 100..200 {
             let decided = ask(&engine, acme(index), Checkpoint::Create).await;
@@ -452,7 +452,7 @@ async fn an_outage_costs_callers_nothing_once_it_is_known_and_others_nothing_at_
             assert_eq!(decided.decision.liveness.as_ref().unwrap().verdict, verdict);
         }
         assert_eq!((scripted.asked(), began.elapsed()), (asked, Duration::ZERO), "{verdict}");
-        // Another provider is asked as ever.
+        // Another provider is probed as usual.
         let other = ask(&engine, spec("beta-1", "BETA_API_KEY", "made-up-b", ""), Checkpoint::Create).await;
         assert_eq!(served_from(&other), ServedFrom::Probe);
         // One probe is let through; while it is on its way the others get the verdict; and it doubles the time, or ends it.
@@ -469,7 +469,7 @@ async fn an_outage_costs_callers_nothing_once_it_is_known_and_others_nothing_at_
     }
 }
 
-/// A tenant's own slow model says nothing of the provider.
+/// A tenant's own slow model says nothing about the provider.
 #[tokio::test(start_paused = true)]
 async fn what_rests_on_a_tenants_model_opens_no_breaker() {
     let (engine, scripted) = with_breaker(Verdict::Timeout);
@@ -479,7 +479,7 @@ async fn what_rests_on_a_tenants_model_opens_no_breaker() {
     }
 }
 
-/// An answer in between starts the count anew.
+/// An answer in between resets the count.
 #[tokio::test(start_paused = true)]
 async fn only_failures_in_a_row_count() {
     let (engine, scripted) = with_breaker(Verdict::Timeout);

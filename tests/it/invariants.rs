@@ -88,7 +88,7 @@ fn evidence(verdict: Verdict, provider: &str, env_name: &str) -> LivenessEvidenc
     }
 }
 
-/// Everything that a row of a credential can be.
+/// Every form of a credential's row.
 const ROWS: [Option<Option<&str>>; 4] = [None, Some(None), Some(Some(" ")), Some(Some("made-up-key"))];
 
 fn credential(name: &str, scope: Scope, row: Option<&str>) -> Credential {
@@ -155,7 +155,7 @@ fn every_request() -> impl Iterator<Item = Request> {
     })
 }
 
-/// INVARIANT (never-flip), and that no other allow is handed out than the contract gives.
+/// INVARIANT (never-flip), and no allow beyond the contract.
 #[test]
 fn never_flip_exhaustively() {
     let mut policy = Policy::default();
@@ -191,7 +191,7 @@ fn never_flip_exhaustively() {
                     assert_eq!(allow.billing_mode(), BillingMode::Byok, "flipped: {request:?}");
                 }
                 if let Grounds::Credential(found) = allow.grounds() {
-                    // An allow that nobody verified says so.
+                    // An unverified allow has a warning.
                     assert!(found == Verdict::Valid || !ruling.warnings.is_empty(), "silent: {request:?}");
                     assert!(!matches!(found, Verdict::Invalid | Verdict::Forbidden), "{request:?}");
                     let values = spec.credentials.iter().filter(
@@ -205,8 +205,7 @@ fn never_flip_exhaustively() {
     assert!(rulings > 4_000_000 && allows > 100_000, "{rulings} rulings, {allows} allows");
 }
 
-/// The policy table, all of it: what each verdict comes to at each checkpoint, under every action of its group, and never more
-/// than one word of configuration away.
+/// The whole policy table: the result of each verdict at each checkpoint, under every action of its group.
 #[test]
 fn the_policy_table() {
     use DenyCode as Code;
@@ -248,7 +247,7 @@ fn the_policy_table() {
                         if let (Some(group), Some(action)) = (group(verdict), action) {
                             policy.set_action(checkpoint, group, action);
                         }
-                        // Other groups and other checkpoints have no say.
+                        // Other groups and other checkpoints have no effect.
                         for other in GROUPS.into_iter().filter(|other| Some(*other) != group(verdict)) {
                             policy.set_action(checkpoint, other, Action::Allow);
                         }
@@ -297,7 +296,7 @@ fn the_policy_table() {
     }
 }
 
-/// VALID has a fact of its own. Among what is judged it would be in doubt, and doubt is a denial whatever the groups' actions are.
+/// VALID has its own variant of `Facts`. As a verdict of `NotValid` it is contradictory, and is denied under any action.
 #[test]
 fn a_valid_among_what_was_judged_does_not_allow() {
     let mut policy = Policy::default();
@@ -316,7 +315,7 @@ fn a_valid_among_what_was_judged_does_not_allow() {
     }
 }
 
-/// A provider's exception ends on its day.
+/// A provider's exception ends on its date.
 #[test]
 fn an_exception_ends() {
     let mut policy = Policy::default();
@@ -328,7 +327,7 @@ fn an_exception_ends() {
 
 // === properties ===
 
-/// Requests around the edge of what is known: names and models from the registry and near it.
+/// Requests at the edge of the known: names and models from the registry and near it.
 fn any_spec() -> impl Strategy<Value = pb::WorkspaceSpec> {
     let names = prop::sample::select(vec![
         "ACME_API_KEY",
@@ -430,7 +429,7 @@ proptest! {
         prop_assert_eq!(rule(snapshot, &request, verdict, false), rule(snapshot, &request, verdict, false));
     }
 
-    /// Without any credential a denial stays one: nothing is gained by having none.
+    /// Without any credential a denial stays a denial.
     #[test]
     fn taking_every_credential_away_turns_no_denial_into_an_allow(request in any_request(), verdict in any_verdict()) {
         let snapshot = &*DEFAULT;

@@ -1,4 +1,4 @@
-//! Nothing of one caller costs another: each attack here was once felt by somebody else.
+//! One caller must not affect another: each attack here once did.
 
 use std::{collections::BTreeMap, fs, num::NonZeroU32, process::Command, sync::Arc, time::Duration};
 
@@ -60,7 +60,7 @@ fn limit(status: &Status) -> String {
     details.quota_failure().unwrap().violations[0].subject.clone()
 }
 
-/// A question about this model, with a key of its own vendor.
+/// A request for this model, with a key of its vendor.
 fn about(model: &str, env_name: &str, key: &str) -> pb::DecideRequest {
     let workspace = BTreeMap::from([(env_name.to_owned(), Some(key.to_owned()))]);
     let spec = Spec { model: model.into(), workspace, ..Spec::default() };
@@ -78,7 +78,7 @@ async fn until(what: &str, mut fits: impl FnMut() -> bool) {
 
 // === places ===
 
-/// A vendor that hangs has its share of the places; who asks another, and who asks nobody, goes on.
+/// A hanging vendor takes only its share of the slots; calls for other vendors, and calls without a probe, go on.
 #[tokio::test]
 async fn a_vendor_that_hangs_takes_no_more_than_its_share() {
     let held = Held::new(false);
@@ -100,7 +100,7 @@ async fn a_vendor_that_hangs_takes_no_more_than_its_share() {
         assert_eq!(limit(&status), "limits.decisions_per_provider");
     }
     assert_eq!(held.asked(), 4);
-    // Nobody has to be asked about the platform's own model, nor about one without a credential.
+    // The platform's own model needs no probe, nor does a missing credential.
     let mut other = client.clone();
     assert!(is_allow(&other.decide(about("platform-small", "ACME_API_KEY", "made-up")).await.unwrap().into_inner()));
     assert!(!is_allow(&other.decide(about("acme-large", "OTHER", "made-up")).await.unwrap().into_inner()));
@@ -113,7 +113,7 @@ async fn a_vendor_that_hangs_takes_no_more_than_its_share() {
     }
 }
 
-/// Batches whose results nobody reads end at their deadline, and hold nothing after it.
+/// Batches with unread results end at their deadline, and hold nothing after it.
 #[tokio::test]
 async fn a_batch_that_nobody_reads_holds_no_place_after_its_deadline() {
     let (registry, catalogue) = case::documents(1);
@@ -155,7 +155,7 @@ async fn a_batch_that_nobody_reads_holds_no_place_after_its_deadline() {
     ));
 }
 
-/// An honest client whose calls all reach their deadline at once resets their streams together. That is no attack.
+/// A client whose calls all reach their deadline at once resets their streams together. That is not an attack.
 #[tokio::test]
 async fn a_thousand_deadlines_at_once_keep_the_connection() {
     let edge = Edge::start(settings(), Held::new(true).engine()).await;
@@ -206,7 +206,7 @@ async fn unfinished_health_checks_are_few_and_end() {
     for _ in 0..4 {
         open.push(tokio::spawn(sender.send_request(unfinished(CHECK, &[]))));
     }
-    // The fifth is told at once; the platform, which is known, is not concerned.
+    // The fifth is refused at once; the known platform is not affected.
     let refused = sender.send_request(unfinished(CHECK, &[])).await.unwrap();
     let refused = Status::from_header_map(refused.headers()).unwrap();
     assert_eq!(limit(&refused), "limits.unknown_calls");
@@ -220,7 +220,7 @@ async fn unfinished_health_checks_are_few_and_end() {
     HealthClient::new(edge.plain().await).check(HealthCheckRequest::default()).await.unwrap();
 }
 
-/// What is being read of all calls has one limit, and a far lower one where nobody knows the caller.
+/// Bytes being read have one limit over all calls, and a far lower one for unknown callers.
 #[tokio::test]
 async fn bytes_that_are_being_read_are_limited_over_all_connections() {
     let folder = tempfile::tempdir().unwrap();
@@ -245,7 +245,7 @@ async fn bytes_that_are_being_read_are_limited_over_all_connections() {
             assert_eq!(limit(&refused), "limits.request_bytes", "{path}");
         }
     }
-    // What was given up is given back.
+    // Bytes of abandoned calls are released.
     let mut known = Request::new(decide("made-up-key"));
     known.metadata_mut().insert("authorization", TOKEN[0].1.parse().unwrap());
     assert!(is_allow(&client(edge.plain().await).decide(known).await.unwrap().into_inner()));
@@ -275,7 +275,7 @@ async fn health_watches_are_few_and_their_places_come_back() {
     again.await.unwrap();
 }
 
-/// Connections that say nothing, or half a greeting, make room for those of callers.
+/// Connections that send nothing, or half a preface, make room for those of callers.
 #[tokio::test]
 async fn idle_connections_make_room_for_the_platforms() {
     let mut settings = settings();
@@ -294,7 +294,7 @@ async fn idle_connections_make_room_for_the_platforms() {
     }
     let mut platform = client(edge.plain().await);
     assert!(is_allow(&platform.decide(decide("made-up-key")).await.unwrap().into_inner()));
-    // More of them do not push out who is known.
+    // More of them do not push out known callers.
     let held = raw(edge.tcp()).await;
     for _ in 0..30 {
         idle.push(TcpStream::connect(edge.tcp()).await.unwrap());
@@ -303,8 +303,7 @@ async fn idle_connections_make_room_for_the_platforms() {
     drop(held);
 }
 
-/// A connection that has been without a call for long enough is closed, and so is one that is old: both are told so, and what is under
-/// way is finished.
+/// Idle connections are closed, and so are old ones: both get a GOAWAY, and calls in flight finish.
 #[tokio::test]
 async fn idle_and_old_connections_end() {
     let mut settings = settings();
@@ -331,7 +330,7 @@ async fn idle_and_old_connections_end() {
 
 // === callers that are taken off the list ===
 
-/// The next call of a caller that was taken off the list is refused, on the connection that it has.
+/// The next call of a caller that was removed from the list is refused, on its open connection.
 #[tokio::test]
 async fn a_standing_connection_outlives_no_caller() {
     let folder = tempfile::tempdir().unwrap();
@@ -373,7 +372,7 @@ async fn a_standing_connection_outlives_no_caller() {
     assert_eq!(standing.decide(decide("made-up-key")).await.unwrap_err().code(), Code::PermissionDenied);
 }
 
-/// A configuration that lost what it held opens nothing; a word is needed for that, and is heard.
+/// A truncated configuration lets nobody in; only the word `anyone` does, and that is logged.
 #[tokio::test]
 async fn an_emptied_configuration_opens_nothing() {
     let (registry, catalogue) = case::documents(1);
@@ -391,12 +390,12 @@ async fn an_emptied_configuration_opens_nothing() {
     fs::write(&config, "").unwrap();
     assert!(serving.until("reload_failed").await["fault"].as_str().unwrap().contains("is empty"), "emptied in place");
     assert_eq!(ask().await.unwrap_err(), Code::PermissionDenied);
-    // Cut off behind its first line.
+    // Truncated after its first line.
     fs::write(&config, "operator_overrides: refuse\n").unwrap();
     let faults = |said: &str| said.contains("callers.unix_peers") && said.contains("anyone");
     serving.until_fits("the list is missed", |event| event["event"] == "reload_failed" && faults(&event.to_string())).await;
     assert_eq!(ask().await.unwrap_err(), Code::PermissionDenied);
-    // Meant, and loud.
+    // Intended, and logged.
     fs::write(&config, "callers: {unix_peers: anyone}\n").unwrap();
     let is_loosened = |setting: &'static str| {
         move |event: &serde_json::Value| {
@@ -411,8 +410,7 @@ async fn an_emptied_configuration_opens_nothing() {
     assert!(serving.ended().await.status.success());
 }
 
-/// Another caller in the place of the only one: who may call no more is named. And what only a restart takes is told once, and when it is taken
-/// back.
+/// Another caller replaces the only one: the removed one is named. A setting that needs a restart is logged once, and when it is restored.
 #[tokio::test]
 async fn who_is_taken_off_and_what_waits_for_a_restart_is_named() {
     let (registry, catalogue) = case::documents(1);
@@ -436,7 +434,7 @@ async fn who_is_taken_off_and_what_waits_for_a_restart_is_named() {
 
 // === files that never end ===
 
-/// Without a descriptor for a connection nobody is asked, and that is our own lack: the tenant is told to come again, and nothing is held against
+/// Without a descriptor for a connection no probe is sent. That is our own fault: the tenant is told to retry, and it does not count against
 /// the provider or the key.
 #[cfg(target_os = "linux")]
 #[tokio::test]
@@ -467,7 +465,7 @@ async fn a_lack_of_descriptors_is_no_fault_of_the_providers() {
     assert!(!ended.stdout.contains("breaker_opened"), "{ended:?}");
 }
 
-/// A token that is taken out of its file, or misspelt there, is told as any other caller is, by its line and never by what it is.
+/// A token that is removed from its file, or misspelt there, is reported like any other caller, by its line and never by its value.
 #[tokio::test]
 async fn a_token_that_is_taken_out_is_told() {
     let (registry, catalogue) = case::documents(1);
@@ -487,7 +485,7 @@ async fn a_token_that_is_taken_out_is_told() {
     assert!(!ended.stdout.contains(one) && !ended.stdout.contains(other), "{ended:?}");
 }
 
-/// A registry that has become a pipe is a fault like any other, and nothing that it holds up ends the reload or the process.
+/// A registry that has become a pipe is a fault like any other, and does not block the reload or the process.
 #[tokio::test]
 async fn a_pipe_in_a_files_place_holds_nothing_up() {
     let (registry, catalogue) = case::documents(1);
@@ -523,7 +521,7 @@ async fn a_pipe_in_a_files_place_holds_nothing_up() {
 
 // === keys ===
 
-/// A vendor whose front ends the connection over long headers, as common ones do, and which accepts every other key.
+/// A vendor whose front end closes connections with long headers, as common ones do, and which accepts every other key.
 struct Front;
 
 impl Prober for Front {
@@ -547,7 +545,7 @@ async fn verdict(engine: &Engine, organization: &str, key: &str) -> (bool, Optio
     (decided.decision.denial().is_none(), decided.decision.liveness.map(|liveness| liveness.verdict))
 }
 
-/// Long keys of one organization, which make the vendor's front end every connection that they travel on, cost nobody else a workspace.
+/// Long keys of one organization, which make the vendor's front end close their connections, do not affect other organizations.
 #[tokio::test(start_paused = true)]
 async fn a_flood_of_long_keys_costs_nobody_else_a_workspace() {
     let many = NonZeroU32::new(1_000_000).unwrap();
@@ -563,7 +561,7 @@ async fn a_flood_of_long_keys_costs_nobody_else_a_workspace() {
     assert_eq!(allowed, 723);
 }
 
-/// New keys that meet an open breaker are new keys all the same: a list of them is not tried for free.
+/// New keys count as new even while the breaker is open: nobody can try a list of them for free.
 #[tokio::test(start_paused = true)]
 async fn keys_that_meet_an_open_breaker_are_counted() {
     let scripted = Scripted::new(Verdict::Unreachable);
@@ -582,7 +580,7 @@ async fn keys_that_meet_an_open_breaker_are_counted() {
     assert_eq!(heard, BTreeMap::from([("UNREACHABLE", 20), ("NOT_ATTEMPTED", 80)]));
 }
 
-/// A trial that tells nothing of the vendor, because a tenant's model was slow or nothing was asked, leaves the next one free to try.
+/// If a trial says nothing about the vendor, because a tenant's model was slow or no probe was sent, the next caller may try.
 #[tokio::test(start_paused = true)]
 async fn a_trial_that_tells_nothing_is_followed_by_another() {
     for tells_nothing in [Finding { about_model: true, ..Finding::bare(Verdict::Timeout) }, Finding::bare(Verdict::NotAttempted)]
@@ -624,12 +622,12 @@ pub(crate) async fn raw_connection(edge: &Edge) -> (Streaming, std::net::TcpStre
 
 type Unfinished = http::Request<http_body_util::combinators::BoxBody<bytes::Bytes, std::convert::Infallible>>;
 
-/// A call whose message does not come.
+/// A call whose message never comes.
 fn unfinished(path: &str, headers: &[(&str, &str)]) -> Unfinished {
     partly(path, headers, 1)
 }
 
-/// A call of which so many bytes come, and then no more.
+/// A call that stops after this many bytes.
 pub(crate) fn partly(path: &str, headers: &[(&str, &str)], bytes: usize) -> Unfinished {
     let mut part = vec![0, 0, 0, 0xf0, 0];
     part.resize(5 + bytes, b'x');

@@ -1,4 +1,4 @@
-//! Every decision leaves one event, whatever its names hold and whoever reads the log.
+//! Every decision writes one event, with any names and any reader of the log.
 
 use std::{collections::BTreeMap, process::Stdio};
 use strum::VariantArray;
@@ -31,7 +31,7 @@ use crate::support::{
 
 const DECIDE: &str = "/byokgate.v1.PolicyDecisionService/Decide";
 
-/// A workspace whose model the platform pays for.
+/// A workspace with a platform-billed model.
 fn platform(workspace_id: &str) -> pb::DecideRequest {
     let spec = Spec { model: "platform/acme-large".into(), workspace_id: workspace_id.into(), ..Spec::default() };
     pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: pb::Checkpoint::Create as i32, ..Default::default() }
@@ -61,7 +61,7 @@ async fn log_of(serving: Serving) -> String {
     ended.stdout
 }
 
-/// The event of an answer, as the answer has it.
+/// The expected event of an answer.
 fn expected(request: &pb::DecideRequest, response: &pb::DecideResponse) -> Value {
     let Answered::Decision(record, _) = Answered::decision(response) else { panic!("{response:?}") };
     let Record { decision, code, provider, billing_mode, source, credential_env, credential_scope, .. } = *record;
@@ -133,7 +133,7 @@ async fn compared(name: String, case: Case) -> usize {
         seen.remove("timestamp").unwrap();
         seen.remove("duration_us").unwrap();
         assert_eq!(seen.remove("age_ms").is_some(), seen.contains_key("served_from"), "{name}");
-        // What the answer does not tell: why.
+        // What the answer lacks: the reason.
         let mut take = |field| seen.remove(field).map_or_else(String::new, |word| word.as_str().unwrap().to_owned());
         let [header, cause, unreached, withheld, made_up, now] =
             ["header", "cause", "unreached", "withheld", "made_up_keys", "verdict_now"].map(&mut take);
@@ -216,7 +216,7 @@ async fn a_provider_that_is_down_is_told_by_its_cause() {
     }
 }
 
-/// Names that would break a line, or move a terminal's cursor, are refused; and the refusal's own line does not hold them.
+/// Names that would break a line, or move a terminal's cursor, are refused; and the refusal's own line does not contain them.
 #[tokio::test]
 async fn no_name_forges_a_line() {
     let files = files(None).await;
@@ -255,7 +255,7 @@ async fn no_name_forges_a_line() {
     assert!(told.len() as u64 - 1 + refused <= 25, "{told:?}");
 }
 
-/// A call without a decision leaves an event too, with whom it was about as far as that was understood.
+/// A call without a decision writes an event too, with its workspace as far as it was decoded.
 #[tokio::test]
 async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     let config = "limits: {decisions: 1, decisions_waiting: 0}\nprobe: {budget: 10s}\n";
@@ -264,7 +264,7 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     let files = Files::new(&registry, &catalogue, Some(config));
     let serving = serving(&files, &[]).await;
     let mut client = serving.client().await;
-    // Of a caller that leaves.
+    // A caller that hangs up.
     let workspace = BTreeMap::from([("ACME_API_KEY".to_owned(), Some("made-up-key".to_owned()))]);
     let spec = Spec { model: "acme-large".into(), workspace_id: "left".into(), workspace, ..Spec::default() };
     let held = pb::DecideRequest {
@@ -284,15 +284,15 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     })
     .await
     .unwrap();
-    // Of one too many.
+    // One call too many.
     let mut late = held.clone();
     late.workspace_spec.as_mut().unwrap().workspace_id = "late".into();
     assert_eq!(client.decide(late).await.unwrap_err().code(), Code::ResourceExhausted);
-    // Who asks nobody needs no place.
+    // A call without a probe needs no slot.
     assert!(client.decide(missing("at once")).await.is_ok());
     leaving.abort();
     assert!(leaving.await.unwrap_err().is_cancelled());
-    // Of bad input, of a message that is none, and of a time that is over before it begins.
+    // Bad input, an undecodable message, and an expired deadline.
     assert_eq!(client.decide(pb::DecideRequest::default()).await.unwrap_err().code(), Code::InvalidArgument);
     let only_asked = pb::DecideRequest { report_only: true, checkpoint: 77, ..Default::default() };
     assert_eq!(client.decide(only_asked).await.unwrap_err().code(), Code::InvalidArgument);
@@ -318,7 +318,7 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     assert_eq!(told.len(), 7, "{told:?}");
 }
 
-/// Plain allows may be left out; what somebody may have to look up never is.
+/// Plain allows may be left out; nothing else is.
 #[tokio::test]
 async fn sampling_leaves_out_plain_allows_alone() {
     let files = files(Some("log: {plain_allow_ratio: 0.0}\nexempt_runtimes: [bare]\n")).await;
@@ -336,8 +336,8 @@ async fn sampling_leaves_out_plain_allows_alone() {
     assert_eq!(ids, ["denied", "exempt"]);
 }
 
-/// Nobody reads standard output: the pipe is full, then the buffer. Decisions go on, and so does the way out; what was lost is
-/// told to whoever reads again.
+/// Nobody reads standard output: the pipe is full, then the buffer. Decisions go on, and so does the shutdown; the number of lost lines is
+/// logged for the next reader.
 #[tokio::test]
 async fn a_blocked_stdout_stops_nothing() {
     let files = files(None).await;
@@ -365,7 +365,7 @@ async fn a_blocked_stdout_stops_nothing() {
         }
     }
     assert_eq!(answered, 40 * 256);
-    // Somebody reads again.
+    // The reader is back.
     let mut log = String::new();
     let reading = async {
         loop {
@@ -379,7 +379,7 @@ async fn a_blocked_stdout_stops_nothing() {
     };
     let lost = timeout(PATIENCE, reading).await.unwrap();
     assert_eq!(told(&log).len() as u64 + lost, answered);
-    // And nobody again, for ever: it leaves all the same.
+    // And gone for good: the process still stops.
     for _ in 0..2 {
         let requests = vec![missing("blocked"); 256];
         let mut answers = client.batch_decide(pb::BatchDecideRequest { requests }).await.unwrap().into_inner();
@@ -393,7 +393,7 @@ async fn a_blocked_stdout_stops_nothing() {
     stdout.read_to_end(&mut rest).await.unwrap();
 }
 
-/// A command's decision is in its log as well, where that is asked for.
+/// A command's decision is in its log as well, if requested.
 #[tokio::test]
 async fn a_command_leaves_the_event_too() {
     let files = files(None).await;

@@ -1,4 +1,4 @@
-//! Each limit: refused at once, by name, and nobody else harmed. Deadlines, roles and hostile peers.
+//! Each limit: refused at once, by name, without effect on others. Deadlines, roles and hostile peers.
 
 use std::{convert::Infallible, net::SocketAddr, num::NonZeroU32, time::Duration};
 
@@ -32,7 +32,7 @@ fn fields(status: &Status) -> Vec<String> {
     details.bad_request().unwrap().field_violations.iter().map(|violation| violation.field.clone()).collect()
 }
 
-/// Three times as many calls as there are places: the rest is refused by name, health answers, what was taken is answered, and
+/// Three times as many calls as slots: the rest is refused by name, health answers, accepted calls are answered, and
 /// then all is as before.
 #[tokio::test]
 async fn past_the_limit_of_decisions_calls_are_refused_and_the_taken_ones_answered() {
@@ -49,7 +49,7 @@ async fn past_the_limit_of_decisions_calls_are_refused_and_the_taken_ones_answer
         calls.spawn(async move { client.decide(decide(&format!("made-up-key-{index}"))).await });
     }
     let mut refused = 0;
-    // The refusals come while every place is taken: nobody has answered yet.
+    // The refusals come while every slot is taken: no probe has ended yet.
     while refused < 16 {
         let status = calls.join_next().await.unwrap().unwrap().unwrap_err();
         assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
@@ -122,7 +122,7 @@ async fn messages_and_fields_have_limits_that_are_named() {
     assert_eq!(fields(&client.resolve_provider(names).await.unwrap_err()), ["credential_names"]);
 }
 
-/// What is no message, or a compressed one, is never a decision.
+/// A malformed or compressed message never gets a decision.
 #[tokio::test]
 async fn undecodable_and_compressed_requests_are_refused() {
     let edge = Edge::start(settings(), Held::new(true).engine()).await;
@@ -136,13 +136,13 @@ async fn undecodable_and_compressed_requests_are_refused() {
     bad[at] = 0xff;
     assert_eq!(code_of(&mut sender, grpc(DECIDE, &[], &bad)).await, Code::InvalidArgument);
     assert_eq!(code_of(&mut sender, grpc(DECIDE, &[("grpc-encoding", "gzip")], &message)).await, Code::Unimplemented);
-    // Framed wrong: cut off, no message at all, a flag that does not exist. Bad input, and no fault of ours.
+    // Wrong framing: truncated, no message at all, an unknown flag. Bad input, not our fault.
     for body in [&b"\0\0\0\0\x09ab"[..], b"", b"\x07\0\0\0\0"] {
         let mut request = grpc(DECIDE, &[], b"");
         *request.body_mut() = Full::from(Bytes::copy_from_slice(body));
         assert_eq!(code_of(&mut sender, request).await, Code::InvalidArgument, "{body:?}");
     }
-    // Another content type is no gRPC.
+    // Another content type is not gRPC.
     for (kind, expect) in [
         ("application/grpc", 200),
         ("application/grpc+proto", 200),
@@ -189,7 +189,7 @@ async fn every_grpc_timeout_has_a_defined_end_and_it_is_deadline_exceeded() {
         let message = decide(&format!("made-up-{timeout}")).encode_to_vec();
         assert_eq!(code_of(&mut sender, grpc(DECIDE, &[("grpc-timeout", timeout)], &message)).await, expect, "{timeout}");
     }
-    // A body that does not come is no way to hold a call.
+    // A missing body cannot keep a call open.
     assert_eq!(code_of_a_body_without_end(edge.tcp()).await, Code::DeadlineExceeded);
 }
 
@@ -204,7 +204,7 @@ async fn code_of_a_body_without_end(address: SocketAddr) -> Code {
     Code::from_bytes(response.headers()["grpc-status"].as_bytes())
 }
 
-/// A workspace asks for itself, at PROVISION, without an override, and not often.
+/// A workspace may call for itself, at PROVISION, without an override, and not often.
 #[tokio::test]
 async fn a_workspace_vouches_for_nobody_but_itself() {
     let folder = tempfile::tempdir().unwrap();
@@ -296,7 +296,7 @@ async fn streams_and_headers_are_limited_by_what_the_server_announces() {
     const MAX_CONCURRENT_STREAMS: u16 = 3;
     const MAX_HEADER_LIST_SIZE: u16 = 6;
     assert_eq!((value(MAX_CONCURRENT_STREAMS), value(MAX_HEADER_LIST_SIZE)), (7, 9000));
-    // And it holds to it.
+    // And it enforces it.
     let mut sender = raw(edge.tcp()).await;
     let long = "x".repeat(10_000);
     let refused = sender.send_request(grpc(DECIDE, &[("x-long", &long)], &[])).await.unwrap();
@@ -304,7 +304,7 @@ async fn streams_and_headers_are_limited_by_what_the_server_announces() {
     assert_eq!(code_of(&mut sender, grpc(DECIDE, &[], &decide("made-up-key").encode_to_vec())).await, Code::Ok);
 }
 
-/// Whoever does not speak HTTP/2, or not in time, is gone; whoever opens and resets streams for ever ends its own connection.
+/// A peer that does not speak HTTP/2, or not in time, is disconnected; so is one that opens and resets streams forever.
 #[tokio::test]
 async fn hostile_connections_end_and_the_server_goes_on() {
     let mut settings = settings();
@@ -320,7 +320,7 @@ async fn hostile_connections_end_and_the_server_goes_on() {
         let mut said = Vec::new();
         // The end, or a reset where words were left unread.
         drop(stream.read_to_end(&mut said).await);
-        // A word about what the port is, at most.
+        // At most a message about the port.
         assert!(said.starts_with(answer) && said.is_empty() == answer.is_empty() && said.len() < 200, "{words:?}: {said:?}");
     }
     let mut rapid = TcpStream::connect(edge.tcp()).await.unwrap();
@@ -346,8 +346,8 @@ async fn hostile_connections_end_and_the_server_goes_on() {
     assert!(is_allow(&client.decide(decide("made-up-key")).await.unwrap().into_inner()));
 }
 
-/// Who wants an answer to each frame and reads none is no longer read from, and who never ends its headers is cut off: nobody makes
-/// the server hold more than sockets do.
+/// A peer that requests answers and reads none is no longer read from, and one that never ends its headers is disconnected: neither makes
+/// the server buffer more than the sockets do.
 #[tokio::test]
 async fn floods_of_frames_are_not_taken_in() {
     /// More than the sockets of both ends hold.
@@ -379,8 +379,7 @@ async fn floods_of_frames_are_not_taken_in() {
     }
 }
 
-/// A process with few descriptors takes fewer connections, and says so: those that wait make room, and the rest of the work has what it
-/// needs.
+/// A process with few descriptors accepts fewer connections, and logs it: idle ones make room, and the rest of the work has what it needs.
 #[tokio::test]
 async fn connections_leave_descriptors_for_the_rest_of_the_work() {
     const DESCRIPTORS: usize = 48;
@@ -391,7 +390,7 @@ async fn connections_leave_descriptors_for_the_rest_of_the_work() {
     }
     for _ in 0..3 {
         let mut late = server.client().await;
-        // Whoever is not accepted waits for ever.
+        // A connection that is not accepted waits forever.
         timeout(PATIENCE, late.get_registry_status(pb::GetRegistryStatusRequest {})).await.unwrap().unwrap();
     }
     server.terminate().await;

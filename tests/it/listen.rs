@@ -1,4 +1,4 @@
-//! Sockets: what they may replace, who may reach them, and where nothing is served in the clear.
+//! Sockets: what they may replace, who may reach them, and where plain text is refused.
 
 use std::{
     fs,
@@ -47,7 +47,7 @@ async fn a_socket_has_its_rights_and_replaces_nothing_but_a_stale_socket() {
     let path = folder.path().join("gate.sock");
     let mut settings = settings();
     settings.server.listen = vec![format!("unix:{}", path.display())];
-    // A file that somebody put there by mistake is not ours to remove.
+    // A regular file in its place is not removed.
     fs::write(&path, "precious").unwrap();
     let fault = Bound::open(settings.edge()).await.map(drop).unwrap_err();
     assert!(matches!(&fault, ServerError::Listen { source, .. } if source.to_string().contains("not a socket")), "{fault:?}");
@@ -64,7 +64,7 @@ async fn a_socket_has_its_rights_and_replaces_nothing_but_a_stale_socket() {
         let found = fs::symlink_metadata(&path).unwrap();
         assert!(found.file_type().is_socket());
         assert_eq!(found.permissions().mode() & 0o777, u32::from_str_radix(mode, 8).unwrap());
-        // Its place was taken by another server's: that one's stays.
+        // Another server has replaced it: that one's stays.
         drop(fs::remove_file(&path));
         let other = UnixListener::bind(&path).unwrap();
         drop(bound);
@@ -92,7 +92,7 @@ async fn beyond_loopback_something_must_be_said() {
     assert!(Bound::open(settings.edge()).await.is_ok());
 }
 
-/// The commands that ask a server reach it over a socket as well.
+/// The commands that call a server reach it over a socket as well.
 #[tokio::test]
 async fn health_and_decide_ask_over_a_socket() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,4 @@
-//! What is remembered of a credential, for how long, and what it costs a provider. Time is paused and moved.
+//! What is cached of a credential, for how long, and what it costs a provider. Time is paused and moved.
 
 use std::{collections::BTreeMap, future::poll_fn, sync::Arc, task::Poll, time::Duration};
 
@@ -25,7 +25,7 @@ struct Bench {
     prober: Arc<Scripted>,
 }
 
-/// What one call came to.
+/// The result of one call.
 #[derive(Debug, PartialEq)]
 struct Told {
     code: Option<DenyCode>,
@@ -83,7 +83,7 @@ fn secs(seconds: f64) -> Duration {
     Duration::from_secs_f64(seconds)
 }
 
-/// Each verdict is asked for again after its age, and not a fifth before it.
+/// Each verdict is probed again after its lifetime, and not more than a fifth before it.
 #[tokio::test(start_paused = true)]
 async fn every_verdict_has_its_age() {
     for (verdict, age) in [
@@ -117,7 +117,7 @@ async fn a_valid_that_cost_money_is_asked_for_rarely() {
     assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Cache));
     advance(secs(62.0)).await;
     assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Probe));
-    // A caller's own age is not taken for less than a minute.
+    // A caller's own age counts as a minute at least.
     advance(secs(59.0)).await;
     assert_eq!(bench.fresh().await, allowed(ServedFrom::Cache));
     advance(secs(2.0)).await;
@@ -139,7 +139,7 @@ async fn retry_after_is_kept_within_bounds() {
     }
 }
 
-/// A caller that wants a fresh observation gets one, at most once a second.
+/// A caller that wants a fresh result gets one, at most once a second.
 #[tokio::test(start_paused = true)]
 async fn a_callers_age_is_honoured_down_to_a_second() {
     let bench = Bench::new(Verdict::Valid);
@@ -218,7 +218,7 @@ async fn a_refusal_by_a_completion_ends_the_bridge_too() {
     assert_eq!(bench.at(Checkpoint::Provision).await.code, Some(DenyCode::ByokProviderUnreachable));
 }
 
-/// A "yes" that rests on the model is remembered for that model, and bridges an outage as any other.
+/// A "yes" that depends on the model is cached for that model, and bridges an outage like any other.
 #[tokio::test(start_paused = true)]
 async fn a_completions_yes_is_remembered_and_bridges_an_outage() {
     let bench = Bench::new(Verdict::Valid);
@@ -242,7 +242,7 @@ async fn a_rotated_value_is_asked_about_itself() {
     assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Cache));
 }
 
-/// A caller whose deadline is shorter than the provider's answer gets TIMEOUT; the answer is remembered all the same.
+/// A caller whose deadline is shorter than the provider's answer gets TIMEOUT; the answer is still cached.
 #[tokio::test(start_paused = true)]
 async fn short_deadlines_do_not_starve_the_memory() {
     let bench = Bench::new(Verdict::Valid);
@@ -257,7 +257,7 @@ async fn short_deadlines_do_not_starve_the_memory() {
     assert_eq!(bench.prober.asked(), 1);
 }
 
-/// A caller that hangs up does not end the probe, at whatever point it does.
+/// A caller that hangs up does not end the probe, at any point.
 #[tokio::test(start_paused = true)]
 async fn a_caller_that_hangs_up_does_not_end_the_probe() {
     for polls in 0..4 {
@@ -290,7 +290,7 @@ async fn a_panicking_probe_is_not_remembered() {
     assert_eq!(bench.at(Checkpoint::Create).await, allowed(ServedFrom::Probe));
 }
 
-/// Entries that were made together do not end together.
+/// Entries that were made together do not expire together.
 #[tokio::test(start_paused = true)]
 async fn ages_are_spread() {
     let bench = Bench::new(Verdict::Valid);

@@ -1,4 +1,4 @@
-//! What finds a wrong base URL, a row that nobody is asked by, and a vendor that has changed: `check`, `check --probe`, `catalogue verify`.
+//! Commands that find a wrong base URL, an unused row, and a vendor that has changed: `check`, `check --probe`, `catalogue verify`.
 
 use serde_json::{Value, json};
 
@@ -18,7 +18,7 @@ async fn ask(files: &Files, arguments: &[&str]) -> Ended {
     run(&[arguments, &flags.iter().map(String::as_str).collect::<Vec<_>>()].concat(), &[]).await
 }
 
-/// Each provider is asked once, without a key; a page on every path is a wrong base URL.
+/// Each provider is called once, without a key; a page on every path is a wrong base URL.
 #[tokio::test]
 async fn check_probe_finds_a_base_url_without_an_api() {
     let refused = r#"{"error": {"code": "missing"}}"#;
@@ -63,7 +63,7 @@ async fn check_tells_of_rows_that_nobody_is_asked_by_and_that_have_grown_old() {
     }
     assert_eq!(ended.stdout.matches("matches no provider").count(), 2, "{}", ended.stdout);
     assert_eq!(ask(&files, &["check", "--strict"]).await.status.code(), Some(3));
-    // Growing old is no mistake of a document.
+    // An old document is not invalid.
     let aged = catalogue.replacen("key_shapes:", "  - {host: \"127.0.0.1:1\", vendor: gone, since: 2019-01-01}\nkey_shapes:", 1);
     let ended = ask(&Files::new(&registry, &aged, None), &["check", "--strict"]).await;
     let line = ended.stdout.lines().find(|line| line.contains("hosts.127.0.0.1:1")).unwrap();
@@ -84,7 +84,7 @@ async fn a_provider_that_may_not_be_dialled_is_told_before_a_tenant_meets_it() {
     assert!(warnings.any(|event| event["level"] == "WARN" && event["message"].as_str().unwrap().contains(told)));
 }
 
-/// A value that is wrong hides no file that is missing, and no listener that would be refused.
+/// A wrong value does not hide a missing file, nor a listener that would be refused.
 #[tokio::test]
 async fn check_tells_all_of_it_in_one_round() {
     let (registry, catalogue) = case::documents(1);
@@ -96,7 +96,7 @@ async fn check_tells_all_of_it_in_one_round() {
     for words in ["log.plain_allow_ratio", "cache.valid", "192.0.2.1:50051", "/nowhere/tokens", "providers.nobodys"] {
         assert!(ended.stdout.lines().any(|line| line.starts_with("error: ") && line.contains(words)), "{words} in {ended:?}");
     }
-    // Of what the edge's own faults make of it nothing is said that may not be so.
+    // Nothing is reported that depends on other faults.
     let config = "server: {listen: ['192.0.2.1:50051']}\ntls: {certificate: [1]}\n";
     let ended = ask(&Files::new(&registry, &catalogue, Some(config)), &["check"]).await;
     assert!(ended.stdout.contains("tls.certificate") && !ended.stdout.contains("192.0.2.1:50051"), "{ended:?}");
@@ -137,7 +137,7 @@ async fn verify_finds_drift_with_made_up_keys_alone() {
     let (registry, catalogue) = case::documents(1);
     let files = Files::new(&registry, &catalogue, None);
     assert_eq!(ask(&files, &["catalogue", "verify", "--provider", "nobody"]).await.status.code(), Some(2));
-    // What cannot be reached tells nothing.
+    // An unreachable host proves nothing.
     let ended = ask(&files, &["catalogue", "verify", "--provider", "gone", "--pause", "0"]).await;
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");
     assert!(ended.stdout.contains("NO_ANSWER"), "{ended:?}");

@@ -1,4 +1,4 @@
-//! Each number moves when its event happens, none was there before it, and nobody's names make series.
+//! Each metric moves with its event, is absent before it, and no caller's name makes a series.
 
 use std::{collections::BTreeSet, fs, sync::Arc, time::Duration};
 
@@ -69,7 +69,7 @@ fn client(channel: tonic::transport::Channel) -> PolicyDecisionServiceClient<ton
 }
 
 /// All names that the pages of all scenarios have, with their types, are those of the documentation: so each is exported, and each
-/// is explained. Each scenario holds its own numbers to what has happened.
+/// is explained. Each scenario checks its own metrics.
 #[tokio::test]
 async fn every_number_moves_and_is_documented() {
     let mut seen = BTreeSet::new();
@@ -132,7 +132,7 @@ async fn a_decision_and_its_repetition() -> Scraped {
     let mut nowhere = decide("");
     nowhere.workspace_spec.as_mut().unwrap().model = "no-such-model".into();
     assert!(!is_allow(&client.decide(nowhere).await.unwrap().into_inner()));
-    // A running workspace that is looked at, and answers that nobody acts on, are counted apart.
+    // A check of a running workspace, and report-only answers, are counted separately.
     let audit = pb::DecideRequest { checkpoint: pb::Checkpoint::Audit as i32, ..decide("") };
     assert!(!is_allow(&client.decide(audit).await.unwrap().into_inner()));
     for key in ["made-up-key", ""] {
@@ -182,7 +182,7 @@ async fn a_decision_and_its_repetition() -> Scraped {
     page
 }
 
-/// Every path of a vendor is a page: said so as long as it is so.
+/// Every path of a vendor is a page: reported as long as it lasts.
 async fn a_base_url_that_leads_nowhere() -> Scraped {
     let page =
         Row { headers: [("content-type".into(), "text/html".into())].into(), body: "<html>app</html>".into(), ..Row::default() };
@@ -217,7 +217,7 @@ async fn an_outage() -> Scraped {
         spec.credentials[0].value = format!("made-up-{index}");
         assert!(is_allow(&client.decide(request).await.unwrap().into_inner()));
     }
-    // Nobody is asked about a subscription.
+    // A subscription is not probed.
     let mut request = decide("made-up-token");
     let spec = request.workspace_spec.as_mut().unwrap();
     spec.model = "sub-1".into();
@@ -254,7 +254,7 @@ async fn a_tier_that_is_away() -> Scraped {
     page
 }
 
-/// One probe at a time, whose vendor does not answer yet: the first asks, the second waits for it, the third for a turn. Then the
+/// One probe at a time, whose vendor does not answer yet: the first probes, the second waits for it, the third for a turn. Then the
 /// third hangs up.
 async fn what_waits_is_seen_waiting() -> Scraped {
     let held = Held::new(false);
@@ -309,7 +309,7 @@ async fn calls_that_fail() -> Scraped {
     // One item fails, and the batch does not.
     let batch = pb::BatchDecideRequest { requests: vec![bad(), decide("made-up-key")] };
     assert_eq!(client.batch_decide(batch).await.unwrap().into_inner().collect::<Vec<_>>().await.len(), 2);
-    // What only wants to know is counted apart, as its decisions are.
+    // Report-only calls are counted separately, like report-only decisions.
     let only_asked = || pb::DecideRequest { report_only: true, ..bad() };
     assert_eq!(client.decide(only_asked()).await.unwrap_err().code(), Code::InvalidArgument);
     let batch = pb::BatchDecideRequest { requests: vec![only_asked()] };
@@ -333,7 +333,7 @@ async fn calls_that_fail() -> Scraped {
         page.is(&failed(method, "INVALID_ARGUMENT").replace("_calls_failed", "_report_only_calls_failed"), 1.0);
     }
     page.is("byokgate_log_lines_dropped_total", 1.0);
-    // Who leaves while its message is on the way is gone, and that is no fault of the service.
+    // A client that leaves while it sends its message is gone; that is not a fault of the service.
     let (mut leaving, socket) = raw_connection(&shown.edge).await;
     let mut answer = std::pin::pin!(leaving.send_request(partly("/byokgate.v1.PolicyDecisionService/Decide", &[], 1000)));
     assert!(futures_util::poll!(&mut answer).is_pending());
@@ -342,7 +342,7 @@ async fn calls_that_fail() -> Scraped {
     socket.shutdown(std::net::Shutdown::Both).unwrap();
     let page = shown.scrape_until(|page| page.get(&failed("Decide", "CANCELLED")) == Some(1.0)).await;
     assert_eq!(page.get(&failed("Decide", "INTERNAL")), None);
-    // Who looks whether somebody listens, and who takes the port for something else.
+    // A port check, and a client of another protocol.
     drop(TcpStream::connect(shown.edge.tcp()).await.unwrap());
     let mut stranger = TcpStream::connect(shown.edge.tcp()).await.unwrap();
     stranger.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
@@ -389,7 +389,7 @@ async fn a_provider_on_report() -> Scraped {
     page
 }
 
-/// Says nothing, loudly.
+/// Panics instead of answering.
 struct Panics;
 
 impl LivenessSource for Panics {
@@ -417,8 +417,8 @@ async fn a_panic_of_ours() -> Scraped {
     page
 }
 
-/// The process itself, for what it follows: a registry and a list of tokens that break, and are mended. And its traces go to
-/// nobody.
+/// The process itself, with reloads: a registry and a list of tokens become invalid, and are corrected. And its traces reach no
+/// collector.
 async fn files_read_again() -> Scraped {
     let traced = "tracing: {otlp_endpoint: 'http://127.0.0.1:1', sample_ratio: 1, export_interval: 100ms}\n";
     let config = |overrides: &str| format!("server: {{reload_interval: 100ms}}\n{traced}operator_overrides: {overrides}\n");
@@ -462,7 +462,7 @@ async fn files_read_again() -> Scraped {
 async fn a_task_that_ends() -> Scraped {
     let mut settings = settings();
     settings.admin.listen = Some("127.0.0.1:0".into());
-    // While it still shows something.
+    // While it still serves metrics.
     settings.shutdown.notice = Duration::from_secs(3600);
     let mut bound = Bound::open(settings.edge()).await.unwrap();
     let Some(Address::Tcp(admin)) = bound.admin_address() else { panic!("it shows nothing") };
@@ -478,7 +478,7 @@ async fn too_many_connections_and_new_keys() -> Scraped {
     settings.limits.connections = 1;
     settings.new_keys.per_organization = 1.try_into().unwrap();
     let shown = Shown::over(settings, &files(1, None), Held::new(true), vec![]).await;
-    // It has said nothing yet, and goes.
+    // It has sent nothing yet, and leaves.
     let _idle = TcpStream::connect(shown.edge.tcp()).await.unwrap();
     let mut client = client(shown.edge.plain().await);
     for index in 0..3 {
@@ -517,7 +517,7 @@ async fn made(engine: &Engine, decisions: &Decisions, request: &byok_gate::domai
     decisions.made(request, &decided.decision, began.elapsed());
 }
 
-/// A revoked vendor's silence at PROVISION, and a breaker that tries again.
+/// A silent vendor at PROVISION, and a breaker's trial.
 #[tokio::test(start_paused = true)]
 async fn an_earlier_valid_and_a_trial_are_seen() {
     let scripted = Scripted::new(Verdict::Valid);
@@ -663,7 +663,7 @@ async fn few_paths_two_methods_and_no_body() {
     assert_eq!(say(long).await.status, 431);
 }
 
-/// As many scrapers as may hang: another one is closed at once, decisions go on, and a place that is free again is used.
+/// The maximum of hanging scrapers: another one is closed at once, decisions go on, and a freed slot is reused.
 #[tokio::test]
 async fn scrapers_that_hang_keep_nobody_from_a_decision() {
     let shown = Shown::over(settings(), &files(1, None), Held::new(true), vec![]).await;
@@ -671,7 +671,7 @@ async fn scrapers_that_hang_keep_nobody_from_a_decision() {
     let refused = loop {
         let mut stream = TcpStream::connect(shown.admin).await.unwrap();
         stream.write_all(b"GET /metrics HT").await.unwrap();
-        // A place is taken or refused when the server says so, and it says nothing to those that have one.
+        // A refused connection is closed; one that has a slot gets nothing, since its request is incomplete.
         let mut byte = [0];
         match timeout(Duration::from_millis(200), stream.read(&mut byte)).await {
             Err(_) => {

@@ -1,4 +1,4 @@
-//! The memory of observations against a model of it: single flight, ages, the hard maximum, panics and the breaker, over random
+//! The cache against a model of it: single flight, lifetimes, the hard maximum, panics and the breaker, over random
 //! schedules. The model is sequential and has no lock, no task and no clock but its own.
 //!
 //! `BYOK_GATE_SCHEDULES=1000000 cargo test --release model` runs more; a failure names its seed.
@@ -132,7 +132,7 @@ struct Flight {
     waiting: Vec<(usize, Option<Ms>, Ms)>,
 }
 
-/// What is known of the provider's failures, and the verdict that callers get meanwhile: all of them, or those who saw a failure.
+/// The provider's failures, and the verdict that callers get meanwhile: all of them, or those that saw a failure.
 #[derive(Debug, Default)]
 struct Breaker {
     failures: u32,
@@ -254,7 +254,7 @@ impl Model {
         let trying = open.is_some_and(|open| open.trying);
         let again = open.map_or(0, |open| open.trips + 1);
         let trips = if *for_all {
-            // Without a trial it had begun before the breaker opened, and tells nothing new.
+            // Without a trial, the probe started before the breaker opened, and says nothing new.
             if !trying {
                 return;
             }
@@ -307,7 +307,7 @@ impl Model {
     fn answer(&mut self, caller: usize, key: usize, max_age: Option<Ms>, verdict: Verdict, served_from: ServedFrom) {
         let memory = self.memory.get(&key).cloned().unwrap_or_default();
         let wanted = max_age.map_or(Ms::MAX, |age| age.max(FLOOR));
-        // A VALID rests on nothing before it.
+        // A VALID does not depend on earlier results.
         let earlier_valid = verdict != Verdict::Valid
             && memory
                 .valid
@@ -316,7 +316,7 @@ impl Model {
     }
 }
 
-// === what an endpoint has learnt ===
+// === what is known of an endpoint ===
 
 /// One thing that happens to the facts of one request, at a second.
 #[derive(Debug, Clone)]
@@ -347,7 +347,7 @@ fn learnt_shape(status: u16) -> ResponseShape {
     ResponseShape::of(Answer { status, body: b"no", truncated: false, page: false, retry_after: None }, "")
 }
 
-/// What is known of it then, from all that happened and nothing else.
+/// What is known of it at that time, computed from all events.
 fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, now: u64) -> Calibration {
     let mut standing: Vec<Stands> = Vec::new();
     let (mut misses, mut inconclusive, mut back_off_until) = (0_u32, None, 0);
@@ -419,7 +419,7 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, 
     }
 }
 
-/// What an endpoint has learnt is what a model of it says that keeps every event and forgets nothing by itself.
+/// The facts about an endpoint equal those of a model that keeps every event.
 #[test]
 fn what_was_learnt_of_an_endpoint_is_what_its_model_says() {
     let mut met: BTreeMap<String, u32> = BTreeMap::new();
@@ -475,7 +475,7 @@ fn what_was_learnt_of_an_endpoint_is_what_its_model_says() {
                 let word = format!("{found:?}").chars().take_while(|c| c.is_alphanumeric()).collect::<String>();
                 let contrast = matches!(found, Calibration::Refuses { confirmed: true, .. });
                 *met.entry(format!("{word} {contrast}")).or_default() += 1;
-                // Nobody is asked about what is known, or too soon after what told nothing.
+                // No request for a known fact, nor too soon after an inconclusive one.
                 assert!(!facts.is_due(model, question, Duration::from_secs(later)) || found == Calibration::NotAsked);
             }
         }
@@ -490,7 +490,7 @@ struct Real {
     prober: Arc<Scripted>,
 }
 
-/// A question about a credential of one number.
+/// A request for the credential with this number.
 pub(crate) struct Asked {
     snapshot: Arc<Snapshot>,
     request: Request,
@@ -581,7 +581,7 @@ async fn the_memory_does_what_its_model_does() {
             *met.entry((got.served_from, got.verdict)).or_default() += 1;
         }
     }
-    // The schedules go to all the places.
+    // The schedules reach all states.
     for served_from in [ServedFrom::Probe, ServedFrom::Cache] {
         for verdict in VERDICTS {
             assert!(met.get(&(served_from, verdict)).is_some_and(|count| *count > 100), "{served_from} {verdict}: {met:?}");

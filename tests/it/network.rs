@@ -1,4 +1,4 @@
-//! What a network does to a probe, each against a real listener: the verdict, what failed, and how often it was tried.
+//! Network faults during a probe, each against a real listener: the verdict, the failed step, and the number of tries.
 
 use std::{
     collections::BTreeMap,
@@ -42,16 +42,16 @@ enum Play {
     Close,
     /// Writes this and closes.
     Say(Vec<u8>),
-    /// Writes this and then holds its tongue.
+    /// Writes this and then nothing.
     Hold(Vec<u8>),
-    /// Writes the first, then the second for ever.
+    /// Writes the first, then the second forever.
     Repeat(Vec<u8>, Vec<u8>),
 }
 
 struct Listener {
     address: SocketAddr,
     connections: Arc<AtomicUsize>,
-    /// Bytes that repeating plays got rid of.
+    /// Bytes written by plays that repeat.
     written: Arc<AtomicUsize>,
     _task: JoinSet<()>,
 }
@@ -129,7 +129,7 @@ async fn act(mut stream: impl AsyncRead + AsyncWrite + Unpin, play: Play, bytes:
     if stream.read(&mut buffer).await.unwrap_or(0) == 0 {
         return;
     }
-    // Writes fail when the prober has heard enough.
+    // Writes fail when the prober has read enough.
     match play {
         Play::Close => {}
         Play::Say(bytes) => drop(stream.write_all(&bytes).await),
@@ -149,7 +149,7 @@ async fn act(mut stream: impl AsyncRead + AsyncWrite + Unpin, play: Play, bytes:
     drop(stream.shutdown().await);
 }
 
-/// Asks the catalogue's Acme row, which has a second, at this base URL.
+/// Probes the catalogue's Acme row, with a budget of one second, at this base URL.
 async fn ask(base: &str, roots: &[u8], resolve: &[(&str, &str)], loopback: bool) -> Finding {
     let resolve = resolve.iter().map(|(name, address)| ((*name).to_owned(), address.parse().unwrap()));
     let settings = ProbeSettings {
@@ -175,7 +175,7 @@ async fn ask_with(base: &str, settings: ProbeSettings) -> Finding {
         .0
 }
 
-/// A front may end a connection over a long header. Such credentials share theirs with their like alone.
+/// A front end may close a connection because of a long header. Such credentials share connections only with each other.
 #[tokio::test]
 async fn a_long_credential_travels_on_no_connection_of_others() {
     let yes = Row { body: r#"{"data": [], "object": "list", "choices": []}"#.into(), ..Row::default() };
@@ -224,7 +224,7 @@ async fn slowness_is_a_timeout_unless_status_and_what_there_is_of_the_body_tell(
     // The status and the beginning of a list are enough.
     let beginning = answer("200 OK", "content-length: 100000\r\n", r#"{"object": "list", "data": [{"id": "#);
     assert_eq!(over_http(vec![Play::Hold(beginning)]).await, (Verdict::Valid, Some(200), None, 1));
-    // A refusal of which only the status came might be anybody's.
+    // A refusal without a body might come from anything on the way.
     let beginning = answer("401 Unauthorized", "content-length: 100000\r\n", r#"{"error": {"co"#);
     assert_eq!(over_http(vec![Play::Hold(beginning)]).await.0, Verdict::Timeout);
 }
@@ -240,7 +240,7 @@ async fn bodies_without_end_and_bombs_are_read_no_further_than_the_cap() {
     // What is read, and what the sockets' buffers take; without a cap it would be all that comes within a second.
     let written = listener.written.load(Ordering::SeqCst);
     assert!(written < 16 * 1024 * 1024, "{written} bytes were taken");
-    // Nothing is unpacked, so a bomb is a few bytes that are no JSON; the next probe gets the same.
+    // Nothing is decompressed, so a bomb is a few bytes of invalid JSON; the next probe gets the same.
     let bomb = answer("200 OK", "content-encoding: gzip\r\ncontent-length: 10\r\nconnection: close\r\n", "\u{1f}\u{8b}12345678");
     assert_eq!(over_http(vec![Play::Say(bomb)]).await.0, Verdict::UnexpectedResponse);
     // Broken off within a body that was announced longer.
@@ -282,7 +282,7 @@ async fn what_failed_on_the_way_is_told_apart() {
     let listener = Listener::start(plays.clone(), Some(good.acceptor.clone())).await;
     let url = |listener: &Listener| format!("https://localhost:{}/acme/v1", listener.address.port());
     assert_eq!(why(&url(&listener), &good.pem, &[], true).await, (Verdict::Valid, None));
-    // Nobody vouches for it.
+    // No trusted authority signed it.
     assert_eq!(why(&url(&listener), &[], &[], true).await, unreachable(Unreached::Tls));
     // It is for another name.
     let by_address = url(&listener).replace("localhost", "127.0.0.1");
@@ -295,7 +295,7 @@ async fn what_failed_on_the_way_is_told_apart() {
     assert_eq!(why(&url(&listener), &[], &[], true).await, unreachable(Unreached::Tls));
 }
 
-/// A server that goes away gracefully over HTTP/2 is asked again on a new connection.
+/// After a GOAWAY over HTTP/2 the request is retried on a new connection.
 #[tokio::test]
 async fn a_graceful_goaway_is_tried_on_another_connection() {
     let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
@@ -312,10 +312,10 @@ async fn a_graceful_goaway_is_tried_on_another_connection() {
     assert_eq!((found.verdict, found.status, listener.connections()), (Verdict::Valid, Some(200), 2));
 }
 
-/// A forward proxy: takes CONNECT alone, asks for a password if it has one, and leads every name to one address.
+/// A forward proxy: accepts only CONNECT, requires a password if it has one, and resolves every name to one address.
 struct ForwardProxy {
     address: SocketAddr,
-    /// What was asked for, one line a request.
+    /// The requests, one line each.
     asked: Arc<Mutex<Vec<String>>>,
     _task: JoinSet<()>,
 }
@@ -385,12 +385,12 @@ async fn a_forward_proxy_is_the_way_out_with_and_without_a_password_and_down() {
     let found = |finding: Finding| (finding.verdict, finding.unreached);
     let through = (Verdict::Unreachable, Some(Unreached::Proxy));
 
-    // Nobody resolves the name here: the proxy does.
+    // The name is resolved by the proxy, not here.
     let open = ForwardProxy::start(listener.address, None).await;
     let url = format!("http://{}", open.address);
     assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &vendor.pem)).await), (Verdict::Valid, None));
     assert_eq!(open.asked(), ["CONNECT api.acme.example:443 HTTP/1.1"]);
-    // TLS is the vendor's, end to end: the proxy's word is not enough.
+    // TLS is end to end with the vendor: the proxy cannot vouch for it.
     assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &[])).await), (Verdict::Unreachable, Some(Unreached::Tls)));
 
     let closed = ForwardProxy::start(listener.address, Some("Basic dXNlcjptYWRlLXVw")).await;
@@ -423,7 +423,7 @@ async fn what_the_operator_names_is_dialled_straight_and_metadata_by_nobody() {
     let found = ask_with(&base, settings).await;
     assert_eq!((found.verdict, found.unreached), (Verdict::Unreachable, Some(Unreached::Address)));
 
-    // Plain http to a network that is named so.
+    // Plain http to a network that is listed for it.
     let plain = Listener::start(vec![good], None).await;
     let mut settings = ProbeSettings { calibrate: false, ..ProbeSettings::default() };
     settings.egress.allow_plain_http = vec!["127.0.0.0/8".to_owned()];
@@ -432,7 +432,7 @@ async fn what_the_operator_names_is_dialled_straight_and_metadata_by_nobody() {
     for address in ["169.254.169.254", "169.254.170.2", "100.100.100.200"] {
         let found = ask_with(&format!("http://{address}/acme/v1"), settings.clone()).await;
         assert_eq!((found.verdict, found.unreached), (Verdict::Unreachable, Some(Unreached::Address)), "{address}");
-        // Nor through a proxy, which would be asked to do it.
+        // Nor through a proxy.
         let found = ask_with(&format!("https://{address}/acme/v1"), by_proxy(&url, None, &[], &[])).await;
         assert_eq!((found.verdict, found.unreached), (Verdict::Unreachable, Some(Unreached::Address)), "{address}");
     }

@@ -1,4 +1,4 @@
-//! Dashboard and alerts: what they name is exported, and what alerts say is explained where they point.
+//! Dashboard and alerts: every name in them is exported, and the runbook explains each alert.
 
 use std::{collections::BTreeSet, fs, path::PathBuf};
 
@@ -8,7 +8,7 @@ fn read(path: &str) -> String {
     fs::read_to_string(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(path)).unwrap()
 }
 
-/// The series that the documentation names, which another test holds against what is exported.
+/// The series of the documentation, which another test compares with what is exported.
 fn documented() -> BTreeSet<String> {
     let text = read("docs/metrics.md");
     let mut names = BTreeSet::new();
@@ -42,7 +42,7 @@ fn whatever_dashboard_and_alerts_name_is_exported() {
         assert!(named.len() > 15, "{file}: {named:?}");
         assert!(named.is_subset(&documented), "{file}: {:?}", named.difference(&documented).collect::<Vec<_>>());
     }
-    // And nothing is exported that nobody looks at.
+    // And every exported series is used.
     let shown: String =
         ["dashboard.json", "alerts.yaml"].iter().map(|file| read(&format!("deploy/observability/{file}"))).collect();
     let shown = named(&shown);
@@ -70,8 +70,7 @@ fn every_panel_has_a_query_and_a_place() {
     assert!(panels.len() > 20, "{}", panels.len());
 }
 
-/// Each alert says how bad it is, what it means and what to do, has a heading in the runbook that says the same, and is expected
-/// by name in a test.
+/// Each alert has a severity, a meaning and an action, a heading in the runbook with the same text, and a test.
 #[test]
 fn every_alert_is_explained_and_tested() {
     let (runbook, tests) = (read("deploy/README.md"), read("deploy/observability/alerts.test.yaml"));

@@ -1,4 +1,4 @@
-//! The plan of a probe without a network: what is asked, in which order and header, and what is known in the end.
+//! The plan of a probe without a network: which requests, in which order and header, and the result.
 
 use std::{cell::Cell, sync::Arc};
 
@@ -40,7 +40,7 @@ use Key::{MadeUp, Real};
 
 type World<'w> = &'w dyn Fn(Surface, &[HeaderFamily], Key) -> (u16, &'static str);
 
-/// What was asked, in order, and what came of it.
+/// The requests, in order, and the result.
 struct Came {
     finding: Finding,
     asked: Vec<String>,
@@ -153,7 +153,7 @@ fn a_refusal_is_never_lost() {
     let came = comes_to(&world, Verdict::Valid, None, &[&[OWN, CALLED_IN_ALL], &alone[..]].concat());
     assert_eq!((came.finding.family, came.finding.wrong_header), (Some(ApiKey), true));
     assert_eq!(came.lessons, [Lesson::Family { right: ApiKey, wrong: vec![Bearer] }]);
-    // All headers together are no header of any client's.
+    // No client sends all headers together.
     let world = |surface, families: &[HeaderFamily], key| if families.len() > 1 && key == Real { yes(surface) } else { DEAD };
     comes_to_in_some_way(&world, Verdict::Invalid);
     // A list that says yes in another header, and completions that do not: the list looks at the key's form alone.
@@ -180,7 +180,7 @@ fn a_refusal_is_never_lost() {
             run(&Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m"), &EndpointFacts::default(), false, &world);
         assert_eq!(came.finding.verdict, Verdict::Invalid, "{made_up:?} {:?}", came.asked);
     }
-    // Which one it was may stay open: the key is good.
+    // Which one it was may remain unknown: the key is good.
     let world = |surface, families: &[HeaderFamily], key| match (surface, families, key) {
         (_, [Bearer], _) | (_, _, MadeUp | Key::None) => DEAD,
         (_, [_], Real) => SILENCE,
@@ -285,7 +285,7 @@ fn a_403_is_told_apart_by_what_a_made_up_key_gets() {
     }
 }
 
-/// A list that asks for a key and then answers every key alike says nothing of a key: the request that calls a model does.
+/// A list that requires a key but answers every key alike says nothing about it: the request that calls a model does.
 #[test]
 fn a_list_that_answers_every_key_alike_refuses_no_good_key() {
     let missing = (401, r#"{"error":{"message":"missing api key"}}"#);
@@ -299,7 +299,7 @@ fn a_list_that_answers_every_key_alike_refuses_no_good_key() {
         (404, r#"{"error":{"message":"no such route"}}"#),
         (200, r#"{"object":"list"}"#),
     ];
-    // What a good key and a bad one get where models are called, and what comes of them.
+    // The answers to a good and a bad key where models are called, and the verdicts.
     let completions = [
         (CHAT, DEAD, Verdict::Valid, Verdict::Invalid),
         (CHAT, (401, "nope"), Verdict::Valid, Verdict::Invalid),
@@ -424,7 +424,7 @@ fn a_402_that_a_made_up_key_gets_too_says_nothing_of_an_account() {
     assert_eq!(judged(pay, pay, true), Verdict::Invalid);
 }
 
-/// A key that may do chat completions and nothing else is judged by what the workspace's runtime does.
+/// A key that may only do chat completions is checked on the surface that the workspace's runtime uses.
 #[test]
 fn the_surface_is_the_runtimes() {
     let endpoint = endpoint("https://api.openai.com/v1", "openai");
@@ -472,14 +472,14 @@ fn the_header_is_the_workspaces_and_one_is_enough_once_it_is_known() {
     let walk = ["models x-api-key", "messages x-api-key+bearer+api-key", "messages x-api-key", "messages bearer"];
     let walk = walk.map(str::to_owned).to_vec();
     assert_eq!(judged(Some(XApiKey), &facts), (Verdict::Valid, true, walk.clone()));
-    // Of a client that nobody knows anything of, no header is wrong.
+    // For an unknown client, no header is wrong.
     assert_eq!(judged(None, &facts), (Verdict::Valid, false, walk));
     facts.take_family(Bearer, &[XApiKey]);
     assert_eq!(judged(Some(XApiKey), &facts), (Verdict::Valid, true, vec![OWN.to_owned()]));
     assert_eq!(judged(None, &facts), (Verdict::Valid, false, vec![OWN.to_owned()]));
 }
 
-/// Nothing further is asked where a row, or a region's code, says that nobody else will tell more; and a silent first rung is a silent vendor.
+/// No further probe runs if a row, or a region's code, says that none will tell more; and if the first probe gets no answer, the vendor is silent.
 #[test]
 fn some_answers_end_it() {
     let region = (403, r#"{"error":{"code":"unsupported_country_region_territory"}}"#);
@@ -498,7 +498,7 @@ fn some_answers_end_it() {
     assert_eq!((finding.verdict, finding.unreached), (Verdict::Unreachable, Some(Unreached::Dns)));
 }
 
-/// A list that accepts anybody, or is not there, is not asked again.
+/// A list that accepts anybody, or does not exist, is not probed again.
 #[test]
 fn what_tells_nothing_is_left_out() {
     let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
@@ -537,7 +537,7 @@ fn a_yes_counts_where_no_limit_can_have_refused_the_made_up_key() {
     for refusal in refusals {
         let world = |_, _: &[HeaderFamily], key| if key == Real { LIST } else { refusal };
         comes_to(&world, Verdict::Valid, None, &[OWN, OWN]);
-        // Who comes second gets it, whoever that is.
+        // Every call after the first gets it, with any key.
         let asked = Cell::new(0);
         let world = |_, _: &[HeaderFamily], _| {
             asked.set(asked.get() + 1);
@@ -563,7 +563,7 @@ fn a_list_that_fails_or_refuses_everybody_is_no_word_on_a_key() {
             };
             comes_to_in_some_way(&world, expected);
         }
-        // Where anybody is served, nothing tells.
+        // If anybody is served, nothing is conclusive.
         let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { list } else { CHAT };
         let untold = match list.0 {
             429 => Verdict::RateLimited,

@@ -1,4 +1,4 @@
-//! `byok-gate probe`: what it tells, how it exits, and what it never sends.
+//! `byok-gate probe`: its output, its exit codes, and what it never sends.
 
 use crate::support::{
     binary::{self, Ended},

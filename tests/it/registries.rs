@@ -1,6 +1,6 @@
-//! Registries good and bad: what loads, what is odd about it, and all that is wrong with what does not load.
+//! Valid and invalid registries: what loads, with its warnings, and all problems of what does not load.
 //!
-//! Beside each document stands what it is told: its warnings, or its problems. To change that on purpose, look at the
+//! Beside each document is the expected output: its warnings, or its problems. To change that on purpose, look at the
 //! difference and write it anew: `BLESS=1 cargo test --test it registries`.
 
 use std::{
@@ -100,7 +100,7 @@ fn what_cannot_be_text_has_an_answer_too() {
     assert_eq!(found(&large), "is 1048577 bytes long; the limit is 1048576\n");
 }
 
-/// The environment answers before the default, and cannot lead to another host.
+/// The environment wins over the default, and cannot change the host.
 #[test]
 fn endpoint_variables_take_labels_only() {
     let document = fs::read(folder("good/everything.yaml")).unwrap();
@@ -201,7 +201,7 @@ async fn check_accepts_the_platforms_registries() {
     }
 }
 
-/// The examples of the documentation are documents that stand.
+/// The examples of the documentation are valid.
 #[test]
 fn the_documentations_examples_load() {
     let block = |page: &str, indent: &str| {

@@ -1,4 +1,4 @@
-//! Files that change while decisions are made: content decides, a bad version harms nobody, no answer mixes two versions.
+//! Files that change while decisions are made: only content counts, an invalid version changes nothing, no answer mixes two versions.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -94,7 +94,7 @@ impl Watched {
     }
 }
 
-/// What follows these files for this engine. The lists of callers are nobody's here.
+/// The watcher of these files for this engine. There are no lists of callers here.
 fn watch(engine: &Arc<Engine>, paths: Paths) -> Watcher<Documents> {
     let load = move || config::load(&paths, &overrides());
     let setup = load().unwrap();
@@ -192,13 +192,13 @@ fn half_a_file_is_not_taken_for_a_whole_one() {
         .collect();
     assert_eq!(looks.iter().filter(|looked| **looked == PollOutcome::Taken).count(), 1, "{looks:?}");
     assert_eq!(watched.owner(), "gamma");
-    // Who asks for it by name gets what is there.
+    // A forced reload reads what is there.
     fs::write(&watched.at, registry("delta")).unwrap();
     assert_eq!(watched.watcher.poll(true), PollOutcome::Taken);
     assert_eq!(watched.owner(), "delta");
 }
 
-/// Looked at by itself, twice a second of the runtime's own clock, until the asker leaves.
+/// Polled twice a second of the runtime's own clock, until the caller leaves.
 #[tokio::test(start_paused = true)]
 async fn it_looks_by_itself_and_ends_with_its_asker() {
     let watched = Watched::new();

@@ -1,5 +1,5 @@
-//! A remedy leads out. Whatever is set, for every runtime, model and variable of the embedded documents: who does what a denial's remedy says,
-//! with a good value, is not denied, and the runtime reads the variable that the value was put into.
+//! Every remedy works. For every runtime, model and variable of the embedded documents: a tenant who follows a denial's remedy with a good
+//! value is not denied, and the runtime reads the variable that the value was put into.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -75,7 +75,7 @@ async fn decide(engine: &Engine, runtime: &str, model: &str, values: &Values) ->
     engine.decide(&spec.request(), Instant::now() + Duration::from_secs(5)).await.decision
 }
 
-/// A value that does what this variable is for.
+/// A good value for this variable.
 fn good(name: &str) -> String {
     match name {
         "CLAUDE_CODE_OAUTH_TOKEN" => TOKEN.to_owned(),
@@ -84,7 +84,7 @@ fn good(name: &str) -> String {
     }
 }
 
-/// One way out, as a remedy has it in words.
+/// One option of a remedy.
 #[derive(Debug, Default, Clone)]
 struct Way {
     set: Vec<String>,
@@ -96,7 +96,7 @@ struct Way {
     model_of: Option<String>,
 }
 
-/// The ways that a remedy names: `; or` stands between them, names behind `remove` are removed, and all others are set.
+/// The options of a remedy: `; or` separates them, names after `remove` are removed, and all others are set.
 fn ways(remedy: &str, names: &BTreeSet<String>) -> Vec<Way> {
     let split = remedy.replace(", or choose ", "; or choose ");
     let mut ways = Vec::new();
@@ -124,7 +124,7 @@ fn ways(remedy: &str, names: &BTreeSet<String>) -> Vec<Way> {
     ways
 }
 
-/// What becomes of the values on this way, once for each name that is set.
+/// The values after this option, once for each name that is set.
 fn gone(values: &Values, way: &Way) -> Vec<(Option<String>, Values)> {
     let mut left = values.clone();
     left.retain(|name, _| !way.remove.contains(name));
@@ -197,7 +197,7 @@ async fn who_follows_a_remedy_is_allowed_and_the_runtime_reads_what_was_set() {
                 VALUES.iter().map(|value| vec![(one.clone(), (*value).to_owned()), (other.clone(), good(other))])
             });
             for values in std::iter::once(Vec::new()).chain(single).chain(pairs) {
-                // What belongs to nobody here is covered by one value.
+                // Names of no provider here are covered by one value.
                 if values.len() == 1 && !relevant.contains(&values[0].0) && values[0].1 != VALUES[1] {
                     continue;
                 }
@@ -223,7 +223,7 @@ async fn who_follows_a_remedy_is_allowed_and_the_runtime_reads_what_was_set() {
                                 && set.as_ref().is_none_or(|set| warning.env_names.contains(set))
                         });
                         let fault = match &then.outcome {
-                            // Who only removed something may lack a credential now; that is another matter, and is told.
+                            // A tenant who only removed something may lack a credential now; that is another denial.
                             Outcome::Deny(next) if set.is_some() || next.refusal.code() == deny.refusal.code() => {
                                 format!("{}: {}", next.refusal.code(), next.refusal.message())
                             }

@@ -1,5 +1,5 @@
-//! Two replicas and the store that they share, over random schedules of questions, of what providers say and of faults on the way to the store.
-//! Memory, single flight, the tier's client and its scripts are the real ones. What must hold is told from a log of what happened.
+//! Two replicas and their shared store, over random schedules of calls, of providers' answers and of faults on the way to the store.
+//! The cache, single flight, the tier's client and its scripts are the real ones. The promises are checked on a log of all events.
 //!
 //! `BYOK_GATE_FLEET_SCHEDULES=20000 cargo test replicas` runs more; a failure names its seed.
 
@@ -49,11 +49,11 @@ const KEYS: usize = 3;
 const FLOOR: Ms = 1_000;
 const HARD_MAXIMUM: Ms = 90_000;
 const TIMEOUT: Duration = Duration::from_millis(350);
-/// Who waits so long has time for another replica's answer, for one that dies, and for one of his own.
+/// A caller that waits this long has time for another replica's answer, for one that dies, and for its own probe.
 const PATIENT: Ms = 12_000;
 const VERDICTS: [Verdict; 6] =
     [Verdict::Valid, Verdict::Valid, Verdict::Valid, Verdict::Invalid, Verdict::Invalid, Verdict::Timeout];
-/// What a look into the tier can come to, as the metric has it.
+/// The results of a lookup in the tier, as in the metric.
 const LOOKS: [&str; 5] = ["hit", "lease", "gave_up", "fault", "left_alone"];
 
 #[derive(Debug, Clone)]
@@ -168,7 +168,7 @@ impl Replica {
         let tier = Tier::over(Box::new(store.link(index, seen, seed)), TIMEOUT, TierKeys::parse(KEY).unwrap(), seed);
         let settings = CacheSettings {
             ages: Ages { jitter_percent: 0, hard_maximum: Duration::from_millis(HARD_MAXIMUM), ..Ages::default() },
-            // Whether a breaker is open is not what is looked at.
+            // The breaker is not tested here.
             breaker: BreakerSettings { failures: 1_000_000, ..BreakerSettings::default() },
             ..CacheSettings::default()
         };
@@ -178,7 +178,7 @@ impl Replica {
         Self { cache, weather, refusal_listener }
     }
 
-    /// How often each came up: looks into the tier by what came of them, and leases lost.
+    /// How often each occurred: lookups in the tier by result, and lost leases.
     fn counts(&self) -> BTreeMap<&'static str, u64> {
         let mut page = Page::about(std::iter::empty());
         self.cache.collect(&mut page);
@@ -214,7 +214,7 @@ fn schedule(random: &mut StdRng) -> (bool, Vec<Step>) {
 fn one_step(random: &mut StdRng, calm: bool) -> Vec<Step> {
     let (replica, key) = (random.random_range(0..REPLICAS), random.random_range(0..KEYS));
     vec![match random.random_range(0..21) {
-        // Who has the lease hears nothing of the store until it is another's.
+        // The lease's holder has no connection to the store until another has the lease.
         0 if !calm => {
             return vec![
                 Step::Provide { key, verdict: *VERDICTS.choose(random).unwrap(), takes: 1_900, panics: false },
@@ -390,7 +390,7 @@ impl Run {
         leased
     }
 
-    /// Every answer is what a provider said about this very key, no older than it may be; or it came when the caller's time was over.
+    /// Every answer comes from a probe of this very key, no older than allowed; or the caller's time was over.
     fn answers_are_a_providers_and_young(&self, seed: u64) {
         let Log { probes, answers, .. } = &self.log;
         for answer in answers {
@@ -429,7 +429,7 @@ impl Run {
         }
     }
 
-    /// Once a replica knows of a refusal, by an answer of its own or by the message about one, nothing that it says rests on an older VALID.
+    /// Once a replica knows of a refusal, by its own probe or by a message, none of its answers uses an older VALID.
     fn no_refusal_is_followed_by_an_older_valid(&self, seed: u64, stored: &[Stored]) -> u32 {
         let Log { probes, answers, .. } = &self.log;
         let ended = |id: usize| probes[id].ended.unwrap();
@@ -463,7 +463,7 @@ impl Run {
         heard
     }
 
-    /// What is stored of a key is ever newer: who has lost the lease stores nothing.
+    /// The stored results of a key only get newer: a replica that lost the lease stores nothing.
     fn the_fence_holds(&self, seed: u64, stored: &[Stored]) {
         let mut last: HashMap<usize, Instant> = HashMap::new();
         for Stored { probe, .. } in stored {
@@ -473,7 +473,7 @@ impl Run {
         }
     }
 
-    /// How often a replica asked although an answer that would do was known to it or in the store, or was on its way under a lease.
+    /// How often a replica probed although a usable result was known to it or in the store, or was being fetched under a lease.
     fn needless(&self, calm: bool, Leased { probes: held, stored, .. }: &Leased) -> u64 {
         let Log { probes, answers, .. } = &self.log;
         // What times lose on the way to the store and back counts as age.
@@ -544,7 +544,7 @@ async fn replicas_that_share_keep_their_word_whatever_happens_to_the_store() {
         more("of another replica", run.log.answers.iter().filter(shared).count() as u64);
     }
     println!("{schedules} schedules: {met:?}");
-    // The schedules go to all the places.
+    // The schedules reach all states.
     for (what, count) in &met {
         assert!(*count * 200 >= schedules, "{what} came up {count} times only: {met:?}");
     }

@@ -1,4 +1,4 @@
-//! What is known of runtimes, over the embedded registry and catalogue: every pair of variables that takes part, in every scope.
+//! The facts about runtimes, over the embedded registry and catalogue: every pair of relevant variables, in every scope.
 
 use std::sync::Arc;
 
@@ -306,7 +306,7 @@ fn only_values_under_the_providers_own_names_are_ever_asked_about() {
     assert!(requests > 300 && asked > 200, "{requests} requests, {asked} questions");
 }
 
-/// What a program is known by report to do denies nobody.
+/// A reported fact never denies.
 #[test]
 fn reports_never_deny() {
     let mut snapshot = snapshot();

@@ -50,7 +50,7 @@ pub(crate) fn is_not_in(text: &str, value: &str, place: &str) {
     }
 }
 
-/// Every case, so every outcome, with a canary for its values where that changes nothing, at the loudest log level.
+/// Every case, so every outcome, with a canary for its values where that changes nothing, at the most verbose log level.
 #[tokio::test]
 async fn no_outcome_tells_a_credential_at_trace() {
     let mut told = 0;
@@ -216,7 +216,7 @@ async fn a_redirect_takes_no_credential_along() {
     assert!(second.asked().is_empty(), "{:?}", second.asked());
 }
 
-/// Every way in which the edge says no, with canaries for tokens, keys and credentials, at the loudest log level.
+/// Every refusal of the edge, with canaries for tokens, keys and credentials, at the most verbose log level.
 #[tokio::test]
 async fn no_refusal_of_the_edge_tells_a_secret_at_trace() {
     let folder = tempfile::tempdir().unwrap();
@@ -225,7 +225,7 @@ async fn no_refusal_of_the_edge_tells_a_secret_at_trace() {
         std::fs::write(&path, text).unwrap();
         path.to_str().unwrap().to_owned()
     };
-    // Files that do not stand: the start fails, and says why without their content.
+    // Invalid files: the start fails, and says why without their content.
     let broken = put("broken", CANARY);
     let short = put("short", "made-up-7f3a");
     for (arguments, said) in [
@@ -277,7 +277,7 @@ async fn no_refusal_of_the_edge_tells_a_secret_at_trace() {
     put("tokens", &format!("{CANARY} nobody\n"));
     serving.until("reload_failed").await;
     drop(client);
-    // What is no HTTP/2, and what is no message.
+    // Invalid HTTP/2, and invalid messages.
     let mut plain = tokio::net::TcpStream::connect(&serving.address).await.unwrap();
     let words = format!("POST /{CANARY} HTTP/1.1\r\nauthorization: Bearer {CANARY}\r\n\r\n");
     tokio::io::AsyncWriteExt::write_all(&mut plain, words.as_bytes()).await.unwrap();
@@ -299,7 +299,7 @@ async fn no_refusal_of_the_edge_tells_a_secret_at_trace() {
     }
 }
 
-/// What `serve` holds in memory no other process of its user reads, and no core file shows: the kernel gives such a process's `/proc` to root.
+/// No other process of its user can read the memory of `serve`, and no core file shows it: the kernel gives such a process's `/proc` to root.
 #[tokio::test]
 async fn memory_is_nobodys_to_read() {
     let mut serving = Serving::start(&[]).await;

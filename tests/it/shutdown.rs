@@ -1,4 +1,4 @@
-//! How the server stops: health first, no accepted call lost, the deadline kept whatever clients do.
+//! How the server stops: health first, no accepted call lost, the deadline kept with any clients.
 
 use std::time::Duration;
 
@@ -47,7 +47,7 @@ async fn watchers_are_told_and_calls_go_on_while_it_is_noticed() {
     assert_eq!(edge.ended().await.unwrap(), Ended::Drained);
 }
 
-/// Every call that reached a provider was answered, and what was not taken says so.
+/// Every call that reached a provider was answered, and refused calls say so.
 #[tokio::test]
 async fn a_drain_under_load_loses_no_accepted_call() {
     let held = Held::new(true);

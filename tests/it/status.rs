@@ -1,4 +1,4 @@
-//! The status page, its JSON and its command: what has happened is there, little is kept, and nobody's value or script gets through.
+//! The status page, its JSON and its command: they show what happened, keep little, and show no value and run no script.
 
 use std::net::SocketAddr;
 
@@ -69,7 +69,7 @@ async fn what_has_happened_is_on_the_page() {
     let mut client = client(&shown.edge).await;
     assert!(is_allow(&client.decide(decide("made-up-key")).await.unwrap().into_inner()));
     let denied = client.decide(decide(CANARY)).await.unwrap().into_inner();
-    // Nobody listens there: denied at CREATE, and allowed at UPDATE, which nobody could verify.
+    // Nothing listens there: denied at CREATE, and allowed unverified at UPDATE.
     assert!(!is_allow(&client.decide(of_model("gone/m", "GONE_API_KEY", CANARY)).await.unwrap().into_inner()));
     let update = pb::DecideRequest { checkpoint: pb::Checkpoint::Update as i32, ..of_model("gone/m", "GONE_API_KEY", CANARY) };
     assert!(is_allow(&client.decide(update).await.unwrap().into_inner()));
@@ -147,7 +147,7 @@ async fn what_has_happened_is_on_the_page() {
     }
 }
 
-/// So many and no more, the newest first; and workspaces are named only where that is set.
+/// A limited number, the newest first; workspaces are named only if configured.
 #[tokio::test]
 async fn a_hundred_denials_are_kept() {
     let mut settings = settings();
@@ -166,7 +166,7 @@ async fn a_hundred_denials_are_kept() {
     assert!(page(shown.admin).await.contains("ws-129"));
 }
 
-/// The real process, asked over a socket file; what needs somebody ends the command with 1; and who answers with something else is told so.
+/// The real process, called over a socket file; the command exits with 1 if something needs attention; another server's answer is an error.
 #[tokio::test]
 async fn the_command_reads_a_process_over_a_socket_file() {
     let vendor = vendor().await;

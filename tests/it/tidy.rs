@@ -1,4 +1,4 @@
-//! Rules about the source itself: what may import what, what must be said, and that nothing lies about unused.
+//! Rules about the source itself: what may import what, what must be documented, and that nothing is unused.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,10 +11,10 @@ use byok_gate::domain::verdict::DenyCode;
 
 /// The layers of `src/`, lowest first: a folder imports from those below it.
 const LAYERS: [&str; 10] = ["domain", "core", "telemetry", "watch", "liveness", "grpc", "server", "config", "app", "cli"];
-/// The most floors that the modules of `src/` may stand on: the longest chain of imports between them.
+/// The maximum number of floors of `src/`: the longest chain of imports between its modules.
 const MAX_FLOORS: usize = 10;
 
-/// What a pure module has no use for: a clock, the environment, files, the network, a log, tasks.
+/// What a pure module must not use: a clock, the environment, files, the network, a log, tasks.
 const EFFECTS: [&str; 12] = [
     "tokio::",
     "reqwest",
@@ -71,13 +71,13 @@ fn layer(module: &str) -> usize {
     LAYERS.iter().position(|layer| *layer == module).unwrap_or_else(|| panic!("`{module}` is in no layer"))
 }
 
-/// A module as its folder and file have it: `core::engine`, `server`. What lies in a folder below a file is part of that file.
+/// A module by its folder and file: `core::engine`, `server`. A folder below a file is part of that file.
 fn module_of(file: &str) -> String {
     let parts: Vec<&str> = file.trim_end_matches(".rs").split('/').take(2).collect();
     parts.join("::")
 }
 
-/// The paths that some code imports from this crate, as `core::engine::Engine`, wherever `crate::` or `super::` stands.
+/// The paths that some code imports from this crate, such as `core::engine::Engine`, after `crate::` or `super::`.
 fn imports(file: &str, code: &str) -> BTreeSet<String> {
     let folders: Vec<&str> = file.trim_end_matches(".rs").split('/').collect();
     let mut found = BTreeSet::new();
@@ -108,7 +108,7 @@ fn imports(file: &str, code: &str) -> BTreeSet<String> {
     found
 }
 
-/// The leaves of a tree of imports. Returns what stands behind it.
+/// The leaves of a tree of imports. Returns the rest of the code.
 fn leaves<'c>(mut code: &'c str, prefix: &str, found: &mut BTreeSet<String>) -> &'c str {
     let path: String = code.chars().take_while(|c| c.is_alphanumeric() || matches!(c, '_' | ':')).collect();
     code = &code[path.len()..];
@@ -200,7 +200,7 @@ fn nothing_goes_round_in_a_circle_and_the_floors_are_few() {
     assert!(*highest <= MAX_FLOORS, "{highest} floors: {floors:?}");
 }
 
-/// What is public is used by the service itself: what only tests use is a part of the tests.
+/// Every public item is used by the service itself: what only tests use belongs to the tests.
 #[test]
 fn nothing_is_public_for_tests_alone() {
     let words = |text: &str| -> Vec<String> {
@@ -269,7 +269,7 @@ fn every_file_is_reached_and_says_what_it_is() {
     }
 }
 
-/// Every deny code stands in the README with its meaning, and in the proto.
+/// Every deny code is in the README with its meaning, and in the proto.
 #[test]
 fn every_deny_code_is_explained() {
     let (readme, proto) = (read("README.md"), read("proto/byokgate/v1/policy_decision.proto"));
@@ -279,7 +279,7 @@ fn every_deny_code_is_explained() {
     }
 }
 
-/// What `docs/survive.md` names as a proof is there: a test by its name, or a file.
+/// Every proof in `docs/survive.md` exists: a test by its name, or a file.
 #[test]
 fn every_proof_of_survival_is_there() {
     fn walk(folder: &Path, all: &mut String) {
@@ -312,7 +312,7 @@ fn every_proof_of_survival_is_there() {
     assert!(rows >= 45 && proofs > rows, "{rows} rows, {proofs} proofs");
 }
 
-/// A lint is silenced with its reason, or not at all; nothing is left to do.
+/// A lint is silenced only with a reason; nothing is left to do.
 #[test]
 fn nothing_is_left_undone() {
     for folder in ["src", "tests/it"] {

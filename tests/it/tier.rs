@@ -1,4 +1,4 @@
-//! The shared tier where there is no real store: what its faults cost, and which settings it takes. `tests/tier` has the real one.
+//! The shared tier without a real store: the cost of its faults, and its settings. `tests/tier` uses a real one.
 
 use std::{fs, sync::Arc, time::Duration};
 
@@ -17,12 +17,12 @@ use crate::support::{
     tier::{KEY, Replica, Way},
 };
 
-/// What a listener that is no store does with a connection.
+/// What a listener that is not a store does with a connection.
 #[derive(Clone, Copy, PartialEq)]
 enum Odd {
     /// Answers everything with this.
     Says(&'static [u8]),
-    /// Takes it all in and says nothing.
+    /// Reads everything and sends nothing.
     Silent,
     /// Hangs up.
     Closes,
@@ -50,7 +50,7 @@ async fn odd_listener(odd: Odd) -> u16 {
     port
 }
 
-/// Whatever is at the tier's address, each answer is the provider's own, for one call each; and after five faults it is left alone.
+/// With anything at the tier's address, each answer comes from the provider, with one call each; after five faults the tier is suspended.
 #[tokio::test]
 async fn a_tier_that_is_none_costs_no_call_and_changes_no_answer() {
     let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port();
@@ -83,7 +83,7 @@ async fn a_tier_that_is_none_costs_no_call_and_changes_no_answer() {
         let looks = |result: &str| replica.looks(result);
         assert_eq!((looks("hit"), looks("lease")), (0.0, 0.0), "{what}");
         if what == GIVES_FOR_EVER {
-            // It answers in time and in form: what it says is looked at, each time anew.
+            // It answers in time and in form: its replies are checked each time.
             assert_eq!(looks("gave_up"), 9.0, "{}", replica.page().text);
             continue;
         }
@@ -93,7 +93,7 @@ async fn a_tier_that_is_none_costs_no_call_and_changes_no_answer() {
     }
 }
 
-/// No answer waits for the tier twice, and callers at one moment wait side by side.
+/// No answer waits for the tier twice, and concurrent callers wait in parallel.
 #[tokio::test]
 async fn a_storm_meets_a_silent_tier_once() {
     let prober = Scripted::new(Verdict::Valid);
@@ -157,7 +157,7 @@ fn a_tier_needs_an_encrypted_address_a_key_and_callers_of_equal_trust() {
     }
 }
 
-/// What the settings name is read by `serve` and `check` alone, and what is wrong with it is said with its file.
+/// Only `serve` and `check` read the files of these settings, and errors name the file.
 #[tokio::test]
 async fn serve_and_check_read_its_files_and_exec_refuses_it() {
     let folder = tempfile::tempdir().unwrap();

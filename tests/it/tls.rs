@@ -1,4 +1,4 @@
-//! Who may call over which transport, with the exact answer to everybody else; and certificates that change under way.
+//! Who may call over which transport, with the exact answer to all others; and certificates that change while serving.
 
 use std::{
     fs,
@@ -54,7 +54,7 @@ fn with_tls(folder: &TempDir, server: &Pair) -> Settings {
     settings
 }
 
-/// What the server says to this client: `served`, or the alert that ends the handshake.
+/// The server's answer to this client: `served`, or the alert that ends the handshake.
 async fn answer(edge: &Edge, client: &TlsConnector) -> String {
     let mut stream = match tls_connect(edge.tcp(), client).await {
         Ok(stream) => stream,
@@ -99,14 +99,14 @@ async fn client_certificates_are_judged_in_the_handshake() {
     let mut said = Vec::new();
     drop(plain.read_to_end(&mut said).await);
     assert_eq!(said, [21, 3, 3, 0, 2, 2, 10]);
-    // And the roles of those who are in.
+    // And the roles of known callers.
     let operator = tls_channel(edge.tcp(), &tls_client(&authority, Some(&authority.sign(OPERATOR)), &[&TLS13])).await.unwrap();
     assert_eq!(ask_status(operator.clone(), None).await, Code::Ok);
     let refused = PolicyDecisionServiceClient::new(operator).decide(pb::DecideRequest::default()).await.unwrap_err();
     assert_eq!(refused.code(), Code::PermissionDenied);
 }
 
-/// The configuration's lists are followed, for connections that come.
+/// The configuration's lists are reloaded, for new connections.
 #[tokio::test]
 async fn the_list_of_certificates_turns_over_without_a_restart() {
     let folder = tempfile::tempdir().unwrap();

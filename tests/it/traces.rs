@@ -1,4 +1,4 @@
-//! Traces: a caller's is continued as far as the provider, nobody's secret is in one, and no collector is waited for.
+//! Traces: a caller's is continued to the provider, no secret is in one, and nothing waits for a collector.
 
 use std::collections::BTreeMap;
 
@@ -164,7 +164,7 @@ async fn a_callers_trace_is_continued_to_the_provider() {
     assert_eq!(found, [(response.decision_id.as_str(), TRACE), (again.decision_id.as_str(), TRACE)]);
 }
 
-/// A caller that decided against it is followed, a call without a trace is taken by chance; either way the log knows the trace.
+/// A caller's unsampled flag is obeyed, a call without a trace is sampled at random; either way the log has the trace id.
 #[tokio::test]
 async fn the_caller_decides_and_where_there_is_none_the_ratio() {
     for (ratio, roots) in [("1", 3), ("0", 0)] {
@@ -224,7 +224,7 @@ async fn a_waiter_is_told_from_the_one_that_fills() {
     assert_eq!(results(OTHER), (vec![call.as_str(), "cache"], "wait".to_owned()));
 }
 
-/// A caller that leaves while the provider is asked: its span ends when it left, the probe's goes on below it.
+/// A caller that leaves during the probe: its span ends then, and the probe's continues below it.
 #[tokio::test]
 async fn a_probe_that_outlives_its_caller_stays_in_the_trace() {
     let mut collector = Collector::start().await;
@@ -312,8 +312,8 @@ async fn a_calibration_is_part_of_the_trace_that_began_it() {
     }
 }
 
-/// Everything that a collector is sent, with a canary for each secret, at the loudest log level: none of them, and no span of
-/// anybody else's, the exporter's own least of all.
+/// Everything that a collector gets, with a canary for each secret, at the most verbose log level: no secret, and no span of a library,
+/// including the exporter.
 #[tokio::test]
 async fn no_span_holds_a_secret_and_all_are_ours() {
     const CANARY: &str = "made-up-canary-7f3a";
@@ -357,8 +357,8 @@ async fn no_span_holds_a_secret_and_all_are_ours() {
     is_not_in(&collector.raw, CANARY, "what was sent to the collector");
 }
 
-/// A collector that takes connections and never says a word, and one that is not there, with a single worker thread: every
-/// decision is made, the end comes, and what was lost is told of in a line or two.
+/// A collector that accepts connections and never answers, and an absent one, with a single worker thread: every decision is made,
+/// the process ends, and a line or two report the lost spans.
 #[tokio::test]
 async fn no_decision_and_no_end_waits_for_a_collector() {
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -396,7 +396,7 @@ async fn no_decision_and_no_end_waits_for_a_collector() {
     took.abort();
 }
 
-/// What is still held at the end is sent before it, over TLS too, and the platform's names for a process are taken.
+/// Spans that are held at the end are sent before it, over TLS too, with the platform's resource attributes.
 #[tokio::test]
 async fn the_last_spans_are_sent_at_the_end_over_tls() {
     let authority = Authority::new();
@@ -423,7 +423,7 @@ async fn the_last_spans_are_sent_at_the_end_over_tls() {
     }
 }
 
-/// An invalid setting ends the start, names the setting, and is not repeated, since it may hold a password.
+/// An invalid setting ends the start and names the setting, but not the value, which may hold a password.
 #[tokio::test]
 async fn settings_that_do_not_stand_end_the_start() {
     for (key, value, said) in [

@@ -1,4 +1,4 @@
-//! The service on the wire: each RPC, health, reflection, deadlines, load, and how it leaves.
+//! The service on the wire: each RPC, health, reflection, deadlines, load, and shutdown.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -139,7 +139,7 @@ async fn list_models_and_status_tell_what_is_loaded() {
     let all = client.list_models(pb::ListModelsRequest::default()).await.unwrap().into_inner();
     // Beside that runtime's, those of one that has one model and of three that have five each.
     assert_eq!(all.models.len(), rows.len() + 1 + 3 * 5);
-    // What a menu for people shows beside it, on request: providers that list nothing, names and what is on its way out.
+    // More for a menu, on request: providers that list nothing, names and what is deprecated.
     assert!(menu.open_providers.is_empty() && menu.models.iter().all(|row| !row.deprecated));
     let full = client.list_models(pb::ListModelsRequest { runtime: "agent".into(), details: true }).await.unwrap().into_inner();
     assert_eq!(full.models.len(), menu.models.len());
@@ -216,7 +216,7 @@ async fn a_batch_answers_every_item_by_its_index() {
     }
 }
 
-/// What is undecided at the batch's deadline says so; what is decided by then is there.
+/// Items that are undecided at the batch's deadline say so; decided ones are returned.
 #[tokio::test]
 async fn a_batch_ends_at_its_deadline() {
     let silent = Row {
@@ -269,7 +269,7 @@ async fn a_provider_sees_an_honest_request_and_nothing_more() {
     );
 }
 
-/// Believed on its documentation at first, at no cost of the caller's time; checked beside it, and found out.
+/// Trusted by its documentation at first, without a delay for the caller; checked in the background, and refuted.
 #[tokio::test]
 async fn a_documented_endpoint_that_takes_anything_is_found_out() {
     let vendor = Vendor::start(vec![
@@ -396,9 +396,9 @@ async fn reflection_lists_and_describes_the_service() {
     assert!(matches!(described, MessageResponse::FileDescriptorResponse(_)), "{described:?}");
 }
 
-// === leaving ===
+// === shutdown ===
 
-/// A call under way when the signal comes is answered; health turns; no new connection is taken; the exit code is 0.
+/// A call in flight at the signal is answered; health turns; no new connection is accepted; the exit code is 0.
 #[tokio::test]
 async fn a_signal_drains_and_exits_0() {
     let silent = Row { path: Some("/acme/v1/models".into()), behave: Some(Behave::Silent), ..Row::default() };

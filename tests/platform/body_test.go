@@ -26,7 +26,7 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/gatehttp"
 )
 
-// fakeGate says what the real byok-gate cannot be made to say.
+// fakeGate sends what the real byok-gate cannot be made to send.
 type fakeGate struct {
 	byokgatev1.UnimplementedPolicyDecisionServiceServer
 	response *byokgatev1.DecideResponse
@@ -46,7 +46,7 @@ func (f *fakeGate) Decide(context.Context, *byokgatev1.DecideRequest) (*byokgate
 	return f.response, f.fault
 }
 
-// Every body that the client can answer with is one that the schema describes.
+// The schema describes every body of the client.
 func TestEveryBodyIsWhatTheSchemaSays(t *testing.T) {
 	schema, err := jsonschema.NewCompiler().Compile(schemaFile)
 	if err != nil {
@@ -142,7 +142,7 @@ func TestEveryBodyIsWhatTheSchemaSays(t *testing.T) {
 	t.Logf("%d bodies", checked)
 }
 
-// Requests that never come to a question for byok-gate are no denials, and have no denial's body.
+// Requests that end before a call to byok-gate are not denials, and have no denial's body.
 func TestRequestsThatAreNoQuestion(t *testing.T) {
 	server := startPlatform(t, freeAddress(t), impatient)
 	for what, test := range map[string]struct {
@@ -202,7 +202,7 @@ func TestSchemaListsWhatTheProtoLists(t *testing.T) {
 		return more
 	}
 	codes := names(byokgatev1.DenyCode_name, "DENY_CODE_", string(byokgate.DecisionUnavailable))
-	// Never in a body: one that is sent all the same reads DENY_CODE_0.
+	// Never in a body: if it is sent anyway, it reads DENY_CODE_0.
 	codes = slices.DeleteFunc(codes, func(name string) bool { return name == "UNSPECIFIED" })
 	for what, lists := range map[string][2][]string{
 		"code":          {schema.Properties.Code.AnyOf[0].Enum, codes},

@@ -14,7 +14,7 @@ import (
 
 // Each call site of a platform, against the real byok-gate and a real PostgreSQL.
 
-// online is a workspace that runs, with this key of its own if there is one.
+// online is a running workspace, with its own key if there is one.
 func (p *platformServer) online(t *testing.T, keys ...string) platform.Row {
 	t.Helper()
 	created := wantStarted(t, p.create(t, acme(keys...)), http.StatusCreated, platform.StartedBody{Status: "provisioning", BillingMode: "BYOK"})
@@ -22,7 +22,7 @@ func (p *platformServer) online(t *testing.T, keys ...string) platform.Row {
 	return p.row(t, created.ID)
 }
 
-// wantUntouched expects that nothing changed but, perhaps, why it was last refused.
+// wantUntouched expects that nothing changed except, perhaps, the last refusal.
 func (p *platformServer) wantUntouched(t *testing.T, before platform.Row) {
 	t.Helper()
 	after := p.row(t, before.ID)
@@ -83,7 +83,7 @@ func TestARefusedRestartKeepsTheBox(t *testing.T) {
 	wantDenial(t, refused, http.StatusUnprocessableEntity, invalidKey())
 	server.wantUntouched(t, row)
 
-	// Paused, it has no box to keep; resuming asks too.
+	// Paused, it has no box to keep; resuming calls byok-gate too.
 	decode[platform.Row](t, server.call(t, http.MethodPost, "/workspaces/"+row.ID+"/pause", nil), http.StatusOK)
 	resume := func() answer { return server.call(t, http.MethodPost, "/workspaces/"+row.ID+"/resume", nil) }
 	wantDenial(t, resume(), http.StatusUnprocessableEntity, invalidKey())
@@ -97,7 +97,7 @@ func TestARefusedRestartKeepsTheBox(t *testing.T) {
 	}
 }
 
-// What may be tried again is, without another request, and the box runs until then.
+// A retryable refusal is retried without another request, and the box runs until then.
 func TestARetryableRefusalIsTriedAgain(t *testing.T) {
 	_, server := startAll(t, liveKey)
 	row := server.online(t, liveKey)
@@ -115,7 +115,7 @@ func TestARetryableRefusalIsTriedAgain(t *testing.T) {
 	})
 }
 
-// What cannot be read is never taken for "no key there", in either scope and at each checkpoint.
+// An unreadable value never counts as "no key", in either scope and at each checkpoint.
 func TestFaultsOfTheStore(t *testing.T) {
 	_, server := startAll(t, liveKey, otherKey)
 	own := server.online(t, liveKey)
@@ -127,7 +127,7 @@ func TestFaultsOfTheStore(t *testing.T) {
 
 	for _, fault := range []struct {
 		name, break_, repair string
-		// Which of the two it strikes. A workspace's own key hides the organization's, so that a fault there is nothing to it.
+		// The affected scope. A workspace's own key hides the organization's, so a fault there does not matter.
 		own, shared bool
 	}{
 		{
@@ -249,13 +249,13 @@ func TestAWorkspaceSecretIsDecidedBeforeItIsSaved(t *testing.T) {
 	server.wantUntouched(t, row)
 }
 
-// restartAsEdit restarts by a change that changes nothing.
+// restartAsEdit restarts by an empty change.
 func (p *platformServer) restartAsEdit(t *testing.T, row platform.Row) answer {
 	t.Helper()
 	return p.patch(t, row.ID, map[string]string{"model": row.Model})
 }
 
-// One organization secret, all its workspaces: one batch, the vendor asked once, and nothing saved that would break one.
+// One organization secret, all its workspaces: one batch, one probe, and nothing saved that would break one.
 func TestAnOrganizationSecretFansOut(t *testing.T) {
 	const fleet = 20
 	vendor, server := startAll(t, liveKey, otherKey)
@@ -282,7 +282,7 @@ func TestAnOrganizationSecretFansOut(t *testing.T) {
 	before := vendor.askedWith(otherKey)
 	server.wantRestarted(t, server.setSecret(t, owner, "ACME_API_KEY", otherKey), sharing, nil)
 	server.wantUntouched(t, apart)
-	// Twice at most: the restarts ask for a fresh observation, once a second for one key.
+	// Twice at most: the restarts request a fresh result, once a second for one key.
 	if asked := vendor.askedWith(otherKey) - before; asked > 2 {
 		t.Errorf("the vendor was asked %d times about one key for %d workspaces", asked, fleet)
 	}
@@ -326,8 +326,8 @@ func TestAnImportCreatesWhatMayExist(t *testing.T) {
 	}
 }
 
-// A model that no name singles out an owner for, until one is at hand: the client must learn which names to fetch from the very
-// refusal to name an owner.
+// A model without a unique owner until a name is available: the client must learn which names to fetch from the refusal to name an
+// owner.
 func TestAnAmbiguousModelIsSettledByACredential(t *testing.T) {
 	vendor := startVendor(t, liveKey)
 	address := freeAddress(t)

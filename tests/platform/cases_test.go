@@ -81,7 +81,7 @@ type caseExpect struct {
 	Record  caseRecord `yaml:",inline"`
 }
 
-// caseRecord is a decision as cases have it. Absent is empty.
+// caseRecord is a decision in the form of the cases. Absent is empty.
 type caseRecord struct {
 	Decision            string   `yaml:"decision"`
 	Code                string   `yaml:"code"`
@@ -240,7 +240,7 @@ func TestCases(t *testing.T) {
 	}
 }
 
-// run says by what the case was asked: the client, or the generated code where the client cannot be made to say such a thing.
+// run returns what ran the case: the client, or the generated code if the client cannot send such a request.
 func (c caseData) run(t *testing.T, expect caseExpect, at any) (by string) {
 	vendor := &caseVendor{rows: c.Vendor}
 	server := httptest.NewServer(vendor)
@@ -314,7 +314,7 @@ func (c caseData) run(t *testing.T, expect caseExpect, at any) (by string) {
 	return by
 }
 
-// needsGeneratedCode: the client always sends a workspace, and each credential once, with a scope that there is.
+// needsGeneratedCode: the client always sends a workspace, and each credential once, with a known scope.
 func (c caseData) needsGeneratedCode() bool {
 	if c.Spec == nil || len(c.Spec.Credentials) > 0 {
 		return true
@@ -462,11 +462,11 @@ func (c caseData) values() []string {
 	return slices.Compact(values)
 }
 
-// asSeenBy is what is expected where only these names are sent. byok-gate cannot warn of a credential that it was not sent: a
-// name that the registry does not know, or one that could not answer for this model. Nothing else may differ.
+// asSeenBy is the expectation if only these names are sent. byok-gate cannot warn about a credential that it did not get: an unknown name,
+// or one that does not matter to this model. Nothing else may differ.
 func (r caseRecord) asSeenBy(relevant []string) caseRecord {
 	var warned []string
-	// Base-URL variables are sent by name, whatever is relevant.
+	// Base-URL variables are always sent by name.
 	isBaseURL := slices.Contains(r.Warnings, "UNKNOWN_BASE_URL_NAME")
 	for _, name := range r.WarnedEnv {
 		if isBaseURL || slices.Contains(relevant, name) {

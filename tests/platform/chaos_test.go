@@ -27,9 +27,9 @@ const (
 	chaosCreators = 8
 )
 
-// === What must hold, whatever happens in between ===
+// === What must always hold ===
 
-// allows are the decisions in byok-gate's own log that said "allow", by their id, with the workspace.
+// allows are the allows in byok-gate's own log, by decision id, with the workspace.
 func allows(t *testing.T, logs ...string) map[string]string {
 	t.Helper()
 	found := map[string]string{}
@@ -78,7 +78,7 @@ func (p *platformServer) wantRowsWithAnAllow(t *testing.T, kills []time.Time, lo
 			t.Errorf("a row that must not be: %+v", row)
 		}
 	}
-	// Only if it was killed between its answer and the write that follows at once.
+	// Only if it was killed between its answer and the write right after it.
 	if lost > len(kills)/5 {
 		t.Errorf("%d of %d rows have no line in the log", lost, len(rows))
 	}
@@ -166,7 +166,7 @@ func TestKilledWhileThePlatformCreates(t *testing.T) {
 			_, any := firstAfter(time.Now().Add(-time.Second))
 			return any
 		})
-		// Somewhere in the middle of a create, or of several.
+		// In the middle of one create or several.
 		time.Sleep(rand.N(30 * time.Millisecond))
 		gate.kill(t)
 		killed = append(killed, time.Now())
@@ -211,12 +211,12 @@ func TestKilledWhileThePlatformCreates(t *testing.T) {
 
 // === A bad network ===
 
-// chaos is a TCP proxy that does to connections what networks do.
+// chaos is a TCP proxy with network faults.
 type chaos struct {
 	address string
 	// Each connection goes to one of these, or to the next one where that does not listen.
 	targets []string
-	// calm makes it an honest proxy.
+	// calm turns the faults off.
 	calm atomic.Bool
 
 	mu     sync.Mutex
@@ -225,7 +225,7 @@ type chaos struct {
 	counts map[string]int
 }
 
-// The faults, by their share of a hundred chunks of what passes in either direction. The rest passes as it is.
+// The faults, as shares of a hundred chunks in either direction. The rest passes unchanged.
 var faults = []struct {
 	name  string
 	share int
@@ -269,7 +269,7 @@ func startChaos(t *testing.T, target string, seed uint64) *chaos {
 	return proxy
 }
 
-// join passes on in both directions until both have ended.
+// join copies in both directions until both have ended.
 func (c *chaos) join(near net.Conn) {
 	var far net.Conn
 	c.mu.Lock()
@@ -302,7 +302,7 @@ func (c *chaos) join(near net.Conn) {
 	far.Close()
 }
 
-// pass copies, with faults. Each ends the direction, but for a delay.
+// pass copies, with faults. Each fault except a delay ends the direction.
 func (c *chaos) pass(from, to net.Conn) {
 	chunk := make([]byte, 32*1024)
 	for {
@@ -337,7 +337,7 @@ func (c *chaos) pass(from, to net.Conn) {
 			to.Close()
 			return
 		case "stall":
-			// Nothing passes any more, and nobody is told.
+			// Nothing passes any more, without an error.
 			time.Sleep(time.Second)
 			from.Close()
 			to.Close()
@@ -417,7 +417,7 @@ func TestCreatesOverABadNetwork(t *testing.T) {
 	took := time.Since(began)
 	created.Add(1)
 
-	// Its log is whole once it has left.
+	// Its log is complete once it has stopped.
 	gate.stop(t)
 	rows := server.wantRowsWithAnAllow(t, nil, gate.output.String())
 	if int64(rows) != created.Load() {

@@ -15,7 +15,7 @@ const (
 	deadKey  = keyMark + "dead-key-1"
 )
 
-// acme is a workspace on the vendor's model, with this key of its own if there is one.
+// acme is a workspace on the vendor's model, with its own key if there is one.
 func acme(keys ...string) payload {
 	spec := payload{OrganizationID: organization, Name: "a workspace", Runtime: "agent", Model: "acme-large"}
 	for _, key := range keys {
@@ -82,7 +82,7 @@ func TestCreate(t *testing.T) {
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			// Its own platform: rows and organization secrets of one case are nothing to the next.
+			// Its own platform, so that rows and organization secrets of one case do not affect the next.
 			server := startPlatform(t, gate.address, byokgate.DefaultTimeout)
 			if test.organization != "" {
 				server.setOrganizationSecret(t, "ACME_API_KEY", test.organization)
@@ -116,14 +116,14 @@ func TestCreate(t *testing.T) {
 	}
 }
 
-// The key dies between create and provision, which must be seen although the create's own observation is still remembered.
+// The key dies between create and provision, which must be noticed although the create's result is still cached.
 func TestKeyRevokedAfterCreate(t *testing.T) {
 	vendor := startVendor(t, liveKey)
 	gate := startGate(t, freeAddress(t), vendor.url)
 	server := startPlatform(t, gate.address, byokgate.DefaultTimeout)
 	created := wantStarted(t, server.create(t, acme(liveKey)), http.StatusCreated, platform.StartedBody{Status: "provisioning", BillingMode: "BYOK"})
 
-	// byok-gate asks the vendor about one key at most once a second, so the first provision may go by the create's answer.
+	// byok-gate probes one key at most once a second, so the first provision may use the create's result.
 	vendor.revoke(liveKey)
 	var before platform.Row
 	var refused answer
@@ -188,7 +188,7 @@ func TestOrganizationKeyRotatedAfterCreate(t *testing.T) {
 	}
 }
 
-// A fleet that starts at once on one key must not make the vendor think that it is under attack.
+// A fleet that starts at once on one key must not look like an attack to the vendor.
 func TestManyCreatesAskTheVendorOnce(t *testing.T) {
 	const creates = 50
 	vendor := startVendor(t, liveKey)
@@ -217,13 +217,13 @@ func TestManyCreatesAskTheVendorOnce(t *testing.T) {
 	if rows := server.rows(t); len(rows) != creates || len(ids) != creates || len(decisions) != creates {
 		t.Errorf("%d rows, %d ids and %d decisions for %d creates", len(rows), len(ids), len(decisions), creates)
 	}
-	// Not zero either: an allow that asked nobody would be worth nothing.
+	// Not zero either: an allow without a probe would prove nothing.
 	if asked := vendor.askedWith(liveKey); asked != 1 {
 		t.Errorf("the vendor was asked %d times about one key", asked)
 	}
 }
 
-// byok-gate goes and comes back; the platform refuses in between, and needs no restart of its own.
+// byok-gate goes down and comes back; the platform refuses in between, and needs no restart.
 func TestGateRestarts(t *testing.T) {
 	vendor := startVendor(t, liveKey)
 	address := freeAddress(t)

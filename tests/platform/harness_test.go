@@ -40,7 +40,7 @@ const keyMark = "made-up-"
 const (
 	healthName = "byokgate.v1.PolicyDecisionService"
 	schemaFile = "../../docs/denial-body.schema.json"
-	// impatient is long enough for every answer that comes at all, on a busy machine too.
+	// impatient is long enough for every answer, on a busy machine too.
 	impatient = 500 * time.Millisecond
 )
 
@@ -53,7 +53,7 @@ type vendor struct {
 	mu    sync.Mutex
 	live  map[string]bool
 	asked map[string]int
-	// storm is the status that everybody gets. Zero: what is right.
+	// storm is the status that everybody gets. Zero: the right one.
 	storm int
 }
 
@@ -100,7 +100,7 @@ func (v *vendor) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (v *vendor) revoke(key string) { v.set(key, false) }
 func (v *vendor) repair(key string) { v.set(key, true) }
 
-// answerAll gives everybody this status, or what is right if it is zero.
+// answerAll gives everybody this status, or the right one if it is zero.
 func (v *vendor) answerAll(status int) {
 	v.mu.Lock()
 	defer v.mu.Unlock()
@@ -131,7 +131,7 @@ type gateProcess struct {
 	failure error
 }
 
-// registryFor is what the platform offers in these tests: one vendor's model and one of the platform's own.
+// registryFor is the registry of these tests: one vendor's model and one platform model.
 func registryFor(vendorURL string) string {
 	return `schema_version: 1
 providers:
@@ -164,7 +164,7 @@ func startGate(t *testing.T, address, vendorURL string) *gateProcess {
 	return startGateWith(t, address, serveArguments(t, address, vendorURL)...)
 }
 
-// startGateWith is startGate with a command line of the test's own.
+// startGateWith is startGate with the test's own command line.
 func startGateWith(t *testing.T, address string, arguments ...string) *gateProcess {
 	t.Helper()
 	output := &syncBuffer{}
@@ -220,7 +220,7 @@ func runGate(t *testing.T, address string, output io.Writer, arguments ...string
 	}
 	gate := &gateProcess{address: address, ended: make(chan struct{})}
 	gate.command = exec.Command(binary, arguments...)
-	// Not this process's environment: a setting or a proxy of the machine's would take part in the decisions.
+	// Not this process's environment: a setting or a proxy of the machine would change the decisions.
 	gate.command.Env = []string{"LC_ALL=C"}
 	gate.command.Stdout, gate.command.Stderr = output, output
 	if err := gate.command.Start(); err != nil {
@@ -272,7 +272,7 @@ func (g *gateProcess) kill(t *testing.T) {
 	<-g.ended
 }
 
-// stop asks byok-gate to leave and expects that it does so in good order.
+// stop stops byok-gate and expects a clean exit.
 func (g *gateProcess) stop(t *testing.T) {
 	t.Helper()
 	select {
@@ -338,7 +338,7 @@ type payload struct {
 // anyVendor is the host of a vendor that a test starts, on whatever port.
 const anyVendor = "127.0.0.1"
 
-// organization is every workspace's in these tests, but for those that say otherwise.
+// organization is the default organization of the tests' workspaces.
 const organization = "org-1"
 
 // encryptionKey is the platform's.
@@ -493,7 +493,7 @@ func (p *platformServer) patch(t *testing.T, id string, changes map[string]strin
 	return p.call(t, http.MethodPatch, "/workspaces/"+id, changes)
 }
 
-// setOrganizationSecret expects that nothing stands against it.
+// setOrganizationSecret expects success.
 func (p *platformServer) setOrganizationSecret(t *testing.T, name, value string) platform.EditedBody {
 	t.Helper()
 	return decode[platform.EditedBody](t, p.setSecret(t, "organizations/"+organization, name, value), http.StatusOK)
@@ -516,7 +516,7 @@ func (p *platformServer) wantNoRow(t *testing.T) {
 	}
 }
 
-// === What is expected ===
+// === Expectations ===
 
 var decisionID = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
 
@@ -552,7 +552,7 @@ func wantStarted(t *testing.T, got answer, status int, want platform.StartedBody
 	return body
 }
 
-// wantDenial expects exactly this body. Of Error and Remedy, which are prose, it expects that they hold the words given.
+// wantDenial expects exactly this body. Error and Remedy, which are prose, must contain the given words.
 func wantDenial(t *testing.T, got answer, status int, want byokgate.Body) {
 	t.Helper()
 	body := decode[byokgate.Body](t, got, status)
@@ -578,7 +578,7 @@ func wantDenial(t *testing.T, got answer, status int, want byokgate.Body) {
 	}
 }
 
-// unavailable is the body where no decision was made about spec.
+// unavailable is the body without a decision about spec.
 func unavailable(spec payload, retryable bool) byokgate.Body {
 	return byokgate.Body{
 		Code:              byokgate.DecisionUnavailable,
@@ -591,7 +591,7 @@ func unavailable(spec payload, retryable bool) byokgate.Body {
 	}
 }
 
-// eventually repeats attempt until it says that it is done, for at most five seconds.
+// eventually repeats attempt until it returns done, for at most five seconds.
 func eventually(t *testing.T, what string, attempt func() bool) {
 	t.Helper()
 	for end := time.Now().Add(5 * time.Second); ; time.Sleep(100 * time.Millisecond) {
@@ -604,7 +604,7 @@ func eventually(t *testing.T, what string, attempt func() bool) {
 	}
 }
 
-// discard is for clients whose log is not what a test is about.
+// discard is for clients whose log the test does not check.
 var discard = slog.New(slog.DiscardHandler)
 
 // syncBuffer collects output that is written by one goroutine and read by another.

@@ -11,7 +11,7 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/byokgate"
 )
 
-// Whatever was begun and left: after Close no goroutine of the client's is there.
+// After Close no goroutine of the client is left, even from abandoned work.
 func TestTheClientLeavesNothingBehind(t *testing.T) {
 	vendor := startVendor(t, liveKey)
 	gate := startGate(t, freeAddress(t), vendor.url)

@@ -1,4 +1,4 @@
-// Command platform serves the calling platform's API, for trying byok-gate out by hand.
+// Command platform serves the calling platform's API, to try byok-gate by hand.
 package main
 
 import (
@@ -47,7 +47,7 @@ func serve(listen, address, database, keyFile string, schema bool, log *slog.Log
 	}
 	key, err := hex.DecodeString(strings.TrimSpace(string(text)))
 	if err != nil {
-		// The decoder's own words quote the file.
+		// The decoder's error quotes the file.
 		return fmt.Errorf("%s: is not hexadecimal", keyFile)
 	}
 	vault, err := platform.NewVault(key)
@@ -80,7 +80,7 @@ func serve(listen, address, database, keyFile string, schema bool, log *slog.Log
 		return err
 	case <-ctx.Done():
 	}
-	// As long as one batch may take: requests under way finish.
+	// As long as one batch may take: requests in flight finish.
 	ctx, cancel := context.WithTimeout(context.Background(), byokgate.DefaultBatchTimeout+time.Second)
 	defer cancel()
 	return server.Shutdown(ctx)

@@ -11,7 +11,7 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/byokgate"
 )
 
-// What a UI shows, and by which file byok-gate decides.
+// What a UI shows, and which file byok-gate uses.
 func TestTheMenuAndTheRegistrysFile(t *testing.T) {
 	registry := filepath.Join(t.TempDir(), "providers.yaml")
 	text := []byte(registryFor("http://127.0.0.1:1") + `      - name: open

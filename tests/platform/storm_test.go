@@ -33,8 +33,8 @@ import (
 	"github.com/byok-gate/byok-gate/tests/platform/internal/platform"
 )
 
-// Everything at once: three replicas, three platforms on one database, three vendors, and a fault every few hundred milliseconds, drawn
-// from a seed. tests/chaos/run says what is checked.
+// Everything at once: three replicas, three platforms on one database, three vendors, and a fault every few hundred milliseconds, chosen
+// by a seed. tests/chaos/run says what is checked.
 
 var (
 	stormFor  = flag.Duration("storm", 0, "how long TestStorm rages; 0: it is left out")
@@ -53,15 +53,15 @@ const (
 	maxRSS = 64 << 20
 	// fewDescriptors is what the last replica may have open.
 	fewDescriptors = 64
-	// recovery is how soon everything is as before, once the faults are over.
+	// recovery is how soon everything works again after the faults.
 	recovery = time.Minute
 	// validAge is how long a VALID counts at CREATE, with room for a replica that was stopped meanwhile.
 	validAge = 30*time.Second + 10*time.Second
 )
 
-// === Vendors that lie ===
+// === Misbehaving vendors ===
 
-// liar is a vendor that does not always say what is true.
+// liar is a vendor that sometimes gives wrong answers.
 type liar struct {
 	name, variable, url string
 	server              *httptest.Server
@@ -78,7 +78,7 @@ type liar struct {
 	trap     string
 }
 
-// modes are what a liar does, beside what is right.
+// modes are a liar's faults.
 var modes = []string{"401", "429", "500", "hang", "half", "page", "everyone", "goaway", "reset", "redirect", "wrong certificate"}
 
 func startLiar(t *testing.T, name string, overTLS bool, trap string, ours, others tls.Certificate) *liar {
@@ -89,7 +89,7 @@ func startLiar(t *testing.T, name string, overTLS bool, trap string, ours, other
 		certificates: map[bool]*tls.Certificate{false: &ours, true: &others},
 	}
 	l.server = httptest.NewUnstartedServer(l)
-	// What it says of connections that break is no news here.
+	// Its log of broken connections is not needed.
 	l.server.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	if overTLS {
 		l.server.EnableHTTP2 = true
@@ -118,7 +118,7 @@ func (l *liar) key(index int) string {
 	return fmt.Sprintf("%s%s-canary-%04d-of-the-storm", keyMark, l.name, index)
 }
 
-// set begins a mode; none is what is right.
+// set starts a mode; none is correct behaviour.
 func (l *liar) set(mode string) {
 	l.mu.Lock()
 	l.mode = mode
@@ -208,14 +208,14 @@ func (l *liar) acceptedWithin(key string, from, to time.Time) bool {
 	return slices.ContainsFunc(l.accepted[key], func(at time.Time) bool { return !at.Before(from) && !at.After(to) })
 }
 
-// === A replica that is done all kinds of things to ===
+// === A replica with faults ===
 
 type replica struct {
 	number  int
 	address string
 	folder  string
 	log     string
-	// good is what its files hold when nothing is wrong with them.
+	// good is the valid content of its files.
 	good map[string][]byte
 
 	mu       sync.Mutex
@@ -224,7 +224,7 @@ type replica struct {
 	wanted   bool
 	fullDisk bool
 	kills    []time.Time
-	// unlogged are the times in which its log went nowhere.
+	// unlogged are the times in which its log was lost.
 	unlogged [][2]time.Time
 	maxRSS   int
 	starts   int
@@ -254,7 +254,7 @@ func (r *replica) run(t *testing.T, stop <-chan struct{}) {
 		ended := r.ended
 		r.mu.Unlock()
 		<-ended
-		// A file that does not stand ends it at once.
+		// An invalid file ends it at once.
 		time.Sleep(200 * time.Millisecond)
 	}
 }
@@ -340,7 +340,7 @@ func (r *replica) loseLog(full bool) {
 	}
 }
 
-// content is what a file holds when nothing is wrong with it.
+// content is a file's valid content.
 func (r *replica) content(name string) []byte {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -362,9 +362,9 @@ func (r *replica) hasEnded() <-chan struct{} {
 	return r.ended
 }
 
-// replace puts a file in another's place, as tools that are careful do.
+// replace replaces a file atomically, as careful tools do.
 func replace(t *testing.T, path string, content []byte) {
-	// A folder may stand there.
+	// A folder may be in its place.
 	if info, err := os.Stat(path); err == nil && info.IsDir() {
 		_ = os.RemoveAll(path)
 	}
@@ -392,14 +392,14 @@ func (r *replica) watchMemory() {
 	}
 }
 
-// always is a certificate that a clock a day off takes.
+// always is a certificate that is valid for a clock a day off.
 func always(c *x509.Certificate) {
 	c.NotBefore, c.NotAfter = c.NotBefore.AddDate(-5, 0, 0), c.NotAfter.AddDate(5, 0, 0)
 }
 
 // === The storm ===
 
-// written is an answer that started something.
+// written is an answer that started a workspace.
 type written struct {
 	id, decision, checkpoint string
 	vendor                   *liar
@@ -445,7 +445,7 @@ func TestStorm(t *testing.T) {
 		}
 		return pair
 	}
-	// Nothing may ever arrive here: a redirect is not followed.
+	// Nothing may arrive here: redirects are not followed.
 	var trapped atomic.Int64
 	trap := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { trapped.Add(1) }))
 	defer trap.Close()
@@ -540,7 +540,7 @@ func TestStorm(t *testing.T) {
 	}()
 	all.Wait()
 
-	// === Everything is healed: it is as before within a minute ===
+	// === All faults are over: everything works again within a minute ===
 	healed := time.Now()
 	for end := healed.Add(recovery); ; time.Sleep(100 * time.Millisecond) {
 		missing := s.notYet(t, servers, dir)
@@ -630,7 +630,7 @@ func (s *storm) spec(vendor, key, organization int) payload {
 	}
 }
 
-// create asks for workspaces of all kinds, and starts those that there are again.
+// create creates workspaces of all kinds, and restarts existing ones.
 func (s *storm) create(ctx context.Context, t *testing.T, server *platformServer, random *rand.Rand) {
 	for ctx.Err() == nil {
 		vendor, key := random.IntN(len(s.vendors)), random.IntN(stormKeys)
@@ -696,12 +696,12 @@ func (s *storm) count(what string) {
 	s.counts[what]++
 }
 
-// rage does one thing after the other, several at a time, until it is over; then everything is made good again.
+// rage causes faults, several at a time, until the time is over; then it repairs everything.
 func (s *storm) rage(ctx context.Context, t *testing.T) {
 	var healing sync.WaitGroup
 	busy := map[string]bool{}
 	var mu sync.Mutex
-	// during does something for a while, and then makes it good. Of one kind in one place there is one at a time.
+	// during causes a fault for a while, and then repairs it. There is one of a kind at a time in one place.
 	during := func(place, what string, length time.Duration, begin, end func()) {
 		mu.Lock()
 		defer mu.Unlock()
@@ -792,7 +792,7 @@ func (s *storm) rage(ctx context.Context, t *testing.T) {
 	}
 }
 
-// fileFaults are what becomes of files: a full disk leaves an empty one, a copy in place one that is torn.
+// fileFaults are faults of files: a full disk leaves an empty one, an interrupted copy a truncated one.
 var fileFaults = []string{"emptied", "torn", "garbage", "gone", "a folder", "not text"}
 
 func spoil(path string, good []byte, how string) {
@@ -815,7 +815,7 @@ func spoil(path string, good []byte, how string) {
 
 // turn gives a replica another certificate with another key, one file after the other.
 func (s *storm) turn(t *testing.T, r *replica) {
-	// That it may be between the two is the fault.
+	// The moment between the two is the fault.
 	dir := t.TempDir()
 	certifyAs(t, dir, "server", s.ours, always)
 	for _, name := range []string{"server.pem", "server.key"} {
@@ -832,7 +832,7 @@ func (s *storm) turn(t *testing.T, r *replica) {
 	}
 }
 
-// notYet says what is not as it should be.
+// notYet says what is still wrong.
 func (s *storm) notYet(t *testing.T, servers []*platformServer, dir string) string {
 	for index, server := range servers {
 		for vendor := range s.vendors {
@@ -863,7 +863,7 @@ func (s *storm) notYet(t *testing.T, servers []*platformServer, dir string) stri
 	return ""
 }
 
-// aKey is one that is alive, or dead.
+// aKey is a live or a dead key.
 func (s *storm) aKey(vendor int, live bool) int {
 	v := s.vendors[vendor]
 	v.mu.Lock()
@@ -891,7 +891,7 @@ type stormEvent struct {
 	Billing     string   `json:"billing_mode"`
 }
 
-// unverified are the verdicts that policy lets through, with a warning.
+// unverified are the verdicts that policy allows, with a warning.
 var unverified = []string{"RATE_LIMITED", "PROVIDER_ERROR", "UNEXPECTED_RESPONSE", "QUOTA_EXHAUSTED", "NOT_CALIBRATED"}
 
 func (s *storm) judge(t *testing.T, servers []*platformServer, trapped int64) {
@@ -1039,12 +1039,12 @@ func (l *liar) wantWithinLimits(t *testing.T, kills int) {
 		}
 		most = max(most, to-from+1)
 	}
-	// Whoever starts anew has its first second's calls anew: in ten seconds a replica starts a few times at most.
+	// A restarted replica gets its first second's calls again: in ten seconds a replica starts a few times at most.
 	limit := callsOfAProbe * perSecond * stormReplicas * (window + 4)
 	if most > limit {
 		t.Errorf("%s was called %d times in %d s; all replicas together may %d times", l.name, most, window, limit)
 	}
-	// Beside the probes of each replica, one made-up key, and what a killed one had under way and nobody has ended yet.
+	// In addition to each replica's probes: one made-up key, and calls of a killed replica that have not ended yet.
 	if atOnce := 2 * stormReplicas * (inFlight + 2); l.max > atOnce {
 		t.Errorf("%s had %d calls at once; all replicas together may have %d", l.name, l.max, atOnce)
 	}

@@ -22,7 +22,7 @@ func TestARunningFleetIsSwept(t *testing.T) {
 	for index := range keys {
 		vendor.repair(key(index))
 	}
-	// Memories of a second, so that the test need not wait for half a minute.
+	// Lifetimes of a second, so that the test need not wait for half a minute.
 	config := filepath.Join(t.TempDir(), "byok-gate.yaml")
 	if err := os.WriteFile(config, []byte("cache: {valid: 1s, refused: 1s, inconclusive: 1s, rate_limited_max: 1s}\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -63,7 +63,7 @@ func TestARunningFleetIsSwept(t *testing.T) {
 	}
 	changes := func() int { return strings.Count(server.logs.String(), "a running workspace's credential changed") }
 	looks := func() int { return strings.Count(gate.output.String(), `"checkpoint":"AUDIT"`) }
-	// Rounds that begin and end from now on: a look at each key in each. The vendor may not be asked, since byok-gate has a breaker.
+	// Rounds that start and end from now on: one check of each key in each. There may be no probe, since byok-gate has a breaker.
 	rounds := func(number int) {
 		t.Helper()
 		enough := looks() + (number+1)*keys

@@ -20,7 +20,7 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/byokgate"
 )
 
-// The client and the real byok-gate over everything that both can speak.
+// The client and the real byok-gate over every common transport.
 
 // certify writes NAME.pem and NAME.key, signed by an authority, or by itself if that is nil.
 func certify(t *testing.T, dir, name string, by *authority) *authority {
@@ -180,7 +180,7 @@ func TestTheRealTransports(t *testing.T) {
 	}
 }
 
-// The two ports of one byok-gate mixed up: its numbers' port is no gate, and that is found out although it closes without a word.
+// The client calls the admin port: that is not a gate, which the client detects although the port closes without a reply.
 func TestTheAdminPortIsNoGate(t *testing.T) {
 	vendor := startVendor(t, liveKey)
 	listen, admin := freeAddress(t), freeAddress(t)
@@ -209,7 +209,7 @@ func TestTheAdminPortIsNoGate(t *testing.T) {
 	}
 }
 
-// A token's file that goes away, and a byok-gate that then does not know the last one any more.
+// A token file is deleted, and byok-gate then does not know the last token any more.
 func TestATokenFileThatGoesAway(t *testing.T) {
 	vendor := startVendor(t, liveKey)
 	dir := t.TempDir()

@@ -22,7 +22,7 @@ import (
 
 const vectorsFolder = "../../clients/go/vectors/"
 
-// rawCodec sends bytes as they are: what a client encoded that was built from another version of the proto.
+// rawCodec sends raw bytes, encoded by a client of another version of the proto.
 type rawCodec struct{}
 
 func (rawCodec) Name() string                        { return "proto" }
@@ -54,7 +54,7 @@ func firstMessages(t *testing.T) protoreflect.MessageDescriptors {
 	return file.Messages()
 }
 
-// Requests of the first client, and of ones to come, to the byok-gate of today; its replies as the first client reads them.
+// Requests of the first client, and of future ones, to the current byok-gate; its replies as the first client reads them.
 func TestOldAndNewerClients(t *testing.T) {
 	text, err := os.ReadFile(vectorsFolder + "vectors.json")
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/byokgatetest"
 )
 
-// byokgatetest says what the real byok-gate says, so that a platform's tests see the words and the retries that its tenants will.
+// byokgatetest returns the real byok-gate's texts, so that a platform's tests see the same messages and retries as its tenants.
 func TestTheTestGateSaysWhatTheRealOneSays(t *testing.T) {
 	vendor := startVendor(t, liveKey)
 	real, err := byokgate.New(startGate(t, freeAddress(t), vendor.url).address, byokgate.WithLogger(discard))
@@ -70,7 +70,7 @@ func TestTheTestGateSaysWhatTheRealOneSays(t *testing.T) {
 	}
 }
 
-// The README says of each code whether it is worth a retry.
+// The README says for each code whether it is retryable.
 func TestTheTestGateRetriesWhatTheREADMESaysIsRetryable(t *testing.T) {
 	text, err := os.ReadFile("../../README.md")
 	if err != nil {

@@ -45,7 +45,7 @@ use support::{
     vendor::{Row, Vendor},
 };
 
-/// The rights that docs/scale.md gives to byok-gate's user: no command more is used.
+/// The rights that docs/scale.md gives to byok-gate's user: it uses no other command.
 const RIGHTS: &str = "~bg1:* &bg1:* -@all +eval +time +strlen +get +set +del +pttl +pexpire +publish +subscribe +select";
 const USER: &str = "gate";
 const PASSWORD: &str = "made-up-password-0f3c";
@@ -147,7 +147,7 @@ fn short() -> Ages {
 const SHARED: (Verdict, ServedFrom) = (Verdict::Valid, ServedFrom::Cache);
 const ASKED: (Verdict, ServedFrom) = (Verdict::Valid, ServedFrom::Probe);
 
-/// Twenty replicas are asked about the same credentials at one moment, and then one after the other.
+/// Twenty replicas get calls for the same credentials at once, and then one after the other.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_fleet_asks_once() {
     let (store, prober) = (Store::start().await, slow(Verdict::Valid, 100));
@@ -190,7 +190,7 @@ async fn explain_says_shared_and_a_callers_age_holds() {
     assert!(one.explained("made-up").await.contains("shared"), "{}", one.explained("made-up").await);
 }
 
-/// Callers with and without an age of their own wait for one look: what it finds is given to none that wants it younger.
+/// Callers with and without a maximum age share one lookup: its result goes to none that wants a fresher one.
 #[tokio::test]
 async fn who_waits_for_a_look_gets_nothing_older_than_wanted() {
     let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
@@ -230,7 +230,7 @@ async fn an_invalid_ends_the_valid_everywhere() {
     assert_eq!(prober.asked(), asked, "and asks nobody");
 }
 
-/// Whatever is wrong with the store: no answer but the provider's, for one call at each replica at most, and memory is unharmed.
+/// With any fault of the store: only the provider's answers, with at most one call per replica, and the replica's cache still works.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_fault_of_the_store_allows_denies_or_costs_more_than_none() {
     let faults: [(&str, AsyncFault); 7] = [
@@ -312,7 +312,7 @@ async fn a_store_that_comes_back_is_in_use_again() {
     until("and holds what is found", async || !store.observations().await.is_empty()).await;
 }
 
-/// Garbage, other types and other credentials' values in place of observations and leases: each is as none, and is written over.
+/// Garbage, other types and other credentials' values in place of results and leases: each is ignored and overwritten.
 #[tokio::test]
 async fn what_is_not_ours_is_as_none() {
     let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
@@ -368,7 +368,7 @@ async fn fresh_replica_sees_it_refused(store: &Store, prober: &Arc<Scripted>, wh
     .await;
 }
 
-/// A value that was good once is put back by somebody who can write: it is as old as it is.
+/// Somebody who can write puts an old value back: it keeps its age.
 #[tokio::test]
 async fn an_old_valid_that_is_put_back_is_old() {
     let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
@@ -386,7 +386,7 @@ async fn an_old_valid_that_is_put_back_is_old() {
     assert_eq!(first.ask_no_older("made-up", Some(Duration::ZERO)).await.0, Verdict::Invalid);
 }
 
-/// Who has lost its lease stores nothing, whatever it found.
+/// A replica that lost its lease stores nothing.
 #[tokio::test]
 async fn a_late_holder_stores_nothing() {
     let (store, prober) = (Store::start().await, slow(Verdict::Valid, 1_500));
@@ -433,7 +433,7 @@ async fn a_holder_that_dies_holds_nobody_up() {
     assert_eq!((dying.looks("lease"), prober.asked()), (1.0, 2));
 }
 
-/// 300 ms behind everything that the store says, with the usual time for a question.
+/// The store's answers are 300 ms late, with the usual timeout of a request.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_slow_store_is_waited_for_and_no_longer() {
     let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
@@ -476,7 +476,7 @@ async fn pass_on(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, millis: u64) {
     }
 }
 
-/// Two keys: what the one before wrote is read, the first writes, and a key alone knows nothing of another's.
+/// Two keys: values of the previous one are read, the first one writes, and a single key cannot read another's values.
 #[tokio::test]
 async fn a_key_follows_another() {
     let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
@@ -516,7 +516,7 @@ async fn tls_is_checked() {
     assert_eq!(stranger.looks("fault"), 1.0);
 }
 
-/// Whoever reads the store, or looks on, learns no credential, no hash of one, and no verdict.
+/// A reader of the store, or of its MONITOR, learns no credential, no hash of one, and no verdict.
 #[tokio::test]
 async fn the_store_shows_nothing() {
     let store = Store::start().await;
@@ -543,7 +543,7 @@ async fn the_store_shows_nothing() {
     collecting.abort();
     let dump = fs::read(store.folder.path().join("dump.rdb")).unwrap();
     let seen = seen.lock().unwrap().clone();
-    // It is what was meant to be looked at.
+    // This is the intended state.
     assert!(dump.windows(4).any(|part| part == b"bg1:") && seen.contains("bg1:news"), "{seen}");
     let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     let mut words: Vec<Vec<u8>> = ["canary", "VALID", "TIMEOUT", "verdict", "models", "acme", "fresh_ms", KEY, PASSWORD]
@@ -586,7 +586,7 @@ fn config(folder: &std::path::Path, port: u16) -> String {
     )
 }
 
-/// Who stops waits for what is on its way to the store: another replica then knows it.
+/// A process that stops waits for results on their way to the store: another replica then has them.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_being_stored_at_the_end_is_stored() {
     let (store, row) = (Store::start().await, Row { body: r#"{"data": []}"#.into(), ..Row::default() });
@@ -609,7 +609,7 @@ async fn what_is_being_stored_at_the_end_is_stored() {
     assert_eq!(store.observations().await.len(), 1, "{ended:?}");
 }
 
-/// Processes, as they are deployed: a fleet of them, asked about each credential round robin, one of them killed on the way.
+/// Processes, as deployed: a fleet of them, called for each credential round robin, one of them killed midway.
 #[tokio::test(flavor = "multi_thread")]
 async fn processes_share_and_one_of_them_dies() {
     const FLEET: usize = 20;

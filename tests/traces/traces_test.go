@@ -1,5 +1,5 @@
-// Package traces shows one create as a collector sees it: the platform's own span, by the OpenTelemetry SDK of its language,
-// and byok-gate's below it as far as the provider. The receiver is the OpenTelemetry Collector's own.
+// Package traces shows the trace of one create in a collector: the platform's own span, from its language's OpenTelemetry SDK,
+// and byok-gate's spans below it, down to the provider. The receiver is the OpenTelemetry Collector's own.
 package traces
 
 import (
@@ -131,8 +131,8 @@ func (c *collector) json(t *testing.T) string {
 	return all.String()
 }
 
-// startGate starts byok-gate, which sends its spans to the collector, and knows one provider, which knows no key. Its log is read
-// only if somebody listens.
+// startGate starts byok-gate, which sends its spans to the collector, with one provider that refuses every key. Its log is read only if
+// requested.
 func startGate(t *testing.T, collector string, listens bool) (*byokgate.Client, *exec.Cmd) {
 	t.Helper()
 	vendor := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
@@ -152,7 +152,7 @@ func startGate(t *testing.T, collector string, listens bool) (*byokgate.Client, 
 	gate := exec.Command(binary, "serve", "--listen", "127.0.0.1:0", "--registry", file, "--allow-loopback-http", "--no-calibration")
 	gate.Env = []string{
 		"BYOK_GATE__TRACING__OTLP_ENDPOINT=http://" + collector,
-		// What has no caller's trace is not ours to show here.
+		// Spans without a caller's trace are not checked here.
 		"BYOK_GATE__TRACING__SAMPLE_RATIO=0",
 		"BYOK_GATE__TRACING__EXPORT_INTERVAL=20ms",
 		"BYOK_GATE__SERVER__WORKER_THREADS=1",
@@ -191,7 +191,7 @@ func startGate(t *testing.T, collector string, listens bool) (*byokgate.Client, 
 	return client, gate
 }
 
-// stop asks it to leave, and expects that it does so in good order and in time.
+// stop stops it, and expects a clean exit in time.
 func stop(t *testing.T, gate *exec.Cmd) {
 	t.Helper()
 	if err := gate.Process.Signal(syscall.SIGTERM); err != nil {
@@ -252,7 +252,7 @@ func TestACreateIsOneTraceFromThePlatformToTheProvider(t *testing.T) {
 		if len(spans[name]) == 0 || name != "GET" && len(spans[name]) > 1 {
 			t.Fatalf("%d spans %q in\n%s", len(spans[name]), name, collector.json(t))
 		}
-		// A host that no catalogue knows is asked in each header that a key may stand in, so there may be several requests.
+		// A host without a row is probed with each key header, so there may be several requests.
 		for _, span := range spans[name] {
 			below := span.TraceID() == parent.TraceID() && span.ParentSpanID() == parent.SpanID()
 			if depth > 0 && (!below || span.service != "byok-gate") {
@@ -267,8 +267,8 @@ func TestACreateIsOneTraceFromThePlatformToTheProvider(t *testing.T) {
 	t.Logf("%s", collector.json(t))
 }
 
-// Nobody reads the log, so that its pipe is full after some hundred decisions, and half way through the collector goes. No caller
-// notices, though all share one of the gate's threads with the exporter's work.
+// Nobody reads the log, so its pipe is full after a few hundred decisions, and half way the collector stops. No caller notices,
+// although all share one of the gate's threads with the exporter.
 func TestDecisionsGoOnWithoutTheCollectorAndTheLogsReader(t *testing.T) {
 	const callers, calls = 16, 500
 	collector := startCollector(t)

@@ -1,4 +1,4 @@
-"""llama.cpp's server with one API key and a tiny model of random weights that is made here: what it says makes no sense, how it refuses does.
+"""llama.cpp's server with one API key and a tiny model of random weights that is made here: only its refusals matter.
 
     llama_server.py MODEL PORT KEY
 """

@@ -1,8 +1,8 @@
-"""Asks once, and prints what a platform would log and answer.
+"""Makes one call, and prints what a platform would log and answer.
 
     python example.py TARGET RUNTIME MODEL [NAME ...]
 
-Each NAME is a credential's, and its value is read from the environment. Exits 0 where the workspace may start.
+Each NAME is a credential's, and its value is read from the environment. Exits 0 if the workspace may start.
 """
 
 import json
@@ -20,7 +20,7 @@ def main() -> int:
         answer = gate.decide(Spec(runtime, model, credentials=held), pb.CHECKPOINT_CREATE)
     print(json.dumps(answer.log_fields()))
     if isinstance(answer, Allowed):
-        return 0  # here, and nowhere else, a platform writes the workspace's row, with answer.billing_mode
+        return 0  # only here a platform writes the workspace's row, with answer.billing_mode
     print(f"HTTP {answer.http_status} {json.dumps(answer.http_headers)}\n{answer.message}")
     return 1
 

@@ -1,4 +1,4 @@
-"""The least that a caller of the generated code has to write. docs/other-languages.md shows it."""
+"""The minimum for a caller of the generated code. docs/other-languages.md shows it."""
 
 from __future__ import annotations
 
@@ -17,4 +17,4 @@ def billing_mode(stub: PolicyDecisionServiceStub, request: pb.DecideRequest) -> 
         r = stub.Decide(request, timeout=4)
     except grpc.RpcError:
         return None  # no decision
-    return r.allow.billing_mode if r.allow.billing_mode in KNOWN else None  # None: a denial, or what this program does not know
+    return r.allow.billing_mode if r.allow.billing_mode in KNOWN else None  # None: a denial, or an unknown mode

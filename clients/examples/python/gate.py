@@ -33,10 +33,10 @@ from byokgate.v1 import policy_decision_pb2_grpc
 
 __all__ = ["Allowed", "Answer", "BillingMode", "Credential", "Gate", "Refused", "Secret", "Spec", "Tls", "UNREADABLE", "Undecided"]
 
-# byok-gate gives a provider three seconds to answer, and a caller that waits a little longer hears what came of it.
+# byok-gate gives a provider three seconds to answer; a caller that waits a little longer gets the result.
 DEFAULT_TIMEOUT = 4.0
 
-# All calls are questions, so that one which did arrive does no harm twice. The call's deadline bounds the attempts together.
+# All calls are read-only, so repeating one does no harm. The call's deadline limits all attempts together.
 SERVICE_CONFIG = json.dumps({
     "methodConfig": [{
         "name": [{"service": "byokgate.v1.PolicyDecisionService"}],
@@ -51,16 +51,16 @@ SERVICE_CONFIG = json.dumps({
 })
 
 
-# === What is asked ===
+# === The request ===
 
 
 def _text(text: str) -> str:
-    """What a proto string can hold. Half a surrogate pair becomes U+FFFD, which is in no key and no name: byok-gate refuses it."""
+    """What a proto string can hold. Half a surrogate pair becomes U+FFFD, which byok-gate refuses in keys and names."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 class Secret:
-    """A credential's value, which nothing prints, logs, pickles or compares by accident. `reveal` gives it away."""
+    """A credential's value, which nothing prints, logs, pickles or compares by accident. `reveal` returns it."""
 
     __slots__ = ("_reveal",)
 
@@ -84,7 +84,7 @@ class Secret:
         raise TypeError("a secret is not for storing")
 
 
-#: The value of a row that exists but could not be read or decrypted. Never leave such a row out: that would say that there is none.
+#: The value of a row that exists but could not be read or decrypted. Never leave such a row out: that would mean that there is none.
 UNREADABLE = Secret("")
 
 
@@ -99,7 +99,7 @@ class Credential:
 
 @dataclass(frozen=True)
 class Spec:
-    """The workspace as it would start: the effective runtime and model, and what there is of the names that matter to them."""
+    """The workspace as it would start: the effective runtime and model, and the credentials that matter to them."""
 
     runtime: str
     model: str
@@ -113,11 +113,11 @@ class Spec:
     tenant_base_url_env: Sequence[str] = ()
 
 
-# === What comes back ===
+# === The answer ===
 
 
 class BillingMode(enum.Enum):
-    """Who pays. A mode that a later byok-gate knows is unknown here until it is added here."""
+    """Who pays. A mode of a later byok-gate is unknown until it is added here."""
 
     PLATFORM_MANAGED = pb.BILLING_MODE_PLATFORM_MANAGED
     BYOK = pb.BILLING_MODE_BYOK
@@ -129,7 +129,7 @@ _BILLING_MODES = {mode.value: mode for mode in BillingMode}
 
 class _Answer:
     def __bool__(self) -> NoReturn:
-        # `if gate.decide(...)` would take every refusal for an allow.
+        # `if gate.decide(...)` would treat every refusal as an allow.
         raise TypeError("an answer has no truth value; ask isinstance(answer, Allowed)")
 
 
@@ -158,7 +158,7 @@ class Allowed(_Answer):
 class Refused(_Answer):
     """The workspace must not start. `message` and `remedy` are for the tenant."""
 
-    #: Such as MISSING_BYOK_CREDENTIAL, or DENY_CODE_999 where this program does not know the code. It is a denial all the same.
+    #: Such as MISSING_BYOK_CREDENTIAL, or DENY_CODE_999 for an unknown code, which is still a denial.
     code: str
     message: str
     remedy: str
@@ -193,14 +193,14 @@ class Refused(_Answer):
 class Undecided(_Answer):
     """There is no decision, so nothing may start. `message` is for the tenant."""
 
-    #: 400: the request is at fault. 500: the platform is not wired to byok-gate, which no tenant can help. 503: try again.
+    #: 400: the request is invalid. 500: the platform is misconfigured, which no tenant can fix. 503: try again.
     http_status: int
     message: str
-    #: gRPC's code, such as UNAVAILABLE. OK where the reply could not be understood.
+    #: gRPC's code, such as UNAVAILABLE. OK if the reply could not be understood.
     grpc_code: str
     #: byok-gate's ErrorReason, such as DRAINING. Empty if byok-gate did not say.
     reason: str = ""
-    #: The fields of the request that are at fault.
+    #: The invalid fields of the request.
     fields: tuple[str, ...] = ()
     #: In whole seconds. 0 unless http_status is 503.
     retry_after: int = 0
@@ -218,7 +218,7 @@ Answer = Allowed | Refused | Undecided
 
 
 def _http_headers(status: int, retry_after: int) -> dict[str, str]:
-    # A decision is for this moment alone.
+    # A decision must not be cached.
     headers = {"Cache-Control": "no-store"}
     if status == 503:
         headers["Retry-After"] = str(retry_after)
@@ -248,7 +248,7 @@ class Gate:
             raise ValueError("timeout: must be above 0 and at most 60 s; there is no call without a deadline")
         options: list[tuple[str, str | int]] = [
             ("grpc.service_config", SERVICE_CONFIG),
-            # Credentials do not go through a proxy because a variable of the environment says so.
+            # An environment variable must not send credentials through a proxy.
             ("grpc.enable_http_proxy", 0),
         ]
         if target.startswith("unix:"):
@@ -271,14 +271,14 @@ class Gate:
         self._channel.close()
 
     def decide(self, spec: Spec, checkpoint: pb.Checkpoint) -> Answer:
-        """Asks. Whatever is not plainly an allow is a refusal."""
+        """Calls byok-gate. Anything but a clear allow is a refusal."""
         try:
             metadata = _metadata(self._token_file)
         except (OSError, ValueError):
-            # The fault is not repeated: that of text that does not decode holds the text.
+            # The error is not repeated: that of text that does not decode holds the text.
             return Undecided(500, "the platform is not wired to byok-gate (its token cannot be read)", "UNAUTHENTICATED")
         try:
-            # The message has no name here: tools that show local variables would show every credential.
+            # The message is in no variable: tools that show local variables would show every credential.
             reply = self._decide(_request(spec, checkpoint), timeout=self._timeout, metadata=metadata)
         except grpc.RpcError as error:
             return _undecided(error)
@@ -295,7 +295,7 @@ def _metadata(token_file: str | None) -> list[tuple[str, str]]:
         return []
     token = pathlib.Path(token_file).read_text(encoding="ascii").strip()
     if not re.fullmatch("[!-~]+", token):
-        # grpcio would call it INTERNAL, as if byok-gate were at fault.
+        # grpcio would report INTERNAL, as if byok-gate had failed.
         raise ValueError("not one token of visible ASCII")
     return [("authorization", f"Bearer {token}")]
 
@@ -323,7 +323,7 @@ def _request(spec: Spec, checkpoint: pb.Checkpoint) -> pb.DecideRequest:
 
 
 def _read(reply: pb.DecideResponse) -> Answer:
-    # Zero on everything that is no allow. A number that is not in the map is no allow either.
+    # Zero on everything but an allow. A number that is not in the map is not an allow either.
     mode = _BILLING_MODES.get(reply.allow.billing_mode)
     if mode is not None:
         return Allowed(
@@ -363,7 +363,7 @@ def _undecided(error: grpc.RpcError) -> Undecided:
                 retry_after = _seconds(detail.retry_delay)
     match code:
         case grpc.StatusCode.INVALID_ARGUMENT:
-            # Names the field at fault. byok-gate never repeats a credential's value.
+            # Names the invalid field. byok-gate never repeats a credential's value.
             return Undecided(400, f"the workspace cannot be judged: {error.details()}", code.name, reason, fields)
         case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED | grpc.StatusCode.UNIMPLEMENTED:
             return Undecided(500, f"the platform is not wired to byok-gate ({code.name})", code.name, reason)
@@ -372,7 +372,7 @@ def _undecided(error: grpc.RpcError) -> Undecided:
 
 
 def _details(error: grpc.RpcError) -> list[object]:
-    """The details that this program knows. None, if somebody between the two has garbled them."""
+    """The details that this program knows. None if they were garbled on the way."""
     known = (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo)
     found: list[object] = []
     try:
@@ -388,7 +388,7 @@ def _details(error: grpc.RpcError) -> list[object]:
 
 
 def _name(kind: EnumTypeWrapper, prefix: str, number: int) -> str:
-    """A value's name, without the prefix that its enum gives it where it is a name that means something."""
+    """A value's name, without its enum's prefix if the value is known."""
     if number not in kind.values():
         return f"{prefix}{number}"
     name = kind.Name(number)
@@ -396,5 +396,5 @@ def _name(kind: EnumTypeWrapper, prefix: str, number: int) -> str:
 
 
 def _seconds(time: Duration) -> int:
-    """Whole seconds, which is all that Retry-After can say; rounded up and never 0, which would invite a busy loop."""
+    """Whole seconds, as Retry-After requires; rounded up and never 0, which would cause a busy loop."""
     return max(1, math.ceil(time.seconds + time.nanos / 1e9))

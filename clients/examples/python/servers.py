@@ -1,4 +1,4 @@
-"""What the tests ask: the real servers that with-servers started, and a server that sends the bytes that it is told to."""
+"""The servers for the tests: the real ones that with-servers started, and one that sends given bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def name_of(case: dict) -> str:
 
 
 def spec_of(text: dict) -> Spec:
-    """A spec as cases.json has it."""
+    """A spec from cases.json."""
     return Spec(
         runtime=text["runtime"],
         model=text["model"],

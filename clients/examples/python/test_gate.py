@@ -1,4 +1,4 @@
-"""`decide` against real servers and against one that sends what no server of today would."""
+"""`decide` against real servers, and against one that sends what no current server would."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LIVE = Spec("agent", "acme-large", credentials=[Credential("ACME_API_KEY", pb.SC
 
 
 def expect(answer: example.Answer, expected: dict) -> None:
-    """That an answer is what cases.json or replies.json says."""
+    """Checks that an answer is what cases.json or replies.json says."""
     if "allowed" in expected:
         assert isinstance(answer, Allowed)
         assert answer.billing_mode is BillingMode[expected["allowed"]]
@@ -75,7 +75,7 @@ def test_a_decision_of_the_real_server(case: dict) -> None:
 
 
 def test_every_code_that_a_server_can_send_is_among_the_cases() -> None:
-    # DERIVED_PROVIDER_NOT_IN_REGISTRY is ruled out by the server's load guards.
+    # DERIVED_PROVIDER_NOT_IN_REGISTRY is ruled out by the server's checks at load.
     known = {name.removeprefix("DENY_CODE_") for name in pb.DenyCode.keys()} - {"UNSPECIFIED", "DERIVED_PROVIDER_NOT_IN_REGISTRY"}
     assert {case["expect"]["refused"] for case in CASES if "refused" in case["expect"]} == known
 
@@ -86,7 +86,7 @@ def test_over_a_unix_socket() -> None:
 
 
 def test_a_unix_socket_needs_the_default_authority() -> None:
-    """That the option is needed, so that it can go when it is not."""
+    """Shows that the option is needed; remove it when it is not."""
     with grpc.insecure_channel(SERVERS["unix"]) as channel:
         decide = channel.unary_unary("/byokgate.v1.PolicyDecisionService/Decide")
         with pytest.raises(grpc.RpcError) as raised:
@@ -196,7 +196,7 @@ def test_nobody_who_speaks_grpc_is_there(server: str) -> None:
     assert (answer.http_status, answer.grpc_code, answer.reason) == (503, "UNAVAILABLE", "")
 
 
-# === Replies that no server of today sends ===
+# === Replies that no current server sends ===
 
 
 @pytest.mark.parametrize("row", REPLIES, ids=name_of)
@@ -206,7 +206,7 @@ def test_a_reply_as_bytes(row: dict) -> None:
 
 
 def failing(code: grpc.StatusCode, *details: object, times: int = 10**9, trailers: tuple = ()):
-    """A Decide that fails so many times, and allows from then on."""
+    """A Decide that fails this many times, and then allows."""
     calls = []
 
     def answer(request: bytes, context: grpc.ServicerContext) -> bytes:
@@ -295,7 +295,7 @@ def test_a_server_that_never_answers() -> None:
 
 
 def shown(value: object) -> list[str]:
-    """Whatever a program might do to see a value, on purpose or by a tool."""
+    """Every way to see a value, on purpose or by a tool."""
     record = logging.LogRecord("name", logging.INFO, "path", 1, "%s %r", (value, value), None)
     texts = [str(value), repr(value), f"{value}", f"{value!r:>5}", "%s" % (value,), pprint.pformat(value), record.getMessage()]
     texts.append(json.dumps(value, default=str))
@@ -367,7 +367,7 @@ def test_answers_have_no_truth_value() -> None:
 # === The program ===
 
 
-# A proxy of the environment's takes no part.
+# The environment's proxy is not used.
 PROXIES = {name: f"http://{SERVERS['nobody']}" for name in ("grpc_proxy", "https_proxy", "http_proxy")}
 
 

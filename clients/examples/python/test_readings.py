@@ -1,4 +1,4 @@
-"""The natural ways to read a reply, and to print a request, and what becomes of each: the tables of docs/other-languages.md.
+"""The natural ways to read a reply and to print a request, with the result of each: the tables of docs/other-languages.md.
 
 What is seen is written to $BYOK_GATE_SEEN, by which ../check-tables compares the page.
 """
@@ -20,10 +20,10 @@ from five_lines import KNOWN, billing_mode
 from gate import _request
 from servers import CASES, REPLIES, SERVERS, fake_server, spec_of
 
-#: What the page says to use.
+#: The expression to use.
 NAMED = "r.allow.billing_mode in KNOWN"
 
-# Each is evaluated as it stands here and on the page.
+# Each is evaluated as written here and on the page.
 READINGS = [
     NAMED,
     'r.WhichOneof("decision") == "allow"',
@@ -53,7 +53,7 @@ PRINTERS = [
 
 @pytest.fixture(scope="module")
 def replies() -> list[tuple[str, bool, pb.DecideResponse]]:
-    """The column of the table, whether it is an allow, and the reply: the real server's, and those that are sent by none."""
+    """The column of the table, whether it is an allow, and the reply: the real server's, and those that no server sends."""
     found = []
     for case in CASES:
         with grpc.insecure_channel(SERVERS[case["server"]]) as channel:

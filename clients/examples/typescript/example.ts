@@ -1,9 +1,9 @@
 /**
- * Asks once, and prints what a platform would log and answer.
+ * Makes one call, and prints what a platform would log and answer.
  *
  *     node dist/example.js TARGET RUNTIME MODEL [NAME ...]
  *
- * Each NAME is a credential's, and its value is read from the environment. Exits 0 where the workspace may start.
+ * Each NAME is a credential's, and its value is read from the environment. Exits 0 if the workspace may start.
  */
 import { Checkpoint, Gate, Scope, Secret, logFields } from "./gate.js";
 
@@ -20,4 +20,4 @@ if (answer.outcome !== "allowed") {
   console.log(`HTTP ${answer.httpStatus} ${JSON.stringify(answer.httpHeaders)}\n${answer.message}`);
   process.exitCode = 1;
 }
-// Here, and nowhere before, a platform writes the workspace's row, with answer.billingMode.
+// Only here a platform writes the workspace's row, with answer.billingMode.

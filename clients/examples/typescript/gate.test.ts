@@ -1,4 +1,4 @@
-/** `decide` against real servers and against one that sends what no server of today would. */
+/** `decide` against real servers, and against one that sends what no current server would. */
 import assert from "node:assert/strict";
 import { spawnSync } from "node:child_process";
 import { mkdtempSync, rmSync, writeFileSync } from "node:fs";
@@ -32,7 +32,7 @@ async function ask(target: string, spec = LIVE, checkpoint: Checkpoint = Checkpo
   }
 }
 
-/** That an answer is what cases.json or replies.json says. */
+/** Checks that an answer is what cases.json or replies.json says. */
 function expect(answer: Answer, expected: Expected): void {
   if (expected.allowed !== undefined) {
     assert.ok(answer.outcome === "allowed", inspect(answer));
@@ -175,7 +175,7 @@ for (const name of ["nobody", "not_grpc"]) {
   });
 }
 
-// === Replies that no server of today sends ===
+// === Replies that no current server sends ===
 
 for (const reply of replies) {
   test(`a reply as bytes: ${reply.name}`, async () => {
@@ -196,7 +196,7 @@ const info = (reason: string, domain = "byok-gate") => packed("ErrorInfo", rpc.E
 const retry = (seconds: number, nanos: number) => packed("RetryInfo", rpc.RetryInfo.serialize({ retryDelay: { seconds, nanos } }));
 const TORN = Buffer.from([0x1a, 0x7f]);
 
-/** A Decide that fails so many times, and allows from then on. */
+/** A Decide that fails this many times, and then allows. */
 function failing(code: grpc.status, details: ReturnType<typeof packed>[] | Buffer, times = Infinity): Answering & { calls: number } {
   const answering = Object.assign(
     ((_, answer) => {
@@ -310,7 +310,7 @@ for (const [model, status, said] of [["acme-large", 0, '"outcome":"allowed"'], [
   test(`the program: ${said}`, () => {
     const program = fileURLToPath(new URL("example.js", import.meta.url));
     const done = spawnSync(process.execPath, [program, server("plain"), "agent", model, "ACME_API_KEY"], {
-      // A proxy of the environment's takes no part.
+      // The environment's proxy is not used.
       env: { ACME_API_KEY: KEY, grpc_proxy: proxy, https_proxy: proxy, http_proxy: proxy },
       encoding: "utf8",
       timeout: 60000,

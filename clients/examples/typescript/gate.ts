@@ -9,7 +9,7 @@
  *     }
  *     await insertWorkspace(answer.billingMode);
  *
- * `decide` rejects for nothing that byok-gate or the network did: a denial is "refused", and everything that is no decision is
+ * `decide` never rejects because of byok-gate or the network: a denial is "refused", and everything without a decision is
  * "undecided".
  */
 import { readFile } from "node:fs/promises";
@@ -32,10 +32,10 @@ import type { ProtoGrpcType as PolicyDecision } from "./generated/policy_decisio
 
 export { Checkpoint, OperatorOverride, PlatformProxy, Scope };
 
-/** byok-gate gives a provider three seconds to answer, and a caller that waits a little longer hears what came of it. */
+/** byok-gate gives a provider three seconds to answer; a caller that waits a little longer gets the result. */
 const DEFAULT_TIMEOUT_MS = 4000;
 
-/** All calls are questions, so that one which did arrive does no harm twice. The call's deadline bounds the attempts together. */
+/** All calls are read-only, so repeating one does no harm. The call's deadline limits all attempts together. */
 const SERVICE_CONFIG = JSON.stringify({
   methodConfig: [
     {
@@ -63,9 +63,9 @@ const packages = grpc.loadPackageDefinition(
   }),
 ) as unknown as PolicyDecision & ErrorDetails;
 
-// === What is asked ===
+// === The request ===
 
-/** A credential's value, which nothing prints, logs or serializes by accident. `reveal` gives it away. */
+/** A credential's value, which nothing prints, logs or serializes by accident. `reveal` returns it. */
 export class Secret {
   // Private by the language, so that inspect, JSON and structuredClone do not see it.
   readonly #value: string;
@@ -94,7 +94,7 @@ export class Secret {
   }
 }
 
-/** The value of a row that exists but could not be read or decrypted. Never leave such a row out: that would say that there is none. */
+/** The value of a row that exists but could not be read or decrypted. Never leave such a row out: that would mean that there is none. */
 export const UNREADABLE = new Secret("");
 
 /** One row of the secret store. */
@@ -104,7 +104,7 @@ export interface Credential {
   readonly value: Secret;
 }
 
-/** The workspace as it would start: the effective runtime and model, and what there is of the names that matter to them. */
+/** The workspace as it would start: the effective runtime and model, and the credentials that matter to them. */
 export interface Spec {
   readonly runtime: string;
   readonly model: string;
@@ -118,9 +118,9 @@ export interface Spec {
   readonly tenantBaseUrlEnv?: readonly string[];
 }
 
-// === What comes back ===
+// === The answer ===
 
-/** Who pays. A mode that a later byok-gate knows is unknown here until it is added here. */
+/** Who pays. A mode of a later byok-gate is unknown until it is added here. */
 export type BillingMode = "PLATFORM_MANAGED" | "BYOK" | "NONE";
 
 const BILLING_MODES: ReadonlyMap<unknown, BillingMode> = new Map([
@@ -144,7 +144,7 @@ export interface Refused {
   readonly outcome: "refused";
   readonly httpStatus: 422 | 503;
   readonly httpHeaders: Readonly<Record<string, string>>;
-  /** Such as MISSING_BYOK_CREDENTIAL, or DENY_CODE_999 where this program does not know the code. It is a denial all the same. */
+  /** Such as MISSING_BYOK_CREDENTIAL, or DENY_CODE_999 for an unknown code, which is still a denial. */
   readonly code: string;
   readonly message: string;
   readonly remedy: string;
@@ -158,21 +158,21 @@ export interface Refused {
 /** There is no decision, so nothing may start. `message` is for the tenant. */
 export interface Undecided {
   readonly outcome: "undecided";
-  /** 400: the request is at fault. 500: the platform is not wired to byok-gate, which no tenant can help. 503: try again. */
+  /** 400: the request is invalid. 500: the platform is misconfigured, which no tenant can fix. 503: try again. */
   readonly httpStatus: 400 | 500 | 503;
   readonly httpHeaders: Readonly<Record<string, string>>;
   readonly message: string;
-  /** gRPC's code, such as UNAVAILABLE. OK where the reply could not be understood. */
+  /** gRPC's code, such as UNAVAILABLE. OK if the reply could not be understood. */
   readonly grpcCode: string;
   /** byok-gate's ErrorReason, such as DRAINING. Empty if byok-gate did not say. */
   readonly reason: string;
-  /** The fields of the request that are at fault. */
+  /** The invalid fields of the request. */
   readonly fields: readonly string[];
 }
 
 /**
- * Ask for its `outcome`. An answer is an object and so always true: `if (await gate.decide(...))` would take every refusal for an allow,
- * and the types do not catch it. They do catch `billingMode` being read of what is not "allowed".
+ * Check its `outcome`. An answer is an object and so always true: `if (await gate.decide(...))` would treat every refusal as an allow,
+ * and the types do not catch that. They do catch a read of `billingMode` without that check.
  */
 export type Answer = Allowed | Refused | Undecided;
 
@@ -228,12 +228,12 @@ export class Gate {
     }
     this.#client = new packages.byokgate.v1.PolicyDecisionService(target, credentials(options.tls), {
       "grpc.service_config": SERVICE_CONFIG,
-      // Credentials do not go through a proxy because a variable of the environment says so.
+      // An environment variable must not send credentials through a proxy.
       "grpc.enable_http_proxy": 0,
     });
   }
 
-  /** Asks. Whatever is not plainly an allow is a refusal. */
+  /** Calls byok-gate. Anything but a clear allow is a refusal. */
   async decide(spec: Spec, checkpoint: Checkpoint): Promise<Answer> {
     const metadata = new grpc.Metadata();
     if (this.#tokenFile !== undefined) {
@@ -265,7 +265,7 @@ function credentials(tls: Tls | undefined): grpc.ChannelCredentials {
   return grpc.credentials.createSsl(ca, key, cert);
 }
 
-/** What a proto string can hold. Half a surrogate pair becomes U+FFFD, which is in no key and no name: byok-gate refuses it. */
+/** What a proto string can hold. Half a surrogate pair becomes U+FFFD, which byok-gate refuses in keys and names. */
 function text(value: string): string {
   return value.toWellFormed();
 }
@@ -293,8 +293,8 @@ export function request(spec: Spec, checkpoint: Checkpoint): DecideRequest {
 }
 
 function read(reply: DecideResponse | undefined): Answer {
-  // Unspecified on everything that is no allow, and a number where the mode is not known here; neither is in the map. protobufjs keeps an
-  // allow that a denial follows on the wire, so the member that is set is asked for as well.
+  // Unspecified on everything but an allow, and a number for an unknown mode; neither is in the map. protobufjs keeps an
+  // allow that a denial follows on the wire, so the set member is checked as well.
   const billingMode = BILLING_MODES.get(reply?.allow?.billingMode);
   if (reply?.decision === "allow" && billingMode !== undefined) {
     return {
@@ -329,7 +329,7 @@ function failed(error: grpc.ServiceError): Undecided {
   const code = grpc.status[error.code] ?? "UNKNOWN";
   switch (error.code) {
     case grpc.status.INVALID_ARGUMENT:
-      // Names the field at fault. byok-gate never repeats a credential's value.
+      // Names the invalid field. byok-gate never repeats a credential's value.
       return undecided(400, `the workspace cannot be judged: ${error.details}`, code, { reason, fields });
     case grpc.status.UNAUTHENTICATED:
     case grpc.status.PERMISSION_DENIED:
@@ -350,7 +350,7 @@ function undecided(
   return { outcome: "undecided", httpStatus, httpHeaders, message, grpcCode, reason, fields };
 }
 
-/** The details that this program knows. None, if somebody between the two has garbled them. */
+/** The details that this program knows. None if they were garbled on the way. */
 function details(error: grpc.ServiceError): { reason: string; fields: string[]; retryAfter: number } {
   const found = { reason: "", fields: [] as string[], retryAfter: 1 };
   const { Status, ErrorInfo, BadRequest, RetryInfo } = packages.google.rpc;
@@ -374,12 +374,12 @@ function details(error: grpc.ServiceError): { reason: string; fields: string[]; 
 }
 
 function headers(retryAfter: number | undefined): Record<string, string> {
-  // A decision is for this moment alone.
+  // A decision must not be cached.
   const always = { "Cache-Control": "no-store" };
   return retryAfter === undefined ? always : { ...always, "Retry-After": String(retryAfter) };
 }
 
-/** A value's name, without the prefix that its enum gives it where it is a name that means something. */
+/** A value's name, without its enum's prefix if the value is known. */
 function shortName(prefix: string, value: string | number): string {
   if (typeof value === "number") {
     return `${prefix}${value}`;
@@ -387,7 +387,7 @@ function shortName(prefix: string, value: string | number): string {
   return value === `${prefix}UNSPECIFIED` ? value : value.slice(prefix.length);
 }
 
-/** Whole seconds, which is all that Retry-After can say; rounded up and never 0, which would invite a busy loop. */
+/** Whole seconds, as Retry-After requires; rounded up and never 0, which would cause a busy loop. */
 function seconds(time: Duration | null): number {
   return time === null ? 1 : Math.max(1, Math.ceil(time.seconds + time.nanos / 1e9));
 }

@@ -1,5 +1,5 @@
 /**
- * The natural ways to read a reply, and to print a request, and what becomes of each: the tables of docs/other-languages.md.
+ * The natural ways to read a reply and to print a request, with the result of each: the tables of docs/other-languages.md.
  *
  * What is seen is written to $BYOK_GATE_SEEN, by which ../check-tables compares the page.
  */
@@ -22,7 +22,7 @@ import type { ProtoGrpcType } from "./generated/policy_decision.js";
 
 const KEY = "made-up-live";
 
-/** What the page says to use, with the code that is generated or loaded by each library. */
+/** The expression to use, with the code that is generated or loaded by each library. */
 const NAMED = {
   "typescript": 'r.decision === "allow" && KNOWN.includes(r.allow.billingMode)',
   "protobuf-es": 'r.decision.case === "allow" && KNOWN.includes(r.decision.value.billingMode)',
@@ -30,7 +30,7 @@ const NAMED = {
 type Library = keyof typeof NAMED;
 const LIBRARIES = ["typescript", "protobuf-es"] as const;
 
-// Each is evaluated as it stands here and on the page.
+// Each is evaluated as written here and on the page.
 const READINGS: Record<Library, string[]> = {
   "typescript": [
     NAMED["typescript"],
@@ -94,7 +94,7 @@ interface Seen {
 }
 const seen: Seen[] = [];
 
-// The real server's replies, and those that are sent by none.
+// The real server's replies, and those that no server sends.
 before(async () => {
   for (const asked of cases) {
     const client = new grpc.Client(server(asked.server), grpc.credentials.createInsecure());

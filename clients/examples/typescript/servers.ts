@@ -1,4 +1,4 @@
-/** What the tests ask: the real servers that with-servers started, and a server that sends the bytes that it is told to. */
+/** The servers for the tests: the real ones that with-servers started, and one that sends given bytes. */
 import { readFileSync } from "node:fs";
 
 import * as grpc from "@grpc/grpc-js";
@@ -71,7 +71,7 @@ export function checkpointOf({ checkpoint }: Case): Checkpoint {
   return Checkpoint[`CHECKPOINT_${checkpoint}`];
 }
 
-/** A spec as cases.json has it. */
+/** A spec from cases.json. */
 export function specOf(text: SpecText): Spec {
   return {
     runtime: text.runtime,

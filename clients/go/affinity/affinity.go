@@ -1,10 +1,10 @@
-// Package affinity links gRPC's ring_hash in, by which [byokgate.ByOrganization] sends an organization's questions to one replica. Import it
-// for that:
+// Package affinity links gRPC's ring_hash, with which [byokgate.ByOrganization] sends all calls of an organization to one replica. Import
+// it for that:
 //
 //	import _ "github.com/byok-gate/byok-gate/clients/go/affinity"
 //
-// A client of a dns:/// target then balances so unless it is told otherwise. It is a module of its own because it needs gRPC 1.80, the first
-// whose ring_hash heeds a header without a switch in the environment, and package byokgate needs far less.
+// A client of a dns:/// target then balances this way by default. It is a separate module because it needs gRPC 1.80, the first whose
+// ring_hash uses a header without an environment variable, and package byokgate needs a much older one.
 package affinity
 
 import (

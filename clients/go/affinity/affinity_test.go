@@ -29,9 +29,9 @@ const (
 	organizations = 200
 )
 
-// === A name server that knows one name ===
+// === A name server with one name ===
 
-// nameServer answers for the addresses that it was told last.
+// nameServer answers with the addresses that were set last.
 type nameServer struct {
 	mu        sync.Mutex
 	addresses []string
@@ -212,7 +212,7 @@ func askForAll(t *testing.T, client *byokgate.Client) {
 	}
 }
 
-// homes are which replica each organization asked, by its place. More than one is a fault.
+// homes are the replicas that each organization called, by index. More than one is an error.
 func homes(t *testing.T, replicas []*replica) map[string]int {
 	t.Helper()
 	found := map[string]int{}
@@ -334,7 +334,7 @@ func TestAKeyIsNeeded(t *testing.T) {
 	}
 }
 
-// A gRPC that reads the setting and does not heed it, as all below 1.80, would send everything to one replica, in silence.
+// A gRPC that reads the setting but ignores it, like all below 1.80, would silently send everything to one replica.
 func TestARingHashThatDoesNotHeedTheHeaderIsNotReliedOn(t *testing.T) {
 	const name = "GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY"
 	if os.Getenv(name) != "false" {

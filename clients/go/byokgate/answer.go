@@ -17,7 +17,7 @@ import (
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// What is said where nothing better is known.
+// Default messages.
 const (
 	noDecision   = "byok-gate made no decision, so nothing was started"
 	noReason     = "byok-gate refused the workspace and gave no reason"
@@ -26,9 +26,9 @@ const (
 )
 
 const (
-	// defaultRetryAfter is when to ask again where byok-gate does not say: about as long as its restart takes.
+	// defaultRetryAfter applies if byok-gate does not say: about as long as its restart takes.
 	defaultRetryAfter = time.Second
-	// maxRetryAfter is longer than any pause that byok-gate asks for. What is above comes from a broken one, and would overflow in a sum.
+	// maxRetryAfter is longer than any pause that byok-gate requests. A longer one comes from a broken server, and would overflow in a sum.
 	maxRetryAfter = 24 * time.Hour
 )
 
@@ -36,7 +36,7 @@ const (
 
 // Allowed says that the workspace may start. Only [Client.Decide], [Client.BatchDecide] and [Client.DecideUntil] make one that does.
 //
-// The zero Allowed is no allow: its methods panic, so that a caller who overlooked an error starts nothing and bills nobody.
+// The zero Allowed is not an allow: its methods panic, so that a caller who ignored an error starts nothing and bills nobody.
 type Allowed struct {
 	// response is nil in the zero value, and nothing outside this package can set it.
 	response *byokgatev1.DecideResponse
@@ -51,9 +51,9 @@ const (
 	PlatformManaged BillingMode = "PLATFORM_MANAGED"
 	// BYOK: the tenant pays, with a key of its own.
 	BYOK BillingMode = "BYOK"
-	// NoBilling: nobody; no model calls are expected.
+	// NoBilling: nobody pays; no model calls are expected.
 	NoBilling BillingMode = "NONE"
-	// UnknownBilling is never part of an Allowed: not settled, or a mode that this package does not know.
+	// UnknownBilling is never part of an Allowed: not decided, or an unknown mode.
 	UnknownBilling BillingMode = unspecified
 )
 
@@ -63,16 +63,16 @@ func (a Allowed) BillingMode() BillingMode { a.mustBe(); return a.mode }
 // DecisionID is the decision's id, which byok-gate's log carries too. Never empty.
 func (a Allowed) DecisionID() string { return a.mustBe().GetDecisionId() }
 
-// Provider is the owner of the model. Empty where none had to be derived.
+// Provider is the owner of the model. Empty if none had to be derived.
 func (a Allowed) Provider() string { return a.mustBe().GetResolution().GetProvider() }
 
 // Warnings are what a person should know, for instance that the credential could not be verified.
 func (a Allowed) Warnings() []Warning { return warnings(a.mustBe().GetWarnings()) }
 
-// Unverified says that the workspace may start although its credential was not shown to be alive. A warning says why.
+// Unverified says that the workspace may start although its credential was not verified. A warning says why.
 func (a Allowed) Unverified() bool { return unverified(a.mustBe()) }
 
-// Details are what byok-gate said beside the decision.
+// Details are the details of the decision.
 func (a Allowed) Details() Details { return detailsFrom(a.mustBe()) }
 
 // Reply is byok-gate's whole reply as JSON, for a person who looks for a fault. It holds no credential. Its form is protojson's, which is not
@@ -111,7 +111,7 @@ func (a Allowed) MarshalJSON() ([]byte, error) {
 
 func (a Allowed) mustBe() *byokgatev1.DecideResponse {
 	if a.response == nil {
-		panic("byokgate: the zero Allowed is no allow; the error of the call that it came from was not heeded")
+		panic("byokgate: the zero Allowed is no allow; the error of the call that returned it was ignored")
 	}
 	return a.response
 }
@@ -129,37 +129,37 @@ func unverified(response *byokgatev1.DecideResponse) bool {
 
 // === Details ===
 
-// Details are what byok-gate said beside a decision: for a person, for a log, and for [Concerns]. They decide nothing.
+// Details are the details of a decision: for a person, for a log, and for [Concerns]. They decide nothing.
 type Details struct {
 	// Provider owns the model. Empty if none was derived.
 	Provider string
-	// BillingMode is who pays; of a denial, who would have.
+	// BillingMode is who pays; on a denial, who would have.
 	BillingMode BillingMode
 	// AcceptedEnv are the credential names that the provider accepts, in the order in which they are tried.
 	AcceptedEnv []string
-	// CredentialEnv is the name whose value was judged, and CredentialScope where it is stored. Empty and zero if none was.
+	// CredentialEnv is the name whose value was checked, and CredentialScope where it is stored. Empty and zero if none was.
 	CredentialEnv   string
 	CredentialScope Scope
 	// ShadowsOrganization: the value hides one of the organization's.
 	ShadowsOrganization bool
-	// Fingerprint tells which key was judged. Empty unless byok-gate is configured to.
+	// Fingerprint identifies the checked key. Empty unless byok-gate is configured to give one.
 	Fingerprint string
-	// Verdict is what is known of the credential. Empty where none had to be judged.
+	// Verdict is what is known of the credential. Empty if none had to be checked.
 	Verdict Verdict
-	// UpstreamStatus is the provider's HTTP status, EndpointHost the host that was asked. Zero and empty if there was no answer.
+	// UpstreamStatus is the provider's HTTP status, EndpointHost the host that was probed. Zero and empty if there was no answer.
 	UpstreamStatus int
 	EndpointHost   string
-	// ObservedAt is when the provider answered, Age how old that was, ServedFrom where byok-gate had it from (PROBE, CACHE, STALE, BREAKER).
+	// ObservedAt is when the provider answered, Age how old that result was, ServedFrom where it came from (PROBE, CACHE, STALE, BREAKER).
 	ObservedAt time.Time
 	Age        time.Duration
 	ServedFrom string
 	// RelevantEnv and RelevantBaseURLEnv are the names that mattered.
 	RelevantEnv        []string
 	RelevantBaseURLEnv []string
-	// RegistryRevision and CatalogueRevision say by what was decided.
+	// RegistryRevision and CatalogueRevision identify the documents that decided.
 	RegistryRevision  string
 	CatalogueRevision string
-	// Trace are the steps taken, if Request.Explain asked for them.
+	// Trace are the steps taken, if Request.Explain was set.
 	Trace []TraceStep
 }
 
@@ -210,20 +210,20 @@ func replyJSON(response *byokgatev1.DecideResponse) []byte {
 
 // === Refusal ===
 
-// Refusal is what a [*Denied] and an [*Undecided] have in common: the reason not to start, ready to be answered with. Nothing outside this
-// package is one.
+// Refusal is what a [*Denied] and an [*Undecided] have in common: the reason not to start, and the HTTP answer. Only types of this package
+// implement it.
 type Refusal interface {
 	error
-	// HTTPStatus is 422 for a denial, 503 where a retry may help, 400 for a request that cannot be judged, 500 where the platform is not
-	// wired to byok-gate, and 499 for a caller that hung up.
+	// HTTPStatus is 422 for a denial, 503 if a retry may help, 400 for an invalid request, 500 for a misconfigured platform, and 499 for a
+	// caller that hung up.
 	HTTPStatus() int
-	// Code is the machine's reason, such as MISSING_BYOK_CREDENTIAL or DECISION_UNAVAILABLE.
+	// Code is the reason for programs, such as MISSING_BYOK_CREDENTIAL or DECISION_UNAVAILABLE.
 	Code() Code
 	// Retryable says that the same request may be allowed later with nothing changed.
 	Retryable() bool
-	// RetryAfter is when to ask again. Zero where that changes nothing.
+	// RetryAfter is when to retry. Zero if that changes nothing.
 	RetryAfter() time.Duration
-	// OperatorHint is what the platform's people should check. It is logged, and no part of the body. Empty where there is nothing.
+	// OperatorHint is what the platform's operators should check. It is logged, and not part of the body. Empty if there is nothing.
 	OperatorHint() string
 	// Body is the answer's body.
 	Body() Body
@@ -252,8 +252,8 @@ var (
 	_ Refusal = (*Undecided)(nil)
 )
 
-// RefusalOf is the refusal in an error of this package, however deep it is wrapped. Any other error, nil among them, becomes an
-// [*Undecided] that does not repeat its words: they may hold what no tenant should read.
+// RefusalOf is the refusal in an error of this package, however deep it is wrapped. Any other error, including nil, becomes an [*Undecided]
+// without its text, which may hold what no tenant should read.
 func RefusalOf(err error) Refusal {
 	var refusal Refusal
 	if errors.As(err, &refusal) && refusal.sealed() != nil {
@@ -275,7 +275,7 @@ func (d *Denied) Is(target error) bool { return target == ErrDenied || target ==
 // DecisionID is the decision's id, which byok-gate's log carries too.
 func (d *Denied) DecisionID() string { return d.Body().DecisionID }
 
-// Details are what byok-gate said beside the decision.
+// Details are the details of the decision.
 func (d *Denied) Details() Details {
 	if d == nil {
 		return Details{}
@@ -332,7 +332,7 @@ func (u *Undecided) Error() string {
 	return text
 }
 
-// Is says that it is [ErrUndecided], and [context.Canceled] or [context.DeadlineExceeded] where that is the reason.
+// Is says that it is [ErrUndecided], and [context.Canceled] or [context.DeadlineExceeded] if that is the reason.
 func (u *Undecided) Is(target error) bool {
 	switch target {
 	case ErrUndecided, error(u.Code()):
@@ -345,7 +345,7 @@ func (u *Undecided) Is(target error) bool {
 	return false
 }
 
-// Unwrap is what went wrong: for instance a gRPC status, or the context's error.
+// Unwrap is the cause, for instance a gRPC status or the context's error.
 func (u *Undecided) Unwrap() error {
 	if u == nil {
 		return nil
@@ -361,7 +361,7 @@ func (u *Undecided) Reason() Reason {
 	return u.reason
 }
 
-// Violations are the request's fields at fault, for [ReasonBadRequest]. The slice is the caller's.
+// Violations are the invalid fields of the request, for [ReasonBadRequest]. The slice is a copy.
 func (u *Undecided) Violations() []Violation {
 	if u == nil {
 		return nil
@@ -487,7 +487,7 @@ func (r *refusal) logValue() slog.Value {
 
 func (r *refusal) text() string { return string(r.code()) + ": " + r.content().Error }
 
-// Body is the JSON of every refusal; docs/denial-body.schema.json describes it for those who read it.
+// Body is the JSON of every refusal; docs/denial-body.schema.json describes it.
 type Body struct {
 	Error             string      `json:"error"`
 	Code              Code        `json:"code"`
@@ -506,7 +506,7 @@ type Body struct {
 	Warnings          []Warning   `json:"warnings,omitempty"`
 }
 
-// Warning is what a person should know although it did not decide.
+// Warning is what a person should know, although it did not decide.
 type Warning struct {
 	Code     WarningCode `json:"code"`
 	Message  string      `json:"message"`
@@ -515,7 +515,7 @@ type Warning struct {
 
 // === How a Refusal is made ===
 
-// denied passes a denial on as it is, whatever its code is. Spec may be nil.
+// denied passes a denial on unchanged, with any code. Spec may be nil.
 func denied(spec *Spec, response *byokgatev1.DecideResponse, deny *byokgatev1.Deny) *Denied {
 	runtime, model := spec.named()
 	resolution, liveness := response.GetResolution(), response.GetLiveness()
@@ -557,7 +557,7 @@ func denied(spec *Spec, response *byokgatev1.DecideResponse, deny *byokgatev1.De
 	return made
 }
 
-// denyCode keeps the number of a code that this package does not know, and of the one that is never sent.
+// denyCode keeps the number of an unknown code, and of the one that is never sent.
 func denyCode(code byokgatev1.DenyCode) Code {
 	if code == byokgatev1.DenyCode_DENY_CODE_UNSPECIFIED {
 		return denyPrefix + "0"
@@ -565,7 +565,7 @@ func denyCode(code byokgatev1.DenyCode) Code {
 	return Code(shortName(code, denyPrefix))
 }
 
-// undecided is for a reason that needs no more words. Spec may be nil.
+// undecided is for a reason with a fixed message. Spec may be nil.
 func undecided(spec *Spec, reason Reason, cause error) *Undecided {
 	runtime, model := spec.named()
 	said := reasons[reason]
@@ -588,7 +588,7 @@ func undecided(spec *Spec, reason Reason, cause error) *Undecided {
 	return made
 }
 
-// unreadable is for an answer that this package cannot read, most likely of a newer byok-gate during a rollout.
+// unreadable is for an answer that this package cannot read, most likely from a newer byok-gate during a rollout.
 func unreadable(spec *Spec, response *byokgatev1.DecideResponse, what string) *Undecided {
 	made := undecided(spec, ReasonUnreadableReply, errors.New("byok-gate answered with "+what))
 	made.refusal.body.Error = "byok-gate answered with " + what + ", which is taken for a no"
@@ -596,7 +596,7 @@ func unreadable(spec *Spec, response *byokgatev1.DecideResponse, what string) *U
 	return made
 }
 
-// unjudgeable is for a request that is at fault itself.
+// unjudgeable is for an invalid request.
 func unjudgeable(spec *Spec, cause error, violation Violation) *Undecided {
 	made := undecided(spec, ReasonBadRequest, cause)
 	made.violations = []Violation{violation}
@@ -604,14 +604,14 @@ func unjudgeable(spec *Spec, cause error, violation Violation) *Undecided {
 	return made
 }
 
-// misused is for a call that the platform's own code makes in a way that cannot be meant.
+// misused is for a call with invalid arguments from the platform's own code.
 func misused(spec *Spec, what string, err error) *Undecided {
 	made := undecided(spec, ReasonInvalidOption, fmt.Errorf("%s: %w", what, err))
 	made.refusal.operatorHint = made.cause.Error()
 	return made
 }
 
-// unsettled is for a registry that changes more often than it can be asked.
+// unsettled is for a registry that changes during every call.
 func unsettled(spec *Spec) *Undecided {
 	return undecided(spec, ReasonRegistryMoving, errors.New("byok-gate's registry kept changing"))
 }
@@ -635,7 +635,7 @@ func (c *core) failed(ctx context.Context, spec *Spec, err error) *Undecided {
 	made.violations = found.violations
 	switch reason {
 	case ReasonBadRequest:
-		// Names the field at fault. byok-gate never repeats a credential's value.
+		// Names the invalid field. byok-gate never repeats a credential's value.
 		made.refusal.body.Error = "the workspace cannot be judged: " + said.Message()
 	case ReasonUnreadableReply:
 		made.refusal.body.Error = "byok-gate's answer cannot be read (" + said.Code().String() + "), so nothing was started"
@@ -651,7 +651,7 @@ func (c *core) failed(ctx context.Context, spec *Spec, err error) *Undecided {
 	return made
 }
 
-// retryInfo is when an overloaded byok-gate asks to be asked again. Zero if it does not say.
+// retryInfo is the pause that an overloaded byok-gate requests. Zero if it does not say.
 func retryInfo(said *status.Status) time.Duration {
 	for _, detail := range said.Details() {
 		if info, is := detail.(*errdetails.RetryInfo); is {

@@ -244,7 +244,7 @@ func TestAnAllowShowsItself(t *testing.T) {
 	}
 }
 
-// A caller who makes one of these by hand gets a refusal, never a pass.
+// A caller that makes one of these by hand gets a refusal, never an allow.
 func TestZeroRefusalsRefuse(t *testing.T) {
 	for _, refusal := range []Refusal{&Denied{}, &Undecided{}} {
 		body := Body{Error: noDecision, Remedy: tryAgain, Code: DecisionUnavailable, BillingMode: UnknownBilling, Retryable: true, MissingEnv: []string{}, AlternativeModels: []string{}}
@@ -270,7 +270,7 @@ func TestABodyIsACopy(t *testing.T) {
 	}
 }
 
-// A code of tomorrow's is a denial, with byok-gate's words and its word on retries: were it "no decision", a caller would ask for ever.
+// An unknown code is a denial, with byok-gate's message and retry pause: as "no decision" a caller would retry forever.
 func TestADenialForAnUnknownReasonIsADenial(t *testing.T) {
 	fake, address := startFake(t)
 	client := newClient(t, address)

@@ -17,10 +17,10 @@ import (
 
 // AffinityHeader marks a call with the lane of its organization, for a balancer to hash on: three lower-case hex digits, the first 12 bits
 // of HMAC-SHA256 of the organization's id under the key of [ByOrganization]. A caller in another language that sends the same header to a
-// balancer which hashes on it reaches the same replica.
+// balancer that hashes on it reaches the same replica.
 const AffinityHeader = "byok-gate-affinity"
 
-// Balancing says to which of several replicas a question goes. Its zero value is the default of [WithBalancing].
+// Balancing says which of several replicas gets a call. Its zero value is the default of [WithBalancing].
 type Balancing struct {
 	kind balancingKind
 	key  Secret
@@ -35,20 +35,20 @@ const (
 	balanceOneConnection
 )
 
-// ByOrganization sends an organization's questions to one replica, so that one asks the vendor about its credentials, remembers the answer,
-// and limits it. gRPC's ring_hash does it, by [AffinityHeader]; one replica more or less moves its own share of the organizations and no
-// other. Callers that share a key agree; it keeps those who read headers from telling which organization a lane is.
+// ByOrganization sends all calls of an organization to one replica, which probes its credentials, caches the results, and limits it. gRPC's
+// ring_hash does it, by [AffinityHeader]; adding or removing a replica moves only that replica's share of the organizations. Callers with
+// the same key choose the same replica; the key hides the organization from anyone who reads the header.
 //
-// It needs a gRPC that hashes on a header: link package affinity, which names it. [New] says so where it is not there.
+// It needs a gRPC that hashes on a header: link package affinity. Without it [New] returns an error.
 func ByOrganization(key Secret) Balancing { return Balancing{balanceByOrganization, key} }
 
-// RoundRobin sends questions to each replica in turn: even, and each replica asks the vendor for itself.
+// RoundRobin sends calls to each replica in turn: an even load, but each replica calls the vendor itself.
 func RoundRobin() Balancing { return Balancing{kind: balanceRoundRobin} }
 
-// OneConnection sends all questions over one connection, to the first replica that answers.
+// OneConnection sends all calls over one connection, to the first replica that answers.
 func OneConnection() Balancing { return Balancing{kind: balanceOneConnection} }
 
-// balanced is a Balancing made ready.
+// balanced is a checked Balancing.
 type balanced struct {
 	serviceConfig string
 	lanes         lanes
@@ -63,8 +63,8 @@ var (
 		"github.com/byok-gate/byok-gate/clients/go/affinity, and leave GRPC_EXPERIMENTAL_RING_HASH_SET_REQUEST_HASH_KEY alone")
 )
 
-// hashesOnHeader says whether this gRPC's ring_hash is linked in and heeds the header: an older one reads the setting and does not, in
-// silence, and all calls would go to one replica.
+// hashesOnHeader says whether this gRPC's ring_hash is linked in and uses the header: an older one silently ignores the setting, and all
+// calls would go to one replica.
 func hashesOnHeader() bool {
 	builder := balancer.Get(ringHash)
 	parser, is := builder.(balancer.ConfigParser)
@@ -83,7 +83,7 @@ func serviceConfig(policy string, config []byte) string {
 	return fmt.Sprintf(`{"loadBalancingConfig":[{%q:%s}]}`, policy, config)
 }
 
-// orDefault chooses by the target where nothing was chosen: many connections only where there may be many addresses.
+// orDefault chooses by the target if nothing was chosen: many connections only if there may be many addresses.
 func (b Balancing) orDefault(to target) (balanced, error) {
 	kind := b.kind
 	if kind == balanceByDefault {
@@ -92,7 +92,7 @@ func (b Balancing) orDefault(to target) (balanced, error) {
 			kind = balanceOneConnection
 		case hashesOnHeader():
 			kind = balanceByOrganization
-			// What all callers of one target know. Who reads headers can try names out; WithBalancing takes a key that they do not know.
+			// A key that all callers of one target know. Somebody who reads the header can guess names; WithBalancing takes a secret key.
 			b.key = NewSecret("byok-gate affinity " + to.dial)
 		default:
 			kind = balanceRoundRobin
@@ -116,7 +116,7 @@ func (b Balancing) orDefault(to target) (balanced, error) {
 
 // lanes divide the organizations. Without a key there is one lane, which is not marked.
 //
-// There are few enough that a batch of a large fleet is no call for each organization, and enough that replicas get even shares.
+// Few enough that a batch of a large fleet does not need a call per organization, and enough that replicas get even shares.
 type lanes struct{ key []byte }
 
 func (l lanes) of(spec *Spec) string {

@@ -17,31 +17,31 @@ import (
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// A batch is a pipeline. Each request's names and credentials are fetched by itself, so that a lookup that hangs holds nobody else; what is
-// ready goes out in calls of up to 256, several at a time; credentials are let go as soon as their call is answered. All stages share what
-// is known of byok-gate: that it is away is found out once.
+// A batch is a pipeline. Each request's names and credentials are fetched separately, so that a lookup that hangs blocks no other; ready
+// requests go out in calls of up to 256, several at a time; credentials are released as soon as their call is answered. All stages share
+// whether byok-gate is down, so that it is found out once.
 
 const (
-	// maxBatchItems and maxBatchBytes are byok-gate's limits for one call, the second less some room for framing.
+	// maxBatchItems and maxBatchBytes are byok-gate's limits for one call, the second minus room for framing.
 	maxBatchItems = 256
 	maxBatchBytes = 4*1024*1024 - 64*1024
-	// batchPatience is how long a request that is ready waits for company.
+	// batchPatience is how long a ready request waits for others.
 	batchPatience = 50 * time.Millisecond
-	// batchCalls is how many calls are under way at a time: few and full, or many and small where each organization has a lane of its own.
+	// batchCalls is how many calls are in flight at a time: few and full, or many and small if each organization has its own lane.
 	batchCalls       = 4
 	batchCallsInLane = 128
-	// batchLookups is how many requests' credentials are fetched at a time: a secret store is shared with everyone else. One that has not
-	// answered after slowLookup counts among the slow ones and makes room.
+	// batchLookups is how many requests' credentials are fetched at a time: the secret store has other users. A lookup that has not answered
+	// after slowLookup counts as slow and frees its slot.
 	batchLookups = 32
 	slowLookup   = 100 * time.Millisecond
 	batchSlow    = 1024
 	// batchInHand is how many requests hold credentials at a time.
 	batchInHand = (batchCalls + 1) * maxBatchItems
-	// batchTries is how often an item is asked again that byok-gate put off.
+	// batchTries is how often an item that byok-gate postponed is retried.
 	batchTries = 8
 )
 
-// Result is what came of one request of a batch. The zero Result is no allow.
+// Result is the result of one request of a batch. The zero Result is not an allow.
 type Result struct {
 	allowed Allowed
 	refusal Refusal
@@ -59,9 +59,9 @@ func (r Result) Decision() (Allowed, error) {
 	}
 }
 
-// BatchDecide asks about many workspaces at once, for a fleet's restart. It yields one result for each request, by its index,
-// as soon as there is one and in no promised order. Leaving the loop ends the batch: the requests that were not yielded are
-// undecided. A consumer that takes its time holds up nothing but itself.
+// BatchDecide decides for many workspaces at once, for a fleet's restart. It yields one result for each request, by its index, as soon as
+// it is ready, in any order. Leaving the loop ends the batch: the requests that were not yielded are undecided. A slow consumer delays only
+// itself.
 func (c *Client) BatchDecide(ctx context.Context, requests []Request) iter.Seq2[int, Result] {
 	return func(yield func(int, Result) bool) {
 		if len(requests) == 0 || yield == nil {
@@ -79,7 +79,7 @@ func (c *Client) BatchDecide(ctx context.Context, requests []Request) iter.Seq2[
 			client: c, began: time.Now(),
 			requests: slices.Clone(requests),
 			events:   make(chan event, batchLookups),
-			// Room for all: results hold no credentials, and a slow consumer must not hold those that do.
+			// Room for all: results hold no credentials, and a slow consumer must not keep credentials in memory.
 			results: make(chan settled, len(requests)),
 			lookups: make(chan struct{}, batchLookups),
 			slow:    make(chan struct{}, batchSlow),
@@ -108,12 +108,12 @@ type batch struct {
 	gate     presence
 	events   chan event
 	results  chan settled
-	// Places: to look up, to look up slowly, to hold credentials, to call.
+	// Slots: to look up, to look up slowly, to hold credentials, to call.
 	lookups, slow, hands, calls chan struct{}
 	work                        sync.WaitGroup
 }
 
-// item is one request on its way.
+// item is one request in progress.
 type item struct {
 	index   int
 	request *Request
@@ -128,7 +128,7 @@ type item struct {
 	tries   int
 }
 
-// event is what the coordinator hears of an item: that it is ready, that it is done for, or that it is to be prepared (again).
+// event tells the coordinator that an item is ready, has failed, or is to be prepared (again).
 type event struct {
 	about *item
 	what  happening
@@ -157,7 +157,7 @@ func (b *batch) start(work func()) {
 	}()
 }
 
-// take waits for a place. False: the batch is over.
+// take waits for a slot. False: the batch is over.
 func (b *batch) take(places chan struct{}) bool {
 	select {
 	case places <- struct{}{}:
@@ -179,7 +179,7 @@ func (b *batch) settle(about *item, allowed Allowed, refusal Refusal) {
 	b.results <- settled{about, Result{allowed, refusal}}
 }
 
-// yield hands results over, and says of what is left at the end that it is undecided.
+// yield passes results on, and reports the rest as undecided at the end.
 func (b *batch) yield(yield func(int, Result) bool) {
 	c := b.client
 	done := make([]bool, len(b.requests))
@@ -197,7 +197,7 @@ func (b *batch) yield(yield func(int, Result) bool) {
 			continue
 		case <-b.ctx.Done():
 		}
-		// What came in time stands.
+		// Results that came in time count.
 		for more := true; more; {
 			select {
 			case came := <-b.results:
@@ -222,7 +222,7 @@ func (b *batch) yield(yield func(int, Result) bool) {
 	}
 }
 
-// feed brings the requests in, a few at a time.
+// feed adds the requests, a few at a time.
 func (b *batch) feed() {
 	for index := range b.requests {
 		if !b.take(b.lookups) {
@@ -233,7 +233,7 @@ func (b *batch) feed() {
 	}
 }
 
-// prepare fetches an item's credentials. It has a place among the lookups, and gives it back.
+// prepare fetches an item's credentials. It has a lookup slot, and returns it.
 func (b *batch) prepare(about *item) {
 	c, spec := b.client, &about.request.Spec
 	fast, inHand, done := true, false, false
@@ -247,7 +247,7 @@ func (b *batch) prepare(about *item) {
 	}
 	defer func() {
 		if !done && b.ctx.Err() == nil {
-			// A log handler that ends its goroutine, most likely.
+			// Most likely a log handler that ended its goroutine.
 			refuse(undecided(spec, ReasonInternal, errors.New("the goroutine that fetched the credentials was ended")))
 		}
 		if fast {
@@ -286,7 +286,7 @@ func (b *batch) prepare(about *item) {
 				fast = false
 				defer func() { <-b.slow }()
 			default:
-				// There are slow ones enough: this one holds its place.
+				// All slow slots are taken: this one keeps its slot.
 			}
 			searching.collect(ctx, &got, late)
 		}
@@ -304,21 +304,21 @@ func (b *batch) deadline() time.Time {
 	return deadline
 }
 
-// pile is what is ready to go out together.
+// pile is a set of requests that can go out together.
 type pile struct {
 	items []*item
 	bytes int
 	since time.Time
 }
 
-// coordinate makes calls of what is ready.
+// coordinate makes calls from the ready items.
 func (b *batch) coordinate() {
 	unprepared := len(b.requests)
 	piles := map[string]*pile{}
 	flush := func(lane string) {
 		items := piles[lane].items
 		delete(piles, lane)
-		// In the requests' order, as far as they go together: a log of them can be read.
+		// In the requests' order, as far as they go together, so that a log is readable.
 		slices.SortFunc(items, func(a, b *item) int { return a.index - b.index })
 		b.start(func() { b.call(lane, items) })
 	}
@@ -359,7 +359,7 @@ func (b *batch) coordinate() {
 			return
 		}
 		for lane, heap := range piles {
-			// Nobody else is on the way, or they are not worth the wait.
+			// No other item is coming, or none is worth the wait.
 			if unprepared == 0 || time.Since(heap.since) >= batchPatience {
 				flush(lane)
 			}
@@ -367,7 +367,7 @@ func (b *batch) coordinate() {
 	}
 }
 
-// call asks about these items until each has its answer, as long as byok-gate is there.
+// call retries these items until each has its answer, as long as byok-gate is up.
 func (b *batch) call(lane string, items []*item) {
 	if !b.take(b.calls) {
 		return
@@ -404,13 +404,13 @@ func (b *batch) call(lane string, items []*item) {
 	}
 }
 
-// finish settles an item that holds credentials.
+// finish ends an item that holds credentials.
 func (b *batch) finish(about *item, allowed Allowed, refusal Refusal) {
 	b.settle(about, allowed, refusal)
 	<-b.hands
 }
 
-// again lets an item's credentials go and has it prepared anew. False: it was put off too often.
+// again releases an item's credentials and prepares it anew. False: it was postponed too often.
 func (b *batch) again(about *item, after time.Duration) bool {
 	if after >= time.Until(b.deadline()) {
 		return false
@@ -422,9 +422,9 @@ func (b *batch) again(about *item, after time.Duration) bool {
 	return true
 }
 
-// ask makes one call and settles what it answers. It returns the items without an answer, and the reason if the call failed.
+// ask makes one call and ends the items that it answers. It returns the items without an answer, and the reason if the call failed.
 func (b *batch) ask(ctx context.Context, items []*item) ([]*item, error) {
-	// Ends the stream however this function is left.
+	// Ends the stream on every return.
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	c := b.client
@@ -443,7 +443,7 @@ func (b *batch) ask(ctx context.Context, items []*item) ([]*item, error) {
 		c.link.answered()
 		place := reply.GetIndex()
 		if uint64(place) >= uint64(len(open)) || open[place] == nil {
-			// No such item, or one that has its answer: nothing that could be acted on.
+			// No such item, or one that already has its answer.
 			continue
 		}
 		about := open[place]
@@ -457,7 +457,7 @@ func (b *batch) ask(ctx context.Context, items []*item) ([]*item, error) {
 	return left, err
 }
 
-// hear takes one item's answer.
+// hear reads one item's answer.
 func (b *batch) hear(about *item, reply *byokgatev1.BatchDecideResponse) {
 	c, spec := b.client, &about.request.Spec
 	switch result := reply.GetResult().(type) {
@@ -493,9 +493,9 @@ func itemError(said *byokgatev1.ItemStatus) error {
 	return status.ErrorProto(&spb.Status{Code: int32(code), Message: said.GetMessage(), Details: said.GetDetails()})
 }
 
-// === Whether byok-gate is there ===
+// === Whether byok-gate is up ===
 
-// presence is what a batch knows of byok-gate. Once it has been away for longer than the window, it is gone for the rest of the batch.
+// presence says whether byok-gate is up. Once it has been down for longer than the window, it counts as down for the rest of the batch.
 type presence struct {
 	window time.Duration
 
@@ -504,7 +504,7 @@ type presence struct {
 	lost  error
 }
 
-// gone is why byok-gate is not asked any more. Nil if it is.
+// gone is why byok-gate is not called any more. Nil if it is.
 func (p *presence) gone() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -517,7 +517,7 @@ func (p *presence) here() {
 	p.since = time.Time{}
 }
 
-// away says whether byok-gate has been away for too long.
+// away says whether byok-gate has been down for too long.
 func (p *presence) away(err error) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -530,7 +530,7 @@ func (p *presence) away(err error) bool {
 	return p.lost != nil
 }
 
-// giveUp is for a call that has tried for the whole window already.
+// giveUp is for a call that has retried for the whole window.
 func (p *presence) giveUp(err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

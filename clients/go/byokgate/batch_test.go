@@ -41,7 +41,7 @@ func said(index int, code codes.Code, message string) *byokgatev1.BatchDecideRes
 	}
 }
 
-// batchOf is requests that tell themselves apart by their workspace.
+// batchOf are requests that differ in their workspace.
 func batchOf(count int) []Request {
 	requests := make([]Request, count)
 	for index := range requests {
@@ -177,7 +177,7 @@ func TestALargeBatchBecomesSeveralCalls(t *testing.T) {
 	}
 }
 
-// A server that goes away in the middle: what it answered stands, the rest is asked again.
+// A server that goes down in the middle: its answers count, the rest is retried.
 func TestABatchThatIsCutOffIsFinished(t *testing.T) {
 	fake, address := startFake(t)
 	client := newClient(t, address)
@@ -229,7 +229,7 @@ func TestABatchThatHangsEndsAtItsDeadline(t *testing.T) {
 	}
 }
 
-// An item whose answer rests on another registry is asked again, alone.
+// An item whose answer comes from another registry is retried alone.
 func TestABatchFollowsTheRegistry(t *testing.T) {
 	fake, address := startFake(t)
 	client := newClient(t, address)
@@ -353,7 +353,7 @@ func TestListModels(t *testing.T) {
 	}
 }
 
-// One lookup in 33 hangs and never comes back: the others are answered as if it were not there, and the memory is bounded.
+// One lookup in 33 hangs forever: the others are not affected, and memory is bounded.
 func TestALargeBatchWithLookupsThatHang(t *testing.T) {
 	const items, hanging = 10_000, 300
 	fake, address := startFake(t)
@@ -421,7 +421,7 @@ func TestALargeBatchWithLookupsThatHang(t *testing.T) {
 	t.Logf("%d of %d were answered before the first that hangs was; %d held credentials at most", before, items-hanging, most.Load())
 }
 
-// A gate that is away is found out once, and not by each call.
+// A gate that is down is detected once, and not by each call.
 func TestABatchFindsOutOnceThatTheGateIsAway(t *testing.T) {
 	listener := listenTCP(t)
 	address := listener.Addr().String()
@@ -466,7 +466,7 @@ func TestABatchWhoseGateGoesAwayInBetween(t *testing.T) {
 	}
 }
 
-// Items that byok-gate puts off are asked again when it said so, and the others do not wait for them.
+// Items that byok-gate postpones are retried at the given time, and the others do not wait for them.
 func TestABatchObeysRetryInfo(t *testing.T) {
 	fake, address := startFake(t)
 	client := newClient(t, address)
@@ -512,7 +512,7 @@ func TestABatchObeysRetryInfo(t *testing.T) {
 	}
 }
 
-// A consumer that takes its time holds up nobody: all are answered while it is busy with the first.
+// A slow consumer delays nothing: all are answered while it is busy with the first.
 func TestASlowConsumerHoldsUpNothing(t *testing.T) {
 	fake, address := startFake(t)
 	client := newClient(t, address, WithLogger(discard))

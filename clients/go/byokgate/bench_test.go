@@ -12,7 +12,7 @@ import (
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// cannedGate answers at once, without a look at the question.
+// cannedGate answers at once, without reading the request.
 type cannedGate struct {
 	byokgatev1.UnimplementedPolicyDecisionServiceServer
 	names    *byokgatev1.ResolveProviderResponse
@@ -45,7 +45,7 @@ func bareQuestion() *byokgatev1.DecideRequest {
 	}
 }
 
-// What the generated code alone costs, with the same question.
+// The cost of the generated code alone, with the same request.
 func BenchmarkBareStub(b *testing.B) {
 	conn, err := grpc.NewClient(startCanned(b), grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
 	if err != nil {
@@ -84,7 +84,7 @@ func BenchmarkDecide(b *testing.B) {
 	}
 }
 
-// What the client adds to the generated code: the names, the two lookups in time, the caller's own map of secrets.
+// The client's additional cost: the names, the two timed lookups, the caller's own map of secrets.
 func TestADecisionAddsFewAllocations(t *testing.T) {
 	// 12, and one for the runtime's own.
 	const most = 13

@@ -20,45 +20,45 @@ import (
 const Version = "0.1.0"
 
 const (
-	// DefaultTimeout is how long one decision may take. byok-gate gives a provider three seconds to answer; a caller that
-	// waits a little longer reads byok-gate's own verdict on a slow provider instead of a bare DEADLINE_EXCEEDED.
+	// DefaultTimeout is how long one decision may take. byok-gate gives a provider three seconds to answer; a caller that waits a little
+	// longer gets byok-gate's own verdict on a slow provider instead of a bare DEADLINE_EXCEEDED.
 	DefaultTimeout = 4 * time.Second
 	// DefaultBatchTimeout is how long one batch may take: byok-gate's own limit for one.
 	DefaultBatchTimeout = 60 * time.Second
 
-	// maxReconnectDelay is the longest pause between two attempts to connect. gRPC's own is two minutes: that long a
-	// restarted byok-gate would go unnoticed. A call with a short timeout goes on trying for a second or less, and must meet such an attempt.
+	// maxReconnectDelay is the longest pause between two attempts to connect. With gRPC's own, two minutes, a restarted byok-gate would go
+	// unnoticed that long. A call with a short timeout retries for a second or less, and an attempt must fall into that time.
 	maxReconnectDelay  = 250 * time.Millisecond
 	baseReconnectDelay = 50 * time.Millisecond
 	minConnectTimeout  = 2 * time.Second
-	// A peer that vanished without closing the connection is found out before a request finds it.
+	// Detects a peer that vanished without closing the connection before a request needs it.
 	keepaliveTime    = 30 * time.Second
 	keepaliveTimeout = 3 * time.Second
-	// maxRounds is how often one request is decided at most while byok-gate's registry changes under it.
+	// maxRounds is how often one request is decided at most while byok-gate's registry changes.
 	maxRounds = 3
 )
 
-// Decider is what handlers need of a [Client]: an interface for those who wrap it. A fake of one cannot make an [Allowed]; for tests there
-// is package byokgatetest, which gives a real Client.
+// Decider is the part of a [Client] that handlers need, for code that wraps it. A fake cannot make an [Allowed]; for tests use package
+// byokgatetest, which gives a real Client.
 type Decider interface {
 	Decide(ctx context.Context, request Request) (Allowed, error)
 }
 
-// Client asks byok-gate. It is safe for concurrent use; a process needs one. A nil or zero Client decides nothing: all that it is asked is
+// Client calls byok-gate. It is safe for concurrent use; a process needs one. A nil or zero Client decides nothing: every call is
 // undecided.
 type Client struct {
 	*core
-	// mode is said in every log line and observation: an enforcing client's and a reporter's are never mixed up.
+	// mode is in every log line and observation, so that an enforcing client's and a reporter's are never mixed up.
 	mode Mode
-	// quiet: answers are logged at DEBUG, since they are one of many looks at the same thing.
+	// quiet: answers are logged at DEBUG, since a sweep repeats them.
 	quiet bool
-	// traceless: the context has its trace already.
+	// traceless: the context already has its trace.
 	traceless bool
 }
 
 var _ Decider = (*Client)(nil)
 
-// core is what a client and its reporters share.
+// core is shared by a client and its reporters.
 type core struct {
 	config
 	conn    *grpc.ClientConn
@@ -69,15 +69,15 @@ type core struct {
 	flights singleflight.Group
 	counts  counts
 	sweeps  sweepCounts
-	// lanes says how a call is marked for the balancing, and which requests may share a batch's call.
+	// lanes marks a call for the balancing, and says which requests may share a batch's call.
 	lanes   lanes
 	stopped atomic.Bool
 }
 
-// New makes ready to ask the byok-gate at target: host:port, dns:///host:port, or unix:///path. It does not connect yet: a platform starts
-// without byok-gate, and starts no workspace until it is there.
+// New makes a client for the byok-gate at target: host:port, dns:///host:port, or unix:///path. It does not connect yet: a platform can
+// start without byok-gate, but starts no workspace until byok-gate is up.
 //
-// Beyond loopback it wants [WithTLS], [WithTLSFiles] or, by name, [WithInsecureNetwork]: the requests hold credentials.
+// Beyond loopback it requires [WithTLS], [WithTLSFiles] or, explicitly, [WithInsecureNetwork]: the requests hold credentials.
 func New(target string, options ...Option) (*Client, error) {
 	made := &core{config: config{
 		timeout: DefaultTimeout, batchTimeout: DefaultBatchTimeout, log: slog.Default(),
@@ -113,7 +113,7 @@ func New(target string, options ...Option) (*Client, error) {
 	return &Client{core: made, mode: Enforce}, nil
 }
 
-// Close ends the connections. Calls under way, and later ones, become Undecided.
+// Close closes the connections. Calls in flight, and later ones, become Undecided.
 func (c *Client) Close() error {
 	if c == nil || c.core == nil {
 		return nil
@@ -122,15 +122,15 @@ func (c *Client) Close() error {
 	return c.conn.Close()
 }
 
-// closed says that nothing can be asked.
+// closed says that no call can be made.
 func (c *core) closed() bool { return c == nil || c.stopped.Load() }
 
 func (c *Client) unusable() bool { return c == nil || c.core.closed() }
 
 var errClosed = errors.New("the client is closed, nil or zero")
 
-// Decide asks whether the workspace may start. The error is a [*Denied] or an [*Undecided], and the [Allowed] then the zero
-// one, which is no allow.
+// Decide asks whether the workspace may start. The error is a [*Denied] or an [*Undecided]; the [Allowed] is then the zero one, which is
+// not an allow.
 func (c *Client) Decide(ctx context.Context, request Request) (Allowed, error) {
 	allowed, refusal := c.decide(orBackground(ctx), &request)
 	if refusal != nil {
@@ -158,14 +158,14 @@ func (c *Client) decide(ctx context.Context, request *Request) (Allowed, Refusal
 	return allowed, refusal
 }
 
-// refuse records a refusal for which nobody was asked.
+// refuse records a refusal without a call.
 func (c *Client) refuse(ctx context.Context, request *Request, refusal Refusal) Refusal {
 	c.record(ctx, request, Allowed{}, refusal, 0, 0)
 	return refusal
 }
 
-// ask gets an answer that was made with every credential that could matter to it. Lookups get the caller's own context, without what is sent
-// along to byok-gate.
+// ask gets an answer that was made with every credential that could matter to it. Lookups get the caller's own context, without the
+// metadata for byok-gate.
 func (c *Client) ask(ctx, callers context.Context, request *Request) (allowed Allowed, refusal Refusal, retries int) {
 	spec := &request.Spec
 	var held wallet
@@ -194,7 +194,7 @@ func (c *Client) ask(ctx, callers context.Context, request *Request) (allowed Al
 	return Allowed{}, unsettled(spec), retries
 }
 
-// prepare gives the names to fetch. Settled: no credential can matter, by whatever registry.
+// prepare gives the names to fetch. Settled: no credential can matter in any registry.
 func (c *Client) prepare(ctx context.Context, spec *Spec) (names []string, settled bool, refusal Refusal) {
 	if violation, sound := spec.check(); !sound {
 		return nil, false, unjudgeable(spec, errors.New(violation.Field+": "+violation.Description), violation)
@@ -208,8 +208,7 @@ func (c *Client) prepare(ctx context.Context, spec *Spec) (names []string, settl
 	names, err := c.names(ctx, spec)
 	switch {
 	case status.Code(err) == codes.InvalidArgument:
-		// The decision will say so too, and name every field at fault. Were it an allow, the names that it comes with would be fetched
-		// before it is believed.
+		// The decision will say so too, and name every faulty field. If it were an allow, its names would be fetched before it counts.
 		return nil, false, nil
 	case err != nil:
 		return nil, false, c.failed(ctx, spec, err)
@@ -217,7 +216,7 @@ func (c *Client) prepare(ctx context.Context, spec *Spec) (names []string, settl
 	return names, false, nil
 }
 
-// unread says in the log what could not be read.
+// unread logs what could not be read.
 func (c *Client) unread(ctx context.Context, spec *Spec, held *wallet) {
 	if err := held.failure(); err != nil {
 		level := slog.LevelWarn

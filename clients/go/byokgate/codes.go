@@ -8,27 +8,25 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// Code is the machine's reason for a denial, such as MISSING_BYOK_CREDENTIAL. A byok-gate that is newer than this package may send one
-// that it does not know: that is a denial all the same, and reads DENY_CODE_ and its number.
+// Code is the reason for a denial, for programs, such as MISSING_BYOK_CREDENTIAL. A byok-gate that is newer than this package may send an
+// unknown one: that is still a denial, and reads DENY_CODE_ and its number.
 //
-// A Code is an error, so that errors.Is(err, byokgate.MissingBYOKCredential) tells whether that is the reason.
+// A Code is an error, so that errors.Is(err, byokgate.MissingBYOKCredential) checks for that reason.
 type Code string
 
-// DecisionUnavailable is the code where byok-gate made no decision, or none that this package can read.
+// DecisionUnavailable is the code if byok-gate made no decision, or none that this package can read.
 const DecisionUnavailable Code = "DECISION_UNAVAILABLE"
 
 // Error is the code itself.
 func (c Code) Error() string { return string(c) }
 
-// WarningCode is the machine's name for a warning, such as CREDENTIAL_UNVERIFIED. One that this package does not know reads WARNING_CODE_
-// and its number.
+// WarningCode identifies a warning, such as CREDENTIAL_UNVERIFIED. An unknown one reads WARNING_CODE_ and its number.
 type WarningCode string
 
-// Verdict is what is known of a credential. Empty where none had to be judged; one that this package does not know reads VERDICT_ and its
-// number.
+// Verdict is what is known of a credential. Empty if none had to be checked; an unknown one reads VERDICT_ and its number.
 type Verdict string
 
-// What an error of this package is, for [errors.Is].
+// The kinds of errors of this package, for [errors.Is].
 var (
 	// ErrDenied is every [*Denied].
 	ErrDenied = errors.New("byokgate: denied")
@@ -46,8 +44,8 @@ const (
 	unspecified      = "UNSPECIFIED"
 )
 
-// shortName is an enum value's name without the prefix that its enum gives it. A number that this package does not know keeps the prefix,
-// so that it is no word that anybody acts on, and can be looked up.
+// shortName is an enum value's name without its enum's prefix. An unknown number keeps the prefix, so that nobody acts on it and it can be
+// looked up.
 func shortName(value protoreflect.Enum, prefix string) string {
 	known := value.Descriptor().Values().ByNumber(value.Number())
 	if known == nil {

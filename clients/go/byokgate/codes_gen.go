@@ -12,9 +12,9 @@ const (
 	ModelRequired Code = "MODEL_REQUIRED"
 	// UnregisteredModelForRuntime: None of the runtime's providers owns the model.
 	UnregisteredModelForRuntime Code = "UNREGISTERED_MODEL_FOR_RUNTIME"
-	// AmbiguousProvider: Several of the runtime's providers could own the model and nothing singles one out.
+	// AmbiguousProvider: Several of the runtime's providers could own the model, and nothing selects one.
 	AmbiguousProvider Code = "AMBIGUOUS_PROVIDER"
-	// DerivedProviderNotInRegistry: The owner is not in the registry's catalog. Kept for callers that know the code; the load guards rule it out.
+	// DerivedProviderNotInRegistry: The owner is not in the registry's catalog. Kept for callers that know the code; the checks at load rule it out.
 	DerivedProviderNotInRegistry Code = "DERIVED_PROVIDER_NOT_IN_REGISTRY"
 	// ModelWithdrawn: The model is withdrawn: not for new workspaces or changes.
 	ModelWithdrawn Code = "MODEL_WITHDRAWN"
@@ -38,7 +38,7 @@ const (
 	BYOKProbeTimeout Code = "BYOK_PROBE_TIMEOUT"
 	// BYOKProviderUnreachable: The provider could not be reached. Retryable.
 	BYOKProviderUnreachable Code = "BYOK_PROVIDER_UNREACHABLE"
-	// BYOKProbeNotAttempted: The service did not ask the provider, by its own limits or fault. Retryable.
+	// BYOKProbeNotAttempted: The service did not probe the provider, because of its own limits or a fault. Retryable.
 	BYOKProbeNotAttempted Code = "BYOK_PROBE_NOT_ATTEMPTED"
 	// BYOKProviderRateLimited: The provider limits the rate, and policy denies what could not be verified. Retryable.
 	BYOKProviderRateLimited Code = "BYOK_PROVIDER_RATE_LIMITED"
@@ -50,13 +50,12 @@ const (
 	BYOKQuotaExhausted Code = "BYOK_QUOTA_EXHAUSTED"
 	// BYOKNotVerifiable: The key cannot be verified at all, and policy denies that.
 	BYOKNotVerifiable Code = "BYOK_NOT_VERIFIABLE"
-	// ShadowedBYOKCredential: The workspace would send another value than the one that would do: one that is not the provider's, or that is refused. The remedy says
-	// which to remove.
+	// ShadowedBYOKCredential: The workspace would send a value that hides the right one: not the provider's own, or refused. The remedy says which to remove.
 	ShadowedBYOKCredential Code = "SHADOWED_BYOK_CREDENTIAL"
 	// WrongCredentialName: The key is good, and the runtime sends the variable that it is in in a header that the provider does not take. The remedy has the right
 	// name.
 	WrongCredentialName Code = "WRONG_CREDENTIAL_NAME"
-	// ExposedCredential: Another credential would travel to a vendor that is not its own, and policy denies that.
+	// ExposedCredential: Another credential would be sent to a vendor that is not its own, and policy denies that.
 	ExposedCredential Code = "EXPOSED_CREDENTIAL"
 )
 
@@ -98,15 +97,15 @@ const (
 	WarnOperatorOverride WarningCode = "OPERATOR_OVERRIDE"
 	// WarnExemptRuntime: The runtime is exempt: nothing was checked.
 	WarnExemptRuntime WarningCode = "EXEMPT_RUNTIME"
-	// WarnModelWithdrawn: The model is withdrawn; the workspace that has it keeps it.
+	// WarnModelWithdrawn: The model is withdrawn; existing workspaces keep it.
 	WarnModelWithdrawn WarningCode = "MODEL_WITHDRAWN"
-	// WarnUnknownCredentialName: Neither the registry nor a runtime knows such a credential name; the credential was left out. `env_names` lists them.
+	// WarnUnknownCredentialName: Neither the registry nor a runtime knows this credential name; the credential was ignored. `env_names` lists them.
 	WarnUnknownCredentialName WarningCode = "UNKNOWN_CREDENTIAL_NAME"
-	// WarnConflictingCredential: Other credentials are present that this runtime could pick up instead. The message says which one was judged.
+	// WarnConflictingCredential: Other credentials are present that this runtime could use instead. The message says which one was checked.
 	WarnConflictingCredential WarningCode = "CONFLICTING_CREDENTIAL"
 	// WarnCredentialUnverified: Allowed although the credential was not verified. The message names the verdict.
 	WarnCredentialUnverified WarningCode = "CREDENTIAL_UNVERIFIED"
-	// WarnStaleLiveness: Allowed on an earlier VALID observation, since no fresh answer was to be had.
+	// WarnStaleLiveness: Allowed by an earlier VALID, since no fresh answer could be had.
 	WarnStaleLiveness WarningCode = "STALE_LIVENESS"
 	// WarnReportOnly: Would have been denied; this provider is on report only. The message names the code.
 	WarnReportOnly WarningCode = "REPORT_ONLY"
@@ -114,13 +113,13 @@ const (
 	WarnUnreadableCredentials WarningCode = "UNREADABLE_CREDENTIALS"
 	// WarnExposedCredential: The runtime sends these credentials to a vendor that is not their own. The message names the host.
 	WarnExposedCredential WarningCode = "EXPOSED_CREDENTIAL"
-	// WarnUnusedCredential: The runtime does not read the variable that was judged. The message has the right name.
+	// WarnUnusedCredential: The runtime does not read the variable that was checked. The message has the right name.
 	WarnUnusedCredential WarningCode = "UNUSED_CREDENTIAL"
 	// WarnWrongHeader: The key was accepted in another header than the one that is tried first. The message names both.
 	WarnWrongHeader WarningCode = "WRONG_HEADER"
-	// WarnTrimmedCredential: Blanks or line breaks around the value were left out, as the runtime does.
+	// WarnTrimmedCredential: Blanks or line breaks around the value were trimmed, as the runtime does.
 	WarnTrimmedCredential WarningCode = "TRIMMED_CREDENTIAL"
-	// WarnUnknownBaseUrlName: Nothing reads a base URL from these names: they change nothing.
+	// WarnUnknownBaseUrlName: Nothing reads a base URL from these names: they have no effect.
 	WarnUnknownBaseUrlName WarningCode = "UNKNOWN_BASE_URL_NAME"
 )
 
@@ -150,13 +149,13 @@ const (
 	VerdictValid Verdict = "VALID"
 	// VerdictInvalid: The provider says that the credential is dead or unknown.
 	VerdictInvalid Verdict = "INVALID"
-	// VerdictForbidden: Refused with a 403 that nothing tells apart: dead, wrong scope, or not from this network.
+	// VerdictForbidden: Refused with a 403 of unknown cause: dead, wrong scope, or not allowed from this network.
 	VerdictForbidden Verdict = "FORBIDDEN"
 	// VerdictQuotaExhausted: The credential is alive, but out of credit or suspended.
 	VerdictQuotaExhausted Verdict = "QUOTA_EXHAUSTED"
 	// VerdictRateLimited: HTTP 429 that is not about quota.
 	VerdictRateLimited Verdict = "RATE_LIMITED"
-	// VerdictProviderError: HTTP 5xx and the like: the provider's own fault.
+	// VerdictProviderError: HTTP 5xx or similar: the provider's own fault.
 	VerdictProviderError Verdict = "PROVIDER_ERROR"
 	// VerdictUnexpectedResponse: An answer that says nothing about the credential: a redirect, 400, 404, HTML, a region gate, an unparsable body.
 	VerdictUnexpectedResponse Verdict = "UNEXPECTED_RESPONSE"
@@ -164,9 +163,9 @@ const (
 	VerdictTimeout Verdict = "TIMEOUT"
 	// VerdictUnreachable: DNS, connect or TLS failed, or the address may not be dialled.
 	VerdictUnreachable Verdict = "UNREACHABLE"
-	// VerdictNotAttempted: The service did not ask: a queue was full, a limit was spent, or the probe itself failed.
+	// VerdictNotAttempted: No probe was sent: a queue was full, a limit was reached, or the probe itself failed.
 	VerdictNotAttempted Verdict = "NOT_ATTEMPTED"
-	// VerdictNoServerSurface: There is nothing to call: an OAuth subscription, no known endpoint, or a base URL of the tenant's own.
+	// VerdictNoServerSurface: There is nothing to call: an OAuth subscription, no known endpoint, or the tenant's own base URL.
 	VerdictNoServerSurface Verdict = "NO_SERVER_SURFACE"
 	// VerdictNotCalibrated: The endpoint also accepts a credential that cannot be good, or could not be shown to refuse one.
 	VerdictNotCalibrated Verdict = "NOT_CALIBRATED"

@@ -17,23 +17,23 @@ import (
 	"google.golang.org/grpc/stats"
 )
 
-// link remembers why the last connection could not be made or broke: gRPC tells its callers in words alone, and "byok-gate is away" and
-// "the certificate is for another name" are for different people.
+// link keeps why the last connection could not be made or broke: gRPC gives callers only text, and "byok-gate is down" and "the certificate
+// is for another name" are for different people.
 type link struct {
 	last atomic.Pointer[connectionFault]
-	// cutOff counts TLS handshakes in a row that the other side ended without a word.
+	// cutOff counts TLS handshakes in a row that the other side closed without an alert.
 	cutOff  atomic.Int32
 	silence silence
 	banners banners
 }
 
-// enoughCutOff handshakes are no restart of byok-gate any more.
+// enoughCutOff handshakes are not a restart of byok-gate any more.
 const enoughCutOff = 2
 
 func (l *link) fault() *connectionFault { return l.last.Load() }
 func (l *link) note(err error)          { l.last.Store(faultOf(err)) }
 
-// answered forgets: byok-gate itself spoke.
+// answered clears it: byok-gate itself answered.
 func (l *link) answered() {
 	if l.last.Load() != nil {
 		l.last.Store(nil)
@@ -81,13 +81,13 @@ func (l *link) dialer(to target, dial func(context.Context, string) (net.Conn, e
 	}
 }
 
-// dialled is a connection that knows how to be made once more.
+// dialled is a connection that can be made once more.
 type dialled struct {
 	net.Conn
 	again func(context.Context) (net.Conn, error)
 }
 
-// watchedCredentials are others, with an eye on what goes wrong. They are made anew for each connection, so that renewed files are used.
+// watchedCredentials wrap others and record what goes wrong. They are made anew for each connection, so that renewed files are used.
 type watchedCredentials struct {
 	credentials.TransportCredentials
 	fresh func() (credentials.TransportCredentials, error)
@@ -106,7 +106,7 @@ func (w *watchedCredentials) ClientHandshake(
 	conn, info, err := made.ClientHandshake(ctx, authority, raw)
 	if err != nil {
 		if w.tls && isCutOff(err) {
-			// What a listener without TLS does to one who begins with it, and what a process does that is being killed.
+			// A listener without TLS does this, and so does a process that is being killed.
 			if w.link.cutOff.Add(1) >= enoughCutOff {
 				err = fmt.Errorf("%w: %w", errNoTLS, err)
 			}
@@ -135,24 +135,23 @@ func (w *watchedCredentials) Clone() credentials.TransportCredentials {
 	return &cloned
 }
 
-// watchedConn notes what a server says that gRPC does not understand: an alert of TLS after the handshake, or the wrong protocol. Only one
-// goroutine reads.
+// watchedConn records what gRPC does not understand: a TLS alert after the handshake, or the wrong protocol. Only one goroutine reads.
 type watchedConn struct {
 	net.Conn
 	link *link
 	// plain: no TLS of ours.
 	plain bool
-	// open: the first bytes have not told yet what the other side speaks.
+	// open: the first bytes have not shown yet what the other side speaks.
 	open  bool
 	first []byte
 	// unnegotiated: over TLS, HTTP/2 was not agreed upon.
 	unnegotiated bool
 	again        func(context.Context) (net.Conn, error)
-	// compared: this connection's beginning was compared with the last one's, and was alike.
+	// compared: this connection's first bytes were equal to the last one's.
 	compared, alike bool
 }
 
-// heard is what a server's first bytes mean. What is no protocol that is known here must be heard twice, since a network may garble.
+// heard classifies a server's first bytes. An unknown protocol must come twice, since a network may garble bytes.
 func (c *watchedConn) heard(what error) error {
 	other, is := what.(*notHTTP2)
 	if !is || strings.HasPrefix(other.says, "HTTP/") {
@@ -217,10 +216,10 @@ func (c *core) dialOptions(to target) ([]grpc.DialOption, error) {
 		grpc.WithContextDialer(c.link.dialer(to, c.dial)),
 		// gRPC honours HTTPS_PROXY, and these requests must not leave through it.
 		grpc.WithNoProxy(),
-		// DNS may carry a gRPC configuration: timeouts and retries are not for a name server to set.
+		// DNS may carry a gRPC configuration: a name server must not set timeouts and retries.
 		grpc.WithDisableServiceConfig(),
 		grpc.WithDefaultServiceConfig(balancing.serviceConfig),
-		// Connections stay: reconnecting after a quiet hour would cost the next caller.
+		// Connections stay open: a reconnect after a quiet hour would delay the next caller.
 		grpc.WithIdleTimeout(0),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: baseReconnectDelay, Multiplier: 1.6, Jitter: 0.2, MaxDelay: maxReconnectDelay},
@@ -245,7 +244,7 @@ func (c *core) dialOptions(to target) ([]grpc.DialOption, error) {
 
 // === What others may watch ===
 
-// payloadless passes a call's statistics on without what was sent and received: it holds credentials.
+// payloadless passes a call's statistics on without the payloads, which hold credentials.
 type payloadless struct{ to stats.Handler }
 
 func (p payloadless) TagRPC(ctx context.Context, info *stats.RPCTagInfo) (tagged context.Context) {

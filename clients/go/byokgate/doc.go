@@ -1,5 +1,5 @@
 // Package byokgate asks byok-gate whether an AI-agent workspace may start and who pays for its model calls, and fails closed:
-// whatever is not plainly an allow is an error.
+// anything but a clear allow is an error.
 //
 //	client, err := byokgate.New("unix:///run/byok-gate/gate.sock")
 //	...
@@ -16,44 +16,43 @@
 //	}
 //	insert(row, allowed.BillingMode(), allowed.DecisionID())
 //
-// # What a caller owes
+// # What a caller must do
 //
-// Decide before a row is written and before a running workspace is stopped. On an error keep what runs running. Where
-// [Refusal.Retryable] says so, ask again after [Refusal.RetryAfter]; [Client.DecideUntil] does that.
+// Decide before a row is written and before a running workspace is stopped. On an error keep a running workspace running. If
+// [Refusal.Retryable] is true, retry after [Refusal.RetryAfter]; [Client.DecideUntil] does that.
 //
 // # The three answers
 //
-// [Allowed] is made by this package alone, from a reply that says "allow" and names a billing mode that this package knows.
-// Its zero value is no allow: every question put to it panics. [*Denied] is byok-gate's decision against the workspace.
-// [*Undecided] means that there was no decision: byok-gate is away, hung or mis-wired, or its reply cannot be read. Both are
-// errors with an HTTP status and a JSON body (docs/denial-body.schema.json), found with [errors.As]; package gatehttp writes
-// them. [errors.Is] tells codes apart: errors.Is(err, byokgate.MissingBYOKCredential). A code that this package does not know
-// is a denial with byok-gate's own words.
+// Only this package makes an [Allowed], from a reply that says "allow" and names a known billing mode. Its zero value is not an
+// allow: its methods panic. [*Denied] is byok-gate's decision against the workspace. [*Undecided] means that there was no
+// decision: byok-gate is down, hangs or is misconfigured, or its reply cannot be read. Both are errors with an HTTP status and
+// a JSON body (docs/denial-body.schema.json), found with [errors.As]; package gatehttp writes them. [errors.Is] checks for a
+// code: errors.Is(err, byokgate.MissingBYOKCredential). An unknown code is a denial with byok-gate's own message.
 //
 // # Credentials
 //
-// Values leave the caller as late and as few as possible. The client first asks byok-gate which names matter for the model
-// (none, if the platform owns it), remembers that, learns from each decision whether others matter by now, and calls
-// [Lookup] for those names. A lookup that fails is reported as unreadable, never as "no credential there". A [Secret] cannot
-// be printed, logged or marshalled.
+// The client fetches and sends as few values as possible. It first asks byok-gate which names matter for the model (none, if
+// the platform owns it), caches that, learns changes from each decision, and calls [Lookup] for those names. A lookup that
+// fails is reported as unreadable, never as "no credential". A [Secret] cannot be printed, logged or marshalled.
 //
 // # Time
 //
-// Every call has a deadline: the context's, and [DefaultTimeout] at the latest. A call that finds byok-gate away is repeated
-// for a part of that time, so that a restart of byok-gate goes unnoticed; nothing else is repeated.
+// Every call has a deadline: the context's, and [DefaultTimeout] at the latest. While byok-gate is down, or if an overloaded
+// one says when to retry, the call is retried for a part of that time, so that a restart of byok-gate goes unnoticed; nothing
+// else is retried.
 //
-// # Many, and again
+// # Fleets
 //
-// [Client.BatchDecide] asks about a fleet, [Client.Sweep] looks at a running one again and again. A sweep that finds nothing out says so: an error
-// of its loop that is an [*Undecided] is for whoever is on call.
+// [Client.BatchDecide] decides for a fleet, [Client.Sweep] checks a running one periodically. A sweep that learns nothing
+// reports it: alert on an error of its loop that is an [*Undecided].
 //
-// # Faults of the caller's own
+// # Faults in the caller's code
 //
 // A lookup, a hook or a log handler that panics or ends its goroutine, a file that hangs, a nil client: none ends the process,
-// hangs a caller, or is taken for an answer.
+// blocks a caller, or counts as an answer.
 //
-// # Switching it on
+// # Rollout
 //
-// [Client.ReportOnly] gives a [Reporter], which asks, logs and counts but has no answer that could be taken for an
-// [Allowed]: the platform's own checks go on deciding.
+// [Client.ReportOnly] returns a [Reporter], which calls, logs and counts but cannot return an [Allowed]: the platform's own
+// checks go on deciding.
 package byokgate

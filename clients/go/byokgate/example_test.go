@@ -49,7 +49,7 @@ func ExampleClient_Decide() {
 
 func organizationSecrets([]string) (byokgate.Found, error) { return nil, nil }
 
-// A running fleet. What the loop's body does is the platform's to decide; a sweep stops nothing.
+// A running fleet. The platform decides what the loop's body does; a sweep stops nothing.
 func ExampleClient_Sweep() {
 	client, err := byokgate.New("unix:///run/byok-gate/gate.sock")
 	if err != nil {
@@ -67,7 +67,7 @@ func ExampleClient_Sweep() {
 		var blind *byokgate.Undecided
 		switch {
 		case errors.As(err, &blind):
-			// Nothing is found out until this is mended. It comes once.
+			// The sweep learns nothing until this is fixed. It comes once.
 			slog.Error("page somebody", "reason", blind.Reason(), "check", blind.OperatorHint())
 		case err != nil:
 			slog.Warn("the sweep could not do all", "error", err)

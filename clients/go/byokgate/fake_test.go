@@ -27,8 +27,7 @@ const (
 	fakeDecision = "01900000-0000-7000-8000-000000000001"
 )
 
-// fakeGate answers as it is told, and keeps what it was asked: what a byok-gate that is broken, newer or restarting would say
-// cannot be had from the real one.
+// fakeGate answers by script, and records its calls: the real byok-gate cannot act as a broken, newer or restarting one.
 type fakeGate struct {
 	byokgatev1.UnimplementedPolicyDecisionServiceServer
 
@@ -77,7 +76,7 @@ func (f *fakeGate) ListModels(context.Context, *byokgatev1.ListModelsRequest) (*
 	return f.menu()
 }
 
-// tell makes it answer with response from now on.
+// tell sets the response.
 func (f *fakeGate) tell(response *byokgatev1.DecideResponse, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -259,7 +258,7 @@ func wantAllowed(t *testing.T, allowed Allowed, err error, mode BillingMode) {
 	}
 }
 
-// background is for what must end by the client's own deadline, and by no other.
+// background is for calls that must end by the client's own deadline alone.
 func background() context.Context { return context.Background() }
 
 // syncBuffer collects output that is written by one goroutine and read by another.
@@ -280,7 +279,7 @@ func (b *syncBuffer) String() string {
 	return b.buffer.String()
 }
 
-// take gives what was written, and forgets it.
+// take returns what was written, and clears it.
 func (b *syncBuffer) take() string {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -24,7 +24,7 @@ import (
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// The caller's own faults: none ends the process, hangs a caller, or is taken for an answer.
+// Faults in the caller's code: none ends the process, blocks a caller, or counts as an answer.
 
 // faults are what foreign code can do instead of returning.
 var faults = map[string]func(){
@@ -231,7 +231,7 @@ func TestNilAndZeroValues(t *testing.T) {
 	}
 }
 
-// A store that hangs for ever holds a bounded number of goroutines, and what comes after is told at once.
+// A store that hangs forever blocks a bounded number of goroutines, and later lookups fail at once.
 func TestLookupsThatNeverReturnAreBounded(t *testing.T) {
 	const atOnce, decisions = 6, 10
 	fake, address := startFake(t)
@@ -340,7 +340,7 @@ func TestTheAuthorityIsReadAgain(t *testing.T) {
 	wantAllowed(t, allowed, err, BYOK)
 }
 
-// watcher is a stats handler that keeps what it is told.
+// watcher is a stats handler that records its events.
 type watcher struct {
 	mu   sync.Mutex
 	told []stats.RPCStats

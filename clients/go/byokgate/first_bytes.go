@@ -18,36 +18,36 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// Who answers where byok-gate should be is told by the first bytes: a server of HTTP/2 begins with a SETTINGS frame, whatever the client says
-// (RFC 9113, 3.4), and gRPC says of all others no more than that a frame was too large.
+// The first bytes show what answers at the target: an HTTP/2 server always starts with a SETTINGS frame (RFC 9113, 3.4); for all others
+// gRPC only says that a frame was too large.
 
 // Kinds of peers that are not byok-gate, or speak to it in another way.
 var (
 	errSpeaksTLS = errors.New("the other side speaks TLS")
 	errNoTLS     = errors.New("the other side ends each TLS handshake")
-	errNoHTTP2   = errors.New("the other side speaks TLS and does not agree upon HTTP/2")
-	errSilent    = errors.New("the other side closed the connection without a word")
+	errNoHTTP2   = errors.New("the other side speaks TLS without HTTP/2")
+	errSilent    = errors.New("the other side closed the connection without a reply")
 )
 
 // notHTTP2 is a peer that speaks something else.
 type notHTTP2 struct {
 	says string
-	// once: it was heard once, and may be noise on the way.
+	// once: it came once, and may be noise.
 	once bool
 }
 
 func (n *notHTTP2) Error() string { return "the other side does not speak HTTP/2" }
 
-// sameBytes are those that two connections must begin with alike to be another service's. The rest may be a version, a time or a salt.
+// sameBytes is how many first bytes two connections must share to count as another service. The rest may be a version, a time or a salt.
 const sameBytes = 4
 
-// banners is what the last connection began with.
+// banners holds the first bytes of the last connection.
 type banners struct {
 	mu   sync.Mutex
 	last [sameBytes]byte
 }
 
-// again says whether the connection before began alike.
+// again says whether the previous connection began the same way.
 func (b *banners) again(first []byte) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -71,11 +71,11 @@ const (
 	frameHeader  = 9
 	typeSettings = 4
 	typeGoAway   = 7
-	// firstBytes is as much as tells a protocol and its version, and fits into a log line.
+	// firstBytes is enough to recognize a protocol and its version, and fits into a log line.
 	firstBytes = 40
 )
 
-// recognized says what a server's first bytes are. Nil without more to come: HTTP/2.
+// recognized classifies a server's first bytes. Nil, and nothing more to read: HTTP/2.
 func recognized(first []byte) (err error, more bool) {
 	switch {
 	case len(first) >= 2 && (first[0] == 0x15 || first[0] == 0x16) && first[1] == 3:
@@ -103,8 +103,8 @@ func http1Status(first []byte) (code int, is bool) {
 	return code, true
 }
 
-// passing says that an HTTP status may be that of a proxy whose backend is away or slow: the same request may be answered later with nothing
-// changed. byok-gate itself sends none of these, and whoever sends another one is not on the way to it.
+// passing says that an HTTP status may come from a proxy whose backend is down or slow: the same request may succeed later with nothing
+// changed. byok-gate itself sends none of these, and a server that sends another one is not a proxy to it.
 func passing(httpStatus int) bool {
 	switch httpStatus {
 	case 408, 425, 429:
@@ -117,11 +117,11 @@ func passing(httpStatus int) bool {
 
 var (
 	unexpectedStatus = regexp.MustCompile(`unexpected HTTP status code received from server: ([0-9]{3})`)
-	// noGRPC are gRPC's words for an answer of HTTP that is none of gRPC's.
+	// noGRPC is gRPC's text for an HTTP answer that is not gRPC.
 	noGRPC = regexp.MustCompile(`received unexpected content-type|missing HTTP content-type|missing HTTP status`)
 )
 
-// plainHTTP is the HTTP status with which something that speaks HTTP/2, but not gRPC, answered a call. gRPC gives it as text alone.
+// plainHTTP is the HTTP status of an answer over HTTP/2 that is not gRPC. gRPC gives it only as text.
 func plainHTTP(said *status.Status) (httpStatus int, is bool) {
 	if found := unexpectedStatus.FindStringSubmatch(said.Message()); found != nil {
 		httpStatus, _ = strconv.Atoi(found[1])
@@ -130,22 +130,22 @@ func plainHTTP(said *status.Status) (httpStatus int, is bool) {
 	return 200, noGRPC.MatchString(said.Message())
 }
 
-// === Who closes without a word ===
+// === Peers that close without a reply ===
 
 const (
-	// enoughSilence closed connections in a row are looked into: one may be a byok-gate that is being stopped.
+	// enoughSilence closed connections in a row are diagnosed: one may be a byok-gate that is stopping.
 	enoughSilence = 2
-	// diagnosisTime is how long that may take, and diagnosisAge how long its outcome is believed.
+	// diagnosisTime is how long that may take, and diagnosisAge how long its result counts.
 	diagnosisTime = 300 * time.Millisecond
 	diagnosisAge  = 10 * time.Second
 )
 
-// silence is what is known of a peer that closes each connection without a word. Servers of HTTP/1.1 do so, byok-gate's admin port among them,
+// silence is what is known of a peer that closes each connection without a reply. HTTP/1.1 servers do so, including byok-gate's admin port,
 // and servers that want TLS.
 type silence struct {
 	mu    sync.Mutex
 	count int
-	// found is what the last look came to, at that time.
+	// found is the result of the last diagnosis, at that time.
 	found error
 	at    time.Time
 }
@@ -156,7 +156,7 @@ func (s *silence) broken() {
 	s.count, s.found, s.at = 0, nil, time.Time{}
 }
 
-// again is what one more silent end means. Look finds out who it is.
+// again says what one more silent close means. Look diagnoses the peer.
 func (s *silence) again(look func(context.Context) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -174,7 +174,7 @@ func (s *silence) again(look func(context.Context) error) error {
 	return errSilent
 }
 
-// whoIsThere asks a peer that closes on HTTP/2 whether it speaks HTTP/1.1 or TLS. It sends nothing of the caller's.
+// whoIsThere checks whether a peer that closes on HTTP/2 speaks HTTP/1.1 or TLS. It sends no data of the caller.
 func whoIsThere(ctx context.Context, dial func(context.Context) (net.Conn, error)) error {
 	greeted := func(use func(net.Conn) error) error {
 		conn, err := dial(ctx)
@@ -193,7 +193,7 @@ func whoIsThere(ctx context.Context, dial func(context.Context) (net.Conn, error
 		}
 		said, _ := io.ReadAll(io.LimitReader(conn, 1024))
 		if bytes.Contains(said, []byte("gRPC over HTTP/2")) {
-			// byok-gate's own words: it is there again.
+			// byok-gate's own answer: it is up again.
 			return nil
 		}
 		if len(said) > firstBytes {
@@ -205,7 +205,7 @@ func whoIsThere(ctx context.Context, dial func(context.Context) (net.Conn, error
 		return found
 	}
 	return greeted(func(conn net.Conn) error {
-		// Nothing is sent over it, so that there is nothing to verify for.
+		// Nothing is sent over it, so there is nothing to verify.
 		greeting := tls.Client(conn, &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
 		if err := greeting.HandshakeContext(ctx); err == nil || isRemoteAlert(err) {
 			return errSpeaksTLS
@@ -214,13 +214,13 @@ func whoIsThere(ctx context.Context, dial func(context.Context) (net.Conn, error
 	})
 }
 
-// isRemoteAlert: the standard library gives an alert of the other side as text alone.
+// isRemoteAlert: the standard library gives the other side's alert only as text.
 func isRemoteAlert(err error) bool {
 	var operation *net.OpError
 	return errors.As(err, &operation) && operation.Op == "remote error"
 }
 
-// isCutOff says that the other side ended a connection without a word.
+// isCutOff says that the other side closed a connection without a reply.
 func isCutOff(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }

@@ -14,8 +14,8 @@ import (
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// Whatever bytes a reply is made of: it is an allow only if they say so in full, by a reading of the wire that shares nothing
-// with the client's own, and every refusal can be answered with.
+// For any bytes of a reply: it is an allow only if an independent parser of the wire format says so, and every refusal has an HTTP
+// answer.
 func FuzzReply(f *testing.F) {
 	for _, seed := range []*byokgatev1.DecideResponse{
 		{}, allow(1), allow(2), allow(3), allow(99), missingKey("ACME_API_KEY"), deny(&byokgatev1.Deny{Code: 999, Retryable: true}),
@@ -59,7 +59,7 @@ func FuzzReply(f *testing.F) {
 	})
 }
 
-// Whatever a target is: it is refused, or dialled as it was meant; and what is called private does not leave the machine.
+// Any target is refused, or dialled as intended; and a private one does not leave the machine.
 func FuzzTarget(f *testing.F) {
 	for _, seed := range []string{
 		"localhost:1", "unix:///run/a?b#c%20", "dns:///gate.example:443", "[::1]:1", "unix:@x", "unix-abstract:x", "127.0.0.1:1", "LOCALHOST.:1",

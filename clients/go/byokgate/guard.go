@@ -6,14 +6,14 @@ import (
 	"runtime"
 )
 
-// What is not ours (lookups, hooks, log handlers, dialers) may panic or end its goroutine. Neither may end the platform's process, leave a
-// caller waiting for ever, or be taken for an answer.
+// Foreign code (lookups, hooks, log handlers, dialers) may panic or end its goroutine. Neither may end the platform's process, block a
+// caller forever, or count as an answer.
 
-// apart runs foreign code in a goroutine of its own and delivers what came of it, exactly once.
+// apart runs foreign code in its own goroutine and delivers its result, exactly once.
 func apart[T any](what string, run func() (T, error), deliver func(T, error)) {
 	go func() {
 		var result T
-		// What stands if run neither returns nor panics.
+		// The result if run neither returns nor panics.
 		err := fmt.Errorf("%s ended its goroutine", what)
 		defer func() {
 			if thrown := recover(); thrown != nil {
@@ -26,13 +26,13 @@ func apart[T any](what string, run func() (T, error), deliver func(T, error)) {
 	}()
 }
 
-// within is apart for a caller that waits, until the context ends at the latest.
+// within is apart for a caller that waits, at most until the context ends.
 func within[T any](ctx context.Context, what string, run func() (T, error)) (T, error) {
 	type answer struct {
 		result T
 		err    error
 	}
-	// Buffered: what outlives its time is not waited for, and must be able to end.
+	// Buffered: a late result has no reader, and its sender must be able to end.
 	ended := make(chan answer, 1)
 	apart(what, run, func(result T, err error) { ended <- answer{result, err} })
 	select {
@@ -44,7 +44,7 @@ func within[T any](ctx context.Context, what string, run func() (T, error)) (T, 
 	}
 }
 
-// panicked does not repeat what was thrown, which may hold anything; but for the runtime's own words, which hold no value.
+// panicked does not repeat the panic's value, which may hold anything, except for runtime errors, which hold no secret.
 func panicked(what string, thrown any) error {
 	if fault, is := thrown.(runtime.Error); is {
 		return fmt.Errorf("%s panicked: %s", what, fault.Error())
@@ -52,7 +52,7 @@ func panicked(what string, thrown any) error {
 	return fmt.Errorf("%s panicked with a %T", what, thrown)
 }
 
-// hook runs foreign code on the caller's own goroutine, and outlives its panics.
+// hook runs foreign code on the caller's own goroutine, and recovers from its panics.
 func hook(run func(), failed func(thrown any)) {
 	defer func() {
 		if thrown := recover(); thrown != nil && failed != nil {

@@ -25,9 +25,9 @@ import (
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// What stands in byok-gate's place here is absent, broken or something else.
+// The target here is absent, broken or another service.
 
-// impatient is long enough for every answer that comes at all, on a busy machine too.
+// impatient is long enough for every answer, on a busy machine too.
 const impatient = 500 * time.Millisecond
 
 // serveTCP hands each connection to handle, which need not close it.
@@ -63,7 +63,7 @@ func serveTCP(t *testing.T, handle func(net.Conn)) string {
 	return listener.Addr().String()
 }
 
-// serveHTTP2 serves plain HTTP/2, so that a test can say what no gRPC server says.
+// serveHTTP2 serves plain HTTP/2, so that a test can send what no gRPC server sends.
 func serveHTTP2(t *testing.T, handle http.HandlerFunc) string {
 	t.Helper()
 	listener := listenTCP(t)
@@ -241,7 +241,7 @@ func withTimeout(t *testing.T, timeout time.Duration) context.Context {
 	return ctx
 }
 
-// A server that takes the question and answers when nobody waits any more.
+// A server that accepts the request and answers too late.
 func TestAHungServerIsLeftAtTheDeadline(t *testing.T) {
 	fake, address := startFake(t)
 	ended := make(chan struct{})
@@ -292,7 +292,7 @@ func TestContextsThatAreOver(t *testing.T) {
 		if _, err := client.ResolveProvider(ctx, "agent", "acme-large"); err == nil {
 			t.Errorf("%s: an owner", name)
 		}
-		// A tenant who hangs up is no error of anybody's.
+		// A tenant who hangs up is not an error.
 		if loud := strings.Contains(logs.take(), `"level":"ERROR"`); loud != (name == "past") {
 			t.Errorf("%s: logged as an error: %v", name, loud)
 		}
@@ -312,7 +312,7 @@ func TestAClosedClientIsUndecided(t *testing.T) {
 	wantUndecided(t, allowed, err, http.StatusServiceUnavailable)
 }
 
-// A server that restarts: what was refused in between is allowed again soon, without a new client.
+// A server that restarts: refused requests are soon allowed again, without a new client.
 func TestAServerThatComesBackIsFound(t *testing.T) {
 	fake := newFake()
 	listener := listenTCP(t)

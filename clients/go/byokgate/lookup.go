@@ -13,14 +13,14 @@ import (
 )
 
 const (
-	// DefaultLookupTime is how long one lookup may take, whatever the call's own deadline is.
+	// DefaultLookupTime is how long one lookup may take, independent of the call's own deadline.
 	DefaultLookupTime = 2 * time.Second
-	// DefaultLookups is how many lookups may be under way at a time, those that were given up and never came back among them.
+	// DefaultLookups is how many lookups may run at a time, including those that timed out and never returned.
 	DefaultLookups = 1024
 )
 
-// lookups bounds those under way. One that ignores its context keeps its place until it returns: a secret store that hangs costs a bounded
-// number of goroutines, and then answers at once that it cannot be read.
+// lookups limits running lookups. One that ignores its context keeps its slot until it returns: a secret store that hangs costs a limited
+// number of goroutines, and then counts as unreadable at once.
 type lookups struct {
 	perCall time.Duration
 	most    int64
@@ -33,9 +33,9 @@ var (
 	errLookupMany  = errors.New("too many lookups are under way: those before it have not come back")
 )
 
-// wallet holds what was fetched for one request. It lives as long as the call.
+// wallet holds the credentials fetched for one request. It lives as long as the call.
 type wallet struct {
-	// asked are the names for which both scopes were looked through. There are few.
+	// asked are the names that were looked up in both scopes. There are few.
 	asked []string
 	// found are credentials in the order of scopes and, in each, of names.
 	found []*byokgatev1.Credential
@@ -43,7 +43,7 @@ type wallet struct {
 	failed [len(scopes)]error
 }
 
-// lacks are those of the names that were not looked for.
+// lacks are the names that were not looked up.
 func (w *wallet) lacks(names ...[]string) []string {
 	var lacking []string
 	for _, list := range names {
@@ -56,13 +56,13 @@ func (w *wallet) lacks(names ...[]string) []string {
 	return lacking
 }
 
-// answer is what one lookup came to.
+// answer is the result of one lookup.
 type answer struct {
 	found Found
 	err   error
 }
 
-// search is a look through both scopes at a time. It outlives its caller where a lookup does.
+// search looks through both scopes at a time. It outlives its caller if a lookup does.
 type search struct {
 	lookups *lookups
 	ctx     context.Context
@@ -71,16 +71,16 @@ type search struct {
 	// taken are the scopes that have their goroutine, or get none.
 	taken   [len(scopes)]atomic.Bool
 	answers [len(scopes)]answer
-	// ended has room for all: a lookup that outlives its time is not waited for, and must be able to end.
+	// ended has room for all: a late lookup has no reader, and must be able to end.
 	ended chan int
-	// few is room for the names of most.
+	// few has room for the names of most requests.
 	few [8]string
 }
 
-// start begins to look for these names in both scopes.
+// start starts looking up these names in both scopes.
 func (l *lookups) start(ctx context.Context, lookup Lookup, names []string) *search {
 	s := &search{lookups: l, ctx: ctx, lookup: lookup, ended: make(chan int, len(scopes))}
-	// Each lookup gets names of its own, which it may change.
+	// Each lookup gets its own copy of the names, which it may change.
 	copies := s.few[:0]
 	running := 0
 	for index := range scopes {
@@ -103,13 +103,13 @@ func (l *lookups) start(ctx context.Context, lookup Lookup, names []string) *sea
 	return s
 }
 
-// run is the lookup of a scope that has none, whatever comes of it: see guard.go.
+// run runs a scope's lookup in its goroutine; see guard.go.
 func (s *search) run() {
 	index := 0
 	for !s.taken[index].CompareAndSwap(false, true) {
 		index++
 	}
-	// What stands if it neither returns nor panics.
+	// The result if it neither returns nor panics.
 	got := answer{err: errLookupEnded}
 	defer func() {
 		if thrown := recover(); thrown != nil {
@@ -122,8 +122,8 @@ func (s *search) run() {
 	got.found, got.err = s.lookup(s.ctx, scopes[index], s.names[index])
 }
 
-// fetch looks for names in both scopes, in half of the time that is left: the other half is for byok-gate, since a decision on unreadable
-// credentials says more than none in time.
+// fetch looks up names in both scopes, in half of the remaining time: the other half is for byok-gate, since a decision with unreadable
+// credentials says more than no decision.
 func (l *lookups) fetch(ctx context.Context, deadline time.Time, held *wallet, lookup Lookup, names []string) {
 	if len(names) == 0 {
 		return
@@ -135,7 +135,7 @@ func (l *lookups) fetch(ctx context.Context, deadline time.Time, held *wallet, l
 	held.keep(names, got)
 }
 
-// unanswered is what stands for both scopes until an answer comes.
+// unanswered is the result for both scopes until an answer comes.
 func unanswered() (got [len(scopes)]answer) {
 	for index := range got {
 		got[index].err = errLookupLate
@@ -143,7 +143,7 @@ func unanswered() (got [len(scopes)]answer) {
 	return got
 }
 
-// collect waits for so many answers, until the context ends at the latest, and says how many are missing.
+// collect waits for this many answers, at most until the context ends, and says how many are missing.
 func (s *search) collect(ctx context.Context, into *[len(scopes)]answer, missing int) int {
 	for missing > 0 {
 		select {
@@ -164,10 +164,10 @@ func (s *search) collect(ctx context.Context, into *[len(scopes)]answer, missing
 	return 0
 }
 
-// keep takes what was asked for, and nothing else that a lookup may have come with.
+// keep stores the requested names, and nothing else that a lookup returned.
 func (w *wallet) keep(names []string, got [len(scopes)]answer) {
 	if w.asked == nil {
-		// Clipped, so that the names of others stay as they are.
+		// Clipped, so that other holders' names do not change.
 		w.asked = slices.Clip(names)
 	} else {
 		w.asked = append(w.asked, names...)
@@ -187,7 +187,7 @@ func (w *wallet) keep(names []string, got [len(scopes)]answer) {
 	}
 }
 
-// credentials are what was found, in a settled order.
+// credentials are what was found, in a fixed order.
 func (w *wallet) credentials() []*byokgatev1.Credential {
 	slices.SortFunc(w.found, func(a, b *byokgatev1.Credential) int {
 		if a.Scope != b.Scope {

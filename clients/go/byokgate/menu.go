@@ -9,20 +9,20 @@ import (
 )
 
 const (
-	// menuAge is how long [Client.ListModels] may answer from memory: as long as an operator who looks whether a change has
-	// arrived can be expected to wait.
+	// menuAge is how long [Client.ListModels] may answer from its cache: as long as an operator can be expected to wait for a
+	// change to show.
 	menuAge = 30 * time.Second
 	// maxMenus is more than any registry has runtimes.
 	maxMenus = 256
 )
 
-// menuKey is what was asked for.
+// menuKey identifies a request.
 type menuKey struct {
 	runtime string
 	details bool
 }
 
-// menu is what a runtime offers, as of a moment.
+// menu is what a runtime offered at that time.
 type menu struct {
 	Menu
 	at time.Time
@@ -31,7 +31,7 @@ type menu struct {
 // Menu is what a runtime offers.
 type Menu struct {
 	Models []Model
-	// Open are the runtime's providers that list no model: whatever matches their pattern is theirs.
+	// Open are the runtime's providers that list no model: they own every model that matches their pattern.
 	Open []OpenProvider
 }
 
@@ -44,13 +44,13 @@ type OpenProvider struct {
 	BillingMode  BillingMode
 	// AcceptedEnv are the credential names of which one is needed.
 	AcceptedEnv []string
-	// ModelPattern is an RE2 regular expression, which is searched for in a model's id.
+	// ModelPattern is an RE2 regular expression, matched anywhere in a model's id.
 	ModelPattern string
 	// Deprecated says that the registry marks it so.
 	Deprecated bool
 }
 
-// Owner is who owns a model, by names alone: what a UI shows before it asks a person for a key.
+// Owner is who owns a model, by names alone: for a UI, before a person enters a key.
 type Owner struct {
 	// Provider is the owner's name in the registry. Empty for an exempt runtime.
 	Provider string
@@ -58,9 +58,9 @@ type Owner struct {
 	BillingMode BillingMode
 	// AcceptedEnv are the credential names of which one is needed. Empty if the platform owns the model.
 	AcceptedEnv []string
-	// RelevantEnv are the names that could change the owner or answer for it.
+	// RelevantEnv are the names that could change the owner or be used for it.
 	RelevantEnv []string
-	// RelevantBaseURLEnv are the base-URL variables that matter: what to look for among those that the tenant set.
+	// RelevantBaseURLEnv are the base-URL variables that matter, among those that the tenant set.
 	RelevantBaseURLEnv []string
 	// Warnings are what a person should know, for instance that the model is withdrawn.
 	Warnings []Warning
@@ -69,7 +69,7 @@ type Owner struct {
 // Model is one model on a runtime's menu.
 type Model struct {
 	Runtime string
-	// RuntimeName is the runtime's for people. Only from Client.Menu.
+	// RuntimeName is the runtime's name for people. Only from Client.Menu.
 	RuntimeName  string
 	Model        string
 	Provider     string
@@ -77,7 +77,7 @@ type Model struct {
 	BillingMode  BillingMode
 	// AcceptedEnv are the credential names of which one is needed. Empty if the platform owns the model.
 	AcceptedEnv []string
-	// Withdrawn: not for new workspaces; those that have it keep it.
+	// Withdrawn: not for new workspaces; existing ones keep it.
 	Withdrawn bool
 	// Deprecated says that the registry marks the provider so. Only from Client.Menu.
 	Deprecated bool
@@ -94,8 +94,8 @@ func (m Menu) clone() Menu {
 	return m
 }
 
-// ResolveProvider asks who owns a model, with the names (not values) of the credentials at hand. No secret is sent and no
-// provider is called. The error is a [*Denied] where nobody owns it, or nobody that a workspace could start with.
+// ResolveProvider asks who owns a model, with the names (not values) of the available credentials. No secret is sent and no
+// provider is called. The error is a [*Denied] if the model has no owner, or none that a workspace could start with.
 func (c *Client) ResolveProvider(ctx context.Context, runtime, model string, credentialNames ...string) (Owner, error) {
 	spec := &Spec{Runtime: runtime, Model: model}
 	if c.unusable() {
@@ -120,15 +120,14 @@ func (c *Client) ResolveProvider(ctx context.Context, runtime, model string, cre
 	}, nil
 }
 
-// ListModels asks what a runtime offers, or, for an empty name, what each does. The answer is remembered for as long as
-// byok-gate is seen to decide by the same registry, and for half a minute at most.
+// ListModels returns what a runtime offers, or, for an empty name, what each does. The answer is cached while byok-gate's
+// decisions come from the same registry, and for half a minute at most.
 func (c *Client) ListModels(ctx context.Context, runtime string) ([]Model, error) {
 	menu, err := c.menu(ctx, menuKey{runtime, false})
 	return menu.Models, err
 }
 
-// Menu is [Client.ListModels] with what a UI shows beside the models: the providers that list none, names for people, and what is on its way
-// out.
+// Menu is [Client.ListModels] with more for a UI: the providers that list no model, names for people, and what is deprecated.
 func (c *Client) Menu(ctx context.Context, runtime string) (Menu, error) {
 	return c.menu(ctx, menuKey{runtime, true})
 }
@@ -181,22 +180,22 @@ func (c *Client) menu(ctx context.Context, about menuKey) (Menu, error) {
 	return made, nil
 }
 
-// RegistryStatus is by what byok-gate decides.
+// RegistryStatus is the state of byok-gate's registry and catalogue.
 type RegistryStatus struct {
 	// Revision and CatalogueRevision are content hashes, as decisions carry them.
 	Revision, CatalogueRevision string
-	// SHA256 is that of the registry's file, in hex: what a platform that ships the file compares with its own.
+	// SHA256 is that of the registry's file, in hex, so that a platform that ships the file can compare it with its own.
 	SHA256 string
 	// Source is the file, or "embedded". LoadedAt is when it was read.
 	Source   string
 	LoadedAt time.Time
-	// LastReloadError is why a newer version is not in force. Empty if none should be.
+	// LastReloadError is why a newer version is not in force. Empty if there is none.
 	LastReloadError string
 	// CredentialNames are all that some provider accepts, or some runtime reads.
 	CredentialNames []string
 }
 
-// RegistryStatus asks by what byok-gate decides.
+// RegistryStatus returns the state of byok-gate's registry and catalogue.
 func (c *Client) RegistryStatus(ctx context.Context) (RegistryStatus, error) {
 	if c.unusable() {
 		return RegistryStatus{}, undecided(nil, ReasonClosed, errClosed)

@@ -12,7 +12,7 @@ type traceKey struct{}
 
 type traceContext struct{ parent, state string }
 
-// maxTraceState is what the W3C asks to be propagated at least.
+// maxTraceState is the minimum that the W3C requires to be propagated.
 const maxTraceState = 512
 
 var (
@@ -21,13 +21,12 @@ var (
 )
 
 // ContextWithTrace makes calls with this context carry a W3C trace context: the values of a request's traceparent and
-// tracestate headers. Values that are not well formed are left out. Where a tracing library keeps the trace context, see
-// [WithTraceContext].
+// tracestate headers. Malformed values are left out. If a tracing library keeps the trace context, see [WithTraceContext].
 func ContextWithTrace(ctx context.Context, traceparent, tracestate string) context.Context {
 	return context.WithValue(orBackground(ctx), traceKey{}, traceContext{traceparent, tracestate})
 }
 
-// traced adds the trace context to what is sent. It runs on the caller's own goroutine, since the hook is the caller's.
+// traced adds the trace context to the call's metadata. It runs on the caller's own goroutine, since the hook is the caller's.
 func (c *Client) traced(ctx context.Context) context.Context {
 	if c.traceless {
 		return ctx
@@ -50,7 +49,7 @@ func (c *Client) traced(ctx context.Context) context.Context {
 	return ctx
 }
 
-// orBackground forgives a caller who has no context.
+// orBackground replaces a nil context.
 func orBackground(ctx context.Context) context.Context {
 	if ctx == nil {
 		return context.Background()

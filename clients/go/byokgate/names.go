@@ -13,39 +13,39 @@ import (
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// Which names matter to a model is byok-gate's to say. It says so when it is asked (ResolveProvider) and in each decision, so that the
-// client learns of a change from the decisions themselves. What decides is always the names, never the registry's revision: two replicas
-// with two registries behind one balancer are two memories here, and the names of both are fetched.
+// byok-gate says which names matter to a model, in ResolveProvider and in each decision, so that the client learns of a change from the
+// decisions themselves. The names count, never the registry's revision: if two replicas behind one balancer have two registries, both are
+// cached here, and the names of both are fetched.
 
 const (
-	// maxRemembered bounds what is remembered of models that no registry lists: their ids come from tenants.
+	// maxRemembered limits the cached models that no registry lists: their ids come from tenants.
 	maxRemembered = 4096
-	// maxSubjectBytes is more than byok-gate takes as a runtime and a model.
+	// maxSubjectBytes is more than byok-gate accepts as a runtime and a model.
 	maxSubjectBytes = 128 + 512
-	// generationAge is how long a registry that is not heard of any more takes part beside the present one.
+	// generationAge is how long a registry that no reply names any more counts beside the current one.
 	generationAge = time.Minute
 )
 
-// subject is what the names depend on, but for the registry.
+// subject is what the names depend on, apart from the registry.
 type subject struct{ runtime, model string }
 
 func (s *Spec) subject() subject { return subject{s.Runtime, s.Model} }
 
-// kept outlives the request that it comes from. Servers such as fasthttp use a request's memory for the next one.
+// kept is a copy that outlives its request. Servers such as fasthttp reuse a request's memory for the next one.
 func (s subject) kept() subject { return subject{strings.Clone(s.runtime), strings.Clone(s.model)} }
 
 func (s subject) key() string { return s.runtime + "\x00" + s.model }
 
-// generation is what one registry said.
+// generation holds the names of one registry.
 type generation struct {
 	revision string
 	heard    time.Time
-	// listed are models that the registry names, matched those that fit a pattern: of these a tenant can make up any number.
+	// listed are models that the registry names, matched those that fit a pattern: a tenant can make up any number of these.
 	listed, matched map[subject][]string
 	menus           map[menuKey]menu
 }
 
-// memory holds what the two registries said that were heard of last, the latest first.
+// memory holds the names of the last two registries, the latest first.
 type memory struct {
 	mu          sync.Mutex
 	generations []*generation
@@ -59,7 +59,7 @@ func (g *generation) recall(about subject) ([]string, bool) {
 	return names, found
 }
 
-// recall gives all names that could matter by the registries that are heard of. The slice is not the caller's to change.
+// recall returns all names that could matter in the current registries. The caller must not change the slice.
 func (m *memory) recall(about subject) (names []string, found bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -77,7 +77,7 @@ func (m *memory) recall(about subject) (names []string, found bool) {
 		}
 		for _, name := range more {
 			if !slices.Contains(names, name) {
-				// Clipped, so that what is remembered stays as it is.
+				// Clipped, so that the cache does not change.
 				names = append(slices.Clip(names), name)
 			}
 		}
@@ -85,7 +85,7 @@ func (m *memory) recall(about subject) (names []string, found bool) {
 	return names, found
 }
 
-// keep notes what a registry said. It says whether it was not known yet.
+// keep stores a registry's names, and says whether they are new.
 func (m *memory) keep(about subject, revision string, names []string, matchedBy byokgatev1.MatchedBy) {
 	if revision == "" || len(about.runtime)+len(about.model) > maxSubjectBytes {
 		return
@@ -106,10 +106,10 @@ func (m *memory) keep(about subject, revision string, names []string, matchedBy 
 		bounded(heard.matched, about)
 		heard.matched[about] = names
 	}
-	// Whatever else: nobody owns it, and what tenants make up is not worth a place.
+	// Anything else has no owner, and ids that tenants make up are not cached.
 }
 
-// bounded makes room for one more, at the cost of any other.
+// bounded makes room for one more by dropping any other.
 func bounded(in map[subject][]string, about subject) {
 	if _, there := in[about]; there || len(in) < maxRemembered {
 		return
@@ -120,7 +120,7 @@ func bounded(in map[subject][]string, about subject) {
 	}
 }
 
-// hear brings the generation of that revision to the front. Locked.
+// hear moves the generation of that revision to the front. Locked.
 func (m *memory) hear(revision string) *generation {
 	place := slices.IndexFunc(m.generations, func(known *generation) bool { return known.revision == revision })
 	switch {
@@ -161,7 +161,7 @@ func (m *memory) keepMenu(about menuKey, revision string, made Menu) {
 	menus[about] = menu{Menu: made.clone(), at: time.Now()}
 }
 
-// names asks byok-gate which matter, or remembers. However many callers ask at a time, one of them does.
+// names returns the names that matter, from the cache or from byok-gate. Concurrent callers share one call.
 func (c *Client) names(ctx context.Context, spec *Spec) ([]string, error) {
 	about := spec.subject()
 	if names, found := c.memory.recall(about); found {
@@ -171,11 +171,11 @@ func (c *Client) names(ctx context.Context, spec *Spec) ([]string, error) {
 }
 
 func (c *Client) learnNames(ctx context.Context, about subject) ([]string, error) {
-	// Another's question as well: it may outlive this caller.
+	// The call is shared, so it may outlive this caller.
 	about = about.kept()
 	flight := c.flights.DoChan(about.key(), func() (any, error) {
 		if names, found := c.memory.recall(about); found {
-			// Learnt between this caller's look and its turn.
+			// Learnt between this caller's lookup and its turn.
 			return names, nil
 		}
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.timeout)
@@ -184,7 +184,7 @@ func (c *Client) learnNames(ctx context.Context, about subject) ([]string, error
 		if err != nil {
 			return nil, err
 		}
-		// A runtime is exempt by byok-gate's configuration, which no registry revision tells of.
+		// byok-gate's configuration exempts a runtime, and no registry revision shows that.
 		if resolution := response.GetResolution(); resolution.GetSource() == byokgatev1.ResolutionSource_RESOLUTION_SOURCE_DERIVED {
 			c.memory.keep(about, response.GetRegistryRevision(), response.GetRelevantEnv(), resolution.GetMatchedBy())
 		}
@@ -199,7 +199,7 @@ func (c *Client) learnNames(ctx context.Context, about subject) ([]string, error
 	}
 }
 
-// learn takes the names from a decision, and gives those that mattered to it and were not looked for.
+// learn takes the names from a decision, and returns those that mattered to it and were not looked up.
 func (c *Client) learn(spec *Spec, held *wallet, response *byokgatev1.DecideResponse) []string {
 	if resolution := response.GetResolution(); resolution.GetSource() == byokgatev1.ResolutionSource_RESOLUTION_SOURCE_DERIVED {
 		c.memory.keep(spec.subject(), response.GetRegistryRevision(), response.GetRelevantEnv(), resolution.GetMatchedBy())
@@ -207,7 +207,7 @@ func (c *Client) learn(spec *Spec, held *wallet, response *byokgatev1.DecideResp
 	return held.lacks(response.GetRelevantEnv(), response.GetDeny().GetMissingEnv())
 }
 
-// resolve asks who owns a model. An answer that says nothing is an error.
+// resolve asks who owns a model. An empty answer is an error.
 func (c *Client) resolve(
 	ctx context.Context, runtime, model string, atHand ...string,
 ) (*byokgatev1.ResolveProviderResponse, error) {

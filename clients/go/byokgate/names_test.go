@@ -21,7 +21,7 @@ import (
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// store is a secret store that keeps what it was asked for.
+// store is a secret store that records its lookups.
 type store struct {
 	mu     sync.Mutex
 	found  map[Scope]Found
@@ -412,7 +412,7 @@ func TestAMissingNameThatWasNotLookedForIsLookedFor(t *testing.T) {
 	wantAllowed(t, allowed, err, BYOK)
 }
 
-// A registry that names another credential whenever it is asked: nothing is believed.
+// A registry that names another credential in every reply: none counts.
 func TestARegistryThatNeverSettlesIsUndecided(t *testing.T) {
 	fake, address := startFake(t)
 	client := newClient(t, address)
@@ -538,7 +538,7 @@ func TestPausesGrowAndAreBounded(t *testing.T) {
 	}
 }
 
-// A number that does not fit the wire is refused there, and never cut off to one that means something.
+// A number that does not fit the wire is refused there, and never truncated to a valid one.
 func TestNumbersThatDoNotFitAreNotCutOff(t *testing.T) {
 	if strconv.IntSize == 32 {
 		t.Skip("every int fits")

@@ -17,8 +17,7 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/internal/exported"
 )
 
-// Every function that callers reach is called with nil and zero values. None panics, but for those of an Allowed: they must not be mistaken
-// for an allow. A function without a row here fails the test.
+// Every exported function is called with nil and zero values. None panics, except those of an Allowed, which must not pass for an allow. A function without a row here fails the test.
 func TestEveryFunctionTakesNilAndZero(t *testing.T) {
 	var (
 		none      context.Context
@@ -307,7 +306,7 @@ func TestEveryFunctionTakesNilAndZero(t *testing.T) {
 	}
 }
 
-// Numbers that cannot be meant are refused, and those that come over the wire overflow nothing.
+// Invalid numbers are refused, and those from the wire overflow nothing.
 func TestNumbersThatCannotBeMeant(t *testing.T) {
 	fake, address := startFake(t)
 	client := newClient(t, address)

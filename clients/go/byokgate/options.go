@@ -13,7 +13,7 @@ import (
 	"google.golang.org/grpc/stats"
 )
 
-// Option configures a client. An option that is not valid makes [New] fail.
+// Option configures a client. An invalid option makes [New] fail.
 type Option func(*config) error
 
 type config struct {
@@ -33,7 +33,7 @@ type config struct {
 	trace         func(context.Context) (traceparent, tracestate string)
 }
 
-// shortestTimeout is below any time in which an answer can come. Shorter ones are numbers whose unit was forgotten.
+// shortestTimeout is too short for any answer. A shorter timeout is a number without its unit.
 const shortestTimeout = time.Millisecond
 
 func checkTimeout(timeout time.Duration) error {
@@ -46,7 +46,7 @@ func checkTimeout(timeout time.Duration) error {
 	return nil
 }
 
-// notNegative is why a setting is refused whose zero stands for its default.
+// notNegative refuses a negative setting whose zero means the default.
 func notNegative(given any) error {
 	return fmt.Errorf("%v is below zero; leave it out for the default", given)
 }
@@ -74,8 +74,8 @@ func WithBatchTimeout(timeout time.Duration) Option {
 	}
 }
 
-// WithLookupBudget sets how long one lookup may take, and how many may be under way at a time. Defaults: [DefaultLookupTime] and
-// [DefaultLookups]. What is over counts as unreadable, never as absent.
+// WithLookupBudget sets how long one lookup may take, and how many may run at a time. Defaults: [DefaultLookupTime] and [DefaultLookups].
+// Beyond that, credentials count as unreadable, never as absent.
 func WithLookupBudget(perCall time.Duration, atOnce int) Option {
 	return func(c *config) error {
 		if err := checkTimeout(perCall); err != nil {
@@ -89,8 +89,8 @@ func WithLookupBudget(perCall time.Duration, atOnce int) Option {
 	}
 }
 
-// WithTLS encrypts, with a configuration that must verify the server. One with Certificates shows them (mTLS). A configuration that goes below
-// TLS 1.2, names weak cipher suites, verifies nothing or writes its keys down is refused.
+// WithTLS uses TLS, with a configuration that must verify the server. One with Certificates shows them (mTLS). A configuration that allows
+// less than TLS 1.2, names weak cipher suites, verifies nothing or logs its keys is refused.
 func WithTLS(tlsConfig *tls.Config) Option {
 	return func(c *config) error {
 		if err := checkTLS(tlsConfig); err != nil {
@@ -102,9 +102,9 @@ func WithTLS(tlsConfig *tls.Config) Option {
 	}
 }
 
-// WithTLSFiles encrypts. The server's certificate must come from an authority in ca (empty: one of the system's). With cert
-// and key the client shows a certificate too (mTLS). All are read again for each connection, so that they can be renewed; where they cannot
-// be read, as half way through a renewal, what was read last stands.
+// WithTLSFiles uses TLS. The server's certificate must come from an authority in ca (empty: one of the system's). With cert and key the
+// client shows a certificate too (mTLS). All are reloaded for each connection, so that they can be renewed; if that fails, for example in
+// the middle of a renewal, the last ones are used.
 func WithTLSFiles(ca, cert, key string) Option {
 	return func(c *config) error {
 		files := &tlsFiles{ca: ca, cert: cert, key: key}
@@ -135,9 +135,9 @@ func WithToken(secret Secret) Option {
 	}
 }
 
-// WithTokenFile sends a bearer token with every call. The file is looked at again once a second, in the background, and at once where
-// byok-gate does not know the token, so that the token can be rotated; a trailing newline is not part of it. Where the file cannot be read,
-// the token that was read last is sent.
+// WithTokenFile sends a bearer token with every call. The file is reloaded once a second, in the background, and at once if byok-gate does
+// not know the token, so that the token can be rotated; a trailing newline is not part of it. If the file cannot be read, the last token is
+// sent.
 func WithTokenFile(path string) Option {
 	return func(c *config) error {
 		value, err := readToken(path)
@@ -148,9 +148,9 @@ func WithTokenFile(path string) Option {
 	}
 }
 
-// WithBalancing says to which of several replicas a question goes. Default: [ByOrganization] for a dns:/// target or a host's name if package
-// affinity is linked in, under a key that all callers of the target share, and [RoundRobin] if it is not; [OneConnection] for a socket or an
-// address, where there is nothing to choose.
+// WithBalancing says which of several replicas gets a call. Default: [ByOrganization] for a dns:/// target or a host's name if package
+// affinity is linked in, under a key that all callers of the target share, and [RoundRobin] if it is not; [OneConnection] for a socket or
+// an address.
 func WithBalancing(balancing Balancing) Option {
 	return func(c *config) error {
 		c.balancing = balancing
@@ -158,7 +158,7 @@ func WithBalancing(balancing Balancing) Option {
 	}
 }
 
-// WithDialer makes connections in another way, for instance through a tunnel. The address is host:port, or a socket's path.
+// WithDialer replaces the dialer, for instance by a tunnel. The address is host:port, or a socket's path.
 func WithDialer(dial func(ctx context.Context, address string) (net.Conn, error)) Option {
 	return func(c *config) error {
 		if dial == nil {
@@ -169,8 +169,8 @@ func WithDialer(dial func(ctx context.Context, address string) (net.Conn, error)
 	}
 }
 
-// WithStatsHandler tells a handler, such as OpenTelemetry's, of calls and connections. It gets neither what is sent and received nor the
-// token: these hold credentials. There is no option for interceptors, which would see both.
+// WithStatsHandler passes calls and connections to a handler, such as OpenTelemetry's. It gets neither payloads nor the token: these hold
+// credentials. There is no option for interceptors, which would see both.
 func WithStatsHandler(handler stats.Handler) Option {
 	return func(c *config) error {
 		if handler == nil {
@@ -181,11 +181,11 @@ func WithStatsHandler(handler stats.Handler) Option {
 	}
 }
 
-// WithUserAgent says who calls, before this package's own name and version: for instance my-platform/1.2.
+// WithUserAgent puts the caller's name before this package's own name and version: for instance my-platform/1.2.
 func WithUserAgent(name string) Option {
 	return func(c *config) error {
 		if name == "" || strings.ContainsFunc(name, func(r rune) bool { return r < ' ' || r > '~' }) || len(name) > 128 {
-			return fmt.Errorf("WithUserAgent: %q is no name of 1 to 128 printable ASCII characters", name)
+			return fmt.Errorf("WithUserAgent: %q is not a name of 1 to 128 printable ASCII characters", name)
 		}
 		c.userAgent = name + " "
 		return nil
@@ -203,8 +203,8 @@ func WithLogger(log *slog.Logger) Option {
 	}
 }
 
-// WithObserver is told of every answer, for metrics. It is called before the answer is returned, and must not block. Several are told in the
-// order in which they are given.
+// WithObserver adds a function that gets every answer, for metrics. It is called before the answer is returned, and must not block. Several
+// are called in the order of the options.
 func WithObserver(observe func(Observation)) Option {
 	return func(c *config) error {
 		if observe == nil {
@@ -222,8 +222,8 @@ func WithObserver(observe func(Observation)) Option {
 	}
 }
 
-// WithTraceContext says where a call's W3C trace context is found, as the values of the headers traceparent and tracestate.
-// Package byokgateotel has it for OpenTelemetry.
+// WithTraceContext sets a function that returns a call's W3C trace context, as the values of the headers traceparent and tracestate.
+// Package byokgateotel has one for OpenTelemetry.
 func WithTraceContext(extract func(context.Context) (traceparent, tracestate string)) Option {
 	return func(c *config) error {
 		if extract == nil {

@@ -17,13 +17,13 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// Reason is why there was no decision. Some are byok-gate's, some the network's, and some are faults of the platform's own wiring, which
-// no tenant can help: [Undecided.OperatorHint] then says what to check.
+// Reason is why there was no decision. The cause may be byok-gate, the network, or a misconfigured platform, which no tenant can fix:
+// [Undecided.OperatorHint] then says what to check.
 type Reason string
 
 // The reasons.
 const (
-	// ReasonUnreachable: nothing answers where byok-gate should be.
+	// ReasonUnreachable: nothing answers at the target.
 	ReasonUnreachable Reason = "UNREACHABLE"
 	// ReasonTimedOut: no decision within the call's time.
 	ReasonTimedOut Reason = "TIMED_OUT"
@@ -33,45 +33,45 @@ const (
 	ReasonOverloaded Reason = "OVERLOADED"
 	// ReasonDraining: byok-gate is stopping.
 	ReasonDraining Reason = "DRAINING"
-	// ReasonBadRequest: a field of the request is at fault; see [Undecided.Violations].
+	// ReasonBadRequest: a field of the request is invalid; see [Undecided.Violations].
 	ReasonBadRequest Reason = "BAD_REQUEST"
-	// ReasonTLSUntrusted: byok-gate's certificate is of an authority that is not trusted, of another name, or out of date. Mis-wired.
+	// ReasonTLSUntrusted: byok-gate's certificate is from an untrusted authority, for another name, or not valid now. Misconfigured.
 	ReasonTLSUntrusted Reason = "TLS_UNTRUSTED"
-	// ReasonTLSMismatch: one side speaks TLS, the other does not. Mis-wired.
+	// ReasonTLSMismatch: one side speaks TLS, the other does not. Misconfigured.
 	ReasonTLSMismatch Reason = "TLS_MISMATCH"
-	// ReasonClientCertificate: byok-gate does not take the client's certificate, or there is none. Mis-wired.
+	// ReasonClientCertificate: byok-gate refuses the client's certificate, or there is none. Misconfigured.
 	ReasonClientCertificate Reason = "CLIENT_CERTIFICATE"
-	// ReasonUnauthenticated: byok-gate does not know the token, or there is none. Mis-wired.
+	// ReasonUnauthenticated: byok-gate does not know the token, or there is none. Misconfigured.
 	ReasonUnauthenticated Reason = "UNAUTHENTICATED"
-	// ReasonPermissionDenied: byok-gate knows the caller and does not let it ask this. Mis-wired.
+	// ReasonPermissionDenied: byok-gate knows the caller, and does not allow it this call. Misconfigured.
 	ReasonPermissionDenied Reason = "PERMISSION_DENIED"
-	// ReasonNotAGate: something else answers where byok-gate should be, or one too old for the question. Mis-wired.
+	// ReasonNotAGate: another service answers at the target, or a byok-gate that is too old for the call. Misconfigured.
 	ReasonNotAGate Reason = "NOT_A_GATE"
-	// ReasonTokenUnreadable: the token's file has become unreadable, and byok-gate does not take the last token that was read. Mis-wired.
+	// ReasonTokenUnreadable: the token's file has become unreadable, and byok-gate refuses the last token that was read. Misconfigured.
 	ReasonTokenUnreadable Reason = "TOKEN_UNREADABLE"
-	// ReasonUnreadableReply: the reply says what this package cannot read.
+	// ReasonUnreadableReply: this package cannot read the reply.
 	ReasonUnreadableReply Reason = "UNREADABLE_REPLY"
-	// ReasonRegistryMoving: the registry changed whenever it was asked.
+	// ReasonRegistryMoving: the registry changed during every call.
 	ReasonRegistryMoving Reason = "REGISTRY_MOVING"
-	// ReasonLookupMissing: the request has no Lookup. Mis-wired.
+	// ReasonLookupMissing: the request has no Lookup. Misconfigured.
 	ReasonLookupMissing Reason = "LOOKUP_MISSING"
-	// ReasonLookupFailed: no credentials can be read. Of a sweep's state alone: a decision is then a denial.
+	// ReasonLookupFailed: no credentials can be read. Only in a sweep's state: a decision is then a denial.
 	ReasonLookupFailed Reason = "LOOKUP_FAILED"
-	// ReasonInvalidOption: a number or a function that the platform gave along with the call cannot be meant, such as a negative time. Mis-wired.
+	// ReasonInvalidOption: the platform passed an invalid argument, such as a negative time. Misconfigured.
 	ReasonInvalidOption Reason = "INVALID_OPTION"
 	// ReasonClosed: the client is closed, nil or zero.
 	ReasonClosed Reason = "CLOSED"
-	// ReasonInternal: byok-gate failed at its task.
+	// ReasonInternal: byok-gate failed.
 	ReasonInternal Reason = "INTERNAL"
 )
 
 // statusClientClosed is what nginx and others log for a client that hung up. Nobody reads it.
 const statusClientClosed = 499
 
-// told is what is said of a reason.
+// told are the messages of a reason.
 type told struct {
 	httpStatus int
-	// sentence is for a person, and empty where another one is made.
+	// sentence is for a person; empty if it is composed elsewhere.
 	sentence string
 	// hint is for the platform's operator.
 	hint string
@@ -93,22 +93,22 @@ var reasons = map[Reason]told{
 		"dates, and the authority in byok-gate's configuration"},
 	ReasonUnauthenticated: {500, "", "byok-gate does not know this token: check WithToken or WithTokenFile against the callers in " +
 		"byok-gate's configuration"},
-	ReasonPermissionDenied: {500, "", "byok-gate knows this caller and does not let it ask this: check the caller's role in byok-gate's " +
+	ReasonPermissionDenied: {500, "", "byok-gate does not allow this caller to make this call: check the caller's role in byok-gate's " +
 		"configuration"},
 	ReasonNotAGate: {500, "", "what answers at the target is not byok-gate, or is older than this client: check the target"},
-	ReasonTokenUnreadable: {500, "", "the token's file cannot be read any more, and byok-gate does not take the token that was read last: " +
+	ReasonTokenUnreadable: {500, "", "the token's file cannot be read any more, and byok-gate refuses the last token that was read: " +
 		"check the file given to WithTokenFile"},
-	ReasonUnreadableReply: {503, "", "bring the platform and byok-gate to versions that know each other"},
-	ReasonRegistryMoving: {503, "byok-gate's registry changed while it was asked, so nothing was started",
-		"bring all replicas of byok-gate to the same registry"},
+	ReasonUnreadableReply: {503, "", "use versions of the platform and byok-gate that fit together"},
+	ReasonRegistryMoving: {503, "byok-gate's registry changed during the call, so nothing was started",
+		"give all replicas of byok-gate the same registry"},
 	ReasonLookupMissing: {500, "", "the request has no Lookup: set Spec.Lookup"},
-	ReasonLookupFailed:  {503, "the credentials cannot be read", "check the secret store, and what Spec.Lookup says of it"},
-	ReasonInvalidOption: {500, "", "correct what the platform's code gives along with the call"},
+	ReasonLookupFailed:  {503, "the credentials cannot be read", "check the secret store and the error of Spec.Lookup"},
+	ReasonInvalidOption: {500, "", "correct the arguments of the call in the platform's code"},
 	ReasonClosed:        {503, "the platform is stopping, so nothing was started", "the byokgate.Client is closed, nil or zero"},
 	ReasonInternal:      {503, "byok-gate failed, so nothing was started", "byok-gate's log says why"},
 }
 
-// miswired says that the platform's wiring is at fault: trying again changes nothing, and no tenant can help.
+// miswired says that the platform is misconfigured: a retry changes nothing, and no tenant can help.
 func (r Reason) miswired() bool { return reasons[r].httpStatus == http.StatusInternalServerError }
 
 // Violation is what is wrong with one field of a request.
@@ -122,7 +122,7 @@ type Violation struct {
 // errorDomain is what byok-gate signs its errors with.
 const errorDomain = "byok-gate"
 
-// details are what an error carries beside its code.
+// details are what an error carries in addition to its code.
 type details struct {
 	// reason is byok-gate's own. Empty if the error is not byok-gate's.
 	reason     string
@@ -175,7 +175,7 @@ func reasonFor(ctx context.Context, said *status.Status, found details, fault *c
 		return ReasonUnreadableReply
 	case codes.ResourceExhausted:
 		if found.reason == "" && strings.HasPrefix(said.Message(), "grpc: received message") {
-			// This side's own: the reply is longer than any of byok-gate's.
+			// From this side: the reply is longer than any of byok-gate's.
 			return ReasonUnreadableReply
 		}
 		return ReasonOverloaded
@@ -195,7 +195,7 @@ func reasonFor(ctx context.Context, said *status.Status, found details, fault *c
 		return ReasonUnreachable
 	default:
 		if found.reason == "" {
-			// gRPC's words for a reply that is torn or no gRPC at all.
+			// gRPC's message for a reply that is truncated or not gRPC at all.
 			return ReasonUnreadableReply
 		}
 		return ReasonInternal
@@ -211,7 +211,7 @@ func throughProxy(httpStatus int) string {
 	return fmt.Sprintf("a proxy in front of byok-gate answers HTTP %d in its place: check that the proxy reaches byok-gate, and by HTTP/2", httpStatus)
 }
 
-// hintFor is what to check, where the reason's own sentence would mislead. Empty otherwise.
+// hintFor is what to check, if the reason's own sentence would mislead. Empty otherwise.
 func hintFor(reason Reason, said *status.Status, found details) string {
 	if found.reason != "" {
 		return ""
@@ -233,7 +233,7 @@ func hintFor(reason Reason, said *status.Status, found details) string {
 
 // === Faults of the connection ===
 
-// connectionFault is why a connection could not be made or broke. gRPC gives it to callers as text alone.
+// connectionFault is why a connection could not be made or broke. gRPC gives callers only text.
 type connectionFault struct {
 	reason Reason
 	// hint is for the operator. Empty: the reason's.
@@ -241,7 +241,7 @@ type connectionFault struct {
 	err  error
 }
 
-// faultOf tells one fault of a connection from another.
+// faultOf classifies a connection's fault.
 func faultOf(err error) *connectionFault {
 	fault := &connectionFault{reason: ReasonUnreachable, err: err}
 	var (
@@ -279,10 +279,10 @@ func faultOf(err error) *connectionFault {
 		fault.reason = ReasonTLSMismatch
 	case errors.Is(err, errNoHTTP2):
 		fault.reason = ReasonNotAGate
-		fault.hint = "what answers at the target speaks TLS and does not agree upon HTTP/2 (ALPN h2): a web server, or a TLS proxy without it; " +
+		fault.hint = "what answers at the target speaks TLS without HTTP/2 (ALPN h2): a web server, or a TLS proxy without it; " +
 			"check the target and the proxy"
 	case errors.As(err, &operation) && operation.Op == "remote error":
-		// An alert of TLS, which the standard library gives as text alone.
+		// A TLS alert, which the standard library gives only as text.
 		switch alert := operation.Err.Error(); {
 		case strings.Contains(alert, "certificate"), strings.Contains(alert, "access denied"):
 			fault.reason = ReasonClientCertificate
@@ -291,7 +291,7 @@ func faultOf(err error) *connectionFault {
 		case strings.Contains(alert, "application protocol"):
 			return faultOf(errNoHTTP2)
 		case strings.Contains(alert, "internal error"):
-			// A proxy whose backend, or whose certificate, is not there yet.
+			// A proxy whose backend or certificate is not ready yet.
 			fault.hint = "the other side ended the TLS handshake (" + alert + "): its log says why"
 		default:
 			fault.reason = ReasonTLSMismatch

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// Mode says what an answer is for.
+// Mode says how an answer is used.
 type Mode string
 
 const (
@@ -16,10 +16,10 @@ const (
 	ReportOnly Mode = "report_only"
 )
 
-// Outcome is what came of a request.
+// Outcome is the result of a request.
 type Outcome string
 
-// The outcomes. Those of a [Reporter] have names of their own, so that a metric by outcome alone cannot mix them up.
+// The outcomes. Those of a [Reporter] have their own names, so that a metric by outcome alone cannot mix them up.
 const (
 	OutcomeAllowed        Outcome = "allowed"
 	OutcomeDenied         Outcome = "denied"
@@ -36,17 +36,17 @@ type Observation struct {
 	Outcome    Outcome
 	// Code is why not. Empty for an allow.
 	Code Code
-	// Reason is why there was no decision. Empty where there was one.
+	// Reason is why there was no decision. Empty if there was one.
 	Reason Reason
-	// Provider owns the model. Empty where none was derived.
+	// Provider owns the model. Empty if none was derived.
 	Provider string
-	// BillingMode is who pays, of an allow.
+	// BillingMode is who pays, on an allow.
 	BillingMode BillingMode
-	// Unverified: allowed although the credential was not shown to be alive.
+	// Unverified: allowed although the credential was not verified.
 	Unverified bool
-	// Retries is how often the question was put again, since byok-gate was away, overloaded, or named more credentials.
+	// Retries is how often the call was retried, since byok-gate was down, overloaded, or named more credentials.
 	Retries int
-	// Took is from the question to the answer, lookups and retries included.
+	// Took is the time from the call to the answer, lookups and retries included.
 	Took time.Duration
 }
 
@@ -70,7 +70,7 @@ func (m Mode) message(which int) string {
 	return [...]string{"byok-gate: allowed", "byok-gate: denied", "byok-gate: undecided, refused"}[which]
 }
 
-// record logs an answer and tells the observer of it, once.
+// record logs an answer and calls the observers, once.
 func (c *Client) record(
 	ctx context.Context, request *Request, allowed Allowed, refusal Refusal, took time.Duration, retries int,
 ) {
@@ -157,18 +157,18 @@ func (c *Client) write(
 	c.logSafely(ctx, level, c.mode.message(which), about...)
 }
 
-// logs says whether such a line would be written. A handler that panics is not asked again.
+// logs says whether such a line would be written. A handler that panics is not called again.
 func (c *core) logs(ctx context.Context, level slog.Level) (enabled bool) {
 	hook(func() { enabled = c.log.Enabled(ctx, level) }, nil)
 	return enabled
 }
 
-// logSafely outlives a handler that panics: a decision does not hang on its log line.
+// logSafely recovers from a handler that panics: a decision does not depend on its log line.
 func (c *core) logSafely(ctx context.Context, level slog.Level, message string, attributes ...slog.Attr) {
 	hook(func() { c.log.LogAttrs(ctx, level, message, attributes...) }, nil)
 }
 
-// fault says that code which is not this package's failed.
+// fault logs that foreign code failed.
 func (c *core) fault(ctx context.Context, err error) {
 	c.logSafely(ctx, slog.LevelError, "byok-gate: a hook failed", slog.String("error", err.Error()))
 }

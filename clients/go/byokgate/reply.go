@@ -6,9 +6,9 @@ import (
 
 // read turns byok-gate's reply into the caller's answer: the only place where an Allowed is made.
 //
-// INVARIANT (sealed): an Allowed comes from a reply whose decision is "allow", whose billing mode is one that this package
-// knows, with a resolution that says the same, and that has an id to find it by. A newer byok-gate may say what this package
-// does not know, and a broken one may say nothing, and neither is an allow.
+// INVARIANT (sealed): an Allowed comes from a reply whose decision is "allow", whose billing mode is known, with a resolution
+// of the same mode, and with a decision id. An unknown reply from a newer byok-gate, or an empty one from a broken one, is not
+// an allow.
 func read(spec *Spec, response *byokgatev1.DecideResponse) (Allowed, Refusal) {
 	switch decision := response.GetDecision().(type) {
 	case *byokgatev1.DecideResponse_Allow:
@@ -25,7 +25,7 @@ func read(spec *Spec, response *byokgatev1.DecideResponse) (Allowed, Refusal) {
 		}
 		return Allowed{response: response, mode: mode}, nil
 	case *byokgatev1.DecideResponse_Deny:
-		// Whatever its code is, and with no content even: it says no.
+		// With any code, and even without content: it is a denial.
 		return Allowed{}, denied(spec, response, decision.Deny)
 	default:
 		return Allowed{}, unreadable(spec, response, "neither an allow nor a denial")

@@ -9,9 +9,9 @@ import (
 	"sync"
 )
 
-// Reporter asks byok-gate without obeying it: to see what would be denied before it is. It makes no [Allowed], so that code
-// which needs one does not compile with a Reporter in a client's place; its log lines, outcomes and counts have names of
-// their own, and byok-gate records and counts its questions apart.
+// Reporter calls byok-gate without obeying it, to see what would be denied. It makes no [Allowed], so that code which needs one
+// does not compile with a Reporter in place of a client; its log lines, outcomes and counts have their own names, and byok-gate
+// records and counts its calls separately.
 type Reporter struct {
 	client *Client
 	queue  int
@@ -25,11 +25,11 @@ type Reporter struct {
 
 // ReportOptions are a [Reporter]'s.
 type ReportOptions struct {
-	// A number below zero, or far above what a process holds, is refused.
+	// A number below zero, or far above what a process can hold, is refused.
 
-	// Queue is how many questions of [Reporter.Go] may be pending; more are dropped and counted. Zero: 256.
+	// Queue is how many calls of [Reporter.Go] may be pending; more are dropped and counted. Zero: 256.
 	Queue int
-	// Concurrent is how many of these are asked at a time. Zero: 8.
+	// Concurrent is how many of these run at a time. Zero: 8.
 	Concurrent int
 }
 
@@ -40,15 +40,15 @@ const (
 	maxReportConcurrent     = 1 << 12
 )
 
-// Counts are how often the [Reporter]s of a client saw what, since it was made.
+// Counts are the results of a client's [Reporter]s, since the client was made.
 type Counts struct {
 	// WouldAllow is how many would have been allowed.
 	WouldAllow uint64
-	// Unverified is how many of these although their credential was not shown to be alive.
+	// Unverified is how many of these had an unverified credential.
 	Unverified uint64
 	// WouldRefuse is how many would have been refused, by code: a denial's, or DECISION_UNAVAILABLE.
 	WouldRefuse map[Code]uint64
-	// Dropped is how many were not asked, since the queue of [Reporter.Go] was full.
+	// Dropped is how many were not sent, since the queue of [Reporter.Go] was full.
 	Dropped uint64
 }
 
@@ -58,15 +58,15 @@ type counts struct {
 	seen Counts
 }
 
-// Report is what would have come of a request. It decides nothing.
+// Report is what the decision would have been. It decides nothing.
 type Report struct {
 	refusal Refusal
 	mode    BillingMode
 	asked   bool
 }
 
-// ReportOnly gives a reporter that asks over this client's connections, with its settings. The client itself goes on to
-// enforce. The error says which option cannot be meant.
+// ReportOnly returns a reporter that uses this client's connections and settings. The client itself still enforces. The error
+// names an invalid option.
 func (c *Client) ReportOnly(options ReportOptions) (*Reporter, error) {
 	var faults []error
 	count := func(name string, given *int, otherwise, most int) {
@@ -91,10 +91,10 @@ func (c *Client) ReportOnly(options ReportOptions) (*Reporter, error) {
 	return reporter, nil
 }
 
-// none says that there is no reporter: nil and the zero one ask nobody.
+// none says that there is no reporter: nil and the zero one make no calls.
 func (r *Reporter) none() bool { return r == nil || r.client == nil }
 
-// Report asks, logs and counts. It takes as long as [Client.Decide] would; see [Reporter.Go] where that must not show.
+// Report calls, logs and counts. It takes as long as [Client.Decide] would; [Reporter.Go] does not wait.
 func (r *Reporter) Report(ctx context.Context, request Request) Report {
 	if r.none() {
 		return Report{}
@@ -103,16 +103,16 @@ func (r *Reporter) Report(ctx context.Context, request Request) Report {
 	return r.count(allowed, refusal)
 }
 
-// Go asks in the background, for a handler that goes on and returns: the question outlives the context's end, but keeps its values. It never
-// blocks. It says whether the question was taken: where the queue is full, it is dropped and counted.
+// Go calls in the background, for a handler that returns meanwhile: the call outlives the context's end, but keeps its values.
+// It never blocks. It returns false if the queue is full: the call is then dropped and counted.
 //
-// The request's Lookup is called after the handler has returned, so it must not use what ends with the handler.
+// The request's Lookup runs after the handler has returned, so it must not use anything that ends with the handler.
 func (r *Reporter) Go(ctx context.Context, request Request) bool {
 	if r.none() {
 		return false
 	}
 	if ctx = orBackground(ctx); !r.client.unusable() {
-		// The hook is the caller's: it is asked while the caller's goroutine and context are there.
+		// The hook is the caller's: it runs while the caller's goroutine and context exist.
 		ctx = r.client.traced(ctx)
 	}
 	ctx = context.WithoutCancel(ctx)
@@ -145,7 +145,7 @@ func (r *Reporter) done() {
 	}
 }
 
-// Wait returns when no question of [Reporter.Go] is pending, or with the context's error.
+// Wait returns when no call of [Reporter.Go] is pending, or with the context's error.
 func (r *Reporter) Wait(ctx context.Context) error {
 	if r.none() {
 		return nil
@@ -169,7 +169,7 @@ func (r *Reporter) Wait(ctx context.Context) error {
 	}
 }
 
-// BatchReport asks about many workspaces at once, as [Client.BatchDecide] does, and decides nothing.
+// BatchReport calls for many workspaces at once, like [Client.BatchDecide], and decides nothing.
 func (r *Reporter) BatchReport(ctx context.Context, requests []Request) iter.Seq2[int, Report] {
 	return func(yield func(int, Report) bool) {
 		if r.none() || yield == nil {
@@ -216,7 +216,7 @@ func (c *Client) drop() {
 	c.counts.seen.Dropped++
 }
 
-// Counts are those so far, of all reporters of the client.
+// Counts returns the counts so far, of all reporters of the client.
 func (r *Reporter) Counts() Counts {
 	if r.none() || r.client.core == nil {
 		return Counts{}
@@ -229,8 +229,8 @@ func (r *Reporter) Counts() Counts {
 	return seen
 }
 
-// Verdict is what would have come of the request, and the refusal if it was one. The outcome is empty where nothing was asked (the zero
-// Report). It is no error to act on, and no permission either.
+// Verdict is what the decision would have been, with the refusal if it was one. The outcome is empty if no call was made (the
+// zero Report). It is neither an error to act on nor a permission.
 func (r Report) Verdict() (Outcome, Refusal) {
 	if !r.asked {
 		return "", nil

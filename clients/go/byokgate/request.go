@@ -12,29 +12,28 @@ import (
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// Request asks for one decision.
+// Request is for one decision.
 type Request struct {
-	// Checkpoint is the moment. Required.
+	// Checkpoint is required.
 	Checkpoint Checkpoint
 	// Spec is the workspace as it would start.
 	Spec Spec
-	// MaxLivenessAge is how old an observation of the credential may be: [Fresh] or [AtMost]. Nil: byok-gate's own ages.
+	// MaxLivenessAge is how old a cached result for the credential may be: [Fresh] or [AtMost]. Nil: byok-gate's own lifetimes.
 	MaxLivenessAge *time.Duration
-	// Explain asks for the steps of the decision, which are then in the Details of the answer.
+	// Explain adds the steps of the decision to the Details of the answer.
 	Explain bool
 	// Timeout is how long this decision may take, lookups and retries included. Zero: the client's own; see [WithTimeout]. The context's
-	// deadline holds too. In a batch it does not count. One below a millisecond is refused ([ReasonInvalidOption]).
+	// deadline applies too. In a batch it is ignored. One below a millisecond is refused ([ReasonInvalidOption]).
 	Timeout time.Duration
 }
 
-// Fresh asks for an observation of now. byok-gate makes one at most once a second for each credential, and once a minute where it costs
-// money.
+// Fresh requests a new probe. byok-gate makes one at most once a second for each credential, and once a minute where it costs money.
 func Fresh() *time.Duration { return AtMost(0) }
 
-// AtMost asks for an observation that is no older than that.
+// AtMost requests a result that is no older than that.
 func AtMost(age time.Duration) *time.Duration { return &age }
 
-// Checkpoint is the moment at which a decision is asked for. The zero Checkpoint is refused.
+// Checkpoint is when the decision is made in a workspace's life. The zero Checkpoint is refused.
 type Checkpoint int
 
 const (
@@ -44,7 +43,7 @@ const (
 	Provision
 	// Update is a change of model, runtime or secret, before it is saved.
 	Update
-	// Audit looks at a running workspace again: Provision's policy, counted apart, since nothing is to start. See [Client.Sweep].
+	// Audit checks a running workspace again: Provision's policy, counted separately, since nothing is to start. See [Client.Sweep].
 	Audit
 )
 
@@ -58,9 +57,9 @@ type Spec struct {
 	Runtime string
 	// Model is the model's id.
 	Model string
-	// Lookup fetches credentials. Required; [Static] serves where they are at hand.
+	// Lookup fetches credentials. Required; use [Static] if they are in memory.
 	Lookup Lookup
-	// OperatorOverride is the operator's explicit escape hatch for this workspace, if any.
+	// OperatorOverride is the operator's explicit exception for this workspace, if any.
 	OperatorOverride OperatorOverride
 	// PlatformProxy says whether the platform's metered proxy can serve this workspace. The zero value leaves it to
 	// byok-gate's configuration.
@@ -71,16 +70,15 @@ type Spec struct {
 
 // Lookup fetches the credentials of these names from one scope. It may be called from several goroutines at a time.
 //
-// A name that is not in Found has no row there. A row that exists but cannot be decrypted is [Unreadable]. An error means that
-// the scope could not be read at all; byok-gate then denies where it could have mattered. The error is logged, so it must not
-// hold a value. A lookup that takes more than half of the time that is left, or more than [WithLookupBudget] gives it, counts as
-// failed, and so does one that panics.
+// A name that is not in Found has no row there. A row that exists but cannot be decrypted is [Unreadable]. An error means that the scope
+// could not be read at all; byok-gate then denies if it could matter. The error is logged, so it must not hold a value. A lookup that takes
+// more than half of the remaining time, or more than [WithLookupBudget] allows, counts as failed, and so does one that panics.
 type Lookup func(ctx context.Context, scope Scope, names []string) (Found, error)
 
 // Found are the credentials that exist, by name. The client reads it once, when the lookup returns.
 type Found map[string]Secret
 
-// Static looks credentials up in memory: a create's payload, or a test's. The maps are read whenever it is called, so they must not be changed
+// Static looks credentials up in memory: a create's payload, or a test's. The maps are read at each call, so they must not change
 // meanwhile.
 func Static(workspace, organization Found) Lookup {
 	return func(_ context.Context, scope Scope, _ []string) (Found, error) {
@@ -104,14 +102,13 @@ const (
 // scopes are all that there are.
 var scopes = [...]Scope{Workspace, Organization}
 
-// OperatorOverride is an operator's explicit escape hatch. It always leaves a warning, and byok-gate may be configured to
-// refuse it.
+// OperatorOverride is an operator's explicit exception. It always adds a warning, and byok-gate may be configured to refuse it.
 type OperatorOverride int
 
 const (
 	// NoOverride derives who pays from the model.
 	NoOverride OperatorOverride = iota
-	// OverridePlatformManaged bills the platform, whatever the model derives to.
+	// OverridePlatformManaged bills the platform, even if the model belongs to another provider.
 	OverridePlatformManaged
 	// OverrideBYOK requires the tenant's own credential.
 	OverrideBYOK
@@ -151,7 +148,7 @@ func (s Spec) kept() Spec {
 	return s
 }
 
-// needsNoCredential says that no credential can change the answer, as far as the caller alone can know.
+// needsNoCredential says that no credential can change the answer, as far as the client knows.
 func (s *Spec) needsNoCredential() bool {
 	return s.OperatorOverride == OverridePlatformManaged || s.OperatorOverride == OverrideDisabled
 }
@@ -166,7 +163,7 @@ func (s *Spec) named() (runtime, model string) {
 
 const notUTF8 = "is not valid UTF-8"
 
-// check refuses what could not be sent. Everything else is byok-gate's to refuse, so that it is said in one way.
+// check refuses only what could not be sent. byok-gate refuses everything else, so that its messages are the same everywhere.
 func (s *Spec) check() (Violation, bool) {
 	switch {
 	case !utf8.ValidString(s.WorkspaceID):
@@ -210,7 +207,8 @@ func (r *Request) wire(held *wallet, mode Mode) *byokgatev1.DecideRequest {
 	return request
 }
 
-// wireNumber is an enum's number on the wire. What does not fit there becomes -1, which byok-gate refuses: cut off, it would be another number.
+// wireNumber is an enum's number on the wire. A value that does not fit becomes -1, which byok-gate refuses: truncated, it would be another
+// number.
 func wireNumber(number int) int32 {
 	if number != int(int32(number)) {
 		return -1

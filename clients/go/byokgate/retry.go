@@ -10,18 +10,17 @@ import (
 )
 
 const (
-	// maxRetryTime is how long a call goes on trying to reach a byok-gate that is away: longer than a restart takes, short
-	// enough that a platform does not pile up requests while it is down. Never more than half of what is left.
+	// maxRetryTime is how long a call is retried while byok-gate is down: longer than a restart takes, short enough that a
+	// platform does not pile up requests. Never more than half of the remaining time.
 	maxRetryTime = 2 * time.Second
-	// The pauses double from the first to the last. Each is shortened by up to a half at random, so that the callers that one
-	// restart interrupted do not come back as one.
+	// The pauses double from the first to the last. Each is shortened by up to a half at random, so that callers interrupted by
+	// one restart do not come back at once.
 	firstPause = 50 * time.Millisecond
 	lastPause  = 500 * time.Millisecond
 )
 
-// retry repeats a call while byok-gate is away, or once it said when to come back, for as long as that leaves time for the
-// answer. What it is not safe or not sensible to repeat is returned at once: a deadline, a fault, a bad request. It gives the number of
-// repetitions, too.
+// retry repeats a call while byok-gate is down, or if it said when to retry, as long as that leaves time for the answer. Other
+// errors are returned at once: a deadline, a fault, a bad request. It also returns the number of retries.
 func retry[T any](ctx context.Context, c *core, call func() (T, error)) (T, int, error) {
 	window := retryWindow(ctx)
 	began := time.Now()
@@ -39,7 +38,7 @@ func retry[T any](ctx context.Context, c *core, call func() (T, error)) (T, int,
 		}
 		left := window - time.Since(began)
 		if status.Code(err) == codes.Unavailable && left > 0 {
-			// The last try is at the end of the window: byok-gate may be back by then.
+			// The last try is at the end of the window: byok-gate may be up by then.
 			pause = min(pause, left)
 		}
 		if !again || pause > left || !sleep(ctx, pause) {
@@ -56,7 +55,7 @@ func retryWindow(ctx context.Context) time.Duration {
 	return min(maxRetryTime, time.Until(deadline)/2)
 }
 
-// retryPause says how long to wait before the call that failed with err is repeated, if it may be.
+// retryPause says how long to wait before retrying the call that failed with err, if it may be retried.
 func (c *core) retryPause(err error, attempt int) (time.Duration, bool) {
 	said := status.Convert(err)
 	switch said.Code() {
@@ -66,27 +65,27 @@ func (c *core) retryPause(err error, attempt int) (time.Duration, bool) {
 				return 0, false
 			}
 		}
-		// No reply was had: the connection failed, or byok-gate is starting or stopping. All calls are questions, so that
-		// one that did arrive does no harm twice.
+		// There was no reply: the connection failed, or byok-gate is starting or stopping. All calls are read-only, so a repeated one
+		// does no harm.
 		pause := lastPause
 		if attempt < 8 {
 			pause = min(lastPause, firstPause<<attempt)
 		}
 		return pause - rand.N(pause/2), true
 	case codes.ResourceExhausted:
-		// Only if byok-gate names the time: a flood is not met with more of it.
+		// Only if byok-gate names the time: retries must not add to an overload.
 		pause := retryInfo(said)
 		if pause <= 0 {
 			return 0, false
 		}
-		// Never sooner, and not all at once.
+		// Never sooner, and not all callers at once.
 		return pause + rand.N(pause/4+1), true
 	default:
 		return 0, false
 	}
 }
 
-// sleep says whether the time passed before the context's end.
+// sleep says whether the time passed before the context ended.
 func sleep(ctx context.Context, pause time.Duration) bool {
 	if pause <= 0 {
 		return ctx.Err() == nil

@@ -10,19 +10,19 @@ import (
 )
 
 // Secret is a credential's value, or the fact that it could not be read. It prints, logs and marshals as a placeholder, and
-// it does not compare.
+// cannot be compared.
 //
-// The zero Secret is unreadable, so that a forgotten assignment is never taken for "there is none".
+// The zero Secret is unreadable, so that a forgotten assignment never counts as "no credential".
 type Secret struct {
-	// A function, since fmt and other printers look into the unexported fields of a struct that holds a Secret without
-	// asking its methods; nothing looks into a function.
+	// A function, since fmt and other printers read the unexported fields of a struct that holds a Secret without calling its
+	// methods; nothing can read a function's value.
 	reveal func() string
 }
 
 const redacted = "[redacted]"
 
-// NewSecret holds a value. A blank one counts as absent, and hides the organization's value of the same name where it stands
-// in the workspace's scope; that is byok-gate's to judge, so it is sent as well.
+// NewSecret holds a value. A blank one counts as absent, and in the workspace's scope it hides the organization's value of the
+// same name. byok-gate decides that, so a blank value is sent too.
 func NewSecret(value string) Secret { return Secret{reveal: func() string { return value }} }
 
 // Unreadable is a secret that exists but could not be read or decrypted. It is the zero Secret.
@@ -31,7 +31,7 @@ func Unreadable() Secret { return Secret{} }
 // Readable says whether there is a value.
 func (s Secret) Readable() bool { return s.reveal != nil }
 
-// Reveal gives the value away: for storing or encrypting it, never for a log line. Empty if it is unreadable.
+// Reveal returns the value: for storing or encrypting it, never for a log line. Empty if it is unreadable.
 func (s Secret) Reveal() string {
 	if s.reveal == nil {
 		return ""
@@ -39,25 +39,25 @@ func (s Secret) Reveal() string {
 	return s.reveal()
 }
 
-// String never tells the value.
+// String never shows the value.
 func (Secret) String() string { return redacted }
 
-// GoString never tells the value.
+// GoString never shows the value.
 func (Secret) GoString() string { return redacted }
 
-// Format never tells the value, whatever the verb.
+// Format never shows the value, with any verb.
 func (Secret) Format(state fmt.State, _ rune) { _, _ = io.WriteString(state, redacted) }
 
-// LogValue never tells the value.
+// LogValue never shows the value.
 func (Secret) LogValue() slog.Value { return slog.StringValue(redacted) }
 
-// MarshalJSON never tells the value.
+// MarshalJSON never shows the value.
 func (Secret) MarshalJSON() ([]byte, error) { return []byte(`"` + redacted + `"`), nil }
 
-// MarshalText never tells the value.
+// MarshalText never shows the value.
 func (Secret) MarshalText() ([]byte, error) { return []byte(redacted), nil }
 
-// UnmarshalJSON reads a value from a payload. The fault does not quote it.
+// UnmarshalJSON reads a value from a payload. The error does not quote it.
 func (s *Secret) UnmarshalJSON(text []byte) error {
 	if s == nil {
 		return errors.New("byokgate: no secret to read into")
@@ -70,6 +70,6 @@ func (s *Secret) UnmarshalJSON(text []byte) error {
 	return nil
 }
 
-// wire is the value as a proto string can hold it. Bytes that are not UTF-8 become U+FFFD, which is no key's character
-// either: byok-gate refuses both in the same way, before it would send anything.
+// wire is the value as a proto string. Bytes that are not UTF-8 become U+FFFD, which no key contains: byok-gate refuses both in
+// the same way, before it sends anything.
 func (s Secret) wire() string { return strings.ToValidUTF8(s.Reveal(), "\uFFFD") }

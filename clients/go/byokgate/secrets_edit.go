@@ -7,12 +7,12 @@ import (
 	"slices"
 )
 
-// What a platform needs around a change of secrets: to ask about the workspace as it would be, to tell whether a refusal is about the change,
-// and not to keep a tenant from deleting a key.
+// For a change of secrets: decide for the workspace with the change, tell whether a refusal is about the change, and let a tenant delete a
+// key.
 
-// Overlay is a lookup in which changes stand over what is stored: the workspace as it would be after they are saved. A change that is nil
-// is a deletion. Names that a change covers are not looked up. Where there is no stored lookup, the rest is unreadable, and not absent: without
-// a store, there is [Static].
+// Overlay is a lookup of the stored secrets with changes applied: the workspace after they are saved. A change that is nil is a deletion.
+// Names that a change covers are not looked up. If stored is nil, all other names are unreadable, not absent: without a store, use
+// [Static].
 func Overlay(stored Lookup, scope Scope, changes map[string]*Secret) Lookup {
 	changes = maps.Clone(changes)
 	return func(ctx context.Context, in Scope, names []string) (Found, error) {
@@ -52,9 +52,9 @@ func look(ctx context.Context, stored Lookup, scope Scope, names []string) (Foun
 	return stored(ctx, scope, names)
 }
 
-// Concerns says whether an error of [Client.Decide] has to do with the secrets of these names. A workspace that is refused for another reason
-// (its model was withdrawn, say, or a key of another name is dead) is not made worse by a change of theirs, which may then be saved. What was
-// not decided may have to do with any.
+// Concerns says whether an error of [Client.Decide] is about the secrets of these names. If a workspace is refused for another reason (its
+// model was withdrawn, or a key of another name is dead), the change does no harm and may be saved. An undecided request may be about any
+// name.
 func Concerns(err error, names ...string) bool {
 	if err == nil {
 		return false
@@ -71,22 +71,22 @@ func Concerns(err error, names ...string) bool {
 	case about(denied.Body().MissingEnv), about([]string{details.CredentialEnv}):
 		return true
 	case denied.Retryable(), denied.Code() == AmbiguousProvider:
-		// Several may have taken part: what could not be read, or who owns the model.
+		// Several may be involved: what could not be read, or who owns the model.
 		return about(details.RelevantEnv)
 	}
 	return false
 }
 
-// MayDelete says whether a deletion of secrets is to be let through: after is the error of deciding about the workspace without them (see
-// [Overlay]), before of deciding about it as it is, both at [Update]. Only a deletion that takes a working key from a workspace which needs it
-// is held up; a dead or leaked key may always be deleted, and no secret is kept because byok-gate is away. A platform whose tenant insists may
-// delete even so: the workspace is then refused at its next start, and nobody else pays for it.
+// MayDelete says whether to allow a deletion of secrets: after is the error of the decision without them (see [Overlay]), before is that of
+// the current workspace, both at [Update]. It is false only if the deletion takes a working key from a workspace that needs it. A dead or
+// leaked key may always be deleted, and so may any secret while byok-gate is down. If the tenant insists, the platform may delete anyway:
+// the workspace is then refused at its next start, and nobody else pays for it.
 func MayDelete(after, before error, names ...string) bool {
 	var denied *Denied
 	if after == nil || !errors.As(after, &denied) || denied.Retryable() || !Concerns(after, names...) {
 		return true
 	}
-	// As it is, it would not start either, and that for these secrets: they are of no use to it.
+	// The current workspace would not start either, because of these secrets: they are of no use to it.
 	var dead *Denied
 	return errors.As(before, &dead) && !dead.Retryable() && Concerns(before, names...)
 }

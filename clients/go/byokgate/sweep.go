@@ -20,72 +20,71 @@ type Health string
 const (
 	// Healthy: the workspace would start. Its credential was shown to be alive, or it needs none.
 	Healthy Health = "healthy"
-	// Dead: its credential was refused, twice, some time apart.
+	// Dead: its credential was refused twice, some time apart.
 	Dead Health = "dead"
-	// Missing: there is no credential that would do, seen twice, some time apart.
+	// Missing: there is no usable credential, seen twice, some time apart.
 	Missing Health = "missing"
-	// Unverifiable: there is a credential, and nothing that could be asked about it.
+	// Unverifiable: there is a credential, and no way to check it.
 	Unverifiable Health = "unverifiable"
-	// Unknown: nothing is known yet. What could not be found out never overwrites what is known.
+	// Unknown: nothing is known yet. An inconclusive result never overwrites a known one.
 	Unknown Health = ""
 )
 
-// Change says that a running workspace's credential is not what it was. It stops nothing: what is to be done is the platform's to decide.
+// Change says that the state of a running workspace's credential changed. It stops nothing: the platform decides what to do.
 type Change struct {
 	// Spec is the workspace.
 	Spec Spec
-	// From and To are what was known and what is.
+	// From and To are the old and the new state.
 	From, To Health
-	// Code is why, of Dead and Missing, and of Unverifiable where byok-gate would not let it start for that.
+	// Code is why, for Dead and Missing, and for Unverifiable if byok-gate would refuse a start for it.
 	Code Code
-	// Since is when it was seen first.
+	// Since is when it was first seen.
 	Since time.Time
 	// DecisionID and Fingerprint are the last decision's. The fingerprint is empty unless byok-gate is configured to give one.
 	DecisionID, Fingerprint string
 }
 
-// SweepRecord is what a sweep remembers of a workspace. It holds no secret. Store it as it is, for instance as JSON.
+// SweepRecord is a sweep's record of a workspace. It holds no secret. Store it unchanged, for instance as JSON.
 type SweepRecord struct {
 	// Health is what was reported last.
 	Health Health `json:"health"`
-	// Suspect is what was seen since, Seen when first, and Code why. Empty if nothing was.
+	// Suspect is a new state that is not confirmed yet, Seen when it was first seen, and Code why. Empty if there is none.
 	Suspect Health    `json:"suspect,omitempty"`
 	Code    Code      `json:"code,omitempty"`
 	Seen    time.Time `json:"seen"`
 }
 
-// SweepStore keeps what a sweep remembers, so that a restart loses and repeats nothing that matters. [NewSweepMemory] is one that does not
-// outlive its process.
+// SweepStore keeps a sweep's records, so that a restart neither loses nor repeats reports. [NewSweepMemory] is one that does not outlive its process.
 type SweepStore interface {
-	// Load gives a workspace's record, or the zero one if there is none.
+	// Load returns a workspace's record, or the zero one if there is none.
 	Load(ctx context.Context, workspaceID string) (SweepRecord, error)
 	Save(ctx context.Context, workspaceID string, record SweepRecord) error
 }
 
-// SweepOptions are a sweep's. The zero value looks at each credential every ten minutes. A number that cannot be meant (below zero, not finite,
-// a time below a millisecond) ends the sweep before it begins, with an error that names it.
+// SweepOptions are a sweep's. The zero value checks each credential every ten minutes. An invalid number (below zero, not finite, a time below a
+// millisecond) ends the sweep before it starts, with an error that names it.
 type SweepOptions struct {
 	// Period is how long one round takes. Zero: ten minutes. A round that takes longer delays the next: there is never more than one.
 	Period time.Duration
-	// ConfirmAfter is when a first refusal is looked at again. Zero: 20 seconds, or half of the period if that is less. It should be longer
-	// than byok-gate remembers a refusal (10 seconds unless configured otherwise).
+	// ConfirmAfter is when a first refusal is checked again. Zero: 20 seconds, or half of the period if that is less. It should be longer than byok-gate
+	// caches a refusal (10 seconds unless configured otherwise).
 	ConfirmAfter time.Duration
 	// Lookups is how many workspaces' credentials are looked up a second, from 0.001 to a million. Zero: 50.
 	Lookups float64
-	// Concurrent is how many questions are under way at a time, 1,024 at most. Zero: 8.
+	// Concurrent is how many calls are in flight at a time, 1,024 at most. Zero: 8.
 	Concurrent int
 	// Store is where records are kept. Nil: in memory.
 	Store SweepStore
-	// OnState is told when the sweep begins to find nothing out, and when it finds out again: once for each change. Nil: the loop's errors and
-	// the log tell of the former, the log of the latter.
+	// OnState is called when the sweep stops learning anything, and when it learns again: once for each change. Nil: the loop's errors and the log
+	// report the former, the log reports the latter.
 	OnState func(SweepState)
 }
 
-// SweepState says whether a sweep finds anything out.
+// SweepState says whether a sweep learns anything.
 type SweepState struct {
-	// Reason is why it finds nothing out. Empty: it does.
+	// Reason is why it learns nothing. Empty: it does learn.
 	Reason Reason
-	// Err is the same as an [*Undecided], whose OperatorHint says what to check. Nil: it does find out.
+	// Err is the same as an [*Undecided], whose OperatorHint says what to check. Nil: it does learn.
 	Err error
 	// Since is when this began.
 	Since time.Time
@@ -101,37 +100,36 @@ const (
 	maxSweepLookups      = 1e6
 	maxSweepWorkspaces   = 1 << 20
 	sweepTimePerQuestion = 10 * time.Second
-	// sweepAwayPause is when a round is begun anew that found byok-gate away, or its whole period if that is less.
+	// sweepAwayPause is when a round that found byok-gate down is restarted, or its whole period if that is less.
 	sweepAwayPause = 15 * time.Second
-	// sweepPatience is how long byok-gate may be away before that is told, or one period if that is less: a restart is nothing to tell of.
+	// sweepPatience is how long byok-gate may be down before that is reported, or one period if that is less: a restart is not reported.
 	sweepPatience = 30 * time.Second
 )
 
-// Sweep looks at the running workspaces again and again, since a key that dies after provision would otherwise be found out at the next
-// restart. It yields changes, and errors for what it could not do, until the context ends or the loop is left. One sweep of a fleet at a time is
-// enough; two do no harm but twice the work.
+// Sweep checks the running workspaces periodically, since a key that dies after provision would otherwise only be noticed at the next restart. It
+// yields changes, and errors for what it could not do, until the context ends or the loop is left. One sweep of a fleet at a time is enough; two are
+// harmless but do twice the work.
 //
-// Running lists the workspaces that run, anew for each round. All are taken before anything else is done, so it may hold a cursor open. Each
-// needs a WorkspaceID of its own, by which its record is kept: those that have none, or one that was listed before, are not looked at, and an
-// error says so. Workspaces with the same credentials are asked about once in a round, and those that share a credential one right after the
-// other, so that the provider is asked about it once: a round asks about each credential at most once, and once more where it was refused. All
-// is spread over the period. No round begins before the last is over, and but for that one look no credential is asked about again before a
-// period has passed.
-// Credentials are held while their question is under way, and not between.
+// Running lists the running workspaces, anew for each round. The whole list is read before anything else, so it may hold a cursor open. Each
+// workspace needs a unique WorkspaceID, the key of its record: those without one, or with one that was listed before, are skipped, and an error says
+// so. Workspaces with the same credentials share one call per round, and those that share a credential follow each other, so that the provider is
+// called once: a round checks each credential at most once, and once more if it was refused. All is spread over the period. No round starts before
+// the last is over, and except for that second check no credential is checked again before a period has passed. Credentials are held only while their
+// call is in flight.
 //
-// A change is reported at least once: its record is saved after the loop's body returned. Who is killed in between reports that one change
-// again; what was seen once and not confirmed is kept, too. Reported are [Dead] and [Missing] after two looks at least ConfirmAfter apart, the
-// second at the workspace itself; a return to [Healthy], and a turn to [Unverifiable], at once. A workspace that is seen for the first time is
-// reported if it is anything but healthy. Nothing is made of what says nothing: a provider that fails, limits the rate or does not answer, a
-// byok-gate that is away, a secret store that cannot be read.
+// A change is reported at least once: its record is saved after the loop's body returned. A process that is killed in between reports that one change
+// again; an unconfirmed state is kept, too. [Dead] and [Missing] are reported after two checks at least ConfirmAfter apart, the second of the
+// workspace itself; a return to [Healthy], and a change to [Unverifiable], at once. A workspace that is seen for the first time is reported unless it
+// is healthy. Inconclusive results are ignored: a provider that fails, limits the rate or does not answer, a byok-gate that is down, a secret store
+// that cannot be read.
 //
-// A sweep that finds nothing out says so, since its silence would be taken for health: at once where the platform is not wired to byok-gate (a
-// wrong token, certificate or port), after half a minute (a period, if that is less) where byok-gate is away, and after two rounds in which no
-// credentials could be read. The error is an [*Undecided], comes once, and not again until that has changed; OnState and the log are told, too,
-// and of its end, of mis-wiring once a whole period passed without it. [Client.SweepCounts] has the numbers.
+// A sweep that learns nothing reports that, since no report would look like health: at once if the platform is misconfigured (a wrong token,
+// certificate or port), after half a minute (a period, if that is less) if byok-gate is down, and after two rounds in which no credentials could be
+// read. The error is an [*Undecided], comes once, and not again until that has changed. OnState and the log also report it, and its end; the end of a
+// misconfiguration is reported once a whole period passed without it. [Client.SweepCounts] has the numbers.
 //
-// Any other error beside a zero Change is none, and says what could not be done (listing, loading, saving, one workspace's own fault); the sweep goes on. A
-// client that is closed ends it.
+// Any other error comes with a zero Change, is not an [*Undecided], and says what could not be done (listing, loading, saving, one workspace's own
+// fault); the sweep goes on. Closing the client ends it.
 func (c *Client) Sweep(
 	ctx context.Context, running func(context.Context) iter.Seq2[Spec, error], options SweepOptions,
 ) iter.Seq2[Change, error] {
@@ -166,7 +164,7 @@ func (c *Client) Sweep(
 
 var errNoList = errors.New("nothing lists the running workspaces")
 
-// check says what cannot be meant.
+// check reports invalid options.
 func (o SweepOptions) check() error {
 	var faults []error
 	duration := func(name string, given time.Duration) {
@@ -178,7 +176,7 @@ func (o SweepOptions) check() error {
 	}
 	duration("Period", o.Period)
 	duration("ConfirmAfter", o.ConfirmAfter)
-	// Written so that what is not a number fails.
+	// Written so that NaN fails.
 	if inRange := o.Lookups >= minSweepLookups && o.Lookups <= maxSweepLookups; !inRange && o.Lookups != 0 {
 		faults = append(faults, fmt.Errorf("%s: %v is not from %v to %v a second; leave it out for the default", "Lookups", o.Lookups, minSweepLookups, maxSweepLookups))
 	}
@@ -207,18 +205,18 @@ func (o SweepOptions) orDefaults() SweepOptions {
 	return o
 }
 
-// sighting is what one look came to.
+// sighting is the result of one check.
 type sighting struct {
 	health      Health
 	code        Code
 	decisionID  string
 	fingerprint string
-	// refusal is why there was no decision. Nil if there was one, or if the look was ended.
+	// refusal is why there was no decision. Nil if there was one, or if the check was cancelled.
 	refusal *Undecided
 	decided bool
 }
 
-// sweep is one under way. But for questions, all happens on the caller's goroutine.
+// sweep is a running sweep. Except for calls, everything happens on the caller's goroutine.
 type sweep struct {
 	options SweepOptions
 	running func(context.Context) iter.Seq2[Spec, error]
@@ -227,35 +225,35 @@ type sweep struct {
 	gather  func(context.Context, *Spec) (*wallet, error)
 	log     func(ctx context.Context, level slog.Level, message string, attributes ...slog.Attr)
 	counts  *sweepCounts
-	// key makes digests worthless outside of this sweep.
+	// key makes digests useless outside of this sweep.
 	key [32]byte
 
 	due  []task
 	came chan outcome
 	busy int
-	// open are the round's questions without an answer.
+	// open are the round's calls without an answer.
 	open int
 	left bool
-	// memory is the store of a sweep that was given none.
+	// memory is the store of a sweep without one.
 	memory *SweepMemory
-	// asked is when a question or a credential was asked about last.
+	// asked is when a group or a credential was last checked.
 	asked map[[32]byte]time.Time
-	// confirming are the workspaces for which a second look is due or under way.
+	// confirming are the workspaces for which a second check is due or in flight.
 	confirming map[string]bool
-	// faulted are the workspaces whose own fault was told, and which.
+	// faulted are the workspaces whose own fault was reported, and the fault.
 	faulted map[string]Reason
 	sight   sight
 }
 
-// group are workspaces about which there is one question.
+// group are workspaces that share one call.
 type group struct {
 	specs []Spec
-	// digest is of the question, values of each credential in it.
+	// digest is of the call, values of each credential in it.
 	digest [32]byte
 	values [][32]byte
 }
 
-// about is by what a question is known as the same one: its credentials, or itself where it has none.
+// about identifies the same check: by its credentials, or by itself if it has none.
 func (g *group) about() [][32]byte {
 	if len(g.values) == 0 {
 		return [][32]byte{g.digest}
@@ -263,12 +261,12 @@ func (g *group) about() [][32]byte {
 	return g.values
 }
 
-// task is a question at a time.
+// task is a scheduled call.
 type task struct {
 	at    time.Time
 	specs []Spec
 	about [][32]byte
-	// confirm: a second look, at this workspace itself.
+	// confirm: a second check, of this workspace itself.
 	confirm bool
 }
 
@@ -291,7 +289,7 @@ func (s *sweep) run(ctx context.Context) {
 	for !s.left && ctx.Err() == nil {
 		switch now := time.Now(); {
 		case s.open > 0:
-			// A round that takes longer than its period: nothing is added to it.
+			// The round takes longer than its period: add nothing to it.
 			s.step(ctx, time.Time{})
 		case now.Before(next):
 			s.step(ctx, next)
@@ -304,10 +302,10 @@ func (s *sweep) run(ctx context.Context) {
 			next = now.Add(pause)
 		}
 	}
-	// What is under way ends with the context, and is not acted on: there is room for all answers.
+	// Calls in flight end with the context, and are ignored: there is room for all answers.
 }
 
-// step waits for whatever comes first: a task's time, an answer, that moment unless it is zero.
+// step waits for the first of: a task's time, an answer, and that moment unless it is zero.
 func (s *sweep) step(ctx context.Context, until time.Time) {
 	if len(s.due) > 0 && s.busy < s.options.Concurrent && (until.IsZero() || s.due[0].at.Before(until)) {
 		until = s.due[0].at
@@ -348,7 +346,7 @@ func (s *sweep) later(tasks ...task) {
 	slices.SortStableFunc(s.due, func(a, b task) int { return a.at.Compare(b.at) })
 }
 
-// confirm looks at one workspace itself, once.
+// confirm checks one workspace itself, once.
 func (s *sweep) confirm(spec Spec, at time.Time) {
 	if !s.confirming[spec.WorkspaceID] {
 		s.confirming[spec.WorkspaceID] = true
@@ -369,7 +367,7 @@ func (s *sweep) say(err error) {
 
 // === A round ===
 
-// list gives the workspaces that run, each once. Whole: none is missing.
+// list returns the running workspaces, each once. Whole: none is missing.
 func (s *sweep) list(ctx context.Context) (specs []Spec, whole bool) {
 	const what = "listing the running workspaces"
 	var fault error
@@ -414,12 +412,12 @@ func (s *sweep) list(ctx context.Context) (specs []Spec, whole bool) {
 	}
 	if len(unnamed) > 0 {
 		first := unnamed[0]
-		s.complain(what, fmt.Errorf("%d without a WorkspaceID are not looked at, since a record is kept by it (the first: runtime %q, model %q, organization %q)",
+		s.complain(what, fmt.Errorf("%d without a WorkspaceID are skipped, since records are kept by it (the first: runtime %q, model %q, organization %q)",
 			len(unnamed), first.Runtime, first.Model, first.OrganizationID))
 	}
 	if len(twice) > 0 {
 		first := twice[0]
-		s.complain(what, fmt.Errorf("%d with the WorkspaceID of another are not looked at, since a record is kept by it (the first: %q, organization %q)",
+		s.complain(what, fmt.Errorf("%d with the WorkspaceID of another are skipped, since records are kept by it (the first: %q, organization %q)",
 			len(twice), first.WorkspaceID, first.OrganizationID))
 	}
 	if fault != nil {
@@ -436,8 +434,8 @@ func (s *sweep) list(ctx context.Context) (specs []Spec, whole bool) {
 	return specs, true
 }
 
-// plan lists the running workspaces, finds out which share a question or a credential, and spreads the questions over what is left of the
-// period. While it looks credentials up it goes on with what is due. False: byok-gate is away, and there is no round.
+// plan lists the running workspaces, finds out which share a call or a credential, and spreads the calls over the rest of the period. While it looks
+// up credentials it goes on with due tasks. False: byok-gate is down, and there is no round.
 func (s *sweep) plan(ctx context.Context, began time.Time) bool {
 	specs, _ := s.list(ctx)
 	groups := map[[32]byte]*group{}
@@ -481,8 +479,8 @@ func (s *sweep) plan(ctx context.Context, began time.Time) bool {
 	return true
 }
 
-// spread makes tasks of a round's questions. The last has time to be answered within the period, and none comes sooner than a period after it
-// was asked last, as it could after a round that was held up.
+// spread makes tasks of a round's calls. The last has time to be answered within the period, and none comes sooner than a period after its previous
+// check, as could happen after a delayed round.
 func (s *sweep) spread(clusters [][]*group, began time.Time) {
 	gap := max(0, s.options.Period-time.Since(began)) / time.Duration(len(clusters)+1)
 	planned := time.Now()
@@ -505,13 +503,13 @@ func (s *sweep) spread(clusters [][]*group, began time.Time) {
 		}
 		planned = planned.Add(gap)
 	}
-	// What runs no more is forgotten.
+	// Workspaces that no longer run are dropped.
 	s.asked = asked
 	s.open += len(tasks)
 	s.later(tasks...)
 }
 
-// digest tells questions and credentials apart without keeping them.
+// digest identifies calls and credentials without keeping them.
 func (s *sweep) digest(spec *Spec, held *wallet) *group {
 	question := hmac.New(sha256.New, s.key[:])
 	part := func(text string) { fmt.Fprintf(question, "%d:%s", len(text), text) }
@@ -538,9 +536,9 @@ func (s *sweep) digest(spec *Spec, held *wallet) *group {
 	return made
 }
 
-// clustered brings groups together that share a credential, in an order that stays the same from round to round.
+// clustered puts groups that share a credential next to each other, in an order that stays the same from round to round.
 func clustered(groups map[[32]byte]*group) [][]*group {
-	// A forest: each value and each group points to what it is one with.
+	// Union-find: each value and each group points to its parent.
 	parent := map[[32]byte][32]byte{}
 	root := func(of [32]byte) [32]byte {
 		for {
@@ -549,7 +547,7 @@ func clustered(groups map[[32]byte]*group) [][]*group {
 				return of
 			}
 			if over, found := parent[up]; found {
-				// Shorter for the next one who comes this way.
+				// Path compression.
 				parent[of] = over
 			}
 			of = up
@@ -578,7 +576,7 @@ func clustered(groups map[[32]byte]*group) [][]*group {
 	return clusters
 }
 
-// gather looks up what matters to a workspace, without a question.
+// gather looks up what matters to a workspace, without a call.
 func (c *Client) gather(ctx context.Context, spec *Spec) (*wallet, error) {
 	ctx, cancel := context.WithTimeout(ctx, sweepTimePerQuestion)
 	defer cancel()
@@ -592,7 +590,7 @@ func (c *Client) gather(ctx context.Context, spec *Spec) (*wallet, error) {
 	return held, held.failure()
 }
 
-// look asks about one workspace.
+// look checks one workspace.
 func (c *Client) look(ctx context.Context, spec Spec) sighting {
 	allowed, refusal := c.decide(ctx, &Request{Checkpoint: Audit, Spec: spec, Timeout: sweepTimePerQuestion})
 	switch refusal := refusal.(type) {
@@ -601,7 +599,7 @@ func (c *Client) look(ctx context.Context, spec Spec) sighting {
 		seen := sighting{decided: true, decisionID: allowed.DecisionID(), fingerprint: details.Fingerprint}
 		switch details.Verdict {
 		case VerdictValid, "":
-			// Stale, or on report only: what is known is old, or bad.
+			// Stale, or on report only: the result is old, or bad.
 			if seen.health = Healthy; allowed.Unverified() {
 				seen.health = Unknown
 			}
@@ -628,9 +626,9 @@ func (c *Client) look(ctx context.Context, spec Spec) sighting {
 	}
 }
 
-// === What is made of it ===
+// === Results ===
 
-// take acts on what was seen of a group: it is what was seen of each of its workspaces.
+// take acts on a group's result: it applies to each of its workspaces.
 func (s *sweep) take(ctx context.Context, came outcome) {
 	if came.confirm {
 		delete(s.confirming, came.specs[0].WorkspaceID)
@@ -643,7 +641,7 @@ func (s *sweep) take(ctx context.Context, came outcome) {
 	if came.refusal != nil {
 		s.failed(ctx, came.specs[0], came.refusal)
 		if others := came.specs[1:]; came.refusal.Reason().aboutTheRequest() && len(others) > 0 {
-			// One's own fault says nothing of those that share its credentials.
+			// A workspace's own fault says nothing about others with the same credentials.
 			s.open++
 			s.later(task{at: time.Now(), specs: others, about: came.about})
 		}
@@ -680,19 +678,19 @@ func (s *sweep) load(ctx context.Context, spec Spec) (record SweepRecord, err er
 	return record, err
 }
 
-// note compares what was seen of one workspace with what is known of it.
+// note compares a workspace's result with its record.
 func (s *sweep) note(ctx context.Context, spec Spec, record SweepRecord, came outcome) {
 	now := time.Now()
 	bad := came.health == Dead || came.health == Missing
 	switch {
 	case came.health == record.Health:
-		// As it was. A doubt in between is gone.
+		// Unchanged. An unconfirmed state is dropped.
 		if record.Suspect != Unknown {
 			record.Suspect, record.Seen = Unknown, now
 			s.save(ctx, spec, record)
 		}
 	case !bad:
-		// What is well when it is seen first is no change.
+		// A healthy workspace that is seen for the first time is no change.
 		first := record.Health == Unknown && came.health == Healthy
 		change := Change{From: record.Health, To: came.health, Code: came.code, Since: now}
 		record = SweepRecord{Health: came.health, Seen: now}
@@ -701,16 +699,16 @@ func (s *sweep) note(ctx context.Context, spec Spec, record SweepRecord, came ou
 		}
 		s.save(ctx, spec, record)
 	case record.Suspect != came.health:
-		// For the first time: looked at again before anything is said.
+		// For the first time: checked again before it is reported.
 		record.Suspect, record.Code, record.Seen = came.health, came.code, now
 		if s.save(ctx, spec, record) {
 			s.confirm(spec, now.Add(s.options.ConfirmAfter))
 		}
 	case now.Sub(record.Seen) < s.options.ConfirmAfter:
-		// Too soon to be a second look.
+		// Too soon for a second check.
 		s.confirm(spec, record.Seen.Add(s.options.ConfirmAfter))
 	case !came.confirm:
-		// Suspected before, by a sweep that was ended or could not find out: this workspace itself is looked at now.
+		// Suspected before, by a sweep that ended or learnt nothing: this workspace itself is checked now.
 		s.confirm(spec, now)
 	default:
 		change := Change{From: record.Health, To: came.health, Code: came.code, Since: record.Seen}
@@ -721,7 +719,7 @@ func (s *sweep) note(ctx context.Context, spec Spec, record SweepRecord, came ou
 	}
 }
 
-// report says whether the change was taken: a loop that is left with it has it, and a body that ends the goroutine does not come back.
+// report says whether the change was delivered: a loop that ends with it has it, and a body that ends the goroutine does not return.
 func (s *sweep) report(spec Spec, change Change, came outcome) bool {
 	change.Spec, change.DecisionID, change.Fingerprint = spec, came.decisionID, came.fingerprint
 	s.counts.add(func(seen *SweepCounts) { seen.Changes++ })

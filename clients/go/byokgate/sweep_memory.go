@@ -7,7 +7,7 @@ import (
 	"sync"
 )
 
-// SweepMemory is a [SweepStore] in memory: it does not outlive its process, so that a restart reports anew what is not well.
+// SweepMemory is a [SweepStore] in memory: it does not outlive its process, so a restart reports unhealthy workspaces again.
 type SweepMemory struct {
 	mu      sync.Mutex
 	records map[string]SweepRecord
@@ -15,10 +15,10 @@ type SweepMemory struct {
 
 var errNoMemory = errors.New("the SweepMemory is nil; NewSweepMemory makes one")
 
-// NewSweepMemory is an empty one.
+// NewSweepMemory returns an empty one.
 func NewSweepMemory() *SweepMemory { return &SweepMemory{records: map[string]SweepRecord{}} }
 
-// keep forgets all others.
+// keep drops all others.
 func (m *SweepMemory) keep(known map[string]bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -26,7 +26,7 @@ import (
 	byokgatev1 "github.com/byok-gate/byok-gate/clients/go/byokgate/v1"
 )
 
-// A sweep that finds nothing out says so; a round is never added to one that is not over.
+// A sweep that learns nothing reports it; a round never starts before the last is over.
 
 // fleet lists these workspaces, all with acme's key.
 func fleet(ids ...string) func(context.Context) iter.Seq2[Spec, error] {
@@ -42,7 +42,7 @@ func fleet(ids ...string) func(context.Context) iter.Seq2[Spec, error] {
 	}
 }
 
-// heard is what a sweep says.
+// heard is a sweep's output.
 type heard struct {
 	mu      sync.Mutex
 	states  []SweepState
@@ -165,14 +165,14 @@ func TestASweepThatIsMisWiredSaysSo(t *testing.T) {
 			if !errors.Is(h.states[0].Err, h.errors[0]) || len(h.changes) != 0 {
 				t.Errorf("%v, %v", h.states[0].Err, h.changes)
 			}
-			if lines := strings.Count(logs.String(), "byok-gate: the sweep finds nothing out"); lines != 1 || !strings.Contains(logs.String(), `"level":"ERROR"`) {
+			if lines := strings.Count(logs.String(), "byok-gate: the sweep learns nothing"); lines != 1 || !strings.Contains(logs.String(), `"level":"ERROR"`) {
 				t.Errorf("%d lines", lines)
 			}
 		})
 	}
 }
 
-// A sweep that was wired when it began, and then is not: once for each change, whatever stage finds it out, and its end.
+// A sweep that becomes misconfigured: reported once for each change, from any stage, and its end.
 func TestASweepSaysWhenItFindsOutAgain(t *testing.T) {
 	fake, address := startFake(t)
 	client, logs := newLoggedClient(t, address)
@@ -182,7 +182,7 @@ func TestASweepSaysWhenItFindsOutAgain(t *testing.T) {
 	if got := h.reasons(); len(got) != 0 {
 		t.Errorf("told of %v", got)
 	}
-	// The names are known, so that the question itself finds out.
+	// The names are known, so that the call itself detects it.
 	fake.tell(nil, signed(codes.Unauthenticated, "TOKEN_UNKNOWN"))
 	until(t, "the token is told", func() bool { return len(h.reasons()) == 1 })
 	fake.tell(nil, signed(codes.PermissionDenied, "METHOD_NOT_ALLOWED"))
@@ -206,7 +206,7 @@ func TestASweepSaysWhenItFindsOutAgain(t *testing.T) {
 	if again := client.SweepCounts(); again.Seen[Healthy] == 0 || again.Undecided[ReasonUnauthenticated] == 0 {
 		t.Error("the counts are given out, and not copies of them")
 	}
-	if !strings.Contains(logs.String(), "the sweep finds out again") {
+	if !strings.Contains(logs.String(), "the sweep learns again") {
 		t.Error("its end is not in the log")
 	}
 }
@@ -230,7 +230,7 @@ func sighted(see func(context.Context, Spec) sighting, fleet func(context.Contex
 	return s, h
 }
 
-// What passes is told only if it does not, and of replicas of which one is mis-wired that is told once.
+// A passing error is reported only if it lasts, and one misconfigured replica is reported once.
 func TestASweepDoesNotFlap(t *testing.T) {
 	cause := errors.New("-")
 	for name, test := range map[string]struct {
@@ -295,7 +295,7 @@ func TestASecretStoreThatIsAwayIsSaid(t *testing.T) {
 	})
 }
 
-// A hang of byok-gate's: no round is added to the one that is not over, and what was held up does not come in a heap.
+// byok-gate hangs: no round starts before the last is over, and delayed calls do not come all at once.
 func TestARoundIsNotAddedToAnother(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const period, keys = time.Second, 20
@@ -398,7 +398,7 @@ func TestASweepReportsWhatItSeesFirstUnlessItIsWell(t *testing.T) {
 	}
 }
 
-// A key that dies is dead, whatever byok-gate calls it: behind another that wins over it, or under a name that is not read.
+// A dead key is Dead under every code: shadowed by another, or under a name that is not read.
 func TestASweepTellsOfAKeyThatDiedBehindAnother(t *testing.T) {
 	for code, number := range map[Code]byokgatev1.DenyCode{
 		ShadowedBYOKCredential: byokgatev1.DenyCode_DENY_CODE_SHADOWED_BYOK_CREDENTIAL, WrongCredentialName: byokgatev1.DenyCode_DENY_CODE_WRONG_CREDENTIAL_NAME,
@@ -462,7 +462,7 @@ func TestASweepRefusesIDsThatAreNone(t *testing.T) {
 	})
 }
 
-// One workspace that cannot be judged is told of once, and holds up none that shares its credentials.
+// One workspace with an invalid request is reported once, and delays none that shares its credentials.
 func TestAWorkspacesOwnFaultIsItsOwn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		seen := map[string]int{}
@@ -481,7 +481,7 @@ func TestAWorkspacesOwnFaultIsItsOwn(t *testing.T) {
 		defer cancel()
 		s.run(ctx)
 		synctest.Wait()
-		if len(h.errors) != 1 || !strings.Contains(h.errors[0].Error(), `workspace "ws-1" cannot be looked at`) || errors.Is(h.errors[0], ErrUndecided) || len(h.states) != 0 {
+		if len(h.errors) != 1 || !strings.Contains(h.errors[0].Error(), `workspace "ws-1" cannot be checked`) || errors.Is(h.errors[0], ErrUndecided) || len(h.states) != 0 {
 			t.Errorf("%v, %v", h.errors, h.states)
 		}
 		if len(h.changes) != 2 || h.changes[0].Spec.WorkspaceID != "ws-2" || h.changes[0].Since.Sub(began) > 30*time.Minute || seen["ws-1"] < 12 {
@@ -490,7 +490,7 @@ func TestAWorkspacesOwnFaultIsItsOwn(t *testing.T) {
 	})
 }
 
-// === Options and callbacks that cannot be meant ===
+// === Invalid options and callbacks ===
 
 func TestSweepOptionsThatCannotBeMeant(t *testing.T) {
 	client, err := New("127.0.0.1:1", WithLogger(discard))

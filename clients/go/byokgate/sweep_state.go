@@ -11,23 +11,23 @@ import (
 	"time"
 )
 
-// A sweep reports changes alone, so that one which finds nothing out looks like a fleet that is well: whether it sees is told by itself.
+// A sweep reports only changes, so a sweep that learns nothing would look like a healthy fleet: its own state is reported separately.
 
-// SweepCounts are what all sweeps of a client did, since it was made.
+// SweepCounts are the counts of all sweeps of a client, since it was made.
 type SweepCounts struct {
-	// Rounds are those whose workspaces were all listed and looked up.
+	// Rounds whose workspaces were all listed and looked up.
 	Rounds uint64
-	// Workspaces is how often one was listed. Skipped of these had no id or another's.
+	// Workspaces is how often one was listed. Skipped of these had no id, or another one's.
 	Workspaces, Skipped uint64
-	// Unreadable is how often a workspace's credentials could not be read, so that nothing was asked.
+	// Unreadable is how often a workspace's credentials could not be read, so that no call was made.
 	Unreadable uint64
-	// Questions is how often byok-gate was asked about a workspace or several that share their credentials.
+	// Questions is how often byok-gate was called for a workspace, or for several that share their credentials.
 	Questions uint64
-	// Seen is what the decisions said, by health. Unknown: nothing that tells, such as a provider's 429.
+	// Seen are the decisions, by health. Unknown: inconclusive, such as a provider's 429.
 	Seen map[Health]uint64
 	// Undecided is how often there was no decision, or no names to look up, by reason.
 	Undecided map[Reason]uint64
-	// Changes were reported.
+	// Changes that were reported.
 	Changes uint64
 	// Faults are errors of listing, loading and saving, and of single workspaces.
 	Faults uint64
@@ -45,7 +45,7 @@ func (c *sweepCounts) add(count func(*SweepCounts)) {
 	count(&c.seen)
 }
 
-// SweepCounts are those so far, of all sweeps of the client.
+// SweepCounts returns the counts so far, of all sweeps of the client.
 func (c *Client) SweepCounts() SweepCounts {
 	if c == nil || c.core == nil {
 		return SweepCounts{}
@@ -57,13 +57,13 @@ func (c *Client) SweepCounts() SweepCounts {
 	return seen
 }
 
-// sight is whether a sweep finds anything out.
+// sight says whether a sweep learns anything.
 type sight struct {
-	// told is why not, as it was told last. Empty: it does.
+	// told is why not, as last reported. Empty: it does.
 	told Reason
-	// failing is since when nothing came but what may pass.
+	// failing is since when all calls failed with errors that may pass.
 	failing time.Time
-	// miswired is when each of the others came last.
+	// miswired is when each of the other errors came last.
 	miswired map[Reason]time.Time
 }
 
@@ -77,12 +77,12 @@ func (s *sight) miswiredWithin(period time.Duration, reasons ...Reason) bool {
 	return false
 }
 
-// aboutTheRequest says that one workspace is at fault, and not the way to byok-gate.
+// aboutTheRequest says that one workspace is at fault, not the connection to byok-gate.
 func (r Reason) aboutTheRequest() bool {
 	return r == ReasonBadRequest || r == ReasonLookupMissing || r == ReasonInvalidOption
 }
 
-// stopsARound says that whoever is asked next would get no other answer.
+// stopsARound says that every further call of the round would fail in the same way.
 func (r Reason) stopsARound() bool {
 	switch r {
 	case ReasonUnreachable, ReasonTimedOut, ReasonDraining, ReasonOverloaded, ReasonClosed:
@@ -91,7 +91,7 @@ func (r Reason) stopsARound() bool {
 	return r.miswired() && !r.aboutTheRequest()
 }
 
-// failed acts on a question about a workspace that came to nothing, and says whether others would, too.
+// failed acts on a failed call for a workspace, and says whether others would fail, too.
 func (s *sweep) failed(ctx context.Context, spec Spec, refusal *Undecided) bool {
 	reason := refusal.Reason()
 	if ctx.Err() != nil || reason == ReasonCanceled {
@@ -104,8 +104,8 @@ func (s *sweep) failed(ctx context.Context, spec Spec, refusal *Undecided) bool 
 	s.count(reason)
 	if s.faulted[spec.WorkspaceID] != reason {
 		s.faulted[spec.WorkspaceID] = reason
-		// Its text alone: an Undecided would be taken for a sweep that finds nothing out.
-		s.complain(fmt.Sprintf("workspace %q cannot be looked at", spec.WorkspaceID), errors.New(refusal.Error()))
+		// Only its text: an Undecided would mean that the sweep learns nothing.
+		s.complain(fmt.Sprintf("workspace %q cannot be checked", spec.WorkspaceID), errors.New(refusal.Error()))
 	}
 	return false
 }
@@ -121,7 +121,7 @@ func (s *sweep) count(reason Reason) {
 
 func (s *sweep) patience() time.Duration { return min(s.options.Period, sweepPatience) }
 
-// blind is for what keeps a sweep from finding anything out. It is told once, and what may pass only if it does not.
+// blind is for errors that keep a sweep from learning anything. They are reported once; those that may pass, only if they last.
 func (s *sweep) blind(ctx context.Context, refusal *Undecided) {
 	reason, now := refusal.Reason(), time.Now()
 	s.count(reason)
@@ -136,7 +136,7 @@ func (s *sweep) blind(ctx context.Context, refusal *Undecided) {
 			s.sight.miswired = map[Reason]time.Time{}
 		}
 		s.sight.failing, s.sight.miswired[reason] = time.Time{}, now
-		// Of several replicas, each may be mis-wired in its own way.
+		// Each of several replicas may be misconfigured in its own way.
 		if s.sight.told == reason || (recently && s.sight.told.miswired()) {
 			return
 		}
@@ -144,28 +144,29 @@ func (s *sweep) blind(ctx context.Context, refusal *Undecided) {
 		if s.sight.failing.IsZero() {
 			s.sight.failing = now
 		}
-		// One outage has several reasons, one after the other.
+		// One outage may have several reasons in turn.
 		if now.Sub(s.sight.failing) < s.patience() || (s.sight.told != "" && !s.sight.told.miswired()) {
 			return
 		}
 	}
 	s.sight.told = reason
-	err := fmt.Errorf("byokgate: Sweep finds nothing out, and reports no change until it does: %w", refusal)
-	s.tell(ctx, SweepState{Reason: reason, Err: err, Since: now}, slog.LevelError, "byok-gate: the sweep finds nothing out",
+	err := fmt.Errorf("byokgate: Sweep learns nothing, and reports no change until it does: %w", refusal)
+	s.tell(ctx, SweepState{Reason: reason, Err: err, Since: now}, slog.LevelError, "byok-gate: the sweep learns nothing",
 		slog.String("why", string(reason)), slog.String("operator_hint", refusal.OperatorHint()), slog.String("error", refusal.Error()))
 	s.say(err)
 }
 
-// sees is for a decision.
+// sees is called for a decision.
 func (s *sweep) sees(ctx context.Context) {
 	now := time.Now()
 	s.sight.failing = time.Time{}
 	if s.sight.told == "" || (s.sight.told.miswired() && s.sight.miswiredWithin(s.options.Period)) {
-		// Of several replicas, some may be mis-wired: that is told once, and not in turn with its end. Over a period, most have their turn.
+		// Some of several replicas may be misconfigured: that is reported once, not alternating with its end. Over a period, most have their
+		// turn.
 		return
 	}
 	s.sight.told, s.sight.miswired = "", nil
-	s.tell(ctx, SweepState{Since: now}, slog.LevelInfo, "byok-gate: the sweep finds out again")
+	s.tell(ctx, SweepState{Since: now}, slog.LevelInfo, "byok-gate: the sweep learns again")
 }
 
 func (s *sweep) tell(ctx context.Context, state SweepState, level slog.Level, message string, attributes ...slog.Attr) {

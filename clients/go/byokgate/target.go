@@ -12,22 +12,22 @@ import (
 
 // target is where byok-gate listens.
 type target struct {
-	// dial is what gRPC is given.
+	// dial is the target for gRPC.
 	dial string
-	// fixed is what is dialled whatever gRPC says: a socket's path, or an address that needs no name server. gRPC reads targets as URLs,
+	// fixed is always dialled, without gRPC's resolver: a socket's path, or an address that needs no name server. gRPC reads targets as URLs,
 	// in which "?", "#" and "%" mean something else.
 	fixed string
-	// authority is what the server is called. Empty: gRPC's own choice.
+	// authority is the server's name. Empty: gRPC's own choice.
 	authority string
 	// unix is a socket file: no network in between.
 	unix bool
 	// host is empty for a socket.
 	host string
-	// several: one name may stand for several addresses.
+	// several: one name may have several addresses.
 	several bool
 }
 
-// maxSocketPath is what fits into an address of a Unix socket (sun_path, with its end).
+// maxSocketPath is what fits into an address of a Unix socket (sun_path, with its NUL).
 const maxSocketPath = 107
 
 var hostName = regexp.MustCompile(`^[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_.])?$`)
@@ -54,7 +54,7 @@ func parseTarget(text string) (target, error) {
 		return target{}, errors.New("is neither host:port nor unix:///path")
 	}
 	if number, err := strconv.ParseUint(port, 10, 16); err != nil || number == 0 {
-		return target{}, fmt.Errorf("has the port %q, which is no number from 1 to 65535", port)
+		return target{}, fmt.Errorf("has the port %q, which is not a number from 1 to 65535", port)
 	}
 	if _, err := netip.ParseAddr(host); err == nil {
 		return target{dial: fixedDial, fixed: address, authority: address, host: host}, nil
@@ -86,7 +86,7 @@ func parseSocket(text string) (target, error) {
 	return target{dial: fixedDial, fixed: path, authority: "localhost", unix: true}, nil
 }
 
-// private says that nothing between the two ends can read along.
+// private says that nobody between the two ends can read the traffic.
 func (t target) private() bool {
 	if t.unix || strings.EqualFold(strings.TrimSuffix(t.host, "."), "localhost") {
 		return true

@@ -18,13 +18,13 @@ import (
 // maxFileBytes is far above any file of certificates, and keeps a wrong one out of memory.
 const maxFileBytes = 4 << 20
 
-// fileTimeout is how long a file may take to read: one on a network that hangs must not hold a connection for ever.
+// fileTimeout is how long a file may take to read: a network file that hangs must not block a connection forever.
 const fileTimeout = 2 * time.Second
 
-// reads joins those who read the same file, so that one which hangs holds one goroutine, however often it is asked for.
+// reads joins concurrent reads of a file, so that a file that hangs blocks only one goroutine.
 var reads singleflight.Group
 
-// readFile reads a regular file. A pipe or a device would block, or give its content away once.
+// readFile reads a regular file. A pipe or a device would block, or return its content only once.
 func readFile(path string) ([]byte, error) {
 	late := time.NewTimer(fileTimeout)
 	defer late.Stop()
@@ -50,7 +50,7 @@ func readRegular(path string) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-// checkTLS refuses a configuration that encrypts but believes everyone, or that can be read along.
+// checkTLS refuses a configuration that does not verify the server, or that others can decrypt.
 func checkTLS(config *tls.Config) error {
 	if config == nil {
 		return errors.New("no TLS configuration")
@@ -65,7 +65,7 @@ func checkTLS(config *tls.Config) error {
 		version uint16
 	}{{"MinVersion", config.MinVersion}, {"MaxVersion", config.MaxVersion}} {
 		if bound.version != 0 && bound.version < tls.VersionTLS12 {
-			faults = append(faults, fmt.Errorf("%s is %s, which byok-gate does not speak and others read along; leave it out, or give 1.2 or 1.3",
+			faults = append(faults, fmt.Errorf("%s is %s, which is insecure and which byok-gate does not speak; leave it out, or give 1.2 or 1.3",
 				bound.name, tls.VersionName(bound.version)))
 		}
 	}
@@ -79,12 +79,12 @@ func checkTLS(config *tls.Config) error {
 		}
 	}
 	if config.KeyLogWriter != nil {
-		faults = append(faults, errors.New("KeyLogWriter lets whoever reads it read every credential; leave it out"))
+		faults = append(faults, errors.New("KeyLogWriter lets its readers decrypt every credential; leave it out"))
 	}
 	return errors.Join(faults...)
 }
 
-// soundSuite: forward secrecy and an AEAD, as RFC 9113 (9.2.2) asks of HTTP/2.
+// soundSuite: forward secrecy and an AEAD, as RFC 9113 (9.2.2) requires for HTTP/2.
 func soundSuite(id uint16) bool {
 	return slices.ContainsFunc(tls.CipherSuites(), func(suite *tls.CipherSuite) bool {
 		if suite.ID != id {
@@ -100,7 +100,7 @@ func soundSuite(id uint16) bool {
 // shieldedTLS is a copy whose callbacks may panic: gRPC calls them in goroutines of its own.
 func shieldedTLS(config *tls.Config) *tls.Config {
 	config = config.Clone()
-	// What is left out must not come from a Go that has other defaults.
+	// Unset values must not depend on the defaults of another Go version.
 	config.MinVersion = max(config.MinVersion, tls.VersionTLS12)
 	if len(config.CipherSuites) == 0 {
 		config.CipherSuites = nil
@@ -132,17 +132,16 @@ func shieldedTLS(config *tls.Config) *tls.Config {
 	return config
 }
 
-// errClientPair says that this side's certificate is at fault.
+// errClientPair says that this side's certificate is invalid.
 var errClientPair = errors.New("the client's certificate")
 
-// tlsFiles are certificates that are renewed while the platform runs: read again for each connection. What stands when it cannot be read
-// goes on standing.
+// tlsFiles are certificates that are renewed while the platform runs: reloaded for each connection. If that fails, the last ones stay.
 type tlsFiles struct {
 	ca, cert, key string
 
 	mu   sync.Mutex
 	last *tls.Config
-	// read is what the last configuration was made of.
+	// read are the contents that the last configuration was made from.
 	read [3][]byte
 }
 
@@ -168,7 +167,7 @@ func (f *tlsFiles) config() (*tls.Config, error) {
 		}
 	}
 	if f.last != nil {
-		// Half way through a renewal, most likely.
+		// Most likely in the middle of a renewal.
 		return f.last, nil
 	}
 	return nil, fault

@@ -12,13 +12,13 @@ import (
 // maxTokenBytes is far above any bearer token, and keeps a wrong file out of a header.
 const maxTokenBytes = 8 * 1024
 
-// tokenAge is how long a token from a file is used without a look at the file.
+// tokenAge is how long a token from a file is used without reading the file again.
 const tokenAge = time.Second
 
-// token is what a client shows. A file is read in the background, so that one that hangs or is being written holds no call; what was
-// read last goes on being shown.
+// token is the client's bearer token. A file is read in the background, so that a file that hangs or is being written blocks no call;
+// meanwhile the last token is sent.
 type token struct {
-	// path is empty for a token that was given.
+	// path is empty for a token without a file.
 	path string
 
 	mu    sync.Mutex
@@ -26,12 +26,12 @@ type token struct {
 	// changes counts the values.
 	changes int
 	looked  time.Time
-	// reading is closed when the reading under way ends. Nil if none is.
+	// reading is closed when the current read ends. Nil if there is none.
 	reading chan struct{}
 	fault   error
 }
 
-// bearer sends a token with every call. Whether the connection may carry one is settled when the client is made.
+// bearer sends a token with every call. New checks whether the connection may carry one.
 type bearer struct{ token *token }
 
 // GetRequestMetadata implements credentials.PerRPCCredentials.
@@ -51,7 +51,7 @@ func (t *token) show() string {
 	return t.value
 }
 
-// readAgain begins to read, unless that is being done already. Locked.
+// readAgain starts a read, unless one is running. Locked.
 func (t *token) readAgain() chan struct{} {
 	if t.reading == nil {
 		done := make(chan struct{})
@@ -80,7 +80,7 @@ func (t *token) generation() int {
 	return t.changes
 }
 
-// renewed reads the file now, since byok-gate did not know the token, and says whether there is another one than at that generation.
+// renewed reads the file now, since byok-gate did not know the token, and says whether the token differs from that generation's.
 func (t *token) renewed(ctx context.Context, generation int) bool {
 	if t == nil || t.path == "" {
 		return false
@@ -95,7 +95,7 @@ func (t *token) renewed(ctx context.Context, generation int) bool {
 	return t.generation() != generation
 }
 
-// unreadable says that the token that is shown is an old one, since its file cannot be read.
+// unreadable says that the current token is an old one, since its file cannot be read.
 func (t *token) unreadable() bool {
 	if t == nil {
 		return false

@@ -11,7 +11,7 @@ func limitUnsentTime(network, _ string, raw syscall.RawConn) error {
 	if network == "unix" {
 		return nil
 	}
-	// A connection without it is found to be dead later, and is no less of a connection.
+	// Without it a dead connection is only detected later.
 	_ = raw.Control(func(descriptor uintptr) {
 		_ = syscall.SetsockoptInt(int(descriptor), syscall.IPPROTO_TCP, tcpUserTimeout, int(keepaliveTimeout.Milliseconds()))
 	})

@@ -10,11 +10,11 @@ import (
 // RetryPolicy is how [Client.DecideUntil] goes on. Its zero value tries ten times, with pauses of a minute at most. A number below zero is
 // refused ([ReasonInvalidOption]).
 type RetryPolicy struct {
-	// MaxAttempts is how often is asked at most. Zero: 10.
+	// MaxAttempts is the maximum number of calls. Zero: 10.
 	MaxAttempts int
-	// MaxPause is the longest pause that is waited for; a longer one ends the attempts. Zero: a minute.
+	// MaxPause is the longest pause; a longer one ends the attempts. Zero: a minute.
 	MaxPause time.Duration
-	// OnRefusal is told of each refusal that is tried again, before the pause.
+	// OnRefusal gets each refusal that is retried, before the pause.
 	OnRefusal func(attempt int, refusal Refusal, pause time.Duration)
 }
 
@@ -22,13 +22,13 @@ const (
 	defaultAttempts = 10
 	defaultMaxPause = time.Minute
 	maxSpread       = time.Second
-	// patientAttempts is how often byok-gate's own word on when to come back is taken as it is. After that it doubles.
+	// patientAttempts is how often byok-gate's own retry pause is used unchanged. After that it doubles.
 	patientAttempts = 3
 )
 
-// Pause is when to ask again after a refusal, the attempt counted from 1: never before [Refusal.RetryAfter], later by up to a half at random and
-// by no more than a second, so that a crowd which was refused at one time does not come back at one and a turn that was given is not missed, and
-// doubling from the fourth attempt on. Zero: never, since the same question would have the same answer.
+// Pause is how long to wait after a refusal, with the attempt counted from 1. It is at least [Refusal.RetryAfter], plus up to a half at
+// random but at most a second, so that callers that were refused together do not come back together and none misses its turn. It doubles
+// from the fourth attempt on. Zero: do not retry, since the answer would be the same.
 func Pause(refusal Refusal, attempt int) time.Duration {
 	if refusal == nil || refusal.RetryAfter() <= 0 {
 		return 0
@@ -40,8 +40,8 @@ func Pause(refusal Refusal, attempt int) time.Duration {
 	return pause + rand.N(min(pause/2, maxSpread)+1)
 }
 
-// DecideUntil asks until the workspace may start, or asking again would change nothing, or the attempts are spent, or the context ends. It
-// obeys byok-gate's word on when to come back. The error is the last refusal, joined with the context's error where that ended it.
+// DecideUntil retries until the workspace may start, a retry would change nothing, the attempts are used up, or the context ends. It obeys
+// byok-gate's RetryAfter. The error is the last refusal, joined with the context's error if that ended it.
 func (c *Client) DecideUntil(ctx context.Context, request Request, policy RetryPolicy) (Allowed, error) {
 	ctx = orBackground(ctx)
 	attempts, longest := policy.MaxAttempts, policy.MaxPause

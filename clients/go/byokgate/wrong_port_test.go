@@ -19,8 +19,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// What else may listen where byok-gate should: what is surely another service is the platform's own fault (500, and a sentence of what to
-// check), and what may be a state that passes is retryable.
+// Other services at the target: a clearly wrong one is the platform's misconfiguration (500, with what to check), and a state that may
+// pass is retryable.
 
 // banner is a server that speaks first.
 func banner(text string) func(*testing.T) string {
@@ -43,7 +43,7 @@ func replying(text string) func(*testing.T) string {
 	}
 }
 
-// plainWeb speaks HTTP/2 and no gRPC.
+// plainWeb speaks HTTP/2 without gRPC.
 func plainWeb(httpStatus int, contentType, body string) func(*testing.T) string {
 	return func(t *testing.T) string {
 		return serveHTTP2(t, func(w http.ResponseWriter, _ *http.Request) {
@@ -96,7 +96,7 @@ func TestWhatElseMayListenThere(t *testing.T) {
 		"HTTP/1.0, no backend":  {replying("HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"), nil, ReasonUnreachable, "HTTP 503"},
 		"HTTP/1.1, bad gateway": {replying("HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n"), nil, ReasonUnreachable, "HTTP 502"},
 		"TLS alert":             {replying("\x15\x03\x03\x00\x02\x02\x0a"), nil, ReasonTLSMismatch, "WithTLS"},
-		// Servers that close on HTTP/2 without a word.
+		// Servers that close on HTTP/2 without a reply.
 		"a web server that closes on HTTP/2": {func(t *testing.T) string { return serveTCP(t, closingOnHTTP2) }, nil, ReasonNotAGate, "--admin-listen"},
 		"TLS that closes on plain text": {func(t *testing.T) string {
 			return serveGRPC(t, listenTCP(t), func(*grpc.Server) {}, certificates.serverOption(false))
@@ -193,7 +193,7 @@ func TestWhatElseMayListenThere(t *testing.T) {
 	}
 }
 
-// closingOnHTTP2 is a server of HTTP/1.1 that closes without a word on what it cannot read, as hyper does.
+// closingOnHTTP2 is an HTTP/1.1 server that closes without a reply on unreadable input, like hyper.
 func closingOnHTTP2(conn net.Conn) {
 	defer conn.Close()
 	line, err := bufio.NewReader(conn).ReadString('\n')
@@ -202,7 +202,7 @@ func closingOnHTTP2(conn net.Conn) {
 	}
 }
 
-// closingFor closes so many connections, as a byok-gate does that is being stopped, and is byok-gate then.
+// closingFor closes this many connections, like a stopping byok-gate, and then is byok-gate.
 func closingFor(connections int32) func(*testing.T) string {
 	return func(t *testing.T) string {
 		listener := listenTCP(t)
@@ -235,7 +235,7 @@ func closingFor(connections int32) func(*testing.T) string {
 	}
 }
 
-// byok-gate's own words over HTTP/1.1 are no other service: it came back between two looks.
+// byok-gate's own answer over HTTP/1.1 is not another service: it came up in between.
 func TestAGateThatIsBackIsNoWebServer(t *testing.T) {
 	var count atomic.Int32
 	address := serveTCP(t, func(conn net.Conn) {

@@ -1,10 +1,10 @@
 // Package byokgateotel connects byok-gate's client with OpenTelemetry: byok-gate's spans become children of the caller's, and answers are
-// counted. It is a module of its own, so that the client needs no OpenTelemetry.
+// counted. It is a separate module, so that the client needs no OpenTelemetry.
 //
 //	options, err := byokgateotel.Options(otel.GetMeterProvider())
 //	gate, err := byokgate.New(target, options...)
 //
-// The client makes no spans of its own: byok-gate does, and the caller's has the decision's id. For spans of the calls themselves there is
+// The client makes no spans: byok-gate does, and the caller's span has the decision's id. For spans of the calls themselves, use
 // WithStatsHandler with otelgrpc.NewClientHandler, which gets no payload.
 package byokgateotel
 
@@ -21,14 +21,14 @@ import (
 
 // The instruments, as OpenTelemetry names them.
 const (
-	// DecisionsName is a histogram of seconds from question to answer, with the attributes mode, checkpoint, outcome, code, reason, provider,
+	// DecisionsName is a histogram of seconds from call to answer, with the attributes mode, checkpoint, outcome, code, reason, provider,
 	// billing_mode and unverified. Its count is the number of answers.
 	DecisionsName = "byokgate.client.decision.duration"
-	// RetriesName counts how often a question was put again, by mode and checkpoint.
+	// RetriesName counts retries, by mode and checkpoint.
 	RetriesName = "byokgate.client.retries"
 )
 
-// buckets tell an answer from memory, one from a provider, and one that ran out of time apart.
+// buckets separate an answer from the cache, one from a provider, and a timeout.
 var buckets = []float64{0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 4, 10, 60}
 
 // Options are both: [TraceContext], and counting with this provider's meter.
@@ -62,7 +62,7 @@ func Options(provider metric.MeterProvider) ([]byokgate.Option, error) {
 	return []byokgate.Option{TraceContext(), observe}, nil
 }
 
-// TraceContext sends the span of the call's context along, in the W3C's form.
+// TraceContext sends the span of the call's context, in W3C format.
 func TraceContext() byokgate.Option {
 	return byokgate.WithTraceContext(func(ctx context.Context) (traceparent, tracestate string) {
 		carrier := propagation.MapCarrier{}

@@ -1,5 +1,5 @@
-// Package byokgatetest is a byok-gate for the tests of those who call it: a real gRPC server in memory that answers as it is told, and keeps
-// what it was asked. The client is a real one, so that what a test sees of time, retries, bodies and statuses is what production sees.
+// Package byokgatetest is a byok-gate for the tests of its callers: a real gRPC server in memory that answers by rules, and records its
+// calls. The client is a real one, so a test sees the same timing, retries, bodies and statuses as production.
 //
 //	gate := byokgatetest.Start(t)
 //	handler := NewServer(gate.Client())
@@ -11,7 +11,7 @@
 //
 //	gate.When(byokgatetest.Model("claude-opus-4-7")).Deny(byokgate.BYOKProbeTimeout).Then().Allow(byokgate.BYOK)
 //
-// A program that links this package outside of a test does not start: it could allow whatever it is told to.
+// A program that links this package outside of a test does not start: it could allow anything.
 package byokgatetest
 
 import (
@@ -46,10 +46,10 @@ func mustBeTest() {
 	}
 }
 
-// clientTimeout is the client's own, unless an option says otherwise: a gate that is down is then found out within a second.
+// clientTimeout is the client's timeout unless an option sets another: a gate that is down is then noticed within a second.
 const clientTimeout = 2 * time.Second
 
-// Gate is a byok-gate that answers as it is told. It is safe for concurrent use.
+// Gate is a byok-gate that answers by rules. It is safe for concurrent use.
 type Gate struct {
 	t testing.TB
 
@@ -85,7 +85,7 @@ func Start(t testing.TB) *Gate {
 	return gate
 }
 
-// Client is a client of this gate, which is closed with the test. It does not log unless an option says so.
+// Client is a client of this gate, which is closed with the test. It logs only with an option.
 func (g *Gate) Client(options ...byokgate.Option) *byokgate.Client {
 	g.t.Helper()
 	options = append([]byokgate.Option{
@@ -109,7 +109,7 @@ func (g *Gate) dial(ctx context.Context, _ string) (net.Conn, error) {
 	return listener.DialContext(ctx)
 }
 
-// Down ends all connections and takes no more, as when byok-gate is not there.
+// Down closes all connections and accepts no more, as if byok-gate were down.
 func (g *Gate) Down() {
 	g.mu.Lock()
 	server := g.server
@@ -120,7 +120,7 @@ func (g *Gate) Down() {
 	}
 }
 
-// Up takes connections again.
+// Up accepts connections again.
 func (g *Gate) Up() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -134,7 +134,7 @@ func (g *Gate) Up() {
 
 // === Rules ===
 
-// Match says whether a rule is for a question. A nil one matches all.
+// Match says whether a rule applies to a call. A nil one matches all.
 type Match func(Asked) bool
 
 // Model matches these models.
@@ -157,21 +157,21 @@ func At(checkpoints ...byokgate.Checkpoint) Match {
 	return func(asked Asked) bool { return slices.Contains(checkpoints, asked.Checkpoint) }
 }
 
-// All matches what all of these match.
+// All matches calls that all of these match.
 func All(matches ...Match) Match {
 	return func(asked Asked) bool {
 		return !slices.ContainsFunc(matches, func(match Match) bool { return match != nil && !match(asked) })
 	}
 }
 
-// Rule says how the questions that it is for are answered. One that says nothing yet answers nothing.
+// Rule sets the answers to the calls that it matches. A rule without an answer is skipped.
 type Rule struct {
 	gate  *Gate
 	match Match
-	// steps answer one question each, the last all that follow.
+	// steps answer one call each, the last one all that follow.
 	steps []step
 	used  int
-	// next begins a new step with the next word.
+	// next starts a new step with the next setting.
 	next bool
 }
 
@@ -180,8 +180,8 @@ type step struct {
 	reply func(Asked, *Gate) (*byokgatev1.DecideResponse, error)
 }
 
-// When begins a rule. Rules are tried in the order in which they were begun, and the first that matches answers. What no rule is for is
-// answered as [Gate.Allow], [Gate.Deny] or [Gate.Fail] said last.
+// When starts a rule. Rules are tried in the order of their creation, and the first that matches answers. A call that no rule matches gets
+// the answer that [Gate.Allow], [Gate.Deny] or [Gate.Fail] set last.
 func (g *Gate) When(match Match) *Rule {
 	rule := &Rule{gate: g, match: match}
 	g.mu.Lock()
@@ -190,7 +190,7 @@ func (g *Gate) When(match Match) *Rule {
 	return rule
 }
 
-// Forget drops all rules and what else was told, but not what was asked.
+// Forget drops all rules and settings, but not the recorded calls.
 func (g *Gate) Forget() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -205,20 +205,20 @@ func (g *Gate) all() *Rule {
 	return rule
 }
 
-// Allow allows what no rule is for.
+// Allow allows calls that no rule matches.
 func (g *Gate) Allow(mode byokgate.BillingMode, warnings ...byokgate.WarningCode) *Rule {
 	return g.all().Allow(mode, warnings...)
 }
 
-// Deny denies what no rule is for.
+// Deny denies calls that no rule matches.
 func (g *Gate) Deny(code byokgate.Code, options ...DenyOption) *Rule {
 	return g.all().Deny(code, options...)
 }
 
-// Fail decides nothing about what no rule is for.
+// Fail makes calls that no rule matches end without a decision.
 func (g *Gate) Fail(reason byokgate.Reason) *Rule { return g.all().Fail(reason) }
 
-// say sets the present step's answer.
+// say sets the current step's answer.
 func (r *Rule) say(reply func(Asked, *Gate) (*byokgatev1.DecideResponse, error)) *Rule {
 	r.gate.mu.Lock()
 	defer r.gate.mu.Unlock()
@@ -226,7 +226,7 @@ func (r *Rule) say(reply func(Asked, *Gate) (*byokgatev1.DecideResponse, error))
 	return r
 }
 
-// present is the step that words are about. Locked.
+// present is the step that settings apply to. Locked.
 func (r *Rule) present() *step {
 	if len(r.steps) == 0 || r.next {
 		r.steps, r.next = append(r.steps, step{}), false
@@ -264,30 +264,30 @@ func (r *Rule) Allow(mode byokgate.BillingMode, warnings ...byokgate.WarningCode
 	})
 }
 
-// DenyOption says more of a denial than its code.
+// DenyOption adds details to a denial.
 type DenyOption func(*byokgatev1.Deny, *byokgatev1.DecideResponse)
 
-// Missing are the names of which one is needed.
+// Missing sets the names of which one is needed.
 func Missing(names ...string) DenyOption {
 	return func(deny *byokgatev1.Deny, _ *byokgatev1.DecideResponse) { deny.MissingEnv = names }
 }
 
-// Words are the message and the remedy.
+// Words sets the message and the remedy.
 func Words(message, remedy string) DenyOption {
 	return func(deny *byokgatev1.Deny, _ *byokgatev1.DecideResponse) { deny.Message, deny.Remedy = message, remedy }
 }
 
-// Alternatives are models that need no key.
+// Alternatives sets models that need no key.
 func Alternatives(models ...string) DenyOption {
 	return func(deny *byokgatev1.Deny, _ *byokgatev1.DecideResponse) { deny.AlternativeModels = models }
 }
 
-// RetryAfter is when to ask again, of a denial that may change. What is not above zero is left to the client, which then takes its own default.
+// RetryAfter sets when to retry, for a retryable denial. With zero or less, the client uses its own default.
 func RetryAfter(pause time.Duration) DenyOption {
 	return func(deny *byokgatev1.Deny, _ *byokgatev1.DecideResponse) { deny.RetryAfter = durationpb.New(pause) }
 }
 
-// Verdict is what is known of the credential, where a code has several: FORBIDDEN beside INVALID.
+// Verdict sets what is known of the credential, if a code has several: FORBIDDEN besides INVALID.
 func Verdict(verdict byokgate.Verdict) DenyOption {
 	return func(_ *byokgatev1.Deny, response *byokgatev1.DecideResponse) {
 		response.Liveness = &byokgatev1.Liveness{
@@ -296,7 +296,7 @@ func Verdict(verdict byokgate.Verdict) DenyOption {
 	}
 }
 
-// Deny answers with a denial: byok-gate's own words, and retryable where byok-gate's is.
+// Deny answers with a denial: byok-gate's own message, and retryable if byok-gate's is.
 func (r *Rule) Deny(code byokgate.Code, options ...DenyOption) *Rule {
 	if _, _, known := deny(code, "", "", nil); !known {
 		r.gate.t.Fatalf("byokgatetest: byok-gate denies nothing with the code %q", code)
@@ -325,7 +325,8 @@ func (r *Rule) Deny(code byokgate.Code, options ...DenyOption) *Rule {
 	})
 }
 
-// Fail decides nothing, for one of the reasons that are byok-gate's or the network's. Those of the caller's own wiring are its options'.
+// Fail answers without a decision, for one of the reasons that come from byok-gate or the network. Misconfiguration comes from the client's
+// options.
 func (r *Rule) Fail(reason byokgate.Reason) *Rule {
 	if reason == byokgate.ReasonUnreadableReply {
 		return r.say(func(Asked, *Gate) (*byokgatev1.DecideResponse, error) { return &byokgatev1.DecideResponse{}, nil })
@@ -345,7 +346,7 @@ func (r *Rule) Fail(reason byokgate.Reason) *Rule {
 	return r.say(func(Asked, *Gate) (*byokgatev1.DecideResponse, error) { return nil, failure() })
 }
 
-// failures are errors as byok-gate makes them.
+// failures are byok-gate's errors.
 var failures = map[byokgate.Reason]func() error{
 	byokgate.ReasonUnreachable:      failure(codes.Unavailable, ""),
 	byokgate.ReasonTimedOut:         failure(codes.DeadlineExceeded, "DEADLINE"),
@@ -379,7 +380,7 @@ func failure(code codes.Code, reason string, details ...protoadapt.MessageV1) fu
 	}
 }
 
-// After makes the present answer take so long. The caller's own deadline may end it before.
+// After delays the current answer. The caller's own deadline may end the call earlier.
 func (r *Rule) After(pause time.Duration) *Rule {
 	r.gate.t.Helper()
 	if pause < 0 {
@@ -391,7 +392,7 @@ func (r *Rule) After(pause time.Duration) *Rule {
 	return r
 }
 
-// Then begins the answer to the next question: each is given once, and the last to all that follow.
+// Then starts the answer to the next call: each is given once, and the last to all that follow.
 func (r *Rule) Then() *Rule {
 	r.gate.mu.Lock()
 	defer r.gate.mu.Unlock()
@@ -399,15 +400,15 @@ func (r *Rule) Then() *Rule {
 	return r
 }
 
-// Names makes these the credential names that matter to a model: the client fetches them before it asks. A model without any has none, and
-// no lookup is called for it.
+// Names sets the credential names that matter to a model: the client fetches them before it calls. For a model without names, no lookup
+// runs.
 func (g *Gate) Names(model string, names ...string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.names[model] = slices.Clone(names)
 }
 
-// Menu is what ListModels answers.
+// Menu sets the answer of ListModels.
 func (g *Gate) Menu(models ...byokgate.Model) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -420,9 +421,9 @@ func (g *Gate) named(model string) []string {
 	return slices.Clone(g.names[model])
 }
 
-// === What was asked ===
+// === Recorded calls ===
 
-// Asked is one question as it came over the wire.
+// Asked is one call as it came over the wire.
 type Asked struct {
 	Checkpoint       byokgate.Checkpoint
 	WorkspaceID      string
@@ -434,7 +435,7 @@ type Asked struct {
 	OperatorOverride byokgate.OperatorOverride
 	PlatformProxy    byokgate.PlatformProxy
 	TenantBaseURLEnv []string
-	// MaxLivenessAge is nil where none was asked for.
+	// MaxLivenessAge is nil if none was set.
 	MaxLivenessAge *time.Duration
 	Explain        bool
 	ReportOnly     bool
@@ -448,11 +449,11 @@ type Asked struct {
 type Credential struct {
 	Name  string
 	Scope byokgate.Scope
-	// Value is unreadable where the caller said so.
+	// Value is unreadable if the caller said so.
 	Value byokgate.Secret
 }
 
-// Asked is every question so far, in order. The slice is the caller's.
+// Asked returns every call so far, in order. The slice is a copy.
 func (g *Gate) Asked() []Asked {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -496,7 +497,7 @@ type service struct {
 
 const revision = "byokgatetest"
 
-// reply is what all answers have.
+// reply has the fields that all answers share.
 func (g *Gate) reply(asked Asked) *byokgatev1.DecideResponse {
 	names := g.named(asked.Model)
 	g.mu.Lock()
@@ -516,7 +517,7 @@ func owner(names []string) *byokgatev1.Resolution {
 	}
 }
 
-// answer finds the rule, and gives what it says.
+// answer finds the rule, and returns its answer.
 func (g *Gate) answer(ctx context.Context, request *byokgatev1.DecideRequest, batch bool) (*byokgatev1.DecideResponse, error) {
 	asked := questionOf(ctx, request, batch)
 	g.mu.Lock()

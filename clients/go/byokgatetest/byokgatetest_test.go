@@ -252,7 +252,7 @@ func TestItCannotBeLinkedIntoAProgram(t *testing.T) {
 	}
 }
 
-// What is nil or cannot be meant is no crash of the whole test binary in another goroutine: it is nothing, or the test's own failure.
+// A nil or invalid argument does not crash the test binary from another goroutine: it is ignored, or fails the test.
 func TestNilAndNumbersThatCannotBeMeant(t *testing.T) {
 	gate := byokgatetest.Start(t)
 	gate.When(nil).Deny(byokgate.MissingBYOKCredential, nil, byokgatetest.RetryAfter(-time.Hour), byokgatetest.Missing(), byokgatetest.Alternatives(), byokgatetest.Words("", "-"))

@@ -1,6 +1,6 @@
-// Package gatehttp answers HTTP requests with what byok-gate decided: pass, or a finished 400, 422, 500 or 503.
+// Package gatehttp answers HTTP requests with byok-gate's decision: pass, or a finished 400, 422, 500 or 503.
 //
-// It works wherever there is an [http.ResponseWriter] and an [http.Request]. With gin these are c.Writer and c.Request:
+// It works with any [http.ResponseWriter] and [http.Request]. With gin these are c.Writer and c.Request:
 //
 //	allowed, passed := gatehttp.Decide(c.Writer, c.Request, gate, request)
 //	if !passed {
@@ -8,8 +8,8 @@
 //		return
 //	}
 //
-// For routers that take middleware (chi, [http.ServeMux]) there is [Middleware]; for frameworks that have a writer of their own (echo,
-// fiber) there is the answer as a value, [AnswerFor].
+// For routers with middleware (chi, [http.ServeMux]) use [Middleware]; for frameworks with their own writer (echo, fiber) use [AnswerFor],
+// which returns the answer as a value.
 package gatehttp
 
 import (
@@ -22,13 +22,13 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/byokgate"
 )
 
-// Decide asks, and answers unless the workspace may start. Where it returns false, the response is finished: write nothing
-// more to it, and start nothing.
+// Decide calls byok-gate, and answers unless the workspace may start. If it returns false, the response is finished: write nothing more to
+// it, and start nothing.
 func Decide(
 	w http.ResponseWriter, r *http.Request, gate byokgate.Decider, request byokgate.Request,
 ) (allowed byokgate.Allowed, passed bool) {
 	if gate == nil {
-		// As a closed client.
+		// Like a closed client.
 		gate = (*byokgate.Client)(nil)
 	}
 	allowed, err := gate.Decide(contextOf(r), request)
@@ -39,13 +39,12 @@ func Decide(
 	return allowed, true
 }
 
-// Report asks without obeying: nothing is written, whatever came of it, and the handler goes on. It takes as long as [Decide] would; where
-// that must not show, there is Reporter.Go.
+// Report calls without obeying: nothing is written, and the handler goes on. It takes as long as [Decide] would; Reporter.Go does not wait.
 func Report(r *http.Request, reporter *byokgate.Reporter, request byokgate.Request) byokgate.Report {
 	return reporter.Report(contextOf(r), request)
 }
 
-// contextOf is the request's context. A request that is not there has none.
+// contextOf is the request's context. A nil request has none.
 func contextOf(r *http.Request) context.Context {
 	if r == nil {
 		return context.Background()
@@ -53,8 +52,8 @@ func contextOf(r *http.Request) context.Context {
 	return r.Context()
 }
 
-// Refuse writes the answer for an error of [byokgate.Client]. Any other error becomes a 503 that does not repeat it: it may
-// hold what no tenant should read.
+// Refuse writes the answer for an error of [byokgate.Client]. Any other error becomes a 503 without its text, which may hold what no tenant
+// should read.
 func Refuse(w http.ResponseWriter, err error) {
 	if w == nil {
 		return
@@ -65,11 +64,11 @@ func Refuse(w http.ResponseWriter, err error) {
 		header[name] = values
 	}
 	w.WriteHeader(answer.Status)
-	// The status is sent: a caller that hung up is all that can go wrong now.
+	// The status is sent: now only a caller that hung up can go wrong.
 	_, _ = w.Write(answer.Body)
 }
 
-// Answer is what an HTTP response says.
+// Answer is an HTTP response.
 type Answer struct {
 	Status int
 	Header http.Header
@@ -86,7 +85,7 @@ func AnswerFor(err error) Answer {
 	refusal := byokgate.RefusalOf(err)
 	answer := Answer{Status: refusal.HTTPStatus(), Body: append(refusal.JSON(), '\n'), Header: http.Header{
 		"Content-Type": {"application/json"},
-		// A decision is for this moment alone.
+		// A decision must not be cached.
 		"Cache-Control": {"no-store"},
 	}}
 	if refusal.Retryable() {
@@ -99,9 +98,9 @@ func AnswerFor(err error) Answer {
 
 type allowedKey struct{}
 
-// Middleware lets a request through to the handler if the workspace that it asks for may start, and answers it otherwise. The handler finds
-// the allow with [AllowedFor]. The function says what is asked; its error is answered as [Refuse] does. A function that reads the body must
-// give the request another one.
+// Middleware passes a request to the handler if its workspace may start, and answers it otherwise. The handler gets the allow with
+// [AllowedFor]. The function makes the byok-gate request; its error is answered as [Refuse] does. A function that reads the body must
+// replace it.
 func Middleware(
 	gate byokgate.Decider, ask func(*http.Request) (byokgate.Request, error),
 ) func(http.Handler) http.Handler {
@@ -124,7 +123,7 @@ func Middleware(
 
 var errNothingToAsk = errors.New("gatehttp: Middleware has no function that says what is asked, or no handler")
 
-// AllowedFor is the allow with which [Middleware] let the request through. False: it did not come through one, and nothing may start.
+// AllowedFor is the allow with which [Middleware] passed the request. False: it passed no [Middleware], and nothing may start.
 func AllowedFor(r *http.Request) (byokgate.Allowed, bool) {
 	allowed, passed := contextOf(r).Value(allowedKey{}).(byokgate.Allowed)
 	return allowed, passed
@@ -132,9 +131,9 @@ func AllowedFor(r *http.Request) (byokgate.Allowed, bool) {
 
 // === Trace context ===
 
-// TrustTrace is the request with its W3C trace context taken over, so that byok-gate's spans are children of the caller's. Use it only where
-// the caller is trusted to choose a trace id, such as behind an ingress that sets the header: a tenant who may can join another's trace, or
-// have all of theirs sampled.
+// TrustTrace is the request with its W3C trace context in its context, so that byok-gate's spans are children of the caller's. Use it only
+// if the caller is trusted to choose a trace id, such as behind an ingress that sets the header: otherwise a tenant could join another's
+// trace, or have all of their calls sampled.
 func TrustTrace(r *http.Request) *http.Request {
 	if r == nil {
 		return nil
@@ -142,8 +141,7 @@ func TrustTrace(r *http.Request) *http.Request {
 	return r.WithContext(byokgate.ContextWithTrace(r.Context(), r.Header.Get("traceparent"), r.Header.Get("tracestate")))
 }
 
-// retryAfter is in whole seconds, which is all that the header can say; rounded up and never 0, which would invite a busy
-// loop.
+// retryAfter is in whole seconds, as the header requires; rounded up and never 0, which would cause a busy loop.
 func retryAfter(pause time.Duration) string {
 	return strconv.FormatInt(int64(max(1, (pause+time.Second-1)/time.Second)), 10)
 }

@@ -1,6 +1,6 @@
-// Package validate holds what kustomize and helm make against the code of Kubernetes itself: each object is decoded strictly, defaulted
-// and validated as the API server does it at a create, and its pods stand the Pod Security Standard `restricted`. deploy/kubernetes/check
-// makes the files and names their folder in MANIFESTS.
+// Package validate checks the output of kustomize and helm with Kubernetes' own code: each object is decoded strictly, defaulted and
+// validated like at a create, and its pods meet the Pod Security Standard `restricted`. deploy/kubernetes/check makes the files and names
+// their folder in MANIFESTS.
 package validate
 
 import (
@@ -75,7 +75,7 @@ var resources = map[string]func() any{
 
 var codecs = serializer.NewCodecFactory(legacyscheme.Scheme, serializer.EnableStrict)
 
-// create says what the API server would of this object, and gives it as it would be stored; nil for a kind of an operator's.
+// create returns the API server's errors for this object, and the object as it would be stored; nil for an operator's kind.
 func create(document []byte) (runtime.Object, error) {
 	var kind metav1.TypeMeta
 	if err := yaml.Unmarshal(document, &kind); err != nil {
@@ -104,7 +104,7 @@ func create(document []byte) (runtime.Object, error) {
 		IsResourceRequest: true, Verb: "create", APIGroup: version.Group, APIVersion: version.Version, Namespace: accessor.GetNamespace(),
 	})
 	if service, is := object.(*core.Service); is && service.Spec.ClusterIP == core.ClusterIPNone {
-		// What the allocator of addresses does before the object is looked at.
+		// The address allocator does this before the validation.
 		service.Spec.ClusterIPs = []string{core.ClusterIPNone}
 	}
 	rest.FillObjectMetaSystemFields(accessor)
@@ -172,7 +172,7 @@ func TestKubernetesTakesEveryObject(t *testing.T) {
 	}
 }
 
-// A check that takes everything proves nothing.
+// A check that accepts everything proves nothing.
 func TestWhatIsWrongIsFound(t *testing.T) {
 	for _, wrong := range []struct{ file, old, new, says string }{
 		{"base.yaml", "readOnlyRootFilesystem: true", "readOnlyRootFileSystem: true", `unknown field`},
@@ -205,7 +205,7 @@ func TestWhatIsWrongIsFound(t *testing.T) {
 	}
 }
 
-// Exit 10 is a denial that only another secret mends, 11 one that is worth a retry, 1 a fault of the gate's.
+// Exit 10 is a denial that only another secret can fix, 11 a retryable one, 1 a fault of the gate.
 func TestADenialIsNotRestartedAndARetryableOneIs(t *testing.T) {
 	gates := 0
 	for _, file := range []string{"sidecar.yaml", "init-gate.yaml", "exec.yaml"} {
@@ -258,9 +258,8 @@ func object(t *testing.T, document []byte) *unstructured.Unstructured {
 	return object
 }
 
-// plain gives the objects of a file by kind and name, without what helm and kustomize add each in their own way: helm's labels and the
-// hash of the settings (an annotation there, a part of the ConfigMap's name here), the namespace, and how YAML within a ConfigMap is laid
-// out.
+// plain returns the objects of a file by kind and name, without the differences between helm and kustomize: helm's labels, the hash of
+// the settings (an annotation there, a part of the ConfigMap's name here), the namespace, and the layout of YAML within a ConfigMap.
 func plain(t *testing.T, file string) map[string]any {
 	t.Helper()
 	found := map[string]any{}
@@ -321,7 +320,7 @@ func TestTheChartMakesWhatKustomizeMakes(t *testing.T) {
 	}
 }
 
-// difference is the lines that only one of the two has.
+// difference are the lines that only one of the two has.
 func difference(is, should string) string {
 	var lines strings.Builder
 	for _, side := range []struct{ sign, one, other string }{{"- ", is, should}, {"+ ", should, is}} {
@@ -334,7 +333,7 @@ func difference(is, should string) string {
 	return lines.String()
 }
 
-// Whatever selects the gate's pods does select them, and those of no other release.
+// Selectors match the gate's pods, and those of no other release.
 func TestSelectorsFindThePods(t *testing.T) {
 	paths := map[string][]string{
 		"Service": {"spec", "selector"}, "PodDisruptionBudget": {"spec", "selector", "matchLabels"},

@@ -1,4 +1,4 @@
-//! A catalogue's file, laid over the embedded one: whatever stands makes requests to the registry's own hosts alone.
+//! A catalogue file, laid over the embedded one: a valid one makes requests only to the registry's own hosts.
 #![no_main]
 
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! A configuration file and the environment: whatever stands can be shown, and lets no dead key through.
+//! A configuration file and the environment: a valid one can be shown, and lets no dead key through.
 #![no_main]
 
 use std::{fs, path::PathBuf, sync::LazyLock};

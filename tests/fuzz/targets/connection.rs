@@ -1,4 +1,4 @@
-//! Bytes on a connection of a running server: HTTP/2 frames and gRPC messages, whole, torn and wrong. It goes on serving.
+//! Bytes on a connection of a running server: HTTP/2 frames and gRPC messages, whole, truncated and wrong. It goes on serving.
 #![no_main]
 
 use std::{

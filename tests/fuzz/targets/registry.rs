@@ -1,4 +1,4 @@
-//! A registry's file: whatever stands decides, and never flips.
+//! A registry file: a valid one decides, and never flips.
 #![no_main]
 
 use std::sync::Arc;

@@ -41,7 +41,7 @@ fuzz_target!(|input: &[u8]| {
     }
 });
 
-/// Names alone ask nobody.
+/// Names alone need no probe.
 struct Nobody;
 
 impl byok_gate::core::engine::LivenessSource for Nobody {

@@ -1,4 +1,4 @@
-//! A vendor that answers with any bytes: the HTTP client, the cap on bodies, and what is made of it all. Nothing is ever VALID, for no made-up
+//! A vendor that answers with any bytes: the HTTP client, the cap on bodies, and the classification. Nothing is ever VALID, because no made-up
 //! key was refused.
 #![no_main]
 

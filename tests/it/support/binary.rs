@@ -69,7 +69,7 @@ impl Serving {
         Self::spawned(command(&[&SERVE, arguments].concat(), environment)).await
     }
 
-    /// With so many descriptors at most.
+    /// With at most this many descriptors.
     pub(crate) async fn start_with_descriptors(limit: usize) -> Self {
         let mut shell = Command::new("sh");
         let script = format!("ulimit -n {limit}; exec \"$0\" \"$@\"");
@@ -144,7 +144,7 @@ impl Serving {
         PolicyDecisionServiceClient::new(self.channel().await)
     }
 
-    /// From now on it has so many descriptors at most; those that are open stay.
+    /// From now on it may have at most this many descriptors; open ones stay.
     #[cfg(target_os = "linux")]
     pub(crate) async fn limit_descriptors(&self, limit: usize) {
         let id = self.child.id().unwrap().to_string();

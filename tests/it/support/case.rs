@@ -110,7 +110,7 @@ pub(crate) struct Record {
     pub(crate) retryable: bool,
 }
 
-/// What came of a request: a decision, or the fields that were at fault.
+/// The result of a request: a decision, or the invalid fields.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Answered {
     Decision(Box<Record>, Said),

@@ -1,4 +1,4 @@
-//! The log's events, held against their published schema.
+//! The log's events, checked against their published schema.
 
 use std::sync::LazyLock;
 

@@ -1,4 +1,4 @@
-//! The page of numbers, as a scraper reads it: over a real socket, or from what has numbers in this process.
+//! The metrics page, as a scraper reads it: over a real socket, or from this process.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -82,7 +82,7 @@ impl Scraped {
     }
 }
 
-/// Says this on a connection of its own and reads to its end.
+/// Sends this on a new connection and reads to the end.
 pub(crate) async fn say(address: SocketAddr, words: &str) -> Answer {
     let mut stream = TcpStream::connect(address).await.unwrap();
     stream.write_all(words.as_bytes()).await.unwrap();
@@ -149,7 +149,7 @@ impl Shown {
         scrape(self.admin).await
     }
 
-    /// The page as soon as it fits, for what happens a moment after the answer that tells of it.
+    /// The page as soon as it matches, for events shortly after the answer.
     pub(crate) async fn scrape_until(&self, fits: impl Fn(&Scraped) -> bool) -> Scraped {
         scrape_until(self.admin, fits).await
     }

@@ -1,5 +1,5 @@
-//! A provider for tests that move time: answers as told, after a time as told, and counts. Real sockets and paused time do not
-//! go together, since an idle runtime jumps to the next timer while an answer is on its way.
+//! A provider for tests that move time: answers by script, after a scripted time, and counts. Real sockets and paused time do not
+//! work together, since an idle runtime jumps to the next timer while an answer is on its way.
 
 use std::{
     sync::{

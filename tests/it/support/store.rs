@@ -1,5 +1,5 @@
-//! A store in the test's own process and in its time. It speaks the protocol of Redis and runs the scripts in the Lua that Redis has; what a
-//! network and a busy server do to a question happens to it by the weather of its link.
+//! A store in the test's own process and with its clock. It speaks the protocol of Redis and runs the scripts in Redis's Lua; each link has a
+//! "weather" that simulates network faults and a busy server.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -24,14 +24,14 @@ use tokio::{
 /// The store's clock at the start, in milliseconds: not the machine's.
 const EPOCH: u64 = 1_900_000_000_000;
 
-/// How a replica's way to the store is.
+/// The state of a replica's link to the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Weather {
     /// All comes within milliseconds.
     Calm,
-    /// Connections break before or after a question is heard; questions and answers come late.
+    /// Connections break before or after a request is read; requests and answers come late.
     Stormy,
-    /// Nothing is heard until it ends, and then all.
+    /// Nothing is read until it ends, and then everything.
     Frozen,
     /// No connection.
     Down,
@@ -90,9 +90,9 @@ pub(crate) struct Link {
     random: Arc<Mutex<StdRng>>,
 }
 
-/// What a question meets.
+/// The fate of a request.
 enum Fate {
-    /// Waits before it is heard, and the answer after it.
+    /// Delays before the request is read, and before the answer.
     Heard { before: u64, after: u64 },
     /// The connection ends: before it is heard, or after.
     Cut { heard: bool },
@@ -191,7 +191,7 @@ impl LuaStore {
         self.0.events.lock().unwrap().clone()
     }
 
-    /// A question, and what the store says to it.
+    /// A request, and the store's answer.
     fn asked(&self, by: usize, words: &[Vec<u8>]) -> Vec<u8> {
         let [name, script, keys, arguments @ ..] = words else { return b"-ERR too few words\r\n".to_vec() };
         if name != b"EVAL" {

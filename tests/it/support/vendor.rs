@@ -35,7 +35,7 @@ pub(crate) struct Row {
     pub(crate) delay_ms: u64,
 }
 
-/// What a vendor can do instead of answering.
+/// What a vendor can do instead of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Behave {
@@ -117,7 +117,7 @@ impl Asked {
 }
 
 impl Row {
-    /// What this key gets at this path; without one, what every other gets.
+    /// The answer to this key at this path; without one, the answer to all others.
     pub(crate) fn at(path: &str, key: Option<&str>, status: u16, body: &str) -> Self {
         let (path, key) = (Some(path.to_owned()), key.map(str::to_owned));
         Self { path, key, status: Some(status), body: body.into(), ..Self::default() }

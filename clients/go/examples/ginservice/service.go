@@ -1,5 +1,5 @@
-// Package ginservice is a service on gin that asks byok-gate where a platform has to: before a workspace is written, before it is stopped for
-// a restart, and before a secret of it is saved. Its test needs no byok-gate.
+// Package ginservice is a service on gin that calls byok-gate where a platform has to: before a workspace is written, before it is stopped
+// for a restart, and before one of its secrets is saved. Its test needs no byok-gate.
 package ginservice
 
 import (
@@ -14,13 +14,13 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/gatehttp"
 )
 
-// Workspace is one that exists.
+// Workspace is an existing workspace.
 type Workspace struct {
 	ID      string               `json:"id"`
 	Runtime string               `json:"runtime"`
 	Model   string               `json:"model"`
 	Billing byokgate.BillingMode `json:"billing_mode"`
-	// Box is what runs. It changes with each restart.
+	// Box is the running box. It changes with each restart.
 	Box string `json:"box"`
 
 	secrets byokgate.Found
@@ -34,7 +34,7 @@ type Service struct {
 	workspaces map[string]*Workspace
 }
 
-// New serves with this gate.
+// New makes a service that uses this gate.
 func New(gate byokgate.Decider) *Service {
 	return &Service{gate: gate, workspaces: map[string]*Workspace{}}
 }
@@ -56,11 +56,11 @@ func (s *Service) create(c *gin.Context) {
 		Secrets byokgate.Found `json:"secrets"`
 	}
 	if c.ShouldBindJSON(&asked) != nil {
-		// The binder's own words may quote the body, and the body holds secrets.
+		// The binder's error may quote the body, which holds secrets.
 		c.JSON(http.StatusBadRequest, gin.H{"error": "invalid workspace payload"})
 		return
 	}
-	// No row exists yet, so that a refusal leaves none behind.
+	// No row exists yet, so a refusal leaves none behind.
 	allowed, passed := gatehttp.Decide(c.Writer, c.Request, s.gate, byokgate.Request{
 		Checkpoint: byokgate.Create,
 		Spec:       byokgate.Spec{Runtime: asked.Runtime, Model: asked.Model, Lookup: byokgate.Static(asked.Secrets, nil)},
@@ -81,7 +81,7 @@ func (s *Service) restart(c *gin.Context) {
 	if !found {
 		return
 	}
-	// The box runs on until there is an allow for the next one.
+	// The box keeps running until there is an allow for the next one.
 	allowed, passed := gatehttp.Decide(c.Writer, c.Request, s.gate, byokgate.Request{
 		Checkpoint: byokgate.Provision, MaxLivenessAge: byokgate.Fresh(), Spec: s.spec(workspace),
 	})
@@ -110,7 +110,7 @@ func (s *Service) putSecret(c *gin.Context) {
 	name := c.Param("name")
 	spec := s.spec(workspace)
 	spec.Lookup = byokgate.Overlay(spec.Lookup, byokgate.Workspace, map[string]*byokgate.Secret{name: &asked.Value})
-	// A workspace that is refused for another reason is not made worse by this secret.
+	// If the workspace is refused for another reason, this secret does no harm.
 	_, err := s.gate.Decide(c.Request.Context(), byokgate.Request{Checkpoint: byokgate.Update, Spec: spec})
 	if byokgate.Concerns(err, name) {
 		gatehttp.Refuse(c.Writer, err)
@@ -133,7 +133,7 @@ func (s *Service) find(c *gin.Context) (*Workspace, bool) {
 	return workspace, found
 }
 
-// spec is a workspace as it is stored.
+// spec is a stored workspace.
 func (s *Service) spec(workspace *Workspace) byokgate.Spec {
 	return byokgate.Spec{
 		WorkspaceID: workspace.ID, Runtime: workspace.Runtime, Model: workspace.Model,

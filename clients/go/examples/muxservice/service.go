@@ -1,5 +1,5 @@
-// Package muxservice is a service on [http.ServeMux] that asks byok-gate in middleware: its handler runs for what may start, and for nothing
-// else. Beside it stands a service that is still being rolled out: it asks and reports, and obeys its own checks. Its test needs no byok-gate.
+// Package muxservice is a service on [http.ServeMux] that calls byok-gate in middleware: its handler runs only for workspaces that may
+// start. It also has a service in rollout: it calls and reports, and obeys its own checks. Its test needs no byok-gate.
 package muxservice
 
 import (
@@ -13,7 +13,7 @@ import (
 // Secrets fetch a workspace's or an organization's secrets of these names.
 type Secrets func(ctx context.Context, organization string, scope byokgate.Scope, names []string) (byokgate.Found, error)
 
-// New lets through to start what may start.
+// New passes to start only workspaces that may start.
 func New(gate byokgate.Decider, secrets Secrets, start func(allowed byokgate.Allowed)) http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("POST /organizations/{organization}/workspaces", gatehttp.Middleware(gate, ask(secrets))(
@@ -29,7 +29,7 @@ func New(gate byokgate.Decider, secrets Secrets, start func(allowed byokgate.All
 	return mux
 }
 
-// NewReporting starts whatever its own check lets through, and reports what byok-gate would have said. The answer does not wait for it.
+// NewReporting starts whatever its own check allows, and reports what byok-gate would have decided. The answer does not wait for it.
 func NewReporting(reporter *byokgate.Reporter, secrets Secrets, check func(*http.Request) bool, start func()) http.Handler {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST /organizations/{organization}/workspaces", func(w http.ResponseWriter, r *http.Request) {

@@ -1,4 +1,4 @@
-// Package routers is byok-gate's answer in four routers: chi and http.ServeMux take it as middleware, echo and fiber as a value.
+// Package routers uses byok-gate in four routers: as middleware in chi and http.ServeMux, as a value in echo and fiber.
 package routers
 
 import (
@@ -16,7 +16,7 @@ import (
 // Start makes a workspace, and needs the allow for it.
 type Start func(byokgate.Allowed)
 
-// question is what a create asks. Its secrets come with it.
+// question is the request of a create. It brings its secrets.
 func question(runtime, model, key string) byokgate.Request {
 	return byokgate.Request{Checkpoint: byokgate.Create, Spec: byokgate.Spec{
 		Runtime: runtime, Model: model, Lookup: byokgate.Static(byokgate.Found{"ACME_API_KEY": byokgate.NewSecret(key)}, nil),
@@ -54,7 +54,7 @@ func Mux(gate byokgate.Decider, start Start) http.Handler {
 	return mux
 }
 
-// Echo answers with a value of its own.
+// Echo answers with its own value.
 func Echo(gate byokgate.Decider, start Start) *echo.Echo {
 	server := echo.New()
 	server.POST("/workspaces", func(c echo.Context) error {
@@ -70,7 +70,7 @@ func Echo(gate byokgate.Decider, start Start) *echo.Echo {
 	return server
 }
 
-// Fiber has no http.ResponseWriter at all. What it gives out is valid until the handler returns, and so is a decision's question.
+// Fiber has no http.ResponseWriter at all. Its values are valid until the handler returns, and so is a decision's request.
 func Fiber(gate byokgate.Decider, start Start) *fiber.App {
 	server := fiber.New()
 	server.Post("/workspaces", func(c *fiber.Ctx) error {

@@ -12,7 +12,7 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/byokgatetest"
 )
 
-// The same answers, whatever the router: what may start starts, what may not is answered whole, and nothing starts by mistake.
+// The same answers with every router: an allowed workspace starts, a refused one gets the whole answer, and nothing starts by mistake.
 func TestTheSameAnswersInEveryRouter(t *testing.T) {
 	for name, serve := range map[string]func(byokgate.Decider, Start) func(*http.Request) *http.Response{
 		"chi": func(gate byokgate.Decider, start Start) func(*http.Request) *http.Response {

@@ -1,5 +1,5 @@
-// Command apilist prints the exported declarations of packages, one after the other and without comments, so that a change of what callers
-// can use shows as a difference. ./api runs it.
+// Command apilist prints the exported declarations of packages without comments, so that a change of the API shows as a difference. ./api
+// runs it.
 package main
 
 import (

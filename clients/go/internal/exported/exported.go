@@ -1,4 +1,4 @@
-// Package exported lists what callers of a package reach, for the tests that must have a row for each.
+// Package exported lists the exported API of a package, for the tests that must have a row for each.
 package exported
 
 import (

@@ -16,7 +16,7 @@ import (
 // enum is one of the proto's and the Go type that callers see.
 type enum struct {
 	proto, prefix string
-	// kind is the Go type, before what each constant's name begins with it, and list the function that gives all.
+	// kind is the Go type, before the prefix of the constants' names, and list the function that returns all.
 	kind, before, list string
 }
 
@@ -26,7 +26,7 @@ var enums = []enum{
 	{"Verdict", "VERDICT_", "Verdict", "Verdict", "Verdicts"},
 }
 
-// initialisms are written in one case, as Go does.
+// initialisms are written in one case, as in Go.
 var initialisms = map[string]string{"BYOK": "BYOK"}
 
 func main() {

@@ -13,7 +13,7 @@ import (
 type EditedBody struct {
 	// Restarted are the workspaces that run with the change.
 	Restarted []string `json:"restarted"`
-	// Kept go on running without it: their restart was refused, and is tried again where that may help.
+	// Kept go on running without it: their restart was refused, and is retried if that may help.
 	Kept []string `json:"kept"`
 }
 
@@ -71,8 +71,8 @@ func (s *Server) deleteOrganizationSecret(w http.ResponseWriter, r *http.Request
 	s.editSecret(w, r, byokgate.Organization, nil)
 }
 
-// editSecret saves a secret, or deletes it if it is nil, unless that would break a workspace; then it restarts those that it
-// reaches. One batch asks for all of them.
+// editSecret saves a secret, or deletes it if it is nil, unless that would break a workspace; then it restarts the affected ones.
+// One batch decides for all of them.
 func (s *Server) editSecret(w http.ResponseWriter, r *http.Request, scope byokgate.Scope, secret *byokgate.Secret) {
 	ctx := r.Context()
 	at := place{scope: scope, owner: r.PathValue("id"), name: r.PathValue("name")}
@@ -93,7 +93,7 @@ func (s *Server) editSecret(w http.ResponseWriter, r *http.Request, scope byokga
 			continue
 		}
 		if secret == nil {
-			// A key that is of no use as it is may go.
+			// A useless key may be deleted.
 			requests[index].Spec.Lookup = s.spec(rows[index]).Lookup
 			if _, before := s.gate.Decide(ctx, requests[index]); byokgate.MayDelete(err, before, at.name) {
 				continue
@@ -115,7 +115,7 @@ func (s *Server) editSecret(w http.ResponseWriter, r *http.Request, scope byokga
 	s.restart(w, r, rows)
 }
 
-// reachedBy are the workspaces that a secret reaches.
+// reachedBy are the workspaces that a secret affects.
 func (s *Server) reachedBy(ctx context.Context, at place) ([]Row, error) {
 	if at.scope == byokgate.Organization {
 		return s.store.affectedBy(ctx, at.owner, at.name)

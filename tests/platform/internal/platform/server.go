@@ -1,10 +1,10 @@
-// Package platform stands for the platform that calls byok-gate: an HTTP service that keeps workspaces and their secrets in
-// PostgreSQL, small enough to copy from. What a caller owes is done in four files:
+// Package platform is an example of a platform that calls byok-gate: an HTTP service that keeps workspaces and their secrets in
+// PostgreSQL, small enough to copy from. Four files do what a caller must do:
 //
 //   - server.go decides before a row is written, for one workspace and for an import of many.
-//   - start.go decides before a running box is stopped, and tries again what may be tried again.
-//   - edit.go decides before a change is saved, for all workspaces that it reaches.
-//   - sweep.go looks at what runs, since a key may die later.
+//   - start.go decides before a running box is stopped, and retries retryable refusals.
+//   - edit.go decides before a change is saved, for all affected workspaces.
+//   - sweep.go checks running workspaces, since a key may die later.
 //
 // store.go has the lookups by which byok-gate's client fetches secrets.
 package platform
@@ -32,7 +32,7 @@ type Server struct {
 	log   *slog.Logger
 	mux   *http.ServeMux
 
-	// What is to be started again later; see start.go.
+	// Workspaces to start later; see start.go.
 	ctx    context.Context
 	cancel context.CancelFunc
 	work   sync.WaitGroup
@@ -63,13 +63,13 @@ func NewServer(gate *byokgate.Client, store *Store, log *slog.Logger) *Server {
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
-// Close ends what was to be started later, and waits for what is being started.
+// Close cancels later starts, and waits for running ones.
 func (s *Server) Close() {
 	s.cancel()
 	s.work.Wait()
 }
 
-// payload is a workspace as it is asked for.
+// payload is a requested workspace.
 type payload struct {
 	OrganizationID string         `json:"organization_id"`
 	Name           string         `json:"name"`
@@ -141,7 +141,7 @@ func (s *Server) importAll(w http.ResponseWriter, r *http.Request) {
 	writeJSON(w, http.StatusOK, results)
 }
 
-// creation asks about a workspace that does not exist: its own scope is what comes with it.
+// creation is the request for a new workspace: its own scope is the payload.
 func (s *Server) creation(id string, asked payload) byokgate.Request {
 	stored := s.store.lookup(id, asked.OrganizationID)
 	return byokgate.Request{Checkpoint: byokgate.Create, Spec: byokgate.Spec{
@@ -188,7 +188,7 @@ func (s *Server) get(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// rowOf answers itself where there is none.
+// rowOf writes the answer itself if there is none.
 func (s *Server) rowOf(w http.ResponseWriter, r *http.Request) (Row, bool) {
 	row, err := s.store.row(r.Context(), r.PathValue("id"))
 	if err != nil {
@@ -198,7 +198,7 @@ func (s *Server) rowOf(w http.ResponseWriter, r *http.Request) (Row, bool) {
 	return row, true
 }
 
-// fault answers for the platform's own faults. What the store says stays in the log.
+// fault answers for the platform's own faults. The store's error stays in the log.
 func (s *Server) fault(w http.ResponseWriter, err error) {
 	if errors.Is(err, errNoRow) {
 		http.Error(w, errNoRow.Error(), http.StatusNotFound)
@@ -214,7 +214,7 @@ func started(row Row) StartedBody {
 	}
 }
 
-// bodyOf is a refusal's, for an answer that holds several.
+// bodyOf is a refusal's body, for an answer with several.
 func bodyOf(err error) *byokgate.Body {
 	var refusal byokgate.Refusal = &byokgate.Undecided{}
 	_ = errors.As(err, &refusal)
@@ -222,7 +222,7 @@ func bodyOf(err error) *byokgate.Body {
 	return &body
 }
 
-// readJSON answers 400 itself. The decoder's own words are kept back: they may quote the body, and the body holds secrets.
+// readJSON answers 400 itself, without the decoder's error: it may quote the body, which holds secrets.
 func readJSON(w http.ResponseWriter, r *http.Request, into any) bool {
 	if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, maxBody)).Decode(into); err != nil {
 		http.Error(w, "the body is not the JSON that is expected here", http.StatusBadRequest)
@@ -234,6 +234,6 @@ func readJSON(w http.ResponseWriter, r *http.Request, into any) bool {
 func writeJSON(w http.ResponseWriter, status int, body any) {
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(status)
-	// The status is sent: a caller that hung up is all that can go wrong now.
+	// The status is sent: now only a caller that hung up can go wrong.
 	_ = json.NewEncoder(w).Encode(body)
 }

@@ -11,7 +11,7 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/gatehttp"
 )
 
-// start starts, restarts or resumes: to byok-gate it is one question.
+// start starts, restarts or resumes: byok-gate treats them alike.
 func (s *Server) start(w http.ResponseWriter, r *http.Request) {
 	row, found := s.rowOf(w, r)
 	if !found {
@@ -29,7 +29,7 @@ func (s *Server) start(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// startRow decides before anything is stopped, so that a box that runs goes on running where its restart would be refused.
+// startRow decides before anything is stopped, so that a running box keeps running if its restart is refused.
 func (s *Server) startRow(ctx context.Context, row Row) (Row, error) {
 	allowed, err := s.gate.Decide(ctx, s.provision(row))
 	if err != nil {
@@ -38,7 +38,7 @@ func (s *Server) startRow(ctx context.Context, row Row) (Row, error) {
 	return s.replaceBox(ctx, row.ID, allowed)
 }
 
-// startAll is startRow for a fleet: one batch, and each box is replaced as soon as its own answer is there.
+// startAll is startRow for a fleet: one batch, and each box is replaced as soon as its own answer arrives.
 func (s *Server) startAll(ctx context.Context, rows []Row) (replaced, kept []string, failure error) {
 	requests := make([]byokgate.Request, len(rows))
 	for index, row := range rows {
@@ -63,12 +63,12 @@ func (s *Server) startAll(ctx context.Context, rows []Row) (replaced, kept []str
 	return replaced, kept, nil
 }
 
-// provision asks for a fresh observation, since the key may have died after the create.
+// provision requests a fresh result, since the key may have died after the create.
 func (s *Server) provision(row Row) byokgate.Request {
 	return byokgate.Request{Checkpoint: byokgate.Provision, MaxLivenessAge: byokgate.Fresh(), Spec: s.spec(row)}
 }
 
-// spec is a workspace as it is stored.
+// spec is a stored workspace.
 func (s *Server) spec(row Row) byokgate.Spec {
 	return byokgate.Spec{
 		WorkspaceID:    row.ID,
@@ -87,7 +87,7 @@ func (s *Server) replaceBox(ctx context.Context, id string, allowed byokgate.All
 	})
 }
 
-// refused notes why, touches nothing else, and comes back to it where that may help. It returns the refusal.
+// refused records why, touches nothing else, and retries later if that may help. It returns the refusal.
 func (s *Server) refused(ctx context.Context, id string, err error) error {
 	var refusal byokgate.Refusal
 	if !errors.As(err, &refusal) {
@@ -103,8 +103,8 @@ func (s *Server) refused(ctx context.Context, id string, err error) error {
 	return refusal
 }
 
-// startLater starts a workspace when byok-gate said to ask again, and again for as long as it says so. Once for each
-// workspace, however often it was refused in the meantime.
+// startLater retries a start at byok-gate's RetryAfter, as long as it is refused as retryable. Once for each workspace, even if it was
+// refused several times.
 func (s *Server) startLater(id string, after time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -134,7 +134,7 @@ func (s *Server) startLater(id string, after time.Duration) {
 	}()
 }
 
-// pause stops the box. No question is asked: what does not run bills nobody.
+// pause stops the box. It makes no call: a stopped box bills nobody.
 func (s *Server) pause(w http.ResponseWriter, r *http.Request) {
 	row, err := s.store.change(r.Context(), r.PathValue("id"), func(row *Row) { row.Status, row.Box = StatusPaused, "" })
 	if err != nil {

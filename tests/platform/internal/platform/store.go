@@ -140,8 +140,8 @@ func (s *Store) remove(ctx context.Context, at place) error {
 	return err
 }
 
-// lookup is what byok-gate's client calls for the names that matter. A query that fails fails the lookup; a row that does not
-// decrypt is unreadable. Neither is "no secret there".
+// lookup is what byok-gate's client calls for the names that matter. A failed query fails the lookup; a row that does not decrypt is
+// unreadable. Neither means "no secret".
 func (s *Store) lookup(workspace, organization string) byokgate.Lookup {
 	owners := map[byokgate.Scope]string{byokgate.Workspace: workspace, byokgate.Organization: organization}
 	return func(ctx context.Context, scope byokgate.Scope, names []string) (byokgate.Found, error) {

@@ -11,13 +11,13 @@ import (
 	"github.com/byok-gate/byok-gate/clients/go/byokgate"
 )
 
-// Sweep looks at the running workspaces again and again until the context ends, and notes at each what has become of its credential. It stops
-// none: a tenant whose key died is told, and the box runs on until it is restarted.
+// Sweep checks the running workspaces periodically until the context ends, and records the state of each credential. It stops none: a
+// tenant whose key died is notified, and the box keeps running until it is restarted.
 func (s *Server) Sweep(ctx context.Context, gate *byokgate.Client, options byokgate.SweepOptions) {
 	options.Store = sweepStore{s.store}
 	for change, err := range gate.Sweep(ctx, s.running, options) {
 		if err != nil {
-			// What the sweep cannot do, or that it finds nothing out at all: an *byokgate.Undecided says what to check.
+			// The sweep could not do something, or learns nothing at all: an *byokgate.Undecided says what to check.
 			s.log.Error("the sweep could not do all", "error", err.Error())
 			continue
 		}

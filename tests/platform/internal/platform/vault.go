@@ -44,7 +44,7 @@ func (v *Vault) seal(at place, secret byokgate.Secret) []byte {
 	return v.aead.Seal(nonce, nonce, []byte(secret.Reveal()), at.bytes())
 }
 
-// open gives an unreadable secret for what does not decrypt: never none, and never an empty one.
+// open returns an unreadable secret if it does not decrypt: never none, and never an empty one.
 func (v *Vault) open(at place, sealed []byte) (byokgate.Secret, error) {
 	if len(sealed) < v.aead.NonceSize() {
 		return byokgate.Unreadable(), errors.New("too short to be a ciphertext")

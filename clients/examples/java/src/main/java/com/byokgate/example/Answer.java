@@ -4,12 +4,12 @@ import java.util.List;
 import java.util.Map;
 
 /**
- * What came of asking. Only {@code answer instanceof Allowed allowed} may start anything.
+ * The answer. Only {@code answer instanceof Allowed allowed} may start anything.
  *
  * <p>Its parts are safe to log: names, ids and sentences, and no credential.
  */
 public sealed interface Answer {
-    /** Who pays. A mode that a later byok-gate knows is unknown here until it is added here. */
+    /** Who pays. A mode of a later byok-gate is unknown until it is added here. */
     enum BillingMode {
         PLATFORM_MANAGED,
         BYOK,
@@ -23,7 +23,7 @@ public sealed interface Answer {
      */
     record Allowed(BillingMode billingMode, String decisionId, String provider, List<String> warnings) implements Answer {}
 
-    /** The reason not to start, ready to be answered with. */
+    /** The reason not to start, with the HTTP answer. */
     sealed interface Refusal extends Answer {
         int httpStatus();
 
@@ -34,7 +34,7 @@ public sealed interface Answer {
         long retryAfter();
 
         default Map<String, String> httpHeaders() {
-            // A decision is for this moment alone.
+            // A decision must not be cached.
             return httpStatus() == 503
                     ? Map.of("Cache-Control", "no-store", "Retry-After", Long.toString(retryAfter()))
                     : Map.of("Cache-Control", "no-store");
@@ -44,7 +44,7 @@ public sealed interface Answer {
     /**
      * The workspace must not start. Message and remedy are for the tenant.
      *
-     * @param code such as MISSING_BYOK_CREDENTIAL, or DENY_CODE_999 where this program does not know the code. It is a denial all the same
+     * @param code such as MISSING_BYOK_CREDENTIAL, or DENY_CODE_999 for an unknown code, which is still a denial
      */
     record Refused(
             String code,
@@ -66,10 +66,10 @@ public sealed interface Answer {
     /**
      * There is no decision, so nothing may start.
      *
-     * @param httpStatus 400: the request is at fault. 500: the platform is not wired to byok-gate, which no tenant can help. 503: try again
-     * @param grpcCode gRPC's code, such as UNAVAILABLE. OK where the reply could not be understood
+     * @param httpStatus 400: the request is invalid. 500: the platform is misconfigured, which no tenant can fix. 503: try again
+     * @param grpcCode gRPC's code, such as UNAVAILABLE. OK if the reply could not be understood
      * @param reason byok-gate's ErrorReason, such as DRAINING. Empty if byok-gate did not say
-     * @param fields the fields of the request that are at fault
+     * @param fields the invalid fields of the request
      */
     record Undecided(int httpStatus, String message, String grpcCode, String reason, List<String> fields, long retryAfter)
             implements Refusal {}

@@ -7,9 +7,9 @@ import java.util.Arrays;
 import java.util.List;
 
 /**
- * Asks once, and prints what a platform would log and answer: {@code Example TARGET RUNTIME MODEL [NAME ...]}.
+ * Makes one call, and prints what a platform would log and answer: {@code Example TARGET RUNTIME MODEL [NAME ...]}.
  *
- * <p>Each NAME is a credential's, and its value is read from the environment. Exits 0 where the workspace may start.
+ * <p>Each NAME is a credential's, and its value is read from the environment. Exits 0 if the workspace may start.
  */
 public final class Example {
     public static void main(String[] arguments) throws Exception {
@@ -29,7 +29,7 @@ public final class Example {
             System.out.printf("HTTP %d %s%n%s%n", refusal.httpStatus(), refusal.httpHeaders(), refusal.message());
             System.exit(1);
         }
-        // Here, and nowhere before, a platform writes the workspace's row, with the billing mode of Answer.Allowed.
+        // Only here a platform writes the workspace's row, with the billing mode of Answer.Allowed.
     }
 
     private Example() {}

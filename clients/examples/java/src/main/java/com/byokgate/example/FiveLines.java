@@ -9,7 +9,7 @@ import java.util.Optional;
 import java.util.Set;
 import java.util.concurrent.TimeUnit;
 
-/** The least that a caller of the generated code has to write. docs/other-languages.md shows it. */
+/** The minimum for a caller of the generated code. docs/other-languages.md shows it. */
 final class FiveLines {
     // On the page from here.
     static final Set<BillingMode> KNOWN =

@@ -58,7 +58,7 @@ import java.util.concurrent.TimeUnit;
 public final class Gate implements AutoCloseable {
     private static final Metadata.Key<String> AUTHORIZATION = Metadata.Key.of("authorization", Metadata.ASCII_STRING_MARSHALLER);
 
-    /** All calls are questions, so that one which did arrive does no harm twice. The call's deadline bounds the attempts together. */
+    /** All calls are read-only, so repeating one does no harm. The call's deadline limits all attempts together. */
     private static final Map<String, ?> SERVICE_CONFIG = Map.of(
             "methodConfig",
             List.of(Map.of(
@@ -80,7 +80,7 @@ public final class Gate implements AutoCloseable {
      * @param tokenFile a file with the bearer token. Read for each call, so that the token can be rotated
      */
     public record Options(java.time.Duration timeout, Optional<Tls> tls, Optional<Path> tokenFile) {
-        /** byok-gate gives a provider three seconds to answer, and a caller that waits a little longer hears what came of it. */
+        /** byok-gate gives a provider three seconds to answer; a caller that waits a little longer gets the result. */
         public static final Options DEFAULT = new Options(java.time.Duration.ofSeconds(4), Optional.empty(), Optional.empty());
     }
 
@@ -112,12 +112,12 @@ public final class Gate implements AutoCloseable {
         }
         channel = builder.defaultServiceConfig(SERVICE_CONFIG)
                 .enableRetry()
-                // Credentials do not go through a proxy because a setting of the machine's says so.
+                // A setting of the machine must not send credentials through a proxy.
                 .proxyDetector(address -> null)
                 .build();
     }
 
-    /** Asks. Whatever is not plainly an allow is a refusal. */
+    /** Calls byok-gate. Anything but a clear allow is a refusal. */
     public Answer decide(Spec spec, Checkpoint checkpoint) {
         Metadata metadata = new Metadata();
         if (options.tokenFile().isPresent()) {
@@ -190,7 +190,7 @@ public final class Gate implements AutoCloseable {
     }
 
     private static Answer read(DecideResponse reply) {
-        // Unspecified on everything that is no allow, and unrecognized where the mode is not known here.
+        // Unspecified on everything but an allow, and unrecognized for an unknown mode.
         Optional<Answer.BillingMode> billingMode = billingMode(reply.getAllow());
         if (billingMode.isPresent()) {
             return new Answer.Allowed(
@@ -204,7 +204,7 @@ public final class Gate implements AutoCloseable {
         if (reply.hasDeny()) {
             Deny deny = reply.getDeny();
             return new Answer.Refused(
-                    // getCode().getNumber() throws where the code is not known here; getCodeValue() does not.
+                    // getCode().getNumber() throws for an unknown code; getCodeValue() does not.
                     shortName("DENY_CODE_", deny.getCode().name(), deny.getCodeValue()),
                     deny.getMessage(),
                     deny.getRemedy(),
@@ -244,12 +244,12 @@ public final class Gate implements AutoCloseable {
                     retryAfter = seconds(packed.unpack(RetryInfo.class).getRetryDelay());
                 }
             } catch (InvalidProtocolBufferException garbled) {
-                // A detail only says more of an error that is one without it.
+                // The details are optional: the error counts without them.
             }
         }
         return switch (status.getCode()) {
             case INVALID_ARGUMENT ->
-            // Names the field at fault. byok-gate never repeats a credential's value.
+            // Names the invalid field. byok-gate never repeats a credential's value.
             new Answer.Undecided(
                     400, "the workspace cannot be judged: " + status.getDescription(), code, reason, List.copyOf(fields), 0);
             case UNAUTHENTICATED, PERMISSION_DENIED, UNIMPLEMENTED -> new Answer.Undecided(
@@ -258,7 +258,7 @@ public final class Gate implements AutoCloseable {
         };
     }
 
-    /** None, if somebody between the two has garbled them. */
+    /** None if they were garbled on the way. */
     private static List<Any> details(StatusRuntimeException error) {
         try {
             com.google.rpc.Status status = StatusProto.fromThrowable(error);
@@ -268,7 +268,7 @@ public final class Gate implements AutoCloseable {
         }
     }
 
-    /** A value's name, without the prefix that its enum gives it where it is a name that means something. */
+    /** A value's name, without its enum's prefix if the value is known. */
     private static String shortName(String prefix, String name, int number) {
         if (name.equals("UNRECOGNIZED")) {
             return prefix + number;
@@ -276,7 +276,7 @@ public final class Gate implements AutoCloseable {
         return number == 0 ? name : name.substring(prefix.length());
     }
 
-    /** Whole seconds, which is all that Retry-After can say; rounded up and never 0, which would invite a busy loop. */
+    /** Whole seconds, as Retry-After requires; rounded up and never 0, which would cause a busy loop. */
     private static long seconds(Duration time) {
         return Math.max(1, time.getSeconds() + (time.getNanos() > 0 ? 1 : 0));
     }

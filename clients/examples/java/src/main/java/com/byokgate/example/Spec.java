@@ -6,7 +6,7 @@ import com.byokgate.v1.Scope;
 import java.util.List;
 
 /**
- * The workspace as it would start: the effective runtime and model, and what there is of the names that matter to them.
+ * The workspace as it would start: the effective runtime and model, and the credentials that matter to them.
  *
  * @param unreadableScopes scopes that could not be listed at all
  */

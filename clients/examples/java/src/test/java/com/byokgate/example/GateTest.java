@@ -48,7 +48,7 @@ import org.junit.jupiter.params.provider.FieldSource;
 import org.junit.jupiter.params.provider.MethodSource;
 import org.junit.jupiter.params.provider.ValueSource;
 
-/** {@code decide} against real servers and against one that sends what no server of today would. */
+/** {@code decide} against real servers, and against one that sends what no current server would. */
 class GateTest {
     private static final String KEY = "made-up-live";
     private static final Spec LIVE = live("acme-large", "");
@@ -93,7 +93,7 @@ class GateTest {
         return undecided;
     }
 
-    /** That an answer is what cases.json or replies.json says. */
+    /** Checks that an answer is what cases.json or replies.json says. */
     private static void expect(Answer answer, Servers.Expected expected) {
         if (expected.allowed() != null) {
             Answer.Allowed allowed = assertInstanceOf(Answer.Allowed.class, answer);
@@ -262,7 +262,7 @@ class GateTest {
         assertEquals("", answer.reason());
     }
 
-    // === Replies that no server of today sends ===
+    // === Replies that no current server sends ===
 
     @ParameterizedTest
     @FieldSource("REPLIES")
@@ -272,7 +272,7 @@ class GateTest {
         }
     }
 
-    /** A Decide that fails so many times, and allows from then on. */
+    /** A Decide that fails this many times, and then allows. */
     private record Failing(Status.Code code, List<Message> details, byte[] trailer, int times, AtomicInteger calls)
             implements ServerCalls.UnaryMethod<byte[], byte[]> {
         static final Metadata.Key<byte[]> DETAILS = Metadata.Key.of("grpc-status-details-bin", Metadata.BINARY_BYTE_MARSHALLER);
@@ -433,7 +433,7 @@ class GateTest {
     void theProgram(String model, int status, String said) throws Exception {
         ProcessBuilder builder = new ProcessBuilder(
                 Path.of(System.getProperty("java.home"), "bin", "java").toString(),
-                // A proxy of the machine's takes no part.
+                // The machine's proxy is not used.
                 "-Dhttps.proxyHost=127.0.0.1",
                 "-Dhttps.proxyPort=" + Servers.server("nobody").split(":")[1],
                 "-Dhttp.nonProxyHosts=",

@@ -33,7 +33,7 @@ import org.junit.jupiter.api.BeforeAll;
 import org.junit.jupiter.api.Test;
 
 /**
- * The natural ways to read a reply, and to print a request, and what becomes of each: the tables of docs/other-languages.md.
+ * The natural ways to read a reply and to print a request, with the result of each: the tables of docs/other-languages.md.
  *
  * <p>What is seen is written to $BYOK_GATE_SEEN, by which ../check-tables compares the page.
  */
@@ -48,7 +48,7 @@ class ReadingsTest {
 
     private record Seen(String column, boolean allowed, byte[] bytes) {}
 
-    // What the page says to use is the first.
+    // The first is the one to use.
     private static final List<Reading> READINGS = List.of(
             new Reading("KNOWN.contains(r.getAllow().getBillingMode())", r -> KNOWN.contains(r.getAllow().getBillingMode())),
             new Reading("r.getDecisionCase() == DecisionCase.ALLOW", r -> r.getDecisionCase() == DecisionCase.ALLOW),
@@ -75,7 +75,7 @@ class ReadingsTest {
 
     private static final List<Seen> SEEN = new ArrayList<>();
 
-    /** The real server's replies, and those that are sent by none. */
+    /** The real server's replies, and those that no server sends. */
     @BeforeAll
     static void collect() {
         for (Servers.Case asked : Servers.CASES) {

@@ -24,7 +24,7 @@ import java.util.List;
 import java.util.Map;
 import java.util.Objects;
 
-/** What the tests ask: the real servers that with-servers started, and a server that sends the bytes that it is told to. */
+/** The servers for the tests: the real ones that with-servers started, and one that sends given bytes. */
 final class Servers {
     record Started(Map<String, String> servers, Map<String, String> files) {}
 
@@ -38,7 +38,7 @@ final class Servers {
             List<String> unreadable_scopes,
             String operator_override,
             String platform_proxy) {
-        /** A spec as cases.json has it. */
+        /** A spec from cases.json. */
         Spec spec() {
             return new Spec(
                     runtime,
