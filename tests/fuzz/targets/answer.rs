@@ -7,9 +7,9 @@ use byok_gate::{
     core::{
         classify::{Answer, Calibration, ProbeResponse, calibration_of, is_page, read},
         endpoint::{Target, target},
-        response_shape::ResponseShape,
-        probe_plan::{Client, Next, ProbePlan, Requests},
         endpoint_facts::EndpointFacts,
+        probe_plan::{Client, Next, ProbePlan, Requests},
+        response_shape::ResponseShape,
     },
     domain::verdict::{Unreached, Verdict},
 };
