@@ -149,9 +149,17 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     let origin =
         |path: Option<&PathBuf>| DocumentOrigin { source: source_of(path), loaded_at: now, last_reload_error: String::new() };
     let (registry_origin, catalogue_origin) = (origin(registry_file), origin(catalogue_file));
+    let without_file = || "defaults, environment and flags".to_owned();
+    let configuration_origin = DocumentOrigin {
+        source: paths.config.as_ref().map_or_else(without_file, |path| path.display().to_string()),
+        ..origin(None)
+    };
     let documents = [registry_file, catalogue_file, paths.config.as_ref()].into_iter().flatten().cloned().collect();
+    let mut snapshot =
+        Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin);
+    snapshot.configuration_origin = configuration_origin;
     Ok(Setup {
-        snapshot: Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin),
+        snapshot,
         fingerprint_key,
         probe_ca: probe_ca.unwrap_or_default().to_vec(),
         proxy,

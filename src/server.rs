@@ -55,7 +55,7 @@ use crate::{
     telemetry::{
         events::Journal,
         lately::Lately,
-        metrics::{Collect, process::Process},
+        metrics::{Collect, process::Process, reloads::Reloads},
     },
     watch::{Source, Watcher, files},
 };
@@ -65,6 +65,7 @@ pub struct Bound {
     listeners: Vec<Listener>,
     admin: Option<Listener>,
     measured: Vec<Arc<dyn Collect>>,
+    followed: Vec<Arc<Reloads>>,
     callers: Arc<Callers>,
     tls: Option<Arc<Tls>>,
     settings: EdgeSettings,
@@ -103,8 +104,8 @@ impl Bound {
         };
         let measured: Vec<Arc<dyn Collect>> = vec![Arc::new(Process::started())];
         let (look, _) = watch::channel(());
-        let (journal, tasks) = (Journal::off(), Vec::new());
-        let mut bound = Self { listeners, admin, measured, callers, tls, settings, journal, tasks, look };
+        let (journal, followed, tasks) = (Journal::off(), Vec::new(), Vec::new());
+        let mut bound = Self { listeners, admin, measured, followed, callers, tls, settings, journal, tasks, look };
         if let Some(tls) = bound.tls.clone() {
             bound.measure(tls.clone());
             bound.supervise("certificates", watch_ends(tls.clone()));
@@ -154,6 +155,7 @@ impl Bound {
         let name = source.name();
         let watcher = Watcher::new(source);
         self.measure(watcher.counts());
+        self.followed.push(watcher.counts());
         self.supervise(name, watcher.run(self.settings.server.reload_interval, self.look.subscribe()));
     }
 
@@ -171,7 +173,7 @@ impl Bound {
     /// Serves until `shutdown`, then leaves: NOT_SERVING, a moment for that to be noticed, no new connections, GOAWAY, calls
     /// under way to the drain deadline.
     pub async fn run(self, engine: Arc<Engine>, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, ServerError> {
-        let Self { listeners, admin, mut measured, callers, tls, settings, journal, tasks: supervised, look } = self;
+        let Self { listeners, admin, mut measured, followed, callers, tls, settings, journal, tasks: supervised, look } = self;
         let (phase, phases) = watch::channel(Phase::Starting);
         let limit = affordable(settings.limits.connections, listeners.len());
         let lately = Arc::new(Lately::new(settings.admin.show_workspace_ids));
@@ -181,7 +183,7 @@ impl Bound {
         measured.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder, counts.clone()]);
         let mut tasks = JoinSet::new();
         if let Some(listener) = admin {
-            let shown = Arc::new(Shown::new(engine, measured, lately, tls, Arc::clone(&counts)));
+            let shown = Arc::new(Shown::new(engine, measured, followed, lately, tls, Arc::clone(&counts)));
             spawn(&mut tasks, ("status counts", Box::pin(note_counts(Arc::clone(&shown)))));
             spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, shown))));
         }

@@ -99,7 +99,7 @@ impl<S: Source> Watcher<S> {
     /// Of a source that has been read. The first looks read it again: a file may have changed since.
     pub fn new(source: S) -> Self {
         let (files, hash_key) = (source.files(), rand::rng().random());
-        let counts = Arc::new(Reloads::of(source.name()));
+        let counts = Arc::new(Reloads::of(source.name(), files.clone()));
         let nothing = [0; 32];
         Self {
             source,
@@ -147,12 +147,9 @@ impl<S: Source> Watcher<S> {
             let polled = match timeout(files::READ_TIME, &mut polling).await {
                 Ok(polled) => polled,
                 Err(_) => {
-                    counts.failed();
-                    tracing::error!(
-                        event = "reload_stuck",
-                        what = name,
-                        "the files cannot be read: their volume does not answer"
-                    );
+                    let fault = "the files cannot be read: their volume does not answer";
+                    counts.failed(fault);
+                    tracing::error!(event = "reload_stuck", what = name, "{fault}");
                     // One thread waits for it, and no more than one.
                     polling.await
                 }
@@ -217,7 +214,7 @@ impl<S: Source> Watcher<S> {
             }
             Err(fault) => {
                 self.failures += 1;
-                self.counts.failed();
+                self.counts.failed(&fault.0);
                 let failures = self.failures;
                 if self.last_fault.as_ref() == Some(&fault) {
                     tracing::debug!(event = "reload_failed", what, failures, %fault);

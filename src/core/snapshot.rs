@@ -35,6 +35,10 @@ pub struct Snapshot {
     pub registry_origin: Origin,
     /// Where the catalogue came from.
     pub catalogue_origin: Origin,
+    /// Where the configuration came from.
+    pub configuration_origin: Origin,
+    /// Settings whose values in the configuration are in force after a restart only.
+    pub restart_needed: Vec<String>,
     /// What follows from registry and catalogue alone: made anew for every call, it cost more than all the rest of a decision.
     derived: Arc<Follows>,
 }
@@ -73,7 +77,7 @@ struct Dialled {
 /// Where a document came from.
 #[derive(Debug, Clone)]
 pub struct Origin {
-    /// `embedded`, or the file's path.
+    /// `embedded`, or the file's path; of a configuration without a file, what else it is made of.
     pub source: String,
     /// When it was loaded.
     pub loaded_at: SystemTime,
@@ -93,7 +97,15 @@ impl Snapshot {
         catalogue_origin: Origin,
     ) -> Self {
         let derived = Arc::new(Follows::from(&registry, &catalogue));
-        Self { registry, catalogue, policy, registry_origin, catalogue_origin, derived }
+        let configuration_origin =
+            Origin { source: "defaults".to_owned(), loaded_at: registry_origin.loaded_at, last_reload_error: String::new() };
+        let restart_needed = Vec::new();
+        Self { registry, catalogue, policy, registry_origin, catalogue_origin, configuration_origin, restart_needed, derived }
+    }
+
+    /// All origins.
+    pub fn origins(&self) -> [&Origin; 3] {
+        [&self.registry_origin, &self.catalogue_origin, &self.configuration_origin]
     }
 
     /// How a provider of this registry is asked, or why not.

@@ -465,9 +465,9 @@ pub fn models(snapshot: &Snapshot, runtime: Option<&str>, details: bool) -> pb::
     pb::ListModelsResponse { models, registry_revision: registry.revision().to_owned(), open_providers }
 }
 
-/// The state of registry and catalogue.
+/// The state of registry, catalogue and configuration.
 pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResponse {
-    let Snapshot { registry, catalogue, registry_origin, catalogue_origin, .. } = snapshot;
+    let Snapshot { registry, catalogue, registry_origin, catalogue_origin, configuration_origin, .. } = snapshot;
     let source = |revision: &str, origin: &Origin| pb::SourceStatus {
         revision: revision.to_owned(),
         source: origin.source.clone(),
@@ -485,6 +485,8 @@ pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResp
         model_count: count(registry.runtimes().flat_map(|(_, runtime)| &runtime.arms).map(|arm| arm.models.len()).sum()),
         host_count: count(catalogue.host_count()),
         credential_names: snapshot.credential_names().iter().cloned().collect(),
+        configuration: Some(source("", configuration_origin)),
+        restart_needed: snapshot.restart_needed.clone(),
     }
 }
 

@@ -28,7 +28,7 @@ use crate::{
     core::engine::Engine,
     telemetry::{
         lately::Lately,
-        metrics::{CONTENT_TYPE, Collect, Page, loaded},
+        metrics::{CONTENT_TYPE, Collect, Page, loaded, reloads::Reloads},
         status::{self, SAMPLE_EVERY, Sources, Status, Totals, Window},
     },
 };
@@ -54,6 +54,7 @@ const CONTENT_SECURITY: &str =
 pub(super) struct Shown {
     engine: Arc<Engine>,
     sources: Vec<Arc<dyn Collect>>,
+    followed: Vec<Arc<Reloads>>,
     lately: Arc<Lately>,
     tls: Option<Arc<Tls>>,
     connections: Arc<ConnectionCounts>,
@@ -68,12 +69,13 @@ impl Shown {
     pub(super) fn new(
         engine: Arc<Engine>,
         sources: Vec<Arc<dyn Collect>>,
+        followed: Vec<Arc<Reloads>>,
         lately: Arc<Lately>,
         tls: Option<Arc<Tls>>,
         connections: Arc<ConnectionCounts>,
     ) -> Self {
         let started = SystemTime::now();
-        Self { engine, sources, lately, tls, connections, window: Window::since(started), started }
+        Self { engine, sources, followed, lately, tls, connections, window: Window::since(started), started }
     }
 
     /// What is counted, as of now.
@@ -92,6 +94,7 @@ impl Shown {
             lately: &self.lately,
             window: &self.window,
             started: self.started,
+            followed: self.followed.iter().map(|reloads| reloads.followed()).collect(),
             certificates: self.tls.as_ref().map_or_else(Vec::new, |tls| tls.ends()),
             refused_connections: self.connections.refusals.shown(),
         };
@@ -231,7 +234,7 @@ mod tests {
         let setup = config::load(&config::Paths::default(), &config::Overrides::default()).unwrap();
         let cache = crate::liveness::cache::Cache::new(Arc::new(Nobody), crate::liveness::cache::CacheSettings::default());
         let engine = Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None));
-        Arc::new(Shown::new(engine, Vec::new(), Arc::new(Lately::new(false)), None, Arc::default()))
+        Arc::new(Shown::new(engine, Vec::new(), Vec::new(), Arc::new(Lately::new(false)), None, Arc::default()))
     }
 
     /// Headers that come byte by byte, and an answer that nobody reads: each connection has its end.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     cause,
     lately::{Entry, Lately, UndecidedCalls},
-    metrics::{PROVIDER, Page, process},
+    metrics::{PROVIDER, Page, process, reloads::FollowedFiles},
 };
 use crate::{
     core::{
@@ -30,6 +30,8 @@ pub const WINDOW: Duration = Duration::from_secs(15 * 60);
 pub const SAMPLE_EVERY: Duration = Duration::from_secs(60);
 /// What was refused, and has been quiet for so long, needs nobody any more: a client with a fault comes again sooner.
 const ONGOING: Duration = Duration::from_secs(2 * 60);
+/// What registry, catalogue and configuration are followed as.
+pub const DOCUMENTS: &str = "documents";
 /// So many reasons of calls without a decision are under attention.
 const MAX_UNANSWERED: usize = 5;
 /// A certificate that ends sooner needs somebody: two weeks hold a holiday.
@@ -52,8 +54,10 @@ pub struct Status {
     pub started_at: String,
     /// What needs somebody; empty is good.
     pub attention: Vec<Attention>,
-    /// Registry and catalogue.
+    /// Registry, catalogue and configuration; TLS and tokens where they come from files.
     pub documents: Vec<Document>,
+    /// Settings whose values in the configuration are in force after a restart only.
+    pub restart_needed: Vec<String>,
     /// Certificates of the server, and of its clients' authorities.
     pub certificates: Vec<Certificate>,
     /// Every provider of the registry.
@@ -81,14 +85,14 @@ pub struct Attention {
     pub remedy: String,
 }
 
-/// A document that decisions are made by.
+/// What is read from files, and read again when they change.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Document {
-    /// `registry` or `catalogue`.
+    /// `registry`, `catalogue`, `configuration`, `tls` or `tokens`.
     pub document: String,
-    /// Its content's hash.
+    /// Its content's hash, of registry and catalogue.
     pub revision: String,
-    /// `embedded`, or its file.
+    /// `embedded`, or its files.
     pub source: String,
     /// When it was read.
     pub loaded_at: String,
@@ -261,6 +265,8 @@ pub struct Sources<'s> {
     pub window: &'s Window,
     /// Since when the service runs.
     pub started: SystemTime,
+    /// The files that are read again when they change.
+    pub followed: Vec<FollowedFiles>,
     /// Each certificate's setting, file and end in seconds of Unix time.
     pub certificates: Vec<CertificateEnd>,
     /// Connections that came to no call.
@@ -336,10 +342,10 @@ fn since(then: SystemTime, now: SystemTime) -> Duration {
 
 /// The whole status, as of now.
 pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
-    let Sources { page, snapshot, lately, window, started, certificates, refused_connections } = sources;
+    let Sources { page, snapshot, lately, window, started, followed, certificates, refused_connections } = sources;
     let (then, length) = window.then(now);
     let totals = Totals::of(page);
-    let documents = documents(snapshot, now);
+    let documents = documents(snapshot, followed, now);
     let certificates: Vec<Certificate> = certificates
         .iter()
         .map(|(setting, file, end)| Certificate {
@@ -350,7 +356,15 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         })
         .collect();
     let providers = providers(sources, &totals, &then, now);
-    let mut attention = attention(page, &documents, &certificates, &providers);
+    let restart_needed = snapshot.restart_needed.clone();
+    let mut attention = Vec::new();
+    let mut add = |what: String, remedy: &str| attention.push(Attention { what, remedy: remedy.to_owned() });
+    near_ends(&certificates, &mut add);
+    not_taken(&documents, followed, &mut add);
+    waits_for_restart(&restart_needed, &mut add);
+    own_faults(page, &mut add);
+    providers.iter().for_each(|provider| wants_of(provider, &mut add));
+    lost_lines(page, &mut add);
     attention.extend(refused(refused_connections, now));
     let undecided = lately.undecided_calls();
     attention.extend(unanswered(&undecided, now));
@@ -370,6 +384,7 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         started_at: text_of(*started),
         attention,
         documents,
+        restart_needed,
         certificates,
         providers,
         window_seconds: length.as_secs(),
@@ -408,7 +423,7 @@ impl Recent {
     }
 }
 
-fn documents(snapshot: &Snapshot, now: SystemTime) -> Vec<Document> {
+fn documents(snapshot: &Snapshot, followed: &[FollowedFiles], now: SystemTime) -> Vec<Document> {
     let document = |document: &str, revision: &str, Origin { source, loaded_at, last_reload_error }: &Origin| Document {
         document: document.to_owned(),
         revision: revision.to_owned(),
@@ -417,10 +432,16 @@ fn documents(snapshot: &Snapshot, now: SystemTime) -> Vec<Document> {
         age_seconds: since(*loaded_at, now).as_secs(),
         last_reload_error: last_reload_error.clone(),
     };
-    vec![
+    let mut documents = vec![
         document("registry", snapshot.registry.revision(), &snapshot.registry_origin),
         document("catalogue", snapshot.catalogue.revision(), &snapshot.catalogue_origin),
-    ]
+        document("configuration", "", &snapshot.configuration_origin),
+    ];
+    for FollowedFiles { what, files, taken_at, fault } in followed.iter().filter(|it| it.what != DOCUMENTS) {
+        let source = files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ");
+        documents.push(document(what, "", &Origin { source, loaded_at: *taken_at, last_reload_error: fault.clone() }));
+    }
+    documents
 }
 
 fn providers(sources: &Sources<'_>, totals: &Totals, then: &Totals, now: SystemTime) -> Vec<Provider> {
@@ -514,27 +535,6 @@ pub fn certificate_remedy(setting: &str) -> &'static str {
     }
 }
 
-/// What needs somebody, the worst first.
-fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], providers: &[Provider]) -> Vec<Attention> {
-    let mut found = Vec::new();
-    let mut add = |what: String, remedy: &str| found.push(Attention { what, remedy: remedy.to_owned() });
-    let sum = |family: &str| page.values(family).map(|(_, value)| value).sum::<f64>() as u64;
-    near_ends(certificates, &mut add);
-    not_taken(page, documents, &mut add);
-    if sum("byokgate_decisions_panicked") + sum("byokgate_probes_panicked") > 0 {
-        add("a fault of byok-gate's own ended a decision or a probe".to_owned(), "look for `panicked` in the log, and report it");
-    }
-    providers.iter().for_each(|provider| wants_of(provider, &mut add));
-    let dropped = sum("byokgate_log_lines_dropped");
-    if dropped > 0 {
-        add(
-            format!("{dropped} log lines were dropped since the start"),
-            "the log is read too slowly, or cannot be written (a closed pipe, a full disk): look at standard output and its agent",
-        );
-    }
-    found
-}
-
 /// Takes what is the matter, and what to do.
 type Add<'a> = &'a mut dyn FnMut(String, &str);
 
@@ -550,30 +550,62 @@ fn near_ends(certificates: &[Certificate], add: Add<'_>) {
     }
 }
 
-/// Changes that are not in force.
-fn not_taken(page: &Page, documents: &[Document], add: Add<'_>) {
-    for Document { document, source, last_reload_error, .. } in documents.iter().filter(|it| !it.last_reload_error.is_empty()) {
-        // The fault may be in the configuration, which is read together with it: its own file is named then.
-        let whose = if last_reload_error.contains(source.as_str()) {
-            format!("the {document}'s")
+/// Changes that are not in force, since what was written does not stand.
+fn not_taken(documents: &[Document], followed: &[FollowedFiles], add: Add<'_>) {
+    let failing = || documents.iter().filter(|it| !it.last_reload_error.is_empty());
+    for Document { document, last_reload_error, .. } in failing() {
+        let is_of_decisions = matches!(document.as_str(), "registry" | "catalogue" | "configuration");
+        if is_of_decisions {
+            add(
+                format!("the {document}'s last change was not taken; the last good version decides: {last_reload_error}"),
+                "mend the file, or put the old one back; `byok-gate check` with the same flags shows all that is wrong",
+            );
         } else {
-            "the configuration's".to_owned()
-        };
-        let what = format!("{whose} last change was not taken; the last good version decides: {last_reload_error}");
-        add(what, "mend the file, or put the old one back; `byok-gate check` with the same flags shows all that is wrong");
+            add(
+                format!("the last change of {document} was not taken; the last good files are in force: {last_reload_error}"),
+                "write the files again: they are taken without a restart; `byok-gate check` with the same flags shows all that is wrong",
+            );
+        }
     }
-    let failing: BTreeSet<&str> = page
-        .values("byokgate_reload_failing")
-        .filter(|(_, value)| *value > 0.0)
-        .filter_map(|(labels, _)| labels.get("what"))
-        .filter(|what| *what != "documents" || documents.iter().all(|it| it.last_reload_error.is_empty()))
-        .collect();
-    for what in failing {
+    // A fault that is none of one document's.
+    for FollowedFiles { fault, .. } in followed.iter().filter(|it| it.what == DOCUMENTS && !it.fault.is_empty()) {
+        if failing().all(|it| !matches!(it.document.as_str(), "registry" | "catalogue" | "configuration")) {
+            add(
+                format!("the last change was not taken; the last good version decides: {fault}"),
+                "look at the volume with the files, and for `reload_failed` and `reload_stuck` in the log",
+            );
+        }
+    }
+}
+
+/// Changes that are not in force, since they wait for a restart.
+fn waits_for_restart(settings: &[String], add: Add<'_>) {
+    if !settings.is_empty() {
         add(
-            format!("the files of {what} are invalid; the last good ones are in force"),
-            "the log's `reload_failed` names the fault; write the files again",
+            format!("a restart is needed for {}: the configuration has other values than those in force", settings.join(", ")),
+            "restart, or put the old values back",
         );
     }
+}
+
+fn own_faults(page: &Page, add: Add<'_>) {
+    if sum(page, "byokgate_decisions_panicked") + sum(page, "byokgate_probes_panicked") > 0 {
+        add("a fault of byok-gate's own ended a decision or a probe".to_owned(), "look for `panicked` in the log, and report it");
+    }
+}
+
+fn lost_lines(page: &Page, add: Add<'_>) {
+    let dropped = sum(page, "byokgate_log_lines_dropped");
+    if dropped > 0 {
+        add(
+            format!("{dropped} log lines were dropped since the start"),
+            "the log is read too slowly, or cannot be written (a closed pipe, a full disk): look at standard output and its agent",
+        );
+    }
+}
+
+fn sum(page: &Page, family: &str) -> u64 {
+    page.values(family).map(|(_, value)| value).sum::<f64>() as u64
 }
 
 fn wants_of(provider: &Provider, add: Add<'_>) {
