@@ -124,7 +124,7 @@ pub struct CacheSettings {
 pub struct Cache {
     prober: Arc<dyn Prober>,
     memory: Memory,
-    flights: Arc<SingleFlight<Key, Fetched>>,
+    flights: Arc<SingleFlight<Key, Landed>>,
     /// The last VALID.
     last_valid: Arc<ArcSwap<Finding>>,
     breakers: Arc<Breakers>,
@@ -204,6 +204,14 @@ struct Timed {
 struct Sharing {
     tier: Arc<Tier>,
     remembered: moka::sync::Cache<Id, Key, BuildHasherDefault<Hashed>>,
+}
+
+/// What a flight came to.
+#[derive(Debug, Clone)]
+enum Landed {
+    Found(Fetched),
+    /// Nobody was asked: another replica's breaker is open.
+    Open(Opened),
 }
 
 /// What a flight found, and the key that it stands under.
@@ -292,9 +300,10 @@ impl Cache {
             self.lookups.of(&joined, first).inc();
             *part = matches!(joined, Join::InFlight(_)).then_some(if first { Part::Fill } else { Part::Wait });
             match joined {
-                Join::Known(Fetched { timed, .. }) => {
+                Join::Known(Landed::Found(Fetched { timed, .. })) => {
                     return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
                 }
+                Join::Known(Landed::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
                 Join::Rejected(Rejected::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
                 Join::Rejected(Rejected::NewKeys(wait)) => {
                     return self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
@@ -304,7 +313,13 @@ impl Cache {
                     return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                 }
                 Join::InFlight(flight) => match wait(flight, deadline).await {
-                    FlightEnd::Completed(Fetched { timed, key })
+                    FlightEnd::Completed(Landed::Open(opened)) => {
+                        if self.known(&keys).is_nothing() {
+                            self.new_keys.keep_waiting(keys.first);
+                        }
+                        return self.by_the_breaker(&keys, &opened, max_age);
+                    }
+                    FlightEnd::Completed(Landed::Found(Fetched { timed, key }))
                         if (key == keys.first || Some(key) == self.second(&keys)) && self.ages.serves(&timed, max_age) =>
                     {
                         let served_from = if timed.shared { ServedFrom::Cache } else { ServedFrom::Probe };
@@ -348,10 +363,10 @@ impl Cache {
         max_age: Option<Duration>,
         started: ProbeStarted,
         deadline: Instant,
-    ) -> Start<Fetched, Rejected, impl Future<Output = Fetched> + Send + use<>> {
+    ) -> Start<Landed, Rejected, impl Future<Output = Landed> + Send + use<>> {
         let (known, now) = (self.known(keys), Instant::now());
         if let Some(timed) = self.ages.fresh(&known, max_age, now) {
-            return Start::Known(Fetched { timed: timed.clone(), key: keys.first });
+            return Start::Known(Landed::Found(Fetched { timed: timed.clone(), key: keys.first }));
         }
         // Before the breaker: what meets an open one is a new key as well.
         let is_new = known.is_nothing();
@@ -401,7 +416,7 @@ impl Cache {
         keys: &Keys<'_>,
         started: ProbeStarted,
         seeking: Option<Seeking>,
-    ) -> impl Future<Output = Fetched> + Send + use<> {
+    ) -> impl Future<Output = Landed> + Send + use<> {
         let target = Arc::new(Target::of(query.endpoint, query.model).preferring(query.preference));
         let request = ProbeRequest { target, secret: Arc::clone(&query.secret), credential: keys.first, started };
         let (prober, breakers, target) = (Arc::clone(&self.prober), Arc::clone(&self.breakers), Arc::clone(&request.target));
@@ -412,8 +427,10 @@ impl Cache {
             let mut probe = Unreported { breakers: &breakers, provider: target.endpoint.identity, reported: false };
             let mut lease = None;
             if let Some(seeking) = seeking {
-                match seeking.seek(&request).await {
-                    Sought::Known(fetched) => return fetched,
+                match seeking.seek(&request, breakers.longest()).await {
+                    Sought::Known(fetched) => return Landed::Found(fetched),
+                    // As by this replica's own, which no trial has told anything of.
+                    Sought::Open(opened) => return Landed::Open(opened),
                     Sought::Ask(granted) => lease = granted,
                 }
             }
@@ -429,13 +446,15 @@ impl Cache {
             let (finding, at, wall) = (intern_valid(finding, &last_valid), Instant::now(), SystemTime::now());
             let fetched = Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for, shared: false }), key };
             remember(&memory, first, &fetched);
-            breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &fetched.timed.finding, at);
+            let shift =
+                breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &fetched.timed.finding, at);
             probe.reported = true;
             if let Some(lease) = lease {
+                shift.iter().for_each(|shift| lease.tell(shift));
                 let record = to_record(&memory, &fetched, &lease);
                 lease.leave(record, ages.hard_maximum);
             }
-            fetched
+            Landed::Found(fetched)
         }
     }
 
@@ -488,7 +507,7 @@ impl Cache {
             observed_at: opened.wall,
             age: opened.at.elapsed(),
             served_from: ServedFrom::Breaker,
-            shared: false,
+            shared: opened.shared,
             retry_after: spread(opened.until.saturating_duration_since(Instant::now()).max(self.ages.floor)),
             earlier_valid: self.earlier_valid(&self.known(keys), max_age, Instant::now()),
         }
@@ -669,7 +688,8 @@ struct Seeking {
 // === impl Seeking ===
 
 impl Seeking {
-    async fn seek(self, request: &ProbeRequest) -> Sought<Fetched> {
+    /// Another replica's open breaker counts for `longest` at most.
+    async fn seek(self, request: &ProbeRequest, longest: Duration) -> Sought<Fetched> {
         let Self { sharing, memory, ages, first, second, client, model, max_age, until } = self;
         let endpoint = &request.target.endpoint;
         let model = if second.is_some() { Model::Sometimes(&model) } else { Model::Always(&model) };
@@ -688,7 +708,7 @@ impl Seeking {
             let key = second.filter(|_| known.second.as_ref().is_some_and(is_here)).unwrap_or(first);
             Some(Fetched { timed: Arc::clone(timed), key })
         };
-        seat.seek(until, take).await
+        seat.seek(until, longest, take).await
     }
 }
 
@@ -750,7 +770,7 @@ fn to_record(memory: &Memory, Fetched { timed, key }: &Fetched, lease: &Lease) -
 // === impl Lookups ===
 
 impl Lookups {
-    fn of(&self, joined: &Join<Fetched, Rejected>, first: bool) -> &Counter {
+    fn of(&self, joined: &Join<Landed, Rejected>, first: bool) -> &Counter {
         match joined {
             Join::Known(_) => &self.hit,
             Join::InFlight(_) if first => &self.fill,

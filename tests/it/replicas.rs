@@ -49,12 +49,15 @@ const KEYS: usize = 3;
 const FLOOR: Ms = 1_000;
 const HARD_MAXIMUM: Ms = 90_000;
 const TIMEOUT: Duration = Duration::from_millis(350);
+/// So many failures in a row, of as many credentials, open a breaker for everybody; for so long, however often.
+const FAILURES: usize = 3;
+const COOL_DOWN: Ms = 4_000;
 /// Who waits so long has time for another replica's answer, for one that dies, and for one of his own.
 const PATIENT: Ms = 12_000;
 const VERDICTS: [Verdict; 6] =
     [Verdict::Valid, Verdict::Valid, Verdict::Valid, Verdict::Invalid, Verdict::Invalid, Verdict::Timeout];
 /// What a look into the tier can come to, as the metric has it.
-const LOOKS: [&str; 5] = ["hit", "lease", "gave_up", "fault", "left_alone"];
+const LOOKS: [&str; 6] = ["hit", "breaker", "lease", "gave_up", "fault", "left_alone"];
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -168,8 +171,12 @@ impl Replica {
         let tier = Tier::over(Box::new(store.link(index, seen, seed)), TIMEOUT, TierKeys::parse(KEY).unwrap(), seed);
         let settings = CacheSettings {
             ages: Ages { jitter_percent: 0, hard_maximum: Duration::from_millis(HARD_MAXIMUM), ..Ages::default() },
-            // Whether a breaker is open is not what is looked at.
-            breaker: BreakerSettings { failures: 1_000_000, ..BreakerSettings::default() },
+            breaker: BreakerSettings {
+                failures: FAILURES as u32,
+                cool_down: Duration::from_millis(COOL_DOWN),
+                max_cool_down: Duration::from_millis(COOL_DOWN),
+                ..BreakerSettings::default()
+            },
             ..CacheSettings::default()
         };
         let provider = Provider { replica: index, log: Arc::clone(log) };
@@ -213,7 +220,16 @@ fn schedule(random: &mut StdRng) -> (bool, Vec<Step>) {
 
 fn one_step(random: &mut StdRng, calm: bool) -> Vec<Step> {
     let (replica, key) = (random.random_range(0..REPLICAS), random.random_range(0..KEYS));
-    vec![match random.random_range(0..21) {
+    vec![match random.random_range(0..22) {
+        // The provider fails, one replica finds out, and the other is asked.
+        21 => {
+            let takes = *[5, 300].choose(random).unwrap();
+            let fails = (0..KEYS).map(|key| Step::Provide { key, verdict: Verdict::Timeout, takes, panics: false });
+            let finds_out = (0..KEYS).map(|key| Step::Ask { replica, key, max_age: Some(0), deadline: PATIENT });
+            let asks = (0..KEYS).map(|key| Step::Ask { replica: 1 - replica, key, max_age: Some(0), deadline: PATIENT });
+            let later = [Step::Wait(*[400, 1_100, 2_500].choose(random).unwrap())];
+            return fails.chain([Step::Wait(1_100)]).chain(finds_out).chain(later).chain(asks).collect();
+        }
         // Who has the lease hears nothing of the store until it is another's.
         0 if !calm => {
             return vec![
@@ -401,6 +417,7 @@ impl Run {
                 millis(answer.answered - probe.ended.unwrap())
             };
             match answer.probe {
+                Some(id) if answer.served_from == ServedFrom::Breaker => self.a_breaker_was_open(seed, answer, id),
                 Some(id) => {
                     let (probe, age) = (&probes[id], age_of_probe(id));
                     assert_eq!(probe.verdict, answer.verdict, "seed {seed}: {answer:?}");
@@ -427,6 +444,30 @@ impl Run {
                 assert!(age_of_probe(id) <= HARD_MAXIMUM.min(wanted), "seed {seed}: {answer:?}");
             }
         }
+    }
+
+    /// The verdict is the one that opened a breaker: this replica's own, or another's, for everybody, and not for longer than that was open.
+    fn a_breaker_was_open(&self, seed: u64, answer: &Answer, id: usize) {
+        let (Log { probes, .. }, opener) = (&self.log, &self.log.probes[id]);
+        assert_eq!((answer.verdict, opener.verdict), (Verdict::Timeout, Verdict::Timeout), "seed {seed}: {answer:?}");
+        let age = millis(answer.answered - opener.ended.unwrap());
+        assert!(millis(answer.told_age) + 1 >= age, "seed {seed}, {age} ms old: {answer:?}");
+        if opener.replica == answer.replica {
+            return;
+        }
+        assert!(age < COOL_DOWN, "seed {seed}, {age} ms old: {answer:?}");
+        let mut seen: Vec<&Probe> = probes
+            .iter()
+            .filter(|probe| {
+                probe.replica == opener.replica
+                    && !probe.panics
+                    && probe.ended.is_some_and(|ended| ended <= opener.ended.unwrap())
+            })
+            .collect();
+        seen.sort_by_key(|probe| probe.ended);
+        let failing: HashSet<usize> =
+            seen.iter().rev().take_while(|probe| probe.verdict == Verdict::Timeout).map(|probe| probe.key).collect();
+        assert!(failing.len() >= FAILURES, "seed {seed}: fewer saw it fail: {answer:?}");
     }
 
     /// Once a replica knows of a refusal, by an answer of its own or by the message about one, nothing that it says rests on an older VALID.

@@ -61,9 +61,11 @@ pub(crate) struct Names {
     pub(super) lease: String,
     /// What was found of the credential; and of it with one model, where that is another name.
     pub(super) observations: Vec<Name>,
+    /// The verdict that opened the breaker of what is asked: one for all credentials.
+    pub(super) breaker: Name,
 }
 
-/// The name of one observation.
+/// The name of one value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Name {
     pub(super) id: Id,
@@ -158,11 +160,13 @@ impl TierKey {
             Model::Sometimes(model) => vec![credential, with_model(model)],
         };
         let texts: Vec<String> = ids.iter().map(|id| hex(id)).collect();
+        let of_breaker = self.id(b"breaker", &[*endpoint]);
         let first = texts.first().cloned().unwrap_or_default();
         let observations = ids.into_iter().zip(texts);
         Names {
             lease: format!("{PREFIX}{first}:lease"),
             observations: observations.map(|(id, text)| Name { id, text: format!("{PREFIX}{text}") }).collect(),
+            breaker: Name { id: of_breaker, text: format!("{PREFIX}{}:breaker", hex(&of_breaker)) },
         }
     }
 
@@ -254,6 +258,9 @@ mod tests {
         for other in &others {
             assert_ne!(base.lease, other.lease);
             assert_ne!(base.observations[0], other.observations[0]);
+        }
+        for (other, is_same) in others.iter().zip([false, true, true, true]) {
+            assert_eq!(base.breaker == other.breaker, is_same, "it is what is asked that has failed");
         }
         let other_model = name(&[1; 32], [1, 0], "made-up-value", Model::Sometimes("n"));
         assert_eq!((&base.lease, &base.observations[0]), (&other_model.lease, &other_model.observations[0]));

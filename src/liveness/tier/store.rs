@@ -31,9 +31,9 @@ pub(super) const LEASE: Duration = Duration::from_secs(1);
 /// After which silence the kernel asks whether the store is still there.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// KEYS: the lease, then observations. ARGV: who asks, the lease's milliseconds, the bytes of a sealed value, then for each observation the
-/// beginning of the one that will not do. Gives: the store's time; 0 an observation is there, 1 the lease is the asker's, 2 another has
-/// it; how many values cannot be ours; the observations.
+/// KEYS: the lease, then what would do instead of asking: observations, and verdicts that opened a breaker. ARGV: who asks, the lease's
+/// milliseconds, the bytes of a sealed value, then for each of those the beginning of the one that will not do. Gives: the store's time;
+/// 0 one of them is there, 1 the lease is the asker's, 2 another has it; how many values cannot be ours; the values.
 /// A value of another type or length is as none. So is a lease that does not end, or too late: nobody of ours set it.
 const LOOK: &str = "\
 local now = redis.call('TIME')
@@ -120,7 +120,7 @@ pub(super) struct Looked {
     pub(super) state: State,
     /// How many values cannot be ours.
     pub(super) damaged: u64,
-    /// The observations; an empty one is none.
+    /// In the order of their names; an empty one is none.
     pub(super) values: Vec<Vec<u8>>,
 }
 
@@ -209,17 +209,17 @@ impl Store {
         unpoisoned(&self.faults).is_in_use()
     }
 
-    /// Looks for observations; without one that will do, takes the lease if nobody has it.
+    /// Looks for values; without one that will do, takes the lease if nobody has it.
     pub(super) async fn look(
         &self,
         (lease, token): (&str, &str),
-        observations: &[&str],
+        names: &[&str],
         passed_over: &[Vec<u8>],
         deadline: Instant,
     ) -> Result<Looked, Unheard> {
-        let mut command = script(LOOK, 1 + observations.len());
-        command.arg(lease).arg(observations).arg(token).arg(millis(LEASE)).arg(SEALED_BYTES);
-        for index in 0..observations.len() {
+        let mut command = script(LOOK, 1 + names.len());
+        command.arg(lease).arg(names).arg(token).arg(millis(LEASE)).arg(SEALED_BYTES);
+        for index in 0..names.len() {
             let beginning = passed_over.get(index).and_then(|value| value.get(..BEGINNING)).unwrap_or_default();
             command.arg(beginning);
         }
@@ -258,6 +258,20 @@ impl Store {
         let mut command = script(RELEASE, 1);
         command.arg(lease).arg(token);
         self.ask::<u64>(&command, self.deadline()).await.map(drop)
+    }
+
+    /// Sets a value for a time, whoever has set it before; if the store hears of it.
+    pub(super) async fn set(&self, name: &str, value: &[u8], keep: Duration) {
+        let mut command = redis::cmd("SET");
+        command.arg(name).arg(value).arg("PX").arg(millis(keep));
+        self.ask(&command, self.deadline()).await.unwrap_or_default()
+    }
+
+    /// Ends values, if the store hears of it.
+    pub(super) async fn delete(&self, names: &[&str]) {
+        let mut command = redis::cmd("DEL");
+        command.arg(names);
+        self.ask(&command, self.deadline()).await.map_or((), |_: u64| ())
     }
 
     /// What is published from now on, until the connection ends.
