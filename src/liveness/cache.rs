@@ -104,8 +104,6 @@ const MAX_ENTRIES: u64 = 100_000;
 /// How many probes may be under way at a time, over all providers and for one: what waits for a provider that hangs leaves room for others.
 const MAX_FLIGHTS: usize = 4096;
 const MAX_FLIGHTS_OF_ONE_PROVIDER: usize = 1024;
-/// How long a walk up the ladder is taken to need, where its row does not say.
-const USUAL_BUDGET: Duration = Duration::from_secs(3);
 /// The longest value that nobody wonders at: vendors' keys are under 200 bytes, some JWTs over 1 KiB.
 const USUAL_KEY_BYTES: usize = 1024;
 
@@ -294,7 +292,7 @@ impl Cache {
             let mut first = false;
             let launch = |started| {
                 first = true;
-                self.launch(&query, &keys, max_age, started, deadline)
+                self.launch(&query, &keys, max_age, started)
             };
             let joined = self.flights.join(query.endpoint.identity, keys.first, launch);
             self.lookups.of(&joined, first).inc();
@@ -335,7 +333,9 @@ impl Cache {
                         let now = Instant::now();
                         let wait = match answer_at {
                             Some(at) if at > now => at - now,
-                            _ => self.prober.turn(&query.endpoint.provider, keys.first),
+                            Some(_) => self.prober.turn(&query.endpoint.provider, keys.first),
+                            // It is another replica's to ask, which has a place in its own queue: the next look finds the answer, or waits on.
+                            None => self.ages.unanswered,
                         };
                         return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                     }
@@ -362,7 +362,6 @@ impl Cache {
         keys: &Keys<'_>,
         max_age: Option<Duration>,
         started: ProbeStarted,
-        deadline: Instant,
     ) -> Start<Landed, Rejected, impl Future<Output = Landed> + Send + use<>> {
         let (known, now) = (self.known(keys), Instant::now());
         if let Some(timed) = self.ages.fresh(&known, max_age, now) {
@@ -380,22 +379,12 @@ impl Cache {
             return Start::Rejected(Rejected::Open(opened));
         }
         // Whoever launches it is its parent in a trace; the others' traces show that they waited.
-        let seeking = self.sharing.as_ref().map(|sharing| self.seeking(sharing, query, keys, max_age, deadline));
+        let seeking = self.sharing.as_ref().map(|sharing| self.seeking(sharing, query, keys, max_age));
         Start::Run(self.fill(query, keys, started, seeking).instrument(traces::probe(query.endpoint)))
     }
 
     /// What a flight needs to look into the shared tier first.
-    fn seeking(
-        &self,
-        sharing: &Arc<Sharing>,
-        query: &LivenessQuery<'_>,
-        keys: &Keys<'_>,
-        max_age: Option<Duration>,
-        deadline: Instant,
-    ) -> Seeking {
-        // Another replica's answer is waited for as long as there is time for a probe of our own behind it, or half of what there is.
-        let left = deadline.saturating_duration_since(Instant::now());
-        let until = deadline - query.endpoint.budget.unwrap_or(USUAL_BUDGET).min(left / 2);
+    fn seeking(&self, sharing: &Arc<Sharing>, query: &LivenessQuery<'_>, keys: &Keys<'_>, max_age: Option<Duration>) -> Seeking {
         Seeking {
             sharing: Arc::clone(sharing),
             memory: self.memory.clone(),
@@ -405,7 +394,6 @@ impl Cache {
             client: client_of(query.preference),
             model: query.model.to_owned(),
             max_age,
-            until,
         }
     }
 
@@ -682,7 +670,6 @@ struct Seeking {
     client: [u8; 2],
     model: String,
     max_age: Option<Duration>,
-    until: Instant,
 }
 
 // === impl Seeking ===
@@ -690,7 +677,7 @@ struct Seeking {
 impl Seeking {
     /// Another replica's open breaker counts for `longest` at most.
     async fn seek(self, request: &ProbeRequest, longest: Duration) -> Sought<Fetched> {
-        let Self { sharing, memory, ages, first, second, client, model, max_age, until } = self;
+        let Self { sharing, memory, ages, first, second, client, model, max_age } = self;
         let endpoint = &request.target.endpoint;
         let model = if second.is_some() { Model::Sometimes(&model) } else { Model::Always(&model) };
         let seat = sharing.tier.seat(&Whose { endpoint: &endpoint.identity, client, value: request.secret.expose(), model });
@@ -708,7 +695,7 @@ impl Seeking {
             let key = second.filter(|_| known.second.as_ref().is_some_and(is_here)).unwrap_or(first);
             Some(Fetched { timed: Arc::clone(timed), key })
         };
-        seat.seek(until, longest, take).await
+        seat.seek(longest, take).await
     }
 }
 

@@ -43,10 +43,14 @@ use crate::{
 
 /// How often a lease is renewed: two renewals may be lost.
 const RENEWAL: Duration = Duration::from_millis(300);
-/// The longest that a lease is renewed: longer than any question waits and is asked.
+/// The longest that a lease is renewed, and waited for: longer than any question waits and is asked.
 const MAX_HELD: Duration = Duration::from_secs(30);
-/// How long who waits for another's answer looks away, at random.
-const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(200));
+/// How long who waits for another's answer looks away, at random: from a tenth of this to the whole of it at first, and later up to a part of what
+/// it has waited, so that a crowd that waits long does not keep the store busy.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+const PART_OF_WAIT: u32 = 4;
+/// However long that was: a holder that dies is found out.
+const MAX_LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How often what is found may not do: it is old at first, and may be replaced by what is too old for this caller.
 const MAX_FRUITLESS: u32 = 3;
 /// How long who listens for refusals waits before it connects anew.
@@ -118,7 +122,7 @@ struct Looks {
     breaker: Counter,
     /// This replica asks for all.
     lease: Counter,
-    /// Another replica asked, and its answer did not come in time; or nothing that was found would do.
+    /// Another replica had the lease for longer than anybody may; or nothing that was found would do.
     gave_up: Counter,
     /// The tier failed.
     fault: Counter,
@@ -311,13 +315,8 @@ impl Seat {
     }
 
     /// Looks for an observation that will do, as `take` sees it, or else for another replica's open breaker, which counts for `longest` at
-    /// most. Waits for another replica's answer until `until`.
-    pub(crate) async fn seek<T>(
-        self,
-        until: Instant,
-        longest: Duration,
-        mut take: impl FnMut(Vec<Shared>) -> Option<T>,
-    ) -> Sought<T> {
+    /// most. Waits for another replica's answer as long as it asks.
+    pub(crate) async fn seek<T>(self, longest: Duration, mut take: impl FnMut(Vec<Shared>) -> Option<T>) -> Sought<T> {
         let Self { tier, names } = self;
         let Some(lease) = names.first().map(|names| names.lease.clone()) else { return Sought::Ask(None) };
         let placed: Vec<(usize, bool, &Name)> = names
@@ -337,7 +336,7 @@ impl Seat {
         let mut fruitless = 0;
         let looks = &tier.looks;
         // The first looks together have the time of one: no caller waits for a slow store any longer.
-        let first = tier.store.deadline();
+        let (began, first) = (Instant::now(), tier.store.deadline());
         let mut deadline = first;
         loop {
             let asked = Instant::now();
@@ -386,11 +385,13 @@ impl Seat {
                     return Sought::Ask(Some(Lease { tier: Arc::clone(&tier), names, token, clock }));
                 }
                 State::Wait => {
-                    let pause = tier.between(LOOK_AGAIN.0, LOOK_AGAIN.1);
-                    if Instant::now() + pause >= until {
+                    let waited = began.elapsed();
+                    if waited >= MAX_HELD {
                         looks.gave_up.inc();
                         return Sought::Ask(None);
                     }
+                    let most = (waited / PART_OF_WAIT).clamp(LOOK_AGAIN, MAX_LOOK_AGAIN);
+                    let pause = tier.between(most / 10, most);
                     sleep(pause).await;
                     deadline = tier.store.deadline();
                 }

@@ -21,7 +21,7 @@ use std::{
 };
 
 use byok_gate::{
-    domain::verdict::{ServedFrom, Verdict},
+    domain::verdict::{DenyCode, ServedFrom, Verdict},
     liveness::{
         breaker::BreakerSettings,
         cache::{Ages, CacheSettings},
@@ -539,6 +539,27 @@ async fn a_late_holder_stores_nothing() {
     assert_eq!(asking.await.unwrap(), ASKED);
     until("it finds out", async || replica.page().get("byokgate_tier_leases_lost_total") == Some(1.0)).await;
     assert!(store.observations().await.is_empty());
+}
+
+/// A caller who cannot wait for another replica's answer is told when to come again, as one who cannot wait for this replica's own.
+#[tokio::test]
+async fn who_cannot_wait_for_another_replica_comes_again_and_it_asks_once() {
+    let (store, prober) = (Store::start().await, slow(Verdict::Valid, 2_500));
+    let [one, other] = [(), ()].map(|()| Arc::new(Replica::new(&store.way(), &prober)));
+    let asking = {
+        let one = Arc::clone(&one);
+        tokio::spawn(async move { one.ask("made-up").await })
+    };
+    until("it is asked about", async || prober.asked() == 1).await;
+    let decision = other.decide_within(Duration::from_millis(800), "", "made-up", None).await;
+    let refusal = &decision.denial().unwrap().refusal;
+    assert_eq!(refusal.code(), DenyCode::ByokProbeNotAttempted);
+    // Within the age of a question that nobody answered, and its spread.
+    let wait = refusal.retry_after().unwrap();
+    assert!(wait >= Duration::from_secs(1) && wait <= Ages::default().unanswered.mul_f64(1.1), "{wait:?}");
+    until("it has the answer", async || other.ask("made-up").await == SHARED).await;
+    assert_eq!((asking.await.unwrap(), prober.asked()), (ASKED, 1));
+    assert_eq!((other.looks("hit"), other.looks("gave_up")), (1.0, 0.0));
 }
 
 /// A holder that dies is followed by another, which stores.

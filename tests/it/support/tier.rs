@@ -104,6 +104,16 @@ impl Replica {
     }
 
     pub(crate) async fn decide(&self, organization: &str, value: &str, max_age: Option<Duration>) -> Decision {
+        self.decide_within(Duration::from_secs(5), organization, value, max_age).await
+    }
+
+    pub(crate) async fn decide_within(
+        &self,
+        patience: Duration,
+        organization: &str,
+        value: &str,
+        max_age: Option<Duration>,
+    ) -> Decision {
         let spec = Spec {
             model: "acme-large".into(),
             organization_id: organization.into(),
@@ -115,7 +125,7 @@ impl Replica {
         let mut request = convert::request(message).unwrap();
         request.checkpoint = Checkpoint::Create;
         request.max_liveness_age = max_age;
-        self.engine.decide(&request, Instant::now() + Duration::from_secs(5)).await.decision
+        self.engine.decide(&request, Instant::now() + patience).await.decision
     }
 
     pub(crate) fn page(&self) -> Scraped {
