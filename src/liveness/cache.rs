@@ -33,7 +33,7 @@ use crate::{
         breaker::{BreakerSettings, Breakers, Opened, Source},
         new_keys::{NewKeyLimits, NewKeys},
         single_flight::{FlightEnd, Join, SingleFlight, Start, wait},
-        tier::{Id, Lease, Model, Record, Shared, Sought, Tier, Whose},
+        tier::{Allowance, Id, Lease, Model, Record, Shared, Sought, Tier, Whose},
         turns::spread,
     },
     telemetry::{
@@ -210,6 +210,8 @@ enum Landed {
     Found(Fetched),
     /// Nobody was asked: another replica's breaker is open.
     Open(Opened),
+    /// Nobody was asked: too many new credentials came over all replicas. Another may come after this time.
+    NewKeys(Duration),
 }
 
 /// What a flight found, and the key that it stands under.
@@ -301,9 +303,10 @@ impl Cache {
                 Join::Known(Landed::Found(Fetched { timed, .. })) => {
                     return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
                 }
-                Join::Known(Landed::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
-                Join::Rejected(Rejected::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
-                Join::Rejected(Rejected::NewKeys(wait)) => {
+                Join::Known(Landed::Open(opened)) | Join::Rejected(Rejected::Open(opened)) => {
+                    return self.by_the_breaker(&keys, &opened, max_age);
+                }
+                Join::Known(Landed::NewKeys(wait)) | Join::Rejected(Rejected::NewKeys(wait)) => {
                     return self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
                 }
                 Join::Full => {
@@ -316,6 +319,10 @@ impl Cache {
                             self.new_keys.keep_waiting(keys.first);
                         }
                         return self.by_the_breaker(&keys, &opened, max_age);
+                    }
+                    FlightEnd::Completed(Landed::NewKeys(wait)) => {
+                        let wait = self.new_keys.withhold(keys.first, query.organization, wait);
+                        return self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
                     }
                     FlightEnd::Completed(Landed::Found(Fetched { timed, key }))
                         if (key == keys.first || Some(key) == self.second(&keys)) && self.ages.serves(&timed, max_age) =>
@@ -379,14 +386,24 @@ impl Cache {
             return Start::Rejected(Rejected::Open(opened));
         }
         // Whoever launches it is its parent in a trace; the others' traces show that they waited.
-        let seeking = self.sharing.as_ref().map(|sharing| self.seeking(sharing, query, keys, max_age));
+        let seeking = self.sharing.as_ref().map(|sharing| self.seeking(sharing, query, keys, max_age, is_new));
         Start::Run(self.fill(query, keys, started, seeking).instrument(traces::probe(query.endpoint)))
     }
 
     /// What a flight needs to look into the shared tier first.
-    fn seeking(&self, sharing: &Arc<Sharing>, query: &LivenessQuery<'_>, keys: &Keys<'_>, max_age: Option<Duration>) -> Seeking {
+    fn seeking(
+        &self,
+        sharing: &Arc<Sharing>,
+        query: &LivenessQuery<'_>,
+        keys: &Keys<'_>,
+        max_age: Option<Duration>,
+        is_new: bool,
+    ) -> Seeking {
+        let is_counted = is_new && !query.organization.is_empty();
+        let per_minute = self.new_keys.per_organization();
         Seeking {
             sharing: Arc::clone(sharing),
+            allowance: is_counted.then(|| sharing.tier.allowance(query.organization, per_minute)).flatten(),
             memory: self.memory.clone(),
             ages: self.ages,
             first: keys.first,
@@ -419,6 +436,7 @@ impl Cache {
                     Sought::Known(fetched) => return Landed::Found(fetched),
                     // As by this replica's own, which no trial has told anything of.
                     Sought::Open(opened) => return Landed::Open(opened),
+                    Sought::Withheld(wait) => return Landed::NewKeys(wait),
                     Sought::Ask(granted) => lease = granted,
                 }
             }
@@ -663,6 +681,8 @@ fn remember(memory: &Memory, first: Key, fetched: &Fetched) {
 /// A flight's look into the shared tier.
 struct Seeking {
     sharing: Arc<Sharing>,
+    /// Of a credential that is new here: over all replicas, so many may be.
+    allowance: Option<Allowance>,
     memory: Memory,
     ages: Ages,
     first: Key,
@@ -677,7 +697,7 @@ struct Seeking {
 impl Seeking {
     /// Another replica's open breaker counts for `longest` at most.
     async fn seek(self, request: &ProbeRequest, longest: Duration) -> Sought<Fetched> {
-        let Self { sharing, memory, ages, first, second, client, model, max_age } = self;
+        let Self { sharing, allowance, memory, ages, first, second, client, model, max_age } = self;
         let endpoint = &request.target.endpoint;
         let model = if second.is_some() { Model::Sometimes(&model) } else { Model::Always(&model) };
         let seat = sharing.tier.seat(&Whose { endpoint: &endpoint.identity, client, value: request.secret.expose(), model });
@@ -695,7 +715,7 @@ impl Seeking {
             let key = second.filter(|_| known.second.as_ref().is_some_and(is_here)).unwrap_or(first);
             Some(Fetched { timed: Arc::clone(timed), key })
         };
-        seat.seek(longest, take).await
+        seat.seek(longest, allowance.as_ref(), take).await
     }
 }
 

@@ -12,6 +12,7 @@ mod record;
 mod store;
 
 use std::{
+    num::NonZeroU32,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
@@ -31,7 +32,7 @@ use self::{
 };
 pub use self::{keys::TierKeys, store::Connect};
 pub(crate) use self::{
-    keys::{Id, Model, Whose},
+    keys::{Allowance, Id, Model, Whose},
     record::Record,
 };
 use crate::{
@@ -122,6 +123,8 @@ struct Looks {
     breaker: Counter,
     /// This replica asks for all.
     lease: Counter,
+    /// Its organization's new credentials are spent.
+    new_keys: Counter,
     /// Another replica had the lease for longer than anybody may; or nothing that was found would do.
     gave_up: Counter,
     /// The tier failed.
@@ -149,6 +152,8 @@ pub(crate) enum Sought<T> {
     Known(T),
     /// Another replica's breaker is open.
     Open(Opened),
+    /// Its organization's new credentials are spent, over all replicas; another may come after this time.
+    Withheld(Duration),
     /// This replica asks the provider: for all, if it has the lease.
     Ask(Option<Lease>),
 }
@@ -242,6 +247,11 @@ impl Tier {
         Seat { tier: Arc::clone(self), names: self.keys.names(whose) }
     }
 
+    /// What this organization may ask, over all replicas.
+    pub(crate) fn allowance(&self, organization: &str, per_minute: NonZeroU32) -> Option<Allowance> {
+        self.keys.allowance(organization, per_minute)
+    }
+
     /// Tells of refusals that other replicas have met, for ever. What is missed is no worse than without it.
     pub(crate) async fn listen(self: Arc<Self>, refused: impl Fn(Id) + Send + Sync) {
         loop {
@@ -277,12 +287,13 @@ impl Tier {
 
 impl Collect for Tier {
     fn collect(&self, page: &mut Page) {
-        let Looks { hit, breaker, lease, gave_up, fault, left_alone } = &self.looks;
+        let Looks { hit, breaker, lease, new_keys, gave_up, fault, left_alone } = &self.looks;
         let mut looks = page.counter("byokgate_tier_lookups", "Looks for an observation in the shared tier, by what came of it");
         for (result, count) in [
             ("hit", hit),
             ("breaker", breaker),
             ("lease", lease),
+            ("new_keys", new_keys),
             ("gave_up", gave_up),
             ("fault", fault),
             ("left_alone", left_alone),
@@ -316,7 +327,13 @@ impl Seat {
 
     /// Looks for an observation that will do, as `take` sees it, or else for another replica's open breaker, which counts for `longest` at
     /// most. Waits for another replica's answer as long as it asks.
-    pub(crate) async fn seek<T>(self, longest: Duration, mut take: impl FnMut(Vec<Shared>) -> Option<T>) -> Sought<T> {
+    /// With an allowance, a credential that no replica knows is counted.
+    pub(crate) async fn seek<T>(
+        self,
+        longest: Duration,
+        allowance: Option<&Allowance>,
+        mut take: impl FnMut(Vec<Shared>) -> Option<T>,
+    ) -> Sought<T> {
         let Self { tier, names } = self;
         let Some(lease) = names.first().map(|names| names.lease.clone()) else { return Sought::Ask(None) };
         let placed: Vec<(usize, bool, &Name)> = names
@@ -340,7 +357,7 @@ impl Seat {
         let mut deadline = first;
         loop {
             let asked = Instant::now();
-            let looked = match tier.store.look((&lease, &token), &texts, &passed_over, deadline).await {
+            let looked = match tier.store.look((&lease, &token), (&texts, &passed_over), allowance, deadline).await {
                 Ok(looked) => looked,
                 Err(unheard) => {
                     let count = if unheard == Unheard::LeftAlone { &looks.left_alone } else { &looks.fault };
@@ -383,6 +400,10 @@ impl Seat {
                     looks.lease.inc();
                     let clock = (at, Instant::now());
                     return Sought::Ask(Some(Lease { tier: Arc::clone(&tier), names, token, clock }));
+                }
+                State::Withheld(wait) => {
+                    looks.new_keys.inc();
+                    return Sought::Withheld(wait);
                 }
                 State::Wait => {
                     let waited = began.elapsed();

@@ -15,10 +15,11 @@ use byok_gate::{
         classify::Finding,
         engine::{Boxed, LivenessSource, Observed, ProbeRequest, Prober},
     },
-    domain::verdict::{ServedFrom, Verdict},
+    domain::verdict::{ServedFrom, Verdict, Withheld},
     liveness::{
         breaker::BreakerSettings,
         cache::{Ages, Cache, CacheSettings},
+        new_keys::NewKeyLimits,
         tier::{Tier, TierKeys},
     },
     telemetry::metrics::{Collect, Page},
@@ -166,6 +167,10 @@ impl Prober for Provider {
 
 impl Replica {
     fn new(index: usize, store: &LuaStore, log: &Logged, seed: u64) -> Self {
+        Self::with(NewKeyLimits::default(), index, store, log, seed)
+    }
+
+    fn with(new_keys: NewKeyLimits, index: usize, store: &LuaStore, log: &Logged, seed: u64) -> Self {
         let (weather, seen) = watch::channel(Weather::Calm);
         let seed = seed * 100 + index as u64;
         let tier = Tier::over(Box::new(store.link(index, seen, seed)), TIMEOUT, TierKeys::parse(KEY).unwrap(), seed);
@@ -177,7 +182,7 @@ impl Replica {
                 max_cool_down: Duration::from_millis(COOL_DOWN),
                 ..BreakerSettings::default()
             },
-            ..CacheSettings::default()
+            new_keys,
         };
         let provider = Provider { replica: index, log: Arc::clone(log) };
         let cache = Arc::new(Cache::new(Arc::new(provider), settings).sharing(Some(tier)));
@@ -187,17 +192,22 @@ impl Replica {
 
     /// How often each came up: looks into the tier by what came of them, and leases lost.
     fn counts(&self) -> BTreeMap<&'static str, u64> {
+        let looks = LOOKS.map(|result| (result, self.looks(result)));
+        let lost = ("leases_lost", self.number("byokgate_tier_leases_lost_total"));
+        let in_use = ("in_use", self.number("byokgate_tier_in_use"));
+        looks.into_iter().chain([lost, in_use]).collect()
+    }
+
+    fn looks(&self, result: &str) -> u64 {
+        self.number(&format!(r#"byokgate_tier_lookups_total{{result="{result}"}}"#))
+    }
+
+    fn number(&self, name: &str) -> u64 {
         let mut page = Page::about(std::iter::empty());
         self.cache.collect(&mut page);
         let text = page.text().unwrap();
-        let number = |name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("{name} in {text}"));
-            line.trim().parse().unwrap()
-        };
-        let looks = LOOKS.map(|result| (result, number(&format!(r#"byokgate_tier_lookups_total{{result="{result}"}}"#))));
-        let lost = ("leases_lost", number("byokgate_tier_leases_lost_total"));
-        let in_use = ("in_use", number("byokgate_tier_in_use"));
-        looks.into_iter().chain([lost, in_use]).collect()
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("{name} in {text}"));
+        line.trim().parse().unwrap()
     }
 }
 
@@ -347,6 +357,57 @@ async fn run(seed: u64, steps: &[Step], questions: &[Arc<Asked>]) -> Run {
     let last = log.lock().unwrap().answers.pop().unwrap();
     assert_eq!((last.verdict, last.served_from), (Verdict::Valid, ServedFrom::Cache), "seed {seed}: {last:?}");
     Run { log: Log { answers: before, probes, ..Log::default() }, events, counts }
+}
+
+/// An organization that goes round the replicas has one limit and not one at each; while the store is away, one at each and no more.
+#[tokio::test(start_paused = true)]
+async fn an_organization_has_one_limit_for_new_keys_over_all_replicas() {
+    const LIMIT: u32 = 6;
+    let limits = NewKeyLimits { per_organization: LIMIT.try_into().unwrap(), ..NewKeyLimits::default() };
+    let (registry, catalogue) = case::documents(1);
+    let engine = Files::new(&registry, &catalogue, None).engine();
+    let (store, log) = (LuaStore::new(), Logged::default());
+    let replicas: Vec<_> = (0..REPLICAS).map(|index| Replica::with(limits, index, &store, &log, 7)).collect();
+    let ask = async |replica: &Replica, organization: &str, key: usize| {
+        let asked = Asked::of(&engine, organization, key);
+        let source: &dyn LivenessSource = &*replica.cache;
+        let Observed { finding, retry_after, served_from, .. } =
+            source.observe(asked.query(), None, Instant::now() + Duration::from_millis(PATIENT)).await;
+        let is_refused = finding.withheld == Some(Withheld::NewKeys);
+        assert_eq!(finding.verdict, if is_refused { Verdict::NotAttempted } else { Verdict::Valid }, "{finding:?}");
+        // One may come each ten seconds; those who were refused here are told one time each.
+        assert!(!is_refused || (1..=70).contains(&retry_after.as_secs()), "{retry_after:?}");
+        sleep(Duration::from_millis(20)).await;
+        (!is_refused).then_some(served_from)
+    };
+    let among = async |organization: &str, keys: std::ops::Range<usize>| {
+        let mut served = Vec::new();
+        for key in keys {
+            served.extend(ask(&replicas[key % REPLICAS], organization, key).await);
+        }
+        served
+    };
+    assert_eq!(among("made-up-1", 0..12).await, vec![ServedFrom::Probe; LIMIT as usize]);
+    // What one of them knows is new to none of them.
+    for key in 0..LIMIT as usize {
+        assert_eq!(ask(&replicas[(key + 1) % REPLICAS], "made-up-2", key).await, Some(ServedFrom::Cache));
+    }
+    assert_eq!(among("made-up-2", 100..112).await, vec![ServedFrom::Probe; LIMIT as usize], "another organization has its own");
+    // What was spent comes back, one in ten seconds.
+    sleep(Duration::from_secs(31)).await;
+    assert_eq!(among("made-up-1", 200..206).await.len(), 3);
+    // What was known and is too old is not new, whoever asks.
+    let late = Replica::with(limits, REPLICAS, &store, &log, 7);
+    for key in 0..3 {
+        assert_eq!(ask(&late, "made-up-1", key).await, Some(ServedFrom::Probe));
+    }
+    assert_eq!(ask(&late, "made-up-1", 206).await, None);
+    for replica in &replicas {
+        assert!(replica.looks("new_keys") >= 2, "{}", replica.looks("new_keys"));
+        replica.weather.send_replace(Weather::Down);
+    }
+    sleep(Duration::from_secs(120)).await;
+    assert_eq!(among("made-up-1", 300..320).await, vec![ServedFrom::Probe; LIMIT as usize * REPLICAS]);
 }
 
 /// The names of the keys' leases, which are the same in every schedule.

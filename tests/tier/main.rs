@@ -25,6 +25,7 @@ use byok_gate::{
     liveness::{
         breaker::BreakerSettings,
         cache::{Ages, CacheSettings},
+        new_keys::NewKeyLimits,
     },
 };
 use futures_util::{StreamExt, future::join_all};
@@ -236,6 +237,49 @@ async fn an_invalid_ends_the_valid_everywhere() {
     // Its VALID would count for 30 seconds.
     until("the other hears of it", async || other.ask("made-up").await == (Verdict::Invalid, ServedFrom::Cache)).await;
     assert_eq!(prober.asked(), asked, "and asks nobody");
+}
+
+/// An organization that reaches many replicas one after the other has one limit; while there is no store, one at each.
+#[tokio::test]
+async fn new_keys_of_an_organization_are_counted_over_all_replicas() {
+    const LIMIT: usize = 10;
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let new_keys = NewKeyLimits { per_organization: 10.try_into().unwrap(), ..NewKeyLimits::default() };
+    let settings = CacheSettings { new_keys, ..CacheSettings::default() };
+    let fleet: Vec<Replica> = (0..20).map(|_| Replica::with(&store.way(), &prober, settings)).collect();
+    let refusals = async |what: &str| {
+        let mut refusals = 0;
+        for index in 0..60 {
+            let decision =
+                fleet[index % fleet.len()].decide("made-up-canary-org", &format!("made-up-{what}-{index}"), None).await;
+            if let Some(deny) = decision.denial() {
+                assert_eq!(deny.refusal.code(), DenyCode::ByokProbeNotAttempted);
+                assert!(deny.refusal.message().contains("too many new keys"), "{}", deny.refusal.message());
+                let wait = deny.refusal.retry_after().unwrap().as_secs();
+                assert!((1..=60).contains(&wait), "{wait} s");
+                refusals += 1;
+            }
+        }
+        refusals
+    };
+    let began = Instant::now();
+    let refused = refusals("a").await;
+    // What was spent comes back, one in six seconds.
+    let most = LIMIT + began.elapsed().as_secs() as usize / 6;
+    assert!((LIMIT..=most).contains(&prober.asked()) && refused == 60 - prober.asked(), "{refused} of 60, {most}");
+    // A count of another type, or that nobody of ours can have made, is none.
+    let name = store.keys().await.into_iter().find(|key| key.ends_with(":new-keys")).unwrap();
+    for words in [[b"LPUSH".as_slice(), name.as_bytes(), b"x"], [b"SET", name.as_bytes(), b"9000000000000000"]] {
+        store.does::<()>(&[b"DEL", name.as_bytes()]).await;
+        store.does::<redis::Value>(&words).await;
+        let asked = prober.asked();
+        fleet[0].decide("made-up-canary-org", &format!("made-up-{asked}-b"), None).await;
+        assert_eq!(prober.asked(), asked + 1);
+    }
+    store.signal("-KILL");
+    // Each has three of them, which is within its own limit.
+    let asked = prober.asked();
+    assert_eq!((refusals("c").await, prober.asked()), (0, asked + 60));
 }
 
 // === breakers ===
@@ -696,7 +740,9 @@ async fn the_store_shows_nothing() {
         assert_eq!(one.ask(value).await, (verdict, ServedFrom::Probe));
         until("it is shared", async || other.ask(value).await == (verdict, ServedFrom::Cache)).await;
     }
-    let prober = Scripted::new(Verdict::Timeout);
+    let prober = Scripted::new(Verdict::Valid);
+    Replica::new(&store.way(), &prober).decide("made-up-canary-org", "made-up-canary-of-org", None).await;
+    assert!(store.keys().await.iter().any(|key| key.ends_with(":new-keys")));
     opens(&Replica::with(&store.way(), &prober, breaker(PATIENCE)), &prober, &store, Verdict::Timeout).await;
     until("the monitor has seen all", async || seen.lock().unwrap().matches("PUBLISH").count() >= values.len() + prober.asked())
         .await;

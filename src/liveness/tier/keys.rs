@@ -1,5 +1,7 @@
 //! Names and seals of what the shared tier holds: whoever reads the store learns no credential and no verdict, whoever writes it forges none.
 
+use std::num::NonZeroU32;
+
 use ring::{
     aead::{AES_256_GCM, Aad, LessSafeKey, MAX_TAG_LEN, NONCE_LEN, Nonce, UnboundKey},
     hmac,
@@ -43,6 +45,13 @@ pub(crate) struct Whose<'a> {
     pub(crate) value: &'a str,
     /// The model, and whether all that is found is about it: then nothing is found without it.
     pub(crate) model: Model<'a>,
+}
+
+/// How many more new credentials of an organization may be asked about, and in which name that is counted.
+#[derive(Debug, Clone)]
+pub(crate) struct Allowance {
+    pub(super) name: String,
+    pub(super) per_minute: NonZeroU32,
 }
 
 /// What part the model has in a name.
@@ -105,6 +114,12 @@ impl TierKeys {
     /// Under each key, the one that writes first.
     pub(super) fn names(&self, whose: &Whose<'_>) -> Vec<Names> {
         with_stack_wiped(|| self.0.iter().map(|key| key.names(whose)).collect())
+    }
+
+    /// What is counted of an organization, under the key that writes.
+    pub(super) fn allowance(&self, organization: &str, per_minute: NonZeroU32) -> Option<Allowance> {
+        let id = self.0.first()?.id(b"organization", &[organization.as_bytes()]);
+        Some(Allowance { name: format!("{PREFIX}{}:new-keys", hex(&id)), per_minute })
     }
 
     /// Sealed by the key that writes. `None` if it does not fit, or the system gives no random numbers.
@@ -268,6 +283,17 @@ mod tests {
         assert_eq!(base, name(&[1; 32], [1, 0], "made-up-value", Model::Sometimes("m")), "equal on all replicas");
         let plain = [hex(blake3::hash(b"made-up-value").as_bytes()), "made-up".to_owned()];
         assert!(plain.iter().all(|plain| !format!("{base:?}").contains(plain)));
+    }
+
+    #[test]
+    fn an_organization_is_counted_under_a_name_that_tells_nothing() {
+        let (old, both) = (keys(OLD), keys(&format!("{NEW}\n{OLD}")));
+        let name = |keys: &TierKeys, organization: &str| keys.allowance(organization, NonZeroU32::MIN).unwrap().name;
+        let one = name(&old, "made-up-organization");
+        assert_eq!(one, name(&old, "made-up-organization"), "equal on all replicas");
+        assert_ne!(one, name(&old, "made-up-organizatiom"));
+        assert_ne!(one, name(&both, "made-up-organization"), "the first key writes");
+        assert!(!one.contains("made-up") && !one.contains(&hex(blake3::hash(b"made-up-organization").as_bytes())));
     }
 
     #[test]
