@@ -33,7 +33,7 @@ use crate::{
         breaker::{BreakerSettings, Breakers, Opened, Source},
         new_keys::{NewKeyLimits, NewKeys},
         single_flight::{FlightEnd, Join, SingleFlight, Start, wait},
-        tier::{Id, Lease, Model, Record, Shared, Sought, Tier, Whose},
+        tier::{Allowance, Id, Lease, Model, Record, Shared, Sought, Tier, Whose},
         turns::spread,
     },
     telemetry::{
@@ -104,8 +104,6 @@ const MAX_ENTRIES: u64 = 100_000;
 /// How many probes may be under way at a time, over all providers and for one: what waits for a provider that hangs leaves room for others.
 const MAX_FLIGHTS: usize = 4096;
 const MAX_FLIGHTS_OF_ONE_PROVIDER: usize = 1024;
-/// How long a walk up the ladder is taken to need, where its row does not say.
-const USUAL_BUDGET: Duration = Duration::from_secs(3);
 /// The longest value that nobody wonders at: vendors' keys are under 200 bytes, some JWTs over 1 KiB.
 const USUAL_KEY_BYTES: usize = 1024;
 
@@ -124,7 +122,7 @@ pub struct CacheSettings {
 pub struct Cache {
     prober: Arc<dyn Prober>,
     memory: Memory,
-    flights: Arc<SingleFlight<Key, Fetched>>,
+    flights: Arc<SingleFlight<Key, Landed>>,
     /// The last VALID.
     last_valid: Arc<ArcSwap<Finding>>,
     breakers: Arc<Breakers>,
@@ -204,6 +202,16 @@ struct Timed {
 struct Sharing {
     tier: Arc<Tier>,
     remembered: moka::sync::Cache<Id, Key, BuildHasherDefault<Hashed>>,
+}
+
+/// What a flight came to.
+#[derive(Debug, Clone)]
+enum Landed {
+    Found(Fetched),
+    /// Nobody was asked: another replica's breaker is open.
+    Open(Opened),
+    /// Nobody was asked: too many new credentials came over all replicas. Another may come after this time.
+    NewKeys(Duration),
 }
 
 /// What a flight found, and the key that it stands under.
@@ -286,17 +294,19 @@ impl Cache {
             let mut first = false;
             let launch = |started| {
                 first = true;
-                self.launch(&query, &keys, max_age, started, deadline)
+                self.launch(&query, &keys, max_age, started)
             };
             let joined = self.flights.join(query.endpoint.identity, keys.first, launch);
             self.lookups.of(&joined, first).inc();
             *part = matches!(joined, Join::InFlight(_)).then_some(if first { Part::Fill } else { Part::Wait });
             match joined {
-                Join::Known(Fetched { timed, .. }) => {
+                Join::Known(Landed::Found(Fetched { timed, .. })) => {
                     return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
                 }
-                Join::Rejected(Rejected::Open(opened)) => return self.by_the_breaker(&keys, &opened, max_age),
-                Join::Rejected(Rejected::NewKeys(wait)) => {
+                Join::Known(Landed::Open(opened)) | Join::Rejected(Rejected::Open(opened)) => {
+                    return self.by_the_breaker(&keys, &opened, max_age);
+                }
+                Join::Known(Landed::NewKeys(wait)) | Join::Rejected(Rejected::NewKeys(wait)) => {
                     return self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
                 }
                 Join::Full => {
@@ -304,7 +314,17 @@ impl Cache {
                     return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                 }
                 Join::InFlight(flight) => match wait(flight, deadline).await {
-                    FlightEnd::Completed(Fetched { timed, key })
+                    FlightEnd::Completed(Landed::Open(opened)) => {
+                        if self.known(&keys).is_nothing() {
+                            self.new_keys.keep_waiting(keys.first);
+                        }
+                        return self.by_the_breaker(&keys, &opened, max_age);
+                    }
+                    FlightEnd::Completed(Landed::NewKeys(wait)) => {
+                        let wait = self.new_keys.withhold(keys.first, query.organization, wait);
+                        return self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
+                    }
+                    FlightEnd::Completed(Landed::Found(Fetched { timed, key }))
                         if (key == keys.first || Some(key) == self.second(&keys)) && self.ages.serves(&timed, max_age) =>
                     {
                         let served_from = if timed.shared { ServedFrom::Cache } else { ServedFrom::Probe };
@@ -320,7 +340,9 @@ impl Cache {
                         let now = Instant::now();
                         let wait = match answer_at {
                             Some(at) if at > now => at - now,
-                            _ => self.prober.turn(&query.endpoint.provider, keys.first),
+                            Some(_) => self.prober.turn(&query.endpoint.provider, keys.first),
+                            // It is another replica's to ask, which has a place in its own queue: the next look finds the answer, or waits on.
+                            None => self.ages.unanswered,
                         };
                         return self.unasked(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                     }
@@ -347,11 +369,10 @@ impl Cache {
         keys: &Keys<'_>,
         max_age: Option<Duration>,
         started: ProbeStarted,
-        deadline: Instant,
-    ) -> Start<Fetched, Rejected, impl Future<Output = Fetched> + Send + use<>> {
+    ) -> Start<Landed, Rejected, impl Future<Output = Landed> + Send + use<>> {
         let (known, now) = (self.known(keys), Instant::now());
         if let Some(timed) = self.ages.fresh(&known, max_age, now) {
-            return Start::Known(Fetched { timed: timed.clone(), key: keys.first });
+            return Start::Known(Landed::Found(Fetched { timed: timed.clone(), key: keys.first }));
         }
         // Before the breaker: what meets an open one is a new key as well.
         let is_new = known.is_nothing();
@@ -365,7 +386,7 @@ impl Cache {
             return Start::Rejected(Rejected::Open(opened));
         }
         // Whoever launches it is its parent in a trace; the others' traces show that they waited.
-        let seeking = self.sharing.as_ref().map(|sharing| self.seeking(sharing, query, keys, max_age, deadline));
+        let seeking = self.sharing.as_ref().map(|sharing| self.seeking(sharing, query, keys, max_age, is_new));
         Start::Run(self.fill(query, keys, started, seeking).instrument(traces::probe(query.endpoint)))
     }
 
@@ -376,13 +397,13 @@ impl Cache {
         query: &LivenessQuery<'_>,
         keys: &Keys<'_>,
         max_age: Option<Duration>,
-        deadline: Instant,
+        is_new: bool,
     ) -> Seeking {
-        // Another replica's answer is waited for as long as there is time for a probe of our own behind it, or half of what there is.
-        let left = deadline.saturating_duration_since(Instant::now());
-        let until = deadline - query.endpoint.budget.unwrap_or(USUAL_BUDGET).min(left / 2);
+        let is_counted = is_new && !query.organization.is_empty();
+        let per_minute = self.new_keys.per_organization();
         Seeking {
             sharing: Arc::clone(sharing),
+            allowance: is_counted.then(|| sharing.tier.allowance(query.organization, per_minute)).flatten(),
             memory: self.memory.clone(),
             ages: self.ages,
             first: keys.first,
@@ -390,7 +411,6 @@ impl Cache {
             client: client_of(query.preference),
             model: query.model.to_owned(),
             max_age,
-            until,
         }
     }
 
@@ -401,7 +421,7 @@ impl Cache {
         keys: &Keys<'_>,
         started: ProbeStarted,
         seeking: Option<Seeking>,
-    ) -> impl Future<Output = Fetched> + Send + use<> {
+    ) -> impl Future<Output = Landed> + Send + use<> {
         let target = Arc::new(Target::of(query.endpoint, query.model).preferring(query.preference));
         let request = ProbeRequest { target, secret: Arc::clone(&query.secret), credential: keys.first, started };
         let (prober, breakers, target) = (Arc::clone(&self.prober), Arc::clone(&self.breakers), Arc::clone(&request.target));
@@ -412,8 +432,11 @@ impl Cache {
             let mut probe = Unreported { breakers: &breakers, provider: target.endpoint.identity, reported: false };
             let mut lease = None;
             if let Some(seeking) = seeking {
-                match seeking.seek(&request).await {
-                    Sought::Known(fetched) => return fetched,
+                match seeking.seek(&request, breakers.longest()).await {
+                    Sought::Known(fetched) => return Landed::Found(fetched),
+                    // As by this replica's own, which no trial has told anything of.
+                    Sought::Open(opened) => return Landed::Open(opened),
+                    Sought::Withheld(wait) => return Landed::NewKeys(wait),
                     Sought::Ask(granted) => lease = granted,
                 }
             }
@@ -429,13 +452,15 @@ impl Cache {
             let (finding, at, wall) = (intern_valid(finding, &last_valid), Instant::now(), SystemTime::now());
             let fetched = Fetched { timed: Arc::new(Timed { finding, at, wall, fresh_for, shared: false }), key };
             remember(&memory, first, &fetched);
-            breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &fetched.timed.finding, at);
+            let shift =
+                breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &fetched.timed.finding, at);
             probe.reported = true;
             if let Some(lease) = lease {
+                shift.iter().for_each(|shift| lease.tell(shift));
                 let record = to_record(&memory, &fetched, &lease);
                 lease.leave(record, ages.hard_maximum);
             }
-            fetched
+            Landed::Found(fetched)
         }
     }
 
@@ -488,7 +513,7 @@ impl Cache {
             observed_at: opened.wall,
             age: opened.at.elapsed(),
             served_from: ServedFrom::Breaker,
-            shared: false,
+            shared: opened.shared,
             retry_after: spread(opened.until.saturating_duration_since(Instant::now()).max(self.ages.floor)),
             earlier_valid: self.earlier_valid(&self.known(keys), max_age, Instant::now()),
         }
@@ -656,6 +681,8 @@ fn remember(memory: &Memory, first: Key, fetched: &Fetched) {
 /// A flight's look into the shared tier.
 struct Seeking {
     sharing: Arc<Sharing>,
+    /// Of a credential that is new here: over all replicas, so many may be.
+    allowance: Option<Allowance>,
     memory: Memory,
     ages: Ages,
     first: Key,
@@ -663,14 +690,14 @@ struct Seeking {
     client: [u8; 2],
     model: String,
     max_age: Option<Duration>,
-    until: Instant,
 }
 
 // === impl Seeking ===
 
 impl Seeking {
-    async fn seek(self, request: &ProbeRequest) -> Sought<Fetched> {
-        let Self { sharing, memory, ages, first, second, client, model, max_age, until } = self;
+    /// Another replica's open breaker counts for `longest` at most.
+    async fn seek(self, request: &ProbeRequest, longest: Duration) -> Sought<Fetched> {
+        let Self { sharing, allowance, memory, ages, first, second, client, model, max_age } = self;
         let endpoint = &request.target.endpoint;
         let model = if second.is_some() { Model::Sometimes(&model) } else { Model::Always(&model) };
         let seat = sharing.tier.seat(&Whose { endpoint: &endpoint.identity, client, value: request.secret.expose(), model });
@@ -688,7 +715,7 @@ impl Seeking {
             let key = second.filter(|_| known.second.as_ref().is_some_and(is_here)).unwrap_or(first);
             Some(Fetched { timed: Arc::clone(timed), key })
         };
-        seat.seek(until, take).await
+        seat.seek(longest, allowance.as_ref(), take).await
     }
 }
 
@@ -750,7 +777,7 @@ fn to_record(memory: &Memory, Fetched { timed, key }: &Fetched, lease: &Lease) -
 // === impl Lookups ===
 
 impl Lookups {
-    fn of(&self, joined: &Join<Fetched, Rejected>, first: bool) -> &Counter {
+    fn of(&self, joined: &Join<Landed, Rejected>, first: bool) -> &Counter {
         match joined {
             Join::Known(_) => &self.hit,
             Join::InFlight(_) if first => &self.fill,
