@@ -2,6 +2,7 @@
 
 mod accept;
 mod admin;
+mod call_limit;
 mod callers;
 mod connection;
 mod connections;
@@ -16,14 +17,7 @@ pub mod shutdown;
 mod status_page;
 mod tls;
 
-use std::{
-    convert::Infallible,
-    io,
-    net::SocketAddr,
-    panic::AssertUnwindSafe,
-    pin::Pin,
-    sync::{Arc, atomic::AtomicUsize},
-};
+use std::{convert::Infallible, io, net::SocketAddr, panic::AssertUnwindSafe, pin::Pin, sync::Arc};
 
 use futures_util::FutureExt;
 use tokio::{
@@ -34,6 +28,7 @@ use tokio::{
 use tonic::service::Routes;
 use tonic_health::pb::{FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS, health_server::HealthServer};
 
+pub(crate) use self::admin::ADMIN_SAYS;
 use self::{
     accept::{accept, affordable},
     admin::{Shown, answer_scrapers, note_counts},
@@ -183,12 +178,13 @@ impl Bound {
         let limit = affordable(settings.limits.connections, listeners.len());
         let lately = Arc::new(Lately::new(settings.admin.show_workspace_ids));
         let recorder = Arc::new(Recorder::new(journal, Arc::clone(&lately)));
-        let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit))));
+        let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit)), &settings.limits));
         let context = context(&settings, callers, tls.clone(), Arc::clone(&engine), &recorder, phases, &counts)?;
         measured.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder, counts.clone()]);
         let mut tasks = JoinSet::new();
         if let Some(listener) = admin {
-            let shown = Arc::new(Shown::new(engine, measured, followed, lately, tls, Arc::clone(&counts)));
+            let addresses = listeners.iter().map(|listener| listener.address().to_string()).collect();
+            let shown = Arc::new(Shown::new(engine, measured, followed, lately, tls, Arc::clone(&counts), addresses));
             spawn(&mut tasks, ("status counts", Box::pin(note_counts(Arc::clone(&shown)))));
             spawn(&mut tasks, ("admin", Box::pin(answer_scrapers(listener, shown))));
         }
@@ -378,8 +374,6 @@ fn context(
         deadlines,
         recorder: Arc::clone(recorder),
         phase,
-        unknown_calls: Arc::new(AtomicUsize::new(0)),
-        watches: Arc::new(AtomicUsize::new(0)),
         counts: Arc::clone(counts),
     })
 }

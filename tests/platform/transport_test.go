@@ -180,7 +180,7 @@ func TestTheRealTransports(t *testing.T) {
 	}
 }
 
-// The two ports of one byok-gate mixed up: its numbers' port is no gate, and that is found out although it closes without a word.
+// The two ports of one byok-gate mixed up: its numbers' port is no gate, and that is found out.
 func TestTheAdminPortIsNoGate(t *testing.T) {
 	vendor := startVendor(t, liveKey)
 	listen, admin := freeAddress(t), freeAddress(t)

@@ -140,8 +140,8 @@ const (
 	diagnosisAge  = 10 * time.Second
 )
 
-// silence is what is known of a peer that closes each connection without a word. Servers of HTTP/1.1 do so, byok-gate's admin port among them,
-// and servers that want TLS.
+// silence is what is known of a peer that closes each connection without a word. Some servers of HTTP/1.1 do so, and
+// servers that want TLS.
 type silence struct {
 	mu    sync.Mutex
 	count int
