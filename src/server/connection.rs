@@ -323,30 +323,30 @@ impl ConnectionContext {
         record: &Arc<CallRecord>,
         held: Held,
     ) -> Result<Started, Status> {
-        let (cap, limit) = if method == BATCH_DECIDE {
+        let is_batch = method == BATCH_DECIDE;
+        let (cap, limit) = if is_batch {
             (self.deadlines.batch, self.limits.batch_message_bytes)
         } else {
             (self.deadlines.decide, self.limits.message_bytes)
         };
-        let deadline = self.deadline(request.headers(), cap)?;
+        let given = Deadline::given(request.headers()).filter(|given| *given < cap);
+        given.into_iter().for_each(|given| record.set_caller_time(given));
+        let deadline = Deadline::within(given, cap).ok_or_else(late)?;
         let service = PolicyDecisionServiceServer::new(self.service.to(caller, deadline, Arc::clone(record)));
         let answering = service.max_decoding_message_size(limit).call(request);
-        Ok(Started { answering, end: Some(deadline.end), limit, held, streams: method == BATCH_DECIDE })
+        Ok(Started { answering, end: Some(deadline.end), limit, is_batch, held, streams: is_batch })
     }
 
     /// Health and reflection, which have a deadline as any call, but for a watch.
     fn route(&self, request: Request<CountedBody>, ends: bool, held: Held) -> Result<Started, Status> {
-        let end = if ends { Some(self.deadline(request.headers(), self.deadlines.decide)?.end) } else { None };
+        let deadline = || Deadline::within(Deadline::given(request.headers()), self.deadlines.decide).ok_or_else(late);
+        let end = if ends { Some(deadline()?.end) } else { None };
         let limit = self.limits.message_bytes;
-        Ok(Started { answering: Box::pin(self.routes.clone().call(request)), end, limit, held, streams: !ends })
-    }
-
-    fn deadline(&self, headers: &HeaderMap, cap: Duration) -> Result<Deadline, Status> {
-        Deadline::of(headers, cap).ok_or_else(late)
+        Ok(Started { answering: Box::pin(self.routes.clone().call(request)), end, limit, is_batch: false, held, streams: !ends })
     }
 
     async fn finish(&self, started: Result<Started, Box<Response<Body>>>, using: Using) -> Response<Body> {
-        let Started { mut answering, end, limit, held, streams } = match started {
+        let Started { mut answering, end, limit, is_batch, held, streams } = match started {
             Ok(started) => started,
             Err(response) => return *response,
         };
@@ -368,7 +368,7 @@ impl ConnectionContext {
             }
         };
         let Ok(response) = answered;
-        match explanation(&response, limit) {
+        match explanation(&response, limit, is_batch) {
             Some(status) => status.into_http(),
             None if streams => response.map(|body| Body::new(HoldingBody { body, _held: held, _using: using })),
             None => response,
@@ -406,6 +406,7 @@ struct Started {
     end: Option<Instant>,
     /// How long its message may be.
     limit: usize,
+    is_batch: bool,
     held: Held,
     /// It goes on after its first answer.
     streams: bool,
@@ -444,12 +445,13 @@ fn late() -> Status {
 
 /// What the library finds wrong with a message, in the contract's words: bad input is INVALID_ARGUMENT with a field. And every error says
 /// its reason.
-fn explanation(response: &Response<Body>, limit: usize) -> Option<Status> {
+fn explanation(response: &Response<Body>, limit: usize, is_batch: bool) -> Option<Status> {
     const UNDECODABLE: &str = "failed to decode Protobuf message";
+    let setting = if is_batch { "limits.batch_message_bytes" } else { "limits.message_bytes" };
     let status = response.extensions().get::<Status>()?;
     let (reason, description) = match (status.code(), status.message()) {
         (Code::Ok, _) => return None,
-        (Code::OutOfRange, _) => (ErrorReason::RequestTooLarge, format!("is longer than {limit} bytes, the limit")),
+        (Code::OutOfRange, _) => (ErrorReason::RequestTooLarge, format!("is longer than {limit} bytes, the limit ({setting})")),
         (Code::Internal, message) if message.starts_with(UNDECODABLE) => {
             (ErrorReason::RequestUnreadable, "is not this call's message".to_owned())
         }
