@@ -229,6 +229,14 @@ impl Tokens {
             let (setting, caller) = ("callers.token_file", caller.name.as_str());
             tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
         }
+        for Token { hash, caller } in known.iter() {
+            let earlier = old.iter().find(|other| bool::from(other.hash.ct_eq(hash)));
+            if let Some(Token { caller: earlier, .. }) = earlier.filter(|earlier| earlier.caller.role != caller.role) {
+                let (setting, was, is) = ("callers.token_file", earlier.role.to_string(), caller.role.to_string());
+                let caller = caller.name.as_str();
+                tracing::warn!(event = "caller_changed", setting, caller, was, is, "it may do other things from now on");
+            }
+        }
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
         Ok(Reloaded::Taken)
     }
