@@ -6,7 +6,7 @@ use std::{path::PathBuf, sync::Arc};
 use crate::{
     config::{
         self, ConfigError, Setup,
-        changes::{Loosened, changed, emptied, loosened, removed_callers, waiting_for_restart},
+        changes::{ChangedCaller, Loosened, changed, changed_callers, emptied, loosened, removed_callers, waiting_for_restart},
         settings::Settings,
     },
     core::{
@@ -190,6 +190,9 @@ impl Source for Documents {
         }
         for (setting, caller) in removed_callers(&self.settings, &settings) {
             tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
+        }
+        for ChangedCaller { setting, caller, was, is } in changed_callers(&self.settings, &settings) {
+            tracing::warn!(event = "caller_changed", setting, caller, was, is, "it may do other things from now on");
         }
         let waiting = waiting_for_restart(&self.started, &settings);
         if waiting != self.waiting {

@@ -27,10 +27,12 @@ use tonic::{
 use zeroize::Zeroizing;
 
 use super::exit::UsageError;
-use crate::{domain::causes::causes, watch::files};
+use crate::{domain::causes::causes, server::ADMIN_SAYS, telemetry::status::printable, watch::files};
 
 /// The largest file of certificates, and of a token.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
+/// More than what a gRPC client is told by the admin listener.
+const MAX_ANSWER_BYTES: u64 = 4096;
 /// How long a look at what answers there may take.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -79,12 +81,14 @@ pub(super) struct Tls {
 type Pem = Zeroizing<Vec<u8>>;
 
 /// What answers an HTTP/2 client that speaks no TLS.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Heard {
     /// An alert of TLS.
     Tls,
     /// HTTP/2.
     Plain,
+    /// byok-gate's admin listener, which says where gRPC is.
+    Admin(String),
     /// Anything else, or nothing.
     Other,
 }
@@ -223,6 +227,7 @@ impl Server {
             (true, Heard::Plain) => {
                 format!("{address} speaks no TLS: leave out https://, --server-ca, --server-name and --client-cert")
             }
+            (_, Heard::Admin(said)) => format!("{address}: {said}"),
             (false, Heard::Other) if is_cut_off(fault) => {
                 format!(
                     "{address} closed the connection without an answer of gRPC's: is it the port of --admin-listen, or stopping?"
@@ -284,14 +289,26 @@ impl Server {
                     read => length += read,
                 }
             }
-            io::Result::Ok(head)
+            let mut rest = Vec::new();
+            if head.starts_with(b"HTTP/1.") {
+                stream.take(MAX_ANSWER_BYTES).read_to_end(&mut rest).await?;
+            }
+            io::Result::Ok((head, rest))
         };
         match timeout(LOOK, look).await {
-            Ok(Ok([21, 3, ..])) => Heard::Tls,
-            Ok(Ok([0, _, _, 4, ..])) => Heard::Plain,
-            _ => Heard::Other,
+            Ok(Ok(([21, 3, ..], _))) => Heard::Tls,
+            Ok(Ok(([0, _, _, 4, ..], _))) => Heard::Plain,
+            Ok(Ok((_, rest))) => of_admin(&rest).map_or(Heard::Other, Heard::Admin),
+            Ok(Err(_)) | Err(_) => Heard::Other,
         }
     }
+}
+
+/// What byok-gate's admin listener says to a gRPC client, of the rest of an answer.
+fn of_admin(rest: &[u8]) -> Option<String> {
+    let rest = String::from_utf8_lossy(rest);
+    let (_, body) = rest.split_once("\r\n\r\n")?;
+    body.starts_with(ADMIN_SAYS).then(|| printable(body.trim_end()))
 }
 
 impl Tls {

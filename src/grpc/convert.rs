@@ -53,7 +53,7 @@ impl Violations {
     /// A name that may stand in logs and messages.
     fn check_name(&mut self, field: impl fmt::Display, name: &str, limit: usize) {
         if name.len() > limit {
-            self.add(&field, format_args!("is {} bytes long; the limit is {limit}", name.len()));
+            self.add(&field, format_args!("is {} bytes long; the limit is {limit} (limits.name_bytes)", name.len()));
         }
         if !is_plain(name)
             && let Some(at) = name.find(char::is_control)

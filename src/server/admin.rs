@@ -10,20 +10,22 @@ use std::{
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::{
-    body::{Body as _, Incoming},
+    body::{Body as _, Bytes, Incoming},
     server::conn::http1,
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    sync::Semaphore,
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::{io::AsyncReadExt, sync::Semaphore, task::JoinSet, time::timeout};
 use tonic::body::Body;
 
-use super::{connections::ConnectionCounts, listen::Listener, status_page::html, tls::Tls};
+use super::{
+    connection::{PREFACE, Prefaced, say},
+    connections::ConnectionCounts,
+    listen::{Accepted, Listener, Stream},
+    refused::{HandshakeFault, Refusal},
+    status_page::html,
+    tls::Tls,
+};
 use crate::{
     core::engine::Engine,
     telemetry::{
@@ -41,6 +43,9 @@ const HEADER_TIME: Duration = Duration::from_secs(5);
 const CONNECTION_TIME: Duration = Duration::from_secs(10);
 /// A scraper's headers are under 1 KiB; this is the least that the HTTP library takes.
 const MAX_HEADER_BYTES: usize = 8 * 1024;
+
+/// How the answer to a gRPC client begins.
+pub(crate) const ADMIN_SAYS: &str = "this is byok-gate's admin listener, for pages and numbers";
 
 const ROOT: &str = "/";
 const METRICS: &str = "/metrics";
@@ -60,6 +65,8 @@ pub(super) struct Shown {
     connections: Arc<ConnectionCounts>,
     window: Window,
     started: SystemTime,
+    /// Where gRPC is spoken.
+    addresses: Vec<String>,
 }
 
 // === impl Shown ===
@@ -73,9 +80,10 @@ impl Shown {
         lately: Arc<Lately>,
         tls: Option<Arc<Tls>>,
         connections: Arc<ConnectionCounts>,
+        addresses: Vec<String>,
     ) -> Self {
         let started = SystemTime::now();
-        Self { engine, sources, followed, lately, tls, connections, window: Window::since(started), started }
+        Self { engine, sources, followed, lately, tls, connections, window: Window::since(started), started, addresses }
     }
 
     /// What is counted, as of now.
@@ -97,6 +105,10 @@ impl Shown {
             followed: self.followed.iter().map(|reloads| reloads.followed()).collect(),
             certificates: self.tls.as_ref().map_or_else(Vec::new, |tls| tls.ends()),
             refused_connections: self.connections.refusals.shown(),
+            reached_limits: [&self.connections.unknown_calls, &self.connections.watches]
+                .into_iter()
+                .filter_map(|limit| limit.reached())
+                .collect(),
         };
         status::status(&sources, SystemTime::now())
     }
@@ -134,14 +146,23 @@ pub(super) async fn answer_scrapers(listener: Listener, shown: Arc<Shown>) {
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
         let shown = Arc::clone(&shown);
         connections.spawn(async move {
-            serve(accepted.io, shown).await;
+            serve(accepted, shown).await;
             drop(place);
         });
     }
 }
 
 /// One request, or none in time.
-async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, shown: Arc<Shown>) {
+async fn serve(accepted: Accepted, shown: Arc<Shown>) {
+    let Accepted { io, peer } = accepted;
+    let io = match timeout(HEADER_TIME, first_bytes(io)).await {
+        Ok(Ok(io)) => io,
+        Ok(Err(Some(io))) => {
+            shown.connections.refusals.add(peer, Refusal::of(HandshakeFault::GrpcOnAdmin));
+            return say(io, grpc_is_elsewhere(&shown.addresses).as_bytes()).await;
+        }
+        Ok(Err(None)) | Err(_) => return,
+    };
     let service = service_fn(|request| {
         let shown = Arc::clone(&shown);
         async move { Ok::<_, Infallible>(answer(&request, shown).await) }
@@ -154,6 +175,28 @@ async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, shown: Arc<Shown>) {
         .serve_connection(TokioIo::new(io), service);
     // Its fault is a scraper's, which sees it.
     drop(timeout(CONNECTION_TIME, connection).await);
+}
+
+/// The connection with what it says first, unless that is gRPC's: then without. Nobody is there any more if there is none.
+async fn first_bytes(mut io: Box<dyn Stream>) -> Result<Prefaced, Option<Box<dyn Stream>>> {
+    let (mut first, mut length) = ([0; PREFACE.len()], 0);
+    while let Some(free) = first.get_mut(length..).filter(|free| !free.is_empty()) {
+        let read = io.read(free).await.map_err(|_| None)?;
+        length += read;
+        let said = first.get(..length).unwrap_or_default();
+        if read == 0 || !PREFACE.starts_with(said) {
+            return Ok(Prefaced { io, left: Bytes::copy_from_slice(said) });
+        }
+    }
+    Err(Some(io))
+}
+
+/// What a gRPC client is told: its library shows it, or that it is no HTTP/2. `byok-gate health` shows the sentence alone.
+fn grpc_is_elsewhere(addresses: &[String]) -> String {
+    format!(
+        "HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n{ADMIN_SAYS}: gRPC is on {}\n",
+        addresses.join(" and ")
+    )
 }
 
 async fn answer(request: &Request<Incoming>, shown: Arc<Shown>) -> Response<Body> {
@@ -220,6 +263,7 @@ mod tests {
             classify::Finding,
             engine::{Boxed, ProbeRequest, Prober},
         },
+        domain::request::Peer,
     };
 
     struct Nobody;
@@ -234,7 +278,11 @@ mod tests {
         let setup = config::load(&config::Paths::default(), &config::Overrides::default()).unwrap();
         let cache = crate::liveness::cache::Cache::new(Arc::new(Nobody), crate::liveness::cache::CacheSettings::default());
         let engine = Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None));
-        Arc::new(Shown::new(engine, Vec::new(), Vec::new(), Arc::new(Lately::new(false)), None, Arc::default()))
+        Arc::new(Shown::new(engine, Vec::new(), Vec::new(), Arc::new(Lately::new(false)), None, Arc::default(), Vec::new()))
+    }
+
+    fn accepted(io: tokio::io::DuplexStream) -> Accepted {
+        Accepted { io: Box::new(io), peer: Peer::Unix { uid: 1, gid: 1 } }
     }
 
     /// Headers that come byte by byte, and an answer that nobody reads: each connection has its end.
@@ -242,7 +290,7 @@ mod tests {
     async fn a_slow_scraper_is_cut_off() {
         let began = Instant::now();
         let (mut slow, io) = duplex(1024);
-        let serving = tokio::spawn(serve(io, shown()));
+        let serving = tokio::spawn(serve(accepted(io), shown()));
         for byte in b"GET /metrics HTTP/1.1\r\nhost: gate\r\n".iter().cycle() {
             if serving.is_finished() || slow.write_all(&[*byte]).await.is_err() {
                 break;
@@ -253,12 +301,12 @@ mod tests {
         let (mut deaf, io) = duplex(64);
         let began = Instant::now();
         deaf.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
-        serve(io, shown()).await;
+        serve(accepted(io), shown()).await;
         assert_eq!(began.elapsed(), CONNECTION_TIME);
         // In time, for comparison.
         let (mut quick, io) = duplex(64 * 1024);
         quick.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
-        serve(io, shown()).await;
+        serve(accepted(io), shown()).await;
         let mut said = String::new();
         quick.read_to_string(&mut said).await.unwrap();
         assert!(said.starts_with("HTTP/1.1 200") && said.ends_with("# EOF\n"), "{said}");

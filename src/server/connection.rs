@@ -8,10 +8,7 @@ use std::{
     future::poll_fn,
     io,
     pin::{Pin, pin},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -33,6 +30,7 @@ use tonic::{Code, Status, body::Body, service::Routes};
 use tower_service::Service;
 
 use super::{
+    call_limit::Counted,
     callers::{Callers, Identity},
     connections::{ConnectionCounts, ConnectionState, Place, Using},
     health::Phase,
@@ -54,7 +52,7 @@ use crate::{
             pb::{ErrorReason, policy_decision_service_server::PolicyDecisionServiceServer},
         },
         deadline::Deadline,
-        errors::{RETRY_AFTER, bad_request, draining, error, explained, limit_reached},
+        errors::{bad_request, draining, error, explained},
         limits::{Deadlines, Limits},
         service::PolicyDecision,
     },
@@ -62,7 +60,7 @@ use crate::{
 };
 
 /// What an HTTP/2 client says first.
-const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How a TLS client begins: a handshake record of TLS 1.
 const TLS_RECORD: [u8; 2] = [0x16, 0x03];
 /// An empty SETTINGS frame, with which a server must begin.
@@ -109,9 +107,6 @@ pub(super) struct ConnectionContext {
     pub(super) recorder: Arc<Recorder>,
     pub(super) phase: watch::Receiver<Phase>,
     pub(super) bytes: Arc<ByteBudget>,
-    /// Calls under way of callers that nobody knows, and health watches.
-    pub(super) unknown_calls: Arc<AtomicUsize>,
-    pub(super) watches: Arc<AtomicUsize>,
     pub(super) counts: Arc<ConnectionCounts>,
 }
 
@@ -305,12 +300,9 @@ impl Connection {
         }
         // It has been read, and nothing behind this line is to know it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
-        let limits = &context.limits;
-        let unknown = match &caller {
-            Some(_) => None,
-            None => Some(Counted::one(&context.unknown_calls, limits.unknown_calls, "limits.unknown_calls")?),
-        };
-        let watch = if is_watch { Some(Counted::one(&context.watches, limits.watches, "limits.watches")?) } else { None };
+        let (counts, peer) = (&context.counts, identity.peer);
+        let unknown = caller.is_none().then(|| counts.unknown_calls.enter(peer)).transpose()?;
+        let watch = is_watch.then(|| counts.watches.enter(peer)).transpose()?;
         let bytes = context.bytes.call(caller.is_some());
         let request = request.map(|body| CountedBody::new(body, Arc::clone(&bytes)));
         let held = Held { _unknown: unknown, _watch: watch, _bytes: bytes };
@@ -331,30 +323,30 @@ impl ConnectionContext {
         record: &Arc<CallRecord>,
         held: Held,
     ) -> Result<Started, Status> {
-        let (cap, limit) = if method == BATCH_DECIDE {
+        let is_batch = method == BATCH_DECIDE;
+        let (cap, limit) = if is_batch {
             (self.deadlines.batch, self.limits.batch_message_bytes)
         } else {
             (self.deadlines.decide, self.limits.message_bytes)
         };
-        let deadline = self.deadline(request.headers(), cap)?;
+        let given = Deadline::given(request.headers()).filter(|given| *given < cap);
+        given.into_iter().for_each(|given| record.set_caller_time(given));
+        let deadline = Deadline::within(given, cap).ok_or_else(late)?;
         let service = PolicyDecisionServiceServer::new(self.service.to(caller, deadline, Arc::clone(record)));
         let answering = service.max_decoding_message_size(limit).call(request);
-        Ok(Started { answering, end: Some(deadline.end), limit, held, streams: method == BATCH_DECIDE })
+        Ok(Started { answering, end: Some(deadline.end), limit, is_batch, held, streams: is_batch })
     }
 
     /// Health and reflection, which have a deadline as any call, but for a watch.
     fn route(&self, request: Request<CountedBody>, ends: bool, held: Held) -> Result<Started, Status> {
-        let end = if ends { Some(self.deadline(request.headers(), self.deadlines.decide)?.end) } else { None };
+        let deadline = || Deadline::within(Deadline::given(request.headers()), self.deadlines.decide).ok_or_else(late);
+        let end = if ends { Some(deadline()?.end) } else { None };
         let limit = self.limits.message_bytes;
-        Ok(Started { answering: Box::pin(self.routes.clone().call(request)), end, limit, held, streams: !ends })
-    }
-
-    fn deadline(&self, headers: &HeaderMap, cap: Duration) -> Result<Deadline, Status> {
-        Deadline::of(headers, cap).ok_or_else(late)
+        Ok(Started { answering: Box::pin(self.routes.clone().call(request)), end, limit, is_batch: false, held, streams: !ends })
     }
 
     async fn finish(&self, started: Result<Started, Box<Response<Body>>>, using: Using) -> Response<Body> {
-        let Started { mut answering, end, limit, held, streams } = match started {
+        let Started { mut answering, end, limit, is_batch, held, streams } = match started {
             Ok(started) => started,
             Err(response) => return *response,
         };
@@ -376,7 +368,7 @@ impl ConnectionContext {
             }
         };
         let Ok(response) = answered;
-        match explanation(&response, limit) {
+        match explanation(&response, limit, is_batch) {
             Some(status) => status.into_http(),
             None if streams => response.map(|body| Body::new(HoldingBody { body, _held: held, _using: using })),
             None => response,
@@ -414,6 +406,7 @@ struct Started {
     end: Option<Instant>,
     /// How long its message may be.
     limit: usize,
+    is_batch: bool,
     held: Held,
     /// It goes on after its first answer.
     streams: bool,
@@ -446,39 +439,19 @@ impl hyper::body::Body for HoldingBody {
     }
 }
 
-/// One place of a limited number.
-struct Counted(Arc<AtomicUsize>);
-
-// === impl Counted ===
-
-impl Counted {
-    fn one(count: &Arc<AtomicUsize>, limit: usize, name: &str) -> Result<Self, Status> {
-        let counted = Self(Arc::clone(count));
-        if count.fetch_add(1, Ordering::Relaxed) < limit {
-            return Ok(counted);
-        }
-        Err(limit_reached(name, &format!("{limit} at a time"), RETRY_AFTER))
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 fn late() -> Status {
     error(ErrorReason::Deadline, "no decision was made before the call's deadline")
 }
 
 /// What the library finds wrong with a message, in the contract's words: bad input is INVALID_ARGUMENT with a field. And every error says
 /// its reason.
-fn explanation(response: &Response<Body>, limit: usize) -> Option<Status> {
+fn explanation(response: &Response<Body>, limit: usize, is_batch: bool) -> Option<Status> {
     const UNDECODABLE: &str = "failed to decode Protobuf message";
+    let setting = if is_batch { "limits.batch_message_bytes" } else { "limits.message_bytes" };
     let status = response.extensions().get::<Status>()?;
     let (reason, description) = match (status.code(), status.message()) {
         (Code::Ok, _) => return None,
-        (Code::OutOfRange, _) => (ErrorReason::RequestTooLarge, format!("is longer than {limit} bytes, the limit")),
+        (Code::OutOfRange, _) => (ErrorReason::RequestTooLarge, format!("is longer than {limit} bytes, the limit ({setting})")),
         (Code::Internal, message) if message.starts_with(UNDECODABLE) => {
             (ErrorReason::RequestUnreadable, "is not this call's message".to_owned())
         }
@@ -528,7 +501,7 @@ fn goaway(code: u8, why: &str) -> Vec<u8> {
 
 /// Some last bytes. Best effort: a fresh socket takes these few at once. What the client has sent is read, or the kernel would answer with a
 /// reset that takes them away again.
-async fn say(mut io: Box<dyn Stream>, words: &[u8]) {
+pub(super) async fn say(mut io: Box<dyn Stream>, words: &[u8]) {
     const PATIENCE: Duration = Duration::from_millis(100);
     const MOST: u64 = 64 * 1024;
     let telling = async {
@@ -540,9 +513,9 @@ async fn say(mut io: Box<dyn Stream>, words: &[u8]) {
 }
 
 /// A connection whose first bytes have been read, and are read again by the library behind it.
-struct Prefaced {
-    io: Box<dyn Stream>,
-    left: Bytes,
+pub(super) struct Prefaced {
+    pub(super) io: Box<dyn Stream>,
+    pub(super) left: Bytes,
 }
 
 impl AsyncRead for Prefaced {

@@ -159,7 +159,7 @@ impl Lately {
 
     /// A call ended without a decision. What repeats itself is counted and not listed again, so that it does not push out the rest.
     pub fn undecided(&self, call: &Undecided<'_>) {
-        let Undecided { method, grpc_code, reason, peer, request, report_only, trace_id: _ } = *call;
+        let Undecided { method, grpc_code, reason, peer, request, report_only, caller_time: _, trace_id: _ } = *call;
         let new = UndecidedCalls {
             at: SystemTime::now(),
             count: 1,

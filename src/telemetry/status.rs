@@ -271,6 +271,19 @@ pub struct Sources<'s> {
     pub certificates: Vec<CertificateEnd>,
     /// Connections that came to no call.
     pub refused_connections: Vec<RefusedConnection>,
+    /// Limits over all connections that have refused calls.
+    pub reached_limits: Vec<ReachedLimit>,
+}
+
+/// A limit over all connections that has refused a call.
+#[derive(Debug, Clone, Copy)]
+pub struct ReachedLimit {
+    /// `limits.watches`
+    pub setting: &'static str,
+    /// What it is.
+    pub limit: usize,
+    /// When it refused one last.
+    pub at: SystemTime,
 }
 
 // === what the counts were a while ago ===
@@ -342,7 +355,8 @@ fn since(then: SystemTime, now: SystemTime) -> Duration {
 
 /// The whole status, as of now.
 pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
-    let Sources { page, snapshot, lately, window, started, followed, certificates, refused_connections } = sources;
+    let Sources { page, snapshot, lately, window, started, followed, certificates, refused_connections, reached_limits } =
+        sources;
     let (then, length) = window.then(now);
     let totals = Totals::of(page);
     let documents = documents(snapshot, followed, now);
@@ -369,6 +383,7 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
     let undecided = lately.undecided_calls();
     attention.extend(unanswered(&undecided, now));
     attention.extend(limited(&totals, &then));
+    attention.extend(reached(reached_limits, now));
     let decisions = totals.decisions.iter().map(|((outcome, code), total)| DecisionCount {
         outcome: outcome.clone(),
         code: code.clone(),
@@ -719,6 +734,14 @@ fn limited(totals: &Totals, then: &Totals) -> Vec<Attention> {
         }
     }
     found
+}
+
+/// Limits that refuse calls that ask for no decision, which are in no list below.
+fn reached(limits: &[ReachedLimit], now: SystemTime) -> impl Iterator<Item = Attention> {
+    limits.iter().filter(move |it| since(it.at, now) < ONGOING).map(|ReachedLimit { setting, limit, .. }| Attention {
+        what: format!("calls are refused: {setting} ({limit}) is reached"),
+        remedy: "find out who holds so many (`call_limit` in the log has a peer), or raise it".to_owned(),
+    })
 }
 
 fn and_more(all: usize) -> String {
