@@ -6,7 +6,7 @@ use std::{path::PathBuf, sync::Arc};
 use crate::{
     config::{
         self, ConfigError, Setup,
-        changes::{Loosened, changed, emptied, loosened, removed_callers, waiting_for_restart},
+        changes::{ChangedCaller, Loosened, changed, changed_callers, emptied, loosened, removed_callers, waiting_for_restart},
         settings::Settings,
     },
     core::{
@@ -24,7 +24,10 @@ use crate::{
         tier::Tier,
     },
     server::settings::CallerSettings,
-    telemetry::metrics::{Collect, Counter, Page},
+    telemetry::{
+        metrics::{Collect, Counter, Page},
+        status::DOCUMENTS,
+    },
     watch::{Fault, Reloaded, Source},
 };
 
@@ -142,8 +145,7 @@ impl Documents {
     /// Whether this setup equals the version in force.
     fn is_in_force(&self, setup: &Setup) -> bool {
         let current = self.engine.snapshot();
-        let marked =
-            [&current.registry_origin, &current.catalogue_origin].iter().any(|origin| !origin.last_reload_error.is_empty());
+        let marked = current.origins().iter().any(|origin| !origin.last_reload_error.is_empty());
         !marked
             && current.registry.revision() == setup.snapshot.registry.revision()
             && current.catalogue.revision() == setup.snapshot.catalogue.revision()
@@ -153,7 +155,7 @@ impl Documents {
 
 impl Source for Documents {
     fn name(&self) -> &'static str {
-        "documents"
+        DOCUMENTS
     }
 
     fn files(&self) -> Vec<PathBuf> {
@@ -176,7 +178,7 @@ impl Source for Documents {
             self.files = setup.documents;
             return Ok(Reloaded::Unchanged);
         }
-        let Setup { snapshot, settings, documents, warnings, .. } = setup;
+        let Setup { mut snapshot, settings, documents, warnings, .. } = setup;
         let changed = changed(&self.settings, &settings);
         if !changed.is_empty() {
             let settings = changed.join(", ");
@@ -188,6 +190,9 @@ impl Source for Documents {
         }
         for (setting, caller) in removed_callers(&self.settings, &settings) {
             tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
+        }
+        for ChangedCaller { setting, caller, was, is } in changed_callers(&self.settings, &settings) {
+            tracing::warn!(event = "caller_changed", setting, caller, was, is, "it may do other things from now on");
         }
         let pending_restart = waiting_for_restart(&self.started, &settings);
         if pending_restart != self.pending_restart {
@@ -203,6 +208,7 @@ impl Source for Documents {
             }
             self.pending_restart = pending_restart;
         }
+        snapshot.restart_needed.clone_from(&self.pending_restart);
         config::warn(&warnings);
         self.engine.swap(snapshot);
         (self.replace_callers)(&settings.callers);
@@ -226,13 +232,19 @@ impl Source for Documents {
 /// The same snapshot, with the faults of the version that was not taken.
 fn marked(snapshot: &Snapshot, faults: &[Problems]) -> Snapshot {
     let mut marked = snapshot.clone();
-    // Faults of the configuration are shown at the registry, whose names it uses.
-    let (of_catalogue, of_registry): (Vec<_>, Vec<_>) =
-        faults.iter().partition(|fault| fault.document == snapshot.catalogue_origin.source);
-    let mark = |origin: &mut Origin, faults: &[&Problems]| {
-        origin.last_reload_error = faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n");
-    };
+    let (mut of_registry, mut of_catalogue, mut of_configuration) = (Vec::new(), Vec::new(), Vec::new());
+    for fault in faults {
+        // A document that is neither the registry nor the catalogue in force is named by the configuration.
+        let of = match &fault.document {
+            document if *document == snapshot.registry_origin.source => &mut of_registry,
+            document if *document == snapshot.catalogue_origin.source => &mut of_catalogue,
+            _ => &mut of_configuration,
+        };
+        of.push(fault.to_string());
+    }
+    let mark = |origin: &mut Origin, faults: &[String]| origin.last_reload_error = faults.join("\n");
     mark(&mut marked.registry_origin, &of_registry);
     mark(&mut marked.catalogue_origin, &of_catalogue);
+    mark(&mut marked.configuration_origin, &of_configuration);
     marked
 }

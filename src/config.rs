@@ -2,6 +2,7 @@
 
 pub mod changes;
 mod layers;
+mod plain_words;
 pub mod settings;
 
 use std::{
@@ -149,9 +150,17 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     let origin =
         |path: Option<&PathBuf>| DocumentOrigin { source: source_of(path), loaded_at: now, last_reload_error: String::new() };
     let (registry_origin, catalogue_origin) = (origin(registry_file), origin(catalogue_file));
+    let without_file = || "defaults, environment and flags".to_owned();
+    let configuration_origin = DocumentOrigin {
+        source: paths.config.as_ref().map_or_else(without_file, |path| path.display().to_string()),
+        ..origin(None)
+    };
     let documents = [registry_file, catalogue_file, paths.config.as_ref()].into_iter().flatten().cloned().collect();
+    let mut snapshot =
+        Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin);
+    snapshot.configuration_origin = configuration_origin;
     Ok(Setup {
-        snapshot: Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin),
+        snapshot,
         fingerprint_key,
         probe_ca: probe_ca.unwrap_or_default().to_vec(),
         proxy,
@@ -570,7 +579,7 @@ mod tests {
             ("{}", Some(("BYOK_GATE__SHUTDOWN", "1")), "shutdown: is a section of keys"),
             ("{}", Some(("BYOK_GATE__LIMITS__DECISIONS", "many")), "(from environment BYOK_GATE__LIMITS__DECISIONS)"),
             ("limits: {decisions: 0}", None, "limits.decisions: is 0; it must be 1 to"),
-            ("limits: {decisions: -1}", None, "limits.decisions: invalid value"),
+            ("limits: {decisions: -1}", None, "limits.decisions: is `-1`; it must be a whole number of 0 or more"),
             ("deadlines: {decide: 5}", None, "deadlines.decide: "),
             ("deadlines: {decide: 0s}", None, "deadlines.decide: is 0s; it must be 100ms to"),
             ("deadlines: {decide: 5ms}", None, "deadlines.decide: is 5ms; it must be 100ms to"),
@@ -599,12 +608,20 @@ mod tests {
                 None,
                 "callers.unix_peers[0].workspaces: holds an id that is empty",
             ),
-            ("callers: {unix_peers: everyone}", None, "callers.unix_peers: invalid value"),
+            (
+                "callers: {unix_peers: everyone}",
+                None,
+                "callers.unix_peers: is the text `everyone`; it must be a list of callers, or the word `anyone`",
+            ),
             ("", None, "is empty; write `{}`"),
             ("callers: {certificates: [{san: a}]}", None, "callers.certificates: needs tls.client_ca"),
             ("callers: {unix_peers: [{}]}", None, "callers.unix_peers[0]: needs a uid"),
             ("callers: {unix_peers: [{uid: 1, role: workspace}]}", None, "callers.unix_peers[0]: names no workspaces"),
-            ("callers: {unix_peers: [{uid: 1, rule: workspace}]}", None, "unknown field `rule`"),
+            (
+                "callers: {unix_peers: [{uid: 1, rule: workspace}]}",
+                None,
+                "callers.unix_peers: holds the key `rule`, which is not known there",
+            ),
             ("cache: {hard_maximum: 10s}", None, "cache.hard_maximum: must not be less"),
             ("limits: {decisions: 1}\nlimits: {decisions: 2}", None, "duplicate"),
             ("- a", None, "must be a mapping"),
@@ -640,7 +657,7 @@ mod tests {
         let fault =
             load(&Paths { config: Some(config.clone()), ..Paths::default() }, &Overrides::default()).unwrap_err().to_string();
         for expect in
-            ["limit: is not a key", "limits.decisions: invalid type", "limits.batch_items: is 0", "/no/such/registry.yaml"]
+            ["limit: is not a key", "limits.decisions: is the text `many`", "limits.batch_items: is 0", "/no/such/registry.yaml"]
         {
             assert!(fault.contains(expect), "{expect} in {fault}");
         }

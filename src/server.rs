@@ -3,6 +3,7 @@
 
 mod accept;
 mod admin;
+mod call_limit;
 mod callers;
 mod connection;
 mod connections;
@@ -17,13 +18,7 @@ pub mod shutdown;
 mod status_page;
 mod tls;
 
-use std::{
-    convert::Infallible,
-    net::SocketAddr,
-    panic::AssertUnwindSafe,
-    pin::Pin,
-    sync::{Arc, atomic::AtomicUsize},
-};
+use std::{convert::Infallible, io, net::SocketAddr, panic::AssertUnwindSafe, pin::Pin, sync::Arc};
 
 use futures_util::FutureExt;
 use tokio::{
@@ -34,6 +29,7 @@ use tokio::{
 use tonic::service::Routes;
 use tonic_health::pb::{FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS, health_server::HealthServer};
 
+pub(crate) use self::admin::ADMIN_SAYS;
 use self::{
     accept::{accept, affordable_connections},
     admin::{AdminPages, sample_counts, serve_admin},
@@ -55,7 +51,7 @@ use crate::{
     grpc::{authorize::Authorizer, call_record::Recorder, convert, service::PolicyDecision},
     telemetry::{
         events::Journal,
-        metrics::{Collect, process::Process},
+        metrics::{Collect, process::Process, reloads::Reloads},
         recent_decisions::RecentDecisions,
     },
     watch::{Source, Watcher, files},
@@ -66,6 +62,7 @@ pub struct Bound {
     listeners: Vec<Listener>,
     admin: Option<Listener>,
     collectors: Vec<Arc<dyn Collect>>,
+    followed: Vec<Arc<Reloads>>,
     callers: Arc<Callers>,
     tls: Option<Arc<Tls>>,
     settings: EdgeSettings,
@@ -74,6 +71,10 @@ pub struct Bound {
     /// Makes all file watchers check their files at once.
     recheck: watch::Sender<()>,
 }
+
+/// The setting of the listeners, and of the admin listener.
+const LISTEN: &str = "server.listen";
+const ADMIN_LISTEN: &str = "admin.listen";
 
 /// A background task and its name. It ends only if it fails.
 type Task = (&'static str, Pin<Box<dyn Future<Output = ()> + Send>>);
@@ -96,16 +97,16 @@ impl Bound {
         let (callers, tls) = load_callers_and_tls(&settings)?;
         let mut listeners = Vec::new();
         for address in addresses {
-            listeners.push(listener(address, &settings).await?);
+            listeners.push(listener(LISTEN, address, &settings).await?);
         }
         let admin = match admin {
             None => None,
-            Some(address) => Some(listener(address, &settings).await?),
+            Some(address) => Some(listener(ADMIN_LISTEN, address, &settings).await?),
         };
         let collectors: Vec<Arc<dyn Collect>> = vec![Arc::new(Process::started())];
         let (recheck, _) = watch::channel(());
-        let (journal, tasks) = (Journal::off(), Vec::new());
-        let mut bound = Self { listeners, admin, collectors, callers, tls, settings, journal, tasks, recheck };
+        let (journal, followed, tasks) = (Journal::off(), Vec::new(), Vec::new());
+        let mut bound = Self { listeners, admin, collectors, followed, callers, tls, settings, journal, tasks, recheck };
         if let Some(tls) = bound.tls.clone() {
             bound.register(tls.clone());
             bound.supervise("certificates", watch_ends(tls.clone()));
@@ -155,6 +156,7 @@ impl Bound {
         let name = source.name();
         let watcher = Watcher::new(source);
         self.register(watcher.counts());
+        self.followed.push(watcher.counts());
         self.supervise(name, watcher.run(self.settings.server.reload_interval, self.recheck.subscribe()));
     }
 
@@ -172,17 +174,20 @@ impl Bound {
     /// Serves until `shutdown`, then stops in this order: it reports NOT_SERVING, waits until that is noticed, accepts no more connections, sends
     /// GOAWAY, and finishes calls in flight until the drain deadline.
     pub async fn run(self, engine: Arc<Engine>, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, ServerError> {
-        let Self { listeners, admin, mut collectors, callers, tls, settings, journal, tasks: supervised, recheck } = self;
+        let Self { listeners, admin, mut collectors, followed, callers, tls, settings, journal, tasks: supervised, recheck } =
+            self;
         let (phase, phases) = watch::channel(Phase::Starting);
         let limit = affordable_connections(settings.limits.connections, listeners.len());
         let recent_decisions = Arc::new(RecentDecisions::new(settings.admin.show_workspace_ids));
         let recorder = Arc::new(Recorder::new(journal, Arc::clone(&recent_decisions)));
-        let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit))));
+        let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit)), &settings.limits));
         let context = context(&settings, callers, tls.clone(), Arc::clone(&engine), &recorder, phases, &counts)?;
         collectors.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder, counts.clone()]);
         let mut tasks = JoinSet::new();
         if let Some(listener) = admin {
-            let pages = Arc::new(AdminPages::new(engine, collectors, recent_decisions, tls, Arc::clone(&counts)));
+            let addresses = listeners.iter().map(|listener| listener.address().to_string()).collect();
+            let pages = AdminPages::new(engine, collectors, followed, recent_decisions, tls, Arc::clone(&counts), addresses);
+            let pages = Arc::new(pages);
             spawn(&mut tasks, ("status counts", Box::pin(sample_counts(Arc::clone(&pages)))));
             spawn(&mut tasks, ("admin", Box::pin(serve_admin(listener, pages))));
         }
@@ -231,8 +236,8 @@ impl Bound {
 fn addresses(settings: &EdgeSettings) -> Result<(Vec<Address>, Option<Address>), ServerError> {
     let EdgeSettings { server, admin, .. } = settings;
     let parsed = |setting, text: &String| text.parse().map_err(|message| ServerError::Address { setting, message });
-    let addresses: Vec<Address> = server.listen.iter().map(|text| parsed("server.listen", text)).collect::<Result<_, _>>()?;
-    let admin = admin.listen.as_ref().map(|text| parsed("admin.listen", text)).transpose()?;
+    let addresses: Vec<Address> = server.listen.iter().map(|text| parsed(LISTEN, text)).collect::<Result<_, _>>()?;
+    let admin = admin.listen.as_ref().map(|text| parsed(ADMIN_LISTEN, text)).transpose()?;
     match addresses.iter().find_map(|address| exposure_fault(address, settings)) {
         Some(fault) => Err(fault),
         None => Ok((addresses, admin)),
@@ -268,23 +273,32 @@ fn load_callers_and_tls(settings: &EdgeSettings) -> Result<(Arc<Callers>, Option
     })
 }
 
-/// Checks addresses, certificates and tokens of these settings without opening a socket.
+/// Checks addresses, certificates and tokens of these settings. A port is bound and released at once.
 pub fn review(settings: &EdgeSettings) -> Review {
-    let (mut faults, mut addresses_of) = (Vec::new(), Vec::new());
+    let (mut faults, mut addresses_of, mut in_use) = (Vec::new(), Vec::<(_, Address)>::new(), Vec::new());
     let EdgeSettings { server, admin, tls, callers, .. } = settings;
-    let listed = server.listen.iter().map(|text| ("server.listen", text));
-    for (setting, text) in listed.chain(admin.listen.iter().map(|text| ("admin.listen", text))) {
+    let listed = server.listen.iter().map(|text| (LISTEN, text));
+    for (setting, text) in listed.chain(admin.listen.iter().map(|text| (ADMIN_LISTEN, text))) {
         match text.parse::<Address>() {
+            Ok(address) if address.is_one() && addresses_of.iter().any(|(_, other)| *other == address) => {
+                let source = io::Error::new(io::ErrorKind::AddrInUse, "the configuration names this address twice");
+                faults.push(ServerError::Listen { setting, address, source });
+            }
             Ok(address) => addresses_of.push((setting, address)),
             Err(message) => faults.push(ServerError::Address { setting, message }),
         }
     }
     for (setting, address) in addresses_of {
-        if setting == "server.listen" {
+        if setting == LISTEN {
             faults.extend(exposure_fault(&address, settings));
         }
-        if let Err(source) = address.may_be_bound() {
-            faults.push(ServerError::Listen { address, source });
+        match address.may_be_bound() {
+            Ok(()) => {}
+            // Of the user that asks, which need not be the service's.
+            Err(source) if matches!(source.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied) => {
+                in_use.push((setting, not_to_be_had(&address, &source)));
+            }
+            Err(source) => faults.push(ServerError::Listen { setting, address, source }),
         }
     }
     let (tls, callers) = (tls.clone(), callers.clone());
@@ -293,11 +307,16 @@ pub fn review(settings: &EdgeSettings) -> Review {
         let known = Callers::new(&callers).map_err(|fault| found.faults.push(fault)).ok();
         // A fault of the token file must not hide one of the certificates.
         let unlisted = CallerSettings { token_file: None, ..callers };
-        if let (Some(certificate), Some(key), Some(callers)) =
-            (tls.certificate, tls.key, known.or_else(|| Callers::new(&unlisted).ok()))
-        {
-            let files = TlsFiles { certificate, key, client_ca: tls.client_ca };
-            Tls::review(&files, &Arc::new(callers), &mut found);
+        let known = known.or_else(|| Callers::new(&unlisted).ok());
+        match (tls.certificate, tls.key, known) {
+            (Some(certificate), Some(key), Some(callers)) => {
+                let files = TlsFiles { certificate, key, client_ca: tls.client_ca };
+                Tls::review(&files, &Arc::new(callers), &mut found);
+            }
+            (certificate, key, _) => {
+                let named = [certificate, key, tls.client_ca];
+                found.faults.extend(named.iter().flatten().filter_map(|path| tls::read(path).err()));
+            }
         }
         found
     };
@@ -306,11 +325,22 @@ pub fn review(settings: &EdgeSettings) -> Review {
         Review { faults: vec![ServerError::File { path, source }], ..Review::default() }
     });
     faults.extend(found.faults);
-    Review { faults, ..found }
+    Review { faults, in_use, ..found }
 }
 
-async fn listener(address: Address, settings: &EdgeSettings) -> Result<Listener, ServerError> {
-    Listener::bind(&address, &settings.server, &settings.socket).await.map_err(|source| ServerError::Listen { address, source })
+/// What to say of an address that the one who asks cannot have now.
+fn not_to_be_had(address: &Address, fault: &io::Error) -> String {
+    if fault.kind() == io::ErrorKind::PermissionDenied {
+        return format!("{address}: the user who checks may not bind it ({fault}); `serve` as that user would not start");
+    }
+    format!(
+        "{address} is in use ({fault}): by byok-gate, if it runs here already; else by another process, and `serve` would not start"
+    )
+}
+
+async fn listener(setting: &'static str, address: Address, settings: &EdgeSettings) -> Result<Listener, ServerError> {
+    let bound = Listener::bind(&address, &settings.server, &settings.socket).await;
+    bound.map_err(|source| ServerError::Listen { setting, address, source })
 }
 
 /// Builds what all connections share.
@@ -347,8 +377,6 @@ fn context(
         deadlines,
         recorder: Arc::clone(recorder),
         phase,
-        unknown_calls: Arc::new(AtomicUsize::new(0)),
-        watches: Arc::new(AtomicUsize::new(0)),
         counts: Arc::clone(counts),
     })
 }

@@ -52,7 +52,10 @@ pub enum LogError {
 /// Checks a filter. The library takes a misspelt level for a module's name, and then logs nothing at all.
 pub fn check_filter(filter: &str) -> Result<(), LogError> {
     let failed = |fault: String| LogError::Filter { filter: filter.to_owned(), fault };
-    EnvFilter::try_new(filter).map_err(|fault| failed(fault.to_string()))?;
+    if EnvFilter::try_new(filter).is_err() {
+        let bad = filter.split(',').find(|part| EnvFilter::try_new(part).is_err()).unwrap_or(filter);
+        return Err(failed(format!("`{}` is no directive: write LEVEL or MODULE=LEVEL, as in info,byok_gate=debug", bad.trim())));
+    }
     let words = filter.split(',').map(str::trim).filter(|part| !part.is_empty() && !part.contains(['=', '[']));
     for word in words {
         if word.parse::<LevelFilter>().is_err() {

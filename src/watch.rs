@@ -100,7 +100,7 @@ impl<S: Source> Watcher<S> {
     /// Watches a source that has been read. The first checks read it again, since a file may have changed meanwhile.
     pub fn new(source: S) -> Self {
         let (files, hash_key) = (source.files(), rand::rng().random());
-        let counts = Arc::new(Reloads::of(source.name()));
+        let counts = Arc::new(Reloads::of(source.name(), files.clone()));
         let nothing = [0; 32];
         Self {
             source,
@@ -148,12 +148,9 @@ impl<S: Source> Watcher<S> {
             let polled = match timeout(files::READ_TIME, &mut polling).await {
                 Ok(polled) => polled,
                 Err(_) => {
-                    counts.failed();
-                    tracing::error!(
-                        event = "reload_stuck",
-                        what = name,
-                        "the files cannot be read: their volume does not answer"
-                    );
+                    let fault = "the files cannot be read: their volume does not answer";
+                    counts.failed(fault);
+                    tracing::error!(event = "reload_stuck", what = name, "{fault}");
                     // Wait for it, so that at most one thread is blocked.
                     polling.await
                 }
@@ -218,7 +215,7 @@ impl<S: Source> Watcher<S> {
             }
             Err(fault) => {
                 self.failures += 1;
-                self.counts.failed();
+                self.counts.failed(&fault.0);
                 let failures = self.failures;
                 if self.last_fault.as_ref() == Some(&fault) {
                     tracing::debug!(event = "reload_failed", what, failures, %fault);

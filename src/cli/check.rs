@@ -34,12 +34,13 @@ use crate::{
     },
     liveness::{prober::HttpProber, tier::Tier},
     server::{self, ServerError},
+    telemetry::cause,
     watch::files,
 };
 
 #[derive(Debug, Args)]
 pub(super) struct CheckArgs {
-    /// Take warnings for errors. That a row has grown old is no mistake of a document, and stays a warning.
+    /// Take warnings for errors. That a row has grown old, or that a port is in use, is no mistake of a document, and stays a warning.
     #[arg(long)]
     strict: bool,
     /// Ask each provider once, without any key, whether there is an API at its base URL.
@@ -63,16 +64,16 @@ pub(super) struct CheckArgs {
     serve: ServeArgs,
 }
 
-/// The settings of listeners and callers.
-const EDGE: [&str; 4] = ["server", "tls", "callers", "admin"];
+/// The settings that decide whether a listener is open to everybody.
+const EXPOSURE: [&str; 3] = ["server", "tls", "callers"];
 
 /// Problems and warnings, document by document.
 #[derive(Default)]
 struct Found {
     problems: Vec<Problems>,
     warnings: Vec<Problems>,
-    /// Catalogue rows whose facts are old.
-    aged: Vec<Problems>,
+    /// Findings that are no mistake in a document: catalogue rows whose facts are old, and ports that are in use.
+    of_today: Vec<Problems>,
 }
 
 pub(super) async fn run(args: CheckArgs) -> anyhow::Result<Exit> {
@@ -110,7 +111,7 @@ pub(super) async fn run(args: CheckArgs) -> anyhow::Result<Exit> {
             let whole = json!({
                 "valid": valid,
                 "problems": rows(found.problems.iter()),
-                "warnings": rows(found.warnings.iter().chain(&found.aged)),
+                "warnings": rows(found.warnings.iter().chain(&found.of_today)),
                 "registry_revision": sides.map(|(registry, _)| registry.revision()),
                 "catalogue_revision": sides.map(|(_, catalogue)| catalogue.revision()),
                 "asked_without_a_key": asked,
@@ -122,7 +123,7 @@ pub(super) async fn run(args: CheckArgs) -> anyhow::Result<Exit> {
         Format::Text => {
             let mut out = lines("error", &found.problems);
             out.push_str(&lines(if strict { "error" } else { "warning" }, &found.warnings));
-            out.push_str(&lines("warning", &found.aged));
+            out.push_str(&lines("warning", &found.of_today));
             for answer in &asked {
                 let of = |name: &str| answer[name].as_str().map_or_else(|| answer[name].to_string(), str::to_owned);
                 out.push_str(&format!("asked: provider `{}` at {}: {}\n", of("provider"), of("host"), of("answer")));
@@ -169,19 +170,34 @@ impl Found {
         let (paths, overrides) = serve.layers();
         let loaded = config::load(&paths, &overrides);
         // Problems of the documents or of other settings must not hide those of listeners and callers.
-        let of_edge = |problem: &Problem| EDGE.iter().any(|part| problem.place.starts_with(part));
-        if let Ok((settings, problems)) = config::settings_with_problems(&paths, &overrides)
-            && !problems.iter().any(of_edge)
-        {
+        if let Ok((settings, problems)) = config::settings_with_problems(&paths, &overrides) {
+            // An invalid value is replaced by its default here, so a fault that rests on it may not be real.
+            let is_sure = |fault: &ServerError| match fault {
+                ServerError::Exposed(_) | ServerError::Anonymous(_) => {
+                    !problems.iter().any(|problem| EXPOSURE.iter().any(|part| problem.place.starts_with(part)))
+                }
+                ServerError::Listen { setting, .. } | ServerError::Address { setting, .. } => {
+                    !problems.iter().any(|problem| problem.place == *setting)
+                }
+                _ => true,
+            };
             let document = paths.config.as_ref().map_or_else(|| "configuration".to_owned(), |path| path.display().to_string());
             let is_of_here = |fault: &ServerError| {
-                matches!(fault, ServerError::File { .. } | ServerError::Content { .. } | ServerError::Listen { .. })
+                matches!(
+                    fault,
+                    ServerError::File { .. } | ServerError::Content { .. } | ServerError::Lines(_) | ServerError::Listen { .. }
+                )
             };
-            let server::Review { faults, near_ends } = server::review(&settings.edge());
-            let faults = faults.into_iter().filter(|fault| !(elsewhere && is_of_here(fault)));
+            let server::Review { faults, near_ends, in_use } = server::review(&settings.edge());
+            let faults = faults.into_iter().filter(|fault| is_sure(fault) && !(elsewhere && is_of_here(fault)));
             self.problems.extend(faults.map(|fault| of_server(&document, &fault)));
-            let list: Vec<Problem> = near_ends.into_iter().map(|(setting, message)| Problem::at(setting, message)).collect();
-            self.warnings.extend((!elsewhere && !list.is_empty()).then_some(Problems { document, list }));
+            let told = |of: &mut Vec<Problems>, list: Vec<(&'static str, String)>| {
+                let list: Vec<Problem> = list.into_iter().map(|(setting, message)| Problem::at(setting, message)).collect();
+                of.extend((!elsewhere && !list.is_empty()).then(|| Problems { document: document.clone(), list }));
+            };
+            told(&mut self.warnings, near_ends);
+            let is_set = |(setting, _): &(&str, String)| !problems.iter().any(|problem| problem.place == *setting);
+            told(&mut self.of_today, in_use.into_iter().filter(is_set).collect());
         }
         match loaded {
             Ok(mut setup) => {
@@ -193,7 +209,7 @@ impl Found {
                 let Snapshot { registry, catalogue, catalogue_origin, .. } = &setup.snapshot;
                 let today = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date();
                 for (of, list) in
-                    [(&mut self.warnings, unused_rows(registry, catalogue)), (&mut self.aged, aged_rows(catalogue, today))]
+                    [(&mut self.warnings, unused_rows(registry, catalogue)), (&mut self.of_today, aged_rows(catalogue, today))]
                 {
                     if !list.is_empty() {
                         of.push(Problems { document: catalogue_origin.source.clone(), list });
@@ -252,23 +268,29 @@ impl Found {
             let (answer, fault, warning) = match &response {
                 ProbeResponse::Answer { reading, shape, .. } if is_missing(&response) => {
                     let cause = Cause::NoApiAtBaseUrl;
-                    (format!("HTTP {}, {}: {cause}", shape.status, reading.cause.text()), Some(cause.text()), None)
+                    (format!("HTTP {}, {}: {cause}", shape.status, reading.cause.text()), Some(cause.text().to_owned()), None)
                 }
                 ProbeResponse::Answer { shape, .. } => (format!("HTTP {}", shape.status), None, None),
-                ProbeResponse::TimedOut => ("no answer in time".into(), None, Some("gave no answer in time")),
+                ProbeResponse::TimedOut => {
+                    let said = "gave no answer in time; look at egress to that host, and at the vendor's status page";
+                    ("no answer in time".into(), None, Some(said.to_owned()))
+                }
                 // The check without a request has reported it already, since no name had to be resolved.
                 ProbeResponse::Unreachable(Unreached::Address) if target.calls.iter().any(|call| !prober.may_ask(call)) => {
                     ("not dialled".into(), None, None)
                 }
                 ProbeResponse::Unreachable(Unreached::Address) => {
-                    ("not dialled".into(), Some("its address or scheme may not be dialled by this configuration"), None)
+                    ("not dialled".into(), Some(unreached(Unreached::Address)), None)
                 }
                 ProbeResponse::Exhausted => {
-                    ("not asked".into(), None, Some("no descriptor or memory is left here for a connection"))
+                    let said = "no descriptor or memory is left here for a connection";
+                    ("not asked".into(), None, Some(said.to_owned()))
                 }
-                ProbeResponse::Unreachable(_) => ("not reachable".into(), None, Some("could not be reached from here")),
+                ProbeResponse::Unreachable(why) => {
+                    (format!("not reachable from here: {}", cause::unreached(*why)), None, Some(unreached(*why)))
+                }
             };
-            let problem = |text: &str| {
+            let problem = |text: String| {
                 let place = format!("providers.{}", provider.name);
                 let list = vec![Problem::at(place, format!("{}: {text}", target.endpoint.host))];
                 Problems { document: snapshot.registry_origin.source.clone(), list }
@@ -285,6 +307,11 @@ impl Found {
     }
 }
 
+/// What failed on the way to a provider, and what to do about it.
+fn unreached(why: Unreached) -> String {
+    format!("{}; {}", cause::unreached_text(why), cause::unreached_remedy(why))
+}
+
 /// A fault that would keep a server from starting, as a problem of its setting or file.
 fn of_server(configuration: &str, fault: &ServerError) -> Problems {
     let (document, problem) = match fault {
@@ -293,11 +320,13 @@ fn of_server(configuration: &str, fault: &ServerError) -> Problems {
             (path.display().to_string(), Problem::at("", format!("could not be read: {source}")))
         }
         ServerError::Content { path, message } => (path.display().to_string(), Problem::at("", message.clone())),
-        ServerError::Exposed(_)
-        | ServerError::Anonymous(_)
-        | ServerError::Listen { .. }
-        | ServerError::Reflection(_)
-        | ServerError::TaskEnded(_) => (configuration.to_owned(), Problem::at("server.listen", chain(fault))),
+        ServerError::Lines(problems) => return problems.clone(),
+        ServerError::Listen { setting, address, source } => {
+            (configuration.to_owned(), Problem::at(*setting, format!("could not listen on {address}: {source}")))
+        }
+        ServerError::Exposed(_) | ServerError::Anonymous(_) | ServerError::Reflection(_) | ServerError::TaskEnded(_) => {
+            (configuration.to_owned(), Problem::at("server.listen", chain(fault)))
+        }
     };
     Problems { document, list: vec![problem] }
 }

@@ -27,10 +27,12 @@ use tonic::{
 use zeroize::Zeroizing;
 
 use super::exit::UsageError;
-use crate::{domain::causes::causes, watch::files};
+use crate::{domain::causes::causes, server::ADMIN_SAYS, telemetry::status::printable, watch::files};
 
 /// The maximum size of a file with certificates or a token.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
+/// More than what a gRPC client is told by the admin listener.
+const MAX_ANSWER_BYTES: u64 = 4096;
 /// How long it may take to find out which protocol the peer speaks.
 const DETECT_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -79,12 +81,14 @@ pub(super) struct Tls {
 type Pem = Zeroizing<Vec<u8>>;
 
 /// The protocol of a peer, by its answer to an HTTP/2 preface without TLS.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum PeerProtocol {
     /// It answered with a TLS alert.
     Tls,
     /// It answered with HTTP/2.
     Plain,
+    /// byok-gate's admin listener, which says where gRPC is.
+    Admin(String),
     /// It answered something else, or nothing.
     Other,
 }
@@ -223,6 +227,7 @@ impl Server {
             (true, PeerProtocol::Plain) => {
                 format!("{address} speaks no TLS: leave out https://, --server-ca, --server-name and --client-cert")
             }
+            (_, PeerProtocol::Admin(said)) => format!("{address}: {said}"),
             (false, PeerProtocol::Other) if is_closed_by_peer(fault) => {
                 format!(
                     "{address} closed the connection without an answer of gRPC's: is it the port of --admin-listen, or stopping?"
@@ -284,14 +289,26 @@ impl Server {
                     read => length += read,
                 }
             }
-            io::Result::Ok(head)
+            let mut rest = Vec::new();
+            if head.starts_with(b"HTTP/1.") {
+                stream.take(MAX_ANSWER_BYTES).read_to_end(&mut rest).await?;
+            }
+            io::Result::Ok((head, rest))
         };
         match timeout(DETECT_TIMEOUT, look).await {
-            Ok(Ok([21, 3, ..])) => PeerProtocol::Tls,
-            Ok(Ok([0, _, _, 4, ..])) => PeerProtocol::Plain,
-            _ => PeerProtocol::Other,
+            Ok(Ok(([21, 3, ..], _))) => PeerProtocol::Tls,
+            Ok(Ok(([0, _, _, 4, ..], _))) => PeerProtocol::Plain,
+            Ok(Ok((_, rest))) => of_admin(&rest).map_or(PeerProtocol::Other, PeerProtocol::Admin),
+            Ok(Err(_)) | Err(_) => PeerProtocol::Other,
         }
     }
+}
+
+/// What byok-gate's admin listener says to a gRPC client, of the rest of an answer.
+fn of_admin(rest: &[u8]) -> Option<String> {
+    let rest = String::from_utf8_lossy(rest);
+    let (_, body) = rest.split_once("\r\n\r\n")?;
+    body.starts_with(ADMIN_SAYS).then(|| printable(body.trim_end()))
 }
 
 impl Tls {

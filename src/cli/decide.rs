@@ -135,7 +135,7 @@ pub(super) async fn decide(mut setup: Setup, request: Request, log: &LogWriter) 
     let App { engine, .. } = App::new(&setup, None)?;
     let began = Instant::now();
     let decided = engine.decide(&request, began + TIMEOUT).await;
-    Journal::to(log.clone(), setup.settings.log.plain_allow_ratio).decision(&request, &decided, began.elapsed(), None);
+    Journal::to(log.clone(), setup.settings.log.plain_allow_ratio).decision(&request, &decided, began.elapsed(), None, None);
     Ok(convert::response(decided))
 }
 

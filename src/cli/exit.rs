@@ -54,7 +54,7 @@ pub(super) fn exit_of(fault: &anyhow::Error) -> Exit {
     } else {
         match fault.downcast_ref::<ServerError>() {
             Some(ServerError::Address { .. } | ServerError::Exposed(_) | ServerError::Anonymous(_)) => Exit::Usage,
-            Some(ServerError::File { .. } | ServerError::Content { .. }) => Exit::Invalid,
+            Some(ServerError::File { .. } | ServerError::Content { .. } | ServerError::Lines(_)) => Exit::Invalid,
             Some(ServerError::Listen { .. } | ServerError::Reflection(_) | ServerError::TaskEnded(_)) | None => Exit::Fault,
         }
     }

@@ -136,7 +136,7 @@ fn text(status: &Status, last: usize) -> String {
     });
     let wanting: Vec<String> = wanting.collect();
     section("needs attention", if wanting.is_empty() { vec!["nothing".to_owned()] } else { wanting });
-    section("what decides", documents.iter().map(document).collect());
+    section("what is in force", documents.iter().map(document).collect());
     section("certificates", certificates.iter().map(certificate).collect());
     section("providers", providers.iter().filter(|provider| !provider.is_quiet()).flat_map(provider).collect());
     section("decisions", decisions.iter().map(|it| count(it, status.window_seconds)).collect());
@@ -149,7 +149,8 @@ fn text(status: &Status, last: usize) -> String {
 
 fn document(Document { document, revision, source, loaded_at, age_seconds, last_reload_error }: &Document) -> String {
     let reload = if last_reload_error.is_empty() { "good".to_owned() } else { last_reload_error.replace('\n', " / ") };
-    format!("{document:<10} {revision} from {source}, read at {loaded_at} ({age_seconds} s ago); last reload: {reload}")
+    let revision = if revision.is_empty() { String::new() } else { format!("{revision} ") };
+    format!("{document:<13} {revision}from {source}, read at {loaded_at} ({age_seconds} s ago); last reload: {reload}")
 }
 
 fn certificate(Certificate { setting, file, ends_at, seconds_left }: &Certificate) -> String {

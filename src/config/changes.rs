@@ -1,6 +1,6 @@
 //! Compares two configurations: what the new one allows more than the old one, and which changes need a restart. A reload logs this.
 
-use std::fmt::Debug;
+use std::{collections::BTreeSet, fmt::Debug};
 
 use super::{layers::leaves, settings::Settings};
 use crate::{
@@ -79,27 +79,51 @@ pub fn loosened(old: &Settings, new: &Settings) -> Vec<Loosened> {
         }
     }
     let (was, is) = (&old.callers, &new.callers);
-    callers("callers.certificates", &was.certificates, &is.certificates, &certificate, &mut add);
-    callers("callers.unix_peers", &was.unix_peers, &is.unix_peers, &peer, &mut add);
+    callers("callers.certificates", &was.certificates, &is.certificates, &mut add);
+    callers("callers.unix_peers", &was.unix_peers, &is.unix_peers, &mut add);
     found
+}
+
+/// A caller that may do other things than before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChangedCaller {
+    /// The list that it is on.
+    pub setting: &'static str,
+    /// Who it is.
+    pub caller: String,
+    /// What it could do.
+    pub was: String,
+    /// What it can do.
+    pub is: String,
 }
 
 /// Callers that were removed: the setting, and the caller.
 pub fn removed_callers(old: &Settings, new: &Settings) -> Vec<(&'static str, String)> {
-    fn removed<T: PartialEq>(
-        key: &'static str,
-        was: &CallerList<T>,
-        is: &CallerList<T>,
-        name: &dyn Fn(&T) -> String,
-    ) -> Vec<(&'static str, String)> {
+    fn removed<T: Listed>(key: &'static str, was: &CallerList<T>, is: &CallerList<T>) -> Vec<(&'static str, String)> {
         // If everybody may call, no caller was removed.
-        let gone = was.entries().iter().filter(|entry| !is.entries().is_empty() && !is.entries().contains(entry));
-        gone.map(|entry| (key, name(entry))).collect()
+        let is_gone = |entry: &&T| !is.entries().is_empty() && !is.entries().iter().any(|other| other.who() == entry.who());
+        was.entries().iter().filter(is_gone).map(|entry| (key, entry.text())).collect()
     }
     let (was, is) = (&old.callers, &new.callers);
-    let mut gone = removed("callers.certificates", &was.certificates, &is.certificates, &certificate);
-    gone.extend(removed("callers.unix_peers", &was.unix_peers, &is.unix_peers, &peer));
+    let mut gone = removed("callers.certificates", &was.certificates, &is.certificates);
+    gone.extend(removed("callers.unix_peers", &was.unix_peers, &is.unix_peers));
     gone
+}
+
+/// Callers who are on the same list as before, and whose role is another one.
+pub fn changed_callers(old: &Settings, new: &Settings) -> Vec<ChangedCaller> {
+    fn changed<T: Listed>(setting: &'static str, was: &CallerList<T>, is: &CallerList<T>) -> Vec<ChangedCaller> {
+        let found = is.entries().iter().filter_map(|entry| {
+            let earlier = was.entries().iter().find(|other| other.who() == entry.who())?;
+            let (was, is) = (earlier.rights(), entry.rights());
+            (was != is).then(|| ChangedCaller { setting, caller: entry.who(), was, is })
+        });
+        found.collect()
+    }
+    let (was, is) = (&old.callers, &new.callers);
+    let mut found = changed("callers.certificates", &was.certificates, &is.certificates);
+    found.extend(changed("callers.unix_peers", &was.unix_peers, &is.unix_peers));
+    found
 }
 
 /// The keys whose new value needs a restart.
@@ -116,14 +140,8 @@ pub fn changed(old: &Settings, new: &Settings) -> Vec<String> {
     new.into_iter().filter(is_other).map(|(key, _)| key).collect()
 }
 
-/// New entries of a caller list, and a list that now allows everybody.
-fn callers<T: PartialEq>(
-    key: &str,
-    was: &CallerList<T>,
-    is: &CallerList<T>,
-    name: &dyn Fn(&T) -> String,
-    add: &mut dyn FnMut(String, String, String),
-) {
+/// Entries of a caller list that are new or may do more, and a list that now allows everybody.
+fn callers<T: Listed>(key: &str, was: &CallerList<T>, is: &CallerList<T>, add: &mut dyn FnMut(String, String, String)) {
     if was.entries().is_empty() {
         // Everybody could call before, so nothing can be looser.
         return;
@@ -132,17 +150,63 @@ fn callers<T: PartialEq>(
         add(key.to_owned(), format!("{} entries", was.entries().len()), "anyone".to_owned());
     }
     for entry in is.entries().iter().filter(|entry| !was.entries().contains(entry)) {
-        add(key.to_owned(), format!("without {}", name(entry)), format!("with {}", name(entry)));
+        let may_no_more = |earlier: &T| {
+            let is_less = earlier.role() == entry.role() && entry.workspaces().is_subset(earlier.workspaces());
+            earlier.who() == entry.who() && (is_less || earlier.role() == RoleWord::Platform)
+        };
+        if !was.entries().iter().any(may_no_more) {
+            add(key.to_owned(), format!("without {}", entry.text()), format!("with {}", entry.text()));
+        }
     }
 }
 
-fn certificate(CertificateCaller { san, role, .. }: &CertificateCaller) -> String {
-    format!("{san} ({})", role_word(*role))
+/// An entry of a list of callers.
+trait Listed: PartialEq {
+    /// By what it is known.
+    fn who(&self) -> String;
+
+    fn role(&self) -> RoleWord;
+
+    fn workspaces(&self) -> &BTreeSet<String>;
+
+    fn text(&self) -> String {
+        format!("{} ({})", self.who(), role_word(self.role()))
+    }
+
+    /// What it may do.
+    fn rights(&self) -> String {
+        let ids = self.workspaces().iter().map(String::as_str).collect::<Vec<_>>().join(",");
+        format!("{} {ids}", role_word(self.role())).trim_end().to_owned()
+    }
 }
 
-fn peer(UnixCaller { uid, gid, role, .. }: &UnixCaller) -> String {
-    let id = |id: Option<u32>| id.map_or_else(|| "any".to_owned(), |id| id.to_string());
-    format!("uid {} gid {} ({})", id(*uid), id(*gid), role_word(*role))
+impl Listed for CertificateCaller {
+    fn who(&self) -> String {
+        self.san.clone()
+    }
+
+    fn role(&self) -> RoleWord {
+        self.role
+    }
+
+    fn workspaces(&self) -> &BTreeSet<String> {
+        &self.workspaces
+    }
+}
+
+impl Listed for UnixCaller {
+    fn who(&self) -> String {
+        let id = |id: Option<u32>| id.map_or_else(|| "any".to_owned(), |id| id.to_string());
+        format!("uid {} gid {}", id(self.uid), id(self.gid))
+    }
+
+    fn role(&self) -> RoleWord {
+        self.role
+    }
+
+    fn workspaces(&self) -> &BTreeSet<String> {
+        &self.workspaces
+    }
 }
 
 const fn role_word(role: RoleWord) -> &'static str {
@@ -255,6 +319,29 @@ mod tests {
         );
         assert_eq!(gone("callers: {unix_peers: [{uid: 1}]}", two), []);
         assert_eq!(gone(two, "callers: anyone"), []);
+    }
+
+    /// Who is on the list as before and may do something else is neither gone nor new.
+    #[test]
+    fn callers_whose_role_alone_changes_are_named_with_what_was_and_what_is() {
+        let one = "callers: {unix_peers: [{uid: 1}, {uid: 2, role: workspace, workspaces: [a]}]}";
+        let other = "callers: {unix_peers: [{uid: 1, role: operator}, {uid: 2, role: workspace, workspaces: [a, b]}]}";
+        let of = |old: &str, new: &str| -> Vec<String> {
+            let changed = changed_callers(&settings(old), &settings(new)).into_iter();
+            changed.map(|ChangedCaller { setting, caller, was, is }| format!("{setting}: {caller}: {was} -> {is}")).collect()
+        };
+        let expect = [
+            "callers.unix_peers: uid 1 gid any: platform -> operator",
+            "callers.unix_peers: uid 2 gid any: workspace a -> workspace a,b",
+        ];
+        assert_eq!(of(one, other), expect);
+        assert_eq!(of(one, one), [""; 0]);
+        assert_eq!(removed_callers(&settings(one), &settings(other)), []);
+        let opened = |old: &str, new: &str| -> Vec<String> {
+            loosened(&settings(old), &settings(new)).into_iter().map(|loosened| loosened.is).collect()
+        };
+        assert_eq!(opened(one, other), ["with uid 2 gid any (workspace)"], "an operator may do less than a platform");
+        assert_eq!(opened(other, one), ["with uid 1 gid any (platform)"], "fewer workspaces are less");
     }
 
     /// Settings that allow less than before are named too.

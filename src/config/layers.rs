@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt};
 
 use serde_json::{Map, Value};
 
-use super::settings::Settings;
+use super::{plain_words::plainly, settings::Settings};
 use crate::{core::yaml, domain::problem::Problem};
 
 /// The prefix of environment variables. `__` separates a section from a key.
@@ -217,7 +217,7 @@ fn fits(path: &str, value: &Value) -> bool {
 fn fault_of(path: &str, value: &Value) -> Option<String> {
     let mut tree = to_tree(&Settings::default());
     put(&mut tree, path, value.clone());
-    serde_json::from_value::<Settings>(tree).err().map(|fault| fault.to_string())
+    serde_json::from_value::<Settings>(tree).err().map(|fault| plainly(&fault.to_string(), value))
 }
 
 fn hint<'a>(key: &str, at: &str, names: impl Iterator<Item = &'a str>) -> String {

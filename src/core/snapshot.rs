@@ -35,6 +35,10 @@ pub struct Snapshot {
     pub registry_origin: Origin,
     /// The source of the catalogue.
     pub catalogue_origin: Origin,
+    /// Where the configuration came from.
+    pub configuration_origin: Origin,
+    /// Settings whose values in the configuration are in force after a restart only.
+    pub restart_needed: Vec<String>,
     /// Computed once from registry and catalogue. To compute it for every call would cost more than the rest of a decision.
     precomputed: Arc<Precomputed>,
 }
@@ -73,7 +77,7 @@ struct Dialled {
 /// The source of a document.
 #[derive(Debug, Clone)]
 pub struct Origin {
-    /// `embedded`, or the path of a file.
+    /// `embedded`, or the path of a file. For a configuration without a file, the other layers that it is made of.
     pub source: String,
     /// When it was loaded.
     pub loaded_at: SystemTime,
@@ -93,7 +97,15 @@ impl Snapshot {
         catalogue_origin: Origin,
     ) -> Self {
         let precomputed = Arc::new(Precomputed::from(&registry, &catalogue));
-        Self { registry, catalogue, policy, registry_origin, catalogue_origin, precomputed }
+        let configuration_origin =
+            Origin { source: "defaults".to_owned(), loaded_at: registry_origin.loaded_at, last_reload_error: String::new() };
+        let restart_needed = Vec::new();
+        Self { registry, catalogue, policy, registry_origin, catalogue_origin, configuration_origin, restart_needed, precomputed }
+    }
+
+    /// All origins.
+    pub fn origins(&self) -> [&Origin; 3] {
+        [&self.registry_origin, &self.catalogue_origin, &self.configuration_origin]
     }
 
     /// How a provider of this registry is asked, or why it cannot be asked.

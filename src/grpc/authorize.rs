@@ -1,6 +1,6 @@
 //! Who may call what: methods by role, then the request itself, and how often.
 
-use std::{collections::BTreeSet, num::NonZeroU32, time::Duration};
+use std::{collections::BTreeSet, fmt, num::NonZeroU32, time::Duration};
 
 use governor::{Quota, RateLimiter, clock::Clock, middleware::NoOpMiddleware, state::keyed::HashMapStateStore};
 use tonic::Status;
@@ -33,6 +33,16 @@ pub enum Role {
     Workspace(BTreeSet<String>),
     /// Ask for status, models and providers: only methods that take no credential.
     Operator,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Platform => f.write_str("platform"),
+            Self::Workspace(ids) => write!(f, "workspace {}", ids.iter().map(String::as_str).collect::<Vec<_>>().join(",")),
+            Self::Operator => f.write_str("operator"),
+        }
+    }
 }
 
 /// The rules for callers, and the rate limit of workspaces.

@@ -30,7 +30,7 @@ pub(super) fn run(
 ) -> Result<impl Stream<Item = Result<pb::BatchDecideResponse, Status>> + Send + use<>, Status> {
     let (requests, limits) = (message.requests, &decider.shared.limits);
     if requests.is_empty() || requests.len() > limits.batch_items {
-        let found = format!("holds {}; it must hold 1 to {}", requests.len(), limits.batch_items);
+        let found = format!("holds {}; it must hold 1 to {} (limits.batch_items)", requests.len(), limits.batch_items);
         return Err(invalid(Violations(vec![("requests".to_owned(), found)])));
     }
     // From here on, errors belong to single items.

@@ -2,9 +2,10 @@
 //! metrics and the span are written from it.
 
 use std::{
+    num::NonZeroU64,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -45,6 +46,8 @@ pub(crate) struct CallRecord {
     traced: Traced,
     /// The caller does not act on the answer, so a failure keeps no workspace from starting.
     report_only: AtomicBool,
+    /// What the caller gave the call, in microseconds; 0 where it gave as much as it may have.
+    caller_time: AtomicU64,
     ended: AtomicBool,
 }
 
@@ -76,6 +79,7 @@ impl CallRecord {
             method,
             traced,
             report_only: AtomicBool::new(false),
+            caller_time: AtomicU64::new(0),
             ended: AtomicBool::new(false),
         }
     }
@@ -89,6 +93,7 @@ impl CallRecord {
             method,
             traced: self.traced.item(index),
             report_only: AtomicBool::new(false),
+            caller_time: AtomicU64::new(self.caller_time.load(Ordering::Relaxed)),
             ended: AtomicBool::new(false),
         }
     }
@@ -103,6 +108,16 @@ impl CallRecord {
         self.report_only.store(report_only, Ordering::Relaxed);
     }
 
+    /// The caller gives the call less time than it may have.
+    pub(crate) fn set_caller_time(&self, time: Duration) {
+        self.caller_time.store(u64::try_from(time.as_micros()).unwrap_or(u64::MAX).max(1), Ordering::Relaxed);
+    }
+
+    /// In microseconds.
+    fn caller_time(&self) -> Option<NonZeroU64> {
+        NonZeroU64::new(self.caller_time.load(Ordering::Relaxed))
+    }
+
     /// Ends the record with a decision.
     pub(super) fn decided(&self, request: &Request, decided: &Decided, took: Duration) {
         if self.ended.swap(true, Ordering::Relaxed) {
@@ -113,7 +128,7 @@ impl CallRecord {
         self.traced.answered(Code::Ok);
         decisions.made(request, &decided.decision, took);
         recent_decisions.decided(request, decided);
-        journal.decision(request, decided, took, self.traced.trace_id());
+        journal.decision(request, decided, took, self.caller_time(), self.traced.trace_id());
     }
 
     /// Counts and logs a panic. Only this call fails because of it.
@@ -148,7 +163,8 @@ impl CallRecord {
             if asks_for_decision(self.method) {
                 let Self { peer, method, .. } = *self;
                 let (grpc_code, trace_id) = (word_of(code as i32), self.traced.trace_id());
-                let undecided = Undecided { method, grpc_code, reason, peer, request, report_only, trace_id };
+                let caller_time = self.caller_time();
+                let undecided = Undecided { method, grpc_code, reason, peer, request, report_only, caller_time, trace_id };
                 recent_decisions.undecided(&undecided);
                 journal.undecided(undecided);
             }

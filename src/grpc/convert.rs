@@ -53,7 +53,7 @@ impl Violations {
     /// Checks a name that may appear in logs and messages.
     fn check_name(&mut self, field: impl fmt::Display, name: &str, limit: usize) {
         if name.len() > limit {
-            self.add(&field, format_args!("is {} bytes long; the limit is {limit}", name.len()));
+            self.add(&field, format_args!("is {} bytes long; the limit is {limit} (limits.name_bytes)", name.len()));
         }
         if !is_plain(name)
             && let Some(at) = name.find(char::is_control)
@@ -468,7 +468,7 @@ pub fn models(snapshot: &Snapshot, runtime: Option<&str>, details: bool) -> pb::
 
 /// The answer to GetRegistryStatus.
 pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResponse {
-    let Snapshot { registry, catalogue, registry_origin, catalogue_origin, .. } = snapshot;
+    let Snapshot { registry, catalogue, registry_origin, catalogue_origin, configuration_origin, .. } = snapshot;
     let source = |revision: &str, origin: &Origin| pb::SourceStatus {
         revision: revision.to_owned(),
         source: origin.source.clone(),
@@ -486,6 +486,8 @@ pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResp
         model_count: count(registry.runtimes().flat_map(|(_, runtime)| &runtime.arms).map(|arm| arm.models.len()).sum()),
         host_count: count(catalogue.host_count()),
         credential_names: snapshot.credential_names().iter().cloned().collect(),
+        configuration: Some(source("", configuration_origin)),
+        restart_needed: snapshot.restart_needed.clone(),
     }
 }
 

@@ -24,9 +24,13 @@ pub(crate) struct Deadline {
 // === impl Deadline ===
 
 impl Deadline {
+    /// What the caller gives a call with these headers.
+    pub(crate) fn given(headers: &HeaderMap) -> Option<Duration> {
+        headers.get(&GRPC_TIMEOUT).and_then(|value| grpc_timeout(value.to_str().ok()?))
+    }
+
     /// The deadlines of a call that begins now. `None` if there is no time for an answer.
-    pub(crate) fn of(headers: &HeaderMap, cap: Duration) -> Option<Self> {
-        let given = headers.get(&GRPC_TIMEOUT).and_then(|value| grpc_timeout(value.to_str().ok()?));
+    pub(crate) fn within(given: Option<Duration>, cap: Duration) -> Option<Self> {
         let time = given.unwrap_or(cap).min(cap);
         let margin = (time / 10).clamp(MIN_MARGIN, MAX_MARGIN);
         let now = Instant::now();
@@ -84,7 +88,7 @@ mod tests {
                 headers.insert("grpc-timeout", text.parse().unwrap());
             }
             let now = Instant::now();
-            Deadline::of(&headers, Duration::from_secs(5))
+            Deadline::within(Deadline::given(&headers), Duration::from_secs(5))
                 .map(|due| ((due.answer_by - now).as_millis(), (due.end - now).as_millis()))
         };
         assert_eq!(after(None), Some((4900, 5000)));

@@ -64,7 +64,7 @@ impl Decider {
         record.set_report_only(message.report_only);
         let (length, limit) = (message.encoded_len(), self.shared.limits.message_bytes);
         let request = if length > limit {
-            let found = format!("the request is {length} bytes long; the limit is {limit}");
+            let found = format!("the request is {length} bytes long; the limit is {limit} (limits.message_bytes)");
             Err(bad_request(ErrorReason::RequestTooLarge, Violations(vec![("workspace_spec".to_owned(), found)])))
         } else {
             convert::request_within(message, &self.shared.limits).map_err(invalid)

@@ -73,6 +73,17 @@ pub(crate) struct Opened {
     pub(crate) wall: SystemTime,
     /// When a probe is let through again.
     pub(crate) until: Instant,
+    /// It is another replica's.
+    pub(crate) shared: bool,
+}
+
+/// What a finding has done to a breaker for everybody. What holds for few is nobody else's.
+#[derive(Debug)]
+pub(crate) enum Shift {
+    /// It is open: anew, or for longer.
+    Opened(Opened),
+    /// The provider answers again.
+    Closed,
 }
 
 /// An open breaker.
@@ -131,6 +142,11 @@ impl Breakers {
         Self { settings, states: Mutex::default() }
     }
 
+    /// The longest that one stays open without a trial.
+    pub(crate) const fn longest(&self) -> Duration {
+        self.settings.max_cool_down
+    }
+
     /// `None` lets a probe through, which must be reported.
     pub(crate) fn admit(&self, provider: [u8; 32], source: Source, now: Instant) -> Option<Opened> {
         let mut states = self.lock();
@@ -159,7 +175,7 @@ impl Breakers {
         (source, unusual): (Source, bool),
         finding: &Arc<Finding>,
         now: Instant,
-    ) {
+    ) -> Option<Shift> {
         let mut states = self.lock();
         if states.len() >= MAX_BREAKERS && !states.contains_key(&provider) {
             // Identities of registries that are no longer loaded: they are forgotten together.
@@ -169,7 +185,7 @@ impl Breakers {
         let breaker = match (states.get_mut(&provider), failed) {
             (Some(breaker), _) => breaker,
             // Nothing is known of it, and nothing was learnt.
-            (None, None) => return,
+            (None, None) => return None,
             (None, Some(_)) => states.entry(provider).or_insert_with(|| Breaker {
                 provider: name.to_owned(),
                 touched: now,
@@ -177,13 +193,17 @@ impl Breakers {
             }),
         };
         breaker.touched = now;
-        let was = breaker.state.open_for();
+        let (was, opened_at) = (breaker.state.open_for(), breaker.state.open().map(|opened| opened.at));
         match failed {
             None => breaker.state.end_trial(now),
             Some(false) => breaker.state = State::closed(),
             Some(true) => breaker.state.count(&self.settings, source, finding, now),
         }
         tell(name, was, breaker.state.open_for(), finding);
+        match breaker.state.open() {
+            Some(opened) => (opened_at != Some(opened.at)).then(|| Shift::Opened(opened.clone())),
+            None => opened_at.map(|_| Shift::Closed),
+        }
     }
 
     /// A probe of the provider ended without a finding.
@@ -212,6 +232,14 @@ impl State {
             Self::Open(_) => Some("everybody"),
             Self::Closed { held: Some(_), .. } => Some("few"),
             Self::Closed { held: None, .. } => None,
+        }
+    }
+
+    /// What opened it for everybody.
+    const fn open(&self) -> Option<&Opened> {
+        match self {
+            Self::Open(open) => Some(&open.opened),
+            Self::Closed { .. } => None,
         }
     }
 
@@ -260,7 +288,8 @@ impl State {
 impl Open {
     fn again(settings: &BreakerSettings, trips: u32, finding: &Arc<Finding>, now: Instant) -> Self {
         let cool_down = settings.cool_down.saturating_mul(2_u32.saturating_pow(trips)).min(settings.max_cool_down);
-        let opened = Opened { finding: Arc::clone(finding), at: now, wall: SystemTime::now(), until: now + cool_down };
+        let opened =
+            Opened { finding: Arc::clone(finding), at: now, wall: SystemTime::now(), until: now + cool_down, shared: false };
         Self { opened, trips, trying: false }
     }
 }
@@ -320,7 +349,7 @@ fn tell(provider: &str, was: Option<&str>, is: Option<&str>, finding: &Finding) 
 }
 
 /// Whether this finding is the provider's failure; `None` if it says nothing of the provider.
-fn failed(finding: &Finding) -> Option<bool> {
+pub(crate) fn failed(finding: &Finding) -> Option<bool> {
     match finding.verdict {
         Verdict::Timeout | Verdict::Unreachable | Verdict::ProviderError => (!finding.about_model).then_some(true),
         Verdict::NotAttempted => None,

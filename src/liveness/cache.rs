@@ -34,7 +34,7 @@ use crate::{
         breaker::{BreakerSettings, Breakers, Opened, Source},
         new_keys::{NewKeyLimits, NewKeys},
         single_flight::{FlightEnd, Join, SingleFlight, Start, wait},
-        tier::{Id, Lease, Model, Record, Shared, Sought, Tier, Whose},
+        tier::{Allowance, Id, Lease, Model, Record, Shared, Sought, Tier, Whose},
         turns::spread,
     },
     telemetry::{
@@ -105,8 +105,6 @@ const MAX_ENTRIES: u64 = 100_000;
 /// How many probes may be in flight at a time, in total and for one provider. The second limit leaves room for the others when one hangs.
 const MAX_FLIGHTS: usize = 4096;
 const MAX_FLIGHTS_OF_ONE_PROVIDER: usize = 1024;
-/// The time reserved for a probe if its catalogue row sets no budget.
-const DEFAULT_PROBE_BUDGET: Duration = Duration::from_secs(3);
 /// The longest credential of a usual length. Vendors' keys are under 200 bytes, and some JWTs are over 1 KiB.
 const USUAL_KEY_BYTES: usize = 1024;
 
@@ -125,7 +123,7 @@ pub struct CacheSettings {
 pub struct Cache {
     prober: Arc<dyn Prober>,
     memory: Memory,
-    flights: Arc<SingleFlight<Key, Fetched>>,
+    flights: Arc<SingleFlight<Key, Landed>>,
     /// The last VALID finding, shared by all entries that equal it.
     last_valid: Arc<ArcSwap<Finding>>,
     breakers: Arc<Breakers>,
@@ -205,6 +203,16 @@ struct TimedFinding {
 struct TierLink {
     tier: Arc<Tier>,
     key_of: moka::sync::Cache<Id, Key, BuildHasherDefault<PrehashedHasher>>,
+}
+
+/// What a flight came to.
+#[derive(Debug, Clone)]
+enum Landed {
+    Found(Fetched),
+    /// Nobody was asked: another replica's breaker is open.
+    Open(Opened),
+    /// Nobody was asked: too many new credentials came over all replicas. Another may come after this time.
+    NewKeys(Duration),
 }
 
 /// The result of a flight, and the key that it is stored under.
@@ -287,17 +295,19 @@ impl Cache {
             let mut first = false;
             let launch = |started| {
                 first = true;
-                self.launch(&query, &keys, max_age, started, deadline)
+                self.launch(&query, &keys, max_age, started)
             };
             let joined = self.flights.join(query.endpoint.identity, keys.first, launch);
             self.lookups.of(&joined, first).inc();
             *role = matches!(joined, Join::InFlight(_)).then_some(if first { FlightRole::Fill } else { FlightRole::Wait });
             match joined {
-                Join::Known(Fetched { timed, .. }) => {
+                Join::Known(Landed::Found(Fetched { timed, .. })) => {
                     return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
                 }
-                Join::Rejected(Rejected::Open(opened)) => return self.breaker_verdict(&keys, &opened, max_age),
-                Join::Rejected(Rejected::NewKeys(wait)) => {
+                Join::Known(Landed::Open(opened)) | Join::Rejected(Rejected::Open(opened)) => {
+                    return self.breaker_verdict(&keys, &opened, max_age);
+                }
+                Join::Known(Landed::NewKeys(wait)) | Join::Rejected(Rejected::NewKeys(wait)) => {
                     return self.without_answer(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
                 }
                 Join::Full => {
@@ -305,7 +315,17 @@ impl Cache {
                     return self.without_answer(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                 }
                 Join::InFlight(flight) => match wait(flight, deadline).await {
-                    FlightEnd::Completed(Fetched { timed, key })
+                    FlightEnd::Completed(Landed::Open(opened)) => {
+                        if self.known(&keys).is_empty() {
+                            self.new_keys.keep_waiting(keys.first);
+                        }
+                        return self.breaker_verdict(&keys, &opened, max_age);
+                    }
+                    FlightEnd::Completed(Landed::NewKeys(wait)) => {
+                        let wait = self.new_keys.withhold(keys.first, query.organization, wait);
+                        return self.without_answer(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
+                    }
+                    FlightEnd::Completed(Landed::Found(Fetched { timed, key }))
                         if (key == keys.first || Some(key) == self.second(&keys)) && self.ages.serves(&timed, max_age) =>
                     {
                         let served_from = if timed.shared { ServedFrom::Cache } else { ServedFrom::Probe };
@@ -321,7 +341,9 @@ impl Cache {
                         let now = Instant::now();
                         let wait = match answer_at {
                             Some(at) if at > now => at - now,
-                            _ => self.prober.turn(&query.endpoint.provider, keys.first),
+                            Some(_) => self.prober.turn(&query.endpoint.provider, keys.first),
+                            // It is another replica's to ask, which has a place in its own queue: the next look finds the answer, or waits on.
+                            None => self.ages.unanswered,
                         };
                         return self.without_answer(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                     }
@@ -348,11 +370,10 @@ impl Cache {
         keys: &Keys<'_>,
         max_age: Option<Duration>,
         started: ProbeStarted,
-        deadline: Instant,
-    ) -> Start<Fetched, Rejected, impl Future<Output = Fetched> + Send + use<>> {
+    ) -> Start<Landed, Rejected, impl Future<Output = Landed> + Send + use<>> {
         let (known, now) = (self.known(keys), Instant::now());
         if let Some(timed) = self.ages.fresh(&known, max_age, now) {
-            return Start::Known(Fetched { timed: timed.clone(), key: keys.first });
+            return Start::Known(Landed::Found(Fetched { timed: timed.clone(), key: keys.first }));
         }
         // Checked before the breaker: a key that finds the breaker open is a new key as well.
         let is_new = known.is_empty();
@@ -366,7 +387,7 @@ impl Cache {
             return Start::Rejected(Rejected::Open(opened));
         }
         // In a trace, the call that starts the flight is the parent of its span. The traces of the other calls show that they waited.
-        let tier_lookup = self.tier_link.as_ref().map(|tier_link| self.tier_lookup(tier_link, query, keys, max_age, deadline));
+        let tier_lookup = self.tier_link.as_ref().map(|tier_link| self.tier_lookup(tier_link, query, keys, max_age, is_new));
         Start::Run(self.fill(query, keys, started, tier_lookup).instrument(traces::probe_span(query.endpoint)))
     }
 
@@ -377,13 +398,13 @@ impl Cache {
         query: &LivenessQuery<'_>,
         keys: &Keys<'_>,
         max_age: Option<Duration>,
-        deadline: Instant,
+        is_new: bool,
     ) -> TierLookup {
-        // The flight waits for another replica's answer as long as time for a probe of its own remains, and at least half of the time left.
-        let left = deadline.saturating_duration_since(Instant::now());
-        let until = deadline - query.endpoint.budget.unwrap_or(DEFAULT_PROBE_BUDGET).min(left / 2);
+        let is_counted = is_new && !query.organization.is_empty();
+        let per_minute = self.new_keys.per_organization();
         TierLookup {
             tier_link: Arc::clone(tier_link),
+            allowance: is_counted.then(|| tier_link.tier.allowance(query.organization, per_minute)).flatten(),
             memory: self.memory.clone(),
             ages: self.ages,
             first: keys.first,
@@ -391,7 +412,6 @@ impl Cache {
             client: client_of(query.preference),
             model: query.model.to_owned(),
             max_age,
-            until,
         }
     }
 
@@ -402,7 +422,7 @@ impl Cache {
         keys: &Keys<'_>,
         started: ProbeStarted,
         tier_lookup: Option<TierLookup>,
-    ) -> impl Future<Output = Fetched> + Send + use<> {
+    ) -> impl Future<Output = Landed> + Send + use<> {
         let target = Arc::new(Target::of(query.endpoint, query.model).preferring(query.preference));
         let request = ProbeRequest { target, secret: Arc::clone(&query.secret), credential: keys.first, started };
         let (prober, breakers, target) = (Arc::clone(&self.prober), Arc::clone(&self.breakers), Arc::clone(&request.target));
@@ -413,8 +433,11 @@ impl Cache {
             let mut probe = BreakerReport { breakers: &breakers, provider: target.endpoint.identity, reported: false };
             let mut lease = None;
             if let Some(tier_lookup) = tier_lookup {
-                match tier_lookup.run(&request).await {
-                    Sought::Known(fetched) => return fetched,
+                match tier_lookup.run(&request, breakers.longest()).await {
+                    Sought::Known(fetched) => return Landed::Found(fetched),
+                    // As by this replica's own breaker, but no trial probe was made for it.
+                    Sought::Open(opened) => return Landed::Open(opened),
+                    Sought::Withheld(wait) => return Landed::NewKeys(wait),
                     Sought::Ask(granted) => lease = granted,
                 }
             }
@@ -430,13 +453,15 @@ impl Cache {
             let (finding, at, wall) = (intern_valid(finding, &last_valid), Instant::now(), SystemTime::now());
             let fetched = Fetched { timed: Arc::new(TimedFinding { finding, at, wall, fresh_for, shared: false }), key };
             remember(&memory, first, &fetched);
-            breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &fetched.timed.finding, at);
+            let shift =
+                breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &fetched.timed.finding, at);
             probe.reported = true;
             if let Some(lease) = lease {
+                shift.iter().for_each(|shift| lease.tell(shift));
                 let record = to_record(&memory, &fetched, &lease);
                 lease.leave(record, ages.hard_maximum);
             }
-            fetched
+            Landed::Found(fetched)
         }
     }
 
@@ -496,7 +521,7 @@ impl Cache {
             observed_at: opened.wall,
             age: opened.at.elapsed(),
             served_from: ServedFrom::Breaker,
-            shared: false,
+            shared: opened.shared,
             retry_after: spread(opened.until.saturating_duration_since(Instant::now()).max(self.ages.floor)),
             earlier_valid: self.earlier_valid(&self.known(keys), max_age, Instant::now()),
         }
@@ -666,6 +691,8 @@ fn remember(memory: &Memory, first: Key, fetched: &Fetched) {
 /// A flight's lookup in the shared tier.
 struct TierLookup {
     tier_link: Arc<TierLink>,
+    /// Of a credential that is new here: over all replicas, so many may be.
+    allowance: Option<Allowance>,
     memory: Memory,
     ages: Ages,
     first: Key,
@@ -673,14 +700,14 @@ struct TierLookup {
     client: [u8; 2],
     model: String,
     max_age: Option<Duration>,
-    until: Instant,
 }
 
 // === impl TierLookup ===
 
 impl TierLookup {
-    async fn run(self, request: &ProbeRequest) -> Sought<Fetched> {
-        let Self { tier_link, memory, ages, first, second, client, model, max_age, until } = self;
+    /// Another replica's open breaker counts for `longest` at most.
+    async fn run(self, request: &ProbeRequest, longest: Duration) -> Sought<Fetched> {
+        let Self { tier_link, allowance, memory, ages, first, second, client, model, max_age } = self;
         let endpoint = &request.target.endpoint;
         let model = if second.is_some() { Model::Sometimes(&model) } else { Model::Always(&model) };
         let seat = tier_link.tier.seat(&Whose { endpoint: &endpoint.identity, client, value: request.secret.expose(), model });
@@ -698,7 +725,7 @@ impl TierLookup {
             let key = second.filter(|_| known.second.as_ref().is_some_and(is_here)).unwrap_or(first);
             Some(Fetched { timed: Arc::clone(timed), key })
         };
-        seat.seek(until, take).await
+        seat.seek(longest, allowance.as_ref(), take).await
     }
 }
 
@@ -762,7 +789,7 @@ fn to_record(memory: &Memory, Fetched { timed, key }: &Fetched, lease: &Lease) -
 // === impl Lookups ===
 
 impl Lookups {
-    fn of(&self, joined: &Join<Fetched, Rejected>, first: bool) -> &Counter {
+    fn of(&self, joined: &Join<Landed, Rejected>, first: bool) -> &Counter {
         match joined {
             Join::Known(_) => &self.hit,
             Join::InFlight(_) if first => &self.fill,

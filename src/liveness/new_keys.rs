@@ -48,7 +48,7 @@ impl Default for NewKeyLimits {
 
 impl NewKeyLimits {
     /// The part of one of so many replicas. An organization and a workspace are told apart from others by these limits, and have them whole:
-    /// their questions go to one replica.
+    /// their questions go to one replica, or an organization's are counted over all of them in the shared tier.
     #[must_use]
     pub fn of_one(self, replicas: NonZeroU32) -> Self {
         Self { per_platform: part_of(self.per_platform, replicas), ..self }
@@ -70,6 +70,7 @@ pub(crate) struct NewKeys {
 /// A limit for each of many names.
 struct Limit {
     spent: Keyed,
+    per_minute: NonZeroU32,
     /// How far apart those are who were refused and come at their times.
     apart: Duration,
     turns: Mutex<Turns<String>>,
@@ -103,6 +104,18 @@ impl NewKeys {
         of_caller.count(key, &caller.name, &self.clock)
     }
 
+    /// What each organization may have judged, over all replicas where they count together.
+    pub(crate) const fn per_organization(&self) -> NonZeroU32 {
+        self.organizations.per_minute
+    }
+
+    /// Counted over all replicas, it is one too many: another may come after this wait. Tells when this one may.
+    pub(crate) fn withhold(&self, key: [u8; 32], organization: &str, wait: Duration) -> Duration {
+        // It was counted here, and is not asked about.
+        self.keep_waiting(key);
+        self.organizations.turn(key, organization, Instant::now() + wait)
+    }
+
     /// One that was counted is not asked about now.
     pub(crate) fn keep_waiting(&self, key: [u8; 32]) {
         self.waiting.insert(key, Instant::now());
@@ -115,6 +128,7 @@ impl Limit {
     fn new(per_minute: NonZeroU32, clock: &TokioClock) -> Self {
         Self {
             spent: RateLimiter::hashmap_with_clock(Quota::per_minute(per_minute), clock.clone()),
+            per_minute,
             apart: Duration::from_secs(60) / per_minute.get(),
             turns: Mutex::default(),
             refused: Counter::new(),
@@ -127,13 +141,15 @@ impl Limit {
         }
         // Where even so many are busy, the rest share one count.
         let name = if self.spent.len() < MAX_KEYS { name.to_owned() } else { String::new() };
-        self.spent.check_key(&name).map_err(|spent| {
-            self.refused.inc();
-            let now = Instant::now();
-            let first = now + spent.wait_time_from(clock.now());
-            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
-            turns.give(&name, key, now, first, self.apart).saturating_duration_since(now)
-        })
+        let checked = self.spent.check_key(&name);
+        checked.map_err(|spent| self.turn(key, &name, Instant::now() + spent.wait_time_from(clock.now())))
+    }
+
+    /// Refuses one, and tells how long it has to wait, where the next of this name may come at `first`.
+    fn turn(&self, key: [u8; 32], name: &str, first: Instant) -> Duration {
+        self.refused.inc();
+        let (now, mut turns) = (Instant::now(), self.turns.lock().unwrap_or_else(PoisonError::into_inner));
+        turns.give(&name.to_owned(), key, now, first, self.apart).saturating_duration_since(now)
     }
 }
 

@@ -12,6 +12,7 @@ mod record;
 mod store;
 
 use std::{
+    num::NonZeroU32,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
@@ -26,25 +27,31 @@ use self::{
     background::Background,
     keys::{Name, Names, News},
     place::Place,
+    record::OpenBreaker,
     store::{Looked, State, Store, Unheard},
 };
 pub use self::{keys::TierKeys, store::Connect};
 pub(crate) use self::{
-    keys::{Id, Model, Whose},
+    keys::{Allowance, Id, Model, Whose},
     record::Record,
 };
 use crate::{
     core::classify::Finding,
     domain::{duration, problem::Review, secret::Secret},
+    liveness::breaker::{Opened, Shift},
     telemetry::metrics::{Collect, Counter, Page},
 };
 
 /// How often a lease is renewed: two renewals may be lost.
 const RENEWAL: Duration = Duration::from_millis(300);
-/// The longest that a lease is renewed: longer than any question waits and is asked.
+/// The longest that a lease is renewed, and waited for: longer than any question waits and is asked.
 const MAX_HELD: Duration = Duration::from_secs(30);
-/// How long who waits for another's answer looks away, at random.
-const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(200));
+/// How long who waits for another's answer looks away, at random: from a tenth of this to the whole of it at first, and later up to a part of what
+/// it has waited, so that a crowd that waits long does not keep the store busy.
+const LOOK_AGAIN: Duration = Duration::from_millis(200);
+const PART_OF_WAIT: u32 = 4;
+/// However long that was: a holder that dies is found out.
+const MAX_LOOK_AGAIN: Duration = Duration::from_secs(1);
 /// How often what is found may not do: it is old at first, and may be replaced by what is too old for this caller.
 const MAX_FRUITLESS: u32 = 3;
 /// How long who listens for refusals waits before it connects anew.
@@ -112,9 +119,13 @@ pub struct Tier {
 struct Looks {
     /// An observation was there, or came from another replica.
     hit: Counter,
+    /// Another replica's breaker is open.
+    breaker: Counter,
     /// This replica asks for all.
     lease: Counter,
-    /// Another replica asked, and its answer did not come in time; or nothing that was found would do.
+    /// Its organization's new credentials are spent.
+    new_keys: Counter,
+    /// Another replica had the lease for longer than anybody may; or nothing that was found would do.
     gave_up: Counter,
     /// The tier failed.
     fault: Counter,
@@ -139,6 +150,10 @@ pub(crate) struct Shared {
 pub(crate) enum Sought<T> {
     /// It is there.
     Known(T),
+    /// Another replica's breaker is open.
+    Open(Opened),
+    /// Its organization's new credentials are spent, over all replicas; another may come after this time.
+    Withheld(Duration),
     /// This replica asks the provider: for all, if it has the lease.
     Ask(Option<Lease>),
 }
@@ -232,6 +247,11 @@ impl Tier {
         Seat { tier: Arc::clone(self), names: self.keys.names(whose) }
     }
 
+    /// What this organization may ask, over all replicas.
+    pub(crate) fn allowance(&self, organization: &str, per_minute: NonZeroU32) -> Option<Allowance> {
+        self.keys.allowance(organization, per_minute)
+    }
+
     /// Tells of refusals that other replicas have met, for ever. What is missed is no worse than without it.
     pub(crate) async fn listen(self: Arc<Self>, refused: impl Fn(Id) + Send + Sync) {
         loop {
@@ -251,6 +271,15 @@ impl Tier {
         }
     }
 
+    /// What a value says; one that is none of ours is counted.
+    fn read<T>(&self, key: usize, name: &Name, value: &[u8], parse: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
+        let read = self.keys.open(key, name, value).and_then(|plain| parse(&plain));
+        if read.is_none() {
+            self.damaged.inc();
+        }
+        read
+    }
+
     fn between(&self, least: Duration, most: Duration) -> Duration {
         self.random.lock().unwrap_or_else(PoisonError::into_inner).random_range(least..=most)
     }
@@ -258,11 +287,17 @@ impl Tier {
 
 impl Collect for Tier {
     fn collect(&self, page: &mut Page) {
-        let Looks { hit, lease, gave_up, fault, left_alone } = &self.looks;
+        let Looks { hit, breaker, lease, new_keys, gave_up, fault, left_alone } = &self.looks;
         let mut looks = page.counter("byokgate_tier_lookups", "Looks for an observation in the shared tier, by what came of it");
-        for (result, count) in
-            [("hit", hit), ("lease", lease), ("gave_up", gave_up), ("fault", fault), ("left_alone", left_alone)]
-        {
+        for (result, count) in [
+            ("hit", hit),
+            ("breaker", breaker),
+            ("lease", lease),
+            ("new_keys", new_keys),
+            ("gave_up", gave_up),
+            ("fault", fault),
+            ("left_alone", left_alone),
+        ] {
             looks.add(&[("result", result)], count);
         }
         if let Some(took) = self.store.took.value() {
@@ -290,8 +325,15 @@ impl Seat {
         self.names.iter().flat_map(|names| names.observations.iter().enumerate().map(|(index, name)| (name.id, index > 0)))
     }
 
-    /// Looks for an observation that will do, as `take` sees it. Waits for another replica's answer until `until`.
-    pub(crate) async fn seek<T>(self, until: Instant, mut take: impl FnMut(Vec<Shared>) -> Option<T>) -> Sought<T> {
+    /// Looks for an observation that will do, as `take` sees it, or else for another replica's open breaker, which counts for `longest` at
+    /// most. Waits for another replica's answer as long as it asks.
+    /// With an allowance, a credential that no replica knows is counted.
+    pub(crate) async fn seek<T>(
+        self,
+        longest: Duration,
+        allowance: Option<&Allowance>,
+        mut take: impl FnMut(Vec<Shared>) -> Option<T>,
+    ) -> Sought<T> {
         let Self { tier, names } = self;
         let Some(lease) = names.first().map(|names| names.lease.clone()) else { return Sought::Ask(None) };
         let placed: Vec<(usize, bool, &Name)> = names
@@ -299,17 +341,23 @@ impl Seat {
             .enumerate()
             .flat_map(|(key, names)| names.observations.iter().enumerate().map(move |(index, name)| (key, index > 0, name)))
             .collect();
-        let texts: Vec<&str> = placed.iter().map(|(_, _, name)| name.text.as_str()).collect();
+        let breakers = names.iter().map(|names| &names.breaker).enumerate();
+        let texts: Vec<&str> = placed
+            .iter()
+            .map(|(_, _, name)| *name)
+            .chain(breakers.clone().map(|(_, name)| name))
+            .map(|name| name.text.as_str())
+            .collect();
         let token = token();
         let mut passed_over: Vec<Vec<u8>> = Vec::new();
         let mut fruitless = 0;
         let looks = &tier.looks;
         // The first looks together have the time of one: no caller waits for a slow store any longer.
-        let first = tier.store.deadline();
+        let (began, first) = (Instant::now(), tier.store.deadline());
         let mut deadline = first;
         loop {
             let asked = Instant::now();
-            let looked = match tier.store.look((&lease, &token), &texts, &passed_over, deadline).await {
+            let looked = match tier.store.look((&lease, &token), (&texts, &passed_over), allowance, deadline).await {
                 Ok(looked) => looked,
                 Err(unheard) => {
                     let count = if unheard == Unheard::LeftAlone { &looks.left_alone } else { &looks.fault };
@@ -323,15 +371,21 @@ impl Seat {
                 State::Found => {
                     let found = placed.iter().zip(&values).filter(|(_, value)| !value.is_empty());
                     let shared = found.filter_map(|((key, about_model, name), value)| {
-                        let record = tier.keys.open(*key, name, value).and_then(|plain| Record::from_bytes(&plain));
-                        if record.is_none() {
-                            tier.damaged.inc();
-                        }
+                        let record = tier.read(*key, name, value, Record::from_bytes);
                         in_our_time(record?, *about_model, at, asked)
                     });
                     if let Some(taken) = take(shared.collect()) {
                         looks.hit.inc();
                         return Sought::Known(taken);
+                    }
+                    let of_breakers = values.iter().skip(placed.len());
+                    let mut open = breakers.clone().zip(of_breakers).filter(|(_, value)| !value.is_empty());
+                    if let Some(opened) = open.find_map(|((key, name), value)| {
+                        let breaker = tier.read(key, name, value, OpenBreaker::from_bytes);
+                        open_in_our_time(breaker?, longest, at, asked)
+                    }) {
+                        looks.breaker.inc();
+                        return Sought::Open(opened);
                     }
                     // None of these: the next look takes one that is newer, the lease, or waits. A store that goes on giving what will not do
                     // is none.
@@ -347,12 +401,18 @@ impl Seat {
                     let clock = (at, Instant::now());
                     return Sought::Ask(Some(Lease { tier: Arc::clone(&tier), names, token, clock }));
                 }
+                State::Withheld(wait) => {
+                    looks.new_keys.inc();
+                    return Sought::Withheld(wait);
+                }
                 State::Wait => {
-                    let pause = tier.between(LOOK_AGAIN.0, LOOK_AGAIN.1);
-                    if Instant::now() + pause >= until {
+                    let waited = began.elapsed();
+                    if waited >= MAX_HELD {
                         looks.gave_up.inc();
                         return Sought::Ask(None);
                     }
+                    let most = (waited / PART_OF_WAIT).clamp(LOOK_AGAIN, MAX_LOOK_AGAIN);
+                    let pause = tier.between(most / 10, most);
                     sleep(pause).await;
                     deadline = tier.store.deadline();
                 }
@@ -376,6 +436,20 @@ fn in_our_time(record: Record, about_model: bool, told: u64, asked: Instant) -> 
     // Of the future or not, it was refused.
     let refused_at = refused_at.map(|refused_at| ours(refused_at).map_or(now, |(at, _)| at));
     Some(Shared { finding, at, wall, fresh_for, earlier_valid, refused_at, about_model })
+}
+
+/// Another replica's open breaker as this replica has it. `None` if it is not open any more, or of the future.
+fn open_in_our_time(breaker: OpenBreaker, longest: Duration, told: u64, asked: Instant) -> Option<Opened> {
+    let OpenBreaker { finding, at, until } = breaker;
+    let left = until.min(at.saturating_add(millis(longest))).checked_sub(told).filter(|left| *left > 0)?;
+    let age = Duration::from_millis(told.checked_sub(at)?);
+    // From when the question was sent: never open for longer than it is.
+    let (at, until) = (asked.checked_sub(age)?, asked.checked_add(Duration::from_millis(left))?);
+    Some(Opened { finding: Arc::new(finding), at, wall: SystemTime::now().checked_sub(at.elapsed())?, until, shared: true })
+}
+
+fn millis(length: Duration) -> u64 {
+    u64::try_from(length.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn token() -> String {
@@ -413,12 +487,35 @@ impl Lease {
     /// The store's time of a moment of this replica's, in milliseconds; never later than it was.
     pub(crate) fn time_of(&self, at: Instant) -> u64 {
         let (told, when) = self.clock;
-        let of = |length: Duration| u64::try_from(length.as_millis()).unwrap_or(u64::MAX);
         match at.checked_duration_since(when) {
-            Some(since) => told.saturating_add(of(since)),
+            Some(since) => told.saturating_add(millis(since)),
             // A millisecond more: what is cut off may not make it younger.
-            None => told.saturating_sub(of(when - at).saturating_add(1)),
+            None => told.saturating_sub(millis(when - at).saturating_add(1)),
         }
+    }
+
+    /// Tells the other replicas that this one's breaker has opened, or has closed. Nobody waits for that, and no lease guards it: it only
+    /// spares calls, and what is not heard of there ends with the cool-down.
+    pub(crate) fn tell(&self, shift: &Shift) {
+        let (tier, names) = (Arc::clone(&self.tier), self.names.clone());
+        let breaker = match shift {
+            Shift::Closed => None,
+            Shift::Opened(Opened { finding, at, until, .. }) => {
+                let (finding, keep) = ((**finding).clone(), until.saturating_duration_since(*at));
+                Some((OpenBreaker { finding, at: self.time_of(*at), until: self.time_of(*until) }, keep))
+            }
+        };
+        self.tier.storing.run(async move {
+            let Some((breaker, keep)) = breaker else {
+                let names: Vec<&str> = names.iter().map(|names| names.breaker.text.as_str()).collect();
+                return tier.store.delete(&names).await;
+            };
+            if let Some(name) = names.first().map(|names| &names.breaker)
+                && let Some(value) = breaker.to_bytes().and_then(|plain| tier.keys.seal(name, &plain))
+            {
+                tier.store.set(&name.text, &value, keep).await;
+            }
+        });
     }
 
     /// Stores what was found, if the lease is still this replica's; nobody waits for that but the process's end. What is nobody's to share

@@ -10,24 +10,26 @@ use std::{
 
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use hyper::{
-    body::{Body as _, Incoming},
+    body::{Body as _, Bytes, Incoming},
     server::conn::http1,
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    sync::Semaphore,
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::{io::AsyncReadExt, sync::Semaphore, task::JoinSet, time::timeout};
 use tonic::body::Body;
 
-use super::{connections::ConnectionCounts, listen::Listener, status_page::html, tls::Tls};
+use super::{
+    connection::{PREFACE, Rewind, send_last_bytes},
+    connections::ConnectionCounts,
+    listen::{Accepted, Listener, Stream},
+    refused::{HandshakeFault, Refusal},
+    status_page::html,
+    tls::Tls,
+};
 use crate::{
     core::engine::Engine,
     telemetry::{
-        metrics::{CONTENT_TYPE, Collect, Page, loaded},
+        metrics::{CONTENT_TYPE, Collect, Page, loaded, reloads::Reloads},
         recent_decisions::RecentDecisions,
         status::{self, SAMPLE_EVERY, Sources, Status, Totals, Window},
     },
@@ -42,6 +44,9 @@ const CONNECTION_TIME: Duration = Duration::from_secs(10);
 /// The buffer for headers. They are under 1 KiB; this is the HTTP library's minimum.
 const MAX_HEADER_BYTES: usize = 8 * 1024;
 
+/// How the answer to a gRPC client begins.
+pub(crate) const ADMIN_SAYS: &str = "this is byok-gate's admin listener, for pages and numbers";
+
 const ROOT: &str = "/";
 const METRICS: &str = "/metrics";
 const STATUS: &str = "/status";
@@ -54,11 +59,14 @@ const CONTENT_SECURITY: &str =
 pub(super) struct AdminPages {
     engine: Arc<Engine>,
     sources: Vec<Arc<dyn Collect>>,
+    followed: Vec<Arc<Reloads>>,
     recent_decisions: Arc<RecentDecisions>,
     tls: Option<Arc<Tls>>,
     connections: Arc<ConnectionCounts>,
     window: Window,
     started: SystemTime,
+    /// Where gRPC is spoken.
+    addresses: Vec<String>,
 }
 
 // === impl AdminPages ===
@@ -68,12 +76,14 @@ impl AdminPages {
     pub(super) fn new(
         engine: Arc<Engine>,
         sources: Vec<Arc<dyn Collect>>,
+        followed: Vec<Arc<Reloads>>,
         recent_decisions: Arc<RecentDecisions>,
         tls: Option<Arc<Tls>>,
         connections: Arc<ConnectionCounts>,
+        addresses: Vec<String>,
     ) -> Self {
         let started = SystemTime::now();
-        Self { engine, sources, recent_decisions, tls, connections, window: Window::since(started), started }
+        Self { engine, sources, followed, recent_decisions, tls, connections, window: Window::since(started), started, addresses }
     }
 
     /// The metrics as they are now.
@@ -92,8 +102,13 @@ impl AdminPages {
             recent_decisions: &self.recent_decisions,
             window: &self.window,
             started: self.started,
+            followed: self.followed.iter().map(|reloads| reloads.followed()).collect(),
             certificates: self.tls.as_ref().map_or_else(Vec::new, |tls| tls.ends()),
             refused_connections: self.connections.refusals.recent(),
+            reached_limits: [&self.connections.unknown_calls, &self.connections.watches]
+                .into_iter()
+                .filter_map(|limit| limit.reached())
+                .collect(),
         };
         status::status(&sources, SystemTime::now())
     }
@@ -131,14 +146,23 @@ pub(super) async fn serve_admin(listener: Listener, pages: Arc<AdminPages>) {
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
         let pages = Arc::clone(&pages);
         connections.spawn(async move {
-            serve(accepted.io, pages).await;
+            serve(accepted, pages).await;
             drop(place);
         });
     }
 }
 
 /// Serves one request, or closes the connection when its time is over.
-async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, pages: Arc<AdminPages>) {
+async fn serve(accepted: Accepted, pages: Arc<AdminPages>) {
+    let Accepted { io, peer } = accepted;
+    let io = match timeout(HEADER_TIME, first_bytes(io)).await {
+        Ok(Ok(io)) => io,
+        Ok(Err(Some(io))) => {
+            pages.connections.refusals.add(peer, Refusal::of(HandshakeFault::GrpcOnAdmin));
+            return send_last_bytes(io, grpc_is_elsewhere(&pages.addresses).as_bytes()).await;
+        }
+        Ok(Err(None)) | Err(_) => return,
+    };
     let service = service_fn(|request| {
         let pages = Arc::clone(&pages);
         async move { Ok::<_, Infallible>(answer(&request, pages).await) }
@@ -151,6 +175,29 @@ async fn serve(io: impl AsyncRead + AsyncWrite + Unpin, pages: Arc<AdminPages>) 
         .serve_connection(TokioIo::new(io), service);
     // A fault here is the client's, and the client sees it.
     drop(timeout(CONNECTION_TIME, connection).await);
+}
+
+/// Reads the client's first bytes and returns a stream that repeats them. `Err` holds the stream of a client that speaks gRPC, or `None` if the
+/// client has gone.
+async fn first_bytes(mut io: Box<dyn Stream>) -> Result<Rewind, Option<Box<dyn Stream>>> {
+    let (mut first, mut length) = ([0; PREFACE.len()], 0);
+    while let Some(free) = first.get_mut(length..).filter(|free| !free.is_empty()) {
+        let read = io.read(free).await.map_err(|_| None)?;
+        length += read;
+        let said = first.get(..length).unwrap_or_default();
+        if read == 0 || !PREFACE.starts_with(said) {
+            return Ok(Rewind { io, prefix: Bytes::copy_from_slice(said) });
+        }
+    }
+    Err(Some(io))
+}
+
+/// The answer to a gRPC client. Its library shows this text, or that the answer is not HTTP/2. `byok-gate health` shows the sentence alone.
+fn grpc_is_elsewhere(addresses: &[String]) -> String {
+    format!(
+        "HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n\r\n{ADMIN_SAYS}: gRPC is on {}\n",
+        addresses.join(" and ")
+    )
 }
 
 async fn answer(request: &Request<Incoming>, pages: Arc<AdminPages>) -> Response<Body> {
@@ -217,6 +264,7 @@ mod tests {
             classify::Finding,
             engine::{Boxed, ProbeRequest, Prober},
         },
+        domain::request::Peer,
     };
 
     struct PendingProber;
@@ -231,7 +279,12 @@ mod tests {
         let setup = config::load(&config::Paths::default(), &config::Overrides::default()).unwrap();
         let cache = crate::liveness::cache::Cache::new(Arc::new(PendingProber), crate::liveness::cache::CacheSettings::default());
         let engine = Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None));
-        Arc::new(AdminPages::new(engine, Vec::new(), Arc::new(RecentDecisions::new(false)), None, Arc::default()))
+        let recent_decisions = Arc::new(RecentDecisions::new(false));
+        Arc::new(AdminPages::new(engine, Vec::new(), Vec::new(), recent_decisions, None, Arc::default(), Vec::new()))
+    }
+
+    fn accepted(io: tokio::io::DuplexStream) -> Accepted {
+        Accepted { io: Box::new(io), peer: Peer::Unix { uid: 1, gid: 1 } }
     }
 
     /// A connection ends even if headers arrive byte by byte or the answer is not read.
@@ -239,7 +292,7 @@ mod tests {
     async fn a_slow_scraper_is_cut_off() {
         let began = Instant::now();
         let (mut slow, io) = duplex(1024);
-        let serving = tokio::spawn(serve(io, pages()));
+        let serving = tokio::spawn(serve(accepted(io), pages()));
         for byte in b"GET /metrics HTTP/1.1\r\nhost: gate\r\n".iter().cycle() {
             if serving.is_finished() || slow.write_all(&[*byte]).await.is_err() {
                 break;
@@ -250,12 +303,12 @@ mod tests {
         let (mut deaf, io) = duplex(64);
         let began = Instant::now();
         deaf.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
-        serve(io, pages()).await;
+        serve(accepted(io), pages()).await;
         assert_eq!(began.elapsed(), CONNECTION_TIME);
         // For comparison, a client that is fast enough.
         let (mut quick, io) = duplex(64 * 1024);
         quick.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
-        serve(io, pages()).await;
+        serve(accepted(io), pages()).await;
         let mut said = String::new();
         quick.read_to_string(&mut said).await.unwrap();
         assert!(said.starts_with("HTTP/1.1 200") && said.ends_with("# EOF\n"), "{said}");

@@ -18,7 +18,11 @@ use super::{
     settings::{CallerSettings, CertificateCaller, RoleWord, UnixCaller},
 };
 use crate::{
-    domain::{request::Peer, secret::with_stack_wiped},
+    domain::{
+        problem::{Problem, Problems},
+        request::Peer,
+        secret::with_stack_wiped,
+    },
     grpc::{
         authorize::{Caller, Role},
         convert::pb::ErrorReason,
@@ -225,6 +229,14 @@ impl Tokens {
             let (setting, caller) = ("callers.token_file", caller.name.as_str());
             tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
         }
+        for Token { hash, caller } in known.iter() {
+            let earlier = old.iter().find(|other| bool::from(other.hash.ct_eq(hash)));
+            if let Some(Token { caller: earlier, .. }) = earlier.filter(|earlier| earlier.caller.role != caller.role) {
+                let (setting, was, is) = ("callers.token_file", earlier.role.to_string(), caller.role.to_string());
+                let caller = caller.name.as_str();
+                tracing::warn!(event = "caller_changed", setting, caller, was, is, "it may do other things from now on");
+            }
+        }
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
         Ok(Reloaded::Taken)
     }
@@ -266,53 +278,65 @@ fn hash(key: &[u8; 32], secret: &[u8]) -> [u8; 32] {
     with_stack_wiped(|| *blake3::keyed_hash(key, secret).as_bytes())
 }
 
-/// Parses lines of `TOKEN [ROLE [ID,ID..]]`; `#` begins a comment. Errors name the line and never its content.
+/// Parses lines of `TOKEN [ROLE [ID,ID..]]`; `#` begins a comment. Reports every bad line by its number, and never by its content.
 fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, ServerError> {
-    let fault = |line: usize, message: &str| ServerError::Content {
-        path: path.to_owned(),
-        message: if line == 0 { message.to_owned() } else { format!("line {line}: {message}") },
-    };
+    let fault = |message: String| Err(ServerError::Content { path: path.to_owned(), message });
     if content.len() as u64 > MAX_TOKEN_FILE_BYTES {
-        return Err(fault(0, &format!("is over {MAX_TOKEN_FILE_BYTES} bytes long")));
+        return fault(format!("is over {MAX_TOKEN_FILE_BYTES} bytes long"));
     }
-    let mut tokens: Vec<Token> = Vec::new();
+    let (mut tokens, mut faults): (Vec<Token>, Vec<Problem>) = (Vec::new(), Vec::new());
     for (number, line) in (1..).zip(content.lines()) {
         let line = line.trim();
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
-        let mut words = line.split_ascii_whitespace();
-        let token = words.next().unwrap_or_default();
-        if token.len() < MIN_TOKEN_BYTES {
-            return Err(fault(number, &format!("the token has less than {MIN_TOKEN_BYTES} characters")));
-        }
-        if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err(fault(number, "the token holds a character that no header can carry"));
-        }
-        let role = match (words.next(), words.next(), words.next()) {
-            (_, _, Some(_)) => return Err(fault(number, "has too many words: TOKEN [ROLE [ID,ID..]]")),
-            (None | Some("platform"), None, None) => Role::Platform,
-            (Some("operator"), None, None) => Role::Operator,
-            (Some("workspace"), Some(list), None) => {
-                if list.split(',').any(str::is_empty) {
-                    return Err(fault(number, "a workspace's id is empty: ID,ID.."));
-                }
-                Role::Workspace(list.split(',').map(str::to_owned).collect())
+        let parsed = token_and_role(line).and_then(|(token, role)| {
+            let hash = hash(key, token.as_bytes());
+            let is_known = tokens.iter().any(|other| bool::from(other.hash.ct_eq(&hash)));
+            if is_known { Err("the token appears twice".to_owned()) } else { Ok((hash, role)) }
+        });
+        match parsed {
+            Ok((hash, role)) => {
+                tokens.push(Token { hash, caller: Arc::new(Caller { name: format!("token of line {number}"), role }) })
             }
-            (Some("workspace"), None, None) => return Err(fault(number, "`workspace` needs its ids behind it: ID,ID..")),
-            (Some("platform" | "operator"), Some(_), None) => return Err(fault(number, "only `workspace` takes ids")),
-            (Some(_) | None, _, _) => return Err(fault(number, "the role must be platform, workspace or operator")),
-        };
-        let hash = hash(key, token.as_bytes());
-        if tokens.iter().any(|other| bool::from(other.hash.ct_eq(&hash))) {
-            return Err(fault(number, "the token appears twice"));
+            Err(message) => faults.push(Problem { place: String::new(), line: Some(number), message }),
         }
-        tokens.push(Token { hash, caller: Arc::new(Caller { name: format!("token of line {number}"), role }) });
+    }
+    if !faults.is_empty() {
+        return Err(ServerError::Lines(Problems { document: path.display().to_string(), list: faults }));
     }
     if tokens.is_empty() {
-        return Err(fault(0, "holds no token: nobody could call"));
+        return fault("holds no token: nobody could call".to_owned());
     }
     Ok(tokens)
+}
+
+/// What one line says, or what is wrong with it.
+fn token_and_role(line: &str) -> Result<(&str, Role), String> {
+    let mut words = line.split_ascii_whitespace();
+    let token = words.next().unwrap_or_default();
+    if token.len() < MIN_TOKEN_BYTES {
+        return Err(format!("the token has less than {MIN_TOKEN_BYTES} characters"));
+    }
+    if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err("the token holds a character that no header can carry".to_owned());
+    }
+    let role = match (words.next(), words.next(), words.next()) {
+        (_, _, Some(_)) => Err("has too many words: TOKEN [ROLE [ID,ID..]]"),
+        (None | Some("platform"), None, None) => Ok(Role::Platform),
+        (Some("operator"), None, None) => Ok(Role::Operator),
+        (Some("workspace"), Some(list), None) => {
+            if list.split(',').any(str::is_empty) {
+                Err("a workspace's id is empty: ID,ID..")
+            } else {
+                Ok(Role::Workspace(list.split(',').map(str::to_owned).collect()))
+            }
+        }
+        (Some("workspace"), None, None) => Err("`workspace` needs its ids behind it: ID,ID.."),
+        (Some("platform" | "operator"), Some(_), None) => Err("only `workspace` takes ids"),
+        (Some(_) | None, _, _) => Err("the role must be platform, workspace or operator"),
+    };
+    Ok((token, role?))
 }
 
 #[cfg(test)]

@@ -9,10 +9,7 @@ use std::{
     future::poll_fn,
     io,
     pin::{Pin, pin},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -34,6 +31,7 @@ use tonic::{Code, Status, body::Body, service::Routes};
 use tower_service::Service;
 
 use super::{
+    call_limit::CallPermit,
     callers::{Callers, Identity},
     connections::{CallGuard, ConnectionCounts, ConnectionState, Place},
     health::Phase,
@@ -55,7 +53,7 @@ use crate::{
             pb::{ErrorReason, policy_decision_service_server::PolicyDecisionServiceServer},
         },
         deadline::Deadline,
-        errors::{RETRY_AFTER, bad_request, draining, error, limit_reached, with_standard_details},
+        errors::{bad_request, draining, error, with_standard_details},
         limits::{Deadlines, Limits},
         service::PolicyDecision,
     },
@@ -63,7 +61,7 @@ use crate::{
 };
 
 /// The first bytes of an HTTP/2 client.
-const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+pub(super) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// The first bytes of a TLS client: a handshake record of TLS 1.
 const TLS_RECORD: [u8; 2] = [0x16, 0x03];
 /// An empty SETTINGS frame, which a server must send first.
@@ -111,10 +109,6 @@ pub(super) struct ConnectionContext {
     pub(super) recorder: Arc<Recorder>,
     pub(super) phase: watch::Receiver<Phase>,
     pub(super) bytes: Arc<ByteBudget>,
-    /// The number of calls in flight from unknown callers.
-    pub(super) unknown_calls: Arc<AtomicUsize>,
-    /// The number of open health watches.
-    pub(super) watches: Arc<AtomicUsize>,
     pub(super) counts: Arc<ConnectionCounts>,
 }
 
@@ -308,12 +302,9 @@ impl Connection {
         }
         // The token has been checked. No later code may see it.
         request.headers_mut().remove(http::header::AUTHORIZATION);
-        let limits = &context.limits;
-        let unknown = match &caller {
-            Some(_) => None,
-            None => Some(Permit::take(&context.unknown_calls, limits.unknown_calls, "limits.unknown_calls")?),
-        };
-        let watch = if is_watch { Some(Permit::take(&context.watches, limits.watches, "limits.watches")?) } else { None };
+        let (counts, peer) = (&context.counts, identity.peer);
+        let unknown = caller.is_none().then(|| counts.unknown_calls.enter(peer)).transpose()?;
+        let watch = is_watch.then(|| counts.watches.enter(peer)).transpose()?;
         let bytes = context.bytes.call(caller.is_some());
         let request = request.map(|body| CountedBody::new(body, Arc::clone(&bytes)));
         let permits = CallPermits { _unknown: unknown, _watch: watch, _bytes: bytes };
@@ -334,30 +325,32 @@ impl ConnectionContext {
         record: &Arc<CallRecord>,
         permits: CallPermits,
     ) -> Result<CallInFlight, Status> {
-        let (cap, limit) = if method == BATCH_DECIDE {
+        let is_batch = method == BATCH_DECIDE;
+        let (cap, limit) = if is_batch {
             (self.deadlines.batch, self.limits.batch_message_bytes)
         } else {
             (self.deadlines.decide, self.limits.message_bytes)
         };
-        let deadline = self.deadline(request.headers(), cap)?;
+        let given = Deadline::given(request.headers()).filter(|given| *given < cap);
+        given.into_iter().for_each(|given| record.set_caller_time(given));
+        let deadline = Deadline::within(given, cap).ok_or_else(deadline_exceeded)?;
         let service = PolicyDecisionServiceServer::new(self.service.to(caller, deadline, Arc::clone(record)));
         let response = service.max_decoding_message_size(limit).call(request);
-        Ok(CallInFlight { response, end: Some(deadline.end), limit, permits, streams: method == BATCH_DECIDE })
+        Ok(CallInFlight { response, end: Some(deadline.end), limit, is_batch, permits, streams: is_batch })
     }
 
     /// Calls health or reflection. They have a deadline like every call, but a health watch has none.
     fn route(&self, request: Request<CountedBody>, ends: bool, permits: CallPermits) -> Result<CallInFlight, Status> {
-        let end = if ends { Some(self.deadline(request.headers(), self.deadlines.decide)?.end) } else { None };
+        let deadline =
+            || Deadline::within(Deadline::given(request.headers()), self.deadlines.decide).ok_or_else(deadline_exceeded);
+        let end = if ends { Some(deadline()?.end) } else { None };
         let limit = self.limits.message_bytes;
-        Ok(CallInFlight { response: Box::pin(self.routes.clone().call(request)), end, limit, permits, streams: !ends })
-    }
-
-    fn deadline(&self, headers: &HeaderMap, cap: Duration) -> Result<Deadline, Status> {
-        Deadline::of(headers, cap).ok_or_else(deadline_exceeded)
+        let response = Box::pin(self.routes.clone().call(request));
+        Ok(CallInFlight { response, end, limit, is_batch: false, permits, streams: !ends })
     }
 
     async fn finish(&self, started: Result<CallInFlight, Box<Response<Body>>>, call_guard: CallGuard) -> Response<Body> {
-        let CallInFlight { mut response, end, limit, permits, streams } = match started {
+        let CallInFlight { mut response, end, limit, is_batch, permits, streams } = match started {
             Ok(started) => started,
             Err(response) => return *response,
         };
@@ -379,7 +372,7 @@ impl ConnectionContext {
             }
         };
         let Ok(response) = answered;
-        match contract_error(&response, limit) {
+        match contract_error(&response, limit, is_batch) {
             Some(status) => status.into_http(),
             None if streams => response.map(|body| Body::new(GuardedBody { body, _permits: permits, _call_guard: call_guard })),
             None => response,
@@ -417,6 +410,7 @@ struct CallInFlight {
     end: Option<Instant>,
     /// The maximum length of its message.
     limit: usize,
+    is_batch: bool,
     permits: CallPermits,
     /// Whether it goes on after its first message.
     streams: bool,
@@ -424,8 +418,8 @@ struct CallInFlight {
 
 /// What a call takes from the limits over all connections. It is given back when the call is answered.
 struct CallPermits {
-    _unknown: Option<Permit>,
-    _watch: Option<Permit>,
+    _unknown: Option<CallPermit>,
+    _watch: Option<CallPermit>,
     _bytes: Arc<super::request_body::CallBytes>,
 }
 
@@ -449,38 +443,18 @@ impl hyper::body::Body for GuardedBody {
     }
 }
 
-/// One unit of a limited number.
-struct Permit(Arc<AtomicUsize>);
-
-// === impl Permit ===
-
-impl Permit {
-    fn take(count: &Arc<AtomicUsize>, limit: usize, name: &str) -> Result<Self, Status> {
-        let permit = Self(Arc::clone(count));
-        if count.fetch_add(1, Ordering::Relaxed) < limit {
-            return Ok(permit);
-        }
-        Err(limit_reached(name, &format!("{limit} at a time"), RETRY_AFTER))
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 fn deadline_exceeded() -> Status {
     error(ErrorReason::Deadline, "no decision was made before the call's deadline")
 }
 
 /// Replaces an error of the gRPC library by the contract's error: bad input is INVALID_ARGUMENT with a field, and every error has a reason.
-fn contract_error(response: &Response<Body>, limit: usize) -> Option<Status> {
+fn contract_error(response: &Response<Body>, limit: usize, is_batch: bool) -> Option<Status> {
     const UNDECODABLE: &str = "failed to decode Protobuf message";
+    let setting = if is_batch { "limits.batch_message_bytes" } else { "limits.message_bytes" };
     let status = response.extensions().get::<Status>()?;
     let (reason, description) = match (status.code(), status.message()) {
         (Code::Ok, _) => return None,
-        (Code::OutOfRange, _) => (ErrorReason::RequestTooLarge, format!("is longer than {limit} bytes, the limit")),
+        (Code::OutOfRange, _) => (ErrorReason::RequestTooLarge, format!("is longer than {limit} bytes, the limit ({setting})")),
         (Code::Internal, message) if message.starts_with(UNDECODABLE) => {
             (ErrorReason::RequestUnreadable, "is not this call's message".to_owned())
         }
@@ -530,7 +504,7 @@ fn goaway(code: u8, why: &str) -> Vec<u8> {
 
 /// Sends these bytes and closes the connection, as far as that works within the timeout. It also reads what the client has sent: with unread
 /// bytes the kernel would send a reset, and the client would lose the answer.
-async fn send_last_bytes(mut io: Box<dyn Stream>, bytes: &[u8]) {
+pub(super) async fn send_last_bytes(mut io: Box<dyn Stream>, bytes: &[u8]) {
     const TIMEOUT: Duration = Duration::from_millis(100);
     const MAX_DISCARDED_BYTES: u64 = 64 * 1024;
     let sending = async {
@@ -542,9 +516,9 @@ async fn send_last_bytes(mut io: Box<dyn Stream>, bytes: &[u8]) {
 }
 
 /// A stream whose first bytes were read already and are returned again to the next reader.
-struct Rewind {
-    io: Box<dyn Stream>,
-    prefix: Bytes,
+pub(super) struct Rewind {
+    pub(super) io: Box<dyn Stream>,
+    pub(super) prefix: Bytes,
 }
 
 impl AsyncRead for Rewind {

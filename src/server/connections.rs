@@ -12,8 +12,11 @@ use std::{
 
 use tokio::{sync::Notify, time::Instant};
 
-use super::refused::Refusals;
-use crate::telemetry::metrics::{Collect, Counter, Page};
+use super::{call_limit::CallLimit, refused::Refusals};
+use crate::{
+    grpc::limits::Limits,
+    telemetry::metrics::{Collect, Counter, Page},
+};
 
 /// A known caller's connection may be evicted only after this time without a call.
 const KNOWN_CALLER_MIN_IDLE: Duration = Duration::from_secs(10);
@@ -73,6 +76,10 @@ pub(super) struct ConnectionCounts {
     pub(super) handshake_failed: Counter,
     /// Why they failed.
     pub(super) refusals: Refusals,
+    /// Calls of callers that nobody knows.
+    pub(super) unknown_calls: Arc<CallLimit>,
+    /// Health watches.
+    pub(super) watches: Arc<CallLimit>,
     /// The background task that ended first. It stops the server.
     pub(super) task_ended: OnceLock<&'static str>,
 }
@@ -154,8 +161,13 @@ impl Drop for Place {
 
 impl ConnectionCounts {
     /// Counts for these listeners.
-    pub(super) fn of(open: impl Iterator<Item = Arc<Connections>>) -> Self {
-        Self { open: open.collect(), ..Self::default() }
+    pub(super) fn of(open: impl Iterator<Item = Arc<Connections>>, limits: &Limits) -> Self {
+        Self {
+            open: open.collect(),
+            unknown_calls: CallLimit::new("limits.unknown_calls", limits.unknown_calls),
+            watches: CallLimit::new("limits.watches", limits.watches),
+            ..Self::default()
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{error::Error, io, path::PathBuf};
 
 use super::listen::Address;
+use crate::domain::problem::Problems;
 
 /// The server could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -28,8 +29,10 @@ pub enum ServerError {
     )]
     Anonymous(Address),
     /// The socket could not be opened.
-    #[error("could not listen on {address}")]
+    #[error("could not listen on {address} ({setting})")]
     Listen {
+        /// Which setting it is of.
+        setting: &'static str,
         /// The address.
         address: Address,
         /// The fault.
@@ -52,6 +55,9 @@ pub enum ServerError {
         /// What is wrong. It never quotes the content.
         message: String,
     },
+    /// Lines of a configured file are invalid: all of them, and never what they hold.
+    #[error("{}", lines_of(.0))]
+    Lines(Problems),
     /// Reflection could not be built from the descriptors.
     #[error("reflection could not be set up")]
     Reflection(#[from] tonic_reflection::server::Error),
@@ -67,6 +73,18 @@ pub struct Review {
     pub faults: Vec<ServerError>,
     /// Warnings about certificates that expire soon or have expired: the setting, and the text.
     pub near_ends: Vec<(&'static str, String)>,
+    /// Addresses that whoever asks cannot have now: in use, which may be by this service itself. The setting, and what to say of it.
+    pub in_use: Vec<(&'static str, String)>,
+}
+
+/// So many lines are told of in a log; a file that is no list of tokens has many.
+const MAX_LINES_TOLD: usize = 5;
+
+fn lines_of(Problems { document, list }: &Problems) -> String {
+    let told = list.iter().take(MAX_LINES_TOLD).map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    let more = list.len().saturating_sub(MAX_LINES_TOLD);
+    let more = if more > 0 { format!("; and {more} more") } else { String::new() };
+    format!("{document}: {told}{more}")
 }
 
 /// An error with all its causes, in one line.

@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use socket2::{SockRef, TcpKeepalive};
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener},
@@ -60,17 +60,31 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 // === impl Address ===
 
 impl Address {
-    /// Checks whether a socket file could be made there, without making one. A port can only be tried, so it is not checked.
+    /// Checks whether the address can be had. A port is bound and released at once, without listening. A socket file is not made.
     pub(super) fn may_be_bound(&self) -> io::Result<()> {
-        let Self::Unix(path) = self else { return Ok(()) };
+        let path = match self {
+            Self::Unix(path) => path,
+            Self::Tcp(address) => {
+                let socket = Socket::new(Domain::for_address(*address), Type::STREAM, None)?;
+                // As the server binds it: what only waits for its last packets is no hindrance.
+                socket.set_reuse_address(true)?;
+                return socket.bind(&(*address).into());
+            }
+        };
         match fs::symlink_metadata(path) {
             Ok(found) if !found.file_type().is_socket() => return Err(not_a_socket()),
+            Ok(_) if StdUnixStream::connect(path).is_ok() => return Err(in_use()),
             Ok(_) => {}
             Err(fault) if fault.kind() == ErrorKind::NotFound => {}
             Err(fault) => return Err(fault),
         }
         let folder = path.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
         if fs::metadata(folder)?.is_dir() { Ok(()) } else { Err(ErrorKind::NotADirectory.into()) }
+    }
+
+    /// It is the same one whenever it is bound: port 0 is another each time.
+    pub(super) fn is_one(&self) -> bool {
+        !matches!(self, Self::Tcp(address) if address.port() == 0)
     }
 
     /// Whether only processes of this machine can connect to it.
@@ -211,7 +225,7 @@ fn bind_unix(path: &Path, socket: &SocketSettings) -> io::Result<Listener> {
             return Err(not_a_socket());
         }
         Ok(_) if StdUnixStream::connect(path).is_ok() => {
-            return Err(io::Error::new(ErrorKind::AddrInUse, "another process listens on this socket"));
+            return Err(in_use());
         }
         Ok(_) => {}
         Err(fault) if fault.kind() == ErrorKind::NotFound => {}
@@ -238,6 +252,10 @@ fn bind_unix(path: &Path, socket: &SocketSettings) -> io::Result<Listener> {
     drop(fs::remove_file(&inside));
     drop(fs::remove_dir(&folder));
     bound
+}
+
+fn in_use() -> io::Error {
+    io::Error::new(ErrorKind::AddrInUse, "another process listens on this socket")
 }
 
 fn not_a_socket() -> io::Error {

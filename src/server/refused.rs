@@ -11,6 +11,7 @@ use std::{
 };
 
 use rustls::{CertificateError, InvalidMessage};
+use rustls_pki_types::UnixTime;
 use strum::{IntoStaticStr, VariantArray};
 use tokio::time::Instant;
 
@@ -48,6 +49,8 @@ pub(super) enum HandshakeFault {
     TlsUnexpected,
     /// The client does not speak HTTP/2.
     NoHttp2,
+    /// gRPC where pages and numbers are shown.
+    GrpcOnAdmin,
     /// The handshake took too long.
     TooSlow,
     /// No client certificate.
@@ -117,6 +120,9 @@ impl HandshakeFault {
             Self::NoHttp2 => {
                 "the client does not speak HTTP/2, which gRPC needs: an HTTP/1.1 health check, or a browser? Health is gRPC's own service; the page for people is on the admin listener"
             }
+            Self::GrpcOnAdmin => {
+                "the client speaks gRPC and this is the admin listener, which has pages and numbers alone: give the client an address of server.listen"
+            }
             Self::TooSlow => "no handshake within deadlines.handshake",
             Self::CertificateMissing => {
                 "the client showed no certificate, which tls.client_ca asks for: give the client its certificate"
@@ -171,7 +177,24 @@ impl Refusal {
             rustls::Error::NoApplicationProtocol => HandshakeFault::NoHttp2,
             _ => HandshakeFault::TlsFailed,
         };
-        Self { fault: kind, detail: tls.to_string(), names }
+        Self { fault: kind, detail: detail_of(tls), names }
+    }
+}
+
+/// The library's words, with dates as people have them.
+fn detail_of(fault: &rustls::Error) -> String {
+    let date = |at: &UnixTime| {
+        let seconds = i64::try_from(at.as_secs()).ok();
+        seconds.and_then(|at| jiff::Timestamp::from_second(at).ok()).map_or_else(|| at.as_secs().to_string(), |at| at.to_string())
+    };
+    match fault {
+        rustls::Error::InvalidCertificate(CertificateError::ExpiredContext { time, not_after }) => {
+            format!("the certificate ended at {}, and it is {}", date(not_after), date(time))
+        }
+        rustls::Error::InvalidCertificate(CertificateError::NotValidYetContext { time, not_before }) => {
+            format!("the certificate begins at {}, and it is {}", date(not_before), date(time))
+        }
+        other => other.to_string(),
     }
 }
 

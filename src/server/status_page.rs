@@ -96,7 +96,7 @@ fn attention(status: &Status) -> Markup {
 
 fn documents(status: &Status) -> Markup {
     markup! {
-        h2 { "What decides" }
+        h2 { "What is in force" }
         table id="documents" {
             thead { tr { th { "Document" } th { "Revision" } th { "From" } th { "Read" } th { "Last reload" } } }
             tbody {

@@ -279,7 +279,7 @@ impl Content {
     }
 }
 
-fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, ServerError> {
+pub(super) fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, ServerError> {
     let bytes = files::read(path, MAX_PEM_BYTES).map_err(|source| ServerError::File { path: path.to_owned(), source })?;
     if bytes.len() as u64 > MAX_PEM_BYTES {
         return Err(ServerError::Content { path: path.to_owned(), message: format!("is over {MAX_PEM_BYTES} bytes long") });

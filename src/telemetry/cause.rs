@@ -63,17 +63,27 @@ pub const CLOSES_BY_ITSELF: &str =
 /// What to do about a provider whose probes are inconclusive.
 pub const fn remedy(finding: &Finding) -> &'static str {
     match finding.unreached {
-        Some(Unreached::Address) => {
-            "use https and a public address, or allow it with egress.allow or egress.allow_plain_http (a machine's metadata address is \
-             never dialled); it does not heal by itself"
-        }
-        Some(Unreached::Tls) => "probe.ca_file for an authority of your own; or the port speaks no TLS: correct the base URL",
-        Some(Unreached::Dns) => "look at the cluster's DNS, and at the base URL's spelling",
-        Some(Unreached::Proxy) => "look at egress.proxy, its log and its credentials",
         Some(Unreached::Connect | Unreached::Closed | Unreached::Protocol) => {
             "look at egress to that host and port, and at the vendor's status page; it closes by itself once the provider answers"
         }
+        Some(why) => unreached_remedy(why),
         None => CLOSES_BY_ITSELF,
+    }
+}
+
+/// What to do about what failed on the way.
+pub const fn unreached_remedy(why: Unreached) -> &'static str {
+    match why {
+        Unreached::Address => {
+            "use https and a public address, or allow it with egress.allow or egress.allow_plain_http (a machine's metadata address is \
+             never dialled); it does not heal by itself"
+        }
+        Unreached::Tls => "probe.ca_file for an authority of your own; or the port speaks no TLS: correct the base URL",
+        Unreached::Dns => "look at the cluster's DNS, and at the base URL's spelling",
+        Unreached::Proxy => "look at egress.proxy, its log and its credentials",
+        Unreached::Connect | Unreached::Closed | Unreached::Protocol => {
+            "look at egress to that host and port, and at the vendor's status page"
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! (docs/performance.md).
 
 use std::{
-    num::NonZeroU32,
+    num::{NonZeroU32, NonZeroU64},
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
@@ -87,6 +87,8 @@ pub struct Undecided<'a> {
     pub request: Option<&'a Request>,
     /// Whether the caller only wanted a report, and no workspace was to start.
     pub report_only: bool,
+    /// What the caller gave it, in microseconds, where that is less than it may have.
+    pub caller_time: Option<NonZeroU64>,
     /// The trace that the call belongs to.
     pub trace_id: Option<TraceId>,
 }
@@ -132,7 +134,14 @@ impl Journal {
 
     /// Writes the event of a decision. Denials and unverified allows are at WARN. They are at INFO if the provider has nothing to probe by design,
     /// or if the caller does not act on the answer.
-    pub fn decision(&self, request: &Request, decided: &Decided, took: Duration, trace_id: Option<TraceId>) {
+    pub fn decision(
+        &self,
+        request: &Request,
+        decided: &Decided,
+        took: Duration,
+        caller_time: Option<NonZeroU64>,
+        trace_id: Option<TraceId>,
+    ) {
         let Some(lines) = &self.lines else { return };
         let Decided { id, decision, registry_revision, catalogue_revision, finding } = decided;
         let Decision { outcome, resolution, liveness, warnings, trace: _, relevant: _ } = decision;
@@ -196,6 +205,9 @@ impl Journal {
             line.cause(finding, liveness.as_ref());
         }
         line.number(key!("duration_us"), u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        if !is_plain {
+            line.caller_time(caller_time);
+        }
         if !warnings.is_empty() {
             line.words(key!("warnings"), warnings.iter().map(|warning| warning.code.as_str()));
         }
@@ -214,7 +226,7 @@ impl Journal {
             self.suppressed.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        let Undecided { method, grpc_code, reason, peer, request, report_only, trace_id } = undecided;
+        let Undecided { method, grpc_code, reason, peer, request, report_only, caller_time, trace_id } = undecided;
         let mut line = Line::begin("undecided", "WARN");
         line.trace(trace_id);
         line.text(text!("method"), method);
@@ -230,6 +242,7 @@ impl Journal {
         }
         line.text(text!("grpc_code"), grpc_code);
         line.text(text!("reason"), &printable(reason));
+        line.caller_time(caller_time);
         // How many were not logged since the last one.
         let suppressed = self.suppressed.swap(0, Ordering::Relaxed);
         if suppressed > 0 {
@@ -311,6 +324,12 @@ impl Line {
         if liveness.is_some_and(|liveness| liveness.verdict != finding.verdict) {
             // The decision rests on an earlier VALID. This is the verdict of the new probe.
             self.word(text!("verdict_now"), finding.verdict.as_str());
+        }
+    }
+
+    fn caller_time(&mut self, time: Option<NonZeroU64>) {
+        if let Some(time) = time {
+            self.number(key!("caller_time_us"), time.get());
         }
     }
 

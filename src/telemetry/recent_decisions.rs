@@ -159,7 +159,7 @@ impl RecentDecisions {
 
     /// Records a call that ended without a decision. A repeated one is counted and not listed again, so that it does not push out the others.
     pub fn undecided(&self, call: &Undecided<'_>) {
-        let Undecided { method, grpc_code, reason, peer, request, report_only, trace_id: _ } = *call;
+        let Undecided { method, grpc_code, reason, peer, request, report_only, caller_time: _, trace_id: _ } = *call;
         let new = UndecidedCalls {
             at: SystemTime::now(),
             count: 1,

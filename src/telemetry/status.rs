@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     cause,
-    metrics::{PROVIDER, Page, process},
+    metrics::{PROVIDER, Page, process, reloads::FollowedFiles},
     recent_decisions::{Entry, RecentDecisions, UndecidedCalls},
 };
 use crate::{
@@ -30,6 +30,8 @@ pub const WINDOW: Duration = Duration::from_secs(15 * 60);
 pub const SAMPLE_EVERY: Duration = Duration::from_secs(60);
 /// A refusal that did not repeat within this time needs no attention any more. A client with a fault repeats sooner.
 const ONGOING: Duration = Duration::from_secs(2 * 60);
+/// What registry, catalogue and configuration are followed as.
+pub const DOCUMENTS: &str = "documents";
 /// How many reasons of calls without a decision are listed under attention.
 const MAX_UNANSWERED: usize = 5;
 /// A certificate that expires within this time needs attention. Two weeks leave room for a holiday.
@@ -52,8 +54,10 @@ pub struct Status {
     pub started_at: String,
     /// What needs attention; empty if all is well.
     pub attention: Vec<Attention>,
-    /// Registry and catalogue.
+    /// Registry, catalogue and configuration; TLS and tokens where they come from files.
     pub documents: Vec<Document>,
+    /// Settings whose values in the configuration are in force after a restart only.
+    pub restart_needed: Vec<String>,
     /// The certificates of the server and of the client authorities.
     pub certificates: Vec<Certificate>,
     /// Every provider of the registry.
@@ -81,14 +85,14 @@ pub struct Attention {
     pub remedy: String,
 }
 
-/// A loaded document.
+/// A source that is read from files, and again when they change.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Document {
-    /// `registry` or `catalogue`.
+    /// `registry`, `catalogue`, `configuration`, `tls` or `tokens`.
     pub document: String,
-    /// The hash of its content.
+    /// The hash of its content, for registry and catalogue.
     pub revision: String,
-    /// `embedded`, or its file.
+    /// `embedded`, or its files.
     pub source: String,
     /// When it was read.
     pub loaded_at: String,
@@ -261,10 +265,25 @@ pub struct Sources<'s> {
     pub window: &'s Window,
     /// When the service started.
     pub started: SystemTime,
+    /// The files that are read again when they change.
+    pub followed: Vec<FollowedFiles>,
     /// The expiry of each certificate.
     pub certificates: Vec<CertificateEnd>,
     /// Connections that failed before their first call.
     pub refused_connections: Vec<RefusedConnection>,
+    /// Limits over all connections that have refused calls.
+    pub reached_limits: Vec<ReachedLimit>,
+}
+
+/// A limit over all connections that has refused a call.
+#[derive(Debug, Clone, Copy)]
+pub struct ReachedLimit {
+    /// `limits.watches`
+    pub setting: &'static str,
+    /// What it is.
+    pub limit: usize,
+    /// When it refused one last.
+    pub at: SystemTime,
 }
 
 // === earlier counts ===
@@ -336,10 +355,20 @@ fn since(then: SystemTime, now: SystemTime) -> Duration {
 
 /// Builds the status as of now.
 pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
-    let Sources { page, snapshot, recent_decisions, window, started, certificates, refused_connections } = sources;
+    let Sources {
+        page,
+        snapshot,
+        recent_decisions,
+        window,
+        started,
+        followed,
+        certificates,
+        refused_connections,
+        reached_limits,
+    } = sources;
     let (then, length) = window.then(now);
     let totals = Totals::of(page);
-    let documents = documents(snapshot, now);
+    let documents = documents(snapshot, followed, now);
     let certificates: Vec<Certificate> = certificates
         .iter()
         .map(|(setting, file, end)| Certificate {
@@ -350,11 +379,20 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         })
         .collect();
     let providers = providers(sources, &totals, &then, now);
-    let mut attention = attention(page, &documents, &certificates, &providers);
+    let restart_needed = snapshot.restart_needed.clone();
+    let mut attention = Vec::new();
+    let mut add = |what: String, remedy: &str| attention.push(Attention { what, remedy: remedy.to_owned() });
+    near_ends(&certificates, &mut add);
+    not_taken(&documents, followed, &mut add);
+    waits_for_restart(&restart_needed, &mut add);
+    own_faults(page, &mut add);
+    providers.iter().for_each(|provider| wants_of(provider, &mut add));
+    lost_lines(page, &mut add);
     attention.extend(refused(refused_connections, now));
     let undecided = recent_decisions.undecided_calls();
     attention.extend(unanswered(&undecided, now));
     attention.extend(limited(&totals, &then));
+    attention.extend(reached(reached_limits, now));
     let decisions = totals.decisions.iter().map(|((outcome, code), total)| DecisionCount {
         outcome: outcome.clone(),
         code: code.clone(),
@@ -370,6 +408,7 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         started_at: text_of(*started),
         attention,
         documents,
+        restart_needed,
         certificates,
         providers,
         window_seconds: length.as_secs(),
@@ -408,7 +447,7 @@ impl Recent {
     }
 }
 
-fn documents(snapshot: &Snapshot, now: SystemTime) -> Vec<Document> {
+fn documents(snapshot: &Snapshot, followed: &[FollowedFiles], now: SystemTime) -> Vec<Document> {
     let document = |document: &str, revision: &str, Origin { source, loaded_at, last_reload_error }: &Origin| Document {
         document: document.to_owned(),
         revision: revision.to_owned(),
@@ -417,10 +456,16 @@ fn documents(snapshot: &Snapshot, now: SystemTime) -> Vec<Document> {
         age_seconds: since(*loaded_at, now).as_secs(),
         last_reload_error: last_reload_error.clone(),
     };
-    vec![
+    let mut documents = vec![
         document("registry", snapshot.registry.revision(), &snapshot.registry_origin),
         document("catalogue", snapshot.catalogue.revision(), &snapshot.catalogue_origin),
-    ]
+        document("configuration", "", &snapshot.configuration_origin),
+    ];
+    for FollowedFiles { what, files, taken_at, fault } in followed.iter().filter(|it| it.what != DOCUMENTS) {
+        let source = files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ");
+        documents.push(document(what, "", &Origin { source, loaded_at: *taken_at, last_reload_error: fault.clone() }));
+    }
+    documents
 }
 
 fn providers(sources: &Sources<'_>, totals: &Totals, then: &Totals, now: SystemTime) -> Vec<Provider> {
@@ -514,27 +559,6 @@ pub fn certificate_remedy(setting: &str) -> &'static str {
     }
 }
 
-/// What needs attention, the worst first.
-fn attention(page: &Page, documents: &[Document], certificates: &[Certificate], providers: &[Provider]) -> Vec<Attention> {
-    let mut found = Vec::new();
-    let mut add = |what: String, remedy: &str| found.push(Attention { what, remedy: remedy.to_owned() });
-    let sum = |family: &str| page.values(family).map(|(_, value)| value).sum::<f64>() as u64;
-    near_ends(certificates, &mut add);
-    not_taken(page, documents, &mut add);
-    if sum("byokgate_decisions_panicked") + sum("byokgate_probes_panicked") > 0 {
-        add("a fault of byok-gate's own ended a decision or a probe".to_owned(), "look for `panicked` in the log, and report it");
-    }
-    providers.iter().for_each(|provider| wants_of(provider, &mut add));
-    let dropped = sum("byokgate_log_lines_dropped");
-    if dropped > 0 {
-        add(
-            format!("{dropped} log lines were dropped since the start"),
-            "the log is read too slowly, or cannot be written (a closed pipe, a full disk): look at standard output and its agent",
-        );
-    }
-    found
-}
-
 /// Adds what is wrong, and what to do.
 type Add<'a> = &'a mut dyn FnMut(String, &str);
 
@@ -550,30 +574,62 @@ fn near_ends(certificates: &[Certificate], add: Add<'_>) {
     }
 }
 
-/// Changes of files that were not taken.
-fn not_taken(page: &Page, documents: &[Document], add: Add<'_>) {
-    for Document { document, source, last_reload_error, .. } in documents.iter().filter(|it| !it.last_reload_error.is_empty()) {
-        // The configuration is read together with the document. If the fault is in the configuration, it names that file.
-        let whose = if last_reload_error.contains(source.as_str()) {
-            format!("the {document}'s")
+/// Changes of files that were not taken, because the files are invalid.
+fn not_taken(documents: &[Document], followed: &[FollowedFiles], add: Add<'_>) {
+    let failing = || documents.iter().filter(|it| !it.last_reload_error.is_empty());
+    for Document { document, last_reload_error, .. } in failing() {
+        let is_of_decisions = matches!(document.as_str(), "registry" | "catalogue" | "configuration");
+        if is_of_decisions {
+            add(
+                format!("the {document}'s last change is invalid; the last good version stays in force: {last_reload_error}"),
+                "correct the file, or restore the old one; `byok-gate check` with the same flags shows all that is wrong",
+            );
         } else {
-            "the configuration's".to_owned()
-        };
-        let what = format!("{whose} last change was not taken; the last good version decides: {last_reload_error}");
-        add(what, "mend the file, or put the old one back; `byok-gate check` with the same flags shows all that is wrong");
+            add(
+                format!("the last change of {document} was not taken; the last good files are in force: {last_reload_error}"),
+                "write the files again: they are taken without a restart; `byok-gate check` with the same flags shows all that is wrong",
+            );
+        }
     }
-    let failing: BTreeSet<&str> = page
-        .values("byokgate_reload_failing")
-        .filter(|(_, value)| *value > 0.0)
-        .filter_map(|(labels, _)| labels.get("what"))
-        .filter(|what| *what != "documents" || documents.iter().all(|it| it.last_reload_error.is_empty()))
-        .collect();
-    for what in failing {
+    // A fault that is none of one document's.
+    for FollowedFiles { fault, .. } in followed.iter().filter(|it| it.what == DOCUMENTS && !it.fault.is_empty()) {
+        if failing().all(|it| !matches!(it.document.as_str(), "registry" | "catalogue" | "configuration")) {
+            add(
+                format!("the last change was not taken; the last good version decides: {fault}"),
+                "look at the volume with the files, and for `reload_failed` and `reload_stuck` in the log",
+            );
+        }
+    }
+}
+
+/// Changes that are not in force, since they wait for a restart.
+fn waits_for_restart(settings: &[String], add: Add<'_>) {
+    if !settings.is_empty() {
         add(
-            format!("the files of {what} are invalid; the last good ones are in force"),
-            "the log's `reload_failed` names the fault; write the files again",
+            format!("a restart is needed for {}: the configuration has other values than those in force", settings.join(", ")),
+            "restart, or put the old values back",
         );
     }
+}
+
+fn own_faults(page: &Page, add: Add<'_>) {
+    if sum(page, "byokgate_decisions_panicked") + sum(page, "byokgate_probes_panicked") > 0 {
+        add("a fault of byok-gate's own ended a decision or a probe".to_owned(), "look for `panicked` in the log, and report it");
+    }
+}
+
+fn lost_lines(page: &Page, add: Add<'_>) {
+    let dropped = sum(page, "byokgate_log_lines_dropped");
+    if dropped > 0 {
+        add(
+            format!("{dropped} log lines were dropped since the start"),
+            "the log is read too slowly, or cannot be written (a closed pipe, a full disk): look at standard output and its agent",
+        );
+    }
+}
+
+fn sum(page: &Page, family: &str) -> u64 {
+    page.values(family).map(|(_, value)| value).sum::<f64>() as u64
 }
 
 fn wants_of(provider: &Provider, add: Add<'_>) {
@@ -687,6 +743,14 @@ fn limited(totals: &Totals, then: &Totals) -> Vec<Attention> {
         }
     }
     found
+}
+
+/// Limits that refuse calls that ask for no decision, which are in no list below.
+fn reached(limits: &[ReachedLimit], now: SystemTime) -> impl Iterator<Item = Attention> {
+    limits.iter().filter(move |it| since(it.at, now) < ONGOING).map(|ReachedLimit { setting, limit, .. }| Attention {
+        what: format!("calls are refused: {setting} ({limit}) is reached"),
+        remedy: "find out who holds so many (`call_limit` in the log has a peer), or raise it".to_owned(),
+    })
 }
 
 fn and_more(all: usize) -> String {

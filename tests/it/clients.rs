@@ -10,6 +10,7 @@ use byok_gate::{
 use rustls::version::{TLS12, TLS13};
 use serde_json::Value;
 use tempfile::TempDir;
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 
 use crate::support::{
     binary::{Serving, run},
@@ -181,6 +182,9 @@ async fn the_log_names_who_was_refused_and_why() {
             "{event}"
         );
         assert!(event["message"].as_str().unwrap().len() > 20, "{event}");
+        let has_dates =
+            event["detail"].as_str().unwrap().starts_with("the certificate ended at 2002-01-01T00:00:00Z, and it is 2");
+        assert_eq!(has_dates, fault == "CERTIFICATE_EXPIRED", "{event}");
     }
     // A browser, or a check of a load balancer's, offers HTTP/1.1 alone.
     let mut config = (**tls_client(&authority, Some(&authority.sign(PLATFORM)), &[&TLS13]).config()).clone();
@@ -234,4 +238,54 @@ async fn tls_and_http_1_on_a_plain_port_are_told_what_it_is() {
     // Unread bytes may end the connection with a reset.
     drop(tokio::io::AsyncReadExt::read_to_end(&mut noisy, &mut heard).await);
     assert_eq!(heard, b"");
+}
+
+/// A client that speaks gRPC to the admin listener is told so in one sentence that names the right port; log and page say who it is.
+#[tokio::test]
+async fn who_speaks_grpc_to_the_admin_listener_is_told_where_grpc_is() {
+    let serving = Serving::start(&["--admin-listen", "127.0.0.1:0"]).await;
+    let admin = serving.event("admin_listening")["address"].as_str().unwrap().to_owned();
+    let sentence =
+        format!("{admin}: this is byok-gate's admin listener, for pages and numbers: gRPC is on {}\n", serving.address);
+    let (code, said) = health(&admin, &[]).await;
+    assert_eq!((code, said.trim_start_matches("byok-gate: ")), (Some(1), &*sentence));
+    let asked = ["decide", "--server", &admin, "--runtime", "claude-code", "--model", "claude-opus-4-8"];
+    let ended = run(&asked, &[]).await;
+    assert!(ended.stderr.contains(sentence.trim_end()), "{ended:?}");
+    let event = serving.until("connection_refused").await;
+    assert_eq!(
+        (&event["level"], &event["fault"], &event["peer"]),
+        (&"WARN".into(), &"GRPC_ON_ADMIN".into(), &"127.0.0.1".into()),
+        "{event}"
+    );
+    assert!(event["message"].as_str().unwrap().contains("this is the admin listener"), "{event}");
+    // A person's request comes as it came before, also one that is shorter than gRPC's first bytes.
+    let admin = admin.parse().unwrap();
+    let status: Value = serde_json::from_str(&say(admin, "GET /status.json HTTP/1.1\r\nhost: gate\r\n\r\n").await.body).unwrap();
+    assert_eq!(status["refused_connections"][0]["fault"], "GRPC_ON_ADMIN", "{status:#}");
+    assert!(status["attention"][0]["what"].as_str().unwrap().contains("GRPC_ON_ADMIN"), "{status:#}");
+    assert_eq!(say(admin, "GET / HTTP/1.0\r\n\r\n").await.status, 302);
+}
+
+/// Health watches beyond their number leave a line with the setting, and are under attention.
+#[tokio::test]
+async fn a_limit_of_calls_that_is_reached_is_in_the_log_and_under_attention() {
+    let serving = Serving::start_in(&["--admin-listen", "127.0.0.1:0"], &[("BYOK_GATE__LIMITS__WATCHES", "1")]).await;
+    let admin = serving.event("admin_listening")["address"].as_str().unwrap().parse().unwrap();
+    let channel = serving.channel().await;
+    let watch = async || HealthClient::new(channel.clone()).watch(HealthCheckRequest::default()).await;
+    let _first = watch().await.unwrap();
+    for _ in 0..3 {
+        assert_eq!(watch().await.unwrap_err().code(), tonic::Code::ResourceExhausted);
+    }
+    let event = serving.until("call_limit").await;
+    assert_eq!(
+        (&event["level"], &event["setting"], &event["limit"], &event["count"], &event["peer"]),
+        (&"WARN".into(), &"limits.watches".into(), &1.into(), &1.into(), &"127.0.0.1".into()),
+        "{event}"
+    );
+    let status: Value = serde_json::from_str(&say(admin, "GET /status.json HTTP/1.1\r\nhost: gate\r\n\r\n").await.body).unwrap();
+    assert_eq!(status["attention"][0]["what"], "calls are refused: limits.watches (1) is reached", "{status:#}");
+    serving.terminate().await;
+    assert_eq!(serving.ended().await.stdout.matches(r#""event":"call_limit""#).count(), 1, "told once a minute");
 }

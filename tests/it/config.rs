@@ -46,3 +46,18 @@ async fn a_key_that_is_not_known_ends_the_start() {
         assert!(!ended.stderr.contains("canary"), "{}", ended.stderr);
     }
 }
+
+/// What does not fit is told in the words of whoever wrote it.
+#[tokio::test]
+async fn a_log_filter_and_a_value_that_do_not_fit_are_told_plainly() {
+    for (filter, words) in [
+        ("info,byok_gate=loud", "`byok_gate=loud` is no directive: write LEVEL or MODULE=LEVEL"),
+        ("loud", "`loud` is no level: write one of off, error, warn, info, debug, trace"),
+    ] {
+        let ended = binary::run(&["serve", "--listen", "127.0.0.1:0", "--log", filter], &[]).await;
+        assert!(!ended.status.success() && ended.stderr.contains(words), "{filter}: {ended:?}");
+    }
+    let ended = binary::run(&["config"], &[("BYOK_GATE__LIMITS__DECISIONS", "many")]).await;
+    let words = "limits.decisions: is the text `many`; it must be a whole number of 0 or more (from environment BYOK_GATE__LIMITS__DECISIONS)";
+    assert!(ended.stderr.contains(words), "{ended:?}");
+}

@@ -485,6 +485,30 @@ async fn a_token_that_is_taken_out_is_told() {
     assert!(!ended.stdout.contains(one) && !ended.stdout.contains(other), "{ended:?}");
 }
 
+/// A token whose role alone is another one leaves a line with both.
+#[tokio::test]
+async fn a_token_whose_role_changes_is_told() {
+    let (registry, catalogue) = case::documents(1);
+    let files = Files::new(&registry, &catalogue, None);
+    let tokens = files.folder().join("tokens");
+    let (one, other) = ("made-up-token-of-the-platform", "made-up-token-of-an-operator");
+    fs::write(&tokens, format!("{one}\n{other} operator\n")).unwrap();
+    let mut flags = files.flags();
+    flags.extend(["--token-file".to_owned(), tokens.to_str().unwrap().to_owned()]);
+    let serving = Serving::start(&flags.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    fs::write(&tokens, format!("{one}\n{other} workspace ws-1,ws-2\n")).unwrap();
+    let event = serving.until("caller_changed").await;
+    assert_eq!(
+        [&event["level"], &event["setting"], &event["caller"], &event["was"], &event["is"]],
+        ["WARN", "callers.token_file", "token of line 2", "operator", "workspace ws-1,ws-2"],
+        "{event}"
+    );
+    serving.terminate().await;
+    let ended = serving.ended().await;
+    assert_eq!(ended.stdout.matches("caller_changed").count(), 1, "{ended:?}");
+    assert!(!ended.stdout.contains("caller_removed") && !ended.stdout.contains(one), "{ended:?}");
+}
+
 /// A registry that has become a pipe is a fault like any other, and does not block the reload or the process.
 #[tokio::test]
 async fn a_pipe_in_a_files_place_holds_nothing_up() {

@@ -1,6 +1,6 @@
 //! Every decision writes one event, with any names and any reader of the log.
 
-use std::{collections::BTreeMap, process::Stdio};
+use std::{collections::BTreeMap, process::Stdio, time::Duration};
 use strum::VariantArray;
 
 use byok_gate::{
@@ -316,6 +316,28 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     let batch: Vec<_> = told.iter().filter(|event| event["method"] == "BatchDecide").collect();
     assert!(matches!(batch[..], [one] if one["reason"].as_str().unwrap().starts_with("requests: ")), "{told:?}");
     assert_eq!(told.len(), 7, "{told:?}");
+}
+
+/// A caller that gives a call less time than it may have is told by it, also where no decision came of it.
+#[tokio::test]
+async fn the_time_of_a_caller_that_gives_little_is_in_the_event() {
+    let serving = serving(&files(None).await, &[]).await;
+    let mut client = serving.client().await;
+    for (workspace, seconds) in [("short", Some(2)), ("long", Some(60)), ("open", None)] {
+        let mut request = tonic::Request::new(missing(workspace));
+        seconds.into_iter().for_each(|seconds| request.set_timeout(Duration::from_secs(seconds)));
+        client.decide(request).await.unwrap();
+    }
+    let mut sender = raw(serving.address.parse().unwrap()).await;
+    let over = grpc(DECIDE, &[("grpc-timeout", "3000u")], &missing("late").encode_to_vec());
+    assert_eq!(code_of(&mut sender, over).await, Code::DeadlineExceeded);
+    drop((sender, client));
+    let told = told(&log_of(serving).await);
+    let of = |fits: &dyn Fn(&Value) -> bool| told.iter().find(|event| fits(event)).unwrap_or_else(|| panic!("{told:?}"));
+    for (workspace, expect) in [("short", json!(2_000_000)), ("long", Value::Null), ("open", Value::Null)] {
+        assert_eq!(of(&|event| event["workspace_id"] == workspace)["caller_time_us"], expect, "{workspace}");
+    }
+    assert_eq!(of(&|event| event["grpc_code"] == "DEADLINE_EXCEEDED")["caller_time_us"], 3000);
 }
 
 /// Plain allows may be left out; nothing else is.

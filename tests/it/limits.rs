@@ -94,32 +94,41 @@ async fn messages_and_fields_have_limits_that_are_named() {
     assert_eq!(fields(&client.decide(padded(4096)).await.unwrap_err()), ["workspace_spec.organization_id"]);
     let over = client.decide(padded(4097)).await.unwrap_err();
     assert_eq!((over.code(), fields(&over)), (Code::InvalidArgument, vec!["request".to_owned()]), "{over:?}");
-    assert!(over.message().contains("4096"), "{over:?}");
+    assert!(over.message().ends_with("4096 bytes, the limit (limits.message_bytes)"), "{over:?}");
     // A batch may be larger than one request, and is limited as well.
     let batch = |count, request: pb::DecideRequest| pb::BatchDecideRequest { requests: vec![request; count] };
-    assert!(client.batch_decide(batch(2, padded(4096))).await.is_ok());
+    let mut results = client.batch_decide(batch(1, padded(9000))).await.unwrap().into_inner();
+    let Some(pb::batch_decide_response::Result::Status(over)) = results.message().await.unwrap().unwrap().result else {
+        panic!("an item over the limit was decided")
+    };
+    assert!(over.message.ends_with("the limit is 4096 (limits.message_bytes)"), "{over:?}");
     let over = client.batch_decide(batch(2, padded(9000))).await.map(drop).unwrap_err();
     assert_eq!((over.code(), fields(&over)), (Code::InvalidArgument, vec!["request".to_owned()]), "{over:?}");
+    assert!(over.message().ends_with("16384 bytes, the limit (limits.batch_message_bytes)"), "{over:?}");
     let over = client.batch_decide(batch(3, decide(""))).await.map(drop).unwrap_err();
     assert_eq!((over.code(), fields(&over)), (Code::InvalidArgument, vec!["requests".to_owned()]), "{over:?}");
+    assert!(over.message().ends_with("it must hold 1 to 2 (limits.batch_items)"), "{over:?}");
     type Change = fn(&mut pb::WorkspaceSpec);
-    let changes: [(&str, Change); 6] = [
-        ("workspace_spec.credentials", |spec| spec.credentials = vec![spec.credentials[0].clone(); 3]),
-        ("workspace_spec.credentials[0].value", |spec| spec.credentials[0].value = "v".repeat(65)),
-        ("workspace_spec.credentials[0].env_name", |spec| spec.credentials[0].env_name = "N".repeat(17)),
-        ("workspace_spec.workspace_id", |spec| spec.workspace_id = "w".repeat(17)),
-        ("workspace_spec.model", |spec| spec.model = "m".repeat(33)),
-        ("workspace_spec.tenant_base_url_env", |spec| spec.tenant_base_url_env = vec!["A".into(), "B".into()]),
+    let changes: [(&str, &str, Change); 6] = [
+        ("workspace_spec.credentials", "credentials", |spec| spec.credentials = vec![spec.credentials[0].clone(); 3]),
+        ("workspace_spec.credentials[0].value", "credential_bytes", |spec| spec.credentials[0].value = "v".repeat(65)),
+        ("workspace_spec.credentials[0].env_name", "name_bytes", |spec| spec.credentials[0].env_name = "N".repeat(17)),
+        ("workspace_spec.workspace_id", "name_bytes", |spec| spec.workspace_id = "w".repeat(17)),
+        ("workspace_spec.model", "model_bytes", |spec| spec.model = "m".repeat(33)),
+        ("workspace_spec.tenant_base_url_env", "base_url_names", |spec| spec.tenant_base_url_env = vec!["A".into(), "B".into()]),
     ];
-    for (field, change) in changes {
+    for (field, setting, change) in changes {
         let mut request = decide("");
         change(request.workspace_spec.as_mut().unwrap());
         let refused = client.decide(request).await.unwrap_err();
         assert_eq!(refused.code(), Code::InvalidArgument, "{field}");
         assert!(fields(&refused).contains(&field.to_owned()), "{field}: {refused:?}");
+        assert!(refused.message().contains(&format!("(limits.{setting})")), "{field}: {refused:?}");
     }
     let names = pb::ResolveProviderRequest { credential_names: vec!["A".into(), "B".into()], ..Default::default() };
-    assert_eq!(fields(&client.resolve_provider(names).await.unwrap_err()), ["credential_names"]);
+    let over = client.resolve_provider(names).await.unwrap_err();
+    assert_eq!(fields(&over), ["credential_names"]);
+    assert!(over.message().ends_with("(limits.resolve_names)"), "{over:?}");
 }
 
 /// A malformed or compressed message never gets a decision.

@@ -38,7 +38,7 @@ async fn check_probe_finds_a_base_url_without_an_api() {
         "providers.loose: 127.0.0.1",
         "no API at this base URL",
         "warning: ",
-        "providers.gone: 127.0.0.1:1: could not be reached from here",
+        "providers.gone: 127.0.0.1:1: no connection: nobody listens there, or a firewall is in the way; look at egress to that host and port",
     ] {
         assert!(ended.stdout.contains(words), "{words} in {}", ended.stdout);
     }
@@ -97,9 +97,94 @@ async fn check_tells_all_of_it_in_one_round() {
         assert!(ended.stdout.lines().any(|line| line.starts_with("error: ") && line.contains(words)), "{words} in {ended:?}");
     }
     // Nothing is reported that depends on other faults.
-    let config = "server: {listen: ['192.0.2.1:50051']}\ntls: {certificate: [1]}\n";
+    let config = "server: {listen: ['0.0.0.0:0']}\ntls: {certificate: [1], key: /nowhere/server.key}\nadmin: {listen: 'unix:/nowhere/admin.sock'}\n\
+                  callers: {token_file: /nowhere/tokens}\nlimits: {decisions: many}\n";
     let ended = ask(&Files::new(&registry, &catalogue, Some(config)), &["check"]).await;
-    assert!(ended.stdout.contains("tls.certificate") && !ended.stdout.contains("192.0.2.1:50051"), "{ended:?}");
+    for words in [
+        "tls.certificate: ",
+        "/nowhere/server.key",
+        "admin.listen: could not listen on unix:/nowhere/admin.sock",
+        "/nowhere/tokens",
+    ] {
+        assert!(ended.stdout.lines().any(|line| line.starts_with("error: ") && line.contains(words)), "{words} in {ended:?}");
+    }
+    assert!(!ended.stdout.contains("0.0.0.0") && !ended.stdout.contains("server.listen"), "{ended:?}");
+}
+
+/// What is on the way to a provider is told as to a tenant: DNS, connect, TLS, each with its remedy.
+#[tokio::test]
+async fn check_probe_tells_what_failed_on_the_way_and_what_to_do() {
+    // It answers, and speaks no TLS.
+    let vendor = Vendor::start(vec![row("/acme/v1/models", 401, "{}")]).await;
+    let port = vendor.address.port();
+    let (registry, catalogue) = case::documents(port);
+    for (base, unreached, words) in [
+        ("http://127.0.0.1:1/", "CONNECT", "no connection: nobody listens there, or a firewall is in the way; look at egress"),
+        ("https://no-such-vendor.invalid/", "DNS", "the name could not be resolved (DNS); look at the cluster's DNS"),
+        (
+            &*format!("https://127.0.0.1:{port}/"),
+            "TLS",
+            "the connection stands, but not its TLS: a certificate that is not trusted, or no TLS",
+        ),
+    ] {
+        let files = Files::new(&registry.replacen("http://127.0.0.1:1/", base, 1), &catalogue, None);
+        let ended = ask(&files, &["check", "--probe"]).await;
+        let of = |start: &str| {
+            ended.stdout.lines().find(|line| line.starts_with(start) && line.contains("gone")).unwrap_or_default().to_owned()
+        };
+        assert!(of("warning: ").contains(words), "{words} in {}", ended.stdout);
+        assert!(of("asked: ").ends_with(&format!("not reachable from here: {unreached}")), "{}", ended.stdout);
+    }
+}
+
+/// A port that is in use keeps `serve` from starting, unless it is the service itself that has it: told, and no mistake of the document.
+#[tokio::test]
+async fn check_tells_of_an_address_that_is_in_use() {
+    let (registry, catalogue) = case::documents(1);
+    let files = Files::new(&registry, &catalogue, None);
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let socket = files.folder().join("admin.sock");
+    let _listening = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let socket = format!("unix:{}", socket.display());
+    let arguments = ["check", "--strict", "--listen", &address, "--admin-listen", &socket];
+    // By the embedded documents, of which nothing is odd.
+    let ended = run(&arguments, &[]).await;
+    assert_eq!(ended.status.code(), Some(0), "{ended:?}");
+    for words in [format!("server.listen: {address} is in use"), format!("admin.listen: {socket} is in use")] {
+        assert!(ended.stdout.lines().any(|line| line.starts_with("warning: ") && line.contains(&words)), "{words} in {ended:?}");
+    }
+    let elsewhere = ask(&files, &[&arguments[..], &["--elsewhere"]].concat()).await;
+    assert!(!elsewhere.stdout.contains("in use"), "{elsewhere:?}");
+    drop(taken);
+    let free = ask(&files, &["check", "--listen", &address]).await;
+    assert!(!free.stdout.contains("in use"), "{free:?}");
+    // Twice in the same configuration is a mistake of its own.
+    let twice = ask(&files, &["check", "--listen", &address, "--admin-listen", &address]).await;
+    assert!(twice.stdout.contains("admin.listen: could not listen on") && twice.status.code() == Some(3), "{twice:?}");
+}
+
+/// Every bad line of a token file at once, by number and never by content.
+#[tokio::test]
+async fn check_tells_every_bad_line_of_a_token_file() {
+    let (registry, catalogue) = case::documents(1);
+    let files = Files::new(&registry, &catalogue, None);
+    let tokens = files.folder().join("tokens");
+    let text = "made-up-canary-0123456789\nshort\n# good\nmade-up-canary-0123456789\nmade-up-canary-9876543210 root\n";
+    std::fs::write(&tokens, text).unwrap();
+    let tokens = tokens.to_str().unwrap();
+    let ended = ask(&files, &["check", "--token-file", tokens]).await;
+    assert_eq!(ended.status.code(), Some(3), "{ended:?}");
+    for words in ["2: the token has less", "4: the token appears twice", "5: the role must be"] {
+        assert!(ended.stdout.contains(&format!("error: {tokens}:{words}")), "{words} in {}", ended.stdout);
+    }
+    let flags = files.flags();
+    let flags = flags.iter().map(String::as_str);
+    let ended = run(&["serve", "--token-file", tokens].into_iter().chain(flags).collect::<Vec<_>>(), &[]).await;
+    for words in ["line 2: the token has less", "line 4: the token appears twice", "line 5: the role must be"] {
+        assert!(ended.stderr.contains(words), "{words} in {}", ended.stderr);
+    }
+    assert!(!ended.stderr.contains("canary"), "{ended:?}");
 }
 
 /// One made-up key for each endpoint and header; what is documented to refuse it and does not is drift.

@@ -498,8 +498,13 @@ pub(crate) struct Asked {
 
 impl Asked {
     pub(crate) fn about(engine: &Engine, key: usize) -> Self {
+        Self::of(engine, "", key)
+    }
+
+    pub(crate) fn of(engine: &Engine, organization: &str, key: usize) -> Self {
         let spec = Spec {
             model: "acme-large".into(),
+            organization_id: organization.into(),
             workspace: BTreeMap::from([("ACME_API_KEY".into(), Some(format!("made-up-{key}")))]),
             ..Spec::default()
         };

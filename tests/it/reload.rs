@@ -17,7 +17,7 @@ use byok_gate::{
     config::{self, ConfigError, Overrides, Paths, Setup, settings::Settings},
     core::{engine::Engine, registry::Registry, snapshot::Snapshot},
     domain::request::{PlatformProxy, Request},
-    grpc::convert::pb,
+    grpc::convert::{self, pb},
     watch::{PollOutcome, Watcher},
 };
 use tempfile::TempDir;
@@ -64,7 +64,8 @@ impl Watched {
     }
 
     fn error(&self) -> String {
-        self.engine.snapshot().registry_origin.last_reload_error.clone()
+        let snapshot = self.engine.snapshot();
+        snapshot.origins().map(|origin| origin.last_reload_error.as_str()).concat()
     }
 
     /// Looks until the content has settled.
@@ -227,7 +228,22 @@ fn a_change_of_the_configuration_is_followed() {
     fs::write(&config, "exempt_runtime: [three]\n").unwrap();
     assert!(matches!(watcher.poll(true), PollOutcome::Kept(_)));
     let snapshot = engine.snapshot();
-    assert!(snapshot.policy.exempt_runtimes.contains("two") && !snapshot.registry_origin.last_reload_error.is_empty());
+    assert!(snapshot.policy.exempt_runtimes.contains("two"));
+    let [registry, catalogue, configuration] = snapshot.origins().map(|origin| origin.last_reload_error.as_str());
+    assert!(configuration.contains("exempt_runtime: is not a key") && registry.is_empty() && catalogue.is_empty());
+    // What waits for a restart is in the status that callers get, and stays there while a later version does not stand.
+    fs::write(&config, "limits: {decisions: 7}\n").unwrap();
+    assert_eq!(watcher.poll(true), PollOutcome::Taken);
+    fs::write(&config, "exempt_runtime: [three]\n").unwrap();
+    assert!(matches!(watcher.poll(true), PollOutcome::Kept(_)));
+    let status = convert::status(&engine.snapshot(), std::time::SystemTime::now());
+    assert_eq!(status.restart_needed, ["limits.decisions"]);
+    let configuration = status.configuration.unwrap();
+    assert!(configuration.source.ends_with("config.yaml") && configuration.revision.is_empty(), "{configuration:?}");
+    assert!(configuration.last_reload_error.contains("exempt_runtime: is not a key"), "{configuration:?}");
+    fs::write(&config, "exempt_runtimes: [two]\n").unwrap();
+    assert_eq!(watcher.poll(true), PollOutcome::Taken);
+    assert!(convert::status(&engine.snapshot(), std::time::SystemTime::now()).restart_needed.is_empty());
 }
 
 /// A configuration that names another registry makes that one the file to follow.

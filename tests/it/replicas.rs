@@ -15,10 +15,11 @@ use byok_gate::{
         classify::Finding,
         engine::{Boxed, LivenessSource, Observed, ProbeRequest, Prober},
     },
-    domain::verdict::{ServedFrom, Verdict},
+    domain::verdict::{ServedFrom, Verdict, Withheld},
     liveness::{
         breaker::BreakerSettings,
         cache::{Ages, Cache, CacheSettings},
+        new_keys::NewKeyLimits,
         tier::{Tier, TierKeys},
     },
     telemetry::metrics::{Collect, Page},
@@ -49,12 +50,15 @@ const KEYS: usize = 3;
 const FLOOR: Ms = 1_000;
 const HARD_MAXIMUM: Ms = 90_000;
 const TIMEOUT: Duration = Duration::from_millis(350);
+/// So many failures in a row, of as many credentials, open a breaker for everybody; for so long, however often.
+const FAILURES: usize = 3;
+const COOL_DOWN: Ms = 4_000;
 /// A caller that waits this long has time for another replica's answer, for one that dies, and for its own probe.
 const PATIENT: Ms = 12_000;
 const VERDICTS: [Verdict; 6] =
     [Verdict::Valid, Verdict::Valid, Verdict::Valid, Verdict::Invalid, Verdict::Invalid, Verdict::Timeout];
 /// The results of a lookup in the tier, as in the metric.
-const LOOKS: [&str; 5] = ["hit", "lease", "gave_up", "fault", "left_alone"];
+const LOOKS: [&str; 6] = ["hit", "breaker", "lease", "gave_up", "fault", "left_alone"];
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -163,14 +167,22 @@ impl Prober for Provider {
 
 impl Replica {
     fn new(index: usize, store: &LuaStore, log: &Logged, seed: u64) -> Self {
+        Self::with(NewKeyLimits::default(), index, store, log, seed)
+    }
+
+    fn with(new_keys: NewKeyLimits, index: usize, store: &LuaStore, log: &Logged, seed: u64) -> Self {
         let (weather, seen) = watch::channel(Weather::Calm);
         let seed = seed * 100 + index as u64;
         let tier = Tier::over(Box::new(store.link(index, seen, seed)), TIMEOUT, TierKeys::parse(KEY).unwrap(), seed);
         let settings = CacheSettings {
             ages: Ages { jitter_percent: 0, hard_maximum: Duration::from_millis(HARD_MAXIMUM), ..Ages::default() },
-            // The breaker is not tested here.
-            breaker: BreakerSettings { failures: 1_000_000, ..BreakerSettings::default() },
-            ..CacheSettings::default()
+            breaker: BreakerSettings {
+                failures: FAILURES as u32,
+                cool_down: Duration::from_millis(COOL_DOWN),
+                max_cool_down: Duration::from_millis(COOL_DOWN),
+                ..BreakerSettings::default()
+            },
+            new_keys,
         };
         let provider = Provider { replica: index, log: Arc::clone(log) };
         let cache = Arc::new(Cache::new(Arc::new(provider), settings).with_tier(Some(tier)));
@@ -180,17 +192,22 @@ impl Replica {
 
     /// How often each occurred: lookups in the tier by result, and lost leases.
     fn counts(&self) -> BTreeMap<&'static str, u64> {
+        let looks = LOOKS.map(|result| (result, self.looks(result)));
+        let lost = ("leases_lost", self.number("byokgate_tier_leases_lost_total"));
+        let in_use = ("in_use", self.number("byokgate_tier_in_use"));
+        looks.into_iter().chain([lost, in_use]).collect()
+    }
+
+    fn looks(&self, result: &str) -> u64 {
+        self.number(&format!(r#"byokgate_tier_lookups_total{{result="{result}"}}"#))
+    }
+
+    fn number(&self, name: &str) -> u64 {
         let mut page = Page::about(std::iter::empty());
         self.cache.collect(&mut page);
         let text = page.text().unwrap();
-        let number = |name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("{name} in {text}"));
-            line.trim().parse().unwrap()
-        };
-        let looks = LOOKS.map(|result| (result, number(&format!(r#"byokgate_tier_lookups_total{{result="{result}"}}"#))));
-        let lost = ("leases_lost", number("byokgate_tier_leases_lost_total"));
-        let in_use = ("in_use", number("byokgate_tier_in_use"));
-        looks.into_iter().chain([lost, in_use]).collect()
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).unwrap_or_else(|| panic!("{name} in {text}"));
+        line.trim().parse().unwrap()
     }
 }
 
@@ -213,7 +230,16 @@ fn schedule(random: &mut StdRng) -> (bool, Vec<Step>) {
 
 fn one_step(random: &mut StdRng, calm: bool) -> Vec<Step> {
     let (replica, key) = (random.random_range(0..REPLICAS), random.random_range(0..KEYS));
-    vec![match random.random_range(0..21) {
+    vec![match random.random_range(0..22) {
+        // The provider fails, one replica finds out, and the other is asked.
+        21 => {
+            let takes = *[5, 300].choose(random).unwrap();
+            let fails = (0..KEYS).map(|key| Step::Provide { key, verdict: Verdict::Timeout, takes, panics: false });
+            let finds_out = (0..KEYS).map(|key| Step::Ask { replica, key, max_age: Some(0), deadline: PATIENT });
+            let asks = (0..KEYS).map(|key| Step::Ask { replica: 1 - replica, key, max_age: Some(0), deadline: PATIENT });
+            let later = [Step::Wait(*[400, 1_100, 2_500].choose(random).unwrap())];
+            return fails.chain([Step::Wait(1_100)]).chain(finds_out).chain(later).chain(asks).collect();
+        }
         // The lease's holder has no connection to the store until another has the lease.
         0 if !calm => {
             return vec![
@@ -333,6 +359,57 @@ async fn run(seed: u64, steps: &[Step], questions: &[Arc<Asked>]) -> Run {
     Run { log: Log { answers: before, probes, ..Log::default() }, events, counts }
 }
 
+/// An organization that goes round the replicas has one limit and not one at each; while the store is away, one at each and no more.
+#[tokio::test(start_paused = true)]
+async fn an_organization_has_one_limit_for_new_keys_over_all_replicas() {
+    const LIMIT: u32 = 6;
+    let limits = NewKeyLimits { per_organization: LIMIT.try_into().unwrap(), ..NewKeyLimits::default() };
+    let (registry, catalogue) = case::documents(1);
+    let engine = Files::new(&registry, &catalogue, None).engine();
+    let (store, log) = (LuaStore::new(), Logged::default());
+    let replicas: Vec<_> = (0..REPLICAS).map(|index| Replica::with(limits, index, &store, &log, 7)).collect();
+    let ask = async |replica: &Replica, organization: &str, key: usize| {
+        let asked = Asked::of(&engine, organization, key);
+        let source: &dyn LivenessSource = &*replica.cache;
+        let Observed { finding, retry_after, served_from, .. } =
+            source.observe(asked.query(), None, Instant::now() + Duration::from_millis(PATIENT)).await;
+        let is_refused = finding.withheld == Some(Withheld::NewKeys);
+        assert_eq!(finding.verdict, if is_refused { Verdict::NotAttempted } else { Verdict::Valid }, "{finding:?}");
+        // One may come each ten seconds; those who were refused here are told one time each.
+        assert!(!is_refused || (1..=70).contains(&retry_after.as_secs()), "{retry_after:?}");
+        sleep(Duration::from_millis(20)).await;
+        (!is_refused).then_some(served_from)
+    };
+    let among = async |organization: &str, keys: std::ops::Range<usize>| {
+        let mut served = Vec::new();
+        for key in keys {
+            served.extend(ask(&replicas[key % REPLICAS], organization, key).await);
+        }
+        served
+    };
+    assert_eq!(among("made-up-1", 0..12).await, vec![ServedFrom::Probe; LIMIT as usize]);
+    // What one of them knows is new to none of them.
+    for key in 0..LIMIT as usize {
+        assert_eq!(ask(&replicas[(key + 1) % REPLICAS], "made-up-2", key).await, Some(ServedFrom::Cache));
+    }
+    assert_eq!(among("made-up-2", 100..112).await, vec![ServedFrom::Probe; LIMIT as usize], "another organization has its own");
+    // What was spent comes back, one in ten seconds.
+    sleep(Duration::from_secs(31)).await;
+    assert_eq!(among("made-up-1", 200..206).await.len(), 3);
+    // What was known and is too old is not new, whoever asks.
+    let late = Replica::with(limits, REPLICAS, &store, &log, 7);
+    for key in 0..3 {
+        assert_eq!(ask(&late, "made-up-1", key).await, Some(ServedFrom::Probe));
+    }
+    assert_eq!(ask(&late, "made-up-1", 206).await, None);
+    for replica in &replicas {
+        assert!(replica.looks("new_keys") >= 2, "{}", replica.looks("new_keys"));
+        replica.weather.send_replace(Weather::Down);
+    }
+    sleep(Duration::from_secs(120)).await;
+    assert_eq!(among("made-up-1", 300..320).await, vec![ServedFrom::Probe; LIMIT as usize * REPLICAS]);
+}
+
 /// The names of the keys' leases, which are the same in every schedule.
 async fn leases(questions: &[Arc<Asked>]) -> HashMap<String, usize> {
     let (store, log) = (LuaStore::new(), Logged::default());
@@ -401,6 +478,7 @@ impl Run {
                 millis(answer.answered - probe.ended.unwrap())
             };
             match answer.probe {
+                Some(id) if answer.served_from == ServedFrom::Breaker => self.a_breaker_was_open(seed, answer, id),
                 Some(id) => {
                     let (probe, age) = (&probes[id], age_of_probe(id));
                     assert_eq!(probe.verdict, answer.verdict, "seed {seed}: {answer:?}");
@@ -427,6 +505,30 @@ impl Run {
                 assert!(age_of_probe(id) <= HARD_MAXIMUM.min(wanted), "seed {seed}: {answer:?}");
             }
         }
+    }
+
+    /// The verdict is the one that opened a breaker: this replica's own, or another's, for everybody, and not for longer than that was open.
+    fn a_breaker_was_open(&self, seed: u64, answer: &Answer, id: usize) {
+        let (Log { probes, .. }, opener) = (&self.log, &self.log.probes[id]);
+        assert_eq!((answer.verdict, opener.verdict), (Verdict::Timeout, Verdict::Timeout), "seed {seed}: {answer:?}");
+        let age = millis(answer.answered - opener.ended.unwrap());
+        assert!(millis(answer.told_age) + 1 >= age, "seed {seed}, {age} ms old: {answer:?}");
+        if opener.replica == answer.replica {
+            return;
+        }
+        assert!(age < COOL_DOWN, "seed {seed}, {age} ms old: {answer:?}");
+        let mut seen: Vec<&Probe> = probes
+            .iter()
+            .filter(|probe| {
+                probe.replica == opener.replica
+                    && !probe.panics
+                    && probe.ended.is_some_and(|ended| ended <= opener.ended.unwrap())
+            })
+            .collect();
+        seen.sort_by_key(|probe| probe.ended);
+        let failing: HashSet<usize> =
+            seen.iter().rev().take_while(|probe| probe.verdict == Verdict::Timeout).map(|probe| probe.key).collect();
+        assert!(failing.len() >= FAILURES, "seed {seed}: fewer saw it fail: {answer:?}");
     }
 
     /// Once a replica knows of a refusal, by its own probe or by a message, none of its answers uses an older VALID.
@@ -518,7 +620,9 @@ async fn replicas_that_share_keep_their_word_whatever_happens_to_the_store() {
     let mut more = |what, count| *met.entry(what).or_default() += count;
     for seed in 0..schedules {
         let (calm, steps) = schedule(&mut StdRng::seed_from_u64(seed));
-        let run = run(seed, &steps, &questions).await;
+        let mut run = run(seed, &steps, &questions).await;
+        // No holder asks for so long that another has to ask as well.
+        assert_eq!(run.counts.remove("gave_up"), Some(0), "seed {seed}");
         run.answers_are_a_providers_and_young(seed);
         let leased = run.leased(&leases);
         let (stored, lost) = (&leased.stored, leased.lost);
@@ -526,12 +630,8 @@ async fn replicas_that_share_keep_their_word_whatever_happens_to_the_store() {
         more("refusals heard of", run.no_refusal_is_followed_by_an_older_valid(seed, stored).into());
         let needless = run.needless(calm, &leased);
         let faults = run.counts["fault"] + run.counts["left_alone"];
-        assert!(
-            !calm || needless + faults + lost + run.counts["gave_up"] == 0,
-            "seed {seed}: {needless}, {:?}: {steps:#?}",
-            run.counts
-        );
-        let excused = faults + lost + run.counts["gave_up"];
+        assert!(!calm || needless + faults + lost == 0, "seed {seed}: {needless}, {:?}: {steps:#?}", run.counts);
+        let excused = faults + lost;
         assert!(needless <= excused, "seed {seed}: {needless} needless, {excused} excused, {:?}: {steps:#?}", run.counts);
         for (name, count) in &run.counts {
             more(name, *count);

@@ -1,21 +1,22 @@
 //! The status page, its JSON and its command: they show what happened, keep little, and show no value and run no script.
 
-use std::net::SocketAddr;
+use std::{fs, net::SocketAddr};
 
 use serde_json::Value;
 
 use crate::{
     secrets::is_not_in,
     support::{
-        binary::{Serving, run},
+        binary::{PATIENCE, Serving, run},
         case,
-        edge::{Edge, Held, decide, is_allow, settings},
+        edge::{Authority, Edge, Held, decide, is_allow, settings},
         gate::Files,
         page::{Shown, say},
         vendor::{Row, Vendor},
     },
 };
 use byok_gate::grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient};
+use tokio::time::{Duration, Instant, sleep};
 
 const CANARY: &str = "made-up-canary-7f3a";
 const SCRIPT: &str = "\"><script>x</script>\u{202e}";
@@ -196,4 +197,81 @@ async fn the_command_reads_a_process_over_a_socket_file() {
     serving.until("reload_failed").await;
     let told = run(&["status", "--server", &socket], &[]).await;
     assert!(told.stdout.contains("the registry's last change was not taken; the last good version decides"), "{}", told.stdout);
+}
+
+/// Certificate, key, tokens and configuration: what of them was changed and is not in force is on the page with its cause, in a row of its
+/// own, and gone once it is mended.
+#[tokio::test]
+async fn what_was_changed_and_is_not_in_force_is_told_until_it_is_mended() {
+    let (registry, catalogue) = case::documents(1);
+    let files = Files::new(&registry, &catalogue, Some("{}"));
+    let at = |name: &str| files.folder().join(name).to_str().unwrap().to_owned();
+    let authority = Authority::new();
+    let (pair, other) = (authority.sign("localhost"), authority.sign("localhost"));
+    let good = "made-up-token-0123456789\n";
+    for (name, text) in [("server.pem", &pair.certificate), ("server.key", &pair.key), ("tokens", &good.to_owned())] {
+        fs::write(at(name), text).unwrap();
+    }
+    let socket = format!("unix:{}", at("gate.sock"));
+    let (pem, key, tokens) = (at("server.pem"), at("server.key"), at("tokens"));
+    let mut arguments = vec!["--admin-listen", "127.0.0.1:0", "--listen", &socket, "--tls-cert", &pem, "--tls-key", &key];
+    arguments.extend(["--token-file", &tokens]);
+    let flags = files.flags();
+    arguments.extend(flags.iter().map(String::as_str));
+    let serving = Serving::start(&arguments).await;
+    let admin: SocketAddr = serving.event("admin_listening")["address"].as_str().unwrap().parse().unwrap();
+    let until = async |what: &str, fits: &dyn Fn(&str) -> bool| {
+        let ends = Instant::now() + PATIENCE;
+        loop {
+            let status = json(admin).await;
+            let attention: Vec<&str> =
+                status["attention"].as_array().unwrap().iter().map(|it| it["what"].as_str().unwrap()).collect();
+            if fits(&attention.join("\n")) {
+                return status;
+            }
+            assert!(Instant::now() < ends, "{what}: {status:#}");
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let error = |status: &Value, document: &str| {
+        let all = status["documents"].as_array().unwrap();
+        let of = all.iter().find(|it| it["document"] == document).unwrap_or_else(|| panic!("no row of {document}: {all:#?}"));
+        of["last_reload_error"].as_str().unwrap().to_owned()
+    };
+    let fresh = until("nothing at first", &str::is_empty).await;
+    assert_eq!((&fresh["restart_needed"], &*error(&fresh, "configuration")), (&serde_json::json!([]), ""));
+    // Each is broken while the others are well.
+    let config = at("config.yaml");
+    for (file, bad, document, cause, mended) in [
+        (&key, other.key.as_str(), "tls", "does not go with the key", pair.key.as_str()),
+        (&pem, "", "tls", "server.pem: holds no certificate in PEM", &pair.certificate),
+        (&tokens, "short\n", "tokens", "line 1: the token has less than 16 characters", good),
+        (&config, "limits: {decision: 7}", "configuration", "limits.decision: is not a key", "{}"),
+    ] {
+        fs::write(file, bad).unwrap();
+        let status = until(cause, &|attention| attention.contains(cause)).await;
+        assert!(error(&status, document).contains(cause), "{status:#}");
+        for row in status["documents"].as_array().unwrap().iter().filter(|row| row["document"] != document) {
+            assert_eq!(row["last_reload_error"], "", "{status:#}");
+        }
+        let shown = page(admin).await;
+        let told = run(&["status", "--server", &admin.to_string()], &[]).await;
+        assert!(shown.contains(cause) && told.stdout.matches(cause).count() == 2, "{cause} in {} {shown}", told.stdout);
+        fs::write(file, mended).unwrap();
+        until("mended", &str::is_empty).await;
+    }
+    // What stands, and waits for a restart.
+    fs::write(&config, "limits: {decisions: 7}\ncache: {valid: 31s}\n").unwrap();
+    let words = "a restart is needed for cache.valid, limits.decisions";
+    let status = until(words, &|attention| attention.contains(words)).await;
+    assert_eq!(status["restart_needed"], serde_json::json!(["cache.valid", "limits.decisions"]));
+    assert!(page(admin).await.contains(words));
+    let told = run(&["status", "--server", &admin.to_string()], &[]).await;
+    assert!(told.stdout.contains(words), "{}", told.stdout);
+    // A further change that does not stand hides nothing of it.
+    fs::write(&config, "limits: {decision: 7}").unwrap();
+    until("both", &|attention| attention.contains(words) && attention.contains("limits.decision: is not a key")).await;
+    fs::write(&config, "{}").unwrap();
+    let status = until("put back", &str::is_empty).await;
+    assert_eq!(status["restart_needed"], serde_json::json!([]));
 }

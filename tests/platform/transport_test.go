@@ -180,7 +180,7 @@ func TestTheRealTransports(t *testing.T) {
 	}
 }
 
-// The client calls the admin port: that is not a gate, which the client detects although the port closes without a reply.
+// The two ports of one byok-gate mixed up: its numbers' port is no gate, and that is found out.
 func TestTheAdminPortIsNoGate(t *testing.T) {
 	vendor := startVendor(t, liveKey)
 	listen, admin := freeAddress(t), freeAddress(t)

@@ -21,8 +21,12 @@ use std::{
 };
 
 use byok_gate::{
-    domain::verdict::{ServedFrom, Verdict},
-    liveness::cache::Ages,
+    domain::verdict::{DenyCode, ServedFrom, Verdict},
+    liveness::{
+        breaker::BreakerSettings,
+        cache::{Ages, CacheSettings},
+        new_keys::NewKeyLimits,
+    },
 };
 use futures_util::{StreamExt, future::join_all};
 use tempfile::TempDir;
@@ -99,9 +103,14 @@ impl Store {
         self.does(&[b"KEYS", b"*"]).await
     }
 
-    /// The names of observations; leases are left out.
+    /// The names of observations, which end with nothing but their hash.
     async fn observations(&self) -> Vec<String> {
-        self.keys().await.into_iter().filter(|key| !key.ends_with(":lease")).collect()
+        self.keys().await.into_iter().filter(|key| key.matches(':').count() == 1).collect()
+    }
+
+    /// The name of the one open breaker.
+    async fn breaker(&self) -> Option<String> {
+        self.keys().await.into_iter().find(|key| key.ends_with(":breaker"))
     }
 
     fn way(&self) -> Way {
@@ -228,6 +237,178 @@ async fn an_invalid_ends_the_valid_everywhere() {
     // Its VALID would count for 30 seconds.
     until("the other hears of it", async || other.ask("made-up").await == (Verdict::Invalid, ServedFrom::Cache)).await;
     assert_eq!(prober.asked(), asked, "and asks nobody");
+}
+
+/// An organization that reaches many replicas one after the other has one limit; while there is no store, one at each.
+#[tokio::test]
+async fn new_keys_of_an_organization_are_counted_over_all_replicas() {
+    const LIMIT: usize = 10;
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let new_keys = NewKeyLimits { per_organization: 10.try_into().unwrap(), ..NewKeyLimits::default() };
+    let settings = CacheSettings { new_keys, ..CacheSettings::default() };
+    let fleet: Vec<Replica> = (0..20).map(|_| Replica::with(&store.way(), &prober, settings)).collect();
+    let refusals = async |what: &str| {
+        let mut refusals = 0;
+        for index in 0..60 {
+            let decision =
+                fleet[index % fleet.len()].decide("made-up-canary-org", &format!("made-up-{what}-{index}"), None).await;
+            if let Some(deny) = decision.denial() {
+                assert_eq!(deny.refusal.code(), DenyCode::ByokProbeNotAttempted);
+                assert!(deny.refusal.message().contains("too many new keys"), "{}", deny.refusal.message());
+                let wait = deny.refusal.retry_after().unwrap().as_secs();
+                assert!((1..=60).contains(&wait), "{wait} s");
+                refusals += 1;
+            }
+        }
+        refusals
+    };
+    let began = Instant::now();
+    let refused = refusals("a").await;
+    // What was spent comes back, one in six seconds.
+    let most = LIMIT + began.elapsed().as_secs() as usize / 6;
+    assert!((LIMIT..=most).contains(&prober.asked()) && refused == 60 - prober.asked(), "{refused} of 60, {most}");
+    // A count of another type, or that nobody of ours can have made, is none.
+    let name = store.keys().await.into_iter().find(|key| key.ends_with(":new-keys")).unwrap();
+    for words in [[b"LPUSH".as_slice(), name.as_bytes(), b"x"], [b"SET", name.as_bytes(), b"9000000000000000"]] {
+        store.does::<()>(&[b"DEL", name.as_bytes()]).await;
+        store.does::<redis::Value>(&words).await;
+        let asked = prober.asked();
+        fleet[0].decide("made-up-canary-org", &format!("made-up-{asked}-b"), None).await;
+        assert_eq!(prober.asked(), asked + 1);
+    }
+    store.signal("-KILL");
+    // Each has three of them, which is within its own limit.
+    let asked = prober.asked();
+    assert_eq!((refusals("c").await, prober.asked()), (0, asked + 60));
+}
+
+// === breakers ===
+
+fn breaker(cool_down: Duration) -> CacheSettings {
+    CacheSettings { breaker: BreakerSettings { cool_down, ..BreakerSettings::default() }, ..CacheSettings::default() }
+}
+
+/// So many credentials fail that this replica's breaker opens, and the others are told.
+async fn opens(replica: &Replica, prober: &Arc<Scripted>, store: &Store, verdict: Verdict) {
+    prober.verdict(verdict);
+    for index in 0..BreakerSettings::default().failures {
+        assert_eq!(replica.ask(&format!("made-up-failing-{index}")).await, (verdict, ServedFrom::Probe));
+    }
+    until("the others are told", async || store.breaker().await.is_some()).await;
+}
+
+/// What one replica has found out about a provider spares the others their own calls: they say the same, and not for longer.
+#[tokio::test]
+async fn an_open_breaker_of_one_replica_spares_the_others_calls() {
+    const COOL_DOWN: Duration = Duration::from_secs(3);
+    for verdict in [Verdict::Timeout, Verdict::Unreachable] {
+        let (store, prober) = (Store::start().await, Scripted::new(verdict));
+        let [one, other] = [(), ()].map(|()| Replica::with(&store.way(), &prober, breaker(COOL_DOWN)));
+        opens(&one, &prober, &store, verdict).await;
+        let left: u64 = store.does(&[b"PTTL", store.breaker().await.unwrap().as_bytes()]).await;
+        assert!(left <= COOL_DOWN.as_millis() as u64, "{left} ms");
+        let asked = prober.asked();
+        for index in 0..5 {
+            assert_eq!(other.ask(&format!("made-up-{index}")).await, (verdict, ServedFrom::Breaker));
+        }
+        // A caller's age holds for observations: an open breaker of this replica's own does not ask for it either.
+        assert_eq!(other.ask_no_older("made-up-0", Some(Duration::ZERO)).await, (verdict, ServedFrom::Breaker));
+        assert_eq!((prober.asked(), other.looks("breaker")), (asked, 6.0));
+        let said = async |replica: &Replica| {
+            let decision = replica.decide("", "made-up-0", None).await;
+            let refusal = &decision.denial().unwrap().refusal;
+            let wait = refusal.retry_after().unwrap();
+            assert!(wait <= COOL_DOWN.mul_f64(1.1), "{wait:?}");
+            (refusal.code(), refusal.message(), refusal.remedy())
+        };
+        assert_eq!(said(&one).await, said(&other).await);
+        assert!(other.explained("made-up-1").await.contains("served from BREAKER, shared"));
+        // What is known is known, and a provider that answers again is asked again.
+        prober.verdict(Verdict::Valid);
+        until("it ends", async || other.ask("made-up-2").await == ASKED).await;
+        assert_eq!(store.breaker().await, None);
+    }
+}
+
+/// The first answer that a replica's breaker closes for ends it for all, long before its time.
+#[tokio::test]
+async fn a_breaker_that_closes_closes_for_all() {
+    let (store, prober) = (Store::start().await, slow(Verdict::Valid, 3_000));
+    let [one, other] = [(), ()].map(|()| Arc::new(Replica::with(&store.way(), &prober, breaker(PATIENCE * 2))));
+    let answered_late = {
+        let one = Arc::clone(&one);
+        tokio::spawn(async move { one.ask("made-up-late").await })
+    };
+    until("it is asked", async || prober.asked() == 1).await;
+    prober.set(|script| script.takes = Duration::ZERO);
+    opens(&one, &prober, &store, Verdict::Timeout).await;
+    assert_eq!(other.ask("made-up").await, (Verdict::Timeout, ServedFrom::Breaker));
+    prober.verdict(Verdict::Valid);
+    assert_eq!(answered_late.await.unwrap(), ASKED);
+    until("the other asks", async || other.ask("made-up").await == ASKED).await;
+    assert_eq!((store.breaker().await, other.looks("breaker") >= 1.0), (None, true));
+}
+
+/// Two organizations see a provider fail: that holds for them, and is nobody else's. The third makes it everybody's.
+#[tokio::test]
+async fn what_few_see_is_not_shared() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Timeout));
+    let [one, other] = [(), ()].map(|()| Replica::with(&store.way(), &prober, breaker(PATIENCE)));
+    let seen = async |replica: &Replica, organization: &str, index: u32| {
+        let decision = replica.decide(organization, &format!("made-up-{organization}-{index}"), None).await;
+        decision.liveness.unwrap().seen.unwrap().served_from
+    };
+    for index in 0..5 {
+        seen(&one, ["org-1", "org-2"][index as usize % 2], index).await;
+    }
+    assert_eq!(seen(&one, "org-1", 9).await, ServedFrom::Breaker);
+    assert_eq!(seen(&other, "org-1", 9).await, ServedFrom::Probe);
+    until("all is stored", async || store.observations().await.len() == 6).await;
+    assert_eq!(store.breaker().await, None);
+    assert_eq!(seen(&one, "org-3", 0).await, ServedFrom::Probe);
+    until("the others are told", async || store.breaker().await.is_some()).await;
+    assert_eq!(seen(&other, "org-4", 0).await, ServedFrom::Breaker);
+}
+
+/// A breaker's entry that is none of ours, or whose time is over, holds nobody back. It is read under both keys while one follows the other.
+#[tokio::test]
+async fn a_breaker_that_is_not_ours_or_over_is_as_none() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Timeout));
+    let settings = breaker(Duration::from_secs(3));
+    let one = Replica::with(&store.way(), &prober, settings);
+    opens(&one, &prober, &store, Verdict::Timeout).await;
+    let name = store.breaker().await.unwrap();
+    let value: Vec<u8> = store.does(&[b"GET", name.as_bytes()]).await;
+    let keys = format!("made-up-next-key-fedcba9876543210fedcba98\n{KEY}");
+    let followed = Replica::with(&Way { keys, ..store.way() }, &prober, settings);
+    assert_eq!(followed.ask("made-up").await, (Verdict::Timeout, ServedFrom::Breaker));
+    let of_a_credential: Vec<u8> = store.does(&[b"GET", store.observations().await.remove(0).as_bytes()]).await;
+    let mut bent = value.clone();
+    bent[500] ^= 1;
+    prober.verdict(Verdict::Valid);
+    let asks = async |what: &str, damaged: f64| {
+        let replica = Replica::with(&store.way(), &prober, settings);
+        assert_eq!(replica.ask(&format!("made-up-{}", what.replace(' ', "-"))).await, ASKED, "{what}");
+        assert_eq!(replica.page().get("byokgate_tier_damaged_total"), Some(damaged), "{what}");
+    };
+    for (what, set) in [("garbage", b"garbage".to_vec()), ("one bit", bent), ("an observation", of_a_credential)] {
+        store.does::<()>(&[b"SET", name.as_bytes(), &set]).await;
+        asks(what, 1.0).await;
+    }
+    store.does::<()>(&[b"DEL", name.as_bytes()]).await;
+    store.does::<()>(&[b"LPUSH", name.as_bytes(), b"x"]).await;
+    asks("another type", 1.0).await;
+    // Put back, it counts until its time is over, and then no more.
+    store.does::<()>(&[b"DEL", name.as_bytes()]).await;
+    store.does::<()>(&[b"SET", name.as_bytes(), &value]).await;
+    let mut index = 0;
+    until("it is over", async || {
+        index += 1;
+        one.decide("", &format!("made-up-waiting-{index}"), None).await.liveness.unwrap().verdict == Verdict::Valid
+    })
+    .await;
+    store.does::<()>(&[b"SET", name.as_bytes(), &value]).await;
+    asks("over", 0.0).await;
 }
 
 /// With any fault of the store: only the provider's answers, with at most one call per replica, and the replica's cache still works.
@@ -404,6 +585,27 @@ async fn a_late_holder_stores_nothing() {
     assert!(store.observations().await.is_empty());
 }
 
+/// A caller who cannot wait for another replica's answer is told when to come again, as one who cannot wait for this replica's own.
+#[tokio::test]
+async fn who_cannot_wait_for_another_replica_comes_again_and_it_asks_once() {
+    let (store, prober) = (Store::start().await, slow(Verdict::Valid, 2_500));
+    let [one, other] = [(), ()].map(|()| Arc::new(Replica::new(&store.way(), &prober)));
+    let asking = {
+        let one = Arc::clone(&one);
+        tokio::spawn(async move { one.ask("made-up").await })
+    };
+    until("it is asked about", async || prober.asked() == 1).await;
+    let decision = other.decide_within(Duration::from_millis(800), "", "made-up", None).await;
+    let refusal = &decision.denial().unwrap().refusal;
+    assert_eq!(refusal.code(), DenyCode::ByokProbeNotAttempted);
+    // Within the age of a question that nobody answered, and its spread.
+    let wait = refusal.retry_after().unwrap();
+    assert!(wait >= Duration::from_secs(1) && wait <= Ages::default().unanswered.mul_f64(1.1), "{wait:?}");
+    until("it has the answer", async || other.ask("made-up").await == SHARED).await;
+    assert_eq!((asking.await.unwrap(), prober.asked()), (ASKED, 1));
+    assert_eq!((other.looks("hit"), other.looks("gave_up")), (1.0, 0.0));
+}
+
 /// A holder that dies is followed by another, which stores.
 #[tokio::test]
 async fn a_holder_that_dies_holds_nobody_up() {
@@ -538,7 +740,12 @@ async fn the_store_shows_nothing() {
         assert_eq!(one.ask(value).await, (verdict, ServedFrom::Probe));
         until("it is shared", async || other.ask(value).await == (verdict, ServedFrom::Cache)).await;
     }
-    until("the monitor has seen all", async || seen.lock().unwrap().matches("PUBLISH").count() >= values.len()).await;
+    let prober = Scripted::new(Verdict::Valid);
+    Replica::new(&store.way(), &prober).decide("made-up-canary-org", "made-up-canary-of-org", None).await;
+    assert!(store.keys().await.iter().any(|key| key.ends_with(":new-keys")));
+    opens(&Replica::with(&store.way(), &prober, breaker(PATIENCE)), &prober, &store, Verdict::Timeout).await;
+    until("the monitor has seen all", async || seen.lock().unwrap().matches("PUBLISH").count() >= values.len() + prober.asked())
+        .await;
     store.does::<()>(&[b"SAVE"]).await;
     collecting.abort();
     let dump = fs::read(store.folder.path().join("dump.rdb")).unwrap();
@@ -567,7 +774,7 @@ async fn the_store_shows_nothing() {
         assert!((800..=900).contains(&left), "{left} s");
         lengths.push(store.does::<u64>(&[b"STRLEN", name.as_bytes()]).await);
     }
-    assert_eq!(lengths, vec![lengths[0]; values.len()]);
+    assert_eq!(lengths, vec![lengths[0]; values.len() + prober.asked()]);
 }
 
 fn sha256(value: &str) -> Vec<u8> {

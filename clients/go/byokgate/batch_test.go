@@ -353,6 +353,24 @@ func TestListModels(t *testing.T) {
 	}
 }
 
+// A newer version may be held up by the registry, or by the configuration that is read together with it.
+func TestRegistryStatusTellsWhyANewerVersionIsNotInForce(t *testing.T) {
+	fake, address := startFake(t)
+	client := newClient(t, address)
+	source := func(fault string) *byokgatev1.SourceStatus { return &byokgatev1.SourceStatus{LastReloadError: fault} }
+	for _, told := range []struct{ registry, configuration, want string }{
+		{"", "", ""}, {"of the registry", "", "of the registry"}, {"", "of the configuration", "of the configuration"},
+	} {
+		fake.registry = &byokgatev1.GetRegistryStatusResponse{
+			Registry: source(told.registry), Configuration: source(told.configuration),
+		}
+		status, err := client.RegistryStatus(background())
+		if err != nil || status.LastReloadError != told.want {
+			t.Errorf("%q, %v, expected %q", status.LastReloadError, err, told.want)
+		}
+	}
+}
+
 // One lookup in 33 hangs forever: the others are not affected, and memory is bounded.
 func TestALargeBatchWithLookupsThatHang(t *testing.T) {
 	const items, hanging = 10_000, 300

@@ -36,6 +36,7 @@ type fakeGate struct {
 	decide   func(context.Context, *byokgatev1.DecideRequest) (*byokgatev1.DecideResponse, error)
 	batch    func(*byokgatev1.BatchDecideRequest, grpc.ServerStreamingServer[byokgatev1.BatchDecideResponse]) error
 	menu     func() (*byokgatev1.ListModelsResponse, error)
+	registry *byokgatev1.GetRegistryStatusResponse
 	asked    []*byokgatev1.DecideRequest
 	resolved int
 	listed   int
@@ -74,6 +75,14 @@ func (f *fakeGate) ListModels(context.Context, *byokgatev1.ListModelsRequest) (*
 	defer f.mu.Unlock()
 	f.listed++
 	return f.menu()
+}
+
+func (f *fakeGate) GetRegistryStatus(
+	context.Context, *byokgatev1.GetRegistryStatusRequest,
+) (*byokgatev1.GetRegistryStatusResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.registry, nil
 }
 
 // tell sets the response.

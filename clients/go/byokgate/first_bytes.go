@@ -140,8 +140,7 @@ const (
 	diagnosisAge  = 10 * time.Second
 )
 
-// silence is what is known of a peer that closes each connection without a reply. HTTP/1.1 servers do so, including byok-gate's admin port,
-// and servers that want TLS.
+// silence is what is known of a peer that closes each connection without a reply. Some HTTP/1.1 servers do so, and servers that want TLS.
 type silence struct {
 	mu    sync.Mutex
 	count int

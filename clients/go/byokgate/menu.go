@@ -1,6 +1,7 @@
 package byokgate
 
 import (
+	"cmp"
 	"context"
 	"slices"
 	"time"
@@ -189,7 +190,8 @@ type RegistryStatus struct {
 	// Source is the file, or "embedded". LoadedAt is when it was read.
 	Source   string
 	LoadedAt time.Time
-	// LastReloadError is why a newer version is not in force. Empty if there is none.
+	// LastReloadError is why a newer version of the registry, or of the configuration that is read with it, is not in force. Empty if there is
+	// none.
 	LastReloadError string
 	// CredentialNames are all that some provider accepts, or some runtime reads.
 	CredentialNames []string
@@ -211,7 +213,8 @@ func (c *Client) RegistryStatus(ctx context.Context) (RegistryStatus, error) {
 	registry := response.GetRegistry()
 	return RegistryStatus{
 		Revision: registry.GetRevision(), CatalogueRevision: response.GetCatalogue().GetRevision(), SHA256: registry.GetSha256(),
-		Source: registry.GetSource(), LoadedAt: registry.GetLoadedAt().AsTime(), LastReloadError: registry.GetLastReloadError(),
+		Source: registry.GetSource(), LoadedAt: registry.GetLoadedAt().AsTime(),
+		LastReloadError: cmp.Or(registry.GetLastReloadError(), response.GetConfiguration().GetLastReloadError()),
 		CredentialNames: slices.Clone(response.GetCredentialNames()),
 	}, nil
 }

@@ -1,5 +1,7 @@
 //! Names and seals of what the shared tier holds: whoever reads the store learns no credential and no verdict, whoever writes it forges none.
 
+use std::num::NonZeroU32;
+
 use ring::{
     aead::{AES_256_GCM, Aad, LessSafeKey, MAX_TAG_LEN, NONCE_LEN, Nonce, UnboundKey},
     hmac,
@@ -45,6 +47,13 @@ pub(crate) struct Whose<'a> {
     pub(crate) model: Model<'a>,
 }
 
+/// How many more new credentials of an organization may be asked about, and in which name that is counted.
+#[derive(Debug, Clone)]
+pub(crate) struct Allowance {
+    pub(super) name: String,
+    pub(super) per_minute: NonZeroU32,
+}
+
 /// What part the model has in a name.
 #[derive(Clone, Copy)]
 pub(crate) enum Model<'a> {
@@ -61,9 +70,11 @@ pub(crate) struct Names {
     pub(super) lease: String,
     /// What was found of the credential; and of it with one model, where that is another name.
     pub(super) observations: Vec<Name>,
+    /// The verdict that opened the breaker of what is asked: one for all credentials.
+    pub(super) breaker: Name,
 }
 
-/// The name of one observation.
+/// The name of one value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Name {
     pub(super) id: Id,
@@ -103,6 +114,12 @@ impl TierKeys {
     /// Under each key, the one that writes first.
     pub(super) fn names(&self, whose: &Whose<'_>) -> Vec<Names> {
         with_stack_wiped(|| self.0.iter().map(|key| key.names(whose)).collect())
+    }
+
+    /// What is counted of an organization, under the key that writes.
+    pub(super) fn allowance(&self, organization: &str, per_minute: NonZeroU32) -> Option<Allowance> {
+        let id = self.0.first()?.id(b"organization", &[organization.as_bytes()]);
+        Some(Allowance { name: format!("{PREFIX}{}:new-keys", hex(&id)), per_minute })
     }
 
     /// Sealed by the key that writes. `None` if it does not fit, or the system gives no random numbers.
@@ -158,11 +175,13 @@ impl TierKey {
             Model::Sometimes(model) => vec![credential, with_model(model)],
         };
         let texts: Vec<String> = ids.iter().map(|id| hex(id)).collect();
+        let of_breaker = self.id(b"breaker", &[*endpoint]);
         let first = texts.first().cloned().unwrap_or_default();
         let observations = ids.into_iter().zip(texts);
         Names {
             lease: format!("{PREFIX}{first}:lease"),
             observations: observations.map(|(id, text)| Name { id, text: format!("{PREFIX}{text}") }).collect(),
+            breaker: Name { id: of_breaker, text: format!("{PREFIX}{}:breaker", hex(&of_breaker)) },
         }
     }
 
@@ -255,12 +274,26 @@ mod tests {
             assert_ne!(base.lease, other.lease);
             assert_ne!(base.observations[0], other.observations[0]);
         }
+        for (other, is_same) in others.iter().zip([false, true, true, true]) {
+            assert_eq!(base.breaker == other.breaker, is_same, "it is what is asked that has failed");
+        }
         let other_model = name(&[1; 32], [1, 0], "made-up-value", Model::Sometimes("n"));
         assert_eq!((&base.lease, &base.observations[0]), (&other_model.lease, &other_model.observations[0]));
         assert_ne!(base.observations[1], other_model.observations[1]);
         assert_eq!(base, name(&[1; 32], [1, 0], "made-up-value", Model::Sometimes("m")), "equal on all replicas");
         let plain = [hex(blake3::hash(b"made-up-value").as_bytes()), "made-up".to_owned()];
         assert!(plain.iter().all(|plain| !format!("{base:?}").contains(plain)));
+    }
+
+    #[test]
+    fn an_organization_is_counted_under_a_name_that_tells_nothing() {
+        let (old, both) = (keys(OLD), keys(&format!("{NEW}\n{OLD}")));
+        let name = |keys: &TierKeys, organization: &str| keys.allowance(organization, NonZeroU32::MIN).unwrap().name;
+        let one = name(&old, "made-up-organization");
+        assert_eq!(one, name(&old, "made-up-organization"), "equal on all replicas");
+        assert_ne!(one, name(&old, "made-up-organizatiom"));
+        assert_ne!(one, name(&both, "made-up-organization"), "the first key writes");
+        assert!(!one.contains("made-up") && !one.contains(&hex(blake3::hash(b"made-up-organization").as_bytes())));
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::{
         protocol::HeaderFamily,
         verdict::{Cause, MadeUpKey, Unreached, Verdict},
     },
+    liveness::breaker::failed,
     telemetry::cause::unreached,
 };
 
@@ -28,6 +29,23 @@ pub(crate) struct Record {
     pub(crate) earlier_valid: Option<(Finding, u64)>,
     /// When it was last refused.
     pub(crate) refused_at: Option<u64>,
+}
+
+/// The verdict that opened a replica's breaker, when, and until when. Times are the tier's own, in milliseconds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct OpenBreaker {
+    pub(super) finding: Finding,
+    pub(super) at: u64,
+    pub(super) until: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WrittenBreaker<'w> {
+    #[serde(borrow)]
+    finding: WrittenFinding<'w>,
+    opened_at: u64,
+    until: u64,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -99,6 +117,23 @@ impl Record {
             None => None,
         };
         Some(Self { finding: read(finding)?, at, fresh_for: Duration::from_millis(fresh_ms), earlier_valid, refused_at })
+    }
+}
+
+// === impl OpenBreaker ===
+
+impl OpenBreaker {
+    /// As it is sealed.
+    pub(super) fn to_bytes(&self) -> Option<Vec<u8>> {
+        let Self { finding, at, until } = self;
+        serde_json::to_vec(&WrittenBreaker { finding: write(finding)?, opened_at: *at, until: *until }).ok()
+    }
+
+    /// The same, read. What does not show that a provider fails opened no breaker.
+    pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let WrittenBreaker { finding, opened_at, until } = serde_json::from_slice(bytes).ok()?;
+        let finding = read(finding).filter(|finding| failed(finding) == Some(true))?;
+        Some(Self { finding, at: opened_at, until })
     }
 }
 
@@ -264,6 +299,21 @@ mod tests {
             let read = Record::from_bytes(&record.to_bytes().unwrap()).unwrap();
             assert_eq!(read.fresh_for, Duration::from_secs(longest), "{verdict}");
         }
+    }
+
+    #[test]
+    fn only_a_failure_of_the_provider_opens_a_breaker() {
+        for verdict in Verdict::VARIANTS.iter().copied().filter(|verdict| may_be_shared(*verdict)) {
+            let open = OpenBreaker { finding: Finding::bare(verdict), at: 7, until: 9 };
+            let fails = matches!(verdict, Verdict::Timeout | Verdict::Unreachable | Verdict::ProviderError);
+            let bytes = open.to_bytes().unwrap();
+            assert_eq!(OpenBreaker::from_bytes(&bytes), fails.then_some(open), "{verdict}");
+            assert_eq!(Record::from_bytes(&bytes), None, "it is no observation");
+        }
+        let of_model = Finding { about_model: true, ..Finding::bare(Verdict::Timeout) };
+        let bytes = OpenBreaker { finding: of_model, at: 7, until: 9 }.to_bytes().unwrap();
+        assert_eq!(OpenBreaker::from_bytes(&bytes), None, "a tenant's own model says nothing of the provider");
+        assert_eq!(OpenBreaker::from_bytes(&record(Finding::bare(Verdict::Timeout)).to_bytes().unwrap()), None);
     }
 
     #[test]

@@ -18,7 +18,7 @@ use tokio::time::{Instant, timeout_at};
 use super::{
     TierAccess,
     faults::{Change, Faults},
-    keys::{BEGINNING, CHANNEL, SEALED_BYTES},
+    keys::{Allowance, BEGINNING, CHANNEL, SEALED_BYTES},
     place::Place,
 };
 use crate::{
@@ -28,33 +28,48 @@ use crate::{
 
 /// How long a lease lasts that nobody renews.
 pub(super) const LEASE: Duration = Duration::from_secs(1);
+const MINUTE: Duration = Duration::from_secs(60);
 /// After which silence the kernel asks whether the store is still there.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// KEYS: the lease, then observations. ARGV: who asks, the lease's milliseconds, the bytes of a sealed value, then for each observation the
-/// beginning of the one that will not do. Gives: the store's time; 0 an observation is there, 1 the lease is the asker's, 2 another has
-/// it; how many values cannot be ours; the observations.
+/// KEYS: the lease, then what would do instead of asking: observations, and verdicts that opened a breaker. ARGV: who asks, the lease's
+/// milliseconds, the bytes of a sealed value, then for each of those the beginning of the one that will not do. Gives: the store's time;
+/// 0 one of them is there, 1 the lease is the asker's, 2 another has it, 3 it is withheld; how many values cannot be ours; the values; for how
+/// many milliseconds it is withheld.
 /// A value of another type or length is as none. So is a lease that does not end, or too late: nobody of ours set it.
+///
+/// With one more of the KEYS, and of ARGV what one costs and the most that may be spent, in microseconds, it counts new credentials: nothing is
+/// known of what the lease is for, not even what will not do. The value says until when what was spent is not all regained, as governor counts.
+/// One that is more than may be spent is none of ours.
 const LOOK: &str = "\
 local now = redis.call('TIME')
 local ms = now[1] * 1000 + math.floor(now[2] / 1000)
-local values, damaged, found = {}, 0, false
-for i = 2, #KEYS do
+local values, damaged, found, known, named = {}, 0, false, false, tonumber(ARGV[4])
+for i = 2, named + 1 do
   local value = ''
   local length = redis.pcall('STRLEN', KEYS[i])
   if type(length) ~= 'number' or length ~= 0 and length ~= tonumber(ARGV[3]) then
     damaged = damaged + 1
   elseif length ~= 0 then
     value = redis.call('GET', KEYS[i])
-    if string.sub(value, 1, string.len(ARGV[i + 2])) ~= ARGV[i + 2] or ARGV[i + 2] == '' then found = true end
+    known = true
+    if string.sub(value, 1, string.len(ARGV[i + 3])) ~= ARGV[i + 3] or ARGV[i + 3] == '' then found = true end
   end
   values[i - 1] = value
 end
-if found then return {ms, 0, damaged, values} end
+if found then return {ms, 0, damaged, values, 0} end
 local left = redis.call('PTTL', KEYS[1])
-if left >= 0 and left <= tonumber(ARGV[2]) then return {ms, 2, damaged, values} end
+if left >= 0 and left <= tonumber(ARGV[2]) then return {ms, 2, damaged, values, 0} end
+if KEYS[named + 2] and not known then
+  local us, cost, most = now[1] * 1000000 + now[2], tonumber(ARGV[#ARGV - 1]), tonumber(ARGV[#ARGV])
+  local spent = tonumber(redis.pcall('GET', KEYS[named + 2])) or 0
+  if spent < us or spent > us + most then spent = us end
+  spent = spent + cost
+  if spent > us + most then return {ms, 3, damaged, values, math.ceil((spent - us - most) / 1000)} end
+  redis.call('SET', KEYS[named + 2], string.format('%.0f', spent), 'PX', math.max(1, math.ceil((spent - us) / 1000)))
+end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return {ms, 1, damaged, values}";
+return {ms, 1, damaged, values, 0}";
 
 /// KEYS: the lease, the observation, then names of it that are to go. ARGV: whose lease, the value, its milliseconds, the channel, the news.
 /// Only while the lease is the writer's own.
@@ -120,7 +135,7 @@ pub(super) struct Looked {
     pub(super) state: State,
     /// How many values cannot be ours.
     pub(super) damaged: u64,
-    /// The observations; an empty one is none.
+    /// In the order of their names; an empty one is none.
     pub(super) values: Vec<Vec<u8>>,
 }
 
@@ -130,6 +145,8 @@ pub(super) enum State {
     Found,
     Leased,
     Wait,
+    /// Too many new credentials of the organization; another may come after this time.
+    Withheld(Duration),
 }
 
 // === impl Remote ===
@@ -209,25 +226,31 @@ impl Store {
         unpoisoned(&self.faults).is_in_use()
     }
 
-    /// Looks for observations; without one that will do, takes the lease if nobody has it.
+    /// Looks for values; without one that will do, takes the lease if nobody has it.
     pub(super) async fn look(
         &self,
         (lease, token): (&str, &str),
-        observations: &[&str],
-        passed_over: &[Vec<u8>],
+        (names, passed_over): (&[&str], &[Vec<u8>]),
+        allowance: Option<&Allowance>,
         deadline: Instant,
     ) -> Result<Looked, Unheard> {
-        let mut command = script(LOOK, 1 + observations.len());
-        command.arg(lease).arg(observations).arg(token).arg(millis(LEASE)).arg(SEALED_BYTES);
-        for index in 0..observations.len() {
+        let mut command = script(LOOK, 1 + names.len() + usize::from(allowance.is_some()));
+        command.arg(lease).arg(names).arg(allowance.map(|allowance| allowance.name.as_str()));
+        command.arg(token).arg(millis(LEASE)).arg(SEALED_BYTES).arg(names.len());
+        for index in 0..names.len() {
             let beginning = passed_over.get(index).and_then(|value| value.get(..BEGINNING)).unwrap_or_default();
             command.arg(beginning);
         }
-        let reply: (u64, u64, u64, Vec<Vec<u8>>) = self.ask(&command, deadline).await?;
-        let (at, state, damaged, values) = reply;
+        if let Some(Allowance { per_minute, .. }) = allowance {
+            let cost = MINUTE / per_minute.get();
+            command.arg(micros(cost)).arg(micros(cost * per_minute.get()));
+        }
+        let reply: (u64, u64, u64, Vec<Vec<u8>>, u64) = self.ask(&command, deadline).await?;
+        let (at, state, damaged, values, withheld_for) = reply;
         let state = match state {
             0 => State::Found,
             1 => State::Leased,
+            3 => State::Withheld(Duration::from_millis(withheld_for)),
             _ => State::Wait,
         };
         Ok(Looked { at, state, damaged, values })
@@ -258,6 +281,20 @@ impl Store {
         let mut command = script(RELEASE, 1);
         command.arg(lease).arg(token);
         self.ask::<u64>(&command, self.deadline()).await.map(drop)
+    }
+
+    /// Sets a value for a time, whoever has set it before; if the store hears of it.
+    pub(super) async fn set(&self, name: &str, value: &[u8], keep: Duration) {
+        let mut command = redis::cmd("SET");
+        command.arg(name).arg(value).arg("PX").arg(millis(keep));
+        self.ask(&command, self.deadline()).await.unwrap_or_default()
+    }
+
+    /// Ends values, if the store hears of it.
+    pub(super) async fn delete(&self, names: &[&str]) {
+        let mut command = redis::cmd("DEL");
+        command.arg(names);
+        self.ask(&command, self.deadline()).await.map_or((), |_: u64| ())
     }
 
     /// What is published from now on, until the connection ends.
@@ -347,6 +384,10 @@ fn script(text: &str, keys: usize) -> Cmd {
     let mut command = redis::cmd("EVAL");
     command.arg(text).arg(keys);
     command
+}
+
+fn micros(length: Duration) -> u64 {
+    u64::try_from(length.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn millis(length: Duration) -> u64 {

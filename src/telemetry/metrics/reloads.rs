@@ -1,41 +1,70 @@
 //! Counts of reloads.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::{
+    path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
 
 use super::{Collect, Counter, Page};
 
-/// Counts of the reloads of one source.
+/// Counts of the reloads of one source, and the state of its files.
 #[derive(Debug)]
 pub struct Reloads {
     what: &'static str,
     taken: Counter,
     failed: Counter,
-    failing: AtomicBool,
+    state: Mutex<FollowedFiles>,
+}
+
+/// Files that are read again when they change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FollowedFiles {
+    /// What comes from them.
+    pub what: &'static str,
+    /// Their paths.
+    pub files: Vec<PathBuf>,
+    /// When the version in force was read.
+    pub taken_at: SystemTime,
+    /// Why what is there now is not in force; empty while it is.
+    pub fault: String,
 }
 
 // === impl Reloads ===
 
 impl Reloads {
-    /// Counts for the source of this name.
-    pub const fn of(what: &'static str) -> Self {
-        Self { what, taken: Counter::new(), failed: Counter::new(), failing: AtomicBool::new(false) }
+    /// Counts for the source of this name, which has just been read from these files.
+    pub fn of(what: &'static str, files: Vec<PathBuf>) -> Self {
+        let state = FollowedFiles { what, files, taken_at: SystemTime::now(), fault: String::new() };
+        Self { what, taken: Counter::new(), failed: Counter::new(), state: Mutex::new(state) }
     }
 
     /// A reload took a new version.
     pub fn taken(&self) {
         self.taken.inc();
-        self.failing.store(false, Ordering::Relaxed);
+        let mut state = self.state();
+        (state.taken_at, state.fault) = (SystemTime::now(), String::new());
     }
 
     /// A reload found valid files with the same content.
     pub fn unchanged(&self) {
-        self.failing.store(false, Ordering::Relaxed);
+        self.state().fault.clear();
     }
 
-    /// A reload found files that are unreadable or invalid.
-    pub fn failed(&self) {
+    /// A reload found files that are unreadable or invalid, for this reason.
+    pub fn failed(&self, fault: &str) {
         self.failed.inc();
-        self.failing.store(true, Ordering::Relaxed);
+        fault.clone_into(&mut self.state().fault);
+    }
+
+    /// How its files are.
+    pub fn followed(&self) -> FollowedFiles {
+        self.state().clone()
+    }
+
+    fn state(&self) -> MutexGuard<'_, FollowedFiles> {
+        // A panic cannot leave it half-changed: each member stands by itself.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -44,7 +73,7 @@ impl Collect for Reloads {
         let mut reloads = page.counter("byokgate_reloads", "Files that were read again");
         reloads.add(&[("what", self.what), ("result", "taken")], &self.taken);
         reloads.add(&[("what", self.what), ("result", "failed")], &self.failed);
-        let failing = u64::from(self.failing.load(Ordering::Relaxed));
+        let failing = u64::from(!self.state().fault.is_empty());
         page.gauge("byokgate_reload_failing", "1 while what is in the files is invalid and the last good version is in force")
             .add(&[("what", self.what)], failing);
     }

@@ -193,6 +193,14 @@ impl LuaStore {
 
     /// A request, and the store's answer.
     fn asked(&self, by: usize, words: &[Vec<u8>]) -> Vec<u8> {
+        // What an open breaker is told by.
+        if words[0] == b"SET" || words[0] == b"DEL" {
+            return match self.0.shelf.lock().unwrap().run(words) {
+                Ok(Reply::Number(number)) => format!(":{number}\r\n").into_bytes(),
+                Ok(_) => b"+OK\r\n".to_vec(),
+                Err(fault) => panic!("{fault}"),
+            };
+        }
         let [name, script, keys, arguments @ ..] = words else { return b"-ERR too few words\r\n".to_vec() };
         if name != b"EVAL" {
             return b"-ERR unknown command\r\n".to_vec();

@@ -3,8 +3,9 @@
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use byok_gate::{
-    core::engine::{Decided, Engine},
+    core::engine::Engine,
     domain::{
+        decision::Decision,
         request::Checkpoint,
         secret::Secret,
         verdict::{ServedFrom, Verdict},
@@ -72,8 +73,11 @@ impl Replica {
     }
 
     pub(crate) fn with_ages(way: &Way, prober: &Arc<Scripted>, ages: Ages) -> Self {
+        Self::with(way, prober, CacheSettings { ages, ..CacheSettings::default() })
+    }
+
+    pub(crate) fn with(way: &Way, prober: &Arc<Scripted>, settings: CacheSettings) -> Self {
         let (registry, catalogue) = case::documents(1);
-        let settings = CacheSettings { ages, ..CacheSettings::default() };
         let cache = Arc::new(Cache::new(prober.clone(), settings).with_tier(Some(way.tier())));
         let refusal_listener = tokio::spawn(cache.refusal_listener().unwrap());
         Self { engine: Files::new(&registry, &catalogue, None).engine_over(cache.clone()), cache, refusal_listener }
@@ -85,9 +89,9 @@ impl Replica {
     }
 
     pub(crate) async fn ask_no_older(&self, value: &str, max_age: Option<Duration>) -> (Verdict, ServedFrom) {
-        let decided = self.decide(value, max_age).await;
-        let is_allow = decided.decision.denial().is_none();
-        let liveness = decided.decision.liveness.unwrap();
+        let decision = self.decide("", value, max_age).await;
+        let is_allow = decision.denial().is_none();
+        let liveness = decision.liveness.unwrap();
         // At CREATE none of these tests' verdicts allows but VALID.
         assert_eq!(is_allow, liveness.verdict == Verdict::Valid, "{liveness:?}");
         (liveness.verdict, liveness.seen.unwrap().served_from)
@@ -95,13 +99,24 @@ impl Replica {
 
     /// What the explanation says.
     pub(crate) async fn explained(&self, value: &str) -> String {
-        let steps = self.decide(value, None).await.decision.trace;
+        let steps = self.decide("", value, None).await.trace;
         steps.iter().map(|step| format!("{step:?}\n")).collect()
     }
 
-    async fn decide(&self, value: &str, max_age: Option<Duration>) -> Decided {
+    pub(crate) async fn decide(&self, organization: &str, value: &str, max_age: Option<Duration>) -> Decision {
+        self.decide_within(Duration::from_secs(5), organization, value, max_age).await
+    }
+
+    pub(crate) async fn decide_within(
+        &self,
+        patience: Duration,
+        organization: &str,
+        value: &str,
+        max_age: Option<Duration>,
+    ) -> Decision {
         let spec = Spec {
             model: "acme-large".into(),
+            organization_id: organization.into(),
             workspace: BTreeMap::from([("ACME_API_KEY".into(), Some(value.into()))]),
             ..Spec::default()
         };
@@ -110,7 +125,7 @@ impl Replica {
         let mut request = convert::request(message).unwrap();
         request.checkpoint = Checkpoint::Create;
         request.max_liveness_age = max_age;
-        self.engine.decide(&request, Instant::now() + Duration::from_secs(5)).await
+        self.engine.decide(&request, Instant::now() + patience).await.decision
     }
 
     pub(crate) fn page(&self) -> Scraped {

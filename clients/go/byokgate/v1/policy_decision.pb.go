@@ -2696,7 +2696,7 @@ func (x *OfferedModel) GetDeprecated() bool {
 	return false
 }
 
-// Requests the state of registry and catalogue.
+// Requests the state of registry, catalogue and configuration.
 type GetRegistryStatusRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -2733,7 +2733,7 @@ func (*GetRegistryStatusRequest) Descriptor() ([]byte, []int) {
 	return file_byokgate_v1_policy_decision_proto_rawDescGZIP(), []int{19}
 }
 
-// The state of registry and catalogue.
+// The state of registry, catalogue and configuration.
 type GetRegistryStatusResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The registry.
@@ -2750,8 +2750,12 @@ type GetRegistryStatusResponse struct {
 	HostCount uint32 `protobuf:"varint,6,opt,name=host_count,json=hostCount,proto3" json:"host_count,omitempty"`
 	// Every credential name that some provider accepts or some runtime reads, sorted. The only names worth sending.
 	CredentialNames []string `protobuf:"bytes,7,rep,name=credential_names,json=credentialNames,proto3" json:"credential_names,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// The configuration and the files that it names. Its revision is empty: it has several sources.
+	Configuration *SourceStatus `protobuf:"bytes,8,opt,name=configuration,proto3" json:"configuration,omitempty"`
+	// Settings whose new values need a restart, sorted. The old values stay in force until then.
+	RestartNeeded []string `protobuf:"bytes,9,rep,name=restart_needed,json=restartNeeded,proto3" json:"restart_needed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetRegistryStatusResponse) Reset() {
@@ -2833,12 +2837,26 @@ func (x *GetRegistryStatusResponse) GetCredentialNames() []string {
 	return nil
 }
 
+func (x *GetRegistryStatusResponse) GetConfiguration() *SourceStatus {
+	if x != nil {
+		return x.Configuration
+	}
+	return nil
+}
+
+func (x *GetRegistryStatusResponse) GetRestartNeeded() []string {
+	if x != nil {
+		return x.RestartNeeded
+	}
+	return nil
+}
+
 // Where a document came from, and its state.
 type SourceStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Content hash: 16 hex digits.
+	// Content hash: 16 hex digits. Empty for the configuration.
 	Revision string `protobuf:"bytes,1,opt,name=revision,proto3" json:"revision,omitempty"`
-	// `embedded`, or the file's path.
+	// `embedded`, or the file's path; for a configuration without a file, its sources.
 	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
 	// When this revision was loaded.
 	LoadedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=loaded_at,json=loadedAt,proto3" json:"loaded_at,omitempty"`
@@ -2846,7 +2864,7 @@ type SourceStatus struct {
 	Age *durationpb.Duration `protobuf:"bytes,4,opt,name=age,proto3" json:"age,omitempty"`
 	// Why the newest attempt to load another revision failed. Empty if it did not.
 	LastReloadError string `protobuf:"bytes,5,opt,name=last_reload_error,json=lastReloadError,proto3" json:"last_reload_error,omitempty"`
-	// SHA-256 of the registry's file as it was read, in hex: what `sha256sum` prints. Empty for the catalogue, which is several documents.
+	// SHA-256 of the registry's file as it was read, in hex: what `sha256sum` prints. Empty for catalogue and configuration, which are several documents.
 	Sha256        string `protobuf:"bytes,6,opt,name=sha256,proto3" json:"sha256,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3076,7 +3094,7 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"\n" +
 	"deprecated\x18\t \x01(\bR\n" +
 	"deprecated\"\x1a\n" +
-	"\x18GetRegistryStatusRequest\"\xc2\x02\n" +
+	"\x18GetRegistryStatusRequest\"\xaa\x03\n" +
 	"\x19GetRegistryStatusResponse\x125\n" +
 	"\bregistry\x18\x01 \x01(\v2\x19.byokgate.v1.SourceStatusR\bregistry\x127\n" +
 	"\tcatalogue\x18\x02 \x01(\v2\x19.byokgate.v1.SourceStatusR\tcatalogue\x12%\n" +
@@ -3086,7 +3104,9 @@ const file_byokgate_v1_policy_decision_proto_rawDesc = "" +
 	"modelCount\x12\x1d\n" +
 	"\n" +
 	"host_count\x18\x06 \x01(\rR\thostCount\x12)\n" +
-	"\x10credential_names\x18\a \x03(\tR\x0fcredentialNames\"\xec\x01\n" +
+	"\x10credential_names\x18\a \x03(\tR\x0fcredentialNames\x12?\n" +
+	"\rconfiguration\x18\b \x01(\v2\x19.byokgate.v1.SourceStatusR\rconfiguration\x12%\n" +
+	"\x0erestart_needed\x18\t \x03(\tR\rrestartNeeded\"\xec\x01\n" +
 	"\fSourceStatus\x12\x1a\n" +
 	"\brevision\x18\x01 \x01(\tR\brevision\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\x127\n" +
@@ -3320,23 +3340,24 @@ var file_byokgate_v1_policy_decision_proto_depIdxs = []int32{
 	4,  // 36: byokgate.v1.OfferedModel.billing_mode:type_name -> byokgate.v1.BillingMode
 	33, // 37: byokgate.v1.GetRegistryStatusResponse.registry:type_name -> byokgate.v1.SourceStatus
 	33, // 38: byokgate.v1.GetRegistryStatusResponse.catalogue:type_name -> byokgate.v1.SourceStatus
-	35, // 39: byokgate.v1.SourceStatus.loaded_at:type_name -> google.protobuf.Timestamp
-	34, // 40: byokgate.v1.SourceStatus.age:type_name -> google.protobuf.Duration
-	14, // 41: byokgate.v1.PolicyDecisionService.Decide:input_type -> byokgate.v1.DecideRequest
-	22, // 42: byokgate.v1.PolicyDecisionService.BatchDecide:input_type -> byokgate.v1.BatchDecideRequest
-	25, // 43: byokgate.v1.PolicyDecisionService.ResolveProvider:input_type -> byokgate.v1.ResolveProviderRequest
-	27, // 44: byokgate.v1.PolicyDecisionService.ListModels:input_type -> byokgate.v1.ListModelsRequest
-	31, // 45: byokgate.v1.PolicyDecisionService.GetRegistryStatus:input_type -> byokgate.v1.GetRegistryStatusRequest
-	15, // 46: byokgate.v1.PolicyDecisionService.Decide:output_type -> byokgate.v1.DecideResponse
-	23, // 47: byokgate.v1.PolicyDecisionService.BatchDecide:output_type -> byokgate.v1.BatchDecideResponse
-	26, // 48: byokgate.v1.PolicyDecisionService.ResolveProvider:output_type -> byokgate.v1.ResolveProviderResponse
-	28, // 49: byokgate.v1.PolicyDecisionService.ListModels:output_type -> byokgate.v1.ListModelsResponse
-	32, // 50: byokgate.v1.PolicyDecisionService.GetRegistryStatus:output_type -> byokgate.v1.GetRegistryStatusResponse
-	46, // [46:51] is the sub-list for method output_type
-	41, // [41:46] is the sub-list for method input_type
-	41, // [41:41] is the sub-list for extension type_name
-	41, // [41:41] is the sub-list for extension extendee
-	0,  // [0:41] is the sub-list for field type_name
+	33, // 39: byokgate.v1.GetRegistryStatusResponse.configuration:type_name -> byokgate.v1.SourceStatus
+	35, // 40: byokgate.v1.SourceStatus.loaded_at:type_name -> google.protobuf.Timestamp
+	34, // 41: byokgate.v1.SourceStatus.age:type_name -> google.protobuf.Duration
+	14, // 42: byokgate.v1.PolicyDecisionService.Decide:input_type -> byokgate.v1.DecideRequest
+	22, // 43: byokgate.v1.PolicyDecisionService.BatchDecide:input_type -> byokgate.v1.BatchDecideRequest
+	25, // 44: byokgate.v1.PolicyDecisionService.ResolveProvider:input_type -> byokgate.v1.ResolveProviderRequest
+	27, // 45: byokgate.v1.PolicyDecisionService.ListModels:input_type -> byokgate.v1.ListModelsRequest
+	31, // 46: byokgate.v1.PolicyDecisionService.GetRegistryStatus:input_type -> byokgate.v1.GetRegistryStatusRequest
+	15, // 47: byokgate.v1.PolicyDecisionService.Decide:output_type -> byokgate.v1.DecideResponse
+	23, // 48: byokgate.v1.PolicyDecisionService.BatchDecide:output_type -> byokgate.v1.BatchDecideResponse
+	26, // 49: byokgate.v1.PolicyDecisionService.ResolveProvider:output_type -> byokgate.v1.ResolveProviderResponse
+	28, // 50: byokgate.v1.PolicyDecisionService.ListModels:output_type -> byokgate.v1.ListModelsResponse
+	32, // 51: byokgate.v1.PolicyDecisionService.GetRegistryStatus:output_type -> byokgate.v1.GetRegistryStatusResponse
+	47, // [47:52] is the sub-list for method output_type
+	42, // [42:47] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_byokgate_v1_policy_decision_proto_init() }
