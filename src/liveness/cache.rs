@@ -320,7 +320,8 @@ impl Cache {
                         }
                         return self.by_the_breaker(&keys, &opened, max_age);
                     }
-                    FlightEnd::Completed(Landed::NewKeys(wait)) => {
+                    // Who only waited may be of another organization, and then flies by itself.
+                    FlightEnd::Completed(Landed::NewKeys(wait)) if first => {
                         let wait = self.new_keys.withhold(keys.first, query.organization, wait);
                         return self.unasked(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
                     }
