@@ -321,7 +321,8 @@ impl Cache {
                         }
                         return self.breaker_verdict(&keys, &opened, max_age);
                     }
-                    FlightEnd::Completed(Landed::NewKeys(wait)) => {
+                    // Who only waited may be of another organization, and then flies by itself.
+                    FlightEnd::Completed(Landed::NewKeys(wait)) if first => {
                         let wait = self.new_keys.withhold(keys.first, query.organization, wait);
                         return self.without_answer(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
                     }

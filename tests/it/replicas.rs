@@ -402,6 +402,12 @@ async fn an_organization_has_one_limit_for_new_keys_over_all_replicas() {
         assert_eq!(ask(&late, "made-up-1", key).await, Some(ServedFrom::Probe));
     }
     assert_eq!(ask(&late, "made-up-1", 206).await, None);
+    // Another organization that comes with the same key at the same moment has its own.
+    for key in 0..LIMIT as usize {
+        ask(&replicas[1], "made-up-3", 240 + key).await;
+    }
+    let (spent, own) = tokio::join!(ask(&replicas[0], "made-up-3", 250), ask(&replicas[0], "made-up-4", 250));
+    assert_eq!((spent, own), (None, Some(ServedFrom::Probe)));
     for replica in &replicas {
         assert!(replica.looks("new_keys") >= 2, "{}", replica.looks("new_keys"));
         replica.weather.send_replace(Weather::Down);

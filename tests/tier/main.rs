@@ -300,7 +300,7 @@ async fn opens(replica: &Replica, prober: &Arc<Scripted>, store: &Store, verdict
 /// What one replica has found out about a provider spares the others their own calls: they say the same, and not for longer.
 #[tokio::test]
 async fn an_open_breaker_of_one_replica_spares_the_others_calls() {
-    const COOL_DOWN: Duration = Duration::from_secs(3);
+    const COOL_DOWN: Duration = Duration::from_secs(6);
     for verdict in [Verdict::Timeout, Verdict::Unreachable] {
         let (store, prober) = (Store::start().await, Scripted::new(verdict));
         let [one, other] = [(), ()].map(|()| Replica::with(&store.way(), &prober, breaker(COOL_DOWN)));
@@ -333,7 +333,7 @@ async fn an_open_breaker_of_one_replica_spares_the_others_calls() {
 /// The first answer that a replica's breaker closes for ends it for all, long before its time.
 #[tokio::test]
 async fn a_breaker_that_closes_closes_for_all() {
-    let (store, prober) = (Store::start().await, slow(Verdict::Valid, 3_000));
+    let (store, prober) = (Store::start().await, slow(Verdict::Valid, 4_000));
     let [one, other] = [(), ()].map(|()| Arc::new(Replica::with(&store.way(), &prober, breaker(PATIENCE * 2))));
     let answered_late = {
         let one = Arc::clone(&one);
@@ -374,7 +374,7 @@ async fn what_few_see_is_not_shared() {
 #[tokio::test]
 async fn a_breaker_that_is_not_ours_or_over_is_as_none() {
     let (store, prober) = (Store::start().await, Scripted::new(Verdict::Timeout));
-    let settings = breaker(Duration::from_secs(3));
+    let settings = breaker(Duration::from_secs(6));
     let one = Replica::with(&store.way(), &prober, settings);
     opens(&one, &prober, &store, Verdict::Timeout).await;
     let name = store.breaker().await.unwrap();
