@@ -586,23 +586,23 @@ fn not_taken(documents: &[Document], followed: &[FollowedFiles], add: Add<'_>) {
             );
         } else {
             add(
-                format!("the last change of {document} was not taken; the last good files are in force: {last_reload_error}"),
-                "write the files again: they are taken without a restart; `byok-gate check` with the same flags shows all that is wrong",
+                format!("the last change of {document} is invalid; the last good files stay in force: {last_reload_error}"),
+                "write the files again, no restart is needed; `byok-gate check` with the same flags shows all that is wrong",
             );
         }
     }
-    // A fault that is none of one document's.
+    // A fault that belongs to no single document.
     for FollowedFiles { fault, .. } in followed.iter().filter(|it| it.what == DOCUMENTS && !it.fault.is_empty()) {
         if failing().all(|it| !matches!(it.document.as_str(), "registry" | "catalogue" | "configuration")) {
             add(
-                format!("the last change was not taken; the last good version decides: {fault}"),
+                format!("the last change is not in force; the last good version stays in force: {fault}"),
                 "look at the volume with the files, and for `reload_failed` and `reload_stuck` in the log",
             );
         }
     }
 }
 
-/// Changes that are not in force, since they wait for a restart.
+/// Changes that take effect after a restart.
 fn waits_for_restart(settings: &[String], add: Add<'_>) {
     if !settings.is_empty() {
         add(
