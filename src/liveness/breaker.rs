@@ -331,8 +331,7 @@ fn tell(provider: &str, was: Option<&str>, is: Option<&str>, finding: &Finding) 
             upstream_status = status,
             cause,
             unreached,
-            "the provider failed several times in a row; its callers get this verdict at once, until one of the probes that are let through is \
-             answered"
+            "the provider failed several times in a row; callers get this verdict at once until a trial probe is answered"
         ),
         (None, Some(_)) => tracing::info!(
             event = "breaker_opened_for_few",
