@@ -1,5 +1,5 @@
-//! Layer 1: the decision itself. Pure: no clock, environment, files, network, log or tasks. Only `engine` is asynchronous: it asks for a
-//! credential's liveness through a trait.
+//! Layer 1: the decision itself. All but `engine` is pure: no clock, environment, files, network, log or tasks. `engine` reads the clock, makes
+//! ids, and asks for a credential's liveness through a trait.
 
 pub mod answer;
 pub mod catalogue;

@@ -20,7 +20,7 @@
 //! - **no-silent-allow**: an allow without a verified credential carries a warning.
 //! - **secrets stay**: a credential's value leaves the process in one header only, to a host of the catalogue. Nothing prints it, stores it or
 //!   compares it in variable time.
-//! - **one door per format**: only `core::yaml` reads YAML, and only [`grpc`] and [`cli`] use generated proto code.
+//! - **one door per format**: only `core::yaml` reads YAML, and only [`grpc`], [`server`] and [`cli`] use generated proto code.
 //!
 //! # To change X, start in Y
 //!

@@ -2,10 +2,10 @@
 //!
 //! A plan has one step per request, and requests that cost nothing come first. Each step first sends the credential in the header that the
 //! workspace's client uses, and after a refusal in the other headers together.
-//! A success response counts if a made-up key is refused right after it. The refusal must carry a code that is about keys; with any other refusal,
-//! the real key must be accepted once more afterwards. A response that says in words that the key is refused counts at once. Any other response
-//! counts as a refusal if a made-up key gets the same one. Once refused in the client's own header, a key stays refused unless another header gets a
-//! success response.
+//! A success response counts at once if the catalogue says that the endpoint refuses bad keys. Elsewhere it counts if a made-up key is refused
+//! right after it. That refusal must carry a code that is about keys; with any other refusal, the real key must be accepted once more afterwards.
+//! A response that says in words that the key is refused counts at once. Any other response counts as a refusal if a made-up key gets the same
+//! one. Once refused in the client's own header, a key stays refused unless another header gets a success response.
 //! A list of models may refuse every key, good or bad, or fail for every caller. So its refusal is held back until the request that calls a model is
 //! answered, unless a key was seen accepted at this list.
 
@@ -136,7 +136,7 @@ pub struct ProbePlan<'t> {
     same_for_every_key: Vec<ResponseShape>,
     /// The 403 of an earlier step where a made-up key gets a 401.
     restricted: Option<ResponseShape>,
-    /// Requests that answered "no such path".
+    /// Requests that tell nothing about a good key: "no such path", or a list that refused one.
     absent: Vec<[u8; 32]>,
     /// All steps so far got only "no such path" or a page for people.
     no_api: bool,

@@ -1,4 +1,4 @@
-//! Converts between proto messages and domain types. With `grpc.rs` and the CLI's client, these are the only files that use generated code.
+//! Converts between proto messages and domain types.
 
 use super::limits::Limits;
 use crate::{
