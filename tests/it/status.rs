@@ -196,7 +196,11 @@ async fn the_command_reads_a_process_over_a_socket_file() {
     std::fs::write(files.folder().join("registry.yaml"), "schema_version: 1\nproviders: []\n").unwrap();
     serving.until("reload_failed").await;
     let told = run(&["status", "--server", &socket], &[]).await;
-    assert!(told.stdout.contains("the registry's last change is invalid; the last good version stays in force"), "{}", told.stdout);
+    assert!(
+        told.stdout.contains("the registry's last change is invalid; the last good version stays in force"),
+        "{}",
+        told.stdout
+    );
 }
 
 /// Certificate, key, tokens and configuration: what of them was changed and is not in force is on the page with its cause, in a row of its
