@@ -8,6 +8,6 @@ pub mod egress;
 pub mod new_keys;
 pub mod prober;
 pub mod provider_limits;
+mod retry_schedule;
 pub(crate) mod single_flight;
 pub mod tier;
-mod turns;

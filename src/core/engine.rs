@@ -45,13 +45,13 @@ pub trait Prober: Send + Sync + 'static {
     /// Runs a probe to its end. The time is bounded by the prober itself, even if no caller waits any more.
     fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding>;
 
-    /// How long a probe of this provider that was started now would wait for its turn. A prober without a queue returns zero.
+    /// How long a probe of this provider that was started now would wait in the queue. A prober without a queue returns zero.
     fn expected_wait(&self, _provider: &str) -> Duration {
         Duration::ZERO
     }
 
     /// How long the caller should wait before it asks about this credential again, after the queue was full.
-    fn turn(&self, _provider: &str, _credential: [u8; 32]) -> Duration {
+    fn wait_before_retry(&self, _provider: &str, _credential: [u8; 32]) -> Duration {
         Duration::ZERO
     }
 }
@@ -65,11 +65,11 @@ pub struct ProbeRequest {
     pub secret: Arc<Secret>,
     /// A keyed hash that tells this credential from others. The key is this process's own.
     pub credential: [u8; 32],
-    /// Set by the prober when the provider itself is asked, after any wait for a turn.
+    /// Set by the prober when the provider itself is asked, after any wait in the queue.
     pub started: ProbeStarted,
 }
 
-/// Whether the provider is being asked, or the probe still waits for its turn.
+/// Whether the provider is being asked, or the probe still waits in the queue.
 #[derive(Debug, Clone, Default)]
 pub struct ProbeStarted(Arc<Progress>);
 
@@ -89,7 +89,7 @@ pub trait LivenessSource: Send + Sync + 'static {
     /// An observation that is not older than `max_age`, by the deadline.
     fn observe<'a>(&'a self, query: LivenessQuery<'a>, max_age: Option<Duration>, deadline: Instant) -> Boxed<'a, Observed>;
 
-    /// How long a probe of this provider that was started now would wait for its turn.
+    /// How long a probe of this provider that was started now would wait in the queue.
     fn expected_wait(&self, _provider: &str) -> Duration {
         Duration::ZERO
     }
@@ -156,7 +156,7 @@ impl ProbeStarted {
         self.0.started.store(true, Ordering::Relaxed);
     }
 
-    /// Records when the answer is expected, while the probe waits for its turn.
+    /// Records when the answer is expected, while the probe waits in the queue.
     pub fn expect_answer_at(&self, at: Instant) {
         self.0.answer_at.get_or_init(|| at);
     }
@@ -190,7 +190,7 @@ impl Engine {
         self.snapshot.store(Arc::new(snapshot));
     }
 
-    /// How long a decision that has to ask this provider would wait for its turn now.
+    /// How long a decision that has to ask this provider would wait in the queue now.
     pub fn expected_wait(&self, provider: &str) -> Duration {
         self.liveness.expected_wait(provider)
     }

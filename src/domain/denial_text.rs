@@ -72,7 +72,7 @@ impl Refusal {
                 "{env_name} holds what looks like an administrative key of vendor `{vendor}`, which cannot call models; it was not sent"
             ),
             Self::Shadowed { sent, why, other, provider, .. } => format!(
-                "the workspace sends {} to provider `{provider}` and not {}: {}",
+                "the workspace uses {} for provider `{provider}` and not {}: {}",
                 stored(sent),
                 stored(other),
                 match why {
@@ -463,8 +463,8 @@ impl Malformation {
             Self::Placeholder => "it is a placeholder from an example".into(),
             Self::Json => "it is JSON, or part of it, without a token".into(),
             Self::CutOff => "it is only the beginning of a token".into(),
-            Self::BlankInFront => "it begins with a blank, and the runtime does not remove it".into(),
-            Self::BlankBehind => "it ends with a blank, and the runtime does not remove it".into(),
+            Self::BlankInFront => "it begins with a blank, which the runtime is not known to remove".into(),
+            Self::BlankBehind => "it ends with a blank, which the runtime is not known to remove".into(),
             Self::BlankWithin => "there is a blank in it".into(),
             Self::KeyForToken => "it is an API key, and this variable is for a subscription's token".into(),
             Self::TokenForKey => "it is a subscription's token, and the runtime sends this variable as an API key".into(),

@@ -1,10 +1,10 @@
-//! The circuit breaker: while a provider is down, its callers get the verdict that showed it, at once instead of after seconds.
+//! The circuit breaker. While a provider is down, callers get the verdict that opened the breaker, at once instead of after seconds.
 //!
-//! What counts is the provider, never one tenant. An answer that a tenant's own model or an unusual value may have caused does not count. An
-//! opening that rests on fewer than three organizations holds for these alone. A trial that tells nothing of the provider leaves the breaker
-//! ready for the next one.
+//! It measures the provider, never one tenant. A failure that a tenant's own model or an unusual value may have caused does not count. A breaker
+//! that fewer than three organizations opened is open for these organizations alone. After an inconclusive trial probe, the next caller may
+//! run one.
 //!
-//! Written by hand: the breakers of libraries count calls, and know neither whose calls they are nor which answers say nothing.
+//! Written by hand: libraries' breakers count calls. They do not know which organization made a call, or which results are inconclusive.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -25,32 +25,32 @@ use crate::{
     },
 };
 
-/// When it opens, and for how long.
+/// When a breaker opens, and for how long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct BreakerSettings {
-    /// This many failures in a row open it: fewer, and one lost packet would.
+    /// This many failures in a row open it. One lost packet must not.
     pub failures: u32,
-    /// How long it stays open at first; then one probe is let through.
+    /// How long it first stays open. After that, one trial probe may run.
     #[serde(with = "duration")]
     pub cool_down: Duration,
-    /// Each failed probe doubles that, up to this: a repaired provider is noticed within it.
+    /// Each failed trial probe doubles the cool-down, up to this. A repaired provider is noticed within this time.
     #[serde(with = "duration")]
     pub max_cool_down: Duration,
-    /// A probe that was let through and never reported is given up after this: longer than any probe may take.
+    /// A trial probe without a report is given up after this. It must be longer than any probe may take.
     #[serde(with = "duration")]
     pub trial: Duration,
 }
 
-/// How many providers' breakers are kept: far more than any registry has.
+/// How many breakers are kept. No registry has nearly as many providers.
 const MAX_BREAKERS: usize = 10_000;
-/// So many organizations must have seen a provider fail before it is taken to be down for all.
+/// So many organizations must have seen failures before the breaker opens for all callers.
 const MIN_SOURCES: usize = 3;
 
-/// Who has seen a provider fail: an organization, or a credential where none is named. A hash.
+/// The source of a failure: the hash of an organization, or of the credential if the call names no organization.
 pub(crate) type Source = [u8; 32];
 
-/// Every provider's breaker, by the identity of what is asked.
+/// The breakers, by the identity of the endpoint.
 #[derive(Debug)]
 pub(crate) struct Breakers {
     settings: BreakerSettings,
@@ -59,10 +59,10 @@ pub(crate) struct Breakers {
 
 #[derive(Debug)]
 struct Breaker {
-    /// Whose it is. After a reload there may be several of one provider: the one that was touched last is in use.
+    /// The provider's name. After a reload, one provider may have several breakers. The one that was used last is current.
     provider: String,
-    touched: Instant,
-    state: State,
+    last_used: Instant,
+    state: BreakerState,
 }
 
 /// The verdict that opened a breaker.
@@ -71,16 +71,16 @@ pub(crate) struct Opened {
     pub(crate) finding: Arc<Finding>,
     pub(crate) at: Instant,
     pub(crate) wall: SystemTime,
-    /// When a probe is let through again.
+    /// When a trial probe may run.
     pub(crate) until: Instant,
-    /// It is another replica's.
+    /// Another replica's breaker opened.
     pub(crate) shared: bool,
 }
 
-/// What a finding has done to a breaker for everybody. What holds for few is nobody else's.
+/// How a finding changed a breaker for all callers. A breaker that is open for a few organizations is not reported: it concerns no others.
 #[derive(Debug)]
-pub(crate) enum Shift {
-    /// It is open: anew, or for longer.
+pub(crate) enum BreakerChange {
+    /// It opened, or stays open for longer.
     Opened(Opened),
     /// The provider answers again.
     Closed,
@@ -90,20 +90,20 @@ pub(crate) enum Shift {
 #[derive(Debug)]
 struct Open {
     opened: Opened,
-    /// How often it was opened in a row.
-    trips: u32,
-    /// One probe is on its way; the others still get the verdict.
-    trying: bool,
+    /// How often it opened again without closing. Each time doubles the cool-down.
+    reopenings: u32,
+    /// A trial probe is running. Other callers still get the verdict.
+    trial_running: bool,
 }
 
 #[derive(Debug)]
-enum State {
+enum BreakerState {
     Closed {
         failures: u32,
-        /// Who saw them, as far as it matters: fewer than are needed to open it for all.
+        /// The distinct sources of the failures, at most as many as are needed to open it for all callers.
         sources: Vec<Source>,
-        /// Open for these alone.
-        held: Option<Open>,
+        /// Set if it is open for these sources alone.
+        open_for_sources: Option<Open>,
     },
     Open(Open),
 }
@@ -122,7 +122,7 @@ impl Default for BreakerSettings {
 // === impl BreakerSettings ===
 
 impl BreakerSettings {
-    /// What is wrong with them.
+    /// Reports every setting that is out of bounds.
     pub fn review(&self, review: &mut Review<'_>) {
         review.number("failures", self.failures, 1, 1_000_000);
         let least = Duration::from_millis(100);
@@ -142,32 +142,32 @@ impl Breakers {
         Self { settings, states: Mutex::default() }
     }
 
-    /// The longest that one stays open without a trial.
-    pub(crate) const fn longest(&self) -> Duration {
+    /// The longest time without a trial probe.
+    pub(crate) const fn max_cool_down(&self) -> Duration {
         self.settings.max_cool_down
     }
 
-    /// `None` lets a probe through, which must be reported.
+    /// `None`: the caller may probe, and must then call `report` or `abandon`.
     pub(crate) fn admit(&self, provider: [u8; 32], source: Source, now: Instant) -> Option<Opened> {
         let mut states = self.lock();
-        let Breaker { state, touched, .. } = states.get_mut(&provider)?;
+        let Breaker { state, last_used, .. } = states.get_mut(&provider)?;
         let open = match state {
-            State::Closed { held: None, .. } => return None,
-            State::Closed { sources, held: Some(held), .. } if sources.contains(&source) => held,
-            State::Closed { .. } => return None,
-            State::Open(open) => open,
+            BreakerState::Closed { open_for_sources: None, .. } => return None,
+            BreakerState::Closed { sources, open_for_sources: Some(open), .. } if sources.contains(&source) => open,
+            BreakerState::Closed { .. } => return None,
+            BreakerState::Open(open) => open,
         };
         if now < open.opened.until {
             return Some(open.opened.clone());
         }
-        // Until it reports, or is given up.
+        // The trial probe is given up at that time if it has not reported.
         open.opened.until = now + self.settings.trial;
-        open.trying = true;
-        *touched = now;
+        open.trial_running = true;
+        *last_used = now;
         None
     }
 
-    /// What a probe of the provider with this name found. `unusual`: the value may have been the cause.
+    /// Counts the finding of a probe. `unusual`: the credential itself may have caused a failure.
     pub(crate) fn report(
         &self,
         provider: [u8; 32],
@@ -175,38 +175,38 @@ impl Breakers {
         (source, unusual): (Source, bool),
         finding: &Arc<Finding>,
         now: Instant,
-    ) -> Option<Shift> {
+    ) -> Option<BreakerChange> {
         let mut states = self.lock();
         if states.len() >= MAX_BREAKERS && !states.contains_key(&provider) {
-            // Identities of registries that are no longer loaded: they are forgotten together.
+            // Most identities come from registries that are no longer loaded.
             states.clear();
         }
-        let failed = failed(finding).filter(|failed| !(*failed && unusual));
-        let breaker = match (states.get_mut(&provider), failed) {
+        let failure = is_failure(finding).filter(|failure| !(*failure && unusual));
+        let breaker = match (states.get_mut(&provider), failure) {
             (Some(breaker), _) => breaker,
-            // Nothing is known of it, and nothing was learnt.
+            // An inconclusive finding needs no breaker.
             (None, None) => return None,
             (None, Some(_)) => states.entry(provider).or_insert_with(|| Breaker {
                 provider: name.to_owned(),
-                touched: now,
-                state: State::closed(),
+                last_used: now,
+                state: BreakerState::closed(),
             }),
         };
-        breaker.touched = now;
-        let (was, opened_at) = (breaker.state.open_for(), breaker.state.open().map(|opened| opened.at));
-        match failed {
+        breaker.last_used = now;
+        let (was, opened_at) = (breaker.state.open_for(), breaker.state.opened_for_all().map(|opened| opened.at));
+        match failure {
             None => breaker.state.end_trial(now),
-            Some(false) => breaker.state = State::closed(),
-            Some(true) => breaker.state.count(&self.settings, source, finding, now),
+            Some(false) => breaker.state = BreakerState::closed(),
+            Some(true) => breaker.state.count_failure(&self.settings, source, finding, now),
         }
-        tell(name, was, breaker.state.open_for(), finding);
-        match breaker.state.open() {
-            Some(opened) => (opened_at != Some(opened.at)).then(|| Shift::Opened(opened.clone())),
-            None => opened_at.map(|_| Shift::Closed),
+        log_change(name, was, breaker.state.open_for(), finding);
+        match breaker.state.opened_for_all() {
+            Some(opened) => (opened_at != Some(opened.at)).then(|| BreakerChange::Opened(opened.clone())),
+            None => opened_at.map(|_| BreakerChange::Closed),
         }
     }
 
-    /// A probe of the provider ended without a finding.
+    /// Ends a probe that has no finding.
     pub(crate) fn abandon(&self, provider: &[u8; 32], now: Instant) {
         if let Some(breaker) = self.lock().get_mut(provider) {
             breaker.state.end_trial(now);
@@ -214,52 +214,51 @@ impl Breakers {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<[u8; 32], Breaker>> {
-        // No panic can leave a state half-changed: each change is one assignment.
+        // A panic cannot leave a breaker inconsistent: every change is one assignment.
         self.states.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-// === impl State ===
+// === impl BreakerState ===
 
-impl State {
+impl BreakerState {
     const fn closed() -> Self {
-        Self::Closed { failures: 0, sources: Vec::new(), held: None }
+        Self::Closed { failures: 0, sources: Vec::new(), open_for_sources: None }
     }
 
-    /// For whom it is open.
+    /// For which callers it is open, as the log says it.
     const fn open_for(&self) -> Option<&'static str> {
         match self {
             Self::Open(_) => Some("everybody"),
-            Self::Closed { held: Some(_), .. } => Some("few"),
-            Self::Closed { held: None, .. } => None,
+            Self::Closed { open_for_sources: Some(_), .. } => Some("few"),
+            Self::Closed { open_for_sources: None, .. } => None,
         }
     }
 
-    /// What opened it for everybody.
-    const fn open(&self) -> Option<&Opened> {
+    /// The verdict that opened it for all callers.
+    const fn opened_for_all(&self) -> Option<&Opened> {
         match self {
             Self::Open(open) => Some(&open.opened),
             Self::Closed { .. } => None,
         }
     }
 
-    /// A trial told nothing: the next caller is the next one.
+    /// The trial probe was inconclusive: the next caller may run one.
     fn end_trial(&mut self, now: Instant) {
-        if let Self::Open(open) | Self::Closed { held: Some(open), .. } = self
-            && open.trying
+        if let Self::Open(open) | Self::Closed { open_for_sources: Some(open), .. } = self
+            && open.trial_running
         {
-            open.trying = false;
+            open.trial_running = false;
             open.opened.until = now;
         }
     }
 
-    /// One more failure.
-    fn count(&mut self, settings: &BreakerSettings, source: Source, finding: &Arc<Finding>, now: Instant) {
+    fn count_failure(&mut self, settings: &BreakerSettings, source: Source, finding: &Arc<Finding>, now: Instant) {
         match self {
-            // A probe that began before it opened tells nothing new.
-            Self::Open(open) if !open.trying => {}
-            Self::Open(open) => *open = Open::again(settings, open.trips.saturating_add(1), finding, now),
-            Self::Closed { failures, sources, held } => {
+            // This probe began before the breaker opened. Its failure is no news.
+            Self::Open(open) if !open.trial_running => {}
+            Self::Open(open) => *open = Open::new(settings, open.reopenings.saturating_add(1), finding, now),
+            Self::Closed { failures, sources, open_for_sources } => {
                 *failures = failures.saturating_add(1);
                 let is_new = !sources.contains(&source);
                 if is_new {
@@ -270,13 +269,13 @@ impl State {
                     return;
                 }
                 if sources.len() >= MIN_SOURCES {
-                    *self = Self::Open(Open::again(settings, 0, finding, now));
+                    *self = Self::Open(Open::new(settings, 0, finding, now));
                     return;
                 }
-                match held {
-                    Some(open) if !open.trying && !is_new => {}
-                    Some(open) => *open = Open::again(settings, open.trips.saturating_add(1), finding, now),
-                    None => *held = Some(Open::again(settings, 0, finding, now)),
+                match open_for_sources {
+                    Some(open) if !open.trial_running && !is_new => {}
+                    Some(open) => *open = Open::new(settings, open.reopenings.saturating_add(1), finding, now),
+                    None => *open_for_sources = Some(Open::new(settings, 0, finding, now)),
                 }
             }
         }
@@ -286,11 +285,11 @@ impl State {
 // === impl Open ===
 
 impl Open {
-    fn again(settings: &BreakerSettings, trips: u32, finding: &Arc<Finding>, now: Instant) -> Self {
-        let cool_down = settings.cool_down.saturating_mul(2_u32.saturating_pow(trips)).min(settings.max_cool_down);
+    fn new(settings: &BreakerSettings, reopenings: u32, finding: &Arc<Finding>, now: Instant) -> Self {
+        let cool_down = settings.cool_down.saturating_mul(2_u32.saturating_pow(reopenings)).min(settings.max_cool_down);
         let opened =
             Opened { finding: Arc::clone(finding), at: now, wall: SystemTime::now(), until: now + cool_down, shared: false };
-        Self { opened, trips, trying: false }
+        Self { opened, reopenings, trial_running: false }
     }
 }
 
@@ -301,7 +300,7 @@ impl Collect for Breakers {
         let mut newest: BTreeMap<&str, &Breaker> = BTreeMap::new();
         for breaker in states.values() {
             let newest = newest.entry(&breaker.provider).or_insert(breaker);
-            if newest.touched < breaker.touched {
+            if newest.last_used < breaker.last_used {
                 *newest = breaker;
             }
         }
@@ -309,17 +308,17 @@ impl Collect for Breakers {
             page.gauge("byokgate_breaker_state", "0 closed, 1 half-open: one trial is due or in flight, 2 open for everybody");
         for (provider, Breaker { state, .. }) in newest {
             let number = match state {
-                State::Closed { .. } => 0,
-                State::Open(Open { opened, trying: false, .. }) if now < opened.until => 2_u64,
-                State::Open(_) => 1,
+                BreakerState::Closed { .. } => 0,
+                BreakerState::Open(Open { opened, trial_running: false, .. }) if now < opened.until => 2_u64,
+                BreakerState::Open(_) => 1,
             };
             gauge.add(&[(PROVIDER, provider)], number);
         }
     }
 }
 
-/// Logs that a breaker has opened or closed, and why.
-fn tell(provider: &str, was: Option<&str>, is: Option<&str>, finding: &Finding) {
+/// Logs that a breaker opened or closed, and why.
+fn log_change(provider: &str, was: Option<&str>, is: Option<&str>, finding: &Finding) {
     let Finding { verdict, status, cause: why, unreached, .. } = finding;
     let (verdict, cause) = (verdict.as_str(), why.map_or("", |why| why.as_str()));
     let unreached = unreached.map_or("", cause::unreached);
@@ -347,8 +346,8 @@ fn tell(provider: &str, was: Option<&str>, is: Option<&str>, finding: &Finding) 
     }
 }
 
-/// Whether this finding is the provider's failure; `None` if it says nothing of the provider.
-pub(crate) fn failed(finding: &Finding) -> Option<bool> {
+/// Whether the finding is a failure of the provider. `None` if it is inconclusive.
+pub(crate) fn is_failure(finding: &Finding) -> Option<bool> {
     match finding.verdict {
         Verdict::Timeout | Verdict::Unreachable | Verdict::ProviderError => (!finding.about_model).then_some(true),
         Verdict::NotAttempted => None,

@@ -33,9 +33,11 @@ use crate::{
     liveness::{
         breaker::{BreakerSettings, Breakers, Opened, Source},
         new_keys::{NewKeyLimits, NewKeys},
+        retry_schedule::spread,
         single_flight::{FlightEnd, Join, SingleFlight, Start, wait},
-        tier::{Allowance, Id, Lease, Model, Record, Shared, Sought, Tier, Whose},
-        turns::spread,
+        tier::{
+            Allowance, CredentialIdentity, Lease, LookupResult, Model, ObservationId, ObservationRecord, SharedObservation, Tier,
+        },
     },
     telemetry::{
         metrics::{Collect, Counter, Page},
@@ -123,7 +125,7 @@ pub struct CacheSettings {
 pub struct Cache {
     prober: Arc<dyn Prober>,
     memory: Memory,
-    flights: Arc<SingleFlight<Key, Landed>>,
+    flights: Arc<SingleFlight<Key, FlightResult>>,
     /// The last VALID finding, shared by all entries that equal it.
     last_valid: Arc<ArcSwap<Finding>>,
     breakers: Arc<Breakers>,
@@ -202,22 +204,22 @@ struct TimedFinding {
 /// The shared tier, and the cache key for each of its ids that this replica has used.
 struct TierLink {
     tier: Arc<Tier>,
-    key_of: moka::sync::Cache<Id, Key, BuildHasherDefault<PrehashedHasher>>,
+    key_of: moka::sync::Cache<ObservationId, Key, BuildHasherDefault<PrehashedHasher>>,
 }
 
-/// What a flight came to.
+/// The result of a flight.
 #[derive(Debug, Clone)]
-enum Landed {
-    Found(Fetched),
-    /// Nobody was asked: another replica's breaker is open.
-    Open(Opened),
-    /// Nobody was asked: too many new credentials came over all replicas. Another may come after this time.
+enum FlightResult {
+    Found(KeyedFinding),
+    /// No probe was made: another replica's breaker is open.
+    BreakerOpen(Opened),
+    /// No probe was made: the limit of new credentials is reached over all replicas. The next one may come after this time.
     NewKeys(Duration),
 }
 
-/// The result of a flight, and the key that it is stored under.
+/// A finding, and the key that it is stored under.
 #[derive(Debug, Clone)]
-struct Fetched {
+struct KeyedFinding {
     timed: Arc<TimedFinding>,
     key: Key,
 }
@@ -301,32 +303,32 @@ impl Cache {
             self.lookups.of(&joined, first).inc();
             *role = matches!(joined, Join::InFlight(_)).then_some(if first { FlightRole::Fill } else { FlightRole::Wait });
             match joined {
-                Join::Known(Landed::Found(Fetched { timed, .. })) => {
+                Join::Known(FlightResult::Found(KeyedFinding { timed, .. })) => {
                     return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
                 }
-                Join::Known(Landed::Open(opened)) | Join::Rejected(Rejected::Open(opened)) => {
+                Join::Known(FlightResult::BreakerOpen(opened)) | Join::Rejected(Rejected::BreakerOpen(opened)) => {
                     return self.breaker_verdict(&keys, &opened, max_age);
                 }
-                Join::Known(Landed::NewKeys(wait)) | Join::Rejected(Rejected::NewKeys(wait)) => {
+                Join::Known(FlightResult::NewKeys(wait)) | Join::Rejected(Rejected::NewKeys(wait)) => {
                     return self.without_answer(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
                 }
                 Join::Full => {
-                    let wait = self.prober.turn(&query.endpoint.provider, keys.first).max(self.ages.unanswered);
+                    let wait = self.prober.wait_before_retry(&query.endpoint.provider, keys.first).max(self.ages.unanswered);
                     return self.without_answer(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
                 }
                 Join::InFlight(flight) => match wait(flight, deadline).await {
-                    FlightEnd::Completed(Landed::Open(opened)) => {
+                    FlightEnd::Completed(FlightResult::BreakerOpen(opened)) => {
                         if self.known(&keys).is_empty() {
-                            self.new_keys.keep_waiting(keys.first);
+                            self.new_keys.remember_counted(keys.first);
                         }
                         return self.breaker_verdict(&keys, &opened, max_age);
                     }
-                    // Who only waited may be of another organization, and then flies by itself.
-                    FlightEnd::Completed(Landed::NewKeys(wait)) if first => {
+                    // Only for the caller that started the flight. One that joined it may belong to another organization: it starts its own.
+                    FlightEnd::Completed(FlightResult::NewKeys(wait)) if first => {
                         let wait = self.new_keys.withhold(keys.first, query.organization, wait);
                         return self.without_answer(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
                     }
-                    FlightEnd::Completed(Landed::Found(Fetched { timed, key }))
+                    FlightEnd::Completed(FlightResult::Found(KeyedFinding { timed, key }))
                         if (key == keys.first || Some(key) == self.second(&keys)) && self.ages.serves(&timed, max_age) =>
                     {
                         let served_from = if timed.shared { ServedFrom::Cache } else { ServedFrom::Probe };
@@ -342,8 +344,8 @@ impl Cache {
                         let now = Instant::now();
                         let wait = match answer_at {
                             Some(at) if at > now => at - now,
-                            Some(_) => self.prober.turn(&query.endpoint.provider, keys.first),
-                            // It is another replica's to ask, which has a place in its own queue: the next look finds the answer, or waits on.
+                            Some(_) => self.prober.wait_before_retry(&query.endpoint.provider, keys.first),
+                            // Another replica probes, and has its own queue. The next lookup finds the result or waits again.
                             None => self.ages.unanswered,
                         };
                         return self.without_answer(&keys, Finding::withheld(Withheld::Queue), max_age, wait);
@@ -371,10 +373,10 @@ impl Cache {
         keys: &Keys<'_>,
         max_age: Option<Duration>,
         started: ProbeStarted,
-    ) -> Start<Landed, Rejected, impl Future<Output = Landed> + Send + use<>> {
+    ) -> Start<FlightResult, Rejected, impl Future<Output = FlightResult> + Send + use<>> {
         let (known, now) = (self.known(keys), Instant::now());
         if let Some(timed) = self.ages.fresh(&known, max_age, now) {
-            return Start::Known(Landed::Found(Fetched { timed: timed.clone(), key: keys.first }));
+            return Start::Known(FlightResult::Found(KeyedFinding { timed: timed.clone(), key: keys.first }));
         }
         // Checked before the breaker: a key that finds the breaker open is a new key as well.
         let is_new = known.is_empty();
@@ -383,9 +385,9 @@ impl Cache {
         }
         if let Some(opened) = self.breakers.admit(query.endpoint.identity, self.source(query, keys), now) {
             if is_new {
-                self.new_keys.keep_waiting(keys.first);
+                self.new_keys.remember_counted(keys.first);
             }
-            return Start::Rejected(Rejected::Open(opened));
+            return Start::Rejected(Rejected::BreakerOpen(opened));
         }
         // In a trace, the call that starts the flight is the parent of its span. The traces of the other calls show that they waited.
         let tier_lookup = self.tier_link.as_ref().map(|tier_link| self.tier_lookup(tier_link, query, keys, max_age, is_new));
@@ -423,7 +425,7 @@ impl Cache {
         keys: &Keys<'_>,
         started: ProbeStarted,
         tier_lookup: Option<TierLookup>,
-    ) -> impl Future<Output = Landed> + Send + use<> {
+    ) -> impl Future<Output = FlightResult> + Send + use<> {
         let target = Arc::new(Target::of(query.endpoint, query.model).preferring(query.preference));
         let request = ProbeRequest { target, secret: Arc::clone(&query.secret), credential: keys.first, started };
         let (prober, breakers, target) = (Arc::clone(&self.prober), Arc::clone(&self.breakers), Arc::clone(&request.target));
@@ -434,16 +436,16 @@ impl Cache {
             let mut probe = BreakerReport { breakers: &breakers, provider: target.endpoint.identity, reported: false };
             let mut lease = None;
             if let Some(tier_lookup) = tier_lookup {
-                match tier_lookup.run(&request, breakers.longest()).await {
-                    Sought::Known(fetched) => return Landed::Found(fetched),
+                match tier_lookup.run(&request, breakers.max_cool_down()).await {
+                    LookupResult::Found(found) => return FlightResult::Found(found),
                     // As by this replica's own breaker, but no trial probe was made for it.
-                    Sought::Open(opened) => return Landed::Open(opened),
-                    Sought::Withheld(wait) => return Landed::NewKeys(wait),
-                    Sought::Ask(granted) => lease = granted,
+                    LookupResult::BreakerOpen(opened) => return FlightResult::BreakerOpen(opened),
+                    LookupResult::Withheld(wait) => return FlightResult::NewKeys(wait),
+                    LookupResult::Probe(granted) => lease = granted,
                 }
             }
             let finding = match &lease {
-                Some(lease) => lease.held(prober.probe(request)).await,
+                Some(lease) => lease.run_renewed(prober.probe(request)).await,
                 None => prober.probe(request).await,
             };
             traces::record_finding(&finding);
@@ -452,17 +454,16 @@ impl Cache {
             // A Retry-After of the provider is kept exactly, without jitter.
             let fresh_for = if finding.retry_after.is_some() { age } else { ages.jittered(age) };
             let (finding, at, wall) = (intern_valid(finding, &last_valid), Instant::now(), SystemTime::now());
-            let fetched = Fetched { timed: Arc::new(TimedFinding { finding, at, wall, fresh_for, shared: false }), key };
-            remember(&memory, first, &fetched);
-            let shift =
-                breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &fetched.timed.finding, at);
+            let found = KeyedFinding { timed: Arc::new(TimedFinding { finding, at, wall, fresh_for, shared: false }), key };
+            remember(&memory, first, &found);
+            let change = breakers.report(target.endpoint.identity, &target.endpoint.provider, reporter, &found.timed.finding, at);
             probe.reported = true;
             if let Some(lease) = lease {
-                shift.iter().for_each(|shift| lease.tell(shift));
-                let record = to_record(&memory, &fetched, &lease);
-                lease.leave(record, ages.hard_maximum);
+                change.iter().for_each(|change| lease.share_breaker(change));
+                let record = to_record(&memory, &found, &lease);
+                lease.store_in_background(record, ages.hard_maximum);
             }
-            Landed::Found(fetched)
+            FlightResult::Found(found)
         }
     }
 
@@ -657,8 +658,8 @@ impl Drop for BreakerReport<'_> {
 
 /// Stores an observation. If its key is not the first one, the first entry is marked. Only the flight of the first key writes these entries,
 /// so reading one and writing it back is not a race.
-fn remember(memory: &Memory, first: Key, fetched: &Fetched) {
-    let Fetched { timed, key } = fetched;
+fn remember(memory: &Memory, first: Key, found: &KeyedFinding) {
+    let KeyedFinding { timed, key } = found;
     let mut entry = memory.get(key).unwrap_or_default();
     match timed.finding.verdict {
         Verdict::Valid => entry.valid = Some(timed.clone()),
@@ -691,7 +692,7 @@ fn remember(memory: &Memory, first: Key, fetched: &Fetched) {
 /// A flight's lookup in the shared tier.
 struct TierLookup {
     tier_link: Arc<TierLink>,
-    /// Of a credential that is new here: over all replicas, so many may be.
+    /// Set for a new credential of an organization: it counts against the limit over all replicas.
     allowance: Option<Allowance>,
     memory: Memory,
     ages: Ages,
@@ -706,32 +707,37 @@ struct TierLookup {
 
 impl TierLookup {
     /// Another replica's open breaker counts for `longest` at most.
-    async fn run(self, request: &ProbeRequest, longest: Duration) -> Sought<Fetched> {
+    async fn run(self, request: &ProbeRequest, longest: Duration) -> LookupResult<KeyedFinding> {
         let Self { tier_link, allowance, memory, ages, first, second, client, model, max_age } = self;
         let endpoint = &request.target.endpoint;
         let model = if second.is_some() { Model::Sometimes(&model) } else { Model::Always(&model) };
-        let seat = tier_link.tier.seat(&Whose { endpoint: &endpoint.identity, client, value: request.secret.expose(), model });
-        for (id, of_model) in seat.ids() {
+        let entry = tier_link.tier.entry(&CredentialIdentity {
+            endpoint: &endpoint.identity,
+            client,
+            value: request.secret.expose(),
+            model,
+        });
+        for (id, of_model) in entry.ids() {
             tier_link.key_of.insert(id, second.filter(|_| of_model).unwrap_or(first));
         }
-        let take = |found: Vec<Shared>| {
+        let take = |found: Vec<SharedObservation>| {
             for shared in found {
                 let key = second.filter(|_| shared.about_model).unwrap_or(first);
                 merge_shared(&memory, (first, key), shared, &ages);
             }
             let known = CachedEntries { first: memory.get(&first), second: second.and_then(|key| memory.get(&key)) };
             let timed = ages.fresh(&known, max_age, Instant::now())?;
-            let is_here = |entry: &CacheEntry| entry.latest.as_ref().is_some_and(|latest| Arc::ptr_eq(latest, timed));
+            let is_here = |cached: &CacheEntry| cached.latest.as_ref().is_some_and(|latest| Arc::ptr_eq(latest, timed));
             let key = second.filter(|_| known.second.as_ref().is_some_and(is_here)).unwrap_or(first);
-            Some(Fetched { timed: Arc::clone(timed), key })
+            Some(KeyedFinding { timed: Arc::clone(timed), key })
         };
-        seat.seek(longest, allowance.as_ref(), take).await
+        entry.look_up(longest, allowance.as_ref(), take).await
     }
 }
 
 /// Stores another replica's observation. It is dropped if the local entry is newer, or if the credential was refused since.
-fn merge_shared(memory: &Memory, (first, key): (Key, Key), shared: Shared, ages: &Ages) {
-    let Shared { finding, at, wall, fresh_for, earlier_valid, refused_at, about_model: _ } = shared;
+fn merge_shared(memory: &Memory, (first, key): (Key, Key), shared: SharedObservation, ages: &Ages) {
+    let SharedObservation { finding, at, wall, fresh_for, earlier_valid, refused_at, about_model: _ } = shared;
     let mut entry = memory.get(&key).unwrap_or_default();
     if entry.latest.as_ref().is_some_and(|latest| latest.at >= at) {
         return;
@@ -773,11 +779,11 @@ fn forget_refused(memory: &Memory, key: Key, now: Instant) {
 }
 
 /// The entry with this observation, in the form that the tier stores.
-fn to_record(memory: &Memory, Fetched { timed, key }: &Fetched, lease: &Lease) -> Option<Record> {
+fn to_record(memory: &Memory, KeyedFinding { timed, key }: &KeyedFinding, lease: &Lease) -> Option<ObservationRecord> {
     let entry = memory.get(key)?;
     let is_valid = timed.finding.verdict == Verdict::Valid;
     let earlier_valid = entry.valid.filter(|_| !is_valid).map(|valid| ((*valid.finding).clone(), lease.time_of(valid.at)));
-    Some(Record {
+    Some(ObservationRecord {
         finding: (*timed.finding).clone(),
         at: lease.time_of(timed.at),
         fresh_for: timed.fresh_for,
@@ -789,12 +795,12 @@ fn to_record(memory: &Memory, Fetched { timed, key }: &Fetched, lease: &Lease) -
 // === impl Lookups ===
 
 impl Lookups {
-    fn of(&self, joined: &Join<Landed, Rejected>, first: bool) -> &Counter {
+    fn of(&self, joined: &Join<FlightResult, Rejected>, first: bool) -> &Counter {
         match joined {
             Join::Known(_) => &self.hit,
             Join::InFlight(_) if first => &self.fill,
             Join::InFlight(_) => &self.wait,
-            Join::Rejected(Rejected::Open(_)) => &self.breaker,
+            Join::Rejected(Rejected::BreakerOpen(_)) => &self.breaker,
             Join::Rejected(Rejected::NewKeys(_)) => &self.new_keys,
             Join::Full => &self.full,
         }
@@ -805,7 +811,7 @@ impl Lookups {
 #[derive(Debug)]
 enum Rejected {
     /// The provider's circuit breaker is open.
-    Open(Opened),
+    BreakerOpen(Opened),
     /// The limit of new credentials is reached. The next one may come after this time.
     NewKeys(Duration),
 }
@@ -938,7 +944,7 @@ mod tests {
     async fn a_refusal_that_arrives_first_wins_over_an_older_valid() {
         let memory: Memory = moka::sync::Cache::builder().max_capacity(9).build_with_hasher(BuildHasherDefault::default());
         let (key, ages) = ([7; 32], Ages::default());
-        let valid = |at| Shared {
+        let valid = |at| SharedObservation {
             finding: Finding::bare(Verdict::Valid),
             at,
             wall: SystemTime::UNIX_EPOCH,
@@ -969,7 +975,7 @@ mod tests {
             remember(
                 &cache.memory,
                 key,
-                &Fetched { timed: Arc::new(TimedFinding { finding, at, wall, fresh_for, shared: false }), key },
+                &KeyedFinding { timed: Arc::new(TimedFinding { finding, at, wall, fresh_for, shared: false }), key },
             );
         }
         let mut page = Page::about(std::iter::empty());

@@ -1,4 +1,4 @@
-//! How many new credentials anybody may have judged, so that nobody uses the service to find out which of many keys are alive.
+//! Limits on new credentials per organization and per caller, so that the service cannot be used to find out which of many keys work.
 
 use std::{
     num::NonZeroU32,
@@ -10,30 +10,29 @@ use governor::{Quota, RateLimiter, clock::Clock, middleware::NoOpMiddleware, sta
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
-use super::{clock::TokioClock, provider_limits::part_of, turns::Turns};
+use super::{clock::TokioClock, provider_limits::part_of, retry_schedule::RetrySchedule};
 use crate::{
     domain::request::CalledBy,
     telemetry::metrics::{Collect, Counter, Page},
 };
 
-/// How many credentials that are not remembered may be judged per minute, with as many at once, so that nobody uses the service
-/// to find out which of many keys are alive.
+/// How many credentials that are not cached may be probed per minute. A minute's worth may come at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct NewKeyLimits {
-    /// For each organization. A large tenant whose workspaces have a key each restarts within minutes; who tries a list of keys
-    /// wants thousands.
+    /// For each organization. A large tenant with a key for each workspace restarts within minutes. An attacker with a list of keys
+    /// needs thousands.
     pub per_organization: NonZeroU32,
-    /// For each caller that is a workspace: it has a few keys, and a process that guesses has many.
+    /// For each caller that is a workspace. A workspace has a few keys, and an attacker tries many.
     pub per_caller: NonZeroU32,
-    /// For each caller that is a platform: one that restarts a fleet of thirty thousand tenants, with two keys each.
+    /// For each caller that is a platform. It may restart a fleet of thirty thousand tenants with two keys each.
     pub per_platform: NonZeroU32,
 }
 
-/// How many organizations and callers are remembered at a time; beyond it those at rest are forgotten.
+/// How many organizations and callers are stored. Over the limit, the inactive ones are removed.
 const MAX_KEYS: usize = 100_000;
 
-/// How long a credential that was counted, and not asked about, is not counted again.
+/// How long a credential that was counted but not probed is not counted again.
 const COUNTED_FOR: Duration = Duration::from_secs(60);
 
 impl Default for NewKeyLimits {
@@ -47,33 +46,33 @@ impl Default for NewKeyLimits {
 }
 
 impl NewKeyLimits {
-    /// The part of one of so many replicas. An organization and a workspace are told apart from others by these limits, and have them whole:
-    /// their questions go to one replica, or an organization's are counted over all of them in the shared tier.
+    /// The limits of one of so many replicas. Only the platform's limit is divided. The calls of one organization or workspace go to one
+    /// replica, or the shared tier counts an organization's calls over all replicas.
     #[must_use]
     pub fn of_one(self, replicas: NonZeroU32) -> Self {
         Self { per_platform: part_of(self.per_platform, replicas), ..self }
     }
 }
 
-type Keyed = RateLimiter<String, HashMapStateStore<String>, TokioClock, NoOpMiddleware<Duration>>;
+type KeyedLimiter = RateLimiter<String, HashMapStateStore<String>, TokioClock, NoOpMiddleware<Duration>>;
 
-/// Counts credentials that are not remembered.
+/// Counts credentials that are not cached.
 pub(crate) struct NewKeys {
     organizations: Limit,
     workspaces: Limit,
     platforms: Limit,
-    /// Those that were counted and then not asked about: trying one of them again is not trying another.
-    waiting: moka::sync::Cache<[u8; 32], Instant>,
+    /// Credentials that were counted but not probed. A retry of one of them does not count again.
+    counted: moka::sync::Cache<[u8; 32], Instant>,
     clock: TokioClock,
 }
 
-/// A limit for each of many names.
+/// One limit, applied to each of many names.
 struct Limit {
-    spent: Keyed,
+    limiter: KeyedLimiter,
     per_minute: NonZeroU32,
-    /// How far apart those are who were refused and come at their times.
-    apart: Duration,
-    turns: Mutex<Turns<String>>,
+    /// The interval between two retry times.
+    interval: Duration,
+    schedule: Mutex<RetrySchedule<String>>,
     refused: Counter,
 }
 
@@ -87,14 +86,14 @@ impl NewKeys {
             organizations: limit(limits.per_organization),
             workspaces: limit(limits.per_caller),
             platforms: limit(limits.per_platform),
-            waiting: moka::sync::Cache::builder().max_capacity(MAX_KEYS as u64).time_to_live(COUNTED_FOR).build(),
+            counted: moka::sync::Cache::builder().max_capacity(MAX_KEYS as u64).time_to_live(COUNTED_FOR).build(),
             clock,
         }
     }
 
-    /// Counts one; `Err` is the time after which this one may come. Without an organization its caller alone is counted.
+    /// Counts a credential. `Err` is how long it has to wait. Without an organization, it counts for the caller alone.
     pub(crate) fn count(&self, key: [u8; 32], caller: &CalledBy, organization: &str) -> Result<(), Duration> {
-        if self.waiting.get(&key).is_some_and(|at| at.elapsed() < COUNTED_FOR) {
+        if self.counted.get(&key).is_some_and(|at| at.elapsed() < COUNTED_FOR) {
             return Ok(());
         }
         if !organization.is_empty() {
@@ -104,21 +103,21 @@ impl NewKeys {
         of_caller.count(key, &caller.name, &self.clock)
     }
 
-    /// What each organization may have judged, over all replicas where they count together.
+    /// An organization's limit. With a shared tier it holds over all replicas.
     pub(crate) const fn per_organization(&self) -> NonZeroU32 {
         self.organizations.per_minute
     }
 
-    /// Counted over all replicas, it is one too many: another may come after this wait. Tells when this one may.
+    /// Refuses a credential that the shared tier counted over the limit. `wait`: when the tier allows another one. Returns how long this one has
+    /// to wait.
     pub(crate) fn withhold(&self, key: [u8; 32], organization: &str, wait: Duration) -> Duration {
-        // It was counted here, and is not asked about.
-        self.keep_waiting(key);
-        self.organizations.turn(key, organization, Instant::now() + wait)
+        self.remember_counted(key);
+        self.organizations.refuse(key, organization, Instant::now() + wait)
     }
 
-    /// One that was counted is not asked about now.
-    pub(crate) fn keep_waiting(&self, key: [u8; 32]) {
-        self.waiting.insert(key, Instant::now());
+    /// The credential was counted but is not probed now.
+    pub(crate) fn remember_counted(&self, key: [u8; 32]) {
+        self.counted.insert(key, Instant::now());
     }
 }
 
@@ -127,29 +126,29 @@ impl NewKeys {
 impl Limit {
     fn new(per_minute: NonZeroU32, clock: &TokioClock) -> Self {
         Self {
-            spent: RateLimiter::hashmap_with_clock(Quota::per_minute(per_minute), clock.clone()),
+            limiter: RateLimiter::hashmap_with_clock(Quota::per_minute(per_minute), clock.clone()),
             per_minute,
-            apart: Duration::from_secs(60) / per_minute.get(),
-            turns: Mutex::default(),
+            interval: Duration::from_secs(60) / per_minute.get(),
+            schedule: Mutex::default(),
             refused: Counter::new(),
         }
     }
 
     fn count(&self, key: [u8; 32], name: &str, clock: &TokioClock) -> Result<(), Duration> {
-        if self.spent.len() >= MAX_KEYS {
-            self.spent.retain_recent();
+        if self.limiter.len() >= MAX_KEYS {
+            self.limiter.retain_recent();
         }
-        // Where even so many are busy, the rest share one count.
-        let name = if self.spent.len() < MAX_KEYS { name.to_owned() } else { String::new() };
-        let checked = self.spent.check_key(&name);
-        checked.map_err(|spent| self.turn(key, &name, Instant::now() + spent.wait_time_from(clock.now())))
+        // If that many are active, all further names share one count.
+        let name = if self.limiter.len() < MAX_KEYS { name.to_owned() } else { String::new() };
+        let checked = self.limiter.check_key(&name);
+        checked.map_err(|early| self.refuse(key, &name, Instant::now() + early.wait_time_from(clock.now())))
     }
 
-    /// Refuses one, and tells how long it has to wait, where the next of this name may come at `first`.
-    fn turn(&self, key: [u8; 32], name: &str, first: Instant) -> Duration {
+    /// Counts a refusal, and returns how long the credential has to wait. The next one of this name may come at `first`.
+    fn refuse(&self, key: [u8; 32], name: &str, first: Instant) -> Duration {
         self.refused.inc();
-        let (now, mut turns) = (Instant::now(), self.turns.lock().unwrap_or_else(PoisonError::into_inner));
-        turns.give(&name.to_owned(), key, now, first, self.apart).saturating_duration_since(now)
+        let (now, mut schedule) = (Instant::now(), self.schedule.lock().unwrap_or_else(PoisonError::into_inner));
+        schedule.time_for(&name.to_owned(), key, now, first, self.interval).saturating_duration_since(now)
     }
 }
 

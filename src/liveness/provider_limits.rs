@@ -1,7 +1,7 @@
-//! How much is asked of each provider: probes in flight, a queue, calls per second. And when a credential's turn is expected, where it has
-//! to come later.
+//! Limits per provider: probes in flight, a queue, and a rate limit of probes per second. A probe that is not admitted gets a retry time.
 //!
-//! Written by hand: libraries that limit rates say whether one more may begin now, and what is needed here is when the hundredth will.
+//! Written by hand: libraries' rate limiters say whether one more call may start now. Here a caller must know when the hundredth in the queue
+//! will start.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -19,7 +19,7 @@ use tokio::{
     time::{Instant, sleep_until, timeout_at},
 };
 
-use super::turns::{Turns, spread};
+use super::retry_schedule::{RetrySchedule, spread};
 use crate::{
     core::{
         classify::Finding,
@@ -30,31 +30,33 @@ use crate::{
     telemetry::metrics::{Collect, Histogram, PROVIDER, Page},
 };
 
-/// What may be asked of each provider.
+/// The limits for each provider.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ProviderLimits {
-    /// Probes in flight at a time, at most: with a second's calls at a time a slow vendor is still asked as often as it may be.
+    /// The maximum of probes in flight, so many that even a slow vendor gets `per_second` probes.
     pub in_flight: usize,
-    /// A vendor that answers 429 or 5xx, or not in time, is asked fewer at a time, each time half as many, down to this.
+    /// Each 429, 5xx or timeout of a vendor halves its limit of probes in flight, down to this.
     pub in_flight_floor: usize,
-    /// Probes that wait for their turn; beyond it the answer is NOT_ATTEMPTED at once.
+    /// How many probes may wait for a slot. Over the limit, the verdict is NOT_ATTEMPTED at once.
     pub queue: usize,
-    /// The longest that one waits for its turn: no caller waits longer than that either.
+    /// The longest wait in the queue. No caller waits longer than that either.
     #[serde(with = "duration")]
     pub queue_time: Duration,
-    /// Calls begun per second, with as many at once: vendors' own limits are per key, what this spares is our address's name.
+    /// How many probes may start per second; a second's worth may start at once. Vendors limit each key. This limit
+    /// protects the reputation of our address.
     pub per_second: NonZeroU32,
 }
 
-/// What a probe is taken to take before any has ended.
+/// The assumed latency of a probe until one was measured.
 const USUAL_LATENCY: Duration = Duration::from_millis(500);
-/// So long without a setback, and a vendor is tried with twice as many at a time again, and not with one more.
+/// After so long without a setback, the limit doubles with each round again, instead of growing by one.
 const CALM: Duration = Duration::from_secs(60);
 
-/// How much of the queue's time may be taken, as estimates go wrong: by those who were told to come, and by others while such are awaited.
-const TOLD_TO_COME: f64 = 0.75;
-const NEW: f64 = 0.5;
+/// The share of `queue_time` that an expected wait may take, since estimates are inexact: for a credential at its retry time, and for a new one
+/// while others have retry times.
+const SCHEDULED_SHARE: f64 = 0.75;
+const NEW_SHARE: f64 = 0.5;
 
 impl Default for ProviderLimits {
     fn default() -> Self {
@@ -69,7 +71,7 @@ impl Default for ProviderLimits {
 }
 
 impl ProviderLimits {
-    /// The part of one of so many replicas, at least one of each.
+    /// The limits of one of so many replicas. Each is at least 1.
     #[must_use]
     pub fn of_one(self, replicas: NonZeroU32) -> Self {
         let part = |of: usize| of.div_ceil(usize::try_from(replicas.get()).unwrap_or(usize::MAX));
@@ -81,7 +83,7 @@ impl ProviderLimits {
         }
     }
 
-    /// What is wrong with them.
+    /// Reports every limit that is out of bounds.
     pub fn review(&self, review: &mut Review<'_>) {
         review.number("in_flight", self.in_flight, 1, 1_000_000);
         review.number("in_flight_floor", self.in_flight_floor, 1, 1_000_000);
@@ -90,84 +92,84 @@ impl ProviderLimits {
     }
 }
 
-/// The part of one of so many, at least 1.
+/// The share of one replica, at least 1.
 pub(super) const fn part_of(whole: NonZeroU32, replicas: NonZeroU32) -> NonZeroU32 {
     NonZeroU32::MIN.saturating_add((whole.get() - 1) / replicas.get())
 }
 
-/// An asker that asks no more than it may.
+/// A prober that keeps the limits.
 pub struct ProviderLimiter {
     inner: Arc<dyn Prober>,
     limits: ProviderLimits,
-    slots: Mutex<HashMap<String, Arc<ProviderSlot>>>,
+    queues: Mutex<HashMap<String, Arc<ProviderQueue>>>,
 }
 
-struct ProviderSlot {
+/// The queue and the slots of one provider.
+struct ProviderQueue {
     limits: ProviderLimits,
-    places: Semaphore,
-    /// For a place.
-    waiting: AtomicUsize,
-    /// With a place and a time to begin at.
-    pacing: AtomicUsize,
-    state: Mutex<State>,
-    /// How long the provider took, without what waiting there was.
+    slots: Semaphore,
+    /// Probes that wait for a slot.
+    waiting_for_slot: AtomicUsize,
+    /// Probes that have a slot and wait for the rate limit.
+    waiting_for_rate: AtomicUsize,
+    state: Mutex<QueueState>,
+    /// The latency of probes, without the wait in the queue.
     took: Histogram,
 }
 
-/// What is known of a provider's pace.
 #[derive(Debug)]
-struct State {
+struct QueueState {
     in_flight: InFlight,
-    pace: Pace,
-    turns: Turns<()>,
+    rate_limit: RateLimit,
+    schedule: RetrySchedule<()>,
 }
 
-/// How many may be in flight: twice as many with each round of answers until the first setback, one more with each round after it, half as
-/// many at each setback. So TCP finds what a path can carry, and Netflix's limiter what a server can.
+/// The limit of probes in flight. It doubles with each round of responses until the first setback, grows by one with each round after it, and is
+/// halved at each setback. TCP finds the capacity of a path in this way, and Netflix's limiter that of a server.
 #[derive(Debug)]
 struct InFlight {
     floor: usize,
     ceiling: usize,
     limit: usize,
-    /// How many places there are: more than the limit until as many have come back.
-    places: usize,
-    asking: usize,
-    /// Answers of this round, which is as long as the limit was when it began, and how many were asking at a time in it.
-    answers: usize,
-    round: usize,
-    most: usize,
-    /// Before the first setback, or long after the last one.
+    /// How many slots exist. After the limit was lowered, there are more than the limit until probes end.
+    slots: usize,
+    running: usize,
+    /// The responses of this round, how many make a round (the limit at its start), and the most probes that ran at a time in it.
+    round_answers: usize,
+    round_length: usize,
+    round_peak: usize,
+    /// True before the first setback, and again long after the last one.
     doubling: bool,
-    set_back: Option<Instant>,
-    /// How long a probe takes, the last ones counting most.
+    last_setback: Option<Instant>,
+    /// The latency of a probe: a moving average.
     latency: Option<Duration>,
-    /// How many have told.
-    told: usize,
+    /// How many latencies were measured.
+    measured: usize,
 }
 
-/// When calls may begin: as many at once as a second may have, then one after the other.
+/// When probes may start: a second's worth at once, then one per interval.
 #[derive(Debug)]
-struct Pace {
-    apart: Duration,
+struct RateLimit {
+    interval: Duration,
     burst: Duration,
-    /// When the whole of the burst is there again.
-    full: Instant,
+    /// When the whole burst is available again.
+    full_at: Instant,
 }
 
-/// How long a probe will wait, for a place and for the budget of calls per second.
+/// How long a probe is expected to wait for a slot, and for the rate limit.
 #[derive(Debug, Clone, Copy)]
-struct Expected {
-    place: Duration,
-    budget: Duration,
+struct ExpectedWait {
+    slot: Duration,
+    rate_limit: Duration,
 }
 
-/// One of those who are counted.
-struct Counted<'g>(&'g AtomicUsize);
+/// Counts one until it is dropped.
+struct CountGuard<'g>(&'g AtomicUsize);
 
-/// A probe that asks. Dropped without a finding, nothing was learnt.
-struct Asking<'s> {
-    slot: &'s ProviderSlot,
-    place: Option<SemaphorePermit<'s>>,
+/// A probe that holds a slot. Without a finding, dropping it only frees the slot.
+struct RunningProbe<'s> {
+    queue: &'s ProviderQueue,
+    slot: Option<SemaphorePermit<'s>>,
     began: Instant,
     finding: Option<(Verdict, bool)>,
 }
@@ -175,86 +177,86 @@ struct Asking<'s> {
 // === impl ProviderLimiter ===
 
 impl ProviderLimiter {
-    /// Asks through `inner`, within these limits.
+    /// Probes with `inner`, within these limits.
     pub fn new(inner: Arc<dyn Prober>, limits: ProviderLimits) -> Self {
-        Self { inner, limits, slots: Mutex::default() }
+        Self { inner, limits, queues: Mutex::default() }
     }
 
-    fn slot(&self, provider: &str) -> Arc<ProviderSlot> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(slot) = slots.get(provider) {
-            return Arc::clone(slot);
+    fn queue(&self, provider: &str) -> Arc<ProviderQueue> {
+        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(queue) = queues.get(provider) {
+            return Arc::clone(queue);
         }
-        // Names come from registries that were loaded, so there are few.
-        let slot = Arc::new(ProviderSlot::new(self.limits));
-        slots.insert(provider.to_owned(), Arc::clone(&slot));
-        slot
+        // There are few names: they come from loaded registries.
+        let queue = Arc::new(ProviderQueue::new(self.limits));
+        queues.insert(provider.to_owned(), Arc::clone(&queue));
+        queue
     }
 }
 
 impl Prober for ProviderLimiter {
     fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding> {
-        let slot = self.slot(&request.target.endpoint.provider);
+        let queue = self.queue(&request.target.endpoint.provider);
         let inner = Arc::clone(&self.inner);
         Box::pin(async move {
-            // Taken before the first await: how many wait is known at once.
-            let (waiting, answer_at) = match slot.queue_up(request.credential) {
+            // Counted before the first await, so that the next caller sees it.
+            let (waiting, answer_at) = match queue.enter_queue(request.credential) {
                 Ok(queued) => queued,
                 Err(finding) => return finding,
             };
             request.started.expect_answer_at(answer_at);
-            let by = Instant::now() + slot.limits.queue_time;
-            let Ok(Ok(place)) = timeout_at(by, slot.places.acquire()).await else {
-                return withheld(Withheld::Queue, slot.turn(request.credential));
+            let by = Instant::now() + queue.limits.queue_time;
+            let Ok(Ok(slot)) = timeout_at(by, queue.slots.acquire()).await else {
+                return withheld(Withheld::Queue, queue.retry_wait(request.credential));
             };
-            let begin = slot.state().pace.reserve(Instant::now(), by);
+            let begin = queue.state().rate_limit.reserve(Instant::now(), by);
             drop(waiting);
-            let Some(begin) = begin else { return withheld(Withheld::Budget, slot.turn(request.credential)) };
+            let Some(begin) = begin else { return withheld(Withheld::Budget, queue.retry_wait(request.credential)) };
             if begin > Instant::now() {
-                let _pacing = Counted::one_more(&slot.pacing);
+                let _waiting = CountGuard::new(&queue.waiting_for_rate);
                 sleep_until(begin).await;
             }
-            let mut asking = Asking::begin(&slot, place);
+            let mut probe = RunningProbe::begin(&queue, slot);
             let finding = inner.probe(request).await;
-            asking.finding = Some((finding.verdict, finding.about_model));
+            probe.finding = Some((finding.verdict, finding.about_model));
             finding
         })
     }
 
     fn expected_wait(&self, provider: &str) -> Duration {
-        let slot = self.slots.lock().unwrap_or_else(PoisonError::into_inner).get(provider).map(Arc::clone);
-        slot.map_or(Duration::ZERO, |slot| slot.expected(slot.waiting.load(Ordering::Relaxed)).longest())
+        let queue = self.queues.lock().unwrap_or_else(PoisonError::into_inner).get(provider).map(Arc::clone);
+        queue.map_or(Duration::ZERO, |queue| queue.expected(queue.waiting_for_slot.load(Ordering::Relaxed)).longest())
     }
 
-    fn turn(&self, provider: &str, credential: [u8; 32]) -> Duration {
-        let slot = self.slot(provider);
-        slot.turn_behind(credential, slot.limits.queue)
+    fn wait_before_retry(&self, provider: &str, credential: [u8; 32]) -> Duration {
+        let queue = self.queue(provider);
+        queue.retry_wait_behind(credential, queue.limits.queue)
     }
 }
 
-/// Not asked; its turn is then.
+/// The finding for a probe that was not admitted, with its retry time.
 fn withheld(why: Withheld, wait: Duration) -> Finding {
     Finding { retry_after: Some(spread(wait)), ..Finding::withheld(why) }
 }
 
 impl Collect for ProviderLimiter {
     fn collect(&self, page: &mut Page) {
-        let slots: BTreeMap<String, Arc<ProviderSlot>> = {
-            let slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-            slots.iter().map(|(name, slot)| (name.clone(), Arc::clone(slot))).collect()
+        let queues: BTreeMap<String, Arc<ProviderQueue>> = {
+            let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+            queues.iter().map(|(name, queue)| (name.clone(), Arc::clone(queue))).collect()
         };
-        for (provider, slot) in &slots {
+        for (provider, queue) in &queues {
             let labels = [(PROVIDER, provider.as_str())];
-            let (limit, places) = {
-                let in_flight = &slot.state().in_flight;
-                (in_flight.limit, in_flight.places)
+            let (limit, slots) = {
+                let in_flight = &queue.state().in_flight;
+                (in_flight.limit, in_flight.slots)
             };
             page.gauge("byokgate_probes_in_flight", "Probes in a slot, running or waiting for provider_limits.per_second")
-                .add(&labels, places.saturating_sub(slot.places.available_permits()));
+                .add(&labels, slots.saturating_sub(queue.slots.available_permits()));
             page.gauge("byokgate_probes_in_flight_limit", "Slots, as many as the provider's answers allow").add(&labels, limit);
             page.gauge("byokgate_probes_queued", "Probes that wait for a slot or for provider_limits.per_second")
-                .add(&labels, slot.waiting.load(Ordering::Relaxed) + slot.pacing.load(Ordering::Relaxed));
-            if let Some(took) = slot.took.value() {
+                .add(&labels, queue.waiting_for_slot.load(Ordering::Relaxed) + queue.waiting_for_rate.load(Ordering::Relaxed));
+            if let Some(took) = queue.took.value() {
                 page.histogram(
                     "byokgate_probe_duration_seconds",
                     "All probes of one check of a credential, without the wait for a slot",
@@ -265,130 +267,135 @@ impl Collect for ProviderLimiter {
     }
 }
 
-// === impl ProviderSlot ===
+// === impl ProviderQueue ===
 
-impl ProviderSlot {
+impl ProviderQueue {
     fn new(limits: ProviderLimits) -> Self {
         let in_flight = InFlight::new(limits);
         Self {
             limits,
-            places: Semaphore::new(in_flight.places),
-            waiting: AtomicUsize::new(0),
-            pacing: AtomicUsize::new(0),
-            state: Mutex::new(State { in_flight, pace: Pace::new(limits.per_second), turns: Turns::default() }),
+            slots: Semaphore::new(in_flight.slots),
+            waiting_for_slot: AtomicUsize::new(0),
+            waiting_for_rate: AtomicUsize::new(0),
+            state: Mutex::new(QueueState {
+                in_flight,
+                rate_limit: RateLimit::new(limits.per_second),
+                schedule: RetrySchedule::default(),
+            }),
             took: Histogram::default(),
         }
     }
 
-    /// A place in the queue, and when its answer is expected. One that would not come to its turn in time does not wait for it in vain.
-    fn queue_up(&self, credential: [u8; 32]) -> Result<(Counted<'_>, Instant), Finding> {
-        let ahead = self.waiting.load(Ordering::Relaxed);
-        // A probe that need not wait passes through the queue as well, so that a limit of 0 would stop everything.
-        let place = Counted::one_more(&self.waiting);
+    /// Enters the queue. Returns the time when the response is expected. A probe that would not start in time is refused at once.
+    fn enter_queue(&self, credential: [u8; 32]) -> Result<(CountGuard<'_>, Instant), Finding> {
+        let ahead = self.waiting_for_slot.load(Ordering::Relaxed);
+        // A probe that need not wait passes through the queue as well, so a queue limit of 0 would stop all probes.
+        let counted = CountGuard::new(&self.waiting_for_slot);
         let (expected, now) = (self.expected(ahead), Instant::now());
         let mut state = self.state();
-        // Who was told to come now goes before who has just come.
-        let is_new = state.turns.are_outstanding(&(), now) && !state.turns.is_due(&credential, now + self.head_start());
-        let longest = self.limits.queue_time.mul_f64(if is_new { NEW } else { TOLD_TO_COME });
-        // Its answer has to come while somebody waits for it; a vendor that takes half of that time or longer is waited for all the same.
+        // A credential at its retry time goes before a new one.
+        let is_new = state.schedule.has_pending(&(), now) && !state.schedule.is_due(&credential, now + self.head_start());
+        let longest = self.limits.queue_time.mul_f64(if is_new { NEW_SHARE } else { SCHEDULED_SHARE });
+        // The response should come while the caller still waits. The latency takes at most half of the time, so that slow vendors are probed too.
         let longest = longest - state.in_flight.latency().min(longest / 2);
         if ahead < self.limits.queue && expected.longest() <= longest {
-            state.turns.done(&credential);
-            return Ok((place, now + expected.longest() + state.in_flight.latency()));
+            state.schedule.remove(&credential);
+            return Ok((counted, now + expected.longest() + state.in_flight.latency()));
         }
-        drop((state, place));
-        let why = if ahead < self.limits.queue && expected.budget > expected.place { Withheld::Budget } else { Withheld::Queue };
-        Err(withheld(why, self.turn(credential)))
+        drop((state, counted));
+        let why =
+            if ahead < self.limits.queue && expected.rate_limit > expected.slot { Withheld::Budget } else { Withheld::Queue };
+        Err(withheld(why, self.retry_wait(credential)))
     }
 
-    /// How long one waits with so many ahead of it.
-    fn expected(&self, ahead: usize) -> Expected {
+    /// How long a probe waits with so many ahead of it.
+    fn expected(&self, ahead: usize) -> ExpectedWait {
         let state = self.state();
-        let behind = (ahead + 1).saturating_sub(self.places.available_permits());
-        // As long as little is known of its latency nobody is turned away for it: the first probes make connections, and take longer.
-        let behind = if state.in_flight.is_known() { behind } else { 0 };
-        Expected {
-            place: state.in_flight.apart().saturating_mul(u32::try_from(behind).unwrap_or(u32::MAX)),
-            budget: state.pace.due(Instant::now(), ahead),
+        let behind = (ahead + 1).saturating_sub(self.slots.available_permits());
+        // Until enough latencies were measured, no probe is refused for them: the first probes also open connections, and take longer.
+        let behind = if state.in_flight.latency_is_known() { behind } else { 0 };
+        ExpectedWait {
+            slot: state.in_flight.interval().saturating_mul(u32::try_from(behind).unwrap_or(u32::MAX)),
+            rate_limit: state.rate_limit.wait(Instant::now(), ahead),
         }
     }
 
-    /// How long this credential should stay away: until its turn, less the half of what it may wait here, so that there is always somebody
-    /// in the queue.
-    fn turn(&self, credential: [u8; 32]) -> Duration {
-        self.turn_behind(credential, self.waiting.load(Ordering::Relaxed))
+    /// How long the caller should wait before it retries. It ends half a `queue_time` before the expected start, so that the queue never runs
+    /// empty.
+    fn retry_wait(&self, credential: [u8; 32]) -> Duration {
+        self.retry_wait_behind(credential, self.waiting_for_slot.load(Ordering::Relaxed))
     }
 
     /// The same, with so many ahead of it.
-    fn turn_behind(&self, credential: [u8; 32], ahead: usize) -> Duration {
+    fn retry_wait_behind(&self, credential: [u8; 32], ahead: usize) -> Duration {
         let (now, end) = (Instant::now(), self.expected(ahead).longest());
         let mut state = self.state();
-        let apart = state.in_flight.apart().max(state.pace.apart);
-        let turn = state.turns.give(&(), credential, now, now + end, apart);
-        turn.saturating_duration_since(now + self.head_start())
+        let interval = state.in_flight.interval().max(state.rate_limit.interval);
+        let retry_at = state.schedule.time_for(&(), credential, now, now + end, interval);
+        retry_at.saturating_duration_since(now + self.head_start())
     }
 
     fn head_start(&self) -> Duration {
         self.limits.queue_time / 2
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        // No panic can leave it half-changed: each part of it stands by itself.
+    fn state(&self) -> MutexGuard<'_, QueueState> {
+        // A panic cannot leave it inconsistent: its parts do not depend on each other.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Expected {
+impl ExpectedWait {
     fn longest(self) -> Duration {
-        self.place.max(self.budget)
+        self.slot.max(self.rate_limit)
     }
 }
 
-impl<'g> Counted<'g> {
-    fn one_more(count: &'g AtomicUsize) -> Self {
+impl<'g> CountGuard<'g> {
+    fn new(count: &'g AtomicUsize) -> Self {
         count.fetch_add(1, Ordering::Relaxed);
         Self(count)
     }
 }
 
-impl Drop for Counted<'_> {
+impl Drop for CountGuard<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-impl<'s> Asking<'s> {
-    fn begin(slot: &'s ProviderSlot, place: SemaphorePermit<'s>) -> Self {
-        slot.state().in_flight.begin();
-        Self { slot, place: Some(place), began: Instant::now(), finding: None }
+impl<'s> RunningProbe<'s> {
+    fn begin(queue: &'s ProviderQueue, slot: SemaphorePermit<'s>) -> Self {
+        queue.state().in_flight.begin();
+        Self { queue, slot: Some(slot), began: Instant::now(), finding: None }
     }
 }
 
-impl Drop for Asking<'_> {
+impl Drop for RunningProbe<'_> {
     fn drop(&mut self) {
-        let (slot, now) = (self.slot, Instant::now());
-        let mut state = slot.state();
+        let (queue, now) = (self.queue, Instant::now());
+        let mut state = queue.state();
         let in_flight = &mut state.in_flight;
         if let Some((verdict, about_model)) = self.finding {
-            slot.took.observe(now - self.began);
-            // What a tenant's own model did says nothing of the provider.
+            queue.took.observe(now - self.began);
+            // A failure of a tenant's own model is not a setback of the provider.
             in_flight.learn(self.began, now, is_setback(verdict).filter(|_| !about_model));
         }
-        in_flight.asking = in_flight.asking.saturating_sub(1);
-        // Under the lock, so that limit and places change together.
-        if in_flight.places > in_flight.limit {
-            if let Some(place) = self.place.take() {
-                place.forget();
+        in_flight.running = in_flight.running.saturating_sub(1);
+        // Under the lock, so that the limit and the slots change together.
+        if in_flight.slots > in_flight.limit {
+            if let Some(slot) = self.slot.take() {
+                slot.forget();
             }
-            in_flight.places -= 1;
+            in_flight.slots -= 1;
         } else {
-            slot.places.add_permits(in_flight.limit - in_flight.places);
-            in_flight.places = in_flight.limit;
+            queue.slots.add_permits(in_flight.limit - in_flight.slots);
+            in_flight.slots = in_flight.limit;
         }
     }
 }
 
-/// Whether the provider has too much to do; `None` if this says nothing of it.
+/// Whether the verdict is a setback: the provider is overloaded. `None` if it is inconclusive.
 const fn is_setback(verdict: Verdict) -> Option<bool> {
     match verdict {
         Verdict::RateLimited | Verdict::ProviderError | Verdict::Timeout => Some(true),
@@ -412,43 +419,43 @@ impl InFlight {
             floor,
             ceiling,
             limit: floor,
-            places: floor,
-            asking: 0,
-            answers: 0,
-            round: floor,
-            most: 0,
+            slots: floor,
+            running: 0,
+            round_answers: 0,
+            round_length: floor,
+            round_peak: 0,
             doubling: true,
-            set_back: None,
+            last_setback: None,
             latency: None,
-            told: 0,
+            measured: 0,
         }
     }
 
     fn begin(&mut self) {
-        self.asking += 1;
-        self.most = self.most.max(self.asking);
+        self.running += 1;
+        self.round_peak = self.round_peak.max(self.running);
     }
 
-    /// What one probe showed.
+    /// Updates latency and limit with the result of a probe.
     fn learn(&mut self, began: Instant, now: Instant, setback: Option<bool>) {
         let Some(setback) = setback else { return };
         let took = now - began;
         self.latency = Some(self.latency.map_or(took, |known| (known * 7 + took) / 8));
-        self.told = self.told.saturating_add(1);
+        self.measured = self.measured.saturating_add(1);
         if setback {
-            // Those that were under way at the last one belong to it.
-            if self.set_back.is_none_or(|last| began >= last) {
+            // Probes that ran at the last setback belong to it.
+            if self.last_setback.is_none_or(|last| began >= last) {
                 self.limit = (self.limit / 2).max(self.floor);
-                (self.doubling, self.set_back) = (false, Some(now));
+                (self.doubling, self.last_setback) = (false, Some(now));
                 self.begin_round();
             }
             return;
         }
-        self.doubling |= self.set_back.is_some_and(|last| now - last > CALM);
-        self.answers += 1;
-        let ends = self.answers >= self.round;
-        // Far fewer than may be say nothing of how many could be.
-        if self.most * 2 >= self.limit && (self.doubling || ends) {
+        self.doubling |= self.last_setback.is_some_and(|last| now - last > CALM);
+        self.round_answers += 1;
+        let ends = self.round_answers >= self.round_length;
+        // The limit grows only if at least half of it was used.
+        if self.round_peak * 2 >= self.limit && (self.doubling || ends) {
             self.limit = (self.limit + 1).min(self.ceiling);
         }
         if ends {
@@ -457,46 +464,46 @@ impl InFlight {
     }
 
     fn begin_round(&mut self) {
-        (self.answers, self.round, self.most) = (0, self.limit, self.asking);
+        (self.round_answers, self.round_length, self.round_peak) = (0, self.limit, self.running);
     }
 
-    /// More than two rounds of the fewest have told how long it takes.
-    const fn is_known(&self) -> bool {
-        self.told >= 2 * self.floor
+    /// Whether two rounds of the smallest limit were measured.
+    const fn latency_is_known(&self) -> bool {
+        self.measured >= 2 * self.floor
     }
 
     fn latency(&self) -> Duration {
         self.latency.unwrap_or(USUAL_LATENCY)
     }
 
-    /// How far apart answers come while all places are taken: as many as there will be soon.
-    fn apart(&self) -> Duration {
-        let places = if self.doubling { self.ceiling } else { self.limit };
-        self.latency() / u32::try_from(places).unwrap_or(u32::MAX).max(1)
+    /// The expected interval between two responses while all slots are in use. While the limit still doubles, it counts as at its ceiling.
+    fn interval(&self) -> Duration {
+        let slots = if self.doubling { self.ceiling } else { self.limit };
+        self.latency() / u32::try_from(slots).unwrap_or(u32::MAX).max(1)
     }
 }
 
-// === impl Pace ===
+// === impl RateLimit ===
 
-impl Pace {
+impl RateLimit {
     fn new(per_second: NonZeroU32) -> Self {
-        let apart = Duration::from_secs(1) / per_second.get();
-        Self { apart, burst: Duration::from_secs(1).saturating_sub(apart), full: Instant::now() }
+        let interval = Duration::from_secs(1) / per_second.get();
+        Self { interval, burst: Duration::from_secs(1).saturating_sub(interval), full_at: Instant::now() }
     }
 
-    /// How long until a call may begin that has so many ahead of it.
-    fn due(&self, now: Instant, ahead: usize) -> Duration {
-        let ahead = self.apart.saturating_mul(u32::try_from(ahead).unwrap_or(u32::MAX));
-        (self.full.saturating_duration_since(now) + ahead).saturating_sub(self.burst)
+    /// How long a probe with so many ahead of it waits for the rate limit.
+    fn wait(&self, now: Instant, ahead: usize) -> Duration {
+        let ahead = self.interval.saturating_mul(u32::try_from(ahead).unwrap_or(u32::MAX));
+        (self.full_at.saturating_duration_since(now) + ahead).saturating_sub(self.burst)
     }
 
-    /// When the next call may begin, if that is by then. It is taken to do so.
+    /// Reserves the next start, if it is not after `by`.
     fn reserve(&mut self, now: Instant, by: Instant) -> Option<Instant> {
-        let begin = now + self.due(now, 0);
+        let begin = now + self.wait(now, 0);
         if begin > by {
             return None;
         }
-        self.full = self.full.max(now) + self.apart;
+        self.full_at = self.full_at.max(now) + self.interval;
         Some(begin)
     }
 }

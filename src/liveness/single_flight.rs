@@ -121,13 +121,13 @@ where
         under_way.by_key.insert(key, flight.clone());
         under_way.by_group.insert(group, of_group + 1);
         drop(under_way);
-        let slot = Slot { flights: Arc::clone(self), group, key };
+        let guard = FlightGuard { flights: Arc::clone(self), group, key };
         tokio::spawn(async move {
             // Frees the key however the work ends. After a panic, the waiters see that the sender is closed.
-            let slot = slot;
+            let guard = guard;
             let value = work.await;
             fetched.send_replace(Some(value));
-            drop(slot);
+            drop(guard);
         });
         Join::InFlight(flight)
     }
@@ -153,8 +153,8 @@ pub(crate) async fn wait<V: Clone>(flight: InFlight<V>, deadline: Instant) -> Fl
     }
 }
 
-/// A key's place in the maps. Dropping it frees the key.
-struct Slot<K, V>
+/// Frees the key when it is dropped.
+struct FlightGuard<K, V>
 where
     K: Eq + Hash + Copy + Send + 'static,
     V: Clone + Send + Sync + 'static,
@@ -164,7 +164,7 @@ where
     key: K,
 }
 
-impl<K, V> Drop for Slot<K, V>
+impl<K, V> Drop for FlightGuard<K, V>
 where
     K: Eq + Hash + Copy + Send + 'static,
     V: Clone + Send + Sync + 'static,

@@ -1,13 +1,14 @@
-//! What replicas of equal trust remember together, in Redis or Valkey: asked when this replica's memory has nothing, before the provider is.
+//! The shared tier: observations that replicas of equal trust share, in Redis or Valkey. A replica looks there when its own cache has no fresh
+//! observation, before it probes.
 //!
-//! It spares calls and decides nothing. A fault of it means "as if there were none": the question goes to the provider at once, and after a few
-//! faults in a row the tier is left alone for a time. All times are the store's own. Its lease guards what a call costs, and not that an
-//! answer is right; so one server is enough, and what it loses is asked for again.
+//! The tier saves probes and decides nothing. After a fault the replica probes at once, as if there were no tier. After a few faults in a row it
+//! sends nothing to the store for a time. All stored times are the store's own. A lease lets one replica probe for all. It saves probes, and no
+//! result depends on it. So one server is enough, and a lost value only costs another probe.
 
+mod address;
 mod background;
 mod faults;
 mod keys;
-mod place;
 mod record;
 mod store;
 
@@ -24,76 +25,77 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use self::{
+    address::StoreAddress,
     background::Background,
-    keys::{Name, Names, News},
-    place::Place,
-    record::OpenBreaker,
-    store::{Looked, State, Store, Unheard},
+    keys::{Name, Names, Notice},
+    record::BreakerRecord,
+    store::{LookupState, Store, StoreError, StoreLookup},
 };
 pub use self::{keys::TierKeys, store::Connect};
 pub(crate) use self::{
-    keys::{Allowance, Id, Model, Whose},
-    record::Record,
+    keys::{Allowance, CredentialIdentity, Model, ObservationId},
+    record::ObservationRecord,
 };
 use crate::{
     core::classify::Finding,
     domain::{duration, problem::Review, secret::Secret},
-    liveness::breaker::{Opened, Shift},
+    liveness::breaker::{BreakerChange, Opened},
     telemetry::metrics::{Collect, Counter, Page},
 };
 
-/// How often a lease is renewed: two renewals may be lost.
+/// How often a lease is renewed. Two renewals in a row may get lost.
 const RENEWAL: Duration = Duration::from_millis(300);
-/// The longest that a lease is renewed, and waited for: longer than any question waits and is asked.
-const MAX_HELD: Duration = Duration::from_secs(30);
-/// How long who waits for another's answer looks away, at random: from a tenth of this to the whole of it at first, and later up to a part of what
-/// it has waited, so that a crowd that waits long does not keep the store busy.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
+/// The longest that a lease is renewed, and that a lookup waits for one. It is longer than any probe with its wait in the queue.
+const MAX_LEASE_TIME: Duration = Duration::from_secs(30);
+/// The random pause between two lookups while another replica probes: from a tenth of this to all of it.
+const PAUSE: Duration = Duration::from_millis(200);
+/// Later the pause grows to this part of the time waited so far, so that many waiting replicas do not keep the store busy.
 const PART_OF_WAIT: u32 = 4;
-/// However long that was: a holder that dies is found out.
-const MAX_LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// How often what is found may not do: it is old at first, and may be replaced by what is too old for this caller.
-const MAX_FRUITLESS: u32 = 3;
-/// How long who listens for refusals waits before it connects anew.
+/// The upper limit of the pause, so that the end of a lease is noticed soon.
+const MAX_PAUSE: Duration = Duration::from_secs(1);
+/// How many lookups may find only unsuitable values before this replica probes itself. A newer value may still be too old for this caller.
+const MAX_UNSUITABLE: u32 = 3;
+/// The longest pause before the listener for refusals connects again.
 const RECONNECT: Duration = Duration::from_secs(5);
-/// How many answers are on their way to the store at a time: more come only while it is slow, and are asked for again.
+/// How many results may be on their way to the store. There are more only while the store is slow. Results over the
+/// limit are dropped, and cost another replica a probe.
 const MAX_STORING: usize = 1024;
-/// Less is no time for a question to another machine, and more is longer than a caller should wait for a store.
+/// The bounds of `timeout`. A remote store cannot answer in less, and no caller should wait longer for one.
 const TIMEOUTS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
-/// Where the shared tier is, and how long it may take. None without an address.
+/// The settings of the shared tier. Without an address there is none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TierSettings {
     /// `rediss://HOST:PORT`, or `redis://` on loopback.
     pub address: Option<String>,
-    /// The user of its access list; the store's default user if not set.
+    /// The user of the store's access list. If not set, the store's default user.
     pub user: Option<String>,
-    /// Holds the user's password.
+    /// The file with the user's password.
     pub password_file: Option<PathBuf>,
-    /// Whom to trust for TLS, in PEM, in place of the system's authorities.
+    /// A PEM file with the certificate authorities to trust, instead of the system's.
     pub ca_file: Option<PathBuf>,
-    /// Holds the keys of names and seals.
+    /// The file with the tier keys.
     pub key_file: Option<PathBuf>,
-    /// Of one question.
+    /// The longest that one command to the store may take.
     #[serde(with = "duration")]
     pub timeout: Duration,
 }
 
-/// What the settings name, read.
+/// The settings, with the contents of the files.
 #[derive(Debug)]
 pub struct TierAccess {
-    /// Where it is.
+    /// The address.
     pub address: String,
-    /// Of one question.
+    /// The longest that one command to the store may take.
     pub timeout: Duration,
-    /// The user of its access list.
+    /// The user of the store's access list.
     pub user: Option<String>,
     /// The user's password.
     pub password: Option<Secret>,
-    /// Whom to trust for TLS, in PEM.
+    /// The certificate authorities to trust, in PEM.
     pub ca: Option<Vec<u8>>,
-    /// The keys of names and seals.
+    /// The keys for names and encryption.
     pub keys: TierKeys,
 }
 
@@ -106,69 +108,69 @@ pub struct TierSetupError(String);
 pub struct Tier {
     store: Store,
     keys: TierKeys,
-    looks: Looks,
-    storing: Background,
+    counts: LookupCounts,
+    background: Background,
     leases_lost: Counter,
     damaged: Counter,
-    /// For pauses.
+    /// For the random pauses.
     random: Mutex<StdRng>,
 }
 
-/// How it went with those who looked.
+/// Counts of lookups, by result.
 #[derive(Debug, Default)]
-struct Looks {
-    /// An observation was there, or came from another replica.
+struct LookupCounts {
+    /// A suitable observation was stored, or another replica stored one meanwhile.
     hit: Counter,
     /// Another replica's breaker is open.
     breaker: Counter,
-    /// This replica asks for all.
+    /// This replica got the lease.
     lease: Counter,
-    /// Its organization's new credentials are spent.
+    /// The organization's limit of new credentials is reached.
     new_keys: Counter,
-    /// Another replica had the lease for longer than anybody may; or nothing that was found would do.
+    /// Another replica held the lease too long, or every value was unsuitable.
     gave_up: Counter,
-    /// The tier failed.
+    /// The store failed.
     fault: Counter,
-    /// The tier is left alone.
+    /// Nothing was sent, since the store failed several times in a row.
     left_alone: Counter,
 }
 
-/// An observation of the tier, in this replica's time.
+/// An observation from the tier, with its times converted to this replica's clocks.
 #[derive(Debug, Clone)]
-pub(crate) struct Shared {
+pub(crate) struct SharedObservation {
     pub(crate) finding: Finding,
     pub(crate) at: Instant,
     pub(crate) wall: SystemTime,
     pub(crate) fresh_for: Duration,
     pub(crate) earlier_valid: Option<(Finding, Instant, SystemTime)>,
     pub(crate) refused_at: Option<Instant>,
-    /// It stands under the second name: it is about one model.
+    /// The observation is about one model: it is stored under the second name.
     pub(crate) about_model: bool,
 }
 
-/// What came of looking for an observation.
-pub(crate) enum Sought<T> {
-    /// It is there.
-    Known(T),
+/// The result of a lookup.
+pub(crate) enum LookupResult<T> {
+    /// A suitable observation.
+    Found(T),
     /// Another replica's breaker is open.
-    Open(Opened),
-    /// Its organization's new credentials are spent, over all replicas; another may come after this time.
+    BreakerOpen(Opened),
+    /// The organization's limit of new credentials is reached, over all replicas. The next one may come after this time.
     Withheld(Duration),
-    /// This replica asks the provider: for all, if it has the lease.
-    Ask(Option<Lease>),
+    /// This replica must probe. With the lease, it probes for all replicas.
+    Probe(Option<Lease>),
 }
 
-/// The right to store an answer, and the duty to ask for it.
+/// The lease of a credential: its holder probes, and stores the result.
 pub(crate) struct Lease {
     tier: Arc<Tier>,
     names: Vec<Names>,
     token: String,
-    /// The store's time, in milliseconds, and this replica's when it was told so.
+    /// The store's time, in milliseconds, and this replica's when it got that time.
     clock: (u64, Instant),
 }
 
-/// A place in the tier for what is found: where a credential's observations stand.
-pub(crate) struct Seat {
+/// A credential's entry in the tier: the names of its values.
+pub(crate) struct TierEntry {
     tier: Arc<Tier>,
     names: Vec<Names>,
 }
@@ -183,7 +185,7 @@ impl Default for TierSettings {
 }
 
 impl TierSettings {
-    /// What is wrong with them. `workspaces`: where the settings name callers that are workspaces, if they do.
+    /// Reports every wrong setting. `workspaces`: the setting that lists callers that are workspaces, if there is one.
     pub fn review(&self, workspaces: Option<&str>, review: &mut Review<'_>) {
         let Self { address, user, password_file, ca_file, key_file, timeout } = self;
         review.length("timeout", *timeout, TIMEOUTS.0, TIMEOUTS.1);
@@ -196,14 +198,14 @@ impl TierSettings {
             }
             return;
         };
-        let place = Place::parse(address).inspect_err(|message| review.error("address", message)).ok();
+        let parsed = StoreAddress::parse(address).inspect_err(|message| review.error("address", message)).ok();
         if key_file.is_none() {
             review.error("key_file", "is required with tier.address; make one with `openssl rand -hex 32`");
         }
         if user.is_some() && password_file.is_none() {
             review.error("password_file", "is required with tier.user");
         }
-        if ca_file.is_some() && place.is_some_and(|place| !place.tls) {
+        if ca_file.is_some() && parsed.is_some_and(|parsed| !parsed.tls) {
             review.error("ca_file", "is for rediss://; redis:// has no certificates");
         }
         if let Some(workspaces) = workspaces {
@@ -219,59 +221,59 @@ impl TierSettings {
 // === impl Tier ===
 
 impl Tier {
-    /// The tier of these settings. Nothing is connected yet.
+    /// Makes the tier. It does not connect yet.
     pub fn new(access: TierAccess) -> Result<Arc<Self>, TierSetupError> {
-        let place = Place::parse(&access.address).map_err(TierSetupError)?;
-        let store = Store::at(&place, &access).map_err(|fault| TierSetupError(fault.to_string()))?;
-        Ok(Self::of(store, access.keys, rand::random()))
+        let address = StoreAddress::parse(&access.address).map_err(TierSetupError)?;
+        let store = Store::at(&address, &access).map_err(|fault| TierSetupError(fault.to_string()))?;
+        Ok(Self::with_store(store, access.keys, rand::random()))
     }
 
-    /// The tier that these connections lead to, with pauses that follow from a seed.
+    /// Makes a tier over these connections. The seed determines its pauses.
     pub fn over(connect: Box<dyn Connect>, timeout: Duration, keys: TierKeys, seed: u64) -> Arc<Self> {
-        Self::of(Store::new(connect, timeout), keys, seed)
+        Self::with_store(Store::new(connect, timeout), keys, seed)
     }
 
-    fn of(store: Store, keys: TierKeys, seed: u64) -> Arc<Self> {
-        let (looks, leases_lost, damaged) = (Looks::default(), Counter::new(), Counter::new());
-        let (storing, random) = (Background::new(MAX_STORING), Mutex::new(StdRng::seed_from_u64(seed)));
-        Arc::new(Self { store, keys, looks, storing, leases_lost, damaged, random })
+    fn with_store(store: Store, keys: TierKeys, seed: u64) -> Arc<Self> {
+        let (counts, leases_lost, damaged) = (LookupCounts::default(), Counter::new(), Counter::new());
+        let (background, random) = (Background::new(MAX_STORING), Mutex::new(StdRng::seed_from_u64(seed)));
+        Arc::new(Self { store, keys, counts, background, leases_lost, damaged, random })
     }
 
-    /// The end: waits until then for answers that are on their way to the store. Tells how many never came there.
+    /// At the end of the process: waits until `by` for results that are on their way to the store. Returns how many were dropped.
     pub async fn finish(&self, by: Instant) -> u64 {
-        self.storing.finish(by).await
+        self.background.finish(by).await
     }
 
-    /// Where this credential's observations stand.
-    pub(crate) fn seat(self: &Arc<Self>, whose: &Whose<'_>) -> Seat {
-        Seat { tier: Arc::clone(self), names: self.keys.names(whose) }
+    /// The entry of a credential.
+    pub(crate) fn entry(self: &Arc<Self>, credential: &CredentialIdentity<'_>) -> TierEntry {
+        TierEntry { tier: Arc::clone(self), names: self.keys.names(credential) }
     }
 
-    /// What this organization may ask, over all replicas.
+    /// The allowance of an organization, over all replicas.
     pub(crate) fn allowance(&self, organization: &str, per_minute: NonZeroU32) -> Option<Allowance> {
         self.keys.allowance(organization, per_minute)
     }
 
-    /// Tells of refusals that other replicas have met, for ever. What is missed is no worse than without it.
-    pub(crate) async fn listen(self: Arc<Self>, refused: impl Fn(Id) + Send + Sync) {
+    /// Reports refusals that other replicas saw, for ever. A missed one only lets an older observation expire by its age.
+    pub(crate) async fn listen(self: Arc<Self>, refused: impl Fn(ObservationId) + Send + Sync) {
         loop {
-            if let Ok(news) = self.store.news().await {
-                let mut news = std::pin::pin!(news);
-                while let Some(message) = news.next().await {
-                    match self.keys.open_news(&message) {
-                        Some(News { id, refused: true }) => refused(id),
+            if let Ok(notices) = self.store.subscribe().await {
+                let mut notices = std::pin::pin!(notices);
+                while let Some(message) = notices.next().await {
+                    match self.keys.open_notice(&message) {
+                        Some(Notice { id, refused: true }) => refused(id),
                         Some(_) => {}
                         None => self.damaged.inc(),
                     }
                 }
             }
-            // Not all replicas at one moment.
+            // A random pause, so that replicas do not all reconnect at once.
             let pause = self.between(RECONNECT / 2, RECONNECT);
             sleep(pause).await;
         }
     }
 
-    /// What a value says; one that is none of ours is counted.
+    /// Opens and parses a value. A value that this service did not write is counted.
     fn read<T>(&self, key: usize, name: &Name, value: &[u8], parse: impl Fn(&[u8]) -> Option<T>) -> Option<T> {
         let read = self.keys.open(key, name, value).and_then(|plain| parse(&plain));
         if read.is_none() {
@@ -287,8 +289,8 @@ impl Tier {
 
 impl Collect for Tier {
     fn collect(&self, page: &mut Page) {
-        let Looks { hit, breaker, lease, new_keys, gave_up, fault, left_alone } = &self.looks;
-        let mut looks = page.counter("byokgate_tier_lookups", "Lookups in the shared tier");
+        let LookupCounts { hit, breaker, lease, new_keys, gave_up, fault, left_alone } = &self.counts;
+        let mut counts = page.counter("byokgate_tier_lookups", "Lookups in the shared tier");
         for (result, count) in [
             ("hit", hit),
             ("breaker", breaker),
@@ -298,120 +300,119 @@ impl Collect for Tier {
             ("fault", fault),
             ("left_alone", left_alone),
         ] {
-            looks.add(&[("result", result)], count);
+            counts.add(&[("result", result)], count);
         }
         if let Some(took) = self.store.took.value() {
             page.histogram("byokgate_tier_duration_seconds", "One request to the shared tier").add(&[], took);
         }
-        page.counter("byokgate_tier_faults", "Requests to the shared tier that failed").add(&[], &self.store.faulty);
+        page.counter("byokgate_tier_faults", "Requests to the shared tier that failed").add(&[], &self.store.failures);
         page.gauge("byokgate_tier_in_use", "1 while the shared tier is in use, 0 while it is suspended")
             .add(&[], u64::from(self.store.is_in_use()));
         page.counter(
             "byokgate_tier_stores_dropped",
             "Results that were not sent to the shared tier, since too many were already waiting",
         )
-        .add(&[], &self.storing.dropped);
+        .add(&[], &self.background.dropped);
         page.counter("byokgate_tier_leases_lost", "Results that were not stored, since the lease had ended")
             .add(&[], &self.leases_lost);
         page.counter("byokgate_tier_damaged", "Values and messages of the shared tier that are not ours").add(&[], &self.damaged);
     }
 }
 
-// === impl Seat ===
+// === impl TierEntry ===
 
-impl Seat {
-    /// The observations' names: what is published of one names it so.
-    pub(crate) fn ids(&self) -> impl Iterator<Item = (Id, bool)> {
+impl TierEntry {
+    /// The ids of the observations, as notices carry them, and whether each is about one model.
+    pub(crate) fn ids(&self) -> impl Iterator<Item = (ObservationId, bool)> {
         self.names.iter().flat_map(|names| names.observations.iter().enumerate().map(|(index, name)| (name.id, index > 0)))
     }
 
-    /// Looks for an observation that will do, as `take` sees it, or else for another replica's open breaker, which counts for `longest` at
-    /// most. Waits for another replica's answer as long as it asks.
-    /// With an allowance, a credential that no replica knows is counted.
-    pub(crate) async fn seek<T>(
+    /// Looks for an observation that `take` accepts, or else for another replica's open breaker, which counts for `longest` at most. While
+    /// another replica holds the lease, it waits for the result. With an allowance, it counts a credential that no replica knows.
+    pub(crate) async fn look_up<T>(
         self,
         longest: Duration,
         allowance: Option<&Allowance>,
-        mut take: impl FnMut(Vec<Shared>) -> Option<T>,
-    ) -> Sought<T> {
+        mut take: impl FnMut(Vec<SharedObservation>) -> Option<T>,
+    ) -> LookupResult<T> {
         let Self { tier, names } = self;
-        let Some(lease) = names.first().map(|names| names.lease.clone()) else { return Sought::Ask(None) };
-        let placed: Vec<(usize, bool, &Name)> = names
+        let Some(lease) = names.first().map(|names| names.lease.clone()) else { return LookupResult::Probe(None) };
+        let observations: Vec<(usize, bool, &Name)> = names
             .iter()
             .enumerate()
             .flat_map(|(key, names)| names.observations.iter().enumerate().map(move |(index, name)| (key, index > 0, name)))
             .collect();
         let breakers = names.iter().map(|names| &names.breaker).enumerate();
-        let texts: Vec<&str> = placed
+        let texts: Vec<&str> = observations
             .iter()
             .map(|(_, _, name)| *name)
             .chain(breakers.clone().map(|(_, name)| name))
             .map(|name| name.text.as_str())
             .collect();
         let token = token();
-        let mut passed_over: Vec<Vec<u8>> = Vec::new();
-        let mut fruitless = 0;
-        let looks = &tier.looks;
-        // The first looks together have the time of one: no caller waits for a slow store any longer.
+        let mut unsuitable_values: Vec<Vec<u8>> = Vec::new();
+        let mut unsuitable = 0;
+        let counts = &tier.counts;
+        // The lookups before the first pause share one timeout, so that no caller waits longer for a slow store.
         let (began, first) = (Instant::now(), tier.store.deadline());
         let mut deadline = first;
         loop {
-            let asked = Instant::now();
-            let looked = match tier.store.look((&lease, &token), (&texts, &passed_over), allowance, deadline).await {
-                Ok(looked) => looked,
-                Err(unheard) => {
-                    let count = if unheard == Unheard::LeftAlone { &looks.left_alone } else { &looks.fault };
+            let sent_at = Instant::now();
+            let lookup = match tier.store.look_up((&lease, &token), (&texts, &unsuitable_values), allowance, deadline).await {
+                Ok(lookup) => lookup,
+                Err(error) => {
+                    let count = if error == StoreError::LeftAlone { &counts.left_alone } else { &counts.fault };
                     count.inc();
-                    return Sought::Ask(None);
+                    return LookupResult::Probe(None);
                 }
             };
-            let Looked { at, state, damaged, values } = looked;
+            let StoreLookup { at, state, damaged, values } = lookup;
             tier.damaged.inc_by(damaged);
             match state {
-                State::Found => {
-                    let found = placed.iter().zip(&values).filter(|(_, value)| !value.is_empty());
+                LookupState::Found => {
+                    let found = observations.iter().zip(&values).filter(|(_, value)| !value.is_empty());
                     let shared = found.filter_map(|((key, about_model, name), value)| {
-                        let record = tier.read(*key, name, value, Record::from_bytes);
-                        in_our_time(record?, *about_model, at, asked)
+                        let record = tier.read(*key, name, value, ObservationRecord::from_bytes);
+                        to_local_time(record?, *about_model, at, sent_at)
                     });
                     if let Some(taken) = take(shared.collect()) {
-                        looks.hit.inc();
-                        return Sought::Known(taken);
+                        counts.hit.inc();
+                        return LookupResult::Found(taken);
                     }
-                    let of_breakers = values.iter().skip(placed.len());
+                    let of_breakers = values.iter().skip(observations.len());
                     let mut open = breakers.clone().zip(of_breakers).filter(|(_, value)| !value.is_empty());
                     if let Some(opened) = open.find_map(|((key, name), value)| {
-                        let breaker = tier.read(key, name, value, OpenBreaker::from_bytes);
-                        open_in_our_time(breaker?, longest, at, asked)
+                        let breaker = tier.read(key, name, value, BreakerRecord::from_bytes);
+                        breaker_to_local_time(breaker?, longest, at, sent_at)
                     }) {
-                        looks.breaker.inc();
-                        return Sought::Open(opened);
+                        counts.breaker.inc();
+                        return LookupResult::BreakerOpen(opened);
                     }
-                    // None of these: the next look takes one that is newer, the lease, or waits. A store that goes on giving what will not do
-                    // is none.
-                    fruitless += 1;
-                    if fruitless > MAX_FRUITLESS {
-                        looks.gave_up.inc();
-                        return Sought::Ask(None);
+                    // The next lookup passes over these values. It finds newer ones, gets the lease, or waits. A store that keeps returning
+                    // unsuitable values counts as no store.
+                    unsuitable += 1;
+                    if unsuitable > MAX_UNSUITABLE {
+                        counts.gave_up.inc();
+                        return LookupResult::Probe(None);
                     }
-                    passed_over = values;
+                    unsuitable_values = values;
                 }
-                State::Leased => {
-                    looks.lease.inc();
+                LookupState::Leased => {
+                    counts.lease.inc();
                     let clock = (at, Instant::now());
-                    return Sought::Ask(Some(Lease { tier: Arc::clone(&tier), names, token, clock }));
+                    return LookupResult::Probe(Some(Lease { tier: Arc::clone(&tier), names, token, clock }));
                 }
-                State::Withheld(wait) => {
-                    looks.new_keys.inc();
-                    return Sought::Withheld(wait);
+                LookupState::Withheld(wait) => {
+                    counts.new_keys.inc();
+                    return LookupResult::Withheld(wait);
                 }
-                State::Wait => {
+                LookupState::Wait => {
                     let waited = began.elapsed();
-                    if waited >= MAX_HELD {
-                        looks.gave_up.inc();
-                        return Sought::Ask(None);
+                    if waited >= MAX_LEASE_TIME {
+                        counts.gave_up.inc();
+                        return LookupResult::Probe(None);
                     }
-                    let most = (waited / PART_OF_WAIT).clamp(LOOK_AGAIN, MAX_LOOK_AGAIN);
+                    let most = (waited / PART_OF_WAIT).clamp(PAUSE, MAX_PAUSE);
                     let pause = tier.between(most / 10, most);
                     sleep(pause).await;
                     deadline = tier.store.deadline();
@@ -421,30 +422,30 @@ impl Seat {
     }
 }
 
-/// A record as this replica has it. `None` if it is of the future, as after a step of the store's clock: nothing is known of its age.
-fn in_our_time(record: Record, about_model: bool, told: u64, asked: Instant) -> Option<Shared> {
-    let Record { finding, at, fresh_for, earlier_valid, refused_at } = record;
+/// Converts a record to this replica's clocks. `None` if it is of the future, as after a step of the store's clock: its age is unknown.
+fn to_local_time(record: ObservationRecord, about_model: bool, store_time: u64, sent_at: Instant) -> Option<SharedObservation> {
+    let ObservationRecord { finding, at, fresh_for, earlier_valid, refused_at } = record;
     let (now, wall) = (Instant::now(), SystemTime::now());
-    // From when the question was sent: never younger than it is.
-    let since = now - asked;
+    // Counted from when the command was sent, so that it is never taken for younger than it is.
+    let since = now - sent_at;
     let ours = |at: u64| {
-        let age = Duration::from_millis(told.checked_sub(at)?) + since;
+        let age = Duration::from_millis(store_time.checked_sub(at)?) + since;
         Some((now.checked_sub(age)?, wall.checked_sub(age)?))
     };
     let (at, wall) = ours(at)?;
     let earlier_valid = earlier_valid.and_then(|(finding, at)| ours(at).map(|(at, wall)| (finding, at, wall)));
-    // Of the future or not, it was refused.
+    // A refusal of the future still counts.
     let refused_at = refused_at.map(|refused_at| ours(refused_at).map_or(now, |(at, _)| at));
-    Some(Shared { finding, at, wall, fresh_for, earlier_valid, refused_at, about_model })
+    Some(SharedObservation { finding, at, wall, fresh_for, earlier_valid, refused_at, about_model })
 }
 
-/// Another replica's open breaker as this replica has it. `None` if it is not open any more, or of the future.
-fn open_in_our_time(breaker: OpenBreaker, longest: Duration, told: u64, asked: Instant) -> Option<Opened> {
-    let OpenBreaker { finding, at, until } = breaker;
-    let left = until.min(at.saturating_add(millis(longest))).checked_sub(told).filter(|left| *left > 0)?;
-    let age = Duration::from_millis(told.checked_sub(at)?);
-    // From when the question was sent: never open for longer than it is.
-    let (at, until) = (asked.checked_sub(age)?, asked.checked_add(Duration::from_millis(left))?);
+/// Converts another replica's open breaker to this replica's clocks. `None` if its time is over, or if it is of the future.
+fn breaker_to_local_time(breaker: BreakerRecord, longest: Duration, store_time: u64, sent_at: Instant) -> Option<Opened> {
+    let BreakerRecord { finding, at, until } = breaker;
+    let left = until.min(at.saturating_add(millis(longest))).checked_sub(store_time).filter(|left| *left > 0)?;
+    let age = Duration::from_millis(store_time.checked_sub(at)?);
+    // Counted from when the command was sent, so that it is never open for longer than it is.
+    let (at, until) = (sent_at.checked_sub(age)?, sent_at.checked_add(Duration::from_millis(left))?);
     Some(Opened { finding: Arc::new(finding), at, wall: SystemTime::now().checked_sub(at.elapsed())?, until, shared: true })
 }
 
@@ -460,8 +461,8 @@ fn token() -> String {
 // === impl Lease ===
 
 impl Lease {
-    /// Does the work, and renews the lease meanwhile: others wait as long as somebody asks for them.
-    pub(crate) async fn held<T>(&self, work: impl Future<Output = T>) -> T {
+    /// Does the work, and renews the lease meanwhile, so that other replicas wait for the result.
+    pub(crate) async fn run_renewed<T>(&self, work: impl Future<Output = T>) -> T {
         tokio::select! {
             biased;
             done = work => done,
@@ -470,42 +471,42 @@ impl Lease {
     }
 
     async fn renew(&self) -> std::convert::Infallible {
-        let ends = Instant::now() + MAX_HELD;
+        let ends = Instant::now() + MAX_LEASE_TIME;
         let mut next = Instant::now() + RENEWAL;
         while next < ends {
             sleep_until(next).await;
             next += RENEWAL;
-            match self.tier.store.renew(self.own()).await {
-                Ok(true) | Err(Unheard::Fault) => {}
-                // It is another's, or nobody's: storing finds that out too, and counts it.
-                Ok(false) | Err(Unheard::LeftAlone) => break,
+            match self.tier.store.renew(self.lease_and_token()).await {
+                Ok(true) | Err(StoreError::Fault) => {}
+                // The lease is lost, or the store fails. Storing the result notices and counts that.
+                Ok(false) | Err(StoreError::LeftAlone) => break,
             }
         }
         std::future::pending().await
     }
 
-    /// The store's time of a moment of this replica's, in milliseconds; never later than it was.
+    /// Converts a moment to the store's time, in milliseconds. It is rounded to the past.
     pub(crate) fn time_of(&self, at: Instant) -> u64 {
-        let (told, when) = self.clock;
+        let (store_time, when) = self.clock;
         match at.checked_duration_since(when) {
-            Some(since) => told.saturating_add(millis(since)),
-            // A millisecond more: what is cut off may not make it younger.
-            None => told.saturating_sub(millis(when - at).saturating_add(1)),
+            Some(since) => store_time.saturating_add(millis(since)),
+            // One millisecond more, since rounding must not make it younger.
+            None => store_time.saturating_sub(millis(when - at).saturating_add(1)),
         }
     }
 
-    /// Tells the other replicas that this one's breaker has opened, or has closed. Nobody waits for that, and no lease guards it: it only
-    /// spares calls, and what is not heard of there ends with the cool-down.
-    pub(crate) fn tell(&self, shift: &Shift) {
+    /// Stores in the background that this replica's breaker opened or closed. No lease is needed: it only saves probes, and a lost message has
+    /// no effect after the cool-down.
+    pub(crate) fn share_breaker(&self, change: &BreakerChange) {
         let (tier, names) = (Arc::clone(&self.tier), self.names.clone());
-        let breaker = match shift {
-            Shift::Closed => None,
-            Shift::Opened(Opened { finding, at, until, .. }) => {
+        let breaker = match change {
+            BreakerChange::Closed => None,
+            BreakerChange::Opened(Opened { finding, at, until, .. }) => {
                 let (finding, keep) = ((**finding).clone(), until.saturating_duration_since(*at));
-                Some((OpenBreaker { finding, at: self.time_of(*at), until: self.time_of(*until) }, keep))
+                Some((BreakerRecord { finding, at: self.time_of(*at), until: self.time_of(*until) }, keep))
             }
         };
-        self.tier.storing.run(async move {
+        self.tier.background.run(async move {
             let Some((breaker, keep)) = breaker else {
                 let names: Vec<&str> = names.iter().map(|names| names.breaker.text.as_str()).collect();
                 return tier.store.delete(&names).await;
@@ -518,34 +519,33 @@ impl Lease {
         });
     }
 
-    /// Stores what was found, if the lease is still this replica's; nobody waits for that but the process's end. What is nobody's to share
-    /// ends the lease alone.
-    pub(crate) fn leave(self, record: Option<Record>, keep: Duration) {
+    /// Stores the result in the background, if this replica still holds the lease. A result that is not shared only releases the lease.
+    pub(crate) fn store_in_background(self, record: Option<ObservationRecord>, keep: Duration) {
         let tier = Arc::clone(&self.tier);
-        tier.storing.run(self.store(record, keep));
+        tier.background.run(self.store(record, keep));
     }
 
-    async fn store(self, record: Option<Record>, keep: Duration) {
+    async fn store(self, record: Option<ObservationRecord>, keep: Duration) {
         let Self { tier, names, token, .. } = &self;
         let sealed = record.as_ref().and_then(|record| {
             let index = usize::from(record.finding.about_model);
             let first = names.first()?;
-            // Where all is about one model, there is no second name.
+            // If every observation is about one model, there is no second name.
             let (index, name) = match first.observations.get(index) {
                 Some(name) => (index, name),
                 None => (0, first.observations.first()?),
             };
             let value = tier.keys.seal(name, &record.to_bytes()?)?;
-            let news = tier.keys.seal_news(News { id: name.id, refused: record.refused_at == Some(record.at) })?;
-            // Under the key that goes, it is not left to say otherwise.
+            let notice = tier.keys.seal_notice(Notice { id: name.id, refused: record.refused_at == Some(record.at) })?;
+            // The observation under the old key is removed, so that it cannot contradict this one.
             let others: Vec<&str> =
                 names.iter().skip(1).filter_map(|names| names.observations.get(index)).map(|name| name.text.as_str()).collect();
-            Some((name, value, news, others))
+            Some((name, value, notice, others))
         });
         let stored = match &sealed {
-            None => tier.store.release(self.own()).await.map(|()| true),
-            Some((name, value, news, others)) => {
-                tier.store.store((self.own().0, token), (&name.text, value, keep), others, news).await
+            None => tier.store.release(self.lease_and_token()).await.map(|()| true),
+            Some((name, value, notice, others)) => {
+                tier.store.store((self.lease_and_token().0, token), (&name.text, value, keep), others, notice).await
             }
         };
         if stored == Ok(false) {
@@ -553,7 +553,7 @@ impl Lease {
         }
     }
 
-    fn own(&self) -> (&str, &str) {
+    fn lease_and_token(&self) -> (&str, &str) {
         (self.names.first().map_or("", |names| names.lease.as_str()), &self.token)
     }
 }

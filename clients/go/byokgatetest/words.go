@@ -83,7 +83,7 @@ var what = map[byokgate.Code]words{
 		verdict: byokgatev1.Verdict_VERDICT_INVALID, upstream: 401,
 	},
 	byokgate.ShadowedBYOKCredential: {
-		message: "the workspace sends OTHER_TOKEN (of the workspace) to provider `acme` and not {env} (of the workspace): OTHER_TOKEN is no " +
+		message: "the workspace uses OTHER_TOKEN (of the workspace) for provider `acme` and not {env} (of the workspace): OTHER_TOKEN is no " +
 			"credential of that provider",
 		remedy: "remove OTHER_TOKEN from the workspace's secrets; or replace the value of OTHER_TOKEN with that of {env}",
 	},

@@ -1,4 +1,4 @@
-//! Work that nobody waits for, and that has an owner all the same: bounded in number, waited for at the end, counted when dropped.
+//! Background tasks. No caller waits for them. Their number is bounded, the end of the process waits for them, and dropped ones are counted.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -9,10 +9,10 @@ use tokio::{
 
 use crate::telemetry::metrics::Counter;
 
-/// The work under way.
+/// The running tasks.
 pub(super) struct Background {
     limit: usize,
-    /// None from the end on.
+    /// `None` after `finish`.
     tasks: Mutex<Option<JoinSet<()>>>,
     pub(super) dropped: Counter,
 }
@@ -20,12 +20,12 @@ pub(super) struct Background {
 // === impl Background ===
 
 impl Background {
-    /// At most so many at a time.
+    /// Allows `limit` tasks at a time.
     pub(super) fn new(limit: usize) -> Self {
         Self { limit, tasks: Mutex::new(Some(JoinSet::new())), dropped: Counter::new() }
     }
 
-    /// Runs it, unless as many are under way as may be, or the end has come: then it is dropped.
+    /// Starts a task. Over the limit and after `finish`, it drops the task.
     pub(super) fn run(&self, work: impl Future<Output = ()> + Send + 'static) {
         if let Some(tasks) = self.tasks().as_mut() {
             while tasks.try_join_next().is_some() {}
@@ -37,18 +37,18 @@ impl Background {
         self.dropped.inc();
     }
 
-    /// The end: waits until then for what is under way, and drops the rest. Tells how many have been dropped in all.
+    /// Waits until `by` for the running tasks, and drops the rest. Returns how many were dropped in all.
     pub(super) async fn finish(&self, by: Instant) -> u64 {
         let Some(mut tasks) = self.tasks().take() else { return self.dropped.get() };
         let all = async { while tasks.join_next().await.is_some() {} };
-        // The time is over or all have ended: what is left says which.
+        // The timeout does not matter here: the tasks that are left are counted below.
         drop(timeout_at(by, all).await);
         self.dropped.inc_by(tasks.len().try_into().unwrap_or(u64::MAX));
         self.dropped.get()
     }
 
     fn tasks(&self) -> MutexGuard<'_, Option<JoinSet<()>>> {
-        // No panic can leave it half-changed: each change is one call.
+        // A panic cannot leave it inconsistent: every change is one call.
         self.tasks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_under_way_at_the_end_is_waited_for_and_the_rest_is_counted() {
+    async fn finish_waits_for_running_tasks_and_counts_the_rest() {
         let (background, done) = (Background::new(9), Arc::new(AtomicU32::new(0)));
         for seconds in [1, 3, 5, 7] {
             background.run(takes(seconds, Arc::clone(&done)));
@@ -83,14 +83,14 @@ mod tests {
         let began = Instant::now();
         assert_eq!(background.finish(after(4)).await, 2);
         assert_eq!((began.elapsed().as_secs(), done.load(Ordering::Relaxed)), (4, 2));
-        // What comes later is not begun, and what was dropped does not go on.
+        // A later task does not start, and a dropped one does not go on.
         background.run(takes(0, Arc::clone(&done)));
         tokio::time::sleep(Duration::from_secs(9)).await;
         assert_eq!((background.finish(after(4)).await, done.load(Ordering::Relaxed)), (3, 2));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn all_that_ends_in_time_ends_the_wait() {
+    async fn the_wait_ends_with_the_last_task() {
         let (background, done) = (Background::new(9), Arc::new(AtomicU32::new(0)));
         background.run(takes(2, Arc::clone(&done)));
         background.run(async { panic!("made to") });
@@ -100,14 +100,14 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn no_more_than_the_limit_are_under_way() {
+    async fn no_more_tasks_than_the_limit_run() {
         let (background, done) = (Background::new(2), Arc::new(AtomicU32::new(0)));
         for _ in 0..5 {
             background.run(takes(1, Arc::clone(&done)));
         }
         assert_eq!(background.dropped.get(), 3);
         tokio::time::sleep(Duration::from_secs(2)).await;
-        // Places are free again.
+        // There is room again.
         background.run(takes(1, Arc::clone(&done)));
         assert_eq!(background.finish(after(4)).await, 3);
         assert_eq!(done.load(Ordering::Relaxed), 3);

@@ -1,4 +1,5 @@
-//! Names and seals of what the shared tier holds: whoever reads the store learns no credential and no verdict, whoever writes it forges none.
+//! Names and encryption of the values in the shared tier. A reader of the store learns no credential and no verdict, and a writer cannot forge
+//! one. "To seal" here is to encrypt and authenticate.
 
 use std::num::NonZeroU32;
 
@@ -9,22 +10,22 @@ use ring::{
 
 use crate::domain::secret::with_stack_wiped;
 
-/// What everything of ours begins with, the layout's version included.
+/// The prefix of all names, with the version of the layout.
 pub(super) const PREFIX: &str = "bg1:";
-/// Where news is published.
+/// The channel of notices.
 pub(super) const CHANNEL: &str = "bg1:news";
-/// The bytes that a value holds before it is sealed, whatever it says: its length tells nothing.
+/// Values are padded to this many bytes before they are sealed, so that the length reveals nothing.
 pub(super) const PLAIN_BYTES: usize = 1024;
 /// The bytes of a sealed value.
 pub(super) const SEALED_BYTES: usize = NONCE_LEN + PLAIN_BYTES + MAX_TAG_LEN;
-/// The first bytes of a sealed value, which tell it from every other.
+/// How many first bytes of a sealed value, its nonce, tell it from every other.
 pub(super) const BEGINNING: usize = NONCE_LEN;
-/// The bytes of a message: whose observation it is, and whether it is a refusal.
-const NEWS_BYTES: usize = 33;
-/// Shorter keys could be guessed: 32 hexadecimal digits have 128 bits.
+/// The bytes of a notice: the id of the observation, and whether it is a refusal.
+const NOTICE_BYTES: usize = 33;
+/// A shorter key could be guessed. 32 hexadecimal digits have 128 bits.
 const MIN_KEY_CHARACTERS: usize = 32;
 
-/// The keys of the tier: one, or two while one follows the other. The first writes, all read.
+/// The keys of the tier: one key, or two during a rotation. The first is used to write, and both to read.
 pub struct TierKeys(Vec<TierKey>);
 
 struct TierKey {
@@ -32,59 +33,59 @@ struct TierKey {
     seals: hmac::Key,
 }
 
-/// Tells an observation from every other, under one key.
-pub(crate) type Id = [u8; 32];
+/// Identifies an observation, under one key.
+pub(crate) type ObservationId = [u8; 32];
 
-/// Whose observation it is.
-pub(crate) struct Whose<'a> {
-    /// The endpoint and every reading of its answers.
+/// A credential as the tier identifies it.
+pub(crate) struct CredentialIdentity<'a> {
+    /// The identity of the endpoint, which covers how its responses are classified.
     pub(crate) endpoint: &'a [u8; 32],
-    /// How the workspace's client uses the credential.
+    /// How the workspace's client sends the credential.
     pub(crate) client: [u8; 2],
     /// The credential.
     pub(crate) value: &'a str,
-    /// The model, and whether all that is found is about it: then nothing is found without it.
+    /// The model.
     pub(crate) model: Model<'a>,
 }
 
-/// How many more new credentials of an organization may be asked about, and in which name that is counted.
+/// An organization's limit of new credentials, and the name of its count in the store.
 #[derive(Debug, Clone)]
 pub(crate) struct Allowance {
     pub(super) name: String,
     pub(super) per_minute: NonZeroU32,
 }
 
-/// What part the model has in a name.
+/// Which observations are about the model alone.
 #[derive(Clone, Copy)]
 pub(crate) enum Model<'a> {
-    /// All that is found is about this one.
+    /// All of them: the model is part of every name.
     Always(&'a str),
-    /// Some of what is found is about this one.
+    /// Some of them. They have a second name, with the model.
     Sometimes(&'a str),
 }
 
-/// The names of one credential's observations under one key.
+/// The names of one credential's values under one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Names {
-    /// Who asks.
+    /// The lease of the replica that probes.
     pub(super) lease: String,
-    /// What was found of the credential; and of it with one model, where that is another name.
+    /// The observation of the credential and, under a second name, of the credential with one model.
     pub(super) observations: Vec<Name>,
-    /// The verdict that opened the breaker of what is asked: one for all credentials.
+    /// The open breaker of the endpoint. All credentials share it.
     pub(super) breaker: Name,
 }
 
 /// The name of one value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Name {
-    pub(super) id: Id,
+    pub(super) id: ObservationId,
     pub(super) text: String,
 }
 
-/// What is published of an observation that was stored.
+/// The message about an observation that was stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct News {
-    pub(super) id: Id,
+pub(super) struct Notice {
+    pub(super) id: ObservationId,
     pub(super) refused: bool,
 }
 
@@ -112,8 +113,8 @@ impl TierKeys {
     }
 
     /// Under each key, the one that writes first.
-    pub(super) fn names(&self, whose: &Whose<'_>) -> Vec<Names> {
-        with_stack_wiped(|| self.0.iter().map(|key| key.names(whose)).collect())
+    pub(super) fn names(&self, credential: &CredentialIdentity<'_>) -> Vec<Names> {
+        with_stack_wiped(|| self.0.iter().map(|key| key.names(credential)).collect())
     }
 
     /// What is counted of an organization, under the key that writes.
@@ -122,30 +123,30 @@ impl TierKeys {
         Some(Allowance { name: format!("{PREFIX}{}:new-keys", hex(&id)), per_minute })
     }
 
-    /// Sealed by the key that writes. `None` if it does not fit, or the system gives no random numbers.
+    /// Seals a value with the first key. `None` if the value is too long or the encryption fails.
     pub(super) fn seal(&self, name: &Name, plain: &[u8]) -> Option<Vec<u8>> {
         let mut padded = vec![b' '; PLAIN_BYTES];
         padded.get_mut(..plain.len())?.copy_from_slice(plain);
         self.0.first()?.seal(name.text.as_bytes(), padded)
     }
 
-    /// What was sealed under this name by the key at this position.
+    /// Opens a value that was sealed under this name with the key at this position.
     pub(super) fn open(&self, position: usize, name: &Name, sealed: &[u8]) -> Option<Vec<u8>> {
         self.0.get(position)?.open(name.text.as_bytes(), sealed)
     }
 
-    /// A message about an observation.
-    pub(super) fn seal_news(&self, news: News) -> Option<Vec<u8>> {
-        let mut plain = news.id.to_vec();
-        plain.push(u8::from(news.refused));
+    /// Seals a notice with the first key.
+    pub(super) fn seal_notice(&self, notice: Notice) -> Option<Vec<u8>> {
+        let mut plain = notice.id.to_vec();
+        plain.push(u8::from(notice.refused));
         self.0.first()?.seal(CHANNEL.as_bytes(), plain)
     }
 
-    /// The same, of whichever key.
-    pub(super) fn open_news(&self, sealed: &[u8]) -> Option<News> {
+    /// Opens a notice, with any key.
+    pub(super) fn open_notice(&self, sealed: &[u8]) -> Option<Notice> {
         let plain = self.0.iter().find_map(|key| key.open(CHANNEL.as_bytes(), sealed))?;
-        let (id, refused) = plain.split_first_chunk::<32>().filter(|_| plain.len() == NEWS_BYTES)?;
-        Some(News { id: *id, refused: refused == [1] })
+        let (id, refused) = plain.split_first_chunk::<32>().filter(|_| plain.len() == NOTICE_BYTES)?;
+        Some(Notice { id: *id, refused: refused == [1] })
     }
 }
 
@@ -166,8 +167,8 @@ impl TierKey {
         })
     }
 
-    fn names(&self, whose: &Whose<'_>) -> Names {
-        let Whose { endpoint, client, value, model } = whose;
+    fn names(&self, credential: &CredentialIdentity<'_>) -> Names {
+        let CredentialIdentity { endpoint, client, value, model } = credential;
         let credential = self.id(b"credential", &[*endpoint, client, value.as_bytes()]);
         let with_model = |model: &str| self.id(b"model", &[&credential, model.as_bytes()]);
         let ids = match model {
@@ -185,21 +186,21 @@ impl TierKey {
         }
     }
 
-    /// All parts but the last are of one length for each purpose.
-    fn id(&self, purpose: &[u8], parts: &[&[u8]]) -> Id {
+    /// All parts but the last have a fixed length for each purpose, so no separator is needed.
+    fn id(&self, purpose: &[u8], parts: &[&[u8]]) -> ObservationId {
         let mut context = hmac::Context::with_key(&self.names);
         context.update(purpose);
         for part in parts {
             context.update(part);
         }
-        let mut id = Id::default();
+        let mut id = ObservationId::default();
         for (to, from) in id.iter_mut().zip(context.sign().as_ref()) {
             *to = *from;
         }
         id
     }
 
-    /// One key for each name: random numbers that are used once then never come to their limit.
+    /// Derives one key per name, so that no key comes near the limit of random nonces.
     fn sealing(&self, name: &[u8]) -> Option<LessSafeKey> {
         let key = hmac::sign(&self.seals, name);
         UnboundKey::new(&AES_256_GCM, key.as_ref()).ok().map(LessSafeKey::new)
@@ -235,8 +236,8 @@ mod tests {
         TierKeys::parse(text).unwrap()
     }
 
-    fn whose<'a>(endpoint: &'a [u8; 32], value: &'a str, model: Model<'a>) -> Whose<'a> {
-        Whose { endpoint, client: [1, 0], value, model }
+    fn credential<'a>(endpoint: &'a [u8; 32], value: &'a str, model: Model<'a>) -> CredentialIdentity<'a> {
+        CredentialIdentity { endpoint, client: [1, 0], value, model }
     }
 
     #[test]
@@ -261,7 +262,7 @@ mod tests {
     fn every_part_of_a_name_counts_and_none_can_be_read() {
         let keys = keys(OLD);
         let name = |endpoint: &[u8; 32], client, value: &str, model: Model<'_>| {
-            keys.names(&Whose { endpoint, client, value, model }).remove(0)
+            keys.names(&CredentialIdentity { endpoint, client, value, model }).remove(0)
         };
         let base = name(&[1; 32], [1, 0], "made-up-value", Model::Sometimes("m"));
         let others = [
@@ -286,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn an_organization_is_counted_under_a_name_that_tells_nothing() {
+    fn the_name_of_an_organizations_count_reveals_nothing() {
         let (old, both) = (keys(OLD), keys(&format!("{NEW}\n{OLD}")));
         let name = |keys: &TierKeys, organization: &str| keys.allowance(organization, NonZeroU32::MIN).unwrap().name;
         let one = name(&old, "made-up-organization");
@@ -297,10 +298,10 @@ mod tests {
     }
 
     #[test]
-    fn a_seal_holds_for_its_name_and_key_alone_and_hides_all() {
+    fn a_seal_opens_only_with_its_name_and_key_and_hides_the_value() {
         let (old, both) = (keys(OLD), keys(&format!("{NEW}\n{OLD}")));
         let of = |keys: &TierKeys, position: usize, value: &str| {
-            keys.names(&whose(&[1; 32], value, Model::Sometimes("m")))[position].observations[0].clone()
+            keys.names(&credential(&[1; 32], value, Model::Sometimes("m")))[position].observations[0].clone()
         };
         let name = of(&old, 0, "made-up-1");
         let sealed = old.seal(&name, b"VALID").unwrap();
@@ -313,7 +314,7 @@ mod tests {
             keys.open(position, name, sealed).map(|plain| String::from_utf8(plain).unwrap().trim_end().to_owned())
         };
         assert_eq!(opened(&old, 0, &name, &sealed).as_deref(), Some("VALID"));
-        // Two keys: the older one's name and seal are known at its position.
+        // With two keys, the second one's names and seals are still read.
         assert_eq!(of(&both, 1, "made-up-1"), name);
         assert_eq!(opened(&both, 1, &name, &sealed).as_deref(), Some("VALID"));
         assert_eq!(opened(&both, 0, &name, &sealed), None);
@@ -329,16 +330,16 @@ mod tests {
     }
 
     #[test]
-    fn news_is_sealed_too() {
+    fn notices_are_sealed_too() {
         let (old, both, new) = (keys(OLD), keys(&format!("{NEW}\n{OLD}")), keys(NEW));
-        let (refused, fine) = (News { id: [7; 32], refused: true }, News { id: [7; 32], refused: false });
-        let (sealed, other) = (old.seal_news(refused).unwrap(), old.seal_news(fine).unwrap());
+        let (refused, fine) = (Notice { id: [7; 32], refused: true }, Notice { id: [7; 32], refused: false });
+        let (sealed, other) = (old.seal_notice(refused).unwrap(), old.seal_notice(fine).unwrap());
         assert_eq!(sealed.len(), other.len(), "a refusal looks as any other");
         assert_eq!(
-            (old.open_news(&sealed), both.open_news(&sealed), new.open_news(&sealed)),
+            (old.open_notice(&sealed), both.open_notice(&sealed), new.open_notice(&sealed)),
             (Some(refused), Some(refused), None)
         );
-        assert_eq!(old.open_news(&other), Some(fine));
-        assert_eq!(old.open_news(b"garbage"), None);
+        assert_eq!(old.open_notice(&other), Some(fine));
+        assert_eq!(old.open_notice(b"garbage"), None);
     }
 }

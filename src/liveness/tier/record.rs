@@ -1,4 +1,4 @@
-//! What the shared tier holds of one credential, as it is written before it is sealed. What cannot be read is no observation.
+//! The values of the shared tier as JSON, before they are sealed. A value that cannot be parsed counts as none.
 
 use std::time::Duration;
 
@@ -11,29 +11,29 @@ use crate::{
         protocol::HeaderFamily,
         verdict::{Cause, MadeUpKey, Unreached, Verdict},
     },
-    liveness::breaker::failed,
+    liveness::breaker::is_failure,
     telemetry::cause::unreached,
 };
 
-/// The longest that a failure to hear from a provider is shared: it may be this replica's own.
+/// The longest that a TIMEOUT or UNREACHABLE is shared: the cause may be this replica alone.
 const MAX_UNANSWERED: Duration = Duration::from_secs(3);
 
-/// An observation with what a decision needs of those before it. Times are the tier's own, in milliseconds.
+/// An observation, with what a decision needs of earlier ones. Times are the store's own, in milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Record {
+pub(crate) struct ObservationRecord {
     pub(crate) finding: Finding,
     pub(crate) at: u64,
-    /// How long it counts: all replicas ask again at one time, and the lease lets one of them.
+    /// How long it is fresh. It expires on all replicas together, and the lease lets one of them probe.
     pub(crate) fresh_for: Duration,
-    /// The last VALID, unless this is one or it was refused since.
+    /// The last VALID, unless this is one or the credential was refused since.
     pub(crate) earlier_valid: Option<(Finding, u64)>,
-    /// When it was last refused.
+    /// When the credential was last refused.
     pub(crate) refused_at: Option<u64>,
 }
 
-/// The verdict that opened a replica's breaker, when, and until when. Times are the tier's own, in milliseconds.
+/// A replica's open breaker: the finding that opened it, when it opened, and until when. Times are the store's own, in milliseconds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct OpenBreaker {
+pub(super) struct BreakerRecord {
     pub(super) finding: Finding,
     pub(super) at: u64,
     pub(super) until: u64,
@@ -41,29 +41,29 @@ pub(super) struct OpenBreaker {
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct WrittenBreaker<'w> {
+struct BreakerJson<'w> {
     #[serde(borrow)]
-    finding: WrittenFinding<'w>,
+    finding: FindingJson<'w>,
     opened_at: u64,
     until: u64,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Written<'w> {
+struct ObservationJson<'w> {
     #[serde(borrow)]
-    finding: WrittenFinding<'w>,
+    finding: FindingJson<'w>,
     at: u64,
     fresh_ms: u64,
     #[serde(borrow, default, skip_serializing_if = "Option::is_none")]
-    valid: Option<(WrittenFinding<'w>, u64)>,
+    valid: Option<(FindingJson<'w>, u64)>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     refused_at: Option<u64>,
 }
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct WrittenFinding<'w> {
+struct FindingJson<'w> {
     verdict: &'w str,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     cause: Option<&'w str>,
@@ -86,17 +86,17 @@ struct WrittenFinding<'w> {
     unreached: Option<&'w str>,
 }
 
-// === impl Record ===
+// === impl ObservationRecord ===
 
-impl Record {
-    /// As it is sealed. `None` for what is not shared: nothing was asked.
+impl ObservationRecord {
+    /// `None` if the verdict is not shared.
     pub(super) fn to_bytes(&self) -> Option<Vec<u8>> {
         let Self { finding, at, fresh_for, earlier_valid, refused_at } = self;
         let longest = match finding.verdict {
             Verdict::Timeout | Verdict::Unreachable => MAX_UNANSWERED,
             _ => Duration::MAX,
         };
-        let written = Written {
+        let written = ObservationJson {
             finding: write(finding)?,
             at: *at,
             fresh_ms: millis(*fresh_for.min(&longest)),
@@ -109,9 +109,8 @@ impl Record {
         serde_json::to_vec(&written).ok()
     }
 
-    /// The same, read.
     pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let Written { finding, at, fresh_ms, valid, refused_at } = serde_json::from_slice(bytes).ok()?;
+        let ObservationJson { finding, at, fresh_ms, valid, refused_at } = serde_json::from_slice(bytes).ok()?;
         let earlier_valid = match valid {
             Some((finding, at)) => Some((read(finding).filter(|finding| finding.verdict == Verdict::Valid)?, at)),
             None => None,
@@ -120,19 +119,18 @@ impl Record {
     }
 }
 
-// === impl OpenBreaker ===
+// === impl BreakerRecord ===
 
-impl OpenBreaker {
-    /// As it is sealed.
+impl BreakerRecord {
     pub(super) fn to_bytes(&self) -> Option<Vec<u8>> {
         let Self { finding, at, until } = self;
-        serde_json::to_vec(&WrittenBreaker { finding: write(finding)?, opened_at: *at, until: *until }).ok()
+        serde_json::to_vec(&BreakerJson { finding: write(finding)?, opened_at: *at, until: *until }).ok()
     }
 
-    /// The same, read. What does not show that a provider fails opened no breaker.
+    /// `None` if the finding is not a failure of the provider: only a failure opens a breaker.
     pub(super) fn from_bytes(bytes: &[u8]) -> Option<Self> {
-        let WrittenBreaker { finding, opened_at, until } = serde_json::from_slice(bytes).ok()?;
-        let finding = read(finding).filter(|finding| failed(finding) == Some(true))?;
+        let BreakerJson { finding, opened_at, until } = serde_json::from_slice(bytes).ok()?;
+        let finding = read(finding).filter(|finding| is_failure(finding) == Some(true))?;
         Some(Self { finding, at: opened_at, until })
     }
 }
@@ -141,9 +139,9 @@ fn millis(length: Duration) -> u64 {
     u64::try_from(length.as_millis()).unwrap_or(u64::MAX)
 }
 
-fn write(finding: &Finding) -> Option<WrittenFinding<'_>> {
+fn write(finding: &Finding) -> Option<FindingJson<'_>> {
     let Finding { verdict, cause, status, probe, family, wrong_header, made_up, retry_after, .. } = finding;
-    may_be_shared(*verdict).then(|| WrittenFinding {
+    may_be_shared(*verdict).then(|| FindingJson {
         verdict: verdict.as_str(),
         cause: cause.map(Cause::as_str),
         status: *status,
@@ -158,9 +156,9 @@ fn write(finding: &Finding) -> Option<WrittenFinding<'_>> {
     })
 }
 
-fn read(written: WrittenFinding<'_>) -> Option<Finding> {
-    let WrittenFinding { verdict, cause, status, probe, family, wrong_header, made_up, retry_after_ms, .. } = written;
-    // A word that this version does not know is no observation: a newer replica may have written it.
+fn read(written: FindingJson<'_>) -> Option<Finding> {
+    let FindingJson { verdict, cause, status, probe, family, wrong_header, made_up, retry_after_ms, .. } = written;
+    // An unknown word, as from a newer replica, makes the whole value unreadable.
     let cause = match cause {
         Some(word) => Some(word.parse::<Cause>().ok()?),
         None => None,
@@ -193,7 +191,7 @@ fn read(written: WrittenFinding<'_>) -> Option<Finding> {
     })
 }
 
-/// What a provider said, or did not say in time. What nobody asked is nobody's to share.
+/// Whether the verdict comes from a request to the provider. A verdict without a request is not shared.
 const fn may_be_shared(verdict: Verdict) -> bool {
     match verdict {
         Verdict::Valid
@@ -240,14 +238,14 @@ fn read_unreached(word: &str) -> Option<Unreached> {
 mod tests {
     use super::*;
 
-    fn record(finding: Finding) -> Record {
+    fn record(finding: Finding) -> ObservationRecord {
         let refused_at = (finding.verdict == Verdict::Invalid).then_some(7);
-        Record { finding, at: 7, fresh_for: Duration::from_millis(2_999), earlier_valid: None, refused_at }
+        ObservationRecord { finding, at: 7, fresh_for: Duration::from_millis(2_999), earlier_valid: None, refused_at }
     }
 
-    /// Every field, at its longest: what is read is what was written, and it fits.
+    /// With every field at its longest, the value still fits.
     #[test]
-    fn what_is_read_is_what_was_written() {
+    fn a_written_record_is_read_back_unchanged() {
         let full = |verdict, made_up, unreached| Finding {
             verdict,
             cause: Some(Cause::MadeUpKeyUntold),
@@ -277,26 +275,26 @@ mod tests {
                     record.earlier_valid = Some((full(Verdict::Valid, made_up, unreached), 1_800_000_000_000));
                     let bytes = record.to_bytes().unwrap();
                     assert!(bytes.len() <= super::super::keys::PLAIN_BYTES, "{} bytes", bytes.len());
-                    assert_eq!(Record::from_bytes(&bytes), Some(record));
+                    assert_eq!(ObservationRecord::from_bytes(&bytes), Some(record));
                 }
             }
             let bare = record(Finding::bare(*verdict));
-            assert_eq!(Record::from_bytes(&bare.to_bytes().unwrap()), Some(bare));
+            assert_eq!(ObservationRecord::from_bytes(&bare.to_bytes().unwrap()), Some(bare));
         }
     }
 
     #[test]
-    fn what_nobody_asked_is_not_shared() {
+    fn a_verdict_without_a_request_is_not_shared() {
         for verdict in [Verdict::NotAttempted, Verdict::NoServerSurface, Verdict::ProbeDisabled] {
             assert_eq!(record(Finding::bare(verdict)).to_bytes(), None, "{verdict}");
         }
     }
 
     #[test]
-    fn a_failure_to_hear_is_shared_for_three_seconds_at_most() {
+    fn a_provider_without_an_answer_is_shared_for_three_seconds_at_most() {
         for (verdict, longest) in [(Verdict::Timeout, 3), (Verdict::Unreachable, 3), (Verdict::Valid, 30)] {
-            let record = Record { fresh_for: Duration::from_secs(30), ..record(Finding::bare(verdict)) };
-            let read = Record::from_bytes(&record.to_bytes().unwrap()).unwrap();
+            let record = ObservationRecord { fresh_for: Duration::from_secs(30), ..record(Finding::bare(verdict)) };
+            let read = ObservationRecord::from_bytes(&record.to_bytes().unwrap()).unwrap();
             assert_eq!(read.fresh_for, Duration::from_secs(longest), "{verdict}");
         }
     }
@@ -304,22 +302,22 @@ mod tests {
     #[test]
     fn only_a_failure_of_the_provider_opens_a_breaker() {
         for verdict in Verdict::VARIANTS.iter().copied().filter(|verdict| may_be_shared(*verdict)) {
-            let open = OpenBreaker { finding: Finding::bare(verdict), at: 7, until: 9 };
+            let open = BreakerRecord { finding: Finding::bare(verdict), at: 7, until: 9 };
             let fails = matches!(verdict, Verdict::Timeout | Verdict::Unreachable | Verdict::ProviderError);
             let bytes = open.to_bytes().unwrap();
-            assert_eq!(OpenBreaker::from_bytes(&bytes), fails.then_some(open), "{verdict}");
-            assert_eq!(Record::from_bytes(&bytes), None, "it is no observation");
+            assert_eq!(BreakerRecord::from_bytes(&bytes), fails.then_some(open), "{verdict}");
+            assert_eq!(ObservationRecord::from_bytes(&bytes), None, "it is no observation");
         }
         let of_model = Finding { about_model: true, ..Finding::bare(Verdict::Timeout) };
-        let bytes = OpenBreaker { finding: of_model, at: 7, until: 9 }.to_bytes().unwrap();
-        assert_eq!(OpenBreaker::from_bytes(&bytes), None, "a tenant's own model says nothing of the provider");
-        assert_eq!(OpenBreaker::from_bytes(&record(Finding::bare(Verdict::Timeout)).to_bytes().unwrap()), None);
+        let bytes = BreakerRecord { finding: of_model, at: 7, until: 9 }.to_bytes().unwrap();
+        assert_eq!(BreakerRecord::from_bytes(&bytes), None, "a tenant's own model says nothing of the provider");
+        assert_eq!(BreakerRecord::from_bytes(&record(Finding::bare(Verdict::Timeout)).to_bytes().unwrap()), None);
     }
 
     #[test]
-    fn what_says_anything_else_is_no_observation() {
+    fn a_changed_record_is_not_read() {
         let valid = r#"{"finding":{"verdict":"VALID","probe":"p"},"at":7,"fresh_ms":1}"#;
-        assert!(Record::from_bytes(valid.as_bytes()).is_some());
+        assert!(ObservationRecord::from_bytes(valid.as_bytes()).is_some());
         for (from, to) in [
             ("VALID", "VALIDATED"),
             ("VALID", "NOT_ATTEMPTED"),
@@ -335,7 +333,7 @@ mod tests {
         ] {
             let bent = valid.replacen(from, to, 1);
             assert_ne!(bent, valid);
-            assert_eq!(Record::from_bytes(bent.as_bytes()), None, "{bent}");
+            assert_eq!(ObservationRecord::from_bytes(bent.as_bytes()), None, "{bent}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The store itself: one connection that is made anew after a fault, four scripts, and a time for everything.
+//! The client of the store: one connection, which is replaced after a fault, four scripts, and a timeout for every command.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -17,31 +17,34 @@ use tokio::time::{Instant, timeout_at};
 
 use super::{
     TierAccess,
+    address::StoreAddress,
     faults::{Change, Faults},
     keys::{Allowance, BEGINNING, CHANNEL, SEALED_BYTES},
-    place::Place,
 };
 use crate::{
     core::engine::Boxed,
     telemetry::metrics::{Counter, Histogram},
 };
 
-/// How long a lease lasts that nobody renews.
+/// How long a lease lasts without a renewal.
 pub(super) const LEASE: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
-/// After which silence the kernel asks whether the store is still there.
+/// After so long without data, the kernel checks the connection.
 const KEEPALIVE: Duration = Duration::from_secs(10);
 
-/// KEYS: the lease, then what would do instead of asking: observations, and verdicts that opened a breaker. ARGV: who asks, the lease's
-/// milliseconds, the bytes of a sealed value, then for each of those the beginning of the one that will not do. Gives: the store's time;
-/// 0 one of them is there, 1 the lease is the asker's, 2 another has it, 3 it is withheld; how many values cannot be ours; the values; for how
-/// many milliseconds it is withheld.
-/// A value of another type or length is as none. So is a lease that does not end, or too late: nobody of ours set it.
+/// Looks for values, and takes the lease if there is none.
 ///
-/// With one more of the KEYS, and of ARGV what one costs and the most that may be spent, in microseconds, it counts new credentials: nothing is
-/// known of what the lease is for, not even what will not do. The value says until when what was spent is not all regained, as governor counts.
-/// One that is more than may be spent is none of ours.
-const LOOK: &str = "\
+/// KEYS: the lease; the names of observations and of open breakers. ARGV: the caller's token; the lease's milliseconds; the bytes of a sealed
+/// value; the number of names; for each name, the first bytes of a value that is unsuitable, or nothing. Returns: the store's time; 0 a value was
+/// found, 1 the caller has the lease, 2 another replica has it, 3 the credential is withheld; how many values are damaged; the values; for how
+/// many milliseconds the credential is withheld.
+///
+/// A value of another type or length counts as none. So does a lease without an end, or with one that is too late: this service sets none like it.
+///
+/// With one more key, it also counts new credentials: a credential is new if no value is stored, not even an unsuitable one. ARGV then ends with
+/// the cost of one credential and the most that may be spent, in microseconds. The value under the key is the time when the limit is wholly
+/// free again, as governor counts. A value over the limit was not written by this service, and counts as none.
+const LOOKUP: &str = "\
 local now = redis.call('TIME')
 local ms = now[1] * 1000 + math.floor(now[2] / 1000)
 local values, damaged, found, known, named = {}, 0, false, false, tonumber(ARGV[4])
@@ -71,8 +74,9 @@ end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return {ms, 1, damaged, values, 0}";
 
-/// KEYS: the lease, the observation, then names of it that are to go. ARGV: whose lease, the value, its milliseconds, the channel, the news.
-/// Only while the lease is the writer's own.
+/// Stores an observation and ends the lease, if the token holds it.
+///
+/// KEYS: the lease; the observation; names to delete. ARGV: the token; the value; its milliseconds; the channel; the notice.
 const STORE: &str = "\
 if redis.pcall('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[2], ARGV[2], 'PX', ARGV[3])
@@ -81,98 +85,101 @@ for i = 3, #KEYS do redis.call('DEL', KEYS[i]) end
 redis.call('PUBLISH', ARGV[4], ARGV[5])
 return 1";
 
-/// KEYS: the lease. ARGV: whose, and its milliseconds from now on.
+/// KEYS: the lease. ARGV: the token; the lease's milliseconds from now on.
 const RENEW: &str = "\
 if redis.pcall('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])";
 
-/// KEYS: the lease. ARGV: whose.
+/// KEYS: the lease. ARGV: the token.
 const RELEASE: &str = "\
 if redis.pcall('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('DEL', KEYS[1])";
 
 /// Makes connections to the store.
 pub trait Connect: Send + Sync {
-    /// One for questions, side by side.
+    /// A connection for commands. It is shared by concurrent ones.
     fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, RedisError>>;
-    /// One that is told what is published.
+    /// A connection that receives notices.
     fn listen(&self) -> Boxed<'_, Result<PubSub, RedisError>>;
 }
 
-/// Connections to an address.
+/// Connects to an address.
 struct Remote {
     client: Client,
     timeout: Duration,
 }
 
-/// The store, as far as it can be reached.
+/// The client of the store.
 pub(super) struct Store {
     connect: Box<dyn Connect>,
     timeout: Duration,
-    /// The connection, and how many there have been: a fault ends the one that it came from.
+    /// The connection, and its number. A fault ends only the connection that it came from.
     connection: Mutex<(u64, Option<MultiplexedConnection>)>,
-    /// Held by the one that connects.
+    /// Held while connecting, so that one caller connects for all.
     connecting: tokio::sync::Mutex<()>,
     faults: Mutex<Faults>,
     pub(super) took: Histogram,
-    pub(super) faulty: Counter,
+    pub(super) failures: Counter,
 }
 
-/// No answer from the store.
+/// Why a command has no result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Unheard {
-    /// It is left alone for now.
+pub(super) enum StoreError {
+    /// It was not sent: the store failed several times in a row.
     LeftAlone,
-    /// It failed.
+    /// It failed, or timed out.
     Fault,
 }
 
-/// What a look has found.
+/// The reply to a lookup.
 #[derive(Debug)]
-pub(super) struct Looked {
+pub(super) struct StoreLookup {
     /// The store's time, in milliseconds.
     pub(super) at: u64,
-    pub(super) state: State,
-    /// How many values cannot be ours.
+    pub(super) state: LookupState,
+    /// How many values have a wrong type or length.
     pub(super) damaged: u64,
-    /// In the order of their names; an empty one is none.
+    /// The values in the order of the names. An empty one was not found.
     pub(super) values: Vec<Vec<u8>>,
 }
 
-/// What a look comes to.
+/// The state of the credential in the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum State {
+pub(super) enum LookupState {
+    /// A value was found.
     Found,
+    /// The caller now has the lease.
     Leased,
+    /// Another replica has the lease.
     Wait,
-    /// Too many new credentials of the organization; another may come after this time.
+    /// The organization's limit of new credentials is reached. The next one may come after this time.
     Withheld(Duration),
 }
 
 // === impl Remote ===
 
 impl Remote {
-    fn new(place: &Place, access: &TierAccess) -> Result<Self, RedisError> {
+    fn new(address: &StoreAddress, access: &TierAccess) -> Result<Self, RedisError> {
         let TierAccess { user, password, ca, .. } = access;
-        let mut settings = RedisConnectionInfo::default().set_db(place.database).set_skip_set_lib_name();
+        let mut settings = RedisConnectionInfo::default().set_db(address.database).set_skip_set_lib_name();
         if let Some(user) = user {
             settings = settings.set_username(user);
         }
         if let Some(password) = password {
             settings = settings.set_password(password.expose());
         }
-        let (host, port) = (place.host.clone(), place.port);
-        let address = if place.tls {
+        let (host, port) = (address.host.clone(), address.port);
+        let remote = if address.tls {
             ConnectionAddr::TcpTls { host, port, insecure: false, tls_params: None }
         } else {
             ConnectionAddr::Tcp(host, port)
         };
-        // Who listens for news says nothing: a connection that is lost without a word is found out so.
+        // The listener sends nothing, so only keepalive notices that its connection is lost.
         let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
         let tcp = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive);
-        let info = address.into_connection_info()?.set_redis_settings(settings).set_tcp_settings(tcp);
+        let info = remote.into_connection_info()?.set_redis_settings(settings).set_tcp_settings(tcp);
         let client = match ca {
-            Some(ca) if place.tls => {
+            Some(ca) if address.tls => {
                 Client::build_with_tls(info, TlsCertificates { client_tls: None, root_cert: Some(ca.clone()) })?
             }
             Some(_) | None => Client::open(info)?,
@@ -184,7 +191,7 @@ impl Remote {
 impl Connect for Remote {
     fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, RedisError>> {
         Box::pin(async {
-            // Every question has a time of its own.
+            // Every command has a timeout of its own.
             let config = AsyncConnectionConfig::new().set_connection_timeout(Some(self.timeout)).set_response_timeout(None);
             self.client.get_multiplexed_async_connection_with_config(&config).await
         })
@@ -198,12 +205,12 @@ impl Connect for Remote {
 // === impl Store ===
 
 impl Store {
-    /// The one at an address.
-    pub(super) fn at(place: &Place, access: &TierAccess) -> Result<Self, RedisError> {
-        Ok(Self::new(Box::new(Remote::new(place, access)?), access.timeout))
+    /// A client for an address.
+    pub(super) fn at(address: &StoreAddress, access: &TierAccess) -> Result<Self, RedisError> {
+        Ok(Self::new(Box::new(Remote::new(address, access)?), access.timeout))
     }
 
-    /// The one that these connections lead to.
+    /// A client over these connections.
     pub(super) fn new(connect: Box<dyn Connect>, timeout: Duration) -> Self {
         Self {
             connect,
@@ -212,93 +219,93 @@ impl Store {
             connecting: tokio::sync::Mutex::default(),
             faults: Mutex::default(),
             took: Histogram::default(),
-            faulty: Counter::new(),
+            failures: Counter::new(),
         }
     }
 
-    /// Until when an answer to a question of now is waited for.
+    /// The deadline of a command that is sent now.
     pub(super) fn deadline(&self) -> Instant {
         Instant::now() + self.timeout
     }
 
-    /// Whether it is not left alone.
+    /// False while nothing is sent, after faults.
     pub(super) fn is_in_use(&self) -> bool {
         unpoisoned(&self.faults).is_in_use()
     }
 
-    /// Looks for values; without one that will do, takes the lease if nobody has it.
-    pub(super) async fn look(
+    /// Looks for values. If there is no suitable one and no lease, it takes the lease.
+    pub(super) async fn look_up(
         &self,
         (lease, token): (&str, &str),
-        (names, passed_over): (&[&str], &[Vec<u8>]),
+        (names, unsuitable_values): (&[&str], &[Vec<u8>]),
         allowance: Option<&Allowance>,
         deadline: Instant,
-    ) -> Result<Looked, Unheard> {
-        let mut command = script(LOOK, 1 + names.len() + usize::from(allowance.is_some()));
+    ) -> Result<StoreLookup, StoreError> {
+        let mut command = script(LOOKUP, 1 + names.len() + usize::from(allowance.is_some()));
         command.arg(lease).arg(names).arg(allowance.map(|allowance| allowance.name.as_str()));
         command.arg(token).arg(millis(LEASE)).arg(SEALED_BYTES).arg(names.len());
         for index in 0..names.len() {
-            let beginning = passed_over.get(index).and_then(|value| value.get(..BEGINNING)).unwrap_or_default();
+            let beginning = unsuitable_values.get(index).and_then(|value| value.get(..BEGINNING)).unwrap_or_default();
             command.arg(beginning);
         }
         if let Some(Allowance { per_minute, .. }) = allowance {
             let cost = MINUTE / per_minute.get();
             command.arg(micros(cost)).arg(micros(cost * per_minute.get()));
         }
-        let reply: (u64, u64, u64, Vec<Vec<u8>>, u64) = self.ask(&command, deadline).await?;
+        let reply: (u64, u64, u64, Vec<Vec<u8>>, u64) = self.send(&command, deadline).await?;
         let (at, state, damaged, values, withheld_for) = reply;
         let state = match state {
-            0 => State::Found,
-            1 => State::Leased,
-            3 => State::Withheld(Duration::from_millis(withheld_for)),
-            _ => State::Wait,
+            0 => LookupState::Found,
+            1 => LookupState::Leased,
+            3 => LookupState::Withheld(Duration::from_millis(withheld_for)),
+            _ => LookupState::Wait,
         };
-        Ok(Looked { at, state, damaged, values })
+        Ok(StoreLookup { at, state, damaged, values })
     }
 
-    /// Stores while the lease is the writer's own, which ends with it.
+    /// Stores a value and ends the lease. `false` if the token does not hold the lease.
     pub(super) async fn store(
         &self,
         (lease, token): (&str, &str),
         (name, value, keep): (&str, &[u8], Duration),
         others: &[&str],
-        news: &[u8],
-    ) -> Result<bool, Unheard> {
+        notice: &[u8],
+    ) -> Result<bool, StoreError> {
         let mut command = script(STORE, 2 + others.len());
-        command.arg(lease).arg(name).arg(others).arg(token).arg(value).arg(millis(keep)).arg(CHANNEL).arg(news);
-        self.ask::<u64>(&command, self.deadline()).await.map(|done| done == 1)
+        command.arg(lease).arg(name).arg(others).arg(token).arg(value).arg(millis(keep)).arg(CHANNEL).arg(notice);
+        self.send::<u64>(&command, self.deadline()).await.map(|done| done == 1)
     }
 
-    /// Whether the lease is still the asker's; it then lasts anew.
-    pub(super) async fn renew(&self, (lease, token): (&str, &str)) -> Result<bool, Unheard> {
+    /// Renews the lease. `false` if the token does not hold it.
+    pub(super) async fn renew(&self, (lease, token): (&str, &str)) -> Result<bool, StoreError> {
         let mut command = script(RENEW, 1);
         command.arg(lease).arg(token).arg(millis(LEASE));
-        self.ask::<u64>(&command, self.deadline()).await.map(|done| done == 1)
+        self.send::<u64>(&command, self.deadline()).await.map(|done| done == 1)
     }
 
-    /// Ends the lease, so that nobody waits for it.
-    pub(super) async fn release(&self, (lease, token): (&str, &str)) -> Result<(), Unheard> {
+    /// Ends the lease, so that other replicas do not wait for it.
+    pub(super) async fn release(&self, (lease, token): (&str, &str)) -> Result<(), StoreError> {
         let mut command = script(RELEASE, 1);
         command.arg(lease).arg(token);
-        self.ask::<u64>(&command, self.deadline()).await.map(drop)
+        self.send::<u64>(&command, self.deadline()).await.map(drop)
     }
 
-    /// Sets a value for a time, whoever has set it before; if the store hears of it.
+    /// Sets a value for a time, without a lease. A fault is ignored.
     pub(super) async fn set(&self, name: &str, value: &[u8], keep: Duration) {
         let mut command = redis::cmd("SET");
         command.arg(name).arg(value).arg("PX").arg(millis(keep));
-        self.ask(&command, self.deadline()).await.unwrap_or_default()
+        self.send(&command, self.deadline()).await.unwrap_or_default()
     }
 
-    /// Ends values, if the store hears of it.
+    /// Deletes values. A fault is ignored.
     pub(super) async fn delete(&self, names: &[&str]) {
         let mut command = redis::cmd("DEL");
         command.arg(names);
-        self.ask(&command, self.deadline()).await.map_or((), |_: u64| ())
+        self.send(&command, self.deadline()).await.map_or((), |_: u64| ())
     }
 
-    /// What is published from now on, until the connection ends.
-    pub(super) async fn news(&self) -> Result<impl Stream<Item = Vec<u8>> + use<>, RedisError> {
+    /// Receives notices until the connection ends.
+    pub(super) async fn subscribe(&self) -> Result<impl Stream<Item = Vec<u8>> + use<>, RedisError> {
         let connecting = async {
             let mut listener = self.connect.listen().await?;
             listener.subscribe(CHANNEL).await?;
@@ -308,31 +315,31 @@ impl Store {
         Ok(listener.into_on_message().map(|message| message.get_payload_bytes().to_vec()))
     }
 
-    /// One question, with everything that it takes.
-    async fn ask<T: FromRedisValue>(&self, command: &Cmd, deadline: Instant) -> Result<T, Unheard> {
-        if !unpoisoned(&self.faults).may_ask(Instant::now()) {
-            return Err(Unheard::LeftAlone);
+    /// Sends one command. It connects if needed, counts a fault, and logs the start and the end of a pause.
+    async fn send<T: FromRedisValue>(&self, command: &Cmd, deadline: Instant) -> Result<T, StoreError> {
+        if !unpoisoned(&self.faults).may_send(Instant::now()) {
+            return Err(StoreError::LeftAlone);
         }
         let began = Instant::now();
         let mut used = None;
-        let asked = in_time(deadline, async {
+        let sending = in_time(deadline, async {
             let (number, mut connection) = self.connected().await?;
             used = Some(number);
             command.query_async::<T>(&mut connection).await
         });
-        let answer = asked.await;
+        let answer = sending.await;
         self.took.observe(began.elapsed());
         match answer {
             Ok(answer) => {
-                if unpoisoned(&self.faults).worked() == Some(Change::InUse) {
+                if unpoisoned(&self.faults).succeeded() == Some(Change::InUse) {
                     tracing::info!(event = "tier_in_use", "the shared tier answers again");
                 }
                 Ok(answer)
             }
             Err(fault) => {
-                self.faulty.inc();
+                self.failures.inc();
                 let change = unpoisoned(&self.faults).failed(Instant::now());
-                // It may be of no use any more; what a server says in its own words is.
+                // The connection may be broken, unless the server itself replied with the error.
                 if !matches!(fault.kind(), ErrorKind::Server(_) | ErrorKind::Extension) {
                     self.disconnect(used);
                 }
@@ -345,12 +352,12 @@ impl Store {
                         "the shared tier failed several times in a row; until it answers again, this replica decides without it"
                     );
                 }
-                Err(Unheard::Fault)
+                Err(StoreError::Fault)
             }
         }
     }
 
-    /// The connection; made if there is none.
+    /// Returns the connection, and makes it if there is none.
     async fn connected(&self) -> Result<(u64, MultiplexedConnection), RedisError> {
         if let Some(connected) = self.open_connection() {
             return Ok(connected);
@@ -360,27 +367,27 @@ impl Store {
             return Ok(connected);
         }
         let made = self.connect.connect().await?;
-        let mut slot = unpoisoned(&self.connection);
-        slot.0 += 1;
-        slot.1 = Some(made.clone());
-        Ok((slot.0, made))
+        let mut current = unpoisoned(&self.connection);
+        current.0 += 1;
+        current.1 = Some(made.clone());
+        Ok((current.0, made))
     }
 
     fn open_connection(&self) -> Option<(u64, MultiplexedConnection)> {
-        let slot = unpoisoned(&self.connection);
-        Some((slot.0, slot.1.clone()?))
+        let current = unpoisoned(&self.connection);
+        Some((current.0, current.1.clone()?))
     }
 
     fn disconnect(&self, used: Option<u64>) {
-        let mut slot = unpoisoned(&self.connection);
-        if used == Some(slot.0) {
-            slot.1 = None;
+        let mut current = unpoisoned(&self.connection);
+        if used == Some(current.0) {
+            current.1 = None;
         }
     }
 }
 
 fn script(text: &str, keys: usize) -> Cmd {
-    // By its text and not by its hash: a server that has started anew knows no hash, and the text is shorter than a value.
+    // Sent as text and not by its hash, which a restarted server does not know.
     let mut command = redis::cmd("EVAL");
     command.arg(text).arg(keys);
     command
@@ -394,7 +401,7 @@ fn millis(length: Duration) -> u64 {
     u64::try_from(length.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Every change to what is behind these locks is whole, whatever panics.
+/// A panic cannot leave the state behind these locks inconsistent: every change is one call or assignment.
 fn unpoisoned<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

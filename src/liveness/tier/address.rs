@@ -1,23 +1,23 @@
-//! Where the shared tier is: one address, TLS beyond this machine.
+//! The address of the store. Outside of this machine it must use TLS.
 
 use url::{Host, Url};
 
-/// The ports that Redis and Valkey are at.
+/// The default port of Redis and Valkey.
 const PORT: u16 = 6379;
 
-/// An address, taken apart.
+/// A parsed address.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct StoreAddress {
     pub(super) host: String,
     pub(super) port: u16,
     pub(super) tls: bool,
     pub(super) database: i64,
 }
 
-// === impl Place ===
+// === impl StoreAddress ===
 
-impl Place {
-    /// From `rediss://HOST:PORT`, or `redis://` on loopback; `/N` names a database.
+impl StoreAddress {
+    /// Parses `rediss://HOST:PORT`, or `redis://HOST:PORT` on loopback. `/N` at the end selects a database.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let wanted = "write rediss://HOST:PORT, or redis://127.0.0.1:PORT on this machine";
         let url = Url::parse(text).map_err(|fault| format!("is no URL ({fault}); {wanted}"))?;
@@ -35,7 +35,7 @@ impl Place {
         let Some(host) = url.host().filter(|host| !host.to_string().is_empty()) else {
             return Err(format!("names no host; {wanted}"));
         };
-        // Outside of http(s), this library takes an address for a name.
+        // For schemes other than http(s), the `url` crate parses an IPv4 address as a name.
         let host = match host {
             Host::Domain(name) => Host::parse(name).map_err(|fault| format!("names no host ({fault}); {wanted}"))?,
             Host::Ipv4(address) => Host::Ipv4(address),
@@ -68,21 +68,21 @@ impl Place {
 mod tests {
     use super::*;
 
-    fn place(host: &str, port: u16, tls: bool, database: i64) -> Place {
-        Place { host: host.to_owned(), port, tls, database }
+    fn address(host: &str, port: u16, tls: bool, database: i64) -> StoreAddress {
+        StoreAddress { host: host.to_owned(), port, tls, database }
     }
 
     #[test]
-    fn an_address_is_encrypted_or_of_this_machine() {
+    fn an_address_uses_tls_or_loopback() {
         for (text, expect) in [
-            ("rediss://valkey.byok-gate.svc:6380", place("valkey.byok-gate.svc", 6380, true, 0)),
-            ("rediss://10.1.2.3/7", place("10.1.2.3", 6379, true, 7)),
-            ("rediss://[2001:db8::1]:6380/", place("2001:db8::1", 6380, true, 0)),
-            ("redis://127.0.0.1", place("127.0.0.1", 6379, false, 0)),
-            ("redis://[::1]:1", place("::1", 1, false, 0)),
-            ("redis://localhost:1/15", place("localhost", 1, false, 15)),
+            ("rediss://valkey.byok-gate.svc:6380", address("valkey.byok-gate.svc", 6380, true, 0)),
+            ("rediss://10.1.2.3/7", address("10.1.2.3", 6379, true, 7)),
+            ("rediss://[2001:db8::1]:6380/", address("2001:db8::1", 6380, true, 0)),
+            ("redis://127.0.0.1", address("127.0.0.1", 6379, false, 0)),
+            ("redis://[::1]:1", address("::1", 1, false, 0)),
+            ("redis://localhost:1/15", address("localhost", 1, false, 15)),
         ] {
-            assert_eq!(Place::parse(text), Ok(expect), "{text}");
+            assert_eq!(StoreAddress::parse(text), Ok(expect), "{text}");
         }
         for (text, what) in [
             ("redis://valkey:6379", "use rediss://"),
@@ -100,7 +100,7 @@ mod tests {
             ("rediss://valkey/one", "no database by `one`"),
             ("rediss://valkey/-1", "no database by `-1`"),
         ] {
-            let fault = Place::parse(text).unwrap_err();
+            let fault = StoreAddress::parse(text).unwrap_err();
             assert!(fault.contains(what) && !fault.contains("secret@"), "{text}: {fault}");
         }
     }
