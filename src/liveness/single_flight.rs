@@ -262,7 +262,7 @@ mod tests {
     }
 
     /// Callers on several threads that meet a flight as it begins and as it ends: never two at once for a key, and nobody is left waiting.
-    /// `tests/miri` runs it in many orders.
+    /// `tests/miri/run` runs it in many orders.
     #[test]
     fn threads_that_meet_share_one_flight_at_a_time() {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
