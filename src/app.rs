@@ -64,7 +64,7 @@ pub struct Loosenings(Counter);
 
 impl Collect for Loosenings {
     fn collect(&self, page: &mut Page) {
-        page.counter("byokgate_configuration_loosened", "Settings that a reload has changed to let through more than before")
+        page.counter("byokgate_configuration_loosened", "Settings that a reload has changed to let more through than before")
             .add(&[], &self.0);
     }
 }

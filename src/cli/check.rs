@@ -362,7 +362,7 @@ fn unused_rows(registry: &Registry, catalogue: &Catalogue) -> Vec<Problem> {
                     provider.name,
                     host_of(base).unwrap_or_default()
                 ),
-                None => "matches no provider of the registry: nobody is asked by this row".to_owned(),
+                None => "matches no provider of the registry: this row is unused".to_owned(),
             };
             problems.push(Problem::at(format!("hosts.{host}{}", row.path_prefix), message));
         }

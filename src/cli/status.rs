@@ -113,7 +113,7 @@ fn failure_text(fault: &reqwest::Error) -> String {
     } else if fault.is_timeout() {
         "no answer in time".to_owned()
     } else if fault.is_connect() {
-        format!("nobody answers there; start the server with --admin-listen ({said})")
+        format!("nothing answers there; start the server with --admin-listen ({said})")
     } else {
         format!("no status came; is that the address of --admin-listen, and not of --listen? ({said})")
     }
@@ -143,7 +143,7 @@ fn text(status: &Status, last: usize) -> String {
     section("refused connections", status.refused_connections.iter().take(last).map(refused).collect());
     section("calls without a decision", status.undecided_calls.iter().take(last).map(undecided).collect());
     section("last denials", status.denials.iter().take(last).map(recent).collect());
-    section("last allows that nobody could verify", status.unverified_allows.iter().take(last).map(recent).collect());
+    section("last unverified allows", status.unverified_allows.iter().take(last).map(recent).collect());
     out
 }
 
@@ -154,8 +154,8 @@ fn document(Document { document, revision, source, loaded_at, age_seconds, last_
 }
 
 fn certificate(Certificate { setting, file, ends_at, seconds_left }: &Certificate) -> String {
-    let left = if *seconds_left <= 0 { "HAS ENDED".to_owned() } else { format!("{} days left", seconds_left / 86_400) };
-    format!("{setting:<16} {file}: ends at {ends_at}, {left}")
+    let left = if *seconds_left <= 0 { "HAS EXPIRED".to_owned() } else { format!("{} days left", seconds_left / 86_400) };
+    format!("{setting:<16} {file}: expires at {ends_at}, {left}")
 }
 
 fn provider(provider: &Provider) -> Vec<String> {

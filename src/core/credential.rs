@@ -156,11 +156,17 @@ impl<'a> CredentialStep<'a, '_> {
         });
         log.resolution.credential = Some(self.judged(judged, chosen_because));
         if call.is_unread {
-            let what = match self.place_for(judged.env_name) {
-                Some(place) => format!("save the key as {}{}", place.text(), place.choice()),
-                None => "nor any other key of this provider: choose a model of another one".to_owned(),
+            let (runtime, name) = (&self.spec.runtime, judged.env_name);
+            let message = match self.place_for(name) {
+                Some(place) => {
+                    format!("runtime `{runtime}` does not read {name}; save the key as {}{}", place.text(), place.choice())
+                }
+                None => {
+                    format!(
+                        "runtime `{runtime}` reads neither {name} nor any other key of this provider: choose a model of another provider"
+                    )
+                }
             };
-            let message = format!("runtime `{}` does not read {}; {what}", self.spec.runtime, judged.env_name);
             log.warn(WarningCode::UnusedCredential, message, vec![judged.env_name.to_owned()]);
         }
         let conflicts = match &self.arm().route {

@@ -369,7 +369,7 @@ impl NoSurface {
     /// The reason in words.
     pub fn text(&self) -> String {
         match self {
-            Self::OAuth => "an OAuth subscription: its credential is never exercised, presence governs".into(),
+            Self::OAuth => "an OAuth subscription: its credential is never sent: only its presence counts".into(),
             Self::OAuthShaped => "the value has the shape of an OAuth credential, which is never sent".into(),
             Self::Ambient => "it authenticates by the machine's own cloud identity: a tenant has no credential for it".into(),
             Self::Platform => "the platform pays: there is no tenant credential".into(),

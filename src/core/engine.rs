@@ -30,6 +30,7 @@ use crate::{
     domain::{
         decision::{Decision, Liveness, Outcome, Seen, Warning},
         denial::{LivenessEvidence, Refusal, ShadowCause},
+        protocol::HeaderFamily,
         request::Request,
         secret::{Secret, with_stack_wiped},
         verdict::{ServedFrom, Verdict, WarningCode},
@@ -377,9 +378,8 @@ fn wrong_header(query: &LivenessQuery<'_>, finding: &Finding) -> Option<Facts> {
             right_is_own: own_names.iter().any(|own| own == right_name),
         })
     });
-    let usual = sent_in
-        .map_or_else(|| "its clients use by default".to_owned(), |family| format!("the runtime uses (`{}`)", family.as_str()));
-    let message = format!("{host} accepts {env_name} as `{}`, and not in the header that {usual}", accepted_in.as_str());
+    let usual = sent_in.map_or_else(|| "the header that its clients use by default".to_owned(), HeaderFamily::text);
+    let message = format!("{host} accepts {env_name} in {}, and not in {usual}", accepted_in.text());
     Some(Facts::WrongHeader { evidence: WrongHeader { env_name, message, refusal }, enforcement: query.enforcement })
 }
 

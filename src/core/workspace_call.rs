@@ -62,7 +62,8 @@ pub struct WorkspaceCall<'a> {
     pub is_own: bool,
     /// The runtime is known not to read that variable.
     pub is_unread: bool,
-    /// Other values in the provider's own variables that are not sent. The one that comes next is first.
+    /// Other values in the provider's own variables, which the provider does not read. The one that comes next is first. Some may be sent as well
+    /// (`also_sent`).
     pub passed_over: Vec<FoundCredential<'a>>,
     /// The base URL that the request goes to, if a variable changes it.
     pub moved_to: Option<&'a Url>,

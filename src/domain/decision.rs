@@ -73,7 +73,7 @@ pub enum ChosenBecause {
     Sent,
     /// The runtime sends it first, and this other one after a refusal.
     SentBefore(String),
-    /// The runtime sends it instead of this other one.
+    /// The provider reads it and not this other one, which the runtime may send as well, in another header.
     SentInPlaceOf(String),
     /// The runtime sends it after the first was refused.
     SentAfterARefusal,
@@ -201,7 +201,7 @@ impl ChosenBecause {
             Self::FirstDeclared => "the first of the provider's names that is set".into(),
             Self::Sent => "the runtime sends it".into(),
             Self::SentBefore(other) => format!("the runtime sends it before {other}"),
-            Self::SentInPlaceOf(other) => format!("the runtime sends it and not {other}"),
+            Self::SentInPlaceOf(other) => format!("the runtime uses it and not {other}"),
             Self::SentAfterARefusal => "the runtime goes on to it after a refusal".into(),
             Self::Unread => "the registry accepts it; the runtime does not read it".into(),
         }

@@ -19,7 +19,7 @@ impl Refusal {
             }
             Self::RuntimeRequired => "the workspace names no runtime".into(),
             Self::RuntimeUnsupported { runtime, known } => {
-                format!("runtime `{runtime}` is unknown; there are {}", listed(known))
+                format!("runtime `{runtime}` is unknown; the known runtimes are {}", listed(known))
             }
             Self::ModelRequired { runtime } => {
                 format!("the workspace names no model for runtime `{runtime}`; there is no default model")
@@ -33,9 +33,9 @@ impl Refusal {
                 format!("model `{model}` of provider `{provider}` is withdrawn from runtime `{runtime}`")
             }
             Self::CredentialsUnreadable { names, changes_owner } => format!(
-                "{} could not be read, and {} depends on it; unreadable is not taken for absent",
+                "{} could not be read, so it is not known {}",
                 listed(names),
-                if *changes_owner { "who owns the model" } else { "which credential is used" },
+                if *changes_owner { "who owns the model" } else { "which credential the workspace would use" },
             ),
             Self::MissingPlatformProxy { model } => {
                 format!("model `{model}` is billed to the platform, whose model proxy is not available")
@@ -72,7 +72,7 @@ impl Refusal {
                 "{env_name} holds what looks like an administrative key of vendor `{vendor}`, which cannot call models; it was not sent"
             ),
             Self::Shadowed { sent, why, other, provider, .. } => format!(
-                "the workspace sends {} to provider `{provider}` and not {}: {}",
+                "the workspace uses {} for provider `{provider}` and not {}: {}",
                 stored(sent),
                 stored(other),
                 match why {
@@ -81,9 +81,9 @@ impl Refusal {
                 }
             ),
             Self::WrongName { env_name, host, sent_in, accepted_in, .. } => format!(
-                "the key in {env_name} is good, but the runtime sends {env_name} as `{}`, and {host} takes it as `{}` only",
-                sent_in.as_str(),
-                accepted_in.as_str()
+                "the key in {env_name} is good, but the runtime sends {env_name} in {}, and {host} accepts it only in {}",
+                sent_in.text(),
+                accepted_in.text()
             ),
             Self::Exposed { env_names, host } => {
                 format!("{} would be sent to {host} too, which is not {} own vendor", listed(env_names), their(env_names))
@@ -103,7 +103,7 @@ impl Refusal {
             Self::RuntimeUnsupported { .. } => "choose one of these runtimes".into(),
             Self::ModelRequired { .. } => "choose a model that the runtime offers".into(),
             Self::UnregisteredModel { runtime, nearest, offered, .. } => {
-                let nearest = nearest.as_ref().map_or_else(String::new, |model| format!("did you mean `{model}`? "));
+                let nearest = nearest.as_ref().map_or_else(String::new, |model| format!("the closest model is `{model}`; "));
                 let offers = if offered.is_empty() {
                     format!("choose a model that runtime `{runtime}` offers")
                 } else {
@@ -114,10 +114,14 @@ impl Refusal {
             Self::AmbiguousProvider { .. } => "set only the credential of the provider that is meant".into(),
             Self::ModelWithdrawn { .. } => "choose another model".into(),
             Self::CredentialsUnreadable { .. } => "try again".into(),
-            Self::MissingPlatformProxy { .. } => "choose a model with a key of your own, or try again later".into(),
+            Self::MissingPlatformProxy { .. } => "choose a model that takes the tenant's own key, or try again later".into(),
             Self::ProviderNotByok { .. } => "choose a model of another provider".into(),
             Self::MissingCredential { hidden, .. } if !hidden.is_empty() => {
-                format!("remove the blank {} from the workspace's secrets, or set it there", listed(hidden))
+                let them = if hidden.len() == 1 { "it" } else { "them" };
+                format!(
+                    "give {} a value in the workspace's secrets, or remove {them} there so that the organization's value is used",
+                    listed(hidden)
+                )
             }
             Self::MissingCredential { accepted_env, unread, others, elsewhere, blocking_name, available, .. } => {
                 let blocking_name =
@@ -128,21 +132,21 @@ impl Refusal {
                 let elsewhere =
                     elsewhere.iter().map(|(owner, place)| format!("save a key of {owner} as {}{}", place.text(), place.choice()));
                 let available =
-                    available.iter().map(|(name, models)| format!("choose {}, for {name}, which is set", models.text()));
+                    available.iter().map(|(name, models)| format!("choose {}, which uses the {name} that is set", models.text()));
                 let ways: Vec<String> = own.into_iter().chain(others).chain(elsewhere).chain(available).collect();
                 if ways.is_empty() { READS_NO_KEY.to_owned() } else { ways.join("; or ") }
             }
             Self::Malformed { env_name, fault, save_as, right_place, .. } => {
                 fault.remedy(env_name, save_as.as_ref(), right_place.as_ref())
             }
-            Self::ForeignKey { provider, vendor, save_as, .. } => saved(save_as.as_ref(), |place| {
-                format!("save a key of provider `{provider}` as {place}, or choose a model of vendor `{vendor}`")
-            }),
-            Self::ForeignSecret { provider, save_as, .. } => saved(save_as.as_ref(), |place| {
-                format!(
-                    "save a key of provider `{provider}` as {place}, and think of replacing the secret that was put there by mistake"
-                )
-            }),
+            Self::ForeignKey { provider, vendor, save_as, .. } => {
+                let save = saved(save_as.as_ref(), |place| format!("save a key of provider `{provider}` as {place}"));
+                if save_as.is_some() { format!("{save}; or choose a model of vendor `{vendor}`") } else { save }
+            }
+            Self::ForeignSecret { provider, save_as, .. } => {
+                let save = saved(save_as.as_ref(), |place| format!("save a key of provider `{provider}` as {place}"));
+                format!("{save}; and replace (rotate) the secret that was saved by mistake")
+            }
             Self::AdministrativeKey { provider, save_as, .. } => saved(save_as.as_ref(), |place| {
                 format!("make a key for the API in the console of provider `{provider}` and save it as {place}")
             }),
@@ -151,13 +155,13 @@ impl Refusal {
                 sent.env_name,
                 scope_word(sent.scope),
                 if *replaceable {
-                    format!("; or replace {} by what {} holds", sent.env_name, other.env_name)
+                    format!("; or replace the value of {} with that of {}", sent.env_name, other.env_name)
                 } else {
                     String::new()
                 }
             ),
             Self::WrongName { right_is_own: false, .. } => {
-                "choose a model of another provider: under no name of this one does the runtime send a key so".into()
+                "the runtime cannot send a key of this provider in that header; choose a model of another provider".into()
             }
             Self::WrongName { env_name, right_name, .. } => format!("save the key as {right_name} and remove {env_name}"),
             Self::Exposed { env_names, .. } => {
@@ -182,19 +186,20 @@ impl Refusal {
             }
             Self::UnregisteredModel { .. } => "a model that should be offered has to be added to the registry".into(),
             Self::CredentialsUnreadable { .. } => {
-                "if it goes on, look at the platform's secret store and at its encryption key".into()
+                "if this continues, check the platform's secret store and its encryption key".into()
             }
             Self::MissingPlatformProxy { .. } => {
                 "wire the platform's model proxy, and say in the spec that it is AVAILABLE, or set `platform_proxy`".into()
             }
             Self::ProviderNotByok { .. } => "the registry offers a provider with `auth_mode: wif_adc` to tenants".into(),
-            Self::Exposed { .. } => "the policy group `exposure` denies here; `allow` would warn".into(),
+            Self::Exposed { .. } => {
+                "policy `exposure` is `deny` at this checkpoint; with `allow` there would be a warning only".into()
+            }
             Self::WrongName { right_is_own: false, right_name, provider, .. } => format!(
-                "what is sent as the host takes it is {right_name}, which the registry's `auth_env` of provider `{provider}` lacks"
+                "the runtime sends {right_name} in the header that the host accepts: add {right_name} to `auth_env` of provider `{provider}` in the registry"
             ),
             Self::Shadowed { .. } | Self::WrongName { .. } => {
-                "what the runtime sends is said by `runtimes:` in the catalogue; tests/runtimes/run tells whether it still holds"
-                    .into()
+                "the catalogue's `runtimes:` say what the runtime sends; check that they hold for the version in use".into()
             }
             Self::Liveness(evidence) => evidence.operator_hint(),
             Self::OverrideConflictsWithModel { .. }
@@ -225,9 +230,9 @@ fn scope_word(scope: Scope) -> &'static str {
 /// The remedy if the runtime reads no variable of the provider.
 const READS_NO_KEY: &str = "choose a model of another provider: the runtime reads no key of this one";
 
-/// The remedy that names the place to save a key, if there is one.
+/// The remedy that names the place to save a key, if there is one. The model to choose as well comes last.
 fn saved(place: Option<&Place>, say: impl FnOnce(&str) -> String) -> String {
-    place.map_or_else(|| READS_NO_KEY.to_owned(), |place| say(&format!("{}{}", place.text(), place.choice())))
+    place.map_or_else(|| READS_NO_KEY.to_owned(), |place| say(&place.text()) + &place.choice())
 }
 
 // === impl Place ===
@@ -239,9 +244,9 @@ impl Place {
         if *in_auth_json { format!("{env_name}, in the form {KEY_IN_AUTH_JSON}") } else { env_name.clone() }
     }
 
-    /// The model to choose as well, as it follows the place.
+    /// The model to choose as well, as it follows the rest of the sentence.
     pub fn choice(&self) -> String {
-        self.with.as_ref().map_or_else(String::new, |with| format!(" and choose {}", with.text()))
+        self.with.as_ref().map_or_else(String::new, |with| format!(", and choose {}", with.text()))
     }
 }
 
@@ -278,18 +283,24 @@ impl LivenessEvidence {
                  used from this network"
             ),
             Verdict::QuotaExhausted => {
-                format!("the account behind {env_name} is out of credit or suspended, says {host}{status}")
+                format!("{host} says{status} that the account of {env_name} is out of credit or suspended")
             }
             Verdict::RateLimited => format!("{host} limits the rate{status}, so {env_name} could not be verified"),
             Verdict::ProviderError => format!("{host} failed{status}, so {env_name} could not be verified"),
             Verdict::UnexpectedResponse => {
-                format!("the answer of {host}{status} says nothing about {env_name}{why}, which could not be verified")
+                let answered =
+                    upstream_status.map_or_else(|| "gave an answer".to_owned(), |status| format!("answered HTTP {status}"));
+                format!("{env_name} could not be verified: {host} {answered}{why}, which does not show whether the key is good")
             }
             Verdict::Timeout => format!("{host} gave no usable answer in time, so {env_name} could not be verified"),
             Verdict::Unreachable => {
                 let why = match unreached {
+                    Some(Unreached::Address) => {
+                        return format!(
+                            "{env_name} could not be verified: this platform does not allow calls to the address or URL scheme of {host}"
+                        );
+                    }
                     Some(Unreached::Dns) => "could not be resolved",
-                    Some(Unreached::Address) => "is at an address, or in a scheme, that this platform does not dial",
                     Some(Unreached::Tls) => "could not be reached securely (TLS failed)",
                     Some(Unreached::Closed) => "closed the connection without an answer",
                     Some(Unreached::Protocol) => "answers with something that is not HTTP",
@@ -300,10 +311,10 @@ impl LivenessEvidence {
             }
             Verdict::NotAttempted => {
                 let why = match withheld {
-                    Some(Withheld::Queue) => "too many questions to this provider are waiting",
-                    Some(Withheld::Budget) => "as many calls as allowed were made to this provider in this second",
+                    Some(Withheld::Queue) => "too many checks are waiting for this provider",
+                    Some(Withheld::Budget) => "the limit of calls to this provider per second is reached",
                     Some(Withheld::NewKeys) => "too many new keys of this organization or caller were checked within a minute",
-                    Some(Withheld::Fault) | None => "a fault in the service that checks keys",
+                    Some(Withheld::Fault) | None => "the service that checks keys failed",
                 };
                 format!("{env_name} was not checked at {host}: {why}")
             }
@@ -322,8 +333,7 @@ impl LivenessEvidence {
             Verdict::Invalid | Verdict::Forbidden if plan.is_some() => {
                 let (plan, providers) = plan.clone().unwrap_or_default();
                 let choose = if providers.is_empty() {
-                    "it is taken at that plan's own hosts only; use another key, or a model of a provider for that plan"
-                        .to_owned()
+                    "only the hosts of that plan accept it; use another key, or a model of a provider for that plan".to_owned()
                 } else {
                     format!("choose a model of provider {}", any_of(&quoted(&providers)))
                 };
@@ -334,8 +344,8 @@ impl LivenessEvidence {
             }
             Verdict::Forbidden => saved(save_as.as_ref(), |place| {
                 format!(
-                    "look in the provider's console at the key's permissions and at the addresses that it may be used from; \
-                     a new key is saved as {place}"
+                    "check the key's permissions and allowed addresses in the provider's console; if a new key is needed, save it as \
+                     {place}"
                 )
             }),
             Verdict::Invalid => {
@@ -344,19 +354,20 @@ impl LivenessEvidence {
                 } else {
                     format!("; a key for {} is refused here too", any_of(siblings))
                 };
-                saved(save_as.as_ref(), |place| {
-                    format!("check that the key is active; make a new one if it is not, and save it as {place}{sibling}")
-                })
+                let save = saved(save_as.as_ref(), |place| {
+                    format!("check that the key is active; make a new one if it is not, and save it as {place}")
+                });
+                if save_as.is_some() { save + &sibling } else { save }
             }
             Verdict::QuotaExhausted => "add credit to the account with the provider, or use another key".into(),
             Verdict::RateLimited | Verdict::ProviderError | Verdict::Timeout => {
-                "try again later; if it goes on, look at the provider's status page".into()
+                "try again later; if this continues, check the provider's status page".into()
             }
             Verdict::Unreachable if *unreached == Some(Unreached::Address) => {
-                "tell the platform, for trying again changes nothing; or choose a model of another provider".into()
+                "retrying will not help: contact the platform's operator, or choose a model of another provider".into()
             }
             Verdict::UnexpectedResponse | Verdict::Unreachable | Verdict::NotAttempted => {
-                "try again later; if it goes on, tell the platform".into()
+                "try again later; if this continues, contact the platform's operator".into()
             }
             Verdict::NoServerSurface if self.tenant_endpoint => {
                 "remove the base URL from the workspace's settings, so that the provider itself is used".into()
@@ -377,16 +388,16 @@ impl LivenessEvidence {
                 ),
                 Some(Unreached::Dns) => format!("look up {host} from the service's pod; its DNS may not know it"),
                 Some(Unreached::Tls) => {
-                    "the certificate is of no authority that the service trusts (`probe.ca_file` adds some), or nothing speaks TLS there"
+                    "the certificate is not from an authority that the service trusts (`probe.ca_file` adds one), or the port has no TLS"
                         .into()
                 }
                 Some(Unreached::Proxy) => {
                     format!(
-                        "`egress.proxy` could not be reached, or refuses the way to {host}: look at its log and at its credentials"
+                        "`egress.proxy` could not be reached, or refuses connections to {host}: check its log and its credentials"
                     )
                 }
                 Some(Unreached::Connect | Unreached::Closed | Unreached::Protocol) | None => {
-                    format!("check the service's way out to {host}, and the provider's base URL in the registry")
+                    format!("check the service's network access to {host}, and the provider's base URL in the registry")
                 }
             },
             Verdict::UnexpectedResponse => {
@@ -394,25 +405,25 @@ impl LivenessEvidence {
             }
             Verdict::NotAttempted => match withheld {
                 Some(Withheld::Queue) => {
-                    "`provider_limits.in_flight` and `provider_limits.queue_time` bound how many questions to a provider wait"
+                    "`provider_limits.in_flight` and `provider_limits.queue_time` limit how many checks wait for a provider"
                         .into()
                 }
-                Some(Withheld::Budget) => "`provider_limits.per_second` bounds what a provider is asked".into(),
+                Some(Withheld::Budget) => "`provider_limits.per_second` limits the calls to a provider".into(),
                 Some(Withheld::NewKeys) => {
-                    "`new_keys.per_organization`, `new_keys.per_caller` or `new_keys.per_platform` is spent; \
+                    "`new_keys.per_organization`, `new_keys.per_caller` or `new_keys.per_platform` is used up; \
                      `byokgate_new_key_refusals_total` says which"
                         .into()
                 }
                 Some(Withheld::Fault) | None => "the service's log says which fault".into(),
             },
             Verdict::Timeout => {
-                "a provider has 3 s, and less where the caller's deadline or `deadlines.decide` ends before: the log's `duration_us` \
-                 says how long it had"
+                "the provider has 3 s, or less if the caller's deadline or `deadlines.decide` is shorter; `duration_us` in the log shows \
+                 the time used"
                     .into()
             }
-            Verdict::NoServerSurface if *tenant_endpoint => "the policy group `tenant_endpoint` denies here".into(),
+            Verdict::NoServerSurface if *tenant_endpoint => "policy `tenant_endpoint` is `deny` at this checkpoint".into(),
             Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => {
-                "the policy group `unverifiable` denies here".into()
+                "policy `unverifiable` is `deny` at this checkpoint".into()
             }
             Verdict::Valid
             | Verdict::Invalid
@@ -436,39 +447,39 @@ impl Malformation {
         match self {
             Self::ControlCharacter { at: 0, .. } => "it begins with a line break or another control character".into(),
             Self::ControlCharacter { at, trailing: true } => {
-                format!("it ends in a line break or another control character (after character {at})")
+                format!("it ends with a line break or another control character (after character {at})")
             }
             Self::ControlCharacter { at, trailing: false } => {
                 format!("a line break or another control character follows character {at}")
             }
             Self::NonAscii { at } => format!("character {} is not ASCII", at + 1),
             Self::TooLong { length, limit } => format!("it is {length} bytes long, and the limit is {limit}"),
-            Self::BearerInFront => "`Bearer ` stands in front of it".into(),
-            Self::NameInFront => "a variable's name and `=` stand in front of it".into(),
+            Self::BearerInFront => "it begins with `Bearer `".into(),
+            Self::NameInFront => "it begins with a variable's name and `=`".into(),
             Self::Quoted => "it is in quotation marks".into(),
             Self::VariableName => "it is the name of a variable and not its value".into(),
             Self::Template => "it is a template that was not expanded".into(),
             Self::Masked => "part of it is hidden by asterisks or dots".into(),
-            Self::Placeholder => "it is a placeholder out of an example".into(),
-            Self::Json => "it is JSON, or a piece of it, and holds no token".into(),
+            Self::Placeholder => "it is a placeholder from an example".into(),
+            Self::Json => "it is JSON, or part of it, without a token".into(),
             Self::CutOff => "it is only the beginning of a token".into(),
-            Self::BlankInFront => "a blank stands in front of it, which the runtime sends along or refuses to send".into(),
-            Self::BlankBehind => "a blank stands behind it, which the runtime sends along or refuses to send".into(),
-            Self::BlankWithin => "a blank stands within it".into(),
+            Self::BlankInFront => "it begins with a blank, which the runtime is not known to remove".into(),
+            Self::BlankBehind => "it ends with a blank, which the runtime is not known to remove".into(),
+            Self::BlankWithin => "there is a blank in it".into(),
             Self::KeyForToken => "it is an API key, and this variable is for a subscription's token".into(),
             Self::TokenForKey => "it is a subscription's token, and the runtime sends this variable as an API key".into(),
-            Self::RefreshToken => "it is a refresh token, which no model call takes".into(),
-            Self::AuthorizationCode => "it is the code of a login that was not finished (`code#state`), and no token".into(),
+            Self::RefreshToken => "it is a refresh token, which model calls do not accept".into(),
+            Self::AuthorizationCode => "it is the code of a login that was not finished (`code#state`), not a token".into(),
             Self::CredentialsFile => "it is a whole credentials file, and this variable is for the token in it".into(),
-            Self::NoJson => "it is no JSON, or only part of a file".into(),
-            Self::NoToken => "it holds neither a usable token nor a key".into(),
+            Self::NoJson => "it is not JSON, or only part of a file".into(),
+            Self::NoToken => "it contains neither a usable token nor a key".into(),
             Self::KeyForFile => "it is a key alone, and this variable is for the file auth.json".into(),
-            Self::BlankInFile => "a blank or line break stands around the key in it, and codex sends it along".into(),
-            Self::RefreshTokenForKey => "it is a refresh token, and no API key".into(),
-            Self::HeaderInFront => "a header's name stands in front of it".into(),
-            Self::TwoValues => "two values stand in it, one behind the other".into(),
-            Self::Punctuation => "a comma or a semicolon stands behind it".into(),
-            Self::NoValue => "it is what a program writes where it has no value, such as `undefined` or `null`".into(),
+            Self::BlankInFile => "the key in it begins or ends with a blank or line break, and codex does not remove it".into(),
+            Self::RefreshTokenForKey => "it is a refresh token, not an API key".into(),
+            Self::HeaderInFront => "it begins with a header's name".into(),
+            Self::TwoValues => "it contains two values, one after the other".into(),
+            Self::Punctuation => "it ends with a comma or a semicolon".into(),
+            Self::NoValue => "it is what a program writes for a missing value, such as `undefined` or `null`".into(),
             Self::Reference => "it says where a secret is kept, and is not the secret".into(),
             Self::WebAddress => "it is the address of a page".into(),
             Self::Email => "it is an e-mail address".into(),
@@ -480,7 +491,12 @@ impl Malformation {
         let at_place = saved(save_as, |place| self.remedy_at(place));
         let Some(right) = right else { return at_place };
         let it = if self == Self::TokenForKey { "the token" } else { "the key" };
-        let instead = format!("save {it} as {}, remove {env_name}{}", right.text(), right.choice());
+        let (place, choice) = (right.text(), right.choice());
+        let instead = if choice.is_empty() {
+            format!("save {it} as {place}, and remove {env_name}")
+        } else {
+            format!("save {it} as {place}, remove {env_name}{choice}")
+        };
         if save_as.is_some() { format!("{at_place}; or {instead}") } else { instead }
     }
 
@@ -488,14 +504,14 @@ impl Malformation {
     fn remedy_at(self, place: &str) -> String {
         match self {
             Self::ControlCharacter { trailing: true, .. } | Self::BlankInFront | Self::BlankBehind => {
-                format!("save {place} again without blanks and line breaks around it")
+                format!("save {place} again without blanks or line breaks around it")
             }
             Self::BearerInFront | Self::HeaderInFront | Self::NameInFront | Self::Quoted | Self::Punctuation => {
                 format!("save {place} again with the key alone")
             }
             Self::TwoValues => format!("save one of them alone as {place}"),
             Self::VariableName | Self::Template | Self::Reference => {
-                format!("save the key itself as {place}: what is saved is passed on as it is, and nothing in it is expanded")
+                format!("nothing in a saved value is expanded: save the key itself as {place}")
             }
             Self::Masked => {
                 format!("the provider's console does not show this key again: make a new one there and save it as {place}")
@@ -513,7 +529,7 @@ impl Malformation {
             Self::KeyForFile => {
                 format!("save it as {place}, or save there the whole file auth.json that a login writes")
             }
-            Self::BlankInFile => format!("save the key as {place}, without blanks and line breaks around it"),
+            Self::BlankInFile => format!("save the key as {place}, without blanks or line breaks around it"),
             Self::ControlCharacter { .. }
             | Self::NonAscii { .. }
             | Self::TooLong { .. }
@@ -525,5 +541,33 @@ impl Malformation {
             | Self::CutOff
             | Self::BlankWithin => format!("copy the key from the provider's console again and save it as {place}"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_model_to_choose_comes_last() {
+        let with = ModelChoice { owner: "Acme AI".into(), example: Some("acme-large".into()) };
+        let elsewhere = Place { env_name: "ACME_API_KEY".into(), in_auth_json: false, with: Some(with) };
+        let choice = ", and choose a model of Acme AI, such as `acme-large`";
+        for (fault, sentence) in [
+            (Malformation::BlankBehind, "save ACME_API_KEY again without blanks or line breaks around it"),
+            (Malformation::Quoted, "save ACME_API_KEY again with the key alone"),
+            (Malformation::Reference, "nothing in a saved value is expanded: save the key itself as ACME_API_KEY"),
+        ] {
+            assert_eq!(fault.remedy("OTHER_KEY", Some(&elsewhere), None), format!("{sentence}{choice}"));
+        }
+        let remedy = remedy_elsewhere(&elsewhere);
+        assert_eq!(remedy, format!("save the key as ACME_API_KEY, remove OTHER_KEY{choice}"));
+        let here = Place { with: None, ..elsewhere };
+        assert_eq!(remedy_elsewhere(&here), "save the key as ACME_API_KEY, and remove OTHER_KEY");
+    }
+
+    /// The remedy for an API key that is right only at this place.
+    fn remedy_elsewhere(place: &Place) -> String {
+        Malformation::KeyForToken.remedy("OTHER_KEY", None, Some(place))
     }
 }

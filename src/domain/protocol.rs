@@ -78,6 +78,14 @@ impl HeaderFamily {
             Self::XApiKey | Self::XGoogApiKey | Self::ApiKey => self.as_str(),
         }
     }
+
+    /// The header for a person, as it follows "in".
+    pub fn text(self) -> String {
+        match self {
+            Self::Bearer => "`Authorization: Bearer`".to_owned(),
+            Self::XApiKey | Self::XGoogApiKey | Self::ApiKey => format!("the header `{}`", self.header()),
+        }
+    }
 }
 
 impl Surface {

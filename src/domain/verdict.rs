@@ -296,16 +296,16 @@ impl Cause {
             Self::Restricted => "alive, but not for this endpoint",
             Self::AcceptsAnyone => "a made-up key is accepted too",
             Self::MadeUpKeyUntold => "nothing shows that a made-up key would be refused",
-            Self::Page => "a page for people",
+            Self::Page => "a web page",
             Self::PlainText => "plain text",
             Self::EmptyBody => "an empty body",
-            Self::WrongShape => "not what a good answer holds",
+            Self::WrongShape => "the answer lacks what a successful one has",
             Self::ErrorBeside => "a 2xx with an error in it",
             Self::Redirect => "a redirect, which is not followed",
             Self::NotFound => "no such path",
-            Self::RequestRefused => "the request is refused",
+            Self::RequestRefused => "the request was refused",
             Self::FromACache => "a cache on the way answered, and not the provider",
-            Self::NoApiAtBaseUrl => "everybody gets a page or no such path: no API at this base URL",
+            Self::NoApiAtBaseUrl => "every key gets a web page or \"no such path\": there is no API at this base URL",
         }
     }
 }
@@ -315,9 +315,9 @@ impl MadeUpKey {
     pub fn text(self) -> String {
         match self {
             Self::NotAsked => "not asked".into(),
-            Self::NotWaitedFor => "one is on its way".into(),
+            Self::NotWaitedFor => "one is in flight".into(),
             Self::NoAnswer => "no answer in time".into(),
-            Self::Inconclusive(status) => format!("HTTP {status}, which tells nothing"),
+            Self::Inconclusive(status) => format!("HTTP {status}, which shows nothing"),
             Self::Refused(status) => format!("refused with HTTP {status}"),
             Self::Accepted => "accepted".into(),
         }

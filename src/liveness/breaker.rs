@@ -305,7 +305,7 @@ impl Collect for Breakers {
             }
         }
         let mut gauge =
-            page.gauge("byokgate_breaker_state", "0 closed, 1 half-open: one trial is due or under way, 2 open for everybody");
+            page.gauge("byokgate_breaker_state", "0 closed, 1 half-open: one trial is due or in flight, 2 open for everybody");
         for (provider, Breaker { state, .. }) in newest {
             let number = match state {
                 BreakerState::Closed { .. } => 0,

@@ -611,16 +611,15 @@ impl Collect for Cache {
         // moka defers its bookkeeping. This brings its entry count up to date.
         self.memory.run_pending_tasks();
         let Lookups { hit, fill, wait, breaker, new_keys, full } = &self.lookups;
-        let mut lookups = page.counter("byokgate_cache_lookups", "Looks for an observation of a credential, by what came of it");
+        let mut lookups = page.counter("byokgate_cache_lookups", "Lookups of a credential's cached result");
         for (result, count) in
             [("hit", hit), ("fill", fill), ("wait", wait), ("breaker", breaker), ("new_keys", new_keys), ("full", full)]
         {
             lookups.add(&[("result", result)], count);
         }
-        page.counter("byokgate_cache_evictions", "Observations that made room for others").add(&[], &*self.evicted);
-        page.gauge("byokgate_cache_entries", "Observations that are remembered").add(&[], self.memory.entry_count());
-        page.counter("byokgate_probes_panicked", "Probes that ended in a panic of ours: nothing was found")
-            .add(&[], self.flights.lost());
+        page.counter("byokgate_cache_evictions", "Results that were evicted before they expired").add(&[], &*self.evicted);
+        page.gauge("byokgate_cache_entries", "Cached results").add(&[], self.memory.entry_count());
+        page.counter("byokgate_probes_panicked", "Probes that ended in a panic, without a result").add(&[], self.flights.lost());
         self.breakers.collect(page);
         self.new_keys.collect(page);
         self.tier_link.iter().for_each(|tier_link| tier_link.tier.collect(page));

@@ -154,7 +154,8 @@ impl Limit {
 
 impl Collect for NewKeys {
     fn collect(&self, page: &mut Page) {
-        let mut refusals = page.counter("byokgate_new_key_refusals", "Credentials not judged, since too many new ones came");
+        let mut refusals =
+            page.counter("byokgate_new_key_refusals", "Credentials that were not checked because too many new ones came");
         let Self { organizations, workspaces, platforms, .. } = self;
         for (limit, of) in [("organization", organizations), ("caller", workspaces), ("platform", platforms)] {
             refusals.add(&[("limit", limit)], &of.refused);

@@ -251,17 +251,17 @@ impl Collect for ProviderLimiter {
                 let in_flight = &queue.state().in_flight;
                 (in_flight.limit, in_flight.slots)
             };
-            page.gauge(
-                "byokgate_probes_in_flight",
-                "Probes that have a place, asking or waiting for the budget of calls per second",
-            )
-            .add(&labels, slots.saturating_sub(queue.slots.available_permits()));
-            page.gauge("byokgate_probes_in_flight_limit", "Places for probes, as many as the provider's answers allow")
-                .add(&labels, limit);
-            page.gauge("byokgate_probes_queued", "Probes that wait for a place or for the budget of calls per second")
+            page.gauge("byokgate_probes_in_flight", "Probes in a slot, running or waiting for provider_limits.per_second")
+                .add(&labels, slots.saturating_sub(queue.slots.available_permits()));
+            page.gauge("byokgate_probes_in_flight_limit", "Slots, as many as the provider's answers allow").add(&labels, limit);
+            page.gauge("byokgate_probes_queued", "Probes that wait for a slot or for provider_limits.per_second")
                 .add(&labels, queue.waiting_for_slot.load(Ordering::Relaxed) + queue.waiting_for_rate.load(Ordering::Relaxed));
             if let Some(took) = queue.took.value() {
-                page.histogram("byokgate_probe_duration_seconds", "One walk up a provider's ladder of probes").add(&labels, took);
+                page.histogram(
+                    "byokgate_probe_duration_seconds",
+                    "All probes of one check of a credential, without the wait for a slot",
+                )
+                .add(&labels, took);
             }
         }
     }

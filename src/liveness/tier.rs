@@ -290,7 +290,7 @@ impl Tier {
 impl Collect for Tier {
     fn collect(&self, page: &mut Page) {
         let LookupCounts { hit, breaker, lease, new_keys, gave_up, fault, left_alone } = &self.counts;
-        let mut counts = page.counter("byokgate_tier_lookups", "Looks for an observation in the shared tier, by what came of it");
+        let mut counts = page.counter("byokgate_tier_lookups", "Lookups in the shared tier");
         for (result, count) in [
             ("hit", hit),
             ("breaker", breaker),
@@ -303,19 +303,19 @@ impl Collect for Tier {
             counts.add(&[("result", result)], count);
         }
         if let Some(took) = self.store.took.value() {
-            page.histogram("byokgate_tier_duration_seconds", "How long a question to the shared tier took").add(&[], took);
+            page.histogram("byokgate_tier_duration_seconds", "One request to the shared tier").add(&[], took);
         }
-        page.counter("byokgate_tier_faults", "Questions to the shared tier that failed").add(&[], &self.store.failures);
-        page.gauge("byokgate_tier_in_use", "1 while the shared tier is in use, 0 while it is left alone")
+        page.counter("byokgate_tier_faults", "Requests to the shared tier that failed").add(&[], &self.store.failures);
+        page.gauge("byokgate_tier_in_use", "1 while the shared tier is in use, 0 while it is suspended")
             .add(&[], u64::from(self.store.is_in_use()));
         page.counter(
             "byokgate_tier_stores_dropped",
-            "Answers that were not sent to the shared tier, since too many were on their way to it",
+            "Results that were not sent to the shared tier, since too many were already waiting",
         )
         .add(&[], &self.background.dropped);
-        page.counter("byokgate_tier_leases_lost", "Answers that were not stored, since the lease had ended")
+        page.counter("byokgate_tier_leases_lost", "Results that were not stored, since the lease had ended")
             .add(&[], &self.leases_lost);
-        page.counter("byokgate_tier_damaged", "Values of the shared tier that are none of ours").add(&[], &self.damaged);
+        page.counter("byokgate_tier_damaged", "Values and messages of the shared tier that are not ours").add(&[], &self.damaged);
     }
 }
 

@@ -306,7 +306,7 @@ fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, Serve
         return Err(ServerError::Lines(Problems { document: path.display().to_string(), list: faults }));
     }
     if tokens.is_empty() {
-        return fault("holds no token: nobody could call".to_owned());
+        return fault("contains no token: no caller could connect".to_owned());
     }
     Ok(tokens)
 }
@@ -361,7 +361,7 @@ mod tests {
         let ids = BTreeSet::from(["ws-1".to_owned(), "ws-2".to_owned()]);
         assert_eq!(roles, [&Role::Platform, &Role::Workspace(ids), &Role::Operator]);
         for (content, expect) in [
-            ("", "holds no token"),
+            ("", "contains no token"),
             ("made-up-short", "line 1: the token has less"),
             ("made-up-canary-0123456789 root", "line 1: the role"),
             ("made-up-canary-0123456789 workspace", "line 1: `workspace` needs"),

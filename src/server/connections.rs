@@ -174,16 +174,19 @@ impl ConnectionCounts {
 impl Collect for ConnectionCounts {
     fn collect(&self, page: &mut Page) {
         let open: usize = self.open.iter().map(|connections| connections.count()).sum();
-        page.gauge("byokgate_connections_open", "Connections that are open").add(&[], open);
-        page.counter("byokgate_connections", "Connections that were taken").add(&[], &self.accepted);
-        page.counter("byokgate_connections_made_room", "Connections that were closed to make room for others")
-            .add(&[], &self.evicted);
-        let mut refused = page.counter("byokgate_connections_refused", "Connections that came to no call");
+        page.gauge("byokgate_connections_open", "Open gRPC connections").add(&[], open);
+        page.counter("byokgate_connections", "Accepted gRPC connections").add(&[], &self.accepted);
+        page.counter(
+            "byokgate_connections_made_room",
+            "Idle connections, or connections of unknown callers, that were closed to make room for others",
+        )
+        .add(&[], &self.evicted);
+        let mut refused = page.counter("byokgate_connections_refused", "gRPC connections that ended before a call");
         refused.add(&[("reason", "limit")], &self.refused);
         refused.add(&[("reason", "handshake")], &self.handshake_failed);
         self.refusals.collect(page);
         if let Some(task) = self.task_ended.get() {
-            page.counter("byokgate_background_tasks_ended", "Work in the background that ended: the server is stopping")
+            page.counter("byokgate_background_tasks_ended", "Background tasks that ended, which stops the server")
                 .add(&[("task", task)], 1_u64);
         }
     }

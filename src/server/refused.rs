@@ -296,7 +296,7 @@ fn lock(recent: &Mutex<Recent>) -> MutexGuard<'_, Recent> {
 
 impl Collect for Refusals {
     fn collect(&self, page: &mut Page) {
-        let mut refused = page.counter("byokgate_handshakes_refused", "Connections that came to no call, by why");
+        let mut refused = page.counter("byokgate_handshakes_refused", "Handshakes that failed, by fault");
         for (fault, count) in HandshakeFault::VARIANTS.iter().zip(&self.counts) {
             refused.add_if_any(&[("fault", fault.as_str())], count);
         }

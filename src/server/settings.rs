@@ -294,7 +294,7 @@ impl CallerSettings {
     /// Reports every problem, given the TLS settings.
     pub fn review(&self, tls: &TlsSettings, review: &mut Review<'_>) {
         if !self.certificates.entries().is_empty() && tls.client_ca.is_none() {
-            review.error("certificates", "needs tls.client_ca: a certificate that nobody vouches for proves no name");
+            review.error("certificates", "needs tls.client_ca: an unverified certificate proves no name");
         }
         if tls.client_ca.is_some() && matches!(&self.certificates, CallerList::Only(entries) if entries.is_empty()) {
             review.warning(

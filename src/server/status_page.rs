@@ -63,7 +63,7 @@ pub(super) fn html(status: &Status) -> String {
                     (refused(&status.refused_connections))
                     (undecided(&status.undecided_calls))
                     (recent("Last denials", "denials", &status.denials))
-                    (recent("Last allows that nobody could verify", "unverified", &status.unverified_allows))
+                    (recent("Last unverified allows", "unverified", &status.unverified_allows))
                 }
             }
         }
@@ -121,15 +121,15 @@ fn certificates(certificates: &[Certificate]) -> Markup {
         @if !certificates.is_empty() {
             h2 { "Certificates" }
             table id="certificates" {
-                thead { tr { th { "Setting" } th { "File" } th { "Ends" } } }
+                thead { tr { th { "Setting" } th { "File" } th { "Expires" } } }
                 tbody {
                     @for Certificate { setting, file, ends_at, seconds_left } in certificates {
                         tr {
                             td { strong { (text(setting)) } }
                             td data-of="File" { (text(file)) }
-                            td data-of="Ends" {
+                            td data-of="Expires" {
                                 (text(ends_at))
-                                @if *seconds_left <= 0 { " " span.bad { "it has ended" } }
+                                @if *seconds_left <= 0 { " " span.bad { "it has expired" } }
                                 @else { " (in " (rough(seconds_left.unsigned_abs())) ")" }
                             }
                         }

@@ -148,7 +148,7 @@ impl ActiveConfig {
 /// The setting and a warning, if this certificate expires soon.
 fn near_end_warning((setting, file, end): CertificateEnd) -> Option<(&'static str, String)> {
     let (left, ends_at) = near_end(end)?;
-    Some((setting, format!("{file} ends at {ends_at}, left: {left}; {}", certificate_remedy(setting))))
+    Some((setting, format!("{file} expires at {ends_at}, left: {left}; {}", certificate_remedy(setting))))
 }
 
 /// The time left and the expiry of a certificate that expires soon or has expired.
@@ -158,7 +158,8 @@ fn near_end(end: i64) -> Option<(String, String)> {
         return None;
     }
     let ends_at = jiff::Timestamp::from_second(end).map_or_else(|_| end.to_string(), |at| at.to_string());
-    let left = if left > 0 { duration::text(Duration::from_secs(left.unsigned_abs())) } else { "none: it has ended".to_owned() };
+    let left =
+        if left > 0 { duration::text(Duration::from_secs(left.unsigned_abs())) } else { "none: it has expired".to_owned() };
     Some((left, ends_at))
 }
 
@@ -194,8 +195,11 @@ fn warn_near_end(setting: &str, file: &str, end: i64) {
 impl Collect for Tls {
     fn collect(&self, page: &mut Page) {
         for (setting, _, end) in self.ends() {
-            page.gauge("byokgate_tls_certificate_expires_seconds", "Until a certificate ends; negative once it has")
-                .add(&[("setting", setting)], end.saturating_sub(now()) as f64);
+            page.gauge(
+                "byokgate_tls_certificate_expires_seconds",
+                "Until the first certificate of that file expires; negative after that",
+            )
+            .add(&[("setting", setting)], end.saturating_sub(now()) as f64);
         }
     }
 }
@@ -269,7 +273,7 @@ impl Content {
             (_, _) => builder.with_no_client_auth(),
         };
         let mut config = builder.with_single_cert(chain, key).map_err(|failed| {
-            fault(&files.certificate, format!("does not go with the key in {}: {failed}", files.key.display()))
+            fault(&files.certificate, format!("does not match the key in {}: {failed}", files.key.display()))
         })?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         // A resumed session is not verified again, so a client could keep one after its authority or name was removed.
@@ -478,11 +482,11 @@ mod tests {
         };
         assert_eq!(tls.refresh().unwrap(), Reloaded::Unchanged);
         fs::write(&files.certificate, &second.0).unwrap();
-        stays("certificate first", "does not go with the key");
+        stays("certificate first", "does not match the key");
         write(&first);
         assert_eq!(tls.refresh().unwrap(), Reloaded::Unchanged);
         fs::write(&files.key, &second.1).unwrap();
-        stays("key first", "does not go with the key");
+        stays("key first", "does not match the key");
         write(&(first.0.clone(), "made-up-canary".to_owned()));
         stays("malformed key", "holds no private key");
         write(&("-----BEGIN CERTIFICATE-----\n".to_owned(), first.1.clone()));

@@ -78,9 +78,9 @@ pub const fn unreached_remedy(why: Unreached) -> &'static str {
             "use https and a public address, or allow it with egress.allow or egress.allow_plain_http (a machine's metadata address is \
              never dialled); it does not heal by itself"
         }
-        Unreached::Tls => "probe.ca_file for an authority of your own; or the port speaks no TLS: correct the base URL",
-        Unreached::Dns => "look at the cluster's DNS, and at the base URL's spelling",
-        Unreached::Proxy => "look at egress.proxy, its log and its credentials",
+        Unreached::Tls => "set probe.ca_file for a private authority; if the port has no TLS, correct the base URL",
+        Unreached::Dns => "check the cluster's DNS, and the base URL's spelling",
+        Unreached::Proxy => "check egress.proxy, its log and its credentials",
         Unreached::Connect | Unreached::Closed | Unreached::Protocol => {
             "look at egress to that host and port, and at the vendor's status page"
         }
@@ -91,9 +91,9 @@ pub const fn unreached_remedy(why: Unreached) -> &'static str {
 pub const fn unreached_text(why: Unreached) -> &'static str {
     match why {
         Unreached::Dns => "the name could not be resolved (DNS)",
-        Unreached::Address => "the address, or plain http, may not be dialled by this configuration",
-        Unreached::Connect => "no connection: nobody listens there, or a firewall is in the way",
-        Unreached::Tls => "the connection stands, but not its TLS: a certificate that is not trusted, or no TLS there at all",
+        Unreached::Address => "this configuration does not allow calls to the address, or over plain http",
+        Unreached::Connect => "no connection: nothing is listening there, or a firewall is in the way",
+        Unreached::Tls => "connected, but TLS failed: the certificate is not trusted, or the port has no TLS",
         Unreached::Closed => "the connection was closed without an answer",
         Unreached::Protocol => "what answers there does not speak HTTP",
         Unreached::Proxy => "the forward proxy (egress.proxy) could not be reached, or did not let the call through",
@@ -102,10 +102,10 @@ pub const fn unreached_text(why: Unreached) -> &'static str {
 
 const fn withheld_text(why: Withheld) -> &'static str {
     match why {
-        Withheld::Queue => "too many questions to this provider wait already",
-        Withheld::Budget => "the calls per second to this provider are spent",
+        Withheld::Queue => "too many checks are waiting for this provider",
+        Withheld::Budget => "the limit of calls to this provider per second is reached",
         Withheld::NewKeys => "too many new credentials came from this organization or caller within a minute",
-        Withheld::Fault => "a fault of byok-gate's own ended the question",
+        Withheld::Fault => "byok-gate failed while it checked the key",
     }
 }
 
@@ -124,10 +124,7 @@ mod tests {
                 "api.acme.example: the name could not be resolved (DNS)",
             ),
             (bare(Verdict::Timeout), "api.acme.example gave no usable answer in time"),
-            (
-                Finding::withheld(Withheld::Queue),
-                "api.acme.example was not asked: too many questions to this provider wait already",
-            ),
+            (Finding::withheld(Withheld::Queue), "api.acme.example was not asked: too many checks are waiting for this provider"),
             (
                 Finding {
                     status: Some(200),
@@ -135,7 +132,7 @@ mod tests {
                     cause: Some(Cause::Page),
                     ..bare(Verdict::UnexpectedResponse)
                 },
-                "api.acme.example answered `models` with HTTP 200, PAGE: a page for people, made-up keys: not asked",
+                "api.acme.example answered `models` with HTTP 200, PAGE: a web page, made-up keys: not asked",
             ),
         ] {
             assert_eq!(sentence(host, &finding), expect);

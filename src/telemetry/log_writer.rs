@@ -120,7 +120,8 @@ impl LogWriter {
 
 impl Collect for LogWriter {
     fn collect(&self, page: &mut Page) {
-        page.counter("byokgate_log_lines_dropped", "Log lines that nobody took in time").add(&[], self.dropped());
+        page.counter("byokgate_log_lines_dropped", "Log lines that were dropped because stdout was not read in time")
+            .add(&[], self.dropped());
     }
 }
 

@@ -566,10 +566,10 @@ fn near_ends(certificates: &[Certificate], add: Add<'_>) {
     for Certificate { setting, file, ends_at, seconds_left } in certificates {
         let remedy = certificate_remedy(setting);
         if *seconds_left <= 0 {
-            add(format!("{setting} ({file}) has ended at {ends_at}"), remedy);
+            add(format!("{setting} ({file}) expired at {ends_at}"), remedy);
         } else if *seconds_left < CERTIFICATE_NEAR_END.as_secs() as i64 {
             let left = duration::text(Duration::from_secs(seconds_left.unsigned_abs() / 3600 * 3600));
-            add(format!("{setting} ({file}) ends in {left}, at {ends_at}"), remedy);
+            add(format!("{setting} ({file}) expires in {left}, at {ends_at}"), remedy);
         }
     }
 }
@@ -586,23 +586,23 @@ fn not_taken(documents: &[Document], followed: &[FollowedFiles], add: Add<'_>) {
             );
         } else {
             add(
-                format!("the last change of {document} was not taken; the last good files are in force: {last_reload_error}"),
-                "write the files again: they are taken without a restart; `byok-gate check` with the same flags shows all that is wrong",
+                format!("the last change of {document} is invalid; the last good files stay in force: {last_reload_error}"),
+                "write the files again, no restart is needed; `byok-gate check` with the same flags shows all that is wrong",
             );
         }
     }
-    // A fault that is none of one document's.
+    // A fault that belongs to no single document.
     for FollowedFiles { fault, .. } in followed.iter().filter(|it| it.what == DOCUMENTS && !it.fault.is_empty()) {
         if failing().all(|it| !matches!(it.document.as_str(), "registry" | "catalogue" | "configuration")) {
             add(
-                format!("the last change was not taken; the last good version decides: {fault}"),
+                format!("the last change is not in force; the last good version stays in force: {fault}"),
                 "look at the volume with the files, and for `reload_failed` and `reload_stuck` in the log",
             );
         }
     }
 }
 
-/// Changes that are not in force, since they wait for a restart.
+/// Changes that take effect after a restart.
 fn waits_for_restart(settings: &[String], add: Add<'_>) {
     if !settings.is_empty() {
         add(
@@ -693,10 +693,10 @@ fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item =
             }
             "PERMISSION_DENIED" => "give the caller the role that it needs, in `callers`, or find out who it is",
             "RESOURCE_EXHAUSTED" => {
-                "the reason names the setting: raise it, or find out who calls so often; where decisions wait for one provider, that one \
-                 hangs: see its row"
+                "the reason names the setting: raise it, or find out which caller calls so often; if decisions wait for one provider, that \
+                 provider hangs: see its row"
             }
-            "INVALID_ARGUMENT" => "the caller sends what nobody can decide: the reason names the field",
+            "INVALID_ARGUMENT" => "the caller sends invalid requests: the reason names the field",
             _ => return None,
         })
     };
@@ -737,7 +737,7 @@ fn limited(totals: &Totals, then: &Totals) -> Vec<Attention> {
         let refused = recent("byokgate_new_key_refusals", label);
         if refused > 0 {
             found.push(Attention {
-                what: format!("{refused} credentials were not judged, and denied: new_keys.per_{label} is spent"),
+                what: format!("{refused} credentials were not checked, and denied: new_keys.per_{label} is used up"),
                 remedy: "find out who tries so many keys; raise the limit, if a fleet that starts needs it".to_owned(),
             });
         }
@@ -847,7 +847,7 @@ mod tests {
             ..Totals::default()
         };
         let whats: Vec<String> = limited(&totals(12, 3), &totals(2, 3)).into_iter().map(|line| line.what).collect();
-        assert_eq!(whats, ["10 credentials were not judged, and denied: new_keys.per_platform is spent"]);
+        assert_eq!(whats, ["10 credentials were not checked, and denied: new_keys.per_platform is used up"]);
         let whats: Vec<String> = limited(&totals(2, 5), &totals(2, 3)).into_iter().map(|line| line.what).collect();
         assert_eq!(whats, ["2 connections were refused: limits.connections is reached"]);
     }

@@ -151,7 +151,7 @@ async fn the_log_names_who_was_refused_and_why() {
     let (key, ca) = (folder.put("server.key", &server.key), folder.put("ca.pem", &authority.pem()));
     let flags = ["--tls-cert", &certificate, "--tls-key", &key, "--tls-client-ca", &ca, "--allow-client-san", PLATFORM];
     let checked = run(&[&["check", "--listen", "127.0.0.1:0"], &flags[..]].concat(), &[]).await;
-    assert!(checked.stdout.contains(&format!("tls.certificate: {certificate} ends at")), "{checked:?}");
+    assert!(checked.stdout.contains(&format!("tls.certificate: {certificate} expires at")), "{checked:?}");
     // Without a list, every certificate of the authority may call.
     let unlisted = run(&[&["check", "--listen", "127.0.0.1:0"], &flags[..6]].concat(), &[]).await;
     assert!(unlisted.stdout.contains("certificates: is not set: every certificate of tls.client_ca"), "{unlisted:?}");

@@ -38,7 +38,7 @@ async fn check_probe_finds_a_base_url_without_an_api() {
         "providers.loose: 127.0.0.1",
         "no API at this base URL",
         "warning: ",
-        "providers.gone: 127.0.0.1:1: no connection: nobody listens there, or a firewall is in the way; look at egress to that host and port",
+        "providers.gone: 127.0.0.1:1: no connection: nothing is listening there, or a firewall is in the way; look at egress to that host and port",
     ] {
         assert!(ended.stdout.contains(words), "{words} in {}", ended.stdout);
     }
@@ -55,7 +55,7 @@ async fn check_tells_of_rows_that_nobody_is_asked_by_and_that_have_grown_old() {
     let ended = ask(&files, &["check"]).await;
     assert_eq!(ended.status.code(), Some(0), "{ended:?}");
     for words in [
-        "hosts.llm.nowhere.example: matches no provider of the registry: nobody is asked by this row",
+        "hosts.llm.nowhere.example: matches no provider of the registry: this row is unused",
         "is dialled at `127.0.0.1:4343`; write the port with the host",
         "hosts.127.0.0.1:1: its facts are of 2019-01-01",
     ] {
@@ -119,12 +119,16 @@ async fn check_probe_tells_what_failed_on_the_way_and_what_to_do() {
     let port = vendor.address.port();
     let (registry, catalogue) = case::documents(port);
     for (base, unreached, words) in [
-        ("http://127.0.0.1:1/", "CONNECT", "no connection: nobody listens there, or a firewall is in the way; look at egress"),
-        ("https://no-such-vendor.invalid/", "DNS", "the name could not be resolved (DNS); look at the cluster's DNS"),
+        (
+            "http://127.0.0.1:1/",
+            "CONNECT",
+            "no connection: nothing is listening there, or a firewall is in the way; look at egress",
+        ),
+        ("https://no-such-vendor.invalid/", "DNS", "the name could not be resolved (DNS); check the cluster's DNS"),
         (
             &*format!("https://127.0.0.1:{port}/"),
             "TLS",
-            "the connection stands, but not its TLS: a certificate that is not trusted, or no TLS",
+            "connected, but TLS failed: the certificate is not trusted, or the port has no TLS",
         ),
     ] {
         let files = Files::new(&registry.replacen("http://127.0.0.1:1/", base, 1), &catalogue, None);

@@ -117,7 +117,7 @@ fn ways(remedy: &str, names: &BTreeSet<String>) -> Vec<Way> {
             }
         }
         way.model = alternative.split("such as `").nth(1).and_then(|rest| rest.split('`').next()).map(str::to_owned);
-        let owner = alternative.split("choose a model of ").nth(1).and_then(|rest| rest.split(',').next());
+        let owner = alternative.split("choose a model of ").nth(1).and_then(|rest| rest.split([',', ';']).next());
         way.model_of = owner.filter(|_| way.model.is_none()).map(str::to_owned);
         ways.push(way);
     }
@@ -253,22 +253,22 @@ async fn a_remedy_says_which_variable_in_which_form_and_with_which_model() {
             "opus",
             &[("CLAUDE_CODE_OAUTH_TOKEN", sk)][..],
             "save the token that `claude setup-token` prints as CLAUDE_CODE_OAUTH_TOKEN; or save the key as ANTHROPIC_API_KEY, remove \
-             CLAUDE_CODE_OAUTH_TOKEN and choose a model of Anthropic API, such as `claude-sonnet-4-6`",
+             CLAUDE_CODE_OAUTH_TOKEN, and choose a model of Anthropic API, such as `claude-sonnet-4-6`",
         ),
         (
             "claude-code",
             "claude-opus-4-8",
             &[("ANTHROPIC_API_KEY", TOKEN)],
             "make an API key in the provider's console and save it as ANTHROPIC_API_KEY; or save the token as \
-             CLAUDE_CODE_OAUTH_TOKEN, remove ANTHROPIC_API_KEY and choose a model of Claude subscription (OAuth), such as `sonnet`",
+             CLAUDE_CODE_OAUTH_TOKEN, remove ANTHROPIC_API_KEY, and choose a model of Claude subscription (OAuth), such as `sonnet`",
         ),
         (
             "claude-code",
             "sonnet",
             &[("ANTHROPIC_API_KEY", sk)],
             "set CLAUDE_CODE_OAUTH_TOKEN as a secret of the workspace or of the organization, and remove ANTHROPIC_API_KEY, which the \
-             runtime sends in its place; or choose a model of Anthropic API, such as `claude-sonnet-4-6`, for ANTHROPIC_API_KEY, which \
-             is set",
+             runtime sends in its place; or choose a model of Anthropic API, such as `claude-sonnet-4-6`, which uses the ANTHROPIC_API_KEY \
+             that is set",
         ),
         (
             "claude-code",
@@ -280,7 +280,7 @@ async fn a_remedy_says_which_variable_in_which_form_and_with_which_model() {
             "hermes",
             "kimi-coding/kimi-k2",
             &[("ANTHROPIC_API_KEY", sk)],
-            "save a key of provider `kimi-coding` as KIMI_API_KEY, or choose a model of vendor `anthropic`",
+            "save a key of provider `kimi-coding` as KIMI_API_KEY; or choose a model of vendor `anthropic`",
         ),
         (
             "hermes",
@@ -314,7 +314,7 @@ async fn a_remedy_says_which_variable_in_which_form_and_with_which_model() {
             "codex",
             "gpt-5.5",
             &[("CODEX_AUTH_JSON", "{\"OPENAI_API_KEY\": \"sk-proj-made-up \"}")],
-            "save the key as CODEX_AUTH_JSON, in the form `{\"OPENAI_API_KEY\": \"THE KEY\"}`, without blanks and line breaks around it",
+            "save the key as CODEX_AUTH_JSON, in the form `{\"OPENAI_API_KEY\": \"THE KEY\"}`, without blanks or line breaks around it",
         ),
         (
             "hermes",

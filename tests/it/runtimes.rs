@@ -137,6 +137,13 @@ const TABLE: &[Row] = &[
         &[("ANTHROPIC_AUTH_TOKEN", 'w', Some("made-up-a"))],
         "asks ANTHROPIC_AUTH_TOKEN in x-api-key at api.anthropic.com",
     ),
+    // Both are sent; the vendor reads the one in x-api-key.
+    (
+        "claude-code",
+        "claude-opus-4-8",
+        &[("ANTHROPIC_API_KEY", 'w', Some("made-up-a")), ("ANTHROPIC_AUTH_TOKEN", 'w', Some("made-up-b"))],
+        "asks ANTHROPIC_API_KEY in x-api-key at api.anthropic.com",
+    ),
     (
         "claude-code",
         "claude-opus-4-8",

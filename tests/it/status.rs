@@ -100,7 +100,10 @@ async fn what_has_happened_is_on_the_page() {
     let gone = provider("gone");
     assert_eq!(gone["recent_verdicts"], serde_json::json!({"UNREACHABLE": 2}));
     assert_eq!(gone["last_failure"]["verdict"], "UNREACHABLE");
-    assert_eq!(gone["last_failure"]["cause"], "127.0.0.1:1: no connection: nobody listens there, or a firewall is in the way");
+    assert_eq!(
+        gone["last_failure"]["cause"],
+        "127.0.0.1:1: no connection: nothing is listening there, or a firewall is in the way"
+    );
     let denials = status["denials"].as_array().unwrap();
     let codes: Vec<&str> = denials.iter().map(|it| it["code"].as_str().unwrap()).collect();
     assert_eq!(codes, ["UNREGISTERED_MODEL_FOR_RUNTIME", "BYOK_PROVIDER_UNREACHABLE", "INVALID_BYOK_CREDENTIAL"]);
@@ -121,7 +124,7 @@ async fn what_has_happened_is_on_the_page() {
     for words in [
         "INVALID_BYOK_CREDENTIAL",
         &denied.decision_id,
-        "no connection: nobody listens there",
+        "no connection: nothing is listening there",
         "nobodys/&quot;&gt;&lt;script&gt;",
         "INVALID_ARGUMENT",
     ] {
@@ -185,7 +188,7 @@ async fn the_command_reads_a_process_over_a_socket_file() {
     assert_eq!(whole["version"], env!("CARGO_PKG_VERSION"));
     for (server, words) in [
         (serving.address.as_str(), "is that the address of --admin-listen"),
-        ("127.0.0.1:1", "nobody answers there"),
+        ("127.0.0.1:1", "nothing answers there"),
         ("127.0.0.1", "the port is missing"),
     ] {
         let told = run(&["status", "--server", server], &[]).await;
@@ -196,7 +199,11 @@ async fn the_command_reads_a_process_over_a_socket_file() {
     std::fs::write(files.folder().join("registry.yaml"), "schema_version: 1\nproviders: []\n").unwrap();
     serving.until("reload_failed").await;
     let told = run(&["status", "--server", &socket], &[]).await;
-    assert!(told.stdout.contains("the registry's last change was not taken; the last good version decides"), "{}", told.stdout);
+    assert!(
+        told.stdout.contains("the registry's last change is invalid; the last good version stays in force"),
+        "{}",
+        told.stdout
+    );
 }
 
 /// Certificate, key, tokens and configuration: what of them was changed and is not in force is on the page with its cause, in a row of its
@@ -243,7 +250,7 @@ async fn what_was_changed_and_is_not_in_force_is_told_until_it_is_mended() {
     // Each is broken while the others are well.
     let config = at("config.yaml");
     for (file, bad, document, cause, mended) in [
-        (&key, other.key.as_str(), "tls", "does not go with the key", pair.key.as_str()),
+        (&key, other.key.as_str(), "tls", "does not match the key", pair.key.as_str()),
         (&pem, "", "tls", "server.pem: holds no certificate in PEM", &pair.certificate),
         (&tokens, "short\n", "tokens", "line 1: the token has less than 16 characters", good),
         (&config, "limits: {decision: 7}", "configuration", "limits.decision: is not a key", "{}"),

@@ -21,8 +21,8 @@ import (
 const (
 	noDecision   = "byok-gate made no decision, so nothing was started"
 	noReason     = "byok-gate refused the workspace and gave no reason"
-	tryAgain     = "try again; if it goes on, tell the platform's operator"
-	tellOperator = "tell the platform's operator"
+	tryAgain     = "try again; if this continues, contact the platform's operator"
+	tellOperator = "contact the platform's operator"
 )
 
 const (
@@ -581,7 +581,7 @@ func undecided(spec *Spec, reason Reason, cause error) *Undecided {
 	switch {
 	case reason.miswired():
 		made.refusal.body.Error = "the platform is not wired to byok-gate (" + string(reason) + ")"
-		made.refusal.body.Remedy = "tell the platform's operator; trying again changes nothing"
+		made.refusal.body.Remedy = "contact the platform's operator; retrying will not help"
 	case reason == ReasonBadRequest:
 		made.refusal.body.Remedy = "correct the field that is named"
 	}

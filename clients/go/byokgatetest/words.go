@@ -30,7 +30,7 @@ const (
 // what maps each code to its words. {runtime}, {model}, {env}, {any of} and {all of} are filled in.
 var what = map[byokgate.Code]words{
 	byokgate.RuntimeRequired:    {message: "the workspace names no runtime", remedy: "choose a runtime"},
-	byokgate.RuntimeUnsupported: {message: "runtime `{runtime}` is unknown; there are agent", remedy: "choose one of these runtimes"},
+	byokgate.RuntimeUnsupported: {message: "runtime `{runtime}` is unknown; the known runtimes are agent", remedy: "choose one of these runtimes"},
 	byokgate.ModelRequired: {
 		message: "the workspace names no model for runtime `{runtime}`; there is no default model",
 		remedy:  "choose a model that the runtime offers",
@@ -44,20 +44,20 @@ var what = map[byokgate.Code]words{
 		remedy:  "set only the credential of the provider that is meant",
 	},
 	byokgate.DerivedProviderNotInRegistry: {
-		message: "the owner of model `{model}` is not in the registry", remedy: "tell the platform: this is a fault of byok-gate",
+		message: "the owner of model `{model}` is not in the registry", remedy: "contact the platform's operator: this is a fault of byok-gate",
 	},
 	byokgate.ModelWithdrawn: {
 		message: "model `{model}` of provider `acme` is withdrawn from runtime `{runtime}`",
 		remedy:  "choose another model",
 	},
 	byokgate.CredentialScopeUnreadable: {
-		message:   "{all of} could not be read, and which credential is used depends on it; unreadable is not taken for absent",
+		message:   "{all of} could not be read, so it is not known which credential the workspace would use",
 		remedy:    "try again",
 		retryable: true,
 	},
 	byokgate.MissingPlatformProxy: {
 		message: "model `{model}` is billed to the platform, whose model proxy is not available",
-		remedy:  "choose a model with a key of your own, or try again later",
+		remedy:  "choose a model that takes the tenant's own key, or try again later",
 	},
 	byokgate.ProviderNotBYOK: {
 		message: "model `{model}` belongs to provider `acme`, which authenticates by a cloud identity; a tenant cannot bring a credential for it",
@@ -73,9 +73,9 @@ var what = map[byokgate.Code]words{
 		remedy:  "set {any of} as a secret of the workspace or of the organization",
 	},
 	byokgate.MalformedBYOKCredential: {
-		message: "{env} cannot be a credential of provider `acme`: it ends in a line break or another control character (after character 12); " +
+		message: "{env} cannot be a credential of provider `acme`: it ends with a line break or another control character (after character 12); " +
 			"it was not sent",
-		remedy: "save {env} again without blanks and line breaks around it",
+		remedy: "save {env} again without blanks or line breaks around it",
 	},
 	byokgate.InvalidBYOKCredential: {
 		message: "api.acme.example refused {env} of provider `acme` with HTTP 401",
@@ -83,12 +83,12 @@ var what = map[byokgate.Code]words{
 		verdict: byokgatev1.Verdict_VERDICT_INVALID, upstream: 401,
 	},
 	byokgate.ShadowedBYOKCredential: {
-		message: "the workspace sends OTHER_TOKEN (of the workspace) to provider `acme` and not {env} (of the workspace): OTHER_TOKEN is no " +
+		message: "the workspace uses OTHER_TOKEN (of the workspace) for provider `acme` and not {env} (of the workspace): OTHER_TOKEN is no " +
 			"credential of that provider",
-		remedy: "remove OTHER_TOKEN from the workspace's secrets; or replace OTHER_TOKEN by what {env} holds",
+		remedy: "remove OTHER_TOKEN from the workspace's secrets; or replace the value of OTHER_TOKEN with that of {env}",
 	},
 	byokgate.WrongCredentialName: {
-		message: "the key in {env} is good, but the runtime sends {env} as `bearer`, and api.acme.example takes it as `x-api-key` only",
+		message: "the key in {env} is good, but the runtime sends {env} in `Authorization: Bearer`, but api.acme.example accepts it only in the header `x-api-key`",
 		remedy:  "save the key as ACME_X_KEY and remove {env}",
 		verdict: byokgatev1.Verdict_VERDICT_VALID, upstream: 200,
 	},
@@ -98,36 +98,36 @@ var what = map[byokgate.Code]words{
 	},
 	byokgate.BYOKProbeTimeout: {
 		message: "api.acme.example gave no usable answer in time, so {env} could not be verified",
-		remedy:  "try again later; if it goes on, look at the provider's status page",
+		remedy:  "try again later; if this continues, check the provider's status page",
 		verdict: byokgatev1.Verdict_VERDICT_TIMEOUT, retryable: true,
 	},
 	byokgate.BYOKProviderUnreachable: {
 		message: "api.acme.example could not be reached, so {env} could not be verified",
-		remedy:  "try again later; if it goes on, tell the platform",
+		remedy:  "try again later; if this continues, contact the platform's operator",
 		verdict: byokgatev1.Verdict_VERDICT_UNREACHABLE, retryable: true,
 	},
 	byokgate.BYOKProbeNotAttempted: {
-		message: "{env} was not checked at api.acme.example: too many questions to this provider are waiting",
-		remedy:  "try again later; if it goes on, tell the platform",
+		message: "{env} was not checked at api.acme.example: too many checks are waiting for this provider",
+		remedy:  "try again later; if this continues, contact the platform's operator",
 		verdict: byokgatev1.Verdict_VERDICT_NOT_ATTEMPTED, retryable: true,
 	},
 	byokgate.BYOKProviderRateLimited: {
 		message: "api.acme.example limits the rate with HTTP 429, so {env} could not be verified",
-		remedy:  "try again later; if it goes on, look at the provider's status page",
+		remedy:  "try again later; if this continues, check the provider's status page",
 		verdict: byokgatev1.Verdict_VERDICT_RATE_LIMITED, upstream: 429, retryable: true,
 	},
 	byokgate.BYOKProviderError: {
 		message: "api.acme.example failed with HTTP 500, so {env} could not be verified",
-		remedy:  "try again later; if it goes on, look at the provider's status page",
+		remedy:  "try again later; if this continues, check the provider's status page",
 		verdict: byokgatev1.Verdict_VERDICT_PROVIDER_ERROR, upstream: 500, retryable: true,
 	},
 	byokgate.BYOKUnexpectedResponse: {
-		message: "the answer of api.acme.example with HTTP 404 says nothing about {env}, which could not be verified",
-		remedy:  "try again later; if it goes on, tell the platform",
+		message: "{env} could not be verified: api.acme.example answered HTTP 404 (no such path), which does not show whether the key is good",
+		remedy:  "try again later; if this continues, contact the platform's operator",
 		verdict: byokgatev1.Verdict_VERDICT_UNEXPECTED_RESPONSE, upstream: 404, retryable: true,
 	},
 	byokgate.BYOKQuotaExhausted: {
-		message: "the account behind {env} is out of credit or suspended, says api.acme.example with HTTP 402",
+		message: "api.acme.example says with HTTP 402 that the account of {env} is out of credit or suspended",
 		remedy:  "add credit to the account with the provider, or use another key",
 		verdict: byokgatev1.Verdict_VERDICT_QUOTA_EXHAUSTED, upstream: 402,
 	},

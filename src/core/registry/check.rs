@@ -319,7 +319,12 @@ fn check_bases(file: &mut ProviderFile, env: Env<'_>, problem: Report<'_>, warni
             }
         };
         if url.scheme() == "http" && !is_loopback(&url) {
-            warning(field, format!("`{url}` is plain http beyond loopback, which is never asked; use https"));
+            warning(
+                field,
+                format!(
+                    "`{url}` is plain http beyond loopback, which is dialled only if `egress.allow_plain_http` names the host; use https"
+                ),
+            );
         }
         Some(url)
     };
@@ -406,7 +411,7 @@ fn check_arm(arm: ArmFile, place: &str, providers: &[(String, Option<Provider>)]
     if arm.name == PLATFORM && models.is_empty() && withdrawn.is_empty() {
         found.problems.push(Problem::at(
             place,
-            "the platform needs a list of models: by pattern alone it could own, and be billed for, a model that nobody listed",
+            "the platform needs a list of models: by pattern alone it could own, and be billed for, an unlisted model",
         ));
     }
     let Some(position) = providers.iter().position(|(name, _)| *name == arm.name) else {

@@ -338,17 +338,17 @@ impl Collect for Endpoints {
         let metrics = lock(&self.metrics);
         let mut states = page.gauge(
             "byokgate_calibration_state",
-            "What a made-up key got: 0 refused, 1 nothing that tells, 2 accepted, so that a yes proves nothing, 3 refused in no known words",
+            "What the last made-up key got: 0 a clear refusal, 1 nothing conclusive, 2 accepted, so a yes proves nothing, 3 an unclear refusal",
         );
         for ([provider, host, probe, header], number) in &metrics.states {
             states.add(&[(PROVIDER, provider), ("host", host), ("probe", probe), ("header", header)], *number);
         }
-        let mut sent = page.counter("byokgate_calibration_requests", "Made-up keys that were sent, by what they got");
+        let mut sent = page.counter("byokgate_calibration_requests", "Made-up keys that were sent");
         for ([provider, header, result], count) in &metrics.sent {
             sent.add(&[(PROVIDER, provider), ("header", header), ("result", result)], count);
         }
         let mut no_api = page
-            .gauge("byokgate_no_api_at_base_url", "1 where everybody gets a page or no such path, so that the base URL is wrong");
+            .gauge("byokgate_no_api_at_base_url", "1 if every key gets a page or no such path: there is no API at the base URL");
         for ([provider, host], missing) in &metrics.no_api {
             no_api.add(&[(PROVIDER, provider), ("host", host)], u64::from(*missing));
         }

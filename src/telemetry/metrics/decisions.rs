@@ -86,7 +86,7 @@ impl Collect for Decisions {
         for (provider, of) in self.by_provider.load().iter() {
             of.collect(provider, page);
         }
-        page.counter("byokgate_decisions_panicked", "Decisions that ended in a panic of ours: none was made")
+        page.counter("byokgate_decisions_panicked", "Decisions that ended in a panic; the caller got INTERNAL")
             .add(&[], &self.panicked);
     }
 }
@@ -141,14 +141,16 @@ impl ProviderCounts {
             }
             verdicts.add_if_any(&of(""), unprobed);
         }
-        let mut unverified =
-            page.counter("byokgate_unverified_allows", "Allows although nobody could show that the credential is alive");
+        let mut unverified = page.counter("byokgate_unverified_allows", "Allows without proof that the credential is alive");
         for (verdict, count) in Verdict::VARIANTS.iter().zip(&self.unverified) {
             unverified.add_if_any(&[(PROVIDER, provider), ("verdict", verdict.as_str())], count);
         }
         if let Some(took) = self.took.value() {
-            page.histogram("byokgate_decide_duration_seconds", "From a request that stands to its decision")
-                .add(&[(PROVIDER, provider)], took);
+            page.histogram(
+                "byokgate_decide_duration_seconds",
+                "From a valid request to its decision, including the wait for a slot",
+            )
+            .add(&[(PROVIDER, provider)], took);
         }
     }
 }

@@ -11,7 +11,7 @@ use crate::core::{
 /// Adds the metrics of this snapshot at this time.
 pub fn collect(snapshot: &Snapshot, now: SystemTime, page: &mut Page) {
     let Snapshot { registry, catalogue, policy, registry_origin, catalogue_origin, .. } = snapshot;
-    page.gauge("byokgate_documents_info", "1, with the content hashes of what decisions are made by")
+    page.gauge("byokgate_documents_info", "The content hashes of the documents in force")
         .add(&[("registry_revision", registry.revision()), ("catalogue_revision", catalogue.revision())], 1_u64);
     let mut ages = page.gauge("byokgate_document_age_seconds", "Since the version in force was read");
     for (document, Origin { loaded_at, .. }) in [("registry", registry_origin), ("catalogue", catalogue_origin)] {
@@ -27,9 +27,9 @@ pub fn collect(snapshot: &Snapshot, now: SystemTime, page: &mut Page) {
             Enforcement::Off => "off",
         };
         let labels = [(PROVIDER, provider), ("mode", mode)];
-        page.gauge("byokgate_provider_not_enforced", "1 while a provider's verdicts are on report, or it is not asked")
+        page.gauge("byokgate_provider_not_enforced", "Providers whose verdicts are not acted on, or that are not probed")
             .add(&labels, 1_u64);
-        page.gauge("byokgate_provider_not_enforced_remaining_seconds", "Until it is enforced again")
+        page.gauge("byokgate_provider_not_enforced_remaining_seconds", "Until the provider is enforced again")
             .add(&labels, u64::try_from(exception.until.saturating_sub(seconds)).unwrap_or(0));
     }
 }

@@ -32,22 +32,22 @@ impl Process {
 
 impl Collect for Process {
     fn collect(&self, page: &mut Page) {
-        page.gauge("byokgate_build_info", "1, with what is running")
+        page.gauge("byokgate_build_info", "What is running")
             .add(&[("version", env!("CARGO_PKG_VERSION")), ("revision", REVISION)], 1_u64);
         let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
-        page.gauge("process_start_time_seconds", "Since 1970, when the server was set up").add(&[], started.as_secs_f64());
+        page.gauge("process_start_time_seconds", "When the server started").add(&[], started.as_secs_f64());
         // Without /proc, the following are absent.
         if let Some(bytes) = resident_bytes() {
-            page.gauge("process_resident_memory_bytes", "Memory that is in use").add(&[], bytes);
+            page.gauge("process_resident_memory_bytes", "Resident memory").add(&[], bytes);
         }
         if let Ok(open) = fs::read_dir("/proc/self/fd") {
-            page.gauge("process_open_fds", "File descriptors that are open").add(&[], open.count());
+            page.gauge("process_open_fds", "Open file descriptors").add(&[], open.count());
         }
         if let Some(limit) = descriptor_limit() {
-            page.gauge("process_max_fds", "File descriptors that may be open").add(&[], limit);
+            page.gauge("process_max_fds", "The limit of open file descriptors").add(&[], limit);
         }
         if let Some(seconds) = cpu_seconds() {
-            page.counter("process_cpu_seconds", "CPU time").add(&[], seconds);
+            page.counter("process_cpu_seconds", "CPU time, user and system").add(&[], seconds);
         }
     }
 }

@@ -70,11 +70,11 @@ impl Reloads {
 
 impl Collect for Reloads {
     fn collect(&self, page: &mut Page) {
-        let mut reloads = page.counter("byokgate_reloads", "Files that were read again");
+        let mut reloads = page.counter("byokgate_reloads", "Files read again");
         reloads.add(&[("what", self.what), ("result", "taken")], &self.taken);
         reloads.add(&[("what", self.what), ("result", "failed")], &self.failed);
         let failing = u64::from(!self.state().fault.is_empty());
-        page.gauge("byokgate_reload_failing", "1 while what is in the files is invalid and the last good version is in force")
+        page.gauge("byokgate_reload_failing", "1 while the files are invalid and the last good version is in force")
             .add(&[("what", self.what)], failing);
     }
 }

@@ -319,7 +319,7 @@ impl SpanExporter for Sender {
 impl Collect for ExportMetrics {
     fn collect(&self, page: &mut Page) {
         let lost = EXPORT.get().map_or(0, |export| export.budget.lost.get());
-        page.counter("byokgate_spans_dropped", "Trace spans that no collector took").add(&[], lost);
+        page.counter("byokgate_spans_dropped", "Trace spans that did not reach a collector").add(&[], lost);
     }
 }
 
