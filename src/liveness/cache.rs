@@ -339,7 +339,7 @@ impl Cache {
                         return self.without_answer(&keys, Finding::bare(Verdict::Timeout), max_age, self.ages.unanswered);
                     }
                     // The probe was still queued: the cause is this service and not the provider. It stays queued. If its answer was expected
-                    // later, that time is the wait. If it was expected by now, the estimate was wrong, and the queue is asked again.
+                    // later, that time is the wait. If it was expected by now, the estimate was wrong, and the queue gives a new retry time.
                     FlightEnd::TimedOut { started: false, answer_at } => {
                         let now = Instant::now();
                         let wait = match answer_at {

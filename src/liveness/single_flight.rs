@@ -1,7 +1,7 @@
 //! Single flight: one piece of work runs per key, however many callers wait for it. It runs detached from all of them.
 //!
 //! Written by hand. In moka's own single flight the first caller does the work, and the work ends when that caller leaves. Here it outlives all
-//! callers, waits for its turn in a queue, and is started again if a caller wants a younger answer.
+//! callers, waits in a queue, and is started again if a caller wants a younger answer.
 
 use std::{
     collections::HashMap,
@@ -92,7 +92,7 @@ where
     /// Joins the flight of this key, or starts one. `launch` runs under the lock, so that it sees what a flight stored that ended since the
     /// caller's own lookup, and no second flight starts.
     ///
-    /// The work must store its value before it returns, and must limit its own time. It runs to its end whoever waits.
+    /// The work must store its value before it returns, and must limit its own time. It runs to its end even if no caller waits any more.
     pub(crate) fn join<R, F>(
         self: &Arc<Self>,
         group: K,
