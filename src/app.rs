@@ -192,7 +192,7 @@ impl Source for Documents {
             tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
         }
         for ChangedCaller { setting, caller, was, is } in changed_callers(&self.settings, &settings) {
-            tracing::warn!(event = "caller_changed", setting, caller, was, is, "it may do other things from now on");
+            tracing::warn!(event = "caller_changed", setting, caller, was, is, "its role is another one from now on");
         }
         let pending_restart = waiting_for_restart(&self.started, &settings);
         if pending_restart != self.pending_restart {

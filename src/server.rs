@@ -182,7 +182,7 @@ impl Bound {
         let recorder = Arc::new(Recorder::new(journal, Arc::clone(&recent_decisions)));
         let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit)), &settings.limits));
         let context = context(&settings, callers, tls.clone(), Arc::clone(&engine), &recorder, phases, &counts)?;
-        collectors.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder, counts.clone()]);
+        collectors.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder.clone(), counts.clone()]);
         let mut tasks = JoinSet::new();
         if let Some(listener) = admin {
             let addresses = listeners.iter().map(|listener| listener.address().to_string()).collect();
@@ -219,6 +219,7 @@ impl Bound {
         tasks.shutdown().await;
         drop(recheck);
         let drained = timeout(settings.shutdown.drain, all_closed.recv()).await;
+        recorder.set_cut_off();
         phase.send_replace(Phase::Cut);
         if drained.is_err() {
             // Wait until the calls that are cut off have sent their statuses.
@@ -294,7 +295,7 @@ pub fn review(settings: &EdgeSettings) -> Review {
         }
         match address.may_be_bound() {
             Ok(()) => {}
-            // Of the user that asks, which need not be the service's.
+            // The user who checks need not be the service's user.
             Err(source) if matches!(source.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::PermissionDenied) => {
                 in_use.push((setting, not_to_be_had(&address, &source)));
             }
@@ -328,7 +329,7 @@ pub fn review(settings: &EdgeSettings) -> Review {
     Review { faults, in_use, ..found }
 }
 
-/// What to say of an address that the one who asks cannot have now.
+/// The text for an address that cannot be bound now.
 fn not_to_be_had(address: &Address, fault: &io::Error) -> String {
     if fault.kind() == io::ErrorKind::PermissionDenied {
         return format!("{address}: the user who checks may not bind it ({fault}); `serve` as that user would not start");

@@ -307,7 +307,7 @@ impl Found {
     }
 }
 
-/// What failed on the way to a provider, and what to do about it.
+/// The text of a failure to reach a provider, with the remedy.
 fn unreached(why: Unreached) -> String {
     format!("{}; {}", cause::unreached_text(why), cause::unreached_remedy(why))
 }

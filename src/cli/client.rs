@@ -31,7 +31,7 @@ use crate::{domain::causes::causes, server::ADMIN_SAYS, telemetry::status::print
 
 /// The maximum size of a file with certificates or a token.
 const MAX_FILE_BYTES: u64 = 1024 * 1024;
-/// More than what a gRPC client is told by the admin listener.
+/// The maximum size of an answer. The admin listener's answer to a gRPC client is shorter.
 const MAX_ANSWER_BYTES: u64 = 4096;
 /// How long it may take to find out which protocol the peer speaks.
 const DETECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -87,7 +87,7 @@ enum PeerProtocol {
     Tls,
     /// It answered with HTTP/2.
     Plain,
-    /// byok-gate's admin listener, which says where gRPC is.
+    /// It is byok-gate's admin listener. Holds what it says about where gRPC is.
     Admin(String),
     /// It answered something else, or nothing.
     Other,

@@ -84,10 +84,10 @@ pub fn loosened(old: &Settings, new: &Settings) -> Vec<Loosened> {
     found
 }
 
-/// A caller that may do other things than before.
+/// A caller whose rights changed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChangedCaller {
-    /// The list that it is on.
+    /// The setting that lists it.
     pub setting: &'static str,
     /// Who it is.
     pub caller: String,
@@ -110,7 +110,7 @@ pub fn removed_callers(old: &Settings, new: &Settings) -> Vec<(&'static str, Str
     gone
 }
 
-/// Callers who are on the same list as before, and whose role is another one.
+/// Callers that are still listed, and have another role.
 pub fn changed_callers(old: &Settings, new: &Settings) -> Vec<ChangedCaller> {
     fn changed<T: Listed>(setting: &'static str, was: &CallerList<T>, is: &CallerList<T>) -> Vec<ChangedCaller> {
         let found = is.entries().iter().filter_map(|entry| {

@@ -1,10 +1,10 @@
-//! Why a value does not fit its key, in the words of whoever wrote it: the library tells it in those of Rust.
+//! Rewords serde's errors for the operator who wrote the value: serde names Rust's types.
 
 use serde_json::Value;
 
 const LENGTH: &str = "a length of time such as 250ms, 30s or 5m";
 
-/// The library's fault of a value, told plainly. One that is not known stays as it is.
+/// Rewords an error of serde about this value. An unknown error stays as it is.
 pub(super) fn plainly(fault: &str, value: &Value) -> String {
     let is_whole = match fault {
         _ if value.is_array() => fault.contains(": sequence, "),
@@ -29,7 +29,7 @@ pub(super) fn plainly(fault: &str, value: &Value) -> String {
         .map_or_else(|| fault.to_owned(), |(found, wanted)| format!("{is} {}; it must be {}", found_as(found), wanted_as(wanted)))
 }
 
-/// What was found, and what was expected.
+/// What was found and what was expected, behind this beginning.
 fn after<'f>(fault: &'f str, begin: &str) -> Option<(&'f str, &'f str)> {
     fault.strip_prefix(begin)?.rsplit_once(", expected ").or_else(|| fault.strip_prefix(begin)?.split_once(", expected "))
 }
@@ -79,7 +79,7 @@ fn text_of(value: &Value) -> String {
 mod tests {
     use crate::core::yaml;
 
-    /// Each kind of fault, as the library tells it of these settings.
+    /// Each kind of error that serde has for these settings.
     #[test]
     fn a_value_that_does_not_fit_is_told_without_the_librarys_words() {
         for (text, expect) in [

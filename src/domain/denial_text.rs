@@ -388,7 +388,8 @@ impl LivenessEvidence {
                 ),
                 Some(Unreached::Dns) => format!("look up {host} from the service's pod; its DNS may not know it"),
                 Some(Unreached::Tls) => {
-                    "the certificate is not from an authority that the service trusts (`probe.ca_file` adds one), or the port has no TLS"
+                    "the certificate has expired, is for another name, or is not from an authority that the service trusts (`probe.ca_file` \
+                     adds one); or the port has no TLS"
                         .into()
                 }
                 Some(Unreached::Proxy) => {
@@ -418,7 +419,7 @@ impl LivenessEvidence {
             },
             Verdict::Timeout => {
                 "the provider has 3 s, or less if the caller's deadline or `deadlines.decide` is shorter; `duration_us` in the log shows \
-                 the time used"
+                 the time used, and `caller_time_us` a caller that allowed too little: give it 4 s"
                     .into()
             }
             Verdict::NoServerSurface if *tenant_endpoint => "policy `tenant_endpoint` is `deny` at this checkpoint".into(),

@@ -289,9 +289,9 @@ impl Cause {
     /// The cause in words.
     pub const fn text(self) -> &'static str {
         match self {
-            Self::RowSignal => "a signal of the host's row says so",
-            Self::CommonCode => "a code that many servers share says so",
-            Self::Status => "the status says so",
+            Self::RowSignal => "a signal of the host's row decides",
+            Self::CommonCode => "a well-known error code decides",
+            Self::Status => "the HTTP status decides",
             Self::AsAMadeUpKey => "a made-up key gets the same answer",
             Self::Restricted => "alive, but not for this endpoint",
             Self::AcceptsAnyone => "a made-up key is accepted too",

@@ -36,9 +36,11 @@ pub(crate) struct Recorder {
     recent_decisions: Arc<RecentDecisions>,
     calls: Calls,
     decisions: Decisions,
+    /// The drain is over: calls still in flight are cut off.
+    cuts_off: AtomicBool,
 }
 
-/// The record of one call or of one item of a batch. If it is dropped before it has ended, the caller has cancelled.
+/// The record of one call or of one item of a batch. If it is dropped before it has ended, the caller has cancelled, or the server stops.
 pub(crate) struct CallRecord {
     recorder: Arc<Recorder>,
     peer: Peer,
@@ -56,7 +58,13 @@ pub(crate) struct CallRecord {
 impl Recorder {
     /// Events go to this journal, and what a person may ask about to this list.
     pub(crate) fn new(journal: Journal, recent_decisions: Arc<RecentDecisions>) -> Self {
-        Self { journal, recent_decisions, calls: Calls::default(), decisions: Decisions::default() }
+        let (calls, decisions) = (Calls::default(), Decisions::default());
+        Self { journal, recent_decisions, calls, decisions, cuts_off: AtomicBool::new(false) }
+    }
+
+    /// From now on the server ends calls that are in flight, not their callers.
+    pub(crate) fn set_cut_off(&self) {
+        self.cuts_off.store(true, Ordering::Relaxed);
     }
 }
 
@@ -142,9 +150,14 @@ impl CallRecord {
         self.end_with(status.code(), status.message(), request);
     }
 
-    /// Ends the record as cancelled, unless it has ended.
+    /// Ends the record of a call that was dropped, unless it has ended.
     pub(super) fn cancelled(&self, request: Option<&Request>) {
-        self.end_with(Code::Cancelled, "the caller left, or its deadline passed, before a decision was made", request);
+        let (code, reason) = if self.recorder.cuts_off.load(Ordering::Relaxed) {
+            (Code::Unavailable, "the service stopped before a decision was made: shutdown.drain was over")
+        } else {
+            (Code::Cancelled, "the caller left, or its deadline passed, before a decision was made")
+        };
+        self.end_with(code, reason, request);
     }
 
     /// Ends the record with this code, unless it has ended.

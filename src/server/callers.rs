@@ -234,7 +234,7 @@ impl Tokens {
             if let Some(Token { caller: earlier, .. }) = earlier.filter(|earlier| earlier.caller.role != caller.role) {
                 let (setting, was, is) = ("callers.token_file", earlier.role.to_string(), caller.role.to_string());
                 let caller = caller.name.as_str();
-                tracing::warn!(event = "caller_changed", setting, caller, was, is, "it may do other things from now on");
+                tracing::warn!(event = "caller_changed", setting, caller, was, is, "its role is another one from now on");
             }
         }
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
@@ -316,7 +316,7 @@ fn token_and_role(line: &str) -> Result<(&str, Role), String> {
     let mut words = line.split_ascii_whitespace();
     let token = words.next().unwrap_or_default();
     if token.len() < MIN_TOKEN_BYTES {
-        return Err(format!("the token has less than {MIN_TOKEN_BYTES} characters"));
+        return Err(format!("the token has fewer than {MIN_TOKEN_BYTES} characters"));
     }
     if !token.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err("the token holds a character that no header can carry".to_owned());
@@ -362,7 +362,7 @@ mod tests {
         assert_eq!(roles, [&Role::Platform, &Role::Workspace(ids), &Role::Operator]);
         for (content, expect) in [
             ("", "contains no token"),
-            ("made-up-short", "line 1: the token has less"),
+            ("made-up-short", "line 1: the token has fewer"),
             ("made-up-canary-0123456789 root", "line 1: the role"),
             ("made-up-canary-0123456789 workspace", "line 1: `workspace` needs"),
             ("made-up-canary-0123456789 operator ws-1", "line 1: only `workspace`"),

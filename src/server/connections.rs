@@ -76,9 +76,9 @@ pub(super) struct ConnectionCounts {
     pub(super) handshake_failed: Counter,
     /// Why they failed.
     pub(super) refusals: Refusals,
-    /// Calls of callers that nobody knows.
+    /// The limit of calls from unknown callers.
     pub(super) unknown_calls: Arc<CallLimit>,
-    /// Health watches.
+    /// The limit of health watches.
     pub(super) watches: Arc<CallLimit>,
     /// The background task that ended first. It stops the server.
     pub(super) task_ended: OnceLock<&'static str>,

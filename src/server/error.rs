@@ -73,18 +73,18 @@ pub struct Review {
     pub faults: Vec<ServerError>,
     /// Warnings about certificates that expire soon or have expired: the setting, and the text.
     pub near_ends: Vec<(&'static str, String)>,
-    /// Addresses that whoever asks cannot have now: in use, which may be by this service itself. The setting, and what to say of it.
+    /// Addresses that cannot be bound now, for instance because this service itself runs there: the setting, and the text.
     pub in_use: Vec<(&'static str, String)>,
 }
 
-/// So many lines are told of in a log; a file that is no list of tokens has many.
-const MAX_LINES_TOLD: usize = 5;
+/// The maximum number of bad lines in one message. A file that is no list of tokens has many.
+const MAX_SHOWN_LINES: usize = 5;
 
 fn lines_of(Problems { document, list }: &Problems) -> String {
-    let told = list.iter().take(MAX_LINES_TOLD).map(ToString::to_string).collect::<Vec<_>>().join("; ");
-    let more = list.len().saturating_sub(MAX_LINES_TOLD);
+    let shown = list.iter().take(MAX_SHOWN_LINES).map(ToString::to_string).collect::<Vec<_>>().join("; ");
+    let more = list.len().saturating_sub(MAX_SHOWN_LINES);
     let more = if more > 0 { format!("; and {more} more") } else { String::new() };
-    format!("{document}: {told}{more}")
+    format!("{document}: {shown}{more}")
 }
 
 /// An error with all its causes, in one line.

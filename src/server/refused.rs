@@ -138,7 +138,7 @@ impl HandshakeFault {
             }
             Self::CertificateBad => "the client's certificate is not taken",
             Self::ServerCertificateRefused => {
-                "the client does not take this server's certificate: its authority, its names or its end; see tls.certificate"
+                "the client does not take this server's certificate: its authority, its names or its expiry date; see tls.certificate"
             }
             Self::TlsFailed => "the TLS handshake failed",
             Self::Failed => "the connection failed before its first call",

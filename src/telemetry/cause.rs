@@ -78,7 +78,9 @@ pub const fn unreached_remedy(why: Unreached) -> &'static str {
             "use https and a public address, or allow it with egress.allow or egress.allow_plain_http (a machine's metadata address is \
              never dialled); it does not heal by itself"
         }
-        Unreached::Tls => "set probe.ca_file for a private authority; if the port has no TLS, correct the base URL",
+        Unreached::Tls => {
+            "look at the certificate's expiry date and names; set probe.ca_file for a private authority; if the port has no TLS, correct the base URL"
+        }
         Unreached::Dns => "check the cluster's DNS, and the base URL's spelling",
         Unreached::Proxy => "check egress.proxy, its log and its credentials",
         Unreached::Connect | Unreached::Closed | Unreached::Protocol => {
@@ -93,7 +95,9 @@ pub const fn unreached_text(why: Unreached) -> &'static str {
         Unreached::Dns => "the name could not be resolved (DNS)",
         Unreached::Address => "this configuration does not allow calls to the address, or over plain http",
         Unreached::Connect => "no connection: nothing is listening there, or a firewall is in the way",
-        Unreached::Tls => "connected, but TLS failed: the certificate is not trusted, or the port has no TLS",
+        Unreached::Tls => {
+            "connected, but TLS failed: the certificate is not trusted (expired, another name, unknown authority), or the port has no TLS"
+        }
         Unreached::Closed => "the connection was closed without an answer",
         Unreached::Protocol => "what answers there does not speak HTTP",
         Unreached::Proxy => "the forward proxy (egress.proxy) could not be reached, or did not let the call through",

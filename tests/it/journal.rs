@@ -318,6 +318,40 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     assert_eq!(told.len(), 7, "{told:?}");
 }
 
+/// A call that the drain cuts off ends by the service, not by its caller.
+#[tokio::test]
+async fn a_call_that_the_drain_cuts_off_is_not_its_callers_fault() {
+    let vendor = Vendor::start(vec![Row { behave: Some(Behave::Silent), ..Row::default() }]).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let files = Files::new(&registry, &catalogue, Some("shutdown: {notice: 0s, drain: 50ms}\nprobe: {budget: 60s}\n"));
+    let serving = serving(&files, &[]).await;
+    let mut client = serving.client().await;
+    let workspace = BTreeMap::from([("ACME_API_KEY".to_owned(), Some("made-up-key".to_owned()))]);
+    let spec = Spec { model: "acme-large".into(), workspace_id: "cut".into(), workspace, ..Spec::default() };
+    let held = pb::DecideRequest {
+        workspace_spec: Some(spec.message()),
+        checkpoint: pb::Checkpoint::Create as i32,
+        ..Default::default()
+    };
+    let call = tokio::spawn(async move { client.decide(held).await });
+    timeout(PATIENCE, async {
+        while vendor.asked().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+    let log = log_of(serving).await;
+    assert_eq!(call.await.unwrap().unwrap_err().code(), Code::Unavailable);
+    let told = told(&log);
+    let [event] = &told[..] else { panic!("{told:?}") };
+    assert_eq!(
+        (&event["event"], &event["workspace_id"], &event["grpc_code"]),
+        (&json!("undecided"), &json!("cut"), &json!("UNAVAILABLE"))
+    );
+    assert!(event["reason"].as_str().unwrap().contains("shutdown.drain"), "{event}");
+}
+
 /// A caller that gives a call less time than it may have is told by it, also where no decision came of it.
 #[tokio::test]
 async fn the_time_of_a_caller_that_gives_little_is_in_the_event() {

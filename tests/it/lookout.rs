@@ -128,7 +128,7 @@ async fn check_probe_tells_what_failed_on_the_way_and_what_to_do() {
         (
             &*format!("https://127.0.0.1:{port}/"),
             "TLS",
-            "connected, but TLS failed: the certificate is not trusted, or the port has no TLS",
+            "connected, but TLS failed: the certificate is not trusted (expired, another name, unknown authority), or the port has no TLS",
         ),
     ] {
         let files = Files::new(&registry.replacen("http://127.0.0.1:1/", base, 1), &catalogue, None);
@@ -179,13 +179,13 @@ async fn check_tells_every_bad_line_of_a_token_file() {
     let tokens = tokens.to_str().unwrap();
     let ended = ask(&files, &["check", "--token-file", tokens]).await;
     assert_eq!(ended.status.code(), Some(3), "{ended:?}");
-    for words in ["2: the token has less", "4: the token appears twice", "5: the role must be"] {
+    for words in ["2: the token has fewer", "4: the token appears twice", "5: the role must be"] {
         assert!(ended.stdout.contains(&format!("error: {tokens}:{words}")), "{words} in {}", ended.stdout);
     }
     let flags = files.flags();
     let flags = flags.iter().map(String::as_str);
     let ended = run(&["serve", "--token-file", tokens].into_iter().chain(flags).collect::<Vec<_>>(), &[]).await;
-    for words in ["line 2: the token has less", "line 4: the token appears twice", "line 5: the role must be"] {
+    for words in ["line 2: the token has fewer", "line 4: the token appears twice", "line 5: the role must be"] {
         assert!(ended.stderr.contains(words), "{words} in {}", ended.stderr);
     }
     assert!(!ended.stderr.contains("canary"), "{ended:?}");

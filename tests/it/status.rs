@@ -252,7 +252,7 @@ async fn what_was_changed_and_is_not_in_force_is_told_until_it_is_mended() {
     for (file, bad, document, cause, mended) in [
         (&key, other.key.as_str(), "tls", "does not match the key", pair.key.as_str()),
         (&pem, "", "tls", "server.pem: holds no certificate in PEM", &pair.certificate),
-        (&tokens, "short\n", "tokens", "line 1: the token has less than 16 characters", good),
+        (&tokens, "short\n", "tokens", "line 1: the token has fewer than 16 characters", good),
         (&config, "limits: {decision: 7}", "configuration", "limits.decision: is not a key", "{}"),
     ] {
         fs::write(file, bad).unwrap();

@@ -57,13 +57,13 @@ impl Reloads {
         fault.clone_into(&mut self.state().fault);
     }
 
-    /// How its files are.
+    /// The state of its files.
     pub fn followed(&self) -> FollowedFiles {
         self.state().clone()
     }
 
     fn state(&self) -> MutexGuard<'_, FollowedFiles> {
-        // A panic cannot leave it half-changed: each member stands by itself.
+        // A panic cannot leave it inconsistent: its fields do not depend on each other.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
