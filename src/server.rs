@@ -17,6 +17,7 @@ pub mod settings;
 pub mod shutdown;
 mod status_page;
 mod tls;
+mod unreported;
 
 use std::{convert::Infallible, io, net::SocketAddr, panic::AssertUnwindSafe, pin::Pin, sync::Arc};
 

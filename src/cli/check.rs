@@ -191,13 +191,13 @@ impl Found {
             let server::Review { faults, near_ends, in_use } = server::review(&settings.edge());
             let faults = faults.into_iter().filter(|fault| is_sure(fault) && !(elsewhere && is_of_here(fault)));
             self.problems.extend(faults.map(|fault| of_server(&document, &fault)));
-            let told = |of: &mut Vec<Problems>, list: Vec<(&'static str, String)>| {
+            let report = |of: &mut Vec<Problems>, list: Vec<(&'static str, String)>| {
                 let list: Vec<Problem> = list.into_iter().map(|(setting, message)| Problem::at(setting, message)).collect();
                 of.extend((!elsewhere && !list.is_empty()).then(|| Problems { document: document.clone(), list }));
             };
-            told(&mut self.warnings, near_ends);
+            report(&mut self.warnings, near_ends);
             let is_set = |(setting, _): &(&str, String)| !problems.iter().any(|problem| problem.place == *setting);
-            told(&mut self.of_today, in_use.into_iter().filter(is_set).collect());
+            report(&mut self.of_today, in_use.into_iter().filter(is_set).collect());
         }
         match loaded {
             Ok(mut setup) => {

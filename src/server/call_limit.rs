@@ -5,20 +5,18 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use tokio::time::Instant;
 use tonic::Status;
 
+use super::unreported::Unreported;
 use crate::{
     domain::request::Peer,
     grpc::errors::{RETRY_AFTER, limit_reached},
     telemetry::status::ReachedLimit,
 };
-
-/// The log mentions a reached limit at most once in this time.
-const REPORT_EVERY: Duration = Duration::from_secs(60);
 
 /// A limit and the number of calls that count towards it.
 #[derive(Default)]
@@ -34,9 +32,7 @@ pub(super) struct CallLimit {
 #[derive(Default)]
 struct Refused {
     last: Option<SystemTime>,
-    /// The number of refusals since the last line in the log.
-    unreported: u64,
-    reported_at: Option<Instant>,
+    unreported: Unreported,
 }
 
 /// Counts a call towards its limit until it is dropped.
@@ -77,15 +73,9 @@ impl CallLimit {
 
     /// Counts a refusal. If a line in the log is due, returns the number of refusals that it has to report.
     fn refused(&self) -> Option<u64> {
-        let now = Instant::now();
         let mut refused = self.lock();
         refused.last = Some(SystemTime::now());
-        refused.unreported += 1;
-        let is_due = refused.reported_at.is_none_or(|at| now.duration_since(at) >= REPORT_EVERY);
-        is_due.then(|| {
-            refused.reported_at = Some(now);
-            std::mem::take(&mut refused.unreported)
-        })
+        refused.unreported.add(Instant::now(), || true)
     }
 
     fn lock(&self) -> MutexGuard<'_, Refused> {
@@ -102,7 +92,7 @@ impl Drop for CallPermit {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::unreported::REPORT_EVERY, *};
 
     #[tokio::test(start_paused = true)]
     async fn a_reached_limit_is_logged_once_a_minute_with_a_count_and_permits_come_back() {
@@ -111,7 +101,11 @@ mod tests {
         let first = limit.enter(peer).unwrap();
         assert!(limit.reached().is_none());
         assert!(limit.enter(peer).is_err() && limit.enter(peer).is_err());
-        assert_eq!((limit.reached().unwrap().setting, limit.lock().unreported), ("limits.watches", 1), "the first was logged");
+        assert_eq!(
+            (limit.reached().unwrap().setting, limit.lock().unreported.count),
+            ("limits.watches", 1),
+            "the first was logged"
+        );
         tokio::time::advance(REPORT_EVERY).await;
         assert_eq!(limit.refused(), Some(2));
         drop(first);

@@ -7,7 +7,7 @@ use std::{
     error::Error,
     io,
     sync::{Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use rustls::{CertificateError, InvalidMessage};
@@ -15,6 +15,7 @@ use rustls_pki_types::UnixTime;
 use strum::{IntoStaticStr, VariantArray};
 use tokio::time::Instant;
 
+use super::unreported::{REPORT_EVERY, Unreported};
 use crate::{
     domain::request::Peer,
     telemetry::{
@@ -23,8 +24,6 @@ use crate::{
     },
 };
 
-/// The same fault of the same peer is logged again after this time.
-const REPORT_EVERY: Duration = Duration::from_secs(60);
 /// The limit of log lines within that time for all peers, so that connections from many addresses do not push decisions out of the log.
 const MAX_LINES: u32 = 30;
 /// How many pairs of fault and peer are kept. At the limit, the one that was seen least recently is dropped.
@@ -97,9 +96,7 @@ struct Recent {
 struct Seen {
     at: SystemTime,
     count: u64,
-    /// How many of them were not logged yet.
-    unreported: u64,
-    last_reported: Option<Instant>,
+    unreported: Unreported,
     names: Vec<String>,
 }
 
@@ -244,17 +241,12 @@ impl Refusals {
                 let oldest = by_peer.iter().min_by_key(|(_, seen)| seen.at).map(|(key, _)| key.clone());
                 oldest.and_then(|oldest| by_peer.remove(&oldest));
             }
-            let fresh = || Seen { at: SystemTime::now(), count: 0, unreported: 0, last_reported: None, names: Vec::new() };
+            let fresh = || Seen { at: SystemTime::now(), count: 0, unreported: Unreported::default(), names: Vec::new() };
             let seen = by_peer.entry(key).or_insert_with(fresh);
             seen.at = SystemTime::now();
             seen.count += 1;
-            seen.unreported += 1;
             seen.names.clone_from(&names);
-            let is_due = seen.last_reported.is_none_or(|at| now.duration_since(at) >= REPORT_EVERY);
-            (is_due && may_log(lines, now)).then(|| {
-                seen.last_reported = Some(now);
-                std::mem::take(&mut seen.unreported)
-            })
+            seen.unreported.add(now, || may_log(lines, now))
         };
         let (fault, text, names) = (fault.as_str(), fault.text(), names.join(", "));
         match unreported {
@@ -316,13 +308,13 @@ mod tests {
         }
         assert_eq!(refusals.recent().len(), MAX_ENTRIES);
         let count = |is_reported: bool| {
-            lock(&refusals.recent).by_peer.values().filter(|seen| seen.last_reported.is_some() == is_reported).count()
+            lock(&refusals.recent).by_peer.values().filter(|seen| seen.unreported.reported_at.is_some() == is_reported).count()
         };
         assert!(count(true) <= MAX_LINES as usize);
         // After the interval there is a line again, with the count since the last one.
         refusals.add(peer(9_999), Refusal::of(HandshakeFault::NoTls));
         tokio::time::advance(REPORT_EVERY).await;
         refusals.add(peer(9_999), Refusal::of(HandshakeFault::NoTls));
-        assert_eq!(lock(&refusals.recent).by_peer[&(HandshakeFault::NoTls, "0.0.39.15".to_owned())].unreported, 0);
+        assert_eq!(lock(&refusals.recent).by_peer[&(HandshakeFault::NoTls, "0.0.39.15".to_owned())].unreported.count, 0);
     }
 }

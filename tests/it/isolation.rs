@@ -465,17 +465,27 @@ async fn a_lack_of_descriptors_is_no_fault_of_the_providers() {
     assert!(!ended.stdout.contains("breaker_opened"), "{ended:?}");
 }
 
-/// A token that is removed from its file, or misspelt there, is reported like any other caller, by its line and never by its value.
-#[tokio::test]
-async fn a_token_that_is_taken_out_is_told() {
+/// A platform's token, and an operator's.
+const TOKENS: [&str; 2] = ["made-up-token-of-the-platform", "made-up-token-of-an-operator"];
+
+/// A process with a file that holds these tokens.
+async fn serving_with_tokens() -> (Files, Serving) {
     let (registry, catalogue) = case::documents(1);
     let files = Files::new(&registry, &catalogue, None);
     let tokens = files.folder().join("tokens");
-    let (one, other) = ("made-up-token-of-the-platform", "made-up-token-of-an-operator");
-    fs::write(&tokens, format!("{one}\n{other} operator\n")).unwrap();
+    let [platform, operator] = TOKENS;
+    fs::write(&tokens, format!("{platform}\n{operator} operator\n")).unwrap();
     let mut flags = files.flags();
     flags.extend(["--token-file".to_owned(), tokens.to_str().unwrap().to_owned()]);
     let serving = Serving::start(&flags.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    (files, serving)
+}
+
+/// A token that is removed from its file, or misspelt there, is reported like any other caller, by its line and never by its value.
+#[tokio::test]
+async fn a_token_that_is_taken_out_is_told() {
+    let (files, serving) = serving_with_tokens().await;
+    let (tokens, [one, other]) = (files.folder().join("tokens"), TOKENS);
     fs::write(&tokens, format!("# moved\n{one}\n")).unwrap();
     let event = serving.until("caller_removed").await;
     assert_eq!((&event["setting"], &event["caller"]), (&"callers.token_file".into(), &"token of line 2".into()), "{event}");
@@ -488,14 +498,8 @@ async fn a_token_that_is_taken_out_is_told() {
 /// A token whose role alone is another one leaves a line with both.
 #[tokio::test]
 async fn a_token_whose_role_changes_is_told() {
-    let (registry, catalogue) = case::documents(1);
-    let files = Files::new(&registry, &catalogue, None);
-    let tokens = files.folder().join("tokens");
-    let (one, other) = ("made-up-token-of-the-platform", "made-up-token-of-an-operator");
-    fs::write(&tokens, format!("{one}\n{other} operator\n")).unwrap();
-    let mut flags = files.flags();
-    flags.extend(["--token-file".to_owned(), tokens.to_str().unwrap().to_owned()]);
-    let serving = Serving::start(&flags.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let (files, serving) = serving_with_tokens().await;
+    let (tokens, [one, other]) = (files.folder().join("tokens"), TOKENS);
     fs::write(&tokens, format!("{one}\n{other} workspace ws-1,ws-2\n")).unwrap();
     let event = serving.until("caller_changed").await;
     assert_eq!(

@@ -24,7 +24,7 @@ use crate::support::{
     binary::{self, PATIENCE, Serving},
     case::{self, Answered, Case, Record, Spec},
     edge::{code_of, grpc, raw},
-    events::{self, told},
+    events::{self, decision_events},
     gate::Files,
     vendor::{Behave, Row, Vendor},
 };
@@ -52,6 +52,23 @@ async fn files(config: Option<&str>) -> Files {
 async fn serving(files: &Files, more: &[&str]) -> Serving {
     let flags = files.flags();
     Serving::start(&[&flags.iter().map(String::as_str).collect::<Vec<_>>()[..], more].concat()).await
+}
+
+/// A create whose key has to be probed.
+fn with_key(workspace_id: &str) -> pb::DecideRequest {
+    let workspace = BTreeMap::from([("ACME_API_KEY".to_owned(), Some("made-up-key".to_owned()))]);
+    let spec = Spec { model: "acme-large".into(), workspace_id: workspace_id.into(), workspace, ..Spec::default() };
+    pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: pb::Checkpoint::Create as i32, ..Default::default() }
+}
+
+async fn until_asked(vendor: &Vendor) {
+    timeout(PATIENCE, async {
+        while vendor.asked().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
 }
 
 async fn log_of(serving: Serving) -> String {
@@ -122,8 +139,8 @@ async fn compared(name: String, case: Case) -> usize {
         }
     }
     drop(client);
-    let told = told(&log_of(serving).await);
-    let (decisions, undecided): (Vec<_>, Vec<_>) = told.into_iter().partition(|event| event["event"] == "decision");
+    let events = decision_events(&log_of(serving).await);
+    let (decisions, undecided): (Vec<_>, Vec<_>) = events.into_iter().partition(|event| event["event"] == "decision");
     assert_eq!(decisions.len(), decided.len(), "{name}: one event for each decision");
     assert_eq!(undecided.len(), invalid, "{name}: {undecided:?}");
     let as_they_were = |event: &Value| event["grpc_code"] == "INVALID_ARGUMENT" && event["peer"] == "127.0.0.1";
@@ -207,8 +224,8 @@ async fn a_provider_that_is_down_is_told_by_its_cause() {
             ..Default::default()
         };
         serving.client().await.decide(request).await.unwrap();
-        let told = told(&log_of(serving).await);
-        let [event] = told.as_slice() else { panic!("{told:?}") };
+        let events = decision_events(&log_of(serving).await);
+        let [event] = events.as_slice() else { panic!("{events:?}") };
         assert_eq!(event["code"], "BYOK_PROVIDER_UNREACHABLE", "{event}");
         assert_eq!(event["unreached"], expect, "{base}: {event}");
         let host = base.split('/').nth(2).unwrap();
@@ -247,12 +264,12 @@ async fn no_name_forges_a_line() {
     drop(client);
     let log = log_of(serving).await;
     assert!(!log.chars().any(|letter| letter.is_control() && letter != '\n'), "{log:?}");
-    let told = told(&log);
-    let decisions: Vec<_> = told.iter().filter(|event| event["event"] == "decision").collect();
-    assert_eq!(decisions.len(), 1, "{told:?}");
+    let events = decision_events(&log);
+    let decisions: Vec<_> = events.iter().filter(|event| event["event"] == "decision").collect();
+    assert_eq!(decisions.len(), 1, "{events:?}");
     assert_eq!(decisions[0]["workspace_id"], odd);
-    let refused: u64 = told.iter().map(|event| event["suppressed"].as_u64().unwrap_or(0)).sum();
-    assert!(told.len() as u64 - 1 + refused <= 25, "{told:?}");
+    let refused: u64 = events.iter().map(|event| event["suppressed"].as_u64().unwrap_or(0)).sum();
+    assert!(events.len() as u64 - 1 + refused <= 25, "{events:?}");
 }
 
 /// A call without a decision writes an event too, with its workspace as far as it was decoded.
@@ -265,25 +282,13 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     let serving = serving(&files, &[]).await;
     let mut client = serving.client().await;
     // A caller that hangs up.
-    let workspace = BTreeMap::from([("ACME_API_KEY".to_owned(), Some("made-up-key".to_owned()))]);
-    let spec = Spec { model: "acme-large".into(), workspace_id: "left".into(), workspace, ..Spec::default() };
-    let held = pb::DecideRequest {
-        workspace_spec: Some(spec.message()),
-        checkpoint: pb::Checkpoint::Create as i32,
-        ..Default::default()
-    };
+    let held = with_key("left");
     let mut leaver = client.clone();
     let leaving = tokio::spawn({
         let held = held.clone();
         async move { leaver.decide(held).await }
     });
-    timeout(PATIENCE, async {
-        while vendor.asked().is_empty() {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await
-    .unwrap();
+    until_asked(&vendor).await;
     // One call too many.
     let mut late = held.clone();
     late.workspace_spec.as_mut().unwrap().workspace_id = "late".into();
@@ -303,19 +308,20 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     assert_eq!(code_of(&mut sender, over).await, Code::DeadlineExceeded);
     drop(sender);
     drop(client);
-    let told = told(&log_of(serving).await);
-    let seen = |code: &str| told.iter().find(|event| event["grpc_code"] == code).unwrap_or_else(|| panic!("{code}: {told:?}"));
+    let events = decision_events(&log_of(serving).await);
+    let seen =
+        |code: &str| events.iter().find(|event| event["grpc_code"] == code).unwrap_or_else(|| panic!("{code}: {events:?}"));
     assert_eq!(seen("CANCELLED")["workspace_id"], "left");
     assert_eq!(seen("CANCELLED")["checkpoint"], "CREATE");
     assert_eq!(seen("RESOURCE_EXHAUSTED")["workspace_id"], "late");
     assert!(seen("RESOURCE_EXHAUSTED")["reason"].as_str().unwrap().contains("limits.decisions"));
     assert!(seen("INVALID_ARGUMENT")["reason"].as_str().unwrap().starts_with("checkpoint: "));
     assert_eq!(seen("DEADLINE_EXCEEDED")["method"], "Decide");
-    let reported: Vec<_> = told.iter().filter(|event| event["report_only"] == true).collect();
-    assert!(matches!(reported[..], [one] if one["grpc_code"] == "INVALID_ARGUMENT"), "{told:?}");
-    let batch: Vec<_> = told.iter().filter(|event| event["method"] == "BatchDecide").collect();
-    assert!(matches!(batch[..], [one] if one["reason"].as_str().unwrap().starts_with("requests: ")), "{told:?}");
-    assert_eq!(told.len(), 7, "{told:?}");
+    let reported: Vec<_> = events.iter().filter(|event| event["report_only"] == true).collect();
+    assert!(matches!(reported[..], [one] if one["grpc_code"] == "INVALID_ARGUMENT"), "{events:?}");
+    let batch: Vec<_> = events.iter().filter(|event| event["method"] == "BatchDecide").collect();
+    assert!(matches!(batch[..], [one] if one["reason"].as_str().unwrap().starts_with("requests: ")), "{events:?}");
+    assert_eq!(events.len(), 7, "{events:?}");
 }
 
 /// A call that the drain cuts off ends by the service, not by its caller.
@@ -326,25 +332,13 @@ async fn a_call_that_the_drain_cuts_off_is_not_its_callers_fault() {
     let files = Files::new(&registry, &catalogue, Some("shutdown: {notice: 0s, drain: 50ms}\nprobe: {budget: 60s}\n"));
     let serving = serving(&files, &[]).await;
     let mut client = serving.client().await;
-    let workspace = BTreeMap::from([("ACME_API_KEY".to_owned(), Some("made-up-key".to_owned()))]);
-    let spec = Spec { model: "acme-large".into(), workspace_id: "cut".into(), workspace, ..Spec::default() };
-    let held = pb::DecideRequest {
-        workspace_spec: Some(spec.message()),
-        checkpoint: pb::Checkpoint::Create as i32,
-        ..Default::default()
-    };
+    let held = with_key("cut");
     let call = tokio::spawn(async move { client.decide(held).await });
-    timeout(PATIENCE, async {
-        while vendor.asked().is_empty() {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await
-    .unwrap();
+    until_asked(&vendor).await;
     let log = log_of(serving).await;
     assert_eq!(call.await.unwrap().unwrap_err().code(), Code::Unavailable);
-    let told = told(&log);
-    let [event] = &told[..] else { panic!("{told:?}") };
+    let events = decision_events(&log);
+    let [event] = &events[..] else { panic!("{events:?}") };
     assert_eq!(
         (&event["event"], &event["workspace_id"], &event["grpc_code"]),
         (&json!("undecided"), &json!("cut"), &json!("UNAVAILABLE"))
@@ -366,8 +360,8 @@ async fn the_time_of_a_caller_that_gives_little_is_in_the_event() {
     let over = grpc(DECIDE, &[("grpc-timeout", "3000u")], &missing("late").encode_to_vec());
     assert_eq!(code_of(&mut sender, over).await, Code::DeadlineExceeded);
     drop((sender, client));
-    let told = told(&log_of(serving).await);
-    let of = |fits: &dyn Fn(&Value) -> bool| told.iter().find(|event| fits(event)).unwrap_or_else(|| panic!("{told:?}"));
+    let events = decision_events(&log_of(serving).await);
+    let of = |fits: &dyn Fn(&Value) -> bool| events.iter().find(|event| fits(event)).unwrap_or_else(|| panic!("{events:?}"));
     for (workspace, expect) in [("short", json!(2_000_000)), ("long", Value::Null), ("open", Value::Null)] {
         assert_eq!(of(&|event| event["workspace_id"] == workspace)["caller_time_us"], expect, "{workspace}");
     }
@@ -386,8 +380,8 @@ async fn sampling_leaves_out_plain_allows_alone() {
         client.decide(request).await.unwrap();
     }
     drop(client);
-    let told = told(&log_of(serving).await);
-    let mut ids: Vec<_> = told.iter().map(|event| event["workspace_id"].as_str().unwrap()).collect();
+    let events = decision_events(&log_of(serving).await);
+    let mut ids: Vec<_> = events.iter().map(|event| event["workspace_id"].as_str().unwrap()).collect();
     ids.sort_unstable();
     assert_eq!(ids, ["denied", "exempt"]);
 }
@@ -434,7 +428,7 @@ async fn a_blocked_stdout_stops_nothing() {
         }
     };
     let lost = timeout(PATIENCE, reading).await.unwrap();
-    assert_eq!(told(&log).len() as u64 + lost, answered);
+    assert_eq!(decision_events(&log).len() as u64 + lost, answered);
     // And gone for good: the process still stops.
     for _ in 0..2 {
         let requests = vec![missing("blocked"); 256];
@@ -460,6 +454,6 @@ async fn a_command_leaves_the_event_too() {
         let ended = binary::run(&arguments, &[]).await;
         assert_eq!(ended.status.code(), Some(10), "{ended:?}");
         let lines: Vec<_> = ended.stderr.lines().filter(|line| line.starts_with('{')).collect();
-        assert_eq!(told(&lines.join("\n")).len(), expect, "{}", ended.stderr);
+        assert_eq!(decision_events(&lines.join("\n")).len(), expect, "{}", ended.stderr);
     }
 }

@@ -231,7 +231,7 @@ fn a_change_of_the_configuration_is_followed() {
     assert!(snapshot.policy.exempt_runtimes.contains("two"));
     let [registry, catalogue, configuration] = snapshot.origins().map(|origin| origin.last_reload_error.as_str());
     assert!(configuration.contains("exempt_runtime: is not a key") && registry.is_empty() && catalogue.is_empty());
-    // What waits for a restart is in the status that callers get, and stays there while a later version does not stand.
+    // Callers see in the status which settings wait for a restart, also while a later version is invalid.
     fs::write(&config, "limits: {decisions: 7}\n").unwrap();
     assert_eq!(watcher.poll(true), PollOutcome::Taken);
     fs::write(&config, "exempt_runtime: [three]\n").unwrap();

@@ -275,7 +275,7 @@ async fn what_was_changed_and_is_not_in_force_is_told_until_it_is_mended() {
     assert!(page(admin).await.contains(words));
     let told = run(&["status", "--server", &admin.to_string()], &[]).await;
     assert!(told.stdout.contains(words), "{}", told.stdout);
-    // A further change that does not stand hides nothing of it.
+    // A further change that is invalid does not hide it.
     fs::write(&config, "limits: {decision: 7}").unwrap();
     until("both", &|attention| attention.contains(words) && attention.contains("limits.decision: is not a key")).await;
     fs::write(&config, "{}").unwrap();

@@ -163,7 +163,7 @@ impl Serving {
         let status = timeout(PATIENCE, self.child.wait()).await.unwrap().unwrap();
         let stdout = self.first + &self.stdout.await.unwrap();
         if status.code().is_some() {
-            events::told(&stdout);
+            events::decision_events(&stdout);
         }
         Ended { status, stdout, stderr: self.stderr.await.unwrap() }
     }

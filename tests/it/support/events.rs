@@ -9,7 +9,7 @@ pub(crate) const SCHEMA: &str = include_str!("../../../docs/decision-event.schem
 
 /// The decisions, and the calls that ended without one, among these lines of a server's log. Each fits the schema.
 #[track_caller]
-pub(crate) fn told(log: &str) -> Vec<Value> {
+pub(crate) fn decision_events(log: &str) -> Vec<Value> {
     static VALIDATOR: LazyLock<Validator> =
         LazyLock::new(|| jsonschema::validator_for(&serde_json::from_str(SCHEMA).unwrap()).unwrap());
     let mut found = Vec::new();
