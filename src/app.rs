@@ -3,6 +3,8 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use url::Url;
+
 use crate::{
     config::{
         self, ConfigError, Setup,
@@ -26,7 +28,7 @@ use crate::{
     server::settings::CallerSettings,
     telemetry::{
         metrics::{Collect, Counter, Page},
-        status::DOCUMENTS,
+        status::{DOCUMENTS, ForbiddenProvider},
     },
     watch::{Fault, Reloaded, Source},
 };
@@ -39,8 +41,8 @@ pub struct App {
     pub collectors: Vec<Arc<dyn Collect>>,
     /// The task that learns from other replicas which credentials were refused. `None` without a shared tier.
     pub refusal_listener: Option<Boxed<'static, ()>>,
-    /// Providers that the configuration does not allow to be probed.
-    pub forbidden_destinations: Vec<Problems>,
+    /// Probes the providers.
+    pub prober: Arc<HttpProber>,
 }
 
 /// Registry, catalogue and configuration, reloaded while the service runs.
@@ -81,12 +83,11 @@ impl App {
     pub fn new(setup: &Setup, tier: Option<Arc<Tier>>) -> Result<Self, ProbeSetupError> {
         let Setup { snapshot, fingerprint_key, settings, .. } = setup;
         let prober = Arc::new(prober(setup)?);
-        let forbidden_destinations = forbidden_destinations(snapshot, &prober);
         let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits()));
         let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()).with_tier(tier));
         let refusal_listener = cache.refusal_listener();
         let engine = Arc::new(Engine::new(snapshot.clone(), cache.clone(), *fingerprint_key));
-        Ok(Self { engine, collectors: vec![prober, limiter, cache], refusal_listener, forbidden_destinations })
+        Ok(Self { engine, collectors: vec![prober.clone(), limiter, cache], refusal_listener, prober })
     }
 }
 
@@ -102,22 +103,33 @@ pub fn forbidden_destinations(snapshot: &Snapshot, prober: &HttpProber) -> Vec<P
         if snapshot.policy.enforcement(&provider.name, now) != Enforcement::Enforce {
             return None;
         }
-        let target = target(provider, &snapshot.catalogue, "made-up-model").ok()?;
         // The registry's own warning covers plain http beyond loopback.
-        let call = target.calls.iter().find(|call| !prober.may_ask(call))?;
-        if call.url.scheme() == "http" && !is_loopback(&call.url) {
-            return None;
-        }
+        let url = forbidden_url(provider, snapshot, prober).filter(|url| url.scheme() != "http" || is_loopback(url))?;
         let message = format!(
             "{}: its address or scheme may not be dialled by this configuration, so that every credential of it is denied; use https and a \
              public address, allow it with `egress.allow` (a machine's metadata address never is), or switch the provider's probe off with a \
              date",
-            call.url.origin().ascii_serialization()
+            url.origin().ascii_serialization()
         );
         Some(Problem::at(format!("providers.{}", provider.name), message))
     };
     let list: Vec<Problem> = snapshot.registry.providers().iter().filter_map(problem).collect();
     if list.is_empty() { Vec::new() } else { vec![Problems { document: snapshot.registry_origin.source.clone(), list }] }
+}
+
+/// Providers whose address or scheme the configuration does not allow, for the status page.
+pub fn forbidden_providers(snapshot: &Snapshot, prober: &HttpProber) -> Vec<ForbiddenProvider> {
+    let forbidden = |provider: &Provider| {
+        let origin = forbidden_url(provider, snapshot, prober)?.origin().ascii_serialization();
+        Some(ForbiddenProvider { provider: provider.name.clone(), origin })
+    };
+    snapshot.registry.providers().iter().filter_map(forbidden).collect()
+}
+
+/// A URL that a check of this provider's credentials would call, and that the configuration does not allow. No name is resolved for this.
+fn forbidden_url(provider: &Provider, snapshot: &Snapshot, prober: &HttpProber) -> Option<Url> {
+    let target = target(provider, &snapshot.catalogue, "made-up-model").ok()?;
+    target.calls.into_iter().find(|call| !prober.may_ask(call)).map(|call| call.url)
 }
 
 // === impl Documents ===

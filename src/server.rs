@@ -44,11 +44,12 @@ use self::{
     tls::{Tls, TlsFiles, watch_ends},
 };
 pub use self::{
+    admin::FindForbidden,
     error::{Review, ServerError},
     listen::Address,
 };
 use crate::{
-    core::engine::Engine,
+    core::{engine::Engine, snapshot::Snapshot},
     grpc::{authorize::Authorizer, call_record::Recorder, convert, service::PolicyDecision},
     telemetry::{
         events::Journal,
@@ -68,6 +69,7 @@ pub struct Bound {
     tls: Option<Arc<Tls>>,
     settings: EdgeSettings,
     journal: Journal,
+    forbidden: Box<FindForbidden>,
     tasks: Vec<Task>,
     /// Makes all file watchers check their files at once.
     recheck: watch::Sender<()>,
@@ -107,7 +109,9 @@ impl Bound {
         let collectors: Vec<Arc<dyn Collect>> = vec![Arc::new(Process::started())];
         let (recheck, _) = watch::channel(());
         let (journal, followed, tasks) = (Journal::off(), Vec::new(), Vec::new());
-        let mut bound = Self { listeners, admin, collectors, followed, callers, tls, settings, journal, tasks, recheck };
+        let forbidden = Box::new(|_: &Snapshot| Vec::new());
+        let mut bound =
+            Self { listeners, admin, collectors, followed, callers, tls, settings, journal, forbidden, tasks, recheck };
         if let Some(tls) = bound.tls.clone() {
             bound.register(tls.clone());
             bound.supervise("certificates", watch_ends(tls.clone()));
@@ -140,6 +144,11 @@ impl Bound {
     /// Logs decisions to this journal. Without one they are not logged.
     pub fn set_journal(&mut self, journal: Journal) {
         self.journal = journal;
+    }
+
+    /// Sets how the status page finds the providers that the configuration does not allow to be called.
+    pub fn set_forbidden(&mut self, forbidden: Box<FindForbidden>) {
+        self.forbidden = forbidden;
     }
 
     /// Adds a source of metrics.
@@ -175,8 +184,9 @@ impl Bound {
     /// Serves until `shutdown`, then stops in this order: it reports NOT_SERVING, waits until that is noticed, accepts no more connections, sends
     /// GOAWAY, and finishes calls in flight until the drain deadline.
     pub async fn run(self, engine: Arc<Engine>, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, ServerError> {
-        let Self { listeners, admin, mut collectors, followed, callers, tls, settings, journal, tasks: supervised, recheck } =
+        let Self { listeners, admin, mut collectors, followed, callers, tls, settings, journal, forbidden, tasks, recheck } =
             self;
+        let supervised = tasks;
         let (phase, phases) = watch::channel(Phase::Starting);
         let limit = affordable_connections(settings.limits.connections, listeners.len());
         let recent_decisions = Arc::new(RecentDecisions::new(settings.admin.show_workspace_ids));
@@ -187,7 +197,8 @@ impl Bound {
         let mut tasks = JoinSet::new();
         if let Some(listener) = admin {
             let addresses = listeners.iter().map(|listener| listener.address().to_string()).collect();
-            let pages = AdminPages::new(engine, collectors, followed, recent_decisions, tls, Arc::clone(&counts), addresses);
+            let counts = Arc::clone(&counts);
+            let pages = AdminPages::new(engine, collectors, followed, recent_decisions, tls, counts, addresses, forbidden);
             let pages = Arc::new(pages);
             spawn(&mut tasks, ("status counts", Box::pin(sample_counts(Arc::clone(&pages)))));
             spawn(&mut tasks, ("admin", Box::pin(serve_admin(listener, pages))));

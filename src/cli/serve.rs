@@ -17,7 +17,7 @@ use super::{
     exit::Exit,
 };
 use crate::{
-    app::{App, Documents},
+    app::{App, Documents, forbidden_destinations, forbidden_providers},
     config::{self, Flag, Overrides, Paths, Setup},
     core::snapshot::Snapshot,
     liveness::tier::Tier,
@@ -105,10 +105,11 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     let (access, warnings) = config::tier_access(settings)?;
     config::warn(&warnings);
     let tier = access.map(Tier::new).transpose()?;
-    let App { engine, collectors, refusal_listener, forbidden_destinations } = App::new(&setup, tier.clone())?;
-    config::warn(&forbidden_destinations);
+    let App { engine, collectors, refusal_listener, prober } = App::new(&setup, tier.clone())?;
+    config::warn(&forbidden_destinations(&setup.snapshot, &prober));
     let mut bound = Bound::open(settings.edge()).await?;
     bound.set_journal(Journal::to(log.clone(), settings.log.plain_allow_ratio));
+    bound.set_forbidden(Box::new(move |snapshot| forbidden_providers(snapshot, &prober)));
     bound.register(Arc::new(log));
     bound.register(Arc::new(traces::ExportMetrics));
     collectors.into_iter().for_each(|source| bound.register(source));

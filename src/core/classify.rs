@@ -130,6 +130,8 @@ pub struct Finding {
     pub withheld: Option<Withheld>,
     /// What kept a request from reaching the provider, if something did.
     pub unreached: Option<Unreached>,
+    /// Only for TIMEOUT: the decision's deadline passed before the provider had its usual time. Holds the time that it had.
+    pub cut_short: Option<Duration>,
 }
 
 impl Finding {
@@ -148,6 +150,7 @@ impl Finding {
             cost_money: false,
             withheld: None,
             unreached: None,
+            cut_short: None,
         }
     }
 

@@ -543,6 +543,7 @@ impl<'a> CredentialStep<'a, '_> {
                 retry_after: Duration::ZERO,
                 withheld: None,
                 unreached: None,
+                cut_short: None,
                 cause: None,
                 tenant_endpoint: matches!(reason, Some(NoSurface::TenantBaseUrl(_))),
                 plan: None,

@@ -340,6 +340,8 @@ pub struct LivenessEvidence {
     pub withheld: Option<Withheld>,
     /// What kept a request from reaching the provider, if something did.
     pub unreached: Option<Unreached>,
+    /// The time that the provider had to answer, if the decision's deadline ended it.
+    pub cut_short: Option<Duration>,
     /// The reason that was read from the response, if there is one.
     pub cause: Option<Cause>,
     /// The workspace calls a base URL of the tenant's own.
@@ -529,6 +531,7 @@ mod tests {
                 retry_after: Duration::from_secs(3),
                 withheld: None,
                 unreached: None,
+                cut_short: None,
                 cause: None,
                 tenant_endpoint: false,
                 plan: None,

@@ -135,7 +135,7 @@ impl CallRecord {
         self.traced.decided(request.checkpoint.as_str(), decided);
         self.traced.answered(Code::Ok);
         decisions.made(request, &decided.decision, took);
-        recent_decisions.decided(request, decided);
+        recent_decisions.decided(request, decided, self.peer, self.caller_time());
         journal.decision(request, decided, took, self.caller_time(), self.traced.trace_id());
     }
 

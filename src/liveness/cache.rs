@@ -109,6 +109,8 @@ const MAX_FLIGHTS: usize = 4096;
 const MAX_FLIGHTS_OF_ONE_PROVIDER: usize = 1024;
 /// The longest credential of a usual length. Vendors' keys are under 200 bytes, and some JWTs are over 1 KiB.
 const USUAL_KEY_BYTES: usize = 1024;
+/// The time that a provider usually has. A decision that ends earlier says nothing about the provider.
+const USUAL_BUDGET: Duration = Duration::from_secs(3);
 
 /// The settings of the cache and of what protects the providers behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -302,6 +304,7 @@ impl Cache {
             let joined = self.flights.join(query.endpoint.identity, keys.first, launch);
             self.lookups.of(&joined, first).inc();
             *role = matches!(joined, Join::InFlight(_)).then_some(if first { FlightRole::Fill } else { FlightRole::Wait });
+            let began = Instant::now();
             match joined {
                 Join::Known(FlightResult::Found(KeyedFinding { timed, .. })) => {
                     return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
@@ -336,7 +339,9 @@ impl Cache {
                     }
                     FlightEnd::Completed(_) => {}
                     FlightEnd::TimedOut { started: true, .. } => {
-                        return self.without_answer(&keys, Finding::bare(Verdict::Timeout), max_age, self.ages.unanswered);
+                        let had = Some(began.elapsed()).filter(|had| *had < USUAL_BUDGET);
+                        let finding = Finding { cut_short: had, ..Finding::bare(Verdict::Timeout) };
+                        return self.without_answer(&keys, finding, max_age, self.ages.unanswered);
                     }
                     // The probe was still queued: the cause is this service and not the provider. It stays queued. If its answer was expected
                     // later, that time is the wait. If it was expected by now, the estimate was wrong, and the queue gives a new retry time.

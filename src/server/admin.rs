@@ -27,11 +27,11 @@ use super::{
     tls::Tls,
 };
 use crate::{
-    core::engine::Engine,
+    core::{engine::Engine, snapshot::Snapshot},
     telemetry::{
         metrics::{CONTENT_TYPE, Collect, Page, loaded, reloads::Reloads},
         recent_decisions::RecentDecisions,
-        status::{self, SAMPLE_EVERY, Sources, Status, Totals, Window},
+        status::{self, ForbiddenProvider, SAMPLE_EVERY, Sources, Status, Totals, Window},
     },
 };
 
@@ -67,7 +67,11 @@ pub(super) struct AdminPages {
     started: SystemTime,
     /// Where gRPC is spoken.
     addresses: Vec<String>,
+    forbidden: Box<FindForbidden>,
 }
+
+/// Finds the providers that the configuration does not allow to be called.
+pub type FindForbidden = dyn Fn(&Snapshot) -> Vec<ForbiddenProvider> + Send + Sync;
 
 // === impl AdminPages ===
 
@@ -81,9 +85,11 @@ impl AdminPages {
         tls: Option<Arc<Tls>>,
         connections: Arc<ConnectionCounts>,
         addresses: Vec<String>,
+        forbidden: Box<FindForbidden>,
     ) -> Self {
         let started = SystemTime::now();
-        Self { engine, sources, followed, recent_decisions, tls, connections, window: Window::since(started), started, addresses }
+        let window = Window::since(started);
+        Self { engine, sources, followed, recent_decisions, tls, connections, window, started, addresses, forbidden }
     }
 
     /// The metrics as they are now.
@@ -96,9 +102,10 @@ impl AdminPages {
     }
 
     fn status(&self) -> Status {
+        let snapshot = self.engine.snapshot();
         let sources = Sources {
             page: &self.page(),
-            snapshot: &self.engine.snapshot(),
+            snapshot: &snapshot,
             recent_decisions: &self.recent_decisions,
             window: &self.window,
             started: self.started,
@@ -109,6 +116,7 @@ impl AdminPages {
                 .into_iter()
                 .filter_map(|limit| limit.reached())
                 .collect(),
+            forbidden: (self.forbidden)(&snapshot),
         };
         status::status(&sources, SystemTime::now())
     }
@@ -280,7 +288,16 @@ mod tests {
         let cache = crate::liveness::cache::Cache::new(Arc::new(PendingProber), crate::liveness::cache::CacheSettings::default());
         let engine = Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None));
         let recent_decisions = Arc::new(RecentDecisions::new(false));
-        Arc::new(AdminPages::new(engine, Vec::new(), Vec::new(), recent_decisions, None, Arc::default(), Vec::new()))
+        Arc::new(AdminPages::new(
+            engine,
+            Vec::new(),
+            Vec::new(),
+            recent_decisions,
+            None,
+            Arc::default(),
+            Vec::new(),
+            Box::new(|_| Vec::new()),
+        ))
     }
 
     fn accepted(io: tokio::io::DuplexStream) -> Accepted {

@@ -19,7 +19,10 @@ use crate::{
         policy::Enforcement,
         snapshot::{Origin, Snapshot},
     },
-    domain::duration,
+    domain::{
+        duration,
+        verdict::{ServedFrom, Unreached, Verdict, Withheld},
+    },
 };
 
 /// The version of the JSON. It rises when a field is removed or changes its meaning, but not when one is added.
@@ -273,6 +276,17 @@ pub struct Sources<'s> {
     pub refused_connections: Vec<RefusedConnection>,
     /// Limits over all connections that have refused calls.
     pub reached_limits: Vec<ReachedLimit>,
+    /// Providers that the configuration does not allow to be called.
+    pub forbidden: Vec<ForbiddenProvider>,
+}
+
+/// A provider whose address or scheme the configuration does not allow, so that each of its keys is denied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ForbiddenProvider {
+    /// Its name.
+    pub provider: String,
+    /// What would be called: `https://10.1.2.3`.
+    pub origin: String,
 }
 
 /// A limit over all connections that has refused a call.
@@ -296,6 +310,8 @@ pub struct Window(Mutex<VecDeque<(SystemTime, Totals)>>);
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Totals {
     verdicts: BTreeMap<(String, String), u64>,
+    /// Probes that came to a result about a key, by provider.
+    answered: BTreeMap<String, u64>,
     decisions: BTreeMap<(String, String), u64>,
     /// Refusals by a limit, by metric family and label.
     limited: BTreeMap<(String, String), u64>,
@@ -313,6 +329,12 @@ impl Totals {
         };
         add("byokgate_verdicts", [PROVIDER, "verdict"], |totals| &mut totals.verdicts);
         add("byokgate_decisions", ["outcome", "code"], |totals| &mut totals.decisions);
+        for (labels, count) in page.values("byokgate_verdicts") {
+            let is = |label, word: &str| labels.get(label) == Some(word);
+            if is("served_from", ServedFrom::Probe.as_str()) && !FAILURES.iter().any(|failure| is("verdict", failure.as_str())) {
+                *totals.answered.entry(labels.get(PROVIDER).unwrap_or_default().to_owned()).or_default() += count as u64;
+            }
+        }
         for (family, label) in [("byokgate_new_key_refusals", "limit"), ("byokgate_connections_refused", "reason")] {
             for (labels, count) in page.values(family) {
                 let of = labels.get(label).unwrap_or_default().to_owned();
@@ -340,6 +362,13 @@ impl Window {
         }
     }
 
+    /// The youngest sample that is at least as old as what goes on. If there is none, the oldest sample.
+    fn lately(&self, now: SystemTime) -> Totals {
+        let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let old_enough = samples.iter().rev().find(|(at, _)| since(*at, now) >= ONGOING);
+        old_enough.or(samples.front()).map_or_else(Totals::default, |(_, totals)| totals.clone())
+    }
+
     /// The oldest sample, and its age.
     fn then(&self, now: SystemTime) -> (Totals, Duration) {
         let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -365,8 +394,10 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         certificates,
         refused_connections,
         reached_limits,
+        forbidden,
     } = sources;
     let (then, length) = window.then(now);
+    let lately = window.lately(now);
     let totals = Totals::of(page);
     let documents = documents(snapshot, followed, now);
     let certificates: Vec<Certificate> = certificates
@@ -386,7 +417,16 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
     not_taken(&documents, followed, &mut add);
     waits_for_restart(&restart_needed, &mut add);
     own_faults(page, &mut add);
-    providers.iter().for_each(|provider| wants_of(provider, &mut add));
+    for provider in &providers {
+        match forbidden.iter().find(|it| it.provider == provider.provider) {
+            Some(forbidden) if provider.enforcement == "enforce" => not_allowed(forbidden, &mut add),
+            _ => failing(provider, failed_since(provider, &totals, &lately), now, &mut add),
+        }
+        wants_of(provider, &mut add);
+    }
+    let (denials, unverified) = (recent_decisions.denials(), recent_decisions.unverified_allows());
+    withheld(&denials, now, &mut add);
+    impatient(denials.iter().chain(&unverified), now, &mut add);
     lost_lines(page, &mut add);
     attention.extend(refused(refused_connections, now));
     let undecided = recent_decisions.undecided_calls();
@@ -415,8 +455,8 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         decisions: decisions.collect(),
         refused_connections: refused_connections.clone(),
         undecided_calls: undecided.into_iter().map(UndecidedCall::from).collect(),
-        denials: recent(recent_decisions.denials()),
-        unverified_allows: recent(recent_decisions.unverified_allows()),
+        denials: recent(denials),
+        unverified_allows: recent(unverified),
     }
 }
 
@@ -632,13 +672,76 @@ fn sum(page: &Page, family: &str) -> u64 {
     page.values(family).map(|(_, value)| value).sum::<f64>() as u64
 }
 
+/// Verdicts by which no key of a provider is found good or bad, whoever's it is.
+const FAILURES: [Verdict; 5] =
+    [Verdict::Timeout, Verdict::Unreachable, Verdict::ProviderError, Verdict::RateLimited, Verdict::UnexpectedResponse];
+
+/// How many checks have failed, if none has come to a result since then.
+fn failed_since(Provider { provider, .. }: &Provider, totals: &Totals, then: &Totals) -> u64 {
+    let answers = |totals: &Totals| totals.answered.get(provider).copied().unwrap_or_default();
+    let failures = |totals: &Totals| {
+        let of = FAILURES.iter().filter_map(|verdict| totals.verdicts.get(&(provider.clone(), verdict.as_str().to_owned())));
+        of.sum::<u64>()
+    };
+    if answers(totals) > answers(then) { 0 } else { failures(totals).saturating_sub(failures(then)) }
+}
+
+/// A provider of which no check comes to a result. Its breaker opens later, and only once several organizations have seen it.
+fn failing(Provider { provider, breaker, no_api_at, last_failure, .. }: &Provider, failed: u64, now: SystemTime, add: Add<'_>) {
+    let Some(LastFailure { at, cause, remedy, .. }) = last_failure else { return };
+    if failed > 0 && breaker != "open" && no_api_at.is_empty() && is_ongoing(at, now) {
+        let checks = if failed == 1 { "the last check".to_owned() } else { format!("none of the last {failed} checks") };
+        let came = if failed == 1 { "came to no result" } else { "came to a result" };
+        add(format!("provider `{provider}`: {checks} of a key {came}: {cause}"), remedy);
+    }
+}
+
+fn not_allowed(ForbiddenProvider { provider, origin }: &ForbiddenProvider, add: Add<'_>) {
+    add(
+        format!("every key of provider `{provider}` is denied: this configuration does not allow calls to {origin}"),
+        cause::unreached_remedy(Unreached::Address),
+    );
+}
+
+/// Providers for which checks wait in vain.
+fn withheld(denials: &[std::sync::Arc<Entry>], now: SystemTime, add: Add<'_>) {
+    let mut told = BTreeSet::new();
+    for entry in denials.iter().filter(|entry| since(entry.at, now) < ONGOING) {
+        if let Some((Withheld::Queue | Withheld::Budget, remedy)) = entry.withheld()
+            && told.insert(&entry.provider)
+        {
+            add(format!("keys of provider `{}` are denied unchecked: {}", entry.provider, entry.cause()), remedy);
+        }
+    }
+}
+
+/// Callers that leave a provider too little time.
+fn impatient<'e>(entries: impl Iterator<Item = &'e std::sync::Arc<Entry>>, now: SystemTime, add: Add<'_>) {
+    let mut by_peer: BTreeMap<String, Duration> = BTreeMap::new();
+    for entry in entries.filter(|entry| since(entry.at, now) < ONGOING) {
+        if let Some(given) = entry.too_little_time {
+            let least = by_peer.entry(entry.peer.to_string()).or_insert(given);
+            *least = given.min(*least);
+        }
+    }
+    if let Some((peer, given)) = by_peer.first_key_value() {
+        let what = format!(
+            "calls from {peer}{} allow {} ms, which is too little for a provider to answer",
+            and_more(by_peer.len()),
+            given.as_millis()
+        );
+        add(what, cause::GIVE_TIME);
+    }
+}
+
 fn wants_of(provider: &Provider, add: Add<'_>) {
     let Provider { provider, breaker, enforcement, until, calibration, no_api_at, last_failure, .. } = provider;
     // A half-open breaker needs no attention: it only waits for the next call.
     if breaker == "open" {
         let why = last_failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.cause));
-        let remedy = last_failure.as_ref().map_or(cause::CLOSES_BY_ITSELF, |failure| failure.remedy.as_str());
-        add(format!("the breaker of provider `{provider}` is open{why}"), remedy);
+        let remedy = last_failure.as_ref().map_or(cause::LOOK_OUTSIDE, |failure| failure.remedy.as_str());
+        let remedy = format!("{remedy}; it closes by itself once the provider answers");
+        add(format!("the breaker of provider `{provider}` is open{why}"), &remedy);
     }
     for host in no_api_at {
         add(
@@ -666,12 +769,9 @@ fn wants_of(provider: &Provider, add: Add<'_>) {
 
 /// Connections that are being refused now.
 fn refused(connections: &[RefusedConnection], now: SystemTime) -> impl Iterator<Item = Attention> {
-    let is_ongoing = move |it: &&RefusedConnection| {
-        it.at.parse::<jiff::Timestamp>().is_ok_and(|at| seconds(now) - at.as_second() < ONGOING.as_secs() as i64)
-    };
     // One line for each fault. The page lists the peers separately.
     let mut by_fault: BTreeMap<&str, (&RefusedConnection, usize)> = BTreeMap::new();
-    for it in connections.iter().filter(is_ongoing) {
+    for it in connections.iter().filter(|it| is_ongoing(&it.at, now)) {
         by_fault.entry(&it.fault).or_insert((it, 0)).1 += 1;
     }
     let lines: Vec<_> = by_fault
@@ -751,6 +851,11 @@ fn reached(limits: &[ReachedLimit], now: SystemTime) -> impl Iterator<Item = Att
         what: format!("calls are refused: {setting} ({limit}) is reached"),
         remedy: "find out who holds so many (`call_limit` in the log has a peer), or raise it".to_owned(),
     })
+}
+
+/// Whether this time, as the status has it, is so short ago that the fault may go on.
+fn is_ongoing(at: &str, now: SystemTime) -> bool {
+    at.parse::<jiff::Timestamp>().is_ok_and(|at| seconds(now) - at.as_second() < ONGOING.as_secs() as i64)
 }
 
 fn and_more(all: usize) -> String {

@@ -341,6 +341,7 @@ async fn waiting_for_a_turn_is_not_the_providers_timeout() {
     let (first, second) = tokio::join!(decide("made-up-1"), decide("made-up-2"));
     assert_eq!(code(&first), Some(DenyCode::ByokProbeTimeout));
     assert_eq!((code(&second), withheld(&second)), (Some(DenyCode::ByokProbeNotAttempted), Some(Withheld::Queue)));
+    assert!(second.decision.liveness.as_ref().unwrap().seen.is_none(), "nothing was asked");
 }
 
 // === new keys ===
@@ -365,6 +366,7 @@ async fn an_organization_may_bring_so_many_new_keys_a_minute() {
     }
     let fourth = ask(&engine, of("made-up-3", "org-1"), Checkpoint::Create).await;
     assert_eq!((code(&fourth), withheld(&fourth)), (Some(DenyCode::ByokProbeNotAttempted), Some(Withheld::NewKeys)));
+    assert!(fourth.decision.liveness.as_ref().unwrap().seen.is_none(), "nothing was asked");
     let retry_after = fourth.decision.denial().unwrap().refusal.retry_after().unwrap();
     assert!((Duration::from_secs(19)..=Duration::from_secs(21)).contains(&retry_after), "{retry_after:?}");
     // Each has a time of its own.

@@ -12,7 +12,7 @@ use crate::{
         edge::{Authority, Edge, Held, decide, is_allow, settings},
         gate::Files,
         page::{Shown, say},
-        vendor::{Row, Vendor},
+        vendor::{Behave, Row, Vendor},
     },
 };
 use byok_gate::grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient};
@@ -97,6 +97,11 @@ async fn what_has_happened_is_on_the_page() {
     let acme = provider("acme");
     assert_eq!(acme["recent_verdicts"], serde_json::json!({"INVALID": 1, "VALID": 1}));
     assert_eq!((&acme["breaker"], &acme["enforcement"]), (&Value::from("closed"), &Value::from("enforce")));
+    // Its breaker is closed: only one organization has seen it fail.
+    let attention = status["attention"].to_string();
+    let told =
+        "provider `gone`: none of the last 2 checks of a key came to a result: 127.0.0.1:1: no connection: nothing is listening";
+    assert!(attention.contains(told) && !attention.contains("provider `acme`"), "{attention}");
     let gone = provider("gone");
     assert_eq!(gone["recent_verdicts"], serde_json::json!({"UNREACHABLE": 2}));
     assert_eq!(gone["last_failure"]["verdict"], "UNREACHABLE");
@@ -135,7 +140,8 @@ async fn what_has_happened_is_on_the_page() {
     let told = run(&["status", "--server", &shown.admin.to_string()], &[]).await;
     assert_eq!(told.status.code(), Some(1), "{told:?}");
     for words in [
-        "needs attention\n  ! calls from 127.0.0.1 end with INVALID_ARGUMENT",
+        "needs attention\n  ! provider `gone`: none of the last 2 checks of a key came to a result",
+        "  ! calls from 127.0.0.1 end with INVALID_ARGUMENT",
         "INVALID_BYOK_CREDENTIAL",
         "127.0.0.1:1: no connection",
         "VALID 1",
@@ -149,6 +155,32 @@ async fn what_has_happened_is_on_the_page() {
         is_not_in(text, CANARY, "the status");
         assert!(!text.contains("ws-1"), "{text}");
     }
+}
+
+/// Whose fault it is: a provider that may not be called is named before any call, and a caller that does not wait is not the provider's fault.
+#[tokio::test]
+async fn the_cause_of_denials_is_named_where_it_is() {
+    let vendor = Vendor::start(vec![Row { behave: Some(Behave::Silent), ..Row::default() }]).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let files = Files::new(&registry.replacen("http://127.0.0.1:1/", "https://10.1.2.3/", 1), &catalogue, None);
+    let mut arguments = vec!["--admin-listen".to_owned(), "127.0.0.1:0".to_owned()];
+    arguments.extend(files.flags());
+    let serving = Serving::start(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let admin: SocketAddr = serving.event("admin_listening")["address"].as_str().unwrap().parse().unwrap();
+    let attention = async || json(admin).await["attention"].clone();
+    let forbidden = "every key of provider `gone` is denied: this configuration does not allow calls to https://10.1.2.3";
+    let before = attention().await;
+    assert_eq!((before.as_array().unwrap().len(), before[0]["what"].as_str()), (1, Some(forbidden)), "{before}");
+    let mut request = tonic::Request::new(decide("made-up-key"));
+    request.set_timeout(Duration::from_millis(300));
+    let denied = serving.client().await.decide(request).await.unwrap().into_inner();
+    let Some(pb::decide_response::Decision::Deny(deny)) = &denied.decision else { panic!("{denied:?}") };
+    assert_eq!(deny.code(), pb::DenyCode::ByokProbeTimeout);
+    assert!(deny.message.ends_with(" s to answer, which was too little"), "{}", deny.message);
+    assert!(deny.operator_hint.contains("give the caller 4 s"), "{}", deny.operator_hint);
+    let after = attention().await;
+    assert_eq!(after.as_array().unwrap().len(), 2, "the provider is not blamed: {after}");
+    assert_eq!(after[1]["what"], "calls from 127.0.0.1 allow 300 ms, which is too little for a provider to answer");
 }
 
 /// A limited number, the newest first; workspaces are named only if configured.

@@ -187,6 +187,7 @@ fn read(written: FindingJson<'_>) -> Option<Finding> {
         about_model: written.about_model,
         cost_money: written.cost_money,
         withheld: None,
+        cut_short: None,
         unreached,
     })
 }
@@ -258,6 +259,7 @@ mod tests {
             about_model: true,
             cost_money: true,
             withheld: None,
+            cut_short: None,
             unreached: Some(unreached),
         };
         let made_up = [
