@@ -27,7 +27,8 @@ use crate::{
     },
     server::settings::CallerSettings,
     telemetry::{
-        metrics::{Collect, Counter, Page},
+        metrics::Collect,
+        recent_changes::RecentChanges,
         status::{DOCUMENTS, ForbiddenProvider},
     },
     watch::{Fault, Reloaded, Source},
@@ -57,18 +58,7 @@ pub struct Documents {
     /// The settings that need a restart, as last logged.
     pending_restart: Vec<String>,
     files: Vec<PathBuf>,
-    loosenings: Arc<Loosenings>,
-}
-
-/// Counts settings that a reload changed to allow more than before.
-#[derive(Debug, Default)]
-pub struct Loosenings(Counter);
-
-impl Collect for Loosenings {
-    fn collect(&self, page: &mut Page) {
-        page.counter("byokgate_configuration_loosened", "Settings that a reload has changed to let more through than before")
-            .add(&[], &self.0);
-    }
+    changes: Arc<RecentChanges>,
 }
 
 /// Reads all documents and settings again.
@@ -135,17 +125,17 @@ fn forbidden_url(provider: &Provider, snapshot: &Snapshot, prober: &HttpProber) 
 // === impl Documents ===
 
 impl Documents {
-    /// The documents of this engine. A reload calls `replace_callers` right after it gives the engine the new snapshot.
-    pub fn new(engine: Arc<Engine>, setup: &Setup, load: Box<Load>, replace_callers: Box<ReplaceCallers>) -> Self {
-        let loosenings = Arc::default();
+    /// The documents of this engine. A reload calls `replace_callers` right after it gives the engine the new snapshot, and notes what it changed.
+    pub fn new(
+        engine: Arc<Engine>,
+        setup: &Setup,
+        load: Box<Load>,
+        replace_callers: Box<ReplaceCallers>,
+        changes: Arc<RecentChanges>,
+    ) -> Self {
         let settings = setup.settings.clone();
         let (started, pending_restart) = (settings.clone(), Vec::new());
-        Self { engine, load, replace_callers, settings, started, pending_restart, files: setup.documents.clone(), loosenings }
-    }
-
-    /// The count of settings that reloads have loosened.
-    pub fn loosenings(&self) -> Arc<Loosenings> {
-        Arc::clone(&self.loosenings)
+        Self { engine, load, replace_callers, settings, started, pending_restart, files: setup.documents.clone(), changes }
     }
 
     /// Refuses a reload. The status page shows the faults from now on, and the returned text holds all of them.
@@ -191,20 +181,22 @@ impl Source for Documents {
             return Ok(Reloaded::Unchanged);
         }
         let Setup { mut snapshot, settings, documents, warnings, .. } = setup;
-        let changed = changed(&self.settings, &settings);
-        if !changed.is_empty() {
-            let settings = changed.join(", ");
-            tracing::info!(event = "configuration_changed", settings, "these settings have other values in the file from now on");
+        let current = self.engine.snapshot();
+        for (document, was, is) in [
+            ("registry", current.registry.revision(), snapshot.registry.revision()),
+            ("catalogue", current.catalogue.revision(), snapshot.catalogue.revision()),
+        ] {
+            self.changes.document(document, was, is);
         }
+        self.changes.changed(&changed(&self.settings, &settings));
         for Loosened { setting, was, is } in loosened(&self.settings, &settings) {
-            self.loosenings.0.inc();
-            tracing::warn!(event = "configuration_loosened", setting, was, is, "from now on more is let through than before");
+            self.changes.loosened(&setting, &was, &is);
         }
         for (setting, caller) in removed_callers(&self.settings, &settings) {
-            tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
+            self.changes.caller_removed(setting, &caller);
         }
         for ChangedCaller { setting, caller, was, is } in changed_callers(&self.settings, &settings) {
-            tracing::warn!(event = "caller_changed", setting, caller, was, is, "its role is another one from now on");
+            self.changes.caller_changed(setting, &caller, &was, &is);
         }
         let pending_restart = waiting_for_restart(&self.started, &settings);
         if pending_restart != self.pending_restart {
@@ -234,7 +226,7 @@ impl Source for Documents {
         tracing::info!(
             event = "reloaded",
             what = self.name(),
-            failures,
+            after_failures = (failures > 0).then_some(failures),
             registry_revision = snapshot.registry.revision(),
             catalogue_revision = snapshot.catalogue.revision(),
         );

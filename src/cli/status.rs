@@ -142,13 +142,17 @@ fn text(status: &Status, last: usize) -> String {
     section("decisions", decisions.iter().map(|it| count(it, status.window_seconds)).collect());
     section("refused connections", status.refused_connections.iter().take(last).map(refused).collect());
     section("calls without a decision", status.undecided_calls.iter().take(last).map(undecided).collect());
+    let changes = status.changes.iter().take(last).map(|change| format!("{} {}", change.at, change.text()));
+    section("last changes", changes.collect());
     section("last denials", status.denials.iter().take(last).map(recent).collect());
     section("last unverified allows", status.unverified_allows.iter().take(last).map(recent).collect());
     out
 }
 
-fn document(Document { document, revision, source, loaded_at, age_seconds, last_reload_error }: &Document) -> String {
-    let reload = if last_reload_error.is_empty() { "good".to_owned() } else { last_reload_error.replace('\n', " / ") };
+fn document(it: &Document) -> String {
+    let Document { document, revision, source, loaded_at, age_seconds, last_reload_error, last_reload_failed_at } = it;
+    let failed = || format!("failed at {last_reload_failed_at}, see above");
+    let reload = if last_reload_error.is_empty() { "good".to_owned() } else { failed() };
     let revision = if revision.is_empty() { String::new() } else { format!("{revision} ") };
     format!("{document:<13} {revision}from {source}, read at {loaded_at} ({age_seconds} s ago); last reload: {reload}")
 }

@@ -321,6 +321,7 @@ fn to_facts(snapshot: &Snapshot, query: &LivenessQuery<'_>, observed: &Observed)
         upstream_status: finding.status,
         siblings: query.endpoint.siblings.clone(),
         withheld: finding.withheld,
+        used_up: finding.used_up,
         unreached: finding.unreached,
         cut_short: finding.cut_short,
         retry_after: observed.retry_after,

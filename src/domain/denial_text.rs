@@ -33,9 +33,10 @@ impl Refusal {
             Self::ModelWithdrawn { runtime, model, provider } => {
                 format!("model `{model}` of provider `{provider}` is withdrawn from runtime `{runtime}`")
             }
-            Self::CredentialsUnreadable { names, changes_owner } => format!(
-                "{} could not be read, so it is not known {}",
+            Self::CredentialsUnreadable { names, scopes, changes_owner } => format!(
+                "{} could not be read from the {} secrets, so it is not known {}",
                 listed(names),
+                scopes.iter().map(|scope| format!("{}'s", scope_word(*scope))).collect::<Vec<_>>().join(" and the "),
                 if *changes_owner { "who owns the model" } else { "which credential the workspace would use" },
             ),
             Self::MissingPlatformProxy { model } => {
@@ -271,7 +272,20 @@ fn their(names: &[String]) -> &'static str {
 
 impl LivenessEvidence {
     fn message(&self) -> String {
-        let Self { verdict, env_name, provider, host, upstream_status, unreached, withheld, cut_short, cause, model, .. } = self;
+        let Self {
+            verdict,
+            env_name,
+            provider,
+            host,
+            upstream_status,
+            unreached,
+            withheld,
+            used_up,
+            cut_short,
+            cause,
+            model,
+            ..
+        } = self;
         let status = upstream_status.map_or_else(String::new, |status| format!(" with HTTP {status}"));
         let why = cause.map_or_else(String::new, |cause| format!(" ({})", cause.text()));
         match verdict {
@@ -321,7 +335,13 @@ impl LivenessEvidence {
                 let why = match withheld {
                     Some(Withheld::Queue) => "too many checks are waiting for this provider",
                     Some(Withheld::Budget) => "the limit of calls to this provider per second is reached",
-                    Some(Withheld::NewKeys) => "too many new keys of this organization or caller were checked within a minute",
+                    Some(Withheld::NewKeys) => match used_up {
+                        Some("new_keys.per_organization") => {
+                            "too many new keys of this organization were checked within a minute"
+                        }
+                        Some("new_keys.per_caller") => "too many new keys of this workspace were checked within a minute",
+                        _ => "too many new keys of this platform were checked within a minute",
+                    },
                     Some(Withheld::Fault) | None => "the service that checks keys failed",
                 };
                 format!("{env_name} was not checked at {host}: {why}")
@@ -388,7 +408,7 @@ impl LivenessEvidence {
     }
 
     fn operator_hint(&self) -> String {
-        let Self { verdict, unreached, withheld, cut_short, host, tenant_endpoint, .. } = self;
+        let Self { verdict, unreached, withheld, used_up, cut_short, host, tenant_endpoint, .. } = self;
         match verdict {
             Verdict::Unreachable => match unreached {
                 Some(Unreached::Address) => format!(
@@ -419,15 +439,14 @@ impl LivenessEvidence {
             }
             Verdict::NotAttempted => match withheld {
                 Some(Withheld::Queue) => {
-                    "`provider_limits.in_flight` and `provider_limits.queue_time` limit how many checks wait for a provider"
+                    "the provider is slow, or `provider_limits.in_flight` or `provider_limits.queue_time` is low for so many checks"
                         .into()
                 }
                 Some(Withheld::Budget) => "`provider_limits.per_second` limits the calls to a provider".into(),
-                Some(Withheld::NewKeys) => {
-                    "`new_keys.per_organization`, `new_keys.per_caller` or `new_keys.per_platform` is used up; \
-                     `byokgate_new_key_refusals_total` says which"
-                        .into()
-                }
+                Some(Withheld::NewKeys) => format!(
+                    "`{}` is used up: find out who tries so many keys, or raise it",
+                    used_up.unwrap_or("new_keys.per_platform")
+                ),
                 Some(Withheld::Fault) | None => "the service's log says which fault".into(),
             },
             Verdict::Timeout if cut_short.is_some() => {

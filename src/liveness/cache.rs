@@ -32,7 +32,7 @@ use crate::{
     },
     liveness::{
         breaker::{BreakerSettings, Breakers, Opened, Source},
-        new_keys::{NewKeyLimits, NewKeys},
+        new_keys::{NewKeyLimits, NewKeys, OneTooMany, PER_ORGANIZATION},
         retry_schedule::spread,
         single_flight::{FlightEnd, Join, SingleFlight, Start, wait},
         tier::{
@@ -312,8 +312,11 @@ impl Cache {
                 Join::Known(FlightResult::BreakerOpen(opened)) | Join::Rejected(Rejected::BreakerOpen(opened)) => {
                     return self.breaker_verdict(&keys, &opened, max_age);
                 }
-                Join::Known(FlightResult::NewKeys(wait)) | Join::Rejected(Rejected::NewKeys(wait)) => {
-                    return self.without_answer(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
+                Join::Known(FlightResult::NewKeys(wait)) => {
+                    return self.without_answer(&keys, Finding::one_too_many(PER_ORGANIZATION), max_age, wait);
+                }
+                Join::Rejected(Rejected::NewKeys(OneTooMany { setting, wait })) => {
+                    return self.without_answer(&keys, Finding::one_too_many(setting), max_age, wait);
                 }
                 Join::Full => {
                     let wait = self.prober.wait_before_retry(&query.endpoint.provider, keys.first).max(self.ages.unanswered);
@@ -329,7 +332,7 @@ impl Cache {
                     // Only for the caller that started the flight. One that joined it may belong to another organization: it starts its own.
                     FlightEnd::Completed(FlightResult::NewKeys(wait)) if first => {
                         let wait = self.new_keys.withhold(keys.first, query.organization, wait);
-                        return self.without_answer(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
+                        return self.without_answer(&keys, Finding::one_too_many(PER_ORGANIZATION), max_age, wait);
                     }
                     FlightEnd::Completed(FlightResult::Found(KeyedFinding { timed, key }))
                         if (key == keys.first || Some(key) == self.second(&keys)) && self.ages.serves(&timed, max_age) =>
@@ -385,8 +388,8 @@ impl Cache {
         }
         // Checked before the breaker: a key that finds the breaker open is a new key as well.
         let is_new = known.is_empty();
-        if is_new && let Err(wait) = self.new_keys.count(keys.first, query.caller, query.organization) {
-            return Start::Rejected(Rejected::NewKeys(wait));
+        if is_new && let Err(one_too_many) = self.new_keys.count(keys.first, query.caller, query.organization) {
+            return Start::Rejected(Rejected::NewKeys(one_too_many));
         }
         if let Some(opened) = self.breakers.admit(query.endpoint.identity, self.source(query, keys), now) {
             if is_new {
@@ -817,8 +820,8 @@ impl Lookups {
 enum Rejected {
     /// The provider's circuit breaker is open.
     BreakerOpen(Opened),
-    /// The limit of new credentials is reached. The next one may come after this time.
-    NewKeys(Duration),
+    /// A limit of new credentials is reached.
+    NewKeys(OneTooMany),
 }
 
 /// The keys that an observation may be stored under.

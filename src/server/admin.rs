@@ -20,7 +20,7 @@ use tonic::body::Body;
 
 use super::{
     connection::{PREFACE, Rewind, send_last_bytes},
-    connections::ConnectionCounts,
+    connections::{ConnectionCounts, top_peers},
     listen::{Accepted, Listener, Stream},
     refused::{HandshakeFault, Refusal},
     status_page::html,
@@ -30,6 +30,7 @@ use crate::{
     core::{engine::Engine, snapshot::Snapshot},
     telemetry::{
         metrics::{CONTENT_TYPE, Collect, Page, loaded, reloads::Reloads},
+        recent_changes::RecentChanges,
         recent_decisions::RecentDecisions,
         status::{self, ForbiddenProvider, SAMPLE_EVERY, Sources, Status, Totals, Window},
     },
@@ -57,17 +58,18 @@ const CONTENT_SECURITY: &str =
 
 /// What the admin pages are made of.
 pub(super) struct AdminPages {
-    engine: Arc<Engine>,
-    sources: Vec<Arc<dyn Collect>>,
-    followed: Vec<Arc<Reloads>>,
-    recent_decisions: Arc<RecentDecisions>,
-    tls: Option<Arc<Tls>>,
-    connections: Arc<ConnectionCounts>,
-    window: Window,
-    started: SystemTime,
+    pub(super) engine: Arc<Engine>,
+    pub(super) sources: Vec<Arc<dyn Collect>>,
+    pub(super) followed: Vec<Arc<Reloads>>,
+    pub(super) recent_decisions: Arc<RecentDecisions>,
+    pub(super) changes: Arc<RecentChanges>,
+    pub(super) tls: Option<Arc<Tls>>,
+    pub(super) connections: Arc<ConnectionCounts>,
+    pub(super) window: Window,
+    pub(super) started: SystemTime,
     /// Where gRPC is spoken.
-    addresses: Vec<String>,
-    forbidden: Box<FindForbidden>,
+    pub(super) addresses: Vec<String>,
+    pub(super) forbidden: Box<FindForbidden>,
 }
 
 /// Finds the providers that the configuration does not allow to be called.
@@ -76,22 +78,6 @@ pub type FindForbidden = dyn Fn(&Snapshot) -> Vec<ForbiddenProvider> + Send + Sy
 // === impl AdminPages ===
 
 impl AdminPages {
-    /// The pages of a server that starts now.
-    pub(super) fn new(
-        engine: Arc<Engine>,
-        sources: Vec<Arc<dyn Collect>>,
-        followed: Vec<Arc<Reloads>>,
-        recent_decisions: Arc<RecentDecisions>,
-        tls: Option<Arc<Tls>>,
-        connections: Arc<ConnectionCounts>,
-        addresses: Vec<String>,
-        forbidden: Box<FindForbidden>,
-    ) -> Self {
-        let started = SystemTime::now();
-        let window = Window::since(started);
-        Self { engine, sources, followed, recent_decisions, tls, connections, window, started, addresses, forbidden }
-    }
-
     /// The metrics as they are now.
     fn page(&self) -> Page {
         let snapshot = self.engine.snapshot();
@@ -117,6 +103,9 @@ impl AdminPages {
                 .filter_map(|limit| limit.reached())
                 .collect(),
             forbidden: (self.forbidden)(&snapshot),
+            changes: self.changes.newest_first(),
+            stopping: self.connections.stopping.get().map(|since| (*since, self.connections.calls_in_flight())),
+            top_peers: top_peers(&self.connections.open),
         };
         status::status(&sources, SystemTime::now())
     }
@@ -288,16 +277,20 @@ mod tests {
         let cache = crate::liveness::cache::Cache::new(Arc::new(PendingProber), crate::liveness::cache::CacheSettings::default());
         let engine = Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None));
         let recent_decisions = Arc::new(RecentDecisions::new(false));
-        Arc::new(AdminPages::new(
+        let started = SystemTime::now();
+        Arc::new(AdminPages {
             engine,
-            Vec::new(),
-            Vec::new(),
+            sources: Vec::new(),
+            followed: Vec::new(),
             recent_decisions,
-            None,
-            Arc::default(),
-            Vec::new(),
-            Box::new(|_| Vec::new()),
-        ))
+            changes: Arc::default(),
+            tls: None,
+            connections: Arc::default(),
+            window: Window::since(started),
+            started,
+            addresses: Vec::new(),
+            forbidden: Box::new(|_| Vec::new()),
+        })
     }
 
     fn accepted(io: tokio::io::DuplexStream) -> Accepted {

@@ -472,7 +472,7 @@ mod tests {
         };
         let (first, second, expired) = (certificate(2060), certificate(2060), certificate(2002));
         write(&first);
-        let callers = Arc::new(Callers::new(&CallerSettings::default()).unwrap());
+        let callers = Arc::new(Callers::new(&CallerSettings::default(), &Arc::default()).unwrap());
         let tls = Tls::load(files.clone(), callers).unwrap();
         let active = Arc::as_ptr(&tls.active.load_full());
         let stays = |why: &str, fault: &str| {

@@ -48,7 +48,10 @@ pub const fn made_up(got: MadeUpKey) -> &'static str {
 pub fn sentence(host: &str, finding: &Finding) -> String {
     let Finding { verdict, status, probe, .. } = finding;
     if let Some(why) = finding.withheld {
-        return format!("{host} was not asked: {}", withheld_text(why));
+        return format!(
+            "{host} was not asked: {}",
+            finding.used_up.map_or_else(|| withheld_text(why).to_owned(), |setting| format!("{setting} is used up"))
+        );
     }
     if let Some(why) = finding.unreached {
         return format!("{host}: {}", unreached_text(why));

@@ -174,7 +174,7 @@ impl RecentDecisions {
 
     /// Records a call that ended without a decision. A repeated one is counted and not listed again, so that it does not push out the others.
     pub fn undecided(&self, call: &Undecided<'_>) {
-        let Undecided { method, grpc_code, reason, peer, request, report_only, caller_time: _, trace_id: _ } = *call;
+        let Undecided { method, grpc_code, reason, peer, caller, report_only, .. } = *call;
         let new = UndecidedCalls {
             at: SystemTime::now(),
             count: 1,
@@ -182,7 +182,7 @@ impl RecentDecisions {
             grpc_code,
             reason: cut(reason),
             peer: peer.to_string(),
-            caller: request.map_or_else(String::new, |request| cut(&request.caller.name)),
+            caller: cut(caller),
             report_only,
         };
         let mut list = lock(&self.undecided);

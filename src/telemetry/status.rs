@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     cause,
     metrics::{PROVIDER, Page, process, reloads::FollowedFiles},
+    recent_changes::Change,
     recent_decisions::{Entry, RecentDecisions, UndecidedCalls},
 };
 use crate::{
@@ -21,7 +22,7 @@ use crate::{
     },
     domain::{
         duration,
-        verdict::{ServedFrom, Unreached, Verdict, Withheld},
+        verdict::{DenyCode, ServedFrom, Unreached, Verdict, Withheld},
     },
 };
 
@@ -55,6 +56,9 @@ pub struct Status {
     pub revision: String,
     /// When the service started.
     pub started_at: String,
+    /// Whether it stops; absent while it serves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stopping: Option<Stopping>,
     /// What needs attention; empty if all is well.
     pub attention: Vec<Attention>,
     /// Registry, catalogue and configuration; TLS and tokens where they come from files.
@@ -73,10 +77,21 @@ pub struct Status {
     pub refused_connections: Vec<RefusedConnection>,
     /// Calls that ended without a decision, newest first.
     pub undecided_calls: Vec<UndecidedCall>,
+    /// The last changes of configuration, documents and callers, newest first.
+    pub changes: Vec<Changed>,
     /// The last denials, newest first.
     pub denials: Vec<Recent>,
     /// The last unverified allows, newest first.
     pub unverified_allows: Vec<Recent>,
+}
+
+/// A service that stops.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Stopping {
+    /// Since when.
+    pub since: String,
+    /// The calls that are not answered yet.
+    pub calls_in_flight: usize,
 }
 
 /// Something that needs attention.
@@ -103,6 +118,9 @@ pub struct Document {
     pub age_seconds: u64,
     /// Why a newer version was not taken; empty if there is none.
     pub last_reload_error: String,
+    /// Since when; empty if there is none.
+    #[serde(default)]
+    pub last_reload_failed_at: String,
 }
 
 /// A certificate and its expiry.
@@ -209,6 +227,23 @@ pub struct UndecidedCall {
     pub count: u64,
 }
 
+/// Something that was changed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Changed {
+    /// When it came into force.
+    pub at: String,
+    /// The name of its log line: `configuration_changed`.
+    pub event: String,
+    /// The setting or the document.
+    pub setting: String,
+    /// The caller, if it is about one; else empty.
+    pub caller: String,
+    /// The old value.
+    pub was: String,
+    /// The new value.
+    pub is: String,
+}
+
 /// Decisions of one code.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DecisionCount {
@@ -278,6 +313,12 @@ pub struct Sources<'s> {
     pub reached_limits: Vec<ReachedLimit>,
     /// Providers that the configuration does not allow to be called.
     pub forbidden: Vec<ForbiddenProvider>,
+    /// The last changes, newest first.
+    pub changes: Vec<Change>,
+    /// Since when it stops, and the calls in flight.
+    pub stopping: Option<(SystemTime, usize)>,
+    /// The peers with the most open connections, and how many those are.
+    pub top_peers: Vec<(String, usize)>,
 }
 
 /// A provider whose address or scheme the configuration does not allow, so that each of its keys is denied.
@@ -395,6 +436,9 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         refused_connections,
         reached_limits,
         forbidden,
+        changes,
+        stopping,
+        top_peers,
     } = sources;
     let (then, length) = window.then(now);
     let lately = window.lately(now);
@@ -413,6 +457,14 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
     let restart_needed = snapshot.restart_needed.clone();
     let mut attention = Vec::new();
     let mut add = |what: String, remedy: &str| attention.push(Attention { what, remedy: remedy.to_owned() });
+    let stopping = stopping.map(|(since, calls_in_flight)| Stopping { since: text_of(since), calls_in_flight });
+    if let Some(Stopping { since, calls_in_flight }) = &stopping {
+        let calls = if *calls_in_flight == 1 { "1 call".to_owned() } else { format!("{calls_in_flight} calls") };
+        add(
+            format!("the service stops since {since}; {calls} in flight"),
+            "nothing, if it was told to: it answers them until shutdown.drain is over; otherwise the log says why it stops",
+        );
+    }
     near_ends(&certificates, &mut add);
     not_taken(&documents, followed, &mut add);
     waits_for_restart(&restart_needed, &mut add);
@@ -425,13 +477,14 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         wants_of(provider, &mut add);
     }
     let (denials, unverified) = (recent_decisions.denials(), recent_decisions.unverified_allows());
+    unreadable(&denials, now, &mut add);
     withheld(&denials, now, &mut add);
     impatient(denials.iter().chain(&unverified), now, &mut add);
     lost_lines(page, &mut add);
     attention.extend(refused(refused_connections, now));
     let undecided = recent_decisions.undecided_calls();
     attention.extend(unanswered(&undecided, now));
-    attention.extend(limited(&totals, &then));
+    attention.extend(limited(&totals, &then, top_peers));
     attention.extend(reached(reached_limits, now));
     let decisions = totals.decisions.iter().map(|((outcome, code), total)| DecisionCount {
         outcome: outcome.clone(),
@@ -446,6 +499,7 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         revision: process::REVISION.to_owned(),
         started_at: text_of(*started),
+        stopping,
         attention,
         documents,
         restart_needed,
@@ -455,6 +509,7 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         decisions: decisions.collect(),
         refused_connections: refused_connections.clone(),
         undecided_calls: undecided.into_iter().map(UndecidedCall::from).collect(),
+        changes: changes.iter().map(Changed::of).collect(),
         denials: recent(denials),
         unverified_allows: recent(unverified),
     }
@@ -465,6 +520,24 @@ impl From<UndecidedCalls> for UndecidedCall {
         let UndecidedCalls { at, count, method, grpc_code, reason, peer, caller, report_only } = calls;
         let (method, grpc_code) = (method.to_owned(), grpc_code.to_owned());
         Self { at: text_of(at), method, grpc_code, reason, peer, caller, report_only, count }
+    }
+}
+
+impl Changed {
+    fn of(Change { at, event, setting, caller, was, is }: &Change) -> Self {
+        let [setting, caller, was, is] = [setting, caller, was, is].map(Clone::clone);
+        Self { at: text_of(*at), event: (*event).to_owned(), setting, caller, was, is }
+    }
+
+    /// What was changed, in one sentence.
+    pub fn text(&self) -> String {
+        let Self { event, setting, caller, was, is, .. } = self;
+        match event.as_str() {
+            "caller_removed" => format!("{setting}: {caller} was removed"),
+            "caller_changed" => format!("{setting}: {caller} was {was}, is {is}"),
+            "configuration_loosened" => format!("{setting}: {was} -> {is}; more is let through than before"),
+            _ => format!("{setting}: {was} -> {is}"),
+        }
     }
 }
 
@@ -495,15 +568,21 @@ fn documents(snapshot: &Snapshot, followed: &[FollowedFiles], now: SystemTime) -
         loaded_at: text_of(*loaded_at),
         age_seconds: since(*loaded_at, now).as_secs(),
         last_reload_error: last_reload_error.clone(),
+        last_reload_failed_at: String::new(),
     };
     let mut documents = vec![
         document("registry", snapshot.registry.revision(), &snapshot.registry_origin),
         document("catalogue", snapshot.catalogue.revision(), &snapshot.catalogue_origin),
         document("configuration", "", &snapshot.configuration_origin),
     ];
-    for FollowedFiles { what, files, taken_at, fault } in followed.iter().filter(|it| it.what != DOCUMENTS) {
+    for FollowedFiles { what, files, taken_at, fault, .. } in followed.iter().filter(|it| it.what != DOCUMENTS) {
         let source = files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ");
         documents.push(document(what, "", &Origin { source, loaded_at: *taken_at, last_reload_error: fault.clone() }));
+    }
+    for document in documents.iter_mut().filter(|document| !document.last_reload_error.is_empty()) {
+        let own = followed.iter().find(|it| it.what == document.document);
+        let of = own.or_else(|| followed.iter().find(|it| it.what == DOCUMENTS));
+        document.last_reload_failed_at = of.and_then(|it| it.failed_at).map_or_else(String::new, text_of);
     }
     documents
 }
@@ -617,16 +696,21 @@ fn near_ends(certificates: &[Certificate], add: Add<'_>) {
 /// Changes of files that were not taken, because the files are invalid.
 fn not_taken(documents: &[Document], followed: &[FollowedFiles], add: Add<'_>) {
     let failing = || documents.iter().filter(|it| !it.last_reload_error.is_empty());
-    for Document { document, last_reload_error, .. } in failing() {
+    for Document { document, last_reload_error, last_reload_failed_at, .. } in failing() {
         let is_of_decisions = matches!(document.as_str(), "registry" | "catalogue" | "configuration");
+        let since = if last_reload_failed_at.is_empty() { String::new() } else { format!(" (since {last_reload_failed_at})") };
         if is_of_decisions {
             add(
-                format!("the {document}'s last change is invalid; the last good version stays in force: {last_reload_error}"),
+                format!(
+                    "the {document}'s last change is invalid; the last good version stays in force{since}: {last_reload_error}"
+                ),
                 "correct the file, or restore the old one; `byok-gate check` with the same flags shows all that is wrong",
             );
         } else {
             add(
-                format!("the last change of {document} is invalid; the last good files stay in force: {last_reload_error}"),
+                format!(
+                    "the last change of {document} is invalid; the last good files stay in force{since}: {last_reload_error}"
+                ),
                 "write the files again, no restart is needed; `byok-gate check` with the same flags shows all that is wrong",
             );
         }
@@ -701,6 +785,21 @@ fn not_allowed(ForbiddenProvider { provider, origin }: &ForbiddenProvider, add: 
         format!("every key of provider `{provider}` is denied: this configuration does not allow calls to {origin}"),
         cause::unreached_remedy(Unreached::Address),
     );
+}
+
+/// Secrets that the platform could not read.
+fn unreadable(denials: &[std::sync::Arc<Entry>], now: SystemTime, add: Add<'_>) {
+    let is_one = |entry: &&std::sync::Arc<Entry>| {
+        entry.code == DenyCode::CredentialScopeUnreadable.as_str() && since(entry.at, now) < ONGOING
+    };
+    let (count, last) = (denials.iter().filter(is_one).count(), denials.iter().find(is_one));
+    if let Some(last) = last {
+        let times = if count == 1 { "one decision was denied".to_owned() } else { format!("{count} decisions were denied") };
+        add(
+            format!("{times}, since the platform could not read secrets: {}", last.cause()),
+            "check the platform's secret store and its encryption key",
+        );
+    }
 }
 
 /// Providers for which checks wait in vain.
@@ -786,15 +885,20 @@ fn refused(connections: &[RefusedConnection], now: SystemTime) -> impl Iterator<
 
 /// Calls that are being refused now. For their callers the service is not available.
 fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item = Attention> {
-    let remedy = |code: &str| {
+    let remedy = |code: &str, reason: &str| {
         Some(match code {
             "UNAUTHENTICATED" => {
                 "give the caller a token that is a line of callers.token_file, or a certificate that `callers` lists"
             }
-            "PERMISSION_DENIED" => "give the caller the role that it needs, in `callers`, or find out who it is",
+            "PERMISSION_DENIED" => {
+                "in `callers` or the token file, give the caller the role that it needs, or list the workspace's id for it"
+            }
             "RESOURCE_EXHAUSTED" => {
                 "the reason names the setting: raise it, or find out which caller calls so often; if decisions wait for one provider, that \
                  provider hangs: see its row"
+            }
+            "INVALID_ARGUMENT" if reason.contains("(limits.") => {
+                "raise the setting that the reason names, or let the caller send less"
             }
             "INVALID_ARGUMENT" => "the caller sends invalid requests: the reason names the field",
             _ => return None,
@@ -803,15 +907,15 @@ fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item =
     // One line for each reason. The page lists the peers separately.
     let mut by_reason: BTreeMap<(&str, &str), (&UndecidedCalls, &str, BTreeSet<&str>)> = BTreeMap::new();
     for it in calls.iter().filter(|it| since(it.at, now) < ONGOING) {
-        if let Some(remedy) = remedy(it.grpc_code) {
+        if let Some(remedy) = remedy(it.grpc_code, &it.reason) {
             by_reason.entry((it.grpc_code, &it.reason)).or_insert_with(|| (it, remedy, BTreeSet::new())).2.insert(&it.peer);
         }
     }
     let lines: Vec<_> = by_reason
         .into_values()
         .take(MAX_UNANSWERED)
-        .map(|(UndecidedCalls { grpc_code, peer, reason, .. }, remedy, peers)| Attention {
-            what: format!("calls from {peer}{} end with {grpc_code}: {reason}", and_more(peers.len())),
+        .map(|(UndecidedCalls { grpc_code, peer, caller, reason, .. }, remedy, peers)| Attention {
+            what: format!("calls from {peer}{}{} end with {grpc_code}: {reason}", in_brackets(caller), and_more(peers.len())),
             remedy: remedy.to_owned(),
         })
         .collect();
@@ -819,7 +923,7 @@ fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item =
 }
 
 /// Limits that were reached within the window.
-fn limited(totals: &Totals, then: &Totals) -> Vec<Attention> {
+fn limited(totals: &Totals, then: &Totals, top_peers: &[(String, usize)]) -> Vec<Attention> {
     let recent = |family: &str, label: &str| {
         let key = (family.to_owned(), label.to_owned());
         let count = |totals: &Totals| totals.limited.get(&key).copied().unwrap_or_default();
@@ -828,16 +932,20 @@ fn limited(totals: &Totals, then: &Totals) -> Vec<Attention> {
     let mut found = Vec::new();
     let refused = recent("byokgate_connections_refused", "limit");
     if refused > 0 {
+        let top = top_peers.iter().map(|(peer, count)| format!("{peer} ({count})")).collect::<Vec<_>>().join(", ");
+        let top = if top.is_empty() { top } else { format!("; most of the open ones are of {top}") };
+        let were = if refused == 1 { "1 connection was".to_owned() } else { format!("{refused} connections were") };
         found.push(Attention {
-            what: format!("{refused} connections were refused: limits.connections is reached"),
-            remedy: "find out who opens so many; raise the limit, and the process's limit of open files with it".to_owned(),
+            what: format!("{were} refused: limits.connections is reached{top}"),
+            remedy: "let that client open fewer; or raise the limit, and the process's limit of open files with it".to_owned(),
         });
     }
     for label in ["organization", "caller", "platform"] {
         let refused = recent("byokgate_new_key_refusals", label);
         if refused > 0 {
+            let were = if refused == 1 { "1 credential was".to_owned() } else { format!("{refused} credentials were") };
             found.push(Attention {
-                what: format!("{refused} credentials were not checked, and denied: new_keys.per_{label} is used up"),
+                what: format!("{were} not checked, and denied: new_keys.per_{label} is used up"),
                 remedy: "find out who tries so many keys; raise the limit, if a fleet that starts needs it".to_owned(),
             });
         }
@@ -856,6 +964,11 @@ fn reached(limits: &[ReachedLimit], now: SystemTime) -> impl Iterator<Item = Att
 /// Whether this time, as the status has it, is so short ago that the fault may go on.
 fn is_ongoing(at: &str, now: SystemTime) -> bool {
     at.parse::<jiff::Timestamp>().is_ok_and(|at| seconds(now) - at.as_second() < ONGOING.as_secs() as i64)
+}
+
+/// ` (token of line 2)`, or nothing.
+fn in_brackets(caller: &str) -> String {
+    if caller.is_empty() || caller == "anonymous" { String::new() } else { format!(" ({caller})") }
 }
 
 fn and_more(all: usize) -> String {
@@ -951,10 +1064,12 @@ mod tests {
             .into(),
             ..Totals::default()
         };
-        let whats: Vec<String> = limited(&totals(12, 3), &totals(2, 3)).into_iter().map(|line| line.what).collect();
+        let whats: Vec<String> = limited(&totals(12, 3), &totals(2, 3), &[]).into_iter().map(|line| line.what).collect();
         assert_eq!(whats, ["10 credentials were not checked, and denied: new_keys.per_platform is used up"]);
-        let whats: Vec<String> = limited(&totals(2, 5), &totals(2, 3)).into_iter().map(|line| line.what).collect();
-        assert_eq!(whats, ["2 connections were refused: limits.connections is reached"]);
+        let top = [("192.0.2.7".to_owned(), 812), ("192.0.2.8".to_owned(), 3)];
+        let whats: Vec<String> = limited(&totals(2, 5), &totals(2, 3), &top).into_iter().map(|line| line.what).collect();
+        let expect = "2 connections were refused: limits.connections is reached; most of the open ones are of 192.0.2.7 (812), 192.0.2.8 (3)";
+        assert_eq!(whats, [expect]);
     }
 
     #[test]

@@ -146,7 +146,7 @@ async fn what_has_happened_is_on_the_page() {
         "127.0.0.1:1: no connection",
         "VALID 1",
         "last denials",
-        "127.0.0.1 2x Decide: INVALID_ARGUMENT",
+        "127.0.0.1 (anonymous) 2x Decide: INVALID_ARGUMENT",
     ] {
         assert!(told.stdout.contains(words), "{words} in {}", told.stdout);
     }
@@ -290,12 +290,18 @@ async fn what_was_changed_and_is_not_in_force_is_told_until_it_is_mended() {
         fs::write(file, bad).unwrap();
         let status = until(cause, &|attention| attention.contains(cause)).await;
         assert!(error(&status, document).contains(cause), "{status:#}");
+        let row = status["documents"].as_array().unwrap().iter().find(|row| row["document"] == document).unwrap();
+        let failed_at = row["last_reload_failed_at"].as_str().unwrap();
+        assert!(
+            failed_at >= row["loaded_at"].as_str().unwrap() && status["attention"].to_string().contains(failed_at),
+            "{status:#}"
+        );
         for row in status["documents"].as_array().unwrap().iter().filter(|row| row["document"] != document) {
             assert_eq!(row["last_reload_error"], "", "{status:#}");
         }
         let shown = page(admin).await;
         let told = run(&["status", "--server", &admin.to_string()], &[]).await;
-        assert!(shown.contains(cause) && told.stdout.matches(cause).count() == 2, "{cause} in {} {shown}", told.stdout);
+        assert!(shown.contains(cause) && told.stdout.matches(cause).count() == 1, "{cause} in {} {shown}", told.stdout);
         fs::write(file, mended).unwrap();
         until("mended", &str::is_empty).await;
     }
@@ -313,4 +319,21 @@ async fn what_was_changed_and_is_not_in_force_is_told_until_it_is_mended() {
     fs::write(&config, "{}").unwrap();
     let status = until("put back", &str::is_empty).await;
     assert_eq!(status["restart_needed"], serde_json::json!([]));
+    // What was changed is told with both values, the last one first.
+    let changes: Vec<String> = status["changes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| format!("{} {} -> {}", it["setting"], it["was"], it["is"]).replace('"', ""))
+        .collect();
+    assert_eq!(changes[..2], ["limits.decisions 7 -> 4096", "cache.valid 31s -> 30s"], "{changes:?}");
+    assert_eq!(changes[2..], ["limits.decisions 4096 -> 7", "cache.valid 30s -> 31s"], "{changes:?}");
+    fs::write(&tokens, format!("{good}made-up-token-of-another operator\n")).unwrap();
+    let added =
+        "callers.token_file: without token of line 2 -> with token of line 2 as operator; more is let through than before";
+    let ends = Instant::now() + PATIENCE;
+    while !run(&["status", "--server", &admin.to_string()], &[]).await.stdout.contains(added) {
+        assert!(Instant::now() < ends, "{:#}", json(admin).await["changes"]);
+    }
+    assert!(page(admin).await.contains("with token of line 2 as operator"));
 }
