@@ -168,13 +168,14 @@ impl Source for Documents {
         let setup = (self.load)().map_err(|ConfigError(faults)| self.refuse(&faults))?;
         let lost = emptied(&self.settings, &setup.settings);
         if !lost.is_empty() {
-            let document = "callers".to_owned();
+            let document = setup.snapshot.configuration_origin.source;
             return Err(self.refuse(&[Problems { document, list: lost }]));
         }
         if let Some(workspaces) = setup.settings.callers.workspaces().filter(|_| self.started.tier.address.is_some()) {
             let message = "names a `workspace` caller, and this process holds the key of the shared tier until it ends; restart it without one";
             let list = vec![Problem::at(workspaces, message)];
-            return Err(self.refuse(&[Problems { document: "callers".to_owned(), list }]));
+            let document = setup.snapshot.configuration_origin.source;
+            return Err(self.refuse(&[Problems { document, list }]));
         }
         if self.is_in_force(&setup) {
             self.files = setup.documents;

@@ -154,7 +154,7 @@ fn providers(status: &Status) -> Markup {
                 thead {
                     tr {
                         th { "Provider" } th { "Enforced" } th { "Breaker" } th { "Probes" } th { "Verdicts of the last " (window(status)) }
-                        th { "Made-up keys" } th { "Last time that nothing could be told" }
+                        th { "Made-up keys" } th { "Last failure" }
                     }
                 }
                 tbody { @for provider in seen { (row_of(provider)) } }
@@ -189,13 +189,13 @@ fn row_of(provider: &Provider) -> Markup {
             td.w data-of="Breaker" {
                 @if breaker == "open" { span.bad { "open" } } @else if breaker.is_empty() { "closed" } @else { (text(breaker)) }
             }
-            td data-of="Probes" { (probes_in_flight) " asking, " (probes_queued) " waiting" }
+            td data-of="Probes" {  (probes_in_flight) " running, " (probes_queued) " waiting" }
             td.w data-of="Verdicts" {
                 @for (verdict, count) in recent_verdicts { div { (text(verdict)) " " (count) } }
                 @if recent_verdicts.is_empty() { "none" }
             }
             td data-of="Made-up keys" {
-                @for it in calibration { div { (text(&it.state)) ": " (text(&it.host)) ", " (text(&it.probe)) " in " (text(&it.header)) } }
+                @for it in calibration { div { (text(it.text())) ": " (text(&it.host)) ", " (text(&it.probe)) " in " (text(&it.header)) } }
                 @for host in no_api_at { div.bad { "no API at " (text(host)) } }
                 @if calibration.is_empty() && no_api_at.is_empty() { "not asked" }
             }

@@ -175,6 +175,19 @@ pub struct Calibration {
     pub state: String,
 }
 
+impl Calibration {
+    /// The state in words, as it follows "made-up keys:".
+    pub fn text(&self) -> &str {
+        match self.state.as_str() {
+            "refuses" => "refused",
+            "untold" => "not known",
+            "accepts" => "accepted",
+            "refuses oddly" => "refused, but not with a 401 or a known code",
+            other => other,
+        }
+    }
+}
+
 /// The last inconclusive probe of a provider.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LastFailure {
@@ -671,10 +684,10 @@ fn made_up_keys(state: f64) -> &'static str {
 /// What to do about a certificate that expires.
 pub fn certificate_remedy(setting: &str) -> &'static str {
     if setting == "tls.client_ca" {
-        "add the new authority beside the old one in the same file, renew the clients' certificates, then take the old one out; each is taken \
+        "add the new authority beside the old one in the same file, renew the clients' certificates, then take the old one out; each is reloaded \
          without a restart"
     } else {
-        "write a new one to the same file; it is taken without a restart"
+        "write a new one to the same file; it is reloaded without a restart"
     }
 }
 
@@ -875,8 +888,8 @@ fn refused(connections: &[RefusedConnection], now: SystemTime) -> impl Iterator<
     }
     let lines: Vec<_> = by_fault
         .into_values()
-        .map(|(RefusedConnection { fault, peer, meaning, .. }, peers)| Attention {
-            what: format!("connections from {peer}{} were refused: {fault}", and_more(peers)),
+        .map(|(RefusedConnection { fault, peer, names, meaning, .. }, peers)| Attention {
+            what: format!("connections from {peer}{} were refused: {fault}{}", and_more(peers), in_brackets(&names.join(", "))),
             remedy: meaning.clone(),
         })
         .collect();

@@ -20,7 +20,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::StatusExt;
 
 use crate::support::{
-    binary::{PATIENCE, Serving},
+    binary::{PATIENCE, Serving, run},
     edge::{Edge, Held, code_of, decide, grpc, is_allow, raw, settings},
 };
 
@@ -282,6 +282,10 @@ async fn a_connection_past_the_limit_is_told_so_and_another_listener_has_places_
     assert_eq!((told[0].0, told[1].0), (4, GOAWAY));
     assert!(String::from_utf8_lossy(&told[1].1).contains("limits.connections (1) is reached"), "{told:?}");
     assert_eq!(second.read(&mut [0]).await.unwrap(), 0);
+    // Our own client says the same in its words.
+    let address = edge.tcp().to_string();
+    let told = run(&["health", "--server", &address], &[]).await;
+    assert!(told.stderr.contains(&format!("{address} refuses connections: limits.connections (1) is reached")), "{told:?}");
     for channel in [first, edge.over_unix().await] {
         HealthClient::new(channel).check(HealthCheckRequest::default()).await.unwrap();
     }

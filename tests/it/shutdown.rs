@@ -141,7 +141,11 @@ async fn a_process_ends_with_0_at_its_deadline_and_at_once_when_told_twice() {
 async fn what_a_drain_waits_for_is_shown_and_a_second_signal_says_what_it_cut_off() {
     let vendor = Vendor::start(vec![Row { behave: Some(Behave::Silent), ..Row::default() }]).await;
     let (registry, catalogue) = case::documents(vendor.address.port());
-    let files = Files::new(&registry, &catalogue, Some("shutdown: {notice: 0s, drain: 1h}\nprobe: {budget: 60s}\n"));
+    let files = Files::new(
+        &registry,
+        &catalogue,
+        Some("shutdown: {notice: 0s, drain: 1h}\nprobe: {budget: 60s}\ndeadlines: {decide: 60s}\n"),
+    );
     let flags = files.flags();
     let arguments = [&["--admin-listen", "127.0.0.1:0"][..], &flags.iter().map(String::as_str).collect::<Vec<_>>()].concat();
     let serving = Serving::start(&arguments).await;

@@ -181,6 +181,14 @@ async fn the_cause_of_denials_is_named_where_it_is() {
     let after = attention().await;
     assert_eq!(after.as_array().unwrap().len(), 2, "the provider is not blamed: {after}");
     assert_eq!(after[1]["what"], "calls from 127.0.0.1 allow 300 ms, which is too little for a provider to answer");
+    // Nor is it for what the platform cannot read.
+    let mut request = decide("");
+    request.workspace_spec.as_mut().unwrap().credentials[0].unreadable = true;
+    assert!(!is_allow(&serving.client().await.decide(request).await.unwrap().into_inner()));
+    let unreadable =
+        "one decision was denied, since the platform could not read secrets: ACME_API_KEY could not be read from the workspace's";
+    let after = attention().await;
+    assert!(after[1]["what"].as_str().unwrap().starts_with(unreadable), "{after}");
 }
 
 /// A limited number, the newest first; workspaces are named only if configured.
