@@ -133,7 +133,10 @@ hosts:
     def kit_says(self, *words):
         """The result of one of the kit's measurements."""
         command = ["taskset", "-c", LOAD_CORE, self.kit, *map(str, words)]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(map(str, words))} failed")
+        return json.loads(done.stdout)
 
     def frame(self, name):
         return self.folder / f"{name}.frame"

@@ -146,7 +146,7 @@ impl RecentDecisions {
             host,
             finding: finding.clone(),
             reason: match outcome {
-                Outcome::Deny(deny) if finding.is_none() => cut(&deny.refusal.message()),
+                Outcome::Deny(deny) if finding.is_none() => cut(&deny.message),
                 Outcome::Deny(_) | Outcome::Allow(_) => String::new(),
             },
         };
@@ -248,6 +248,9 @@ const fn is_inconclusive(verdict: Verdict) -> bool {
 }
 
 fn cut(text: &str) -> String {
+    if text.len() <= MAX_CHARS {
+        return text.to_owned();
+    }
     let mut left = text.chars();
     let mut cut: String = left.by_ref().take(MAX_CHARS).collect();
     if left.next().is_some() {
