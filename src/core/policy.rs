@@ -395,7 +395,7 @@ impl Ruling {
     pub fn into_outcome(self, alternative_models: impl FnOnce() -> Vec<String>) -> Outcome {
         match self.outcome {
             Ok(allow) => Outcome::Allow(allow),
-            Err(refusal) => Outcome::Deny(Box::new(Deny { refusal, alternative_models: alternative_models() })),
+            Err(refusal) => Outcome::Deny(Box::new(Deny::new(refusal, alternative_models()))),
         }
     }
 }

@@ -467,10 +467,7 @@ pub fn resolve_response(result: Result<Resolved, Unresolved>, model: &str, snaps
             registry_revision,
         },
         Err(Unresolved { refusal, relevant_env }) => pb::ResolveProviderResponse {
-            result: Some(pb::resolve_provider_response::Result::Deny(deny(Deny {
-                refusal: *refusal,
-                alternative_models: Vec::new(),
-            }))),
+            result: Some(pb::resolve_provider_response::Result::Deny(deny(Deny::new(*refusal, Vec::new())))),
             relevant_env: relevant_env.to_vec(),
             relevant_base_url_env: Vec::new(),
             warnings: Vec::new(),
@@ -553,16 +550,16 @@ pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResp
 }
 
 fn deny(deny: Deny) -> pb::Deny {
-    let Deny { refusal, alternative_models } = deny;
+    let Deny { refusal, message, remedy, operator_hint, alternative_models } = deny;
     pb::Deny {
         code: deny_code(refusal.code()),
-        message: refusal.message(),
-        remedy: refusal.remedy(),
+        message,
+        remedy,
         missing_env: refusal.missing_env().to_vec(),
         alternative_models,
         retryable: refusal.retryable(),
         retry_after: refusal.retry_after().map(duration),
-        operator_hint: refusal.operator_hint(),
+        operator_hint,
     }
 }
 

@@ -5,6 +5,7 @@
 //! (docs/performance.md).
 
 use std::{
+    borrow::Cow,
     num::{NonZeroU32, NonZeroU64},
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
@@ -26,7 +27,7 @@ use crate::{
     domain::{
         decision::{Decision, Liveness, Outcome},
         protocol::HeaderFamily,
-        request::{Peer, Request},
+        request::{self, Peer, Request},
         verdict::{Cause, Verdict},
     },
 };
@@ -181,8 +182,8 @@ impl Journal {
         line.word(text!("outcome"), word);
         line.word(text!("code"), code);
         if let Outcome::Deny(deny) = outcome {
-            line.text(text!("reason"), &printable(&deny.refusal.message()));
-            line.optional_text(text!("operator_hint"), &printable(&deny.refusal.operator_hint()));
+            line.text(text!("reason"), &printable(&deny.message));
+            line.optional_text(text!("operator_hint"), &printable(&deny.operator_hint));
             let unreadable = deny.refusal.unreadable_scopes();
             if !unreadable.is_empty() {
                 line.words(key!("unreadable_scopes"), unreadable.iter().map(|scope| scope.as_str()));
@@ -388,7 +389,10 @@ fn is_sampled(id: Uuid, ratio: f64) -> bool {
 }
 
 /// Replaces control characters and cuts the text. A reason may repeat what a caller sent, and control characters could move a terminal's cursor.
-fn printable(text: &str) -> String {
+fn printable(text: &str) -> Cow<'_, str> {
+    if text.len() <= MAX_REASON_CHARS && request::is_plain(text) {
+        return Cow::Borrowed(text);
+    }
     text.chars().take(MAX_REASON_CHARS).map(|letter| if letter.is_control() { '\u{fffd}' } else { letter }).collect()
 }
 

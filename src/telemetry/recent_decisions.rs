@@ -161,7 +161,7 @@ impl RecentDecisions {
             too_little_time,
             finding: finding.clone(),
             reason: match outcome {
-                Outcome::Deny(deny) if finding.is_none() => cut(&deny.refusal.message()),
+                Outcome::Deny(deny) if finding.is_none() => cut(&deny.message),
                 Outcome::Deny(_) | Outcome::Allow(_) => String::new(),
             },
         };
@@ -275,6 +275,9 @@ fn too_little(finding: &Finding, caller_time: Option<NonZeroU64>) -> Option<Dura
 }
 
 fn cut(text: &str) -> String {
+    if text.len() <= MAX_CHARS {
+        return text.to_owned();
+    }
     let mut left = text.chars();
     let mut cut: String = left.by_ref().take(MAX_CHARS).collect();
     if left.next().is_some() {
