@@ -88,14 +88,19 @@ impl<'s> CredentialSet<'s> {
 
     /// The scopes in which what these variables hold could not be read.
     pub fn unreadable_scopes(&self, names: &[String]) -> Vec<Scope> {
-        let scope_of = |name: &String| {
-            let row = self.rows.get(name.as_str());
-            let of_workspace = row.and_then(|row| row.workspace);
-            let is_workspace =
-                of_workspace.map_or(self.workspace_unreadable, |value| matches!(value, CredentialValue::Unreadable));
-            if is_workspace { Scope::Workspace } else { Scope::Organization }
+        let is_unreadable = |value: Option<&CredentialValue>, otherwise| {
+            value.map_or(otherwise, |value| matches!(value, CredentialValue::Unreadable))
         };
-        names.iter().map(scope_of).collect::<BTreeSet<_>>().into_iter().collect()
+        let scopes_of = |name: &String| {
+            let row = self.rows.get(name.as_str());
+            let (workspace, organization) = row.map_or((None, None), |row| (row.workspace, row.organization));
+            // A row of the workspace hides the organization's.
+            let hides = workspace.is_some();
+            let of_workspace = is_unreadable(workspace, self.workspace_unreadable).then_some(Scope::Workspace);
+            let of_organization = !hides && is_unreadable(organization, self.organization_unreadable);
+            of_workspace.into_iter().chain(of_organization.then_some(Scope::Organization))
+        };
+        names.iter().flat_map(scopes_of).collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     /// Whether a blank value of the workspace hides a value of the organization.

@@ -120,6 +120,10 @@ async fn a_misspelt_key_hides_nothing() {
     for words in ["callers.token_fil: is not a key", "listening on 0.0.0.0:0 with TLS would take calls from everybody"] {
         assert!(ended.stdout.lines().any(|line| line.starts_with("error: ") && line.contains(words)), "{words} in {ended:?}");
     }
+    // A registry that is refused ignores nothing.
+    let ended = ask(&Files::new(&registry.replacen("auth_env", "auth_evn", 1), &catalogue, None), &["check"]).await;
+    let told = ended.stdout.lines().find(|line| line.contains("auth_evn")).unwrap_or_else(|| panic!("{ended:?}"));
+    assert!(told.ends_with("auth_evn: is not a key that this schema knows; the nearest is `auth_env`"), "{told}");
     let files = Files::new(&registry, &catalogue, Some("limits: {decision: 7}\n"));
     let tokens = files.folder().join("tokens");
     std::fs::write(&tokens, "made-up-token-0123456789\n").unwrap();
