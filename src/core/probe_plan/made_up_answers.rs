@@ -42,9 +42,9 @@ impl ProbePlan<'_> {
                 }
             },
             (_, Calibration::SameForEveryKey(shape)) if shape.is_like(&answer.shape) => self.take_same_for_every_key(&answer),
-            // Status and code are the same; the words do not matter.
+            // Status and code are the same; the words do not matter, unless the code only repeats the status.
             (Classification::Forbidden(code), Calibration::Refuses { shape, confirmed, .. })
-                if shape.status == 403 && shape.code == *code && (!code.is_empty() || shape.is_like(&answer.shape)) =>
+                if shape.status == 403 && shape.code == *code && (!is_bare(code) || shape.is_like(&answer.shape)) =>
             {
                 match &self.restricted {
                     _ if *confirmed => self.take_refusal_like_made_up(status),
@@ -55,11 +55,16 @@ impl ProbePlan<'_> {
                 }
             }
             (Classification::Forbidden(_), Calibration::Refuses { shape, in_words, .. }) if *in_words || shape.status == 401 => {
-                self.restricted = Some(answer.shape.clone());
-                if self.is_last_inference() { self.state = State::KeylessNow(answer) } else { self.take_restricted(status) }
+                self.take_forbidden(answer);
             }
             (Classification::Forbidden(_), _) => {
                 self.take_refusal(self.finding(Verdict::Forbidden, Some(answer.reading.cause), Some(status)))
+            }
+            // The same in a text, or without a body. A page may come from a network in between.
+            (Classification::Unread, Calibration::Refuses { shape, .. })
+                if status == 403 && shape.status == 401 && answer.shape.body != Body::Page && shape.body != Body::Page =>
+            {
+                self.take_forbidden(answer);
             }
             (Classification::Restricted, Calibration::Refuses { shape, confirmed, .. }) if shape.is_like(&answer.shape) => {
                 self.take_refusal_by_code(answer, *confirmed);
@@ -143,6 +148,11 @@ impl ProbePlan<'_> {
         self.keep_as_fallback(self.finding(Verdict::UnexpectedResponse, Some(Cause::RequestRefused), Some(answer.shape.status)));
         self.finish_step();
     }
+}
+
+/// Whether the code of a 403 is missing, or only repeats the status.
+fn is_bare(code: &str) -> bool {
+    code.is_empty() || code == "403"
 }
 
 /// How the endpoint answered a made-up key.

@@ -29,8 +29,10 @@ impl ProbePlan<'_> {
                 self.state = State::Calibrate(answer)
             }
             Classification::Restricted if *by == ReadBy::CommonCode => self.state = State::Calibrate(answer),
-            // Only the status says so. Every unknown key may get it.
-            Classification::Verdict(Verdict::QuotaExhausted) if *by == ReadBy::Shape => self.state = State::Calibrate(answer),
+            // Only the status or a text says so. Every unknown key may get it.
+            Classification::Verdict(Verdict::QuotaExhausted) if matches!(by, ReadBy::Shape | ReadBy::CommonText) => {
+                self.state = State::Calibrate(answer);
+            }
             Classification::Restricted => self.take_restricted(answer.shape.status),
             // This list may refuse every key with this response.
             Classification::Verdict(Verdict::Invalid)
@@ -110,6 +112,16 @@ impl ProbePlan<'_> {
             Some(_) | None => finding,
         };
         self.finish_unless_refused(finding);
+    }
+
+    /// The key gets a 403 where a made-up key gets a 401: it is alive but may not use this endpoint.
+    pub(super) fn take_forbidden(&mut self, answer: ReadAnswer) {
+        self.restricted = Some(answer.shape.clone());
+        if self.is_last_inference() {
+            self.state = State::KeylessNow(answer);
+        } else {
+            self.take_restricted(answer.shape.status);
+        }
     }
 
     /// The key is alive but may not use this endpoint. If this was the last request that calls a model, the key is of no use.
