@@ -8,15 +8,15 @@ use url::Url;
 use crate::{
     core::{
         credentials::CredentialSet,
-        derive::{Derived, candidate_arms},
+        derive::{Derived, candidate_offers},
         endpoint::{Endpoint, NoSurface, Preference},
         evaluation_log::EvaluationLog,
         key_shape::{Mistake, Unsendable, mistake, why_unsendable},
         oauth_credential::{CredentialKind, OauthCheck},
         policy::{Action, Enforcement, Facts, Group},
-        registry::{Arm, Auth, Provider, Runtime},
+        registry::{Auth, Offer, Provider, Runtime},
         runtimes::{Delivery, RuntimeFacts, Trims},
-        snapshot::{ArmUse, Snapshot},
+        snapshot::{OfferUse, Snapshot},
         workspace_call::{FoundCredential, Prediction, WorkspaceCall, predict},
     },
     domain::{
@@ -102,8 +102,8 @@ struct OutgoingCredential<'a> {
 
 impl<'a> CredentialStep<'a, '_> {
     pub(super) fn run(&self, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) -> Flow<LivenessQueries<'a>> {
-        let (provider, arm) = (self.derived.provider, self.arm());
-        let call = match predict(arm.route.as_ref(), provider, credentials) {
+        let (provider, offer_use) = (self.derived.provider, self.offer_use());
+        let call = match predict(offer_use.route.as_ref(), provider, credentials) {
             Prediction::Sends(call) => call,
             Prediction::Missing(blocking_name) => {
                 log.trace.step("presence", || format!("none of {} is set", listed(&provider.auth_env)));
@@ -139,12 +139,12 @@ impl<'a> CredentialStep<'a, '_> {
         Ok(LivenessQueries { first, fallbacks })
     }
 
-    fn arm(&self) -> &'a ArmUse {
-        self.snapshot.arm(self.derived.arm)
+    fn offer_use(&self) -> &'a OfferUse {
+        self.snapshot.offer_use(self.derived.offer)
     }
 
     fn is_certain(&self) -> bool {
-        self.arm().route.as_ref().is_some_and(|arm| arm.route.is_certain())
+        self.offer_use().route.as_ref().is_some_and(|route| route.facts.is_certain())
     }
 
     /// Records which value is judged and why, and warns about values that the runtime could use instead.
@@ -169,9 +169,9 @@ impl<'a> CredentialStep<'a, '_> {
             };
             log.warn(WarningCode::UnusedCredential, message, vec![judged.env_name.to_owned()]);
         }
-        let conflicts = match &self.arm().route {
+        let conflicts = match &self.offer_use().route {
             // If the runtime's facts are certain, they say which value it takes. Otherwise the others are named as a possibility.
-            Some(arm) if arm.route.is_certain() => Vec::new(),
+            Some(route) if route.facts.is_certain() => Vec::new(),
             _ => credentials.conflicts(&self.snapshot.registry, self.runtime, provider, judged.env_name),
         };
         if !conflicts.is_empty() {
@@ -191,11 +191,11 @@ impl<'a> CredentialStep<'a, '_> {
 
     /// Why this value is judged and no other.
     fn chosen_because(&self, call: &WorkspaceCall<'_>) -> ChosenBecause {
-        let Some(arm) = &self.arm().route else { return ChosenBecause::FirstDeclared };
+        let Some(route) = &self.offer_use().route else { return ChosenBecause::FirstDeclared };
         match call.passed_over.first() {
             _ if call.is_unread => ChosenBecause::Unread,
             None => ChosenBecause::Sent,
-            Some(other) if arm.falls_back => ChosenBecause::SentBefore(other.env_name.to_owned()),
+            Some(other) if route.falls_back => ChosenBecause::SentBefore(other.env_name.to_owned()),
             Some(other) => ChosenBecause::SentInPlaceOf(other.env_name.to_owned()),
         }
     }
@@ -217,7 +217,7 @@ impl<'a> CredentialStep<'a, '_> {
         moved_to: Option<&'a Url>,
         log: &mut EvaluationLog,
     ) -> Result<OutgoingCredential<'a>, NotSent> {
-        let arm = self.arm();
+        let offer_use = self.offer_use();
         let secret = self.trimmed(&found, log)?;
         let kind = self.snapshot.catalogue.credential_kind(found.env_name);
         let secret = match kind.map(|kind| kind.check(secret.expose())) {
@@ -244,7 +244,7 @@ impl<'a> CredentialStep<'a, '_> {
             }
             None => secret,
         };
-        let route = arm.route.as_ref().map(|arm| &arm.route);
+        let route = offer_use.route.as_ref().map(|route| &route.facts);
         let delivery = route.map(|route| route.delivery_of(secret.expose()));
         let endpoint = self.endpoint(delivery, moved_to).map_err(NotSent::NoSurface)?;
         let takes_oauth = route.is_none_or(|route| !route.is_certain() || route.has_delivery_for(secret.expose()));
@@ -278,7 +278,8 @@ impl<'a> CredentialStep<'a, '_> {
         if !in_front && !behind {
             return Ok(Arc::clone(found.secret));
         }
-        let trims = self.arm().route.as_ref().filter(|arm| arm.route.is_certain()).map_or(Trims::Nothing, |arm| arm.trims);
+        let trims =
+            self.offer_use().route.as_ref().filter(|route| route.facts.is_certain()).map_or(Trims::Nothing, |route| route.trims);
         // A login file or token is never sent itself, so blanks around it do no harm.
         let is_login =
             self.derived.provider.auth == Auth::OAuth || self.snapshot.catalogue.credential_kind(found.env_name).is_some();
@@ -309,10 +310,10 @@ impl<'a> CredentialStep<'a, '_> {
 
     /// The endpoint that the workspace would call, unless the tenant has set a base URL of its own.
     fn endpoint(&self, delivery: Option<&Delivery>, moved_to: Option<&Url>) -> Result<&'a Arc<Endpoint>, NoSurface> {
-        let found = self.snapshot.dialled(self.derived.provider, self.arm(), delivery, moved_to);
+        let found = self.snapshot.dialled(self.derived.provider, self.offer_use(), delivery, moved_to);
         // Providers without an address keep their own reason, whatever base URL the tenant has set.
         if !matches!(found, Err(NoSurface::OAuth | NoSurface::Ambient | NoSurface::Platform)) {
-            let concerns = |name: &&String| self.arm().base_url_env.contains(name);
+            let concerns = |name: &&String| self.offer_use().base_url_env.contains(name);
             let own: Vec<String> = self.spec.tenant_base_url_env.iter().filter(concerns).cloned().collect();
             if !own.is_empty() {
                 return Err(NoSurface::TenantBaseUrl(own));
@@ -347,8 +348,8 @@ impl<'a> CredentialStep<'a, '_> {
 
     /// Refuses or warns if the request also carries a credential that does not belong to this vendor.
     fn check_exposure(&self, call: &WorkspaceCall<'a>, endpoint: &Endpoint, log: &mut EvaluationLog) -> Flow<()> {
-        let arm = self.arm().route.as_ref();
-        let is_own = |name: &str| arm.is_some_and(|arm| arm.own.iter().any(|own| own == name));
+        let route = self.offer_use().route.as_ref();
+        let is_own = |name: &str| route.is_some_and(|route| route.own.iter().any(|own| own == name));
         let is_of_another = |found: &FoundCredential<'_>| {
             let shapes = self.snapshot.catalogue.shapes_of(found.secret.expose().trim_ascii_start());
             let vendor = endpoint.vendor.as_deref();
@@ -371,8 +372,8 @@ impl<'a> CredentialStep<'a, '_> {
 
     /// The credentials that the runtime tries after a refusal.
     fn fallbacks(&self, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Vec<(LivenessQuery<'a>, JudgedCredential)> {
-        let Some(arm) = self.arm().route.as_ref().filter(|arm| arm.falls_back) else { return Vec::new() };
-        let read = |found: &&FoundCredential<'_>| arm.route.reads.iter().any(|name| name == found.env_name);
+        let Some(route) = self.offer_use().route.as_ref().filter(|route| route.falls_back) else { return Vec::new() };
+        let read = |found: &&FoundCredential<'_>| route.facts.reads.iter().any(|name| name == found.env_name);
         let others = call.passed_over.iter().filter(read).filter_map(|found| {
             let outgoing = self.prepare(*found, call.moved_to, log).ok()?;
             Some((self.query(&outgoing, None), self.judged(found, ChosenBecause::SentAfterARefusal)))
@@ -396,7 +397,7 @@ impl<'a> CredentialStep<'a, '_> {
             context: QueryContext {
                 passed_over: passed_over.filter(|_| certain).map(|other| (found.named(), other.named())),
                 own_headers: headers,
-                own_names: self.arm().route.as_ref().map(|arm| arm.own.as_slice()).unwrap_or_default(),
+                own_names: self.offer_use().route.as_ref().map(|route| route.own.as_slice()).unwrap_or_default(),
                 place_of_unread: None,
                 facts: self.snapshot.catalogue.runtimes.get(&self.spec.runtime).filter(|_| certain),
             },
@@ -406,7 +407,7 @@ impl<'a> CredentialStep<'a, '_> {
     fn missing(&self, credentials: &CredentialSet<'_>, blocking_name: Option<&str>) -> Refusal {
         let Provider { name, display_name, auth_env, .. } = self.derived.provider;
         let registry = &self.snapshot.registry;
-        let usable = self.arm().usable(self.derived.provider);
+        let usable = self.offer_use().usable(self.derived.provider);
         let unread = usable.is_empty();
         let accepted_env = if unread { auth_env.clone() } else { usable };
         let mut elsewhere = unread.then(|| self.place_in_auth_json(self.derived.provider)).flatten();
@@ -415,13 +416,13 @@ impl<'a> CredentialStep<'a, '_> {
         missing_env.extend(auth_env.iter().filter(|name| !accepted_env.contains(name)).cloned());
         let mut offered = if unread { Vec::new() } else { accepted_env.clone() };
         let mut others = Vec::new();
-        let candidates = candidate_arms(registry, self.runtime, self.model);
-        for arm in &candidates {
-            let other = registry.provider(arm);
+        let candidates = candidate_offers(registry, self.runtime, self.model);
+        for offer in &candidates {
+            let other = registry.provider(offer);
             if other.name == *name || other.auth == Auth::Ambient || other.is_platform() {
                 continue;
             }
-            let usable = self.snapshot.arm(arm).usable(other);
+            let usable = self.snapshot.offer_use(offer).usable(other);
             let further = usable.iter().filter(|name| !offered.contains(name)).cloned().collect::<Vec<_>>();
             offered.extend(further.iter().cloned());
             if usable.is_empty() && elsewhere.is_none() {
@@ -448,26 +449,26 @@ impl<'a> CredentialStep<'a, '_> {
     }
 
     /// A credential of another provider that is set, and the models that it could be used for.
-    fn available_elsewhere(&self, credentials: &CredentialSet<'_>, candidates: &[&Arm]) -> Option<(String, ModelChoice)> {
+    fn available_elsewhere(&self, credentials: &CredentialSet<'_>, candidates: &[&Offer]) -> Option<(String, ModelChoice)> {
         if self.spec.credentials.is_empty() {
             return None;
         }
-        let others = self.runtime.arms.iter().filter(|arm| {
-            let provider = self.snapshot.registry.provider(arm);
-            candidates.iter().all(|candidate| candidate.index != arm.index) && !provider.is_platform()
+        let others = self.runtime.offers.iter().filter(|offer| {
+            let provider = self.snapshot.registry.provider(offer);
+            candidates.iter().all(|candidate| candidate.index != offer.index) && !provider.is_platform()
         });
-        let usable = |arm: &Arm| self.snapshot.arm(arm).usable(self.snapshot.registry.provider(arm));
+        let usable = |offer: &Offer| self.snapshot.offer_use(offer).usable(self.snapshot.registry.provider(offer));
         // First look at the variable that each provider prefers.
-        let first = others.clone().filter_map(|arm| Some((usable(arm).into_iter().next()?, arm)));
-        let any = others.flat_map(|arm| usable(arm).into_iter().map(move |name| (name, arm)));
-        let (name, arm) = first.chain(any).find(|(name, _)| credentials.has(name))?;
-        Some((name, self.choice(arm)))
+        let first = others.clone().filter_map(|offer| Some((usable(offer).into_iter().next()?, offer)));
+        let any = others.flat_map(|offer| usable(offer).into_iter().map(move |name| (name, offer)));
+        let (name, offer) = first.chain(any).find(|(name, _)| credentials.has(name))?;
+        Some((name, self.choice(offer)))
     }
 
     /// Where to save a value of this variable so that the runtime reads it. `None` if the runtime reads no variable of the provider.
     fn place_for(&self, env_name: &str) -> Option<Place> {
-        let unread = self.arm().route.as_ref().filter(|arm| arm.usable().all(|name| name != env_name));
-        match unread.map(|arm| arm.usable().next()) {
+        let unread = self.offer_use().route.as_ref().filter(|route| route.usable().all(|name| name != env_name));
+        match unread.map(|route| route.usable().next()) {
             None => Some(self.snapshot.place(env_name)),
             Some(Some(name)) => Some(self.snapshot.place(name)),
             Some(None) => self.place_in_auth_json(self.derived.provider),
@@ -477,28 +478,29 @@ impl<'a> CredentialStep<'a, '_> {
     /// Where to save a key of a provider for which the runtime reads no variable: in the auth.json of another provider that is sent to the same host.
     fn place_in_auth_json(&self, provider: &Provider) -> Option<Place> {
         let host = provider.base_url.as_ref()?.host_str()?;
-        self.runtime.arms.iter().find_map(|arm| {
-            let route = self.snapshot.arm(arm).route.as_ref()?;
-            let is_there = route.route.delivery.base.as_ref().and_then(Url::host_str) == Some(host);
+        self.runtime.offers.iter().find_map(|offer| {
+            let route = self.snapshot.offer_use(offer).route.as_ref()?;
+            let is_there = route.facts.delivery.base.as_ref().and_then(Url::host_str) == Some(host);
             let is_file = |name: &&String| self.snapshot.catalogue.credential_kind(name) == Some(CredentialKind::CodexAuthJson);
             let name = route.usable().find(is_file).filter(|_| is_there)?;
-            Some(Place { with: self.choice_for(arm), ..self.snapshot.place(name) })
+            Some(Place { with: self.choice_for(offer), ..self.snapshot.place(name) })
         })
     }
 
     /// The model to choose so that this provider is used. `None` if the present model already belongs to it.
-    fn choice_for(&self, arm: &Arm) -> Option<ModelChoice> {
-        let candidates = candidate_arms(&self.snapshot.registry, self.runtime, self.model);
-        candidates.iter().all(|candidate| candidate.index != arm.index).then(|| self.choice(arm))
+    fn choice_for(&self, offer: &Offer) -> Option<ModelChoice> {
+        let candidates = candidate_offers(&self.snapshot.registry, self.runtime, self.model);
+        candidates.iter().all(|candidate| candidate.index != offer.index).then(|| self.choice(offer))
     }
 
-    fn choice(&self, arm: &Arm) -> ModelChoice {
-        let example = arm.models.iter().find(|model| !arm.has_withdrawn(model)).cloned();
-        ModelChoice { owner: self.snapshot.registry.provider(arm).display_name.clone(), example }
+    fn choice(&self, offer: &Offer) -> ModelChoice {
+        let example = offer.models.iter().find(|model| !offer.has_withdrawn(model)).cloned();
+        ModelChoice { owner: self.snapshot.registry.provider(offer).display_name.clone(), example }
     }
 
     fn shadowed(&self, sent: &FoundCredential<'_>, why: ShadowCause, other: &FoundCredential<'_>) -> Refusal {
-        let beats = self.arm().route.as_ref().is_some_and(|arm| arm.route.beaten_by.iter().any(|name| name == sent.env_name));
+        let beats =
+            self.offer_use().route.as_ref().is_some_and(|route| route.facts.beaten_by.iter().any(|name| name == sent.env_name));
         let provider = self.derived.provider.name.clone();
         Refusal::Shadowed { sent: sent.named(), why, other: other.named(), replaceable: !beats, provider }
     }
@@ -523,11 +525,11 @@ impl<'a> CredentialStep<'a, '_> {
             _ => return None,
         };
         let registry = &self.snapshot.registry;
-        self.runtime.arms.iter().find_map(|arm| {
-            let other = registry.provider(arm);
+        self.runtime.offers.iter().find_map(|offer| {
+            let other = registry.provider(offer);
             let fits = other.auth == wanted && other.protocol == self.derived.provider.protocol && !other.is_platform();
-            let name = self.snapshot.arm(arm).usable(other).into_iter().find(|name| name != env_name).filter(|_| fits)?;
-            Some(Place { with: self.choice_for(arm), ..self.snapshot.place(&name) })
+            let name = self.snapshot.offer_use(offer).usable(other).into_iter().find(|name| name != env_name).filter(|_| fits)?;
+            Some(Place { with: self.choice_for(offer), ..self.snapshot.place(&name) })
         })
     }
 

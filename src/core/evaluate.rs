@@ -101,9 +101,9 @@ pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, available: &BTre
         return Err(Unresolved { refusal: Box::new(not_byok(derived.provider, model)), relevant_env });
     }
     record_owner(&mut resolution, derived.provider, derived.matched_by);
-    let base_url_env = Arc::clone(&snapshot.arm(derived.arm).base_url_env);
+    let base_url_env = Arc::clone(&snapshot.offer_use(derived.offer).base_url_env);
     let relevant = RelevantNames { env: relevant_env, base_url_env };
-    Ok(Resolved { resolution, relevant, withdrawn: derived.arm.has_withdrawn(model) })
+    Ok(Resolved { resolution, relevant, withdrawn: derived.offer.has_withdrawn(model) })
 }
 
 /// The owner of a model, and the names that a caller should fetch before it asks for a decision.
@@ -166,7 +166,7 @@ impl<'a> Evaluator<'a, '_> {
         let derived = self.owner(&credentials, runtime, model, log)?;
         self.check_withdrawn(&derived, model, log)?;
         let provider = derived.provider;
-        log.relevant.base_url_env = Arc::clone(&self.snapshot.arm(derived.arm).base_url_env);
+        log.relevant.base_url_env = Arc::clone(&self.snapshot.offer_use(derived.offer).base_url_env);
         self.check_base_url_names(log);
         if provider.is_platform() {
             return Err(Box::new(self.platform(model)));
@@ -234,7 +234,7 @@ impl<'a> Evaluator<'a, '_> {
             return Err(Box::new(Facts::ExemptRuntime));
         }
         let runtime = known_runtime(&self.snapshot.registry, name).map_err(|refusal| refused(*refusal))?;
-        log.trace.step("runtime", || format!("`{name}` has {} providers", runtime.arms.len()));
+        log.trace.step("runtime", || format!("`{name}` has {} providers", runtime.offers.len()));
         Ok(runtime)
     }
 
@@ -254,7 +254,7 @@ impl<'a> Evaluator<'a, '_> {
         let derived = derive(registry, name, model, &|name| credentials.has(name));
         log.relevant.env = match &derived {
             // Only this provider lists the model.
-            Ok(Derived { arm, matched_by: MatchedBy::ExactModel, .. }) => self.snapshot.names_of(arm),
+            Ok(Derived { offer, matched_by: MatchedBy::ExactModel, .. }) => self.snapshot.names_of(offer),
             Ok(_) | Err(_) => self.snapshot.relevant_names(runtime, model),
         };
         if credentials.has_unreadable() {
@@ -283,7 +283,7 @@ impl<'a> Evaluator<'a, '_> {
     }
 
     fn check_withdrawn(&self, derived: &Derived<'_>, model: &str, log: &mut EvaluationLog) -> Flow<()> {
-        if !derived.arm.has_withdrawn(model) {
+        if !derived.offer.has_withdrawn(model) {
             return Ok(());
         }
         log.trace.step("model", || "withdrawn".into());
@@ -368,8 +368,8 @@ fn nearest<'m>(model: &str, models: impl Iterator<Item = &'m str>) -> Option<&'m
 /// The models that a runtime offers to new workspaces.
 fn offered(registry: &Registry, runtime: &Runtime) -> Vec<String> {
     let mut models: Vec<String> = Vec::new();
-    for arm in runtime.arms.iter().filter(|arm| registry.provider(arm).auth != Auth::Ambient) {
-        for model in arm.models.iter().filter(|model| !arm.has_withdrawn(model)) {
+    for offer in runtime.offers.iter().filter(|offer| registry.provider(offer).auth != Auth::Ambient) {
+        for model in offer.models.iter().filter(|model| !offer.has_withdrawn(model)) {
             if !models.contains(model) {
                 models.push(model.clone());
             }
