@@ -107,6 +107,8 @@ fn ruling(_: usize) -> Step {
             retry_after: Duration::from_secs(10),
             withheld: None,
             unreached: None,
+            used_up: None,
+            cut_short: None,
             cause: None,
             tenant_endpoint: false,
             plan: None,

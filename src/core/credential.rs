@@ -111,7 +111,8 @@ impl<'a> CredentialStep<'a, '_> {
             }
             Prediction::Unreadable(names) => {
                 log.trace.step("presence", || format!("{} could not be read", listed(&names)));
-                return Err(refused(Refusal::CredentialsUnreadable { names, changes_owner: false }));
+                let scopes = credentials.unreadable_scopes(&names);
+                return Err(refused(Refusal::CredentialsUnreadable { names, scopes, changes_owner: false }));
             }
         };
         self.note_choice(&call, credentials, log);
@@ -545,6 +546,8 @@ impl<'a> CredentialStep<'a, '_> {
                 retry_after: Duration::ZERO,
                 withheld: None,
                 unreached: None,
+                used_up: None,
+                cut_short: None,
                 cause: None,
                 tenant_endpoint: matches!(reason, Some(NoSurface::TenantBaseUrl(_))),
                 plan: None,

@@ -273,7 +273,8 @@ impl<'a> Evaluator<'a, '_> {
                 .collect();
             if !changing.is_empty() {
                 log.trace.step("derive", || format!("{} could not be read and could change the owner", listed(&changing)));
-                return Err(refused(Refusal::CredentialsUnreadable { names: changing, changes_owner: true }));
+                let scopes = credentials.unreadable_scopes(&changing);
+                return Err(refused(Refusal::CredentialsUnreadable { names: changing, scopes, changes_owner: true }));
             }
         }
         let derived = derived.map_err(|underivable| refused(*refusal_of(underivable, name, model, registry)))?;
