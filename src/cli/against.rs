@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::core::{
     catalogue::Catalogue,
-    derive::{Underivable, candidate_arms, derive},
+    derive::{Underivable, candidate_offers, derive},
     endpoint::target,
     registry::Registry,
 };
@@ -177,9 +177,9 @@ fn pattern_text(unlisted: Option<&Unlisted>) -> String {
 /// Compares every pair of runtime and model that either version lists: without any credential name, and with each relevant name alone.
 fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
     let mut pairs: BTreeSet<(&str, &str)> = BTreeSet::new();
-    for (runtime, arms) in old.runtimes().chain(new.runtimes()) {
-        let models = arms.arms.iter().flat_map(|arm| arm.models.iter().chain(&arm.withdrawn));
-        pairs.extend(models.map(|model| (runtime, model.as_str())));
+    for (name, runtime) in old.runtimes().chain(new.runtimes()) {
+        let models = runtime.offers.iter().flat_map(|offer| offer.models.iter().chain(&offer.withdrawn));
+        pairs.extend(models.map(|model| (name, model.as_str())));
     }
     let mut changes = Vec::new();
     for (runtime, model) in pairs {
@@ -187,7 +187,7 @@ fn models(old: &Registry, new: &Registry) -> Vec<ModelChange> {
             .into_iter()
             .filter_map(|registry| Some((registry, registry.runtime(runtime)?)))
             .flat_map(|(registry, runtime)| {
-                candidate_arms(registry, runtime, model).into_iter().map(|arm| registry.provider(arm))
+                candidate_offers(registry, runtime, model).into_iter().map(|offer| registry.provider(offer))
             })
             .flat_map(|provider| provider.auth_env.iter().cloned())
             .collect();
@@ -218,9 +218,9 @@ fn owner(registry: &Registry, runtime: &str, model: &str, available: &str) -> Ow
             provider: derived.provider.name.clone(),
             billing_mode: derived.provider.billing_mode().as_str(),
             accepted_env: if derived.provider.is_platform() { Vec::new() } else { derived.provider.auth_env.clone() },
-            offer: match derived.arm {
-                arm if arm.has_withdrawn(model) => "WITHDRAWN",
-                arm if arm.models.iter().any(|listed| listed == model) => "LISTED",
+            offer: match derived.offer {
+                offer if offer.has_withdrawn(model) => "WITHDRAWN",
+                offer if offer.models.iter().any(|listed| listed == model) => "LISTED",
                 _ => "UNLISTED",
             },
         },
@@ -232,13 +232,14 @@ fn owner(registry: &Registry, runtime: &str, model: &str, available: &str) -> Ow
 
 fn patterns(old: &Registry, new: &Registry) -> Vec<PatternChange> {
     let of = |registry: &Registry| -> BTreeMap<(String, String), Unlisted> {
-        let arms = registry.runtimes().flat_map(|(runtime, arms)| arms.arms.iter().map(move |arm| (runtime, arm)));
-        arms.map(|(runtime, arm)| {
-            let provider = registry.provider(arm);
-            let (pattern, accepted_env) = (provider.pattern.as_str().to_owned(), provider.auth_env.clone());
-            ((runtime.to_owned(), provider.name.clone()), Unlisted { pattern, accepted_env })
-        })
-        .collect()
+        let offers = registry.runtimes().flat_map(|(name, runtime)| runtime.offers.iter().map(move |offer| (name, offer)));
+        offers
+            .map(|(runtime, offer)| {
+                let provider = registry.provider(offer);
+                let (pattern, accepted_env) = (provider.pattern.as_str().to_owned(), provider.auth_env.clone());
+                ((runtime.to_owned(), provider.name.clone()), Unlisted { pattern, accepted_env })
+            })
+            .collect()
     };
     let (before, after) = (of(old), of(new));
     let keys: BTreeSet<_> = before.keys().chain(after.keys()).collect();
@@ -254,8 +255,8 @@ fn patterns(old: &Registry, new: &Registry) -> Vec<PatternChange> {
 /// Where credentials may be sent: the hosts and headers of the providers of all runtimes.
 fn credential_routes(Side { registry, catalogue }: Side<'_>) -> BTreeSet<CredentialRoute> {
     let mut routes = BTreeSet::new();
-    let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);
-    for provider in arms.map(|arm| registry.provider(arm)) {
+    let offers = registry.runtimes().flat_map(|(_, runtime)| &runtime.offers);
+    for provider in offers.map(|offer| registry.provider(offer)) {
         let Ok(target) = target(provider, catalogue, "") else { continue };
         for family in target.calls.iter().flat_map(|call| &call.probe.auth) {
             routes.extend(provider.auth_env.iter().map(|env_name| CredentialRoute {

@@ -127,8 +127,8 @@ fn requests(registry: &Registry, catalogue: &Catalogue, only: Option<&str>) -> V
         }
     };
     for provider in registry.providers().iter().filter(|provider| only.is_none_or(|only| provider.name == only)) {
-        let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);
-        let mut listed = arms.filter(|arm| registry.provider(arm).name == provider.name).flat_map(|arm| &arm.models);
+        let offers = registry.runtimes().flat_map(|(_, runtime)| &runtime.offers);
+        let mut listed = offers.filter(|offer| registry.provider(offer).name == provider.name).flat_map(|offer| &offer.models);
         let model = listed.next().map_or(SOME_MODEL, String::as_str);
         let Ok(target) = endpoint::target(provider, catalogue, model) else { continue };
         for call in target.calls {

@@ -185,7 +185,7 @@ fn report(catalogue: &Catalogue, given: &RecordedAnswer, body: &[u8]) -> Result<
     let next = if is_nearest { None } else { next(&calls, &reading, answer) };
     let signal = match reading.by {
         ReadBy::Signal(position) => probe.signals.get(position).map(|signal| (position, signal)),
-        ReadBy::CommonCode | ReadBy::Shape => None,
+        ReadBy::CommonCode | ReadBy::CommonText | ReadBy::Shape => None,
     };
     Ok(json!({
         "host": host,

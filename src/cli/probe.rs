@@ -104,8 +104,8 @@ fn find<'r>(registry: &'r Registry, name: &str) -> Result<&'r Provider, UsageErr
 }
 
 fn first_model(registry: &Registry, provider: &Provider) -> Option<String> {
-    let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);
-    arms.filter(|arm| registry.provider(arm).name == provider.name).find_map(|arm| arm.models.first().cloned())
+    let offers = registry.runtimes().flat_map(|(_, runtime)| &runtime.offers);
+    offers.filter(|offer| registry.provider(offer).name == provider.name).find_map(|offer| offer.models.first().cloned())
 }
 
 fn answer(

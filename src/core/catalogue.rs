@@ -16,7 +16,12 @@ use jiff::civil::Date;
 use url::Url;
 
 use crate::{
-    core::{answer::any_at, foreign_secrets::ForeignSecrets, oauth_credential::CredentialKind, runtimes::Runtimes},
+    core::{
+        answer::{any_at, contains},
+        foreign_secrets::ForeignSecrets,
+        oauth_credential::CredentialKind,
+        runtimes::Runtimes,
+    },
     domain::{
         problem::{Loaded, Problems},
         protocol::{HeaderFamily, Method, Protocol, Surface},
@@ -29,6 +34,10 @@ const EMBEDDED: &str = include_str!("catalogue/default.yaml");
 /// More parts of the built-in catalogue.
 const RUNTIMES: &str = include_str!("runtimes/default.yaml");
 const FOREIGN_SECRETS: &str = include_str!("catalogue/foreign-secrets.yaml");
+
+/// The longest value that is looked up as a common code, and how much of a text is searched, in bytes.
+const MAX_COMMON_CODE: usize = 64;
+const MAX_COMMON_TEXT: usize = 512;
 
 /// All that is known about hosts, keys and runtimes.
 #[derive(Debug, Clone)]
@@ -217,15 +226,35 @@ pub enum Kind {
     Flag,
 }
 
-/// Error codes that many servers share, and what they mean.
+/// Error codes and texts that many servers share, and what they mean.
 #[derive(Debug, Default, PartialEq)]
 pub struct CommonCodes {
     /// The paths at which a body may hold a code.
     paths: Vec<String>,
-    /// By the code in lower case: the statuses that it applies to (none: all), and its meaning.
-    codes: HashMap<String, Vec<(Vec<u16>, SignalOutcome)>>,
+    /// By the code's normal form.
+    codes: HashMap<String, Vec<Meaning>>,
+    /// The paths at which a body may hold a text for people.
+    text_paths: Vec<String>,
+    texts: Vec<CommonTexts>,
     /// A hash of this list.
     pub fingerprint: [u8; 32],
+}
+
+/// What a common code means.
+#[derive(Debug, Clone, PartialEq)]
+struct Meaning {
+    code: String,
+    /// The statuses that it applies to; empty for all.
+    statuses: Vec<u16>,
+    outcome: SignalOutcome,
+}
+
+/// Parts of texts for people, with one meaning.
+#[derive(Debug, Clone, PartialEq)]
+struct CommonTexts {
+    statuses: Vec<u16>,
+    texts: Vec<String>,
+    outcome: SignalOutcome,
 }
 
 /// One rule: a response that matches has this meaning.
@@ -488,14 +517,40 @@ impl CommonCodes {
     pub fn outcome(&self, status: u16, json: &serde_json::Value) -> Option<SignalOutcome> {
         let found = Cell::new(None);
         let is_known = |value: &serde_json::Value| {
-            let code = value.as_str().unwrap_or_default().to_ascii_lowercase();
-            let meanings = self.codes.get(&code).map(Vec::as_slice).unwrap_or_default();
-            let meaning = meanings.iter().find(|(statuses, _)| statuses.is_empty() || statuses.contains(&status));
-            found.set(meaning.map(|(_, outcome)| *outcome));
+            let Some(code) = value.as_str().filter(|code| code.len() <= MAX_COMMON_CODE) else { return false };
+            let meanings = self.codes.get(&Self::normal_form(code)).map(Vec::as_slice).unwrap_or_default();
+            let meaning = meanings.iter().find(|meaning| {
+                let applies = meaning.statuses.is_empty() || meaning.statuses.contains(&status);
+                // A sentence such as "Invalid token" is no code that proves a key dead. One such as "Quota exceeded" says what it means.
+                let is_exact = || code.eq_ignore_ascii_case(&meaning.code);
+                applies && (meaning.outcome != SignalOutcome::Verdict(Verdict::Invalid) || is_exact())
+            });
+            found.set(meaning.map(|meaning| meaning.outcome));
             meaning.is_some()
         };
         self.paths.iter().any(|path| any_at(json, path, &is_known));
         found.get()
+    }
+
+    /// The meaning of the first known text in this body, for a response with this status.
+    pub fn outcome_of_text(&self, status: u16, json: &serde_json::Value) -> Option<SignalOutcome> {
+        let found = Cell::new(None);
+        let is_known = |value: &serde_json::Value| {
+            let Some(text) = value.as_str() else { return false };
+            let text = text.as_bytes();
+            let text = text.get(..MAX_COMMON_TEXT).unwrap_or(text);
+            let mut listed = self.texts.iter().filter(|listed| listed.statuses.contains(&status));
+            let meaning = listed.find(|listed| listed.texts.iter().any(|part| contains(text, part)));
+            found.set(meaning.map(|meaning| meaning.outcome));
+            meaning.is_some()
+        };
+        self.text_paths.iter().any(|path| any_at(json, path, &is_known));
+        found.get()
+    }
+
+    /// A code in lower case and without marks: servers write `insufficient_quota`, `InsufficientQuota` and `insufficient quota`.
+    fn normal_form(code: &str) -> String {
+        code.chars().filter(|c| !matches!(c, '_' | '-' | ' ' | '.')).map(|c| c.to_ascii_lowercase()).collect()
     }
 
     fn overlaid(&self, over: &Self) -> Self {
@@ -503,8 +558,12 @@ impl CommonCodes {
         paths.extend(over.paths.iter().filter(|path| !self.paths.contains(path)).cloned());
         let mut codes = self.codes.clone();
         codes.extend(over.codes.iter().map(|(code, meanings)| (code.clone(), meanings.clone())));
+        let mut text_paths = self.text_paths.clone();
+        text_paths.extend(over.text_paths.iter().filter(|path| !self.text_paths.contains(path)).cloned());
+        // The first text that matches decides, so an operator's come first.
+        let texts = over.texts.iter().chain(&self.texts).cloned().collect();
         let fingerprint = *blake3::hash(&[self.fingerprint, over.fingerprint].concat()).as_bytes();
-        Self { paths, codes, fingerprint }
+        Self { paths, codes, text_paths, texts, fingerprint }
     }
 }
 

@@ -39,6 +39,8 @@ pub enum ReadBy {
     Signal(usize),
     /// The list of codes that many servers share.
     CommonCode,
+    /// The list of texts that many servers share.
+    CommonText,
     /// Only the status and the kind of body.
     Shape,
 }
@@ -187,7 +189,7 @@ pub fn classify(answer: Answer<'_>, probe: &Probe) -> Classification {
     read(answer, probe).classification
 }
 
-/// What this response says, and why. The row's signals come first, then the codes that many servers share, then status and kind of body.
+/// What this response says, and why. The row's signals come first, then the codes and texts that many servers share, then status and kind of body.
 pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
     let json = serde_json::from_slice::<Value>(answer.body).ok();
     let body = body_of(answer, json.as_ref());
@@ -213,6 +215,11 @@ pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
         // The code says that this network is refused, so no other endpoint tells more.
         let stop = found == SignalOutcome::Verdict(Verdict::UnexpectedResponse);
         return Reading { classification: outcome(found), by: ReadBy::CommonCode, cause: Cause::CommonCode, stop };
+    }
+    if answer.status < 500
+        && let Some(found) = json.as_ref().and_then(|json| probe.common.outcome_of_text(answer.status, json))
+    {
+        return Reading { classification: outcome(found), by: ReadBy::CommonText, cause: Cause::CommonCode, stop: false };
     }
     let code = json.as_ref().and_then(error_code);
     let (classification, cause) = match (answer.status, code) {

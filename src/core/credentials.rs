@@ -128,7 +128,7 @@ impl<'s> CredentialSet<'s> {
     /// accepts and that hold another value.
     pub fn conflicts(&self, registry: &Registry, runtime: &Runtime, provider: &Provider, judged: &str) -> Vec<String> {
         let Lookup::Value { secret: chosen, .. } = self.lookup(judged) else { return Vec::new() };
-        let others = || runtime.arms.iter().map(|arm| registry.provider(arm)).filter(|other| other.name != provider.name);
+        let others = || runtime.offers.iter().map(|offer| registry.provider(offer)).filter(|other| other.name != provider.name);
         let conflicts = |name: &str| match self.lookup(name) {
             Lookup::Value { secret, .. } if provider.accepts(name) => !secret.same_as(chosen),
             Lookup::Value { .. } => others().any(|other| other.accepts(name)),

@@ -1,7 +1,7 @@
 //! Finds the owner of a model. A pure function of registry, runtime, model and the credential *names* that are available.
 
 use crate::{
-    core::registry::{Arm, Provider, Registry, Runtime},
+    core::registry::{Offer, Provider, Registry, Runtime},
     domain::verdict::MatchedBy,
 };
 
@@ -9,7 +9,7 @@ use crate::{
 #[derive(Debug, Clone, Copy)]
 pub struct Derived<'r> {
     /// The owner's entry in the runtime.
-    pub arm: &'r Arm,
+    pub offer: &'r Offer,
     /// The owner.
     pub provider: &'r Provider,
     /// How the owner was found.
@@ -57,39 +57,39 @@ pub fn derive<'r>(
     let listed = runtime.listing(model);
     // Most models are listed by one provider only.
     if let (Some(only), None) = (listed.clone().next(), listed.clone().nth(1)) {
-        return Ok(Derived { arm: only, provider: registry.provider(only), matched_by: MatchedBy::ExactModel });
+        return Ok(Derived { offer: only, provider: registry.provider(only), matched_by: MatchedBy::ExactModel });
     }
-    let (step, arms) = candidates(registry, runtime, model);
-    let owner = |arm: &'r Arm, matched_by| Ok(Derived { arm, provider: registry.provider(arm), matched_by });
-    let (first, others) = match arms.as_slice() {
+    let (step, offers) = candidates(registry, runtime, model);
+    let owner = |offer: &'r Offer, matched_by| Ok(Derived { offer, provider: registry.provider(offer), matched_by });
+    let (first, others) = match offers.as_slice() {
         [] => return Err(Underivable::Unregistered),
         [only] => return owner(only, if step == MatchStep::Exact { MatchedBy::ExactModel } else { MatchedBy::Prefix }),
         [first, others @ ..] => (*first, others),
     };
-    let accepting: Vec<&Arm> = std::iter::once(first)
+    let accepting: Vec<&Offer> = std::iter::once(first)
         .chain(others.iter().copied())
-        .filter(|arm| registry.provider(arm).auth_env.iter().any(|name| is_available(name)))
+        .filter(|offer| registry.provider(offer).auth_env.iter().any(|name| is_available(name)))
         .collect();
     match (step, accepting.as_slice()) {
         (MatchStep::Exact, [only]) => owner(only, MatchedBy::ExactModelAndCredential),
         (MatchStep::Exact, _) => owner(first, MatchedBy::FirstDeclared),
         (MatchStep::Prefix, [only]) => owner(only, MatchedBy::PrefixAndCredential),
         (MatchStep::Prefix, narrowed) => {
-            let named = if narrowed.is_empty() { arms.as_slice() } else { narrowed };
-            Err(Underivable::Ambiguous { candidates: named.iter().map(|arm| registry.provider(arm).name.clone()).collect() })
+            let named = if narrowed.is_empty() { offers.as_slice() } else { narrowed };
+            Err(Underivable::Ambiguous { candidates: named.iter().map(|offer| registry.provider(offer).name.clone()).collect() })
         }
     }
 }
 
-/// The arms that could own the model, in the order of the registry: those that list it, or else those whose pattern matches.
-pub fn candidate_arms<'r>(registry: &'r Registry, runtime: &'r Runtime, model: &str) -> Vec<&'r Arm> {
+/// The offers that could own the model, in the order of the registry: those that list it, or else those whose pattern matches.
+pub fn candidate_offers<'r>(registry: &'r Registry, runtime: &'r Runtime, model: &str) -> Vec<&'r Offer> {
     candidates(registry, runtime, model.trim()).1
 }
 
-fn candidates<'r>(registry: &'r Registry, runtime: &'r Runtime, model: &str) -> (MatchStep, Vec<&'r Arm>) {
-    let listing: Vec<&Arm> = runtime.listing(model).collect();
+fn candidates<'r>(registry: &'r Registry, runtime: &'r Runtime, model: &str) -> (MatchStep, Vec<&'r Offer>) {
+    let listing: Vec<&Offer> = runtime.listing(model).collect();
     if !listing.is_empty() {
         return (MatchStep::Exact, listing);
     }
-    (MatchStep::Prefix, runtime.arms.iter().filter(|arm| registry.provider(arm).pattern.is_match(model)).collect())
+    (MatchStep::Prefix, runtime.offers.iter().filter(|offer| registry.provider(offer).pattern.is_match(model)).collect())
 }

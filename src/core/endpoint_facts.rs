@@ -28,13 +28,15 @@ pub const REMEMBERED_FOR: Duration = Duration::from_secs(6 * 3600);
 /// differently for each model, or if its keys have many forms.
 const MAX_ANSWERS: usize = 16;
 
-/// What the caller wants to know from a calibration.
+/// What the answer to a made-up key is needed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CalibrationQuestion {
-    /// Whether a response is the refusal that a made-up key gets.
+    /// To decide whether a response is a refusal.
     Refusal,
-    /// Whether a success response counts. With a form, only made-up keys of this form are considered.
+    /// To decide whether a success response counts. With a form, only made-up keys of this form are considered.
     Acceptance(Option<KeyForm>),
+    /// To check that the catalogue is still right. What is known already is enough, and nobody waits for the answer.
+    Check,
 }
 
 /// What has been learnt about one request with the credential in one header.
@@ -74,7 +76,7 @@ impl MadeUpAnswer {
     fn settles(&self, model: &str, question: CalibrationQuestion) -> bool {
         match (question, &self.calibration) {
             (_, Calibration::AcceptsAnyone) => self.model == model,
-            (CalibrationQuestion::Refusal, Calibration::Refuses { shape, .. }) => {
+            (CalibrationQuestion::Refusal | CalibrationQuestion::Check, Calibration::Refuses { shape, .. }) => {
                 self.model == model || matches!(shape.status, 401 | 403)
             }
             (CalibrationQuestion::Acceptance(form), Calibration::Refuses { by_code, confirmed, .. }) => {

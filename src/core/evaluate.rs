@@ -8,7 +8,7 @@ use crate::{
         credentials::{CredentialSet, Lookup},
         derive::{Derived, Underivable, derive},
         evaluation_log::{EvaluationLog, Trace},
-        policy::Facts,
+        policy::{Facts, Flow},
         registry::{Auth, Provider, Registry, Runtime},
         snapshot::Snapshot,
     },
@@ -101,9 +101,9 @@ pub fn resolve(snapshot: &Snapshot, runtime: &str, model: &str, available: &BTre
         return Err(Unresolved { refusal: Box::new(not_byok(derived.provider, model)), relevant_env });
     }
     record_owner(&mut resolution, derived.provider, derived.matched_by);
-    let base_url_env = Arc::clone(&snapshot.arm(derived.arm).base_url_env);
+    let base_url_env = Arc::clone(&snapshot.offer_use(derived.offer).base_url_env);
     let relevant = RelevantNames { env: relevant_env, base_url_env };
-    Ok(Resolved { resolution, relevant, withdrawn: derived.arm.has_withdrawn(model) })
+    Ok(Resolved { resolution, relevant, withdrawn: derived.offer.has_withdrawn(model) })
 }
 
 /// The owner of a model, and the names that a caller should fetch before it asks for a decision.
@@ -145,14 +145,11 @@ struct Evaluator<'a, 'f> {
     fingerprint: &'f dyn Fn(&Secret) -> String,
 }
 
-/// `Err` ends the evaluation early: the facts are complete.
-type Flow<T> = Result<T, Box<Facts>>;
-
 impl<'a> Evaluator<'a, '_> {
     fn run(&self, log: &mut EvaluationLog) -> Flow<Next<'a>> {
         self.check_override(log)?;
         let runtime = self.runtime(log)?;
-        let model = known_model(&self.spec.runtime, &self.spec.model).map_err(|refusal| refused(*refusal))?;
+        let model = known_model(&self.spec.runtime, &self.spec.model).map_err(|refusal| Facts::refused(*refusal))?;
         log.trace.step("model", || format!("`{model}`"));
         if self.spec.operator_override == OperatorOverride::PlatformManaged {
             log.resolution.billing_mode = Some(BillingMode::PlatformManaged);
@@ -166,13 +163,13 @@ impl<'a> Evaluator<'a, '_> {
         let derived = self.owner(&credentials, runtime, model, log)?;
         self.check_withdrawn(&derived, model, log)?;
         let provider = derived.provider;
-        log.relevant.base_url_env = Arc::clone(&self.snapshot.arm(derived.arm).base_url_env);
+        log.relevant.base_url_env = Arc::clone(&self.snapshot.offer_use(derived.offer).base_url_env);
         self.check_base_url_names(log);
         if provider.is_platform() {
             return Err(Box::new(self.platform(model)));
         }
         if provider.auth == Auth::Ambient {
-            return Err(refused(not_byok(provider, model)));
+            return Err(Facts::refused(not_byok(provider, model)));
         }
         let step = CredentialStep {
             snapshot: self.snapshot,
@@ -213,7 +210,7 @@ impl<'a> Evaluator<'a, '_> {
         log.trace.step("override", || format!("{word}, {}", if honoured { "honoured" } else { "refused by configuration" }));
         log.warn(WarningCode::OperatorOverride, format!("an operator override of {word} was given"), Vec::new());
         match (honoured, self.spec.operator_override) {
-            (false, _) => Err(refused(Refusal::OverrideNotAllowed)),
+            (false, _) => Err(Facts::refused(Refusal::OverrideNotAllowed)),
             (true, OperatorOverride::Disabled) => {
                 log.resolution.billing_mode = Some(BillingMode::None);
                 Err(Box::new(Facts::OverrideDisabled))
@@ -233,8 +230,8 @@ impl<'a> Evaluator<'a, '_> {
             }
             return Err(Box::new(Facts::ExemptRuntime));
         }
-        let runtime = known_runtime(&self.snapshot.registry, name).map_err(|refusal| refused(*refusal))?;
-        log.trace.step("runtime", || format!("`{name}` has {} providers", runtime.arms.len()));
+        let runtime = known_runtime(&self.snapshot.registry, name).map_err(|refusal| Facts::refused(*refusal))?;
+        log.trace.step("runtime", || format!("`{name}` has {} providers", runtime.offers.len()));
         Ok(runtime)
     }
 
@@ -254,7 +251,7 @@ impl<'a> Evaluator<'a, '_> {
         let derived = derive(registry, name, model, &|name| credentials.has(name));
         log.relevant.env = match &derived {
             // Only this provider lists the model.
-            Ok(Derived { arm, matched_by: MatchedBy::ExactModel, .. }) => self.snapshot.names_of(arm),
+            Ok(Derived { offer, matched_by: MatchedBy::ExactModel, .. }) => self.snapshot.names_of(offer),
             Ok(_) | Err(_) => self.snapshot.relevant_names(runtime, model),
         };
         if credentials.has_unreadable() {
@@ -274,22 +271,22 @@ impl<'a> Evaluator<'a, '_> {
             if !changing.is_empty() {
                 log.trace.step("derive", || format!("{} could not be read and could change the owner", listed(&changing)));
                 let scopes = credentials.unreadable_scopes(&changing);
-                return Err(refused(Refusal::CredentialsUnreadable { names: changing, scopes, changes_owner: true }));
+                return Err(Facts::refused(Refusal::CredentialsUnreadable { names: changing, scopes, changes_owner: true }));
             }
         }
-        let derived = derived.map_err(|underivable| refused(*refusal_of(underivable, name, model, registry)))?;
+        let derived = derived.map_err(|underivable| Facts::refused(*refusal_of(underivable, name, model, registry)))?;
         record_owner(&mut log.resolution, derived.provider, derived.matched_by);
         log.trace.step("derive", || format!("provider `{}` by {}", derived.provider.name, derived.matched_by));
         Ok(derived)
     }
 
     fn check_withdrawn(&self, derived: &Derived<'_>, model: &str, log: &mut EvaluationLog) -> Flow<()> {
-        if !derived.arm.has_withdrawn(model) {
+        if !derived.offer.has_withdrawn(model) {
             return Ok(());
         }
         log.trace.step("model", || "withdrawn".into());
         match self.checkpoint {
-            Checkpoint::Create | Checkpoint::Update => Err(refused(Refusal::ModelWithdrawn {
+            Checkpoint::Create | Checkpoint::Update => Err(Facts::refused(Refusal::ModelWithdrawn {
                 runtime: self.spec.runtime.clone(),
                 model: model.to_owned(),
                 provider: derived.provider.name.clone(),
@@ -310,10 +307,6 @@ impl<'a> Evaluator<'a, '_> {
             Facts::Platform { by_override: false, proxy: self.proxy, model }
         }
     }
-}
-
-fn refused(refusal: Refusal) -> Box<Facts> {
-    Box::new(Facts::Refused(refusal))
 }
 
 /// Whether the runtime is on the list of exemptions. A workspace without a runtime never is.
@@ -369,8 +362,8 @@ fn nearest<'m>(model: &str, models: impl Iterator<Item = &'m str>) -> Option<&'m
 /// The models that a runtime offers to new workspaces.
 fn offered(registry: &Registry, runtime: &Runtime) -> Vec<String> {
     let mut models: Vec<String> = Vec::new();
-    for arm in runtime.arms.iter().filter(|arm| registry.provider(arm).auth != Auth::Ambient) {
-        for model in arm.models.iter().filter(|model| !arm.has_withdrawn(model)) {
+    for offer in runtime.offers.iter().filter(|offer| registry.provider(offer).auth != Auth::Ambient) {
+        for model in offer.models.iter().filter(|model| !offer.has_withdrawn(model)) {
             if !models.contains(model) {
                 models.push(model.clone());
             }

@@ -82,17 +82,17 @@ pub enum Auth {
 pub struct Runtime {
     /// The name that people see; empty if it has none.
     pub display_name: String,
-    /// The providers that it can use.
-    pub arms: Vec<Arm>,
-    /// The positions of the arms that list a model, by the model's id.
+    /// The providers that it can use, and their models.
+    pub offers: Vec<Offer>,
+    /// The positions of the offers that list a model, by the model's id.
     exact: HashMap<String, Vec<usize>>,
 }
 
-/// One provider of a runtime.
+/// A provider as one runtime offers it.
 #[derive(Debug)]
-pub struct Arm {
+pub struct Offer {
     provider: usize,
-    /// The position among all arms of the registry.
+    /// The position among all offers of the registry.
     pub index: usize,
     /// The models that it lists. If there are none, it owns models by the provider's pattern only.
     pub models: Vec<String>,
@@ -143,17 +143,17 @@ impl Registry {
         &self.credential_names
     }
 
-    /// The provider of this arm.
-    pub fn provider(&self, arm: &Arm) -> &Provider {
-        #[expect(clippy::indexing_slicing, reason = "`check` builds arms from positions in `providers`, which never changes")]
-        &self.providers[arm.provider]
+    /// The provider of this offer.
+    pub fn provider(&self, offer: &Offer) -> &Provider {
+        #[expect(clippy::indexing_slicing, reason = "`check` builds offers from positions in `providers`, which never changes")]
+        &self.providers[offer.provider]
     }
 
     /// The models that a runtime offers without a key of the tenant's own.
     pub fn keyless_models(&self, runtime: &Runtime) -> Vec<String> {
         let mut models = Vec::new();
-        for arm in runtime.arms.iter().filter(|arm| self.provider(arm).is_platform()) {
-            models.extend(arm.models.iter().filter(|model| !arm.withdrawn.contains(model)).cloned());
+        for offer in runtime.offers.iter().filter(|offer| self.provider(offer).is_platform()) {
+            models.extend(offer.models.iter().filter(|model| !offer.withdrawn.contains(model)).cloned());
         }
         models
     }
@@ -162,22 +162,22 @@ impl Registry {
 // === impl Runtime ===
 
 impl Runtime {
-    fn new(display_name: String, arms: Vec<Arm>) -> Self {
+    fn new(display_name: String, offers: Vec<Offer>) -> Self {
         let mut exact: HashMap<String, Vec<usize>> = HashMap::new();
-        for (index, arm) in arms.iter().enumerate() {
-            for model in arm.models.iter().chain(&arm.withdrawn) {
+        for (index, offer) in offers.iter().enumerate() {
+            for model in offer.models.iter().chain(&offer.withdrawn) {
                 let listing = exact.entry(model.clone()).or_default();
                 if !listing.contains(&index) {
                     listing.push(index);
                 }
             }
         }
-        Self { display_name, arms, exact }
+        Self { display_name, offers, exact }
     }
 
-    /// The arms that list this model, in the order of the document. Withdrawn models count.
-    pub fn listing(&self, model: &str) -> impl Iterator<Item = &Arm> + Clone {
-        self.exact.get(model).into_iter().flatten().filter_map(|&index| self.arms.get(index))
+    /// The offers that list this model, in the order of the document. Withdrawn models count.
+    pub fn listing(&self, model: &str) -> impl Iterator<Item = &Offer> + Clone {
+        self.exact.get(model).into_iter().flatten().filter_map(|&index| self.offers.get(index))
     }
 }
 
@@ -200,9 +200,9 @@ impl Provider {
     }
 }
 
-// === impl Arm ===
+// === impl Offer ===
 
-impl Arm {
+impl Offer {
     /// Whether new workspaces cannot have this model.
     pub fn has_withdrawn(&self, model: &str) -> bool {
         self.withdrawn.iter().any(|withdrawn| withdrawn == model)

@@ -11,13 +11,13 @@ use url::Url;
 use crate::{
     core::{
         catalogue::Catalogue,
-        derive::candidate_arms,
+        derive::candidate_offers,
         endpoint::{Endpoint, NoSurface, base_url_names},
         oauth_credential::CredentialKind,
         policy::Policy,
-        registry::{Arm, Provider, Registry, Runtime},
+        registry::{Offer, Provider, Registry, Runtime},
         runtimes::Delivery,
-        workspace_call::ArmRoute,
+        workspace_call::CredentialRoute,
     },
     domain::{denial::Place, protocol::Surface},
 };
@@ -48,17 +48,17 @@ pub struct Snapshot {
 struct Precomputed {
     /// How each provider is asked, or why it cannot be asked.
     endpoints: BTreeMap<String, Result<Arc<Endpoint>, NoSurface>>,
-    /// By the arms' index.
-    arms: Vec<ArmUse>,
+    /// How each offer is used, by its index.
+    uses: Vec<OfferUse>,
     /// Every credential name that a caller may send.
     credential_names: BTreeSet<String>,
 }
 
-/// How a runtime uses one of its providers.
+/// How a runtime uses a provider that it offers.
 #[derive(Debug)]
-pub struct ArmUse {
+pub struct OfferUse {
     /// How the provider's credential leaves a workspace, if that is known.
-    pub route: Option<ArmRoute>,
+    pub route: Option<CredentialRoute>,
     /// The credential names that are read, sent or accepted.
     pub names: Arc<[String]>,
     /// The base-URL variables with which a workspace would call another host.
@@ -113,17 +113,17 @@ impl Snapshot {
         self.precomputed.endpoints.get(&provider.name).map_or(Err(&NoSurface::NoEndpoint), Result::as_ref)
     }
 
-    /// How the runtime uses the provider of this arm.
-    pub fn arm(&self, arm: &Arm) -> &ArmUse {
-        #[expect(clippy::indexing_slicing, reason = "there is one for each arm of this registry, in their order")]
-        &self.precomputed.arms[arm.index]
+    /// How the runtime uses the provider of this offer.
+    pub fn offer_use(&self, offer: &Offer) -> &OfferUse {
+        #[expect(clippy::indexing_slicing, reason = "there is one for each offer of this registry, in their order")]
+        &self.precomputed.uses[offer.index]
     }
 
     /// The endpoint that a workspace calls for this provider, with a value that is sent in this way.
     pub fn dialled<'s>(
         &'s self,
         provider: &Provider,
-        arm: &'s ArmUse,
+        offer_use: &'s OfferUse,
         delivery: Option<&Delivery>,
         moved_to: Option<&Url>,
     ) -> Result<&'s Arc<Endpoint>, &'s NoSurface> {
@@ -131,23 +131,23 @@ impl Snapshot {
         // Probes in the registry are for the registry's base URL only.
         let Some(base) = base.filter(|_| provider.probes.is_empty()) else { return self.endpoint(provider) };
         let surface = delivery.and_then(|delivery| delivery.surface);
-        let dialled = arm.dialled.iter().find(|dialled| dialled.base == *base && dialled.surface == surface);
+        let dialled = offer_use.dialled.iter().find(|dialled| dialled.base == *base && dialled.surface == surface);
         dialled.map_or(Err(&NoSurface::NoEndpoint), |dialled| dialled.endpoint.as_ref())
     }
 
     /// Every credential name that could change the owner of this model or be used for it. Empty if the platform is the only possible owner, or if
     /// there is none.
     pub fn relevant_names(&self, runtime: &Runtime, model: &str) -> Arc<[String]> {
-        let arms = candidate_arms(&self.registry, runtime, model);
-        let providers = || arms.iter().map(|arm| self.registry.provider(arm));
+        let offers = candidate_offers(&self.registry, runtime, model);
+        let providers = || offers.iter().map(|offer| self.registry.provider(offer));
         if providers().all(Provider::is_platform) {
             return Arc::default();
         }
-        if let [only] = arms.as_slice() {
+        if let [only] = offers.as_slice() {
             return self.names_of(only);
         }
         let mut names: Vec<String> = Vec::new();
-        for name in arms.iter().flat_map(|arm| self.arm(arm).names.iter()) {
+        for name in offers.iter().flat_map(|offer| self.offer_use(offer).names.iter()) {
             if !names.contains(name) {
                 names.push(name.clone());
             }
@@ -155,9 +155,9 @@ impl Snapshot {
         names.into()
     }
 
-    /// The same, if this arm is the only possible owner.
-    pub fn names_of(&self, arm: &Arm) -> Arc<[String]> {
-        if self.registry.provider(arm).is_platform() { Arc::default() } else { Arc::clone(&self.arm(arm).names) }
+    /// The same, if this offer is the only possible owner.
+    pub fn names_of(&self, offer: &Offer) -> Arc<[String]> {
+        if self.registry.provider(offer).is_platform() { Arc::default() } else { Arc::clone(&self.offer_use(offer).names) }
     }
 
     /// This variable as a place to save a key.
@@ -177,45 +177,46 @@ impl Snapshot {
 impl Precomputed {
     fn from(registry: &Registry, catalogue: &Catalogue) -> Self {
         let endpoint_of = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, catalogue).map(Arc::new));
-        let mut arms: Vec<(usize, ArmUse)> = Vec::new();
+        let mut uses: Vec<(usize, OfferUse)> = Vec::new();
         let mut credential_names = registry.credential_names().clone();
         for (runtime, found) in registry.runtimes() {
             let facts = catalogue.runtimes.get(runtime);
-            for arm in &found.arms {
-                let provider = registry.provider(arm);
+            for offer in &found.offers {
+                let provider = registry.provider(offer);
                 let others_accept =
                     |name: &str| registry.providers().iter().any(|other| other.name != provider.name && other.accepts(name));
-                let route =
-                    facts.filter(|_| !provider.is_platform()).and_then(|facts| ArmRoute::of(facts, provider, &others_accept));
-                let arm_use = ArmUse::of(route, provider, catalogue);
-                credential_names.extend(arm_use.names.iter().cloned());
-                arms.push((arm.index, arm_use));
+                let route = facts
+                    .filter(|_| !provider.is_platform())
+                    .and_then(|facts| CredentialRoute::of(facts, provider, &others_accept));
+                let offer_use = OfferUse::of(route, provider, catalogue);
+                credential_names.extend(offer_use.names.iter().cloned());
+                uses.push((offer.index, offer_use));
             }
         }
-        arms.sort_by_key(|(index, _)| *index);
-        let arms = arms.into_iter().map(|(_, arm)| arm).collect();
-        Self { endpoints: registry.providers().iter().map(endpoint_of).collect(), arms, credential_names }
+        uses.sort_by_key(|(index, _)| *index);
+        let uses = uses.into_iter().map(|(_, offer_use)| offer_use).collect();
+        Self { endpoints: registry.providers().iter().map(endpoint_of).collect(), uses, credential_names }
     }
 }
 
-// === impl ArmUse ===
+// === impl OfferUse ===
 
-impl ArmUse {
+impl OfferUse {
     /// The provider's variables that the runtime reads, as far as that is known.
     pub fn usable<'a>(&'a self, provider: &'a Provider) -> Vec<String> {
-        self.route.as_ref().map_or_else(|| provider.auth_env.clone(), |arm| arm.usable().cloned().collect())
+        self.route.as_ref().map_or_else(|| provider.auth_env.clone(), |route| route.usable().cloned().collect())
     }
 
-    fn of(route: Option<ArmRoute>, provider: &Provider, catalogue: &Catalogue) -> Self {
+    fn of(route: Option<CredentialRoute>, provider: &Provider, catalogue: &Catalogue) -> Self {
         let mut names: Vec<String> = Vec::new();
-        let of_route = route.iter().flat_map(ArmRoute::names);
+        let of_route = route.iter().flat_map(CredentialRoute::names);
         for name in provider.auth_env.iter().map(String::as_str).chain(of_route) {
             if !names.iter().any(|known| known == name) {
                 names.push(name.to_owned());
             }
         }
         let mut dialled: Vec<Dialled> = Vec::new();
-        if let Some(ArmRoute { route, .. }) = &route {
+        if let Some(CredentialRoute { facts: route, .. }) = &route {
             let deliveries = std::iter::once(&route.delivery).chain(route.by_prefix.iter().map(|(_, delivery)| delivery));
             let moved = route.by_env.iter().map(|(_, base)| (base, route.delivery.surface));
             for (base, surface) in
@@ -227,7 +228,7 @@ impl ArmUse {
                 }
             }
         }
-        let base_url_env = match route.as_ref().and_then(|arm| arm.route.base_url_env.clone()) {
+        let base_url_env = match route.as_ref().and_then(|route| route.facts.base_url_env.clone()) {
             Some(names) => names,
             None => base_url_names(provider, catalogue),
         };

@@ -16,9 +16,9 @@ use crate::{
 
 /// How a runtime sends the credentials of one of its providers.
 #[derive(Debug, Clone)]
-pub struct ArmRoute {
+pub struct CredentialRoute {
     /// The known facts.
-    pub route: Route,
+    pub facts: Route,
     /// The provider's own variables: those in the registry, and those that its route reads and no other provider accepts.
     pub own: Vec<String>,
     /// Whether the runtime removes blanks around a value.
@@ -80,9 +80,9 @@ impl FoundCredential<'_> {
     }
 }
 
-// === impl ArmRoute ===
+// === impl CredentialRoute ===
 
-impl ArmRoute {
+impl CredentialRoute {
     /// The route of a provider in a runtime, if facts are known. `others_accept` says whether another provider of the registry accepts a variable.
     pub fn of(facts: &RuntimeFacts, provider: &Provider, others_accept: &dyn Fn(&str) -> bool) -> Option<Self> {
         let Provider { name, auth_env, auth_token_env, anthropic_base_url, .. } = provider;
@@ -90,18 +90,18 @@ impl ArmRoute {
         let mut own = provider.auth_env.clone();
         own.extend(route.reads.iter().filter(|name| !own.contains(name) && !others_accept(name)).cloned().collect::<Vec<_>>());
         let stripped = facts.organization_loses.iter().filter(|name| !provider.accepts(name)).cloned().collect();
-        Some(Self { route, own, trims: facts.trims, falls_back: facts.falls_back, stripped })
+        Some(Self { facts: route, own, trims: facts.trims, falls_back: facts.falls_back, stripped })
     }
 
     /// Every variable that is read, sent or accepted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.own.iter().map(String::as_str).chain(self.route.names())
+        self.own.iter().map(String::as_str).chain(self.facts.names())
     }
 
     /// The provider's own variables that the runtime reads. If the route is not certain and reads none of them, all of them.
     pub fn usable(&self) -> impl Iterator<Item = &String> {
-        let reads = |name: &&String| self.route.reads.contains(name);
-        let unknown = !self.route.is_certain() && !self.own.iter().any(|name| reads(&name));
+        let reads = |name: &&String| self.facts.reads.contains(name);
+        let unknown = !self.facts.is_certain() && !self.own.iter().any(|name| reads(&name));
         self.own.iter().filter(move |name| unknown || reads(name))
     }
 
@@ -116,8 +116,12 @@ impl ArmRoute {
 }
 
 /// What a workspace with these credentials will send to this provider.
-pub fn predict<'a>(arm: Option<&'a ArmRoute>, provider: &'a Provider, credentials: &CredentialSet<'a>) -> Prediction<'a> {
-    match arm {
+pub fn predict<'a>(
+    route: Option<&'a CredentialRoute>,
+    provider: &'a Provider,
+    credentials: &CredentialSet<'a>,
+) -> Prediction<'a> {
+    match route {
         None => {
             let lookup = |name| credentials.lookup(name);
             match first(&provider.auth_env, &lookup) {
@@ -136,18 +140,18 @@ pub fn predict<'a>(arm: Option<&'a ArmRoute>, provider: &'a Provider, credential
                 }
             }
         }
-        Some(arm) => predict_by(arm, credentials).unwrap_or_else(Prediction::Unreadable),
+        Some(route) => predict_by(route, credentials).unwrap_or_else(Prediction::Unreadable),
     }
 }
 
-fn predict_by<'a>(arm: &'a ArmRoute, credentials: &CredentialSet<'a>) -> Result<Prediction<'a>, Vec<String>> {
-    let ArmRoute { route, own, .. } = arm;
-    let lookup = |name| arm.lookup(credentials, name);
+fn predict_by<'a>(route: &'a CredentialRoute, credentials: &CredentialSet<'a>) -> Result<Prediction<'a>, Vec<String>> {
+    let CredentialRoute { facts, own, .. } = route;
+    let lookup = |name| route.lookup(credentials, name);
     let is_own = |name: &str| own.iter().any(|own| own == name);
     // The provider needs a value of its own, whatever else is sent.
     let owned = own.iter().filter_map(|name| find(name, &lookup)).collect::<Vec<_>>();
-    let overriding = first(&route.beaten_by, &lookup)?;
-    let read = first(&route.reads, &lookup)?;
+    let overriding = first(&facts.beaten_by, &lookup)?;
+    let read = first(&facts.reads, &lookup)?;
     let Some(sent) = overriding.or(read) else {
         // The runtime reads none of the variables that are set. Judge what the registry accepts, although the runtime does not use it.
         let Some(judged) = first(own, &lookup)? else { return Ok(Prediction::Missing(None)) };
@@ -163,7 +167,7 @@ fn predict_by<'a>(arm: &'a ArmRoute, credentials: &CredentialSet<'a>) -> Result<
     };
     if owned.is_empty() {
         return match own.iter().filter(|name| matches!(lookup(name), Lookup::Unknown)).cloned().collect::<Vec<_>>() {
-            unknown if unknown.is_empty() => Ok(Prediction::Missing(blocking_name(arm, sent.env_name))),
+            unknown if unknown.is_empty() => Ok(Prediction::Missing(blocking_name(route, sent.env_name))),
             unknown => Err(unknown),
         };
     }
@@ -178,15 +182,15 @@ fn predict_by<'a>(arm: &'a ArmRoute, credentials: &CredentialSet<'a>) -> Result<
     let is_judged = |found: &FoundCredential<'_>| found.env_name == judged.env_name;
     if !owned.iter().all(is_judged) {
         let differs = |found: &FoundCredential<'_>| !found.secret.same_as(judged.secret) || !is_own(judged.env_name);
-        let in_order = route.reads.iter().chain(own).filter(|name| is_own(name)).filter_map(|name| find(name, &lookup));
+        let in_order = facts.reads.iter().chain(own).filter(|name| is_own(name)).filter_map(|name| find(name, &lookup));
         for other in in_order.filter(|other| !is_judged(other) && differs(other)) {
             if passed_over.iter().all(|known| known.env_name != other.env_name) {
                 passed_over.push(other);
             }
         }
     }
-    let also_sent = route.also_sends.iter().filter_map(|(name, header)| Some((find(name, &lookup)?, *header)));
-    let moved_to = route.by_env.iter().find(|(name, _)| find(name, &lookup).is_some()).map(|(_, base)| base);
+    let also_sent = facts.also_sends.iter().filter_map(|(name, header)| Some((find(name, &lookup)?, *header)));
+    let moved_to = facts.by_env.iter().find(|(name, _)| find(name, &lookup).is_some()).map(|(_, base)| base);
     let also_sent = also_sent.filter(|(found, _)| !found.secret.same_as(judged.secret)).collect();
     Ok(Prediction::Sends(WorkspaceCall {
         judged,
@@ -199,9 +203,9 @@ fn predict_by<'a>(arm: &'a ArmRoute, credentials: &CredentialSet<'a>) -> Result<
 }
 
 /// The variable that is sent, if the runtime reads it before one of the provider's own.
-fn blocking_name<'a>(arm: &'a ArmRoute, sent: &'a str) -> Option<&'a str> {
-    let mut behind = arm.route.beaten_by.iter().chain(&arm.route.reads).skip_while(|name| *name != sent);
-    behind.any(|name| arm.own.contains(name)).then_some(sent)
+fn blocking_name<'a>(route: &'a CredentialRoute, sent: &'a str) -> Option<&'a str> {
+    let mut behind = route.facts.beaten_by.iter().chain(&route.facts.reads).skip_while(|name| *name != sent);
+    behind.any(|name| route.own.contains(name)).then_some(sent)
 }
 
 /// The first of these variables that holds a value. `Err` names those before it that could not be read.

@@ -292,7 +292,7 @@ impl Cause {
     pub const fn text(self) -> &'static str {
         match self {
             Self::RowSignal => "a signal of the host's row decides",
-            Self::CommonCode => "a well-known error code decides",
+            Self::CommonCode => "a well-known error code or text decides",
             Self::Status => "the HTTP status decides",
             Self::AsAMadeUpKey => "a made-up key gets the same answer",
             Self::Restricted => "alive, but not for this endpoint",

@@ -489,11 +489,11 @@ pub fn models(snapshot: &Snapshot, runtime: Option<&str>, details: bool) -> pb::
     let registry = &snapshot.registry;
     let (mut models, mut open_providers) = (Vec::new(), Vec::new());
     for (name, found) in registry.runtimes().filter(|(name, _)| runtime.is_none_or(|runtime| runtime == *name)) {
-        for arm in &found.arms {
-            let provider = registry.provider(arm);
+        for offer in &found.offers {
+            let provider = registry.provider(offer);
             let accepted_env = || if provider.is_platform() { Vec::new() } else { provider.auth_env.clone() };
             let runtime_display_name = || if details { found.display_name.clone() } else { String::new() };
-            if details && arm.models.is_empty() && arm.withdrawn.is_empty() {
+            if details && offer.models.is_empty() && offer.withdrawn.is_empty() {
                 open_providers.push(pb::OpenProvider {
                     runtime: name.to_owned(),
                     runtime_display_name: runtime_display_name(),
@@ -505,8 +505,8 @@ pub fn models(snapshot: &Snapshot, runtime: Option<&str>, details: bool) -> pb::
                     deprecated: provider.deprecated,
                 });
             }
-            let withdrawn_only = arm.withdrawn.iter().filter(|model| !arm.models.contains(model));
-            for model in arm.models.iter().chain(withdrawn_only) {
+            let withdrawn_only = offer.withdrawn.iter().filter(|model| !offer.models.contains(model));
+            for model in offer.models.iter().chain(withdrawn_only) {
                 models.push(pb::OfferedModel {
                     runtime: name.to_owned(),
                     model: model.clone(),
@@ -514,7 +514,7 @@ pub fn models(snapshot: &Snapshot, runtime: Option<&str>, details: bool) -> pb::
                     provider_display_name: provider.display_name.clone(),
                     billing_mode: billing_mode(Some(provider.billing_mode())),
                     accepted_env: accepted_env(),
-                    withdrawn: arm.has_withdrawn(model),
+                    withdrawn: offer.has_withdrawn(model),
                     runtime_display_name: runtime_display_name(),
                     deprecated: details && provider.deprecated,
                 });
@@ -541,7 +541,7 @@ pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResp
         catalogue: Some(source(catalogue.revision(), catalogue_origin)),
         provider_count: count(registry.providers().len()),
         runtime_count: count(registry.runtimes().count()),
-        model_count: count(registry.runtimes().flat_map(|(_, runtime)| &runtime.arms).map(|arm| arm.models.len()).sum()),
+        model_count: count(registry.runtimes().flat_map(|(_, runtime)| &runtime.offers).map(|offer| offer.models.len()).sum()),
         host_count: count(catalogue.host_count()),
         credential_names: snapshot.credential_names().iter().cloned().collect(),
         configuration: Some(source("", configuration_origin)),

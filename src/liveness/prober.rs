@@ -15,7 +15,7 @@ use std::{
 use tokio::time::{Instant, timeout_at};
 use tracing::Instrument;
 
-use self::endpoints::{BUDGET as CALIBRATION_BUDGET, Endpoints, header_of};
+use self::endpoints::{BUDGET as CALIBRATION_BUDGET, CalibrationRequest, Endpoints, header_of};
 use crate::{
     core::{
         classify::{
@@ -24,8 +24,8 @@ use crate::{
         endpoint::{Call, Target},
         endpoint_facts::{CalibrationQuestion, EndpointFacts},
         engine::{Boxed, ProbeRequest, Prober},
-        made_up_key::{KeyForm, made_up_key},
-        probe_plan::{Client, Lesson, Next, ProbePlan, Purpose, Requests, outcome_of},
+        made_up_key::{KeyForm, can_be_imitated, made_up_key},
+        probe_plan::{Client, Lesson, Next, ProbePlan, Requests, outcome_of},
         response_shape::ResponseShape,
     },
     domain::{
@@ -219,7 +219,13 @@ async fn run_plan(
         is_pointless: &|call, family| endpoints.is_some_and(|endpoints| endpoints.is_uninformative(call, family)),
         has_accepted: &|call, family| endpoints.is_some_and(|endpoints| endpoints.has_accepted(call, family)),
     };
-    let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
+    // A key whose form cannot be imitated is compared with a made-up key of the usual form.
+    let can_be_imitated = can_be_imitated(secret, target.endpoint.key_prefix.as_deref());
+    let client = Client {
+        preference: target.preference,
+        usual_header: target.endpoint.client_header,
+        key_form: can_be_imitated.then(|| KeyForm::of(secret)),
+    };
     let mut plan = ProbePlan::new(&target.calls, client, &facts, requests);
     let mut asked: Vec<(&Call, Vec<HeaderFamily>)> = Vec::new();
     let finding = loop {
@@ -256,20 +262,16 @@ async fn run_plan(
             }
             // The made-up key is sent after the real one and never at the same time: a server that allows one request at a time would refuse one
             // because of the other. The first caller at an endpoint waits for the answer.
-            Next::Calibrate { call, families, purpose } => {
-                let calibration = match (endpoints, purpose) {
+            Next::Calibrate { call, families, question } => {
+                let ask = CalibrationRequest { call, families: &families, target, secret, question };
+                let calibration = match (endpoints, question) {
                     (None, _) => Calibration::NotAsked,
-                    (Some(endpoints), Purpose::Acceptance { of_its_form }) => {
-                        let question = CalibrationQuestion::Acceptance(of_its_form.then(|| KeyForm::of(secret)));
-                        endpoints.calibrate(call, &families, target, secret, question, three_quarters_of(deadline)).await
+                    (Some(endpoints), CalibrationQuestion::Acceptance(_)) => {
+                        endpoints.calibrate(ask, three_quarters_of(deadline)).await
                     }
-                    (Some(endpoints), Purpose::Refusal) => {
-                        endpoints
-                            .calibrate(call, &families, target, secret, CalibrationQuestion::Refusal, half_of(deadline))
-                            .await
-                    }
+                    (Some(endpoints), CalibrationQuestion::Refusal) => endpoints.calibrate(ask, half_of(deadline)).await,
                     // The documentation is trusted for now, and checked in the background for the next probe.
-                    (Some(endpoints), Purpose::Check) => endpoints.calibrate_in_background(call, &families, target, secret),
+                    (Some(endpoints), CalibrationQuestion::Check) => endpoints.calibrate_in_background(ask),
                 };
                 if let Some(attempt) = attempts.last_mut() {
                     attempt.calibration = calibration.clone();
@@ -291,7 +293,9 @@ async fn run_plan(
                 let calibration = match endpoints {
                     None => Calibration::NotAsked,
                     Some(endpoints) => {
-                        endpoints.calibrate(call, &[], target, secret, CalibrationQuestion::Refusal, half_of(deadline)).await
+                        let question = CalibrationQuestion::Refusal;
+                        let ask = CalibrationRequest { call, families: &[], target, secret, question };
+                        endpoints.calibrate(ask, half_of(deadline)).await
                     }
                 };
                 plan.take_keyless(match &calibration {

@@ -113,6 +113,18 @@ fn the_corpus_is_wide_enough() {
         .filter(|signal| !met.contains(signal))
         .collect();
     assert!(unmet.is_empty(), "no answer of the corpus meets these:\n{}", unmet.join("\n"));
+    // So does some answer with each text that many servers share.
+    let document: Value = serde_yaml::from_str(include_str!("../../src/core/catalogue/default.yaml")).unwrap();
+    let mut known = 0;
+    for listed in document["common_codes"]["texts"].as_array().unwrap() {
+        for text in listed["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()) {
+            let holds = |line: &&Line| String::from_utf8_lossy(&body_of(line)).to_lowercase().contains(text);
+            let is_met = corpus.iter().filter(holds).any(|line| listed["verdict"] == *line.expect.reading);
+            assert!(is_met, "no answer of the corpus holds `{text}`");
+            known += 1;
+        }
+    }
+    assert!(known > 25, "{known}");
 }
 
 /// `deploy/catalogue` ships a row for each self-hosted server: each is valid, and classifies its server's answers. Every signal is matched.

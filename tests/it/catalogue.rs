@@ -27,8 +27,8 @@ fn embedded() -> (Registry, Catalogue) {
 
 /// A model of this provider's, as a workspace would name it: a listed one, else one by its pattern.
 fn some_model(registry: &Registry, provider: &Provider) -> String {
-    let arms = registry.runtimes().flat_map(|(_, runtime)| &runtime.arms);
-    let listed = arms.filter(|arm| registry.provider(arm).name == provider.name).flat_map(|arm| &arm.models).next();
+    let offers = registry.runtimes().flat_map(|(_, runtime)| &runtime.offers);
+    let listed = offers.filter(|offer| registry.provider(offer).name == provider.name).flat_map(|offer| &offer.models).next();
     let forms = [format!("{}:acme/made-up 1", provider.name), format!("{}/made-up", provider.name), "glm-made-up".into()];
     let more = ["mimo-made-up", "deepseek-made-up", "gemini-made-up", "gemini/made-up", "anthropic/made-up", "openai:made-up"]
         .map(String::from);

@@ -158,19 +158,19 @@ const FORMS: &[&str] = &[
 /// One provider at each of these hosts.
 fn endpoints(catalogue: &Catalogue, hosts: &BTreeSet<String>) -> Vec<Endpoint> {
     let mut text = "schema_version: 1\nproviders:\n".to_owned();
-    let mut arms = String::new();
+    let mut offers = String::new();
     for (index, host) in hosts.iter().enumerate() {
         text.push_str(&format!(
             "  - {{name: p{index}, display_name: P{index}, protocol: openai, auth_mode: anthropic_api, base_url_template: \
              \"https://{host}/v1\", base_url_anthropic: null, auth_env: [P{index}_KEY], auth_token_env: P{index}_KEY, \
              model_prefix_match: '^p{index}/'}}\n"
         ));
-        arms.push_str(&format!("      - {{name: p{index}}}\n"));
+        offers.push_str(&format!("      - {{name: p{index}}}\n"));
     }
     text.push_str(&format!(
         "  - {{name: platform, display_name: Platform, protocol: anthropic, auth_mode: third_party_anthropic_compat, base_url_template: \
          \"https://platform.example/v1\", base_url_anthropic: \"https://platform.example/v1\", auth_env: [PLATFORM_TOKEN], \
-         auth_token_env: PLATFORM_TOKEN, model_prefix_match: '^platform/'}}\nruntimes:\n  agent:\n    providers:\n{arms}"
+         auth_token_env: PLATFORM_TOKEN, model_prefix_match: '^platform/'}}\nruntimes:\n  agent:\n    providers:\n{offers}"
     ));
     let registry =
         Registry::parse("registry", text.as_bytes(), &|_| None).unwrap_or_else(|problems| panic!("{problems:?}")).value;

@@ -398,7 +398,7 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, 
         now < answer.at + GOOD_FOR
             && match (question, answer.kind) {
                 (_, 2) => of_model,
-                (CalibrationQuestion::Refusal, kind) => of_model || kind == 0,
+                (CalibrationQuestion::Refusal | CalibrationQuestion::Check, kind) => of_model || kind == 0,
                 (CalibrationQuestion::Acceptance(form), kind) => {
                     of_model
                         && form.is_none_or(|form| form == answer.form)
@@ -467,7 +467,7 @@ fn what_was_learnt_of_an_endpoint_is_what_its_model_says() {
             }
             let later = now + *[0, 10, 100, 700, 20_000].choose(random).unwrap();
             let questions = [None, Some(forms[0]), Some(forms[1])].map(CalibrationQuestion::Acceptance);
-            let questions = questions.into_iter().chain([CalibrationQuestion::Refusal]);
+            let questions = questions.into_iter().chain([CalibrationQuestion::Refusal, CalibrationQuestion::Check]);
             for (model, question) in questions.flat_map(|question| ["", "m", "n"].map(|model| (model, question))) {
                 let expected = learnt_by(&log, model, question, later);
                 let found = facts.calibration(model, question, Duration::from_secs(later));

@@ -65,7 +65,7 @@ fn response(call: &Call, (status, body): (u16, &str)) -> ProbeResponse {
 }
 
 fn run(target: &Target, facts: &EndpointFacts, confirmed: bool, world: World<'_>) -> Came {
-    let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
+    let client = Client { preference: target.preference, usual_header: target.endpoint.client_header, ..Client::default() };
     let mut plan = ProbePlan::new(&target.calls, client, facts, Requests::UNKNOWN);
     let mut asked = Vec::new();
     let finding = loop {

@@ -189,8 +189,8 @@ async fn check_accepts_the_platforms_registries() {
     let folder = TempDir::new().unwrap();
     for name in ["june", "aug"] {
         let mut registry = file["registries"][name].clone();
-        for arms in registry["runtimes"].as_object_mut().unwrap().values_mut() {
-            *arms = json!({ "providers": arms });
+        for offers in registry["runtimes"].as_object_mut().unwrap().values_mut() {
+            *offers = json!({ "providers": offers });
         }
         let document = folder.path().join(name).with_extension("yaml");
         fs::write(&document, registry.to_string()).unwrap();

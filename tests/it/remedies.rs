@@ -146,8 +146,8 @@ fn gone(values: &Values, way: &Way) -> Vec<(Option<String>, Values)> {
 /// Models of each provider that takes a credential, listed and by pattern, with the provider's name for people.
 fn models(registry: &Registry, runtime: &str, found: &Runtime) -> Vec<(String, String)> {
     let mut models = Vec::new();
-    for arm in &found.arms {
-        let provider = registry.provider(arm);
+    for offer in &found.offers {
+        let provider = registry.provider(offer);
         if provider.is_platform() || provider.auth == Auth::Ambient {
             continue;
         }
@@ -157,7 +157,7 @@ fn models(registry: &Registry, runtime: &str, found: &Runtime) -> Vec<(String, S
         let more =
             more.into_iter().chain(["openai:made-up", "claude-made-up", "qwen-made-up", "minimax:made-up"]).map(str::to_owned);
         let owned = |model: &String| derive(registry, runtime, model, &|_| false).is_ok_and(|one| one.provider.name == *name);
-        let listed = arm.models.iter().find(|model| !arm.has_withdrawn(model)).cloned();
+        let listed = offer.models.iter().find(|model| !offer.has_withdrawn(model)).cloned();
         let by_pattern = forms.into_iter().chain(more).find(owned);
         models.extend(listed.into_iter().chain(by_pattern).map(|model| (provider.display_name.clone(), model)));
     }

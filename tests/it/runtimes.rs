@@ -268,9 +268,9 @@ fn only_values_under_the_providers_own_names_are_ever_asked_about() {
     let snapshot = snapshot();
     let (mut requests, mut asked) = (0, 0);
     for (runtime, found) in snapshot.registry.runtimes() {
-        for arm in &found.arms {
-            let provider = snapshot.registry.provider(arm);
-            let Some(model) = arm.models.iter().find(|model| !arm.withdrawn.contains(model)) else { continue };
+        for offer in &found.offers {
+            let provider = snapshot.registry.provider(offer);
+            let Some(model) = offer.models.iter().find(|model| !offer.withdrawn.contains(model)) else { continue };
             if provider.is_platform() || provider.auth == Auth::Ambient {
                 continue;
             }
@@ -291,7 +291,7 @@ fn only_values_under_the_providers_own_names_are_ever_asked_about() {
                         let request = request(runtime, model, &rows);
                         requests += 1;
                         let evaluation = evaluate(&snapshot, &request, 0, &|_| String::new());
-                        // Another arm may own the model by the available names.
+                        // Another offer may own the model by the available names.
                         let owner =
                             snapshot.registry.providers().iter().find(|known| known.name == evaluation.resolution.provider);
                         let Next::Ask(questions) = &evaluation.next else { continue };

@@ -68,11 +68,11 @@ fn ours_on_the_embedded_registry() {
         let (provider, by) = derived(&registry, &row.runtime, &row.model, &row.at_hand);
         assert_eq!((provider.as_str(), by.as_str()), (row.expect.as_str(), row.by.as_str()), "{row:?}");
     }
-    // Every arm of every runtime is met by some row.
+    // Every offer of every runtime is met by some row.
     let met: BTreeSet<(&str, &str)> = rows.iter().map(|row| (row.runtime.as_str(), row.expect.as_str())).collect();
     for (name, runtime) in registry.runtimes() {
-        for arm in &runtime.arms {
-            let provider = &registry.provider(arm).name;
+        for offer in &runtime.offers {
+            let provider = &registry.provider(offer).name;
             assert!(met.contains(&(name, provider.as_str())), "no row for {provider} on {name}");
         }
     }
@@ -85,8 +85,8 @@ fn platform() -> Option<Value> {
 /// A registry of the file as a document; the crafted ones lack what a file must have, which derivation does not look at.
 fn document(registry: &Value, crafted: bool) -> String {
     let mut registry = registry.clone();
-    for arms in registry["runtimes"].as_object_mut().unwrap().values_mut() {
-        *arms = serde_json::json!({ "providers": arms });
+    for offers in registry["runtimes"].as_object_mut().unwrap().values_mut() {
+        *offers = serde_json::json!({ "providers": offers });
     }
     if crafted {
         registry["schema_version"] = 1.into();
@@ -161,7 +161,7 @@ fn the_embedded_registry_offers_what_the_platform_does() {
     assert_eq!(ours, theirs);
     for (name, models) in file["models_for_runtime"]["aug"].as_object().unwrap() {
         let runtime = registry.runtime(name).unwrap();
-        let offered: BTreeSet<&str> = runtime.arms.iter().flat_map(|arm| &arm.models).map(String::as_str).collect();
+        let offered: BTreeSet<&str> = runtime.offers.iter().flat_map(|offer| &offer.models).map(String::as_str).collect();
         let models: BTreeSet<&str> = models.as_array().unwrap().iter().map(|model| model.as_str().unwrap()).collect();
         assert_eq!(offered, models, "{name}");
     }

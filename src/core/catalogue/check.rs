@@ -10,11 +10,11 @@ use strum::VariantArray;
 use url::Url;
 
 use super::{
-    AcceptsKeysOf, BodyTest, Catalogue, CommonCodes, Confidence, Expected, HostRow, KeyKind, KeyShape, Kind, Probe, Signal,
-    SignalOutcome, Unprobed, UnprobedReason,
+    AcceptsKeysOf, BodyTest, Catalogue, CommonCodes, CommonTexts, Confidence, Expected, HostRow, KeyKind, KeyShape, Kind,
+    Meaning, Probe, Signal, SignalOutcome, Unprobed, UnprobedReason,
     file::{
         CatalogueFile, CodesFile, CommonCodesFile, ExpectFile, HostFile, KeyShapeFile, OneOrMany, ProbeFile, SignalFile,
-        UnprobedFile,
+        TextsFile, UnprobedFile,
     },
 };
 use crate::{
@@ -30,6 +30,8 @@ use crate::{
 const CATALOGUE_VERSION: i64 = 1;
 /// The longest time budget that a row may give a slow vendor.
 const MAX_BUDGET_MS: u64 = 10_000;
+/// A shorter part of a text could be met by chance.
+const MIN_TEXT: usize = 4;
 /// The placeholder for the workspace's model in a path or a body.
 const MODEL: &str = "{model}";
 /// The provider whose endpoint is the tenant's own. No row may give it a host.
@@ -166,36 +168,53 @@ fn check_credential_kinds(file: BTreeMap<String, String>, problems: &mut Vec<Pro
 
 fn check_common_codes(file: CommonCodesFile, problems: &mut Vec<Problem>) -> CommonCodes {
     let fingerprint = *blake3::hash(&serde_json::to_vec(&file).unwrap_or_default()).as_bytes();
-    let CommonCodesFile { paths, codes: files } = file;
-    let mut codes: HashMap<String, Vec<(Vec<u16>, SignalOutcome)>> = HashMap::new();
+    let CommonCodesFile { paths, codes: files, text_paths, texts: text_files } = file;
+    let mut codes: HashMap<String, Vec<Meaning>> = HashMap::new();
     for (index, CodesFile { status, codes: names, verdict }) in files.unwrap_or_default().into_iter().enumerate() {
         let place = format!("common_codes.codes[{index}]");
         let statuses = status.unwrap_or_default();
         if let Some(status) = statuses.iter().find(|status| !(200..500).contains(*status)) {
             problems.push(Problem::at(format!("{place}.status"), format!("status {status} is not one of 200 to 499")));
         }
-        let outcome = match check_outcome(&verdict) {
-            Ok(SignalOutcome::Accepted) => {
-                problems.push(Problem::at(format!("{place}.verdict"), "a code is never a `yes`"));
-                continue;
-            }
-            Ok(outcome) => outcome,
-            Err(message) => {
-                problems.push(Problem::at(format!("{place}.verdict"), message));
-                continue;
-            }
-        };
+        let Some(outcome) = check_common_outcome(&verdict, &place, problems) else { continue };
         for name in names {
-            let meanings = codes.entry(name.to_ascii_lowercase()).or_default();
-            let taken =
-                meanings.iter().any(|(other, _)| other.is_empty() || other.iter().any(|status| statuses.contains(status)));
+            let meanings = codes.entry(CommonCodes::normal_form(&name)).or_default();
+            // The same code in another spelling may only have the same meaning.
+            let taken = meanings.iter().any(|Meaning { code, statuses: other, outcome: known }| {
+                let overlaps = other.is_empty() || other.iter().any(|status| statuses.contains(status));
+                overlaps && (*known != outcome || code.eq_ignore_ascii_case(&name))
+            });
             if taken {
                 problems.push(Problem::at(&place, format!("`{name}` has a meaning already")));
             }
-            meanings.push((statuses.clone(), outcome));
+            meanings.push(Meaning { code: name, statuses: statuses.clone(), outcome });
         }
     }
-    CommonCodes { paths: paths.unwrap_or_default(), codes, fingerprint }
+    let mut texts = Vec::new();
+    for (index, TextsFile { status, texts: parts, verdict }) in text_files.unwrap_or_default().into_iter().enumerate() {
+        let place = format!("common_codes.texts[{index}]");
+        if status.is_empty() || status.iter().any(|status| !(200..500).contains(status)) {
+            problems.push(Problem::at(format!("{place}.status"), "list the statuses that it applies to, each from 200 to 499"));
+        }
+        if let Some(text) = parts.iter().find(|text| text.chars().count() < MIN_TEXT) {
+            problems.push(Problem::at(format!("{place}.texts"), format!("`{text}` has fewer than {MIN_TEXT} characters")));
+        }
+        if let Some(outcome) = check_common_outcome(&verdict, &place, problems) {
+            texts.push(CommonTexts { statuses: status, texts: parts, outcome });
+        }
+    }
+    CommonCodes { paths: paths.unwrap_or_default(), codes, text_paths: text_paths.unwrap_or_default(), texts, fingerprint }
+}
+
+fn check_common_outcome(verdict: &str, place: &str, problems: &mut Vec<Problem>) -> Option<SignalOutcome> {
+    match check_outcome(verdict) {
+        Ok(SignalOutcome::Accepted) => {
+            problems.push(Problem::at(format!("{place}.verdict"), "a code or a text is never a `yes`"))
+        }
+        Ok(outcome) => return Some(outcome),
+        Err(message) => problems.push(Problem::at(format!("{place}.verdict"), message)),
+    }
+    None
 }
 
 /// Moves the providers that a host's row lists into `homes`.

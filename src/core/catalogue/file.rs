@@ -39,6 +39,21 @@ pub(crate) struct CommonCodesFile {
     pub(super) paths: Option<Vec<String>>,
     #[serde(default)]
     pub(super) codes: Option<Vec<CodesFile>>,
+    #[serde(default)]
+    pub(super) text_paths: Option<Vec<String>>,
+    #[serde(default)]
+    pub(super) texts: Option<Vec<TextsFile>>,
+}
+
+/// Texts with the same meaning.
+#[derive(Debug, Default, Deserialize, serde::Serialize)]
+pub(crate) struct TextsFile {
+    #[serde(default)]
+    pub(super) status: Vec<u16>,
+    #[serde(default)]
+    pub(super) texts: Vec<String>,
+    #[serde(default)]
+    pub(super) verdict: String,
 }
 
 /// Error codes with the same meaning.

@@ -6,8 +6,8 @@ use regex::Regex;
 use url::Url;
 
 use super::{
-    Arm, Auth, Provider, Registry, Runtime,
-    file::{ArmFile, EndpointVarFile, ProviderFile, RegistryFile, RuntimeFile, Skeleton},
+    Auth, Offer, Provider, Registry, Runtime,
+    file::{EndpointVarFile, OfferFile, ProviderFile, RegistryFile, RuntimeFile, Skeleton},
     overlap::Comparable,
 };
 use crate::{
@@ -124,7 +124,7 @@ fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Findin
     let providers = check_providers(file.providers.unwrap_or_default(), env, found);
     let runtimes = check_runtimes(file.runtimes.unwrap_or_default(), &providers, found);
     check_list_models_size(&runtimes, &providers, found);
-    // Arms hold positions in this list. If a provider could not be built, there are problems and nothing is built.
+    // Offers hold positions in this list. If a provider could not be built, there are problems and nothing is built.
     let providers: Vec<Provider> = providers.into_iter().filter_map(|(_, provider)| provider).collect();
     if !found.problems.is_empty() {
         return None;
@@ -133,8 +133,8 @@ fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Findin
     let revision = blake3::hash(bytes).to_hex().chars().take(16).collect();
     let sha256 = ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
     let mut runtimes = runtimes;
-    for (index, arm) in runtimes.values_mut().flat_map(|runtime: &mut Runtime| &mut runtime.arms).enumerate() {
-        arm.index = index;
+    for (index, offer) in runtimes.values_mut().flat_map(|runtime: &mut Runtime| &mut runtime.offers).enumerate() {
+        offer.index = index;
     }
     Some(Registry { revision, sha256, providers, runtimes, credential_names })
 }
@@ -148,7 +148,7 @@ fn with_nearest_key(mut problem: Problem) -> Problem {
         yaml::fields_of::<ProviderFile>(),
         yaml::fields_of::<EndpointVarFile>(),
         yaml::fields_of::<RuntimeFile>(),
-        yaml::fields_of::<ArmFile>(),
+        yaml::fields_of::<OfferFile>(),
     ];
     let key = problem.place.rsplit('.').next().unwrap_or_default();
     let likeness = |field: &&str| strsim::jaro_winkler(key, field);
@@ -371,21 +371,21 @@ fn check_runtimes(
         if name.trim().is_empty() || name.chars().any(char::is_control) {
             found.problems.push(Problem::at(&place, "a runtime's name is blank or holds a control character; rename it"));
         }
-        let arms = file.providers.unwrap_or_default();
-        if arms.is_empty() {
+        let offers = file.providers.unwrap_or_default();
+        if offers.is_empty() {
             found
                 .problems
                 .push(Problem::at(format!("{place}.providers"), "empty native provider set; name at least one provider"));
         }
         let mut seen = BTreeSet::new();
         let mut built = Vec::new();
-        for (index, arm) in arms.into_iter().enumerate() {
+        for (index, offer) in offers.into_iter().enumerate() {
             let place = format!("{place}.providers[{index}]");
-            if !seen.insert(arm.name.clone()) {
-                let message = format!("provider `{}` is named twice in this runtime; remove one", arm.name);
+            if !seen.insert(offer.name.clone()) {
+                let message = format!("provider `{}` is named twice in this runtime; remove one", offer.name);
                 found.problems.push(Problem::at(&place, message));
             }
-            built.extend(check_arm(arm, &place, providers, found));
+            built.extend(check_offer(offer, &place, providers, found));
         }
         check_patterns(&place, &built, providers, found);
         check_listings(&place, &built, providers, found);
@@ -394,9 +394,9 @@ fn check_runtimes(
     runtimes
 }
 
-fn check_arm(arm: ArmFile, place: &str, providers: &[(String, Option<Provider>)], found: &mut Findings) -> Option<Arm> {
-    let models = arm.models.unwrap_or_default();
-    let withdrawn = arm.withdrawn_models.unwrap_or_default();
+fn check_offer(offer: OfferFile, place: &str, providers: &[(String, Option<Provider>)], found: &mut Findings) -> Option<Offer> {
+    let models = offer.models.unwrap_or_default();
+    let withdrawn = offer.withdrawn_models.unwrap_or_default();
     for (field, list) in [("models", &models), ("withdrawn_models", &withdrawn)] {
         for (index, model) in list.iter().enumerate() {
             let place = format!("{place}.{field}[{index}]");
@@ -411,24 +411,24 @@ fn check_arm(arm: ArmFile, place: &str, providers: &[(String, Option<Provider>)]
             }
         }
     }
-    if arm.name == PLATFORM && models.is_empty() && withdrawn.is_empty() {
+    if offer.name == PLATFORM && models.is_empty() && withdrawn.is_empty() {
         found.problems.push(Problem::at(
             place,
             "the platform needs a list of models: by pattern alone it could own, and be billed for, an unlisted model",
         ));
     }
-    let Some(position) = providers.iter().position(|(name, _)| *name == arm.name) else {
-        let message = format!("unknown provider `{}`; declare it under `providers`, or correct the name", arm.name);
+    let Some(position) = providers.iter().position(|(name, _)| *name == offer.name) else {
+        let message = format!("unknown provider `{}`; declare it under `providers`, or correct the name", offer.name);
         found.problems.push(Problem::at(place, message));
         return None;
     };
-    Some(Arm { provider: position, index: 0, models, withdrawn })
+    Some(Offer { provider: position, index: 0, models, withdrawn })
 }
 
 /// Warns about patterns that match the same model, because its owner may then be ambiguous. Also checks how many credential names matter to a model
 /// of each pattern.
-fn check_patterns(place: &str, arms: &[Arm], providers: &[(String, Option<Provider>)], found: &mut Findings) {
-    let owners = arms.iter().filter_map(|arm| providers.get(arm.provider)?.1.as_ref());
+fn check_patterns(place: &str, offers: &[Offer], providers: &[(String, Option<Provider>)], found: &mut Findings) {
+    let owners = offers.iter().filter_map(|offer| providers.get(offer.provider)?.1.as_ref());
     let compared: Vec<_> = owners.map(|provider| (provider, Comparable::of(provider.pattern.as_str()))).collect();
     for (index, (one, pattern)) in compared.iter().enumerate() {
         // The credential names of every provider that may match the same model.
@@ -453,11 +453,11 @@ fn check_patterns(place: &str, arms: &[Arm], providers: &[(String, Option<Provid
 }
 
 /// Checks how many credential names matter to each model that is listed.
-fn check_listings(place: &str, arms: &[Arm], providers: &[(String, Option<Provider>)], found: &mut Findings) {
+fn check_listings(place: &str, offers: &[Offer], providers: &[(String, Option<Provider>)], found: &mut Findings) {
     let mut names: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for arm in arms {
-        let Some(provider) = providers.get(arm.provider).and_then(|(_, provider)| provider.as_ref()) else { continue };
-        for model in arm.models.iter().chain(&arm.withdrawn) {
+    for offer in offers {
+        let Some(provider) = providers.get(offer.provider).and_then(|(_, provider)| provider.as_ref()) else { continue };
+        for model in offer.models.iter().chain(&offer.withdrawn) {
             names.entry(model).or_default().extend(provider.auth_env.iter().map(String::as_str));
         }
     }
@@ -474,8 +474,8 @@ fn too_many_names(what: &str, count: usize) -> String {
 fn check_list_models_size(runtimes: &BTreeMap<String, Runtime>, providers: &[(String, Option<Provider>)], found: &mut Findings) {
     let mut bytes = 0;
     for (name, runtime) in runtimes {
-        for arm in &runtime.arms {
-            let Some(provider) = providers.get(arm.provider).and_then(|(_, provider)| provider.as_ref()) else { continue };
+        for offer in &runtime.offers {
+            let Some(provider) = providers.get(offer.provider).and_then(|(_, provider)| provider.as_ref()) else { continue };
             let names: usize = provider.auth_env.iter().map(|name| name.len() + 2).sum();
             let around = LIST_MODELS_ENTRY_BYTES
                 + name.len()
@@ -483,10 +483,10 @@ fn check_list_models_size(runtimes: &BTreeMap<String, Runtime>, providers: &[(St
                 + provider.name.len()
                 + provider.display_name.len()
                 + names;
-            if arm.models.is_empty() {
+            if offer.models.is_empty() {
                 bytes += around + provider.pattern.as_str().len();
             }
-            bytes += arm.models.iter().chain(&arm.withdrawn).map(|model| around + model.len()).sum::<usize>();
+            bytes += offer.models.iter().chain(&offer.withdrawn).map(|model| around + model.len()).sum::<usize>();
         }
     }
     if bytes > MAX_LIST_MODELS_BYTES {

@@ -83,7 +83,7 @@ pub(super) struct EndpointVarFile {
 #[serde(expecting = "a map with the runtime's providers")]
 pub(super) struct RuntimeFile {
     #[serde(default)]
-    pub(super) providers: Option<Vec<ArmFile>>,
+    pub(super) providers: Option<Vec<OfferFile>>,
     #[serde(default)]
     pub(super) display_name: Option<String>,
 }
@@ -91,7 +91,7 @@ pub(super) struct RuntimeFile {
 /// A provider of a runtime.
 #[derive(Debug, Deserialize)]
 #[serde(expecting = "a map with a provider's name, and its models if it lists any")]
-pub(super) struct ArmFile {
+pub(super) struct OfferFile {
     #[serde(default)]
     pub(super) name: String,
     #[serde(default)]

@@ -19,7 +19,7 @@ use crate::{
         classify::{Calibration, Finding, calibration_of, read},
         endpoint::{Call, Endpoint, Target},
         endpoint_facts::{CalibrationQuestion, EndpointFacts, RequestFacts},
-        made_up_key::{KeyForm, can_be_imitated, made_up_key_like},
+        made_up_key::{KeyForm, made_up_key_like},
         probe_plan::Lesson,
         response_shape::ResponseShape,
     },
@@ -72,6 +72,17 @@ struct EndpointMetrics {
     sent: BTreeMap<[String; 3], Counter>,
     /// Whether there is no API at the base URL, by provider and host.
     no_api: BTreeMap<[String; 2], bool>,
+}
+
+/// What a calibration is about: the request, and the credential that the made-up key looks like.
+#[derive(Clone, Copy)]
+pub(super) struct CalibrationRequest<'a> {
+    pub(super) call: &'a Call,
+    /// The headers that carry the made-up key. With none, no key is sent.
+    pub(super) families: &'a [HeaderFamily],
+    pub(super) target: &'a Target,
+    pub(super) secret: &'a Secret,
+    pub(super) question: CalibrationQuestion,
 }
 
 /// The result of one made-up key: the model and form it was sent for, and how the endpoint answered.
@@ -183,33 +194,18 @@ impl Endpoints {
         self.requests.insert(key(call, &[right]), Arc::new(Mutex::new(known)));
     }
 
-    /// How the endpoint answers a made-up key that looks like this key, waited for until the deadline. With no headers, no key is sent.
-    pub(super) async fn calibrate(
-        &self,
-        call: &Call,
-        families: &[HeaderFamily],
-        target: &Target,
-        secret: &Secret,
-        question: CalibrationQuestion,
-        deadline: Instant,
-    ) -> Calibration {
-        // A key whose form cannot be imitated is compared with a made-up key of the usual form.
-        let question = match question {
-            CalibrationQuestion::Acceptance(Some(_)) if !can_be_imitated(secret, target.endpoint.key_prefix.as_deref()) => {
-                CalibrationQuestion::Acceptance(None)
-            }
-            question => question,
-        };
-        let answers = |result: &CalibrationResult| match question {
-            CalibrationQuestion::Refusal => true,
-            CalibrationQuestion::Acceptance(_) if result.model != call.model => false,
+    /// How the endpoint answers a made-up key that looks like this key, waited for until the deadline.
+    pub(super) async fn calibrate(&self, request: CalibrationRequest<'_>, deadline: Instant) -> Calibration {
+        let answers = |result: &CalibrationResult| match request.question {
+            CalibrationQuestion::Refusal | CalibrationQuestion::Check => true,
+            CalibrationQuestion::Acceptance(_) if result.model != request.call.model => false,
             CalibrationQuestion::Acceptance(form) => {
                 form.is_none_or(|form| form == result.form) || result.calibration == Calibration::AcceptsAnyone
             }
         };
         // The flight may be for another form or model. Then the next round starts one for this key.
         for _ in 0..3 {
-            match self.start_calibration(call, families, target, secret, question) {
+            match self.start_calibration(request) {
                 CalibrationLookup::Known(calibration) => return calibration,
                 CalibrationLookup::Pending(flight) => match wait(flight, deadline).await {
                     FlightEnd::Completed(result) if answers(&result) => return result.calibration,
@@ -222,28 +218,16 @@ impl Endpoints {
     }
 
     /// Starts a calibration in the background unless the answer is known. Returns what is known without waiting.
-    pub(super) fn calibrate_in_background(
-        &self,
-        call: &Call,
-        families: &[HeaderFamily],
-        target: &Target,
-        secret: &Secret,
-    ) -> Calibration {
-        match self.start_calibration(call, families, target, secret, CalibrationQuestion::Refusal) {
+    pub(super) fn calibrate_in_background(&self, request: CalibrationRequest<'_>) -> Calibration {
+        match self.start_calibration(request) {
             CalibrationLookup::Known(calibration) => calibration,
             CalibrationLookup::Pending(_) => Calibration::NotWaitedFor,
         }
     }
 
-    /// Sends a made-up key like this one in these headers, unless the answer is known or in flight. With no headers, no key is sent.
-    fn start_calibration(
-        &self,
-        call: &Call,
-        families: &[HeaderFamily],
-        target: &Target,
-        secret: &Secret,
-        question: CalibrationQuestion,
-    ) -> CalibrationLookup {
+    /// Sends a made-up key, unless the answer is known or in flight.
+    fn start_calibration(&self, request: CalibrationRequest<'_>) -> CalibrationLookup {
+        let CalibrationRequest { call, families, target, secret, question } = request;
         let key = key(call, families);
         let facts = self.request(call, families);
         let launch = |_| {
@@ -252,10 +236,8 @@ impl Endpoints {
                 (facts.calibration(&call.model, question, now), facts.is_due(&call.model, question, now))
             };
             if due {
-                Start::Run(
-                    self.send_made_up_key(call, families, target, secret, Arc::clone(&facts))
-                        .instrument(traces::calibration_span(target)),
-                )
+                let sending = self.send_made_up_key(request, Arc::clone(&facts));
+                Start::Run(sending.instrument(traces::calibration_span(target)))
             } else {
                 let form = KeyForm::of(secret);
                 Start::<_, Infallible, _>::Known(CalibrationResult { model: call.model.clone(), form, calibration: known })
@@ -280,12 +262,10 @@ impl Endpoints {
 
     fn send_made_up_key(
         &self,
-        call: &Call,
-        families: &[HeaderFamily],
-        target: &Target,
-        secret: &Secret,
+        request: CalibrationRequest<'_>,
         facts: Arc<Mutex<RequestFacts>>,
     ) -> impl Future<Output = CalibrationResult> + Send + use<> {
+        let CalibrationRequest { call, families, target, secret, question: _ } = request;
         let (endpoints, call, families) = (self.clone(), call.clone(), families.to_vec());
         let (provider, host) = (target.endpoint.provider.clone(), target.endpoint.host.clone());
         let (made_up, form) = {

@@ -69,7 +69,7 @@ fuzz_target!(|input: &[u8]| {
         })
         .collect();
     let nth = |number: usize| &answers[number.wrapping_mul(usize::from(order) | 1) % answers.len()];
-    let client = Client { preference: target.preference, usual_header: target.endpoint.client_header };
+    let client = Client { preference: target.preference, usual_header: target.endpoint.client_header, ..Client::default() };
     let facts = EndpointFacts::default();
     let mut plan = ProbePlan::new(&target.calls, client, &facts, Requests::UNKNOWN);
     let (mut steps, mut accepted, mut last) = (0, false, 0);
