@@ -42,6 +42,13 @@ impl ProbePlan<'_> {
                 }
             },
             (_, Calibration::SameForEveryKey(shape)) if shape.is_like(&answer.shape) => self.take_same_for_every_key(&answer),
+            // Made-up keys were refused otherwise before, and now they get the same response as this key.
+            (Classification::Verdict(Verdict::Invalid), Calibration::Refuses { shape, .. }) if shape.is_like(&answer.shape) => {
+                self.take_same_for_every_key(&answer);
+            }
+            (Classification::Verdict(Verdict::Invalid), _) => {
+                self.take_refusal(self.finding(Verdict::Invalid, Some(answer.reading.cause), Some(status)));
+            }
             // Status and code are the same; the words do not matter, unless the code only repeats the status.
             (Classification::Forbidden(code), Calibration::Refuses { shape, confirmed, .. })
                 if shape.status == 403 && shape.code == *code && (!is_bare(code) || shape.is_like(&answer.shape)) =>
