@@ -16,16 +16,14 @@ def need(**packages):
         subprocess.run(["apt-get", "install", "-y", "-qq", *missing], check=True, stdout=subprocess.DEVNULL)
 
 
-def build(*benches):
-    """The executables of these bench targets. CARGO_PROFILE_RELEASE_STRIP=none in the environment leaves the names in that callgrind
-    shows."""
-    found = made(*(f"--bench={name}" for name in benches))
-    return [found[name] for name in benches]
+def build(*names):
+    """These executables of this folder. CARGO_PROFILE_RELEASE_STRIP=none in the environment leaves the names in that callgrind shows."""
+    found = made("--package=byok-gate-benches", *(f"--bin={name}" for name in names))
+    return [found[name] for name in names]
 
 
 def gate(profile="release", *target):
-    """The service's own executable, built alone: with a bench target its libraries would have the features that tests enable.
-    To be built after those, which put theirs in its place."""
+    """The service's own executable."""
     return made("--bin=byok-gate", *target, profile=profile)["byok-gate"]
 
 
@@ -135,7 +133,10 @@ hosts:
     def kit_says(self, *words):
         """The result of one of the kit's measurements."""
         command = ["taskset", "-c", LOAD_CORE, self.kit, *map(str, words)]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(map(str, words))} failed")
+        return json.loads(done.stdout)
 
     def frame(self, name):
         return self.folder / f"{name}.frame"

@@ -3,7 +3,9 @@
 //! - `kit frames FOLDER`: the requests, each as one gRPC frame, for `h2load -d`
 //! - `kit provider HOST:PORT`: a fake provider, a real HTTP server; the key's name selects the answer
 //! - `kit cold GATE PROVIDER COUNT`: how much longer a cold decision takes than the provider's own round trip
-//! - `kit fill GATE FROM TO`: decides for these keys, in batches, so that each is cached
+//! - `kit fill GATE FROM TO [KEYS]`: decides for these keys, in batches, so that each is cached; they are of one organization, or of one for
+//!   every KEYS of them
+//! - `kit specs GATE SEED COUNT`: random specs, in batches, whose answers it checks
 
 #![expect(clippy::print_stdout, reason = "what it measures is read by a script")]
 
@@ -24,6 +26,8 @@ use prost::Message;
 use tokio::net::{TcpListener, TcpStream};
 use tonic::transport::Channel;
 
+mod random_specs;
+
 type Failed = Box<dyn Error + Send + Sync>;
 
 /// Items of the batch that is measured: the most that a batch may hold.
@@ -37,7 +41,9 @@ fn main() -> Result<(), Failed> {
         ["frames", folder] => frames(Path::new(folder)),
         ["provider", listen] => runtime.block_on(provider(listen)),
         ["cold", gate, provider, count] => runtime.block_on(cold(gate, provider, count.parse()?)),
-        ["fill", gate, from, to] => runtime.block_on(fill(gate, from.parse()?, to.parse()?)),
+        ["fill", gate, from, to] => runtime.block_on(fill(gate, from.parse()?, to.parse()?, u32::MAX)),
+        ["fill", gate, from, to, keys] => runtime.block_on(fill(gate, from.parse()?, to.parse()?, keys.parse()?)),
+        ["specs", gate, seed, count] => runtime.block_on(specs(gate, seed.parse()?, count.parse()?)),
         _ => Ok(()),
     }
 }
@@ -110,7 +116,8 @@ async fn provider(listen: &str) -> Result<(), Failed> {
 
 async fn answer(request: http::Request<hyper::body::Incoming>) -> Result<http::Response<Full<Bytes>>, Infallible> {
     let key = request.headers().get("x-api-key").and_then(|key| key.to_str().ok()).unwrap_or_default().to_owned();
-    let (status, body) = if key.starts_with("made-up-bench-") {
+    let is_live = || request.headers().values().any(|value| value.to_str().is_ok_and(|value| value.contains(random_specs::LIVE)));
+    let (status, body) = if key.starts_with("made-up-bench-") || is_live() {
         (200, r#"{"data":[{"type":"model","id":"claude-sonnet-4-6"}],"has_more":false}"#)
     } else if key.starts_with("made-up-faulty-") {
         // Every few seconds is a bad one.
@@ -191,12 +198,12 @@ fn allowed(answer: &pb::DecideResponse) -> Result<(), Failed> {
     }
 }
 
-async fn fill(gate: &str, from: u32, to: u32) -> Result<(), Failed> {
+async fn fill(gate: &str, from: u32, to: u32, keys_of_one: u32) -> Result<(), Failed> {
     let mut gate = client(gate).await?;
     let mut verified = 0;
     for first in (from..to).step_by(BATCH as usize) {
         let keys = first..to.min(first + BATCH);
-        let requests = keys.map(|index| request("claude-sonnet-4-6", Some(&format!("made-up-bench-fill-{index}")))).collect();
+        let requests = keys.map(|index| fill_request(index, keys_of_one)).collect();
         let mut results = gate.batch_decide(pb::BatchDecideRequest { requests }).await?.into_inner();
         while let Some(pb::BatchDecideResponse { result, .. }) = results.message().await? {
             if let Some(pb::batch_decide_response::Result::Response(response)) = result {
@@ -205,5 +212,20 @@ async fn fill(gate: &str, from: u32, to: u32) -> Result<(), Failed> {
         }
     }
     println!("{{\"asked\":{},\"valid\":{verified}}}", to - from);
+    Ok(())
+}
+
+fn fill_request(index: u32, keys_of_one: u32) -> pb::DecideRequest {
+    let mut request = request("claude-sonnet-4-6", Some(&format!("made-up-bench-fill-{index}")));
+    if let Some(spec) = &mut request.workspace_spec {
+        spec.organization_id = format!("organization-{}", index / keys_of_one);
+    }
+    request
+}
+
+async fn specs(gate: &str, seed: u64, count: u32) -> Result<(), Failed> {
+    let outcomes = random_specs::run(&mut client(gate).await?, seed, count).await?;
+    let outcomes: Vec<String> = outcomes.iter().map(|(name, count)| format!("\"{name}\":{count}")).collect();
+    println!("{{{}}}", outcomes.join(","));
     Ok(())
 }

@@ -3,6 +3,8 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use url::Url;
+
 use crate::{
     config::{
         self, ConfigError, Setup,
@@ -25,8 +27,9 @@ use crate::{
     },
     server::settings::CallerSettings,
     telemetry::{
-        metrics::{Collect, Counter, Page},
-        status::DOCUMENTS,
+        metrics::Collect,
+        recent_changes::RecentChanges,
+        status::{DOCUMENTS, ForbiddenProvider},
     },
     watch::{Fault, Reloaded, Source},
 };
@@ -39,8 +42,8 @@ pub struct App {
     pub collectors: Vec<Arc<dyn Collect>>,
     /// The task that learns from other replicas which credentials were refused. `None` without a shared tier.
     pub refusal_listener: Option<Boxed<'static, ()>>,
-    /// Providers that the configuration does not allow to be probed.
-    pub forbidden_destinations: Vec<Problems>,
+    /// Probes the providers.
+    pub prober: Arc<HttpProber>,
 }
 
 /// Registry, catalogue and configuration, reloaded while the service runs.
@@ -55,18 +58,7 @@ pub struct Documents {
     /// The settings that need a restart, as last logged.
     pending_restart: Vec<String>,
     files: Vec<PathBuf>,
-    loosenings: Arc<Loosenings>,
-}
-
-/// Counts settings that a reload changed to allow more than before.
-#[derive(Debug, Default)]
-pub struct Loosenings(Counter);
-
-impl Collect for Loosenings {
-    fn collect(&self, page: &mut Page) {
-        page.counter("byokgate_configuration_loosened", "Settings that a reload has changed to let more through than before")
-            .add(&[], &self.0);
-    }
+    changes: Arc<RecentChanges>,
 }
 
 /// Reads all documents and settings again.
@@ -81,12 +73,11 @@ impl App {
     pub fn new(setup: &Setup, tier: Option<Arc<Tier>>) -> Result<Self, ProbeSetupError> {
         let Setup { snapshot, fingerprint_key, settings, .. } = setup;
         let prober = Arc::new(prober(setup)?);
-        let forbidden_destinations = forbidden_destinations(snapshot, &prober);
         let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits()));
         let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()).with_tier(tier));
         let refusal_listener = cache.refusal_listener();
         let engine = Arc::new(Engine::new(snapshot.clone(), cache.clone(), *fingerprint_key));
-        Ok(Self { engine, collectors: vec![prober, limiter, cache], refusal_listener, forbidden_destinations })
+        Ok(Self { engine, collectors: vec![prober.clone(), limiter, cache], refusal_listener, prober })
     }
 }
 
@@ -102,17 +93,13 @@ pub fn forbidden_destinations(snapshot: &Snapshot, prober: &HttpProber) -> Vec<P
         if snapshot.policy.enforcement(&provider.name, now) != Enforcement::Enforce {
             return None;
         }
-        let target = target(provider, &snapshot.catalogue, "made-up-model").ok()?;
         // The registry's own warning covers plain http beyond loopback.
-        let call = target.calls.iter().find(|call| !prober.may_ask(call))?;
-        if call.url.scheme() == "http" && !is_loopback(&call.url) {
-            return None;
-        }
+        let url = forbidden_url(provider, snapshot, prober).filter(|url| url.scheme() != "http" || is_loopback(url))?;
         let message = format!(
             "{}: its address or scheme may not be dialled by this configuration, so that every credential of it is denied; use https and a \
              public address, allow it with `egress.allow` (a machine's metadata address never is), or switch the provider's probe off with a \
              date",
-            call.url.origin().ascii_serialization()
+            url.origin().ascii_serialization()
         );
         Some(Problem::at(format!("providers.{}", provider.name), message))
     };
@@ -120,20 +107,35 @@ pub fn forbidden_destinations(snapshot: &Snapshot, prober: &HttpProber) -> Vec<P
     if list.is_empty() { Vec::new() } else { vec![Problems { document: snapshot.registry_origin.source.clone(), list }] }
 }
 
+/// Providers whose address or scheme the configuration does not allow, for the status page.
+pub fn forbidden_providers(snapshot: &Snapshot, prober: &HttpProber) -> Vec<ForbiddenProvider> {
+    let forbidden = |provider: &Provider| {
+        let origin = forbidden_url(provider, snapshot, prober)?.origin().ascii_serialization();
+        Some(ForbiddenProvider { provider: provider.name.clone(), origin })
+    };
+    snapshot.registry.providers().iter().filter_map(forbidden).collect()
+}
+
+/// A URL that a check of this provider's credentials would call, and that the configuration does not allow. No name is resolved for this.
+fn forbidden_url(provider: &Provider, snapshot: &Snapshot, prober: &HttpProber) -> Option<Url> {
+    let target = target(provider, &snapshot.catalogue, "made-up-model").ok()?;
+    target.calls.into_iter().find(|call| !prober.may_ask(call)).map(|call| call.url)
+}
+
 // === impl Documents ===
 
 impl Documents {
-    /// The documents of this engine. A reload calls `replace_callers` right after it gives the engine the new snapshot.
-    pub fn new(engine: Arc<Engine>, setup: &Setup, load: Box<Load>, replace_callers: Box<ReplaceCallers>) -> Self {
-        let loosenings = Arc::default();
+    /// The documents of this engine. A reload calls `replace_callers` right after it gives the engine the new snapshot, and notes what it changed.
+    pub fn new(
+        engine: Arc<Engine>,
+        setup: &Setup,
+        load: Box<Load>,
+        replace_callers: Box<ReplaceCallers>,
+        changes: Arc<RecentChanges>,
+    ) -> Self {
         let settings = setup.settings.clone();
         let (started, pending_restart) = (settings.clone(), Vec::new());
-        Self { engine, load, replace_callers, settings, started, pending_restart, files: setup.documents.clone(), loosenings }
-    }
-
-    /// The count of settings that reloads have loosened.
-    pub fn loosenings(&self) -> Arc<Loosenings> {
-        Arc::clone(&self.loosenings)
+        Self { engine, load, replace_callers, settings, started, pending_restart, files: setup.documents.clone(), changes }
     }
 
     /// Refuses a reload. The status page shows the faults from now on, and the returned text holds all of them.
@@ -166,33 +168,36 @@ impl Source for Documents {
         let setup = (self.load)().map_err(|ConfigError(faults)| self.refuse(&faults))?;
         let lost = emptied(&self.settings, &setup.settings);
         if !lost.is_empty() {
-            let document = "callers".to_owned();
+            let document = setup.snapshot.configuration_origin.source;
             return Err(self.refuse(&[Problems { document, list: lost }]));
         }
         if let Some(workspaces) = setup.settings.callers.workspaces().filter(|_| self.started.tier.address.is_some()) {
             let message = "names a `workspace` caller, and this process holds the key of the shared tier until it ends; restart it without one";
             let list = vec![Problem::at(workspaces, message)];
-            return Err(self.refuse(&[Problems { document: "callers".to_owned(), list }]));
+            let document = setup.snapshot.configuration_origin.source;
+            return Err(self.refuse(&[Problems { document, list }]));
         }
         if self.is_in_force(&setup) {
             self.files = setup.documents;
             return Ok(Reloaded::Unchanged);
         }
         let Setup { mut snapshot, settings, documents, warnings, .. } = setup;
-        let changed = changed(&self.settings, &settings);
-        if !changed.is_empty() {
-            let settings = changed.join(", ");
-            tracing::info!(event = "configuration_changed", settings, "these settings have other values in the file from now on");
+        let current = self.engine.snapshot();
+        for (document, was, is) in [
+            ("registry", current.registry.revision(), snapshot.registry.revision()),
+            ("catalogue", current.catalogue.revision(), snapshot.catalogue.revision()),
+        ] {
+            self.changes.document(document, was, is);
         }
+        self.changes.changed(&changed(&self.settings, &settings));
         for Loosened { setting, was, is } in loosened(&self.settings, &settings) {
-            self.loosenings.0.inc();
-            tracing::warn!(event = "configuration_loosened", setting, was, is, "from now on more is let through than before");
+            self.changes.loosened(&setting, &was, &is);
         }
         for (setting, caller) in removed_callers(&self.settings, &settings) {
-            tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
+            self.changes.caller_removed(setting, &caller);
         }
         for ChangedCaller { setting, caller, was, is } in changed_callers(&self.settings, &settings) {
-            tracing::warn!(event = "caller_changed", setting, caller, was, is, "its role is another one from now on");
+            self.changes.caller_changed(setting, &caller, &was, &is);
         }
         let pending_restart = waiting_for_restart(&self.started, &settings);
         if pending_restart != self.pending_restart {
@@ -222,7 +227,7 @@ impl Source for Documents {
         tracing::info!(
             event = "reloaded",
             what = self.name(),
-            failures,
+            after_failures = (failures > 0).then_some(failures),
             registry_revision = snapshot.registry.revision(),
             catalogue_revision = snapshot.catalogue.revision(),
         );

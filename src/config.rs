@@ -262,6 +262,21 @@ fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>),
     }
 }
 
+/// Warnings about files with a secret of this service that every user of this machine can read.
+pub fn readable_secrets(settings: &Settings) -> Vec<Problems> {
+    let mut found = Found::default();
+    let files = [
+        &settings.callers.token_file,
+        &settings.tls.key,
+        &settings.fingerprints.key_file,
+        &settings.egress.proxy.credentials_file,
+        &settings.tier.password_file,
+        &settings.tier.key_file,
+    ];
+    files.into_iter().flatten().for_each(|file| found.warn_if_readable(file));
+    found.warnings
+}
+
 /// Lists every setting with its value.
 pub fn list_settings(settings: &Settings) -> Vec<(String, Value)> {
     layers::leaves(settings)

@@ -19,7 +19,7 @@ mod status_page;
 mod tls;
 mod unreported;
 
-use std::{convert::Infallible, io, net::SocketAddr, panic::AssertUnwindSafe, pin::Pin, sync::Arc};
+use std::{convert::Infallible, io, net::SocketAddr, panic::AssertUnwindSafe, pin::Pin, sync::Arc, time::SystemTime};
 
 use futures_util::FutureExt;
 use tokio::{
@@ -44,16 +44,19 @@ use self::{
     tls::{Tls, TlsFiles, watch_ends},
 };
 pub use self::{
+    admin::FindForbidden,
     error::{Review, ServerError},
     listen::Address,
 };
 use crate::{
-    core::engine::Engine,
+    core::{engine::Engine, snapshot::Snapshot},
     grpc::{authorize::Authorizer, call_record::Recorder, convert, service::PolicyDecision},
     telemetry::{
         events::Journal,
         metrics::{Collect, process::Process, reloads::Reloads},
+        recent_changes::RecentChanges,
         recent_decisions::RecentDecisions,
+        status::Window,
     },
     watch::{Source, Watcher, files},
 };
@@ -68,6 +71,9 @@ pub struct Bound {
     tls: Option<Arc<Tls>>,
     settings: EdgeSettings,
     journal: Journal,
+    counts: Arc<ConnectionCounts>,
+    forbidden: Box<FindForbidden>,
+    changes: Arc<RecentChanges>,
     tasks: Vec<Task>,
     /// Makes all file watchers check their files at once.
     recheck: watch::Sender<()>,
@@ -95,7 +101,8 @@ impl Bound {
     /// Opens the sockets and reads the files. It accepts no connection yet.
     pub async fn open(settings: EdgeSettings) -> Result<Self, ServerError> {
         let (addresses, admin) = addresses(&settings)?;
-        let (callers, tls) = load_callers_and_tls(&settings)?;
+        let changes = Arc::default();
+        let (callers, tls) = load_callers_and_tls(&settings, &changes)?;
         let mut listeners = Vec::new();
         for address in addresses {
             listeners.push(listener(LISTEN, address, &settings).await?);
@@ -104,10 +111,27 @@ impl Bound {
             None => None,
             Some(address) => Some(listener(ADMIN_LISTEN, address, &settings).await?),
         };
-        let collectors: Vec<Arc<dyn Collect>> = vec![Arc::new(Process::started())];
+        let limit = affordable_connections(settings.limits.connections, listeners.len());
+        let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit)), &settings.limits));
+        let collectors: Vec<Arc<dyn Collect>> = vec![Arc::new(Process::started()), changes.clone(), counts.clone()];
         let (recheck, _) = watch::channel(());
         let (journal, followed, tasks) = (Journal::off(), Vec::new(), Vec::new());
-        let mut bound = Self { listeners, admin, collectors, followed, callers, tls, settings, journal, tasks, recheck };
+        let forbidden = Box::new(|_: &Snapshot| Vec::new());
+        let mut bound = Self {
+            listeners,
+            admin,
+            collectors,
+            followed,
+            callers,
+            tls,
+            settings,
+            journal,
+            counts,
+            forbidden,
+            changes,
+            tasks,
+            recheck,
+        };
         if let Some(tls) = bound.tls.clone() {
             bound.register(tls.clone());
             bound.supervise("certificates", watch_ends(tls.clone()));
@@ -140,6 +164,22 @@ impl Bound {
     /// Logs decisions to this journal. Without one they are not logged.
     pub fn set_journal(&mut self, journal: Journal) {
         self.journal = journal;
+    }
+
+    /// A function that counts the calls in flight.
+    pub fn calls_in_flight(&self) -> impl Fn() -> usize + Send + use<> {
+        let counts = Arc::clone(&self.counts);
+        move || counts.calls_in_flight()
+    }
+
+    /// The list that keeps the last changes of configuration and callers.
+    pub fn changes(&self) -> Arc<RecentChanges> {
+        Arc::clone(&self.changes)
+    }
+
+    /// Sets how the status page finds the providers that the configuration does not allow to be called.
+    pub fn set_forbidden(&mut self, forbidden: Box<FindForbidden>) {
+        self.forbidden = forbidden;
     }
 
     /// Adds a source of metrics.
@@ -175,22 +215,33 @@ impl Bound {
     /// Serves until `shutdown`, then stops in this order: it reports NOT_SERVING, waits until that is noticed, accepts no more connections, sends
     /// GOAWAY, and finishes calls in flight until the drain deadline.
     pub async fn run(self, engine: Arc<Engine>, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, ServerError> {
-        let Self { listeners, admin, mut collectors, followed, callers, tls, settings, journal, tasks: supervised, recheck } =
-            self;
+        let Self { listeners, admin, mut collectors, followed, callers, tls, settings, journal, .. } = self;
+        let Self { counts, forbidden, changes, tasks: supervised, recheck, .. } = self;
         let (phase, phases) = watch::channel(Phase::Starting);
-        let limit = affordable_connections(settings.limits.connections, listeners.len());
         let recent_decisions = Arc::new(RecentDecisions::new(settings.admin.show_workspace_ids));
         let recorder = Arc::new(Recorder::new(journal, Arc::clone(&recent_decisions)));
-        let counts = Arc::new(ConnectionCounts::of(listeners.iter().map(|_| Connections::new(limit)), &settings.limits));
         let context = context(&settings, callers, tls.clone(), Arc::clone(&engine), &recorder, phases, &counts)?;
-        collectors.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder.clone(), counts.clone()]);
-        let mut tasks = JoinSet::new();
+        collectors.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder.clone()]);
+        // The pages stay until the end: they show what the drain waits for.
+        let (mut tasks, mut admin_tasks) = (JoinSet::new(), JoinSet::new());
         if let Some(listener) = admin {
+            let started = SystemTime::now();
             let addresses = listeners.iter().map(|listener| listener.address().to_string()).collect();
-            let pages = AdminPages::new(engine, collectors, followed, recent_decisions, tls, Arc::clone(&counts), addresses);
-            let pages = Arc::new(pages);
-            spawn(&mut tasks, ("status counts", Box::pin(sample_counts(Arc::clone(&pages)))));
-            spawn(&mut tasks, ("admin", Box::pin(serve_admin(listener, pages))));
+            let pages = Arc::new(AdminPages {
+                engine,
+                sources: collectors,
+                followed,
+                recent_decisions,
+                changes,
+                tls,
+                connections: Arc::clone(&counts),
+                window: Window::since(started),
+                started,
+                addresses,
+                forbidden,
+            });
+            spawn(&mut admin_tasks, ("status counts", Box::pin(sample_counts(Arc::clone(&pages)))));
+            spawn(&mut admin_tasks, ("admin", Box::pin(serve_admin(listener, pages))));
         }
         // Every connection holds a sender. When the last one is dropped, all connections are closed.
         let (open, mut all_closed) = mpsc::channel::<Infallible>(1);
@@ -207,7 +258,9 @@ impl Bound {
         let ended = tokio::select! {
             () = shutdown => None,
             Some(ended) = tasks.join_next() => Some(ended.unwrap_or("unknown")),
+            Some(ended) = admin_tasks.join_next() => Some(ended.unwrap_or("unknown")),
         };
+        counts.stopping.get_or_init(SystemTime::now);
         if let Some(name) = ended {
             // Only the first task that ends is recorded: the server stops because of it.
             let _is_first = counts.task_ended.set(name);
@@ -226,6 +279,7 @@ impl Bound {
             // Wait until the calls that are cut off have sent their statuses.
             drop(timeout(CUT_OFF_GRACE * 2, all_closed.recv()).await);
         }
+        admin_tasks.shutdown().await;
         match (ended, drained) {
             (Some(name), _) => Err(ServerError::TaskEnded(name)),
             (None, Ok(_)) => Ok(Ended::Drained),
@@ -259,11 +313,15 @@ fn exposure_fault(address: &Address, EdgeSettings { server, tls, callers, .. }: 
 }
 
 /// Reads the files of callers and of TLS, within the time limit for files.
-fn load_callers_and_tls(settings: &EdgeSettings) -> Result<(Arc<Callers>, Option<Arc<Tls>>), ServerError> {
+fn load_callers_and_tls(
+    settings: &EdgeSettings,
+    changes: &Arc<RecentChanges>,
+) -> Result<(Arc<Callers>, Option<Arc<Tls>>), ServerError> {
     let EdgeSettings { tls, callers, .. } = settings.clone();
     let token_file = callers.token_file.clone();
+    let changes = Arc::clone(changes);
     let read = move || {
-        let callers = Arc::new(Callers::new(&callers)?);
+        let callers = Arc::new(Callers::new(&callers, &changes)?);
         let (Some(certificate), Some(key)) = (tls.certificate, tls.key) else { return Ok((callers, None)) };
         let files = TlsFiles { certificate, key, client_ca: tls.client_ca };
         let tls = Tls::load(files, Arc::clone(&callers))?;
@@ -306,10 +364,10 @@ pub fn review(settings: &EdgeSettings) -> Review {
     let (tls, callers) = (tls.clone(), callers.clone());
     let read = move || {
         let mut found = Review::default();
-        let known = Callers::new(&callers).map_err(|fault| found.faults.push(fault)).ok();
+        let known = Callers::new(&callers, &Arc::default()).map_err(|fault| found.faults.push(fault)).ok();
         // A fault of the token file must not hide one of the certificates.
         let unlisted = CallerSettings { token_file: None, ..callers };
-        let known = known.or_else(|| Callers::new(&unlisted).ok());
+        let known = known.or_else(|| Callers::new(&unlisted, &Arc::default()).ok());
         match (tls.certificate, tls.key, known) {
             (Some(certificate), Some(key), Some(callers)) => {
                 let files = TlsFiles { certificate, key, client_ca: tls.client_ca };

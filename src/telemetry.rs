@@ -4,6 +4,7 @@ pub mod cause;
 pub mod events;
 pub mod log_writer;
 pub mod metrics;
+pub mod recent_changes;
 pub mod recent_decisions;
 pub mod status;
 pub mod traces;

@@ -171,10 +171,14 @@ impl Found {
         let loaded = config::load(&paths, &overrides);
         // Problems of the documents or of other settings must not hide those of listeners and callers.
         if let Ok((settings, problems)) = config::settings_with_problems(&paths, &overrides) {
-            // An invalid value is replaced by its default here, so a fault that rests on it may not be real.
+            // An invalid value is replaced by its default here, so a fault that rests on it may not be real. A misspelt key is not in force
+            // anyway, and hides nothing.
+            let known: Vec<String> = config::list_settings(&settings).into_iter().map(|(key, _)| key).collect();
+            let is_value = |place: &str| known.iter().any(|key| key == place || key.starts_with(&format!("{place}.")));
             let is_sure = |fault: &ServerError| match fault {
                 ServerError::Exposed(_) | ServerError::Anonymous(_) => {
-                    !problems.iter().any(|problem| EXPOSURE.iter().any(|part| problem.place.starts_with(part)))
+                    let concerns = |place: &str| EXPOSURE.iter().any(|part| place.starts_with(part)) && is_value(place);
+                    !problems.iter().any(|problem| concerns(&problem.place))
                 }
                 ServerError::Listen { setting, .. } | ServerError::Address { setting, .. } => {
                     !problems.iter().any(|problem| problem.place == *setting)
@@ -198,6 +202,9 @@ impl Found {
             report(&mut self.warnings, near_ends);
             let is_set = |(setting, _): &(&str, String)| !problems.iter().any(|problem| problem.place == *setting);
             report(&mut self.of_today, in_use.into_iter().filter(is_set).collect());
+            if loaded.is_err() && !elsewhere {
+                self.warnings.extend(config::readable_secrets(&settings));
+            }
         }
         match loaded {
             Ok(mut setup) => {
@@ -268,9 +275,22 @@ impl Found {
             let (answer, fault, warning) = match &response {
                 ProbeResponse::Answer { reading, shape, .. } if is_missing(&response) => {
                     let cause = Cause::NoApiAtBaseUrl;
-                    (format!("HTTP {}, {}: {cause}", shape.status, reading.cause.text()), Some(cause.text().to_owned()), None)
+                    let fault = format!(
+                        "answers without a key with HTTP {}, {}: there is no API at this base URL; correct it in the registry",
+                        shape.status,
+                        reading.cause.text()
+                    );
+                    (format!("HTTP {}, {}: {cause}", shape.status, reading.cause.text()), Some(fault), None)
                 }
-                ProbeResponse::Answer { shape, .. } => (format!("HTTP {}", shape.status), None, None),
+                ProbeResponse::Answer { shape, .. } => (
+                    match shape.status {
+                        429 => "HTTP 429 (it limits the rate)".to_owned(),
+                        status @ 500.. => format!("HTTP {status} (it fails: look at the vendor's status page)"),
+                        status => format!("HTTP {status}"),
+                    },
+                    None,
+                    None,
+                ),
                 ProbeResponse::TimedOut => {
                     let said = "gave no answer in time; look at egress to that host, and at the vendor's status page";
                     ("no answer in time".into(), None, Some(said.to_owned()))

@@ -89,6 +89,10 @@ enum PeerProtocol {
     Plain,
     /// It is byok-gate's admin listener. Holds what it says about where gRPC is.
     Admin(String),
+    /// It answered with HTTP/2 and refuses the connection. Holds why.
+    GoAway(String),
+    /// It answered with HTTP/1.1.
+    Http1,
     /// It answered something else, or nothing.
     Other,
 }
@@ -228,6 +232,8 @@ impl Server {
                 format!("{address} speaks no TLS: leave out https://, --server-ca, --server-name and --client-cert")
             }
             (_, PeerProtocol::Admin(said)) => format!("{address}: {said}"),
+            (_, PeerProtocol::GoAway(said)) => format!("{address} refuses connections: {said}"),
+            (_, PeerProtocol::Http1) => format!("what answers at {address} speaks HTTP/1.1, and gRPC needs HTTP/2"),
             (false, PeerProtocol::Other) if is_closed_by_peer(fault) => {
                 format!(
                     "{address} closed the connection without an answer of gRPC's: is it the port of --admin-listen, or stopping?"
@@ -292,16 +298,38 @@ impl Server {
             let mut rest = Vec::new();
             if head.starts_with(b"HTTP/1.") {
                 stream.take(MAX_ANSWER_BYTES).read_to_end(&mut rest).await?;
+            } else if head == EMPTY_SETTINGS {
+                let mut next = [0; 9];
+                stream.read_exact(&mut next).await?;
+                rest.extend(next);
+                if let [_, high, low, GOAWAY, ..] = next {
+                    stream.take(u64::from(u16::from_be_bytes([high, low]))).read_to_end(&mut rest).await?;
+                }
             }
             io::Result::Ok((head, rest))
         };
         match timeout(DETECT_TIMEOUT, look).await {
             Ok(Ok(([21, 3, ..], _))) => PeerProtocol::Tls,
+            Ok(Ok((EMPTY_SETTINGS, rest))) => go_away(&rest).map_or(PeerProtocol::Plain, PeerProtocol::GoAway),
             Ok(Ok(([0, _, _, 4, ..], _))) => PeerProtocol::Plain,
+            Ok(Ok(([b'H', b'T', b'T', b'P', b'/', ..], rest))) => {
+                of_admin(&rest).map_or(PeerProtocol::Http1, PeerProtocol::Admin)
+            }
             Ok(Ok((_, rest))) => of_admin(&rest).map_or(PeerProtocol::Other, PeerProtocol::Admin),
             Ok(Err(_)) | Err(_) => PeerProtocol::Other,
         }
     }
+}
+
+/// An empty SETTINGS frame. byok-gate begins with one only if it refuses the connection.
+const EMPTY_SETTINGS: [u8; 9] = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+/// The type of a GOAWAY frame.
+const GOAWAY: u8 = 7;
+
+/// The text of a GOAWAY frame: why the server refuses the connection.
+fn go_away(frame: &[u8]) -> Option<String> {
+    let text = frame.get(17..).filter(|text| frame.get(3) == Some(&GOAWAY) && !text.is_empty())?;
+    Some(printable(&String::from_utf8_lossy(text)))
 }
 
 /// What byok-gate's admin listener says to a gRPC client, of the rest of an answer.

@@ -119,7 +119,7 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
     let signals = Signals::catch()?;
     let decided = tokio::select! {
         biased;
-        () = signals.first() => Err(anyhow::anyhow!("no decision: told to stop")),
+        () = signals.first(|| {}) => Err(anyhow::anyhow!("no decision: told to stop")),
         decided = deciding => decided,
     };
     let ended = match decided {

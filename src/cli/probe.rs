@@ -226,6 +226,7 @@ fn response(response: &ProbeResponse) -> String {
             Unreached::Dns => "the name could not be resolved".into(),
             Unreached::Address => "the address or scheme may not be dialled".into(),
             Unreached::Connect => "no connection".into(),
+            Unreached::ConnectTimeout => "no connection in time: packets are dropped, or the host is down".into(),
             Unreached::Tls => "TLS failed".into(),
             Unreached::Closed => "closed without an answer".into(),
             Unreached::Protocol => "not HTTP".into(),

@@ -17,7 +17,7 @@ use super::{
     exit::Exit,
 };
 use crate::{
-    app::{App, Documents},
+    app::{App, Documents, forbidden_destinations, forbidden_providers},
     config::{self, Flag, Overrides, Paths, Setup},
     core::snapshot::Snapshot,
     liveness::tier::Tier,
@@ -27,6 +27,9 @@ use crate::{
 
 /// How long sending the last spans may delay the end. A reachable collector takes them much faster.
 const SPAN_FLUSH_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long the last lines may delay the end after a second signal.
+const LAST_LINES_LIMIT: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
@@ -105,28 +108,35 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     let (access, warnings) = config::tier_access(settings)?;
     config::warn(&warnings);
     let tier = access.map(Tier::new).transpose()?;
-    let App { engine, collectors, refusal_listener, forbidden_destinations } = App::new(&setup, tier.clone())?;
-    config::warn(&forbidden_destinations);
+    let App { engine, collectors, refusal_listener, prober } = App::new(&setup, tier.clone())?;
+    config::warn(&forbidden_destinations(&setup.snapshot, &prober));
     let mut bound = Bound::open(settings.edge()).await?;
     bound.set_journal(Journal::to(log.clone(), settings.log.plain_allow_ratio));
+    let last_lines = log.clone();
+    bound.set_forbidden(Box::new(move |snapshot| forbidden_providers(snapshot, &prober)));
     bound.register(Arc::new(log));
     bound.register(Arc::new(traces::ExportMetrics));
     collectors.into_iter().for_each(|source| bound.register(source));
     traces::start(&settings.tracing, setup.tracing_ca.as_deref())?;
     let load = Box::new(move || config::load(&paths, &overrides));
-    let documents = Documents::new(Arc::clone(&engine), &setup, load, Box::new(bound.replace_callers()));
-    bound.register(documents.loosenings());
-    bound.follow(documents);
+    let replace_callers = Box::new(bound.replace_callers());
+    bound.follow(Documents::new(Arc::clone(&engine), &setup, load, replace_callers, bound.changes()));
     if let Some(listener) = refusal_listener {
         bound.supervise("tier", listener);
     }
     reload_on_hangup(&mut bound, hangup);
     log_addresses(&bound, &setup.snapshot);
     let stopping = Arc::new(OnceLock::new());
+    let calls_in_flight = bound.calls_in_flight();
     let shutdown = {
         let stopping = Arc::clone(&stopping);
+        let before_end = move || {
+            let cut_off = calls_in_flight();
+            tracing::warn!(event = "stopped", drained = false, cut_off, "a second signal: calls in flight were cut off");
+            last_lines.flush(LAST_LINES_LIMIT);
+        };
         async move {
-            signals.first().await;
+            signals.first(before_end).await;
             stopping.get_or_init(Instant::now);
         }
     };

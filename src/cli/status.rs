@@ -9,6 +9,7 @@ use super::{
     client::{ClientArgs, Server, chain, tls_failure},
     exit::{Exit, Format, UsageError, print},
 };
+use crate::domain::causes::causes;
 use crate::telemetry::status::{
     Attention, Certificate, DecisionCount, Document, LastFailure, Provider, Recent, RefusedConnection, Status, UndecidedCall,
     printable,
@@ -113,9 +114,10 @@ fn failure_text(fault: &reqwest::Error) -> String {
     } else if fault.is_timeout() {
         "no answer in time".to_owned()
     } else if fault.is_connect() {
-        format!("nothing answers there; start the server with --admin-listen ({said})")
+        let cause = causes(fault).last().map_or(said, ToString::to_string);
+        format!("nothing answers there; start the server with --admin-listen ({cause})")
     } else {
-        format!("no status came; is that the address of --admin-listen, and not of --listen? ({said})")
+        "no status page answered; is that the address of --admin-listen, and not of --listen?".to_owned()
     }
 }
 
@@ -142,13 +144,17 @@ fn text(status: &Status, last: usize) -> String {
     section("decisions", decisions.iter().map(|it| count(it, status.window_seconds)).collect());
     section("refused connections", status.refused_connections.iter().take(last).map(refused).collect());
     section("calls without a decision", status.undecided_calls.iter().take(last).map(undecided).collect());
+    let changes = status.changes.iter().take(last).map(|change| format!("{} {}", change.at, change.text()));
+    section("last changes", changes.collect());
     section("last denials", status.denials.iter().take(last).map(recent).collect());
     section("last unverified allows", status.unverified_allows.iter().take(last).map(recent).collect());
     out
 }
 
-fn document(Document { document, revision, source, loaded_at, age_seconds, last_reload_error }: &Document) -> String {
-    let reload = if last_reload_error.is_empty() { "good".to_owned() } else { last_reload_error.replace('\n', " / ") };
+fn document(it: &Document) -> String {
+    let Document { document, revision, source, loaded_at, age_seconds, last_reload_error, last_reload_failed_at } = it;
+    let failed = || format!("failed at {last_reload_failed_at}, see above");
+    let reload = if last_reload_error.is_empty() { "good".to_owned() } else { failed() };
     let revision = if revision.is_empty() { String::new() } else { format!("{revision} ") };
     format!("{document:<13} {revision}from {source}, read at {loaded_at} ({age_seconds} s ago); last reload: {reload}")
 }
@@ -166,7 +172,7 @@ fn provider(provider: &Provider) -> Vec<String> {
     }
     parts.push(format!("breaker {}", if breaker.is_empty() { "closed" } else { breaker }));
     if probes_in_flight + probes_queued > 0 {
-        parts.push(format!("{probes_in_flight} probes asking, {probes_queued} waiting"));
+        parts.push(format!("{probes_in_flight} probes running, {probes_queued} waiting"));
     }
     parts.extend(recent_verdicts.iter().map(|(verdict, count)| format!("{verdict} {count}")));
     let mut lines = vec![format!("{name:<20} {}", parts.join(", "))];
@@ -174,7 +180,7 @@ fn provider(provider: &Provider) -> Vec<String> {
         provider
             .calibration
             .iter()
-            .map(|it| format!("    made-up keys at {}, `{}` in {}: {}", it.host, it.probe, it.header, it.state)),
+            .map(|it| format!("    made-up keys at {}, `{}` in {}: {}", it.host, it.probe, it.header, it.text())),
     );
     lines.extend(provider.no_api_at.iter().map(|host| format!("    no API at {host}")));
     if let Some(LastFailure { at, verdict, cause, remedy: _ }) = &provider.last_failure {

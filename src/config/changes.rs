@@ -2,11 +2,14 @@
 
 use std::{collections::BTreeSet, fmt::Debug};
 
+use serde_json::Value;
+
 use super::{layers::leaves, settings::Settings};
 use crate::{
     core::policy::{Enforcement, Overrides, ProviderException},
     domain::{problem::Problem, request::PlatformProxy},
     server::settings::{CallerList, CertificateCaller, RoleWord, UnixCaller},
+    telemetry::recent_changes::ChangedSetting,
 };
 
 /// Sections and keys that a reload applies. All others are only read at the start.
@@ -38,7 +41,8 @@ pub fn emptied(old: &Settings, new: &Settings) -> Vec<Problem> {
         let entries = old.entries().len();
         let lost = entries > 0 && matches!(new, CallerList::Only(list) if list.is_empty());
         lost.then(|| {
-            let message = format!("had {entries} entries and has none; write `anyone` if everybody may call from now on");
+            let had = if entries == 1 { "1 entry".to_owned() } else { format!("{entries} entries") };
+            let message = format!("had {had} and has none; write `anyone` if everybody may call from now on");
             Problem::at(key, message)
         })
     }
@@ -130,14 +134,25 @@ pub fn changed_callers(old: &Settings, new: &Settings) -> Vec<ChangedCaller> {
 pub fn waiting_for_restart(old: &Settings, new: &Settings) -> Vec<String> {
     let live =
         |key: &str| LIVE.iter().any(|live| key == *live || key.starts_with(&format!("{live}."))) || key == "catalogue.file";
-    changed(old, new).into_iter().filter(|key| !live(key)).collect()
+    changed(old, new).into_iter().map(|change| change.setting).filter(|key| !live(key)).collect()
 }
 
-/// Every key whose value changed, whether it allows more or less.
-pub fn changed(old: &Settings, new: &Settings) -> Vec<String> {
+/// Every key whose value changed, whether it allows more or less, with both values. No setting holds a secret: secrets come from files.
+pub fn changed(old: &Settings, new: &Settings) -> Vec<ChangedSetting> {
     let (old, new) = (leaves(old), leaves(new));
-    let is_other = |(key, value): &(String, _)| !old.iter().any(|(other, was)| other == key && was == value);
-    new.into_iter().filter(is_other).map(|(key, _)| key).collect()
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let of = |list: &[(String, Value)], key: &str| list.iter().find(|(other, _)| other == key).map(|(_, value)| text(value));
+    let keys: BTreeSet<&String> = old.iter().chain(&new).map(|(key, _)| key).collect();
+    let changes = keys.into_iter().filter_map(|setting| {
+        let (was, is) = (of(&old, setting), of(&new, setting));
+        let absent = || "absent".to_owned();
+        (was != is).then(|| ChangedSetting {
+            setting: setting.clone(),
+            was: was.unwrap_or_else(absent),
+            is: is.unwrap_or_else(absent),
+        })
+    });
+    changes.collect()
 }
 
 /// Entries of a caller list that are new or may do more, and a list that now allows everybody.
@@ -347,11 +362,21 @@ mod tests {
     /// Settings that allow less than before are named too.
     #[test]
     fn whatever_is_changed_is_named() {
-        let keys = |old: &str, new: &str| changed(&settings(old), &settings(new));
+        let keys = |old: &str, new: &str| -> Vec<String> {
+            changed(&settings(old), &settings(new)).into_iter().map(|change| change.setting).collect()
+        };
         let denies = "policy: {create: {inconclusive: deny}}\noperator_overrides: refuse\n";
         assert_eq!(keys("{}", denies), keys(denies, "{}"));
         assert!(keys("{}", denies).iter().any(|key| key == "policy.create.inconclusive"), "{:?}", keys("{}", denies));
         assert!(keys(denies, denies).is_empty());
+        let text = |old: &str, new: &str| -> Vec<String> {
+            let changes = changed(&settings(old), &settings(new)).into_iter();
+            changes.map(|ChangedSetting { setting, was, is }| format!("{setting}: {was} -> {is}")).collect()
+        };
+        assert_eq!(text(denies, "{}"), ["operator_overrides: refuse -> honour", "policy.create.inconclusive: deny -> allow"]);
+        let off = "providers: {deepseek: {probe: off, until: 2026-12-01}}";
+        let expect = r#"providers.deepseek: {"probe":"off","until":"2026-12-01"} -> absent"#;
+        assert!(text(off, "{}").contains(&expect.to_owned()), "{:?}", text(off, "{}"));
     }
 
     #[test]

@@ -130,8 +130,12 @@ pub struct Finding {
     pub cost_money: bool,
     /// Why no request was sent, if none was.
     pub withheld: Option<Withheld>,
+    /// Only for NEW_KEYS: the setting that is used up, such as `new_keys.per_caller`.
+    pub used_up: Option<&'static str>,
     /// What kept a request from reaching the provider, if something did.
     pub unreached: Option<Unreached>,
+    /// Only for TIMEOUT: the decision's deadline passed before the provider had its usual time. Holds the time that it had.
+    pub cut_short: Option<Duration>,
 }
 
 impl Finding {
@@ -149,7 +153,9 @@ impl Finding {
             about_model: false,
             cost_money: false,
             withheld: None,
+            used_up: None,
             unreached: None,
+            cut_short: None,
         }
     }
 
@@ -163,6 +169,11 @@ impl Finding {
         };
         let made_up = if self.status.is_none() { String::new() } else { format!(", made-up keys: {}", self.made_up.text()) };
         format!("{cause}{header}{made_up}")
+    }
+
+    /// A finding for a credential that is one new one too many. `setting`: the limit.
+    pub fn one_too_many(setting: &'static str) -> Self {
+        Self { used_up: Some(setting), ..Self::withheld(Withheld::NewKeys) }
     }
 
     /// A finding for a provider that this service did not ask.

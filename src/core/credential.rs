@@ -1,27 +1,27 @@
 //! Decides which credential is judged and whether it may be sent. These steps come after the owner of the model is known and before the provider is
 //! asked.
 
+mod preparation;
+mod remedies;
+
 use std::{sync::Arc, time::Duration};
 
-use url::Url;
-
+use self::preparation::{NotSent, OutgoingCredential};
 use crate::{
     core::{
         credentials::CredentialSet,
-        derive::{Derived, candidate_offers},
+        derive::Derived,
         endpoint::{Endpoint, NoSurface, Preference},
         evaluation_log::EvaluationLog,
-        key_shape::{Mistake, Unsendable, mistake, why_unsendable},
-        oauth_credential::{CredentialKind, OauthCheck},
-        policy::{Action, Enforcement, Facts, Group},
-        registry::{Auth, Offer, Provider, Runtime},
-        runtimes::{Delivery, RuntimeFacts, Trims},
+        policy::{Action, Enforcement, Facts, Flow, Group},
+        registry::Runtime,
+        runtimes::RuntimeFacts,
         snapshot::{OfferUse, Snapshot},
         workspace_call::{FoundCredential, Prediction, WorkspaceCall, predict},
     },
     domain::{
         decision::{ChosenBecause, JudgedCredential},
-        denial::{LivenessEvidence, Malformation, ModelChoice, NameAndScope, Place, Refusal, ShadowCause, listed},
+        denial::{LivenessEvidence, NameAndScope, Place, Refusal, ShadowCause, listed},
         protocol::HeaderFamily,
         request::{CalledBy, Checkpoint, WorkspaceSpec},
         secret::Secret,
@@ -89,17 +89,6 @@ pub(super) struct CredentialStep<'a, 'f> {
     pub(super) fingerprint: &'f dyn Fn(&Secret) -> String,
 }
 
-/// `Err` ends the evaluation early: the facts are complete.
-type Flow<T> = Result<T, Box<Facts>>;
-
-/// A credential that is ready to be sent, and where it goes.
-struct OutgoingCredential<'a> {
-    found: FoundCredential<'a>,
-    secret: Arc<Secret>,
-    endpoint: &'a Arc<Endpoint>,
-    delivery: Option<&'a Delivery>,
-}
-
 impl<'a> CredentialStep<'a, '_> {
     pub(super) fn run(&self, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) -> Flow<LivenessQueries<'a>> {
         let (provider, offer_use) = (self.derived.provider, self.offer_use());
@@ -107,19 +96,20 @@ impl<'a> CredentialStep<'a, '_> {
             Prediction::Sends(call) => call,
             Prediction::Missing(blocking_name) => {
                 log.trace.step("presence", || format!("none of {} is set", listed(&provider.auth_env)));
-                return Err(refused(self.missing(credentials, blocking_name)));
+                return Err(Facts::refused(self.missing(credentials, blocking_name)));
             }
             Prediction::Unreadable(names) => {
                 log.trace.step("presence", || format!("{} could not be read", listed(&names)));
-                return Err(refused(Refusal::CredentialsUnreadable { names, changes_owner: false }));
+                let scopes = credentials.unreadable_scopes(&names);
+                return Err(Facts::refused(Refusal::CredentialsUnreadable { names, scopes, changes_owner: false }));
             }
         };
         self.note_choice(&call, credentials, log);
         if !call.is_own {
             // The runtime sends a value that is not this provider's own.
             return Err(match call.passed_over.first() {
-                Some(other) => refused(self.shadowed(&call.judged, ShadowCause::NotOfProvider, other)),
-                None => refused(self.missing(credentials, Some(call.judged.env_name))),
+                Some(other) => Facts::refused(self.shadowed(&call.judged, ShadowCause::NotOfProvider, other)),
+                None => Facts::refused(self.missing(credentials, Some(call.judged.env_name))),
             });
         }
         if self.enforcement == Enforcement::Off {
@@ -210,118 +200,6 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    /// The value and its destination as the runtime would send it, or the reason why it is not sent.
-    fn prepare(
-        &self,
-        found: FoundCredential<'a>,
-        moved_to: Option<&'a Url>,
-        log: &mut EvaluationLog,
-    ) -> Result<OutgoingCredential<'a>, NotSent> {
-        let offer_use = self.offer_use();
-        let secret = self.trimmed(&found, log)?;
-        let kind = self.snapshot.catalogue.credential_kind(found.env_name);
-        let secret = match kind.map(|kind| kind.check(secret.expose())) {
-            Some(OauthCheck::Malformed(fault)) => {
-                let value = secret.expose();
-                // Say what the value is, if that is known: it helps more than "not JSON".
-                let is_file = fault != Malformation::NoJson || value.trim_ascii_start().starts_with('{');
-                let mistaken = if is_file { None } else { mistake(&self.snapshot.catalogue, None, found.env_name, value) };
-                return Err(self.mistaken(&found, mistaken.unwrap_or(Mistake::Malformed(fault))));
-            }
-            // The runtime would send the key with the blanks around it.
-            Some(OauthCheck::Key(key)) if key.expose().trim_ascii().len() < key.expose().len() => {
-                return Err(NotSent::Refused(Box::new(self.malformed(&found, Malformation::BlankInFile))));
-            }
-            Some(OauthCheck::Key(key)) => Arc::new(key),
-            Some(OauthCheck::Plausible) => {
-                let value = secret.expose().trim_ascii();
-                let mistaken =
-                    if value.starts_with('{') { None } else { mistake(&self.snapshot.catalogue, None, found.env_name, value) };
-                return Err(match mistaken {
-                    Some(mistaken) => self.mistaken(&found, mistaken),
-                    None => NotSent::NoSurface(NoSurface::OAuth),
-                });
-            }
-            None => secret,
-        };
-        let route = offer_use.route.as_ref().map(|route| &route.facts);
-        let delivery = route.map(|route| route.delivery_of(secret.expose()));
-        let endpoint = self.endpoint(delivery, moved_to).map_err(NotSent::NoSurface)?;
-        let takes_oauth = route.is_none_or(|route| !route.is_certain() || route.has_delivery_for(secret.expose()));
-        match why_unsendable(&self.snapshot.catalogue, endpoint, found.env_name, &secret, takes_oauth) {
-            None => Ok(OutgoingCredential { found, secret, endpoint, delivery }),
-            Some(Unsendable::NoSurface(reason)) => Err(NotSent::NoSurface(reason)),
-            Some(Unsendable::Malformed(fault)) => Err(NotSent::Refused(Box::new(self.malformed(&found, fault)))),
-            Some(Unsendable::Refused(refusal)) => {
-                Err(NotSent::Refused(Box::new(refusal.saved_as(self.place_for(found.env_name)))))
-            }
-        }
-    }
-
-    fn mistaken(&self, found: &FoundCredential<'_>, mistake: Mistake<'_>) -> NotSent {
-        NotSent::Refused(Box::new(match mistake {
-            Mistake::Malformed(fault) => self.malformed(found, fault),
-            Mistake::Foreign(what) => Refusal::ForeignSecret {
-                env_name: found.env_name.to_owned(),
-                provider: self.derived.provider.name.clone(),
-                what: what.to_owned(),
-                save_as: self.place_for(found.env_name),
-            },
-        }))
-    }
-
-    /// The value without the blanks around it, if the runtime removes them. If it does not, such a value is refused.
-    fn trimmed(&self, found: &FoundCredential<'a>, log: &mut EvaluationLog) -> Result<Arc<Secret>, NotSent> {
-        let value = found.secret.expose();
-        let is_blank = |byte: Option<u8>| byte.is_some_and(|byte| matches!(byte, b' ' | b'\t' | b'\r' | b'\n'));
-        let (in_front, behind) = (is_blank(value.bytes().next()), is_blank(value.bytes().next_back()));
-        if !in_front && !behind {
-            return Ok(Arc::clone(found.secret));
-        }
-        let trims =
-            self.offer_use().route.as_ref().filter(|route| route.facts.is_certain()).map_or(Trims::Nothing, |route| route.trims);
-        // A login file or token is never sent itself, so blanks around it do no harm.
-        let is_login =
-            self.derived.provider.auth == Auth::OAuth || self.snapshot.catalogue.credential_kind(found.env_name).is_some();
-        let fault = match trims {
-            _ if is_login => return Ok(Arc::clone(found.secret)),
-            Trims::BothEnds => None,
-            Trims::End => in_front.then_some(Malformation::BlankInFront),
-            Trims::Nothing if in_front => Some(Malformation::BlankInFront),
-            Trims::Nothing => {
-                let at = value.trim_end().len();
-                let is_line = value.bytes().skip(at).any(|byte| byte != b' ');
-                Some(if is_line { Malformation::ControlCharacter { at, trailing: true } } else { Malformation::BlankBehind })
-            }
-        };
-        if let Some(fault) = fault {
-            let vendor = self.snapshot.endpoint(self.derived.provider).ok().and_then(|endpoint| endpoint.vendor.as_deref());
-            // Say what the value is without the blanks, if that is known: it helps more.
-            let mistaken = mistake(&self.snapshot.catalogue, vendor, found.env_name, value.trim_ascii());
-            return Err(self.mistaken(found, mistaken.unwrap_or(Mistake::Malformed(fault))));
-        }
-        let message = format!(
-            "blanks or line breaks around {} were left out, as runtime `{}` does; save it again without them",
-            found.env_name, self.spec.runtime
-        );
-        log.warn(WarningCode::TrimmedCredential, message, vec![found.env_name.to_owned()]);
-        Ok(Arc::new(Secret::new(value.trim_matches([' ', '\t', '\r', '\n']).to_owned())))
-    }
-
-    /// The endpoint that the workspace would call, unless the tenant has set a base URL of its own.
-    fn endpoint(&self, delivery: Option<&Delivery>, moved_to: Option<&Url>) -> Result<&'a Arc<Endpoint>, NoSurface> {
-        let found = self.snapshot.dialled(self.derived.provider, self.offer_use(), delivery, moved_to);
-        // Providers without an address keep their own reason, whatever base URL the tenant has set.
-        if !matches!(found, Err(NoSurface::OAuth | NoSurface::Ambient | NoSurface::Platform)) {
-            let concerns = |name: &&String| self.offer_use().base_url_env.contains(name);
-            let own: Vec<String> = self.spec.tenant_base_url_env.iter().filter(concerns).cloned().collect();
-            if !own.is_empty() {
-                return Err(NoSurface::TenantBaseUrl(own));
-            }
-        }
-        found.map_err(NoSurface::clone)
-    }
-
     /// The facts for a value that is not sent.
     fn facts_of_not_sent(&self, reason: NotSent, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Box<Facts> {
         match reason {
@@ -332,18 +210,12 @@ impl<'a> CredentialStep<'a, '_> {
             NotSent::Refused(refusal) => {
                 log.trace.step("shape", || format!("{} is not sent: {}", call.judged.env_name, refusal.code()));
                 let usable = self.usable(call);
-                refused(match usable {
+                Facts::refused(match usable {
                     Some(other) if self.is_certain() => self.shadowed(&call.judged, ShadowCause::Refused(refusal), &other),
                     _ => *refusal,
                 })
             }
         }
-    }
-
-    /// Another of the provider's own values, which is not used but could be sent.
-    fn usable(&self, call: &WorkspaceCall<'a>) -> Option<FoundCredential<'a>> {
-        let mut discarded = EvaluationLog::new(false);
-        call.passed_over.iter().find(|other| self.prepare(**other, call.moved_to, &mut discarded).is_ok()).copied()
     }
 
     /// Refuses or warns if the request also carries a credential that does not belong to this vendor.
@@ -364,7 +236,7 @@ impl<'a> CredentialStep<'a, '_> {
         let exposed = Refusal::Exposed { env_names: env_names.clone(), host: endpoint.host.clone() };
         log.trace.step("exposure", || exposed.message());
         if self.is_certain() && self.snapshot.policy.action(self.checkpoint, Group::Exposure) == Action::Deny {
-            return Err(refused(exposed));
+            return Err(Facts::refused(exposed));
         }
         log.warn(WarningCode::ExposedCredential, exposed.message(), env_names);
         Ok(())
@@ -404,135 +276,6 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    fn missing(&self, credentials: &CredentialSet<'_>, blocking_name: Option<&str>) -> Refusal {
-        let Provider { name, display_name, auth_env, .. } = self.derived.provider;
-        let registry = &self.snapshot.registry;
-        let usable = self.offer_use().usable(self.derived.provider);
-        let unread = usable.is_empty();
-        let accepted_env = if unread { auth_env.clone() } else { usable };
-        let mut elsewhere = unread.then(|| self.place_in_auth_json(self.derived.provider)).flatten();
-        let mut elsewhere = elsewhere.take().map(|place| (display_name.clone(), place));
-        let mut missing_env = accepted_env.clone();
-        missing_env.extend(auth_env.iter().filter(|name| !accepted_env.contains(name)).cloned());
-        let mut offered = if unread { Vec::new() } else { accepted_env.clone() };
-        let mut others = Vec::new();
-        let candidates = candidate_offers(registry, self.runtime, self.model);
-        for offer in &candidates {
-            let other = registry.provider(offer);
-            if other.name == *name || other.auth == Auth::Ambient || other.is_platform() {
-                continue;
-            }
-            let usable = self.snapshot.offer_use(offer).usable(other);
-            let further = usable.iter().filter(|name| !offered.contains(name)).cloned().collect::<Vec<_>>();
-            offered.extend(further.iter().cloned());
-            if usable.is_empty() && elsewhere.is_none() {
-                elsewhere = self.place_in_auth_json(other).map(|place| (other.display_name.clone(), place));
-            }
-            if !further.is_empty() {
-                others.push((other.display_name.clone(), further));
-            }
-            missing_env.extend(other.auth_env.iter().filter(|name| !missing_env.contains(name)).cloned().collect::<Vec<_>>());
-        }
-        Refusal::MissingCredential {
-            provider: name.clone(),
-            display_name: display_name.clone(),
-            model: self.model.to_owned(),
-            hidden: offered.iter().filter(|name| credentials.is_hidden(name)).cloned().collect(),
-            accepted_env,
-            unread,
-            others,
-            elsewhere,
-            blocking_name: blocking_name.map(str::to_owned),
-            available: self.available_elsewhere(credentials, &candidates),
-            missing_env,
-        }
-    }
-
-    /// A credential of another provider that is set, and the models that it could be used for.
-    fn available_elsewhere(&self, credentials: &CredentialSet<'_>, candidates: &[&Offer]) -> Option<(String, ModelChoice)> {
-        if self.spec.credentials.is_empty() {
-            return None;
-        }
-        let others = self.runtime.offers.iter().filter(|offer| {
-            let provider = self.snapshot.registry.provider(offer);
-            candidates.iter().all(|candidate| candidate.index != offer.index) && !provider.is_platform()
-        });
-        let usable = |offer: &Offer| self.snapshot.offer_use(offer).usable(self.snapshot.registry.provider(offer));
-        // First look at the variable that each provider prefers.
-        let first = others.clone().filter_map(|offer| Some((usable(offer).into_iter().next()?, offer)));
-        let any = others.flat_map(|offer| usable(offer).into_iter().map(move |name| (name, offer)));
-        let (name, offer) = first.chain(any).find(|(name, _)| credentials.has(name))?;
-        Some((name, self.choice(offer)))
-    }
-
-    /// Where to save a value of this variable so that the runtime reads it. `None` if the runtime reads no variable of the provider.
-    fn place_for(&self, env_name: &str) -> Option<Place> {
-        let unread = self.offer_use().route.as_ref().filter(|route| route.usable().all(|name| name != env_name));
-        match unread.map(|route| route.usable().next()) {
-            None => Some(self.snapshot.place(env_name)),
-            Some(Some(name)) => Some(self.snapshot.place(name)),
-            Some(None) => self.place_in_auth_json(self.derived.provider),
-        }
-    }
-
-    /// Where to save a key of a provider for which the runtime reads no variable: in the auth.json of another provider that is sent to the same host.
-    fn place_in_auth_json(&self, provider: &Provider) -> Option<Place> {
-        let host = provider.base_url.as_ref()?.host_str()?;
-        self.runtime.offers.iter().find_map(|offer| {
-            let route = self.snapshot.offer_use(offer).route.as_ref()?;
-            let is_there = route.facts.delivery.base.as_ref().and_then(Url::host_str) == Some(host);
-            let is_file = |name: &&String| self.snapshot.catalogue.credential_kind(name) == Some(CredentialKind::CodexAuthJson);
-            let name = route.usable().find(is_file).filter(|_| is_there)?;
-            Some(Place { with: self.choice_for(offer), ..self.snapshot.place(name) })
-        })
-    }
-
-    /// The model to choose so that this provider is used. `None` if the present model already belongs to it.
-    fn choice_for(&self, offer: &Offer) -> Option<ModelChoice> {
-        let candidates = candidate_offers(&self.snapshot.registry, self.runtime, self.model);
-        candidates.iter().all(|candidate| candidate.index != offer.index).then(|| self.choice(offer))
-    }
-
-    fn choice(&self, offer: &Offer) -> ModelChoice {
-        let example = offer.models.iter().find(|model| !offer.has_withdrawn(model)).cloned();
-        ModelChoice { owner: self.snapshot.registry.provider(offer).display_name.clone(), example }
-    }
-
-    fn shadowed(&self, sent: &FoundCredential<'_>, why: ShadowCause, other: &FoundCredential<'_>) -> Refusal {
-        let beats =
-            self.offer_use().route.as_ref().is_some_and(|route| route.facts.beaten_by.iter().any(|name| name == sent.env_name));
-        let provider = self.derived.provider.name.clone();
-        Refusal::Shadowed { sent: sent.named(), why, other: other.named(), replaceable: !beats, provider }
-    }
-
-    fn malformed(&self, found: &FoundCredential<'_>, fault: Malformation) -> Refusal {
-        Refusal::Malformed {
-            env_name: found.env_name.to_owned(),
-            provider: self.derived.provider.name.clone(),
-            fault,
-            save_as: self
-                .place_for(found.env_name)
-                .map(|place| Place { in_auth_json: place.in_auth_json && fault.is_of_a_key(), ..place }),
-            right_place: self.right_place(found.env_name, fault),
-        }
-    }
-
-    /// The variable in which such a value is right: a token in the variable of the subscription, a key in that of a provider with the same API.
-    fn right_place(&self, env_name: &str, fault: Malformation) -> Option<Place> {
-        let wanted = match fault {
-            Malformation::TokenForKey => Auth::OAuth,
-            Malformation::KeyForToken => Auth::Key,
-            _ => return None,
-        };
-        let registry = &self.snapshot.registry;
-        self.runtime.offers.iter().find_map(|offer| {
-            let other = registry.provider(offer);
-            let fits = other.auth == wanted && other.protocol == self.derived.provider.protocol && !other.is_platform();
-            let name = self.snapshot.offer_use(offer).usable(other).into_iter().find(|name| name != env_name).filter(|_| fits)?;
-            Some(Place { with: self.choice_for(offer), ..self.snapshot.place(&name) })
-        })
-    }
-
     fn not_asked(&self, call: &WorkspaceCall<'_>, verdict: Verdict, reason: Option<&NoSurface>) -> Box<Facts> {
         Box::new(Facts::NotValid {
             evidence: LivenessEvidence {
@@ -545,6 +288,8 @@ impl<'a> CredentialStep<'a, '_> {
                 retry_after: Duration::ZERO,
                 withheld: None,
                 unreached: None,
+                used_up: None,
+                cut_short: None,
                 cause: None,
                 tenant_endpoint: matches!(reason, Some(NoSurface::TenantBaseUrl(_))),
                 plan: None,
@@ -556,14 +301,4 @@ impl<'a> CredentialStep<'a, '_> {
             enforcement: self.enforcement,
         })
     }
-}
-
-/// Why a value is not sent.
-enum NotSent {
-    Refused(Box<Refusal>),
-    NoSurface(NoSurface),
-}
-
-fn refused(refusal: Refusal) -> Box<Facts> {
-    Box::new(Facts::Refused(refusal))
 }

@@ -86,6 +86,18 @@ impl<'s> CredentialSet<'s> {
         }
     }
 
+    /// The scopes in which what these variables hold could not be read.
+    pub fn unreadable_scopes(&self, names: &[String]) -> Vec<Scope> {
+        let scope_of = |name: &String| {
+            let row = self.rows.get(name.as_str());
+            let of_workspace = row.and_then(|row| row.workspace);
+            let is_workspace =
+                of_workspace.map_or(self.workspace_unreadable, |value| matches!(value, CredentialValue::Unreadable));
+            if is_workspace { Scope::Workspace } else { Scope::Organization }
+        };
+        names.iter().map(scope_of).collect::<BTreeSet<_>>().into_iter().collect()
+    }
+
     /// Whether a blank value of the workspace hides a value of the organization.
     pub fn is_hidden(&self, name: &str) -> bool {
         let Some(Rows { workspace: Some(workspace), organization: Some(organization) }) = self.rows.get(name) else {

@@ -321,7 +321,9 @@ fn to_facts(snapshot: &Snapshot, query: &LivenessQuery<'_>, observed: &Observed)
         upstream_status: finding.status,
         siblings: query.endpoint.siblings.clone(),
         withheld: finding.withheld,
+        used_up: finding.used_up,
         unreached: finding.unreached,
+        cut_short: finding.cut_short,
         retry_after: observed.retry_after,
         cause: finding.cause,
         tenant_endpoint: false,
@@ -424,14 +426,18 @@ fn static_liveness(facts: &Facts) -> Option<Liveness> {
     }
 }
 
-/// The liveness to show: the observation, or the earlier VALID that the ruling rests on.
+/// The liveness to show: the observation, or the earlier VALID that the ruling rests on. If the provider was not asked, nothing was observed.
 fn to_liveness(query: &LivenessQuery<'_>, observed: Observed, on_earlier_valid: bool) -> Liveness {
     let Observed { finding, observed_at, age, served_from, earlier_valid, shared: _, retry_after: _ } = observed;
     let (finding, seen) = match earlier_valid {
         Some(earlier) if on_earlier_valid => {
-            (earlier.finding, Seen { observed_at: earlier.observed_at, age: earlier.age, served_from: ServedFrom::Stale })
+            let seen = Seen { observed_at: earlier.observed_at, age: earlier.age, served_from: ServedFrom::Stale };
+            (earlier.finding, Some(seen))
         }
-        Some(_) | None => (finding, Seen { observed_at, age, served_from }),
+        Some(_) | None => {
+            let seen = finding.withheld.is_none().then_some(Seen { observed_at, age, served_from });
+            (finding, seen)
+        }
     };
     Liveness {
         verdict: finding.verdict,
@@ -440,7 +446,7 @@ fn to_liveness(query: &LivenessQuery<'_>, observed: Observed, on_earlier_valid: 
         probe: finding.probe.clone(),
         header: finding.family,
         cause: finding.cause,
-        seen: Some(seen),
+        seen,
     }
 }
 

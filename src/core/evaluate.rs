@@ -8,7 +8,7 @@ use crate::{
         credentials::{CredentialSet, Lookup},
         derive::{Derived, Underivable, derive},
         evaluation_log::{EvaluationLog, Trace},
-        policy::Facts,
+        policy::{Facts, Flow},
         registry::{Auth, Provider, Registry, Runtime},
         snapshot::Snapshot,
     },
@@ -145,14 +145,11 @@ struct Evaluator<'a, 'f> {
     fingerprint: &'f dyn Fn(&Secret) -> String,
 }
 
-/// `Err` ends the evaluation early: the facts are complete.
-type Flow<T> = Result<T, Box<Facts>>;
-
 impl<'a> Evaluator<'a, '_> {
     fn run(&self, log: &mut EvaluationLog) -> Flow<Next<'a>> {
         self.check_override(log)?;
         let runtime = self.runtime(log)?;
-        let model = known_model(&self.spec.runtime, &self.spec.model).map_err(|refusal| refused(*refusal))?;
+        let model = known_model(&self.spec.runtime, &self.spec.model).map_err(|refusal| Facts::refused(*refusal))?;
         log.trace.step("model", || format!("`{model}`"));
         if self.spec.operator_override == OperatorOverride::PlatformManaged {
             log.resolution.billing_mode = Some(BillingMode::PlatformManaged);
@@ -172,7 +169,7 @@ impl<'a> Evaluator<'a, '_> {
             return Err(Box::new(self.platform(model)));
         }
         if provider.auth == Auth::Ambient {
-            return Err(refused(not_byok(provider, model)));
+            return Err(Facts::refused(not_byok(provider, model)));
         }
         let step = CredentialStep {
             snapshot: self.snapshot,
@@ -213,7 +210,7 @@ impl<'a> Evaluator<'a, '_> {
         log.trace.step("override", || format!("{word}, {}", if honoured { "honoured" } else { "refused by configuration" }));
         log.warn(WarningCode::OperatorOverride, format!("an operator override of {word} was given"), Vec::new());
         match (honoured, self.spec.operator_override) {
-            (false, _) => Err(refused(Refusal::OverrideNotAllowed)),
+            (false, _) => Err(Facts::refused(Refusal::OverrideNotAllowed)),
             (true, OperatorOverride::Disabled) => {
                 log.resolution.billing_mode = Some(BillingMode::None);
                 Err(Box::new(Facts::OverrideDisabled))
@@ -233,7 +230,7 @@ impl<'a> Evaluator<'a, '_> {
             }
             return Err(Box::new(Facts::ExemptRuntime));
         }
-        let runtime = known_runtime(&self.snapshot.registry, name).map_err(|refusal| refused(*refusal))?;
+        let runtime = known_runtime(&self.snapshot.registry, name).map_err(|refusal| Facts::refused(*refusal))?;
         log.trace.step("runtime", || format!("`{name}` has {} providers", runtime.offers.len()));
         Ok(runtime)
     }
@@ -273,10 +270,11 @@ impl<'a> Evaluator<'a, '_> {
                 .collect();
             if !changing.is_empty() {
                 log.trace.step("derive", || format!("{} could not be read and could change the owner", listed(&changing)));
-                return Err(refused(Refusal::CredentialsUnreadable { names: changing, changes_owner: true }));
+                let scopes = credentials.unreadable_scopes(&changing);
+                return Err(Facts::refused(Refusal::CredentialsUnreadable { names: changing, scopes, changes_owner: true }));
             }
         }
-        let derived = derived.map_err(|underivable| refused(*refusal_of(underivable, name, model, registry)))?;
+        let derived = derived.map_err(|underivable| Facts::refused(*refusal_of(underivable, name, model, registry)))?;
         record_owner(&mut log.resolution, derived.provider, derived.matched_by);
         log.trace.step("derive", || format!("provider `{}` by {}", derived.provider.name, derived.matched_by));
         Ok(derived)
@@ -288,7 +286,7 @@ impl<'a> Evaluator<'a, '_> {
         }
         log.trace.step("model", || "withdrawn".into());
         match self.checkpoint {
-            Checkpoint::Create | Checkpoint::Update => Err(refused(Refusal::ModelWithdrawn {
+            Checkpoint::Create | Checkpoint::Update => Err(Facts::refused(Refusal::ModelWithdrawn {
                 runtime: self.spec.runtime.clone(),
                 model: model.to_owned(),
                 provider: derived.provider.name.clone(),
@@ -309,10 +307,6 @@ impl<'a> Evaluator<'a, '_> {
             Facts::Platform { by_override: false, proxy: self.proxy, model }
         }
     }
-}
-
-fn refused(refusal: Refusal) -> Box<Facts> {
-    Box::new(Facts::Refused(refusal))
 }
 
 /// Whether the runtime is on the list of exemptions. A workspace without a runtime never is.

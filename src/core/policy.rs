@@ -259,6 +259,17 @@ fn group_of(evidence: &LivenessEvidence) -> Option<Group> {
     }
 }
 
+/// A step of a decision. `Err` ends the evaluation early: the facts are complete.
+pub(super) type Flow<T> = Result<T, Box<Facts>>;
+
+// === impl Facts ===
+
+impl Facts {
+    pub(super) fn refused(refusal: Refusal) -> Box<Self> {
+        Box::new(Self::Refused(refusal))
+    }
+}
+
 // === impl Policy ===
 
 impl Default for Policy {
@@ -395,7 +406,7 @@ impl Ruling {
     pub fn into_outcome(self, alternative_models: impl FnOnce() -> Vec<String>) -> Outcome {
         match self.outcome {
             Ok(allow) => Outcome::Allow(allow),
-            Err(refusal) => Outcome::Deny(Box::new(Deny { refusal, alternative_models: alternative_models() })),
+            Err(refusal) => Outcome::Deny(Box::new(Deny::new(refusal, alternative_models()))),
         }
     }
 }

@@ -11,6 +11,8 @@ use crate::domain::problem::{Loaded, Problem};
 
 /// The largest document that is read. The platform's own registry has less than 40 KB, so a file of this size is a mistake.
 pub(crate) const MAX_DOCUMENT_BYTES: usize = 1024 * 1024;
+/// What is said of an unknown key in a document that is in force all the same.
+pub(crate) const IGNORED: &str = "; it was ignored";
 /// How many bytes may be parsed again to describe the problems of a document. Each line that is looked up, and each part that is read alone, costs
 /// one pass. Enough for 200 passes over the platform's registry; takes a second at most.
 const REPARSE_BYTES: usize = 8 * 1024 * 1024;
@@ -20,7 +22,7 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Loaded<T>, Prob
     let text = text_of(bytes)?;
     let mut warnings = Vec::new();
     let value = serde_ignored::deserialize(serde_yaml::Deserializer::from_str(text), |path| {
-        warnings.push(Problem::at(path_text(&path), "is not a key that this schema knows; it was ignored"));
+        warnings.push(Problem::at(path_text(&path), format!("is not a key that this schema knows{IGNORED}")));
     })
     .map_err(|fault| to_problem(&fault))?;
     Ok(Loaded { value, warnings: with_lines(bytes, warnings) })

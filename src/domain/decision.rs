@@ -116,6 +116,12 @@ pub struct Seen {
 pub struct Deny {
     /// The reason with its evidence.
     pub refusal: Refusal,
+    /// What is wrong.
+    pub message: String,
+    /// What the tenant can do.
+    pub remedy: String,
+    /// What the platform's operator can do; may be empty.
+    pub operator_hint: String,
     /// Models that the runtime offers without a key.
     pub alternative_models: Vec<String>,
 }
@@ -205,6 +211,16 @@ impl ChosenBecause {
             Self::SentAfterARefusal => "the runtime goes on to it after a refusal".into(),
             Self::Unread => "the registry accepts it; the runtime does not read it".into(),
         }
+    }
+}
+
+// === impl Deny ===
+
+impl Deny {
+    /// A denial with its texts. They are made here, once, for the reply, the log and the status page.
+    pub fn new(refusal: Refusal, alternative_models: Vec<String>) -> Self {
+        let (message, remedy, operator_hint) = (refusal.message(), refusal.remedy(), refusal.operator_hint());
+        Self { refusal, message, remedy, operator_hint, alternative_models }
     }
 }
 

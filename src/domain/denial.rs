@@ -68,6 +68,8 @@ pub enum Refusal {
     CredentialsUnreadable {
         /// The variables that could not be read.
         names: Vec<String>,
+        /// Where they could not be read.
+        scopes: Vec<Scope>,
         /// They could change the owner of the model, and not only the credential that is used.
         changes_owner: bool,
     },
@@ -338,8 +340,12 @@ pub struct LivenessEvidence {
     pub retry_after: Duration,
     /// Why no request was sent, if none was.
     pub withheld: Option<Withheld>,
+    /// The limit of new keys that is used up, if that is why: `new_keys.per_caller`.
+    pub used_up: Option<&'static str>,
     /// What kept a request from reaching the provider, if something did.
     pub unreached: Option<Unreached>,
+    /// The time that the provider had to answer, if the decision's deadline ended it.
+    pub cut_short: Option<Duration>,
     /// The reason that was read from the response, if there is one.
     pub cause: Option<Cause>,
     /// The workspace calls a base URL of the tenant's own.
@@ -414,6 +420,11 @@ impl Refusal {
             | Self::Exposed { .. }
             | Self::Liveness(_) => &[],
         }
+    }
+
+    /// The scopes that could not be read, if that is the reason.
+    pub fn unreadable_scopes(&self) -> &[Scope] {
+        if let Self::CredentialsUnreadable { scopes, .. } = self { scopes } else { &[] }
     }
 
     /// The same refusal, with another place to save a credential.
@@ -528,7 +539,9 @@ mod tests {
                 siblings: vec![],
                 retry_after: Duration::from_secs(3),
                 withheld: None,
+                used_up: None,
                 unreached: None,
+                cut_short: None,
                 cause: None,
                 tenant_endpoint: false,
                 plan: None,

@@ -3,6 +3,7 @@
 
 use super::{
     denial::{LivenessEvidence, Malformation, ModelChoice, NameAndScope, Place, Refusal, ShadowCause, any_of, listed},
+    duration::seconds,
     request::Scope,
     verdict::{Cause, Unreached, Verdict, Withheld},
 };
@@ -32,9 +33,10 @@ impl Refusal {
             Self::ModelWithdrawn { runtime, model, provider } => {
                 format!("model `{model}` of provider `{provider}` is withdrawn from runtime `{runtime}`")
             }
-            Self::CredentialsUnreadable { names, changes_owner } => format!(
-                "{} could not be read, so it is not known {}",
+            Self::CredentialsUnreadable { names, scopes, changes_owner } => format!(
+                "{} could not be read from the {} secrets, so it is not known {}",
                 listed(names),
+                scopes.iter().map(|scope| format!("{}'s", scope_word(*scope))).collect::<Vec<_>>().join(" and the "),
                 if *changes_owner { "who owns the model" } else { "which credential the workspace would use" },
             ),
             Self::MissingPlatformProxy { model } => {
@@ -270,7 +272,20 @@ fn their(names: &[String]) -> &'static str {
 
 impl LivenessEvidence {
     fn message(&self) -> String {
-        let Self { verdict, env_name, provider, host, upstream_status, unreached, withheld, cause, model, .. } = self;
+        let Self {
+            verdict,
+            env_name,
+            provider,
+            host,
+            upstream_status,
+            unreached,
+            withheld,
+            used_up,
+            cut_short,
+            cause,
+            model,
+            ..
+        } = self;
         let status = upstream_status.map_or_else(String::new, |status| format!(" with HTTP {status}"));
         let why = cause.map_or_else(String::new, |cause| format!(" ({})", cause.text()));
         match verdict {
@@ -292,7 +307,13 @@ impl LivenessEvidence {
                     upstream_status.map_or_else(|| "gave an answer".to_owned(), |status| format!("answered HTTP {status}"));
                 format!("{env_name} could not be verified: {host} {answered}{why}, which does not show whether the key is good")
             }
-            Verdict::Timeout => format!("{host} gave no usable answer in time, so {env_name} could not be verified"),
+            Verdict::Timeout => match cut_short {
+                Some(time) => format!(
+                    "{env_name} could not be verified: the call left {host} {} to answer, which was too little",
+                    seconds(*time)
+                ),
+                None => format!("{host} gave no usable answer in time, so {env_name} could not be verified"),
+            },
             Verdict::Unreachable => {
                 let why = match unreached {
                     Some(Unreached::Address) => {
@@ -301,6 +322,7 @@ impl LivenessEvidence {
                         );
                     }
                     Some(Unreached::Dns) => "could not be resolved",
+                    Some(Unreached::ConnectTimeout) => "accepted no connection in time",
                     Some(Unreached::Tls) => "could not be reached securely (TLS failed)",
                     Some(Unreached::Closed) => "closed the connection without an answer",
                     Some(Unreached::Protocol) => "answers with something that is not HTTP",
@@ -313,7 +335,13 @@ impl LivenessEvidence {
                 let why = match withheld {
                     Some(Withheld::Queue) => "too many checks are waiting for this provider",
                     Some(Withheld::Budget) => "the limit of calls to this provider per second is reached",
-                    Some(Withheld::NewKeys) => "too many new keys of this organization or caller were checked within a minute",
+                    Some(Withheld::NewKeys) => match used_up {
+                        Some("new_keys.per_organization") => {
+                            "too many new keys of this organization were checked within a minute"
+                        }
+                        Some("new_keys.per_caller") => "too many new keys of this workspace were checked within a minute",
+                        _ => "too many new keys of this platform were checked within a minute",
+                    },
                     Some(Withheld::Fault) | None => "the service that checks keys failed",
                 };
                 format!("{env_name} was not checked at {host}: {why}")
@@ -328,7 +356,7 @@ impl LivenessEvidence {
     }
 
     fn remedy(&self) -> String {
-        let Self { verdict, save_as, plan, siblings, cause, unreached, .. } = self;
+        let Self { verdict, save_as, plan, siblings, cause, unreached, cut_short, .. } = self;
         match verdict {
             Verdict::Invalid | Verdict::Forbidden if plan.is_some() => {
                 let (plan, providers) = plan.clone().unwrap_or_default();
@@ -360,6 +388,7 @@ impl LivenessEvidence {
                 if save_as.is_some() { save + &sibling } else { save }
             }
             Verdict::QuotaExhausted => "add credit to the account with the provider, or use another key".into(),
+            Verdict::Timeout if cut_short.is_some() => "try again; if this continues, contact the platform's operator".into(),
             Verdict::RateLimited | Verdict::ProviderError | Verdict::Timeout => {
                 "try again later; if this continues, check the provider's status page".into()
             }
@@ -379,11 +408,11 @@ impl LivenessEvidence {
     }
 
     fn operator_hint(&self) -> String {
-        let Self { verdict, unreached, withheld, host, tenant_endpoint, .. } = self;
+        let Self { verdict, unreached, withheld, used_up, cut_short, host, tenant_endpoint, .. } = self;
         match verdict {
             Verdict::Unreachable => match unreached {
                 Some(Unreached::Address) => format!(
-                    "{host} resolves to an address that may not be dialled, or is plain http: name it in `egress.allow` or \
+                    "the address of {host} may not be dialled, or the base URL is plain http: name it in `egress.allow` or \
                      `egress.allow_plain_http`; a machine's metadata address is never dialled"
                 ),
                 Some(Unreached::Dns) => format!("look up {host} from the service's pod; its DNS may not know it"),
@@ -392,6 +421,10 @@ impl LivenessEvidence {
                      adds one); or the port has no TLS"
                         .into()
                 }
+                Some(Unreached::ConnectTimeout) => format!(
+                    "a firewall or NetworkPolicy may drop the packets from the service's pod to {host}: check egress to it, and whether \
+                     the host is up"
+                ),
                 Some(Unreached::Proxy) => {
                     format!(
                         "`egress.proxy` could not be reached, or refuses connections to {host}: check its log and its credentials"
@@ -406,22 +439,25 @@ impl LivenessEvidence {
             }
             Verdict::NotAttempted => match withheld {
                 Some(Withheld::Queue) => {
-                    "`provider_limits.in_flight` and `provider_limits.queue_time` limit how many checks wait for a provider"
+                    "the provider is slow, or `provider_limits.in_flight` or `provider_limits.queue_time` is low for so many checks"
                         .into()
                 }
                 Some(Withheld::Budget) => "`provider_limits.per_second` limits the calls to a provider".into(),
-                Some(Withheld::NewKeys) => {
-                    "`new_keys.per_organization`, `new_keys.per_caller` or `new_keys.per_platform` is used up; \
-                     `byokgate_new_key_refusals_total` says which"
-                        .into()
-                }
+                Some(Withheld::NewKeys) => format!(
+                    "`{}` is used up: find out who tries so many keys, or raise it",
+                    used_up.unwrap_or("new_keys.per_platform")
+                ),
                 Some(Withheld::Fault) | None => "the service's log says which fault".into(),
             },
-            Verdict::Timeout => {
-                "the provider has 3 s, or less if the caller's deadline or `deadlines.decide` is shorter; `duration_us` in the log shows \
-                 the time used, and `caller_time_us` a caller that allowed too little: give it 4 s"
+            Verdict::Timeout if cut_short.is_some() => {
+                "the call's deadline came before the provider's time was over (`probe.budget`, 3 s by default): give the caller 4 s; \
+                 `caller_time_us` in the log shows what it gave, and `deadlines.decide` is the most that it may have"
                     .into()
             }
+            Verdict::Timeout => format!(
+                "{host} gave no answer within its time (`probe.budget`, 3 s by default): check the vendor's status page, and any proxy in \
+                 between"
+            ),
             Verdict::NoServerSurface if *tenant_endpoint => "policy `tenant_endpoint` is `deny` at this checkpoint".into(),
             Verdict::NoServerSurface | Verdict::NotCalibrated | Verdict::ProbeDisabled => {
                 "policy `unverifiable` is `deny` at this checkpoint".into()

@@ -13,6 +13,11 @@ pub fn text(duration: Duration) -> String {
     SpanPrinter::new().designator(Designator::Compact).unsigned_duration_to_string(&duration)
 }
 
+/// A measured time, to a hundredth of a second: `0.14 s`.
+pub fn seconds(time: Duration) -> String {
+    format!("{:.2} s", time.as_secs_f64())
+}
+
 #[cfg(test)]
 mod tests {
     use serde::{Deserialize, Serialize};

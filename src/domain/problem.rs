@@ -55,7 +55,8 @@ impl fmt::Display for Problem {
 
 impl fmt::Display for Problems {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {} problem(s)", self.document, self.list.len())?;
+        let many = if self.list.len() == 1 { "" } else { "s" };
+        write!(f, "{}: {} problem{many}", self.document, self.list.len())?;
         for problem in &self.list {
             write!(f, "\n  {problem}")?;
         }

@@ -202,6 +202,8 @@ pub enum Unreached {
     Address,
     /// No connection could be made.
     Connect,
+    /// No connection came about in time. Nothing refused it either, as when a firewall drops packets.
+    ConnectTimeout,
     /// The TLS handshake failed.
     Tls,
     /// The connection was closed before a response.
@@ -318,6 +320,8 @@ impl MadeUpKey {
             Self::NotWaitedFor => "one is in flight".into(),
             Self::NoAnswer => "no answer in time".into(),
             Self::Inconclusive(status) => format!("HTTP {status}, which shows nothing"),
+            // A page, or a "yes" that lacks what a successful answer has.
+            Self::Refused(status @ 200..=399) => format!("HTTP {status} too, and not accepted"),
             Self::Refused(status) => format!("refused with HTTP {status}"),
             Self::Accepted => "accepted".into(),
         }

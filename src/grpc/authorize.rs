@@ -35,6 +35,17 @@ pub enum Role {
     Operator,
 }
 
+impl Role {
+    /// Whether this role may do all that the other may.
+    pub fn covers(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Platform, _) => true,
+            (Self::Workspace(may), Self::Workspace(ids)) => ids.is_subset(may),
+            (_, _) => self == other,
+        }
+    }
+}
+
 impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

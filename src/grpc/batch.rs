@@ -13,7 +13,7 @@ use tonic::{Code, Status};
 use super::{
     call_record::CallRecord,
     convert::{
-        Violations,
+        About, Violations,
         pb::{self, ErrorReason},
     },
     deadline::Deadline,
@@ -67,7 +67,7 @@ async fn decide(
     let own = deadline.answer_by.min(Instant::now() + decider.shared.deadlines.decide);
     let decided = timeout_at(deadline.answer_by, decider.item(message, own, &record)).await.unwrap_or_else(|_| {
         let status = error(ErrorReason::Deadline, "no decision was made before the batch's deadline");
-        record.failed(&status, None);
+        record.failed(&status, About::default());
         Err(status)
     });
     let result = match decided {

@@ -4,7 +4,7 @@
 use std::{
     num::NonZeroU64,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -14,7 +14,7 @@ use http::HeaderMap;
 use tonic::{Code, Status};
 use tracing::Span;
 
-use super::NAME;
+use super::{NAME, authorize::Caller, convert::About};
 use crate::{
     core::engine::Decided,
     domain::request::{Peer, Request},
@@ -46,6 +46,7 @@ pub(crate) struct CallRecord {
     peer: Peer,
     method: &'static str,
     traced: Traced,
+    caller: OnceLock<Arc<Caller>>,
     /// The caller does not act on the answer, so a failure keeps no workspace from starting.
     report_only: AtomicBool,
     /// What the caller gave the call, in microseconds; 0 where it gave as much as it may have.
@@ -86,6 +87,7 @@ impl CallRecord {
             peer,
             method,
             traced,
+            caller: OnceLock::new(),
             report_only: AtomicBool::new(false),
             caller_time: AtomicU64::new(0),
             ended: AtomicBool::new(false),
@@ -100,6 +102,7 @@ impl CallRecord {
             peer,
             method,
             traced: self.traced.item(index),
+            caller: self.caller.clone(),
             report_only: AtomicBool::new(false),
             caller_time: AtomicU64::new(self.caller_time.load(Ordering::Relaxed)),
             ended: AtomicBool::new(false),
@@ -109,6 +112,11 @@ impl CallRecord {
     /// The span of the call; disabled if the call is not traced.
     pub(super) fn span(&self) -> Span {
         self.traced.span()
+    }
+
+    /// Sets the caller, once it is known.
+    pub(crate) fn set_caller(&self, caller: &Arc<Caller>) {
+        self.caller.get_or_init(|| Arc::clone(caller));
     }
 
     /// Sets whether the caller acts on the answer.
@@ -135,7 +143,7 @@ impl CallRecord {
         self.traced.decided(request.checkpoint.as_str(), decided);
         self.traced.answered(Code::Ok);
         decisions.made(request, &decided.decision, took);
-        recent_decisions.decided(request, decided);
+        recent_decisions.decided(request, decided, self.peer, self.caller_time());
         journal.decision(request, decided, took, self.caller_time(), self.traced.trace_id());
     }
 
@@ -145,27 +153,27 @@ impl CallRecord {
         tracing::error!(event = "decision_panicked", method = self.method, "a panic of this service; no decision was made");
     }
 
-    /// Ends the record with an error. `request` is given if the message could be parsed.
-    pub(super) fn failed(&self, status: &Status, request: Option<&Request>) {
-        self.end_with(status.code(), status.message(), request);
+    /// Ends the record with an error.
+    pub(super) fn failed(&self, status: &Status, about: About<&str>) {
+        self.end_with(status.code(), status.message(), about);
     }
 
     /// Ends the record of a call that was dropped, unless it has ended.
-    pub(super) fn cancelled(&self, request: Option<&Request>) {
+    pub(super) fn cancelled(&self, about: About<&str>) {
         let (code, reason) = if self.recorder.cuts_off.load(Ordering::Relaxed) {
             (Code::Unavailable, "the service stopped before a decision was made: shutdown.drain was over")
         } else {
             (Code::Cancelled, "the caller left, or its deadline passed, before a decision was made")
         };
-        self.end_with(code, reason, request);
+        self.end_with(code, reason, about);
     }
 
     /// Ends the record with this code, unless it has ended.
     pub(crate) fn end(&self, code: Code, reason: &str) {
-        self.end_with(code, reason, None);
+        self.end_with(code, reason, About::default());
     }
 
-    fn end_with(&self, code: Code, reason: &str, request: Option<&Request>) {
+    fn end_with(&self, code: Code, reason: &str, about: About<&str>) {
         if self.ended.swap(true, Ordering::Relaxed) {
             return;
         }
@@ -177,7 +185,21 @@ impl CallRecord {
                 let Self { peer, method, .. } = *self;
                 let (grpc_code, trace_id) = (word_of(code as i32), self.traced.trace_id());
                 let caller_time = self.caller_time();
-                let undecided = Undecided { method, grpc_code, reason, peer, request, report_only, caller_time, trace_id };
+                let caller = self.caller.get().map_or("", |caller| caller.name.as_str());
+                let About { checkpoint, workspace_id, organization_id } = about;
+                let undecided = Undecided {
+                    method,
+                    grpc_code,
+                    reason,
+                    peer,
+                    caller,
+                    checkpoint,
+                    workspace_id,
+                    organization_id,
+                    report_only,
+                    caller_time,
+                    trace_id,
+                };
                 recent_decisions.undecided(&undecided);
                 journal.undecided(undecided);
             }
@@ -188,7 +210,7 @@ impl CallRecord {
 
 impl Drop for CallRecord {
     fn drop(&mut self) {
-        self.cancelled(None);
+        self.cancelled(About::default());
     }
 }
 

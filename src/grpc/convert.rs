@@ -67,23 +67,74 @@ impl Violations {
 
 /// Parses a Decide request with the built-in limits, for commands.
 pub fn request(message: pb::DecideRequest) -> Result<Request, Violations> {
-    request_within(message, &Limits::default())
+    request_within(message, &Limits::default()).map_err(|Invalid { violations, .. }| violations)
 }
 
-/// Parses and checks a Decide request. Later code relies on the checks.
-pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Request, Violations> {
-    let pb::DecideRequest { workspace_spec, checkpoint, max_liveness_age, explain, report_only } = message;
-    let mut violations = Violations::default();
-    let checkpoint = match pb::Checkpoint::try_from(checkpoint) {
+/// A Decide request that is invalid. The log names the workspace all the same.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Invalid {
+    /// What is wrong with it.
+    pub violations: Violations,
+    /// What it is about.
+    pub about: About<String>,
+}
+
+/// What a request is about, as the log says it. What is not known, or cannot be logged, is empty.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct About<S> {
+    /// The checkpoint's name.
+    pub checkpoint: &'static str,
+    /// The workspace.
+    pub workspace_id: S,
+    /// The organization.
+    pub organization_id: S,
+}
+
+impl About<String> {
+    /// What a message is about that was decoded and not parsed.
+    pub fn of(message: &pb::DecideRequest, limits: &Limits) -> Self {
+        let spec = message.workspace_spec.as_ref();
+        let name = |name: Option<&String>| name.filter(|name| is_loggable(name, limits)).cloned().unwrap_or_default();
+        let checkpoint = checkpoint(message.checkpoint).map_or("", Checkpoint::as_str);
+        let (workspace_id, organization_id) = (spec.map(|spec| &spec.workspace_id), spec.map(|spec| &spec.organization_id));
+        Self { checkpoint, workspace_id: name(workspace_id), organization_id: name(organization_id) }
+    }
+
+    /// The same, borrowed.
+    pub fn as_ref(&self) -> About<&str> {
+        let Self { checkpoint, workspace_id, organization_id } = self;
+        About { checkpoint, workspace_id, organization_id }
+    }
+}
+
+impl<'r> From<&'r Request> for About<&'r str> {
+    fn from(Request { spec, checkpoint, .. }: &'r Request) -> Self {
+        Self { checkpoint: checkpoint.as_str(), workspace_id: &spec.workspace_id, organization_id: &spec.organization_id }
+    }
+}
+
+fn is_loggable(name: &str, limits: &Limits) -> bool {
+    name.len() <= limits.name_bytes && !name.contains(char::is_control)
+}
+
+fn checkpoint(number: i32) -> Option<Checkpoint> {
+    match pb::Checkpoint::try_from(number) {
         Ok(pb::Checkpoint::Create) => Some(Checkpoint::Create),
         Ok(pb::Checkpoint::Provision) => Some(Checkpoint::Provision),
         Ok(pb::Checkpoint::Update) => Some(Checkpoint::Update),
         Ok(pb::Checkpoint::Audit) => Some(Checkpoint::Audit),
-        Ok(pb::Checkpoint::Unspecified) | Err(_) => {
-            violations.add("checkpoint", "is required: CREATE, PROVISION, UPDATE or AUDIT");
-            None
-        }
-    };
+        Ok(pb::Checkpoint::Unspecified) | Err(_) => None,
+    }
+}
+
+/// Parses and checks a Decide request. Later code relies on the checks.
+pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Request, Invalid> {
+    let pb::DecideRequest { workspace_spec, checkpoint, max_liveness_age, explain, report_only } = message;
+    let mut violations = Violations::default();
+    let checkpoint = self::checkpoint(checkpoint);
+    if checkpoint.is_none() {
+        violations.add("checkpoint", "is required: CREATE, PROVISION, UPDATE or AUDIT");
+    }
     let max_liveness_age = max_liveness_age.and_then(|age| {
         let found = duration_of(age);
         if found.is_none() {
@@ -99,10 +150,20 @@ pub fn request_within(message: pb::DecideRequest, limits: &Limits) -> Result<Req
         }
     };
     match (spec, checkpoint) {
-        (Some(spec), Some(checkpoint)) => {
-            violations.or(Request { spec, checkpoint, max_liveness_age, explain, report_only, caller: CalledBy::default() })
+        (Some(spec), Some(checkpoint)) if violations.0.is_empty() => {
+            Ok(Request { spec, checkpoint, max_liveness_age, explain, report_only, caller: CalledBy::default() })
         }
-        _ => Err(violations),
+        (spec, checkpoint) => {
+            let ids = spec.map(|WorkspaceSpec { workspace_id, organization_id, .. }| (workspace_id, organization_id));
+            let (workspace_id, organization_id) = ids.unwrap_or_default();
+            let name = |name: String| if is_loggable(&name, limits) { name } else { String::new() };
+            let about = About {
+                checkpoint: checkpoint.map_or("", Checkpoint::as_str),
+                workspace_id: name(workspace_id),
+                organization_id: name(organization_id),
+            };
+            Err(Invalid { violations, about })
+        }
     }
 }
 
@@ -406,10 +467,7 @@ pub fn resolve_response(result: Result<Resolved, Unresolved>, model: &str, snaps
             registry_revision,
         },
         Err(Unresolved { refusal, relevant_env }) => pb::ResolveProviderResponse {
-            result: Some(pb::resolve_provider_response::Result::Deny(deny(Deny {
-                refusal: *refusal,
-                alternative_models: Vec::new(),
-            }))),
+            result: Some(pb::resolve_provider_response::Result::Deny(deny(Deny::new(*refusal, Vec::new())))),
             relevant_env: relevant_env.to_vec(),
             relevant_base_url_env: Vec::new(),
             warnings: Vec::new(),
@@ -492,16 +550,16 @@ pub fn status(snapshot: &Snapshot, now: SystemTime) -> pb::GetRegistryStatusResp
 }
 
 fn deny(deny: Deny) -> pb::Deny {
-    let Deny { refusal, alternative_models } = deny;
+    let Deny { refusal, message, remedy, operator_hint, alternative_models } = deny;
     pb::Deny {
         code: deny_code(refusal.code()),
-        message: refusal.message(),
-        remedy: refusal.remedy(),
+        message,
+        remedy,
         missing_env: refusal.missing_env().to_vec(),
         alternative_models,
         retryable: refusal.retryable(),
         retry_after: refusal.retry_after().map(duration),
-        operator_hint: refusal.operator_hint(),
+        operator_hint,
     }
 }
 

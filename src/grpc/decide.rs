@@ -13,7 +13,7 @@ use super::{
     authorize::{Authorizer, Caller, Role},
     call_record::CallRecord,
     convert::{
-        self, Violations,
+        self, About, Invalid, Violations,
         pb::{self, ErrorReason},
     },
     errors::{bad_request, error, invalid},
@@ -51,7 +51,7 @@ impl Decider {
         record: &CallRecord,
     ) -> Result<pb::DecideResponse, Status> {
         record.set_report_only(message.report_only);
-        self.catch_panics(convert::request_within(message, &self.shared.limits).map_err(invalid), answer_by, false, record).await
+        self.catch_panics(self.parsed(message, record), answer_by, false, record).await
     }
 
     /// Decides an item of a batch. The gRPC library limits the size of a whole message, but not of an item.
@@ -65,11 +65,22 @@ impl Decider {
         let (length, limit) = (message.encoded_len(), self.shared.limits.message_bytes);
         let request = if length > limit {
             let found = format!("the request is {length} bytes long; the limit is {limit} (limits.message_bytes)");
-            Err(bad_request(ErrorReason::RequestTooLarge, Violations(vec![("workspace_spec".to_owned(), found)])))
+            let status = bad_request(ErrorReason::RequestTooLarge, Violations(vec![("workspace_spec".to_owned(), found)]));
+            record.failed(&status, About::of(&message, &self.shared.limits).as_ref());
+            Err(status)
         } else {
-            convert::request_within(message, &self.shared.limits).map_err(invalid)
+            self.parsed(message, record)
         };
         self.catch_panics(request, answer_by, true, record).await
+    }
+
+    /// The request that the message holds. If it is invalid, the record ends with what is wrong.
+    fn parsed(&self, message: pb::DecideRequest, record: &CallRecord) -> Result<Request, Status> {
+        convert::request_within(message, &self.shared.limits).map_err(|Invalid { violations, about }| {
+            let status = invalid(violations);
+            record.failed(&status, about.as_ref());
+            status
+        })
     }
 
     /// A panic ends only this call, and not the connection or other items of a batch.
@@ -84,7 +95,7 @@ impl Decider {
         deciding.unwrap_or_else(|_| {
             record.panicked();
             let status = internal();
-            record.failed(&status, None);
+            record.failed(&status, About::default());
             Err(status)
         })
     }
@@ -96,13 +107,13 @@ impl Decider {
         waits_until_deadline: bool,
         record: &CallRecord,
     ) -> Result<pb::DecideResponse, Status> {
-        let mut request = request.inspect_err(|status| record.failed(status, None))?;
+        let mut request = request?;
         request.caller =
             CalledBy { name: self.caller.name.clone(), is_workspace: matches!(self.caller.role, Role::Workspace(_)) };
         let began = Instant::now();
         let _unfinished = Unfinished { record, request: &request };
         let decided = self.decided(&request, answer_by, waits_until_deadline).instrument(record.span()).await;
-        let decided = decided.inspect_err(|status| record.failed(status, Some(&request)))?;
+        let decided = decided.inspect_err(|status| record.failed(status, (&request).into()))?;
         record.decided(&request, &decided, began.elapsed());
         Ok(convert::response(decided))
     }
@@ -134,9 +145,9 @@ struct Unfinished<'d> {
 impl Drop for Unfinished<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.record.failed(&internal(), Some(self.request));
+            self.record.failed(&internal(), self.request.into());
         } else {
-            self.record.cancelled(Some(self.request));
+            self.record.cancelled(self.request.into());
         }
     }
 }

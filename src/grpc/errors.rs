@@ -21,14 +21,16 @@ pub(crate) fn error(reason: ErrorReason, message: impl Into<String>) -> Status {
     with_details(reason, message, ErrorDetails::new(), HashMap::new())
 }
 
-/// RESOURCE_EXHAUSTED with the name of the limit and the time to wait.
+/// RESOURCE_EXHAUSTED for a call that asks for a decision, with the name of the limit and the time to wait.
 pub(crate) fn limit_reached(limit: &str, words: &str, retry_after: Duration) -> Status {
+    refused_by(limit, words, retry_after, "no decision was made: ")
+}
+
+/// The same for any call. The text begins with `prefix`.
+pub(crate) fn refused_by(limit: &str, words: &str, retry_after: Duration, prefix: &str) -> Status {
     let mut details = ErrorDetails::with_retry_info(Some(retry_after));
     details.add_quota_failure_violation(limit, words);
-    let message = format!(
-        "no decision was made: the limit `{limit}` is reached ({words}); try again in {} s",
-        retry_after.as_secs().max(1)
-    );
+    let message = format!("{prefix}the limit `{limit}` is reached ({words}); try again in {} s", retry_after.as_secs().max(1));
     with_details(ErrorReason::LimitReached, message, details, HashMap::from([("limit".to_owned(), limit.to_owned())]))
 }
 

@@ -36,7 +36,7 @@ use crate::{
     domain::verdict::{ServedFrom, Verdict, Withheld},
     liveness::{
         breaker::{BreakerSettings, Breakers, Opened},
-        new_keys::{NewKeyLimits, NewKeys},
+        new_keys::{NewKeyLimits, NewKeys, OneTooMany, PER_ORGANIZATION},
         retry_schedule::spread,
         single_flight::{FlightEnd, Join, SingleFlight, Start, wait},
         tier::LookupResult,
@@ -54,6 +54,8 @@ const MAX_FLIGHTS: usize = 4096;
 const MAX_FLIGHTS_OF_ONE_PROVIDER: usize = 1024;
 /// The longest credential of a usual length. Vendors' keys are under 200 bytes, and some JWTs are over 1 KiB.
 const USUAL_KEY_BYTES: usize = 1024;
+/// The time that a provider usually has. A decision that ends earlier says nothing about the provider.
+const USUAL_BUDGET: Duration = Duration::from_secs(3);
 
 /// The settings of the cache and of what protects the providers behind it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -166,6 +168,7 @@ impl Cache {
             let joined = self.flights.join(query.endpoint.identity, keys.first, launch);
             self.lookups.of(&joined, first).inc();
             *role = matches!(joined, Join::InFlight(_)).then_some(if first { FlightRole::Fill } else { FlightRole::Wait });
+            let began = Instant::now();
             match joined {
                 Join::Known(FlightResult::Found(KeyedFinding { timed, .. })) => {
                     return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
@@ -173,8 +176,11 @@ impl Cache {
                 Join::Known(FlightResult::BreakerOpen(opened)) | Join::Rejected(Rejected::BreakerOpen(opened)) => {
                     return self.breaker_verdict(&keys, &opened, max_age);
                 }
-                Join::Known(FlightResult::NewKeys(wait)) | Join::Rejected(Rejected::NewKeys(wait)) => {
-                    return self.without_answer(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
+                Join::Known(FlightResult::NewKeys(wait)) => {
+                    return self.without_answer(&keys, Finding::one_too_many(PER_ORGANIZATION), max_age, wait);
+                }
+                Join::Rejected(Rejected::NewKeys(OneTooMany { setting, wait })) => {
+                    return self.without_answer(&keys, Finding::one_too_many(setting), max_age, wait);
                 }
                 Join::Full => {
                     let wait = self.prober.wait_before_retry(&query.endpoint.provider, keys.first).max(self.ages.unanswered);
@@ -190,7 +196,7 @@ impl Cache {
                     // Only for the caller that started the flight. One that joined it may belong to another organization: it starts its own.
                     FlightEnd::Completed(FlightResult::NewKeys(wait)) if first => {
                         let wait = self.new_keys.withhold(keys.first, query.organization, wait);
-                        return self.without_answer(&keys, Finding::withheld(Withheld::NewKeys), max_age, wait);
+                        return self.without_answer(&keys, Finding::one_too_many(PER_ORGANIZATION), max_age, wait);
                     }
                     FlightEnd::Completed(FlightResult::Found(KeyedFinding { timed, key }))
                         if (key == keys.first || Some(key) == self.hash_keys.second(&keys))
@@ -201,7 +207,9 @@ impl Cache {
                     }
                     FlightEnd::Completed(_) => {}
                     FlightEnd::TimedOut { started: true, .. } => {
-                        return self.without_answer(&keys, Finding::bare(Verdict::Timeout), max_age, self.ages.unanswered);
+                        let had = Some(began.elapsed()).filter(|had| *had < USUAL_BUDGET);
+                        let finding = Finding { cut_short: had, ..Finding::bare(Verdict::Timeout) };
+                        return self.without_answer(&keys, finding, max_age, self.ages.unanswered);
                     }
                     // The probe was still queued: the cause is this service and not the provider. It stays queued. If its answer was expected
                     // later, that time is the wait. If it was expected by now, the estimate was wrong, and the queue gives a new retry time.
@@ -245,8 +253,8 @@ impl Cache {
         }
         // Checked before the breaker: a key that finds the breaker open is a new key as well.
         let is_new = known.is_empty();
-        if is_new && let Err(wait) = self.new_keys.count(keys.first, query.caller, query.organization) {
-            return Start::Rejected(Rejected::NewKeys(wait));
+        if is_new && let Err(one_too_many) = self.new_keys.count(keys.first, query.caller, query.organization) {
+            return Start::Rejected(Rejected::NewKeys(one_too_many));
         }
         if let Some(opened) = self.breakers.admit(query.endpoint.identity, self.hash_keys.source(query, keys), now) {
             if is_new {
@@ -461,8 +469,8 @@ impl Lookups {
 enum Rejected {
     /// The provider's circuit breaker is open.
     BreakerOpen(Opened),
-    /// The limit of new credentials is reached. The next one may come after this time.
-    NewKeys(Duration),
+    /// A limit of new credentials is reached.
+    NewKeys(OneTooMany),
 }
 
 #[cfg(test)]

@@ -56,6 +56,18 @@ impl NewKeyLimits {
 
 type KeyedLimiter = RateLimiter<String, HashMapStateStore<String>, TokioClock, NoOpMiddleware<Duration>>;
 
+/// One new credential too many.
+#[derive(Debug)]
+pub(crate) struct OneTooMany {
+    /// The setting that is used up.
+    pub(crate) setting: &'static str,
+    /// When the next one may come.
+    pub(crate) wait: Duration,
+}
+
+/// The setting of an organization's limit.
+pub(crate) const PER_ORGANIZATION: &str = "new_keys.per_organization";
+
 /// Counts credentials that are not cached.
 pub(crate) struct NewKeys {
     organizations: Limit,
@@ -91,16 +103,21 @@ impl NewKeys {
         }
     }
 
-    /// Counts a credential. `Err` is how long it has to wait. Without an organization, it counts for the caller alone.
-    pub(crate) fn count(&self, key: [u8; 32], caller: &CalledBy, organization: &str) -> Result<(), Duration> {
+    /// Counts a credential. `Err` is how long it has to wait, and why. Without an organization, it counts for the caller alone.
+    pub(crate) fn count(&self, key: [u8; 32], caller: &CalledBy, organization: &str) -> Result<(), OneTooMany> {
+        let of = |setting| move |wait| OneTooMany { setting, wait };
         if self.counted.get(&key).is_some_and(|at| at.elapsed() < COUNTED_FOR) {
             return Ok(());
         }
         if !organization.is_empty() {
-            self.organizations.count(key, organization, &self.clock)?;
+            self.organizations.count(key, organization, &self.clock).map_err(of(PER_ORGANIZATION))?;
         }
-        let of_caller = if caller.is_workspace { &self.workspaces } else { &self.platforms };
-        of_caller.count(key, &caller.name, &self.clock)
+        let (of_caller, setting) = if caller.is_workspace {
+            (&self.workspaces, "new_keys.per_caller")
+        } else {
+            (&self.platforms, "new_keys.per_platform")
+        };
+        of_caller.count(key, &caller.name, &self.clock).map_err(of(setting))
     }
 
     /// An organization's limit. With a shared tier it holds over all replicas.

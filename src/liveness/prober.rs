@@ -98,6 +98,7 @@ struct ClientParts {
     proxy: Option<ForwardProxy>,
     resolve: BTreeMap<String, SocketAddr>,
     extra_roots: Vec<u8>,
+    connect_timeout: Duration,
 }
 
 /// The result of one request.
@@ -158,7 +159,9 @@ impl HttpProber {
     pub fn new(settings: ProbeSettings) -> Result<Self, ProbeSetupError> {
         let ProbeSettings { budget, allow_loopback_http, egress, proxy, calibrate, extra_roots, resolve } = settings;
         let egress = Egress::new(allow_loopback_http, &egress, proxy.as_ref());
-        let http = Arc::new(Http::new(ClientParts { egress, proxy, resolve, extra_roots })?);
+        // Less than the budget, so that a connection that never comes about is told apart from a slow answer.
+        let connect_timeout = budget * 3 / 4;
+        let http = Arc::new(Http::new(ClientParts { egress, proxy, resolve, extra_roots, connect_timeout })?);
         let endpoints = calibrate.then(|| Endpoints::new(Arc::clone(&http)));
         Ok(Self { http, endpoints, budget })
     }
@@ -371,13 +374,14 @@ async fn ask(http: &Http, call: &Call, families: &[HeaderFamily], secret: &Secre
 
 impl ClientParts {
     fn client(&self) -> reqwest::Result<reqwest::Client> {
-        let Self { egress, proxy, resolve, extra_roots } = self;
+        let Self { egress, proxy, resolve, extra_roots, connect_timeout } = self;
         let mut builder = reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()
             .referer(false)
             .user_agent(USER_AGENT)
             .pool_idle_timeout(POOL_IDLE_TIMEOUT)
+            .connect_timeout(*connect_timeout)
             .dns_resolver(egress.resolver(resolve.clone()));
         if let Some(ForwardProxy { credentials, .. }) = proxy {
             let rule = egress.clone();
@@ -453,11 +457,11 @@ impl Http {
         let Some(client) = self.client_for(secret) else { return Exchange::Exhausted };
         match timeout_at(deadline, client.execute(request)).await {
             Err(_) => Exchange::TimedOut,
-            Ok(Err(fault)) if fault.is_timeout() => Exchange::TimedOut,
+            Ok(Err(fault)) if fault.is_timeout() && !fault.is_connect() => Exchange::TimedOut,
             Ok(Err(fault)) if is_resource_exhaustion(&fault) => Exchange::Exhausted,
             Ok(Err(fault)) => Exchange::Unreachable(match unreached(&fault) {
                 // The proxy failed, not the provider: it could not be reached, or it refused the request.
-                Unreached::Connect | Unreached::Closed | Unreached::Dns
+                Unreached::Connect | Unreached::ConnectTimeout | Unreached::Closed | Unreached::Dns
                     if fault.is_connect() && self.parts.egress.proxy_for(&call.url).is_some() =>
                 {
                     Unreached::Proxy
@@ -501,6 +505,9 @@ fn is_resource_exhaustion(fault: &(dyn std::error::Error + 'static)) -> bool {
 
 /// What failed before an answer, as far as the chain of causes says.
 fn unreached(fault: &reqwest::Error) -> Unreached {
+    if fault.is_timeout() {
+        return Unreached::ConnectTimeout;
+    }
     for error in causes(fault) {
         if let Some(unresolved) = error.downcast_ref::<Unresolved>() {
             return match unresolved {

@@ -2,17 +2,19 @@
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
 
 use super::{
     connection::{ConnectionContext, reject_over_limit},
-    connections::{ConnectionCounts, Connections},
+    connections::{ConnectionCounts, Connections, top_peers},
     listen::Listener,
+    unreported::Unreported,
 };
 use crate::domain::request::Peer;
 
-/// One in this many refused connections is logged.
-const LOG_EVERY_REFUSED: u64 = 1000;
 /// How long to wait for an evicted connection to close. It takes longer only on a very busy machine.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(100);
 /// Descriptors that are reserved for probes, files and the log.
@@ -51,21 +53,24 @@ pub(super) async fn accept(
     open: mpsc::Sender<Infallible>,
 ) {
     let limit = connections.limit();
-    let (mut refused, mut made_room) = (0_u64, 0_u64);
+    let (mut refused, mut made_room) = (Unreported::default(), Unreported::default());
+    let peers =
+        || top_peers([&connections]).iter().map(|(peer, count)| format!("{peer}: {count}")).collect::<Vec<_>>().join(", ");
     loop {
         let accepted = listener.accept().await;
-        let Some(admitted) = connections.admit() else {
+        let Some(admitted) = connections.admit(accepted.peer) else {
             counts.refused.inc();
-            if refused.is_multiple_of(LOG_EVERY_REFUSED) {
+            if let Some(refused) = refused.add(Instant::now(), || true) {
                 tracing::warn!(
                     event = "connection_limit",
                     address = %listener.address(),
                     limit,
-                    refused = refused + 1,
-                    "connections are refused, since there are as many as limits.connections allows; raise it, or find out who opens so many"
+                    refused,
+                    peers = peers(),
+                    "connections are refused, since there are as many as limits.connections allows; `peers` have the most: let them open \
+                     fewer, or raise the limit"
                 );
             }
-            refused += 1;
             let is_plain = context.tls.is_none() || matches!(accepted.peer, Peer::Unix { .. });
             if is_plain {
                 tokio::spawn(reject_over_limit(accepted.io, limit));
@@ -74,11 +79,17 @@ pub(super) async fn accept(
         };
         if let Some(evicted) = &admitted.evicted {
             counts.evicted.inc();
-            if made_room.is_multiple_of(LOG_EVERY_REFUSED) {
-                let address = listener.address();
-                tracing::warn!(event = "connection_limit", %address, limit, made_room, "connections that wait make room for new ones");
+            if let Some(made_room) = made_room.add(Instant::now(), || true) {
+                tracing::warn!(
+                    event = "connection_limit",
+                    address = %listener.address(),
+                    limit,
+                    made_room,
+                    peers = peers(),
+                    "idle connections, or connections of unknown callers, are closed to make room for new ones, since there are as many as \
+                     limits.connections allows; `peers` have the most: let them open fewer, or raise the limit"
+                );
             }
-            made_room += 1;
             // Wait until its descriptor is free, so that a flood of connections does not use up descriptors faster than evictions free them.
             drop(timeout(CLOSE_TIMEOUT, evicted.closed()).await);
         }

@@ -20,18 +20,19 @@ use tonic::body::Body;
 
 use super::{
     connection::{PREFACE, Rewind, send_last_bytes},
-    connections::ConnectionCounts,
+    connections::{ConnectionCounts, top_peers},
     listen::{Accepted, Listener, Stream},
     refused::{HandshakeFault, Refusal},
     status_page::html,
     tls::Tls,
 };
 use crate::{
-    core::engine::Engine,
+    core::{engine::Engine, snapshot::Snapshot},
     telemetry::{
         metrics::{CONTENT_TYPE, Collect, Page, loaded, reloads::Reloads},
+        recent_changes::RecentChanges,
         recent_decisions::RecentDecisions,
-        status::{self, SAMPLE_EVERY, Sources, Status, Totals, Window},
+        status::{self, ForbiddenProvider, SAMPLE_EVERY, Sources, Status, Totals, Window},
     },
 };
 
@@ -57,35 +58,26 @@ const CONTENT_SECURITY: &str =
 
 /// What the admin pages are made of.
 pub(super) struct AdminPages {
-    engine: Arc<Engine>,
-    sources: Vec<Arc<dyn Collect>>,
-    followed: Vec<Arc<Reloads>>,
-    recent_decisions: Arc<RecentDecisions>,
-    tls: Option<Arc<Tls>>,
-    connections: Arc<ConnectionCounts>,
-    window: Window,
-    started: SystemTime,
+    pub(super) engine: Arc<Engine>,
+    pub(super) sources: Vec<Arc<dyn Collect>>,
+    pub(super) followed: Vec<Arc<Reloads>>,
+    pub(super) recent_decisions: Arc<RecentDecisions>,
+    pub(super) changes: Arc<RecentChanges>,
+    pub(super) tls: Option<Arc<Tls>>,
+    pub(super) connections: Arc<ConnectionCounts>,
+    pub(super) window: Window,
+    pub(super) started: SystemTime,
     /// Where gRPC is spoken.
-    addresses: Vec<String>,
+    pub(super) addresses: Vec<String>,
+    pub(super) forbidden: Box<FindForbidden>,
 }
+
+/// Finds the providers that the configuration does not allow to be called.
+pub type FindForbidden = dyn Fn(&Snapshot) -> Vec<ForbiddenProvider> + Send + Sync;
 
 // === impl AdminPages ===
 
 impl AdminPages {
-    /// The pages of a server that starts now.
-    pub(super) fn new(
-        engine: Arc<Engine>,
-        sources: Vec<Arc<dyn Collect>>,
-        followed: Vec<Arc<Reloads>>,
-        recent_decisions: Arc<RecentDecisions>,
-        tls: Option<Arc<Tls>>,
-        connections: Arc<ConnectionCounts>,
-        addresses: Vec<String>,
-    ) -> Self {
-        let started = SystemTime::now();
-        Self { engine, sources, followed, recent_decisions, tls, connections, window: Window::since(started), started, addresses }
-    }
-
     /// The metrics as they are now.
     fn page(&self) -> Page {
         let snapshot = self.engine.snapshot();
@@ -96,9 +88,10 @@ impl AdminPages {
     }
 
     fn status(&self) -> Status {
+        let snapshot = self.engine.snapshot();
         let sources = Sources {
             page: &self.page(),
-            snapshot: &self.engine.snapshot(),
+            snapshot: &snapshot,
             recent_decisions: &self.recent_decisions,
             window: &self.window,
             started: self.started,
@@ -109,6 +102,10 @@ impl AdminPages {
                 .into_iter()
                 .filter_map(|limit| limit.reached())
                 .collect(),
+            forbidden: (self.forbidden)(&snapshot),
+            changes: self.changes.newest_first(),
+            stopping: self.connections.stopping.get().map(|since| (*since, self.connections.calls_in_flight())),
+            top_peers: top_peers(&self.connections.open),
         };
         status::status(&sources, SystemTime::now())
     }
@@ -280,7 +277,20 @@ mod tests {
         let cache = crate::liveness::cache::Cache::new(Arc::new(PendingProber), crate::liveness::cache::CacheSettings::default());
         let engine = Arc::new(Engine::new(setup.snapshot, Arc::new(cache), None));
         let recent_decisions = Arc::new(RecentDecisions::new(false));
-        Arc::new(AdminPages::new(engine, Vec::new(), Vec::new(), recent_decisions, None, Arc::default(), Vec::new()))
+        let started = SystemTime::now();
+        Arc::new(AdminPages {
+            engine,
+            sources: Vec::new(),
+            followed: Vec::new(),
+            recent_decisions,
+            changes: Arc::default(),
+            tls: None,
+            connections: Arc::default(),
+            window: Window::since(started),
+            started,
+            addresses: Vec::new(),
+            forbidden: Box::new(|_| Vec::new()),
+        })
     }
 
     fn accepted(io: tokio::io::DuplexStream) -> Accepted {

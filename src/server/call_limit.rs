@@ -14,7 +14,7 @@ use tonic::Status;
 use super::unreported::Unreported;
 use crate::{
     domain::request::Peer,
-    grpc::errors::{RETRY_AFTER, limit_reached},
+    grpc::errors::{RETRY_AFTER, refused_by},
     telemetry::status::ReachedLimit,
 };
 
@@ -62,7 +62,8 @@ impl CallLimit {
                 "calls are refused: as many are in flight as {setting} allows; find out who holds so many, or raise it"
             );
         }
-        Err(limit_reached(setting, &format!("{limit} at a time"), RETRY_AFTER))
+        // These calls ask for no decision.
+        Err(refused_by(setting, &format!("{limit} at a time"), RETRY_AFTER, ""))
     }
 
     /// The time of the last refusal, if there was one.

@@ -28,9 +28,12 @@ use crate::{
         convert::pb::ErrorReason,
         errors::error,
     },
+    telemetry::recent_changes::RecentChanges,
     watch::{Fault, Reloaded, Source, files},
 };
 
+/// The setting that names the token file.
+const TOKEN_FILE: &str = "callers.token_file";
 /// The maximum size of the token file.
 const MAX_TOKEN_FILE_BYTES: u64 = 64 * 1024;
 /// The minimum length of a token, so that it cannot be guessed: 16 characters of base64 are 96 bits.
@@ -66,6 +69,7 @@ pub(super) struct Tokens {
     key: [u8; 32],
     known: ArcSwap<Vec<Token>>,
     last: Mutex<[u8; 32]>,
+    changes: Arc<RecentChanges>,
 }
 
 struct Token {
@@ -76,11 +80,12 @@ struct Token {
 // === impl Callers ===
 
 impl Callers {
-    pub(super) fn new(settings: &CallerSettings) -> Result<Self, ServerError> {
+    /// Changes of the token file are noted in `changes`.
+    pub(super) fn new(settings: &CallerSettings, changes: &Arc<RecentChanges>) -> Result<Self, ServerError> {
         let named = |name: &str| Arc::new(Caller { name: name.to_owned(), role: Role::Platform });
         Ok(Self {
             lists: ArcSwap::from_pointee(CallerLists::of(settings)),
-            tokens: settings.token_file.as_deref().map(Tokens::load).transpose()?.map(Arc::new),
+            tokens: settings.token_file.as_deref().map(|path| Tokens::load(path, changes)).transpose()?.map(Arc::new),
             anonymous: named("anonymous"),
             any_certificate: named("certificate"),
             any_unix_peer: named("unix peer"),
@@ -203,7 +208,7 @@ impl CallerLists {
 // === impl Tokens ===
 
 impl Tokens {
-    fn load(path: &Path) -> Result<Self, ServerError> {
+    fn load(path: &Path, changes: &Arc<RecentChanges>) -> Result<Self, ServerError> {
         let mut key = [0; 32];
         rand::rng().fill(&mut key);
         let content = read(path)?;
@@ -212,6 +217,7 @@ impl Tokens {
             known: ArcSwap::from_pointee(parse(path, &content, &key)?),
             last: Mutex::new(hash(&key, content.as_bytes())),
             key,
+            changes: Arc::clone(changes),
         })
     }
 
@@ -226,15 +232,18 @@ impl Tokens {
         let known = self.known.load();
         let is_removed = |token: &&Token| !known.iter().any(|other| bool::from(other.hash.ct_eq(&token.hash)));
         for Token { caller, .. } in old.iter().filter(is_removed) {
-            let (setting, caller) = ("callers.token_file", caller.name.as_str());
-            tracing::warn!(event = "caller_removed", setting, caller, "its calls are refused from now on");
+            self.changes.caller_removed(TOKEN_FILE, &format!("{} of the old file", caller.name));
         }
         for Token { hash, caller } in known.iter() {
             let earlier = old.iter().find(|other| bool::from(other.hash.ct_eq(hash)));
-            if let Some(Token { caller: earlier, .. }) = earlier.filter(|earlier| earlier.caller.role != caller.role) {
-                let (setting, was, is) = ("callers.token_file", earlier.role.to_string(), caller.role.to_string());
-                let caller = caller.name.as_str();
-                tracing::warn!(event = "caller_changed", setting, caller, was, is, "its role is another one from now on");
+            let earlier = earlier.map(|earlier| &earlier.caller.role);
+            let Caller { name, role } = &**caller;
+            if let Some(earlier) = earlier.filter(|earlier| *earlier != role) {
+                self.changes.caller_changed(TOKEN_FILE, name, &earlier.to_string(), &role.to_string());
+            }
+            if earlier.is_none_or(|earlier| !earlier.covers(role)) {
+                let was = earlier.map_or_else(|| format!("without {name}"), |earlier| format!("{name} as {earlier}"));
+                self.changes.loosened(TOKEN_FILE, &was, &format!("with {name} as {role}"));
             }
         }
         *self.last.lock().unwrap_or_else(PoisonError::into_inner) = hash;
@@ -378,6 +387,42 @@ mod tests {
         }
     }
 
+    /// What lets through more than before is loosened, as it is for the other lists of callers.
+    #[test]
+    fn a_token_that_is_added_or_may_do_more_is_a_loosening() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens");
+        let changes = Arc::default();
+        std::fs::write(&path, format!("{GOOD} operator\nmade-up-token-two-xx workspace a\n")).unwrap();
+        let tokens = Tokens::load(&path, &changes).unwrap();
+        let mut seen = 0;
+        let mut after = |text: &str| -> Vec<String> {
+            std::fs::write(&path, text).unwrap();
+            assert!(matches!(tokens.refresh().unwrap(), Reloaded::Taken));
+            let all = changes.newest_first();
+            let new = all
+                .iter()
+                .take(all.len() - seen)
+                .map(|change| format!("{} {} {} -> {}", change.event, change.caller, change.was, change.is).replace("  ", " "));
+            let new: Vec<String> = new.collect();
+            seen = all.len();
+            new.into_iter().rev().collect()
+        };
+        let less = format!("{GOOD} operator\n");
+        assert_eq!(after(&less), ["caller_removed token of line 2 of the old file -> "]);
+        let raised = format!("{GOOD}\n");
+        assert_eq!(
+            after(&raised),
+            [
+                "caller_changed token of line 1 operator -> platform",
+                "configuration_loosened token of line 1 as operator -> with token of line 1 as platform",
+            ]
+        );
+        assert_eq!(after(&less), ["caller_changed token of line 1 platform -> operator"], "the way back opens nothing");
+        let added = format!("{GOOD} operator\nmade-up-token-three workspace b\n");
+        assert_eq!(after(&added), ["configuration_loosened without token of line 2 -> with token of line 2 as workspace b"]);
+    }
+
     #[test]
     fn an_entry_covers_its_own_name_or_everything_below_a_uri() {
         for (entry, name, expect) in [
@@ -399,7 +444,7 @@ mod tests {
     fn a_unix_peer_must_match_every_id_that_is_given_and_is_looked_up_for_each_call() {
         let one = |uid, gid| UnixCaller { uid, gid, role: RoleWord::Operator, workspaces: BTreeSet::new() };
         let settings = |peers| CallerSettings { unix_peers: CallerList::Only(peers), ..CallerSettings::default() };
-        let callers = Callers::new(&settings(vec![one(Some(1), Some(2)), one(None, Some(9))])).unwrap();
+        let callers = Callers::new(&settings(vec![one(Some(1), Some(2)), one(None, Some(9))]), &Arc::default()).unwrap();
         let identify = |uid, gid| {
             let identity = Identity { peer: Peer::Unix { uid, gid }, names: None };
             callers.identify(&identity, &HeaderMap::new()).map_err(|status| status.code())
@@ -416,7 +461,7 @@ mod tests {
     fn a_certificate_that_is_taken_off_the_list_makes_no_further_call() {
         let one = |san: &str| CertificateCaller { san: san.into(), role: RoleWord::Platform, workspaces: BTreeSet::new() };
         let settings = |names| CallerSettings { certificates: CallerList::Only(names), ..CallerSettings::default() };
-        let callers = Callers::new(&settings(vec![one("spiffe://a/*"), one("api.example")])).unwrap();
+        let callers = Callers::new(&settings(vec![one("spiffe://a/*"), one("api.example")]), &Arc::default()).unwrap();
         let identity =
             Identity { peer: Peer::Tcp("127.0.0.1:1".parse().unwrap()), names: Some(vec!["spiffe://a/platform".into()]) };
         assert_eq!(callers.identify(&identity, &HeaderMap::new()).unwrap().name, "certificate spiffe://a/*");

@@ -297,6 +297,7 @@ impl Connection {
             Err(status) => return Err(status),
         };
         if let Some(caller) = caller.as_ref().filter(|_| !is_health) {
+            record.set_caller(caller);
             context.authorizer.call(caller, method)?;
             state.set_known();
         }
@@ -454,7 +455,13 @@ fn contract_error(response: &Response<Body>, limit: usize, is_batch: bool) -> Op
     let status = response.extensions().get::<Status>()?;
     let (reason, description) = match (status.code(), status.message()) {
         (Code::Ok, _) => return None,
-        (Code::OutOfRange, _) => (ErrorReason::RequestTooLarge, format!("is longer than {limit} bytes, the limit ({setting})")),
+        (Code::OutOfRange, message) => {
+            // The gRPC library's text: "... too large: found N bytes, the limit is: ...".
+            let found = message.split_once("found ").and_then(|(_, rest)| rest.split_once(' ')).map(|(length, _)| length);
+            let length = found.and_then(|length| length.parse::<u64>().ok());
+            let length = length.map_or_else(|| "too".to_owned(), |length| format!("{length} bytes"));
+            (ErrorReason::RequestTooLarge, format!("is {length} long; the limit is {limit} ({setting})"))
+        }
         (Code::Internal, message) if message.starts_with(UNDECODABLE) => {
             (ErrorReason::RequestUnreadable, "is not this call's message".to_owned())
         }

@@ -7,19 +7,22 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use tokio::{sync::Notify, time::Instant};
 
 use super::{call_limit::CallLimit, refused::Refusals};
 use crate::{
+    domain::request::Peer,
     grpc::limits::Limits,
     telemetry::metrics::{Collect, Counter, Page},
 };
 
 /// A known caller's connection may be evicted only after this time without a call.
 const KNOWN_CALLER_MIN_IDLE: Duration = Duration::from_secs(10);
+/// How many peers are named where there are too many connections.
+const TOP_PEERS: usize = 3;
 
 /// The open connections of one listener.
 pub(super) struct Connections {
@@ -37,6 +40,7 @@ struct Open {
 /// The state of one connection.
 pub(super) struct ConnectionState {
     began: Instant,
+    peer: Peer,
     /// When the last call ended, or the connection was admitted, in milliseconds since `began`.
     last_used: AtomicU64,
     calls: AtomicUsize,
@@ -82,6 +86,8 @@ pub(super) struct ConnectionCounts {
     pub(super) watches: Arc<CallLimit>,
     /// The background task that ended first. It stops the server.
     pub(super) task_ended: OnceLock<&'static str>,
+    /// When the server began to stop.
+    pub(super) stopping: OnceLock<SystemTime>,
 }
 
 // === impl Connections ===
@@ -101,8 +107,13 @@ impl Connections {
         self.lock().by_id.len()
     }
 
+    /// The calls in flight.
+    pub(super) fn calls(&self) -> usize {
+        self.lock().by_id.values().map(|state| state.calls.load(Ordering::Relaxed)).sum()
+    }
+
     /// Admits a new connection, if need be by evicting another. `None` if no connection may be evicted.
-    pub(super) fn admit(self: &Arc<Self>) -> Option<Admitted> {
+    pub(super) fn admit(self: &Arc<Self>, peer: Peer) -> Option<Admitted> {
         let mut open = self.lock();
         let mut evicted = None;
         if open.by_id.len() >= self.limit {
@@ -114,6 +125,7 @@ impl Connections {
         open.next_id += 1;
         let state = Arc::new(ConnectionState {
             began: self.began,
+            peer,
             last_used: AtomicU64::new(since(self.began)),
             calls: AtomicUsize::new(0),
             handshake_done: AtomicBool::new(false),
@@ -157,9 +169,29 @@ impl Drop for Place {
     }
 }
 
+/// The peers of these listeners that have the most open connections, and how many those are.
+pub(super) fn top_peers<'c>(listeners: impl IntoIterator<Item = &'c Arc<Connections>>) -> Vec<(String, usize)> {
+    // Only the addresses are copied under the lock.
+    let peers = listeners.into_iter().flat_map(|connections| {
+        let open = connections.lock();
+        open.by_id.values().map(|state| state.peer).collect::<Vec<_>>()
+    });
+    let mut counts: HashMap<String, usize> = HashMap::new();
+    peers.for_each(|peer| *counts.entry(peer.to_string()).or_default() += 1);
+    let mut counts: Vec<(String, usize)> = counts.into_iter().collect();
+    counts.sort_unstable_by(|(one, few), (other, many)| many.cmp(few).then_with(|| one.cmp(other)));
+    counts.truncate(TOP_PEERS);
+    counts
+}
+
 // === impl ConnectionCounts ===
 
 impl ConnectionCounts {
+    /// The calls in flight on all listeners.
+    pub(super) fn calls_in_flight(&self) -> usize {
+        self.open.iter().map(|connections| connections.calls()).sum()
+    }
+
     /// Counts for these listeners.
     pub(super) fn of(open: impl Iterator<Item = Arc<Connections>>, limits: &Limits) -> Self {
         Self {
@@ -259,10 +291,27 @@ mod tests {
         tokio::time::timeout(Duration::ZERO, place.state.evicted()).await.is_ok()
     }
 
+    fn peer(number: u8) -> Peer {
+        Peer::Tcp(([192, 0, 2, number], 1).into())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn those_with_the_most_connections_are_named() {
+        let (one, other) = (Connections::new(100), Connections::new(100));
+        let mut open = Vec::new();
+        for number in [1, 2, 2, 3, 3, 3, 4, 4, 4, 4] {
+            open.extend([one.admit(peer(number)), other.admit(peer(number))]);
+        }
+        let expect = [("192.0.2.4".to_owned(), 8), ("192.0.2.3".to_owned(), 6), ("192.0.2.2".to_owned(), 4)];
+        assert_eq!(top_peers([&one, &other]), expect);
+        drop(open);
+        assert_eq!(top_peers([&one, &other]), []);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn the_connection_needed_least_is_evicted_and_one_in_use_never() {
         let connections = Connections::new(4);
-        let admit = || connections.admit().map(|admitted| admitted.place);
+        let admit = || connections.admit(peer(1)).map(|admitted| admitted.place);
         let (silent, idle, asking, known) = (admit().unwrap(), admit().unwrap(), admit().unwrap(), admit().unwrap());
         for place in [&idle, &asking, &known] {
             place.state.set_handshake_done();
@@ -290,7 +339,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn idle_is_counted_from_the_end_of_the_last_call() {
         let connections = Connections::new(1);
-        let place = connections.admit().unwrap().place;
+        let place = connections.admit(peer(1)).unwrap().place;
         let limit = Duration::from_secs(10);
         let began = Instant::now();
         let call = place.state.begin_call();

@@ -135,7 +135,7 @@ impl HandshakeFault {
             }
             Self::CertificateBad => "the client's certificate is not taken",
             Self::ServerCertificateRefused => {
-                "the client does not take this server's certificate: its authority, its names or its expiry date; see tls.certificate"
+                "the client does not take this server's certificate: its authority, names or expiry date; see tls.certificate"
             }
             Self::TlsFailed => "the TLS handshake failed",
             Self::Failed => "the connection failed before its first call",
@@ -178,7 +178,7 @@ impl Refusal {
     }
 }
 
-/// The library's words, with dates as people have them.
+/// The library's words, with dates as people have them, where they add something to the fault.
 fn detail_of(fault: &rustls::Error) -> String {
     let date = |at: &UnixTime| {
         let seconds = i64::try_from(at.as_secs()).ok();
@@ -191,6 +191,10 @@ fn detail_of(fault: &rustls::Error) -> String {
         rustls::Error::InvalidCertificate(CertificateError::NotValidYetContext { time, not_before }) => {
             format!("the certificate begins at {}, and it is {}", date(not_before), date(time))
         }
+        // The fault says it already.
+        rustls::Error::InvalidCertificate(
+            CertificateError::ApplicationVerificationFailure | CertificateError::UnknownIssuer | CertificateError::BadSignature,
+        ) => String::new(),
         other => other.to_string(),
     }
 }

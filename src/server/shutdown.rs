@@ -21,12 +21,13 @@ impl Signals {
         Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 
-    /// Waits for the first signal. A second one ends the process.
-    pub async fn first(mut self) {
+    /// Waits for the first signal. A second one ends the process, after `before_end`.
+    pub async fn first(mut self, before_end: impl FnOnce() + Send + 'static) {
         self.next().await;
         tracing::info!(event = "draining", "stopping; a second signal stops at once");
         tokio::spawn(async move {
             self.next().await;
+            before_end();
             process::exit(EXIT_AT_ONCE);
         });
     }

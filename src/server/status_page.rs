@@ -5,7 +5,8 @@ use maud::{DOCTYPE, Markup, PreEscaped, html as markup};
 use crate::{
     domain::duration,
     telemetry::status::{
-        Certificate, DecisionCount, Document, Provider, Recent, RefusedConnection, Status, UndecidedCall, WINDOW, printable,
+        Certificate, Changed, DecisionCount, Document, Provider, Recent, RefusedConnection, Status, UndecidedCall, WINDOW,
+        printable,
     },
 };
 use std::time::Duration;
@@ -37,6 +38,9 @@ const REFUSED_SHOWN: usize = 25;
 /// How many kinds of calls without a decision the page shows. The JSON has all.
 const UNDECIDED_SHOWN: usize = 25;
 
+/// How many changes the page shows. The JSON has all.
+const CHANGES_SHOWN: usize = 25;
+
 /// The whole page.
 pub(super) fn html(status: &Status) -> String {
     let Status { version, revision, as_of, started_at, .. } = status;
@@ -62,6 +66,7 @@ pub(super) fn html(status: &Status) -> String {
                     (decisions(status))
                     (refused(&status.refused_connections))
                     (undecided(&status.undecided_calls))
+                    (changes(&status.changes))
                     (recent("Last denials", "denials", &status.denials))
                     (recent("Last unverified allows", "unverified", &status.unverified_allows))
                 }
@@ -100,14 +105,14 @@ fn documents(status: &Status) -> Markup {
         table id="documents" {
             thead { tr { th { "Document" } th { "Revision" } th { "From" } th { "Read" } th { "Last reload" } } }
             tbody {
-                @for Document { document, revision, source, loaded_at, age_seconds, last_reload_error } in &status.documents {
+                @for Document { document, revision, source, loaded_at, age_seconds, last_reload_error, last_reload_failed_at } in &status.documents {
                     tr {
                         td { strong { (text(document)) } }
                         td.id data-of="Revision" { (text(revision)) }
                         td data-of="From" { (text(source)) }
                         td data-of="Read" { (ago(*age_seconds)) " (" (text(loaded_at)) ")" }
                         td data-of="Last reload" {
-                            @if last_reload_error.is_empty() { "good" } @else { span.bad { (lines(last_reload_error)) } }
+                            @if last_reload_error.is_empty() { "good" } @else { span.bad { "failed at " (text(last_reload_failed_at)) ": see above" } }
                         }
                     }
                 }
@@ -149,7 +154,7 @@ fn providers(status: &Status) -> Markup {
                 thead {
                     tr {
                         th { "Provider" } th { "Enforced" } th { "Breaker" } th { "Probes" } th { "Verdicts of the last " (window(status)) }
-                        th { "Made-up keys" } th { "Last time that nothing could be told" }
+                        th { "Made-up keys" } th { "Last failure" }
                     }
                 }
                 tbody { @for provider in seen { (row_of(provider)) } }
@@ -184,13 +189,13 @@ fn row_of(provider: &Provider) -> Markup {
             td.w data-of="Breaker" {
                 @if breaker == "open" { span.bad { "open" } } @else if breaker.is_empty() { "closed" } @else { (text(breaker)) }
             }
-            td data-of="Probes" { (probes_in_flight) " asking, " (probes_queued) " waiting" }
+            td data-of="Probes" {  (probes_in_flight) " running, " (probes_queued) " waiting" }
             td.w data-of="Verdicts" {
                 @for (verdict, count) in recent_verdicts { div { (text(verdict)) " " (count) } }
                 @if recent_verdicts.is_empty() { "none" }
             }
             td data-of="Made-up keys" {
-                @for it in calibration { div { (text(&it.state)) ": " (text(&it.host)) ", " (text(&it.probe)) " in " (text(&it.header)) } }
+                @for it in calibration { div { (text(it.text())) ": " (text(&it.host)) ", " (text(&it.probe)) " in " (text(&it.header)) } }
                 @for host in no_api_at { div.bad { "no API at " (text(host)) } }
                 @if calibration.is_empty() && no_api_at.is_empty() { "not asked" }
             }
@@ -261,6 +266,25 @@ fn undecided(calls: &[UndecidedCall]) -> Markup {
                             td.n data-of="Count" { (count) }
                             td data-of="Why" { strong { (text(grpc_code)) } ": " (text(reason)) }
                             td data-of="Method" { (text(method)) @if *report_only { " (report only)" } }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn changes(changes: &[Changed]) -> Markup {
+    markup! {
+        @if !changes.is_empty() {
+            h2 { "Last changes" }
+            table id="changes" {
+                thead { tr { th { "When" } th { "What" } } }
+                tbody {
+                    @for change in changes.iter().take(CHANGES_SHOWN) {
+                        tr {
+                            td.w data-of="When" { (text(&change.at)) }
+                            td data-of="What" { (text(&change.text())) }
                         }
                     }
                 }

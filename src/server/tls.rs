@@ -187,7 +187,7 @@ fn warn_near_end(setting: &str, file: &str, end: i64) {
         file,
         ends_at,
         left,
-        "{setting} is near its end: {}",
+        "{setting} expires soon: {}",
         certificate_remedy(setting)
     );
 }
@@ -273,7 +273,9 @@ impl Content {
             (_, _) => builder.with_no_client_auth(),
         };
         let mut config = builder.with_single_cert(chain, key).map_err(|failed| {
-            fault(&files.certificate, format!("does not match the key in {}: {failed}", files.key.display()))
+            // The library's words add nothing to a mismatch.
+            let failed = if matches!(failed, rustls::Error::InconsistentKeys(_)) { String::new() } else { format!(": {failed}") };
+            fault(&files.certificate, format!("does not match the key in {}{failed}", files.key.display()))
         })?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         // A resumed session is not verified again, so a client could keep one after its authority or name was removed.
@@ -472,7 +474,7 @@ mod tests {
         };
         let (first, second, expired) = (certificate(2060), certificate(2060), certificate(2002));
         write(&first);
-        let callers = Arc::new(Callers::new(&CallerSettings::default()).unwrap());
+        let callers = Arc::new(Callers::new(&CallerSettings::default(), &Arc::default()).unwrap());
         let tls = Tls::load(files.clone(), callers).unwrap();
         let active = Arc::as_ptr(&tls.active.load_full());
         let stays = |why: &str, fault: &str| {

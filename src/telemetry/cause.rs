@@ -2,7 +2,10 @@
 
 use crate::{
     core::classify::Finding,
-    domain::verdict::{MadeUpKey, Unreached, Verdict, Withheld},
+    domain::{
+        duration::seconds,
+        verdict::{MadeUpKey, Unreached, Verdict, Withheld},
+    },
 };
 
 /// What failed on the way to the provider, as a log word.
@@ -11,6 +14,7 @@ pub const fn unreached(why: Unreached) -> &'static str {
         Unreached::Dns => "DNS",
         Unreached::Address => "ADDRESS",
         Unreached::Connect => "CONNECT",
+        Unreached::ConnectTimeout => "CONNECT_TIMEOUT",
         Unreached::Tls => "TLS",
         Unreached::Closed => "CLOSED",
         Unreached::Protocol => "PROTOCOL",
@@ -44,30 +48,46 @@ pub const fn made_up(got: MadeUpKey) -> &'static str {
 pub fn sentence(host: &str, finding: &Finding) -> String {
     let Finding { verdict, status, probe, .. } = finding;
     if let Some(why) = finding.withheld {
-        return format!("{host} was not asked: {}", withheld_text(why));
+        return format!(
+            "{host} was not asked: {}",
+            finding.used_up.map_or_else(|| withheld_text(why).to_owned(), |setting| format!("{setting} is used up"))
+        );
     }
     if let Some(why) = finding.unreached {
         return format!("{host}: {}", unreached_text(why));
     }
     match (status, verdict) {
         (Some(status), _) => format!("{host} answered `{probe}` with HTTP {status}{}", finding.why()),
-        (None, Verdict::Timeout) => format!("{host} gave no usable answer in time"),
+        (None, Verdict::Timeout) => match finding.cut_short {
+            Some(time) => format!("the call left {host} {} to answer, which was too little", seconds(time)),
+            None => format!("{host} gave no usable answer in time"),
+        },
         (None, _) => format!("{host} was not asked"),
     }
 }
 
 /// The remedy when the cause is not known.
-pub const CLOSES_BY_ITSELF: &str =
-    "look at the vendor's status page; where several are open, at DNS and egress. It closes by itself once the provider answers";
+pub const LOOK_OUTSIDE: &str = "look at the vendor's status page; where several providers fail, at DNS and egress";
+/// What to do about a caller that gives a provider too little time.
+pub const GIVE_TIME: &str = "give the caller 4 s: a provider has 3 s (`probe.budget`)";
 
 /// What to do about a provider whose probes are inconclusive.
 pub const fn remedy(finding: &Finding) -> &'static str {
-    match finding.unreached {
-        Some(Unreached::Connect | Unreached::Closed | Unreached::Protocol) => {
-            "look at egress to that host and port, and at the vendor's status page; it closes by itself once the provider answers"
+    let Finding { verdict, unreached, withheld, cut_short, .. } = finding;
+    match (verdict, unreached, withheld) {
+        (_, Some(why), _) => unreached_remedy(*why),
+        (_, None, Some(Withheld::Queue)) => {
+            "see why the provider is slow; else raise `provider_limits.in_flight` or `provider_limits.queue_time`"
         }
-        Some(why) => unreached_remedy(why),
-        None => CLOSES_BY_ITSELF,
+        (_, None, Some(Withheld::Budget)) => "raise `provider_limits.per_second`, if the vendor allows more",
+        (_, None, Some(Withheld::NewKeys)) => "find out who tries so many keys, or raise the limit",
+        (_, None, Some(Withheld::Fault)) => "look for `panicked` in the log, and report it",
+        (Verdict::Timeout, None, None) if cut_short.is_some() => GIVE_TIME,
+        (Verdict::RateLimited, None, None) => "nothing, if short; else lower `provider_limits.per_second`",
+        (Verdict::UnexpectedResponse | Verdict::NotCalibrated, None, None) => {
+            "`byok-gate probe --provider P --env NAME --calibrate --explain` shows each call; correct the base URL or the host's row"
+        }
+        _ => LOOK_OUTSIDE,
     }
 }
 
@@ -76,13 +96,16 @@ pub const fn unreached_remedy(why: Unreached) -> &'static str {
     match why {
         Unreached::Address => {
             "use https and a public address, or allow it with egress.allow or egress.allow_plain_http (a machine's metadata address is \
-             never dialled); it does not heal by itself"
+             never dialled)"
         }
         Unreached::Tls => {
             "look at the certificate's expiry date and names; set probe.ca_file for a private authority; if the port has no TLS, correct the base URL"
         }
         Unreached::Dns => "check the cluster's DNS, and the base URL's spelling",
         Unreached::Proxy => "check egress.proxy, its log and its credentials",
+        Unreached::ConnectTimeout => {
+            "look for a firewall or a NetworkPolicy that drops the packets to that host and port; the host may also be down"
+        }
         Unreached::Connect | Unreached::Closed | Unreached::Protocol => {
             "look at egress to that host and port, and at the vendor's status page"
         }
@@ -95,6 +118,9 @@ pub const fn unreached_text(why: Unreached) -> &'static str {
         Unreached::Dns => "the name could not be resolved (DNS)",
         Unreached::Address => "this configuration does not allow calls to the address, or over plain http",
         Unreached::Connect => "no connection: nothing is listening there, or a firewall is in the way",
+        Unreached::ConnectTimeout => {
+            "no connection came about in time, and nothing refused one: a firewall or NetworkPolicy drops the packets, or the host is down"
+        }
         Unreached::Tls => {
             "connected, but TLS failed: the certificate is not trusted (expired, another name, unknown authority), or the port has no TLS"
         }
@@ -137,6 +163,20 @@ mod tests {
                     ..bare(Verdict::UnexpectedResponse)
                 },
                 "api.acme.example answered `models` with HTTP 200, PAGE: a web page, made-up keys: not asked",
+            ),
+            // Nothing was refused: made-up keys get the page, too.
+            (
+                Finding {
+                    status: Some(200),
+                    probe: "models".into(),
+                    made_up: MadeUpKey::Refused(200),
+                    ..bare(Verdict::UnexpectedResponse)
+                },
+                "api.acme.example answered `models` with HTTP 200, made-up keys: HTTP 200 too, and not accepted",
+            ),
+            (
+                Finding { cut_short: Some(std::time::Duration::from_millis(139)), ..bare(Verdict::Timeout) },
+                "the call left api.acme.example 0.14 s to answer, which was too little",
             ),
         ] {
             assert_eq!(sentence(host, &finding), expect);

@@ -5,6 +5,7 @@
 //! (docs/performance.md).
 
 use std::{
+    borrow::Cow,
     num::{NonZeroU32, NonZeroU64},
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
@@ -26,7 +27,7 @@ use crate::{
     domain::{
         decision::{Decision, Liveness, Outcome},
         protocol::HeaderFamily,
-        request::{Peer, Request},
+        request::{self, Peer, Request},
         verdict::{Cause, Verdict},
     },
 };
@@ -83,8 +84,14 @@ pub struct Undecided<'a> {
     pub reason: &'a str,
     /// The peer of its connection.
     pub peer: Peer,
-    /// The request, if it could be parsed.
-    pub request: Option<&'a Request>,
+    /// The caller; empty if it is not known.
+    pub caller: &'a str,
+    /// The checkpoint; empty if it is not known. The same for the next two.
+    pub checkpoint: &'static str,
+    /// The workspace.
+    pub workspace_id: &'a str,
+    /// The organization.
+    pub organization_id: &'a str,
     /// Whether the caller only wanted a report, and no workspace was to start.
     pub report_only: bool,
     /// What the caller gave it, in microseconds, where that is less than it may have.
@@ -175,8 +182,12 @@ impl Journal {
         line.word(text!("outcome"), word);
         line.word(text!("code"), code);
         if let Outcome::Deny(deny) = outcome {
-            line.text(text!("reason"), &printable(&deny.refusal.message()));
-            line.optional_text(text!("operator_hint"), &printable(&deny.refusal.operator_hint()));
+            line.text(text!("reason"), &printable(&deny.message));
+            line.optional_text(text!("operator_hint"), &printable(&deny.operator_hint));
+            let unreadable = deny.refusal.unreadable_scopes();
+            if !unreadable.is_empty() {
+                line.words(key!("unreadable_scopes"), unreadable.iter().map(|scope| scope.as_str()));
+            }
         }
         line.optional_text(text!("provider"), &resolution.provider);
         line.word(text!("billing_mode"), resolution.billing_mode.map_or("", |mode| mode.as_str()));
@@ -226,16 +237,14 @@ impl Journal {
             self.suppressed.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        let Undecided { method, grpc_code, reason, peer, request, report_only, caller_time, trace_id } = undecided;
+        let Undecided { method, grpc_code, reason, peer, caller, checkpoint, report_only, caller_time, trace_id, .. } = undecided;
         let mut line = Line::begin("undecided", "WARN");
         line.trace(trace_id);
         line.text(text!("method"), method);
-        if let Some(Request { spec, checkpoint, caller, .. }) = request {
-            line.word(text!("checkpoint"), checkpoint.as_str());
-            line.optional_text(text!("workspace_id"), &spec.workspace_id);
-            line.optional_text(text!("organization_id"), &spec.organization_id);
-            line.optional_text(text!("caller"), &caller.name);
-        }
+        line.word(text!("checkpoint"), checkpoint);
+        line.optional_text(text!("workspace_id"), undecided.workspace_id);
+        line.optional_text(text!("organization_id"), undecided.organization_id);
+        line.optional_text(text!("caller"), caller);
         line.plain(text!("peer"), &peer.to_string());
         if report_only {
             line.flag(key!("report_only"));
@@ -380,7 +389,10 @@ fn is_sampled(id: Uuid, ratio: f64) -> bool {
 }
 
 /// Replaces control characters and cuts the text. A reason may repeat what a caller sent, and control characters could move a terminal's cursor.
-fn printable(text: &str) -> String {
+fn printable(text: &str) -> Cow<'_, str> {
+    if text.len() <= MAX_REASON_CHARS && request::is_plain(text) {
+        return Cow::Borrowed(text);
+    }
     text.chars().take(MAX_REASON_CHARS).map(|letter| if letter.is_control() { '\u{fffd}' } else { letter }).collect()
 }
 

@@ -120,8 +120,11 @@ impl LogWriter {
 
 impl Collect for LogWriter {
     fn collect(&self, page: &mut Page) {
-        page.counter("byokgate_log_lines_dropped", "Log lines that were dropped because stdout was not read in time")
-            .add(&[], self.dropped());
+        page.counter(
+            "byokgate_log_lines_dropped",
+            "Log lines that were dropped because stdout was not read in time, or could not be written",
+        )
+        .add(&[], self.dropped());
     }
 }
 

@@ -3,8 +3,9 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    num::NonZeroU64,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::SystemTime,
+    time::{Duration, SystemTime},
 };
 
 use uuid::Uuid;
@@ -14,8 +15,8 @@ use crate::{
     core::{classify::Finding, engine::Decided},
     domain::{
         decision::{Decision, Outcome},
-        request::Request,
-        verdict::Verdict,
+        request::{Peer, Request},
+        verdict::{Verdict, Withheld},
     },
 };
 
@@ -62,6 +63,10 @@ pub struct Entry {
     pub verdict: &'static str,
     /// The provider's host; empty if there is none.
     pub host: String,
+    /// The peer of its call.
+    pub peer: Peer,
+    /// The time that the caller gave the call, if that was too little for the provider to answer.
+    pub too_little_time: Option<Duration>,
     finding: Option<Arc<Finding>>,
     /// Why it was denied, if no probe was made.
     reason: String,
@@ -113,8 +118,14 @@ impl RecentDecisions {
         }
     }
 
-    /// Records a decision.
-    pub fn decided(&self, request: &Request, Decided { id, decision, finding, .. }: &Decided) {
+    /// Records a decision. `caller_time` is what the caller gave the call, in microseconds, if that is less than it may have.
+    pub fn decided(
+        &self,
+        request: &Request,
+        Decided { id, decision, finding, .. }: &Decided,
+        peer: Peer,
+        caller_time: Option<NonZeroU64>,
+    ) {
         let Decision { outcome, resolution, liveness, .. } = decision;
         let (list, code) = match outcome {
             Outcome::Deny(deny) => (&self.denials, deny.refusal.code().as_str()),
@@ -123,7 +134,9 @@ impl RecentDecisions {
         };
         let at = SystemTime::now();
         let host = liveness.as_ref().map_or_else(String::new, |liveness| liveness.endpoint_host.clone());
-        if let Some(finding) = finding.as_ref().filter(|finding| is_inconclusive(finding.verdict)) {
+        let too_little_time = finding.as_ref().and_then(|finding| too_little(finding, caller_time));
+        // A caller that did not wait says nothing about the provider.
+        if let Some(finding) = finding.as_ref().filter(|finding| is_inconclusive(finding.verdict) && too_little_time.is_none()) {
             let failure = Failure { at, verdict: finding.verdict, host: host.clone(), finding: Arc::clone(finding) };
             let mut failures = lock(&self.failures);
             if failures.len() >= MAX_PROVIDERS && !failures.contains_key(&resolution.provider) {
@@ -144,9 +157,11 @@ impl RecentDecisions {
             code,
             verdict: liveness.as_ref().map_or("", |liveness| liveness.verdict.as_str()),
             host,
+            peer,
+            too_little_time,
             finding: finding.clone(),
             reason: match outcome {
-                Outcome::Deny(deny) if finding.is_none() => cut(&deny.refusal.message()),
+                Outcome::Deny(deny) if finding.is_none() => cut(&deny.message),
                 Outcome::Deny(_) | Outcome::Allow(_) => String::new(),
             },
         };
@@ -159,7 +174,7 @@ impl RecentDecisions {
 
     /// Records a call that ended without a decision. A repeated one is counted and not listed again, so that it does not push out the others.
     pub fn undecided(&self, call: &Undecided<'_>) {
-        let Undecided { method, grpc_code, reason, peer, request, report_only, caller_time: _, trace_id: _ } = *call;
+        let Undecided { method, grpc_code, reason, peer, caller, report_only, .. } = *call;
         let new = UndecidedCalls {
             at: SystemTime::now(),
             count: 1,
@@ -167,7 +182,7 @@ impl RecentDecisions {
             grpc_code,
             reason: cut(reason),
             peer: peer.to_string(),
-            caller: request.map_or_else(String::new, |request| cut(&request.caller.name)),
+            caller: cut(caller),
             report_only,
         };
         let mut list = lock(&self.undecided);
@@ -210,6 +225,12 @@ impl UndecidedCalls {
 }
 
 impl Entry {
+    /// Why no probe was sent, and what to do; `None` if one was, or if none was needed.
+    pub fn withheld(&self) -> Option<(Withheld, &'static str)> {
+        let finding = self.finding.as_ref()?;
+        Some((finding.withheld?, cause::remedy(finding)))
+    }
+
     /// The cause, in one sentence.
     pub fn cause(&self) -> String {
         self.finding.as_ref().map_or_else(|| self.reason.clone(), |finding| cause::sentence(&self.host, finding))
@@ -247,7 +268,16 @@ const fn is_inconclusive(verdict: Verdict) -> bool {
     }
 }
 
+/// The time that the caller gave the call, if the provider had most of it and needed more. Otherwise a queue or the like took the time.
+fn too_little(finding: &Finding, caller_time: Option<NonZeroU64>) -> Option<Duration> {
+    let given = Duration::from_micros(caller_time?.get());
+    finding.cut_short.filter(|had| *had * 2 >= given).map(|_| given)
+}
+
 fn cut(text: &str) -> String {
+    if text.len() <= MAX_CHARS {
+        return text.to_owned();
+    }
     let mut left = text.chars();
     let mut cut: String = left.by_ref().take(MAX_CHARS).collect();
     if left.next().is_some() {

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     cause,
     metrics::{PROVIDER, Page, process, reloads::FollowedFiles},
+    recent_changes::Change,
     recent_decisions::{Entry, RecentDecisions, UndecidedCalls},
 };
 use crate::{
@@ -19,7 +20,10 @@ use crate::{
         policy::Enforcement,
         snapshot::{Origin, Snapshot},
     },
-    domain::duration,
+    domain::{
+        duration,
+        verdict::{DenyCode, ServedFrom, Unreached, Verdict, Withheld},
+    },
 };
 
 /// The version of the JSON. It rises when a field is removed or changes its meaning, but not when one is added.
@@ -52,6 +56,9 @@ pub struct Status {
     pub revision: String,
     /// When the service started.
     pub started_at: String,
+    /// Whether it stops; absent while it serves.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stopping: Option<Stopping>,
     /// What needs attention; empty if all is well.
     pub attention: Vec<Attention>,
     /// Registry, catalogue and configuration; TLS and tokens where they come from files.
@@ -70,10 +77,21 @@ pub struct Status {
     pub refused_connections: Vec<RefusedConnection>,
     /// Calls that ended without a decision, newest first.
     pub undecided_calls: Vec<UndecidedCall>,
+    /// The last changes of configuration, documents and callers, newest first.
+    pub changes: Vec<Changed>,
     /// The last denials, newest first.
     pub denials: Vec<Recent>,
     /// The last unverified allows, newest first.
     pub unverified_allows: Vec<Recent>,
+}
+
+/// A service that stops.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Stopping {
+    /// Since when.
+    pub since: String,
+    /// The calls that are not answered yet.
+    pub calls_in_flight: usize,
 }
 
 /// Something that needs attention.
@@ -100,6 +118,9 @@ pub struct Document {
     pub age_seconds: u64,
     /// Why a newer version was not taken; empty if there is none.
     pub last_reload_error: String,
+    /// Since when; empty if there is none.
+    #[serde(default)]
+    pub last_reload_failed_at: String,
 }
 
 /// A certificate and its expiry.
@@ -154,6 +175,19 @@ pub struct Calibration {
     pub state: String,
 }
 
+impl Calibration {
+    /// The state in words, as it follows "made-up keys:".
+    pub fn text(&self) -> &str {
+        match self.state.as_str() {
+            "refuses" => "refused",
+            "untold" => "not known",
+            "accepts" => "accepted",
+            "refuses oddly" => "refused, but not with a 401 or a known code",
+            other => other,
+        }
+    }
+}
+
 /// The last inconclusive probe of a provider.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LastFailure {
@@ -204,6 +238,23 @@ pub struct UndecidedCall {
     pub report_only: bool,
     /// How many there were since this entry exists.
     pub count: u64,
+}
+
+/// Something that was changed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Changed {
+    /// When it came into force.
+    pub at: String,
+    /// The name of its log line: `configuration_changed`.
+    pub event: String,
+    /// The setting or the document.
+    pub setting: String,
+    /// The caller, if it is about one; else empty.
+    pub caller: String,
+    /// The old value.
+    pub was: String,
+    /// The new value.
+    pub is: String,
 }
 
 /// Decisions of one code.
@@ -273,6 +324,23 @@ pub struct Sources<'s> {
     pub refused_connections: Vec<RefusedConnection>,
     /// Limits over all connections that have refused calls.
     pub reached_limits: Vec<ReachedLimit>,
+    /// Providers that the configuration does not allow to be called.
+    pub forbidden: Vec<ForbiddenProvider>,
+    /// The last changes, newest first.
+    pub changes: Vec<Change>,
+    /// Since when it stops, and the calls in flight.
+    pub stopping: Option<(SystemTime, usize)>,
+    /// The peers with the most open connections, and how many those are.
+    pub top_peers: Vec<(String, usize)>,
+}
+
+/// A provider whose address or scheme the configuration does not allow, so that each of its keys is denied.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ForbiddenProvider {
+    /// Its name.
+    pub provider: String,
+    /// What would be called: `https://10.1.2.3`.
+    pub origin: String,
 }
 
 /// A limit over all connections that has refused a call.
@@ -296,6 +364,8 @@ pub struct Window(Mutex<VecDeque<(SystemTime, Totals)>>);
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Totals {
     verdicts: BTreeMap<(String, String), u64>,
+    /// Probes that came to a result about a key, by provider.
+    answered: BTreeMap<String, u64>,
     decisions: BTreeMap<(String, String), u64>,
     /// Refusals by a limit, by metric family and label.
     limited: BTreeMap<(String, String), u64>,
@@ -313,6 +383,12 @@ impl Totals {
         };
         add("byokgate_verdicts", [PROVIDER, "verdict"], |totals| &mut totals.verdicts);
         add("byokgate_decisions", ["outcome", "code"], |totals| &mut totals.decisions);
+        for (labels, count) in page.values("byokgate_verdicts") {
+            let is = |label, word: &str| labels.get(label) == Some(word);
+            if is("served_from", ServedFrom::Probe.as_str()) && !FAILURES.iter().any(|failure| is("verdict", failure.as_str())) {
+                *totals.answered.entry(labels.get(PROVIDER).unwrap_or_default().to_owned()).or_default() += count as u64;
+            }
+        }
         for (family, label) in [("byokgate_new_key_refusals", "limit"), ("byokgate_connections_refused", "reason")] {
             for (labels, count) in page.values(family) {
                 let of = labels.get(label).unwrap_or_default().to_owned();
@@ -340,6 +416,13 @@ impl Window {
         }
     }
 
+    /// The youngest sample that is at least as old as what goes on. If there is none, the oldest sample.
+    fn lately(&self, now: SystemTime) -> Totals {
+        let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let old_enough = samples.iter().rev().find(|(at, _)| since(*at, now) >= ONGOING);
+        old_enough.or(samples.front()).map_or_else(Totals::default, |(_, totals)| totals.clone())
+    }
+
     /// The oldest sample, and its age.
     fn then(&self, now: SystemTime) -> (Totals, Duration) {
         let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -365,8 +448,13 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         certificates,
         refused_connections,
         reached_limits,
+        forbidden,
+        changes,
+        stopping,
+        top_peers,
     } = sources;
     let (then, length) = window.then(now);
+    let lately = window.lately(now);
     let totals = Totals::of(page);
     let documents = documents(snapshot, followed, now);
     let certificates: Vec<Certificate> = certificates
@@ -382,16 +470,34 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
     let restart_needed = snapshot.restart_needed.clone();
     let mut attention = Vec::new();
     let mut add = |what: String, remedy: &str| attention.push(Attention { what, remedy: remedy.to_owned() });
+    let stopping = stopping.map(|(since, calls_in_flight)| Stopping { since: text_of(since), calls_in_flight });
+    if let Some(Stopping { since, calls_in_flight }) = &stopping {
+        let calls = if *calls_in_flight == 1 { "1 call".to_owned() } else { format!("{calls_in_flight} calls") };
+        add(
+            format!("the service stops since {since}; {calls} in flight"),
+            "nothing, if it was told to: it answers them until shutdown.drain is over; otherwise the log says why it stops",
+        );
+    }
     near_ends(&certificates, &mut add);
     not_taken(&documents, followed, &mut add);
     waits_for_restart(&restart_needed, &mut add);
     own_faults(page, &mut add);
-    providers.iter().for_each(|provider| wants_of(provider, &mut add));
+    for provider in &providers {
+        match forbidden.iter().find(|it| it.provider == provider.provider) {
+            Some(forbidden) if provider.enforcement == "enforce" => not_allowed(forbidden, &mut add),
+            _ => failing(provider, failed_since(provider, &totals, &lately), now, &mut add),
+        }
+        wants_of(provider, &mut add);
+    }
+    let (denials, unverified) = (recent_decisions.denials(), recent_decisions.unverified_allows());
+    unreadable(&denials, now, &mut add);
+    withheld(&denials, now, &mut add);
+    impatient(denials.iter().chain(&unverified), now, &mut add);
     lost_lines(page, &mut add);
     attention.extend(refused(refused_connections, now));
     let undecided = recent_decisions.undecided_calls();
     attention.extend(unanswered(&undecided, now));
-    attention.extend(limited(&totals, &then));
+    attention.extend(limited(&totals, &then, top_peers));
     attention.extend(reached(reached_limits, now));
     let decisions = totals.decisions.iter().map(|((outcome, code), total)| DecisionCount {
         outcome: outcome.clone(),
@@ -406,6 +512,7 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         revision: process::REVISION.to_owned(),
         started_at: text_of(*started),
+        stopping,
         attention,
         documents,
         restart_needed,
@@ -415,8 +522,9 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
         decisions: decisions.collect(),
         refused_connections: refused_connections.clone(),
         undecided_calls: undecided.into_iter().map(UndecidedCall::from).collect(),
-        denials: recent(recent_decisions.denials()),
-        unverified_allows: recent(recent_decisions.unverified_allows()),
+        changes: changes.iter().map(Changed::of).collect(),
+        denials: recent(denials),
+        unverified_allows: recent(unverified),
     }
 }
 
@@ -425,6 +533,24 @@ impl From<UndecidedCalls> for UndecidedCall {
         let UndecidedCalls { at, count, method, grpc_code, reason, peer, caller, report_only } = calls;
         let (method, grpc_code) = (method.to_owned(), grpc_code.to_owned());
         Self { at: text_of(at), method, grpc_code, reason, peer, caller, report_only, count }
+    }
+}
+
+impl Changed {
+    fn of(Change { at, event, setting, caller, was, is }: &Change) -> Self {
+        let [setting, caller, was, is] = [setting, caller, was, is].map(Clone::clone);
+        Self { at: text_of(*at), event: (*event).to_owned(), setting, caller, was, is }
+    }
+
+    /// What was changed, in one sentence.
+    pub fn text(&self) -> String {
+        let Self { event, setting, caller, was, is, .. } = self;
+        match event.as_str() {
+            "caller_removed" => format!("{setting}: {caller} was removed"),
+            "caller_changed" => format!("{setting}: {caller} was {was}, is {is}"),
+            "configuration_loosened" => format!("{setting}: {was} -> {is}; more is let through than before"),
+            _ => format!("{setting}: {was} -> {is}"),
+        }
     }
 }
 
@@ -455,15 +581,21 @@ fn documents(snapshot: &Snapshot, followed: &[FollowedFiles], now: SystemTime) -
         loaded_at: text_of(*loaded_at),
         age_seconds: since(*loaded_at, now).as_secs(),
         last_reload_error: last_reload_error.clone(),
+        last_reload_failed_at: String::new(),
     };
     let mut documents = vec![
         document("registry", snapshot.registry.revision(), &snapshot.registry_origin),
         document("catalogue", snapshot.catalogue.revision(), &snapshot.catalogue_origin),
         document("configuration", "", &snapshot.configuration_origin),
     ];
-    for FollowedFiles { what, files, taken_at, fault } in followed.iter().filter(|it| it.what != DOCUMENTS) {
+    for FollowedFiles { what, files, taken_at, fault, .. } in followed.iter().filter(|it| it.what != DOCUMENTS) {
         let source = files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ");
         documents.push(document(what, "", &Origin { source, loaded_at: *taken_at, last_reload_error: fault.clone() }));
+    }
+    for document in documents.iter_mut().filter(|document| !document.last_reload_error.is_empty()) {
+        let own = followed.iter().find(|it| it.what == document.document);
+        let of = own.or_else(|| followed.iter().find(|it| it.what == DOCUMENTS));
+        document.last_reload_failed_at = of.and_then(|it| it.failed_at).map_or_else(String::new, text_of);
     }
     documents
 }
@@ -552,10 +684,10 @@ fn made_up_keys(state: f64) -> &'static str {
 /// What to do about a certificate that expires.
 pub fn certificate_remedy(setting: &str) -> &'static str {
     if setting == "tls.client_ca" {
-        "add the new authority beside the old one in the same file, renew the clients' certificates, then take the old one out; each is taken \
+        "add the new authority beside the old one in the same file, renew the clients' certificates, then take the old one out; each is reloaded \
          without a restart"
     } else {
-        "write a new one to the same file; it is taken without a restart"
+        "write a new one to the same file; it is reloaded without a restart"
     }
 }
 
@@ -577,16 +709,21 @@ fn near_ends(certificates: &[Certificate], add: Add<'_>) {
 /// Changes of files that were not taken, because the files are invalid.
 fn not_taken(documents: &[Document], followed: &[FollowedFiles], add: Add<'_>) {
     let failing = || documents.iter().filter(|it| !it.last_reload_error.is_empty());
-    for Document { document, last_reload_error, .. } in failing() {
+    for Document { document, last_reload_error, last_reload_failed_at, .. } in failing() {
         let is_of_decisions = matches!(document.as_str(), "registry" | "catalogue" | "configuration");
+        let since = if last_reload_failed_at.is_empty() { String::new() } else { format!(" (since {last_reload_failed_at})") };
         if is_of_decisions {
             add(
-                format!("the {document}'s last change is invalid; the last good version stays in force: {last_reload_error}"),
+                format!(
+                    "the {document}'s last change is invalid; the last good version stays in force{since}: {last_reload_error}"
+                ),
                 "correct the file, or restore the old one; `byok-gate check` with the same flags shows all that is wrong",
             );
         } else {
             add(
-                format!("the last change of {document} is invalid; the last good files stay in force: {last_reload_error}"),
+                format!(
+                    "the last change of {document} is invalid; the last good files stay in force{since}: {last_reload_error}"
+                ),
                 "write the files again, no restart is needed; `byok-gate check` with the same flags shows all that is wrong",
             );
         }
@@ -632,13 +769,91 @@ fn sum(page: &Page, family: &str) -> u64 {
     page.values(family).map(|(_, value)| value).sum::<f64>() as u64
 }
 
+/// Verdicts by which no key of a provider is found good or bad, whoever's it is.
+const FAILURES: [Verdict; 5] =
+    [Verdict::Timeout, Verdict::Unreachable, Verdict::ProviderError, Verdict::RateLimited, Verdict::UnexpectedResponse];
+
+/// How many checks have failed, if none has come to a result since then.
+fn failed_since(Provider { provider, .. }: &Provider, totals: &Totals, then: &Totals) -> u64 {
+    let answers = |totals: &Totals| totals.answered.get(provider).copied().unwrap_or_default();
+    let failures = |totals: &Totals| {
+        let of = FAILURES.iter().filter_map(|verdict| totals.verdicts.get(&(provider.clone(), verdict.as_str().to_owned())));
+        of.sum::<u64>()
+    };
+    if answers(totals) > answers(then) { 0 } else { failures(totals).saturating_sub(failures(then)) }
+}
+
+/// A provider of which no check comes to a result. Its breaker opens later, and only once several organizations have seen it.
+fn failing(Provider { provider, breaker, no_api_at, last_failure, .. }: &Provider, failed: u64, now: SystemTime, add: Add<'_>) {
+    let Some(LastFailure { at, cause, remedy, .. }) = last_failure else { return };
+    if failed > 0 && breaker != "open" && no_api_at.is_empty() && is_ongoing(at, now) {
+        let checks = if failed == 1 { "the last check".to_owned() } else { format!("none of the last {failed} checks") };
+        let came = if failed == 1 { "came to no result" } else { "came to a result" };
+        add(format!("provider `{provider}`: {checks} of a key {came}: {cause}"), remedy);
+    }
+}
+
+fn not_allowed(ForbiddenProvider { provider, origin }: &ForbiddenProvider, add: Add<'_>) {
+    add(
+        format!("every key of provider `{provider}` is denied: this configuration does not allow calls to {origin}"),
+        cause::unreached_remedy(Unreached::Address),
+    );
+}
+
+/// Secrets that the platform could not read.
+fn unreadable(denials: &[std::sync::Arc<Entry>], now: SystemTime, add: Add<'_>) {
+    let is_one = |entry: &&std::sync::Arc<Entry>| {
+        entry.code == DenyCode::CredentialScopeUnreadable.as_str() && since(entry.at, now) < ONGOING
+    };
+    let (count, last) = (denials.iter().filter(is_one).count(), denials.iter().find(is_one));
+    if let Some(last) = last {
+        let times = if count == 1 { "one decision was denied".to_owned() } else { format!("{count} decisions were denied") };
+        add(
+            format!("{times}, since the platform could not read secrets: {}", last.cause()),
+            "check the platform's secret store and its encryption key",
+        );
+    }
+}
+
+/// Providers for which checks wait in vain.
+fn withheld(denials: &[std::sync::Arc<Entry>], now: SystemTime, add: Add<'_>) {
+    let mut told = BTreeSet::new();
+    for entry in denials.iter().filter(|entry| since(entry.at, now) < ONGOING) {
+        if let Some((Withheld::Queue | Withheld::Budget, remedy)) = entry.withheld()
+            && told.insert(&entry.provider)
+        {
+            add(format!("keys of provider `{}` are denied unchecked: {}", entry.provider, entry.cause()), remedy);
+        }
+    }
+}
+
+/// Callers that leave a provider too little time.
+fn impatient<'e>(entries: impl Iterator<Item = &'e std::sync::Arc<Entry>>, now: SystemTime, add: Add<'_>) {
+    let mut by_peer: BTreeMap<String, Duration> = BTreeMap::new();
+    for entry in entries.filter(|entry| since(entry.at, now) < ONGOING) {
+        if let Some(given) = entry.too_little_time {
+            let least = by_peer.entry(entry.peer.to_string()).or_insert(given);
+            *least = given.min(*least);
+        }
+    }
+    if let Some((peer, given)) = by_peer.first_key_value() {
+        let what = format!(
+            "calls from {peer}{} allow {} ms, which is too little for a provider to answer",
+            and_more(by_peer.len()),
+            given.as_millis()
+        );
+        add(what, cause::GIVE_TIME);
+    }
+}
+
 fn wants_of(provider: &Provider, add: Add<'_>) {
     let Provider { provider, breaker, enforcement, until, calibration, no_api_at, last_failure, .. } = provider;
     // A half-open breaker needs no attention: it only waits for the next call.
     if breaker == "open" {
         let why = last_failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.cause));
-        let remedy = last_failure.as_ref().map_or(cause::CLOSES_BY_ITSELF, |failure| failure.remedy.as_str());
-        add(format!("the breaker of provider `{provider}` is open{why}"), remedy);
+        let remedy = last_failure.as_ref().map_or(cause::LOOK_OUTSIDE, |failure| failure.remedy.as_str());
+        let remedy = format!("{remedy}; it closes by itself once the provider answers");
+        add(format!("the breaker of provider `{provider}` is open{why}"), &remedy);
     }
     for host in no_api_at {
         add(
@@ -666,18 +881,15 @@ fn wants_of(provider: &Provider, add: Add<'_>) {
 
 /// Connections that are being refused now.
 fn refused(connections: &[RefusedConnection], now: SystemTime) -> impl Iterator<Item = Attention> {
-    let is_ongoing = move |it: &&RefusedConnection| {
-        it.at.parse::<jiff::Timestamp>().is_ok_and(|at| seconds(now) - at.as_second() < ONGOING.as_secs() as i64)
-    };
     // One line for each fault. The page lists the peers separately.
     let mut by_fault: BTreeMap<&str, (&RefusedConnection, usize)> = BTreeMap::new();
-    for it in connections.iter().filter(is_ongoing) {
+    for it in connections.iter().filter(|it| is_ongoing(&it.at, now)) {
         by_fault.entry(&it.fault).or_insert((it, 0)).1 += 1;
     }
     let lines: Vec<_> = by_fault
         .into_values()
-        .map(|(RefusedConnection { fault, peer, meaning, .. }, peers)| Attention {
-            what: format!("connections from {peer}{} were refused: {fault}", and_more(peers)),
+        .map(|(RefusedConnection { fault, peer, names, meaning, .. }, peers)| Attention {
+            what: format!("connections from {peer}{} were refused: {fault}{}", and_more(peers), in_brackets(&names.join(", "))),
             remedy: meaning.clone(),
         })
         .collect();
@@ -686,15 +898,20 @@ fn refused(connections: &[RefusedConnection], now: SystemTime) -> impl Iterator<
 
 /// Calls that are being refused now. For their callers the service is not available.
 fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item = Attention> {
-    let remedy = |code: &str| {
+    let remedy = |code: &str, reason: &str| {
         Some(match code {
             "UNAUTHENTICATED" => {
                 "give the caller a token that is a line of callers.token_file, or a certificate that `callers` lists"
             }
-            "PERMISSION_DENIED" => "give the caller the role that it needs, in `callers`, or find out who it is",
+            "PERMISSION_DENIED" => {
+                "in `callers` or the token file, give the caller the role that it needs, or list the workspace's id for it"
+            }
             "RESOURCE_EXHAUSTED" => {
                 "the reason names the setting: raise it, or find out which caller calls so often; if decisions wait for one provider, that \
                  provider hangs: see its row"
+            }
+            "INVALID_ARGUMENT" if reason.contains("(limits.") => {
+                "raise the setting that the reason names, or let the caller send less"
             }
             "INVALID_ARGUMENT" => "the caller sends invalid requests: the reason names the field",
             _ => return None,
@@ -703,15 +920,15 @@ fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item =
     // One line for each reason. The page lists the peers separately.
     let mut by_reason: BTreeMap<(&str, &str), (&UndecidedCalls, &str, BTreeSet<&str>)> = BTreeMap::new();
     for it in calls.iter().filter(|it| since(it.at, now) < ONGOING) {
-        if let Some(remedy) = remedy(it.grpc_code) {
+        if let Some(remedy) = remedy(it.grpc_code, &it.reason) {
             by_reason.entry((it.grpc_code, &it.reason)).or_insert_with(|| (it, remedy, BTreeSet::new())).2.insert(&it.peer);
         }
     }
     let lines: Vec<_> = by_reason
         .into_values()
         .take(MAX_UNANSWERED)
-        .map(|(UndecidedCalls { grpc_code, peer, reason, .. }, remedy, peers)| Attention {
-            what: format!("calls from {peer}{} end with {grpc_code}: {reason}", and_more(peers.len())),
+        .map(|(UndecidedCalls { grpc_code, peer, caller, reason, .. }, remedy, peers)| Attention {
+            what: format!("calls from {peer}{}{} end with {grpc_code}: {reason}", in_brackets(caller), and_more(peers.len())),
             remedy: remedy.to_owned(),
         })
         .collect();
@@ -719,7 +936,7 @@ fn unanswered(calls: &[UndecidedCalls], now: SystemTime) -> impl Iterator<Item =
 }
 
 /// Limits that were reached within the window.
-fn limited(totals: &Totals, then: &Totals) -> Vec<Attention> {
+fn limited(totals: &Totals, then: &Totals, top_peers: &[(String, usize)]) -> Vec<Attention> {
     let recent = |family: &str, label: &str| {
         let key = (family.to_owned(), label.to_owned());
         let count = |totals: &Totals| totals.limited.get(&key).copied().unwrap_or_default();
@@ -728,16 +945,20 @@ fn limited(totals: &Totals, then: &Totals) -> Vec<Attention> {
     let mut found = Vec::new();
     let refused = recent("byokgate_connections_refused", "limit");
     if refused > 0 {
+        let top = top_peers.iter().map(|(peer, count)| format!("{peer} ({count})")).collect::<Vec<_>>().join(", ");
+        let top = if top.is_empty() { top } else { format!("; most of the open ones are of {top}") };
+        let were = if refused == 1 { "1 connection was".to_owned() } else { format!("{refused} connections were") };
         found.push(Attention {
-            what: format!("{refused} connections were refused: limits.connections is reached"),
-            remedy: "find out who opens so many; raise the limit, and the process's limit of open files with it".to_owned(),
+            what: format!("{were} refused: limits.connections is reached{top}"),
+            remedy: "let that client open fewer; or raise the limit, and the process's limit of open files with it".to_owned(),
         });
     }
     for label in ["organization", "caller", "platform"] {
         let refused = recent("byokgate_new_key_refusals", label);
         if refused > 0 {
+            let were = if refused == 1 { "1 credential was".to_owned() } else { format!("{refused} credentials were") };
             found.push(Attention {
-                what: format!("{refused} credentials were not checked, and denied: new_keys.per_{label} is used up"),
+                what: format!("{were} not checked, and denied: new_keys.per_{label} is used up"),
                 remedy: "find out who tries so many keys; raise the limit, if a fleet that starts needs it".to_owned(),
             });
         }
@@ -751,6 +972,16 @@ fn reached(limits: &[ReachedLimit], now: SystemTime) -> impl Iterator<Item = Att
         what: format!("calls are refused: {setting} ({limit}) is reached"),
         remedy: "find out who holds so many (`call_limit` in the log has a peer), or raise it".to_owned(),
     })
+}
+
+/// Whether this time, as the status has it, is so short ago that the fault may go on.
+fn is_ongoing(at: &str, now: SystemTime) -> bool {
+    at.parse::<jiff::Timestamp>().is_ok_and(|at| seconds(now) - at.as_second() < ONGOING.as_secs() as i64)
+}
+
+/// ` (token of line 2)`, or nothing.
+fn in_brackets(caller: &str) -> String {
+    if caller.is_empty() || caller == "anonymous" { String::new() } else { format!(" ({caller})") }
 }
 
 fn and_more(all: usize) -> String {
@@ -846,10 +1077,12 @@ mod tests {
             .into(),
             ..Totals::default()
         };
-        let whats: Vec<String> = limited(&totals(12, 3), &totals(2, 3)).into_iter().map(|line| line.what).collect();
+        let whats: Vec<String> = limited(&totals(12, 3), &totals(2, 3), &[]).into_iter().map(|line| line.what).collect();
         assert_eq!(whats, ["10 credentials were not checked, and denied: new_keys.per_platform is used up"]);
-        let whats: Vec<String> = limited(&totals(2, 5), &totals(2, 3)).into_iter().map(|line| line.what).collect();
-        assert_eq!(whats, ["2 connections were refused: limits.connections is reached"]);
+        let top = [("192.0.2.7".to_owned(), 812), ("192.0.2.8".to_owned(), 3)];
+        let whats: Vec<String> = limited(&totals(2, 5), &totals(2, 3), &top).into_iter().map(|line| line.what).collect();
+        let expect = "2 connections were refused: limits.connections is reached; most of the open ones are of 192.0.2.7 (812), 192.0.2.8 (3)";
+        assert_eq!(whats, [expect]);
     }
 
     #[test]

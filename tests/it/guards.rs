@@ -67,6 +67,10 @@ fn withheld(decided: &Decided) -> Option<Withheld> {
     }
 }
 
+fn hint(decided: &Decided) -> String {
+    decided.decision.denial().unwrap().refusal.operator_hint()
+}
+
 const fn count(number: u32) -> NonZeroU32 {
     NonZeroU32::new(number).unwrap()
 }
@@ -341,6 +345,7 @@ async fn waiting_for_a_turn_is_not_the_providers_timeout() {
     let (first, second) = tokio::join!(decide("made-up-1"), decide("made-up-2"));
     assert_eq!(code(&first), Some(DenyCode::ByokProbeTimeout));
     assert_eq!((code(&second), withheld(&second)), (Some(DenyCode::ByokProbeNotAttempted), Some(Withheld::Queue)));
+    assert!(second.decision.liveness.as_ref().unwrap().seen.is_none(), "nothing was asked");
 }
 
 // === new keys ===
@@ -365,6 +370,8 @@ async fn an_organization_may_bring_so_many_new_keys_a_minute() {
     }
     let fourth = ask(&engine, of("made-up-3", "org-1"), Checkpoint::Create).await;
     assert_eq!((code(&fourth), withheld(&fourth)), (Some(DenyCode::ByokProbeNotAttempted), Some(Withheld::NewKeys)));
+    assert!(fourth.decision.liveness.as_ref().unwrap().seen.is_none(), "nothing was asked");
+    assert!(hint(&fourth).starts_with("`new_keys.per_organization` is used up"), "{}", hint(&fourth));
     let retry_after = fourth.decision.denial().unwrap().refusal.retry_after().unwrap();
     assert!((Duration::from_secs(19)..=Duration::from_secs(21)).contains(&retry_after), "{retry_after:?}");
     // Each has a time of its own.
@@ -396,7 +403,10 @@ async fn a_caller_may_bring_so_many_whatever_the_organizations() {
         for index in 0..many {
             assert_eq!(code(&ask("one", index).await), None, "{index} of {many}");
         }
-        assert_eq!(withheld(&ask("one", many).await), Some(Withheld::NewKeys));
+        let refused = ask("one", many).await;
+        assert_eq!(withheld(&refused), Some(Withheld::NewKeys));
+        let setting = if is_workspace { "`new_keys.per_caller` is used up" } else { "`new_keys.per_platform` is used up" };
+        assert!(hint(&refused).starts_with(setting), "{}", hint(&refused));
         assert_eq!(code(&ask("another", many).await), None);
     }
     // Thirty thousand tenants that start within a minute are one platform's.

@@ -80,6 +80,8 @@ fn evidence(verdict: Verdict, provider: &str, env_name: &str) -> LivenessEvidenc
         retry_after: Duration::from_secs(1),
         withheld: None,
         unreached: None,
+        used_up: None,
+        cut_short: None,
         cause: None,
         tenant_endpoint: false,
         plan: None,

@@ -488,7 +488,11 @@ async fn a_token_that_is_taken_out_is_told() {
     let (tokens, [one, other]) = (files.folder().join("tokens"), TOKENS);
     fs::write(&tokens, format!("# moved\n{one}\n")).unwrap();
     let event = serving.until("caller_removed").await;
-    assert_eq!((&event["setting"], &event["caller"]), (&"callers.token_file".into(), &"token of line 2".into()), "{event}");
+    assert_eq!(
+        (&event["setting"], &event["caller"]),
+        (&"callers.token_file".into(), &"token of line 2 of the old file".into()),
+        "{event}"
+    );
     serving.terminate().await;
     let ended = serving.ended().await;
     assert_eq!(ended.stdout.matches("caller_removed").count(), 1, "{ended:?}");

@@ -150,6 +150,7 @@ async fn compared(name: String, case: Case) -> usize {
         seen.remove("timestamp").unwrap();
         seen.remove("duration_us").unwrap();
         assert_eq!(seen.remove("age_ms").is_some(), seen.contains_key("served_from"), "{name}");
+        let unreadable = seen.remove("unreadable_scopes");
         // What the answer lacks: the reason.
         let mut take = |field| seen.remove(field).map_or_else(String::new, |word| word.as_str().unwrap().to_owned());
         let [header, cause, unreached, withheld, made_up, now] =
@@ -162,6 +163,9 @@ async fn compared(name: String, case: Case) -> usize {
         } else if answered && seen["served_from"] != "BREAKER" {
             assert_eq!((header.is_empty(), cause.is_empty(), made_up.is_empty()), (false, verdict == "VALID", false), "{name}");
         }
+        assert_eq!(unreadable.is_some(), seen.get("code") == Some(&json!("CREDENTIAL_SCOPE_UNREADABLE")), "{name}");
+        let scopes = [json!(["WORKSPACE"]), json!(["ORGANIZATION"]), json!(["WORKSPACE", "ORGANIZATION"])];
+        assert!(unreadable.is_none_or(|unreadable| scopes.contains(&unreadable)), "{name}");
         assert_eq!(!unreached.is_empty(), heard == "UNREACHABLE", "{name}");
         assert_eq!(!withheld.is_empty(), heard == "NOT_ATTEMPTED", "{name}");
         assert_eq!(!now.is_empty(), seen.get("served_from") == Some(&json!("STALE")), "{name}");
@@ -322,6 +326,53 @@ async fn a_call_that_ends_without_a_decision_leaves_an_event() {
     let batch: Vec<_> = events.iter().filter(|event| event["method"] == "BatchDecide").collect();
     assert!(matches!(batch[..], [one] if one["reason"].as_str().unwrap().starts_with("requests: ")), "{events:?}");
     assert_eq!(events.len(), 7, "{events:?}");
+}
+
+/// Who called, and about what, is in the event as far as it is known, whatever ended the call.
+#[tokio::test]
+async fn a_call_without_a_decision_names_its_caller_and_workspace() {
+    let files = files(None).await;
+    let tokens = files.folder().join("tokens");
+    let lines = "made-up-token-platform\nmade-up-token-operator operator\nmade-up-token-workspace workspace ws-1\n";
+    std::fs::write(&tokens, lines).unwrap();
+    let config = files.folder().join("more.yaml");
+    std::fs::write(&config, "callers: {workspace_calls_per_minute: 1}\nlimits: {message_bytes: 4096}\n").unwrap();
+    let (tokens, config) = (tokens.to_str().unwrap(), config.to_str().unwrap());
+    let serving = serving(&files, &["--token-file", tokens, "--config", config]).await;
+    let mut client = serving.client().await;
+    let mut refused = async |token: &str, message: pb::DecideRequest| {
+        let mut request = tonic::Request::new(message);
+        request.metadata_mut().insert("authorization", format!("Bearer made-up-token-{token}").parse().unwrap());
+        client.decide(request).await.unwrap_err().code()
+    };
+    let invalid = || {
+        let mut request = missing("ws-1");
+        request.workspace_spec.as_mut().unwrap().organization_id = "org-1".into();
+        request.workspace_spec.as_mut().unwrap().runtime = "r".repeat(1_000);
+        request
+    };
+    let mut long = missing("ws-1");
+    long.workspace_spec.as_mut().unwrap().model = "m".repeat(5_000);
+    assert_eq!(refused("operator", missing("ws-1")).await, Code::PermissionDenied);
+    assert_eq!(refused("platform", invalid()).await, Code::InvalidArgument);
+    assert_eq!(refused("platform", long).await, Code::InvalidArgument);
+    assert_eq!(refused("workspace", missing("ws-2")).await, Code::PermissionDenied);
+    assert_eq!(refused("workspace", missing("ws-1")).await, Code::ResourceExhausted);
+    assert_eq!(refused("unknown", missing("ws-1")).await, Code::Unauthenticated);
+    drop(client);
+    let events = decision_events(&log_of(serving).await);
+    let of =
+        |event: &Value| ["caller", "workspace_id", "organization_id"].map(|name| event[name].as_str().unwrap_or("").to_owned());
+    let seen: Vec<[String; 3]> = events.iter().map(of).collect();
+    let expect = [
+        ["token of line 2", "", ""],
+        ["token of line 1", "ws-1", "org-1"],
+        ["token of line 1", "", ""],
+        ["token of line 3", "ws-2", ""],
+        ["token of line 3", "", ""],
+        ["", "", ""],
+    ];
+    assert_eq!(seen, expect, "{events:?}");
 }
 
 /// A call that the drain cuts off ends by the service, not by its caller.

@@ -20,7 +20,7 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::StatusExt;
 
 use crate::support::{
-    binary::{PATIENCE, Serving},
+    binary::{PATIENCE, Serving, run},
     edge::{Edge, Held, code_of, decide, grpc, is_allow, raw, settings},
 };
 
@@ -94,7 +94,7 @@ async fn messages_and_fields_have_limits_that_are_named() {
     assert_eq!(fields(&client.decide(padded(4096)).await.unwrap_err()), ["workspace_spec.organization_id"]);
     let over = client.decide(padded(4097)).await.unwrap_err();
     assert_eq!((over.code(), fields(&over)), (Code::InvalidArgument, vec!["request".to_owned()]), "{over:?}");
-    assert!(over.message().ends_with("4096 bytes, the limit (limits.message_bytes)"), "{over:?}");
+    assert!(over.message().ends_with("is 4097 bytes long; the limit is 4096 (limits.message_bytes)"), "{over:?}");
     // A batch may be larger than one request, and is limited as well.
     let batch = |count, request: pb::DecideRequest| pb::BatchDecideRequest { requests: vec![request; count] };
     let mut results = client.batch_decide(batch(1, padded(9000))).await.unwrap().into_inner();
@@ -104,7 +104,7 @@ async fn messages_and_fields_have_limits_that_are_named() {
     assert!(over.message.ends_with("the limit is 4096 (limits.message_bytes)"), "{over:?}");
     let over = client.batch_decide(batch(2, padded(9000))).await.map(drop).unwrap_err();
     assert_eq!((over.code(), fields(&over)), (Code::InvalidArgument, vec!["request".to_owned()]), "{over:?}");
-    assert!(over.message().ends_with("16384 bytes, the limit (limits.batch_message_bytes)"), "{over:?}");
+    assert!(over.message().ends_with(" bytes long; the limit is 16384 (limits.batch_message_bytes)"), "{over:?}");
     let over = client.batch_decide(batch(3, decide(""))).await.map(drop).unwrap_err();
     assert_eq!((over.code(), fields(&over)), (Code::InvalidArgument, vec!["requests".to_owned()]), "{over:?}");
     assert!(over.message().ends_with("it must hold 1 to 2 (limits.batch_items)"), "{over:?}");
@@ -282,6 +282,10 @@ async fn a_connection_past_the_limit_is_told_so_and_another_listener_has_places_
     assert_eq!((told[0].0, told[1].0), (4, GOAWAY));
     assert!(String::from_utf8_lossy(&told[1].1).contains("limits.connections (1) is reached"), "{told:?}");
     assert_eq!(second.read(&mut [0]).await.unwrap(), 0);
+    // Our own client says the same in its words.
+    let address = edge.tcp().to_string();
+    let told = run(&["health", "--server", &address], &[]).await;
+    assert!(told.stderr.contains(&format!("{address} refuses connections: limits.connections (1) is reached")), "{told:?}");
     for channel in [first, edge.over_unix().await] {
         HealthClient::new(channel).check(HealthCheckRequest::default()).await.unwrap();
     }

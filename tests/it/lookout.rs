@@ -111,6 +111,25 @@ async fn check_tells_all_of_it_in_one_round() {
     assert!(!ended.stdout.contains("0.0.0.0") && !ended.stdout.contains("server.listen"), "{ended:?}");
 }
 
+/// A misspelt key hides neither a listener that would be open to everybody nor a token file that everybody can read.
+#[tokio::test]
+async fn a_misspelt_key_hides_nothing() {
+    let (registry, catalogue) = case::documents(1);
+    let config = "server: {listen: ['0.0.0.0:0']}\ntls: {certificate: /nowhere/pem, key: /nowhere/key}\ncallers: {token_fil: /nowhere/tokens}\n";
+    let ended = ask(&Files::new(&registry, &catalogue, Some(config)), &["check"]).await;
+    for words in ["callers.token_fil: is not a key", "listening on 0.0.0.0:0 with TLS would take calls from everybody"] {
+        assert!(ended.stdout.lines().any(|line| line.starts_with("error: ") && line.contains(words)), "{words} in {ended:?}");
+    }
+    let files = Files::new(&registry, &catalogue, Some("limits: {decision: 7}\n"));
+    let tokens = files.folder().join("tokens");
+    std::fs::write(&tokens, "made-up-token-0123456789\n").unwrap();
+    std::fs::set_permissions(&tokens, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    let ended = ask(&files, &["check", "--token-file", tokens.to_str().unwrap()]).await;
+    for words in ["limits.decision: is not a key", "every user of this machine can read it"] {
+        assert!(ended.stdout.contains(words), "{words} in {ended:?}");
+    }
+}
+
 /// What is on the way to a provider is told as to a tenant: DNS, connect, TLS, each with its remedy.
 #[tokio::test]
 async fn check_probe_tells_what_failed_on_the_way_and_what_to_do() {

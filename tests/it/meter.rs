@@ -454,9 +454,10 @@ async fn files_read_again() -> Scraped {
     call.metadata_mut().insert("authorization", "Bearer made-up-token-0002".parse().unwrap());
     serving.client().await.decide(call).await.unwrap();
     until(&|page| page.get("byokgate_spans_dropped_total").is_some_and(|lost| lost > 0.0)).await;
-    page.is("byokgate_configuration_loosened_total", 0.0);
+    // The other token.
+    page.is("byokgate_configuration_loosened_total", 1.0);
     fs::write(files.folder().join("config.yaml"), config("honour")).unwrap();
-    until(&|page| page.get("byokgate_configuration_loosened_total") == Some(1.0)).await
+    until(&|page| page.get("byokgate_configuration_loosened_total") == Some(2.0)).await
 }
 
 async fn a_task_that_ends() -> Scraped {

@@ -7,6 +7,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use byok_gate::{
@@ -26,6 +27,7 @@ use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
     task::JoinSet,
+    time::timeout,
 };
 use tokio_rustls::TlsAcceptor;
 
@@ -293,6 +295,28 @@ async fn what_failed_on_the_way_is_told_apart() {
     // It speaks no TLS at all.
     let listener = Listener::start(plays, None).await;
     assert_eq!(why(&url(&listener), &[], &[], true).await, unreachable(Unreached::Tls));
+}
+
+/// A firewall that drops packets, as a listener whose queue is full: no connection comes about, which is no slow answer.
+#[tokio::test]
+async fn a_connection_that_never_comes_about_is_no_slow_answer() {
+    let full = tokio::net::TcpSocket::new_v4().unwrap();
+    full.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let full = full.listen(0).unwrap();
+    let address = full.local_addr().unwrap();
+    let mut taken = Vec::new();
+    while let Ok(Ok(connection)) = timeout(Duration::from_millis(200), TcpStream::connect(address)).await {
+        taken.push(connection);
+    }
+    let settings = ProbeSettings {
+        allow_loopback_http: true,
+        calibrate: false,
+        budget: Duration::from_millis(400),
+        ..ProbeSettings::default()
+    };
+    let found = ask_with(&format!("http://{address}/acme/v1"), settings).await;
+    assert_eq!((found.verdict, found.unreached), (Verdict::Unreachable, Some(Unreached::ConnectTimeout)));
+    drop(taken);
 }
 
 /// After a GOAWAY over HTTP/2 the request is retried on a new connection.

@@ -99,7 +99,7 @@ impl Watched {
 fn watch(engine: &Arc<Engine>, paths: Paths) -> Watcher<Documents> {
     let load = move || config::load(&paths, &overrides());
     let setup = load().unwrap();
-    Watcher::new(Documents::new(Arc::clone(engine), &setup, Box::new(load), Box::new(|_| {})))
+    Watcher::new(Documents::new(Arc::clone(engine), &setup, Box::new(load), Box::new(|_| {}), Arc::default()))
 }
 
 /// As the engine of these files has been made.
@@ -296,7 +296,8 @@ async fn no_decision_mixes_two_versions() {
             warnings: Vec::new(),
         })
     };
-    let documents = Documents::new(Arc::clone(&watched.engine), &load().unwrap(), Box::new(load), Box::new(|_| {}));
+    let documents =
+        Documents::new(Arc::clone(&watched.engine), &load().unwrap(), Box::new(load), Box::new(|_| {}), Arc::default());
     watched.watcher = Watcher::new(documents);
     let mut owners = BTreeMap::new();
     for owner in ["beta", "acme"] {

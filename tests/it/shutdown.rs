@@ -12,8 +12,11 @@ use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
 use tonic_types::StatusExt;
 
 use crate::support::{
-    binary::{PATIENCE, Serving},
+    binary::{PATIENCE, Serving, run},
+    case,
     edge::{Edge, Held, decide, is_allow, settings},
+    gate::Files,
+    vendor::{Behave, Row, Vendor},
 };
 
 fn nobody() -> HealthCheckRequest {
@@ -131,6 +134,58 @@ async fn a_process_ends_with_0_at_its_deadline_and_at_once_when_told_twice() {
         let ended = serving.ended().await;
         assert_eq!(ended.status.code(), Some(expect), "{ended:?}");
     }
+}
+
+/// The page says that the service stops and what it waits for, until the end; a second signal leaves a line with what it cut off.
+#[tokio::test]
+async fn what_a_drain_waits_for_is_shown_and_a_second_signal_says_what_it_cut_off() {
+    let vendor = Vendor::start(vec![Row { behave: Some(Behave::Silent), ..Row::default() }]).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let files = Files::new(
+        &registry,
+        &catalogue,
+        Some("shutdown: {notice: 0s, drain: 1h}\nprobe: {budget: 60s}\ndeadlines: {decide: 60s}\n"),
+    );
+    let flags = files.flags();
+    let arguments = [&["--admin-listen", "127.0.0.1:0"][..], &flags.iter().map(String::as_str).collect::<Vec<_>>()].concat();
+    let serving = Serving::start(&arguments).await;
+    let admin = serving.event("admin_listening")["address"].as_str().unwrap().to_owned();
+    let mut client = serving.client().await;
+    let call = tokio::spawn(async move { client.decide(decide("made-up-key")).await });
+    timeout(PATIENCE, async {
+        while vendor.asked().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await
+    .unwrap();
+    assert!(!run(&["status", "--server", &admin], &[]).await.stdout.contains("the service stops"));
+    serving.terminate().await;
+    serving.until("draining").await;
+    let ends = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        let told = run(&["status", "--server", &admin], &[]).await;
+        if told.stdout.contains("! the service stops since 2") {
+            assert!(told.stdout.contains("; 1 call in flight"), "{}", told.stdout);
+            break;
+        }
+        assert!(tokio::time::Instant::now() < ends, "{told:?}");
+    }
+    // The listener for calls is closed by now, and the page is still there.
+    while TcpStream::connect(&serving.address).await.is_ok() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(run(&["status", "--server", &admin], &[]).await.stdout.contains("; 1 call in flight"));
+    serving.terminate().await;
+    let ended = serving.ended().await;
+    assert_eq!(ended.status.code(), Some(130), "{ended:?}");
+    let last: serde_json::Value = serde_json::from_str(ended.stdout.lines().last().unwrap()).unwrap();
+    assert_eq!(
+        [&last["event"], &last["drained"], &last["cut_off"]],
+        [&"stopped".into(), &false.into(), &serde_json::json!(1)],
+        "{last}"
+    );
+    drop(call.await.unwrap().unwrap_err());
 }
 
 #[tokio::test]

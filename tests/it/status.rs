@@ -12,7 +12,7 @@ use crate::{
         edge::{Authority, Edge, Held, decide, is_allow, settings},
         gate::Files,
         page::{Shown, say},
-        vendor::{Row, Vendor},
+        vendor::{Behave, Row, Vendor},
     },
 };
 use byok_gate::grpc::convert::pb::{self, policy_decision_service_client::PolicyDecisionServiceClient};
@@ -97,6 +97,11 @@ async fn what_has_happened_is_on_the_page() {
     let acme = provider("acme");
     assert_eq!(acme["recent_verdicts"], serde_json::json!({"INVALID": 1, "VALID": 1}));
     assert_eq!((&acme["breaker"], &acme["enforcement"]), (&Value::from("closed"), &Value::from("enforce")));
+    // Its breaker is closed: only one organization has seen it fail.
+    let attention = status["attention"].to_string();
+    let told =
+        "provider `gone`: none of the last 2 checks of a key came to a result: 127.0.0.1:1: no connection: nothing is listening";
+    assert!(attention.contains(told) && !attention.contains("provider `acme`"), "{attention}");
     let gone = provider("gone");
     assert_eq!(gone["recent_verdicts"], serde_json::json!({"UNREACHABLE": 2}));
     assert_eq!(gone["last_failure"]["verdict"], "UNREACHABLE");
@@ -135,12 +140,13 @@ async fn what_has_happened_is_on_the_page() {
     let told = run(&["status", "--server", &shown.admin.to_string()], &[]).await;
     assert_eq!(told.status.code(), Some(1), "{told:?}");
     for words in [
-        "needs attention\n  ! calls from 127.0.0.1 end with INVALID_ARGUMENT",
+        "needs attention\n  ! provider `gone`: none of the last 2 checks of a key came to a result",
+        "  ! calls from 127.0.0.1 end with INVALID_ARGUMENT",
         "INVALID_BYOK_CREDENTIAL",
         "127.0.0.1:1: no connection",
         "VALID 1",
         "last denials",
-        "127.0.0.1 2x Decide: INVALID_ARGUMENT",
+        "127.0.0.1 (anonymous) 2x Decide: INVALID_ARGUMENT",
     ] {
         assert!(told.stdout.contains(words), "{words} in {}", told.stdout);
     }
@@ -149,6 +155,40 @@ async fn what_has_happened_is_on_the_page() {
         is_not_in(text, CANARY, "the status");
         assert!(!text.contains("ws-1"), "{text}");
     }
+}
+
+/// Whose fault it is: a provider that may not be called is named before any call, and a caller that does not wait is not the provider's fault.
+#[tokio::test]
+async fn the_cause_of_denials_is_named_where_it_is() {
+    let vendor = Vendor::start(vec![Row { behave: Some(Behave::Silent), ..Row::default() }]).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let files = Files::new(&registry.replacen("http://127.0.0.1:1/", "https://10.1.2.3/", 1), &catalogue, None);
+    let mut arguments = vec!["--admin-listen".to_owned(), "127.0.0.1:0".to_owned()];
+    arguments.extend(files.flags());
+    let serving = Serving::start(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let admin: SocketAddr = serving.event("admin_listening")["address"].as_str().unwrap().parse().unwrap();
+    let attention = async || json(admin).await["attention"].clone();
+    let forbidden = "every key of provider `gone` is denied: this configuration does not allow calls to https://10.1.2.3";
+    let before = attention().await;
+    assert_eq!((before.as_array().unwrap().len(), before[0]["what"].as_str()), (1, Some(forbidden)), "{before}");
+    let mut request = tonic::Request::new(decide("made-up-key"));
+    request.set_timeout(Duration::from_millis(300));
+    let denied = serving.client().await.decide(request).await.unwrap().into_inner();
+    let Some(pb::decide_response::Decision::Deny(deny)) = &denied.decision else { panic!("{denied:?}") };
+    assert_eq!(deny.code(), pb::DenyCode::ByokProbeTimeout);
+    assert!(deny.message.ends_with(" s to answer, which was too little"), "{}", deny.message);
+    assert!(deny.operator_hint.contains("give the caller 4 s"), "{}", deny.operator_hint);
+    let after = attention().await;
+    assert_eq!(after.as_array().unwrap().len(), 2, "the provider is not blamed: {after}");
+    assert_eq!(after[1]["what"], "calls from 127.0.0.1 allow 300 ms, which is too little for a provider to answer");
+    // Nor is it for what the platform cannot read.
+    let mut request = decide("");
+    request.workspace_spec.as_mut().unwrap().credentials[0].unreadable = true;
+    assert!(!is_allow(&serving.client().await.decide(request).await.unwrap().into_inner()));
+    let unreadable =
+        "one decision was denied, since the platform could not read secrets: ACME_API_KEY could not be read from the workspace's";
+    let after = attention().await;
+    assert!(after[1]["what"].as_str().unwrap().starts_with(unreadable), "{after}");
 }
 
 /// A limited number, the newest first; workspaces are named only if configured.
@@ -258,12 +298,18 @@ async fn what_was_changed_and_is_not_in_force_is_told_until_it_is_mended() {
         fs::write(file, bad).unwrap();
         let status = until(cause, &|attention| attention.contains(cause)).await;
         assert!(error(&status, document).contains(cause), "{status:#}");
+        let row = status["documents"].as_array().unwrap().iter().find(|row| row["document"] == document).unwrap();
+        let failed_at = row["last_reload_failed_at"].as_str().unwrap();
+        assert!(
+            failed_at >= row["loaded_at"].as_str().unwrap() && status["attention"].to_string().contains(failed_at),
+            "{status:#}"
+        );
         for row in status["documents"].as_array().unwrap().iter().filter(|row| row["document"] != document) {
             assert_eq!(row["last_reload_error"], "", "{status:#}");
         }
         let shown = page(admin).await;
         let told = run(&["status", "--server", &admin.to_string()], &[]).await;
-        assert!(shown.contains(cause) && told.stdout.matches(cause).count() == 2, "{cause} in {} {shown}", told.stdout);
+        assert!(shown.contains(cause) && told.stdout.matches(cause).count() == 1, "{cause} in {} {shown}", told.stdout);
         fs::write(file, mended).unwrap();
         until("mended", &str::is_empty).await;
     }
@@ -281,4 +327,21 @@ async fn what_was_changed_and_is_not_in_force_is_told_until_it_is_mended() {
     fs::write(&config, "{}").unwrap();
     let status = until("put back", &str::is_empty).await;
     assert_eq!(status["restart_needed"], serde_json::json!([]));
+    // What was changed is told with both values, the last one first.
+    let changes: Vec<String> = status["changes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|it| format!("{} {} -> {}", it["setting"], it["was"], it["is"]).replace('"', ""))
+        .collect();
+    assert_eq!(changes[..2], ["limits.decisions 7 -> 4096", "cache.valid 31s -> 30s"], "{changes:?}");
+    assert_eq!(changes[2..], ["limits.decisions 4096 -> 7", "cache.valid 30s -> 31s"], "{changes:?}");
+    fs::write(&tokens, format!("{good}made-up-token-of-another operator\n")).unwrap();
+    let added =
+        "callers.token_file: without token of line 2 -> with token of line 2 as operator; more is let through than before";
+    let ends = Instant::now() + PATIENCE;
+    while !run(&["status", "--server", &admin.to_string()], &[]).await.stdout.contains(added) {
+        assert!(Instant::now() < ends, "{:#}", json(admin).await["changes"]);
+    }
+    assert!(page(admin).await.contains("with token of line 2 as operator"));
 }

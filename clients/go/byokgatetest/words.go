@@ -51,7 +51,7 @@ var what = map[byokgate.Code]words{
 		remedy:  "choose another model",
 	},
 	byokgate.CredentialScopeUnreadable: {
-		message:   "{all of} could not be read, so it is not known which credential the workspace would use",
+		message:   "{all of} could not be read from the workspace's secrets, so it is not known which credential the workspace would use",
 		remedy:    "try again",
 		retryable: true,
 	},

@@ -71,6 +71,9 @@ pub(super) fn check(document: &str, bytes: &[u8], env: Env<'_>) -> Result<Loaded
         Some(value) if problems.is_empty() => Ok(Loaded { value, warnings: yaml::with_lines(bytes, warnings) }),
         _ => {
             // An unknown key may be a misspelt one that is missing elsewhere, so it is listed too.
+            let unknown_keys = unknown_keys
+                .into_iter()
+                .map(|problem| Problem { message: problem.message.replacen(yaml::IGNORED, "", 1), ..problem });
             let list = yaml::with_lines(bytes, problems.into_iter().chain(unknown_keys).collect());
             Err(Problems { document: document.to_owned(), list })
         }

@@ -187,6 +187,8 @@ fn read(written: FindingJson<'_>) -> Option<Finding> {
         about_model: written.about_model,
         cost_money: written.cost_money,
         withheld: None,
+        used_up: None,
+        cut_short: None,
         unreached,
     })
 }
@@ -258,6 +260,8 @@ mod tests {
             about_model: true,
             cost_money: true,
             withheld: None,
+            used_up: None,
+            cut_short: None,
             unreached: Some(unreached),
         };
         let made_up = [

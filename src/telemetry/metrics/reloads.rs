@@ -28,6 +28,8 @@ pub struct FollowedFiles {
     pub taken_at: SystemTime,
     /// Why what is there now is not in force; empty while it is.
     pub fault: String,
+    /// Since when that is so.
+    pub failed_at: Option<SystemTime>,
 }
 
 // === impl Reloads ===
@@ -35,7 +37,7 @@ pub struct FollowedFiles {
 impl Reloads {
     /// Counts for the source of this name, which has just been read from these files.
     pub fn of(what: &'static str, files: Vec<PathBuf>) -> Self {
-        let state = FollowedFiles { what, files, taken_at: SystemTime::now(), fault: String::new() };
+        let state = FollowedFiles { what, files, taken_at: SystemTime::now(), fault: String::new(), failed_at: None };
         Self { what, taken: Counter::new(), failed: Counter::new(), state: Mutex::new(state) }
     }
 
@@ -43,18 +45,22 @@ impl Reloads {
     pub fn taken(&self) {
         self.taken.inc();
         let mut state = self.state();
-        (state.taken_at, state.fault) = (SystemTime::now(), String::new());
+        (state.taken_at, state.fault, state.failed_at) = (SystemTime::now(), String::new(), None);
     }
 
     /// A reload found valid files with the same content.
     pub fn unchanged(&self) {
-        self.state().fault.clear();
+        let mut state = self.state();
+        (state.fault, state.failed_at) = (String::new(), None);
     }
 
     /// A reload found files that are unreadable or invalid, for this reason.
     pub fn failed(&self, fault: &str) {
         self.failed.inc();
-        fault.clone_into(&mut self.state().fault);
+        let mut state = self.state();
+        if state.fault != fault {
+            (state.fault, state.failed_at) = (fault.to_owned(), Some(SystemTime::now()));
+        }
     }
 
     /// The state of its files.

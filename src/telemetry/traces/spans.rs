@@ -312,6 +312,7 @@ pub(crate) fn record_reply(span: &Span, reply: Result<u16, Option<Unreached>>) {
                 Some(Unreached::Dns) => "dns",
                 Some(Unreached::Address) => "address_refused",
                 Some(Unreached::Connect) => "connect",
+                Some(Unreached::ConnectTimeout) => "connect_timeout",
                 Some(Unreached::Tls) => "tls",
                 Some(Unreached::Closed) => "closed",
                 Some(Unreached::Protocol) => "protocol",
