@@ -98,10 +98,11 @@ impl MadeUpAnswer {
                 CalibrationQuestion::Refusal | CalibrationQuestion::RefusalNow | CalibrationQuestion::Check,
                 Calibration::Refuses { shape, .. },
             ) => self.model == model || matches!(shape.status, 401 | 403),
-            (CalibrationQuestion::Acceptance(form), Calibration::Refuses { by_code, confirmed, .. }) => {
+            (CalibrationQuestion::Acceptance(form), Calibration::Refuses { shape, by_code, confirmed, .. }) => {
                 self.model == model
                     && form.is_none_or(|form| form == self.form)
-                    && (*confirmed || *by_code && self.after_acceptance)
+                    // One more made-up key would be refused for its form, too.
+                    && (*confirmed || *by_code && self.after_acceptance || shape.is_about_the_form)
             }
             (
                 _,

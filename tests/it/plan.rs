@@ -309,6 +309,47 @@ fn a_dialect_is_a_refusal_only_by_proof() {
 }
 
 #[test]
+fn a_list_that_refuses_a_made_up_key_for_its_form_proves_nothing() {
+    for malformed in
+        [(401, r#"{"error":{"code":"malformed_key"}}"#), (400, r#"{"code":"INVALID_KEY_FORMAT"}"#), (401, "Not enough segments")]
+    {
+        // The key passes the list's check of its form, and was withdrawn.
+        let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+            (Surface::Models, Real) => LIST,
+            (Surface::Models, _) => malformed,
+            _ => DEAD,
+        };
+        comes_to(&world, Verdict::Invalid, Some(Cause::CommonCode), &[OWN, CALLED, "chat-completions x-api-key+api-key"]);
+        let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+            (Surface::Models, Real) => LIST,
+            (_, Real) => CHAT,
+            (Surface::Models, _) => malformed,
+            _ => DEAD,
+        };
+        comes_to(&world, Verdict::Valid, None, &[OWN, CALLED]);
+    }
+}
+
+#[test]
+fn a_403_in_text_is_a_restricted_keys_where_a_made_up_key_gets_a_401() {
+    let world = |restricted: (u16, &'static str), unknown: (u16, &'static str)| {
+        move |surface, _: &[HeaderFamily], key| match (surface, key) {
+            (Surface::Models, _) => LIST,
+            (_, Real) => restricted,
+            _ => unknown,
+        }
+    };
+    for restricted in [(403, "RBAC: access denied"), (403, "")] {
+        comes_to_in_some_way(&world(restricted, (401, "who")), Verdict::Forbidden);
+        comes_to_in_some_way(&world(restricted, DEAD), Verdict::Forbidden);
+        // A made-up key's 400 says nothing of a 403, and neither does a page.
+        comes_to_in_some_way(&world(restricted, (400, "no")), Verdict::NotCalibrated);
+        comes_to_in_some_way(&world(restricted, (401, "<html>401</html>")), Verdict::NotCalibrated);
+    }
+    comes_to_in_some_way(&world((403, "<html>blocked</html>"), (401, "who")), Verdict::NotCalibrated);
+}
+
+#[test]
 fn a_403_is_told_apart_by_what_a_made_up_key_gets() {
     let forbidden = (403, r#"{"error":{"code":"no"}}"#);
     let world = |made_up: (u16, &'static str)| {
