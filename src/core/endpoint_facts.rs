@@ -27,16 +27,29 @@ pub const REMEMBERED_FOR: Duration = Duration::from_secs(6 * 3600);
 /// The most answers to made-up keys that are kept for one request, one per model and form of key. An endpoint needs more only if it refuses
 /// differently for each model, or if its keys have many forms.
 const MAX_ANSWERS: usize = 16;
+/// The most usual refusals that are kept for one request.
+const MAX_USUAL: usize = 4;
 
 /// What the answer to a made-up key is needed for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CalibrationQuestion {
     /// To decide whether a response is a refusal.
     Refusal,
+    /// To decide whether every key gets this refusal by now. Only an answer to this question counts, for a minute.
+    RefusalNow,
     /// To decide whether a success response counts. With a form, only made-up keys of this form are considered.
     Acceptance(Option<KeyForm>),
     /// To check that the catalogue is still right. What is known already is enough, and nobody waits for the answer.
     Check,
+}
+
+/// Refusals that are known at a request.
+#[derive(Debug, Clone, Default)]
+pub struct KnownRefusals {
+    /// Made-up keys were refused like this, and no limit, ban or outage explains it.
+    pub usual: Vec<ResponseShape>,
+    /// A key that is accepted otherwise got this within the last minutes.
+    pub for_every_key: Option<ResponseShape>,
 }
 
 /// What has been learnt about one request with the credential in one header.
@@ -49,6 +62,8 @@ pub struct RequestFacts {
     is_documented: bool,
     /// Real keys that were refused with a 401: their form, the kind of the response's body, and when.
     refused: Vec<(KeyForm, Body, Duration)>,
+    /// Refusals of made-up keys that no limit, ban or outage explains, and when they were seen last.
+    usual: Vec<(ResponseShape, Duration)>,
     /// No made-up key is sent before this time.
     back_off_until: Duration,
     /// How many answers in a row were inconclusive.
@@ -65,6 +80,8 @@ struct MadeUpAnswer {
     calibration: Calibration,
     /// A real key had been accepted for this model shortly before.
     after_acceptance: bool,
+    /// When it was last seen because a key got an unusual refusal.
+    checked: Option<Duration>,
     at: Duration,
     until: Duration,
 }
@@ -73,16 +90,19 @@ impl MadeUpAnswer {
     /// Whether this answer settles the question for a request with this model. A 401 or 403 is about the credential and holds for every model; a 400
     /// or 404 may depend on the model. An acceptance always may, since some models are served without a key. A refusal that was seen before any
     /// acceptance does not prove an acceptance: a cache may give the first refusal to every key.
-    fn settles(&self, model: &str, question: CalibrationQuestion) -> bool {
+    fn settles(&self, model: &str, question: CalibrationQuestion, now: Duration) -> bool {
         match (question, &self.calibration) {
+            (CalibrationQuestion::RefusalNow, _) if self.checked.is_none_or(|at| now.abs_diff(at) > BACK_OFF) => false,
             (_, Calibration::AcceptsAnyone) => self.model == model,
-            (CalibrationQuestion::Refusal | CalibrationQuestion::Check, Calibration::Refuses { shape, .. }) => {
-                self.model == model || matches!(shape.status, 401 | 403)
-            }
-            (CalibrationQuestion::Acceptance(form), Calibration::Refuses { by_code, confirmed, .. }) => {
+            (
+                CalibrationQuestion::Refusal | CalibrationQuestion::RefusalNow | CalibrationQuestion::Check,
+                Calibration::Refuses { shape, .. },
+            ) => self.model == model || matches!(shape.status, 401 | 403),
+            (CalibrationQuestion::Acceptance(form), Calibration::Refuses { shape, by_code, confirmed, .. }) => {
                 self.model == model
                     && form.is_none_or(|form| form == self.form)
-                    && (*confirmed || *by_code && self.after_acceptance)
+                    // One more made-up key would be refused for its form, too.
+                    && (*confirmed || *by_code && self.after_acceptance || shape.is_about_the_form)
             }
             (
                 _,
@@ -100,7 +120,7 @@ impl MadeUpAnswer {
 impl RequestFacts {
     /// How a made-up key is answered, for a request that names this model.
     pub fn calibration(&self, model: &str, question: CalibrationQuestion, now: Duration) -> Calibration {
-        let settling = || self.made_up.iter().filter(|answer| now < answer.until && answer.settles(model, question));
+        let settling = || self.made_up.iter().filter(|answer| now < answer.until && answer.settles(model, question, now));
         // An acceptance outweighs every refusal; a confirmed refusal outweighs the others.
         let weight = |answer: &&MadeUpAnswer| match answer.calibration {
             Calibration::AcceptsAnyone => 2,
@@ -124,11 +144,29 @@ impl RequestFacts {
         self.accepted.iter().any(|(_, at)| now.saturating_sub(*at) <= REMEMBERED_FOR)
     }
 
+    /// The refusals that are known now.
+    pub fn refusals(&self, now: Duration) -> KnownRefusals {
+        let usual = self.usual.iter().filter(|(_, at)| now.saturating_sub(*at) <= REMEMBERED_FOR);
+        let for_every_key = match &self.inconclusive {
+            Some(Calibration::SameForEveryKey(shape)) if now < self.back_off_until => Some(shape.clone()),
+            _ => None,
+        };
+        KnownRefusals { usual: usual.map(|(shape, _)| shape.clone()).collect(), for_every_key }
+    }
+
+    fn remember_usual(&mut self, shape: &ResponseShape, now: Duration) {
+        self.usual.retain(|(known, at)| !known.is_like(shape) && now.saturating_sub(*at) <= REMEMBERED_FOR);
+        if self.usual.len() >= MAX_USUAL {
+            self.usual.remove(0);
+        }
+        self.usual.push((shape.clone(), now));
+    }
+
     /// Records the answer to a made-up key of this form, valid for `good_for`. `jitter` (0.8 to 1) spreads waits and expiries. Returns what the
     /// answer means in the light of what is known.
     pub fn take_answer(
         &mut self,
-        (model, form): (&str, KeyForm),
+        (model, form, question): (&str, KeyForm, CalibrationQuestion),
         calibration: Calibration,
         now: Duration,
         good_for: Duration,
@@ -155,13 +193,39 @@ impl RequestFacts {
             }
         };
         (self.misses, self.inconclusive) = (0, None);
+        if let Calibration::Refuses { shape, by_code: true, .. } = &calibration
+            && after_acceptance
+        {
+            self.remember_usual(shape, now);
+        }
+        let checked = (question == CalibrationQuestion::RefusalNow).then_some(now);
+        // The same as before: what was learnt about it stays.
+        let is_known = |answer: &&mut MadeUpAnswer| {
+            let is_alike = match (&answer.calibration, &calibration) {
+                (Calibration::Refuses { shape, .. }, Calibration::Refuses { shape: other, .. }) => shape.is_like(other),
+                _ => false,
+            };
+            now < answer.until && answer.model == model && answer.form == form && is_alike
+        };
+        if let (Some(_), Some(known)) = (checked, self.made_up.iter_mut().find(is_known)) {
+            known.checked = checked;
+            return known.calibration.clone();
+        }
         self.made_up.retain(|answer| now < answer.until && (answer.model != model || answer.form != form));
         if self.made_up.len() >= MAX_ANSWERS {
             self.made_up.remove(0);
         }
         let until = now + good_for.mul_f64(jitter);
         let model = model.to_owned();
-        self.made_up.push(MadeUpAnswer { model, form, calibration: calibration.clone(), after_acceptance, at: now, until });
+        self.made_up.push(MadeUpAnswer {
+            model,
+            form,
+            calibration: calibration.clone(),
+            after_acceptance,
+            checked,
+            at: now,
+            until,
+        });
         calibration
     }
 
@@ -197,9 +261,13 @@ impl RequestFacts {
     pub fn take_second_answer(&mut self, model: &str, other: Option<ResponseShape>, now: Duration, jitter: f64) {
         let latest = self.made_up.iter_mut().rev().find(|answer| answer.model == model && answer.after_acceptance);
         let Some(answer) = latest.filter(|answer| now.abs_diff(answer.at) <= COMPARABLE_WITHIN) else { return };
-        let Calibration::Refuses { confirmed, .. } = &mut answer.calibration else { return };
+        let Calibration::Refuses { confirmed, shape, .. } = &mut answer.calibration else { return };
         match other {
-            None => *confirmed = true,
+            None => {
+                *confirmed = true;
+                let shape = shape.clone();
+                self.remember_usual(&shape, now);
+            }
             Some(other) => {
                 let form = answer.form;
                 self.made_up.retain(|answer| answer.model != model || answer.form != form);

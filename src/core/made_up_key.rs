@@ -1,8 +1,8 @@
 //! Makes keys that nobody has issued. An endpoint that refuses them is known to check keys.
 //!
 //! A server may check only the form of a key (its length, its alphabet) before it accepts it. So a made-up key has the form of the real key that it
-//! is compared with, and a success response counts only if a made-up key of that form is refused. A check beyond the form, such as a checksum in the
-//! key, is not noticed.
+//! is compared with, and a success response counts only if a made-up key of that form is refused. Of a signed token it keeps the claims, which a server
+//! can check locally. A checksum in the key is not imitated.
 
 use crate::domain::secret::Secret;
 
@@ -143,20 +143,26 @@ pub fn made_up_key_like(key: &Secret, prefix: Option<&str>, mut random: impl FnM
     let alphabet = Alphabet::of(rest.bytes());
     // The version and the variant of a UUID are not random.
     let is_uuid = rest.len() == 36 && [8, 13, 18, 23].iter().all(|at| rest.as_bytes().get(*at) == Some(&b'-'));
-    // Before padding, the last character of base64 holds fewer bits, so it is kept.
+    // The last character of base64 may hold fewer bits, so it is kept.
     let data = rest.trim_end_matches('=').len();
-    let stays = |at: usize| is_uuid && matches!(at, 14 | 19) || data < rest.len() && at + 1 == data;
+    let is_base64 = data < rest.len() || is_signed_token(key.expose());
+    let stays = |at: usize| is_uuid && matches!(at, 14 | 19) || is_base64 && at + 1 == data;
     let replacement =
         rest.bytes().enumerate().map(|(at, byte)| if stays(at) { byte } else { alphabet.replacement(byte, &mut random) });
     let made_up: String = kept.chars().chain(replacement.map(char::from)).collect();
     (Secret::new(made_up), KeyForm::of(key))
 }
 
-/// The words before the random part: `acme_live_` of `acme_live_0123`. Without separators, a few letters. Of a JWT, its header, which holds no
-/// secret.
+/// Whether the key is a JWT: header, claims and signature.
+fn is_signed_token(key: &str) -> bool {
+    key.starts_with("eyJ") && key.bytes().filter(|byte| *byte == b'.').count() == 2
+}
+
+/// The words before the random part: `acme_live_` of `acme_live_0123`. Without separators, a few letters. Of a JWT, everything before its
+/// signature: the rest is no secret to the server that it is sent to, and a server may check it before the signature.
 fn first_words(key: &str) -> &str {
-    if key.starts_with("eyJ") && key.bytes().filter(|byte| *byte == b'.').count() == 2 {
-        return key.find('.').and_then(|end| key.get(..=end)).unwrap_or_default();
+    if is_signed_token(key) {
+        return key.rfind('.').and_then(|end| key.get(..=end)).unwrap_or_default();
     }
     let (mut kept, mut words) = (0, 0);
     while let Some(rest) = key.get(kept..)
@@ -237,7 +243,11 @@ mod tests {
             ("acme_LIVE0123456789abcdEFGH", None, "acme_"),
             ("acme_live_0123456789abcdefg", None, "acme_live_"),
             ("sk-svc-v1-0123456789abcdefg", None, "sk-svc-v1-"),
-            ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.c2lnbmF0dXJl", None, "eyJhbGciOiJIUzI1NiJ9."),
+            (
+                "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5Nx1234567XgL0n3I9PlFUP0",
+                None,
+                "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.",
+            ),
             ("550e8400-e29b-41d4-a716-446655440000", None, ""),
             ("ABCDEFGHJKMNPQRSTVWXYZ234567", None, ""),
             ("sk-ant-api03-AbCd_EfGh-0123456789xyz", Some("sk-ant-"), "sk-ant-"),
@@ -257,6 +267,7 @@ mod tests {
             assert_eq!(made_up.get(..kept.len()), Some(kept));
             let filled_up = |key: &str| key.ends_with('=').then(|| key.chars().rev().find(|last| *last != '='));
             assert_eq!(filled_up(&made_up), filled_up(key), "{made_up}");
+            assert!(!is_signed_token(key) || made_up.ends_with('0'), "{made_up}");
             let same = made_up.bytes().zip(key.bytes()).skip(kept.len());
             let same = same.filter(|(one, two)| one == two && one.is_ascii_alphanumeric()).count();
             assert!(same * 3 < key.len(), "{made_up} is too much of {key}");
@@ -265,7 +276,14 @@ mod tests {
 
     #[test]
     fn a_short_key_is_never_hit_by_chance() {
-        for key in ["sk-1234", "sk-12345678901", "password", "tenant-good", "ключ-ключ-ключ-ключ"] {
+        for key in [
+            "eyJhbGciOiJub25lIn0.eyJzdWIiOiIxMjM0NTY3ODkwIn0.",
+            "sk-1234",
+            "sk-12345678901",
+            "password",
+            "tenant-good",
+            "ключ-ключ-ключ-ключ",
+        ] {
             assert_eq!(like(key, None).len(), USUAL_PREFIX.len() + USUAL_LENGTH, "{key}");
         }
     }

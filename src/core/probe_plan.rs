@@ -27,7 +27,7 @@ use crate::{
     core::{
         classify::{Classification, Finding, ProbeResponse, Reading},
         endpoint::{Call, Preference},
-        endpoint_facts::{CalibrationQuestion, EndpointFacts},
+        endpoint_facts::{CalibrationQuestion, EndpointFacts, KnownRefusals},
         made_up_key::KeyForm,
         response_shape::ResponseShape,
     },
@@ -76,11 +76,17 @@ pub struct Requests<'f> {
     pub is_pointless: &'f dyn Fn(&Call, HeaderFamily) -> bool,
     /// A real key was accepted.
     pub has_accepted: &'f dyn Fn(&Call, HeaderFamily) -> bool,
+    /// How keys are refused.
+    pub refusals: &'f dyn Fn(&Call, HeaderFamily) -> KnownRefusals,
 }
 
 impl Requests<'_> {
     /// For when nothing is known.
-    pub const UNKNOWN: Requests<'static> = Requests { is_pointless: &|_, _| false, has_accepted: &|_, _| false };
+    pub const UNKNOWN: Requests<'static> = Requests {
+        is_pointless: &|_, _| false,
+        has_accepted: &|_, _| false,
+        refusals: &|_, _| KnownRefusals { usual: Vec::new(), for_every_key: None },
+    };
 }
 
 /// The credential's form, and how the workspace's own client uses it.
@@ -192,6 +198,8 @@ impl<'t> ProbePlan<'t> {
     pub fn new(calls: &'t [Call], client: Client, facts: &EndpointFacts, requests: Requests<'_>) -> Self {
         let Client { preference, usual_header, key_form } = client;
         let (steps, open_list) = choose_steps(calls, preference, facts, requests);
+        let for_every_key = |step: &PlanStep<'_>| (requests.refusals)(step.call, step.first_header()?).for_every_key;
+        let same_for_every_key = steps.iter().filter_map(for_every_key).collect();
         Self {
             steps,
             client: preference.family.or(usual_header),
@@ -205,7 +213,7 @@ impl<'t> ProbePlan<'t> {
             confirming: None,
             held: None,
             open_list,
-            same_for_every_key: Vec::new(),
+            same_for_every_key,
             restricted: None,
             absent: Vec::new(),
             // An API that accepted a key exists.
@@ -231,11 +239,13 @@ impl<'t> ProbePlan<'t> {
             State::Ask => Next::Ask { call, families, is_second: false },
             State::AskAgain(_) => Next::Ask { call, families, is_second: true },
             State::Calibrate(answer) => {
-                let accepted = answer.reading.classification == Classification::Accepted;
-                let question = match (accepted, call.probe.refuses_bad_keys) {
-                    (true, true) => CalibrationQuestion::Check,
-                    (true, false) => CalibrationQuestion::Acceptance(self.key_form.filter(|_| self.is_provisional())),
-                    (false, _) => CalibrationQuestion::Refusal,
+                let question = match (&answer.reading.classification, call.probe.refuses_bad_keys) {
+                    (Classification::Accepted, true) => CalibrationQuestion::Check,
+                    (Classification::Verdict(Verdict::Invalid), _) => CalibrationQuestion::RefusalNow,
+                    (Classification::Accepted, false) => {
+                        CalibrationQuestion::Acceptance(self.key_form.filter(|_| self.is_provisional()))
+                    }
+                    _ => CalibrationQuestion::Refusal,
                 };
                 Next::Calibrate { call, families, question }
             }

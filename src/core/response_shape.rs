@@ -22,6 +22,20 @@ const MAX_CODE: usize = 8;
 /// A key, or a part of a key, must have this many bytes to be recognised in a response. Shorter ones match words by chance.
 const MIN_ECHOED_BYTES: usize = 8;
 
+/// How servers say that a key is not well formed, in lower case. LM Studio says "malformed", PyJWT "not enough segments", jsonwebtoken "jwt
+/// malformed" (their code, November 2026).
+const ABOUT_THE_FORM: [&str; 9] = [
+    "malformed",
+    "checksum",
+    "invalid format",
+    "invalid_format",
+    "key format",
+    "key_format",
+    "token format",
+    "token_format",
+    "not enough segments",
+];
+
 /// What makes a response comparable with others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResponseShape {
@@ -31,6 +45,8 @@ pub struct ResponseShape {
     pub body: Body,
     /// The error code; empty if the response has none.
     pub code: String,
+    /// It says that the key is not well formed.
+    pub is_about_the_form: bool,
     /// The hashes of the words, sorted.
     words: Vec<u64>,
 }
@@ -60,7 +76,8 @@ impl ResponseShape {
         }
         hashes.truncate(2 * MAX_WORDS);
         hashes.sort_unstable();
-        Self { status: answer.status, body, code, words: hashes }
+        let is_about_the_form = ABOUT_THE_FORM.iter().any(|part| text.contains(part));
+        Self { status: answer.status, body, code, is_about_the_form, words: hashes }
     }
 
     /// Whether the two responses are about the same.

@@ -218,6 +218,7 @@ async fn run_plan(
     let requests = Requests {
         is_pointless: &|call, family| endpoints.is_some_and(|endpoints| endpoints.is_uninformative(call, family)),
         has_accepted: &|call, family| endpoints.is_some_and(|endpoints| endpoints.has_accepted(call, family)),
+        refusals: &|call, family| endpoints.map(|endpoints| endpoints.refusals(call, family)).unwrap_or_default(),
     };
     // A key whose form cannot be imitated is compared with a made-up key of the usual form.
     let can_be_imitated = can_be_imitated(secret, target.endpoint.key_prefix.as_deref());
@@ -269,7 +270,9 @@ async fn run_plan(
                     (Some(endpoints), CalibrationQuestion::Acceptance(_)) => {
                         endpoints.calibrate(ask, three_quarters_of(deadline)).await
                     }
-                    (Some(endpoints), CalibrationQuestion::Refusal) => endpoints.calibrate(ask, half_of(deadline)).await,
+                    (Some(endpoints), CalibrationQuestion::Refusal | CalibrationQuestion::RefusalNow) => {
+                        endpoints.calibrate(ask, half_of(deadline)).await
+                    }
                     // The documentation is trusted for now, and checked in the background for the next probe.
                     (Some(endpoints), CalibrationQuestion::Check) => endpoints.calibrate_in_background(ask),
                 };

@@ -78,6 +78,9 @@ struct Dialect {
     /// This model is served to everybody.
     #[serde(default)]
     free_model: Option<String>,
+    /// Nothing is known of the server's refusals before a good key was accepted, so no bad key comes first.
+    #[serde(default)]
+    good_key_first: bool,
     /// The time for one probe. Without it, so much that a busy machine makes no difference.
     #[serde(default)]
     budget_ms: Option<u64>,
@@ -123,6 +126,9 @@ struct Answers {
     /// What a key gets whose account is out of money or quota.
     #[serde(default)]
     unpaid: Option<Answer>,
+    /// What a tenant's dead key gets, if the server remembers it. A made-up key gets `bad`.
+    #[serde(default)]
+    withdrawn: Option<Answer>,
 }
 
 impl Answers {
@@ -131,6 +137,7 @@ impl Answers {
             key if key.starts_with("tenant-nar") => self.restricted.as_ref().unwrap_or(&self.good),
             key if key.starts_with("tenant-unp") => self.unpaid.as_ref().unwrap_or(&self.good),
             key if key.starts_with("tenant-good") => &self.good,
+            key if key.starts_with("tenant-bad") => self.withdrawn.as_ref().unwrap_or(&self.bad),
             _ => &self.bad,
         }
     }
@@ -437,7 +444,7 @@ async fn run(dialect: Dialect) -> (Vec<String>, String) {
         }
     }
     // Bad key first.
-    {
+    if !dialect.good_key_first {
         let server = Server::start(dialect.clone()).await;
         let (_files, engine) = gate(&dialect, &server);
         let cold: &[&str] = if dialect.warm { &["UNEXPECTED_RESPONSE", "NOT_CALIBRATED"] } else { &[&bad] };
@@ -471,8 +478,7 @@ async fn run(dialect: Dialect) -> (Vec<String>, String) {
         check(&second, &decide(&engine, &key(&second), "org-4").await, &[wanted]);
     }
     let cell = |what: &str| {
-        let Calls { own, made_up, keyless } = costs[what];
-        format!("{own}+{made_up}+{keyless}")
+        costs.get(what).map_or_else(String::new, |Calls { own, made_up, keyless }| format!("{own}+{made_up}+{keyless}"))
     };
     let cells: Vec<String> = ["cold good", "cold bad", "warm good", "warm bad"].map(cell).to_vec();
     (faults, format!("| {} | {} |", dialect.name, cells.join(" | ")))

@@ -322,7 +322,8 @@ impl Model {
 #[derive(Debug, Clone)]
 enum Learnt {
     /// A made-up key of this form, for this model, got: 0 a 401 by code, 1 a 404, 2 a "yes", 3 a 503, 4 nothing.
-    MadeUp(&'static str, KeyForm, u8),
+    /// The last: it was sent because a key got an unusual refusal.
+    MadeUp(&'static str, KeyForm, u8, bool),
     Accepted(&'static str),
     /// A real key of this form was refused as a made-up one is by code.
     Refused(KeyForm),
@@ -339,6 +340,7 @@ struct Stands {
     kind: u8,
     after_acceptance: bool,
     confirmed: bool,
+    checked: Option<u64>,
 }
 
 const GOOD_FOR: u64 = 6 * 3600;
@@ -361,18 +363,27 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, 
             log[..position].iter().any(|(other, event)| at - other <= within && is(event))
         };
         match event {
-            Learnt::MadeUp(model, form, kind @ 0..=2) => {
+            Learnt::MadeUp(model, form, kind @ 0..=2, is_check) => {
                 let after_acceptance = before(&|event| matches!(event, Learnt::Accepted(other) if other == model), 600);
                 let keys_get_a_401 = before(&|event| matches!(event, Learnt::Refused(other) if other == form), GOOD_FOR);
                 if *kind == 1 && !after_acceptance && keys_get_a_401 {
                     miss(*at, &mut misses, &mut inconclusive, Calibration::SameForEveryKey(learnt_shape(404)));
                     continue;
                 }
+                let checked = is_check.then_some(*at);
+                let same = |other: &&mut Stands| {
+                    (other.model, other.form, other.kind) == (model, *form, *kind) && *kind < 2 && *at < other.at + GOOD_FOR
+                };
+                if let (Some(_), Some(same)) = (checked, standing.iter_mut().find(same)) {
+                    same.checked = checked;
+                    (misses, inconclusive) = (0, None);
+                    continue;
+                }
                 standing.retain(|other| (other.model, other.form) != (*model, *form) && *at < other.at + GOOD_FOR);
-                standing.push(Stands { at: *at, model, form: *form, kind: *kind, after_acceptance, confirmed: false });
+                standing.push(Stands { at: *at, model, form: *form, kind: *kind, after_acceptance, confirmed: false, checked });
                 (misses, inconclusive) = (0, None);
             }
-            Learnt::MadeUp(_, _, kind) => {
+            Learnt::MadeUp(_, _, kind, _) => {
                 miss(*at, &mut misses, &mut inconclusive, Calibration::Inconclusive((*kind == 3).then_some(503)));
             }
             Learnt::Second(model, other) => {
@@ -397,8 +408,11 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, 
         let of_model = answer.model == model;
         now < answer.at + GOOD_FOR
             && match (question, answer.kind) {
+                (CalibrationQuestion::RefusalNow, _) if answer.checked.is_none_or(|at| now > at + 60) => false,
                 (_, 2) => of_model,
-                (CalibrationQuestion::Refusal | CalibrationQuestion::Check, kind) => of_model || kind == 0,
+                (CalibrationQuestion::Refusal | CalibrationQuestion::RefusalNow | CalibrationQuestion::Check, kind) => {
+                    of_model || kind == 0
+                }
                 (CalibrationQuestion::Acceptance(form), kind) => {
                     of_model
                         && form.is_none_or(|form| form == answer.form)
@@ -461,13 +475,19 @@ fn what_was_learnt_of_an_endpoint_is_what_its_model_says() {
                         3 => Calibration::Inconclusive(Some(503)),
                         _ => Calibration::Inconclusive(None),
                     };
-                    facts.take_answer((model, form), calibration, at, Duration::from_secs(GOOD_FOR), 1.0);
-                    log.push((now, Learnt::MadeUp(model, form, kind)));
+                    let is_check = random.random_bool(0.3);
+                    let question = if is_check { CalibrationQuestion::RefusalNow } else { CalibrationQuestion::Refusal };
+                    facts.take_answer((model, form, question), calibration, at, Duration::from_secs(GOOD_FOR), 1.0);
+                    log.push((now, Learnt::MadeUp(model, form, kind, is_check)));
                 }
             }
             let later = now + *[0, 10, 100, 700, 20_000].choose(random).unwrap();
             let questions = [None, Some(forms[0]), Some(forms[1])].map(CalibrationQuestion::Acceptance);
-            let questions = questions.into_iter().chain([CalibrationQuestion::Refusal, CalibrationQuestion::Check]);
+            let questions = questions.into_iter().chain([
+                CalibrationQuestion::Refusal,
+                CalibrationQuestion::RefusalNow,
+                CalibrationQuestion::Check,
+            ]);
             for (model, question) in questions.flat_map(|question| ["", "m", "n"].map(|model| (model, question))) {
                 let expected = learnt_by(&log, model, question, later);
                 let found = facts.calibration(model, question, Duration::from_secs(later));

@@ -8,7 +8,7 @@ use byok_gate::{
         catalogue::Catalogue,
         classify::{Answer, Calibration, Finding, ProbeResponse, calibration_of, read},
         endpoint::{Call, Endpoint, Preference, Target, target},
-        endpoint_facts::EndpointFacts,
+        endpoint_facts::{CalibrationQuestion, EndpointFacts, KnownRefusals},
         probe_plan::{Client, Lesson, Next, ProbePlan, Requests},
         registry::Registry,
         response_shape::ResponseShape,
@@ -210,6 +210,60 @@ fn a_refusal_on_a_later_rung_outranks_a_list_that_accepts_anyone() {
 }
 
 #[test]
+fn a_401_that_is_no_usual_refusal_counts_unless_made_up_keys_get_it_by_now() {
+    const BANNED: (u16, &str) = (401, r#"{"error":{"message":"come back tomorrow"}}"#);
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let shape = |answer: (u16, &str)| match response(&target.calls[0], answer) {
+        ProbeResponse::Answer { shape, .. } => shape,
+        _ => unreachable!(),
+    };
+    let unknown = (401, r#"{"error":{"message":"unknown key"}}"#);
+    let come = |usual: &[ResponseShape],
+                for_every_key: Option<ResponseShape>,
+                real: (u16, &'static str),
+                made_up: (u16, &'static str)| {
+        let refusals = |call: &Call, _| match call.probe.surface {
+            Surface::Models => KnownRefusals { usual: usual.to_vec(), for_every_key: for_every_key.clone() },
+            _ => KnownRefusals::default(),
+        };
+        let requests = Requests { has_accepted: &|_, _| true, refusals: &refusals, ..Requests::UNKNOWN };
+        let client = Client { usual_header: target.endpoint.client_header, ..Client::default() };
+        let mut plan = ProbePlan::new(&target.calls, client, &EndpointFacts::default(), requests);
+        let mut questions = Vec::new();
+        loop {
+            match plan.proceed() {
+                Next::Done(finding) => break (finding.verdict, questions),
+                Next::Ask { call, .. } => plan.take_response(response(call, real)),
+                Next::Calibrate { call, question, .. } => {
+                    questions.push(question);
+                    let ProbeResponse::Answer { reading, shape, .. } = response(call, made_up) else { unreachable!() };
+                    plan.take_calibration(&calibration_of(&reading, &shape));
+                }
+                Next::Keyless { .. } => plan.take_keyless(None),
+            }
+        }
+    };
+    let usual = [shape(unknown)];
+    // Made-up keys get it too by now: it is a ban, or an outage.
+    let (verdict, questions) = come(&usual, None, BANNED, BANNED);
+    assert_eq!((verdict, questions[0]), (Verdict::UnexpectedResponse, CalibrationQuestion::RefusalNow));
+    // It is about this key, or a limit for the made-up one.
+    for made_up in [unknown, (429, "slow"), (503, "busy"), (403, r#"{"error":{"message":"no"}}"#)] {
+        let (verdict, questions) = come(&usual, None, BANNED, made_up);
+        assert_eq!((verdict, questions), (Verdict::Invalid, vec![CalibrationQuestion::RefusalNow]), "{made_up:?}");
+    }
+    // The usual refusal, and one that says in a code that the key is dead, cost no made-up key.
+    assert_eq!(come(&usual, None, unknown, unknown), (Verdict::Invalid, vec![]));
+    assert_eq!(come(&usual, None, DEAD, DEAD), (Verdict::Invalid, vec![]));
+    // So does any where nothing is known.
+    assert_eq!(come(&[], None, BANNED, BANNED), (Verdict::Invalid, vec![]));
+    // What an accepted key got right after says nothing, without any made-up key; a code that says so does.
+    let (verdict, questions) = come(&[], Some(shape(BANNED)), BANNED, BANNED);
+    assert_eq!((verdict, questions.len()), (Verdict::UnexpectedResponse, 0));
+    assert_eq!(come(&[], Some(shape(DEAD)), DEAD, DEAD), (Verdict::Invalid, vec![]));
+}
+
+#[test]
 fn a_dialect_is_a_refusal_only_by_proof() {
     let same =
         |answer: (u16, &'static str)| move |_, _: &[HeaderFamily], key| if key == Key::None { (500, "oops") } else { answer };
@@ -252,6 +306,47 @@ fn a_dialect_is_a_refusal_only_by_proof() {
         let came = run(&target, &EndpointFacts::default(), true, &world);
         assert_eq!(came.finding.verdict, Verdict::UnexpectedResponse, "{made_up:?} {:?}", came.finding);
     }
+}
+
+#[test]
+fn a_list_that_refuses_a_made_up_key_for_its_form_proves_nothing() {
+    for malformed in
+        [(401, r#"{"error":{"code":"malformed_key"}}"#), (400, r#"{"code":"INVALID_KEY_FORMAT"}"#), (401, "Not enough segments")]
+    {
+        // The key passes the list's check of its form, and was withdrawn.
+        let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+            (Surface::Models, Real) => LIST,
+            (Surface::Models, _) => malformed,
+            _ => DEAD,
+        };
+        comes_to(&world, Verdict::Invalid, Some(Cause::CommonCode), &[OWN, CALLED, "chat-completions x-api-key+api-key"]);
+        let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+            (Surface::Models, Real) => LIST,
+            (_, Real) => CHAT,
+            (Surface::Models, _) => malformed,
+            _ => DEAD,
+        };
+        comes_to(&world, Verdict::Valid, None, &[OWN, CALLED]);
+    }
+}
+
+#[test]
+fn a_403_in_text_is_a_restricted_keys_where_a_made_up_key_gets_a_401() {
+    let world = |restricted: (u16, &'static str), unknown: (u16, &'static str)| {
+        move |surface, _: &[HeaderFamily], key| match (surface, key) {
+            (Surface::Models, _) => LIST,
+            (_, Real) => restricted,
+            _ => unknown,
+        }
+    };
+    for restricted in [(403, "RBAC: access denied"), (403, "")] {
+        comes_to_in_some_way(&world(restricted, (401, "who")), Verdict::Forbidden);
+        comes_to_in_some_way(&world(restricted, DEAD), Verdict::Forbidden);
+        // A made-up key's 400 says nothing of a 403, and neither does a page.
+        comes_to_in_some_way(&world(restricted, (400, "no")), Verdict::NotCalibrated);
+        comes_to_in_some_way(&world(restricted, (401, "<html>401</html>")), Verdict::NotCalibrated);
+    }
+    comes_to_in_some_way(&world((403, "<html>blocked</html>"), (401, "who")), Verdict::NotCalibrated);
 }
 
 #[test]

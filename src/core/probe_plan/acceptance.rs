@@ -21,10 +21,12 @@ pub(super) enum AcceptanceProof {
     Unproven,
 }
 
-/// A success response is proof if the endpoint was seen to refuse a made-up key, or is documented to and was not seen to accept one.
-pub(super) fn acceptance_proof(documented: bool, calibration: &Calibration) -> AcceptanceProof {
+/// A success response is proof if the endpoint was seen to refuse a made-up key, or is documented to and was not seen to accept one. A list that
+/// refuses a made-up key for its form may check nothing else, such as a checksum in the key. Then the request that calls a model decides.
+pub(super) fn acceptance_proof(documented: bool, is_provisional: bool, calibration: &Calibration) -> AcceptanceProof {
     match calibration {
         Calibration::AcceptsAnyone => AcceptanceProof::Unproven,
+        Calibration::Refuses { shape, .. } if is_provisional && shape.is_about_the_form => AcceptanceProof::Unproven,
         _ if documented => AcceptanceProof::Proven,
         Calibration::Refuses { by_code, confirmed, .. } if *by_code || *confirmed => AcceptanceProof::Proven,
         Calibration::Refuses { .. } => AcceptanceProof::NeedsSecondAcceptance,

@@ -25,23 +25,32 @@ impl ProbePlan<'_> {
             self.same_for_every_key.push(shape.clone());
         }
         match (&answer.reading.classification, calibration) {
-            (Classification::Accepted, _) => match acceptance_proof(call.probe.refuses_bad_keys, calibration) {
-                AcceptanceProof::Proven => self.accept_response(answer),
-                AcceptanceProof::NeedsSecondAcceptance => self.state = State::AskAgain(answer),
-                AcceptanceProof::Unproven if self.header_group > 0 => self.finish_step(),
-                AcceptanceProof::Unproven if self.ask_own_header_alone() => {}
-                AcceptanceProof::Unproven => {
-                    let anyone = *calibration == Calibration::AcceptsAnyone;
-                    if anyone && !call.probe.surface.is_inference() {
-                        self.open_list = self.families().first().map(|family| (call, *family));
+            (Classification::Accepted, _) => {
+                match acceptance_proof(call.probe.refuses_bad_keys, self.is_provisional(), calibration) {
+                    AcceptanceProof::Proven => self.accept_response(answer),
+                    AcceptanceProof::NeedsSecondAcceptance => self.state = State::AskAgain(answer),
+                    AcceptanceProof::Unproven if self.header_group > 0 => self.finish_step(),
+                    AcceptanceProof::Unproven if self.ask_own_header_alone() => {}
+                    AcceptanceProof::Unproven => {
+                        let anyone = *calibration == Calibration::AcceptsAnyone;
+                        if anyone && !call.probe.surface.is_inference() {
+                            self.open_list = self.families().first().map(|family| (call, *family));
+                        }
+                        let cause = if anyone { Cause::AcceptsAnyone } else { Cause::MadeUpKeyUntold };
+                        self.keep_as_fallback(self.finding(Verdict::NotCalibrated, Some(cause), Some(status)));
+                        self.no_api = false;
+                        self.next_step();
                     }
-                    let cause = if anyone { Cause::AcceptsAnyone } else { Cause::MadeUpKeyUntold };
-                    self.keep_as_fallback(self.finding(Verdict::NotCalibrated, Some(cause), Some(status)));
-                    self.no_api = false;
-                    self.next_step();
                 }
-            },
+            }
             (_, Calibration::SameForEveryKey(shape)) if shape.is_like(&answer.shape) => self.take_same_for_every_key(&answer),
+            // Made-up keys were refused otherwise before, and now they get the same response as this key.
+            (Classification::Verdict(Verdict::Invalid), Calibration::Refuses { shape, .. }) if shape.is_like(&answer.shape) => {
+                self.take_same_for_every_key(&answer);
+            }
+            (Classification::Verdict(Verdict::Invalid), _) => {
+                self.take_refusal(self.finding(Verdict::Invalid, Some(answer.reading.cause), Some(status)));
+            }
             // Status and code are the same; the words do not matter, unless the code only repeats the status.
             (Classification::Forbidden(code), Calibration::Refuses { shape, confirmed, .. })
                 if shape.status == 403 && shape.code == *code && (!is_bare(code) || shape.is_like(&answer.shape)) =>

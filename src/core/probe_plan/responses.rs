@@ -19,7 +19,9 @@ impl ProbePlan<'_> {
         let Reading { classification, by, cause, stop } = &answer.reading;
         let finding = |verdict| self.finding(verdict, Some(*cause), status);
         let is_accepted = *classification == Classification::Accepted;
-        if !is_accepted && self.same_for_every_key.iter().any(|shape| shape.is_like(&answer.shape)) {
+        // A code or a signal that says the key is dead outweighs that every key got this response before.
+        let says_dead = *classification == Classification::Verdict(Verdict::Invalid) && *by != ReadBy::Shape;
+        if !is_accepted && !says_dead && self.same_for_every_key.iter().any(|shape| shape.is_like(&answer.shape)) {
             return self.take_same_for_every_key(&answer);
         }
         match classification {
@@ -39,6 +41,10 @@ impl ProbePlan<'_> {
                 if answer.shape.status == 401 && !matches!(by, ReadBy::Signal(_)) && self.may_refuse_every_key() =>
             {
                 self.hold_refusal(&answer, HeldBecause::Status401, *cause);
+            }
+            // Only the status says that the key is dead, and made-up keys are refused otherwise here. Every key may get this by now, as in a ban.
+            Classification::Verdict(Verdict::Invalid) if *by == ReadBy::Shape && self.is_no_usual_refusal(&answer) => {
+                self.state = State::Calibrate(answer);
             }
             Classification::Verdict(Verdict::Invalid) => self.take_refusal(finding(Verdict::Invalid)),
             Classification::Verdict(Verdict::UnexpectedResponse) if !stop => {

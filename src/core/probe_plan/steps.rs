@@ -6,6 +6,7 @@ use crate::{
         classify::Finding,
         endpoint::{Call, Preference},
         endpoint_facts::EndpointFacts,
+        response_shape::ResponseShape,
     },
     domain::{protocol::HeaderFamily, verdict::MadeUpKey},
 };
@@ -18,6 +19,8 @@ pub(super) struct PlanStep<'t> {
     pub(super) order: Vec<Vec<HeaderFamily>>,
     /// A real key was accepted by this request.
     pub(super) has_accepted: bool,
+    /// How this request is known to refuse made-up keys in its first header.
+    pub(super) usual_refusals: Vec<ResponseShape>,
 }
 
 impl PlanStep<'_> {
@@ -44,10 +47,12 @@ pub(super) fn choose_steps<'t>(
         .iter()
         // Of the surfaces that call a model, keep the one that the runtime uses.
         .filter(|call| wanted.is_none_or(|wanted| !call.probe.surface.is_inference() || call.probe.surface == wanted))
-        .map(|call| PlanStep {
-            call,
-            order: facts.order(&call.probe.auth, preference.family),
-            has_accepted: call.probe.auth.iter().any(|family| (requests.has_accepted)(call, *family)),
+        .map(|call| {
+            let order = facts.order(&call.probe.auth, preference.family);
+            let first = order.first().and_then(|headers| headers.first());
+            let usual_refusals = first.map(|first| (requests.refusals)(call, *first).usual).unwrap_or_default();
+            let has_accepted = call.probe.auth.iter().any(|family| (requests.has_accepted)(call, *family));
+            PlanStep { call, order, has_accepted, usual_refusals }
         })
         .collect();
     let useful = |step: &PlanStep<'_>| step.first_header().is_none_or(|first| !(requests.is_pointless)(step.call, first));

@@ -18,7 +18,7 @@ use crate::{
     core::{
         classify::{Calibration, Finding, calibration_of, read},
         endpoint::{Call, Endpoint, Target},
-        endpoint_facts::{CalibrationQuestion, EndpointFacts, RequestFacts},
+        endpoint_facts::{CalibrationQuestion, EndpointFacts, KnownRefusals, RequestFacts},
         made_up_key::{KeyForm, made_up_key_like},
         probe_plan::Lesson,
         response_shape::ResponseShape,
@@ -136,6 +136,12 @@ impl Endpoints {
         facts.is_some_and(|facts| lock(&facts).has_accepted(self.since.elapsed()))
     }
 
+    /// How this request refuses keys, as far as that is known.
+    pub(super) fn refusals(&self, call: &Call, family: HeaderFamily) -> KnownRefusals {
+        let facts = self.requests.get(&key(call, &[family]));
+        facts.map(|facts| lock(&facts).refusals(self.since.elapsed())).unwrap_or_default()
+    }
+
     /// Stores what a probe has learnt.
     pub(super) fn learn(&self, endpoint: &Endpoint, lessons: Vec<Lesson>) {
         for lesson in lessons {
@@ -197,7 +203,7 @@ impl Endpoints {
     /// How the endpoint answers a made-up key that looks like this key, waited for until the deadline.
     pub(super) async fn calibrate(&self, request: CalibrationRequest<'_>, deadline: Instant) -> Calibration {
         let answers = |result: &CalibrationResult| match request.question {
-            CalibrationQuestion::Refusal | CalibrationQuestion::Check => true,
+            CalibrationQuestion::Refusal | CalibrationQuestion::RefusalNow | CalibrationQuestion::Check => true,
             CalibrationQuestion::Acceptance(_) if result.model != request.call.model => false,
             CalibrationQuestion::Acceptance(form) => {
                 form.is_none_or(|form| form == result.form) || result.calibration == Calibration::AcceptsAnyone
@@ -265,7 +271,7 @@ impl Endpoints {
         request: CalibrationRequest<'_>,
         facts: Arc<Mutex<RequestFacts>>,
     ) -> impl Future<Output = CalibrationResult> + Send + use<> {
-        let CalibrationRequest { call, families, target, secret, question: _ } = request;
+        let CalibrationRequest { call, families, target, secret, question } = request;
         let (endpoints, call, families) = (self.clone(), call.clone(), families.to_vec());
         let (provider, host) = (target.endpoint.provider.clone(), target.endpoint.host.clone());
         let (made_up, form) = {
@@ -289,7 +295,7 @@ impl Endpoints {
                 endpoints.count([provider, host, call.probe.name.clone(), header_of(&families)], &calibration);
             }
             let now = endpoints.since.elapsed();
-            let calibration = lock(&facts).take_answer((&call.model, form), calibration, now, FACTS_TTL, jitter());
+            let calibration = lock(&facts).take_answer((&call.model, form, question), calibration, now, FACTS_TTL, jitter());
             CalibrationResult { model: call.model, form, calibration }
         }
     }
