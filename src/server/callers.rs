@@ -242,7 +242,7 @@ impl Tokens {
                 self.changes.caller_changed(TOKEN_FILE, name, &earlier.to_string(), &role.to_string());
             }
             if earlier.is_none_or(|earlier| !earlier.covers(role)) {
-                let was = earlier.map_or_else(|| format!("without {name}"), |earlier| format!("{name} as {earlier}"));
+                let was = earlier.map_or_else(|| format!("without {name}"), |earlier| format!("with {name} as {earlier}"));
                 self.changes.loosened(TOKEN_FILE, &was, &format!("with {name} as {role}"));
             }
         }
@@ -415,7 +415,7 @@ mod tests {
             after(&raised),
             [
                 "caller_changed token of line 1 operator -> platform",
-                "configuration_loosened token of line 1 as operator -> with token of line 1 as platform",
+                "configuration_loosened with token of line 1 as operator -> with token of line 1 as platform",
             ]
         );
         assert_eq!(after(&less), ["caller_changed token of line 1 platform -> operator"], "the way back opens nothing");
