@@ -97,7 +97,7 @@ pub fn forbidden_destinations(snapshot: &Snapshot, prober: &HttpProber) -> Vec<P
         let url = forbidden_url(provider, snapshot, prober).filter(|url| url.scheme() != "http" || is_loopback(url))?;
         let message = format!(
             "{}: its address or scheme may not be dialled by this configuration, so that every credential of it is denied; use https and a \
-             public address, allow it with `egress.allow` (a machine's metadata address never is), or switch the provider's probe off with a \
+             public address, allow it with `egress.allow` and restart byok-gate (a machine's metadata address never is), or switch the provider's probe off with a \
              date",
             url.origin().ascii_serialization()
         );

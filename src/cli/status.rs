@@ -165,12 +165,12 @@ fn certificate(Certificate { setting, file, ends_at, seconds_left }: &Certificat
 }
 
 fn provider(provider: &Provider) -> Vec<String> {
-    let Provider { provider: name, enforcement, until, breaker, probes_in_flight, probes_queued, recent_verdicts, .. } = provider;
+    let Provider { provider: name, enforcement, until, probes_in_flight, probes_queued, recent_verdicts, .. } = provider;
     let mut parts = Vec::new();
     if enforcement != "enforce" {
         parts.push(format!("{} until {until}", enforcement.to_uppercase()));
     }
-    parts.push(format!("breaker {}", if breaker.is_empty() { "closed" } else { breaker }));
+    parts.push(format!("breaker {}", provider.breaker_text()));
     if probes_in_flight + probes_queued > 0 {
         parts.push(format!("{probes_in_flight} probes running, {probes_queued} waiting"));
     }

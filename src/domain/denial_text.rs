@@ -413,7 +413,7 @@ impl LivenessEvidence {
             Verdict::Unreachable => match unreached {
                 Some(Unreached::Address) => format!(
                     "the address of {host} may not be dialled, or the base URL is plain http: name it in `egress.allow` or \
-                     `egress.allow_plain_http`; a machine's metadata address is never dialled"
+                     `egress.allow_plain_http` and restart byok-gate; a machine's metadata address is never dialled"
                 ),
                 Some(Unreached::Dns) => format!("look up {host} from the service's pod; its DNS may not know it"),
                 Some(Unreached::Tls) => {

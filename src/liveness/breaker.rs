@@ -77,7 +77,7 @@ pub(crate) struct Opened {
     pub(crate) shared: bool,
 }
 
-/// How a finding changed a breaker for all callers. A breaker that is open for a few organizations is not reported: it concerns no others.
+/// How a finding changed a breaker for all callers. A breaker that is open for a few organizations is not shared: it concerns no others.
 #[derive(Debug)]
 pub(crate) enum BreakerChange {
     /// It opened, or stays open for longer.
@@ -306,13 +306,28 @@ impl Collect for Breakers {
         }
         let mut gauge =
             page.gauge("byokgate_breaker_state", "0 closed, 1 half-open: one trial is due or in flight, 2 open for everybody");
-        for (provider, Breaker { state, .. }) in newest {
+        for (provider, Breaker { state, .. }) in &newest {
             let number = match state {
                 BreakerState::Closed { .. } => 0,
                 BreakerState::Open(Open { opened, trial_running: false, .. }) if now < opened.until => 2_u64,
                 BreakerState::Open(_) => 1,
             };
             gauge.add(&[(PROVIDER, provider)], number);
+        }
+        let mut few = page.gauge(
+            "byokgate_breaker_open_for_organizations",
+            "Organizations for which alone the breaker is open; 0 while it is closed, half-open, or open for everybody",
+        );
+        for (provider, Breaker { state, .. }) in &newest {
+            let count =
+                match state {
+                    // As with the state above, one whose trial is due or in flight waits for the next call only.
+                    BreakerState::Closed {
+                        sources, open_for_sources: Some(Open { opened, trial_running: false, .. }), ..
+                    } if now < opened.until => sources.len(),
+                    BreakerState::Closed { .. } | BreakerState::Open(_) => 0,
+                };
+            few.add(&[(PROVIDER, provider)], count as u64);
         }
     }
 }
@@ -332,7 +347,7 @@ fn log_change(provider: &str, was: Option<&str>, is: Option<&str>, finding: &Fin
             unreached,
             "the provider failed several times in a row; callers get this verdict at once until a trial probe is answered"
         ),
-        (None, Some(_)) => tracing::info!(
+        (None, Some(_)) => tracing::warn!(
             event = "breaker_opened_for_few",
             provider,
             verdict,

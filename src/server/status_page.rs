@@ -166,19 +166,21 @@ fn providers(status: &Status) -> Markup {
     }
 }
 
-fn row_of(provider: &Provider) -> Markup {
+fn row_of(provider_row: &Provider) -> Markup {
     let Provider {
         provider,
         enforcement,
         until,
-        breaker,
+        breaker: _,
+        breaker_open_for_organizations: _,
         probes_in_flight,
         probes_queued,
         recent_verdicts,
         calibration,
         no_api_at,
         last_failure,
-    } = provider;
+    } = provider_row;
+    let breaker_text = provider_row.breaker_text();
     let is_enforced = enforcement == "enforce";
     markup! {
         tr {
@@ -187,7 +189,7 @@ fn row_of(provider: &Provider) -> Markup {
                 @if is_enforced { "yes" } @else { span.bad { (text(enforcement)) " until " (text(until)) } }
             }
             td.w data-of="Breaker" {
-                @if breaker == "open" { span.bad { "open" } } @else if breaker.is_empty() { "closed" } @else { (text(breaker)) }
+                @if breaker_text.starts_with("open") { span.bad { (breaker_text) } } @else { (text(&breaker_text)) }
             }
             td data-of="Probes" {  (probes_in_flight) " running, " (probes_queued) " waiting" }
             td.w data-of="Verdicts" {

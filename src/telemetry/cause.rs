@@ -95,8 +95,8 @@ pub const fn remedy(finding: &Finding) -> &'static str {
 pub const fn unreached_remedy(why: Unreached) -> &'static str {
     match why {
         Unreached::Address => {
-            "use https and a public address, or allow it with egress.allow or egress.allow_plain_http (a machine's metadata address is \
-             never dialled)"
+            "use https and a public address, or allow it with egress.allow or egress.allow_plain_http and restart byok-gate (a machine's \
+             metadata address is never dialled)"
         }
         Unreached::Tls => {
             "look at the certificate's expiry date and names; set probe.ca_file for a private authority; if the port has no TLS, correct the base URL"

@@ -36,6 +36,10 @@ pub const SAMPLE_EVERY: Duration = Duration::from_secs(60);
 const ONGOING: Duration = Duration::from_secs(2 * 60);
 /// What registry, catalogue and configuration are followed as.
 pub const DOCUMENTS: &str = "documents";
+/// So many checks without a result, if at least as many as those with one, need attention.
+const MANY_FAILED: u64 = 3;
+/// So many refused keys need attention, if none was accepted meanwhile.
+const MANY_REFUSED: u64 = 5;
 /// How many reasons of calls without a decision are listed under attention.
 const MAX_UNANSWERED: usize = 5;
 /// A certificate that expires within this time needs attention. Two weeks leave room for a holiday.
@@ -148,6 +152,8 @@ pub struct Provider {
     pub until: String,
     /// The circuit breaker: `closed`, `half-open` or `open`; empty if it was never used.
     pub breaker: String,
+    /// The organizations for which alone it is open.
+    pub breaker_open_for_organizations: u64,
     /// Probes in flight, including those that wait for the rate limit.
     pub probes_in_flight: u64,
     /// Probes in the queue.
@@ -364,14 +370,43 @@ pub struct Window(Mutex<VecDeque<(SystemTime, Totals)>>);
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Totals {
     verdicts: BTreeMap<(String, String), u64>,
-    /// Probes that came to a result about a key, by provider.
-    answered: BTreeMap<String, u64>,
+    /// Checks that called the provider, by provider.
+    checks: BTreeMap<String, Checks>,
     decisions: BTreeMap<(String, String), u64>,
     /// Refusals by a limit, by metric family and label.
     limited: BTreeMap<(String, String), u64>,
 }
 
+/// Checks of one provider's keys that called it. Results from the cache say nothing about how the provider answers now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Checks {
+    /// The key was found VALID.
+    accepted: u64,
+    /// The key was refused: INVALID or FORBIDDEN.
+    refused: u64,
+    /// All that came to a result about the key, those two included.
+    answered: u64,
+    /// Those that came to none.
+    failed: u64,
+}
+
+impl Checks {
+    /// The checks that came later than these.
+    fn since(self, then: Self) -> Self {
+        Self {
+            accepted: self.accepted.saturating_sub(then.accepted),
+            refused: self.refused.saturating_sub(then.refused),
+            answered: self.answered.saturating_sub(then.answered),
+            failed: self.failed.saturating_sub(then.failed),
+        }
+    }
+}
+
 impl Totals {
+    fn checks(&self, provider: &str) -> Checks {
+        self.checks.get(provider).copied().unwrap_or_default()
+    }
+
     /// The counts on this metrics page.
     pub fn of(page: &Page) -> Self {
         let mut totals = Self::default();
@@ -385,8 +420,21 @@ impl Totals {
         add("byokgate_decisions", ["outcome", "code"], |totals| &mut totals.decisions);
         for (labels, count) in page.values("byokgate_verdicts") {
             let is = |label, word: &str| labels.get(label) == Some(word);
-            if is("served_from", ServedFrom::Probe.as_str()) && !FAILURES.iter().any(|failure| is("verdict", failure.as_str())) {
-                *totals.answered.entry(labels.get(PROVIDER).unwrap_or_default().to_owned()).or_default() += count as u64;
+            if !is("served_from", ServedFrom::Probe.as_str()) {
+                continue;
+            }
+            let checks = totals.checks.entry(labels.get(PROVIDER).unwrap_or_default().to_owned()).or_default();
+            let is_one_of = |verdicts: &[Verdict]| verdicts.iter().any(|verdict| is("verdict", verdict.as_str()));
+            if is_one_of(&FAILURES) {
+                checks.failed += count as u64;
+                continue;
+            }
+            checks.answered += count as u64;
+            if is_one_of(&[Verdict::Valid]) {
+                checks.accepted += count as u64;
+            }
+            if is_one_of(&[Verdict::Invalid, Verdict::Forbidden]) {
+                checks.refused += count as u64;
             }
         }
         for (family, label) in [("byokgate_new_key_refusals", "limit"), ("byokgate_connections_refused", "reason")] {
@@ -421,6 +469,14 @@ impl Window {
         let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let old_enough = samples.iter().rev().find(|(at, _)| since(*at, now) >= ONGOING);
         old_enough.or(samples.front()).map_or_else(Totals::default, |(_, totals)| totals.clone())
+    }
+
+    /// The checks of this provider's keys since the last one that found a key VALID, and since when. That time is exact to a sample: it may be a
+    /// little later. `None` if a key was found VALID after the last sample.
+    fn since_accepted(&self, provider: &str, now: Checks) -> Option<(SystemTime, Checks)> {
+        let samples = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut checks = samples.iter().map(|(at, totals)| (*at, totals.checks(provider)));
+        checks.find(|(_, then)| then.accepted == now.accepted).map(|(at, then)| (at, now.since(then)))
     }
 
     /// The oldest sample, and its age.
@@ -482,10 +538,19 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
     not_taken(&documents, followed, &mut add);
     waits_for_restart(&restart_needed, &mut add);
     own_faults(page, &mut add);
+    tier_left_alone(page, &mut add);
     for provider in &providers {
         match forbidden.iter().find(|it| it.provider == provider.provider) {
             Some(forbidden) if provider.enforcement == "enforce" => not_allowed(forbidden, &mut add),
-            _ => failing(provider, failed_since(provider, &totals, &lately), now, &mut add),
+            _ => {
+                let checks = totals.checks(&provider.provider);
+                let since_accepted = window.since_accepted(&provider.provider, checks);
+                if !failing(provider, failed_since(provider, &totals, &lately), now, &mut add) {
+                    let in_window = checks.since(then.checks(&provider.provider));
+                    unreliable(provider, [since_accepted.map(|(_, checks)| checks), Some(in_window)], now, &mut add);
+                }
+                refuses_all(provider, since_accepted, &mut add);
+            }
         }
         wants_of(provider, &mut add);
     }
@@ -628,6 +693,7 @@ fn providers(sources: &Sources<'_>, totals: &Totals, then: &Totals, now: SystemT
             enforcement: enforcement.to_owned(),
             until: until.map_or_else(String::new, |until| until.to_string()),
             breaker: one("byokgate_breaker_state", name).map_or("", breaker).to_owned(),
+            breaker_open_for_organizations: one("byokgate_breaker_open_for_organizations", name).unwrap_or_default() as u64,
             probes_in_flight: one("byokgate_probes_in_flight", name).unwrap_or_default() as u64,
             probes_queued: one("byokgate_probes_queued", name).unwrap_or_default() as u64,
             recent_verdicts: recent.collect(),
@@ -655,6 +721,16 @@ fn providers(sources: &Sources<'_>, totals: &Totals, then: &Totals, now: SystemT
 }
 
 impl Provider {
+    /// The circuit breaker in words.
+    pub fn breaker_text(&self) -> String {
+        match (self.breaker_open_for_organizations, self.breaker.as_str()) {
+            (0, "") => "closed".to_owned(),
+            (0, breaker) => breaker.to_owned(),
+            (1, _) => "open for 1 organization".to_owned(),
+            (count, _) => format!("open for {count} organizations"),
+        }
+    }
+
     /// Whether there is nothing to show of this provider.
     pub fn is_quiet(&self) -> bool {
         let Self { provider, .. } = self;
@@ -775,7 +851,7 @@ const FAILURES: [Verdict; 5] =
 
 /// How many checks have failed, if none has come to a result since then.
 fn failed_since(Provider { provider, .. }: &Provider, totals: &Totals, then: &Totals) -> u64 {
-    let answers = |totals: &Totals| totals.answered.get(provider).copied().unwrap_or_default();
+    let answers = |totals: &Totals| totals.checks(provider).answered;
     let failures = |totals: &Totals| {
         let of = FAILURES.iter().filter_map(|verdict| totals.verdicts.get(&(provider.clone(), verdict.as_str().to_owned())));
         of.sum::<u64>()
@@ -783,13 +859,68 @@ fn failed_since(Provider { provider, .. }: &Provider, totals: &Totals, then: &To
     if answers(totals) > answers(then) { 0 } else { failures(totals).saturating_sub(failures(then)) }
 }
 
-/// A provider of which no check comes to a result. Its breaker opens later, and only once several organizations have seen it.
-fn failing(Provider { provider, breaker, no_api_at, last_failure, .. }: &Provider, failed: u64, now: SystemTime, add: Add<'_>) {
-    let Some(LastFailure { at, cause, remedy, .. }) = last_failure else { return };
-    if failed > 0 && breaker != "open" && no_api_at.is_empty() && is_ongoing(at, now) {
+/// A provider of which no check comes to a result. Its breaker opens later, and only once several organizations have seen it. Returns whether it
+/// was added.
+fn failing(
+    Provider { provider, breaker, no_api_at, last_failure, .. }: &Provider,
+    failed: u64,
+    now: SystemTime,
+    add: Add<'_>,
+) -> bool {
+    let Some(LastFailure { at, cause, remedy, .. }) = last_failure else { return false };
+    let is_failing = failed > 0 && breaker != "open" && no_api_at.is_empty() && is_ongoing(at, now);
+    if is_failing {
         let checks = if failed == 1 { "the last check".to_owned() } else { format!("none of the last {failed} checks") };
         let came = if failed == 1 { "came to no result" } else { "came to a result" };
         add(format!("provider `{provider}`: {checks} of a key {came}: {cause}"), remedy);
+    }
+    is_failing
+}
+
+/// A provider of which many checks come to no result, though some do. One good answer must not hide the others.
+fn unreliable(
+    Provider { provider, breaker, no_api_at, last_failure, .. }: &Provider,
+    spans: [Option<Checks>; 2],
+    now: SystemTime,
+    add: Add<'_>,
+) {
+    let Some(LastFailure { at, cause, remedy, .. }) = last_failure else { return };
+    let is_many = |checks: &Checks| checks.failed >= MANY_FAILED && checks.failed >= checks.answered;
+    // An older failure is not the cause: callers that did not wait are, and they have a line of their own.
+    if breaker != "open"
+        && no_api_at.is_empty()
+        && is_within(WINDOW, at, now)
+        && let Some(Checks { failed, answered, .. }) = spans.into_iter().flatten().find(is_many)
+    {
+        let all = failed + answered;
+        add(
+            format!("{failed} of the last {all} checks of provider `{provider}` came to no result; the last, at {at}: {cause}"),
+            remedy,
+        );
+    }
+}
+
+/// A provider that refuses so many keys and accepts none that the keys may not be at fault.
+fn refuses_all(Provider { provider, .. }: &Provider, since_accepted: Option<(SystemTime, Checks)>, add: Add<'_>) {
+    if let Some((at, Checks { refused, .. })) = since_accepted
+        && refused >= MANY_REFUSED
+    {
+        add(
+            format!("no key of provider `{provider}` was accepted since {}: {refused} were refused", text_of(at)),
+            "the vendor may be failing, or refuse this service's address: ask with a key that is known to be good, \
+             `byok-gate probe --provider P --env NAME --explain`, before tenants make new keys",
+        );
+    }
+}
+
+/// The shared tier is configured and not used.
+fn tier_left_alone(page: &Page, add: Add<'_>) {
+    if page.values("byokgate_tier_in_use").any(|(_, in_use)| in_use < 1.0) {
+        add(
+            "the shared tier is left alone, since requests to it fail; every replica decides by itself".to_owned(),
+            "the log's last `tier_left_alone` says why: check the store, its address, its user's rights and the network to it; byok-gate \
+             tries again by itself",
+        );
     }
 }
 
@@ -815,45 +946,62 @@ fn unreadable(denials: &[std::sync::Arc<Entry>], now: SystemTime, add: Add<'_>) 
     }
 }
 
-/// Providers for which checks wait in vain.
+/// Providers for which checks waited in vain.
 fn withheld(denials: &[std::sync::Arc<Entry>], now: SystemTime, add: Add<'_>) {
-    let mut told = BTreeSet::new();
+    let mut by_provider: BTreeMap<&str, (&Entry, &str, usize)> = BTreeMap::new();
     for entry in denials.iter().filter(|entry| since(entry.at, now) < ONGOING) {
-        if let Some((Withheld::Queue | Withheld::Budget, remedy)) = entry.withheld()
-            && told.insert(&entry.provider)
-        {
-            add(format!("keys of provider `{}` are denied unchecked: {}", entry.provider, entry.cause()), remedy);
+        if let Some((Withheld::Queue | Withheld::Budget, remedy)) = entry.withheld() {
+            by_provider.entry(&entry.provider).or_insert((entry, remedy, 0)).2 += 1;
         }
+    }
+    for (provider, (last, remedy, count)) in by_provider {
+        let were = if count == 1 { "1 decision was".to_owned() } else { format!("{count} decisions were") };
+        add(
+            format!("{were} denied, the last at {}: keys of provider `{provider}` unchecked: {}", text_of(last.at), last.cause()),
+            remedy,
+        );
     }
 }
 
-/// Callers that leave a provider too little time.
+/// Callers that left a provider too little time.
 fn impatient<'e>(entries: impl Iterator<Item = &'e std::sync::Arc<Entry>>, now: SystemTime, add: Add<'_>) {
-    let mut by_peer: BTreeMap<String, Duration> = BTreeMap::new();
+    let mut by_peer: BTreeMap<String, (Duration, SystemTime)> = BTreeMap::new();
     for entry in entries.filter(|entry| since(entry.at, now) < ONGOING) {
         if let Some(given) = entry.too_little_time {
-            let least = by_peer.entry(entry.peer.to_string()).or_insert(given);
-            *least = given.min(*least);
+            let (least, last) = by_peer.entry(entry.peer.to_string()).or_insert((given, entry.at));
+            (*least, *last) = (given.min(*least), entry.at.max(*last));
         }
     }
-    if let Some((peer, given)) = by_peer.first_key_value() {
+    if let Some((peer, (given, last))) = by_peer.first_key_value() {
         let what = format!(
-            "calls from {peer}{} allow {} ms, which is too little for a provider to answer",
+            "calls from {peer}{} allowed {} ms, which is too little for a provider to answer; the last at {}",
             and_more(by_peer.len()),
-            given.as_millis()
+            given.as_millis(),
+            text_of(*last)
         );
         add(what, cause::GIVE_TIME);
     }
 }
 
 fn wants_of(provider: &Provider, add: Add<'_>) {
-    let Provider { provider, breaker, enforcement, until, calibration, no_api_at, last_failure, .. } = provider;
+    let text = provider.breaker_text();
+    let Provider {
+        provider,
+        breaker_open_for_organizations,
+        breaker,
+        enforcement,
+        until,
+        calibration,
+        no_api_at,
+        last_failure,
+        ..
+    } = provider;
     // A half-open breaker needs no attention: it only waits for the next call.
-    if breaker == "open" {
+    if breaker == "open" || *breaker_open_for_organizations > 0 {
         let why = last_failure.as_ref().map_or_else(String::new, |failure| format!(": {}", failure.cause));
         let remedy = last_failure.as_ref().map_or(cause::LOOK_OUTSIDE, |failure| failure.remedy.as_str());
         let remedy = format!("{remedy}; it closes by itself once the provider answers");
-        add(format!("the breaker of provider `{provider}` is open{why}"), &remedy);
+        add(format!("the breaker of provider `{provider}` is {text}{why}"), &remedy);
     }
     for host in no_api_at {
         add(
@@ -968,15 +1116,20 @@ fn limited(totals: &Totals, then: &Totals, top_peers: &[(String, usize)]) -> Vec
 
 /// Limits that refuse calls that ask for no decision, which are in no list below.
 fn reached(limits: &[ReachedLimit], now: SystemTime) -> impl Iterator<Item = Attention> {
-    limits.iter().filter(move |it| since(it.at, now) < ONGOING).map(|ReachedLimit { setting, limit, .. }| Attention {
-        what: format!("calls are refused: {setting} ({limit}) is reached"),
+    limits.iter().filter(move |it| since(it.at, now) < ONGOING).map(|ReachedLimit { setting, limit, at }| Attention {
+        what: format!("calls were refused, the last at {}: {setting} ({limit}) is reached", text_of(*at)),
         remedy: "find out who holds so many (`call_limit` in the log has a peer), or raise it".to_owned(),
     })
 }
 
 /// Whether this time, as the status has it, is so short ago that the fault may go on.
 fn is_ongoing(at: &str, now: SystemTime) -> bool {
-    at.parse::<jiff::Timestamp>().is_ok_and(|at| seconds(now) - at.as_second() < ONGOING.as_secs() as i64)
+    is_within(ONGOING, at, now)
+}
+
+/// Whether this time, as the status has it, is less than this long ago.
+fn is_within(length: Duration, at: &str, now: SystemTime) -> bool {
+    at.parse::<jiff::Timestamp>().is_ok_and(|at| seconds(now) - at.as_second() < length.as_secs() as i64)
 }
 
 /// ` (token of line 2)`, or nothing.
@@ -1083,6 +1236,67 @@ mod tests {
         let whats: Vec<String> = limited(&totals(2, 5), &totals(2, 3), &top).into_iter().map(|line| line.what).collect();
         let expect = "2 connections were refused: limits.connections is reached; most of the open ones are of 192.0.2.7 (812), 192.0.2.8 (3)";
         assert_eq!(whats, [expect]);
+    }
+
+    fn checks(accepted: u64, refused: u64, failed: u64) -> Checks {
+        Checks { accepted, refused, answered: accepted + refused, failed }
+    }
+
+    fn of_acme(checks: Checks) -> Totals {
+        Totals { checks: [("acme".to_owned(), checks)].into(), ..Totals::default() }
+    }
+
+    /// The counts come from the metrics page; results from the cache say nothing about how the provider answers now.
+    #[test]
+    fn a_provider_that_accepts_no_key_is_named_with_the_time_since_when() {
+        let start = UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let window = Window::since(start);
+        window.note(start + SAMPLE_EVERY, of_acme(checks(3, 1, 0)));
+        window.note(start + SAMPLE_EVERY * 2, of_acme(checks(3, 2, 0)));
+        let told = |now: Checks| {
+            let mut told = Vec::new();
+            let acme = Provider { provider: "acme".into(), ..Provider::default() };
+            refuses_all(&acme, window.since_accepted("acme", now), &mut |what, _| told.push(what));
+            told
+        };
+        let since = text_of(start + SAMPLE_EVERY);
+        assert_eq!(told(checks(3, 6, 0)), [format!("no key of provider `acme` was accepted since {since}: 5 were refused")]);
+        assert!(told(checks(3, 5, 0)).is_empty(), "a few bad keys are the tenants' own");
+        assert!(told(checks(4, 90, 0)).is_empty(), "a key was just accepted");
+        assert_eq!(
+            told(checks(0, 5, 0)),
+            [format!("no key of provider `acme` was accepted since {}: 5 were refused", text_of(start))]
+        );
+    }
+
+    #[test]
+    fn one_good_answer_does_not_hide_an_outage() {
+        let acme = Provider {
+            provider: "acme".into(),
+            last_failure: Some(LastFailure {
+                at: "1970-01-12T13:46:40Z".into(),
+                verdict: "PROVIDER_ERROR".into(),
+                cause: "HTTP 500".into(),
+                remedy: "look".into(),
+            }),
+            ..Provider::default()
+        };
+        let failed_at = UNIX_EPOCH + Duration::from_secs(1_000_000);
+        let later = |spans, time| {
+            let mut told = Vec::new();
+            unreliable(&acme, spans, failed_at + time, &mut |what, _| told.push(what));
+            told
+        };
+        let told = |spans| later(spans, Duration::from_secs(1));
+        let line = |counts: &str| {
+            [format!("{counts} checks of provider `acme` came to no result; the last, at 1970-01-12T13:46:40Z: HTTP 500")]
+        };
+        assert_eq!(told([None, Some(checks(1, 0, 7))]), line("7 of the last 8"));
+        assert_eq!(told([Some(checks(0, 0, 3)), Some(checks(90, 0, 3))]), line("3 of the last 3"), "since the last VALID");
+        assert_eq!(told([None, Some(checks(3, 1, 4))]), line("4 of the last 8"), "half of them");
+        assert!(told([None, Some(checks(4, 1, 4))]).is_empty(), "less than half");
+        assert!(later([None, Some(checks(1, 0, 7))], WINDOW).is_empty(), "an older fault is not theirs");
+        assert!(told([Some(checks(0, 0, 2)), Some(checks(1, 0, 2))]).is_empty(), "a hiccup");
     }
 
     #[test]

@@ -111,6 +111,7 @@ async fn a_decision_and_its_repetition() -> Scraped {
         "byokgate_unverified_allows",
         "byokgate_calls_failed",
         "byokgate_breaker_state",
+        "byokgate_breaker_open_for_organizations",
         "byokgate_calibration_state",
         "byokgate_calibration_requests",
         "byokgate_no_api_at_base_url",

@@ -180,7 +180,8 @@ async fn the_cause_of_denials_is_named_where_it_is() {
     assert!(deny.operator_hint.contains("give the caller 4 s"), "{}", deny.operator_hint);
     let after = attention().await;
     assert_eq!(after.as_array().unwrap().len(), 2, "the provider is not blamed: {after}");
-    assert_eq!(after[1]["what"], "calls from 127.0.0.1 allow 300 ms, which is too little for a provider to answer");
+    let impatient = "calls from 127.0.0.1 allowed 300 ms, which is too little for a provider to answer; the last at ";
+    assert!(after[1]["what"].as_str().unwrap().starts_with(impatient), "{after}");
     // Nor is it for what the platform cannot read.
     let mut request = decide("");
     request.workspace_spec.as_mut().unwrap().credentials[0].unreadable = true;
@@ -189,6 +190,65 @@ async fn the_cause_of_denials_is_named_where_it_is() {
         "one decision was denied, since the platform could not read secrets: ACME_API_KEY could not be read from the workspace's";
     let after = attention().await;
     assert!(after[1]["what"].as_str().unwrap().starts_with(unreadable), "{after}");
+}
+
+/// A vendor that refuses everybody, a provider that seldom answers, and a breaker that is open for one organization: each has a line, though each
+/// denial by itself may be its tenant's fault.
+#[tokio::test]
+async fn a_provider_that_fails_many_is_under_attention() {
+    let at = |key: Option<&'static str>, status, body| Row::at("/acme/v1/models", key, status, body);
+    let refusal = r#"{"error": {"code": "invalid_api_key"}}"#;
+    let failing = [["made-up-0", "made-up-1", "made-up-2", "made-up-3"], ["made-up-4", "made-up-5", "made-up-6", "made-up-7"]];
+    let mut rows: Vec<Row> = failing.iter().flatten().map(|key| at(Some(*key), 500, "{}")).collect();
+    rows.extend([at(Some("made-up-key"), 200, r#"{"data": []}"#), at(None, 401, refusal)]);
+    let vendor = Vendor::start(rows).await;
+    let mut arguments = vec!["--admin-listen".to_owned(), "127.0.0.1:0".to_owned()];
+    let files = files(vendor.address.port());
+    arguments.extend(files.flags());
+    // Long enough that the breaker is still open when the page is read.
+    let environment = [("BYOK_GATE__BREAKER__COOL_DOWN", "10m"), ("BYOK_GATE__BREAKER__MAX_COOL_DOWN", "10m")];
+    let serving = Serving::start_in(&arguments.iter().map(String::as_str).collect::<Vec<_>>(), &environment).await;
+    let admin: SocketAddr = serving.event("admin_listening")["address"].as_str().unwrap().parse().unwrap();
+    let mut client = serving.client().await;
+    for number in 0..5 {
+        assert!(!is_allow(&client.decide(decide(&format!("{CANARY}-{number}"))).await.unwrap().into_inner()));
+    }
+    let whats = async || {
+        let attention = json(admin).await["attention"].clone();
+        attention.as_array().unwrap().iter().map(|it| it["what"].as_str().unwrap().to_owned()).collect::<Vec<_>>().join("\n")
+    };
+    let refused = whats().await;
+    assert!(refused.starts_with("no key of provider `acme` was accepted since 2"), "{refused}");
+    assert!(refused.ends_with(": 5 were refused"), "{refused}");
+    // A key that is accepted takes that back. It does not hide that many others come to no result.
+    assert!(is_allow(&client.decide(decide("made-up-key")).await.unwrap().into_inner()));
+    assert_eq!(whats().await, "");
+    for (number, keys) in failing.into_iter().enumerate() {
+        for key in keys {
+            client.decide(decide(key)).await.unwrap();
+        }
+        // It answers in between, so that its breaker stays closed.
+        client.decide(decide(&format!("{CANARY}-between-{number}"))).await.unwrap();
+    }
+    let failing = whats().await;
+    assert!(failing.starts_with("8 of the last 16 checks of provider `acme` came to no result; the last, at 2"), "{failing}");
+    assert!(failing.contains("HTTP 500"), "{failing}");
+    for number in 0..5 {
+        let mut request = of_model("gone/m", "GONE_API_KEY", &format!("{CANARY}-{number}"));
+        request.workspace_spec.as_mut().unwrap().organization_id = "made-up-organization".into();
+        assert!(!is_allow(&client.decide(request).await.unwrap().into_inner()));
+    }
+    let event = serving.until("breaker_opened_for_few").await;
+    assert_eq!((&event["level"], &event["provider"]), (&"WARN".into(), &"gone".into()), "{event}");
+    let few = whats().await;
+    let line = "the breaker of provider `gone` is open for 1 organization: 127.0.0.1:1: no connection";
+    assert!(few.contains(line), "{few}");
+    let told = run(&["status", "--server", &admin.to_string()], &[]).await;
+    assert!(page(admin).await.contains("open for 1 organization") && told.stdout.contains("breaker open for 1 organization"));
+    assert_eq!(
+        json(admin).await["providers"].as_array().unwrap().iter().filter(|it| it["breaker_open_for_organizations"] == 1).count(),
+        1
+    );
 }
 
 /// A limited number, the newest first; workspaces are named only if configured.
