@@ -33,9 +33,14 @@ pub enum Body {
 }
 
 impl Answer<'_> {
+    /// The body, if it is JSON. A byte order mark before it is no part of it, but some servers send one.
+    pub(super) fn json(self) -> Option<Value> {
+        serde_json::from_slice(self.body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(self.body)).ok()
+    }
+
     /// The kind of body, and the error code; empty if there is none.
     pub(super) fn body_and_code(self) -> (Body, String) {
-        let json = serde_json::from_slice::<Value>(self.body).ok();
+        let json = self.json();
         (body_of(self, json.as_ref()), json.as_ref().and_then(error_code).unwrap_or_default())
     }
 }

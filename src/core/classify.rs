@@ -191,7 +191,7 @@ pub fn classify(answer: Answer<'_>, probe: &Probe) -> Classification {
 
 /// What this response says, and why. The row's signals come first, then the codes and texts that many servers share, then status and kind of body.
 pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
-    let json = serde_json::from_slice::<Value>(answer.body).ok();
+    let json = answer.json();
     let body = body_of(answer, json.as_ref());
     let page = body == Body::Page;
     let signal = probe.signals.iter().enumerate().find(|(_, signal)| matches(signal, answer, json.as_ref(), page));
@@ -362,18 +362,33 @@ fn holds_error(json: &Value) -> bool {
         Value::Array(items) => !items.is_empty(),
         Value::Bool(true) | Value::Number(_) | Value::Object(_) => true,
     };
-    let not_zero = |value: &Value| match value {
-        Value::Number(number) => number.as_f64() != Some(0.0),
+    // Some servers write 200, as in HTTP, for "no error".
+    let is_failure = |value: &Value| match value {
+        Value::Number(number) => number.as_f64().is_none_or(|code| code != 0.0 && code != 200.0),
         Value::String(text) => {
-            !text.is_empty() && text.parse::<f64>().map_or(!text.eq_ignore_ascii_case("success"), |code| code != 0.0)
+            let is_good = |code: f64| code == 0.0 || code == 200.0;
+            !text.is_empty()
+                && !text.parse().map_or(["success", "ok"].iter().any(|word| text.eq_ignore_ascii_case(word)), is_good)
         }
         Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => false,
     };
-    json.get("error").is_some_and(says_no)
-        || json.get("errors").is_some_and(says_no)
-        || json.get("success") == Some(&Value::Bool(false))
-        || json.get("code").is_some_and(not_zero)
-        || json.get("base_resp").and_then(|base| base.get("status_code")).is_some_and(not_zero)
+    // A `status` may also be a word about something else, such as "active".
+    let is_error_status = |value: &Value| match value {
+        Value::String(text) => {
+            ["error", "fail", "failed", "failure"].iter().any(|word| text.eq_ignore_ascii_case(word))
+                || text.parse::<f64>().is_ok_and(|status| status >= 400.0)
+        }
+        value => value.as_f64().is_some_and(|status| status >= 400.0),
+    };
+    let is_false =
+        |value: &Value| *value == Value::Bool(false) || value.as_str().is_some_and(|text| text.eq_ignore_ascii_case("false"));
+    let mut choices = json.get("choices").and_then(Value::as_array).into_iter().flatten();
+    ["error", "errors"].iter().any(|key| json.get(key).is_some_and(says_no))
+        || ["code", "error_code", "errcode", "err_code"].iter().any(|key| json.get(key).is_some_and(is_failure))
+        || json.get("base_resp").and_then(|base| base.get("status_code")).is_some_and(is_failure)
+        || json.get("success").is_some_and(is_false)
+        || json.get("status").is_some_and(is_error_status)
+        || choices.any(|choice| choice.get("error").is_some_and(says_no))
 }
 
 /// The same for a body that was cut off, which cannot be parsed. It must begin as an object with an expected key, whose value has the right kind as

@@ -4,6 +4,8 @@
 //! is compared with, and a success response counts only if a made-up key of that form is refused. Of a signed token it keeps the claims, which a server
 //! can check locally. A checksum in the key is not imitated.
 
+use std::collections::BTreeSet;
+
 use crate::domain::secret::Secret;
 
 /// The length of the random part, if no real key gives the form.
@@ -20,8 +22,11 @@ const MAX_FIRST_WORD: usize = 12;
 const MAX_WORD: usize = 8;
 const MAX_WORDS: usize = 3;
 const MIN_AFTER_WORDS: usize = 16;
-/// In a key without separators, this many letters at its beginning may be the vendor's prefix.
+/// Where no word ends in a separator, this many letters at the beginning may be the vendor's prefix, and more if only hexadecimal digits follow.
 const MAX_FIRST_LETTERS: usize = 6;
+const MAX_LETTERS_BEFORE_HEX: usize = 12;
+/// A part of a key between two separators has its own alphabet if it is this long.
+const MIN_PART: usize = 16;
 
 /// The form of a key: what a server can check without knowing the key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -84,7 +89,7 @@ impl Alphabet {
         }
     }
 
-    /// About how many random bits a replaced character has.
+    /// About how many random bits a character has.
     fn bits(self) -> usize {
         match self {
             Self::Digits => 3,
@@ -92,22 +97,56 @@ impl Alphabet {
             Self::Mixed => 5,
         }
     }
+}
 
-    /// A random character to replace this one. `random` returns a number below its argument. A key with letters gets only characters that
-    /// every common alphabet has: base32 lacks 0, 1, 8 and 9, base58 lacks 0, O, I and l, Crockford's base32 lacks I, L, O and U.
-    fn replacement(self, byte: u8, random: &mut impl FnMut(u8) -> u8) -> u8 {
-        let among: &[u8] = match (self, byte) {
-            (Self::Digits | Self::LowerHex | Self::UpperHex, b'0'..=b'9') => b"0123456789",
-            (_, b'0'..=b'9') => b"234567",
-            (Self::LowerHex, b'a'..=b'z') => b"abcdef",
-            (Self::UpperHex, b'A'..=b'Z') => b"ABCDEF",
-            (_, b'a'..=b'z') => b"abcdefghijkmnopqrstuvwxyz",
-            (_, b'A'..=b'Z') => b"ABCDEFGHJKMNPQRSTVWXYZ",
-            _ => return byte,
+/// What the characters of a key, or of a part of it, are replaced by: those of the same kind that it has itself. So hexadecimal digits stay such, and
+/// so do base32, base58 and octal digits. Where it has too few, usual ones are taken.
+struct Replacements {
+    kinds: [Vec<u8>; 3],
+}
+
+impl Replacements {
+    fn of(text: &str) -> Self {
+        let usual = match Alphabet::of(text.bytes()) {
+            Alphabet::Digits => ["0123456789", "", ""],
+            Alphabet::LowerHex => ["0123456789", "abcdef", ""],
+            Alphabet::UpperHex => ["0123456789", "", "ABCDEF"],
+            // What base32, base58 and Crockford's base32 have in common.
+            Alphabet::Lower | Alphabet::Upper | Alphabet::Mixed => {
+                ["234567", "abcdefghijkmnopqrstuvwxyz", "ABCDEFGHJKMNPQRSTVWXYZ"]
+            }
+        };
+        let seen = Self { kinds: [0, 1, 2].map(|kind| distinct(text.bytes().filter(|byte| kind_of(*byte) == Some(kind)))) };
+        let usual = Self { kinds: usual.map(|among| among.bytes().collect()) };
+        if letters_and_digits(text) >= MIN_PART && seen.bits(text) >= MIN_BITS { seen } else { usual }
+    }
+
+    /// About how many random bits the replacement of this text has.
+    fn bits(&self, text: &str) -> usize {
+        text.bytes().filter_map(|byte| self.kinds.get(kind_of(byte)?)).map(|among| among.len().max(1).ilog2() as usize).sum()
+    }
+
+    fn replace(&self, byte: u8, random: &mut impl FnMut(u8) -> u8) -> u8 {
+        let Some(among) = kind_of(byte).and_then(|kind| self.kinds.get(kind)).filter(|among| !among.is_empty()) else {
+            return byte;
         };
         let at = random(u8::try_from(among.len()).unwrap_or(u8::MAX));
         among.get(usize::from(at)).copied().unwrap_or(byte)
     }
+}
+
+/// Digits, small letters and capitals are replaced by their like; other characters stay.
+const fn kind_of(byte: u8) -> Option<usize> {
+    match byte {
+        b'0'..=b'9' => Some(0),
+        b'a'..=b'z' => Some(1),
+        b'A'..=b'Z' => Some(2),
+        _ => None,
+    }
+}
+
+fn distinct(bytes: impl Iterator<Item = u8>) -> Vec<u8> {
+    bytes.collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 /// A made-up key with the vendor's prefix. `random` returns a number below its argument.
@@ -140,16 +179,22 @@ pub fn made_up_key_like(key: &Secret, prefix: Option<&str>, mut random: impl FnM
         let form = KeyForm::of(&usual);
         return (usual, form);
     };
-    let alphabet = Alphabet::of(rest.bytes());
+    let whole = Replacements::of(rest);
     // The version and the variant of a UUID are not random.
     let is_uuid = rest.len() == 36 && [8, 13, 18, 23].iter().all(|at| rest.as_bytes().get(*at) == Some(&b'-'));
     // The last character of base64 may hold fewer bits, so it is kept.
     let data = rest.trim_end_matches('=').len();
     let is_base64 = data < rest.len() || is_signed_token(key.expose());
     let stays = |at: usize| is_uuid && matches!(at, 14 | 19) || is_base64 && at + 1 == data;
-    let replacement =
-        rest.bytes().enumerate().map(|(at, byte)| if stays(at) { byte } else { alphabet.replacement(byte, &mut random) });
-    let made_up: String = kept.chars().chain(replacement.map(char::from)).collect();
+    let mut made_up = kept.to_owned();
+    for part in rest.split_inclusive(|c: char| !c.is_ascii_alphanumeric()) {
+        let own = (letters_and_digits(part) >= MIN_PART).then(|| Replacements::of(part));
+        let replacements = own.as_ref().unwrap_or(&whole);
+        for byte in part.bytes() {
+            let at = made_up.len() - kept.len();
+            made_up.push(char::from(if stays(at) { byte } else { replacements.replace(byte, &mut random) }));
+        }
+    }
     (Secret::new(made_up), KeyForm::of(key))
 }
 
@@ -170,26 +215,36 @@ fn first_words(key: &str) -> &str {
         && let (Some(word), Some(behind)) = (rest.get(..end), rest.get(end..))
     {
         let letters = word.trim_end_matches(|c: char| c.is_ascii_digit());
-        let is_word = word.len() - letters.len() <= 2 && letters.bytes().all(|byte| byte.is_ascii_alphabetic());
-        let is_usual = || USUAL_WORDS.iter().any(|usual| usual.eq_ignore_ascii_case(letters));
-        if !is_word || kept > 0 && !is_usual() && !(words < MAX_WORDS && is_plain_word(letters, behind)) {
+        let digits = word.len() - letters.len();
+        let is_usual = USUAL_WORDS.iter().any(|usual| usual.eq_ignore_ascii_case(letters));
+        let has_more = letters_and_digits(behind) >= MIN_AFTER_WORDS;
+        // A version, or a number after a word such as `org`.
+        let is_number = kept > 0 && has_more && (letters.is_empty() && digits <= 2 || is_usual && digits <= MAX_WORD);
+        let is_word = digits <= 2 && letters.bytes().all(|byte| byte.is_ascii_alphabetic());
+        if !is_number && (!is_word || kept > 0 && !is_usual && !(words < MAX_WORDS && has_more && is_plain_word(letters))) {
             break;
         }
         kept += end + 1;
         words += 1;
     }
-    if kept == 0 && !key.contains(['-', '_', '.', ':', '/']) {
-        let letters = key.bytes().take(MAX_FIRST_LETTERS).take_while(u8::is_ascii_alphabetic).count();
-        kept = key.get(letters..).filter(|rest| letters_and_digits(rest) >= MIN_AFTER_WORDS).map_or(0, |_| letters);
+    if kept == 0 {
+        let letters = |most: usize| key.bytes().take(most).take_while(u8::is_ascii_alphabetic).count();
+        let hex = match key.strip_prefix("0x") {
+            Some(_) => 2,
+            None => letters(MAX_LETTERS_BEFORE_HEX),
+        };
+        let is_before_hex = key.bytes().skip(hex).all(|byte| byte.is_ascii_hexdigit());
+        let first = if is_before_hex { hex } else { letters(MAX_FIRST_LETTERS) };
+        kept = key.get(first..).filter(|rest| letters_and_digits(rest) >= MIN_AFTER_WORDS).map_or(0, |_| first);
     }
     key.get(..kept).unwrap_or_default()
 }
 
 /// Whether these are letters of one case, which is rare in random text.
-fn is_plain_word(letters: &str, behind: &str) -> bool {
+fn is_plain_word(letters: &str) -> bool {
     let is_of_one_case =
         letters.bytes().all(|byte| byte.is_ascii_lowercase()) || letters.bytes().all(|byte| byte.is_ascii_uppercase());
-    !letters.is_empty() && letters.len() <= MAX_WORD && is_of_one_case && letters_and_digits(behind) >= MIN_AFTER_WORDS
+    !letters.is_empty() && letters.len() <= MAX_WORD && is_of_one_case
 }
 
 fn letters_and_digits(text: &str) -> usize {
@@ -271,6 +326,28 @@ mod tests {
             let same = made_up.bytes().zip(key.bytes()).skip(kept.len());
             let same = same.filter(|(one, two)| one == two && one.is_ascii_alphanumeric()).count();
             assert!(same * 3 < key.len(), "{made_up} is too much of {key}");
+        }
+    }
+
+    #[test]
+    fn it_stays_within_what_a_server_can_check_locally() {
+        const HEX: &str = "0123456789abcdef";
+        // The key, the beginning that stays, and the alphabet of a part of it.
+        for (key, kept, alphabet, part) in [
+            ("AIzaSy2BFvKq9w_U38xZtR4mN-7pLc1sEoYdGhV", "AIzaSy", "", 0..0),
+            ("e19c751bd2f3a9c4b7e06f1c2a547f0e.AbCd3fGhIjKlMn0p", "", HEX, 0..32),
+            ("AbCdEfGhIj12:6f1c2a547f0e4c8e9a51d2f3a9c4b7e0e19c751b", "", HEX, 13..53),
+            ("0x6f1c2a547f0e4c8e9a51d2f3a9c4b7e0e19c751b", "0x", HEX, 2..42),
+            ("oc0123456701234567012345670123456701234567", "oc", "01234567", 2..42),
+            ("acmeprod6f1c2a547f0e4c8e9a51d2f3a9c4b7e0", "acmeprod", HEX, 8..40),
+            ("key-v1.2-AbCdEfGhIjKlMnOpQrSt1234", "key-v1.2-", "", 0..0),
+            ("acme_eu-west-1_AbCdEfGhIjKlMnOpQrSt1234", "acme_eu-west-1_", "", 0..0),
+            ("zk_org1234_AbCdEfGhIjKlMnOpQrSt1234", "zk_org1234_", "", 0..0),
+        ] {
+            let made_up = like(key, None);
+            assert!(made_up.starts_with(kept) && made_up.len() == key.len() && made_up != key, "{key}: {made_up}");
+            let part = made_up.get(part).unwrap();
+            assert!(part.chars().all(|c| alphabet.contains(c)), "{key}: {made_up}");
         }
     }
 

@@ -218,10 +218,11 @@ fn a_401_that_is_no_usual_refusal_counts_unless_made_up_keys_get_it_by_now() {
         _ => unreachable!(),
     };
     let unknown = (401, r#"{"error":{"message":"unknown key"}}"#);
-    let come = |usual: &[ResponseShape],
-                for_every_key: Option<ResponseShape>,
-                real: (u16, &'static str),
-                made_up: (u16, &'static str)| {
+    // What the key gets from the list, and where a model is called.
+    let come_by = |usual: &[ResponseShape],
+                   for_every_key: Option<ResponseShape>,
+                   [at_list, at_model]: [(u16, &'static str); 2],
+                   made_up: (u16, &'static str)| {
         let refusals = |call: &Call, _| match call.probe.surface {
             Surface::Models => KnownRefusals { usual: usual.to_vec(), for_every_key: for_every_key.clone() },
             _ => KnownRefusals::default(),
@@ -233,7 +234,10 @@ fn a_401_that_is_no_usual_refusal_counts_unless_made_up_keys_get_it_by_now() {
         loop {
             match plan.proceed() {
                 Next::Done(finding) => break (finding.verdict, questions),
-                Next::Ask { call, .. } => plan.take_response(response(call, real)),
+                Next::Ask { call, .. } => {
+                    let real = if call.probe.surface == Surface::Models { at_list } else { at_model };
+                    plan.take_response(response(call, real));
+                }
                 Next::Calibrate { call, question, .. } => {
                     questions.push(question);
                     let ProbeResponse::Answer { reading, shape, .. } = response(call, made_up) else { unreachable!() };
@@ -243,10 +247,19 @@ fn a_401_that_is_no_usual_refusal_counts_unless_made_up_keys_get_it_by_now() {
             }
         }
     };
+    let come = |usual: &[ResponseShape], for_every_key, real, made_up| come_by(usual, for_every_key, [real, real], made_up);
     let usual = [shape(unknown)];
     // Made-up keys get it too by now: it is a ban, or an outage.
     let (verdict, questions) = come(&usual, None, BANNED, BANNED);
     assert_eq!((verdict, questions[0]), (Verdict::UnexpectedResponse, CalibrationQuestion::RefusalNow));
+    // In plain text, too.
+    let (verdict, questions) = come(&usual, None, (401, "sign-on is down"), (401, "sign-on is down"));
+    assert_eq!((verdict, questions[0]), (Verdict::UnexpectedResponse, CalibrationQuestion::RefusalNow));
+    // Made-up keys get the usual refusal: the key may only be kept from the list, so the request that calls a model decides.
+    let scope = (401, r#"{"error":{"message":"missing scopes: api.model.read","code":null}}"#);
+    for (at_model, expected) in [(CHAT, Verdict::Valid), (scope, Verdict::Invalid), ((500, "oops"), Verdict::Invalid)] {
+        assert_eq!(come_by(&usual, None, [scope, at_model], unknown).0, expected, "{at_model:?}");
+    }
     // It is about this key, or a limit for the made-up one.
     for made_up in [unknown, (429, "slow"), (503, "busy"), (403, r#"{"error":{"message":"no"}}"#)] {
         let (verdict, questions) = come(&usual, None, BANNED, made_up);
@@ -419,8 +432,8 @@ fn a_list_that_answers_every_key_alike_refuses_no_good_key() {
                     (_, MadeUp) => bad,
                 };
                 let came = run(&target, &EndpointFacts::default(), false, &world);
-                // A code for "forbidden" that every key gets counts where nothing clear follows.
-                let by_code = list == lists[4] && expected == Verdict::UnexpectedResponse;
+                // A code for "forbidden" that every key gets counts where nothing clear follows, and nothing tells this key from a made-up one.
+                let by_code = list == lists[4] && bad == good && expected == Verdict::UnexpectedResponse;
                 let expected = if by_code { Verdict::Invalid } else { expected };
                 assert_eq!(came.finding.verdict, expected, "{list:?} {real:?} {:?}", came.asked);
                 if expected == Verdict::Valid {

@@ -48,6 +48,16 @@ impl ProbePlan<'_> {
             (Classification::Verdict(Verdict::Invalid), Calibration::Refuses { shape, .. }) if shape.is_like(&answer.shape) => {
                 self.take_same_for_every_key(&answer);
             }
+            // The same without JSON.
+            (Classification::Unread, Calibration::Refuses { shape, .. })
+                if status == 401 && self.is_no_usual_refusal(&answer) && shape.is_like(&answer.shape) =>
+            {
+                self.take_same_for_every_key(&answer);
+            }
+            // Made-up keys are refused otherwise here: this key may only be kept from the list.
+            (Classification::Verdict(Verdict::Invalid), Calibration::Refuses { .. }) if self.is_provisional() => {
+                self.hold_refusal(&answer, HeldBecause::Status401, answer.reading.cause);
+            }
             (Classification::Verdict(Verdict::Invalid), _) => {
                 self.take_refusal(self.finding(Verdict::Invalid, Some(answer.reading.cause), Some(status)));
             }
@@ -102,7 +112,19 @@ impl ProbePlan<'_> {
                 let finding = self.finding(*verdict, Some(answer.reading.cause), Some(status));
                 self.finish_unless_refused(Finding { retry_after: answer.retry_after, ..finding });
             }
-            (Classification::Unread | Classification::Verdict(_), _) => self.take_unread(&answer),
+            (Classification::Unread | Classification::Verdict(_), calibration) => {
+                self.drop_refusal_of_a_known_key(calibration);
+                self.take_unread(&answer);
+            }
+        }
+    }
+
+    /// Where a model is called, a made-up key gets a 401 and this one does not. So it is known there, and a list that refused it refuses every key.
+    fn drop_refusal_of_a_known_key(&mut self, calibration: &Calibration) {
+        let is_inference = self.steps.get(self.current).is_some_and(PlanStep::is_inference);
+        let is_known = matches!(calibration, Calibration::Refuses { shape, .. } if shape.status == 401);
+        if is_inference && is_known && self.confirming.is_none() {
+            self.held = None;
         }
     }
 
