@@ -957,7 +957,7 @@ fn withheld(denials: &[std::sync::Arc<Entry>], now: SystemTime, add: Add<'_>) {
     for (provider, (last, remedy, count)) in by_provider {
         let were = if count == 1 { "1 decision was".to_owned() } else { format!("{count} decisions were") };
         add(
-            format!("{were} denied, the last at {}: keys of provider `{provider}` unchecked: {}", text_of(last.at), last.cause()),
+            format!("{were} denied without a check at provider `{provider}`, the last at {}: {}", text_of(last.at), last.cause()),
             remedy,
         );
     }
