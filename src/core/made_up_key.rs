@@ -181,7 +181,7 @@ pub fn made_up_key_like(key: &Secret, prefix: Option<&str>, mut random: impl FnM
     };
     let whole = Replacements::of(rest);
     // The version and the variant of a UUID are not random.
-    let is_uuid = rest.len() == 36 && [8, 13, 18, 23].iter().all(|at| rest.as_bytes().get(*at) == Some(&b'-'));
+    let is_uuid = is_uuid(rest);
     // The last character of base64 may hold fewer bits, so it is kept.
     let data = rest.trim_end_matches('=').len();
     let is_base64 = data < rest.len() || is_signed_token(key.expose());
@@ -198,6 +198,10 @@ pub fn made_up_key_like(key: &Secret, prefix: Option<&str>, mut random: impl FnM
     (Secret::new(made_up), KeyForm::of(key))
 }
 
+fn is_uuid(text: &str) -> bool {
+    text.len() == 36 && [8, 13, 18, 23].iter().all(|at| text.as_bytes().get(*at) == Some(&b'-'))
+}
+
 /// Whether the key is a JWT: header, claims and signature.
 fn is_signed_token(key: &str) -> bool {
     key.starts_with("eyJ") && key.bytes().filter(|byte| *byte == b'.').count() == 2
@@ -208,6 +212,9 @@ fn is_signed_token(key: &str) -> bool {
 fn first_words(key: &str) -> &str {
     if is_signed_token(key) {
         return key.rfind('.').and_then(|end| key.get(..=end)).unwrap_or_default();
+    }
+    if is_uuid(key) {
+        return "";
     }
     let (mut kept, mut words) = (0, 0);
     while let Some(rest) = key.get(kept..)
@@ -340,6 +347,10 @@ mod tests {
             ("0x6f1c2a547f0e4c8e9a51d2f3a9c4b7e0e19c751b", "0x", HEX, 2..42),
             ("oc0123456701234567012345670123456701234567", "oc", "01234567", 2..42),
             ("acmeprod6f1c2a547f0e4c8e9a51d2f3a9c4b7e0", "acmeprod", HEX, 8..40),
+            // The version and the variant of a UUID, whether it begins with a letter or a digit.
+            ("eaf08400-e29b-41d4-a716-446655440000", "", "4", 14..15),
+            ("eaf08400-e29b-41d4-a716-446655440000", "", "a", 19..20),
+            ("550e8400-e29b-41d4-a716-446655440000", "", "4", 14..15),
             ("key-v1.2-AbCdEfGhIjKlMnOpQrSt1234", "key-v1.2-", "", 0..0),
             ("acme_eu-west-1_AbCdEfGhIjKlMnOpQrSt1234", "acme_eu-west-1_", "", 0..0),
             ("zk_org1234_AbCdEfGhIjKlMnOpQrSt1234", "zk_org1234_", "", 0..0),
