@@ -229,6 +229,18 @@ def resident(process):
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
+def descriptors(process):
+    return len(list(pathlib.Path(f"/proc/{process.pid}/fd").iterdir()))
+
+
+def descriptors_left(process, at_rest, patience=120):
+    """How many are open once the load has ended. Those to the provider close when idle for long enough."""
+    deadline = time.monotonic() + patience
+    while (left := descriptors(process)) > at_rest + 1 and time.monotonic() < deadline:
+        time.sleep(1)
+    return left
+
+
 def table(head, rows):
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])

@@ -98,22 +98,10 @@ fn ruling(_: usize) -> Step {
     let policy = Policy::default();
     Box::new(move || {
         let evidence = LivenessEvidence {
-            verdict: black_box(Verdict::Invalid),
-            env_name: "ANTHROPIC_API_KEY".into(),
-            provider: "anthropic-api".into(),
             host: "api.anthropic.com".into(),
             upstream_status: Some(401),
-            siblings: Vec::new(),
             retry_after: Duration::from_secs(10),
-            withheld: None,
-            unreached: None,
-            used_up: None,
-            cut_short: None,
-            cause: None,
-            tenant_endpoint: false,
-            plan: None,
-            save_as: None,
-            model: String::new(),
+            ..LivenessEvidence::of(black_box(Verdict::Invalid), "anthropic-api", "ANTHROPIC_API_KEY")
         };
         let facts = Facts::NotValid {
             evidence,

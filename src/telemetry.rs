@@ -25,6 +25,22 @@ use tracing_subscriber::{
 
 use self::log_writer::LogWriter;
 
+/// Longer texts are cut where they are kept, such as whole lists. Names of models and runtimes are under a hundred characters.
+const MAX_CHARS: usize = 200;
+
+/// The text, cut where it is long.
+fn cut(text: &str) -> String {
+    if text.len() <= MAX_CHARS {
+        return text.to_owned();
+    }
+    let mut left = text.chars();
+    let mut cut: String = left.by_ref().take(MAX_CHARS).collect();
+    if left.next().is_some() {
+        cut.push('…');
+    }
+    cut
+}
+
 /// Where and how logs are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogTo {

@@ -4,7 +4,7 @@
 mod preparation;
 mod remedies;
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use self::preparation::{NotSent, OutgoingCredential};
 use crate::{
@@ -279,22 +279,9 @@ impl<'a> CredentialStep<'a, '_> {
     fn not_asked(&self, call: &WorkspaceCall<'_>, verdict: Verdict, reason: Option<&NoSurface>) -> Box<Facts> {
         Box::new(Facts::NotValid {
             evidence: LivenessEvidence {
-                verdict,
-                env_name: call.judged.env_name.to_owned(),
-                provider: self.derived.provider.name.clone(),
-                host: String::new(),
-                upstream_status: None,
-                siblings: Vec::new(),
-                retry_after: Duration::ZERO,
-                withheld: None,
-                unreached: None,
-                used_up: None,
-                cut_short: None,
-                cause: None,
                 tenant_endpoint: matches!(reason, Some(NoSurface::TenantBaseUrl(_))),
-                plan: None,
                 model: self.model.to_owned(),
-                save_as: None,
+                ..LivenessEvidence::of(verdict, &self.derived.provider.name, call.judged.env_name)
             },
             served_from: None,
             recently_valid: false,

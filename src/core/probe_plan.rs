@@ -242,9 +242,7 @@ impl<'t> ProbePlan<'t> {
                 let question = match (&answer.reading.classification, call.probe.refuses_bad_keys) {
                     (Classification::Accepted, true) => CalibrationQuestion::Check,
                     (Classification::Verdict(Verdict::Invalid), _) => CalibrationQuestion::RefusalNow,
-                    (Classification::Unread, _) if answer.shape.status == 401 && self.is_no_usual_refusal(answer) => {
-                        CalibrationQuestion::RefusalNow
-                    }
+                    (Classification::Unread, _) if self.is_unusual_401(answer) => CalibrationQuestion::RefusalNow,
                     (Classification::Accepted, false) => {
                         CalibrationQuestion::Acceptance(self.key_form.filter(|_| self.is_provisional()))
                     }

@@ -475,6 +475,28 @@ impl Malformation {
 // === impl LivenessEvidence ===
 
 impl LivenessEvidence {
+    /// A verdict on the credential in this variable, without further details.
+    pub fn of(verdict: Verdict, provider: &str, env_name: &str) -> Self {
+        Self {
+            verdict,
+            env_name: env_name.to_owned(),
+            provider: provider.to_owned(),
+            host: String::new(),
+            upstream_status: None,
+            siblings: Vec::new(),
+            retry_after: Duration::ZERO,
+            withheld: None,
+            used_up: None,
+            unreached: None,
+            cut_short: None,
+            cause: None,
+            tenant_endpoint: false,
+            plan: None,
+            model: String::new(),
+            save_as: None,
+        }
+    }
+
     /// The machine-readable reason.
     pub const fn code(&self) -> DenyCode {
         match self.verdict {
@@ -531,22 +553,10 @@ mod tests {
     fn every_verdict_but_valid_has_its_code() {
         for &verdict in Verdict::VARIANTS {
             let refusal = Refusal::Liveness(LivenessEvidence {
-                verdict,
-                env_name: "ACME_API_KEY".into(),
-                provider: "acme".into(),
                 host: "api.acme.example".into(),
-                upstream_status: None,
-                siblings: vec![],
                 retry_after: Duration::from_secs(3),
-                withheld: None,
-                used_up: None,
-                unreached: None,
-                cut_short: None,
-                cause: None,
-                tenant_endpoint: false,
-                plan: None,
                 model: "acme-large".into(),
-                save_as: None,
+                ..LivenessEvidence::of(verdict, "acme", "ACME_API_KEY")
             });
             assert!(!refusal.message().is_empty() && !refusal.remedy().is_empty());
             assert_eq!(refusal.retry_after().is_some(), refusal.code().retryable(), "{verdict}");

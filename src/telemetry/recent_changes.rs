@@ -7,12 +7,13 @@ use std::{
     time::SystemTime,
 };
 
-use super::metrics::{Collect, Counter, Page};
+use super::{
+    cut,
+    metrics::{Collect, Counter, Page},
+};
 
 /// How many changes are kept.
 const MAX_ENTRIES: usize = 50;
-/// Longer values are cut, such as whole lists.
-const MAX_CHARS: usize = 200;
 
 /// The changes since the start, as far as they are kept.
 #[derive(Debug, Default)]
@@ -65,7 +66,7 @@ impl RecentChanges {
             return;
         }
         let settings = changes.iter().map(|change| change.setting.as_str()).collect::<Vec<_>>().join(", ");
-        let text = |ChangedSetting { setting, was, is }: &ChangedSetting| format!("{setting}: {} -> {}", cut(was), cut(is));
+        let text = |ChangedSetting { setting, was, is }: &ChangedSetting| format!("{setting}: {} -> {}", shown(was), shown(is));
         let values = changes.iter().map(text).collect::<Vec<_>>().join("; ");
         tracing::info!(
             event = "configuration_changed",
@@ -108,7 +109,7 @@ impl RecentChanges {
         if list.len() >= MAX_ENTRIES {
             list.pop_front();
         }
-        let [setting, caller, was, is] = [setting, caller, was, is].map(cut);
+        let [setting, caller, was, is] = [setting, caller, was, is].map(shown);
         list.push_back(Change { at: SystemTime::now(), event, setting, caller, was, is });
     }
 }
@@ -121,24 +122,17 @@ impl Collect for RecentChanges {
 }
 
 /// A value for people: short, and without what stands between `//` and `@` in a URL.
-fn cut(text: &str) -> String {
-    let text = match text
+fn shown(value: &str) -> String {
+    let without_user = value
         .split_once("://")
         .and_then(|(scheme, rest)| Some((scheme, rest.split('/').next()?.rsplit_once('@')?.0.len(), rest)))
-    {
-        Some((scheme, user, rest)) => format!("{scheme}://...{}", rest.get(user..).unwrap_or_default()),
-        None => text.to_owned(),
-    };
-    let mut cut: String = text.chars().take(MAX_CHARS).collect();
-    if cut.len() < text.len() {
-        cut.push('…');
-    }
-    cut
+        .map(|(scheme, user, rest)| format!("{scheme}://...{}", rest.get(user..).unwrap_or_default()));
+    cut(without_user.as_deref().unwrap_or(value))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::MAX_CHARS, *};
 
     #[test]
     fn the_last_changes_are_kept_and_each_is_short_and_shows_no_password() {

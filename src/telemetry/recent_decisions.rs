@@ -10,7 +10,7 @@ use std::{
 
 use uuid::Uuid;
 
-use super::{cause, events::Undecided};
+use super::{cause, cut, events::Undecided};
 use crate::{
     core::{classify::Finding, engine::Decided},
     domain::{
@@ -24,8 +24,6 @@ use crate::{
 const MAX_ENTRIES: usize = 100;
 /// How many providers are kept: far more than any registry has.
 const MAX_PROVIDERS: usize = 1_000;
-/// Longer names are cut. Names of models and runtimes are under a hundred characters.
-const MAX_CHARS: usize = 200;
 
 /// The recent decisions, calls without a decision, and failures.
 #[derive(Debug)]
@@ -272,18 +270,6 @@ const fn is_inconclusive(verdict: Verdict) -> bool {
 fn too_little(finding: &Finding, caller_time: Option<NonZeroU64>) -> Option<Duration> {
     let given = Duration::from_micros(caller_time?.get());
     finding.cut_short.filter(|had| *had * 2 >= given).map(|_| given)
-}
-
-fn cut(text: &str) -> String {
-    if text.len() <= MAX_CHARS {
-        return text.to_owned();
-    }
-    let mut left = text.chars();
-    let mut cut: String = left.by_ref().take(MAX_CHARS).collect();
-    if left.next().is_some() {
-        cut.push('…');
-    }
-    cut
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

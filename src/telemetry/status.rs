@@ -1253,18 +1253,18 @@ mod tests {
         let window = Window::since(start);
         window.note(start + SAMPLE_EVERY, of_acme(checks(3, 1, 0)));
         window.note(start + SAMPLE_EVERY * 2, of_acme(checks(3, 2, 0)));
-        let told = |now: Checks| {
-            let mut told = Vec::new();
+        let reported = |now: Checks| {
+            let mut lines = Vec::new();
             let acme = Provider { provider: "acme".into(), ..Provider::default() };
-            refuses_all(&acme, window.since_accepted("acme", now), &mut |what, _| told.push(what));
-            told
+            refuses_all(&acme, window.since_accepted("acme", now), &mut |what, _| lines.push(what));
+            lines
         };
         let since = text_of(start + SAMPLE_EVERY);
-        assert_eq!(told(checks(3, 6, 0)), [format!("no key of provider `acme` was accepted since {since}: 5 were refused")]);
-        assert!(told(checks(3, 5, 0)).is_empty(), "a few bad keys are the tenants' own");
-        assert!(told(checks(4, 90, 0)).is_empty(), "a key was just accepted");
+        assert_eq!(reported(checks(3, 6, 0)), [format!("no key of provider `acme` was accepted since {since}: 5 were refused")]);
+        assert!(reported(checks(3, 5, 0)).is_empty(), "few refused keys need no attention");
+        assert!(reported(checks(4, 90, 0)).is_empty(), "a key was just accepted");
         assert_eq!(
-            told(checks(0, 5, 0)),
+            reported(checks(0, 5, 0)),
             [format!("no key of provider `acme` was accepted since {}: 5 were refused", text_of(start))]
         );
     }
@@ -1283,20 +1283,20 @@ mod tests {
         };
         let failed_at = UNIX_EPOCH + Duration::from_secs(1_000_000);
         let later = |spans, time| {
-            let mut told = Vec::new();
-            unreliable(&acme, spans, failed_at + time, &mut |what, _| told.push(what));
-            told
+            let mut lines = Vec::new();
+            unreliable(&acme, spans, failed_at + time, &mut |what, _| lines.push(what));
+            lines
         };
-        let told = |spans| later(spans, Duration::from_secs(1));
+        let reported = |spans| later(spans, Duration::from_secs(1));
         let line = |counts: &str| {
             [format!("{counts} checks of provider `acme` came to no result; the last, at 1970-01-12T13:46:40Z: HTTP 500")]
         };
-        assert_eq!(told([None, Some(checks(1, 0, 7))]), line("7 of the last 8"));
-        assert_eq!(told([Some(checks(0, 0, 3)), Some(checks(90, 0, 3))]), line("3 of the last 3"), "since the last VALID");
-        assert_eq!(told([None, Some(checks(3, 1, 4))]), line("4 of the last 8"), "half of them");
-        assert!(told([None, Some(checks(4, 1, 4))]).is_empty(), "less than half");
+        assert_eq!(reported([None, Some(checks(1, 0, 7))]), line("7 of the last 8"));
+        assert_eq!(reported([Some(checks(0, 0, 3)), Some(checks(90, 0, 3))]), line("3 of the last 3"), "since the last VALID");
+        assert_eq!(reported([None, Some(checks(3, 1, 4))]), line("4 of the last 8"), "half of them");
+        assert!(reported([None, Some(checks(4, 1, 4))]).is_empty(), "less than half");
         assert!(later([None, Some(checks(1, 0, 7))], WINDOW).is_empty(), "an older fault is not theirs");
-        assert!(told([Some(checks(0, 0, 2)), Some(checks(1, 0, 2))]).is_empty(), "a hiccup");
+        assert!(reported([Some(checks(0, 0, 2)), Some(checks(1, 0, 2))]).is_empty(), "a hiccup");
     }
 
     #[test]

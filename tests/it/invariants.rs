@@ -71,22 +71,10 @@ fn rule(snapshot: &Snapshot, request: &Request, verdict: Verdict, recently_valid
 
 fn evidence(verdict: Verdict, provider: &str, env_name: &str) -> LivenessEvidence {
     LivenessEvidence {
-        verdict,
-        env_name: env_name.into(),
-        provider: provider.into(),
         host: "127.0.0.1".into(),
-        upstream_status: None,
-        siblings: vec![],
         retry_after: Duration::from_secs(1),
-        withheld: None,
-        unreached: None,
-        used_up: None,
-        cut_short: None,
-        cause: None,
-        tenant_endpoint: false,
-        plan: None,
-        save_as: None,
         model: "acme-large".into(),
+        ..LivenessEvidence::of(verdict, provider, env_name)
     }
 }
 

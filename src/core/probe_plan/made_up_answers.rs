@@ -50,7 +50,7 @@ impl ProbePlan<'_> {
             }
             // The same without JSON.
             (Classification::Unread, Calibration::Refuses { shape, .. })
-                if status == 401 && self.is_no_usual_refusal(&answer) && shape.is_like(&answer.shape) =>
+                if self.is_unusual_401(&answer) && shape.is_like(&answer.shape) =>
             {
                 self.take_same_for_every_key(&answer);
             }

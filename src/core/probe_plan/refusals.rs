@@ -67,10 +67,12 @@ impl ProbePlan<'_> {
         }
     }
 
-    /// It is known how this request refuses made-up keys, and this response looks otherwise.
-    pub(super) fn is_no_usual_refusal(&self, answer: &ReadAnswer) -> bool {
+    /// It is known how this request refuses made-up keys, and this 401 looks otherwise.
+    pub(super) fn is_unusual_401(&self, answer: &ReadAnswer) -> bool {
         let Some(step) = self.steps.get(self.current).filter(|step| !step.call.probe.refuses_bad_keys) else { return false };
-        !step.usual_refusals.is_empty() && !step.usual_refusals.iter().any(|usual| usual.is_like(&answer.shape))
+        answer.shape.status == 401
+            && !step.usual_refusals.is_empty()
+            && !step.usual_refusals.iter().any(|usual| usual.is_like(&answer.shape))
     }
 
     /// Holds the refusal back until a request that calls a model is answered, and goes on to the next step.

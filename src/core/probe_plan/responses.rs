@@ -43,7 +43,7 @@ impl ProbePlan<'_> {
                 self.hold_refusal(&answer, HeldBecause::Status401, *cause);
             }
             // Only the status says that the key is dead, and made-up keys are refused otherwise here. Every key may get this by now, as in a ban.
-            Classification::Verdict(Verdict::Invalid) if *by == ReadBy::Shape && self.is_no_usual_refusal(&answer) => {
+            Classification::Verdict(Verdict::Invalid) if *by == ReadBy::Shape && self.is_unusual_401(&answer) => {
                 self.state = State::Calibrate(answer);
             }
             Classification::Verdict(Verdict::Invalid) => self.take_refusal(finding(Verdict::Invalid)),
