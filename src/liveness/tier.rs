@@ -446,6 +446,10 @@ fn breaker_to_local_time(breaker: BreakerRecord, longest: Duration, store_time: 
     let age = Duration::from_millis(store_time.checked_sub(at)?);
     // Counted from when the command was sent, so that it is never open for longer than it is.
     let (at, until) = (sent_at.checked_sub(age)?, sent_at.checked_add(Duration::from_millis(left))?);
+    // Its time may have ended while the reply was on its way.
+    if until <= Instant::now() {
+        return None;
+    }
     Some(Opened { finding: Arc::new(finding), at, wall: SystemTime::now().checked_sub(at.elapsed())?, until, shared: true })
 }
 
@@ -555,5 +559,24 @@ impl Lease {
 
     fn lease_and_token(&self) -> (&str, &str) {
         (self.names.first().map_or("", |names| names.lease.as_str()), &self.token)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::verdict::Verdict;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_breaker_whose_time_ended_on_its_way_is_not_open() {
+        let record = || BreakerRecord { finding: Finding::bare(Verdict::Timeout), at: 1_000, until: 5_000 };
+        let (longest, sent_at) = (Duration::from_secs(60), Instant::now());
+        // It has two milliseconds left when the store reads it.
+        let opened = |store_time| breaker_to_local_time(record(), longest, store_time, sent_at);
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(opened(4_998).is_some_and(|opened| opened.until == sent_at + Duration::from_millis(2)));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert!(opened(4_998).is_none() && opened(4_997).is_some() && opened(5_000).is_none());
+        assert!(opened(999).is_none(), "of the future");
     }
 }
