@@ -73,8 +73,12 @@ impl App {
     pub fn new(setup: &Setup, tier: Option<Arc<Tier>>) -> Result<Self, ProbeSetupError> {
         let Setup { snapshot, fingerprint_key, settings, .. } = setup;
         let prober = Arc::new(prober(setup)?);
-        let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits()));
-        let cache = Arc::new(Cache::new(limiter.clone(), settings.cache_settings()).with_tier(tier));
+        let whole = settings.provider_limits.per_second;
+        let limiter = Arc::new(ProviderLimiter::new(prober.clone(), settings.provider_limits()).sharing(whole));
+        let cache = Cache::new(limiter.clone(), settings.cache_settings())
+            .with_tier(tier)
+            .with_fleet_limits(limiter.clone(), settings.new_keys.per_platform);
+        let cache = Arc::new(cache);
         let refusal_listener = cache.refusal_listener();
         let engine = Arc::new(Engine::new(snapshot.clone(), cache.clone(), *fingerprint_key));
         Ok(Self { engine, collectors: vec![prober.clone(), limiter, cache], refusal_listener, prober })

@@ -36,7 +36,7 @@ use crate::{
     domain::verdict::{ServedFrom, Verdict, Withheld},
     liveness::{
         breaker::{BreakerSettings, Breakers, Opened},
-        new_keys::{NewKeyLimits, NewKeys, OneTooMany, PER_ORGANIZATION},
+        new_keys::{KeyLimit, NewKeyLimits, NewKeys, OneTooMany},
         retry_schedule::spread,
         single_flight::{FlightEnd, Join, SingleFlight, Start, wait},
         tier::LookupResult,
@@ -76,7 +76,7 @@ pub struct Cache {
     /// The last VALID finding, shared by all entries that equal it.
     last_valid: Arc<ArcSwap<Finding>>,
     breakers: Arc<Breakers>,
-    new_keys: NewKeys,
+    new_keys: Arc<NewKeys>,
     ages: Ages,
     lookups: Lookups,
     evicted: Arc<Counter>,
@@ -108,8 +108,8 @@ enum FlightResult {
     Found(KeyedFinding),
     /// No probe was made: another replica's breaker is open.
     BreakerOpen(Opened),
-    /// No probe was made: the limit of new credentials is reached over all replicas. The next one may come after this time.
-    NewKeys(Duration),
+    /// No probe was made: this limit of new credentials is reached. The next one may come after this time.
+    NewKeys(KeyLimit, Duration),
 }
 
 // === impl Cache ===
@@ -137,7 +137,7 @@ impl Cache {
             flights: SingleFlight::new(MAX_FLIGHTS, MAX_FLIGHTS_OF_ONE_PROVIDER),
             last_valid: Arc::new(ArcSwap::from_pointee(Finding::bare(Verdict::Valid))),
             breakers: Arc::new(Breakers::new(breaker)),
-            new_keys: NewKeys::new(new_keys),
+            new_keys: Arc::new(NewKeys::new(new_keys)),
             ages,
             lookups: Lookups::default(),
             evicted,
@@ -176,8 +176,8 @@ impl Cache {
                 Join::Known(FlightResult::BreakerOpen(opened)) | Join::Rejected(Rejected::BreakerOpen(opened)) => {
                     return self.breaker_verdict(&keys, &opened, max_age);
                 }
-                Join::Known(FlightResult::NewKeys(wait)) => {
-                    return self.without_answer(&keys, Finding::one_too_many(PER_ORGANIZATION), max_age, wait);
+                Join::Known(FlightResult::NewKeys(limit, wait)) => {
+                    return self.without_answer(&keys, Finding::one_too_many(limit.setting()), max_age, wait);
                 }
                 Join::Rejected(Rejected::NewKeys(OneTooMany { setting, wait })) => {
                     return self.without_answer(&keys, Finding::one_too_many(setting), max_age, wait);
@@ -194,9 +194,9 @@ impl Cache {
                         return self.breaker_verdict(&keys, &opened, max_age);
                     }
                     // Only for the caller that started the flight. One that joined it may belong to another organization: it starts its own.
-                    FlightEnd::Completed(FlightResult::NewKeys(wait)) if first => {
-                        let wait = self.new_keys.withhold(keys.first, query.organization, wait);
-                        return self.without_answer(&keys, Finding::one_too_many(PER_ORGANIZATION), max_age, wait);
+                    FlightEnd::Completed(FlightResult::NewKeys(limit, wait)) if first => {
+                        let wait = self.new_keys.withhold(keys.first, limit, (query.organization, &query.caller.name), wait);
+                        return self.without_answer(&keys, Finding::one_too_many(limit.setting()), max_age, wait);
                     }
                     FlightEnd::Completed(FlightResult::Found(KeyedFinding { timed, key }))
                         if (key == keys.first || Some(key) == self.hash_keys.second(&keys))
@@ -253,7 +253,9 @@ impl Cache {
         }
         // Checked before the breaker: a key that finds the breaker open is a new key as well.
         let is_new = known.is_empty();
-        if is_new && let Err(one_too_many) = self.new_keys.count(keys.first, query.caller, query.organization) {
+        if is_new
+            && let Err(one_too_many) = self.new_keys.count(keys.first, query.caller, query.organization, self.counts_over_tier())
+        {
             return Start::Rejected(Rejected::NewKeys(one_too_many));
         }
         if let Some(opened) = self.breakers.admit(query.endpoint.identity, self.hash_keys.source(query, keys), now) {
@@ -284,18 +286,24 @@ impl Cache {
         async move {
             let mut probe = BreakerReport { breakers: &breakers, provider: target.endpoint.identity, reported: false };
             let mut lease = None;
-            if let Some(tier_lookup) = tier_lookup {
-                match tier_lookup.run(&request, breakers.max_cool_down()).await {
-                    LookupResult::Found(found) => return FlightResult::Found(found),
-                    // As by this replica's own breaker, but no trial probe was made for it.
-                    LookupResult::BreakerOpen(opened) => return FlightResult::BreakerOpen(opened),
-                    LookupResult::Withheld(wait) => return FlightResult::NewKeys(wait),
-                    LookupResult::Probe(granted) => lease = granted,
-                }
-            }
-            let finding = match &lease {
-                Some(lease) => lease.run_renewed(prober.probe(request)).await,
+            let finding = match tier_lookup {
                 None => prober.probe(request).await,
+                Some(tier_lookup) => {
+                    let tier_link = Arc::clone(&tier_lookup.tier_link);
+                    match tier_lookup.run(&request, breakers.max_cool_down()).await {
+                        LookupResult::Found(found) => return FlightResult::Found(found),
+                        // As by this replica's own breaker, but no trial probe was made for it.
+                        LookupResult::BreakerOpen(opened) => return FlightResult::BreakerOpen(opened),
+                        LookupResult::Withheld(limit, wait) => return FlightResult::NewKeys(limit, wait),
+                        LookupResult::Later(turn) => tier_link.withheld_until(&request, turn),
+                        LookupResult::Probe(None) => prober.probe(request).await,
+                        LookupResult::Probe(Some(granted)) => {
+                            let finding = tier_link.probe(&granted, request, &*prober).await;
+                            lease = Some(granted);
+                            finding
+                        }
+                    }
+                }
             };
             traces::record_finding(&finding);
             let key = second.filter(|_| finding.about_model).unwrap_or(first);
@@ -310,7 +318,8 @@ impl Cache {
             if let Some(lease) = lease {
                 change.iter().for_each(|change| lease.share_breaker(change));
                 let record = to_record(&memory, &found, &lease);
-                lease.store_in_background(record, ages.hard_maximum);
+                let started = found.timed.finding.verdict != Verdict::NotAttempted;
+                lease.store_in_background(record, ages.hard_maximum, started);
             }
             FlightResult::Found(found)
         }

@@ -47,7 +47,8 @@ impl Default for NewKeyLimits {
 
 impl NewKeyLimits {
     /// The limits of one of so many replicas. Only the platform's limit is divided. The calls of one organization or workspace go to one
-    /// replica, or the shared tier counts an organization's calls over all replicas.
+    /// replica, or the shared tier counts an organization's calls over all replicas. It counts a platform's too: then this is what one replica
+    /// counts while the tier fails.
     #[must_use]
     pub fn of_one(self, replicas: NonZeroU32) -> Self {
         Self { per_platform: part_of(self.per_platform, replicas), ..self }
@@ -65,8 +66,12 @@ pub(crate) struct OneTooMany {
     pub(crate) wait: Duration,
 }
 
-/// The setting of an organization's limit.
-pub(crate) const PER_ORGANIZATION: &str = "new_keys.per_organization";
+/// A limit that a shared tier counts over all replicas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum KeyLimit {
+    Organization,
+    Platform,
+}
 
 /// Counts credentials that are not cached.
 pub(crate) struct NewKeys {
@@ -88,6 +93,18 @@ struct Limit {
     refused: Counter,
 }
 
+// === impl KeyLimit ===
+
+impl KeyLimit {
+    /// Its setting.
+    pub(crate) const fn setting(self) -> &'static str {
+        match self {
+            Self::Organization => "new_keys.per_organization",
+            Self::Platform => "new_keys.per_platform",
+        }
+    }
+}
+
 // === impl NewKeys ===
 
 impl NewKeys {
@@ -103,21 +120,35 @@ impl NewKeys {
         }
     }
 
-    /// Counts a credential. `Err` is how long it has to wait, and why. Without an organization, it counts for the caller alone.
-    pub(crate) fn count(&self, key: [u8; 32], caller: &CalledBy, organization: &str) -> Result<(), OneTooMany> {
+    /// Counts a credential. `Err` is how long it has to wait, and why. Without an organization, it counts for the caller alone. If the shared tier
+    /// counts the keys of platforms, this does not: `count_for_platform` follows if the tier fails.
+    pub(crate) fn count(
+        &self,
+        key: [u8; 32],
+        caller: &CalledBy,
+        organization: &str,
+        tier_counts_platforms: bool,
+    ) -> Result<(), OneTooMany> {
         let of = |setting| move |wait| OneTooMany { setting, wait };
         if self.counted.get(&key).is_some_and(|at| at.elapsed() < COUNTED_FOR) {
             return Ok(());
         }
         if !organization.is_empty() {
-            self.organizations.count(key, organization, &self.clock).map_err(of(PER_ORGANIZATION))?;
+            let setting = KeyLimit::Organization.setting();
+            self.organizations.count(key, organization, &self.clock).map_err(of(setting))?;
         }
-        let (of_caller, setting) = if caller.is_workspace {
-            (&self.workspaces, "new_keys.per_caller")
-        } else {
-            (&self.platforms, "new_keys.per_platform")
-        };
-        of_caller.count(key, &caller.name, &self.clock).map_err(of(setting))
+        if caller.is_workspace {
+            return self.workspaces.count(key, &caller.name, &self.clock).map_err(of("new_keys.per_caller"));
+        }
+        if tier_counts_platforms {
+            return Ok(());
+        }
+        self.platforms.count(key, &caller.name, &self.clock).map_err(of(KeyLimit::Platform.setting()))
+    }
+
+    /// Counts a credential for a platform's limit at this replica. `Err` is when the next one may come.
+    pub(crate) fn count_for_platform(&self, platform: &str) -> Result<(), Duration> {
+        self.platforms.check(platform, &self.clock).map_err(|(_, wait)| wait)
     }
 
     /// An organization's limit. With a shared tier it holds over all replicas.
@@ -125,11 +156,21 @@ impl NewKeys {
         self.organizations.per_minute
     }
 
-    /// Refuses a credential that the shared tier counted over the limit. `wait`: when the tier allows another one. Returns how long this one has
-    /// to wait.
-    pub(crate) fn withhold(&self, key: [u8; 32], organization: &str, wait: Duration) -> Duration {
+    /// Refuses a credential that was over the limit after its lookup in the shared tier. `wait`: when another one is allowed. Returns how long this
+    /// one has to wait.
+    pub(crate) fn withhold(
+        &self,
+        key: [u8; 32],
+        limit: KeyLimit,
+        (organization, platform): (&str, &str),
+        wait: Duration,
+    ) -> Duration {
         self.remember_counted(key);
-        self.organizations.refuse(key, organization, Instant::now() + wait)
+        let (limit, name) = match limit {
+            KeyLimit::Organization => (&self.organizations, organization),
+            KeyLimit::Platform => (&self.platforms, platform),
+        };
+        limit.refuse(key, name, Instant::now() + wait)
     }
 
     /// The credential was counted but is not probed now.
@@ -152,13 +193,18 @@ impl Limit {
     }
 
     fn count(&self, key: [u8; 32], name: &str, clock: &TokioClock) -> Result<(), Duration> {
+        self.check(name, clock).map_err(|(name, wait)| self.refuse(key, &name, Instant::now() + wait))
+    }
+
+    /// Counts one. `Err` is the name that it counts for, and when the next one may come.
+    fn check(&self, name: &str, clock: &TokioClock) -> Result<(), (String, Duration)> {
         if self.limiter.len() >= MAX_KEYS {
             self.limiter.retain_recent();
         }
         // If that many are active, all further names share one count.
         let name = if self.limiter.len() < MAX_KEYS { name.to_owned() } else { String::new() };
         let checked = self.limiter.check_key(&name);
-        checked.map_err(|early| self.refuse(key, &name, Instant::now() + early.wait_time_from(clock.now())))
+        checked.map_err(|early| (name, early.wait_time_from(clock.now())))
     }
 
     /// Counts a refusal, and returns how long the credential has to wait. The next one of this name may come at `first`.

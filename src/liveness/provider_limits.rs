@@ -1,5 +1,8 @@
 //! Limits per provider: probes in flight, a queue, and a rate limit of probes per second. A probe that is not admitted gets a retry time.
 //!
+//! With a shared tier, the rate limit holds over all replicas: the request that gives the lease also reserves the probe's start. This replica's
+//! own share of the rate then counts only for probes without a reservation, as while the tier fails.
+//!
 //! Written by hand: libraries' rate limiters say whether one more call may start now. Here a caller must know when the hundredth in the queue
 //! will start.
 
@@ -47,6 +50,10 @@ pub struct ProviderLimits {
     /// protects the reputation of our address.
     pub per_second: NonZeroU32,
 }
+
+/// A probe whose reserved start is longer past than this, since no slot was free, does not start at once with others like it. Otherwise all of them
+/// could when a slow provider recovers.
+const LATE: Duration = Duration::from_millis(100);
 
 /// The assumed latency of a probe until one was measured.
 const USUAL_LATENCY: Duration = Duration::from_millis(500);
@@ -101,6 +108,8 @@ pub(super) const fn part_of(whole: NonZeroU32, replicas: NonZeroU32) -> NonZeroU
 pub struct ProviderLimiter {
     inner: Arc<dyn Prober>,
     limits: ProviderLimits,
+    /// The rate limit of all replicas together, if a shared tier counts it.
+    shared_per_second: NonZeroU32,
     queues: Mutex<HashMap<String, Arc<ProviderQueue>>>,
 }
 
@@ -154,6 +163,24 @@ struct RateLimit {
     burst: Duration,
     /// When the whole burst is available again.
     full_at: Instant,
+    /// The interval between two starts of all replicas together.
+    shared_interval: Duration,
+    /// When the next probe may start whose reserved start is past.
+    next_late: Instant,
+}
+
+/// What a shared tier needs to reserve the start of a probe.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StartLimit {
+    /// How many probes of all replicas may start per second.
+    pub(crate) per_second: NonZeroU32,
+    /// The longest wait for a start that is reserved, for a credential at its retry time, and for a new one while others have retry times.
+    pub(crate) longest: Duration,
+    pub(crate) longest_for_new: Duration,
+    /// How long before its start a credential comes back.
+    pub(crate) head_start: Duration,
+    /// No start is reserved later than this.
+    pub(crate) queue_time: Duration,
 }
 
 /// How long a probe is expected to wait for a slot, and for the rate limit.
@@ -179,39 +206,60 @@ struct RunningProbe<'s> {
 impl ProviderLimiter {
     /// Probes with `inner`, within these limits.
     pub fn new(inner: Arc<dyn Prober>, limits: ProviderLimits) -> Self {
-        Self { inner, limits, queues: Mutex::default() }
+        Self { inner, limits, shared_per_second: limits.per_second, queues: Mutex::default() }
     }
 
-    fn queue(&self, provider: &str) -> Arc<ProviderQueue> {
-        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(queue) = queues.get(provider) {
-            return Arc::clone(queue);
+    /// Lets so many probes of all replicas start per second, wherever a shared tier reserves their starts.
+    #[must_use]
+    pub fn sharing(self, shared_per_second: NonZeroU32) -> Self {
+        Self { shared_per_second, ..self }
+    }
+
+    /// The limit of starts that all replicas share, with the longest waits that this replica accepts now.
+    pub(crate) fn start_limit(&self, provider: &str) -> StartLimit {
+        let queue = self.queue(provider);
+        let state = queue.state();
+        StartLimit {
+            per_second: self.shared_per_second,
+            longest: queue.longest_wait(&state, false),
+            longest_for_new: queue.longest_wait(&state, true),
+            head_start: queue.head_start(),
+            queue_time: queue.limits.queue_time,
         }
-        // There are few names: they come from loaded registries.
-        let queue = Arc::new(ProviderQueue::new(self.limits));
-        queues.insert(provider.to_owned(), Arc::clone(&queue));
-        queue
     }
-}
 
-impl Prober for ProviderLimiter {
-    fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding> {
+    /// Probes at a start that was reserved over all replicas.
+    pub(crate) fn probe_at(&self, request: ProbeRequest, start: Instant) -> Boxed<'static, Finding> {
+        self.admit(request, Some(start))
+    }
+
+    /// The finding for a credential whose start may be reserved at `turn` at the earliest, over all replicas. It comes back later if this replica's
+    /// slots are expected to be in use then.
+    pub(crate) fn withheld_until(&self, provider: &str, credential: [u8; 32], turn: Instant) -> Finding {
+        withheld(Withheld::Budget, self.queue(provider).retry_wait_until(credential, turn))
+    }
+
+    fn admit(&self, request: ProbeRequest, reserved: Option<Instant>) -> Boxed<'static, Finding> {
         let queue = self.queue(&request.target.endpoint.provider);
         let inner = Arc::clone(&self.inner);
         Box::pin(async move {
+            let retry_wait = |queue: &ProviderQueue| match reserved {
+                None => queue.retry_wait(request.credential),
+                Some(_) => queue.retry_wait_for_slot(request.credential),
+            };
             // Counted before the first await, so that the next caller sees it.
-            let (waiting, answer_at) = match queue.enter_queue(request.credential) {
+            let (waiting, answer_at) = match queue.enter_queue(request.credential, reserved) {
                 Ok(queued) => queued,
-                Err(finding) => return finding,
+                Err(why) => return withheld(why, retry_wait(&queue)),
             };
             request.started.expect_answer_at(answer_at);
             let by = Instant::now() + queue.limits.queue_time;
             let Ok(Ok(slot)) = timeout_at(by, queue.slots.acquire()).await else {
-                return withheld(Withheld::Queue, queue.retry_wait(request.credential));
+                return withheld(Withheld::Queue, retry_wait(&queue));
             };
-            let begin = queue.state().rate_limit.reserve(Instant::now(), by);
+            let begin = queue.state().rate_limit.start(Instant::now(), by, reserved);
             drop(waiting);
-            let Some(begin) = begin else { return withheld(Withheld::Budget, queue.retry_wait(request.credential)) };
+            let Some(begin) = begin else { return withheld(Withheld::Budget, retry_wait(&queue)) };
             if begin > Instant::now() {
                 let _waiting = CountGuard::new(&queue.waiting_for_rate);
                 sleep_until(begin).await;
@@ -221,6 +269,23 @@ impl Prober for ProviderLimiter {
             probe.finding = Some((finding.verdict, finding.about_model));
             finding
         })
+    }
+
+    fn queue(&self, provider: &str) -> Arc<ProviderQueue> {
+        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(queue) = queues.get(provider) {
+            return Arc::clone(queue);
+        }
+        // There are few names: they come from loaded registries.
+        let queue = Arc::new(ProviderQueue::new(self.limits, self.shared_per_second));
+        queues.insert(provider.to_owned(), Arc::clone(&queue));
+        queue
+    }
+}
+
+impl Prober for ProviderLimiter {
+    fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding> {
+        self.admit(request, None)
     }
 
     fn expected_wait(&self, provider: &str) -> Duration {
@@ -270,7 +335,7 @@ impl Collect for ProviderLimiter {
 // === impl ProviderQueue ===
 
 impl ProviderQueue {
-    fn new(limits: ProviderLimits) -> Self {
+    fn new(limits: ProviderLimits, shared_per_second: NonZeroU32) -> Self {
         let in_flight = InFlight::new(limits);
         Self {
             limits,
@@ -279,15 +344,16 @@ impl ProviderQueue {
             waiting_for_rate: AtomicUsize::new(0),
             state: Mutex::new(QueueState {
                 in_flight,
-                rate_limit: RateLimit::new(limits.per_second),
+                rate_limit: RateLimit::new(limits.per_second, shared_per_second),
                 schedule: RetrySchedule::default(),
             }),
             took: Histogram::default(),
         }
     }
 
-    /// Enters the queue. Returns the time when the response is expected. A probe that would not start in time is refused at once.
-    fn enter_queue(&self, credential: [u8; 32]) -> Result<(CountGuard<'_>, Instant), Finding> {
+    /// Enters the queue. Returns the time when the response is expected. A probe that would not start in time is refused at once. A reserved start
+    /// has passed the rate limit already.
+    fn enter_queue(&self, credential: [u8; 32], reserved: Option<Instant>) -> Result<(CountGuard<'_>, Instant), Withheld> {
         let ahead = self.waiting_for_slot.load(Ordering::Relaxed);
         // A probe that need not wait passes through the queue as well, so a queue limit of 0 would stop all probes.
         let counted = CountGuard::new(&self.waiting_for_slot);
@@ -295,17 +361,21 @@ impl ProviderQueue {
         let mut state = self.state();
         // A credential at its retry time goes before a new one.
         let is_new = state.schedule.has_pending(&(), now) && !state.schedule.is_due(&credential, now + self.head_start());
+        let limited = if reserved.is_some() { expected.slot } else { expected.longest() };
+        if ahead < self.limits.queue && limited <= self.longest_wait(&state, is_new) {
+            state.schedule.remove(&credential);
+            let wait = reserved.map_or(limited, |start| limited.max(start.saturating_duration_since(now)));
+            return Ok((counted, now + wait + state.in_flight.latency()));
+        }
+        let is_for_rate = ahead < self.limits.queue && reserved.is_none() && expected.rate_limit > expected.slot;
+        Err(if is_for_rate { Withheld::Budget } else { Withheld::Queue })
+    }
+
+    /// The longest expected wait with which a probe is admitted.
+    fn longest_wait(&self, state: &QueueState, is_new: bool) -> Duration {
         let longest = self.limits.queue_time.mul_f64(if is_new { NEW_SHARE } else { SCHEDULED_SHARE });
         // The response should come while the caller still waits. The latency takes at most half of the time, so that slow vendors are probed too.
-        let longest = longest - state.in_flight.latency().min(longest / 2);
-        if ahead < self.limits.queue && expected.longest() <= longest {
-            state.schedule.remove(&credential);
-            return Ok((counted, now + expected.longest() + state.in_flight.latency()));
-        }
-        drop((state, counted));
-        let why =
-            if ahead < self.limits.queue && expected.rate_limit > expected.slot { Withheld::Budget } else { Withheld::Queue };
-        Err(withheld(why, self.retry_wait(credential)))
+        longest - state.in_flight.latency().min(longest / 2)
     }
 
     /// How long a probe waits with so many ahead of it.
@@ -332,6 +402,25 @@ impl ProviderQueue {
         let mut state = self.state();
         let interval = state.in_flight.interval().max(state.rate_limit.interval);
         let retry_at = state.schedule.time_for(&(), credential, now, now + end, interval);
+        retry_at.saturating_duration_since(now + self.head_start())
+    }
+
+    /// The same for a probe whose start was reserved over all replicas, and for which no slot was free in time.
+    fn retry_wait_for_slot(&self, credential: [u8; 32]) -> Duration {
+        let (now, slot) = (Instant::now(), self.expected(self.waiting_for_slot.load(Ordering::Relaxed)).slot);
+        let mut state = self.state();
+        let interval = state.in_flight.interval().max(state.rate_limit.shared_interval);
+        let retry_at = state.schedule.time_for(&(), credential, now, now + slot, interval);
+        retry_at.saturating_duration_since(now + self.head_start())
+    }
+
+    /// The same for a credential that the rate limit of all replicas admits at `turn` at the earliest. Turns are spaced already, so that this
+    /// replica's own retry times are spaced by its slots alone.
+    fn retry_wait_until(&self, credential: [u8; 32], turn: Instant) -> Duration {
+        let (now, slot) = (Instant::now(), self.expected(self.waiting_for_slot.load(Ordering::Relaxed)).slot);
+        let mut state = self.state();
+        let interval = state.in_flight.interval();
+        let retry_at = state.schedule.time_for(&(), credential, now, turn.max(now + slot), interval).max(turn);
         retry_at.saturating_duration_since(now + self.head_start())
     }
 
@@ -393,6 +482,11 @@ impl Drop for RunningProbe<'_> {
             in_flight.slots = in_flight.limit;
         }
     }
+}
+
+/// The interval between two starts.
+fn interval_of(per_second: NonZeroU32) -> Duration {
+    Duration::from_secs(1) / per_second.get()
 }
 
 /// Whether the verdict is a setback: the provider is overloaded. `None` if it is inconclusive.
@@ -486,15 +580,34 @@ impl InFlight {
 // === impl RateLimit ===
 
 impl RateLimit {
-    fn new(per_second: NonZeroU32) -> Self {
-        let interval = Duration::from_secs(1) / per_second.get();
-        Self { interval, burst: Duration::from_secs(1).saturating_sub(interval), full_at: Instant::now() }
+    fn new(per_second: NonZeroU32, shared_per_second: NonZeroU32) -> Self {
+        let (interval, now) = (interval_of(per_second), Instant::now());
+        let (burst, shared_interval) = (Duration::from_secs(1).saturating_sub(interval), interval_of(shared_per_second));
+        Self { interval, burst, full_at: now, shared_interval, next_late: now }
     }
 
     /// How long a probe with so many ahead of it waits for the rate limit.
     fn wait(&self, now: Instant, ahead: usize) -> Duration {
         let ahead = self.interval.saturating_mul(u32::try_from(ahead).unwrap_or(u32::MAX));
         (self.full_at.saturating_duration_since(now) + ahead).saturating_sub(self.burst)
+    }
+
+    /// When the probe may start: at the start that was reserved for it over all replicas, or at the next one of this replica's own share, if it is
+    /// not after `by`.
+    fn start(&mut self, now: Instant, by: Instant, reserved: Option<Instant>) -> Option<Instant> {
+        let Some(start) = reserved else { return self.reserve(now, by) };
+        let begin = if now <= start + LATE { start.max(now) } else { self.next_late.max(now) };
+        if begin > by {
+            return None;
+        }
+        if begin > start + LATE {
+            self.next_late = begin + self.shared_interval;
+        }
+        // It counts for this replica's own share too, but never for more than all of it: when the tier fails, a busy replica has no second's worth
+        // left to start at once.
+        let charged = self.full_at.max(now) + self.interval;
+        self.full_at = self.full_at.max(charged.min(now + self.burst + self.interval));
+        Some(begin)
     }
 
     /// Reserves the next start, if it is not after `by`.
@@ -505,5 +618,44 @@ impl RateLimit {
         }
         self.full_at = self.full_at.max(now) + self.interval;
         Some(begin)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reserved_start_is_kept_and_one_that_is_past_follows_the_last() {
+        let rate = |number| NonZeroU32::new(number).unwrap();
+        let (millis, now) = (Duration::from_millis, Instant::now());
+        let (by, mut limit) = (now + millis(5_000), RateLimit::new(rate(10), rate(100)));
+        // However many start now, and whatever this replica's share is.
+        for after in [0, 0, 700, 3_000] {
+            assert_eq!(limit.start(now, by, Some(now + millis(after))), Some(now + millis(after)));
+        }
+        assert_eq!(limit.start(now, by, Some(by + millis(1))), None);
+        advance(millis(1_000)).await;
+        let now = Instant::now();
+        // A little late is in time.
+        assert_eq!(limit.start(now, by, Some(now - millis(100))), Some(now));
+        for after in [0, 10, 20] {
+            assert_eq!(limit.start(now, by, Some(now - millis(101))), Some(now + millis(after)));
+        }
+        assert_eq!(limit.start(now, now + millis(20), Some(now - millis(101))), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn reserved_starts_use_up_this_replicas_share_and_no_more() {
+        let rate = |number| NonZeroU32::new(number).unwrap();
+        let (now, mut limit) = (Instant::now(), RateLimit::new(rate(10), rate(100)));
+        let by = now + Duration::from_secs(5);
+        for _ in 0..100 {
+            limit.start(now, by, Some(now));
+        }
+        let own: Vec<_> = (0..3).map(|_| limit.start(now, by, None).map(|begin| (begin - now).as_millis())).collect();
+        assert_eq!(own, [Some(100), Some(200), Some(300)]);
     }
 }

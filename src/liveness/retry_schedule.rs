@@ -9,9 +9,9 @@ use tokio::time::Instant;
 /// How many retry times are stored, and how many queues. Over the limit a caller gets the end of the queue, and is not stored.
 const MAX_ENTRIES: usize = 100_000;
 /// No wait is longer than this. A caller that comes back then may get a new retry time.
-const MAX_WAIT: Duration = Duration::from_secs(300);
+pub(super) const MAX_WAIT: Duration = Duration::from_secs(300);
 /// A retry time that was not used may be removed after this.
-const KEEP_AFTER: Duration = Duration::from_secs(60);
+pub(super) const KEEP_AFTER: Duration = Duration::from_secs(60);
 /// `spread` adds up to a tenth of the wait, and never more than this.
 const MAX_SPREAD: Duration = Duration::from_secs(1);
 

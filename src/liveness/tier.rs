@@ -27,19 +27,23 @@ use tokio::time::{Instant, sleep, sleep_until};
 use self::{
     address::StoreAddress,
     background::Background,
-    keys::{Name, Names, Notice},
+    keys::{Allowance, Name, Names, Notice, Starts},
     record::BreakerRecord,
-    store::{LookupState, Store, StoreError, StoreLookup},
+    store::{LookupState, Question, Store, StoreError, StoreLookup},
 };
 pub use self::{keys::TierKeys, store::Connect};
 pub(crate) use self::{
-    keys::{Allowance, CredentialIdentity, Model, ObservationId},
+    keys::{CredentialIdentity, Model, ObservationId},
     record::ObservationRecord,
 };
 use crate::{
     core::classify::Finding,
     domain::{duration, problem::Review, secret::Secret},
-    liveness::breaker::{BreakerChange, Opened},
+    liveness::{
+        breaker::{BreakerChange, Opened},
+        new_keys::KeyLimit,
+        provider_limits::StartLimit,
+    },
     telemetry::metrics::{Collect, Counter, Page},
 };
 
@@ -125,8 +129,10 @@ struct LookupCounts {
     breaker: Counter,
     /// This replica got the lease.
     lease: Counter,
-    /// The organization's limit of new credentials is reached.
+    /// A limit of new credentials is reached.
     new_keys: Counter,
+    /// The provider's calls per second are used up.
+    per_second: Counter,
     /// Another replica held the lease too long, or every value was unsuitable.
     gave_up: Counter,
     /// The store failed.
@@ -154,15 +160,28 @@ pub(crate) enum LookupResult<T> {
     Found(T),
     /// Another replica's breaker is open.
     BreakerOpen(Opened),
-    /// The organization's limit of new credentials is reached, over all replicas. The next one may come after this time.
-    Withheld(Duration),
+    /// This limit of new credentials is reached, over all replicas. The next one may come after this time.
+    Withheld(KeyLimit, Duration),
+    /// The provider's calls per second are used up, over all replicas. This credential's start comes at this time.
+    Later(Instant),
     /// This replica must probe. With the lease, it probes for all replicas.
     Probe(Option<Lease>),
+}
+
+/// What counts over all replicas when a credential is probed.
+#[derive(Debug, Default)]
+pub(crate) struct SharedCounts {
+    /// The limits that a credential counts for that no replica knows.
+    allowances: Vec<Allowance>,
+    /// The limit of starts at its provider.
+    starts: Option<Starts>,
 }
 
 /// The lease of a credential: its holder probes, and stores the result.
 pub(crate) struct Lease {
     tier: Arc<Tier>,
+    /// When the probe may start, and the limit that the start counts for. `None` if starts are not counted over all replicas.
+    start: Option<(Instant, Starts)>,
     names: Vec<Names>,
     token: String,
     /// The store's time, in milliseconds, and this replica's when it got that time.
@@ -249,9 +268,14 @@ impl Tier {
         TierEntry { tier: Arc::clone(self), names: self.keys.names(credential) }
     }
 
-    /// The allowance of an organization, over all replicas.
-    pub(crate) fn allowance(&self, organization: &str, per_minute: NonZeroU32) -> Option<Allowance> {
-        self.keys.allowance(organization, per_minute)
+    /// Counts a new credential of this organization or platform, over all replicas.
+    pub(crate) fn count_key(&self, counts: &mut SharedCounts, limit: KeyLimit, of: &str, per_minute: NonZeroU32) {
+        counts.allowances.extend(self.keys.allowance(limit, of, per_minute));
+    }
+
+    /// Counts a start at this provider, over all replicas.
+    pub(crate) fn count_start(&self, counts: &mut SharedCounts, provider: &str, limit: StartLimit) {
+        counts.starts = self.keys.starts(provider, limit);
     }
 
     /// Reports refusals that other replicas saw, for ever. A missed one only lets an older observation expire by its age.
@@ -289,13 +313,14 @@ impl Tier {
 
 impl Collect for Tier {
     fn collect(&self, page: &mut Page) {
-        let LookupCounts { hit, breaker, lease, new_keys, gave_up, fault, left_alone } = &self.counts;
+        let LookupCounts { hit, breaker, lease, new_keys, per_second, gave_up, fault, left_alone } = &self.counts;
         let mut counts = page.counter("byokgate_tier_lookups", "Lookups in the shared tier");
         for (result, count) in [
             ("hit", hit),
             ("breaker", breaker),
             ("lease", lease),
             ("new_keys", new_keys),
+            ("per_second", per_second),
             ("gave_up", gave_up),
             ("fault", fault),
             ("left_alone", left_alone),
@@ -328,15 +353,18 @@ impl TierEntry {
     }
 
     /// Looks for an observation that `take` accepts, or else for another replica's open breaker, which counts for `longest` at most. While
-    /// another replica holds the lease, it waits for the result. With an allowance, it counts a credential that no replica knows.
+    /// another replica holds the lease, it waits for the result. The request that gives the lease also counts.
     pub(crate) async fn look_up<T>(
         self,
         longest: Duration,
-        allowance: Option<&Allowance>,
+        shared_counts: SharedCounts,
         mut take: impl FnMut(Vec<SharedObservation>) -> Option<T>,
     ) -> LookupResult<T> {
         let Self { tier, names } = self;
-        let Some(lease) = names.first().map(|names| names.lease.clone()) else { return LookupResult::Probe(None) };
+        let Some((lease, turn)) = names.first().map(|names| (names.lease.clone(), names.turn.clone())) else {
+            return LookupResult::Probe(None);
+        };
+        let SharedCounts { allowances, starts } = shared_counts;
         let observations: Vec<(usize, bool, &Name)> = names
             .iter()
             .enumerate()
@@ -358,7 +386,14 @@ impl TierEntry {
         let mut deadline = first;
         loop {
             let sent_at = Instant::now();
-            let lookup = match tier.store.look_up((&lease, &token), (&texts, &unsuitable_values), allowance, deadline).await {
+            let question = Question {
+                lease: (&lease, &token),
+                names: &texts,
+                unsuitable_values: &unsuitable_values,
+                allowances: &allowances,
+                starts: starts.as_ref().map(|starts| (starts, turn.as_str())),
+            };
+            let lookup = match tier.store.look_up(&question, deadline).await {
                 Ok(lookup) => lookup,
                 Err(error) => {
                     let count = if error == StoreError::LeftAlone { &counts.left_alone } else { &counts.fault };
@@ -397,14 +432,20 @@ impl TierEntry {
                     }
                     unsuitable_values = values;
                 }
-                LookupState::Leased => {
+                LookupState::Leased(wait) => {
                     counts.lease.inc();
-                    let clock = (at, Instant::now());
-                    return LookupResult::Probe(Some(Lease { tier: Arc::clone(&tier), names, token, clock }));
+                    let now = Instant::now();
+                    // Counted from when the reply arrived, so that it is never earlier than reserved.
+                    let start = starts.map(|starts| (now + wait, starts));
+                    return LookupResult::Probe(Some(Lease { tier: Arc::clone(&tier), start, names, token, clock: (at, now) }));
                 }
-                LookupState::Withheld(wait) => {
+                LookupState::Withheld(limit, wait) => {
                     counts.new_keys.inc();
-                    return LookupResult::Withheld(wait);
+                    return LookupResult::Withheld(limit, wait);
+                }
+                LookupState::Later(wait) => {
+                    counts.per_second.inc();
+                    return LookupResult::Later(Instant::now() + wait);
                 }
                 LookupState::Wait => {
                     let waited = began.elapsed();
@@ -465,6 +506,11 @@ fn token() -> String {
 // === impl Lease ===
 
 impl Lease {
+    /// When the probe may start, if starts are counted over all replicas.
+    pub(crate) fn start(&self) -> Option<Instant> {
+        self.start.as_ref().map(|(start, _)| *start)
+    }
+
     /// Does the work, and renews the lease meanwhile, so that other replicas wait for the result.
     pub(crate) async fn run_renewed<T>(&self, work: impl Future<Output = T>) -> T {
         tokio::select! {
@@ -523,14 +569,15 @@ impl Lease {
         });
     }
 
-    /// Stores the result in the background, if this replica still holds the lease. A result that is not shared only releases the lease.
-    pub(crate) fn store_in_background(self, record: Option<ObservationRecord>, keep: Duration) {
+    /// Stores the result in the background, if this replica still holds the lease. A result that is not shared only releases the lease, and a probe
+    /// that did not start gives its start back.
+    pub(crate) fn store_in_background(self, record: Option<ObservationRecord>, keep: Duration, started: bool) {
         let tier = Arc::clone(&self.tier);
-        tier.background.run(self.store(record, keep));
+        tier.background.run(self.store(record, keep, started));
     }
 
-    async fn store(self, record: Option<ObservationRecord>, keep: Duration) {
-        let Self { tier, names, token, .. } = &self;
+    async fn store(self, record: Option<ObservationRecord>, keep: Duration, started: bool) {
+        let Self { tier, start, names, token, .. } = &self;
         let sealed = record.as_ref().and_then(|record| {
             let index = usize::from(record.finding.about_model);
             let first = names.first()?;
@@ -547,7 +594,10 @@ impl Lease {
             Some((name, value, notice, others))
         });
         let stored = match &sealed {
-            None => tier.store.release(self.lease_and_token()).await.map(|()| true),
+            None => {
+                let unused = start.as_ref().filter(|_| !started).map(|(_, starts)| starts);
+                tier.store.release(self.lease_and_token(), unused).await.map(|()| true)
+            }
             Some((name, value, notice, others)) => {
                 tier.store.store((self.lease_and_token().0, token), (&name.text, value, keep), others, notice).await
             }

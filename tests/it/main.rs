@@ -40,6 +40,7 @@ mod remedies;
 mod replicas;
 mod runtimes;
 mod secrets;
+mod shared_limits;
 mod shutdown;
 mod status;
 mod support;

@@ -20,6 +20,7 @@ use byok_gate::{
         breaker::BreakerSettings,
         cache::{Ages, Cache, CacheSettings},
         new_keys::NewKeyLimits,
+        provider_limits::{ProviderLimiter, ProviderLimits},
         tier::{Tier, TierKeys},
     },
     telemetry::metrics::{Collect, Page},
@@ -185,7 +186,10 @@ impl Replica {
             new_keys,
         };
         let provider = Provider { replica: index, log: Arc::clone(log) };
-        let cache = Arc::new(Cache::new(Arc::new(provider), settings).with_tier(Some(tier)));
+        // Its limits hold nobody back, and all starts are counted over the tier.
+        let limiter = Arc::new(ProviderLimiter::new(Arc::new(provider), ProviderLimits::default()));
+        let cache = Cache::new(limiter.clone(), settings).with_tier(Some(tier)).with_fleet_limits(limiter, new_keys.per_platform);
+        let cache = Arc::new(cache);
         let refusal_listener = tokio::spawn(cache.refusal_listener().unwrap());
         Self { cache, weather, refusal_listener }
     }

@@ -61,7 +61,7 @@ async fn a_tier_that_is_none_costs_no_call_and_changes_no_answer() {
         ("a length that never comes", Odd::Says(b"$999999999\r\nx")),
         ("every answer is 1", Odd::Says(b":1\r\n")),
         ("an empty reply", Odd::Says(b"*0\r\n")),
-        (GIVES_FOR_EVER, Odd::Says(b"*5\r\n:1\r\n:0\r\n:0\r\n*2\r\n$1\r\nx\r\n$1\r\nx\r\n:0\r\n")),
+        (GIVES_FOR_EVER, Odd::Says(b"*6\r\n:1\r\n:0\r\n:0\r\n*2\r\n$1\r\nx\r\n$1\r\nx\r\n:0\r\n:0\r\n")),
         ("an error", Odd::Says(b"-WRONGPASS invalid username-password pair\r\n")),
         ("silence", Odd::Silent),
         ("it hangs up", Odd::Closes),

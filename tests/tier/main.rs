@@ -14,6 +14,7 @@ mod support;
 use std::{
     env, fs,
     net::{Ipv4Addr, SocketAddr},
+    num::NonZeroU32,
     path::Path,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex},
@@ -24,8 +25,9 @@ use byok_gate::{
     domain::verdict::{DenyCode, ServedFrom, Verdict},
     liveness::{
         breaker::BreakerSettings,
-        cache::{Ages, CacheSettings},
+        cache::{Ages, Cache, CacheSettings},
         new_keys::NewKeyLimits,
+        provider_limits::{ProviderLimiter, ProviderLimits},
     },
 };
 use futures_util::{StreamExt, future::join_all};
@@ -280,6 +282,182 @@ async fn new_keys_of_an_organization_are_counted_over_all_replicas() {
     // Each has three of them, which is within its own limit.
     let asked = prober.asked();
     assert_eq!((refusals("c").await, prober.asked()), (0, asked + 60));
+}
+
+// === limits of all replicas together ===
+
+/// Twenty calls a second, of which each of four replicas has five while there is no store.
+const FOUR: NonZeroU32 = NonZeroU32::new(4).unwrap();
+const PER_SECOND: usize = 20;
+
+fn calls_per_second() -> ProviderLimits {
+    let per_second = NonZeroU32::new(PER_SECOND as u32).unwrap();
+    ProviderLimits { in_flight: 10_000, in_flight_floor: 10_000, per_second, ..ProviderLimits::default() }
+}
+
+/// One of so many, with the limits of all of them together, as the service composes it.
+fn limited(
+    way: &Way,
+    prober: &Arc<Scripted>,
+    replicas: NonZeroU32,
+    (limits, new_keys): (ProviderLimits, NewKeyLimits),
+) -> Replica {
+    let limiter = Arc::new(ProviderLimiter::new(prober.clone(), limits.of_one(replicas)).sharing(limits.per_second));
+    let settings = CacheSettings { new_keys: new_keys.of_one(replicas), ..CacheSettings::default() };
+    let cache = Cache::new(limiter.clone(), settings).with_tier(Some(way.tier()));
+    Replica::over(cache.with_fleet_limits(limiter, new_keys.per_platform))
+}
+
+fn four(store: &Store, prober: &Arc<Scripted>, new_keys: NewKeyLimits) -> Vec<Replica> {
+    (0..4).map(|_| limited(&store.way(), prober, FOUR, (calls_per_second(), new_keys))).collect()
+}
+
+/// Asks about so many keys at once, one for each organization. Returns how many were refused for the provider's calls per second.
+async fn refused(fleet: &[Replica], what: &str, keys: usize) -> usize {
+    let asked = (0..keys).map(|index| async move {
+        let name = format!("made-up-{what}-{index}");
+        let decision = fleet[index % fleet.len()].decide_within(PATIENCE, &name, &name, None).await;
+        let Some(deny) = decision.denial() else { return 0 };
+        assert_eq!(deny.refusal.code(), DenyCode::ByokProbeNotAttempted, "{}", deny.refusal.message());
+        assert!(deny.refusal.operator_hint().contains("provider_limits.per_second"), "{}", deny.refusal.operator_hint());
+        let wait = deny.refusal.retry_after().unwrap().as_secs();
+        assert!((1..=60).contains(&wait), "{wait} s");
+        1
+    });
+    join_all(asked).await.iter().sum()
+}
+
+/// All replicas call a provider no more often than one may, and one of them may call it as often as all. Without the store each has its share.
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_per_second_are_counted_over_all_replicas() {
+    const KEYS: usize = 200;
+    for (what, replicas) in [("all of them", 4), ("one of them", 1)] {
+        let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+        let fleet = four(&store, &prober, NewKeyLimits::default());
+        let began = Instant::now();
+        let refused = refused(&fleet[..replicas], "a", KEYS).await;
+        let most = PER_SECOND as f64 * (1.0 + began.elapsed().as_secs_f64());
+        println!("{what}: {} calls in {:?}, {refused} refused", prober.asked(), began.elapsed());
+        assert!(prober.asked() as f64 <= most, "{what}: {} calls, {most}", prober.asked());
+        assert_eq!((prober.asked() + refused, refused > 0), (KEYS, true), "{what}");
+        // A second's worth, and what may start within the longest wait. The share of one would be a quarter of it.
+        assert!(prober.asked() > PER_SECOND * 3, "{what}: {}", prober.asked());
+    }
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let fleet = four(&store, &prober, NewKeyLimits::default());
+    store.signal("-KILL");
+    let began = Instant::now();
+    // Five at once, and five in each of four seconds.
+    assert!(refused(&fleet[..1], "b", 60).await >= 60 - 25);
+    let most = (PER_SECOND / 4) as f64 * (1.0 + began.elapsed().as_secs_f64());
+    assert!(prober.asked() as f64 <= most, "{} calls, {most}", prober.asked());
+}
+
+/// A count that is none of ours delays nobody, and everything that is counted expires.
+#[tokio::test]
+async fn counts_that_are_not_ours_are_as_none_and_all_of_them_expire() {
+    let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+    let fleet = four(&store, &prober, NewKeyLimits::default());
+    assert!(refused(&fleet, "a", 150).await > 0);
+    let names = async |end: &str| {
+        let names: Vec<String> = store.keys().await.into_iter().filter(|key| key.ends_with(end)).collect();
+        for name in &names {
+            let left: i64 = store.does(&[b"PTTL", name.as_bytes()]).await;
+            // The longest that a retry time is kept.
+            assert!(left > 0 && left <= 360_000, "{name}: {left} ms");
+        }
+        names
+    };
+    let (starts, turns) = (names(":starts").await, names(":turn").await);
+    assert!(starts.len() == 1 && !turns.is_empty());
+    let starts = starts[0].as_bytes();
+    let future = b"9000000000000000 9000000000000000".as_slice();
+    for (index, words) in [
+        [b"SET".as_slice(), starts, future],
+        [b"SET", starts, b"garbage"],
+        [b"SET", starts, b"-1 1e300"],
+        [b"LPUSH", starts, b"x"],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        store.does::<()>(&[b"DEL", starts]).await;
+        store.does::<redis::Value>(&words).await;
+        assert_eq!(refused(&fleet, &format!("b{index}"), 4).await, 0, "{words:?}");
+    }
+    // The same for the retry times of those that were refused: there is room for all of them by now.
+    for (index, turn) in turns.iter().enumerate() {
+        store.does::<()>(&[b"SET", turn.as_bytes(), [b"garbage".as_slice(), b"9000000000000000"][index % 2]]).await;
+    }
+    store.does::<()>(&[b"DEL", starts]).await;
+    assert_eq!((refused(&fleet, "a", 150).await, prober.asked()), (0, 150 + 4 * 4));
+    assert!(fleet.iter().all(|replica| replica.page().get("byokgate_tier_faults_total") == Some(0.0)));
+}
+
+/// A platform that reaches many replicas has one limit for new keys; without the store each replica has its share.
+#[tokio::test]
+async fn new_keys_of_a_platform_are_counted_over_all_replicas() {
+    const LIMIT: usize = 12;
+    let new_keys = NewKeyLimits { per_platform: NonZeroU32::new(LIMIT as u32).unwrap(), ..NewKeyLimits::default() };
+    let limits = ProviderLimits { per_second: NonZeroU32::new(10_000).unwrap(), ..calls_per_second() };
+    for (what, replicas) in [("all of them", 4), ("one of them", 1)] {
+        let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
+        let fleet: Vec<Replica> = (0..4).map(|_| limited(&store.way(), &prober, FOUR, (limits, new_keys))).collect();
+        let refusals = async |from: &str| {
+            let mut refusals = 0;
+            for index in 0..40 {
+                let name = format!("made-up-{from}-{index}");
+                let decision = fleet[index % replicas].decide(&name, &name, None).await;
+                if let Some(deny) = decision.denial() {
+                    let hint = deny.refusal.operator_hint();
+                    assert!(hint.contains("`new_keys.per_platform` is used up"), "{hint}");
+                    refusals += 1;
+                }
+            }
+            refusals
+        };
+        let began = Instant::now();
+        let refused = refusals("a").await;
+        let most = LIMIT + began.elapsed().as_secs() as usize / 5;
+        assert!((LIMIT..=most).contains(&prober.asked()), "{what}: {} of {most}", prober.asked());
+        assert_eq!(refused, 40 - prober.asked(), "{what}");
+        // Each has called as often as its share allows by now, or more.
+        store.signal("-KILL");
+        let (asked, began) = (prober.asked(), Instant::now());
+        refusals("b").await;
+        let most = 4 * (1 + began.elapsed().as_secs() as usize / 20);
+        assert!(prober.asked() - asked <= most, "{what}: {} of {most}", prober.asked() - asked);
+    }
+}
+
+/// The same with processes, which know how many they are by `server.replicas`.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_has_the_limits_of_all_while_it_has_the_store() {
+    let (store, row) = (Store::start().await, Row { body: r#"{"data": []}"#.into(), ..Row::default() });
+    let vendor = Vendor::start(vec![row]).await;
+    let (registry, catalogue) = case::documents(vendor.address.port());
+    let secrets = tempfile::tempdir().unwrap();
+    let tier = config(secrets.path(), store.port);
+    let allowed = async |limits: &str| {
+        let config = format!("{tier}deadlines: {{decide: 60s}}\nserver: {{replicas: 10}}\n{limits}\n");
+        let files = Files::new(&registry, &catalogue, Some(&config));
+        let flags = files.flags();
+        let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--no-calibration"]).collect();
+        let replica = Serving::start(&flags).await;
+        let client = replica.client().await;
+        let calls = (0..30).map(|index| {
+            let mut client = client.clone();
+            let key = format!("made-up-{}-{index}", limits.len());
+            async move { is_allow(client.decide(decide(&key)).await.unwrap().get_ref()) }
+        });
+        join_all(calls).await.into_iter().filter(|is_allow| *is_allow).count()
+    };
+    // Its share is one call at once and four more within the longest wait.
+    assert_eq!(allowed("provider_limits: {per_second: 10, in_flight: 10000, in_flight_floor: 10000}").await, 30);
+    // Its share is two.
+    let allowed = allowed("new_keys: {per_platform: 20}\nprovider_limits: {in_flight: 10000, in_flight_floor: 10000}").await;
+    // One comes back in three seconds.
+    assert!((20..25).contains(&allowed), "{allowed}");
 }
 
 // === breakers ===
@@ -743,6 +921,15 @@ async fn the_store_shows_nothing() {
     let prober = Scripted::new(Verdict::Valid);
     Replica::new(&store.way(), &prober).decide("made-up-canary-org", "made-up-canary-of-org", None).await;
     assert!(store.keys().await.iter().any(|key| key.ends_with(":new-keys")));
+    let limits = (ProviderLimits { per_second: NonZeroU32::MIN, ..ProviderLimits::default() }, NewKeyLimits::default());
+    let replica = limited(&store.way(), &prober, NonZeroU32::MIN, limits);
+    until("a retry time is stored", async || {
+        let values: Vec<String> = (0..9).map(|index| format!("made-up-canary-{index}")).collect();
+        join_all(values.iter().map(|value| replica.decide("made-up-canary-org", value, None))).await;
+        let names = store.keys().await;
+        [":starts", ":turn"].iter().all(|end| names.iter().any(|name| name.ends_with(end)))
+    })
+    .await;
     opens(&Replica::with(&store.way(), &prober, breaker(PATIENCE)), &prober, &store, Verdict::Timeout).await;
     until("the monitor has seen all", async || seen.lock().unwrap().matches("PUBLISH").count() >= values.len() + prober.asked())
         .await;

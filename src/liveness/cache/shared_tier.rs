@@ -1,6 +1,6 @@
 //! The cache and the tier that replicas share: a flight looks there before it probes, and a refusal that another replica saw is forgotten here.
 
-use std::{hash::BuildHasherDefault, sync::Arc, time::Duration};
+use std::{hash::BuildHasherDefault, num::NonZeroU32, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
@@ -14,11 +14,16 @@ use crate::{
     core::{
         classify::Finding,
         credential::LivenessQuery,
-        engine::{Boxed, ProbeRequest},
+        engine::{Boxed, ProbeRequest, Prober},
     },
-    domain::verdict::Verdict,
-    liveness::tier::{
-        Allowance, CredentialIdentity, Lease, LookupResult, Model, ObservationId, ObservationRecord, SharedObservation, Tier,
+    domain::verdict::{Verdict, Withheld},
+    liveness::{
+        new_keys::{KeyLimit, NewKeys},
+        provider_limits::ProviderLimiter,
+        tier::{
+            CredentialIdentity, Lease, LookupResult, Model, ObservationId, ObservationRecord, SharedCounts, SharedObservation,
+            Tier,
+        },
     },
 };
 
@@ -26,13 +31,21 @@ use crate::{
 pub(super) struct TierLink {
     pub(super) tier: Arc<Tier>,
     pub(super) key_of: moka::sync::Cache<ObservationId, Key, BuildHasherDefault<PrehashedHasher>>,
+    pub(super) limits: Option<FleetLimits>,
+}
+
+/// The limits of all replicas together, which the tier counts.
+pub(super) struct FleetLimits {
+    limiter: Arc<ProviderLimiter>,
+    per_platform: NonZeroU32,
 }
 
 /// A flight's lookup in the shared tier.
 pub(super) struct TierLookup {
     pub(super) tier_link: Arc<TierLink>,
-    /// Set for a new credential of an organization: it counts against the limit over all replicas.
-    pub(super) allowance: Option<Allowance>,
+    /// Set for a new credential: the organization that it counts for, which may be empty, and the platform if the tier counts platforms.
+    pub(super) new_key_of: Option<(String, Option<String>)>,
+    pub(super) new_keys: Arc<NewKeys>,
     pub(super) memory: Memory,
     pub(super) ages: Ages,
     pub(super) first: Key,
@@ -50,9 +63,26 @@ impl Cache {
     pub fn with_tier(self, tier: Option<Arc<Tier>>) -> Self {
         let tier_link = tier.map(|tier| {
             let key_of = moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(self.ages.hard_maximum);
-            Arc::new(TierLink { tier, key_of: key_of.build_with_hasher(BuildHasherDefault::default()) })
+            Arc::new(TierLink { tier, key_of: key_of.build_with_hasher(BuildHasherDefault::default()), limits: None })
         });
         Self { tier_link, ..self }
+    }
+
+    /// Counts the starts of `limiter`, and the new credentials of a platform, over all replicas: with the tier, this replica's own share holds only
+    /// while the tier fails. Without a tier it changes nothing.
+    #[must_use]
+    pub fn with_fleet_limits(self, limiter: Arc<ProviderLimiter>, per_platform: NonZeroU32) -> Self {
+        let limits = Some(FleetLimits { limiter, per_platform });
+        let tier_link = self.tier_link.map(|link| {
+            let TierLink { tier, key_of, .. } = &*link;
+            Arc::new(TierLink { tier: Arc::clone(tier), key_of: key_of.clone(), limits })
+        });
+        Self { tier_link, ..self }
+    }
+
+    /// Whether the tier counts the new credentials of platforms.
+    pub(super) fn counts_over_tier(&self) -> bool {
+        self.tier_link.as_ref().is_some_and(|link| link.limits.is_some())
     }
 
     /// A task that runs for ever and forgets each observation that another replica saw refused. `None` without a shared tier.
@@ -75,11 +105,12 @@ impl Cache {
         max_age: Option<Duration>,
         is_new: bool,
     ) -> TierLookup {
-        let is_counted = is_new && !query.organization.is_empty();
-        let per_minute = self.new_keys.per_organization();
+        let platform = Some(query.caller).filter(|caller| tier_link.limits.is_some() && !caller.is_workspace);
+        let new_key_of = is_new.then(|| (query.organization.to_owned(), platform.map(|caller| caller.name.clone())));
         TierLookup {
             tier_link: Arc::clone(tier_link),
-            allowance: is_counted.then(|| tier_link.tier.allowance(query.organization, per_minute)).flatten(),
+            new_key_of,
+            new_keys: Arc::clone(&self.new_keys),
             memory: self.memory.clone(),
             ages: self.ages,
             first: keys.first,
@@ -96,7 +127,8 @@ impl Cache {
 impl TierLookup {
     /// Another replica's open breaker counts for `longest` at most.
     pub(super) async fn run(self, request: &ProbeRequest, longest: Duration) -> LookupResult<KeyedFinding> {
-        let Self { tier_link, allowance, memory, ages, first, second, client, model, max_age } = self;
+        let shared_counts = self.shared_counts(&request.target.endpoint.provider);
+        let Self { tier_link, new_key_of, new_keys, memory, ages, first, second, client, model, max_age } = self;
         let endpoint = &request.target.endpoint;
         let model = if second.is_some() { Model::Sometimes(&model) } else { Model::Always(&model) };
         let entry = tier_link.tier.entry(&CredentialIdentity {
@@ -119,7 +151,58 @@ impl TierLookup {
             let key = second.filter(|_| known.second.as_ref().is_some_and(is_here)).unwrap_or(first);
             Some(KeyedFinding { timed: Arc::clone(timed), key })
         };
-        entry.look_up(longest, allowance.as_ref(), take).await
+        let result = entry.look_up(longest, shared_counts, take).await;
+        if let (LookupResult::Probe(lease), Some((_, Some(platform)))) = (&result, &new_key_of) {
+            // Counted here too, so that nothing of this replica's share is left over when the tier fails. While it fails, that share holds.
+            let counted = new_keys.count_for_platform(platform);
+            if let (None, Err(wait)) = (lease, counted) {
+                return LookupResult::Withheld(KeyLimit::Platform, wait);
+            }
+        }
+        if let LookupResult::Later(_) = &result {
+            // Its organization's count at this replica includes it already. The tier counts it with the lease.
+            new_keys.remember_counted(first);
+        }
+        result
+    }
+
+    /// What counts over all replicas if this one probes.
+    fn shared_counts(&self, provider: &str) -> SharedCounts {
+        let (tier, mut counts) = (&self.tier_link.tier, SharedCounts::default());
+        let limits = self.tier_link.limits.as_ref();
+        if let Some((organization, platform)) = &self.new_key_of {
+            if !organization.is_empty() {
+                tier.count_key(&mut counts, KeyLimit::Organization, organization, self.new_keys.per_organization());
+            }
+            if let (Some(platform), Some(limits)) = (platform, limits) {
+                tier.count_key(&mut counts, KeyLimit::Platform, platform, limits.per_platform);
+            }
+        }
+        if let Some(FleetLimits { limiter, .. }) = limits {
+            tier.count_start(&mut counts, provider, limiter.start_limit(provider));
+        }
+        counts
+    }
+}
+
+// === impl TierLink ===
+
+impl TierLink {
+    /// Probes with the lease, at the start that came with it.
+    pub(super) async fn probe(&self, lease: &Lease, request: ProbeRequest, prober: &dyn Prober) -> Finding {
+        let probe = match (&self.limits, lease.start()) {
+            (Some(FleetLimits { limiter, .. }), Some(start)) => limiter.probe_at(request, start),
+            _ => prober.probe(request),
+        };
+        lease.run_renewed(probe).await
+    }
+
+    /// The finding for a credential whose start comes at `turn`.
+    pub(super) fn withheld_until(&self, request: &ProbeRequest, turn: Instant) -> Finding {
+        let limiter = self.limits.as_ref().map(|limits| &limits.limiter);
+        let finding = limiter.map(|limiter| limiter.withheld_until(&request.target.endpoint.provider, request.credential, turn));
+        // Starts are counted only with a limiter.
+        finding.unwrap_or_else(|| Finding::withheld(Withheld::Budget))
     }
 }
 

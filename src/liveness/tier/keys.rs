@@ -8,7 +8,10 @@ use ring::{
     hmac,
 };
 
-use crate::domain::secret::with_stack_wiped;
+use crate::{
+    domain::secret::with_stack_wiped,
+    liveness::{new_keys::KeyLimit, provider_limits::StartLimit},
+};
 
 /// The prefix of all names, with the version of the layout.
 pub(super) const PREFIX: &str = "bg1:";
@@ -48,11 +51,19 @@ pub(crate) struct CredentialIdentity<'a> {
     pub(crate) model: Model<'a>,
 }
 
-/// An organization's limit of new credentials, and the name of its count in the store.
+/// A limit of new credentials, and the name of its count in the store.
 #[derive(Debug, Clone)]
 pub(crate) struct Allowance {
+    pub(super) limit: KeyLimit,
     pub(super) name: String,
     pub(super) per_minute: NonZeroU32,
+}
+
+/// The limit of starts at a provider, and the name of its count in the store.
+#[derive(Debug, Clone)]
+pub(crate) struct Starts {
+    pub(super) name: String,
+    pub(super) limit: StartLimit,
 }
 
 /// Which observations are about the model alone.
@@ -71,6 +82,8 @@ pub(crate) struct Names {
     pub(super) lease: String,
     /// The observation of the credential and, under a second name, of the credential with one model.
     pub(super) observations: Vec<Name>,
+    /// The credential's retry time, while the provider's starts are used up.
+    pub(super) turn: String,
     /// The open breaker of the endpoint. All credentials share it.
     pub(super) breaker: Name,
 }
@@ -117,10 +130,20 @@ impl TierKeys {
         with_stack_wiped(|| self.0.iter().map(|key| key.names(credential)).collect())
     }
 
-    /// What is counted of an organization, under the key that writes.
-    pub(super) fn allowance(&self, organization: &str, per_minute: NonZeroU32) -> Option<Allowance> {
-        let id = self.0.first()?.id(b"organization", &[organization.as_bytes()]);
-        Some(Allowance { name: format!("{PREFIX}{}:new-keys", hex(&id)), per_minute })
+    /// What is counted of an organization or a platform, under the key that writes.
+    pub(super) fn allowance(&self, limit: KeyLimit, of: &str, per_minute: NonZeroU32) -> Option<Allowance> {
+        let purpose: &[u8] = match limit {
+            KeyLimit::Organization => b"organization",
+            KeyLimit::Platform => b"platform",
+        };
+        let id = self.0.first()?.id(purpose, &[of.as_bytes()]);
+        Some(Allowance { limit, name: format!("{PREFIX}{}:new-keys", hex(&id)), per_minute })
+    }
+
+    /// The starts at a provider, under the key that writes.
+    pub(super) fn starts(&self, provider: &str, limit: StartLimit) -> Option<Starts> {
+        let id = self.0.first()?.id(b"provider", &[provider.as_bytes()]);
+        Some(Starts { name: format!("{PREFIX}{}:starts", hex(&id)), limit })
     }
 
     /// Seals a value with the first key. `None` if the value is too long or the encryption fails.
@@ -181,6 +204,7 @@ impl TierKey {
         let observations = ids.into_iter().zip(texts);
         Names {
             lease: format!("{PREFIX}{first}:lease"),
+            turn: format!("{PREFIX}{first}:turn"),
             observations: observations.map(|(id, text)| Name { id, text: format!("{PREFIX}{text}") }).collect(),
             breaker: Name { id: of_breaker, text: format!("{PREFIX}{}:breaker", hex(&of_breaker)) },
         }
@@ -227,6 +251,8 @@ fn hex(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     const OLD: &str = "made-up-tier-key-0123456789abcdef0";
@@ -287,14 +313,30 @@ mod tests {
     }
 
     #[test]
-    fn the_name_of_an_organizations_count_reveals_nothing() {
+    fn the_name_of_a_count_reveals_nothing() {
         let (old, both) = (keys(OLD), keys(&format!("{NEW}\n{OLD}")));
-        let name = |keys: &TierKeys, organization: &str| keys.allowance(organization, NonZeroU32::MIN).unwrap().name;
-        let one = name(&old, "made-up-organization");
-        assert_eq!(one, name(&old, "made-up-organization"), "equal on all replicas");
-        assert_ne!(one, name(&old, "made-up-organizatiom"));
-        assert_ne!(one, name(&both, "made-up-organization"), "the first key writes");
-        assert!(!one.contains("made-up") && !one.contains(&hex(blake3::hash(b"made-up-organization").as_bytes())));
+        let limit = StartLimit {
+            per_second: NonZeroU32::MIN,
+            longest: Duration::ZERO,
+            longest_for_new: Duration::ZERO,
+            head_start: Duration::ZERO,
+            queue_time: Duration::ZERO,
+        };
+        type Counted = fn(&TierKeys, &str, StartLimit) -> String;
+        let counts: [Counted; 3] = [
+            |keys, of, _| keys.allowance(KeyLimit::Organization, of, NonZeroU32::MIN).unwrap().name,
+            |keys, of, _| keys.allowance(KeyLimit::Platform, of, NonZeroU32::MIN).unwrap().name,
+            |keys, of, limit| keys.starts(of, limit).unwrap().name,
+        ];
+        let names = counts.map(|name| {
+            let one = name(&old, "made-up-name", limit);
+            assert_eq!(one, name(&old, "made-up-name", limit), "equal on all replicas");
+            assert_ne!(one, name(&old, "made-up-namf", limit));
+            assert_ne!(one, name(&both, "made-up-name", limit), "the first key writes");
+            assert!(!one.contains("made-up") && !one.contains(&hex(blake3::hash(b"made-up-name").as_bytes())));
+            one.split(':').nth(1).map(str::to_owned)
+        });
+        assert!(names[0] != names[1] && names[1] != names[2] && names[0] != names[2], "{names:?}");
     }
 
     #[test]

@@ -19,34 +19,69 @@ use super::{
     TierAccess,
     address::StoreAddress,
     faults::{Change, Faults},
-    keys::{Allowance, BEGINNING, CHANNEL, SEALED_BYTES},
+    keys::{Allowance, BEGINNING, CHANNEL, SEALED_BYTES, Starts},
 };
 use crate::{
     core::engine::Boxed,
+    liveness::{
+        new_keys::KeyLimit,
+        provider_limits::StartLimit,
+        retry_schedule::{KEEP_AFTER, MAX_WAIT},
+    },
     telemetry::metrics::{Counter, Histogram},
 };
 
 /// How long a lease lasts without a renewal.
 pub(super) const LEASE: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
+const SECOND: Duration = Duration::from_secs(1);
 /// After so long without data, the kernel checks the connection.
 const KEEPALIVE: Duration = Duration::from_secs(10);
+
+/// Reads the count of a provider's starts: `full`, when a second's worth may start at once again, and `turns`, the next free retry time, in
+/// microseconds. A count that this service did not write counts as none.
+///
+/// KEYS[starts]: the count. `us`: the store's time. `interval`, `second`: of the limit. `latest`, `last_turn`: no start and no retry time is later.
+macro_rules! read_starts {
+    () => {
+        "\
+local count = redis.pcall('GET', KEYS[starts])
+local full, turns = string.match(type(count) == 'string' and count or '', '^(%d+) (%d+)$')
+full, turns = tonumber(full) or us, tonumber(turns) or us
+if full < us or full > us + second + latest then full = us end
+if turns < us or turns > us + last_turn + interval then turns = us end
+local function set_starts()
+  local left = math.ceil((math.max(full, turns) - us) / 1000)
+  redis.call('SET', KEYS[starts], string.format('%.0f %.0f', full, turns), 'PX', math.max(1, left))
+end
+"
+    };
+}
 
 /// Looks for values, and takes the lease if there is none.
 ///
 /// KEYS: the lease; the names of observations and of open breakers. ARGV: the caller's token; the lease's milliseconds; the bytes of a sealed
 /// value; the number of names; for each name, the first bytes of a value that is unsuitable, or nothing. Returns: the store's time; 0 a value was
-/// found, 1 the caller has the lease, 2 another replica has it, 3 the credential is withheld; how many values are damaged; the values; for how
-/// many milliseconds the credential is withheld.
+/// found, 1 the caller has the lease, 2 another replica has it, 3 the credential is withheld as a new one, 4 it is withheld from the provider; how
+/// many values are damaged; the values; a time in milliseconds; which limit withholds it.
 ///
 /// A value of another type or length counts as none. So does a lease without an end, or with one that is too late: this service sets none like it.
 ///
-/// With one more key, it also counts new credentials: a credential is new if no value is stored, not even an unsuitable one. ARGV then ends with
-/// the cost of one credential and the most that may be spent, in microseconds. The value under the key is the time when the limit is wholly
-/// free again, as governor counts. A value over the limit was not written by this service, and counts as none.
-const LOOKUP: &str = "\
+/// ARGV goes on with the number of limits of new credentials and, for each, the cost of one credential and the most that may be spent, in
+/// microseconds. KEYS goes on with their counts. A credential is new if no value is stored, not even an unsuitable one. A count is the time when
+/// the limit is wholly free again, as governor counts. One over the limit was not written by this service, and counts as none.
+///
+/// With two more keys, the count of the provider's starts and the credential's retry time, the lease comes with a start: it is in so many
+/// milliseconds. ARGV then ends with the interval between two starts, a second, the latest start, the last retry time, the time before it at which
+/// the credential comes back, how long the retry time is kept after it, the longest wait for a start, and the same for a credential without a
+/// retry time while others have one, all in microseconds. A credential that would wait longer gets the next free retry time, or keeps its own.
+///
+/// Nothing is counted unless the lease is given.
+const LOOKUP: &str = concat!(
+    "\
 local now = redis.call('TIME')
-local ms = now[1] * 1000 + math.floor(now[2] / 1000)
+local us = now[1] * 1000000 + now[2]
+local ms = math.floor(us / 1000)
 local values, damaged, found, known, named = {}, 0, false, false, tonumber(ARGV[4])
 for i = 2, named + 1 do
   local value = ''
@@ -60,19 +95,48 @@ for i = 2, named + 1 do
   end
   values[i - 1] = value
 end
-if found then return {ms, 0, damaged, values, 0} end
+if found then return {ms, 0, damaged, values, 0, 0} end
 local left = redis.call('PTTL', KEYS[1])
-if left >= 0 and left <= tonumber(ARGV[2]) then return {ms, 2, damaged, values, 0} end
-if KEYS[named + 2] and not known then
-  local us, cost, most = now[1] * 1000000 + now[2], tonumber(ARGV[#ARGV - 1]), tonumber(ARGV[#ARGV])
-  local spent = tonumber(redis.pcall('GET', KEYS[named + 2])) or 0
-  if spent < us or spent > us + most then spent = us end
-  spent = spent + cost
-  if spent > us + most then return {ms, 3, damaged, values, math.ceil((spent - us - most) / 1000)} end
-  redis.call('SET', KEYS[named + 2], string.format('%.0f', spent), 'PX', math.max(1, math.ceil((spent - us) / 1000)))
+if left >= 0 and left <= tonumber(ARGV[2]) then return {ms, 2, damaged, values, 0, 0} end
+local limits, spent = tonumber(ARGV[named + 5]), {}
+for i = 1, known and 0 or limits do
+  local cost, most = tonumber(ARGV[named + 4 + 2 * i]), tonumber(ARGV[named + 5 + 2 * i])
+  local count = tonumber(redis.pcall('GET', KEYS[named + 1 + i])) or 0
+  if count < us or count > us + most then count = us end
+  spent[i] = count + cost
+  if spent[i] > us + most then return {ms, 3, damaged, values, math.ceil((spent[i] - us - most) / 1000), i} end
+end
+local starts, wait = named + limits + 2, 0
+if KEYS[starts] then
+  local settings = {}
+  for i = named + 2 * limits + 6, #ARGV do settings[#settings + 1] = tonumber(ARGV[i]) end
+  local interval, second, latest, last_turn, head_start, keep, longest, longest_for_new = unpack(settings)
+",
+    read_starts!(),
+    "  local turn = tonumber(redis.pcall('GET', KEYS[starts + 1])) or 0
+  if turn > us + last_turn then turn = 0 end
+  if turns > us and (turn == 0 or turn > us + head_start) then longest = longest_for_new end
+  wait = math.max(0, full - us - second + interval)
+  if wait > longest then
+    if turn <= us then
+      turn = math.min(math.max(us + wait, turns), us + last_turn)
+      turns = turn + interval
+      redis.call('SET', KEYS[starts + 1], string.format('%.0f', turn), 'PX', math.ceil((turn - us + keep) / 1000))
+      set_starts()
+    end
+    return {ms, 4, damaged, values, math.ceil((turn - us) / 1000), 0}
+  end
+  full = full + interval
+  set_starts()
+  if turn ~= 0 then redis.call('DEL', KEYS[starts + 1]) end
+end
+for i, count in ipairs(spent) do
+  local left = math.max(1, math.ceil((count - us) / 1000))
+  redis.call('SET', KEYS[named + 1 + i], string.format('%.0f', count), 'PX', left)
 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
-return {ms, 1, damaged, values, 0}";
+return {ms, 1, damaged, values, math.ceil(wait / 1000), 0}"
+);
 
 /// Stores an observation and ends the lease, if the token holds it.
 ///
@@ -90,10 +154,25 @@ const RENEW: &str = "\
 if redis.pcall('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])";
 
-/// KEYS: the lease. ARGV: the token.
-const RELEASE: &str = "\
+/// Ends the lease, and gives back the start that came with it and was not used.
+///
+/// KEYS: the lease; the count of the provider's starts. ARGV: the token; the interval between two starts, a second, the latest start, and the last
+/// retry time, in microseconds.
+const RELEASE: &str = concat!(
+    "\
 if redis.pcall('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-return redis.call('DEL', KEYS[1])";
+local starts = 2
+if KEYS[starts] then
+  local now = redis.call('TIME')
+  local us = now[1] * 1000000 + now[2]
+  local interval, second, latest, last_turn = tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+",
+    read_starts!(),
+    "  full = math.max(us, full - interval)
+  set_starts()
+end
+return redis.call('DEL', KEYS[1])"
+);
 
 /// Makes connections to the store.
 pub trait Connect: Send + Sync {
@@ -131,6 +210,20 @@ pub(super) enum StoreError {
     Fault,
 }
 
+/// What a lookup asks.
+pub(super) struct Question<'a> {
+    /// The name of the lease, and the caller's token.
+    pub(super) lease: (&'a str, &'a str),
+    /// The names of observations and of open breakers.
+    pub(super) names: &'a [&'a str],
+    /// For each name, a value that is unsuitable, or nothing.
+    pub(super) unsuitable_values: &'a [Vec<u8>],
+    /// The limits that a new credential counts for.
+    pub(super) allowances: &'a [Allowance],
+    /// The limit of starts at the provider, and the name of the credential's retry time.
+    pub(super) starts: Option<(&'a Starts, &'a str)>,
+}
+
 /// The reply to a lookup.
 #[derive(Debug)]
 pub(super) struct StoreLookup {
@@ -148,12 +241,14 @@ pub(super) struct StoreLookup {
 pub(super) enum LookupState {
     /// A value was found.
     Found,
-    /// The caller now has the lease.
-    Leased,
+    /// The caller now has the lease, and may start after this time.
+    Leased(Duration),
     /// Another replica has the lease.
     Wait,
-    /// The organization's limit of new credentials is reached. The next one may come after this time.
-    Withheld(Duration),
+    /// This limit of new credentials is reached. The next one may come after this time.
+    Withheld(KeyLimit, Duration),
+    /// The provider's starts are used up. This credential has the next free one after this time.
+    Later(Duration),
 }
 
 // === impl Remote ===
@@ -234,30 +329,41 @@ impl Store {
     }
 
     /// Looks for values. If there is no suitable one and no lease, it takes the lease.
-    pub(super) async fn look_up(
-        &self,
-        (lease, token): (&str, &str),
-        (names, unsuitable_values): (&[&str], &[Vec<u8>]),
-        allowance: Option<&Allowance>,
-        deadline: Instant,
-    ) -> Result<StoreLookup, StoreError> {
-        let mut command = script(LOOKUP, 1 + names.len() + usize::from(allowance.is_some()));
-        command.arg(lease).arg(names).arg(allowance.map(|allowance| allowance.name.as_str()));
+    pub(super) async fn look_up(&self, question: &Question<'_>, deadline: Instant) -> Result<StoreLookup, StoreError> {
+        let Question { lease: (lease, token), names, unsuitable_values, allowances, starts } = question;
+        let mut command = script(LOOKUP, 1 + names.len() + allowances.len() + if starts.is_some() { 2 } else { 0 });
+        command.arg(lease).arg(names);
+        for Allowance { name, .. } in *allowances {
+            command.arg(name);
+        }
+        if let Some((Starts { name, .. }, turn)) = starts {
+            command.arg(name).arg(turn);
+        }
         command.arg(token).arg(millis(LEASE)).arg(SEALED_BYTES).arg(names.len());
         for index in 0..names.len() {
             let beginning = unsuitable_values.get(index).and_then(|value| value.get(..BEGINNING)).unwrap_or_default();
             command.arg(beginning);
         }
-        if let Some(Allowance { per_minute, .. }) = allowance {
+        command.arg(allowances.len());
+        for Allowance { per_minute, .. } in *allowances {
             let cost = MINUTE / per_minute.get();
             command.arg(micros(cost)).arg(micros(cost * per_minute.get()));
         }
-        let reply: (u64, u64, u64, Vec<Vec<u8>>, u64) = self.send(&command, deadline).await?;
-        let (at, state, damaged, values, withheld_for) = reply;
-        let state = match state {
-            0 => LookupState::Found,
-            1 => LookupState::Leased,
-            3 => LookupState::Withheld(Duration::from_millis(withheld_for)),
+        if let Some((Starts { limit, .. }, _)) = starts {
+            let StartLimit { longest, longest_for_new, head_start, .. } = limit;
+            settings_of(&mut command, limit);
+            command.arg(micros(*head_start)).arg(micros(KEEP_AFTER)).arg(micros(*longest)).arg(micros(*longest_for_new));
+        }
+        let reply: (u64, u64, u64, Vec<Vec<u8>>, u64, usize) = self.send(&command, deadline).await?;
+        let (at, state, damaged, values, time, which) = reply;
+        let time = Duration::from_millis(time).min(MAX_WAIT);
+        let withholds = which.checked_sub(1).and_then(|index| allowances.get(index));
+        let state = match (state, withholds) {
+            (0, _) => LookupState::Found,
+            // However the store replies, no slot is held for longer.
+            (1, _) => LookupState::Leased(time.min(starts.map_or(Duration::ZERO, |(starts, _)| starts.limit.longest))),
+            (3, Some(Allowance { limit, .. })) => LookupState::Withheld(*limit, time),
+            (4, _) => LookupState::Later(time),
             _ => LookupState::Wait,
         };
         Ok(StoreLookup { at, state, damaged, values })
@@ -283,10 +389,13 @@ impl Store {
         self.send::<u64>(&command, self.deadline()).await.map(|done| done == 1)
     }
 
-    /// Ends the lease, so that other replicas do not wait for it.
-    pub(super) async fn release(&self, (lease, token): (&str, &str)) -> Result<(), StoreError> {
-        let mut command = script(RELEASE, 1);
-        command.arg(lease).arg(token);
+    /// Ends the lease, so that other replicas do not wait for it, and gives back the start that came with it, if it was not used.
+    pub(super) async fn release(&self, (lease, token): (&str, &str), unused: Option<&Starts>) -> Result<(), StoreError> {
+        let mut command = script(RELEASE, 1 + usize::from(unused.is_some()));
+        command.arg(lease).arg(unused.map(|starts| starts.name.as_str())).arg(token);
+        if let Some(Starts { limit, .. }) = unused {
+            settings_of(&mut command, limit);
+        }
         self.send::<u64>(&command, self.deadline()).await.map(drop)
     }
 
@@ -384,6 +493,11 @@ impl Store {
             current.1 = None;
         }
     }
+}
+
+/// The settings that `read_starts` needs.
+fn settings_of(command: &mut Cmd, StartLimit { per_second, queue_time, .. }: &StartLimit) {
+    command.arg(micros(SECOND / per_second.get())).arg(micros(SECOND)).arg(micros(*queue_time)).arg(micros(MAX_WAIT));
 }
 
 fn script(text: &str, keys: usize) -> Cmd {

@@ -251,12 +251,18 @@ impl LuaStore {
     fn note(&self, by: usize, keys: &[Vec<u8>], arguments: &[Vec<u8>], value: &Value) {
         let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
         let (at, lease, token) = (Instant::now(), text(&keys[0]), text(&arguments[0]));
-        let event = match (value, arguments.len()) {
-            (Value::Table(looked), _) if looked.get::<i64>(2).unwrap() == 1 => Event::Leased { at, by, lease, token },
-            (Value::Table(_), _) => return,
-            (value, 5) if as_number(value) == Some(1) => Event::Stored { at, token },
-            (value, 1) if as_number(value) == Some(1) => Event::Released { token },
-            (_, 5) => Event::Refused,
+        // A lease is released alone, or with the start that came with it.
+        let event = match (value, keys.len(), arguments.len()) {
+            (Value::Table(looked), ..) if looked.get::<i64>(2).unwrap() == 1 => Event::Leased { at, by, lease, token },
+            (Value::Table(_), ..) => return,
+            (value, 1, 1) | (value, 2, 5) if text(keys.last().unwrap()).ends_with(":starts") || keys.len() == 1 => {
+                if as_number(value) != Some(1) {
+                    return;
+                }
+                Event::Released { token }
+            }
+            (value, _, 5) if as_number(value) == Some(1) => Event::Stored { at, token },
+            (_, _, 5) => Event::Refused,
             _ => return,
         };
         self.0.events.lock().unwrap().push(event);

@@ -77,8 +77,13 @@ impl Replica {
     }
 
     pub(crate) fn with(way: &Way, prober: &Arc<Scripted>, settings: CacheSettings) -> Self {
+        Self::over(Cache::new(prober.clone(), settings).with_tier(Some(way.tier())))
+    }
+
+    /// Over a cache that has the tier already.
+    pub(crate) fn over(cache: Cache) -> Self {
         let (registry, catalogue) = case::documents(1);
-        let cache = Arc::new(Cache::new(prober.clone(), settings).with_tier(Some(way.tier())));
+        let cache = Arc::new(cache);
         let refusal_listener = tokio::spawn(cache.refusal_listener().unwrap());
         Self { engine: Files::new(&registry, &catalogue, None).engine_over(cache.clone()), cache, refusal_listener }
     }
