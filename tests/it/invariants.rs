@@ -308,7 +308,12 @@ fn too_many_new_keys_are_denied_whatever_is_configured() {
         for &withheld in Withheld::VARIANTS {
             let evidence =
                 LivenessEvidence { withheld: Some(withheld), ..evidence(Verdict::NotAttempted, "acme", "ACME_API_KEY") };
-            let facts = Facts::NotValid { evidence, served_from: None, recently_valid: true, enforcement: Enforcement::Report };
+            let facts = Facts::NotValid {
+                evidence: Box::new(evidence),
+                served_from: None,
+                recently_valid: true,
+                enforcement: Enforcement::Report,
+            };
             let denied = withheld == Withheld::NewKeys && checkpoint != Checkpoint::Update;
             assert_eq!(apply(facts, checkpoint, &policy).outcome.is_err(), denied, "{withheld:?} at {checkpoint:?}");
         }
