@@ -118,14 +118,18 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     found.add_warnings(&document_name(paths), settings_warnings);
     let environment = |name: &str| env::var(name).ok();
     let registry_file = settings.registry.file.as_ref();
-    let registry = found.document(registry_file, |document, bytes| match bytes {
-        None => Registry::embedded(&environment),
-        Some(bytes) => Registry::parse(document, bytes, &environment),
+    let registry = found.document(registry_file, |document, bytes| {
+        files::checking(|| match bytes {
+            None => Registry::embedded(&environment),
+            Some(bytes) => Registry::parse(document, bytes, &environment),
+        })
     });
     let catalogue_file = settings.catalogue.file.as_ref();
-    let catalogue = found.document(catalogue_file, |document, bytes| match bytes {
-        None => Catalogue::embedded(),
-        Some(bytes) => Catalogue::overlaid(document, bytes),
+    let catalogue = found.document(catalogue_file, |document, bytes| {
+        files::checking(|| match bytes {
+            None => Catalogue::embedded(),
+            Some(bytes) => Catalogue::overlaid(document, bytes),
+        })
     });
     let now = SystemTime::now();
     let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
@@ -156,8 +160,9 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
         ..origin(None)
     };
     let documents = [registry_file, catalogue_file, paths.config.as_ref()].into_iter().flatten().cloned().collect();
-    let mut snapshot =
-        Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin);
+    let mut snapshot = files::checking(|| {
+        Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin)
+    });
     snapshot.configuration_origin = configuration_origin;
     Ok(Setup {
         snapshot,

@@ -141,15 +141,17 @@ impl<S: Source> Watcher<S> {
             let name = self.source.name();
             let counts = self.counts();
             // Reading and checking may block, so they run on a blocking thread.
+            let progress = files::Progress::default();
+            let theirs = progress.clone();
             let mut polling = tokio::task::spawn_blocking(move || {
-                let outcome = self.poll(is_forced);
+                let outcome = theirs.of(|| self.poll(is_forced));
                 (self, outcome)
             });
             let polled = match timeout(files::READ_TIME, &mut polling).await {
                 Ok(polled) => polled,
                 Err(_) => {
-                    let fault = "the files cannot be read: their volume does not answer";
-                    counts.failed(fault);
+                    let fault = format!("a new version {}", progress.why_late(files::READ_TIME));
+                    counts.failed(&fault);
                     tracing::error!(event = "reload_stuck", what = name, "{fault}");
                     // Wait for it, so that at most one thread is blocked.
                     polling.await

@@ -1,7 +1,7 @@
 //! The inputs of one decision: one version of registry, catalogue and policy, and what can be computed from them in advance.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
     time::SystemTime,
 };
@@ -179,12 +179,18 @@ impl Precomputed {
         let endpoint_of = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, catalogue).map(Arc::new));
         let mut uses: Vec<(usize, OfferUse)> = Vec::new();
         let mut credential_names = registry.credential_names().clone();
+        let mut accepting: HashMap<&str, Vec<&str>> = HashMap::new();
+        for provider in registry.providers() {
+            for name in &provider.auth_env {
+                accepting.entry(name).or_default().push(&provider.name);
+            }
+        }
         for (runtime, found) in registry.runtimes() {
             let facts = catalogue.runtimes.get(runtime);
             for offer in &found.offers {
                 let provider = registry.provider(offer);
                 let others_accept =
-                    |name: &str| registry.providers().iter().any(|other| other.name != provider.name && other.accepts(name));
+                    |name: &str| accepting.get(name).is_some_and(|others| others.iter().any(|other| *other != provider.name));
                 let route = facts
                     .filter(|_| !provider.is_platform())
                     .and_then(|facts| CredentialRoute::of(facts, provider, &others_accept));

@@ -65,8 +65,18 @@ pub(crate) fn fields_of<T: DeserializeOwned>() -> &'static [&'static str] {
 pub(crate) fn with_lines(bytes: &[u8], mut problems: Vec<Problem>) -> Vec<Problem> {
     let Ok(text) = text_of(bytes) else { return problems };
     let affordable = REPARSE_BYTES / text.len().max(1);
-    for problem in problems.iter_mut().filter(|problem| problem.line.is_none() && !problem.place.is_empty()).take(affordable) {
-        problem.line = line_of(text, &problem.place);
+    // Many problems may have one place: it is looked up once.
+    let mut lines: BTreeMap<String, Option<usize>> = BTreeMap::new();
+    for problem in problems.iter_mut().filter(|problem| problem.line.is_none() && !problem.place.is_empty()) {
+        problem.line = match lines.get(&problem.place) {
+            Some(line) => *line,
+            None if lines.len() < affordable => {
+                let line = line_of(text, &problem.place);
+                lines.insert(problem.place.clone(), line);
+                line
+            }
+            None => None,
+        };
     }
     problems.sort_by_key(|problem| problem.line.unwrap_or(0));
     problems
