@@ -184,7 +184,9 @@ impl RequestFacts {
             }
             Calibration::Refuses { shape, in_words, by_code, .. } => {
                 let confirms = |(accepted, at): &(String, Duration)| is_recent(*at) && are_comparable(&shape, accepted, model);
-                let confirmed = self.is_documented && self.accepted.iter().any(confirms);
+                // What a made-up key gets because a key got something unusual may be what every key gets now.
+                let is_usual = question != CalibrationQuestion::RefusalNow;
+                let confirmed = is_usual && self.is_documented && self.accepted.iter().any(confirms);
                 Calibration::Refuses { shape, in_words, by_code, confirmed }
             }
             Calibration::NotAsked | Calibration::NotWaitedFor => return calibration,
@@ -210,6 +212,23 @@ impl RequestFacts {
         if let (Some(_), Some(known)) = (checked, self.made_up.iter_mut().find(is_known)) {
             known.checked = checked;
             return known.calibration.clone();
+        }
+        // A 401 that proves an acceptance stays what it is: the 403 or 404 that comes now may be what every key gets for a while.
+        let is_proof = |answer: &&mut MadeUpAnswer| {
+            let is_one = match &answer.calibration {
+                Calibration::Refuses { shape, by_code, confirmed, .. } => {
+                    shape.status == 401 && (*confirmed || *by_code && answer.after_acceptance)
+                }
+                _ => false,
+            };
+            now < answer.until && answer.model == model && answer.form == form && is_one
+        };
+        if let (Some(_), Calibration::Refuses { shape, .. }) = (checked, &calibration)
+            && shape.status != 401
+            && let Some(known) = self.made_up.iter_mut().find(is_proof)
+        {
+            known.checked = checked;
+            return calibration;
         }
         self.made_up.retain(|answer| now < answer.until && (answer.model != model || answer.form != form));
         if self.made_up.len() >= MAX_ANSWERS {

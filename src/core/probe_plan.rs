@@ -165,7 +165,9 @@ enum State<'t> {
     Calibrate(ReadAnswer),
     /// The response is that of a made-up key: check whether a request without any key gets another one.
     Keyless(ReadAnswer),
-    /// The key seems restricted: check whether a request without any key gets the same response by now.
+    /// The key seems restricted where a model is called: check whether a made-up key gets the same response by now.
+    MadeUpNow(ReadAnswer),
+    /// The same, without any key.
     KeylessNow(ReadAnswer),
     /// The key was accepted, and the refusal of a made-up key may be a limit or a ban: send the real key again.
     AskAgain(ReadAnswer),
@@ -250,6 +252,7 @@ impl<'t> ProbePlan<'t> {
                 };
                 Next::Calibrate { call, families, question }
             }
+            State::MadeUpNow(_) => Next::Calibrate { call, families, question: CalibrationQuestion::RefusalNow },
             State::Keyless(_) => Next::Keyless { call, now: false },
             State::KeylessNow(_) => Next::Keyless { call, now: true },
             State::AtOpenList(_, list, family) => Next::Ask { call: list, families: vec![*family], is_second: false },

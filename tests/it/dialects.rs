@@ -168,12 +168,15 @@ struct Calls {
 
 struct Server {
     address: SocketAddr,
+    state: Arc<State>,
     calls: Arc<Mutex<Calls>>,
     _tasks: JoinSet<()>,
 }
 
 struct State {
     dialect: Dialect,
+    /// What the server has become.
+    later: Mutex<Option<Dialect>>,
     calls: Arc<Mutex<Calls>>,
     now: AtomicU64,
     under_way: AtomicUsize,
@@ -214,6 +217,7 @@ impl Server {
         let calls = Arc::new(Mutex::new(Calls::default()));
         let state = Arc::new(State {
             dialect,
+            later: Mutex::default(),
             calls: Arc::clone(&calls),
             now: AtomicU64::new(100_000),
             under_way: AtomicUsize::new(0),
@@ -222,6 +226,7 @@ impl Server {
             lately: Mutex::default(),
         });
         let mut tasks = JoinSet::new();
+        let own = Arc::clone(&state);
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             loop {
@@ -233,7 +238,12 @@ impl Server {
                 });
             }
         });
-        Self { address, calls, _tasks: tasks }
+        Self { address, state: own, calls, _tasks: tasks }
+    }
+
+    /// From now on it answers like this.
+    fn becomes(&self, dialect: &str) {
+        *self.state.later.lock().unwrap() = Some(dialect_of(dialect));
     }
 
     /// The calls since the last look, once those on their way have come.
@@ -274,7 +284,8 @@ fn key_in<'h>(headers: &'h HeaderMap, family: &str) -> Option<&'h str> {
 }
 
 async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Response<Full<Bytes>>, Infallible> {
-    let State { dialect, calls, now, .. } = &*state;
+    let State { calls, now, .. } = &*state;
+    let dialect = &state.later.lock().unwrap().clone().unwrap_or_else(|| state.dialect.clone());
     let families = ["bearer", "x-api-key", "api-key", "x-goog-api-key"];
     let any = families.iter().find_map(|family| key_in(request.headers(), family));
     {
@@ -488,6 +499,42 @@ async fn run(dialect: Dialect) -> (Vec<String>, String) {
     };
     let cells: Vec<String> = ["cold good", "cold bad", "warm good", "warm bad"].map(cell).to_vec();
     (faults, format!("| {} | {} |", dialect.name, cells.join(" | ")))
+}
+
+fn dialect_of(text: &str) -> Dialect {
+    serde_yaml::from_str(&format!("{{name: a-server, expect: {{good: VALID, bad: INVALID}}, {text}}}")).unwrap()
+}
+
+fn key_of(who: &str) -> String {
+    format!("tenant-{who:x<6}{TAIL}")
+}
+
+/// A front answers every key with a 403 for a while, where a model is called. A made-up key gets it too, so no key is called restricted.
+#[tokio::test]
+async fn a_403_that_made_up_keys_get_by_now_is_no_restriction() {
+    let refusals = r#"bad: [401, json, '{"error":{"code":"invalid_api_key"}}'], none: [401, json, '{"error":{"code":"missing_key"}}']"#;
+    let list = "header: [bearer], list: {good: OK, bad: OK, none: OK}";
+    let usual = format!(
+        "{list}, completion: {{good: OK, {refusals}, restricted: [403, json, '{{\"error\":{{\"code\":\"no_inference\"}}}}']}}"
+    );
+    let dialect = dialect_of(&usual);
+    let server = Server::start(dialect.clone()).await;
+    let (_files, engine) = gate(&dialect, &server);
+    for (who, expect) in [("good1", "VALID"), ("bad1", "INVALID")] {
+        let decided = decide(&engine, &key_of(who), who).await;
+        assert_eq!(verdict(&decided), expect, "{who}: {}", said(&decided));
+    }
+    let denied = r#"[403, json, '{"error":{"code":"edge_denied"}}']"#;
+    server.becomes(&format!("{list}, completion: {{good: {denied}, bad: {denied}, none: [401, json, '{{}}']}}"));
+    for who in ["good2", "good3"] {
+        let decided = decide(&engine, &key_of(who), who).await;
+        assert_eq!(verdict(&decided), "UNEXPECTED_RESPONSE", "{who}: {}", said(&decided));
+    }
+    server.becomes(&usual);
+    for (who, expect) in [("good4", "VALID"), ("nar2", "FORBIDDEN"), ("bad2", "INVALID")] {
+        let decided = decide(&engine, &key_of(who), who).await;
+        assert_eq!(verdict(&decided), expect, "{who}: {}", said(&decided));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -18,7 +18,11 @@ impl ProbePlan<'_> {
     /// Takes the result of a [`Next::Calibrate`].
     pub fn take_calibration(&mut self, calibration: &Calibration) {
         self.made_up = outcome_of(calibration);
-        let State::Calibrate(answer) = std::mem::replace(&mut self.state, State::Ask) else { return };
+        let answer = match std::mem::replace(&mut self.state, State::Ask) {
+            State::Calibrate(answer) => answer,
+            State::MadeUpNow(answer) => return self.take_made_up_now(answer, calibration),
+            _ => return,
+        };
         let Some(call) = self.steps.get(self.current).map(|step| step.call) else { return };
         let status = answer.shape.status;
         if let Calibration::SameForEveryKey(shape) = calibration {
@@ -116,6 +120,17 @@ impl ProbePlan<'_> {
                 self.drop_refusal_of_a_known_key(calibration);
                 self.take_unread(&answer);
             }
+        }
+    }
+
+    /// The key got a 403 where made-up keys got a 401. If they get the 403 too by now, as in an outage of a front, it is not about this key.
+    fn take_made_up_now(&mut self, answer: ReadAnswer, calibration: &Calibration) {
+        match calibration {
+            Calibration::Refuses { shape, .. } | Calibration::SameForEveryKey(shape) if shape.is_like(&answer.shape) => {
+                self.take_same_for_every_key(&answer);
+            }
+            // That may have been a minute ago, so a request without a key is sent too.
+            _ => self.state = State::KeylessNow(answer),
         }
     }
 
