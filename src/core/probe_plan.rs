@@ -85,7 +85,7 @@ impl Requests<'_> {
     pub const UNKNOWN: Requests<'static> = Requests {
         is_pointless: &|_, _| false,
         has_accepted: &|_, _| false,
-        refusals: &|_, _| KnownRefusals { usual: Vec::new(), for_every_key: None },
+        refusals: &|_, _| KnownRefusals { usual: Vec::new(), for_every_key: None, forms: Vec::new() },
     };
 }
 
@@ -199,7 +199,7 @@ impl<'t> ProbePlan<'t> {
     /// A plan for these requests, at its first step.
     pub fn new(calls: &'t [Call], client: Client, facts: &EndpointFacts, requests: Requests<'_>) -> Self {
         let Client { preference, usual_header, key_form } = client;
-        let (steps, open_list) = choose_steps(calls, preference, facts, requests);
+        let (steps, open_list) = choose_steps(calls, preference, facts, key_form, requests);
         let for_every_key = |step: &PlanStep<'_>| (requests.refusals)(step.call, step.first_header()?).for_every_key;
         let same_for_every_key = steps.iter().filter_map(for_every_key).collect();
         Self {

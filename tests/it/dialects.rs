@@ -28,7 +28,11 @@ use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::{net::TcpListener, task::JoinSet, time::Instant};
 
-use crate::support::{case::Spec, gate::Files};
+use crate::support::{
+    case::Spec,
+    gate::Files,
+    vendor::{Row, Vendor},
+};
 
 /// Longer than any dialect takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -374,9 +378,13 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Respons
 
 /// A long-running gate in front of this server.
 fn gate(dialect: &Dialect, server: &Server) -> (Files, Arc<Engine>) {
+    gate_at(dialect, server.address)
+}
+
+fn gate_at(dialect: &Dialect, address: SocketAddr) -> (Files, Arc<Engine>) {
     let base = match dialect.protocol.as_str() {
-        "openai" => format!("base_url_template: \"http://{}/v1\"", server.address),
-        _ => format!("base_url_anthropic: \"http://{}\"", server.address),
+        "openai" => format!("base_url_template: \"http://{address}/v1\""),
+        _ => format!("base_url_anthropic: \"http://{address}\""),
     };
     let registry = format!(
         "schema_version: 1\nproviders:\n  - {{name: house, display_name: House, protocol: {}, auth_mode: third_party_anthropic_compat, \
@@ -512,7 +520,8 @@ fn key_of(who: &str) -> String {
 /// A front answers every key with a 403 for a while, where a model is called. A made-up key gets it too, so no key is called restricted.
 #[tokio::test]
 async fn a_403_that_made_up_keys_get_by_now_is_no_restriction() {
-    let refusals = r#"bad: [401, json, '{"error":{"code":"invalid_api_key"}}'], none: [401, json, '{"error":{"code":"missing_key"}}']"#;
+    let refusals =
+        r#"bad: [401, json, '{"error":{"code":"invalid_api_key"}}'], none: [401, json, '{"error":{"code":"missing_key"}}']"#;
     let list = "header: [bearer], list: {good: OK, bad: OK, none: OK}";
     let usual = format!(
         "{list}, completion: {{good: OK, {refusals}, restricted: [403, json, '{{\"error\":{{\"code\":\"no_inference\"}}}}']}}"
@@ -534,6 +543,49 @@ async fn a_403_that_made_up_keys_get_by_now_is_no_restriction() {
     for (who, expect) in [("good4", "VALID"), ("nar2", "FORBIDDEN"), ("bad2", "INVALID")] {
         let decided = decide(&engine, &key_of(who), who).await;
         assert_eq!(verdict(&decided), expect, "{who}: {}", said(&decided));
+    }
+}
+
+/// A server with two kinds of keys, each in a header of its own. The first that is accepted is not in the client's header; keys of the client's are good
+/// all the same, and dead ones of both are dead.
+#[tokio::test]
+async fn two_kinds_of_keys_are_accepted_each_in_its_header() {
+    // One kind has capital letters, so its form is another.
+    let kinds = [("api-key", "tenant"), ("authorization", "house-LIVE")];
+    let of = |kind: &str, who: &str| format!("{kind}-{who:x<6}{TAIL}");
+    let answer = |path: &str, header: &str, key: String, body: &str| Row {
+        path: Some(path.into()),
+        header: Some(header.into()),
+        key: Some(key),
+        status: Some(200),
+        body: body.into(),
+        ..Row::default()
+    };
+    let mut rows = Vec::new();
+    for (header, kind) in kinds {
+        for who in ["good1", "good2"] {
+            rows.push(answer("/v1/models", header, of(kind, who), r#"{"data":[{"id":"m"}]}"#));
+            rows.push(answer(
+                "/v1/chat/completions",
+                header,
+                of(kind, who),
+                r#"{"choices":[{"index":0,"message":{"content":"."}}]}"#,
+            ));
+        }
+    }
+    rows.push(Row { status: Some(401), body: r#"{"error":{"code":"invalid_api_key"}}"#.into(), ..Row::default() });
+    let vendor = Vendor::start(rows).await;
+    let (_files, engine) = gate_at(&dialect_of("header: [bearer]"), vendor.address);
+    for who in ["good1", "good2"] {
+        for (_, kind) in kinds {
+            let decided = decide(&engine, &of(kind, who), kind).await;
+            assert_eq!(verdict(&decided), "VALID", "{kind} {who}: {}", said(&decided));
+            assert_eq!(said(&decided).contains("another header"), kind == "tenant", "{kind} {who}: {}", said(&decided));
+        }
+    }
+    for (_, kind) in kinds {
+        let decided = decide(&engine, &of(kind, "bad1"), kind).await;
+        assert_eq!(verdict(&decided), "INVALID", "{kind}: {}", said(&decided));
     }
 }
 
