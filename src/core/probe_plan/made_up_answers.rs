@@ -168,8 +168,13 @@ impl ProbePlan<'_> {
                     || matches!(answer.shape.status, 400 | 404 | 405 | 411 | 413 | 415 | 422));
             is_conclusive && !may_be_about_the_request && is_alike == Some(false)
         });
+        // A gateway that only wants some key says "no such path" to all of them. That is about the base URL.
+        let is_about_the_path = answer.reading.cause == Cause::NotFound && !answer.shape.is_about_credentials;
+        let differs = differs && !is_about_the_path;
         match is_alike {
             Some(true) => self.seen_for_every_key = true,
+            // Where a model is called, it may be about the model.
+            Some(false) if is_about_the_path && !call.probe.surface.is_inference() => {}
             // The endpoint distinguishes keys from no key, so there is an API.
             Some(false) => self.no_api = false,
             None => {}
