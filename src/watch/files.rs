@@ -133,14 +133,16 @@ mod tests {
         let late = |work: Box<dyn FnOnce() + Send>| within(moment, work).unwrap_err().to_string();
         let (began, begins) = mpsc::channel::<()>();
         // An error ends both threads: the sender is dropped with the test.
-        let fault = late(Box::new(move || drop(blocked.recv())));
+        let fault = late(Box::new(move || {
+            let _ended = blocked.recv();
+        }));
         assert_eq!(fault, "could not be read within 50ms: the volume does not answer");
         let (release_too, blocked) = mpsc::channel::<()>();
         let progress = Progress::default();
         let checks = move || {
             checking(|| {
                 began.send(()).unwrap();
-                drop(blocked.recv());
+                let _ended = blocked.recv();
             });
         };
         // Through a second thread, as when a reload loads the configuration.

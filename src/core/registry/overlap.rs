@@ -3,7 +3,10 @@
 //! Nearly every pattern begins with a text of its own, such as `^acme[:/]`. Two such patterns can match the same id only if one of these texts
 //! begins with the other. So a sort finds the few pairs to compare, and a registry with many providers is not compared pair by pair.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::{
+    cell::OnceCell,
+    collections::{BTreeSet, HashSet, VecDeque},
+};
 
 use regex_automata::{
     Input,
@@ -19,8 +22,9 @@ const MAX_PAIRS: usize = 50_000;
 
 /// A pattern that can be compared with others.
 pub(super) struct Comparable {
-    /// `None` if the pattern is too large or of a kind that cannot be compared.
-    dfa: Option<dense::DFA<Vec<u32>>>,
+    pattern: String,
+    /// Built for the first comparison, since most patterns need none. `None` if the pattern is too large or of a kind that cannot be compared.
+    dfa: OnceCell<Option<dense::DFA<Vec<u32>>>>,
     /// Every id that matches begins with one of these. `None` if it may begin with anything.
     beginnings: Option<Vec<Vec<u8>>>,
 }
@@ -41,8 +45,12 @@ type Pair = [Option<StateID>; 2];
 
 impl Comparable {
     pub(super) fn of(pattern: &str) -> Self {
-        let limits = dense::Config::new().dfa_size_limit(Some(MAX_DFA_BYTES)).determinize_size_limit(Some(MAX_DFA_BYTES));
-        Self { dfa: dense::Builder::new().configure(limits).build(pattern).ok(), beginnings: beginnings(pattern) }
+        Self { pattern: pattern.to_owned(), dfa: OnceCell::new(), beginnings: beginnings(pattern) }
+    }
+
+    fn dfa(&self) -> Option<&dense::DFA<Vec<u32>>> {
+        let limits = || dense::Config::new().dfa_size_limit(Some(MAX_DFA_BYTES)).determinize_size_limit(Some(MAX_DFA_BYTES));
+        self.dfa.get_or_init(|| dense::Builder::new().configure(limits()).build(&self.pattern).ok()).as_ref()
     }
 
     /// The pairs of patterns that may match the same id, in their order, up to this many, and whether these are all. No other pair overlaps then.
@@ -56,7 +64,7 @@ impl Comparable {
         };
         let mut sorted: Vec<(&[u8], usize)> = Vec::new();
         for (index, pattern) in patterns.iter().enumerate() {
-            match pattern.beginnings.as_ref().filter(|_| pattern.dfa.is_some()) {
+            match &pattern.beginnings {
                 Some(texts) => sorted.extend(texts.iter().map(|text| (text.as_slice(), index))),
                 None => drop((0..patterns.len()).all(|other| add(index, other))),
             }
@@ -82,7 +90,7 @@ impl Comparable {
 
     /// An id that both patterns match, if there is one.
     pub(super) fn common(&self, other: &Self) -> Overlap {
-        let (Some(one), Some(other)) = (&self.dfa, &other.dfa) else { return Overlap::Unknown };
+        let (Some(one), Some(other)) = (self.dfa(), other.dfa()) else { return Overlap::Unknown };
         shortest([one, other]).map_or(Overlap::None, Overlap::At)
     }
 }
