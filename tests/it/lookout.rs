@@ -151,7 +151,7 @@ async fn check_probe_tells_what_failed_on_the_way_and_what_to_do() {
         (
             &*format!("https://127.0.0.1:{port}/"),
             "TLS",
-            "connected, but TLS failed: the certificate is not trusted (expired, another name, unknown authority), or the port has no TLS",
+            "connected, but TLS failed: the port has no TLS, or its certificate cannot be used; correct the base URL",
         ),
     ] {
         let files = Files::new(&registry.replacen("http://127.0.0.1:1/", base, 1), &catalogue, None);
