@@ -643,7 +643,7 @@ mod tests {
                 "callers.unix_peers: holds the key `rule`, which is not known there",
             ),
             ("cache: {hard_maximum: 10s}", None, "cache.hard_maximum: must not be less"),
-            ("limits: {decisions: 1}\nlimits: {decisions: 2}", None, "duplicate"),
+            ("limits: {decisions: 1}\nlimits: {decisions: 2}", None, "limits: this key appears twice"),
             ("- a", None, "must be a mapping"),
         ] {
             let fault = merged(text, environment.as_slice(), Vec::new()).unwrap_err();
