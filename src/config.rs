@@ -426,6 +426,9 @@ fn flags_of(paths: &Paths, overrides: &Overrides) -> Vec<Flag> {
     files.chain(proxy).chain(refuse).chain(flags.iter().cloned()).collect()
 }
 
+/// A runtime's name that is so near to one of the registry is taken for a misspelt one.
+const NEARLY: f64 = 0.88;
+
 /// Builds the policy from the settings. Also returns warnings about exceptions that have expired.
 fn policy_of(settings: &Settings, registry: Option<&Registry>, now: i64, problems: &mut Vec<Problem>) -> (Policy, Vec<Problem>) {
     let mut policy = Policy::default();
@@ -436,6 +439,16 @@ fn policy_of(settings: &Settings, registry: Option<&Registry>, now: i64, problem
         actions.groups().into_iter().for_each(|(group, action)| policy.set_action(checkpoint, group, action));
     }
     let mut warnings = Vec::new();
+    // An exempt runtime need not be in the registry. One that is nearly there is misspelt.
+    for name in settings.exempt_runtimes.iter().filter(|name| registry.is_some_and(|registry| registry.runtime(name).is_none())) {
+        let near = |other: &str| strsim::jaro_winkler(&name.to_lowercase(), &other.to_lowercase());
+        let nearest = registry.into_iter().flat_map(Registry::runtimes).map(|(other, _)| other);
+        if let Some(nearest) = nearest.max_by(|one, other| near(one).total_cmp(&near(other))).filter(|it| near(it) >= NEARLY) {
+            let message =
+                format!("`{name}` is no runtime of the registry, and so exempts nothing there; the nearest is `{nearest}`");
+            warnings.push(Problem::at("exempt_runtimes", message));
+        }
+    }
     for (name, ProviderException { probe: enforcement, until }) in &settings.providers {
         let place = format!("providers.{name}");
         if let Some(registry) = registry
