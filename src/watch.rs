@@ -40,6 +40,11 @@ pub trait Source: Send + 'static {
     /// Its files. They may change with a reload, since the configuration names some of them.
     fn files(&self) -> Vec<PathBuf>;
 
+    /// Those of its files that hold secrets.
+    fn secrets(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
+
     /// Reads the files and puts valid content in force. With a fault, nothing changes.
     fn reload(&mut self) -> Result<Reloaded, Fault>;
 
@@ -171,6 +176,7 @@ impl<S: Source> Watcher<S> {
     pub fn poll(&mut self, forced: bool) -> PollOutcome {
         let seen = hash(&self.hash_key, &self.files);
         let settled = seen == std::mem::replace(&mut self.last_seen, seen);
+        self.counts.exposed(self.source.secrets().into_iter().filter(|file| files::is_readable_by_all(file)).collect());
         if seen == self.acted_on && !forced {
             self.unsettled = 0;
             return PollOutcome::Same;
