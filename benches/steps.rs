@@ -97,12 +97,12 @@ fn classifying(_: usize) -> Step {
 fn ruling(_: usize) -> Step {
     let policy = Policy::default();
     Box::new(move || {
-        let evidence = LivenessEvidence {
+        let evidence = Box::new(LivenessEvidence {
             host: "api.anthropic.com".into(),
             upstream_status: Some(401),
             retry_after: Duration::from_secs(10),
             ..LivenessEvidence::of(black_box(Verdict::Invalid), "anthropic-api", "ANTHROPIC_API_KEY")
-        };
+        });
         let facts = Facts::NotValid {
             evidence,
             served_from: Some(ServedFrom::Cache),

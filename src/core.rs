@@ -2,6 +2,7 @@
 //! ids, and asks for a credential's liveness through a trait.
 
 pub mod answer;
+pub mod by_first_byte;
 pub mod catalogue;
 pub mod classify;
 pub mod credential;

@@ -217,7 +217,7 @@ fn owner(registry: &Registry, runtime: &str, model: &str, available: &str) -> Ow
         Ok(derived) => Owner {
             provider: derived.provider.name.clone(),
             billing_mode: derived.provider.billing_mode().as_str(),
-            accepted_env: if derived.provider.is_platform() { Vec::new() } else { derived.provider.auth_env.clone() },
+            accepted_env: if derived.provider.is_platform() { Vec::new() } else { derived.provider.auth_env.to_vec() },
             offer: match derived.offer {
                 offer if offer.has_withdrawn(model) => "WITHDRAWN",
                 offer if offer.models.iter().any(|listed| listed == model) => "LISTED",
@@ -236,7 +236,7 @@ fn patterns(old: &Registry, new: &Registry) -> Vec<PatternChange> {
         offers
             .map(|(runtime, offer)| {
                 let provider = registry.provider(offer);
-                let (pattern, accepted_env) = (provider.pattern.as_str().to_owned(), provider.auth_env.clone());
+                let (pattern, accepted_env) = (provider.pattern.as_str().to_owned(), provider.auth_env.to_vec());
                 ((runtime.to_owned(), provider.name.clone()), Unlisted { pattern, accepted_env })
             })
             .collect()

@@ -5,7 +5,6 @@ pub(crate) mod file;
 
 use std::{
     cell::Cell,
-    cmp::Reverse,
     collections::{BTreeMap, HashMap},
     sync::Arc,
     time::Duration,
@@ -18,6 +17,7 @@ use url::Url;
 use crate::{
     core::{
         answer::{any_at, contains},
+        by_first_byte::{ByFirstByte, Prefixed},
         foreign_secrets::ForeignSecrets,
         oauth_credential::CredentialKind,
         runtimes::Runtimes,
@@ -42,14 +42,13 @@ const MAX_COMMON_TEXT: usize = 512;
 /// All that is known about hosts, keys and runtimes.
 #[derive(Debug, Clone)]
 pub struct Catalogue {
-    revision: String,
+    revision: Arc<str>,
     /// The rows of each host (with its port if not the default) or pattern of hosts. Rows with the longest path come first.
     hosts: BTreeMap<String, Vec<HostRow>>,
     /// The base URLs of providers whose registry entry has none: their vendor's one host.
     homes: BTreeMap<String, Url>,
     unprobed: BTreeMap<String, Unprobed>,
-    /// In the order of [`KeyShape::sort`].
-    key_shapes: Vec<KeyShape>,
+    key_shapes: ByFirstByte<KeyShape>,
     base_url_env: BTreeMap<String, Protocol>,
     common_codes: Arc<CommonCodes>,
     free_models: Arc<[String]>,
@@ -360,9 +359,8 @@ impl Catalogue {
         self.homes.retain(|provider, _| !unprobed.contains_key(provider));
         self.unprobed.extend(unprobed);
         self.hosts.extend(hosts);
-        let declared = self.key_shapes.len();
+        let declared = self.key_shapes.iter().count();
         self.key_shapes.extend(key_shapes.into_iter().map(|shape| KeyShape { declared: declared + shape.declared, ..shape }));
-        KeyShape::sort(&mut self.key_shapes);
         self.base_url_env.extend(base_url_env);
         if !openai.is_empty() {
             self.openai = openai;
@@ -373,13 +371,19 @@ impl Catalogue {
         self.common_codes = Arc::new(self.common_codes.overlaid(&common_codes));
         self.free_models = self.free_models.iter().chain(free_models.iter()).cloned().collect();
         self.share_codes();
-        self.revision = blake3::hash(format!("{} {revision}", self.revision).as_bytes()).to_hex().chars().take(16).collect();
+        let both = blake3::hash(format!("{} {revision}", self.revision).as_bytes()).to_hex();
+        self.revision = both.chars().take(16).collect::<String>().into();
         self
     }
 
     /// A hash of the built-in document and of the one on top.
     pub fn revision(&self) -> &str {
         &self.revision
+    }
+
+    /// The same, for an answer to keep.
+    pub fn shared_revision(&self) -> Arc<str> {
+        Arc::clone(&self.revision)
     }
 
     /// The kind of login credential that a variable holds, if it holds one. Such credentials are never sent.
@@ -452,10 +456,7 @@ impl Catalogue {
 
     /// The key shapes with the longest prefix that this value begins with.
     pub fn shapes_of(&self, value: &str) -> &[KeyShape] {
-        let first = value.as_bytes().first().copied();
-        let from = self.key_shapes.partition_point(|shape| shape.first() < first);
-        let to = self.key_shapes.partition_point(|shape| shape.first() <= first);
-        let shapes = self.key_shapes.get(from..to).unwrap_or_default();
+        let shapes = self.key_shapes.like(value);
         let longest = shapes.iter().position(|shape| value.starts_with(&shape.prefix));
         let longest = longest.and_then(|longest| shapes.get(longest..)).unwrap_or_default();
         longest.chunk_by(|one, other| one.prefix == other.prefix).next().unwrap_or_default()
@@ -569,15 +570,9 @@ impl CommonCodes {
 
 // === impl KeyShape ===
 
-impl KeyShape {
-    /// Sorts by the first byte, then with the longest prefix first, so that the first match is the longest. Equal prefixes stay together.
-    fn sort(shapes: &mut [Self]) {
-        let key = |shape: &Self| (shape.first(), Reverse(shape.prefix.len()));
-        shapes.sort_by(|one, other| key(one).cmp(&key(other)).then_with(|| one.prefix.cmp(&other.prefix)));
-    }
-
-    fn first(&self) -> Option<u8> {
-        self.prefix.as_bytes().first().copied()
+impl Prefixed for KeyShape {
+    fn prefix(&self) -> &str {
+        &self.prefix
     }
 }
 

@@ -56,13 +56,13 @@ pub struct LivenessQuery<'a> {
 #[derive(Debug, Clone, Default)]
 pub struct QueryContext<'a> {
     /// The value that is sent, and a value of the provider that is not sent instead of it. Set only if the runtime's facts are certain.
-    pub passed_over: Option<(NameAndScope, NameAndScope)>,
+    pub passed_over: Option<Box<(NameAndScope, NameAndScope)>>,
     /// The headers in which the workspace itself sends this credential, the preferred one first.
     pub own_headers: &'a [HeaderFamily],
     /// The variables that hold the provider's own credentials, if the runtime is known.
     pub own_names: &'a [String],
     /// Set if the runtime does not read this variable: where to save a good credential, or `None` if the runtime reads none of this provider.
-    pub place_of_unread: Option<Option<Place>>,
+    pub place_of_unread: Option<Option<Box<Place>>>,
     /// The facts about the runtime, if they are certain.
     pub facts: Option<&'a RuntimeFacts>,
 }
@@ -90,7 +90,7 @@ pub(super) struct CredentialStep<'a, 'f> {
 }
 
 impl<'a> CredentialStep<'a, '_> {
-    pub(super) fn run(&self, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) -> Flow<LivenessQueries<'a>> {
+    pub(super) fn run(&self, credentials: &CredentialSet<'a>, log: &mut EvaluationLog) -> Flow<Box<LivenessQueries<'a>>> {
         let (provider, offer_use) = (self.derived.provider, self.offer_use());
         let call = match predict(offer_use.route.as_ref(), provider, credentials) {
             Prediction::Sends(call) => call,
@@ -124,9 +124,9 @@ impl<'a> CredentialStep<'a, '_> {
         let fallbacks = self.fallbacks(&call, log);
         let mut first = self.query(&outgoing, if fallbacks.is_empty() { call.passed_over.first() } else { None });
         if call.is_unread {
-            first.context.place_of_unread = Some(self.place_for(call.judged.env_name));
+            first.context.place_of_unread = Some(self.place_for(call.judged.env_name).map(Box::new));
         }
-        Ok(LivenessQueries { first, fallbacks })
+        Ok(Box::new(LivenessQueries { first, fallbacks }))
     }
 
     fn offer_use(&self) -> &'a OfferUse {
@@ -201,7 +201,7 @@ impl<'a> CredentialStep<'a, '_> {
     }
 
     /// The facts for a value that is not sent.
-    fn facts_of_not_sent(&self, reason: NotSent, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Box<Facts> {
+    fn facts_of_not_sent(&self, reason: NotSent, call: &WorkspaceCall<'a>, log: &mut EvaluationLog) -> Facts {
         match reason {
             NotSent::NoSurface(surface) => {
                 log.trace.step("liveness", || surface.text());
@@ -210,10 +210,12 @@ impl<'a> CredentialStep<'a, '_> {
             NotSent::Refused(refusal) => {
                 log.trace.step("shape", || format!("{} is not sent: {}", call.judged.env_name, refusal.code()));
                 let usable = self.usable(call);
-                Facts::refused(match usable {
-                    Some(other) if self.is_certain() => self.shadowed(&call.judged, ShadowCause::Refused(refusal), &other),
-                    _ => *refusal,
-                })
+                match usable {
+                    Some(other) if self.is_certain() => {
+                        Facts::refused(self.shadowed(&call.judged, ShadowCause::Refused(refusal), &other))
+                    }
+                    _ => Facts::Refused(refusal),
+                }
             }
         }
     }
@@ -267,7 +269,7 @@ impl<'a> CredentialStep<'a, '_> {
             organization: &self.spec.organization_id,
             caller: self.caller,
             context: QueryContext {
-                passed_over: passed_over.filter(|_| certain).map(|other| (found.named(), other.named())),
+                passed_over: passed_over.filter(|_| certain).map(|other| Box::new((found.named(), other.named()))),
                 own_headers: headers,
                 own_names: self.offer_use().route.as_ref().map(|route| route.own.as_slice()).unwrap_or_default(),
                 place_of_unread: None,
@@ -276,16 +278,16 @@ impl<'a> CredentialStep<'a, '_> {
         }
     }
 
-    fn not_asked(&self, call: &WorkspaceCall<'_>, verdict: Verdict, reason: Option<&NoSurface>) -> Box<Facts> {
-        Box::new(Facts::NotValid {
-            evidence: LivenessEvidence {
+    fn not_asked(&self, call: &WorkspaceCall<'_>, verdict: Verdict, reason: Option<&NoSurface>) -> Facts {
+        Facts::NotValid {
+            evidence: Box::new(LivenessEvidence {
                 tenant_endpoint: matches!(reason, Some(NoSurface::TenantBaseUrl(_))),
                 model: self.model.to_owned(),
                 ..LivenessEvidence::of(verdict, &self.derived.provider.name, call.judged.env_name)
-            },
+            }),
             served_from: None,
             recently_valid: false,
             enforcement: self.enforcement,
-        })
+        }
     }
 }

@@ -1,9 +1,6 @@
 //! The credentials of a request by name. Scopes are merged, and a credential that could not be read is never taken for a missing one.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-};
+use std::{collections::BTreeSet, sync::Arc};
 
 use crate::{
     core::registry::{Provider, Registry, Runtime},
@@ -16,13 +13,15 @@ use crate::{
 /// The credentials of one spec, merged by name in the way of the workspace's own environment.
 #[derive(Debug)]
 pub struct CredentialSet<'s> {
-    rows: BTreeMap<&'s str, Rows<'s>>,
+    /// One for each name. They are few: comparing names one after another, most of them by length alone, is faster than a map.
+    rows: Vec<Rows<'s>>,
     workspace_unreadable: bool,
     organization_unreadable: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Rows<'s> {
+    name: &'s str,
     workspace: Option<&'s CredentialValue>,
     organization: Option<&'s CredentialValue>,
 }
@@ -49,18 +48,25 @@ pub enum Lookup<'s> {
 
 impl<'s> CredentialSet<'s> {
     /// The credentials of a spec, and the names that were left out because nothing uses them.
-    pub fn of(spec: &'s WorkspaceSpec, known: &BTreeSet<String>) -> (Self, Vec<String>) {
-        let mut rows: BTreeMap<&str, Rows<'_>> = BTreeMap::new();
+    pub fn of(spec: &'s WorkspaceSpec, is_known: &dyn Fn(&str) -> bool) -> (Self, Vec<String>) {
+        let mut rows: Vec<Rows<'_>> = Vec::with_capacity(spec.credentials.len());
         let mut dropped = BTreeSet::new();
         for Credential { env_name, scope, value } in &spec.credentials {
-            if !known.contains(env_name) {
+            if !is_known(env_name) {
                 dropped.insert(env_name.clone());
                 continue;
             }
-            let row = rows.entry(env_name).or_default();
+            let (mut workspace, mut organization) = (None, None);
             match scope {
-                Scope::Workspace => row.workspace = Some(value),
-                Scope::Organization => row.organization = Some(value),
+                Scope::Workspace => workspace = Some(value),
+                Scope::Organization => organization = Some(value),
+            }
+            match rows.iter_mut().find(|row| row.name == env_name) {
+                Some(row) => {
+                    row.workspace = workspace.or(row.workspace);
+                    row.organization = organization.or(row.organization);
+                }
+                None => rows.push(Rows { name: env_name, workspace, organization }),
             }
         }
         let unreadable = |scope| spec.unreadable_scopes.contains(&scope);
@@ -74,8 +80,7 @@ impl<'s> CredentialSet<'s> {
 
     /// What this variable holds. A credential of the workspace hides the organization's, even if it is blank or unreadable.
     pub fn lookup(&self, name: &str) -> Lookup<'s> {
-        let row = self.rows.get(name);
-        let (workspace, organization) = row.map_or((None, None), |row| (row.workspace, row.organization));
+        let (workspace, organization) = self.row(name);
         match (workspace, organization) {
             (Some(value), hidden) => of_row(value, Scope::Workspace, hidden.is_some_and(|hidden| !is_blank(hidden))),
             // The workspace may have a credential with this name that could not be listed and would hide the organization's.
@@ -86,14 +91,19 @@ impl<'s> CredentialSet<'s> {
         }
     }
 
+    /// The values of this variable in the workspace and in the organization.
+    fn row(&self, name: &str) -> (Option<&'s CredentialValue>, Option<&'s CredentialValue>) {
+        let row = self.rows.iter().find(|row| row.name == name);
+        row.map_or((None, None), |row| (row.workspace, row.organization))
+    }
+
     /// The scopes in which what these variables hold could not be read.
     pub fn unreadable_scopes(&self, names: &[String]) -> Vec<Scope> {
         let is_unreadable = |value: Option<&CredentialValue>, otherwise| {
             value.map_or(otherwise, |value| matches!(value, CredentialValue::Unreadable))
         };
         let scopes_of = |name: &String| {
-            let row = self.rows.get(name.as_str());
-            let (workspace, organization) = row.map_or((None, None), |row| (row.workspace, row.organization));
+            let (workspace, organization) = self.row(name);
             // A row of the workspace hides the organization's.
             let hides = workspace.is_some();
             let of_workspace = is_unreadable(workspace, self.workspace_unreadable).then_some(Scope::Workspace);
@@ -105,9 +115,7 @@ impl<'s> CredentialSet<'s> {
 
     /// Whether a blank value of the workspace hides a value of the organization.
     pub fn is_hidden(&self, name: &str) -> bool {
-        let Some(Rows { workspace: Some(workspace), organization: Some(organization) }) = self.rows.get(name) else {
-            return false;
-        };
+        let (Some(workspace), Some(organization)) = self.row(name) else { return false };
         is_blank(workspace) && !is_blank(organization)
     }
 
@@ -121,7 +129,7 @@ impl<'s> CredentialSet<'s> {
         let unreadable = |value: Option<&CredentialValue>| matches!(value, Some(CredentialValue::Unreadable));
         self.workspace_unreadable
             || self.organization_unreadable
-            || self.rows.values().any(|row| unreadable(row.workspace) || unreadable(row.organization))
+            || self.rows.iter().any(|row| unreadable(row.workspace) || unreadable(row.organization))
     }
 
     /// The variables that the runtime could use instead of the judged one: those that its other providers accept, and those that this provider
@@ -135,7 +143,8 @@ impl<'s> CredentialSet<'s> {
             Lookup::Nothing | Lookup::Unknown => false,
         };
         // Iterate over the spec's names: they are few, while a runtime's providers accept many.
-        self.rows.keys().filter(|name| **name != judged && conflicts(name)).map(|name| (*name).to_owned()).collect()
+        let names = self.rows.iter().map(|row| row.name).filter(|name| *name != judged && conflicts(name));
+        names.collect::<BTreeSet<_>>().into_iter().map(str::to_owned).collect()
     }
 }
 

@@ -53,7 +53,16 @@ pub fn derive<'r>(
     if model.is_empty() {
         return Err(Underivable::ModelRequired);
     }
-    let runtime = registry.runtime(runtime).ok_or(Underivable::UnknownRuntime)?;
+    derive_on(registry, registry.runtime(runtime).ok_or(Underivable::UnknownRuntime)?, model, is_available)
+}
+
+/// The owner of a trimmed model on this runtime of the registry.
+pub fn derive_on<'r>(
+    registry: &'r Registry,
+    runtime: &'r Runtime,
+    model: &str,
+    is_available: &dyn Fn(&str) -> bool,
+) -> Result<Derived<'r>, Underivable> {
     let listed = runtime.listing(model);
     // Most models are listed by one provider only.
     if let (Some(only), None) = (listed.clone().next(), listed.clone().nth(1)) {

@@ -22,17 +22,17 @@ use crate::{
         classify::Finding,
         credential::{LivenessQueries, LivenessQuery, QueryContext},
         endpoint::{Endpoint, Target},
-        evaluate::{Next, Resolved, Unresolved, alternative_models, evaluate, resolve},
-        evaluation_log::Trace,
+        evaluate::{Evaluation, Next, Resolved, Unresolved, alternative_models, evaluate, resolve},
+        evaluation_log::{EvaluationLog, Trace},
         policy::{Facts, WrongHeader, apply},
         snapshot::Snapshot,
     },
     domain::{
-        decision::{Decision, Liveness, Outcome, Seen, Warning},
+        decision::{Decision, JudgedCredential, Liveness, Outcome, Seen, Warning},
         denial::{LivenessEvidence, Refusal, ShadowCause},
         protocol::HeaderFamily,
         request::Request,
-        secret::{Secret, with_stack_wiped},
+        secret::{Secret, keyed_hash},
         verdict::{ServedFrom, Verdict, WarningCode},
     },
 };
@@ -140,12 +140,21 @@ pub struct Decided {
     /// The decision.
     pub decision: Decision,
     /// The revision of the registry.
-    pub registry_revision: String,
+    pub registry_revision: Arc<str>,
     /// The revision of the catalogue.
-    pub catalogue_revision: String,
+    pub catalogue_revision: Arc<str>,
     /// What is known about the credential, if a provider was asked, now or earlier. The log uses it to say why the credential is not VALID. If the
     /// decision rests on an earlier VALID, this is the newer observation.
     pub finding: Option<Arc<Finding>>,
+}
+
+/// A decision for which a provider has to be asked.
+struct Asking<'a> {
+    log: EvaluationLog,
+    query: LivenessQuery<'a>,
+    /// Known already, if it is a refusal: the runtime goes on to the next credential.
+    remembered: Option<Observed>,
+    fallbacks: Vec<(LivenessQuery<'a>, JudgedCredential)>,
 }
 
 // === impl ProbeStarted ===
@@ -196,7 +205,7 @@ impl Engine {
     }
 
     /// Makes a decision by the deadline.
-    pub async fn decide(&self, request: &Request, deadline: Instant) -> Decided {
+    pub async fn decide(&self, request: &Request, deadline: Instant) -> Box<Decided> {
         match self.decide_admitted(request, deadline, |_| ready(Ok::<_, Infallible>(()))).await {
             Ok(decided) => decided,
             Err(never) => match never {},
@@ -211,75 +220,74 @@ impl Engine {
         request: &Request,
         deadline: Instant,
         acquire_permit: impl FnOnce(Arc<Endpoint>) -> F,
-    ) -> Result<Decided, E> {
-        let snapshot = self.snapshot();
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let evaluation = evaluate(&snapshot, request, i64::try_from(now).unwrap_or(i64::MAX), &|secret| self.fingerprint(secret));
-        let (mut trace, mut resolution, mut warnings) = (evaluation.trace, evaluation.resolution, evaluation.warnings);
-        let (facts, seen) = match evaluation.next {
-            Next::Rule(facts) => (facts, None),
-            Next::Ask(LivenessQueries { first, fallbacks }) => {
-                let mut acquire_permit = Some(acquire_permit);
-                let mut permit = None;
-                let mut query = first;
-                let mut observed = self.ask(&query, request.max_liveness_age, deadline, &mut acquire_permit, &mut permit).await?;
-                for (next, judged) in fallbacks {
-                    // The runtime tries the next credential only after a refusal.
-                    if observed.finding.verdict != Verdict::Invalid {
-                        break;
-                    }
-                    trace.step("liveness", || describe(&query, &observed));
-                    warnings.push(refused_first(&query, next.env_name));
-                    observed = self.ask(&next, request.max_liveness_age, deadline, &mut acquire_permit, &mut permit).await?;
-                    resolution.credential = Some(judged);
-                    query = next;
-                }
-                trace.step("liveness", || describe(&query, &observed));
-                (to_facts(&snapshot, &query, &observed), Some((query, observed)))
-            }
-        };
-        let finding = seen.as_ref().map(|(_, observed)| Arc::clone(&observed.finding));
-        let static_liveness = static_liveness(&facts);
-        let ruling = apply(facts, request.checkpoint, &snapshot.policy);
-        let liveness = seen.map(|(query, observed)| to_liveness(&query, observed, ruling.on_earlier_valid)).or(static_liveness);
-        warnings.extend(ruling.warnings.iter().cloned());
-        let outcome = ruling.into_outcome(|| alternative_models(&snapshot, &request.spec));
-        if let Outcome::Allow(allow) = &outcome {
-            resolution.billing_mode = Some(allow.billing_mode());
+    ) -> Result<Box<Decided>, E> {
+        let (snapshot, now) = (self.snapshot(), SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
+        match self.decide_from_memory(&snapshot, request, now) {
+            Ok(decided) => Ok(decided),
+            // On the heap, because most decisions come from memory and would carry the place for it along.
+            Err(asking) => Box::pin(self.decide_by_asking(*asking, &snapshot, request, now, deadline, acquire_permit)).await,
         }
-        trace_ruling(&mut trace, &outcome);
-        Ok(Decided {
-            id: new_id(),
-            decision: Decision {
-                outcome,
-                resolution,
-                liveness,
-                warnings,
-                trace: trace.into_steps(),
-                relevant: evaluation.relevant,
-            },
-            registry_revision: snapshot.registry.revision().to_owned(),
-            catalogue_revision: snapshot.catalogue.revision().to_owned(),
-            finding,
-        })
     }
 
-    /// The remembered observation, or a new one. Before it waits for the first time, it acquires the decision's permit.
-    async fn ask<P, E, F: Future<Output = Result<P, E>>>(
+    /// The decision, if no provider has to be asked for it.
+    fn decide_from_memory<'a>(
         &self,
-        query: &LivenessQuery<'_>,
-        max_age: Option<Duration>,
+        snapshot: &'a Snapshot,
+        request: &'a Request,
+        now: Duration,
+    ) -> Result<Box<Decided>, Box<Asking<'a>>> {
+        let second = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+        let Evaluation { next, log } = evaluate(snapshot, request, second, &|secret| self.fingerprint(secret));
+        match next {
+            Next::Rule(facts) => Ok(conclude(snapshot, request, now, log, facts, None)),
+            Next::Ask(queries) => {
+                let LivenessQueries { first, fallbacks } = *queries;
+                let remembered = self.liveness.recall(&first, request.max_liveness_age);
+                match remembered.map(|observed| in_own_header(&first, observed)) {
+                    // The runtime tries the next credential only after a refusal.
+                    Some(observed) if fallbacks.is_empty() || observed.finding.verdict != Verdict::Invalid => {
+                        Ok(conclude_on(snapshot, request, now, log, &first, observed))
+                    }
+                    remembered => Err(Box::new(Asking { log, query: first, remembered, fallbacks })),
+                }
+            }
+        }
+    }
+
+    /// The decision after the providers were asked. Before it waits for the first time, it acquires the decision's permit.
+    async fn decide_by_asking<P, E, F: Future<Output = Result<P, E>>>(
+        &self,
+        asking: Asking<'_>,
+        snapshot: &Snapshot,
+        request: &Request,
+        now: Duration,
         deadline: Instant,
-        acquire_permit: &mut Option<impl FnOnce(Arc<Endpoint>) -> F>,
-        permit: &mut Option<P>,
-    ) -> Result<Observed, E> {
-        if let Some(observed) = self.liveness.recall(query, max_age) {
-            return Ok(in_own_header(query, observed));
+        acquire_permit: impl FnOnce(Arc<Endpoint>) -> F,
+    ) -> Result<Box<Decided>, E> {
+        let Asking { mut log, mut query, mut remembered, fallbacks } = asking;
+        let (max_age, mut acquire_permit, mut permit) = (request.max_liveness_age, Some(acquire_permit), None);
+        let mut fallbacks = fallbacks.into_iter();
+        loop {
+            let observed = match remembered {
+                Some(observed) => observed,
+                None => {
+                    if let Some(acquire_permit) = acquire_permit.take() {
+                        permit = Some(acquire_permit(Arc::clone(query.endpoint)).await?);
+                    }
+                    in_own_header(&query, self.liveness.observe(query.clone(), max_age, deadline).await)
+                }
+            };
+            let refused = observed.finding.verdict == Verdict::Invalid;
+            let Some((next, judged)) = fallbacks.next().filter(|_| refused) else {
+                drop(permit);
+                return Ok(conclude_on(snapshot, request, now, log, &query, observed));
+            };
+            log.trace.step("liveness", || describe(&query, &observed));
+            log.warnings.push(refused_first(&query, next.env_name));
+            log.resolution.credential = Some(judged);
+            query = next;
+            remembered = self.liveness.recall(&query, max_age).map(|observed| in_own_header(&query, observed));
         }
-        if let Some(acquire_permit) = acquire_permit.take() {
-            *permit = Some(acquire_permit(Arc::clone(query.endpoint)).await?);
-        }
-        Ok(in_own_header(query, self.liveness.observe(query.clone(), max_age, deadline).await))
     }
 
     /// The owner of a model, by credential names alone.
@@ -296,16 +304,64 @@ impl Engine {
     /// 8 hex digits under the configured key, by which a person recognises a credential. Empty if no key is configured.
     fn fingerprint(&self, secret: &Secret) -> String {
         self.fingerprint_key.map_or_else(String::new, |key| {
-            with_stack_wiped(|| blake3::keyed_hash(&key, secret.expose().as_bytes())).to_hex().chars().take(8).collect()
+            let [one, two, three, four, ..] = keyed_hash(&key, secret.expose().as_bytes());
+            format!("{:08x}", u32::from_be_bytes([one, two, three, four]))
         })
     }
 }
 
-/// An id for a new decision, a UUID of version 7. Its random bits come from the thread's generator: the library would make a system call for each
-/// decision.
-fn new_id() -> Uuid {
-    let millis = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis());
-    uuid::Builder::from_unix_timestamp_millis(u64::try_from(millis).unwrap_or(u64::MAX), &rand::random()).into_uuid()
+/// The decision on an observation.
+fn conclude_on(
+    snapshot: &Snapshot,
+    request: &Request,
+    now: Duration,
+    mut log: EvaluationLog,
+    query: &LivenessQuery<'_>,
+    observed: Observed,
+) -> Box<Decided> {
+    log.trace.step("liveness", || describe(query, &observed));
+    let facts = to_facts(snapshot, query, &observed);
+    conclude(snapshot, request, now, log, facts, Some((query, observed)))
+}
+
+/// The decision on these facts.
+fn conclude(
+    snapshot: &Snapshot,
+    request: &Request,
+    now: Duration,
+    log: EvaluationLog,
+    facts: Facts,
+    seen: Option<(&LivenessQuery<'_>, Observed)>,
+) -> Box<Decided> {
+    let EvaluationLog { mut resolution, mut warnings, mut trace, relevant } = log;
+    let finding = seen.as_ref().map(|(_, observed)| Arc::clone(&observed.finding));
+    let unasked = if seen.is_none() { static_liveness(&facts) } else { None };
+    let mut ruling = apply(facts, request.checkpoint, &snapshot.policy);
+    let liveness = match seen {
+        Some((query, observed)) => Some(to_liveness(query, observed, ruling.on_earlier_valid)),
+        None => unasked,
+    };
+    warnings.append(&mut ruling.warnings);
+    let outcome = ruling.into_outcome(|| alternative_models(snapshot, &request.spec));
+    if let Outcome::Allow(allow) = &outcome {
+        resolution.billing_mode = Some(allow.billing_mode());
+    }
+    trace_ruling(&mut trace, &outcome);
+    // Boxed, because it passes through several futures and each would move all of it.
+    Box::new(Decided {
+        id: new_id(now),
+        decision: Decision { outcome, resolution, liveness, warnings, trace: trace.into_steps(), relevant },
+        registry_revision: snapshot.registry.shared_revision(),
+        catalogue_revision: snapshot.catalogue.shared_revision(),
+        finding,
+    })
+}
+
+/// An id for a new decision at this Unix time, a UUID of version 7. Its random bits come from the thread's generator: the library would make a system
+/// call for each decision.
+fn new_id(now: Duration) -> Uuid {
+    let millis = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
+    uuid::Builder::from_unix_timestamp_millis(millis, &rand::random()).into_uuid()
 }
 
 fn to_facts(snapshot: &Snapshot, query: &LivenessQuery<'_>, observed: &Observed) -> Facts {
@@ -329,21 +385,26 @@ fn to_facts(snapshot: &Snapshot, query: &LivenessQuery<'_>, observed: &Observed)
         tenant_endpoint: false,
         plan: plan_of(snapshot, query),
         model: query.model.to_owned(),
-        save_as: query.context.place_of_unread.clone().unwrap_or_else(|| Some(snapshot.place(query.env_name))),
+        save_as: query
+            .context
+            .place_of_unread
+            .clone()
+            .map_or_else(|| Some(snapshot.place(query.env_name)), |place| place.map(|place| *place)),
     };
     let enforcement = query.enforcement;
     match (&query.context.passed_over, finding.verdict) {
-        (Some((sent, other)), Verdict::Invalid | Verdict::Forbidden) => {
+        (Some(passed_over), Verdict::Invalid | Verdict::Forbidden) => {
+            let (sent, other) = (**passed_over).clone();
             let why = ShadowCause::Refused(Box::new(Refusal::Liveness(evidence.clone())));
-            let (sent, other, provider) = (sent.clone(), other.clone(), evidence.provider.clone());
+            let provider = evidence.provider.clone();
             Facts::Shadowed {
                 refusal: Box::new(Refusal::Shadowed { sent, why, other, replaceable: true, provider }),
-                evidence,
+                evidence: Box::new(evidence),
                 enforcement,
             }
         }
         _ => Facts::NotValid {
-            evidence,
+            evidence: Box::new(evidence),
             served_from: Some(observed.served_from),
             recently_valid: observed.earlier_valid.is_some(),
             enforcement,

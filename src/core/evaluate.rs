@@ -6,14 +6,14 @@ use crate::{
     core::{
         credential::{CredentialStep, LivenessQueries},
         credentials::{CredentialSet, Lookup},
-        derive::{Derived, Underivable, derive},
-        evaluation_log::{EvaluationLog, Trace},
+        derive::{Derived, Underivable, derive, derive_on},
+        evaluation_log::EvaluationLog,
         policy::{Facts, Flow},
         registry::{Auth, Provider, Registry, Runtime},
         snapshot::Snapshot,
     },
     domain::{
-        decision::{RelevantNames, Resolution, Warning},
+        decision::{RelevantNames, Resolution},
         denial::{Refusal, listed},
         request::{CalledBy, Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
         secret::Secret,
@@ -31,14 +31,8 @@ const MIN_SIMILARITY: f64 = 0.8;
 pub struct Evaluation<'a> {
     /// What the engine has to do next.
     pub next: Next<'a>,
-    /// The owner of the model, as far as it is known.
-    pub resolution: Resolution,
-    /// Warnings so far.
-    pub warnings: Vec<Warning>,
-    /// The steps, if the caller wants them explained.
-    pub trace: Trace,
-    /// The credential names that mattered.
-    pub relevant: RelevantNames,
+    /// What was recorded on the way.
+    pub log: EvaluationLog,
 }
 
 /// What the engine has to do next.
@@ -47,7 +41,7 @@ pub enum Next<'a> {
     /// Everything is known: apply the policy.
     Rule(Facts),
     /// Ask the provider.
-    Ask(LivenessQueries<'a>),
+    Ask(Box<LivenessQueries<'a>>),
 }
 
 /// Evaluates a request at this second of Unix time. `fingerprint` makes a short name by which a person recognises a key.
@@ -61,9 +55,8 @@ pub fn evaluate<'a>(
     let mut log = EvaluationLog::new(*explain);
     let proxy = proxy_of(snapshot, spec);
     let evaluator = Evaluator { snapshot, spec, checkpoint: *checkpoint, proxy, caller, now, fingerprint };
-    let next = evaluator.run(&mut log).unwrap_or_else(|facts| Next::Rule(*facts));
-    let EvaluationLog { resolution, warnings, trace, relevant } = log;
-    Evaluation { next, resolution, warnings, trace, relevant }
+    let next = evaluator.run(&mut log).unwrap_or_else(Next::Rule);
+    Evaluation { next, log }
 }
 
 /// The models that the runtime offers without a key, for a workspace that is denied.
@@ -149,13 +142,13 @@ impl<'a> Evaluator<'a, '_> {
     fn run(&self, log: &mut EvaluationLog) -> Flow<Next<'a>> {
         self.check_override(log)?;
         let runtime = self.runtime(log)?;
-        let model = known_model(&self.spec.runtime, &self.spec.model).map_err(|refusal| Facts::refused(*refusal))?;
+        let model = known_model(&self.spec.runtime, &self.spec.model).map_err(Facts::Refused)?;
         log.trace.step("model", || format!("`{model}`"));
         if self.spec.operator_override == OperatorOverride::PlatformManaged {
             log.resolution.billing_mode = Some(BillingMode::PlatformManaged);
-            return Err(Box::new(Facts::Platform { by_override: true, proxy: self.proxy, model: model.to_owned() }));
+            return Err(Facts::Platform { by_override: true, proxy: self.proxy, model: model.to_owned() });
         }
-        let (credentials, dropped) = CredentialSet::of(self.spec, self.snapshot.credential_names());
+        let (credentials, dropped) = CredentialSet::of(self.spec, &|name| self.snapshot.is_credential_name(name));
         if !dropped.is_empty() {
             let message = format!("nothing reads a credential named {}; it was left out", listed(&dropped));
             log.warn(WarningCode::UnknownCredentialName, message, dropped);
@@ -166,7 +159,7 @@ impl<'a> Evaluator<'a, '_> {
         log.relevant.base_url_env = Arc::clone(&self.snapshot.offer_use(derived.offer).base_url_env);
         self.check_base_url_names(log);
         if provider.is_platform() {
-            return Err(Box::new(self.platform(model)));
+            return Err(self.platform(model));
         }
         if provider.auth == Auth::Ambient {
             return Err(Facts::refused(not_byok(provider, model)));
@@ -213,7 +206,7 @@ impl<'a> Evaluator<'a, '_> {
             (false, _) => Err(Facts::refused(Refusal::OverrideNotAllowed)),
             (true, OperatorOverride::Disabled) => {
                 log.resolution.billing_mode = Some(BillingMode::None);
-                Err(Box::new(Facts::OverrideDisabled))
+                Err(Facts::OverrideDisabled)
             }
             (true, OperatorOverride::Derive | OperatorOverride::PlatformManaged | OperatorOverride::Byok) => Ok(()),
         }
@@ -228,9 +221,9 @@ impl<'a> Evaluator<'a, '_> {
             if log.resolution.source == Source::Derived {
                 log.resolution.source = Source::ExemptRuntime;
             }
-            return Err(Box::new(Facts::ExemptRuntime));
+            return Err(Facts::ExemptRuntime);
         }
-        let runtime = known_runtime(&self.snapshot.registry, name).map_err(|refusal| Facts::refused(*refusal))?;
+        let runtime = known_runtime(&self.snapshot.registry, name).map_err(Facts::Refused)?;
         log.trace.step("runtime", || format!("`{name}` has {} providers", runtime.offers.len()));
         Ok(runtime)
     }
@@ -242,13 +235,13 @@ impl<'a> Evaluator<'a, '_> {
     fn owner(
         &self,
         credentials: &CredentialSet<'_>,
-        runtime: &Runtime,
+        runtime: &'a Runtime,
         model: &str,
         log: &mut EvaluationLog,
     ) -> Flow<Derived<'a>> {
         let registry = &*self.snapshot.registry;
         let name = self.spec.runtime.as_str();
-        let derived = derive(registry, name, model, &|name| credentials.has(name));
+        let derived = derive_on(registry, runtime, model, &|name| credentials.has(name));
         log.relevant.env = match &derived {
             // Only this provider lists the model.
             Ok(Derived { offer, matched_by: MatchedBy::ExactModel, .. }) => self.snapshot.names_of(offer),
@@ -263,7 +256,7 @@ impl<'a> Evaluator<'a, '_> {
                 .iter()
                 .filter(|unknown| matches!(credentials.lookup(unknown), Lookup::Unknown))
                 .filter(|unknown| {
-                    owner(&derive(registry, name, model, &|name| name == unknown.as_str() || credentials.has(name)))
+                    owner(&derive_on(registry, runtime, model, &|name| name == unknown.as_str() || credentials.has(name)))
                         != owner(&derived)
                 })
                 .cloned()
@@ -274,7 +267,7 @@ impl<'a> Evaluator<'a, '_> {
                 return Err(Facts::refused(Refusal::CredentialsUnreadable { names: changing, scopes, changes_owner: true }));
             }
         }
-        let derived = derived.map_err(|underivable| Facts::refused(*refusal_of(underivable, name, model, registry)))?;
+        let derived = derived.map_err(|underivable| Facts::Refused(refusal_of(underivable, name, model, registry)))?;
         record_owner(&mut log.resolution, derived.provider, derived.matched_by);
         log.trace.step("derive", || format!("provider `{}` by {}", derived.provider.name, derived.matched_by));
         Ok(derived)
@@ -302,7 +295,7 @@ impl<'a> Evaluator<'a, '_> {
     fn platform(&self, model: &str) -> Facts {
         let model = model.to_owned();
         if self.spec.operator_override == OperatorOverride::Byok {
-            Facts::Refused(Refusal::OverrideConflictsWithModel { model })
+            Facts::refused(Refusal::OverrideConflictsWithModel { model })
         } else {
             Facts::Platform { by_override: false, proxy: self.proxy, model }
         }
@@ -373,13 +366,13 @@ fn offered(registry: &Registry, runtime: &Runtime) -> Vec<String> {
 }
 
 fn record_owner(resolution: &mut Resolution, provider: &Provider, matched_by: MatchedBy) {
-    resolution.provider.clone_from(&provider.name);
+    resolution.provider = provider.name.as_str().into();
     resolution.matched_by = Some(matched_by);
     // A provider with ambient identity takes no tenant credential, so no name is accepted and there is nobody to bill.
     if provider.auth != Auth::Ambient {
         resolution.billing_mode = Some(provider.billing_mode());
     }
     if provider.auth != Auth::Ambient && !provider.is_platform() {
-        resolution.accepted_env.clone_from(&provider.auth_env);
+        resolution.accepted_env = Arc::clone(&provider.auth_env);
     }
 }

@@ -7,11 +7,15 @@ use crate::domain::{
 
 /// The records of one evaluation.
 #[derive(Debug)]
-pub(super) struct EvaluationLog {
-    pub(super) resolution: Resolution,
-    pub(super) warnings: Vec<Warning>,
-    pub(super) trace: Trace,
-    pub(super) relevant: RelevantNames,
+pub struct EvaluationLog {
+    /// The owner of the model, as far as it is known.
+    pub resolution: Resolution,
+    /// Warnings so far.
+    pub warnings: Vec<Warning>,
+    /// The steps, if the caller wants them explained.
+    pub trace: Trace,
+    /// The names that mattered.
+    pub relevant: RelevantNames,
 }
 
 /// The steps of one decision. Kept only if the caller wants them.

@@ -3,7 +3,10 @@
 
 use serde::Deserialize;
 
-use crate::domain::problem::Problem;
+use crate::{
+    core::by_first_byte::{ByFirstByte, Prefixed},
+    domain::problem::Problem,
+};
 
 /// A shorter prefix is not enough to recognise a secret, unless its length and its characters are given too.
 const MIN_PREFIX_BYTES: usize = 4;
@@ -13,8 +16,8 @@ const MIN_INFIX_BYTES: usize = 3;
 /// All known kinds.
 #[derive(Debug, Clone, Default)]
 pub struct ForeignSecrets {
-    /// Kinds with a prefix, sorted by its first byte.
-    by_prefix: Vec<Shape>,
+    /// Kinds with a prefix.
+    by_prefix: ByFirstByte<Shape>,
     /// Kinds that are recognised by infixes only.
     by_infix: Vec<Shape>,
 }
@@ -64,7 +67,7 @@ pub(crate) struct ForeignSecretFile {
 
 /// Checks the whole section.
 pub(crate) fn check(section: Vec<ForeignSecretFile>, problems: &mut Vec<Problem>) -> ForeignSecrets {
-    let mut found = ForeignSecrets::default();
+    let (mut by_prefix, mut by_infix) = (Vec::new(), Vec::new());
     for (index, file) in section.into_iter().enumerate() {
         let mut problem = |message: &str| problems.push(Problem::at(format!("foreign_secrets[{index}]"), message));
         let ForeignSecretFile { what, prefix, infixes, length, min_length, max_length, key_of, letters, source } = file;
@@ -97,10 +100,9 @@ pub(crate) fn check(section: Vec<ForeignSecretFile>, problems: &mut Vec<Problem>
             problem("`max_length` is less than `min_length`");
         }
         let shape = Shape { what, prefix, infixes, lengths, letters, key_of };
-        if shape.prefix.is_empty() { &mut found.by_infix } else { &mut found.by_prefix }.push(shape);
+        if shape.prefix.is_empty() { &mut by_infix } else { &mut by_prefix }.push(shape);
     }
-    found.sort();
-    found
+    ForeignSecrets { by_prefix: by_prefix.into_iter().collect(), by_infix }
 }
 
 // === impl ForeignSecrets ===
@@ -108,10 +110,7 @@ pub(crate) fn check(section: Vec<ForeignSecretFile>, problems: &mut Vec<Problem>
 impl ForeignSecrets {
     /// The name of this kind of secret, with its article. `None` if the value is not a known one, or if hosts of `vendor` take it as a key.
     pub fn what(&self, value: &str, vendor: Option<&str>) -> Option<&str> {
-        let first = value.as_bytes().first()?;
-        let from = self.by_prefix.partition_point(|shape| shape.prefix.as_bytes().first() < Some(first));
-        let mut found = self.by_prefix.iter().skip(from).take_while(|shape| shape.prefix.as_bytes().first() == Some(first));
-        let found = found.find(|shape| shape.fits(value)).or_else(|| {
+        let found = self.by_prefix.like(value).iter().find(|shape| shape.fits(value)).or_else(|| {
             // Every kind without a prefix has one of these characters. Most keys have none.
             let may_match = value.bytes().fold(false, |may_match, byte| may_match | matches!(byte, b':' | b'=' | b'.' | b'~'));
             self.by_infix.iter().filter(|_| may_match).find(|shape| shape.fits(value))
@@ -121,26 +120,23 @@ impl ForeignSecrets {
 
     /// The number of known kinds.
     pub fn count(&self) -> usize {
-        self.by_prefix.len() + self.by_infix.len()
+        self.by_prefix.iter().count() + self.by_infix.len()
     }
 
     /// Adds these kinds.
     pub fn lay_over(&mut self, over: Self) {
         self.by_prefix.extend(over.by_prefix);
         self.by_infix.extend(over.by_infix);
-        self.sort();
-    }
-
-    fn sort(&mut self) {
-        // The longest prefix comes first, so that it wins.
-        self.by_prefix.sort_by(|one, other| {
-            let key = |shape: &Shape| (shape.prefix.as_bytes().first().copied(), std::cmp::Reverse(shape.prefix.len()));
-            key(one).cmp(&key(other))
-        });
     }
 }
 
 // === impl Shape ===
+
+impl Prefixed for Shape {
+    fn prefix(&self) -> &str {
+        &self.prefix
+    }
+}
 
 impl Shape {
     fn fits(&self, value: &str) -> bool {

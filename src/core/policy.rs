@@ -129,7 +129,7 @@ pub struct Policy {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Facts {
     /// Refused before the credential was looked at, or for its shape.
-    Refused(Refusal),
+    Refused(Box<Refusal>),
     /// The operator's override says that no model calls are expected.
     OverrideDisabled,
     /// The runtime is on the list of exemptions.
@@ -157,14 +157,14 @@ pub enum Facts {
         /// The denial, if it is one.
         refusal: Box<Refusal>,
         /// The verdict on the value that is sent.
-        evidence: LivenessEvidence,
+        evidence: Box<LivenessEvidence>,
         /// How seriously this provider's verdicts are taken.
         enforcement: Enforcement,
     },
     /// The tenant's own credential was judged and is not VALID.
     NotValid {
         /// The verdict with its evidence.
-        evidence: LivenessEvidence,
+        evidence: Box<LivenessEvidence>,
         /// Where the verdict came from, if the provider was asked.
         served_from: Option<ServedFrom>,
         /// It was VALID within the caller's and the hard maximum age.
@@ -189,7 +189,7 @@ pub struct WrongHeader {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ruling {
     /// Allowed, or the refusal.
-    pub outcome: Result<Allow, Refusal>,
+    pub outcome: Result<Allow, Box<Refusal>>,
     /// Warnings, whatever the outcome.
     pub warnings: Vec<Warning>,
     /// Allowed because of an earlier VALID, which the answer then shows.
@@ -212,7 +212,7 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
         Facts::Valid => Ruling::allow(Grounds::Credential(Verdict::Valid)),
         Facts::WrongHeader { evidence: WrongHeader { env_name, message, refusal }, enforcement } => {
             match refusal.filter(|_| enforcement == Enforcement::Enforce) {
-                Some(refusal) => Ruling::deny(*refusal),
+                Some(refusal) => Ruling::deny(refusal),
                 None => {
                     let warning = Warning { code: WarningCode::WrongHeader, message, env_names: vec![env_name] };
                     let ruling = Ruling::allow(Grounds::Credential(Verdict::Valid));
@@ -220,14 +220,14 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
                 }
             }
         }
-        Facts::Shadowed { refusal, evidence: _, enforcement: Enforcement::Enforce | Enforcement::Off } => Ruling::deny(*refusal),
-        Facts::Shadowed { refusal: _, evidence, enforcement: Enforcement::Report } => Ruling::allow_reported(evidence),
+        Facts::Shadowed { refusal, evidence: _, enforcement: Enforcement::Enforce | Enforcement::Off } => Ruling::deny(refusal),
+        Facts::Shadowed { refusal: _, evidence, enforcement: Enforcement::Report } => Ruling::allow_reported(*evidence),
         Facts::NotValid { evidence, served_from: _, recently_valid, enforcement } => {
             let action = group_of(&evidence).map_or(Action::Deny, |group| policy.action(checkpoint, group));
             // Deny whatever is configured: the keys of a flood must not pass unchecked because they are too many to check.
             let starts = checkpoint != Checkpoint::Update;
             if starts && evidence.withheld == Some(Withheld::NewKeys) {
-                return Ruling::deny(Refusal::Liveness(evidence));
+                return Ruling::deny(Refusal::Liveness(*evidence));
             }
             let denied = match action {
                 Action::Deny => true,
@@ -236,8 +236,8 @@ pub fn apply(facts: Facts, checkpoint: Checkpoint, policy: &Policy) -> Ruling {
             };
             match (denied, enforcement) {
                 // A provider that is off was not asked. Its PROBE_DISABLED is ruled on by its group like any other verdict.
-                (true, Enforcement::Enforce | Enforcement::Off) => Ruling::deny(Refusal::Liveness(evidence)),
-                (true, Enforcement::Report) => Ruling::allow_reported(evidence),
+                (true, Enforcement::Enforce | Enforcement::Off) => Ruling::deny(Refusal::Liveness(*evidence)),
+                (true, Enforcement::Report) => Ruling::allow_reported(*evidence),
                 (false, _) if action == Action::AllowIfRecentlyValid => Ruling::allow_on_earlier_valid(&evidence),
                 (false, _) => Ruling::allow_unverified(&evidence),
             }
@@ -260,13 +260,13 @@ fn group_of(evidence: &LivenessEvidence) -> Option<Group> {
 }
 
 /// A step of a decision. `Err` ends the evaluation early: the facts are complete.
-pub(super) type Flow<T> = Result<T, Box<Facts>>;
+pub(super) type Flow<T> = Result<T, Facts>;
 
 // === impl Facts ===
 
 impl Facts {
-    pub(super) fn refused(refusal: Refusal) -> Box<Self> {
-        Box::new(Self::Refused(refusal))
+    pub(super) fn refused(refusal: impl Into<Box<Refusal>>) -> Self {
+        Self::Refused(refusal.into())
     }
 }
 
@@ -368,8 +368,8 @@ impl Ruling {
         Self { outcome: Ok(Allow::on(grounds)), warnings: Vec::new(), on_earlier_valid: false }
     }
 
-    fn deny(refusal: Refusal) -> Self {
-        Self { outcome: Err(refusal), warnings: Vec::new(), on_earlier_valid: false }
+    fn deny(refusal: impl Into<Box<Refusal>>) -> Self {
+        Self { outcome: Err(refusal.into()), warnings: Vec::new(), on_earlier_valid: false }
     }
 
     fn warned(mut self, code: WarningCode, evidence: &LivenessEvidence, message: String) -> Self {
@@ -406,7 +406,7 @@ impl Ruling {
     pub fn into_outcome(self, alternative_models: impl FnOnce() -> Vec<String>) -> Outcome {
         match self.outcome {
             Ok(allow) => Outcome::Allow(allow),
-            Err(refusal) => Outcome::Deny(Box::new(Deny::new(refusal, alternative_models()))),
+            Err(refusal) => Outcome::Deny(Box::new(Deny::new(*refusal, alternative_models()))),
         }
     }
 }

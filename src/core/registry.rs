@@ -5,8 +5,12 @@ mod check;
 mod file;
 mod overlap;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
+use foldhash::fast::FixedState;
 use regex::Regex;
 
 pub(crate) use self::check::is_loopback;
@@ -23,10 +27,13 @@ use crate::{
 /// The built-in registry: the platform's facts, in our own words.
 const EMBEDDED: &str = include_str!("registry/default.yaml");
 
+/// A map by names that an operator has chosen. Callers only look names up, so the hash need not withstand names that are made to collide.
+pub(super) type ByName<T> = HashMap<String, T, FixedState>;
+
 /// Which provider owns which model.
 #[derive(Debug)]
 pub struct Registry {
-    revision: String,
+    revision: Arc<str>,
     sha256: String,
     providers: Vec<Provider>,
     runtimes: BTreeMap<String, Runtime>,
@@ -51,7 +58,7 @@ pub struct Provider {
     /// The base URL differs from tenant to tenant and is not known here, so the provider cannot be asked.
     pub is_per_tenant: bool,
     /// The variables that may hold its credential, in the order in which they are tried. Never empty.
-    pub auth_env: Vec<String>,
+    pub auth_env: Arc<[String]>,
     /// The variable that passes the credential to the workspace's client. It says which header to try first.
     pub auth_token_env: Option<String>,
     /// A pattern for the models that it owns.
@@ -85,7 +92,7 @@ pub struct Runtime {
     /// The providers that it can use, and their models.
     pub offers: Vec<Offer>,
     /// The positions of the offers that list a model, by the model's id.
-    exact: HashMap<String, Vec<usize>>,
+    exact: ByName<Vec<usize>>,
 }
 
 /// A provider as one runtime offers it.
@@ -116,6 +123,11 @@ impl Registry {
     /// A hash of the document.
     pub fn revision(&self) -> &str {
         &self.revision
+    }
+
+    /// The same, for an answer to keep.
+    pub fn shared_revision(&self) -> Arc<str> {
+        Arc::clone(&self.revision)
     }
 
     /// The document's SHA-256 in hex.
@@ -163,7 +175,7 @@ impl Registry {
 
 impl Runtime {
     fn new(display_name: String, offers: Vec<Offer>) -> Self {
-        let mut exact: HashMap<String, Vec<usize>> = HashMap::new();
+        let mut exact: ByName<Vec<usize>> = ByName::default();
         for (index, offer) in offers.iter().enumerate() {
             for model in offer.models.iter().chain(&offer.withdrawn) {
                 let listing = exact.entry(model.clone()).or_default();

@@ -1,11 +1,12 @@
 //! The inputs of one decision: one version of registry, catalogue and policy, and what can be computed from them in advance.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::SystemTime,
 };
 
+use foldhash::fast::FixedState;
 use url::Url;
 
 use crate::{
@@ -52,6 +53,8 @@ struct Precomputed {
     uses: Vec<OfferUse>,
     /// Every credential name that a caller may send.
     credential_names: BTreeSet<String>,
+    /// The same, to look one up.
+    known_names: HashSet<String, FixedState>,
 }
 
 /// How a runtime uses a provider that it offers.
@@ -65,6 +68,8 @@ pub struct OfferUse {
     pub base_url_env: Arc<[String]>,
     /// The endpoints that the runtime calls at other base URLs than the registry's.
     dialled: Vec<Dialled>,
+    /// The endpoint at the registry's base URL.
+    usual: Result<Arc<Endpoint>, NoSurface>,
 }
 
 #[derive(Debug)]
@@ -129,7 +134,7 @@ impl Snapshot {
     ) -> Result<&'s Arc<Endpoint>, &'s NoSurface> {
         let base = moved_to.or_else(|| delivery?.base.as_ref());
         // Probes in the registry are for the registry's base URL only.
-        let Some(base) = base.filter(|_| provider.probes.is_empty()) else { return self.endpoint(provider) };
+        let Some(base) = base.filter(|_| provider.probes.is_empty()) else { return offer_use.usual.as_ref() };
         let surface = delivery.and_then(|delivery| delivery.surface);
         let dialled = offer_use.dialled.iter().find(|dialled| dialled.base == *base && dialled.surface == surface);
         dialled.map_or(Err(&NoSurface::NoEndpoint), |dialled| dialled.endpoint.as_ref())
@@ -170,6 +175,11 @@ impl Snapshot {
     pub fn credential_names(&self) -> &BTreeSet<String> {
         &self.precomputed.credential_names
     }
+
+    /// Whether a caller may send a credential with this name.
+    pub fn is_credential_name(&self, name: &str) -> bool {
+        self.precomputed.known_names.contains(name)
+    }
 }
 
 // === impl Precomputed ===
@@ -177,11 +187,12 @@ impl Snapshot {
 impl Precomputed {
     fn from(registry: &Registry, catalogue: &Catalogue) -> Self {
         let endpoint_of = |provider: &Provider| (provider.name.clone(), Endpoint::of(provider, catalogue).map(Arc::new));
+        let endpoints: BTreeMap<_, _> = registry.providers().iter().map(endpoint_of).collect();
         let mut uses: Vec<(usize, OfferUse)> = Vec::new();
         let mut credential_names = registry.credential_names().clone();
         let mut accepting: HashMap<&str, Vec<&str>> = HashMap::new();
         for provider in registry.providers() {
-            for name in &provider.auth_env {
+            for name in provider.auth_env.iter() {
                 accepting.entry(name).or_default().push(&provider.name);
             }
         }
@@ -194,14 +205,16 @@ impl Precomputed {
                 let route = facts
                     .filter(|_| !provider.is_platform())
                     .and_then(|facts| CredentialRoute::of(facts, provider, &others_accept));
-                let offer_use = OfferUse::of(route, provider, catalogue);
+                let usual = endpoints.get(&provider.name).cloned().unwrap_or(Err(NoSurface::NoEndpoint));
+                let offer_use = OfferUse::of(route, provider, usual, catalogue);
                 credential_names.extend(offer_use.names.iter().cloned());
                 uses.push((offer.index, offer_use));
             }
         }
         uses.sort_by_key(|(index, _)| *index);
         let uses = uses.into_iter().map(|(_, offer_use)| offer_use).collect();
-        Self { endpoints: registry.providers().iter().map(endpoint_of).collect(), uses, credential_names }
+        let known_names = credential_names.iter().cloned().collect();
+        Self { endpoints, uses, credential_names, known_names }
     }
 }
 
@@ -210,10 +223,15 @@ impl Precomputed {
 impl OfferUse {
     /// The provider's variables that the runtime reads, as far as that is known.
     pub fn usable<'a>(&'a self, provider: &'a Provider) -> Vec<String> {
-        self.route.as_ref().map_or_else(|| provider.auth_env.clone(), |route| route.usable().cloned().collect())
+        self.route.as_ref().map_or_else(|| provider.auth_env.to_vec(), |route| route.usable().cloned().collect())
     }
 
-    fn of(route: Option<CredentialRoute>, provider: &Provider, catalogue: &Catalogue) -> Self {
+    fn of(
+        route: Option<CredentialRoute>,
+        provider: &Provider,
+        usual: Result<Arc<Endpoint>, NoSurface>,
+        catalogue: &Catalogue,
+    ) -> Self {
         let mut names: Vec<String> = Vec::new();
         let of_route = route.iter().flat_map(CredentialRoute::names);
         for name in provider.auth_env.iter().map(String::as_str).chain(of_route) {
@@ -238,6 +256,6 @@ impl OfferUse {
             Some(names) => names,
             None => base_url_names(provider, catalogue),
         };
-        Self { route, names: names.into(), base_url_env: base_url_env.into(), dialled }
+        Self { route, names: names.into(), base_url_env: base_url_env.into(), dialled, usual }
     }
 }

@@ -87,7 +87,7 @@ impl CredentialRoute {
     pub fn of(facts: &RuntimeFacts, provider: &Provider, others_accept: &dyn Fn(&str) -> bool) -> Option<Self> {
         let Provider { name, auth_env, auth_token_env, anthropic_base_url, .. } = provider;
         let route = facts.route(name, auth_env, auth_token_env.as_ref(), anthropic_base_url.as_ref())?;
-        let mut own = provider.auth_env.clone();
+        let mut own = provider.auth_env.to_vec();
         own.extend(route.reads.iter().filter(|name| !own.contains(name) && !others_accept(name)).cloned().collect::<Vec<_>>());
         let stripped = facts.organization_loses.iter().filter(|name| !provider.accepts(name)).cloned().collect();
         Some(Self { facts: route, own, trims: facts.trims, falls_back: facts.falls_back, stripped })
@@ -149,7 +149,7 @@ fn predict_by<'a>(route: &'a CredentialRoute, credentials: &CredentialSet<'a>) -
     let lookup = |name| route.lookup(credentials, name);
     let is_own = |name: &str| own.iter().any(|own| own == name);
     // The provider needs a value of its own, whatever else is sent.
-    let owned = own.iter().filter_map(|name| find(name, &lookup)).collect::<Vec<_>>();
+    let owned = || own.iter().filter_map(|name| find(name, &lookup));
     let overriding = first(&facts.beaten_by, &lookup)?;
     let read = first(&facts.reads, &lookup)?;
     let Some(sent) = overriding.or(read) else {
@@ -165,7 +165,7 @@ fn predict_by<'a>(route: &'a CredentialRoute, credentials: &CredentialSet<'a>) -
         };
         return Ok(Prediction::Sends(call));
     };
-    if owned.is_empty() {
+    if owned().next().is_none() {
         return match own.iter().filter(|name| matches!(lookup(name), Lookup::Unknown)).cloned().collect::<Vec<_>>() {
             unknown if unknown.is_empty() => Ok(Prediction::Missing(blocking_name(route, sent.env_name))),
             unknown => Err(unknown),
@@ -175,12 +175,12 @@ fn predict_by<'a>(route: &'a CredentialRoute, credentials: &CredentialSet<'a>) -
     let judged = if is_own(sent.env_name) || overriding.is_some() {
         sent
     } else {
-        owned.iter().find(|own| own.secret.same_as(sent.secret)).copied().unwrap_or(sent)
+        owned().find(|own| own.secret.same_as(sent.secret)).unwrap_or(sent)
     };
     let mut passed_over: Vec<FoundCredential<'a>> = Vec::new();
     // Most workspaces have only one value.
     let is_judged = |found: &FoundCredential<'_>| found.env_name == judged.env_name;
-    if !owned.iter().all(is_judged) {
+    if !owned().all(|found| is_judged(&found)) {
         let differs = |found: &FoundCredential<'_>| !found.secret.same_as(judged.secret) || !is_own(judged.env_name);
         let in_order = facts.reads.iter().chain(own).filter(|name| is_own(name)).filter_map(|name| find(name, &lookup));
         for other in in_order.filter(|other| !is_judged(other) && differs(other)) {
@@ -209,7 +209,7 @@ fn blocking_name<'a>(route: &'a CredentialRoute, sent: &'a str) -> Option<&'a st
 }
 
 /// The first of these variables that holds a value. `Err` names those before it that could not be read.
-fn first<'a>(names: &'a [String], lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Result<Option<FoundCredential<'a>>, Vec<String>> {
+fn first<'a>(names: &'a [String], lookup: &impl Fn(&'a str) -> Lookup<'a>) -> Result<Option<FoundCredential<'a>>, Vec<String>> {
     let mut unknown = Vec::new();
     for name in names {
         match lookup(name) {
@@ -224,7 +224,7 @@ fn first<'a>(names: &'a [String], lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Res
     if unknown.is_empty() { Ok(None) } else { Err(unknown) }
 }
 
-fn find<'a>(name: &'a str, lookup: &dyn Fn(&'a str) -> Lookup<'a>) -> Option<FoundCredential<'a>> {
+fn find<'a>(name: &'a str, lookup: &impl Fn(&'a str) -> Lookup<'a>) -> Option<FoundCredential<'a>> {
     match lookup(name) {
         Lookup::Value { secret, scope, shadows_organization } => {
             Some(FoundCredential { env_name: name, secret, scope, shadows_organization })

@@ -44,7 +44,7 @@ pub struct Resolution {
     /// How the owner was found.
     pub matched_by: Option<MatchedBy>,
     /// The variables that the owner accepts, in the order in which they are tried.
-    pub accepted_env: Vec<String>,
+    pub accepted_env: Arc<[String]>,
     /// The credential that was judged.
     pub credential: Option<JudgedCredential>,
 }
@@ -186,13 +186,13 @@ pub struct Decision {
 
 impl Resolution {
     /// A resolution in which nothing is known.
-    pub const fn empty() -> Self {
+    pub fn empty() -> Self {
         Self {
             provider: String::new(),
             billing_mode: None,
             source: Source::Derived,
             matched_by: None,
-            accepted_env: Vec::new(),
+            accepted_env: Arc::default(),
             credential: None,
         }
     }

@@ -7,6 +7,9 @@ use zeroize::Zeroizing;
 
 /// The part of the stack that is wiped, in KiB. More than a hash function uses.
 const WIPED_STACK: usize = 8;
+/// The same for the hash of one piece of at most this many bytes, which is hashed without a tree. It uses less than half of that.
+const ONE_PIECE: usize = 1024;
+const WIPED_STACK_OF_ONE_PIECE: usize = 2;
 
 /// A credential's value. It is shared by `Arc` and never copied; `expose` is the only access to its text.
 pub struct Secret(Zeroizing<String>);
@@ -45,8 +48,19 @@ impl std::fmt::Debug for Secret {
 /// calls might not overwrite it for a long time.
 pub fn with_stack_wiped<T>(work: impl FnOnce() -> T) -> T {
     let result = run(work);
-    wipe_stack();
+    wipe_stack::<WIPED_STACK>();
     result
+}
+
+/// The keyed hash of a secret, of which nothing is left on the stack.
+pub fn keyed_hash(key: &[u8; 32], secret: &[u8]) -> [u8; 32] {
+    let hash = run(|| *blake3::keyed_hash(key, secret).as_bytes());
+    if secret.len() <= ONE_PIECE {
+        wipe_stack::<WIPED_STACK_OF_ONE_PIECE>()
+    } else {
+        wipe_stack::<WIPED_STACK>()
+    }
+    hash
 }
 
 /// Neither function is inlined, so that both begin at the same place on the stack.
@@ -56,8 +70,8 @@ fn run<T>(work: impl FnOnce() -> T) -> T {
 }
 
 #[inline(never)]
-fn wipe_stack() {
-    let mut stack = [const { MaybeUninit::<[u8; 1024]>::uninit() }; WIPED_STACK];
+fn wipe_stack<const KIB: usize>() {
+    let mut stack = [const { MaybeUninit::<[u8; 1024]>::uninit() }; KIB];
     // In parts of 1 KiB: beyond 2 KiB at once, the C library's memset uses an instruction that is slow to start and counts for every byte.
     for part in &mut stack {
         black_box(part.write([0; 1024]));

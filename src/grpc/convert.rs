@@ -433,8 +433,8 @@ pub fn to_request(request: &Request) -> pb::DecideRequest {
 // === out ===
 
 /// The answer to Decide.
-pub fn response(decided: Decided) -> pb::DecideResponse {
-    let Decided { id, decision, registry_revision, catalogue_revision, finding: _ } = decided;
+pub fn response(decided: Box<Decided>) -> pb::DecideResponse {
+    let Decided { id, decision, registry_revision, catalogue_revision, finding: _ } = *decided;
     let Decision { outcome, resolution, liveness, warnings, trace, relevant } = decision;
     pb::DecideResponse {
         decision_id: id.to_string(),
@@ -447,8 +447,8 @@ pub fn response(decided: Decided) -> pb::DecideResponse {
         resolution: Some(self::resolution(resolution)),
         liveness: liveness.map(self::liveness),
         warnings: warnings.into_iter().map(warning).collect(),
-        registry_revision,
-        catalogue_revision,
+        registry_revision: registry_revision.as_ref().into(),
+        catalogue_revision: catalogue_revision.as_ref().into(),
         trace: trace.into_iter().map(|step| pb::TraceStep { step: step.step.to_owned(), detail: step.detail }).collect(),
         relevant_env: relevant.env.to_vec(),
         relevant_base_url_env: relevant.base_url_env.to_vec(),
@@ -491,7 +491,7 @@ pub fn models(snapshot: &Snapshot, runtime: Option<&str>, details: bool) -> pb::
     for (name, found) in registry.runtimes().filter(|(name, _)| runtime.is_none_or(|runtime| runtime == *name)) {
         for offer in &found.offers {
             let provider = registry.provider(offer);
-            let accepted_env = || if provider.is_platform() { Vec::new() } else { provider.auth_env.clone() };
+            let accepted_env = || if provider.is_platform() { Vec::new() } else { provider.auth_env.to_vec() };
             let runtime_display_name = || if details { found.display_name.clone() } else { String::new() };
             if details && offer.models.is_empty() && offer.withdrawn.is_empty() {
                 open_providers.push(pb::OpenProvider {
@@ -586,7 +586,7 @@ fn resolution(resolution: Resolution) -> pb::Resolution {
             Some(MatchedBy::Prefix) => pb::MatchedBy::Prefix,
             Some(MatchedBy::PrefixAndCredential) => pb::MatchedBy::PrefixAndCredential,
         } as i32,
-        accepted_env,
+        accepted_env: accepted_env.to_vec(),
         credential_env,
         credential_scope: match scope {
             None => pb::Scope::Unspecified,

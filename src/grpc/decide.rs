@@ -119,7 +119,7 @@ impl Decider {
     }
 
     /// An item of a batch waits for a permit until its deadline. A call is refused soon, so that it can try another replica.
-    async fn decided(&self, request: &Request, answer_by: Instant, waits_until_deadline: bool) -> Result<Decided, Status> {
+    async fn decided(&self, request: &Request, answer_by: Instant, waits_until_deadline: bool) -> Result<Box<Decided>, Status> {
         let Shared { engine, admission, authorizer, .. } = &*self.shared;
         authorizer.request(&self.caller, request)?;
         engine

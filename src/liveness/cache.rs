@@ -171,7 +171,7 @@ impl Cache {
             let began = Instant::now();
             match joined {
                 Join::Known(FlightResult::Found(KeyedFinding { timed, .. })) => {
-                    return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age, Instant::now());
+                    return self.served(&self.known(&keys), &timed, ServedFrom::Cache, max_age);
                 }
                 Join::Known(FlightResult::BreakerOpen(opened)) | Join::Rejected(Rejected::BreakerOpen(opened)) => {
                     return self.breaker_verdict(&keys, &opened, max_age);
@@ -203,7 +203,7 @@ impl Cache {
                             && self.ages.serves(&timed, max_age) =>
                     {
                         let served_from = if timed.shared { ServedFrom::Cache } else { ServedFrom::Probe };
-                        return self.served(&self.known(&keys), &timed, served_from, max_age, Instant::now());
+                        return self.served(&self.known(&keys), &timed, served_from, max_age);
                     }
                     FlightEnd::Completed(_) => {}
                     FlightEnd::TimedOut { started: true, .. } => {
@@ -234,9 +234,9 @@ impl Cache {
     /// The cached observation, if it is fresh enough.
     fn fresh_entry(&self, keys: &Keys<'_>, max_age: Option<Duration>) -> Option<Observed> {
         let (known, now) = (self.known(keys), Instant::now());
-        let timed = self.ages.fresh(&known, max_age, now)?;
+        let (timed, age) = self.ages.fresh(&known, max_age, now)?;
         self.lookups.hit.inc();
-        Some(self.served(&known, timed, ServedFrom::Cache, max_age, now))
+        Some(self.served_at(&known, timed, age, ServedFrom::Cache, max_age, now))
     }
 
     /// Decides what the first caller of a key does: use an observation that is cached by now, be rejected, or probe.
@@ -248,7 +248,7 @@ impl Cache {
         started: ProbeStarted,
     ) -> Start<FlightResult, Rejected, impl Future<Output = FlightResult> + Send + use<>> {
         let (known, now) = (self.known(keys), Instant::now());
-        if let Some(timed) = self.ages.fresh(&known, max_age, now) {
+        if let Some((timed, _)) = self.ages.fresh(&known, max_age, now) {
             return Start::Known(FlightResult::Found(KeyedFinding { timed: timed.clone(), key: keys.first }));
         }
         // Checked before the breaker: a key that finds the breaker open is a new key as well.
@@ -341,9 +341,21 @@ impl Cache {
         timed: &TimedFinding,
         served_from: ServedFrom,
         max_age: Option<Duration>,
+    ) -> Observed {
+        let now = Instant::now();
+        self.served_at(known, timed, now - timed.at, served_from, max_age, now)
+    }
+
+    /// The same, where the time and the observation's age are known already.
+    fn served_at(
+        &self,
+        known: &CachedEntries,
+        timed: &TimedFinding,
+        age: Duration,
+        served_from: ServedFrom,
+        max_age: Option<Duration>,
         now: Instant,
     ) -> Observed {
-        let age = now - timed.at;
         Observed {
             finding: Arc::clone(&timed.finding),
             observed_at: timed.wall,

@@ -21,7 +21,7 @@ use crate::{
     domain::{
         problem::{Problem, Problems},
         request::Peer,
-        secret::with_stack_wiped,
+        secret::keyed_hash,
     },
     grpc::{
         authorize::{Caller, Role},
@@ -215,7 +215,7 @@ impl Tokens {
         Ok(Self {
             path: path.to_owned(),
             known: ArcSwap::from_pointee(parse(path, &content, &key)?),
-            last: Mutex::new(hash(&key, content.as_bytes())),
+            last: Mutex::new(keyed_hash(&key, content.as_bytes())),
             key,
             changes: Arc::clone(changes),
         })
@@ -223,7 +223,7 @@ impl Tokens {
 
     fn refresh(&self) -> Result<Reloaded, ServerError> {
         let content = read(&self.path)?;
-        let hash = hash(&self.key, content.as_bytes());
+        let hash = keyed_hash(&self.key, content.as_bytes());
         if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
             return Ok(Reloaded::Unchanged);
         }
@@ -253,7 +253,7 @@ impl Tokens {
     /// The caller with this token. It compares keyed hashes in constant time and visits every entry, so that the time does not reveal how much of
     /// a token was right.
     fn caller_of(&self, token: &[u8]) -> Option<Arc<Caller>> {
-        let hash = hash(&self.key, token);
+        let hash = keyed_hash(&self.key, token);
         let mut found = None;
         for known in self.known.load().iter() {
             if bool::from(known.hash.ct_eq(&hash)) {
@@ -286,11 +286,6 @@ fn read(path: &Path) -> Result<zeroize::Zeroizing<String>, ServerError> {
     files::read_text(path, MAX_TOKEN_FILE_BYTES).map_err(|source| ServerError::File { path: path.to_owned(), source })
 }
 
-/// Hashes a token, or the whole file.
-fn hash(key: &[u8; 32], secret: &[u8]) -> [u8; 32] {
-    with_stack_wiped(|| *blake3::keyed_hash(key, secret).as_bytes())
-}
-
 /// Parses lines of `TOKEN [ROLE [ID,ID..]]`; `#` begins a comment. Reports every bad line by its number, and never by its content.
 fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, ServerError> {
     let fault = |message: String| Err(ServerError::Content { path: path.to_owned(), message });
@@ -304,7 +299,7 @@ fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, Serve
             continue;
         }
         let parsed = token_and_role(line).and_then(|(token, role)| {
-            let hash = hash(key, token.as_bytes());
+            let hash = keyed_hash(key, token.as_bytes());
             let is_known = tokens.iter().any(|other| bool::from(other.hash.ct_eq(&hash)));
             if is_known { Err("the token appears twice".to_owned()) } else { Ok((hash, role)) }
         });

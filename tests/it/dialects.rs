@@ -409,7 +409,7 @@ async fn decide_for(engine: &Engine, key: &str, organization: &str, model: &str)
         ..Spec::default()
     };
     let message = pb::DecideRequest { workspace_spec: Some(spec.message()), checkpoint: 1, explain: true, ..Default::default() };
-    engine.decide(&convert::request(message).unwrap(), Instant::now() + PATIENCE).await
+    *engine.decide(&convert::request(message).unwrap(), Instant::now() + PATIENCE).await
 }
 
 fn verdict(decided: &Decided) -> String {

@@ -49,7 +49,7 @@ async fn ask(engine: &Engine, spec: pb::WorkspaceSpec, checkpoint: Checkpoint) -
     let message = pb::DecideRequest { workspace_spec: Some(spec), checkpoint: 1, ..Default::default() };
     let mut request = convert::request(message).unwrap();
     request.checkpoint = checkpoint;
-    engine.decide(&request, Instant::now() + Duration::from_secs(20)).await
+    *engine.decide(&request, Instant::now() + Duration::from_secs(20)).await
 }
 
 fn code(decided: &Decided) -> Option<DenyCode> {
@@ -398,7 +398,7 @@ async fn a_caller_may_bring_so_many_whatever_the_organizations() {
             let message = pb::DecideRequest { workspace_spec: Some(spec), checkpoint: 1, ..Default::default() };
             let mut request = convert::request(message).unwrap();
             request.caller = CalledBy { name: caller.to_owned(), is_workspace };
-            engine.decide(&request, Instant::now() + Duration::from_secs(20)).await
+            *engine.decide(&request, Instant::now() + Duration::from_secs(20)).await
         };
         for index in 0..many {
             assert_eq!(code(&ask("one", index).await), None, "{index} of {many}");

@@ -9,7 +9,6 @@ use strum::VariantArray;
 use byok_gate::{
     core::{
         catalogue::Catalogue,
-        credential::LivenessQueries,
         evaluate::{Next, evaluate},
         policy::{Action, Enforcement, Exception, Facts, Group, Policy, Ruling, apply},
         registry::Registry,
@@ -59,14 +58,14 @@ fn rule(snapshot: &Snapshot, request: &Request, verdict: Verdict, recently_valid
     let facts = match evaluation.next {
         Next::Rule(facts) => facts,
         Next::Ask(_) if verdict == Verdict::Valid => Facts::Valid,
-        Next::Ask(LivenessQueries { first, .. }) => Facts::NotValid {
-            evidence: evidence(verdict, &first.endpoint.provider, first.env_name),
+        Next::Ask(queries) => Facts::NotValid {
+            evidence: Box::new(evidence(verdict, &queries.first.endpoint.provider, queries.first.env_name)),
             served_from: Some(ServedFrom::Probe),
             recently_valid,
-            enforcement: first.enforcement,
+            enforcement: queries.first.enforcement,
         },
     };
-    (apply(facts, request.checkpoint, &snapshot.policy), Some(evaluation.resolution.provider).filter(|name| !name.is_empty()))
+    (apply(facts, request.checkpoint, &snapshot.policy), Some(evaluation.log.resolution.provider).filter(|name| !name.is_empty()))
 }
 
 fn evidence(verdict: Verdict, provider: &str, env_name: &str) -> LivenessEvidence {
@@ -254,7 +253,10 @@ fn the_policy_table() {
                         let facts = match verdict {
                             V::Valid => Facts::Valid,
                             verdict => Facts::NotValid {
-                                evidence: LivenessEvidence { tenant_endpoint, ..evidence(verdict, "acme", "ACME_API_KEY") },
+                                evidence: Box::new(LivenessEvidence {
+                                    tenant_endpoint,
+                                    ..evidence(verdict, "acme", "ACME_API_KEY")
+                                }),
                                 served_from: None,
                                 recently_valid,
                                 enforcement,
@@ -295,7 +297,7 @@ fn a_valid_among_what_was_judged_does_not_allow() {
     }
     for checkpoint in CHECKPOINTS {
         let facts = Facts::NotValid {
-            evidence: evidence(Verdict::Valid, "acme", "ACME_API_KEY"),
+            evidence: Box::new(evidence(Verdict::Valid, "acme", "ACME_API_KEY")),
             served_from: Some(ServedFrom::Cache),
             recently_valid: true,
             enforcement: Enforcement::Enforce,
@@ -415,7 +417,7 @@ proptest! {
     fn the_same_request_gets_the_same_ruling(request in any_request(), verdict in any_verdict()) {
         let snapshot = &*DEFAULT;
         let (first, second) = (evaluate(snapshot, &request, 0, &|_| String::new()), evaluate(snapshot, &request, 0, &|_| String::new()));
-        prop_assert_eq!((first.resolution, first.warnings, first.trace.into_steps()), (second.resolution, second.warnings, second.trace.into_steps()));
+        prop_assert_eq!((first.log.resolution, first.log.warnings, first.log.trace.into_steps()), (second.log.resolution, second.log.warnings, second.log.trace.into_steps()));
         prop_assert_eq!(rule(snapshot, &request, verdict, false), rule(snapshot, &request, verdict, false));
     }
 
@@ -475,8 +477,11 @@ proptest! {
 /// An outcome of a refusal is a denial that keeps it.
 #[test]
 fn a_refusal_becomes_a_denial() {
-    let ruling =
-        apply(Facts::Refused(byok_gate::domain::denial::Refusal::RuntimeRequired), Checkpoint::Create, &Policy::default());
+    let ruling = apply(
+        Facts::Refused(Box::new(byok_gate::domain::denial::Refusal::RuntimeRequired)),
+        Checkpoint::Create,
+        &Policy::default(),
+    );
     let Outcome::Deny(deny) = ruling.into_outcome(|| vec!["m".into()]) else { panic!("allowed") };
     assert_eq!((deny.refusal.code(), deny.alternative_models), (DenyCode::RuntimeRequired, vec!["m".to_owned()]));
 }

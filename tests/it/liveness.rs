@@ -53,7 +53,7 @@ impl Bench {
         let mut request = convert::request(message).unwrap();
         request.checkpoint = checkpoint;
         request.max_liveness_age = max_age;
-        self.engine.decide(&request, Instant::now() + time).await
+        *self.engine.decide(&request, Instant::now() + time).await
     }
 
     async fn at(&self, checkpoint: Checkpoint) -> Told {

@@ -314,7 +314,7 @@ async fn no_decision_mixes_two_versions() {
                 let (mut seen, mut decisions) = (BTreeSet::new(), 0_usize);
                 while !done.load(Ordering::Relaxed) {
                     let decided = engine.decide(&request(), Instant::now() + Duration::from_secs(5)).await;
-                    let owner = &owners[&decided.registry_revision];
+                    let owner = &owners[&*decided.registry_revision];
                     let denial = decided.decision.denial().expect("there is no credential");
                     assert_eq!(decided.decision.resolution.provider, *owner);
                     assert_eq!(denial.refusal.missing_env(), [format!("{}_API_KEY", owner.to_uppercase())]);

@@ -58,7 +58,7 @@ fn told(snapshot: &Snapshot, request: &Request) -> String {
         Next::Rule(Facts::NotValid { evidence, .. }) => format!("{} of {}", evidence.verdict, evidence.env_name),
         Next::Rule(other) => format!("{other:?}"),
     };
-    let warnings = evaluation.warnings.iter().map(|warning| format!(" {}:{}", warning.code, warning.env_names.join("+")));
+    let warnings = evaluation.log.warnings.iter().map(|warning| format!(" {}:{}", warning.code, warning.env_names.join("+")));
     first + &warnings.collect::<String>()
 }
 
@@ -293,7 +293,7 @@ fn only_values_under_the_providers_own_names_are_ever_asked_about() {
                         let evaluation = evaluate(&snapshot, &request, 0, &|_| String::new());
                         // Another offer may own the model by the available names.
                         let owner =
-                            snapshot.registry.providers().iter().find(|known| known.name == evaluation.resolution.provider);
+                            snapshot.registry.providers().iter().find(|known| known.name == evaluation.log.resolution.provider);
                         let Next::Ask(questions) = &evaluation.next else { continue };
                         let owner = owner.unwrap();
                         for query in std::iter::once(&questions.first).chain(questions.fallbacks.iter().map(|(query, _)| query)) {
@@ -332,5 +332,5 @@ fn reports_never_deny() {
         "{:?}",
         evaluation.next
     );
-    assert!(evaluation.warnings.iter().any(|warning| warning.code != WarningCode::OperatorOverride));
+    assert!(evaluation.log.warnings.iter().any(|warning| warning.code != WarningCode::OperatorOverride));
 }

@@ -72,13 +72,12 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
     }
     let (hosts, homes) = check_hosts(host_files.unwrap_or_default(), &mut problems);
     let unprobed = check_unprobed(unprobed.unwrap_or_default(), &homes, &mut problems);
-    let mut key_shapes: Vec<KeyShape> = key_shapes
+    let key_shapes = key_shapes
         .unwrap_or_default()
         .into_iter()
         .enumerate()
         .filter_map(|(index, shape)| check_key_shape(index, shape, &mut problems))
         .collect();
-    KeyShape::sort(&mut key_shapes);
     let base_url_env = check_base_url_env(base_url_env.unwrap_or_default(), &mut problems);
     let runtimes = runtimes::check(runtimes.unwrap_or_default(), &mut problems);
     let foreign_secrets = foreign_secrets::check(foreign_secrets.unwrap_or_default(), &mut problems);
@@ -93,7 +92,7 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
     if !problems.is_empty() {
         return Err(failed(problems));
     }
-    let revision = blake3::hash(bytes).to_hex().chars().take(16).collect();
+    let revision = blake3::hash(bytes).to_hex().chars().take(16).collect::<String>().into();
     let common_codes = Arc::new(common_codes);
     let free_models = free_models.unwrap_or_default().into();
     let mut value = Catalogue {

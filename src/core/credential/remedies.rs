@@ -20,7 +20,7 @@ impl CredentialStep<'_, '_> {
         let registry = &self.snapshot.registry;
         let usable = self.offer_use().usable(self.derived.provider);
         let unread = usable.is_empty();
-        let accepted_env = if unread { auth_env.clone() } else { usable };
+        let accepted_env = if unread { auth_env.to_vec() } else { usable };
         let mut elsewhere = unread.then(|| self.place_in_auth_json(self.derived.provider)).flatten();
         let mut elsewhere = elsewhere.take().map(|place| (display_name.clone(), place));
         let mut missing_env = accepted_env.clone();

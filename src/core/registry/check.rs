@@ -134,7 +134,7 @@ fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Findin
         return None;
     }
     let credential_names = providers.iter().flat_map(|provider| provider.auth_env.iter().cloned()).collect();
-    let revision = blake3::hash(bytes).to_hex().chars().take(16).collect();
+    let revision = blake3::hash(bytes).to_hex().chars().take(16).collect::<String>().into();
     let sha256 = ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
     let mut runtimes = runtimes;
     for (index, offer) in runtimes.values_mut().flat_map(|runtime: &mut Runtime| &mut runtime.offers).enumerate() {
@@ -238,7 +238,7 @@ fn check_provider(mut file: ProviderFile, place: &str, env: Env<'_>, found: &mut
         },
         anthropic_base_url: anthropic,
         is_per_tenant,
-        auth_env,
+        auth_env: auth_env.into(),
         auth_token_env,
         pattern: pattern?,
         wire_model_prefix: file.wire_model_prefix.unwrap_or_default(),

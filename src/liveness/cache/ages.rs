@@ -100,25 +100,26 @@ impl Ages {
         }
     }
 
-    /// The newest observation, if it is fresh enough.
+    /// The newest observation and its age, if it is fresh enough.
     pub(super) fn fresh<'k>(
         &self,
         known: &'k CachedEntries,
         max_age: Option<Duration>,
         now: Instant,
-    ) -> Option<&'k Arc<TimedFinding>> {
+    ) -> Option<(&'k Arc<TimedFinding>, Duration)> {
         let latest = known.entries().filter_map(|entry| entry.latest.as_ref()).max_by_key(|timed| timed.at)?;
-        self.is_fresh(latest, max_age, now).then_some(latest)
+        let age = now - latest.at;
+        self.is_fresh(latest, age, max_age).then_some((latest, age))
     }
 
-    pub(super) fn is_fresh(&self, timed: &TimedFinding, max_age: Option<Duration>, now: Instant) -> bool {
+    fn is_fresh(&self, timed: &TimedFinding, age: Duration, max_age: Option<Duration>) -> bool {
         let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.floor_of(&timed.finding)));
-        now - timed.at < timed.fresh_for.min(wanted)
+        age < timed.fresh_for.min(wanted)
     }
 
     /// Whether a flight's result answers a caller that waited. Another replica's observation may be older than this caller allows.
     pub(super) fn serves(&self, timed: &TimedFinding, max_age: Option<Duration>) -> bool {
-        !timed.shared || self.is_fresh(timed, max_age, Instant::now())
+        !timed.shared || self.is_fresh(timed, timed.at.elapsed(), max_age)
     }
 
     pub(super) fn fresh_for(&self, finding: &Finding) -> Duration {

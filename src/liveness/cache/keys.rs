@@ -6,7 +6,7 @@ use rand::Rng;
 
 use crate::{
     core::{credential::LivenessQuery, endpoint::Preference},
-    domain::secret::with_stack_wiped,
+    domain::secret::{Secret, keyed_hash},
     liveness::breaker::Source,
 };
 
@@ -60,9 +60,7 @@ impl HashKeys {
     pub(super) fn keys<'a>(&self, query: &LivenessQuery<'a>) -> Keys<'a> {
         let LivenessQuery { endpoint, ref secret, model, preference, .. } = *query;
         let Self { of_credential, of_model } = self;
-        let client = client_of(preference);
-        // No other hash reads the secret.
-        let credential = with_stack_wiped(|| hash(of_credential, &[&endpoint.identity, &client, secret.expose().as_bytes()]));
+        let credential = key_of(of_credential, secret, &endpoint.identity, client_of(preference));
         if endpoint.names_model {
             Keys { first: hash(of_model, &[&credential, model.as_bytes()]), model: None }
         } else {
@@ -89,6 +87,17 @@ pub(super) fn client_of(Preference { family, surface }: Preference) -> [u8; 2] {
     [family.map_or(0, |family| family as u8 + 1), surface.map_or(0, |surface| surface as u8 + 1)]
 }
 
+/// The key of a value at one endpoint, as one kind of client sends it.
+///
+/// Only the value is hashed, and no other hash reads it. Nobody can choose or foresee that hash, so it is enough to combine it with the rest: two values at
+/// two endpoints would share a key only if their hashes differed in exactly the bits in which the endpoints' identities do.
+fn key_of(hash_key: &[u8; 32], secret: &Secret, identity: &[u8; 32], client: [u8; 2]) -> Key {
+    let mut key = keyed_hash(hash_key, secret.expose().as_bytes());
+    key.iter_mut().zip(identity).for_each(|(byte, with)| *byte ^= with);
+    key.iter_mut().zip(client).for_each(|(byte, with)| *byte ^= with);
+    key
+}
+
 /// Hashes the parts to a key. All parts but the last have a fixed length, so no separator is needed.
 fn hash(hash_key: &[u8; 32], parts: &[&[u8]]) -> Key {
     let mut hasher = blake3::Hasher::new_keyed(hash_key);
@@ -96,4 +105,29 @@ fn hash(hash_key: &[u8; 32], parts: &[&[u8]]) -> Key {
         hasher.update(part);
     }
     *hasher.finalize().as_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn each_value_endpoint_and_client_has_a_key_of_its_own() {
+        let hash_keys = [[1; 32], [2; 32]];
+        // A short value, and one that the hash function treats as a tree.
+        let values = ["made-up-key-1", "made-up-key-2", &"made-up-key-3".repeat(200)].map(|value| Secret::new(value.to_owned()));
+        let identities = ["acme", "other"].map(|of| *blake3::hash(of.as_bytes()).as_bytes());
+        let clients = [[0, 0], [1, 0], [0, 1], [1, 1]];
+        let mut keys = BTreeSet::new();
+        for hash_key in &hash_keys {
+            for value in &values {
+                for identity in &identities {
+                    keys.extend(clients.map(|client| key_of(hash_key, value, identity, client)));
+                }
+            }
+        }
+        assert_eq!(keys.len(), hash_keys.len() * values.len() * identities.len() * clients.len());
+    }
 }

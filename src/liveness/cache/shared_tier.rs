@@ -114,7 +114,7 @@ impl TierLookup {
                 merge_shared(&memory, (first, key), shared, &ages);
             }
             let known = CachedEntries { first: memory.get(&first), second: second.and_then(|key| memory.get(&key)) };
-            let timed = ages.fresh(&known, max_age, Instant::now())?;
+            let (timed, _) = ages.fresh(&known, max_age, Instant::now())?;
             let is_here = |cached: &CacheEntry| cached.latest.as_ref().is_some_and(|latest| Arc::ptr_eq(latest, timed));
             let key = second.filter(|_| known.second.as_ref().is_some_and(is_here)).unwrap_or(first);
             Some(KeyedFinding { timed: Arc::clone(timed), key })
