@@ -39,6 +39,7 @@ import (
 var (
 	stormFor  = flag.Duration("storm", 0, "how long TestStorm rages; 0: it is left out")
 	stormSeed = flag.Uint64("storm-seed", 0, "what it draws its faults from; 0: a new one")
+	stormTier = flag.String("storm-store", "", "a server of Redis or Valkey that the replicas share; empty: they share nothing")
 )
 
 const (
@@ -414,6 +415,8 @@ type storm struct {
 	replicas []*replica
 	networks []*chaos
 	database *pgxpool.Pool
+	// store is nil if the replicas share nothing.
+	store *sharedStore
 
 	mu      sync.Mutex
 	counts  map[string]int
@@ -453,6 +456,11 @@ func TestStorm(t *testing.T) {
 		s.vendors = append(s.vendors, startLiar(t, name, index == 1, trap.URL, pair("vendor"), pair("impostor")))
 	}
 
+	var tier string
+	if *stormTier != "" {
+		s.store = startStore(t, *stormTier)
+		tier = s.store.settings()
+	}
 	stopReplicas := make(chan struct{})
 	var running sync.WaitGroup
 	const token = keyMark + "token-of-the-storm"
@@ -471,7 +479,7 @@ func TestStorm(t *testing.T) {
 		}
 		r.good = map[string][]byte{
 			"providers.yaml": []byte(s.registry()),
-			"config.yaml":    fmt.Appendf(nil, "provider_limits: {per_second: %d, in_flight: %d}\nserver: {reload_interval: 1s}\n", perSecond, inFlight),
+			"config.yaml":    fmt.Appendf(nil, "provider_limits: {per_second: %d, in_flight: %d}\nserver: {reload_interval: 1s}\n%s", perSecond, inFlight, tier),
 			"server.pem":     read(r.file("server.pem")), "server.key": read(r.file("server.key")),
 			"tokens": []byte(token + "\n"), "clock": []byte("+0"), "vendors.pem": read(filepath.Join(dir, "ca.pem")),
 		}
@@ -738,7 +746,13 @@ func (s *storm) rage(ctx context.Context, t *testing.T) {
 		}
 		place := fmt.Sprint("process ", replica.number)
 		nothing := func() {}
-		switch draw.IntN(12) {
+		kinds := 12
+		if s.store != nil {
+			kinds = 14
+		}
+		switch draw.IntN(kinds) {
+		case 12, 13:
+			s.troubleStore(t, during, fault, length, draw)
 		case 0:
 			during(place, "kill", length/4, func() { replica.want(false); replica.kill() }, func() { replica.want(true) })
 		case 1:
@@ -789,6 +803,30 @@ func (s *storm) rage(ctx context.Context, t *testing.T) {
 	healing.Wait()
 	for _, r := range s.replicas {
 		r.heal(t)
+	}
+}
+
+// troubleStore causes a fault of the store that the replicas share.
+func (s *storm) troubleStore(
+	t *testing.T, during func(place, what string, length time.Duration, begin, end func()), fault int, length time.Duration, draw *rand.Rand,
+) {
+	store := s.store
+	name := slices.Sorted(maps.Keys(storeFaults))[draw.IntN(len(storeFaults))]
+	switch fault {
+	case 0:
+		during("store", "store killed", length, store.kill, func() { store.start(t) })
+	case 1:
+		during("store", "store stopped", length, func() { store.signal(syscall.SIGSTOP) }, func() { store.signal(syscall.SIGCONT) })
+	default:
+		does := func(command []string) {
+			if command == nil {
+				return
+			}
+			if err := store.does(command...); err != nil {
+				t.Errorf("the store: %v", err)
+			}
+		}
+		during("store", "store "+name, length, func() { does(storeFaults[name][0]) }, func() { does(storeFaults[name][1]) })
 	}
 }
 
@@ -1008,6 +1046,9 @@ func (s *storm) judge(t *testing.T, servers []*platformServer, trapped int64) {
 		if strings.Contains(server.logs.String(), keyMark) {
 			t.Error("a platform logged a key")
 		}
+	}
+	if s.store != nil {
+		s.store.wantNoSecrets(t)
 	}
 	if trapped > 0 {
 		t.Errorf("%d requests followed a redirect", trapped)
