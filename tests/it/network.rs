@@ -180,7 +180,11 @@ async fn ask_with(base: &str, settings: ProbeSettings) -> Finding {
 /// A front end may close a connection because of a long header. Such credentials share connections only with each other.
 #[tokio::test]
 async fn a_long_credential_travels_on_no_connection_of_others() {
-    let yes = Row { body: r#"{"data": [], "object": "list", "choices": []}"#.into(), ..Row::default() };
+    let yes = Row {
+        body: r#"{"data": [], "object": "list", "choices": [{"index": 0, "message": {"role": "assistant", "content": "."}}]}"#
+            .into(),
+        ..Row::default()
+    };
     let vendor = Vendor::start(vec![yes]).await;
     let (registry, catalogue) = case::documents(vendor.address.port());
     let engine: Arc<Engine> = Files::new(&registry, &catalogue, None).engine();
@@ -285,13 +289,13 @@ async fn what_failed_on_the_way_is_told_apart() {
     let url = |listener: &Listener| format!("https://localhost:{}/acme/v1", listener.address.port());
     assert_eq!(why(&url(&listener), &good.pem, &[], true).await, (Verdict::Valid, None));
     // No trusted authority signed it.
-    assert_eq!(why(&url(&listener), &[], &[], true).await, unreachable(Unreached::Tls));
+    assert_eq!(why(&url(&listener), &[], &[], true).await, unreachable(Unreached::TlsIssuer));
     // It is for another name.
     let by_address = url(&listener).replace("localhost", "127.0.0.1");
-    assert_eq!(why(&by_address, &good.pem, &[], true).await, unreachable(Unreached::Tls));
+    assert_eq!(why(&by_address, &good.pem, &[], true).await, unreachable(Unreached::TlsName));
     let expired = identity(true, false);
     let listener = Listener::start(plays.clone(), Some(expired.acceptor.clone())).await;
-    assert_eq!(why(&url(&listener), &expired.pem, &[], true).await, unreachable(Unreached::Tls));
+    assert_eq!(why(&url(&listener), &expired.pem, &[], true).await, unreachable(Unreached::TlsExpired));
     // It speaks no TLS at all.
     let listener = Listener::start(plays, None).await;
     assert_eq!(why(&url(&listener), &[], &[], true).await, unreachable(Unreached::Tls));
@@ -415,7 +419,7 @@ async fn a_forward_proxy_is_the_way_out_with_and_without_a_password_and_down() {
     assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &vendor.pem)).await), (Verdict::Valid, None));
     assert_eq!(open.asked(), ["CONNECT api.acme.example:443 HTTP/1.1"]);
     // TLS is end to end with the vendor: the proxy cannot vouch for it.
-    assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &[])).await), (Verdict::Unreachable, Some(Unreached::Tls)));
+    assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &[])).await), (Verdict::Unreachable, Some(Unreached::TlsIssuer)));
 
     let closed = ForwardProxy::start(listener.address, Some("Basic dXNlcjptYWRlLXVw")).await;
     let url = format!("http://{}", closed.address);
