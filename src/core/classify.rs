@@ -12,7 +12,7 @@ use crate::{
         response_shape::ResponseShape,
     },
     domain::{
-        protocol::{HeaderFamily, Surface},
+        protocol::HeaderFamily,
         verdict::{Cause, MadeUpKey, Unreached, Verdict, Withheld},
     },
 };
@@ -204,7 +204,7 @@ pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
         };
     }
     let success =
-        if matches!(answer.status, 200..=299) { check_success(answer, json.as_ref(), probe) } else { Err(Cause::Status) };
+        if matches!(answer.status, 200..=299) { check_success(answer, json.as_ref(), &probe.expect) } else { Err(Cause::Status) };
     if success.is_ok() {
         return Reading { classification: Classification::Accepted, by: ReadBy::Shape, cause: Cause::Status, stop: false };
     }
@@ -335,33 +335,13 @@ fn number(value: &Value) -> Option<f64> {
 }
 
 /// Whether this 2xx is a success response: an expected value is there with its kind and is not null, and there is no error beside it.
-fn check_success(answer: Answer<'_>, json: Option<&Value>, probe: &Probe) -> Result<(), Cause> {
-    let Some(json) = json else { return if begins_like_success(answer, probe) { Ok(()) } else { Err(Cause::WrongShape) } };
+fn check_success(answer: Answer<'_>, json: Option<&Value>, expect: &[Expected]) -> Result<(), Cause> {
+    let Some(json) = json else { return if begins_like_success(answer, expect) { Ok(()) } else { Err(Cause::WrongShape) } };
     if holds_error(json) {
         return Err(Cause::ErrorBeside);
     }
-    let may_be_empty = !probe.surface.is_inference() || says_how_it_ended(json, probe.surface);
-    let is_there = |value: &Value, kind: Kind| is_of(value, kind) && (may_be_empty || holds_something(value));
-    let there = probe.expect.iter().any(|Expected { path, kind }| any_at(json, path, &|value| is_there(value, *kind)));
+    let there = expect.iter().any(|Expected { path, kind }| any_at(json, path, &|value| is_of(value, *kind)));
     if there { Ok(()) } else { Err(Cause::WrongShape) }
-}
-
-/// Whether a list has an entry. Other values hold something by being there.
-fn holds_something(value: &Value) -> bool {
-    value.as_array().is_none_or(|entries| entries.iter().any(|entry| !entry.is_null()))
-}
-
-/// Whether an answer of a model without any text says how the call ended. With room for one token a good key gets such answers: Anthropic's API
-/// has an empty `content` with a `stop_reason`, vLLM an empty `output` that is `completed`, Gemini no candidate and a count of tokens. A chat completion
-/// has an entry in `choices` in any case, even if the text in it is empty; only parts of a stream have none.
-fn says_how_it_ended(json: &Value, surface: Surface) -> bool {
-    let is_word = |key: &str| json.get(key).and_then(Value::as_str).is_some_and(|word| !word.is_empty());
-    match surface {
-        Surface::Messages => is_word("stop_reason"),
-        Surface::Responses => is_word("id") && is_word("status"),
-        Surface::GenerateContent => json.get("usageMetadata").and_then(Value::as_object).is_some_and(|counts| !counts.is_empty()),
-        Surface::ChatCompletions | Surface::Models | Surface::KeyInformation => false,
-    }
 }
 
 fn is_of(value: &Value, kind: Kind) -> bool {
@@ -413,21 +393,18 @@ fn holds_error(json: &Value) -> bool {
 
 /// The same for a body that was cut off, which cannot be parsed. It must begin as an object with an expected key, whose value has the right kind as
 /// far as can be seen, and without an error before it.
-fn begins_like_success(answer: Answer<'_>, probe: &Probe) -> bool {
+fn begins_like_success(answer: Answer<'_>, expect: &[Expected]) -> bool {
     let body = answer.body.trim_ascii_start();
     answer.truncated
         && body.first() == Some(&b'{')
-        && probe.expect.iter().any(|Expected { path, kind }| {
+        && expect.iter().any(|Expected { path, kind }| {
             let (key, deeper) = path.split_once('.').map_or((path.as_str(), false), |(key, _)| (key, true));
             let quoted = format!("\"{key}\"");
             let Some(at) = body.windows(quoted.len()).position(|window| window == quoted.as_bytes()) else { return false };
             let (before, behind) = body.split_at(at);
             let value = behind.get(quoted.len()..).unwrap_or_default().trim_ascii_start();
-            let value = value.strip_prefix(b":").unwrap_or_default().trim_ascii_start();
-            let first = value.first();
-            let is_empty = value.strip_prefix(b"[").is_some_and(|entries| entries.trim_ascii_start().first() == Some(&b']'));
+            let first = value.strip_prefix(b":").and_then(|value| value.trim_ascii_start().first());
             let fits = match (first, deeper, kind) {
-                _ if is_empty && probe.surface.is_inference() => false,
                 (None, ..) | (Some(b'n'), ..) => false,
                 (Some(first), false, Kind::List) => *first == b'[',
                 (Some(first), true, _) | (Some(first), false, Kind::Object) => matches!(first, b'{' | b'['),

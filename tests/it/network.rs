@@ -180,11 +180,7 @@ async fn ask_with(base: &str, settings: ProbeSettings) -> Finding {
 /// A front end may close a connection because of a long header. Such credentials share connections only with each other.
 #[tokio::test]
 async fn a_long_credential_travels_on_no_connection_of_others() {
-    let yes = Row {
-        body: r#"{"data": [], "object": "list", "choices": [{"index": 0, "message": {"role": "assistant", "content": "."}}]}"#
-            .into(),
-        ..Row::default()
-    };
+    let yes = Row { body: r#"{"data": [], "object": "list", "choices": []}"#.into(), ..Row::default() };
     let vendor = Vendor::start(vec![yes]).await;
     let (registry, catalogue) = case::documents(vendor.address.port());
     let engine: Arc<Engine> = Files::new(&registry, &catalogue, None).engine();

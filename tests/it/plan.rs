@@ -20,8 +20,8 @@ use byok_gate::{
 };
 
 const LIST: (u16, &str) = (200, r#"{"data":[{"id":"m"}]}"#);
-const CHAT: (u16, &str) = (200, r#"{"choices":[{"index":0,"message":{"content":""}}]}"#);
-const RESPONSE: (u16, &str) = (200, r#"{"output":[{"type":"message","content":[]}]}"#);
+const CHAT: (u16, &str) = (200, r#"{"choices":[]}"#);
+const RESPONSE: (u16, &str) = (200, r#"{"output":[]}"#);
 const DEAD: (u16, &str) = (401, r#"{"error":{"code":"invalid_api_key"}}"#);
 const SCOPE: (u16, &str) = (403, r#"{"error":{"code":"missing_scope"}}"#);
 const SCOPES_IN_WORDS: (u16, &str) = (401, r#"{"error":{"message":"Missing scopes: x"}}"#);

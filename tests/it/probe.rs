@@ -19,19 +19,9 @@ async fn vendor() -> Vendor {
     };
     Vendor::start(vec![
         row("/acme/v1/models", Some(KEY), 403, r#"{"error": {"code": "missing_scope"}}"#),
-        row(
-            "/acme/v1/chat/completions",
-            Some(KEY),
-            200,
-            r#"{"choices": [{"index": 0, "message": {"role": "assistant", "content": "."}}]}"#,
-        ),
+        row("/acme/v1/chat/completions", Some(KEY), 200, r#"{"choices": []}"#),
         row("/loose/v1/models", None, 200, r#"{"data": []}"#),
-        row(
-            "/loose/v1/chat/completions",
-            None,
-            200,
-            r#"{"choices": [{"index": 0, "message": {"role": "assistant", "content": "."}}]}"#,
-        ),
+        row("/loose/v1/chat/completions", None, 200, r#"{"choices": []}"#),
         row("/acme/v1/models", None, 401, r#"{"error": {"code": "no"}}"#),
     ])
     .await

@@ -247,12 +247,7 @@ async fn a_batch_ends_at_its_deadline() {
 async fn a_provider_sees_an_honest_request_and_nothing_more() {
     let vendor = Vendor::start(vec![
         row("/loose/v1/models", Some(KEY), 404, "{}"),
-        row(
-            "/loose/v1/chat/completions",
-            Some(KEY),
-            200,
-            r#"{"choices": [{"index": 0, "message": {"role": "assistant", "content": "."}}]}"#,
-        ),
+        row("/loose/v1/chat/completions", Some(KEY), 200, r#"{"choices": []}"#),
         row("/loose/v1/chat/completions", None, 401, r#"{"error": {"code": "invalid_api_key"}}"#),
     ])
     .await;
@@ -279,12 +274,7 @@ async fn a_provider_sees_an_honest_request_and_nothing_more() {
 async fn a_documented_endpoint_that_takes_anything_is_found_out() {
     let vendor = Vendor::start(vec![
         row("/acme/v1/models", None, 200, r#"{"data": []}"#),
-        row(
-            "/acme/v1/chat/completions",
-            None,
-            200,
-            r#"{"choices": [{"index": 0, "message": {"role": "assistant", "content": "."}}]}"#,
-        ),
+        row("/acme/v1/chat/completions", None, 200, r#"{"choices": []}"#),
     ])
     .await;
     let server = Server::start(files(&vendor).engine()).await;
