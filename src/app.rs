@@ -59,6 +59,8 @@ pub struct Documents {
     pending_restart: Vec<String>,
     files: Vec<PathBuf>,
     changes: Arc<RecentChanges>,
+    /// The documents that the last reload changed, for the log.
+    changed: String,
 }
 
 /// Reads all documents and settings again.
@@ -139,7 +141,25 @@ impl Documents {
     ) -> Self {
         let settings = setup.settings.clone();
         let (started, pending_restart) = (settings.clone(), Vec::new());
-        Self { engine, load, replace_callers, settings, started, pending_restart, files: setup.documents.clone(), changes }
+        Self {
+            engine,
+            load,
+            replace_callers,
+            settings,
+            started,
+            pending_restart,
+            files: setup.documents.clone(),
+            changes,
+            changed: String::new(),
+        }
+    }
+
+    fn note_changed(&mut self, document: &str, is_changed: bool) {
+        if is_changed {
+            let separator = if self.changed.is_empty() { "" } else { ", " };
+            self.changed.push_str(separator);
+            self.changed.push_str(document);
+        }
     }
 
     /// Refuses a reload. The status page shows the faults from now on, and the returned text holds all of them.
@@ -187,12 +207,15 @@ impl Source for Documents {
         }
         let Setup { mut snapshot, settings, documents, warnings, .. } = setup;
         let current = self.engine.snapshot();
+        self.changed = String::new();
         for (document, was, is) in [
             ("registry", current.registry.revision(), snapshot.registry.revision()),
             ("catalogue", current.catalogue.revision(), snapshot.catalogue.revision()),
         ] {
             self.changes.document(document, was, is);
+            self.note_changed(document, was != is);
         }
+        self.note_changed("configuration", self.settings != settings);
         self.changes.changed(&changed(&self.settings, &settings));
         for Loosened { setting, was, is } in loosened(&self.settings, &settings) {
             self.changes.loosened(&setting, &was, &is);
@@ -231,6 +254,8 @@ impl Source for Documents {
         tracing::info!(
             event = "reloaded",
             what = self.name(),
+            // Empty if the last valid version came back after an invalid one.
+            changed = self.changed,
             after_failures = (failures > 0).then_some(failures),
             registry_revision = snapshot.registry.revision(),
             catalogue_revision = snapshot.catalogue.revision(),

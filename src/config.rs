@@ -118,14 +118,18 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     found.add_warnings(&document_name(paths), settings_warnings);
     let environment = |name: &str| env::var(name).ok();
     let registry_file = settings.registry.file.as_ref();
-    let registry = found.document(registry_file, |document, bytes| match bytes {
-        None => Registry::embedded(&environment),
-        Some(bytes) => Registry::parse(document, bytes, &environment),
+    let registry = found.document(registry_file, |document, bytes| {
+        files::checking(|| match bytes {
+            None => Registry::embedded(&environment),
+            Some(bytes) => Registry::parse(document, bytes, &environment),
+        })
     });
     let catalogue_file = settings.catalogue.file.as_ref();
-    let catalogue = found.document(catalogue_file, |document, bytes| match bytes {
-        None => Catalogue::embedded(),
-        Some(bytes) => Catalogue::overlaid(document, bytes),
+    let catalogue = found.document(catalogue_file, |document, bytes| {
+        files::checking(|| match bytes {
+            None => Catalogue::embedded(),
+            Some(bytes) => Catalogue::overlaid(document, bytes),
+        })
     });
     let now = SystemTime::now();
     let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
@@ -156,8 +160,9 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
         ..origin(None)
     };
     let documents = [registry_file, catalogue_file, paths.config.as_ref()].into_iter().flatten().cloned().collect();
-    let mut snapshot =
-        Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin);
+    let mut snapshot = files::checking(|| {
+        Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin)
+    });
     snapshot.configuration_origin = configuration_origin;
     Ok(Setup {
         snapshot,
@@ -421,6 +426,9 @@ fn flags_of(paths: &Paths, overrides: &Overrides) -> Vec<Flag> {
     files.chain(proxy).chain(refuse).chain(flags.iter().cloned()).collect()
 }
 
+/// A runtime's name that is so near to one of the registry is taken for a misspelt one.
+const NEARLY: f64 = 0.88;
+
 /// Builds the policy from the settings. Also returns warnings about exceptions that have expired.
 fn policy_of(settings: &Settings, registry: Option<&Registry>, now: i64, problems: &mut Vec<Problem>) -> (Policy, Vec<Problem>) {
     let mut policy = Policy::default();
@@ -431,6 +439,16 @@ fn policy_of(settings: &Settings, registry: Option<&Registry>, now: i64, problem
         actions.groups().into_iter().for_each(|(group, action)| policy.set_action(checkpoint, group, action));
     }
     let mut warnings = Vec::new();
+    // An exempt runtime need not be in the registry. One that is nearly there is misspelt.
+    for name in settings.exempt_runtimes.iter().filter(|name| registry.is_some_and(|registry| registry.runtime(name).is_none())) {
+        let near = |other: &str| strsim::jaro_winkler(&name.to_lowercase(), &other.to_lowercase());
+        let nearest = registry.into_iter().flat_map(Registry::runtimes).map(|(other, _)| other);
+        if let Some(nearest) = nearest.max_by(|one, other| near(one).total_cmp(&near(other))).filter(|it| near(it) >= NEARLY) {
+            let message =
+                format!("`{name}` is no runtime of the registry, and so exempts nothing there; the nearest is `{nearest}`");
+            warnings.push(Problem::at("exempt_runtimes", message));
+        }
+    }
     for (name, ProviderException { probe: enforcement, until }) in &settings.providers {
         let place = format!("providers.{name}");
         if let Some(registry) = registry
@@ -638,7 +656,7 @@ mod tests {
                 "callers.unix_peers: holds the key `rule`, which is not known there",
             ),
             ("cache: {hard_maximum: 10s}", None, "cache.hard_maximum: must not be less"),
-            ("limits: {decisions: 1}\nlimits: {decisions: 2}", None, "duplicate"),
+            ("limits: {decisions: 1}\nlimits: {decisions: 2}", None, "limits: this key appears twice"),
             ("- a", None, "must be a mapping"),
         ] {
             let fault = merged(text, environment.as_slice(), Vec::new()).unwrap_err();

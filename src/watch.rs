@@ -40,6 +40,11 @@ pub trait Source: Send + 'static {
     /// Its files. They may change with a reload, since the configuration names some of them.
     fn files(&self) -> Vec<PathBuf>;
 
+    /// Those of its files that hold secrets.
+    fn secrets(&self) -> Vec<PathBuf> {
+        Vec::new()
+    }
+
     /// Reads the files and puts valid content in force. With a fault, nothing changes.
     fn reload(&mut self) -> Result<Reloaded, Fault>;
 
@@ -141,15 +146,17 @@ impl<S: Source> Watcher<S> {
             let name = self.source.name();
             let counts = self.counts();
             // Reading and checking may block, so they run on a blocking thread.
+            let progress = files::Progress::default();
+            let theirs = progress.clone();
             let mut polling = tokio::task::spawn_blocking(move || {
-                let outcome = self.poll(is_forced);
+                let outcome = theirs.of(|| self.poll(is_forced));
                 (self, outcome)
             });
             let polled = match timeout(files::READ_TIME, &mut polling).await {
                 Ok(polled) => polled,
                 Err(_) => {
-                    let fault = "the files cannot be read: their volume does not answer";
-                    counts.failed(fault);
+                    let fault = format!("a new version {}", progress.why_late(files::READ_TIME));
+                    counts.failed(&fault);
                     tracing::error!(event = "reload_stuck", what = name, "{fault}");
                     // Wait for it, so that at most one thread is blocked.
                     polling.await
@@ -169,6 +176,7 @@ impl<S: Source> Watcher<S> {
     pub fn poll(&mut self, forced: bool) -> PollOutcome {
         let seen = hash(&self.hash_key, &self.files);
         let settled = seen == std::mem::replace(&mut self.last_seen, seen);
+        self.counts.exposed(self.source.secrets().into_iter().filter(|file| files::is_readable_by_all(file)).collect());
         if seen == self.acted_on && !forced {
             self.unsettled = 0;
             return PollOutcome::Same;

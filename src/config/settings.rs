@@ -27,7 +27,7 @@ use crate::{
         tier::TierSettings,
     },
     server::settings::{
-        AdminSettings, CallerSettings, EdgeSettings, ServerSettings, ShutdownSettings, SocketSettings, TlsSettings,
+        AdminSettings, CallerList, CallerSettings, EdgeSettings, ServerSettings, ShutdownSettings, SocketSettings, TlsSettings,
     },
     telemetry::{events::LogSettings, traces::TracingSettings},
 };
@@ -153,6 +153,23 @@ impl Settings {
                 let message = "must be allow or deny: it is not about whether a key is alive";
                 problems.push(Problem::at(format!("policy.{name}.exposure"), message));
             }
+        }
+        let is_beyond = |listen: &&String| {
+            let host = listen.rsplit_once(':').map_or(listen.as_str(), |(host, _)| host).trim_matches(['[', ']']);
+            let is_loopback = host.parse::<std::net::IpAddr>().map_or(host == "localhost", |address| address.is_loopback());
+            !listen.starts_with("unix:") && !is_loopback
+        };
+        let knows_nobody = self.tls.certificate.is_none() && self.callers.token_file.is_none();
+        if self.server.insecure_listen
+            && knows_nobody
+            && !matches!(self.callers.certificates, CallerList::Anyone)
+            && let Some(listen) = self.server.listen.iter().find(is_beyond)
+        {
+            let message = format!(
+                "everybody who reaches {listen} may call, without TLS and without a token: set callers.token_file or tls; or write \
+                 `callers: anyone` if something before it lets only callers through"
+            );
+            warnings.push(Problem::at("server.insecure_listen", message));
         }
         for name in self.exempt_runtimes.iter().filter(|name| name.trim() != *name || name.is_empty()) {
             let message = format!("{name:?} is empty or padded: write a runtime's name, or leave it out");

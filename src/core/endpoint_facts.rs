@@ -50,6 +50,8 @@ pub struct KnownRefusals {
     pub usual: Vec<ResponseShape>,
     /// A key that is accepted otherwise got this within the last minutes.
     pub for_every_key: Option<ResponseShape>,
+    /// Made-up keys of these forms were refused.
+    pub forms: Vec<KeyForm>,
 }
 
 /// What has been learnt about one request with the credential in one header.
@@ -151,7 +153,9 @@ impl RequestFacts {
             Some(Calibration::SameForEveryKey(shape)) if now < self.back_off_until => Some(shape.clone()),
             _ => None,
         };
-        KnownRefusals { usual: usual.map(|(shape, _)| shape.clone()).collect(), for_every_key }
+        let is_refusal = |answer: &&MadeUpAnswer| now < answer.until && matches!(answer.calibration, Calibration::Refuses { .. });
+        let forms = self.made_up.iter().filter(is_refusal).map(|answer| answer.form).collect();
+        KnownRefusals { usual: usual.map(|(shape, _)| shape.clone()).collect(), for_every_key, forms }
     }
 
     fn remember_usual(&mut self, shape: &ResponseShape, now: Duration) {
@@ -184,7 +188,9 @@ impl RequestFacts {
             }
             Calibration::Refuses { shape, in_words, by_code, .. } => {
                 let confirms = |(accepted, at): &(String, Duration)| is_recent(*at) && are_comparable(&shape, accepted, model);
-                let confirmed = self.is_documented && self.accepted.iter().any(confirms);
+                // What a made-up key gets because a key got something unusual may be what every key gets now.
+                let is_usual = question != CalibrationQuestion::RefusalNow;
+                let confirmed = is_usual && self.is_documented && self.accepted.iter().any(confirms);
                 Calibration::Refuses { shape, in_words, by_code, confirmed }
             }
             Calibration::NotAsked | Calibration::NotWaitedFor => return calibration,
@@ -210,6 +216,23 @@ impl RequestFacts {
         if let (Some(_), Some(known)) = (checked, self.made_up.iter_mut().find(is_known)) {
             known.checked = checked;
             return known.calibration.clone();
+        }
+        // A 401 that proves an acceptance stays what it is: the 403 or 404 that comes now may be what every key gets for a while.
+        let is_proof = |answer: &&mut MadeUpAnswer| {
+            let is_one = match &answer.calibration {
+                Calibration::Refuses { shape, by_code, confirmed, .. } => {
+                    shape.status == 401 && (*confirmed || *by_code && answer.after_acceptance)
+                }
+                _ => false,
+            };
+            now < answer.until && answer.model == model && answer.form == form && is_one
+        };
+        if let (Some(_), Calibration::Refuses { shape, .. }) = (checked, &calibration)
+            && shape.status != 401
+            && let Some(known) = self.made_up.iter_mut().find(is_proof)
+        {
+            known.checked = checked;
+            return calibration;
         }
         self.made_up.retain(|answer| now < answer.until && (answer.model != model || answer.form != form));
         if self.made_up.len() >= MAX_ANSWERS {
@@ -336,13 +359,33 @@ impl EndpointFacts {
 
     /// The headers to send a credential in, of those that a request supports: one alone first, then the others together. Once a header is known to be
     /// right, only that one is used. The client's own header still comes before it, unless it was seen refused.
-    pub fn order(&self, known: &[HeaderFamily], preferred: Option<HeaderFamily>) -> Vec<Vec<HeaderFamily>> {
+    ///
+    /// An endpoint may take two kinds of keys, each in a header of its own. So if keys like this one were not seen refused in the right header
+    /// (`is_known`), a refusal there is not the last word, and the client's own header and others that are right come after it.
+    pub fn order(
+        &self,
+        known: &[HeaderFamily],
+        preferred: Option<HeaderFamily>,
+        is_known: impl Fn(HeaderFamily) -> bool,
+    ) -> Vec<Vec<HeaderFamily>> {
         let own = preferred.filter(|family| known.contains(family));
         let right: Vec<HeaderFamily> = known.iter().copied().filter(|family| self.right.contains(family)).collect();
+        let and_then = |first: HeaderFamily| {
+            // For an unknown client, the first header of the request is the usual one.
+            let usual = own.or(known.first().copied());
+            let candidates = usual.iter().chain(&right).copied().filter(|family| *family != first && !is_known(first));
+            let mut then: Vec<HeaderFamily> = Vec::new();
+            for family in candidates {
+                if !then.contains(&family) {
+                    then.push(family);
+                }
+            }
+            std::iter::once(vec![first]).chain(Some(then).filter(|then| !then.is_empty())).collect()
+        };
         match (own, right.first()) {
-            (Some(own), _) if right.contains(&own) => vec![vec![own]],
+            (Some(own), _) if right.contains(&own) => and_then(own),
             (Some(own), Some(right)) if !self.wrong.contains(&own) => vec![vec![own], vec![*right]],
-            (_, Some(right)) => vec![vec![*right]],
+            (_, Some(right)) => and_then(*right),
             (own, None) => {
                 let first = own.or(known.first().copied());
                 let rest: Vec<HeaderFamily> = known.iter().copied().filter(|family| Some(*family) != first).collect();
@@ -362,15 +405,20 @@ mod tests {
     #[test]
     fn one_header_once_it_is_known() {
         let mut facts = EndpointFacts::default();
-        assert_eq!(facts.order(&ALL, None), [vec![Bearer], vec![XApiKey, ApiKey]]);
-        assert_eq!(facts.order(&ALL, Some(ApiKey)), [vec![ApiKey], vec![Bearer, XApiKey]]);
-        assert_eq!(facts.order(&[Bearer], Some(ApiKey)), [vec![Bearer]]);
+        let order = |facts: &EndpointFacts, known: &[HeaderFamily], own| facts.order(known, own, |_| true);
+        assert_eq!(order(&facts, &ALL, None), [vec![Bearer], vec![XApiKey, ApiKey]]);
+        assert_eq!(order(&facts, &ALL, Some(ApiKey)), [vec![ApiKey], vec![Bearer, XApiKey]]);
+        assert_eq!(order(&facts, &[Bearer], Some(ApiKey)), [vec![Bearer]]);
         facts.take_family(ApiKey, &[Bearer]);
-        assert_eq!(facts.order(&ALL, None), [vec![ApiKey]]);
-        assert_eq!(facts.order(&ALL, Some(Bearer)), [vec![ApiKey]], "it was seen refused");
-        assert_eq!(facts.order(&ALL, Some(XApiKey)), [vec![XApiKey], vec![ApiKey]], "nobody has tried it");
+        assert_eq!(order(&facts, &ALL, None), [vec![ApiKey]]);
+        assert_eq!(order(&facts, &ALL, Some(Bearer)), [vec![ApiKey]], "it was seen refused");
+        assert_eq!(facts.order(&ALL, Some(Bearer), |_| false), [vec![ApiKey], vec![Bearer]], "another kind of key");
+        assert_eq!(facts.order(&ALL, None, |_| false), [vec![ApiKey], vec![Bearer]], "an unknown client");
+        assert_eq!(order(&facts, &ALL, Some(XApiKey)), [vec![XApiKey], vec![ApiKey]], "nobody has tried it");
         facts.take_family(Bearer, &[]);
-        assert_eq!(facts.order(&ALL, Some(Bearer)), [vec![Bearer]]);
-        assert_eq!(facts.order(&[XApiKey], None), [vec![XApiKey]]);
+        assert_eq!(order(&facts, &ALL, Some(Bearer)), [vec![Bearer]]);
+        assert_eq!(facts.order(&ALL, Some(Bearer), |_| false), [vec![Bearer], vec![ApiKey]], "another kind of key");
+        assert_eq!(facts.order(&ALL, Some(Bearer), |family| family == Bearer), [vec![Bearer]]);
+        assert_eq!(order(&facts, &[XApiKey], None), [vec![XApiKey]]);
     }
 }

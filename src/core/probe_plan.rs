@@ -85,7 +85,7 @@ impl Requests<'_> {
     pub const UNKNOWN: Requests<'static> = Requests {
         is_pointless: &|_, _| false,
         has_accepted: &|_, _| false,
-        refusals: &|_, _| KnownRefusals { usual: Vec::new(), for_every_key: None },
+        refusals: &|_, _| KnownRefusals { usual: Vec::new(), for_every_key: None, forms: Vec::new() },
     };
 }
 
@@ -165,7 +165,9 @@ enum State<'t> {
     Calibrate(ReadAnswer),
     /// The response is that of a made-up key: check whether a request without any key gets another one.
     Keyless(ReadAnswer),
-    /// The key seems restricted: check whether a request without any key gets the same response by now.
+    /// The key seems restricted where a model is called: check whether a made-up key gets the same response by now.
+    MadeUpNow(ReadAnswer),
+    /// The same, without any key.
     KeylessNow(ReadAnswer),
     /// The key was accepted, and the refusal of a made-up key may be a limit or a ban: send the real key again.
     AskAgain(ReadAnswer),
@@ -197,7 +199,7 @@ impl<'t> ProbePlan<'t> {
     /// A plan for these requests, at its first step.
     pub fn new(calls: &'t [Call], client: Client, facts: &EndpointFacts, requests: Requests<'_>) -> Self {
         let Client { preference, usual_header, key_form } = client;
-        let (steps, open_list) = choose_steps(calls, preference, facts, requests);
+        let (steps, open_list) = choose_steps(calls, preference, facts, key_form, requests);
         let for_every_key = |step: &PlanStep<'_>| (requests.refusals)(step.call, step.first_header()?).for_every_key;
         let same_for_every_key = steps.iter().filter_map(for_every_key).collect();
         Self {
@@ -250,6 +252,7 @@ impl<'t> ProbePlan<'t> {
                 };
                 Next::Calibrate { call, families, question }
             }
+            State::MadeUpNow(_) => Next::Calibrate { call, families, question: CalibrationQuestion::RefusalNow },
             State::Keyless(_) => Next::Keyless { call, now: false },
             State::KeylessNow(_) => Next::Keyless { call, now: true },
             State::AtOpenList(_, list, family) => Next::Ask { call: list, families: vec![*family], is_second: false },

@@ -36,6 +36,10 @@ const ABOUT_THE_FORM: [&str; 9] = [
     "not enough segments",
 ];
 
+/// What a refusal of a key speaks of, in lower case, and "no such path" does not.
+const ABOUT_CREDENTIALS: [&str; 12] =
+    ["key", "token", "auth", "credential", "account", "user", "tenant", "customer", "subscri", "login", "bearer", "licen"];
+
 /// What makes a response comparable with others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ResponseShape {
@@ -47,6 +51,8 @@ pub struct ResponseShape {
     pub code: String,
     /// It says that the key is not well formed.
     pub is_about_the_form: bool,
+    /// Some word of it is about credentials or accounts.
+    pub is_about_credentials: bool,
     /// The hashes of the words, sorted.
     words: Vec<u64>,
 }
@@ -77,7 +83,8 @@ impl ResponseShape {
         hashes.truncate(2 * MAX_WORDS);
         hashes.sort_unstable();
         let is_about_the_form = ABOUT_THE_FORM.iter().any(|part| text.contains(part));
-        Self { status: answer.status, body, code, is_about_the_form, words: hashes }
+        let is_about_credentials = ABOUT_CREDENTIALS.iter().any(|part| text.contains(part));
+        Self { status: answer.status, body, code, is_about_the_form, is_about_credentials, words: hashes }
     }
 
     /// Whether the two responses are about the same.

@@ -1,7 +1,7 @@
 //! The inputs of one decision: one version of registry, catalogue and policy, and what can be computed from them in advance.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
     time::SystemTime,
 };
@@ -190,12 +190,18 @@ impl Precomputed {
         let endpoints: BTreeMap<_, _> = registry.providers().iter().map(endpoint_of).collect();
         let mut uses: Vec<(usize, OfferUse)> = Vec::new();
         let mut credential_names = registry.credential_names().clone();
+        let mut accepting: HashMap<&str, Vec<&str>> = HashMap::new();
+        for provider in registry.providers() {
+            for name in provider.auth_env.iter() {
+                accepting.entry(name).or_default().push(&provider.name);
+            }
+        }
         for (runtime, found) in registry.runtimes() {
             let facts = catalogue.runtimes.get(runtime);
             for offer in &found.offers {
                 let provider = registry.provider(offer);
                 let others_accept =
-                    |name: &str| registry.providers().iter().any(|other| other.name != provider.name && other.accepts(name));
+                    |name: &str| accepting.get(name).is_some_and(|others| others.iter().any(|other| *other != provider.name));
                 let route = facts
                     .filter(|_| !provider.is_platform())
                     .and_then(|facts| CredentialRoute::of(facts, provider, &others_accept));

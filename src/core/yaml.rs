@@ -24,7 +24,7 @@ pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Loaded<T>, Prob
     let value = serde_ignored::deserialize(serde_yaml::Deserializer::from_str(text), |path| {
         warnings.push(Problem::at(path_text(&path), format!("is not a key that this schema knows{IGNORED}")));
     })
-    .map_err(|fault| to_problem(&fault))?;
+    .map_err(|fault| to_problem(text, &fault))?;
     Ok(Loaded { value, warnings: with_lines(bytes, warnings) })
 }
 
@@ -65,8 +65,18 @@ pub(crate) fn fields_of<T: DeserializeOwned>() -> &'static [&'static str] {
 pub(crate) fn with_lines(bytes: &[u8], mut problems: Vec<Problem>) -> Vec<Problem> {
     let Ok(text) = text_of(bytes) else { return problems };
     let affordable = REPARSE_BYTES / text.len().max(1);
-    for problem in problems.iter_mut().filter(|problem| problem.line.is_none() && !problem.place.is_empty()).take(affordable) {
-        problem.line = line_of(text, &problem.place);
+    // Many problems may have one place: it is looked up once.
+    let mut lines: BTreeMap<String, Option<usize>> = BTreeMap::new();
+    for problem in problems.iter_mut().filter(|problem| problem.line.is_none() && !problem.place.is_empty()) {
+        problem.line = match lines.get(&problem.place) {
+            Some(line) => *line,
+            None if lines.len() < affordable => {
+                let line = line_of(text, &problem.place);
+                lines.insert(problem.place.clone(), line);
+                line
+            }
+            None => None,
+        };
     }
     problems.sort_by_key(|problem| problem.line.unwrap_or(0));
     problems
@@ -92,7 +102,7 @@ impl<'t> Parts<'t> {
             None => return Ok(None),
         };
         let walk = Walk { path, end: PhantomData::<T> };
-        walk.deserialize(serde_yaml::Deserializer::from_str(self.text)).map_err(|fault| to_problem(&fault))
+        walk.deserialize(serde_yaml::Deserializer::from_str(self.text)).map_err(|fault| to_problem(self.text, &fault))
     }
 
     /// Whether this many parts can still be read.
@@ -150,14 +160,91 @@ fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
 }
 
 /// Splits the parser's error into place, line and message.
-fn to_problem(fault: &serde_yaml::Error) -> Problem {
+fn to_problem(text: &str, fault: &serde_yaml::Error) -> Problem {
     let whole = fault.to_string();
     let message = whole.rsplit_once(" at line ").map_or(whole.as_str(), |(message, _)| message);
     let (place, message) = match message.split_once(": ") {
         Some((place, rest)) if !place.contains([' ', '`']) => (place, rest),
         _ => ("", message),
     };
-    Problem { line: fault.location().map(|at| at.line()), ..Problem::at(place, format!("parse manifest: {message}")) }
+    let line = fault.location().map(|at| at.line());
+    if let Some(key) = repeated_key(message) {
+        // The parser's line is that of the whole map.
+        let line = line_of_second(text, place, key).or(line);
+        let place = if place.is_empty() { key.to_owned() } else { format!("{place}.{key}") };
+        return Problem { line, ..Problem::at(place, "this key appears twice; remove one") };
+    }
+    Problem { line, ..Problem::at(place, format!("parse manifest: {message}")) }
+}
+
+/// The key that appears twice, if that is the fault. The parser says it in one way, derived schemas in another, and `unique_keys` in a third.
+fn repeated_key(message: &str) -> Option<&str> {
+    let quoted = |start: &str, mark: char| message.strip_prefix(start)?.strip_prefix(mark)?.strip_suffix(mark);
+    quoted("duplicate field ", '`').or_else(|| quoted("duplicate key ", '`')).or_else(|| quoted("duplicate entry with key ", '"'))
+}
+
+/// The line where this key appears for the second time in the map at this path.
+fn line_of_second(text: &str, path: &str, key: &str) -> Option<usize> {
+    let walk = Walk { path, end: FailAtSecond { key } };
+    let fault = walk.deserialize(serde_yaml::Deserializer::from_str(text)).err()?;
+    fault.location().map(|at| at.line())
+}
+
+/// Fails at the second key of this name, so that the error's location is that key.
+#[derive(Clone, Copy)]
+struct FailAtSecond<'k> {
+    key: &'k str,
+}
+
+impl<'de> DeserializeSeed<'de> for FailAtSecond<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for FailAtSecond<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut is_second = false;
+        while let Some(is_it) = map.next_key_seed(KeyOf { key: self.key, fails: is_second })? {
+            is_second |= is_it;
+            map.next_value::<IgnoredAny>()?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether a key has this name; fails at once instead, if wanted.
+struct KeyOf<'k> {
+    key: &'k str,
+    fails: bool,
+}
+
+impl<'de> DeserializeSeed<'de> for KeyOf<'_> {
+    type Value = bool;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<bool, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for KeyOf<'_> {
+    type Value = bool;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_str<E: de::Error>(self, name: &str) -> Result<bool, E> {
+        if self.fails && name == self.key { Err(E::custom("the second")) } else { Ok(name == self.key) }
+    }
 }
 
 /// A path as problems show it: `providers[3].probe[0].headers`.
@@ -326,8 +413,11 @@ mod tests {
         assert!(place(b"name: [").contains("line "), "{}", place(b"name: ["));
         assert!(place(b"name: \xff").contains("not UTF-8"));
         assert!(place(&vec![b' '; MAX_DOCUMENT_BYTES + 1]).contains("limit"));
-        assert!(place(b"name: a\nname: b\n").contains("duplicate"));
-        assert!(place(b"name: a\nby_name: {x: 1, x: 2}\n").contains("duplicate key `x`"));
+        assert_eq!(place(b"name: a\nname: b\n"), "line 2: name: this key appears twice; remove one");
+        let map = b"name: a\nby_name:\n  x: a\n  y: a\n  x:\n    a\n";
+        assert_eq!(place(map), "line 5: by_name.x: this key appears twice; remove one");
+        let bare = tree(b"a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n").unwrap_err();
+        assert_eq!(bare.to_string(), "line 5: b.c: this key appears twice; remove one");
         assert_eq!(place(b"\nname:\n  [a]\n"), "line 3: name: parse manifest: invalid type: sequence, expected a string");
     }
 

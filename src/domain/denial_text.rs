@@ -324,6 +324,13 @@ impl LivenessEvidence {
                     Some(Unreached::Dns) => "could not be resolved",
                     Some(Unreached::ConnectTimeout) => "accepted no connection in time",
                     Some(Unreached::Tls) => "could not be reached securely (TLS failed)",
+                    Some(Unreached::TlsExpired) => {
+                        "could not be reached securely (its certificate has expired, or is not valid yet)"
+                    }
+                    Some(Unreached::TlsName) => "could not be reached securely (its certificate is for another name)",
+                    Some(Unreached::TlsIssuer) => {
+                        "could not be reached securely (its certificate is not from an authority that this platform trusts)"
+                    }
                     Some(Unreached::Closed) => "closed the connection without an answer",
                     Some(Unreached::Protocol) => "answers with something that is not HTTP",
                     Some(Unreached::Proxy) => "could not be reached through this platform's proxy",
@@ -416,11 +423,17 @@ impl LivenessEvidence {
                      `egress.allow_plain_http` and restart byok-gate; a machine's metadata address is never dialled"
                 ),
                 Some(Unreached::Dns) => format!("look up {host} from the service's pod; its DNS may not know it"),
-                Some(Unreached::Tls) => {
-                    "the certificate has expired, is for another name, or is not from an authority that the service trusts (`probe.ca_file` \
-                     adds one); or the port has no TLS"
-                        .into()
+                Some(Unreached::Tls) => "the port may have no TLS: check the provider's base URL in the registry".into(),
+                Some(Unreached::TlsExpired) => {
+                    format!("the certificate of {host} has expired or is not valid yet; check the clock of the service's machine, too")
                 }
+                Some(Unreached::TlsName) => format!(
+                    "what answers for {host} has a certificate for another name: check the base URL in the registry, the DNS entry and proxies"
+                ),
+                Some(Unreached::TlsIssuer) => format!(
+                    "the certificate of {host} is not from an authority that the service trusts: `probe.ca_file` adds one; a proxy may break \
+                     TLS open"
+                ),
                 Some(Unreached::ConnectTimeout) => format!(
                     "a firewall or NetworkPolicy may drop the packets from the service's pod to {host}: check egress to it, and whether \
                      the host is up"

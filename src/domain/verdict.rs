@@ -204,8 +204,14 @@ pub enum Unreached {
     Connect,
     /// No connection came about in time. Nothing refused it either, as when a firewall drops packets.
     ConnectTimeout,
-    /// The TLS handshake failed.
+    /// The TLS handshake failed, in another way than the next three.
     Tls,
+    /// The certificate has expired or is not valid yet.
+    TlsExpired,
+    /// The certificate is for other names.
+    TlsName,
+    /// The certificate is not from an authority that is trusted here.
+    TlsIssuer,
     /// The connection was closed before a response.
     Closed,
     /// The response is not HTTP.

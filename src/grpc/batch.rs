@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
 use super::{
-    call_record::CallRecord,
+    call_record::{BATCH_DEADLINE, CallRecord},
     convert::{
         About, Violations,
         pb::{self, ErrorReason},
@@ -38,7 +38,8 @@ pub(super) fn run(
     // The channel has room for every result, so no item waits for the reader.
     let (sender, results) = mpsc::channel(requests.len());
     let concurrency = limits.batch_concurrency;
-    let items: Vec<_> = (0_u32..).zip(requests).map(|(index, message)| (index, message, record.item(index))).collect();
+    let items: Vec<_> =
+        (0_u32..).zip(requests).map(|(index, message)| (index, message, record.item(index, deadline.answer_by))).collect();
     let mut running = JoinSet::new();
     running.spawn(async move {
         let decided = stream::iter(items).map(|(index, message, record)| decide(&decider, index, message, deadline, record));
@@ -66,7 +67,7 @@ async fn decide(
     // An item has the time of a Decide call, within the time of the batch.
     let own = deadline.answer_by.min(Instant::now() + decider.shared.deadlines.decide);
     let decided = timeout_at(deadline.answer_by, decider.item(message, own, &record)).await.unwrap_or_else(|_| {
-        let status = error(ErrorReason::Deadline, "no decision was made before the batch's deadline");
+        let status = error(ErrorReason::Deadline, BATCH_DEADLINE);
         record.failed(&status, About::default());
         Err(status)
     });

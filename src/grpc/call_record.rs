@@ -11,6 +11,7 @@ use std::{
 };
 
 use http::HeaderMap;
+use tokio::time::Instant;
 use tonic::{Code, Status};
 use tracing::Span;
 
@@ -29,6 +30,9 @@ use crate::{
         traces::Traced,
     },
 };
+
+/// What is said of an item that was not decided in the batch's time.
+pub(super) const BATCH_DEADLINE: &str = "no decision was made before the batch's deadline";
 
 /// The destinations of records.
 pub(crate) struct Recorder {
@@ -52,6 +56,8 @@ pub(crate) struct CallRecord {
     /// What the caller gave the call, in microseconds; 0 where it gave as much as it may have.
     caller_time: AtomicU64,
     ended: AtomicBool,
+    /// Only for an item of a batch: when the batch's time for answers ends.
+    answer_by: Option<Instant>,
 }
 
 // === impl Recorder ===
@@ -91,11 +97,12 @@ impl CallRecord {
             report_only: AtomicBool::new(false),
             caller_time: AtomicU64::new(0),
             ended: AtomicBool::new(false),
+            answer_by: None,
         }
     }
 
-    /// The record of one item of this batch.
-    pub(super) fn item(&self, index: u32) -> Self {
+    /// The record of one item of this batch, which has to be answered by then.
+    pub(super) fn item(&self, index: u32, answer_by: Instant) -> Self {
         let Self { peer, method, .. } = *self;
         Self {
             recorder: Arc::clone(&self.recorder),
@@ -106,6 +113,7 @@ impl CallRecord {
             report_only: AtomicBool::new(false),
             caller_time: AtomicU64::new(self.caller_time.load(Ordering::Relaxed)),
             ended: AtomicBool::new(false),
+            answer_by: Some(answer_by),
         }
     }
 
@@ -162,6 +170,8 @@ impl CallRecord {
     pub(super) fn cancelled(&self, about: About<&str>) {
         let (code, reason) = if self.recorder.cuts_off.load(Ordering::Relaxed) {
             (Code::Unavailable, "the service stopped before a decision was made: shutdown.drain was over")
+        } else if self.answer_by.is_some_and(|end| Instant::now() >= end) {
+            (Code::DeadlineExceeded, BATCH_DEADLINE)
         } else {
             (Code::Cancelled, "the caller left, or its deadline passed, before a decision was made")
         };
@@ -217,4 +227,23 @@ impl Drop for CallRecord {
 /// Whether the method asks for a decision. The journal has only such calls.
 fn asks_for_decision(method: &str) -> bool {
     matches!(method, DECIDE | BATCH_DECIDE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An item that is left at the batch's deadline was not given up by its caller.
+    #[test]
+    fn an_item_at_its_batchs_deadline_is_no_cancelled_call() {
+        let recent = Arc::new(RecentDecisions::new(false));
+        let recorder = Arc::new(Recorder::new(Journal::off(), Arc::clone(&recent)));
+        let batch = CallRecord::begin(&recorder, Peer::Unix { uid: 0, gid: 0 }, BATCH_DECIDE, &HeaderMap::new());
+        batch.end(Code::Ok, "");
+        let now = Instant::now();
+        drop(batch.item(0, now + Duration::from_secs(3600)));
+        drop(batch.item(1, now));
+        let codes: Vec<&str> = recent.undecided_calls().iter().map(|call| call.grpc_code).collect();
+        assert_eq!(codes, ["DEADLINE_EXCEEDED", "CANCELLED"], "newest first");
+    }
 }

@@ -515,8 +515,8 @@ fn unreached(fault: &reqwest::Error) -> Unreached {
                 Unresolved::Refused => Unreached::Address,
             };
         }
-        if error.is::<rustls::Error>() {
-            return Unreached::Tls;
+        if let Some(error) = error.downcast_ref::<rustls::Error>() {
+            return of_tls(error);
         }
         if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse) {
             return Unreached::Protocol;
@@ -534,6 +534,19 @@ fn unreached(fault: &reqwest::Error) -> Unreached {
         }
     }
     Unreached::Connect
+}
+
+/// What is wrong with the certificate, if that is what failed.
+fn of_tls(fault: &rustls::Error) -> Unreached {
+    use rustls::CertificateError as Fault;
+    match fault {
+        rustls::Error::InvalidCertificate(
+            Fault::Expired | Fault::ExpiredContext { .. } | Fault::NotValidYet | Fault::NotValidYetContext { .. },
+        ) => Unreached::TlsExpired,
+        rustls::Error::InvalidCertificate(Fault::NotValidForName | Fault::NotValidForNameContext { .. }) => Unreached::TlsName,
+        rustls::Error::InvalidCertificate(Fault::UnknownIssuer) => Unreached::TlsIssuer,
+        _ => Unreached::Tls,
+    }
 }
 
 /// The header with the credential. It is marked sensitive, so that no client prints it and no HPACK table stores it.

@@ -273,6 +273,10 @@ impl Source for Arc<Tokens> {
         vec![self.path.clone()]
     }
 
+    fn secrets(&self) -> Vec<PathBuf> {
+        self.files()
+    }
+
     fn reload(&mut self) -> Result<Reloaded, Fault> {
         self.refresh().map_err(|fault| Fault(super::error::chain(&fault)))
     }

@@ -214,6 +214,10 @@ impl Source for Arc<Tls> {
         [Some(certificate), Some(key), client_ca.as_ref()].into_iter().flatten().cloned().collect()
     }
 
+    fn secrets(&self) -> Vec<PathBuf> {
+        vec![self.files.key.clone()]
+    }
+
     fn reload(&mut self) -> Result<Reloaded, Fault> {
         self.refresh().map_err(|fault| Fault(chain(&fault)))
     }

@@ -16,6 +16,9 @@ pub const fn unreached(why: Unreached) -> &'static str {
         Unreached::Connect => "CONNECT",
         Unreached::ConnectTimeout => "CONNECT_TIMEOUT",
         Unreached::Tls => "TLS",
+        Unreached::TlsExpired => "TLS_EXPIRED",
+        Unreached::TlsName => "TLS_NAME",
+        Unreached::TlsIssuer => "TLS_ISSUER",
         Unreached::Closed => "CLOSED",
         Unreached::Protocol => "PROTOCOL",
         Unreached::Proxy => "PROXY",
@@ -99,7 +102,14 @@ pub const fn unreached_remedy(why: Unreached) -> &'static str {
              metadata address is never dialled)"
         }
         Unreached::Tls => {
-            "look at the certificate's expiry date and names; set probe.ca_file for a private authority; if the port has no TLS, correct the base URL"
+            "correct the base URL if the port has no TLS; otherwise look at the certificate, and at a proxy that breaks TLS open"
+        }
+        Unreached::TlsExpired => "whoever runs the host has to renew the certificate; this machine's clock may also be wrong",
+        Unreached::TlsName => {
+            "correct the host in the base URL, or look for a proxy or a wrong DNS entry that answers in its place"
+        }
+        Unreached::TlsIssuer => {
+            "set probe.ca_file if the authority is your own; otherwise look for a proxy that breaks TLS open, or an incomplete chain of certificates"
         }
         Unreached::Dns => "check the cluster's DNS, and the base URL's spelling",
         Unreached::Proxy => "check egress.proxy, its log and its credentials",
@@ -121,9 +131,10 @@ pub const fn unreached_text(why: Unreached) -> &'static str {
         Unreached::ConnectTimeout => {
             "no connection came about in time, and nothing refused one: a firewall or NetworkPolicy drops the packets, or the host is down"
         }
-        Unreached::Tls => {
-            "connected, but TLS failed: the certificate is not trusted (expired, another name, unknown authority), or the port has no TLS"
-        }
+        Unreached::Tls => "connected, but TLS failed: the port has no TLS, or its certificate cannot be used",
+        Unreached::TlsExpired => "connected, but TLS failed: the certificate has expired, or is not valid yet",
+        Unreached::TlsName => "connected, but TLS failed: the certificate is for another name",
+        Unreached::TlsIssuer => "connected, but TLS failed: the certificate is not from an authority that this service trusts",
         Unreached::Closed => "the connection was closed without an answer",
         Unreached::Protocol => "what answers there does not speak HTTP",
         Unreached::Proxy => "the forward proxy (egress.proxy) could not be reached, or did not let the call through",

@@ -2,21 +2,23 @@
 //! last probe of each provider was inconclusive. The lists are bounded, and plain allows are not kept.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     num::NonZeroU64,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
+use rand::Rng;
 use uuid::Uuid;
 
 use super::{cause, cut, events::Undecided};
 use crate::{
     core::{classify::Finding, engine::Decided},
     domain::{
-        decision::{Decision, Outcome},
-        request::{Peer, Request},
-        verdict::{Verdict, Withheld},
+        decision::{Decision, Liveness, Outcome, Resolution},
+        request::{Credential, CredentialValue, Peer, Request},
+        secret::with_stack_wiped,
+        verdict::{ServedFrom, Verdict, Withheld},
     },
 };
 
@@ -34,6 +36,9 @@ pub struct RecentDecisions {
     unverified: Mutex<VecDeque<Arc<Entry>>>,
     undecided: Mutex<VecDeque<UndecidedCalls>>,
     failures: Mutex<BTreeMap<String, Failure>>,
+    /// Whose keys each provider refused since it accepted one, as keyed hashes.
+    refused: Mutex<BTreeMap<String, BTreeSet<[u8; 32]>>>,
+    hash_key: [u8; 32],
 }
 
 /// A decision in names and codes. It holds no credential's value and no organization.
@@ -113,6 +118,8 @@ impl RecentDecisions {
             unverified: Mutex::default(),
             undecided: Mutex::default(),
             failures: Mutex::default(),
+            refused: Mutex::default(),
+            hash_key: rand::rng().random(),
         }
     }
 
@@ -125,6 +132,11 @@ impl RecentDecisions {
         caller_time: Option<NonZeroU64>,
     ) {
         let Decision { outcome, resolution, liveness, .. } = decision;
+        // Results from the cache say nothing about how the provider answers now.
+        let is_new = |liveness: &&Liveness| liveness.seen.is_some_and(|seen| seen.served_from == ServedFrom::Probe);
+        if let Some(liveness) = liveness.as_ref().filter(is_new) {
+            self.note_whose(liveness.verdict, request, resolution);
+        }
         let (list, code) = match outcome {
             Outcome::Deny(deny) => (&self.denials, deny.refusal.code().as_str()),
             Outcome::Allow(_) if decision.is_unverified_allow() => (&self.unverified, ""),
@@ -168,6 +180,38 @@ impl RecentDecisions {
             list.pop_front();
         }
         list.push_back(Arc::new(entry));
+    }
+
+    /// Notes whose key a provider has refused: an organization's, or this key where none is named. An accepted key clears the list.
+    fn note_whose(&self, verdict: Verdict, request: &Request, resolution: &Resolution) {
+        match verdict {
+            Verdict::Valid => drop(lock(&self.refused).remove(&resolution.provider)),
+            Verdict::Invalid | Verdict::Forbidden => {
+                let organization = request.spec.organization_id.as_str();
+                let judged = resolution.credential.as_ref();
+                let is_judged = |key: &&Credential| judged.is_some_and(|it| it.env_name == key.env_name && it.scope == key.scope);
+                let whose = with_stack_wiped(|| match request.spec.credentials.iter().find(is_judged).map(|key| &key.value) {
+                    Some(CredentialValue::Readable(secret)) if organization.is_empty() => {
+                        blake3::keyed_hash(&self.hash_key, secret.expose().as_bytes())
+                    }
+                    _ => blake3::keyed_hash(&self.hash_key, format!("organization {organization}").as_bytes()),
+                });
+                let mut refused = lock(&self.refused);
+                if refused.len() >= MAX_PROVIDERS && !refused.contains_key(&resolution.provider) {
+                    refused.clear();
+                }
+                let list = refused.entry(resolution.provider.clone()).or_default();
+                if list.len() < MAX_ENTRIES {
+                    list.insert(*whose.as_bytes());
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// How many organizations, or keys where none is named, this provider has refused since it accepted a key; a hundred at most.
+    pub fn refused_of(&self, provider: &str) -> usize {
+        lock(&self.refused).get(provider).map_or(0, BTreeSet::len)
     }
 
     /// Records a call that ended without a decision. A repeated one is counted and not listed again, so that it does not push out the others.

@@ -40,6 +40,8 @@ pub const DOCUMENTS: &str = "documents";
 const MANY_FAILED: u64 = 3;
 /// So many refused keys need attention, if none was accepted meanwhile.
 const MANY_REFUSED: u64 = 5;
+/// If they are of so many organizations, or so many keys where none is named.
+const SEVERAL: usize = 3;
 /// How many reasons of calls without a decision are listed under attention.
 const MAX_UNANSWERED: usize = 5;
 /// A certificate that expires within this time needs attention. Two weeks leave room for a holiday.
@@ -536,6 +538,7 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
     }
     near_ends(&certificates, &mut add);
     not_taken(&documents, followed, &mut add);
+    exposed(followed, &mut add);
     waits_for_restart(&restart_needed, &mut add);
     own_faults(page, &mut add);
     tier_left_alone(page, &mut add);
@@ -549,7 +552,7 @@ pub fn status(sources: &Sources<'_>, now: SystemTime) -> Status {
                     let in_window = checks.since(then.checks(&provider.provider));
                     unreliable(provider, [since_accepted.map(|(_, checks)| checks), Some(in_window)], now, &mut add);
                 }
-                refuses_all(provider, since_accepted, &mut add);
+                refuses_all(provider, since_accepted, recent_decisions.refused_of(&provider.provider), &mut add);
             }
         }
         wants_of(provider, &mut add);
@@ -782,6 +785,16 @@ fn near_ends(certificates: &[Certificate], add: Add<'_>) {
     }
 }
 
+/// Files with secrets that every user of this machine can read.
+fn exposed(followed: &[FollowedFiles], add: Add<'_>) {
+    for file in followed.iter().flat_map(|it| &it.exposed) {
+        add(
+            format!("{} holds a secret, and every user of this machine can read it", file.display()),
+            "give it mode 0600 or 0640, and renew the secret if somebody may have read it",
+        );
+    }
+}
+
 /// Changes of files that were not taken, because the files are invalid.
 fn not_taken(documents: &[Document], followed: &[FollowedFiles], add: Add<'_>) {
     let failing = || documents.iter().filter(|it| !it.last_reload_error.is_empty());
@@ -901,9 +914,11 @@ fn unreliable(
 }
 
 /// A provider that refuses so many keys and accepts none that the keys may not be at fault.
-fn refuses_all(Provider { provider, .. }: &Provider, since_accepted: Option<(SystemTime, Checks)>, add: Add<'_>) {
+fn refuses_all(Provider { provider, .. }: &Provider, since_accepted: Option<(SystemTime, Checks)>, whose: usize, add: Add<'_>) {
+    // One tenant may ask again and again about one dead key.
     if let Some((at, Checks { refused, .. })) = since_accepted
         && refused >= MANY_REFUSED
+        && whose >= SEVERAL
     {
         add(
             format!("no key of provider `{provider}` was accepted since {}: {refused} were refused", text_of(at)),
@@ -1253,12 +1268,14 @@ mod tests {
         let window = Window::since(start);
         window.note(start + SAMPLE_EVERY, of_acme(checks(3, 1, 0)));
         window.note(start + SAMPLE_EVERY * 2, of_acme(checks(3, 2, 0)));
-        let reported = |now: Checks| {
+        let of = |whose: usize, now: Checks| {
             let mut lines = Vec::new();
             let acme = Provider { provider: "acme".into(), ..Provider::default() };
-            refuses_all(&acme, window.since_accepted("acme", now), &mut |what, _| lines.push(what));
+            refuses_all(&acme, window.since_accepted("acme", now), whose, &mut |what, _| lines.push(what));
             lines
         };
+        let reported = |now: Checks| of(3, now);
+        assert!(of(2, checks(3, 90, 0)).is_empty(), "two tenants with dead keys");
         let since = text_of(start + SAMPLE_EVERY);
         assert_eq!(reported(checks(3, 6, 0)), [format!("no key of provider `acme` was accepted since {since}: 5 were refused")]);
         assert!(reported(checks(3, 5, 0)).is_empty(), "few refused keys need no attention");

@@ -2,11 +2,16 @@
 //! end and a mount may hang, and none of them may block a start, a reload or a shutdown.
 
 use std::{
+    cell::RefCell,
     fs::{File, OpenOptions},
     io::{self, ErrorKind, Read},
     os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::Path,
-    sync::mpsc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::Duration,
 };
@@ -48,14 +53,60 @@ pub fn is_readable_by_all(path: &Path) -> bool {
 
 /// Runs work that may block on a thread of its own. If it takes too long, the thread is left running and this returns an error.
 pub fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
+    within(READ_TIME, work)
+}
+
+fn within<T: Send + 'static>(limit: Duration, work: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     let (sender, receiver) = mpsc::sync_channel(1);
+    // Whoever waits for this thread asks about the new one too.
+    let progress = PROGRESS.with_borrow(Clone::clone);
+    let theirs = progress.clone();
     thread::Builder::new().name("files".to_owned()).spawn(move || {
         // An error means that the caller no longer waits.
-        drop(sender.send(work()));
+        drop(sender.send(theirs.of(work)));
     })?;
-    receiver.recv_timeout(READ_TIME).map_err(|_| {
-        io::Error::new(ErrorKind::TimedOut, format!("could not be read within {}: the volume does not answer", text(READ_TIME)))
-    })
+    receiver.recv_timeout(limit).map_err(|_| io::Error::new(ErrorKind::TimedOut, progress.why_late(limit)))
+}
+
+/// What work on files is doing, so that it can be said what takes too long.
+#[derive(Debug, Clone, Default)]
+pub struct Progress {
+    is_checking: Arc<AtomicBool>,
+}
+
+thread_local! {
+    static PROGRESS: RefCell<Progress> = RefCell::default();
+}
+
+impl Progress {
+    /// Runs work whose progress this is.
+    pub fn of<T>(&self, work: impl FnOnce() -> T) -> T {
+        let before = PROGRESS.replace(self.clone());
+        let done = work();
+        PROGRESS.set(before);
+        done
+    }
+
+    /// Why the work has not ended after this time.
+    pub fn why_late(&self, limit: Duration) -> String {
+        let limit = text(limit);
+        if self.is_checking.load(Ordering::Relaxed) {
+            format!(
+                "was read, but could not be checked within {limit}: the document is too large for this machine, or the machine is too busy"
+            )
+        } else {
+            format!("could not be read within {limit}: the volume does not answer")
+        }
+    }
+}
+
+/// Checks what was read. If that takes too long, the message blames the document and not the volume.
+pub fn checking<T>(check: impl FnOnce() -> T) -> T {
+    let progress = PROGRESS.with_borrow(Clone::clone);
+    progress.is_checking.store(true, Ordering::Relaxed);
+    let done = check();
+    progress.is_checking.store(false, Ordering::Relaxed);
+    done
 }
 
 fn open(path: &Path) -> io::Result<File> {
@@ -74,6 +125,36 @@ mod tests {
     use std::{fs, process::Command};
 
     use super::*;
+
+    #[test]
+    fn what_takes_too_long_is_said() {
+        let moment = Duration::from_millis(50);
+        let (release, blocked) = mpsc::channel::<()>();
+        let late = |work: Box<dyn FnOnce() + Send>| within(moment, work).unwrap_err().to_string();
+        let (began, begins) = mpsc::channel::<()>();
+        // An error ends both threads: the sender is dropped with the test.
+        let fault = late(Box::new(move || {
+            let _ended = blocked.recv();
+        }));
+        assert_eq!(fault, "could not be read within 50ms: the volume does not answer");
+        let (release_too, blocked) = mpsc::channel::<()>();
+        let progress = Progress::default();
+        let checks = move || {
+            checking(|| {
+                began.send(()).unwrap();
+                let _ended = blocked.recv();
+            });
+        };
+        // Through a second thread, as when a reload loads the configuration.
+        let outer = progress.clone();
+        let waiting = thread::spawn(move || outer.of(|| within(Duration::from_secs(1), checks)));
+        begins.recv().unwrap();
+        let expect = "was read, but could not be checked within 50ms: the document is too large for this machine, or the machine is too busy";
+        assert_eq!(progress.why_late(moment), expect);
+        drop((release, release_too));
+        waiting.join().unwrap().unwrap();
+        assert!(progress.why_late(moment).contains("volume"), "the check has ended");
+    }
 
     #[test]
     fn regular_files_are_read_up_to_a_limit_and_nothing_else_is() {

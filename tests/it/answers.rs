@@ -1,11 +1,7 @@
-//! The corpus of vendors' answers in `tests/fixtures/answers`: classified by `classify`, and probed over TLS by the real prober.
-//!
-//! One line is one answer and what it means: `case`, `host`, `request`, `status`, `headers`, `body`, `truncated`, and under
-//! `expect` the classification and the verdict while nothing is known of how the endpoint treats bad keys. The bodies are made up
-//! after what vendors document and what people report; no key in them ever existed.
+//! The corpus of vendors' answers: classified by `classify`, and probed over TLS by the real prober.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fs,
     net::SocketAddr,
     path::PathBuf,
@@ -15,7 +11,6 @@ use std::{
 use byok_gate::{
     core::{
         catalogue::Catalogue,
-        classify::{Answer, Classification, ReadBy, classify, read},
         endpoint::{Target, target},
         registry::Registry,
     },
@@ -27,105 +22,15 @@ use http::{Request, Response};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use proptest::prelude::*;
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-use serde::Deserialize;
 use serde_json::Value;
 use tokio::{net::TcpListener, task::JoinSet};
 use tokio_rustls::TlsAcceptor;
 
-use crate::support::binary::run;
-
-/// How often a models list misleads: a false "yes", and a false "no".
-const TRAPS: [(&str, usize); 2] = [("fv", 12), ("fi", 15)];
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Line {
-    case: String,
-    host: String,
-    request: String,
-    status: u16,
-    #[serde(default)]
-    headers: BTreeMap<String, String>,
-    body: Value,
-    #[serde(default)]
-    truncated: bool,
-    expect: Expect,
-}
-
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Expect {
-    reading: String,
-    verdict: String,
-}
-
-fn files() -> Vec<PathBuf> {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/answers");
-    let mut files: Vec<_> = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    files
-}
-
-fn lines(file: &PathBuf) -> Vec<Line> {
-    let text = fs::read_to_string(file).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|fault| panic!("{fault}: {line}"))).collect()
-}
-
-fn corpus() -> Vec<Line> {
-    files().iter().flat_map(lines).collect()
-}
-
-#[test]
-fn the_corpus_is_wide_enough() {
-    let (corpus, catalogue) = (corpus(), Catalogue::embedded().unwrap().value);
-    let names: BTreeSet<&str> = corpus.iter().map(|line| line.case.as_str()).collect();
-    assert_eq!(names.len(), corpus.len(), "a case's name appears twice");
-    assert!(corpus.len() >= 460, "{} rows", corpus.len());
-    let vendors: BTreeSet<&str> =
-        corpus.iter().flat_map(|line| catalogue.rows_of(&line.host)).map(|row| row.vendor.as_str()).collect();
-    assert!(vendors.len() >= 45, "{vendors:?}");
-    for (kind, count) in TRAPS {
-        for number in 1..=count {
-            let trap = format!("trap-{kind}-{number}-");
-            assert!(names.iter().any(|name| name.starts_with(&trap)), "no row for {trap}");
-        }
-    }
-    // Some answer matches every signal of every row, so that none is untested. Hosts share rows.
-    let mut met = BTreeSet::new();
-    for line in &corpus {
-        let body = body_of(line);
-        let Line { status, truncated, .. } = *line;
-        for probe in catalogue.rows_of(&line.host).iter().flat_map(|row| &row.probes) {
-            let answer = Answer { status, body: &body, truncated, page: false, retry_after: None };
-            if let ReadBy::Signal(position) = read(answer, probe).by {
-                met.insert(format!("{:?}", probe.signals[position]));
-            }
-        }
-    }
-    let unmet: Vec<String> = catalogue
-        .hosts()
-        .flat_map(|(_, rows)| rows)
-        .flat_map(|row| &row.probes)
-        .flat_map(|probe| &probe.signals)
-        .map(|signal| format!("{signal:?}"))
-        .filter(|signal| !met.contains(signal))
-        .collect();
-    assert!(unmet.is_empty(), "no answer of the corpus meets these:\n{}", unmet.join("\n"));
-    // So does some answer with each text that many servers share.
-    let document: Value = serde_yaml::from_str(include_str!("../../src/core/catalogue/default.yaml")).unwrap();
-    let mut known = 0;
-    for listed in document["common_codes"]["texts"].as_array().unwrap() {
-        for text in listed["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()) {
-            let holds = |line: &&Line| String::from_utf8_lossy(&body_of(line)).to_lowercase().contains(text);
-            let is_met = corpus.iter().filter(holds).any(|line| listed["verdict"] == *line.expect.reading);
-            assert!(is_met, "no answer of the corpus holds `{text}`");
-            known += 1;
-        }
-    }
-    assert!(known > 25, "{known}");
-}
+use crate::{
+    corpus::{Expect, Line, body_of, corpus, files, lines},
+    support::binary::run,
+};
 
 /// `deploy/catalogue` ships a row for each self-hosted server: each is valid, and classifies its server's answers. Every signal is matched.
 #[tokio::test]
@@ -213,56 +118,6 @@ async fn the_prober_comes_to_the_same_verdicts() {
     assert!(asked >= 150 && hosts.len() >= 15, "{asked} answers of {} hosts", hosts.len());
 }
 
-proptest! {
-    /// Any answer can be classified; and a malformed one is never a "yes".
-    #[test]
-    fn any_answer_is_read(status in 100_u16..=999, body in any_body(), truncated: bool, page: bool) {
-        let answer = Answer { status, body: &body, truncated, page, retry_after: None };
-        let catalogue = Catalogue::embedded().unwrap().value;
-        for probe in catalogue.hosts().flat_map(|(_, rows)| rows).flat_map(|row| &row.probes) {
-            let accepted = classify(answer, probe) == Classification::Accepted;
-            prop_assert!(!accepted || (200..=299).contains(&status) || status == 400 && probe.name == "search");
-        }
-    }
-}
-
-/// Bytes, and JSON with the values that rows test.
-fn any_body() -> impl Strategy<Value = Vec<u8>> {
-    const WORDS: [&str; 16] = [
-        "data",
-        "error",
-        "code",
-        "base_resp",
-        "status_code",
-        "balance",
-        "valid",
-        "auth",
-        "query",
-        "1004",
-        "choices",
-        "content",
-        "limit_remaining",
-        "is_available",
-        "usage",
-        "id",
-    ];
-    let leaf = prop_oneof![
-        Just(Value::Null),
-        any::<bool>().prop_map(Value::from),
-        any::<i64>().prop_map(Value::from),
-        any::<f64>().prop_map(Value::from),
-        prop::sample::select(WORDS.as_slice()).prop_map(Value::from),
-    ];
-    let json = leaf.prop_recursive(4, 24, 4, |inner| {
-        let key = prop::sample::select(WORDS.as_slice()).prop_map(str::to_owned);
-        prop_oneof![
-            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-            prop::collection::btree_map(key, inner, 0..4).prop_map(|fields| fields.into_iter().collect::<Value>()),
-        ]
-    });
-    prop_oneof![prop::collection::vec(any::<u8>(), 0..200), json.prop_map(|json| json.to_string().into_bytes())]
-}
-
 /// A vendor with a certificate for many names, and one answer at a time.
 struct TlsVendor {
     address: SocketAddr,
@@ -323,12 +178,5 @@ async fn answer(
             response.body(Full::from(body_of(line)))
         }
         _ => Response::builder().status(404).body(Full::from(r#"{"error": {"message": "no such path"}}"#)),
-    }
-}
-
-fn body_of(line: &Line) -> Vec<u8> {
-    match &line.body {
-        Value::String(text) => text.clone().into_bytes(),
-        json => json.to_string().into_bytes(),
     }
 }

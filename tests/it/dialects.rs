@@ -28,7 +28,11 @@ use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use tokio::{net::TcpListener, task::JoinSet, time::Instant};
 
-use crate::support::{case::Spec, gate::Files};
+use crate::support::{
+    case::Spec,
+    gate::Files,
+    vendor::{Row, Vendor},
+};
 
 /// Longer than any dialect takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -168,12 +172,15 @@ struct Calls {
 
 struct Server {
     address: SocketAddr,
+    state: Arc<State>,
     calls: Arc<Mutex<Calls>>,
     _tasks: JoinSet<()>,
 }
 
 struct State {
     dialect: Dialect,
+    /// What the server has become.
+    later: Mutex<Option<Dialect>>,
     calls: Arc<Mutex<Calls>>,
     now: AtomicU64,
     under_way: AtomicUsize,
@@ -214,6 +221,7 @@ impl Server {
         let calls = Arc::new(Mutex::new(Calls::default()));
         let state = Arc::new(State {
             dialect,
+            later: Mutex::default(),
             calls: Arc::clone(&calls),
             now: AtomicU64::new(100_000),
             under_way: AtomicUsize::new(0),
@@ -222,6 +230,7 @@ impl Server {
             lately: Mutex::default(),
         });
         let mut tasks = JoinSet::new();
+        let own = Arc::clone(&state);
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             loop {
@@ -233,7 +242,12 @@ impl Server {
                 });
             }
         });
-        Self { address, calls, _tasks: tasks }
+        Self { address, state: own, calls, _tasks: tasks }
+    }
+
+    /// From now on it answers like this.
+    fn becomes(&self, dialect: &str) {
+        *self.state.later.lock().unwrap() = Some(dialect_of(dialect));
     }
 
     /// The calls since the last look, once those on their way have come.
@@ -274,7 +288,8 @@ fn key_in<'h>(headers: &'h HeaderMap, family: &str) -> Option<&'h str> {
 }
 
 async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Response<Full<Bytes>>, Infallible> {
-    let State { dialect, calls, now, .. } = &*state;
+    let State { calls, now, .. } = &*state;
+    let dialect = &state.later.lock().unwrap().clone().unwrap_or_else(|| state.dialect.clone());
     let families = ["bearer", "x-api-key", "api-key", "x-goog-api-key"];
     let any = families.iter().find_map(|family| key_in(request.headers(), family));
     {
@@ -363,9 +378,13 @@ async fn answer(request: Request<Incoming>, state: Arc<State>) -> Result<Respons
 
 /// A long-running gate in front of this server.
 fn gate(dialect: &Dialect, server: &Server) -> (Files, Arc<Engine>) {
+    gate_at(dialect, server.address)
+}
+
+fn gate_at(dialect: &Dialect, address: SocketAddr) -> (Files, Arc<Engine>) {
     let base = match dialect.protocol.as_str() {
-        "openai" => format!("base_url_template: \"http://{}/v1\"", server.address),
-        _ => format!("base_url_anthropic: \"http://{}\"", server.address),
+        "openai" => format!("base_url_template: \"http://{address}/v1\""),
+        _ => format!("base_url_anthropic: \"http://{address}\""),
     };
     let registry = format!(
         "schema_version: 1\nproviders:\n  - {{name: house, display_name: House, protocol: {}, auth_mode: third_party_anthropic_compat, \
@@ -488,6 +507,86 @@ async fn run(dialect: Dialect) -> (Vec<String>, String) {
     };
     let cells: Vec<String> = ["cold good", "cold bad", "warm good", "warm bad"].map(cell).to_vec();
     (faults, format!("| {} | {} |", dialect.name, cells.join(" | ")))
+}
+
+fn dialect_of(text: &str) -> Dialect {
+    serde_yaml::from_str(&format!("{{name: a-server, expect: {{good: VALID, bad: INVALID}}, {text}}}")).unwrap()
+}
+
+fn key_of(who: &str) -> String {
+    format!("tenant-{who:x<6}{TAIL}")
+}
+
+/// A front answers every key with a 403 for a while, where a model is called. A made-up key gets it too, so no key is called restricted.
+#[tokio::test]
+async fn a_403_that_made_up_keys_get_by_now_is_no_restriction() {
+    let refusals =
+        r#"bad: [401, json, '{"error":{"code":"invalid_api_key"}}'], none: [401, json, '{"error":{"code":"missing_key"}}']"#;
+    let list = "header: [bearer], list: {good: OK, bad: OK, none: OK}";
+    let usual = format!(
+        "{list}, completion: {{good: OK, {refusals}, restricted: [403, json, '{{\"error\":{{\"code\":\"no_inference\"}}}}']}}"
+    );
+    let dialect = dialect_of(&usual);
+    let server = Server::start(dialect.clone()).await;
+    let (_files, engine) = gate(&dialect, &server);
+    for (who, expect) in [("good1", "VALID"), ("bad1", "INVALID")] {
+        let decided = decide(&engine, &key_of(who), who).await;
+        assert_eq!(verdict(&decided), expect, "{who}: {}", said(&decided));
+    }
+    let denied = r#"[403, json, '{"error":{"code":"edge_denied"}}']"#;
+    server.becomes(&format!("{list}, completion: {{good: {denied}, bad: {denied}, none: [401, json, '{{}}']}}"));
+    for who in ["good2", "good3"] {
+        let decided = decide(&engine, &key_of(who), who).await;
+        assert_eq!(verdict(&decided), "UNEXPECTED_RESPONSE", "{who}: {}", said(&decided));
+    }
+    server.becomes(&usual);
+    for (who, expect) in [("good4", "VALID"), ("nar2", "FORBIDDEN"), ("bad2", "INVALID")] {
+        let decided = decide(&engine, &key_of(who), who).await;
+        assert_eq!(verdict(&decided), expect, "{who}: {}", said(&decided));
+    }
+}
+
+/// A server with two kinds of keys, each in a header of its own. The first that is accepted is not in the client's header; keys of the client's are good
+/// all the same, and dead ones of both are dead.
+#[tokio::test]
+async fn two_kinds_of_keys_are_accepted_each_in_its_header() {
+    // One kind has capital letters, so its form is another.
+    let kinds = [("api-key", "tenant"), ("authorization", "house-LIVE")];
+    let of = |kind: &str, who: &str| format!("{kind}-{who:x<6}{TAIL}");
+    let answer = |path: &str, header: &str, key: String, body: &str| Row {
+        path: Some(path.into()),
+        header: Some(header.into()),
+        key: Some(key),
+        status: Some(200),
+        body: body.into(),
+        ..Row::default()
+    };
+    let mut rows = Vec::new();
+    for (header, kind) in kinds {
+        for who in ["good1", "good2"] {
+            rows.push(answer("/v1/models", header, of(kind, who), r#"{"data":[{"id":"m"}]}"#));
+            rows.push(answer(
+                "/v1/chat/completions",
+                header,
+                of(kind, who),
+                r#"{"choices":[{"index":0,"message":{"content":"."}}]}"#,
+            ));
+        }
+    }
+    rows.push(Row { status: Some(401), body: r#"{"error":{"code":"invalid_api_key"}}"#.into(), ..Row::default() });
+    let vendor = Vendor::start(rows).await;
+    let (_files, engine) = gate_at(&dialect_of("header: [bearer]"), vendor.address);
+    for who in ["good1", "good2"] {
+        for (_, kind) in kinds {
+            let decided = decide(&engine, &of(kind, who), kind).await;
+            assert_eq!(verdict(&decided), "VALID", "{kind} {who}: {}", said(&decided));
+            assert_eq!(said(&decided).contains("another header"), kind == "tenant", "{kind} {who}: {}", said(&decided));
+        }
+    }
+    for (_, kind) in kinds {
+        let decided = decide(&engine, &of(kind, "bad1"), kind).await;
+        assert_eq!(verdict(&decided), "INVALID", "{kind}: {}", said(&decided));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

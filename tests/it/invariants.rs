@@ -21,7 +21,7 @@ use byok_gate::{
             CalledBy, Checkpoint, Credential, CredentialValue, OperatorOverride, PlatformProxy, Request, Scope, WorkspaceSpec,
         },
         secret::Secret,
-        verdict::{BillingMode, DenyCode, ServedFrom, Verdict},
+        verdict::{BillingMode, DenyCode, ServedFrom, Verdict, WarningCode, Withheld},
     },
     grpc::convert::{self, pb},
 };
@@ -278,12 +278,44 @@ fn the_policy_table() {
                             Ok(allow) => {
                                 assert!(!denied || enforcement == Enforcement::Report, "{place}");
                                 assert_eq!(allow.billing_mode(), BillingMode::Byok, "{place}");
-                                assert_eq!(ruling.warnings.is_empty(), verdict == V::Valid, "{place}");
+                                let on_earlier_valid = !denied && effective == Some(Action::AllowIfRecentlyValid);
+                                assert_eq!(ruling.on_earlier_valid, on_earlier_valid, "{place}");
+                                let warning = match (verdict, denied) {
+                                    (V::Valid, _) => None,
+                                    (_, true) => Some(WarningCode::ReportOnly),
+                                    _ if on_earlier_valid => Some(WarningCode::StaleLiveness),
+                                    _ => Some(WarningCode::CredentialUnverified),
+                                };
+                                let warnings: Vec<_> = ruling.warnings.iter().map(|warning| warning.code).collect();
+                                assert_eq!(warnings, Vec::from_iter(warning), "{place}");
                             }
                         }
                     }
                 }
             }
+        }
+    }
+}
+
+/// The keys of a flood are denied although everything is allowed and reported only. A change of a workspace that runs is not.
+#[test]
+fn too_many_new_keys_are_denied_whatever_is_configured() {
+    let mut policy = Policy::default();
+    for checkpoint in CHECKPOINTS {
+        GROUPS.into_iter().for_each(|group| policy.set_action(checkpoint, group, Action::Allow));
+    }
+    for &checkpoint in Checkpoint::VARIANTS {
+        for &withheld in Withheld::VARIANTS {
+            let evidence =
+                LivenessEvidence { withheld: Some(withheld), ..evidence(Verdict::NotAttempted, "acme", "ACME_API_KEY") };
+            let facts = Facts::NotValid {
+                evidence: Box::new(evidence),
+                served_from: None,
+                recently_valid: true,
+                enforcement: Enforcement::Report,
+            };
+            let denied = withheld == Withheld::NewKeys && checkpoint != Checkpoint::Update;
+            assert_eq!(apply(facts, checkpoint, &policy).outcome.is_err(), denied, "{withheld:?} at {checkpoint:?}");
         }
     }
 }

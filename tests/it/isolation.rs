@@ -404,7 +404,7 @@ async fn an_emptied_configuration_opens_nothing() {
     };
     serving.until_fits("callers", is_loosened("callers.unix_peers")).await;
     serving.until_fits("overrides", is_loosened("operator_overrides")).await;
-    serving.until_fits("in force", |event| event["event"] == "reloaded").await;
+    serving.until_fits("in force", |event| event["event"] == "reloaded" && event["changed"] == "configuration").await;
     assert!(ask().await.is_ok());
     serving.terminate().await;
     assert!(serving.ended().await.status.success());
@@ -546,7 +546,7 @@ async fn a_pipe_in_a_files_place_holds_nothing_up() {
     }
     fs::remove_file(&at).unwrap();
     fs::write(&at, format!("{registry}\n# mended\n")).unwrap();
-    serving.until_fits("it is followed again", |event| event["event"] == "reloaded").await;
+    serving.until_fits("it is followed again", |event| event["event"] == "reloaded" && event["changed"] == "registry").await;
     serving.terminate().await;
     assert!(serving.ended().await.status.success());
 }

@@ -111,6 +111,35 @@ async fn check_tells_all_of_it_in_one_round() {
     assert!(!ended.stdout.contains("0.0.0.0") && !ended.stdout.contains("server.listen"), "{ended:?}");
 }
 
+/// What is valid and probably not meant: a misspelt runtime that exempts nothing, and a listener without TLS that knows no callers.
+#[tokio::test]
+async fn check_warns_of_what_is_probably_not_meant() {
+    let (registry, catalogue) = case::documents(1);
+    let near = "exempt_runtimes: `agnet` is no runtime of the registry, and so exempts nothing there; the nearest is `agent`";
+    let open = "server.insecure_listen: everybody who reaches 0.0.0.0:0 may call, without TLS and without a token";
+    let listens = "server: {listen: ['127.0.0.1:0', '0.0.0.0:0'], insecure_listen: true}";
+    for (config, expect) in [
+        ("exempt_runtimes: [agnet]".to_owned(), Some(near)),
+        ("exempt_runtimes: [agent, mock]".to_owned(), None),
+        (listens.to_owned(), Some(open)),
+        (format!("{listens}\ncallers: anyone"), None),
+        (
+            "server: {insecure_listen: true, listen: ['127.0.0.1:0', 'unix:/run/gate.sock', 'localhost:0', '[::1]:0']}"
+                .to_owned(),
+            None,
+        ),
+    ] {
+        let ended = ask(&Files::new(&registry, &catalogue, Some(&config)), &["check", "--elsewhere"]).await;
+        let told: Vec<&str> = ended.stdout.lines().filter(|line| line.starts_with("warning: ")).collect();
+        let fits = |line: &&str| expect.is_some_and(|words| line.contains(words));
+        assert_eq!(told.iter().filter(|line| fits(line)).count(), usize::from(expect.is_some()), "{config}: {ended:?}");
+        assert!(
+            told.iter().all(|line| fits(line) || !line.contains("exempt") && !line.contains("insecure")),
+            "{config}: {ended:?}"
+        );
+    }
+}
+
 /// A misspelt key hides neither a listener that would be open to everybody nor a token file that everybody can read.
 #[tokio::test]
 async fn a_misspelt_key_hides_nothing() {
@@ -151,7 +180,7 @@ async fn check_probe_tells_what_failed_on_the_way_and_what_to_do() {
         (
             &*format!("https://127.0.0.1:{port}/"),
             "TLS",
-            "connected, but TLS failed: the certificate is not trusted (expired, another name, unknown authority), or the port has no TLS",
+            "connected, but TLS failed: the port has no TLS, or its certificate cannot be used; correct the base URL",
         ),
     ] {
         let files = Files::new(&registry.replacen("http://127.0.0.1:1/", base, 1), &catalogue, None);

@@ -10,12 +10,14 @@
 
 mod against;
 mod answers;
+mod canaries;
 mod cases;
 mod catalogue;
 mod classify;
 mod clients;
 mod config;
 mod contract;
+mod corpus;
 mod deploy;
 mod dialects;
 mod exec;
@@ -33,7 +35,9 @@ mod model;
 mod network;
 mod observability;
 mod plan;
+mod platform_vectors;
 mod probe;
+mod pure_cases;
 mod registries;
 mod reload;
 mod remedies;

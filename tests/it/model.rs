@@ -379,6 +379,17 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, 
                     (misses, inconclusive) = (0, None);
                     continue;
                 }
+                // A 401 that proves an acceptance outlives what may come to every key now.
+                let proof = |other: &&mut Stands| {
+                    (other.model, other.form, other.kind) == (model, *form, 0)
+                        && (other.confirmed || other.after_acceptance)
+                        && *at < other.at + GOOD_FOR
+                };
+                if let (Some(_), 1, Some(proof)) = (checked, kind, standing.iter_mut().find(proof)) {
+                    proof.checked = checked;
+                    (misses, inconclusive) = (0, None);
+                    continue;
+                }
                 standing.retain(|other| (other.model, other.form) != (*model, *form) && *at < other.at + GOOD_FOR);
                 standing.push(Stands { at: *at, model, form: *form, kind: *kind, after_acceptance, confirmed: false, checked });
                 (misses, inconclusive) = (0, None);

@@ -285,13 +285,13 @@ async fn what_failed_on_the_way_is_told_apart() {
     let url = |listener: &Listener| format!("https://localhost:{}/acme/v1", listener.address.port());
     assert_eq!(why(&url(&listener), &good.pem, &[], true).await, (Verdict::Valid, None));
     // No trusted authority signed it.
-    assert_eq!(why(&url(&listener), &[], &[], true).await, unreachable(Unreached::Tls));
+    assert_eq!(why(&url(&listener), &[], &[], true).await, unreachable(Unreached::TlsIssuer));
     // It is for another name.
     let by_address = url(&listener).replace("localhost", "127.0.0.1");
-    assert_eq!(why(&by_address, &good.pem, &[], true).await, unreachable(Unreached::Tls));
+    assert_eq!(why(&by_address, &good.pem, &[], true).await, unreachable(Unreached::TlsName));
     let expired = identity(true, false);
     let listener = Listener::start(plays.clone(), Some(expired.acceptor.clone())).await;
-    assert_eq!(why(&url(&listener), &expired.pem, &[], true).await, unreachable(Unreached::Tls));
+    assert_eq!(why(&url(&listener), &expired.pem, &[], true).await, unreachable(Unreached::TlsExpired));
     // It speaks no TLS at all.
     let listener = Listener::start(plays, None).await;
     assert_eq!(why(&url(&listener), &[], &[], true).await, unreachable(Unreached::Tls));
@@ -415,7 +415,7 @@ async fn a_forward_proxy_is_the_way_out_with_and_without_a_password_and_down() {
     assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &vendor.pem)).await), (Verdict::Valid, None));
     assert_eq!(open.asked(), ["CONNECT api.acme.example:443 HTTP/1.1"]);
     // TLS is end to end with the vendor: the proxy cannot vouch for it.
-    assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &[])).await), (Verdict::Unreachable, Some(Unreached::Tls)));
+    assert_eq!(found(ask_with(base, by_proxy(&url, None, &[], &[])).await), (Verdict::Unreachable, Some(Unreached::TlsIssuer)));
 
     let closed = ForwardProxy::start(listener.address, Some("Basic dXNlcjptYWRlLXVw")).await;
     let url = format!("http://{}", closed.address);

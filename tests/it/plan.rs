@@ -224,7 +224,9 @@ fn a_401_that_is_no_usual_refusal_counts_unless_made_up_keys_get_it_by_now() {
                    [at_list, at_model]: [(u16, &'static str); 2],
                    made_up: (u16, &'static str)| {
         let refusals = |call: &Call, _| match call.probe.surface {
-            Surface::Models => KnownRefusals { usual: usual.to_vec(), for_every_key: for_every_key.clone() },
+            Surface::Models => {
+                KnownRefusals { usual: usual.to_vec(), for_every_key: for_every_key.clone(), ..KnownRefusals::default() }
+            }
             _ => KnownRefusals::default(),
         };
         let requests = Requests { has_accepted: &|_, _| true, refusals: &refusals, ..Requests::UNKNOWN };

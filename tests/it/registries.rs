@@ -182,6 +182,31 @@ async fn oddities_are_warnings_and_errors_under_strict() {
 }
 
 /// The platform's real registries, each in its own state.
+/// `check` gives up after ten seconds. Compared pair by pair, so many patterns would take longer.
+#[tokio::test]
+async fn a_registry_with_many_providers_loads() {
+    let mut text = "schema_version: 1\nproviders:\n".to_owned();
+    for number in 100..500 {
+        text.push_str(&format!(
+            "  - {{name: p{number}, display_name: P, protocol: openai, auth_mode: third_party_anthropic_compat, auth_env: [KEY_{number}], \
+             model_prefix_match: '(?i)^vendor-{number}[:/-]'}}\n"
+        ));
+    }
+    text.push_str("runtimes:\n  agent:\n    providers:\n");
+    for number in 100..500 {
+        text.push_str(&format!("      - {{name: p{number}, models: [vendor-{number}/large]}}\n"));
+    }
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("registry.yaml");
+    fs::write(&file, &text).unwrap();
+    let (exit, report) = checked(&file, &[]).await;
+    assert_eq!(exit, Some(0), "{report}");
+    // All patterns match the same ids: what is said of it has an end.
+    let same = regex::Regex::new("'[^']+'").unwrap().replace_all(&text, "'^a'").into_owned();
+    let fault = parsed(same.as_bytes()).unwrap_err();
+    assert!(fault.iter().any(|problem| problem.message.contains("credential names matter to")), "{}", told(&fault));
+}
+
 #[tokio::test]
 async fn check_accepts_the_platforms_registries() {
     let Ok(bytes) = fs::read(PLATFORM) else { return };

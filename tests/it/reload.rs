@@ -162,7 +162,7 @@ fn a_bad_version_keeps_the_last_good_one() {
         ("", "schema_version"),
         ("schema_version: 1\nproviders: [", "parse manifest"),
         (large.as_str(), "limit"),
-        (twice.as_str(), "duplicate"),
+        (twice.as_str(), "appears twice"),
         (registry("beta").replace("schema_version: 1", "schema_version: 2").as_str(), "must be 1, found 2"),
     ] {
         fs::write(&watched.at, bad).unwrap();

@@ -26,6 +26,10 @@ fn files(port: u16) -> Files {
     Files::new(&registry, &catalogue, None)
 }
 
+fn set_mode(file: &str, mode: u32) {
+    fs::set_permissions(file, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+}
+
 async fn json(admin: SocketAddr) -> Value {
     let answer = say(admin, "GET /status.json HTTP/1.1\r\nhost: gate\r\n\r\n").await;
     assert!(answer.status == 200 && answer.head.contains("content-type: application/json"), "{answer:?}");
@@ -192,6 +196,30 @@ async fn the_cause_of_denials_is_named_where_it_is() {
     assert!(after[1]["what"].as_str().unwrap().starts_with(unreadable), "{after}");
 }
 
+/// One organization with dead keys is no sign that the provider fails. Three are.
+#[tokio::test]
+async fn keys_of_one_organization_do_not_blame_the_provider() {
+    let vendor = vendor().await;
+    let files = files(vendor.address.port());
+    let mut arguments = vec!["--admin-listen".to_owned(), "127.0.0.1:0".to_owned()];
+    arguments.extend(files.flags());
+    let serving = Serving::start(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let admin: SocketAddr = serving.event("admin_listening")["address"].as_str().unwrap().parse().unwrap();
+    let mut client = serving.client().await;
+    for (number, organization) in ["one", "one", "one", "one", "one", "two", "three"].into_iter().enumerate() {
+        let attention = json(admin).await["attention"].to_string();
+        assert!(!attention.contains("no key of provider"), "{attention}");
+        let mut request = decide(&format!("{CANARY}-{number}"));
+        request.workspace_spec.as_mut().unwrap().organization_id = organization.into();
+        assert!(!is_allow(&client.decide(request).await.unwrap().into_inner()));
+    }
+    let attention = json(admin).await["attention"].to_string();
+    assert!(
+        attention.contains("no key of provider `acme` was accepted since 2") && attention.contains(": 7 were refused"),
+        "{attention}"
+    );
+}
+
 /// A vendor that refuses everybody, a provider that seldom answers, and a breaker that is open for one organization: each has a line, though each
 /// denial by itself may be its tenant's fault.
 #[tokio::test]
@@ -318,6 +346,7 @@ async fn what_was_changed_and_is_not_in_force_is_told_until_it_is_mended() {
     let good = "made-up-token-0123456789\n";
     for (name, text) in [("server.pem", &pair.certificate), ("server.key", &pair.key), ("tokens", &good.to_owned())] {
         fs::write(at(name), text).unwrap();
+        set_mode(&at(name), 0o600);
     }
     let socket = format!("unix:{}", at("gate.sock"));
     let (pem, key, tokens) = (at("server.pem"), at("server.key"), at("tokens"));
@@ -347,6 +376,14 @@ async fn what_was_changed_and_is_not_in_force_is_told_until_it_is_mended() {
     };
     let fresh = until("nothing at first", &str::is_empty).await;
     assert_eq!((&fresh["restart_needed"], &*error(&fresh, "configuration")), (&serde_json::json!([]), ""));
+    // A secret that every user can read, from the start or later.
+    for file in [&tokens, &key] {
+        set_mode(file, 0o644);
+        let words = format!("{file} holds a secret, and every user of this machine can read it");
+        until(&words, &|attention| attention == words).await;
+        set_mode(file, 0o600);
+        until("closed", &str::is_empty).await;
+    }
     // Each is broken while the others are well.
     let config = at("config.yaml");
     for (file, bad, document, cause, mended) in [

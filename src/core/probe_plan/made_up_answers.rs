@@ -18,7 +18,11 @@ impl ProbePlan<'_> {
     /// Takes the result of a [`Next::Calibrate`].
     pub fn take_calibration(&mut self, calibration: &Calibration) {
         self.made_up = outcome_of(calibration);
-        let State::Calibrate(answer) = std::mem::replace(&mut self.state, State::Ask) else { return };
+        let answer = match std::mem::replace(&mut self.state, State::Ask) {
+            State::Calibrate(answer) => answer,
+            State::MadeUpNow(answer) => return self.take_made_up_now(answer, calibration),
+            _ => return,
+        };
         let Some(call) = self.steps.get(self.current).map(|step| step.call) else { return };
         let status = answer.shape.status;
         if let Calibration::SameForEveryKey(shape) = calibration {
@@ -119,6 +123,17 @@ impl ProbePlan<'_> {
         }
     }
 
+    /// The key got a 403 where made-up keys got a 401. If they get the 403 too by now, as in an outage of a front, it is not about this key.
+    fn take_made_up_now(&mut self, answer: ReadAnswer, calibration: &Calibration) {
+        match calibration {
+            Calibration::Refuses { shape, .. } | Calibration::SameForEveryKey(shape) if shape.is_like(&answer.shape) => {
+                self.take_same_for_every_key(&answer);
+            }
+            // That may have been a minute ago, so a request without a key is sent too.
+            _ => self.state = State::KeylessNow(answer),
+        }
+    }
+
     /// Where a model is called, a made-up key gets a 401 and this one does not. So it is known there, and a list that refused it refuses every key.
     fn drop_refusal_of_a_known_key(&mut self, calibration: &Calibration) {
         let is_inference = self.steps.get(self.current).is_some_and(PlanStep::is_inference);
@@ -153,8 +168,13 @@ impl ProbePlan<'_> {
                     || matches!(answer.shape.status, 400 | 404 | 405 | 411 | 413 | 415 | 422));
             is_conclusive && !may_be_about_the_request && is_alike == Some(false)
         });
+        // A gateway that only wants some key says "no such path" to all of them. That is about the base URL.
+        let is_about_the_path = answer.reading.cause == Cause::NotFound && !answer.shape.is_about_credentials;
+        let differs = differs && !is_about_the_path;
         match is_alike {
             Some(true) => self.seen_for_every_key = true,
+            // Where a model is called, it may be about the model.
+            Some(false) if is_about_the_path && !call.probe.surface.is_inference() => {}
             // The endpoint distinguishes keys from no key, so there is an API.
             Some(false) => self.no_api = false,
             None => {}

@@ -124,7 +124,7 @@ impl ProbePlan<'_> {
     pub(super) fn take_forbidden(&mut self, answer: ReadAnswer) {
         self.restricted = Some(answer.shape.clone());
         if self.is_last_inference() {
-            self.state = State::KeylessNow(answer);
+            self.state = State::MadeUpNow(answer);
         } else {
             self.take_restricted(answer.shape.status);
         }

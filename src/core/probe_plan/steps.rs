@@ -6,6 +6,7 @@ use crate::{
         classify::Finding,
         endpoint::{Call, Preference},
         endpoint_facts::EndpointFacts,
+        made_up_key::KeyForm,
         response_shape::ResponseShape,
     },
     domain::{protocol::HeaderFamily, verdict::MadeUpKey},
@@ -40,6 +41,7 @@ pub(super) fn choose_steps<'t>(
     calls: &'t [Call],
     preference: Preference,
     facts: &EndpointFacts,
+    key_form: Option<KeyForm>,
     requests: Requests<'_>,
 ) -> (Vec<PlanStep<'t>>, Option<(&'t Call, HeaderFamily)>) {
     let wanted = preference.surface.filter(|wanted| calls.iter().any(|call| call.probe.surface == *wanted));
@@ -48,7 +50,8 @@ pub(super) fn choose_steps<'t>(
         // Of the surfaces that call a model, keep the one that the runtime uses.
         .filter(|call| wanted.is_none_or(|wanted| !call.probe.surface.is_inference() || call.probe.surface == wanted))
         .map(|call| {
-            let order = facts.order(&call.probe.auth, preference.family);
+            let is_known = |family| key_form.is_some_and(|form| (requests.refusals)(call, family).forms.contains(&form));
+            let order = facts.order(&call.probe.auth, preference.family, is_known);
             let first = order.first().and_then(|headers| headers.first());
             let usual_refusals = first.map(|first| (requests.refusals)(call, *first).usual).unwrap_or_default();
             let has_accepted = call.probe.auth.iter().any(|family| (requests.has_accepted)(call, *family));

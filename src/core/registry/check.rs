@@ -1,6 +1,6 @@
 //! Checks a registry document and builds a `Registry`. Reports all problems at once.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use regex::Regex;
 use url::Url;
@@ -8,7 +8,7 @@ use url::Url;
 use super::{
     Auth, Offer, Provider, Registry, Runtime,
     file::{EndpointVarFile, OfferFile, ProviderFile, RegistryFile, RuntimeFile, Skeleton},
-    overlap::Comparable,
+    overlap::{Comparable, Overlap},
 };
 use crate::{
     core::{catalogue, yaml},
@@ -30,6 +30,10 @@ const THINKING_REQUIRED: &str = "require_enabled";
 
 /// The most credential names that may matter to one model. A request has room for twice as many credentials, one for each scope.
 const MAX_RELEVANT_NAMES: usize = 32;
+/// The most pairs of patterns of one runtime that are compared at a load, and the most of which an overlap is told one by one. Only patterns that may
+/// begin with anything, or with the same text, come to so many.
+const MAX_COMPARED_PAIRS: usize = 20_000;
+const MAX_OVERLAP_WARNINGS: usize = 100;
 /// The longest answer to ListModels. gRPC clients accept 4 MiB.
 const MAX_LIST_MODELS_BYTES: usize = 3 * 1024 * 1024;
 /// The size of an entry of that answer without its texts: tags, lengths, two numbers.
@@ -365,6 +369,11 @@ fn check_runtimes(
     if files.is_empty() && !found.problems.iter().any(|problem| problem.place.starts_with("runtimes.")) {
         found.problems.push(Problem::at("runtimes", "no runtimes; declare at least one"));
     }
+    // Of two with one name, which is a problem, the first counts.
+    let mut positions: HashMap<&str, usize> = HashMap::new();
+    for (position, (name, _)) in providers.iter().enumerate() {
+        positions.entry(name).or_insert(position);
+    }
     let mut runtimes = BTreeMap::new();
     for (name, file) in files {
         let place = format!("runtimes.{name}");
@@ -385,7 +394,7 @@ fn check_runtimes(
                 let message = format!("provider `{}` is named twice in this runtime; remove one", offer.name);
                 found.problems.push(Problem::at(&place, message));
             }
-            built.extend(check_offer(offer, &place, providers, found));
+            built.extend(check_offer(offer, &place, &positions, found));
         }
         check_patterns(&place, &built, providers, found);
         check_listings(&place, &built, providers, found);
@@ -394,18 +403,20 @@ fn check_runtimes(
     runtimes
 }
 
-fn check_offer(offer: OfferFile, place: &str, providers: &[(String, Option<Provider>)], found: &mut Findings) -> Option<Offer> {
+fn check_offer(offer: OfferFile, place: &str, positions: &HashMap<&str, usize>, found: &mut Findings) -> Option<Offer> {
     let models = offer.models.unwrap_or_default();
     let withdrawn = offer.withdrawn_models.unwrap_or_default();
+    let are_withdrawn: BTreeSet<&String> = withdrawn.iter().collect();
     for (field, list) in [("models", &models), ("withdrawn_models", &withdrawn)] {
+        let mut seen = BTreeSet::new();
         for (index, model) in list.iter().enumerate() {
             let place = format!("{place}.{field}[{index}]");
             if model.trim() != model || model.is_empty() || model.chars().any(char::is_control) {
                 let message = format!("model id {model:?} is blank, padded or holds a control character; write the bare id");
                 found.problems.push(Problem::at(&place, message));
-            } else if list.iter().take(index).any(|earlier| earlier == model) {
+            } else if !seen.insert(model) {
                 found.problems.push(Problem::at(&place, format!("model id `{model}` appears twice; remove one")));
-            } else if field == "models" && withdrawn.contains(model) {
+            } else if field == "models" && are_withdrawn.contains(model) {
                 let message = format!("model id `{model}` is withdrawn too, and so not offered; take it off one of the lists");
                 found.warnings.push(Problem::at(&place, message));
             }
@@ -417,7 +428,7 @@ fn check_offer(offer: OfferFile, place: &str, providers: &[(String, Option<Provi
             "the platform needs a list of models: by pattern alone it could own, and be billed for, an unlisted model",
         ));
     }
-    let Some(position) = providers.iter().position(|(name, _)| *name == offer.name) else {
+    let Some(position) = positions.get(offer.name.as_str()).copied() else {
         let message = format!("unknown provider `{}`; declare it under `providers`, or correct the name", offer.name);
         found.problems.push(Problem::at(place, message));
         return None;
@@ -428,27 +439,46 @@ fn check_offer(offer: OfferFile, place: &str, providers: &[(String, Option<Provi
 /// Warns about patterns that match the same model, because its owner may then be ambiguous. Also checks how many credential names matter to a model
 /// of each pattern.
 fn check_patterns(place: &str, offers: &[Offer], providers: &[(String, Option<Provider>)], found: &mut Findings) {
-    let owners = offers.iter().filter_map(|offer| providers.get(offer.provider)?.1.as_ref());
-    let compared: Vec<_> = owners.map(|provider| (provider, Comparable::of(provider.pattern.as_str()))).collect();
-    for (index, (one, pattern)) in compared.iter().enumerate() {
-        // The credential names of every provider that may match the same model.
-        let mut names: BTreeSet<&str> = one.auth_env.iter().map(String::as_str).collect();
-        for (at, (two, other)) in compared.iter().enumerate().filter(|(at, _)| *at != index) {
-            let (Some(pattern), Some(other)) = (pattern, other) else {
-                names.extend(two.auth_env.iter().map(String::as_str));
-                continue;
-            };
-            let Some(model) = pattern.common(other) else { continue };
-            names.extend(two.auth_env.iter().map(String::as_str));
-            if at > index {
+    let owners: Vec<&Provider> = offers.iter().filter_map(|offer| providers.get(offer.provider)?.1.as_ref()).collect();
+    let patterns: Vec<Comparable> = owners.iter().map(|provider| Comparable::of(provider.pattern.as_str())).collect();
+    // The credential names of every provider that may match the same model.
+    let mut names: Vec<BTreeSet<&str>> =
+        owners.iter().map(|provider| provider.auth_env.iter().map(String::as_str).collect()).collect();
+    let (pairs, are_all) = Comparable::pairs(&patterns, MAX_COMPARED_PAIRS);
+    let mut overlaps = 0_usize;
+    for (index, at) in &pairs {
+        let (Some(one), Some(two)) = (owners.get(*index), owners.get(*at)) else { continue };
+        let (Some(pattern), Some(other)) = (patterns.get(*index), patterns.get(*at)) else { continue };
+        let common = pattern.common(other);
+        if common == Overlap::None {
+            continue;
+        }
+        for (own, theirs) in [(*index, two), (*at, one)] {
+            if let Some(names) = names.get_mut(own) {
+                names.extend(theirs.auth_env.iter().map(String::as_str));
+            }
+        }
+        if let Overlap::At(model) = common {
+            overlaps += 1;
+            if overlaps <= MAX_OVERLAP_WARNINGS {
                 let both = format!("the patterns of providers `{}` and `{}` overlap", one.name, two.name);
                 found.warnings.push(Problem::at(place, format!("{both}: both match `{model}`; make them disjoint")));
             }
         }
-        if names.len() > MAX_RELEVANT_NAMES {
-            let what = format!("a model that the pattern of provider `{}` matches", one.name);
-            found.problems.push(Problem::at(place, too_many_names(&what, names.len())));
-        }
+    }
+    if overlaps > MAX_OVERLAP_WARNINGS {
+        let more = overlaps - MAX_OVERLAP_WARNINGS;
+        found.warnings.push(Problem::at(place, format!("{more} more pairs of patterns overlap; make them disjoint")));
+    }
+    if !are_all {
+        let message = format!(
+            "only {MAX_COMPARED_PAIRS} pairs of patterns were compared, and more may overlap; begin each pattern with `^` and a text of its own"
+        );
+        found.warnings.push(Problem::at(place, message));
+    }
+    for (one, names) in owners.iter().zip(&names).filter(|(_, names)| names.len() > MAX_RELEVANT_NAMES) {
+        let what = format!("a model that the pattern of provider `{}` matches", one.name);
+        found.problems.push(Problem::at(place, too_many_names(&what, names.len())));
     }
 }
 

@@ -30,6 +30,8 @@ pub struct FollowedFiles {
     pub fault: String,
     /// Since when that is so.
     pub failed_at: Option<SystemTime>,
+    /// Those that hold a secret and that every user of this machine can read.
+    pub exposed: Vec<PathBuf>,
 }
 
 // === impl Reloads ===
@@ -37,7 +39,14 @@ pub struct FollowedFiles {
 impl Reloads {
     /// Counts for the source of this name, which has just been read from these files.
     pub fn of(what: &'static str, files: Vec<PathBuf>) -> Self {
-        let state = FollowedFiles { what, files, taken_at: SystemTime::now(), fault: String::new(), failed_at: None };
+        let state = FollowedFiles {
+            what,
+            files,
+            taken_at: SystemTime::now(),
+            fault: String::new(),
+            failed_at: None,
+            exposed: Vec::new(),
+        };
         Self { what, taken: Counter::new(), failed: Counter::new(), state: Mutex::new(state) }
     }
 
@@ -61,6 +70,11 @@ impl Reloads {
         if state.fault != fault {
             (state.fault, state.failed_at) = (fault.to_owned(), Some(SystemTime::now()));
         }
+    }
+
+    /// Every user of this machine can read these files, which hold secrets.
+    pub fn exposed(&self, files: Vec<PathBuf>) {
+        self.state().exposed = files;
     }
 
     /// The state of its files.

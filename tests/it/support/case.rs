@@ -9,7 +9,7 @@ use byok_gate::{
 use serde::{Deserialize, Serialize};
 use serde_yaml::Value;
 
-use super::vendor::Row;
+use super::vendor_rows::Row;
 
 /// One file.
 #[derive(Debug, Deserialize)]

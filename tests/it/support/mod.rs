@@ -11,3 +11,4 @@ pub(crate) mod prober;
 pub(crate) mod store;
 pub(crate) mod tier;
 pub(crate) mod vendor;
+pub(crate) mod vendor_rows;
