@@ -159,3 +159,33 @@ fn of_row(value: &CredentialValue, scope: Scope, shadows_organization: bool) -> 
 fn is_blank(value: &CredentialValue) -> bool {
     matches!(value, CredentialValue::Readable(secret) if secret.is_blank())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::request::OperatorOverride;
+
+    #[test]
+    fn only_a_blank_value_of_the_workspace_before_a_real_one_hides_it() {
+        let credential = |scope, value: &str| Credential {
+            env_name: "ACME_API_KEY".into(),
+            scope,
+            value: CredentialValue::Readable(Arc::new(Secret::new(value.to_owned()))),
+        };
+        for (workspace, organization, hidden) in [(" ", "made-up", true), (" ", "", false), ("made-up", "made-up", false)] {
+            let spec = WorkspaceSpec {
+                workspace_id: String::new(),
+                organization_id: String::new(),
+                runtime: String::new(),
+                model: String::new(),
+                credentials: vec![credential(Scope::Workspace, workspace), credential(Scope::Organization, organization)],
+                unreadable_scopes: Vec::new(),
+                operator_override: OperatorOverride::Derive,
+                platform_proxy: None,
+                tenant_base_url_env: Vec::new(),
+            };
+            let (credentials, _) = CredentialSet::of(&spec, &|_| true);
+            assert_eq!(credentials.is_hidden("ACME_API_KEY"), hidden, "{workspace:?} {organization:?}");
+        }
+    }
+}
