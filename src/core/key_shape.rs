@@ -423,6 +423,12 @@ mod tests {
     }
 
     #[test]
+    fn a_value_has_6_kib_at_most() {
+        let of = |length| fault(&"m".repeat(length), "ACME_API_KEY", &|_| false);
+        assert_eq!((of(6_144), of(6_145)), (None, Some(Malformation::TooLong { length: 6_145, limit: 6_144 })));
+    }
+
+    #[test]
     fn only_json_with_a_token_is_an_oauth_credential() {
         for (value, expect) in [
             (r#"{"access_token": "made-up"}"#, true),

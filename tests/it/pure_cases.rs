@@ -221,10 +221,10 @@ fn an_owner_by_names_alone() {
     let twins = ["TWIN_A_KEY", "TWIN_SHARED_KEY", "TWIN_B_KEY"];
     let acme = ["ACME_API_KEY", "ACME_TOKEN"];
     for (runtime, model, at_hand, expected, names) in [
-        ("agent", "acme-large", "", "acme", &acme[..]),
-        ("agent", "acme-old", "", "acme, withdrawn", &acme),
-        ("agent", "twin-1", "TWIN_B_KEY", "twin-b", &twins),
-        ("agent", "twin-1", "", "twin-a", &twins),
+        ("agent", "acme-large", "", "acme, accepts ACME_API_KEY ACME_TOKEN", &acme[..]),
+        ("agent", "acme-old", "", "acme, accepts ACME_API_KEY ACME_TOKEN, withdrawn", &acme),
+        ("agent", "twin-1", "TWIN_B_KEY", "twin-b, accepts TWIN_B_KEY TWIN_SHARED_KEY", &twins),
+        ("agent", "twin-1", "", "twin-a, accepts TWIN_A_KEY TWIN_SHARED_KEY", &twins),
         ("agent", "over-1", "", "AMBIGUOUS_PROVIDER", &twins),
         ("agent", "platform-small", "", "platform", &[]),
         ("agent", "ambient:x", "", "PROVIDER_NOT_BYOK", &[]),
@@ -236,7 +236,9 @@ fn an_owner_by_names_alone() {
     ] {
         let (found, relevant) = match resolve(&snapshot, runtime, model, &[at_hand.to_owned()].into()) {
             Ok(Resolved { resolution, relevant, withdrawn }) => {
-                (format!("{}{}", resolution.provider, if withdrawn { ", withdrawn" } else { "" }), relevant.env)
+                let accepted = resolution.accepted_env.join(" ");
+                let accepts = if accepted.is_empty() { String::new() } else { format!(", accepts {accepted}") };
+                (format!("{}{accepts}{}", resolution.provider, if withdrawn { ", withdrawn" } else { "" }), relevant.env)
             }
             Err(Unresolved { refusal, relevant_env }) => (refusal.code().to_string(), relevant_env),
         };
