@@ -416,6 +416,22 @@ mod tests {
             ("\u{e9}", Some(NonAscii { at: 0 })),
             ("made-up\nx-other: 1", Some(ControlCharacter { at: 7, trailing: false })),
             ("sk-youra-made-up-account", None),
+            // One end of a pair, or a word that is not alone.
+            ("<made-up", None),
+            ("%made-up", None),
+            ("%made-up%", None),
+            ("[made-up", None),
+            ("\"made-up", None),
+            ("projects/made-up", None),
+            ("made@up.e", None),
+            ("made@up.11", None),
+            ("@acme.example", None),
+            ("made:up@acme.example", None),
+            ("OTHER=made-up", None),
+            ("OTHER_TOKEN=made-up", Some(NameInFront)),
+            ("_KEY=made-up", Some(NameInFront)),
+            ("made-up\n", Some(ControlCharacter { at: 7, trailing: true })),
+            ("made-up\n ", Some(ControlCharacter { at: 7, trailing: true })),
             (long.as_str(), None),
         ] {
             assert_eq!(fault(value, "ACME_API_KEY", &|rest| rest.starts_with("sk-")), expect, "{value}");
