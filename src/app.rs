@@ -60,7 +60,7 @@ pub struct Documents {
     files: Vec<PathBuf>,
     changes: Arc<RecentChanges>,
     /// The documents that the last reload changed, for the log.
-    changed: String,
+    changed: Vec<&'static str>,
 }
 
 /// Reads all documents and settings again.
@@ -150,15 +150,7 @@ impl Documents {
             pending_restart,
             files: setup.documents.clone(),
             changes,
-            changed: String::new(),
-        }
-    }
-
-    fn note_changed(&mut self, document: &str, is_changed: bool) {
-        if is_changed {
-            let separator = if self.changed.is_empty() { "" } else { ", " };
-            self.changed.push_str(separator);
-            self.changed.push_str(document);
+            changed: Vec::new(),
         }
     }
 
@@ -207,15 +199,15 @@ impl Source for Documents {
         }
         let Setup { mut snapshot, settings, documents, warnings, .. } = setup;
         let current = self.engine.snapshot();
-        self.changed = String::new();
+        self.changed.clear();
         for (document, was, is) in [
             ("registry", current.registry.revision(), snapshot.registry.revision()),
             ("catalogue", current.catalogue.revision(), snapshot.catalogue.revision()),
         ] {
             self.changes.document(document, was, is);
-            self.note_changed(document, was != is);
+            self.changed.extend((was != is).then_some(document));
         }
-        self.note_changed("configuration", self.settings != settings);
+        self.changed.extend((self.settings != settings).then_some("configuration"));
         self.changes.changed(&changed(&self.settings, &settings));
         for Loosened { setting, was, is } in loosened(&self.settings, &settings) {
             self.changes.loosened(&setting, &was, &is);
@@ -255,7 +247,7 @@ impl Source for Documents {
             event = "reloaded",
             what = self.name(),
             // Empty if the last valid version came back after an invalid one.
-            changed = self.changed,
+            changed = self.changed.join(", "),
             after_failures = (failures > 0).then_some(failures),
             registry_revision = snapshot.registry.revision(),
             catalogue_revision = snapshot.catalogue.revision(),

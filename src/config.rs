@@ -33,6 +33,7 @@ use crate::{
         problem::{Loaded, Problem, Problems},
         request::PlatformProxy,
         secret::Secret,
+        similar::most_similar,
     },
     liveness::{
         egress::{EgressSettings, ForwardProxy},
@@ -441,9 +442,9 @@ fn policy_of(settings: &Settings, registry: Option<&Registry>, now: i64, problem
     let mut warnings = Vec::new();
     // An exempt runtime need not be in the registry. One that is nearly there is misspelt.
     for name in settings.exempt_runtimes.iter().filter(|name| registry.is_some_and(|registry| registry.runtime(name).is_none())) {
-        let near = |other: &str| strsim::jaro_winkler(&name.to_lowercase(), &other.to_lowercase());
-        let nearest = registry.into_iter().flat_map(Registry::runtimes).map(|(other, _)| other);
-        if let Some(nearest) = nearest.max_by(|one, other| near(one).total_cmp(&near(other))).filter(|it| near(it) >= NEARLY) {
+        let known = registry.into_iter().flat_map(Registry::runtimes).map(|(other, _)| other);
+        let nearest = most_similar(known, |other| strsim::jaro_winkler(&name.to_lowercase(), &other.to_lowercase()));
+        if let Some((nearest, _)) = nearest.filter(|(_, likeness)| *likeness >= NEARLY) {
             let message =
                 format!("`{name}` is no runtime of the registry, and so exempts nothing there; the nearest is `{nearest}`");
             warnings.push(Problem::at("exempt_runtimes", message));
@@ -480,10 +481,10 @@ fn policy_of(settings: &Settings, registry: Option<&Registry>, now: i64, problem
 }
 
 fn unknown_provider(name: &str, registry: &Registry) -> String {
-    let similar = |other: &str| strsim::jaro_winkler(name, other);
-    let nearest = registry.providers().iter().map(|provider| provider.name.as_str());
-    let nearest = nearest.max_by(|one, other| similar(one).total_cmp(&similar(other)));
-    nearest.map_or_else(String::new, |nearest| format!("the registry has no provider of this name; the nearest is `{nearest}`"))
+    let known = registry.providers().iter().map(|provider| provider.name.as_str());
+    let nearest = most_similar(known, |other| strsim::jaro_winkler(name, other));
+    nearest
+        .map_or_else(String::new, |(nearest, _)| format!("the registry has no provider of this name; the nearest is `{nearest}`"))
 }
 
 #[cfg(test)]

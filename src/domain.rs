@@ -9,4 +9,5 @@ pub mod problem;
 pub mod protocol;
 pub mod request;
 pub mod secret;
+pub mod similar;
 pub mod verdict;

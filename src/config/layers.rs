@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fmt};
 use serde_json::{Map, Value};
 
 use super::{plain_words::plainly, settings::Settings};
-use crate::{core::yaml, domain::problem::Problem};
+use crate::{
+    core::yaml,
+    domain::{problem::Problem, similar::most_similar},
+};
 
 /// The prefix of environment variables. `__` separates a section from a key.
 pub(crate) const PREFIX: &str = "BYOK_GATE__";
@@ -221,10 +224,9 @@ fn fault_of(path: &str, value: &Value) -> Option<String> {
 }
 
 fn hint<'a>(key: &str, at: &str, names: impl Iterator<Item = &'a str>) -> String {
-    let nearest = names.max_by(|one, other| strsim::jaro_winkler(key, one).total_cmp(&strsim::jaro_winkler(key, other)));
-    match nearest {
-        Some(nearest) if at.is_empty() => format!("the nearest is `{nearest}`"),
-        Some(nearest) => format!("the nearest is `{at}.{nearest}`"),
+    match most_similar(names, |name| strsim::jaro_winkler(key, name)) {
+        Some((nearest, _)) if at.is_empty() => format!("the nearest is `{nearest}`"),
+        Some((nearest, _)) => format!("the nearest is `{at}.{nearest}`"),
         None => format!("`{at}` takes no keys"),
     }
 }

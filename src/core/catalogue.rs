@@ -21,6 +21,7 @@ use crate::{
         foreign_secrets::ForeignSecrets,
         oauth_credential::CredentialKind,
         runtimes::Runtimes,
+        yaml,
     },
     domain::{
         problem::{Loaded, Problems},
@@ -371,8 +372,7 @@ impl Catalogue {
         self.common_codes = Arc::new(self.common_codes.overlaid(&common_codes));
         self.free_models = self.free_models.iter().chain(free_models.iter()).cloned().collect();
         self.share_codes();
-        let both = blake3::hash(format!("{} {revision}", self.revision).as_bytes()).to_hex();
-        self.revision = both.chars().take(16).collect::<String>().into();
+        self.revision = yaml::revision(format!("{} {revision}", self.revision).as_bytes());
         self
     }
 

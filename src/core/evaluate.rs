@@ -17,6 +17,7 @@ use crate::{
         denial::{Refusal, listed},
         request::{CalledBy, Checkpoint, OperatorOverride, PlatformProxy, Request, WorkspaceSpec},
         secret::Secret,
+        similar::most_similar,
         verdict::{BillingMode, MatchedBy, Source, WarningCode},
     },
 };
@@ -348,8 +349,8 @@ fn refusal_of(underivable: Underivable, runtime: &str, model: &str, registry: &R
 
 /// The model whose id is most similar to this one, if any is similar enough.
 fn nearest<'m>(model: &str, models: impl Iterator<Item = &'m str>) -> Option<&'m str> {
-    let rated = models.map(|known| (strsim::jaro_winkler(model, known), known)).filter(|(alike, _)| *alike >= MIN_SIMILARITY);
-    rated.max_by(|one, other| one.0.total_cmp(&other.0)).map(|(_, known)| known)
+    let nearest = most_similar(models, |known| strsim::jaro_winkler(model, known));
+    nearest.filter(|(_, likeness)| *likeness >= MIN_SIMILARITY).map(|(known, _)| known)
 }
 
 /// The models that a runtime offers to new workspaces.

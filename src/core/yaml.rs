@@ -1,6 +1,6 @@
 //! Reads YAML documents: size, encoding, syntax and schema, each problem with its line. The only file that uses the YAML crate.
 
-use std::{collections::BTreeMap, fmt, marker::PhantomData};
+use std::{collections::BTreeMap, fmt, marker::PhantomData, sync::Arc};
 
 use serde::{
     Deserialize, Deserializer,
@@ -157,6 +157,11 @@ fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
     let text = std::str::from_utf8(bytes)
         .map_err(|fault| Problem::at("", format!("is not UTF-8 (byte {}); save it as UTF-8", fault.valid_up_to())))?;
     Ok(text.strip_prefix('\u{feff}').unwrap_or(text))
+}
+
+/// A short hash of a document, by which people and replicas tell its versions apart.
+pub(crate) fn revision(bytes: &[u8]) -> Arc<str> {
+    blake3::hash(bytes).to_hex().chars().take(16).collect::<String>().into()
 }
 
 /// Splits the parser's error into place, line and message.

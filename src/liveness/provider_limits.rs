@@ -398,29 +398,33 @@ impl ProviderQueue {
 
     /// The same, with so many ahead of it.
     fn retry_wait_behind(&self, credential: [u8; 32], ahead: usize) -> Duration {
-        let (now, end) = (Instant::now(), self.expected(ahead).longest());
-        let mut state = self.state();
-        let interval = state.in_flight.interval().max(state.rate_limit.interval);
-        let retry_at = state.schedule.time_for(&(), credential, now, now + end, interval);
-        retry_at.saturating_duration_since(now + self.head_start())
+        let begin = Instant::now() + self.expected(ahead).longest();
+        self.schedule_retry(credential, begin, |state| state.in_flight.interval().max(state.rate_limit.interval))
     }
 
     /// The same for a probe whose start was reserved over all replicas, and for which no slot was free in time.
     fn retry_wait_for_slot(&self, credential: [u8; 32]) -> Duration {
-        let (now, slot) = (Instant::now(), self.expected(self.waiting_for_slot.load(Ordering::Relaxed)).slot);
-        let mut state = self.state();
-        let interval = state.in_flight.interval().max(state.rate_limit.shared_interval);
-        let retry_at = state.schedule.time_for(&(), credential, now, now + slot, interval);
-        retry_at.saturating_duration_since(now + self.head_start())
+        let spacing = |state: &QueueState| state.in_flight.interval().max(state.rate_limit.shared_interval);
+        self.schedule_retry(credential, self.next_slot(), spacing)
     }
 
     /// The same for a credential that the rate limit of all replicas admits at `turn` at the earliest. Turns are spaced already, so that this
     /// replica's own retry times are spaced by its slots alone.
     fn retry_wait_until(&self, credential: [u8; 32], turn: Instant) -> Duration {
-        let (now, slot) = (Instant::now(), self.expected(self.waiting_for_slot.load(Ordering::Relaxed)).slot);
-        let mut state = self.state();
-        let interval = state.in_flight.interval();
-        let retry_at = state.schedule.time_for(&(), credential, now, turn.max(now + slot), interval).max(turn);
+        let wait = self.schedule_retry(credential, turn.max(self.next_slot()), |state| state.in_flight.interval());
+        wait.max(turn.saturating_duration_since(Instant::now() + self.head_start()))
+    }
+
+    /// When a slot is expected to be free for a probe that comes now.
+    fn next_slot(&self) -> Instant {
+        Instant::now() + self.expected(self.waiting_for_slot.load(Ordering::Relaxed)).slot
+    }
+
+    /// Gives this credential a retry time, at `begin` at the earliest and with this much time between two. Returns how long the caller should wait.
+    fn schedule_retry(&self, credential: [u8; 32], begin: Instant, spacing: impl FnOnce(&QueueState) -> Duration) -> Duration {
+        let (now, mut state) = (Instant::now(), self.state());
+        let interval = spacing(&state);
+        let retry_at = state.schedule.time_for(&(), credential, now, begin, interval);
         retry_at.saturating_duration_since(now + self.head_start())
     }
 

@@ -17,7 +17,7 @@ use crate::{
     domain::{
         decision::{Decision, Liveness, Outcome, Resolution},
         request::{Credential, CredentialValue, Peer, Request},
-        secret::with_stack_wiped,
+        secret::keyed_hash,
         verdict::{ServedFrom, Verdict, Withheld},
     },
 };
@@ -190,19 +190,19 @@ impl RecentDecisions {
                 let organization = request.spec.organization_id.as_str();
                 let judged = resolution.credential.as_ref();
                 let is_judged = |key: &&Credential| judged.is_some_and(|it| it.env_name == key.env_name && it.scope == key.scope);
-                let whose = with_stack_wiped(|| match request.spec.credentials.iter().find(is_judged).map(|key| &key.value) {
+                let whose = match request.spec.credentials.iter().find(is_judged).map(|key| &key.value) {
                     Some(CredentialValue::Readable(secret)) if organization.is_empty() => {
-                        blake3::keyed_hash(&self.hash_key, secret.expose().as_bytes())
+                        keyed_hash(&self.hash_key, secret.expose().as_bytes())
                     }
-                    _ => blake3::keyed_hash(&self.hash_key, format!("organization {organization}").as_bytes()),
-                });
+                    _ => keyed_hash(&self.hash_key, format!("organization {organization}").as_bytes()),
+                };
                 let mut refused = lock(&self.refused);
                 if refused.len() >= MAX_PROVIDERS && !refused.contains_key(&resolution.provider) {
                     refused.clear();
                 }
                 let list = refused.entry(resolution.provider.clone()).or_default();
                 if list.len() < MAX_ENTRIES {
-                    list.insert(*whose.as_bytes());
+                    list.insert(whose);
                 }
             }
             _ => {}

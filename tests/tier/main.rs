@@ -441,9 +441,7 @@ async fn a_process_has_the_limits_of_all_while_it_has_the_store() {
     let allowed = async |limits: &str| {
         let config = format!("{tier}deadlines: {{decide: 60s}}\nserver: {{replicas: 10}}\n{limits}\n");
         let files = Files::new(&registry, &catalogue, Some(&config));
-        let flags = files.flags();
-        let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--no-calibration"]).collect();
-        let replica = Serving::start(&flags).await;
+        let replica = serve(&files).await;
         let client = replica.client().await;
         let calls = (0..30).map(|index| {
             let mut client = client.clone();
@@ -980,6 +978,13 @@ fn config(folder: &std::path::Path, port: u16) -> String {
     )
 }
 
+/// A process with these files. It sends no made-up keys, which would count as calls.
+async fn serve(files: &Files) -> Serving {
+    let flags = files.flags();
+    let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--no-calibration"]).collect();
+    Serving::start(&flags).await
+}
+
 /// A process that stops waits for results on their way to the store: another replica then has them.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_being_stored_at_the_end_is_stored() {
@@ -990,9 +995,7 @@ async fn what_is_being_stored_at_the_end_is_stored() {
     // Far from it: the process is told to stop long before the store has the answer.
     let config = config(secrets.path(), slowed(store.port, [400, 0]).await) + "shutdown: {notice: 1ms, drain: 10s}\n";
     let files = Files::new(&registry, &catalogue, Some(&config));
-    let flags = files.flags();
-    let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--no-calibration"]).collect();
-    let replica = Serving::start(&flags).await;
+    let replica = serve(&files).await;
     let mut client = replica.client().await;
     assert!(is_allow(client.decide(decide("made-up-last")).await.unwrap().get_ref()));
     assert_eq!(store.observations().await.len(), 0, "nobody waits for the store");
@@ -1016,9 +1019,7 @@ async fn processes_share_and_one_of_them_dies() {
         + "deadlines: {decide: 60s}\nserver: {worker_threads: 1}\n\
            provider_limits: {per_second: 10000, in_flight: 1000, in_flight_floor: 1000}\n";
     let files = Files::new(&registry, &catalogue, Some(&config));
-    let flags = files.flags();
-    let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["--no-calibration"]).collect();
-    let mut fleet: Vec<Serving> = join_all((0..FLEET).map(|_| Serving::start(&flags))).await;
+    let mut fleet: Vec<Serving> = join_all((0..FLEET).map(|_| serve(&files))).await;
     let channels = join_all(fleet.iter().map(Serving::channel)).await;
     let keys: Vec<String> = (0..CREDENTIALS).map(|index| format!("made-up-tenant-{index}")).collect();
     let ask = |(replica, key): (usize, String)| {

@@ -92,7 +92,7 @@ pub(super) fn check(document: &str, bytes: &[u8]) -> Result<Loaded<Catalogue>, P
     if !problems.is_empty() {
         return Err(failed(problems));
     }
-    let revision = blake3::hash(bytes).to_hex().chars().take(16).collect::<String>().into();
+    let revision = yaml::revision(bytes);
     let common_codes = Arc::new(common_codes);
     let free_models = free_models.unwrap_or_default().into();
     let mut value = Catalogue {

@@ -16,6 +16,7 @@ use crate::{
         problem::{Loaded, Problem, Problems},
         protocol::{PLATFORM, Protocol},
         request::is_env_name,
+        similar::most_similar,
     },
 };
 
@@ -134,7 +135,7 @@ fn check_file(file: RegistryFile, bytes: &[u8], env: Env<'_>, found: &mut Findin
         return None;
     }
     let credential_names = providers.iter().flat_map(|provider| provider.auth_env.iter().cloned()).collect();
-    let revision = blake3::hash(bytes).to_hex().chars().take(16).collect::<String>().into();
+    let revision = yaml::revision(bytes);
     let sha256 = ring::digest::digest(&ring::digest::SHA256, bytes).as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
     let mut runtimes = runtimes;
     for (index, offer) in runtimes.values_mut().flat_map(|runtime: &mut Runtime| &mut runtime.offers).enumerate() {
@@ -155,9 +156,8 @@ fn with_nearest_key(mut problem: Problem) -> Problem {
         yaml::fields_of::<OfferFile>(),
     ];
     let key = problem.place.rsplit('.').next().unwrap_or_default();
-    let likeness = |field: &&str| strsim::jaro_winkler(key, field);
-    let nearest = fields.into_iter().flatten().copied().max_by(|one, other| likeness(one).total_cmp(&likeness(other)));
-    if let Some(nearest) = nearest.filter(|nearest| likeness(nearest) >= SIMILAR && *nearest != key) {
+    let nearest = most_similar(fields.into_iter().flatten().copied(), |field| strsim::jaro_winkler(key, field));
+    if let Some((nearest, _)) = nearest.filter(|(nearest, likeness)| *likeness >= SIMILAR && *nearest != key) {
         problem.message.push_str(&format!("; the nearest is `{nearest}`"));
     }
     problem
