@@ -29,7 +29,7 @@ pub struct Limits {
     pub header_list_bytes: u32,
     /// Open connections of a listener.
     pub connections: usize,
-    /// Concurrent calls of a connection.
+    /// Concurrent calls of a connection. More of them wait in the client, unseen, and those that need no provider wait with them.
     pub streams_per_connection: u32,
     /// Concurrent calls of unknown callers, such as health checks without a token.
     pub unknown_calls: usize,
@@ -87,11 +87,11 @@ impl Default for Limits {
             request_bytes: 16 * 1024 * 1024,
             header_list_bytes: 16 * 1024,
             connections: 1024,
-            streams_per_connection: 1024,
+            streams_per_connection: 9216,
             unknown_calls: 128,
             watches: 128,
-            decisions: 4096,
-            decisions_per_provider: 1024,
+            decisions: 8192,
+            decisions_per_provider: 2048,
             decisions_waiting: 256,
             decision_wait: Duration::from_millis(20),
             batch_items: 256,
@@ -144,6 +144,12 @@ impl Limits {
             review
                 .warning("decisions_per_provider", "is more than limits.decisions: one provider that hangs can take every place");
         }
+        if self.streams_per_connection as usize <= self.decisions {
+            review.warning(
+                "streams_per_connection",
+                "is not more than limits.decisions: while so many decisions of one connection wait for providers, its other calls wait in the client",
+            );
+        }
     }
 }
 
@@ -165,5 +171,27 @@ impl Deadlines {
         if self.batch < self.decide {
             review.warning("batch", "is less than deadlines.decide: an item of a batch has less time than a call of its own");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn warned(limits: &Limits) -> Vec<String> {
+        let (mut problems, mut warnings) = (Vec::new(), Vec::new());
+        limits.review(&mut Review::of("limits", &mut problems, &mut warnings));
+        assert!(problems.is_empty(), "{problems:?}");
+        warnings.iter().map(|warning| warning.place.clone()).collect()
+    }
+
+    /// A call without a stream waits in its client, where no limit and no log line shows it, and a platform's own models wait with it.
+    #[test]
+    fn decisions_that_wait_for_providers_leave_their_connection_a_stream() {
+        let limits = Limits::default();
+        assert!(limits.streams_per_connection as usize > limits.decisions + limits.decisions_waiting);
+        assert!(warned(&limits).is_empty());
+        assert_eq!(warned(&Limits { streams_per_connection: 8192, ..limits.clone() }), ["limits.streams_per_connection"]);
+        assert_eq!(warned(&Limits { decisions_per_provider: 8193, ..limits }), ["limits.decisions_per_provider"]);
     }
 }

@@ -50,8 +50,8 @@ use crate::{
 /// How many entries the cache holds.
 const MAX_ENTRIES: u64 = 100_000;
 /// How many probes may be in flight at a time, in total and for one provider. The second limit leaves room for the others when one hangs.
-const MAX_FLIGHTS: usize = 4096;
-const MAX_FLIGHTS_OF_ONE_PROVIDER: usize = 1024;
+const MAX_FLIGHTS: usize = 8192;
+const MAX_FLIGHTS_OF_ONE_PROVIDER: usize = 2048;
 /// The longest credential of a usual length. Vendors' keys are under 200 bytes, and some JWTs are over 1 KiB.
 const USUAL_KEY_BYTES: usize = 1024;
 /// The time that a provider usually has. A decision that ends earlier says nothing about the provider.

@@ -60,10 +60,10 @@ const USUAL_LATENCY: Duration = Duration::from_millis(500);
 /// After so long without a setback, the limit doubles with each round again, instead of growing by one.
 const CALM: Duration = Duration::from_secs(60);
 
-/// The share of `queue_time` that an expected wait may take, since estimates are inexact: for a credential at its retry time, and for a new one
-/// while others have retry times.
-const SCHEDULED_SHARE: f64 = 0.75;
-const NEW_SHARE: f64 = 0.5;
+/// The share of `queue_time` that an expected wait may take, since estimates are inexact and callers wait four seconds: for a credential at its
+/// retry time, and for a new one while others have retry times.
+const SCHEDULED_SHARE: f64 = 0.6;
+const NEW_SHARE: f64 = 0.4;
 
 impl Default for ProviderLimits {
     fn default() -> Self {

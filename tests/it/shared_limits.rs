@@ -271,15 +271,15 @@ async fn a_credential_at_its_retry_time_goes_before_new_ones() {
         keys.for_each(|key| drop(tokio::spawn(fleet.ask(replica, key))));
         sleep(Duration::from_millis(millis)).await;
     };
-    at_once(0, 0..400, 1_500).await;
+    at_once(0, 0..400, 1_000).await;
     let refused = fleet.ask(1, 399).await;
-    assert_eq!(refused.finding.withheld, Some(Withheld::Budget));
+    assert_eq!(refused.finding.withheld, Some(Withheld::Budget), "{refused:?}");
     // It keeps its time, wherever it asks, whoever came since.
-    at_once(0, 500..600, 400).await;
+    at_once(0, 500..600, 300).await;
     let again = fleet.ask(2, 399).await;
     assert_eq!(again.finding.withheld, Some(Withheld::Budget));
     // Up to a tenth is added to each.
-    let most = refused.retry_after + Duration::from_millis(400);
+    let most = refused.retry_after + Duration::from_millis(300);
     assert!(again.retry_after < most, "{:?} and then {:?}", refused.retry_after, again.retry_after);
     sleep(again.retry_after).await;
     at_once(3, 1_000..2_000, 1_500).await;

@@ -431,8 +431,8 @@ async fn what_was_changed_and_is_not_in_force_is_told_until_it_is_mended() {
         .iter()
         .map(|it| format!("{} {} -> {}", it["setting"], it["was"], it["is"]).replace('"', ""))
         .collect();
-    assert_eq!(changes[..2], ["limits.decisions 7 -> 4096", "cache.valid 31s -> 30s"], "{changes:?}");
-    assert_eq!(changes[2..], ["limits.decisions 4096 -> 7", "cache.valid 30s -> 31s"], "{changes:?}");
+    assert_eq!(changes[..2], ["limits.decisions 7 -> 8192", "cache.valid 31s -> 30s"], "{changes:?}");
+    assert_eq!(changes[2..], ["limits.decisions 8192 -> 7", "cache.valid 30s -> 31s"], "{changes:?}");
     fs::write(&tokens, format!("{good}made-up-token-of-another operator\n")).unwrap();
     let added =
         "callers.token_file: without token of line 2 -> with token of line 2 as operator; more is let through than before";
