@@ -37,7 +37,7 @@ use crate::{
     },
     liveness::{
         egress::{EgressSettings, ForwardProxy},
-        tier::{TierAccess, TierKeys},
+        tier::{ClientIdentity, IdentityFault, TierAccess, TierKeys},
     },
     watch::files,
 };
@@ -255,13 +255,30 @@ fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>),
     let tier = &settings.tier;
     let Some(address) = tier.address.clone() else { return Ok((None, Vec::new())) };
     let mut found = Found::default();
-    let password = found.secret_text(tier.password_file.as_ref(), |text| Ok(Secret::new(text.trim().to_owned())));
-    let keys = found.secret_text(tier.key_file.as_ref(), TierKeys::parse);
-    let ca = found.bytes(tier.ca_file.as_ref(), yaml::MAX_DOCUMENT_BYTES as u64).map(|bytes| bytes.to_vec());
+    let secret = |text: &str| Ok(Secret::new(text.trim().to_owned()));
+    let password = found.secret_text("tier.password_file", tier.password_file.as_ref(), secret);
+    let keys = found.secret_text("tier.key_file", tier.key_file.as_ref(), TierKeys::parse);
+    let ca = found.bytes_of("tier.ca_file", tier.ca_file.as_ref());
+    let certificate = found.bytes_of("tier.client_certificate_file", tier.client_certificate_file.as_ref());
+    let client_key = found.secret_text("tier.client_key_file", tier.client_key_file.as_ref(), secret);
+    let identity = certificate.zip(client_key).and_then(|(certificate, key)| {
+        ClientIdentity::new(certificate, key)
+            .map_err(|fault| {
+                let (setting, path, message) = match fault {
+                    IdentityFault::Certificate(message) => {
+                        ("tier.client_certificate_file", &tier.client_certificate_file, message)
+                    }
+                    IdentityFault::Key(message) => ("tier.client_key_file", &tier.client_key_file, message),
+                };
+                let list = vec![Problem::at(setting, message)];
+                found.faults.push(Problems { document: source_of(path.as_ref()), list });
+            })
+            .ok()
+    });
     let Found { faults, warnings } = found;
     match keys.filter(|_| faults.is_empty()) {
         Some(keys) => {
-            let access = TierAccess { address, timeout: tier.timeout, user: tier.user.clone(), password, ca, keys };
+            let access = TierAccess { address, timeout: tier.timeout, user: tier.user.clone(), password, ca, identity, keys };
             Ok((Some(access), warnings))
         }
         None => Err(ConfigError(faults)),
@@ -277,6 +294,7 @@ pub fn readable_secrets(settings: &Settings) -> Vec<Problems> {
         &settings.fingerprints.key_file,
         &settings.egress.proxy.credentials_file,
         &settings.tier.password_file,
+        &settings.tier.client_key_file,
         &settings.tier.key_file,
     ];
     files.into_iter().flatten().for_each(|file| found.warn_if_readable(file));
@@ -360,12 +378,35 @@ impl Found {
         Some(bytes)
     }
 
-    /// Reads a secret and parses it as text.
-    fn secret_text<T>(&mut self, path: Option<&PathBuf>, parse: impl FnOnce(&str) -> Result<T, String>) -> Option<T> {
-        let bytes = self.secret(path)?;
-        let parsed = std::str::from_utf8(&bytes).map_err(|_| "is not UTF-8".to_owned()).and_then(parse);
-        let fault = |message| Problems { document: source_of(path), list: vec![Problem::at("", message)] };
-        parsed.map_err(|message| self.faults.push(fault(message))).ok()
+    /// Reads a secret and parses it as text. Its faults name the setting too.
+    fn secret_text<T>(
+        &mut self,
+        setting: &str,
+        path: Option<&PathBuf>,
+        parse: impl FnOnce(&str) -> Result<T, String>,
+    ) -> Option<T> {
+        self.naming(setting, |found| {
+            let bytes = found.secret(path)?;
+            let parsed = std::str::from_utf8(&bytes).map_err(|_| "is not UTF-8".to_owned()).and_then(parse);
+            let fault = |message| Problems { document: source_of(path), list: vec![Problem::at("", message)] };
+            parsed.map_err(|message| found.faults.push(fault(message))).ok()
+        })
+    }
+
+    /// Reads a configured file. Its faults name the setting too.
+    fn bytes_of(&mut self, setting: &str, path: Option<&PathBuf>) -> Option<Vec<u8>> {
+        let limit = yaml::MAX_DOCUMENT_BYTES as u64;
+        self.naming(setting, |found| found.bytes(path, limit)).map(|bytes| bytes.to_vec())
+    }
+
+    /// Names the setting in the faults of this work.
+    fn naming<T>(&mut self, setting: &str, work: impl FnOnce(&mut Self) -> T) -> T {
+        let before = self.faults.len();
+        let done = work(self);
+        for problem in self.faults.iter_mut().skip(before).flat_map(|problems| &mut problems.list) {
+            problem.place = setting.to_owned();
+        }
+        done
     }
 
     fn warn_if_readable(&mut self, path: &Path) {

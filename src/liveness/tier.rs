@@ -8,6 +8,7 @@
 mod address;
 mod background;
 mod faults;
+mod identity;
 mod keys;
 mod record;
 mod store;
@@ -31,7 +32,11 @@ use self::{
     record::BreakerRecord,
     store::{LookupState, Question, Store, StoreError, StoreLookup},
 };
-pub use self::{keys::TierKeys, store::Connect};
+pub use self::{
+    identity::{ClientIdentity, IdentityFault},
+    keys::TierKeys,
+    store::Connect,
+};
 pub(crate) use self::{
     keys::{CredentialIdentity, Model, ObservationId},
     record::ObservationRecord,
@@ -79,6 +84,10 @@ pub struct TierSettings {
     pub password_file: Option<PathBuf>,
     /// A PEM file with the certificate authorities to trust, instead of the system's.
     pub ca_file: Option<PathBuf>,
+    /// A PEM file with the certificate of this replica, for a store that asks for one.
+    pub client_certificate_file: Option<PathBuf>,
+    /// The PEM file with that certificate's private key.
+    pub client_key_file: Option<PathBuf>,
     /// The file with the tier keys.
     pub key_file: Option<PathBuf>,
     /// The longest that one command to the store may take.
@@ -99,6 +108,8 @@ pub struct TierAccess {
     pub password: Option<Secret>,
     /// The certificate authorities to trust, in PEM.
     pub ca: Option<Vec<u8>>,
+    /// This replica's certificate.
+    pub identity: Option<ClientIdentity>,
     /// The keys for names and encryption.
     pub keys: TierKeys,
 }
@@ -199,19 +210,29 @@ pub(crate) struct TierEntry {
 impl Default for TierSettings {
     fn default() -> Self {
         let timeout = Duration::from_millis(350);
-        Self { address: None, user: None, password_file: None, ca_file: None, key_file: None, timeout }
+        Self {
+            address: None,
+            user: None,
+            password_file: None,
+            ca_file: None,
+            client_certificate_file: None,
+            client_key_file: None,
+            key_file: None,
+            timeout,
+        }
     }
 }
 
 impl TierSettings {
     /// Reports every wrong setting. `workspaces`: the setting that lists callers that are workspaces, if there is one.
     pub fn review(&self, workspaces: Option<&str>, review: &mut Review<'_>) {
-        let Self { address, user, password_file, ca_file, key_file, timeout } = self;
+        let Self { address, user, password_file, ca_file, client_certificate_file, client_key_file, key_file, timeout } = self;
         review.length("timeout", *timeout, TIMEOUTS.0, TIMEOUTS.1);
+        let of_tls =
+            [("ca_file", ca_file), ("client_certificate_file", client_certificate_file), ("client_key_file", client_key_file)];
         let Some(address) = address else {
-            let of_it = [("password_file", password_file), ("ca_file", ca_file), ("key_file", key_file)];
-            let set =
-                of_it.into_iter().filter(|(_, file)| file.is_some()).map(|(key, _)| key).chain(user.as_ref().map(|_| "user"));
+            let files = [("password_file", password_file), ("key_file", key_file)].into_iter().chain(of_tls);
+            let set = files.filter(|(_, file)| file.is_some()).map(|(key, _)| key).chain(user.as_ref().map(|_| "user"));
             for key in set {
                 review.error(key, "is set, and tier.address is not: without an address there is no shared tier");
             }
@@ -224,8 +245,15 @@ impl TierSettings {
         if user.is_some() && password_file.is_none() {
             review.error("password_file", "is required with tier.user");
         }
-        if ca_file.is_some() && parsed.is_some_and(|parsed| !parsed.tls) {
-            review.error("ca_file", "is for rediss://; redis:// has no certificates");
+        if parsed.is_some_and(|parsed| !parsed.tls) {
+            for (key, _) in of_tls.into_iter().filter(|(_, file)| file.is_some()) {
+                review.error(key, "is for rediss://; redis:// has no certificates");
+            }
+        }
+        match (client_certificate_file, client_key_file) {
+            (Some(_), None) => review.error("client_key_file", "is required with tier.client_certificate_file"),
+            (None, Some(_)) => review.error("client_certificate_file", "is required with tier.client_key_file"),
+            (Some(_), Some(_)) | (None, None) => {}
         }
         if let Some(workspaces) = workspaces {
             let message = format!(

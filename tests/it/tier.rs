@@ -6,6 +6,7 @@ use byok_gate::{
     config::{self, Overrides, Paths},
     domain::verdict::{ServedFrom, Verdict},
 };
+use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
@@ -123,6 +124,7 @@ fn a_tier_needs_an_encrypted_address_a_key_and_callers_of_equal_trust() {
     for good in [
         "tier: {address: 'rediss://valkey:6380', key_file: /k, ca_file: /c, user: gate, password_file: /p}",
         "tier: {address: 'redis://127.0.0.1', key_file: /k}",
+        "tier: {address: 'rediss://valkey', key_file: /k, client_certificate_file: /c, client_key_file: /d}",
         "tier: {timeout: 100ms}",
         "callers: {unix_peers: [{uid: 1, role: workspace, workspaces: [w]}]}",
         "tier: {address: 'rediss://valkey', key_file: /k}\ncallers: {unix_peers: [{uid: 1}]}",
@@ -138,6 +140,19 @@ fn a_tier_needs_an_encrypted_address_a_key_and_callers_of_equal_trust() {
         ("tier: {address: 'rediss://valkey'}", "tier.key_file: is required with tier.address"),
         ("tier: {address: 'rediss://valkey', key_file: /k, user: gate}", "tier.password_file: is required with tier.user"),
         ("tier: {address: 'redis://[::1]', key_file: /k, ca_file: /c}", "tier.ca_file: is for rediss://"),
+        (
+            "tier: {address: 'redis://[::1]', key_file: /k, client_certificate_file: /c, client_key_file: /d}",
+            "tier.client_certificate_file: is for rediss://",
+        ),
+        (
+            "tier: {address: 'rediss://valkey', key_file: /k, client_certificate_file: /c}",
+            "tier.client_key_file: is required with tier.client_certificate_file",
+        ),
+        (
+            "tier: {address: 'rediss://valkey', key_file: /k, client_key_file: /c}",
+            "tier.client_certificate_file: is required with tier.client_key_file",
+        ),
+        ("tier: {client_key_file: /k}", "tier.client_key_file: is set, and tier.address is not"),
         ("tier: {key_file: /k}", "tier.key_file: is set, and tier.address is not"),
         ("tier: {user: gate}", "tier.user: is set, and tier.address is not"),
         ("tier: {timeout: 10ms}", "tier.timeout: is 10ms; it must be 50ms to 2s"),
@@ -186,6 +201,7 @@ async fn serve_and_check_read_its_files_and_exec_refuses_it() {
         }
     }
     fs::write(&key, KEY).unwrap();
+    client_certificates_are_checked(&folder, &environment).await;
     let ended = binary::run(&["check"], &environment).await;
     assert!(ended.status.success(), "{ended:?}");
     // Where the files are not, they are not looked for.
@@ -198,4 +214,44 @@ async fn serve_and_check_read_its_files_and_exec_refuses_it() {
         !ended.status.success() && ended.stderr.contains("tier.address: is set: the shared tier is for `serve`"),
         "{ended:?}"
     );
+}
+
+/// A client certificate that cannot be used is an error at start, which names the setting and the file.
+async fn client_certificates_are_checked(folder: &TempDir, environment: &[(&str, &str)]) {
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (certificate, key) = (path("client.pem"), path("client-key.pem"));
+    let environment: Vec<(&str, &str)> = environment
+        .iter()
+        .copied()
+        .chain([
+            ("BYOK_GATE__TIER__CLIENT_CERTIFICATE_FILE", certificate.as_str()),
+            ("BYOK_GATE__TIER__CLIENT_KEY_FILE", key.as_str()),
+        ])
+        .collect();
+    let [signed, other] = [(), ()].map(|()| rcgen::generate_simple_self_signed(vec!["gate.example".to_owned()]).unwrap());
+    let (good, right, wrong) = (signed.cert.pem(), signed.signing_key.serialize_pem(), other.signing_key.serialize_pem());
+    for (of_certificate, of_key, what) in [
+        (None, Some(&right), "tier.client_certificate_file: could not be read"),
+        (Some(&good), None, "tier.client_key_file: could not be read"),
+        (Some(&right), Some(&right), "tier.client_certificate_file: holds no certificate in PEM"),
+        (Some(&good), Some(&good), "tier.client_key_file: holds no private key in PEM"),
+        (Some(&good), Some(&wrong), "tier.client_key_file: is not the key of the certificate in tier.client_certificate_file"),
+    ] {
+        for (path, text) in [(&certificate, of_certificate), (&key, of_key)] {
+            match text {
+                Some(text) => fs::write(path, text).unwrap(),
+                None => drop(fs::remove_file(path)),
+            }
+        }
+        for command in [&["serve", "--listen", "127.0.0.1:0"][..], &["check"]] {
+            let ended = binary::run(command, &environment).await;
+            let said = format!("{}{}", ended.stdout, ended.stderr);
+            let file = if what.starts_with("tier.client_key_file") { &key } else { &certificate };
+            assert!(!ended.status.success() && said.contains(what) && said.contains(file), "{command:?} {what}: {said}");
+            assert!(right.lines().all(|line| line.starts_with("-----") || !said.contains(line)), "{said}");
+        }
+    }
+    fs::write(&key, &right).unwrap();
+    let ended = binary::run(&["check"], &environment).await;
+    assert!(ended.status.success() && ended.stdout.contains("every user of this machine can read it"), "{ended:?}");
 }

@@ -69,7 +69,7 @@ impl Store {
         Self::start_at(free_port(), &[]).await
     }
 
-    async fn start_at(port: u16, more: &[&str]) -> Self {
+    async fn start_at(port: u16, more: &[String]) -> Self {
         let server = env::var_os("BYOK_GATE_STORE").unwrap_or_else(|| panic!("BYOK_GATE_STORE is not set: run tests/tier/run"));
         let folder = tempfile::tempdir().unwrap();
         let rights = format!("user {USER} on >{PASSWORD} {RIGHTS}\nuser default on >{ADMIN} ~* &* +@all\n");
@@ -869,21 +869,35 @@ async fn a_key_follows_another() {
     until("both are stored", async || store.observations().await.len() == 2).await;
 }
 
+/// A self-signed certificate for localhost and its key, also as files in this folder.
+fn certificate(folder: &Path) -> (String, String) {
+    let signed = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+    let pair = (signed.cert.pem(), signed.signing_key.serialize_pem());
+    fs::write(folder.join("cert.pem"), &pair.0).unwrap();
+    fs::write(folder.join("key.pem"), &pair.1).unwrap();
+    pair
+}
+
+/// The options of a server with the certificate of this folder, which asks clients for theirs or not: it trusts the authority of `client_ca`.
+fn tls_options(folder: &Path, port: u16, client_ca: Option<&Path>) -> Vec<String> {
+    let path = |folder: &Path, name: &str| folder.join(name).to_str().unwrap().to_owned();
+    let mut options = vec!["--tls-port".to_owned(), port.to_string()];
+    options.extend(["--tls-cert-file".to_owned(), path(folder, "cert.pem")]);
+    options.extend(["--tls-key-file".to_owned(), path(folder, "key.pem"), "--tls-auth-clients".to_owned()]);
+    match client_ca {
+        Some(client_ca) => options.extend(["yes".to_owned(), "--tls-ca-cert-file".to_owned(), path(client_ca, "cert.pem")]),
+        None => options.push("no".to_owned()),
+    }
+    options
+}
+
 /// An encrypted connection, to a store whose certificate a trusted authority signed, and to no other.
 #[tokio::test]
 async fn tls_is_checked() {
-    let of = |folder: &Path| {
-        let signed = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
-        fs::write(folder.join("cert.pem"), signed.cert.pem()).unwrap();
-        fs::write(folder.join("key.pem"), signed.signing_key.serialize_pem()).unwrap();
-        signed.cert.pem()
-    };
     let (folder, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let (trusted, other) = (of(folder.path()), of(elsewhere.path()));
-    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let (cert, key, tls) = (path("cert.pem"), path("key.pem"), free_port());
-    let more = ["--tls-port", &tls.to_string(), "--tls-cert-file", &cert, "--tls-key-file", &key, "--tls-auth-clients", "no"];
-    let store = Store::start_at(free_port(), &more).await;
+    let ((trusted, _), (other, _)) = (certificate(folder.path()), certificate(elsewhere.path()));
+    let tls = free_port();
+    let store = Store::start_at(free_port(), &tls_options(folder.path(), tls, None)).await;
     let prober = Scripted::new(Verdict::Valid);
     let over = |ca: &str| Replica::new(&Way { port: tls, ca: Some(ca.to_owned()), ..store.way() }, &prober);
     assert_eq!(over(&trusted).ask("made-up").await, ASKED);
@@ -892,6 +906,31 @@ async fn tls_is_checked() {
     let stranger = over(&other);
     assert_eq!(stranger.ask("made-up").await, ASKED);
     assert_eq!(stranger.looks("fault"), 1.0);
+}
+
+/// A store that asks for a certificate takes the one of its authority; without it the store is left alone, and decisions go on.
+#[tokio::test]
+async fn tls_is_checked_by_the_store_too() {
+    let [folder, clients, elsewhere] = [(), (), ()].map(|()| tempfile::tempdir().unwrap());
+    let (trusted, _) = certificate(folder.path());
+    let (known, unknown) = (certificate(clients.path()), certificate(elsewhere.path()));
+    let tls = free_port();
+    let store = Store::start_at(free_port(), &tls_options(folder.path(), tls, Some(clients.path()))).await;
+    let prober = Scripted::new(Verdict::Valid);
+    let with = |identity| {
+        let way = Way { port: tls, ca: Some(trusted.clone()), identity, ..store.way() };
+        Replica::new(&way, &prober)
+    };
+    assert_eq!(with(Some(known.clone())).ask("made-up").await, ASKED);
+    until("it is stored", async || store.observations().await.len() == 1).await;
+    assert_eq!(with(Some(known)).ask("made-up").await, SHARED);
+    for stranger in [with(None), with(Some(unknown))] {
+        for index in 0..6 {
+            assert_eq!(stranger.ask(&format!("made-up-{index}")).await, ASKED);
+        }
+        assert_eq!((stranger.looks("fault"), stranger.looks("left_alone")), (5.0, 1.0));
+        stranger.page().is("byokgate_tier_in_use", 0.0);
+    }
 }
 
 /// A reader of the store, or of its MONITOR, learns no credential, no hash of one, and no verdict.

@@ -7,8 +7,8 @@ use std::{
 
 use futures_util::{Stream, StreamExt};
 use redis::{
-    AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ErrorKind, FromRedisValue, IntoConnectionInfo, RedisConnectionInfo,
-    RedisError, TlsCertificates,
+    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ConnectionAddr, ErrorKind, FromRedisValue, IntoConnectionInfo,
+    RedisConnectionInfo, RedisError, TlsCertificates,
     aio::{MultiplexedConnection, PubSub},
     io::tcp::TcpSettings,
 };
@@ -19,6 +19,7 @@ use super::{
     TierAccess,
     address::StoreAddress,
     faults::{Change, Faults},
+    identity::ClientIdentity,
     keys::{Allowance, BEGINNING, CHANNEL, SEALED_BYTES, Starts},
 };
 use crate::{
@@ -255,7 +256,7 @@ pub(super) enum LookupState {
 
 impl Remote {
     fn new(address: &StoreAddress, access: &TierAccess) -> Result<Self, RedisError> {
-        let TierAccess { user, password, ca, .. } = access;
+        let TierAccess { user, password, ca, identity, .. } = access;
         let mut settings = RedisConnectionInfo::default().set_db(address.database).set_skip_set_lib_name();
         if let Some(user) = user {
             settings = settings.set_username(user);
@@ -273,11 +274,14 @@ impl Remote {
         let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
         let tcp = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive);
         let info = remote.into_connection_info()?.set_redis_settings(settings).set_tcp_settings(tcp);
-        let client = match ca {
-            Some(ca) if address.tls => {
-                Client::build_with_tls(info, TlsCertificates { client_tls: None, root_cert: Some(ca.clone()) })?
-            }
-            Some(_) | None => Client::open(info)?,
+        let client = if address.tls {
+            let client_tls = identity.as_ref().map(|ClientIdentity { certificate, key }| ClientTlsConfig {
+                client_cert: certificate.clone(),
+                client_key: key.expose().as_bytes().to_vec(),
+            });
+            Client::build_with_tls(info, TlsCertificates { client_tls, root_cert: ca.clone() })?
+        } else {
+            Client::open(info)?
         };
         Ok(Self { client, timeout: access.timeout })
     }

@@ -13,7 +13,7 @@ use byok_gate::{
     grpc::convert::{self, pb},
     liveness::{
         cache::{Ages, Cache, CacheSettings},
-        tier::{Tier, TierAccess, TierKeys},
+        tier::{ClientIdentity, Tier, TierAccess, TierKeys},
     },
 };
 use tokio::{task::JoinHandle, time::Instant};
@@ -36,6 +36,8 @@ pub(crate) struct Way {
     pub(crate) login: Option<(String, String)>,
     /// Over TLS, trusting this authority.
     pub(crate) ca: Option<String>,
+    /// With this certificate and key.
+    pub(crate) identity: Option<(String, String)>,
     pub(crate) timeout: Duration,
 }
 
@@ -48,11 +50,11 @@ pub(crate) struct Replica {
 
 impl Way {
     pub(crate) fn to(port: u16) -> Self {
-        Self { port, keys: KEY.to_owned(), login: None, ca: None, timeout: Duration::from_millis(350) }
+        Self { port, keys: KEY.to_owned(), login: None, ca: None, identity: None, timeout: Duration::from_millis(350) }
     }
 
     pub(crate) fn tier(&self) -> Arc<Tier> {
-        let Self { port, keys, login, ca, timeout } = self.clone();
+        let Self { port, keys, login, ca, identity, timeout } = self.clone();
         let scheme = if ca.is_some() { "rediss://localhost" } else { "redis://127.0.0.1" };
         let (user, password) = login.unzip();
         let access = TierAccess {
@@ -61,6 +63,7 @@ impl Way {
             user,
             password: password.map(Secret::new),
             ca: ca.map(String::into_bytes),
+            identity: identity.map(|(certificate, key)| ClientIdentity::new(certificate.into_bytes(), Secret::new(key)).unwrap()),
             keys: TierKeys::parse(&keys).unwrap(),
         };
         Tier::new(access).unwrap()
