@@ -187,7 +187,7 @@ impl Source for Documents {
             let document = setup.snapshot.configuration_origin.source;
             return Err(self.refuse(&[Problems { document, list: lost }]));
         }
-        if let Some(workspaces) = setup.settings.callers.workspaces().filter(|_| self.started.tier.address.is_some()) {
+        if let Some(workspaces) = setup.settings.callers.workspaces().filter(|_| self.started.tier.place().is_some()) {
             let message = "names a `workspace` caller, and this process holds the key of the shared tier until it ends; restart it without one";
             let list = vec![Problem::at(workspaces, message)];
             let document = setup.snapshot.configuration_origin.source;

@@ -253,10 +253,13 @@ pub fn tier_access(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Probl
 
 fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>), ConfigError> {
     let tier = &settings.tier;
-    let Some(address) = tier.address.clone() else { return Ok((None, Vec::new())) };
+    if tier.place().is_none() {
+        return Ok((None, Vec::new()));
+    }
     let mut found = Found::default();
     let secret = |text: &str| Ok(Secret::new(text.trim().to_owned()));
     let password = found.secret_text("tier.password_file", tier.password_file.as_ref(), secret);
+    let of_sentinels = found.secret_text("tier.sentinel.password_file", tier.sentinel.password_file.as_ref(), secret);
     let keys = found.secret_text("tier.key_file", tier.key_file.as_ref(), TierKeys::parse);
     let ca = found.bytes_of("tier.ca_file", tier.ca_file.as_ref());
     let certificate = found.bytes_of("tier.client_certificate_file", tier.client_certificate_file.as_ref());
@@ -276,9 +279,9 @@ fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>),
             .ok()
     });
     let Found { faults, warnings } = found;
-    match keys.filter(|_| faults.is_empty()) {
-        Some(keys) => {
-            let access = TierAccess { address, timeout: tier.timeout, user: tier.user.clone(), password, ca, identity, keys };
+    match tier.servers(of_sentinels).zip(keys).filter(|_| faults.is_empty()) {
+        Some((servers, keys)) => {
+            let access = TierAccess { servers, timeout: tier.timeout, user: tier.user.clone(), password, ca, identity, keys };
             Ok((Some(access), warnings))
         }
         None => Err(ConfigError(faults)),
@@ -294,6 +297,7 @@ pub fn readable_secrets(settings: &Settings) -> Vec<Problems> {
         &settings.fingerprints.key_file,
         &settings.egress.proxy.credentials_file,
         &settings.tier.password_file,
+        &settings.tier.sentinel.password_file,
         &settings.tier.client_key_file,
         &settings.tier.key_file,
     ];

@@ -104,9 +104,9 @@ pub(super) async fn run(args: ExecArgs, log: &LogWriter) -> anyhow::Result<Exit>
         let server = Some(flag_or_env(server, "BYOK_GATE_SERVER")?).filter(|server| !server.is_empty());
         let platform_proxy = engine.platform_proxy.map(ProxyArg::into);
         let setup = engine.load(probe)?;
-        if setup.settings.tier.address.is_some() {
+        if let Some(place) = setup.settings.tier.place() {
             let message = "is set: the shared tier is for `serve`, and its key is no workspace's to hold; leave `tier` out";
-            let list = vec![Problem::at("tier.address", message)];
+            let list = vec![Problem::at(place, message)];
             return Err(ConfigError(vec![Problems { document: "configuration".to_owned(), list }]).into());
         }
         let request = workspace.request(&workload, setup.snapshot.credential_names(), platform_proxy)?;

@@ -11,6 +11,7 @@ mod faults;
 mod identity;
 mod keys;
 mod record;
+mod remote;
 mod store;
 
 use std::{
@@ -26,16 +27,17 @@ use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use self::{
-    address::StoreAddress,
+    address::{SENTINEL_PORT, STORE_PORT, StoreAddress},
     background::Background,
     keys::{Allowance, Name, Names, Notice, Starts},
     record::BreakerRecord,
+    remote::Remote,
     store::{LookupState, Question, Store, StoreError, StoreLookup},
 };
 pub use self::{
     identity::{ClientIdentity, IdentityFault},
     keys::TierKeys,
-    store::Connect,
+    remote::{Connect, Listening},
 };
 pub(crate) use self::{
     keys::{CredentialIdentity, Model, ObservationId},
@@ -69,15 +71,19 @@ const RECONNECT: Duration = Duration::from_secs(5);
 /// How many results may be on their way to the store. There are more only while the store is slow. Results over the
 /// limit are dropped, and cost another replica a probe.
 const MAX_STORING: usize = 1024;
+/// The most addresses of a list. All are tried at once.
+const MAX_ADDRESSES: usize = 16;
 /// The bounds of `timeout`. A remote store cannot answer in less, and no caller should wait longer for one.
 const TIMEOUTS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
-/// The settings of the shared tier. Without an address there is none.
+/// The settings of the shared tier. Without an address or Sentinels there is none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TierSettings {
     /// `rediss://HOST:PORT`, or `redis://` on loopback.
     pub address: Option<String>,
+    /// The Sentinels that name the store's address, in place of it.
+    pub sentinel: SentinelSettings,
     /// The user of the store's access list. If not set, the store's default user.
     pub user: Option<String>,
     /// The file with the user's password.
@@ -95,11 +101,25 @@ pub struct TierSettings {
     pub timeout: Duration,
 }
 
+/// The Sentinels that name the primary of several servers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct SentinelSettings {
+    /// The name that they know the primary by.
+    pub service: Option<String>,
+    /// Their addresses, as in `address`.
+    pub addresses: Vec<String>,
+    /// The user of their access list. If not set, their default user.
+    pub user: Option<String>,
+    /// The file with that user's password.
+    pub password_file: Option<PathBuf>,
+}
+
 /// The settings, with the contents of the files.
 #[derive(Debug)]
 pub struct TierAccess {
-    /// The address.
-    pub address: String,
+    /// Where the store is.
+    pub servers: TierServers,
     /// The longest that one command to the store may take.
     pub timeout: Duration,
     /// The user of the store's access list.
@@ -112,6 +132,24 @@ pub struct TierAccess {
     pub identity: Option<ClientIdentity>,
     /// The keys for names and encryption.
     pub keys: TierKeys,
+}
+
+/// Where the store is.
+#[derive(Debug)]
+pub enum TierServers {
+    /// At this address.
+    Address(String),
+    /// Where Sentinels say.
+    Sentinels {
+        /// Their addresses.
+        addresses: Vec<String>,
+        /// The name that they know the primary by.
+        service: String,
+        /// The user of their access list.
+        user: Option<String>,
+        /// That user's password.
+        password: Option<Secret>,
+    },
 }
 
 /// The tier could not be set up.
@@ -212,6 +250,7 @@ impl Default for TierSettings {
         let timeout = Duration::from_millis(350);
         Self {
             address: None,
+            sentinel: SentinelSettings::default(),
             user: None,
             password_file: None,
             ca_file: None,
@@ -224,28 +263,59 @@ impl Default for TierSettings {
 }
 
 impl TierSettings {
+    /// The setting that says where the store is. `None` without a tier.
+    pub fn place(&self) -> Option<&'static str> {
+        self.places().first().copied()
+    }
+
+    fn places(&self) -> Vec<&'static str> {
+        let sentinel = !self.sentinel.addresses.is_empty() || self.sentinel.service.is_some();
+        let set = [("tier.address", self.address.is_some()), ("tier.sentinel", sentinel)];
+        set.into_iter().filter(|(_, is_set)| *is_set).map(|(place, _)| place).collect()
+    }
+
+    /// Where the store is, with the password for the Sentinels. `None` without a tier.
+    pub fn servers(&self, sentinel_password: Option<Secret>) -> Option<TierServers> {
+        if let Some(address) = &self.address {
+            return Some(TierServers::Address(address.clone()));
+        }
+        let SentinelSettings { service, addresses, user, .. } = self.sentinel.clone();
+        Some(TierServers::Sentinels { addresses, service: service?, user, password: sentinel_password })
+    }
+
     /// Reports every wrong setting. `workspaces`: the setting that lists callers that are workspaces, if there is one.
     pub fn review(&self, workspaces: Option<&str>, review: &mut Review<'_>) {
-        let Self { address, user, password_file, ca_file, client_certificate_file, client_key_file, key_file, timeout } = self;
+        let Self { user, password_file, ca_file, client_certificate_file, client_key_file, key_file, timeout, .. } = self;
         review.length("timeout", *timeout, TIMEOUTS.0, TIMEOUTS.1);
         let of_tls =
             [("ca_file", ca_file), ("client_certificate_file", client_certificate_file), ("client_key_file", client_key_file)];
-        let Some(address) = address else {
-            let files = [("password_file", password_file), ("key_file", key_file)].into_iter().chain(of_tls);
-            let set = files.filter(|(_, file)| file.is_some()).map(|(key, _)| key).chain(user.as_ref().map(|_| "user"));
-            for key in set {
-                review.error(key, "is set, and tier.address is not: without an address there is no shared tier");
+        let places = self.places();
+        let Some(place) = places.first() else {
+            let sentinel_file = ("sentinel.password_file", &self.sentinel.password_file);
+            let files = [("password_file", password_file), ("key_file", key_file), sentinel_file].into_iter().chain(of_tls);
+            let users = [("user", user), ("sentinel.user", &self.sentinel.user)];
+            let users = users.into_iter().filter(|(_, user)| user.is_some()).map(|(key, _)| key);
+            for key in files.filter(|(_, file)| file.is_some()).map(|(key, _)| key).chain(users) {
+                review.error(
+                    key,
+                    "is set, and tier.address and tier.sentinel are not: without one of them there is no shared tier",
+                );
             }
             return;
         };
-        let parsed = StoreAddress::parse(address).inspect_err(|message| review.error("address", message)).ok();
+        for other in places.iter().skip(1) {
+            let message = format!("is set beside {place}: the store is at one place; leave one of them out");
+            review.error(other.trim_start_matches("tier."), message);
+        }
+        let mut addresses = self.review_address(review);
+        addresses.extend(self.sentinel.review(review));
         if key_file.is_none() {
-            review.error("key_file", "is required with tier.address; make one with `openssl rand -hex 32`");
+            review.error("key_file", format!("is required with {place}; make one with `openssl rand -hex 32`"));
         }
         if user.is_some() && password_file.is_none() {
             review.error("password_file", "is required with tier.user");
         }
-        if parsed.is_some_and(|parsed| !parsed.tls) {
+        if addresses.iter().any(|address| !address.tls) {
             for (key, _) in of_tls.into_iter().filter(|(_, file)| file.is_some()) {
                 review.error(key, "is for rediss://; redis:// has no certificates");
             }
@@ -260,9 +330,54 @@ impl TierSettings {
                 "is set beside a `workspace` caller ({workspaces}): the tier is for replicas of equal trust, and a workspace's own gate may not \
                  hold its key; leave one of them out"
             );
-            review.error("address", message);
+            review.error(place.trim_start_matches("tier."), message);
         }
     }
+
+    fn review_address(&self, review: &mut Review<'_>) -> Vec<StoreAddress> {
+        let parsed = self.address.as_deref().map(|address| StoreAddress::parse(address, STORE_PORT));
+        parsed.and_then(|parsed| parsed.inspect_err(|message| review.error("address", message)).ok()).into_iter().collect()
+    }
+}
+
+// === impl SentinelSettings ===
+
+impl SentinelSettings {
+    /// Reports every wrong setting, and returns the addresses that can be used.
+    fn review(&self, review: &mut Review<'_>) -> Vec<StoreAddress> {
+        let Self { service, addresses, user, password_file } = self;
+        if service.is_none() && !addresses.is_empty() {
+            review.error("sentinel.service", "is required with tier.sentinel.addresses: NAME of `sentinel monitor NAME`");
+        }
+        if service.is_some() && addresses.is_empty() {
+            review.error("sentinel.addresses", "is required with tier.sentinel.service");
+        }
+        if user.is_some() && password_file.is_none() {
+            review.error("sentinel.password_file", "is required with tier.sentinel.user");
+        }
+        review_list("sentinel.addresses", addresses, SENTINEL_PORT, review)
+    }
+}
+
+/// Reports every address that cannot be used, and returns the others.
+fn review_list(key: &str, list: &[String], default_port: u16, review: &mut Review<'_>) -> Vec<StoreAddress> {
+    if list.len() > MAX_ADDRESSES {
+        review.error(key, format!("holds {} addresses; {MAX_ADDRESSES} are enough", list.len()));
+    }
+    let mut addresses: Vec<StoreAddress> = Vec::new();
+    for (index, text) in list.iter().enumerate() {
+        match StoreAddress::parse(text, default_port) {
+            Err(message) => review.error(format!("{key}[{index}]"), message),
+            Ok(StoreAddress { database: 1.., .. }) => {
+                review.error(format!("{key}[{index}]"), "selects a database; here it is 0, so leave the /N out");
+            }
+            Ok(address) => addresses.push(address),
+        }
+    }
+    if addresses.iter().any(|address| address.tls) && addresses.iter().any(|address| !address.tls) {
+        review.error(key, "mixes rediss:// and redis://; the store is spoken to in the same way, so use one of them");
+    }
+    addresses
 }
 
 // === impl Tier ===
@@ -270,17 +385,13 @@ impl TierSettings {
 impl Tier {
     /// Makes the tier. It does not connect yet.
     pub fn new(access: TierAccess) -> Result<Arc<Self>, TierSetupError> {
-        let address = StoreAddress::parse(&access.address).map_err(TierSetupError)?;
-        let store = Store::at(&address, &access).map_err(|fault| TierSetupError(fault.to_string()))?;
-        Ok(Self::with_store(store, access.keys, rand::random()))
+        let remote = Remote::new(&access).map_err(TierSetupError)?;
+        Ok(Self::over(Box::new(remote), access.timeout, access.keys, rand::random()))
     }
 
     /// Makes a tier over these connections. The seed determines its pauses.
     pub fn over(connect: Box<dyn Connect>, timeout: Duration, keys: TierKeys, seed: u64) -> Arc<Self> {
-        Self::with_store(Store::new(connect, timeout), keys, seed)
-    }
-
-    fn with_store(store: Store, keys: TierKeys, seed: u64) -> Arc<Self> {
+        let store = Store::new(connect, timeout);
         let (counts, leases_lost, damaged) = (LookupCounts::default(), Counter::new(), Counter::new());
         let (background, random) = (Background::new(MAX_STORING), Mutex::new(StdRng::seed_from_u64(seed)));
         Arc::new(Self { store, keys, counts, background, leases_lost, damaged, random })

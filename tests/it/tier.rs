@@ -125,6 +125,8 @@ fn a_tier_needs_an_encrypted_address_a_key_and_callers_of_equal_trust() {
         "tier: {address: 'rediss://valkey:6380', key_file: /k, ca_file: /c, user: gate, password_file: /p}",
         "tier: {address: 'redis://127.0.0.1', key_file: /k}",
         "tier: {address: 'rediss://valkey', key_file: /k, client_certificate_file: /c, client_key_file: /d}",
+        "tier: {sentinel: {service: s, addresses: ['rediss://s1', 'rediss://s2:26380']}, key_file: /k}",
+        "tier: {sentinel: {service: s, addresses: ['rediss://s'], user: u, password_file: /p}, key_file: /k, ca_file: /c}",
         "tier: {timeout: 100ms}",
         "callers: {unix_peers: [{uid: 1, role: workspace, workspaces: [w]}]}",
         "tier: {address: 'rediss://valkey', key_file: /k}\ncallers: {unix_peers: [{uid: 1}]}",
@@ -152,9 +154,47 @@ fn a_tier_needs_an_encrypted_address_a_key_and_callers_of_equal_trust() {
             "tier: {address: 'rediss://valkey', key_file: /k, client_key_file: /c}",
             "tier.client_certificate_file: is required with tier.client_key_file",
         ),
-        ("tier: {client_key_file: /k}", "tier.client_key_file: is set, and tier.address is not"),
-        ("tier: {key_file: /k}", "tier.key_file: is set, and tier.address is not"),
-        ("tier: {user: gate}", "tier.user: is set, and tier.address is not"),
+        ("tier: {client_key_file: /k}", "tier.client_key_file: is set, and tier.address and tier.sentinel are not"),
+        ("tier: {key_file: /k}", "tier.key_file: is set, and tier.address and tier.sentinel are not"),
+        ("tier: {user: gate}", "tier.user: is set, and tier.address and tier.sentinel are not"),
+        ("tier: {sentinel: {user: u}}", "tier.sentinel.user: is set, and tier.address and tier.sentinel are not"),
+        ("tier: {sentinel: {service: s}, key_file: /k}", "tier.sentinel.addresses: is required with tier.sentinel.service"),
+        ("tier: {sentinel: {addresses: ['rediss://s']}, key_file: /k}", "tier.sentinel.service: is required with"),
+        ("tier: {sentinel: {service: s, addresses: ['rediss://s']}}", "tier.key_file: is required with tier.sentinel"),
+        (
+            "tier: {sentinel: {service: s, addresses: ['rediss://s'], user: u}, key_file: /k}",
+            "tier.sentinel.password_file: is required with tier.sentinel.user",
+        ),
+        (
+            "tier: {address: 'rediss://v', sentinel: {service: s, addresses: ['rediss://s']}, key_file: /k}",
+            "tier.sentinel: is set beside tier.address",
+        ),
+        (
+            "tier: {sentinel: {service: s, addresses: ['rediss://s', 'redis://s']}, key_file: /k}",
+            "tier.sentinel.addresses[1]: is beyond this machine and not encrypted",
+        ),
+        (
+            "tier: {sentinel: {service: s, addresses: ['rediss://s', 'redis://[::1]']}, key_file: /k}",
+            "tier.sentinel.addresses: mixes rediss:// and redis://",
+        ),
+        (
+            "tier: {sentinel: {service: s, addresses: ['rediss://s/1']}, key_file: /k}",
+            "tier.sentinel.addresses[0]: selects a database; here it is 0",
+        ),
+        (
+            "tier: {sentinel: {service: s, addresses: [a,b,c,d,e,f,g,h,i,j,k,l,m,n,o,p,q]}, key_file: /k}",
+            "tier.sentinel.addresses: holds 17 addresses; 16 are enough",
+        ),
+        (
+            "tier: {sentinel: {service: s, addresses: ['redis://[::1]']}, key_file: /k, ca_file: /c}",
+            "tier.ca_file: is for rediss://",
+        ),
+        ("tier: {sentinel: {adresses: []}}", "the nearest is `tier.sentinel.addresses`"),
+        (
+            "tier: {sentinel: {service: s, addresses: ['rediss://s']}, key_file: /k}\n\
+             callers: {unix_peers: [{uid: 1, role: workspace, workspaces: [w]}]}",
+            "tier.sentinel: is set beside a `workspace` caller (callers.unix_peers)",
+        ),
         ("tier: {timeout: 10ms}", "tier.timeout: is 10ms; it must be 50ms to 2s"),
         ("tier: {addres: 'rediss://valkey'}", "the nearest is `tier.address`"),
         (
@@ -186,7 +226,7 @@ async fn serve_and_check_read_its_files_and_exec_refuses_it() {
     ];
     fs::write(&password, "made-up-canary-password\n").unwrap();
     for (text, what) in [
-        (None, "could not be read"),
+        (None, "tier.key_file: could not be read"),
         (Some(""), "is empty, and has to hold a secret"),
         (Some("made-up-canary"), "key 1 is shorter than 32 characters"),
     ] {
@@ -203,6 +243,19 @@ async fn serve_and_check_read_its_files_and_exec_refuses_it() {
     fs::write(&key, KEY).unwrap();
     client_certificates_are_checked(&folder, &environment).await;
     let ended = binary::run(&["check"], &environment).await;
+    assert!(ended.status.success(), "{ended:?}");
+    let of_sentinels = path("sentinel-password");
+    let by_sentinels = [
+        ("BYOK_GATE__TIER__SENTINEL__SERVICE", "made-up"),
+        ("BYOK_GATE__TIER__SENTINEL__ADDRESSES", "rediss://s1.example, rediss://s2.example:26380"),
+        ("BYOK_GATE__TIER__SENTINEL__PASSWORD_FILE", of_sentinels.as_str()),
+        ("BYOK_GATE__TIER__KEY_FILE", key.as_str()),
+    ];
+    let ended = binary::run(&["check"], &by_sentinels).await;
+    let said = format!("{}{}", ended.stdout, ended.stderr);
+    assert!(said.contains(&of_sentinels) && said.contains("tier.sentinel.password_file: could not be read"), "{said}");
+    fs::write(&of_sentinels, "made-up-canary-password\n").unwrap();
+    let ended = binary::run(&["check"], &by_sentinels).await;
     assert!(ended.status.success(), "{ended:?}");
     // Where the files are not, they are not looked for.
     fs::remove_file(&key).unwrap();

@@ -11,6 +11,8 @@
 #[expect(dead_code, reason = "most of it is of the other tests")]
 mod support;
 
+mod sentinel;
+
 use std::{
     env, fs,
     net::{Ipv4Addr, SocketAddr},
@@ -31,6 +33,7 @@ use byok_gate::{
     },
 };
 use futures_util::{StreamExt, future::join_all};
+use redis::AsyncConnectionConfig;
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -70,18 +73,20 @@ impl Store {
     }
 
     async fn start_at(port: u16, more: &[String]) -> Self {
-        let server = env::var_os("BYOK_GATE_STORE").unwrap_or_else(|| panic!("BYOK_GATE_STORE is not set: run tests/tier/run"));
         let folder = tempfile::tempdir().unwrap();
         let rights = format!("user {USER} on >{PASSWORD} {RIGHTS}\nuser default on >{ADMIN} ~* &* +@all\n");
         fs::write(folder.path().join("users"), rights).unwrap();
-        let child = Command::new(server)
-            .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"])
-            .args(["--daemonize", "no", "--aclfile", "users"])
-            .args(more)
-            .current_dir(folder.path())
-            .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+        let port_text = port.to_string();
+        let options = ["--port", &port_text, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"];
+        let options = options.into_iter().chain(["--daemonize", "no", "--aclfile", "users"]).map(str::to_owned);
+        let options: Vec<String> = options.chain(more.iter().cloned()).collect();
+        Self::spawn(port, folder, &options).await
+    }
+
+    /// With these options, until its owner gets answers.
+    async fn spawn(port: u16, folder: TempDir, options: &[String]) -> Self {
+        let server = env::var_os("BYOK_GATE_STORE").unwrap_or_else(|| panic!("BYOK_GATE_STORE is not set: run tests/tier/run"));
+        let child = Command::new(server).args(options).current_dir(folder.path()).stdout(Stdio::null()).spawn().unwrap();
         let store = Self { child, port, folder };
         until("the store answers", async || store.admin().await.is_ok()).await;
         store
@@ -89,16 +94,28 @@ impl Store {
 
     async fn admin(&self) -> redis::RedisResult<redis::aio::MultiplexedConnection> {
         let client = redis::Client::open(format!("redis://default:{ADMIN}@127.0.0.1:{}", self.port))?;
-        client.get_multiplexed_async_connection().await
+        let patient = AsyncConnectionConfig::new().set_connection_timeout(Some(PATIENCE)).set_response_timeout(Some(PATIENCE));
+        client.get_multiplexed_async_connection_with_config(&patient).await
     }
 
     /// A command of the store's owner.
     async fn does<T: redis::FromRedisValue>(&self, words: &[&[u8]]) -> T {
+        self.tries(words).await.unwrap()
+    }
+
+    /// The same of a server that may be gone, or about to end its connections.
+    async fn tries<T: redis::FromRedisValue>(&self, words: &[&[u8]]) -> redis::RedisResult<T> {
         let mut command = redis::Cmd::new();
         for word in words {
             command.arg(*word);
         }
-        command.query_async(&mut self.admin().await.unwrap()).await.unwrap()
+        command.query_async(&mut self.admin().await?).await
+    }
+
+    /// How many replicas listen for notices.
+    async fn listeners(&self) -> u64 {
+        let subscribed: redis::RedisResult<(String, u64)> = self.tries(&[b"PUBSUB", b"NUMSUB", b"bg1:news"]).await;
+        subscribed.map_or(0, |(_, listeners)| listeners)
     }
 
     async fn keys(&self) -> Vec<String> {
@@ -155,8 +172,37 @@ fn short() -> Ages {
     Ages { valid: second, refused: second, ..Ages::default() }
 }
 
+/// Both share again: what one asks for, the other finds. All that they say meanwhile is the provider's answer.
+async fn until_they_share(what: &str, one: &Replica, other: &Replica, prober: &Arc<Scripted>) {
+    let mut round = 0;
+    until("they share", async || {
+        round += 1;
+        prober.verdict(Verdict::Invalid);
+        for replica in [one, other] {
+            assert_eq!(replica.ask(&format!("made-up-{what}-dead-{round}")).await.0, Verdict::Invalid);
+        }
+        prober.verdict(Verdict::Valid);
+        let value = format!("made-up-{what}-{round}");
+        assert_eq!(one.ask(&value).await.0, Verdict::Valid);
+        sleep(Duration::from_millis(20)).await;
+        let found = other.ask(&value).await;
+        assert_eq!(found.0, Verdict::Valid);
+        found == SHARED
+    })
+    .await;
+}
+
 const SHARED: (Verdict, ServedFrom) = (Verdict::Valid, ServedFrom::Cache);
 const ASKED: (Verdict, ServedFrom) = (Verdict::Valid, ServedFrom::Probe);
+
+/// An operator gives these rights and no others, so the tests must too.
+#[test]
+fn the_rights_are_those_of_the_docs() {
+    let docs = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/scale.md")).unwrap();
+    for rights in [RIGHTS, sentinel::SENTINEL_RIGHTS] {
+        assert!(docs.contains(&format!("\nACL SETUSER byok-gate on >PASSWORD {rights}\n")), "{rights}");
+    }
+}
 
 /// Twenty replicas get calls for the same credentials at once, and then one after the other.
 #[tokio::test(flavor = "multi_thread")]
@@ -225,12 +271,7 @@ async fn who_waits_for_a_look_gets_nothing_older_than_wanted() {
 async fn an_invalid_ends_the_valid_everywhere() {
     let (store, prober) = (Store::start().await, Scripted::new(Verdict::Valid));
     let (one, other) = (Replica::new(&store.way(), &prober), Replica::new(&store.way(), &prober));
-    let listens: u64 = 2;
-    until("both listen", async || {
-        let subscribed: (String, u64) = store.does(&[b"PUBSUB", b"NUMSUB", b"bg1:news"]).await;
-        subscribed.1 == listens
-    })
-    .await;
+    until("both listen", async || store.listeners().await == 2).await;
     one.ask("made-up").await;
     until("the other has it", async || other.ask("made-up").await == SHARED).await;
     prober.verdict(Verdict::Invalid);

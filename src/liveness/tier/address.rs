@@ -1,9 +1,14 @@
 //! The address of the store. Outside of this machine it must use TLS.
 
+use std::net::IpAddr;
+
+use redis::{ErrorKind, RedisError};
 use url::{Host, Url};
 
 /// The default port of Redis and Valkey.
-const PORT: u16 = 6379;
+pub(super) const STORE_PORT: u16 = 6379;
+/// The default port of Sentinel.
+pub(super) const SENTINEL_PORT: u16 = 26379;
 
 /// A parsed address.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,7 +23,7 @@ pub(super) struct StoreAddress {
 
 impl StoreAddress {
     /// Parses `rediss://HOST:PORT`, or `redis://HOST:PORT` on loopback. `/N` at the end selects a database.
-    pub(super) fn parse(text: &str) -> Result<Self, String> {
+    pub(super) fn parse(text: &str, default_port: u16) -> Result<Self, String> {
         let wanted = "write rediss://HOST:PORT, or redis://127.0.0.1:PORT on this machine";
         let url = Url::parse(text).map_err(|fault| format!("is no URL ({fault}); {wanted}"))?;
         let tls = match url.scheme() {
@@ -27,7 +32,7 @@ impl StoreAddress {
             other => return Err(format!("has the scheme `{other}`; {wanted}")),
         };
         if !url.username().is_empty() || url.password().is_some() {
-            return Err("holds a user or a password; they are tier.user and tier.password_file".to_owned());
+            return Err("holds a user or a password; write them as `user` and `password_file`".to_owned());
         }
         if url.query().is_some() || url.fragment().is_some() {
             return Err(format!("holds more than an address; {wanted}"));
@@ -41,12 +46,12 @@ impl StoreAddress {
             Host::Ipv4(address) => Host::Ipv4(address),
             Host::Ipv6(address) => Host::Ipv6(address),
         };
-        let here = match &host {
-            Host::Domain(name) => name == "localhost",
-            Host::Ipv4(address) => address.is_loopback(),
-            Host::Ipv6(address) => address.is_loopback(),
+        let host = match host {
+            Host::Domain(name) => name,
+            Host::Ipv4(address) => address.to_string(),
+            Host::Ipv6(address) => address.to_string(),
         };
-        if !tls && !here {
+        if !tls && !is_here(&host) {
             return Err("is beyond this machine and not encrypted; use rediss://".to_owned());
         }
         let database = match url.path().trim_start_matches('/') {
@@ -55,13 +60,22 @@ impl StoreAddress {
                 .parse::<u16>()
                 .map_err(|_| format!("names no database by `{number}`; write a number, as in rediss://HOST:PORT/0"))?,
         };
-        let host = match host {
-            Host::Domain(name) => name,
-            Host::Ipv4(address) => address.to_string(),
-            Host::Ipv6(address) => address.to_string(),
-        };
-        Ok(Self { host, port: url.port().unwrap_or(PORT), tls, database: i64::from(database) })
+        Ok(Self { host, port: url.port().unwrap_or(default_port), tls, database: i64::from(database) })
     }
+
+    /// The server that this one names. It is spoken to as this one is, so that nothing goes over a network unencrypted.
+    pub(super) fn named(&self, host: &str, port: u16) -> Result<Self, RedisError> {
+        if !self.tls && !is_here(host) {
+            let what = "the server that was named is beyond this machine, and the connection would not be encrypted";
+            return Err((ErrorKind::InvalidClientConfig, what).into());
+        }
+        Ok(Self { host: host.to_owned(), port, ..*self })
+    }
+}
+
+/// Whether this host, a name or an address, is this machine.
+fn is_here(host: &str) -> bool {
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 #[cfg(test)]
@@ -82,7 +96,7 @@ mod tests {
             ("redis://[::1]:1", address("::1", 1, false, 0)),
             ("redis://localhost:1/15", address("localhost", 1, false, 15)),
         ] {
-            assert_eq!(StoreAddress::parse(text), Ok(expect), "{text}");
+            assert_eq!(StoreAddress::parse(text, STORE_PORT), Ok(expect), "{text}");
         }
         for (text, what) in [
             ("redis://valkey:6379", "use rediss://"),
@@ -93,15 +107,27 @@ mod tests {
             ("http://localhost", "has the scheme `http`"),
             ("valkey", "is no URL"),
             ("rediss://", "host"),
-            ("rediss://user:secret@valkey", "tier.password_file"),
-            ("rediss://:secret@valkey", "tier.password_file"),
+            ("rediss://user:secret@valkey", "password_file"),
+            ("rediss://:secret@valkey", "password_file"),
             ("rediss://valkey/#insecure", "more than an address"),
             ("rediss://valkey?protocol=resp3", "more than an address"),
             ("rediss://valkey/one", "no database by `one`"),
             ("rediss://valkey/-1", "no database by `-1`"),
         ] {
-            let fault = StoreAddress::parse(text).unwrap_err();
+            let fault = StoreAddress::parse(text, STORE_PORT).unwrap_err();
             assert!(fault.contains(what) && !fault.contains("secret@"), "{text}: {fault}");
+        }
+    }
+
+    #[test]
+    fn a_server_that_is_named_is_spoken_to_in_the_same_way() {
+        let (plain, tls) = (address("127.0.0.1", 1, false, 0), address("sentinel", 1, true, 0));
+        for host in ["10.1.2.3", "valkey-1.valkey", "2001:db8::1"] {
+            assert_eq!(tls.named(host, 6380).ok(), Some(address(host, 6380, true, 0)), "{host}");
+            assert_eq!(plain.named(host, 6380).map_err(|fault| fault.kind()), Err(ErrorKind::InvalidClientConfig), "{host}");
+        }
+        for host in ["127.0.0.1", "::1", "localhost"] {
+            assert_eq!(plain.named(host, 6380).ok(), Some(address(host, 6380, false, 0)), "{host}");
         }
     }
 }

@@ -6,24 +6,15 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt};
-use redis::{
-    AsyncConnectionConfig, Client, ClientTlsConfig, Cmd, ConnectionAddr, ErrorKind, FromRedisValue, IntoConnectionInfo,
-    RedisConnectionInfo, RedisError, TlsCertificates,
-    aio::{MultiplexedConnection, PubSub},
-    io::tcp::TcpSettings,
-};
-use socket2::TcpKeepalive;
+use redis::{Cmd, ErrorKind, FromRedisValue, RedisError, ServerErrorKind, aio::MultiplexedConnection};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
-    TierAccess,
-    address::StoreAddress,
     faults::{Change, Faults},
-    identity::ClientIdentity,
     keys::{Allowance, BEGINNING, CHANNEL, SEALED_BYTES, Starts},
+    remote::{Connect, Listening},
 };
 use crate::{
-    core::engine::Boxed,
     liveness::{
         new_keys::KeyLimit,
         provider_limits::StartLimit,
@@ -36,8 +27,6 @@ use crate::{
 pub(super) const LEASE: Duration = Duration::from_secs(1);
 const MINUTE: Duration = Duration::from_secs(60);
 const SECOND: Duration = Duration::from_secs(1);
-/// After so long without data, the kernel checks the connection.
-const KEEPALIVE: Duration = Duration::from_secs(10);
 
 /// Reads the count of a provider's starts: `full`, when a second's worth may start at once again, and `turns`, the next free retry time, in
 /// microseconds. A count that this service did not write counts as none.
@@ -175,20 +164,6 @@ end
 return redis.call('DEL', KEYS[1])"
 );
 
-/// Makes connections to the store.
-pub trait Connect: Send + Sync {
-    /// A connection for commands. It is shared by concurrent ones.
-    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, RedisError>>;
-    /// A connection that receives notices.
-    fn listen(&self) -> Boxed<'_, Result<PubSub, RedisError>>;
-}
-
-/// Connects to an address.
-struct Remote {
-    client: Client,
-    timeout: Duration,
-}
-
 /// The client of the store.
 pub(super) struct Store {
     connect: Box<dyn Connect>,
@@ -252,63 +227,9 @@ pub(super) enum LookupState {
     Later(Duration),
 }
 
-// === impl Remote ===
-
-impl Remote {
-    fn new(address: &StoreAddress, access: &TierAccess) -> Result<Self, RedisError> {
-        let TierAccess { user, password, ca, identity, .. } = access;
-        let mut settings = RedisConnectionInfo::default().set_db(address.database).set_skip_set_lib_name();
-        if let Some(user) = user {
-            settings = settings.set_username(user);
-        }
-        if let Some(password) = password {
-            settings = settings.set_password(password.expose());
-        }
-        let (host, port) = (address.host.clone(), address.port);
-        let remote = if address.tls {
-            ConnectionAddr::TcpTls { host, port, insecure: false, tls_params: None }
-        } else {
-            ConnectionAddr::Tcp(host, port)
-        };
-        // The listener sends nothing, so only keepalive notices that its connection is lost.
-        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
-        let tcp = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive);
-        let info = remote.into_connection_info()?.set_redis_settings(settings).set_tcp_settings(tcp);
-        let client = if address.tls {
-            let client_tls = identity.as_ref().map(|ClientIdentity { certificate, key }| ClientTlsConfig {
-                client_cert: certificate.clone(),
-                client_key: key.expose().as_bytes().to_vec(),
-            });
-            Client::build_with_tls(info, TlsCertificates { client_tls, root_cert: ca.clone() })?
-        } else {
-            Client::open(info)?
-        };
-        Ok(Self { client, timeout: access.timeout })
-    }
-}
-
-impl Connect for Remote {
-    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, RedisError>> {
-        Box::pin(async {
-            // Every command has a timeout of its own.
-            let config = AsyncConnectionConfig::new().set_connection_timeout(Some(self.timeout)).set_response_timeout(None);
-            self.client.get_multiplexed_async_connection_with_config(&config).await
-        })
-    }
-
-    fn listen(&self) -> Boxed<'_, Result<PubSub, RedisError>> {
-        Box::pin(self.client.get_async_pubsub())
-    }
-}
-
 // === impl Store ===
 
 impl Store {
-    /// A client for an address.
-    pub(super) fn at(address: &StoreAddress, access: &TierAccess) -> Result<Self, RedisError> {
-        Ok(Self::new(Box::new(Remote::new(address, access)?), access.timeout))
-    }
-
     /// A client over these connections.
     pub(super) fn new(connect: Box<dyn Connect>, timeout: Duration) -> Self {
         Self {
@@ -417,15 +338,15 @@ impl Store {
         self.send(&command, self.deadline()).await.map_or((), |_: u64| ())
     }
 
-    /// Receives notices until the connection ends.
+    /// Receives notices until the connection ends, or commands go to another server.
     pub(super) async fn subscribe(&self) -> Result<impl Stream<Item = Vec<u8>> + use<>, RedisError> {
         let connecting = async {
-            let mut listener = self.connect.listen().await?;
-            listener.subscribe(CHANNEL).await?;
-            Ok::<_, RedisError>(listener)
+            let mut listening = self.connect.listen().await?;
+            listening.connection.subscribe(CHANNEL).await?;
+            Ok::<_, RedisError>(listening)
         };
-        let listener = timeout_at(self.deadline(), connecting).await.map_err(|_| timed_out())??;
-        Ok(listener.into_on_message().map(|message| message.get_payload_bytes().to_vec()))
+        let Listening { connection, moved } = in_time(self.deadline(), connecting).await?;
+        Ok(connection.into_on_message().map(|message| message.get_payload_bytes().to_vec()).take_until(moved))
     }
 
     /// Sends one command. It connects if needed, counts a fault, and logs the start and the end of a pause.
@@ -452,8 +373,7 @@ impl Store {
             Err(fault) => {
                 self.failures.inc();
                 let change = unpoisoned(&self.faults).failed(Instant::now());
-                // The connection may be broken, unless the server itself replied with the error.
-                if !matches!(fault.kind(), ErrorKind::Server(_) | ErrorKind::Extension) {
+                if ends_connection(fault.kind()) {
                     self.disconnect(used);
                 }
                 if change == Some(Change::LeftAlone) {
@@ -496,6 +416,17 @@ impl Store {
         if used == Some(current.0) {
             current.1 = None;
         }
+    }
+}
+
+/// Whether the next command needs another connection.
+fn ends_connection(fault: ErrorKind) -> bool {
+    match fault {
+        // Another server is the primary by now.
+        ErrorKind::Server(ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown) => true,
+        // The server itself replied, so the connection is not broken.
+        ErrorKind::Server(_) | ErrorKind::Extension => false,
+        _ => true,
     }
 }
 

@@ -8,7 +8,10 @@ use std::{
     time::Duration,
 };
 
-use byok_gate::{core::engine::Boxed, liveness::tier::Connect};
+use byok_gate::{
+    core::engine::Boxed,
+    liveness::tier::{Connect, Listening},
+};
 use mlua::{Function, Lua, Value, Variadic};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use redis::{
@@ -432,8 +435,12 @@ impl Connect for Link {
         })
     }
 
-    fn listen(&self) -> Boxed<'_, Result<PubSub, RedisError>> {
-        Box::pin(async { PubSub::new(&settings(), self.stream().await?).await })
+    fn listen(&self) -> Boxed<'_, Result<Listening, RedisError>> {
+        Box::pin(async {
+            let connection = PubSub::new(&settings(), self.stream().await?).await?;
+            // There is one server.
+            Ok(Listening { connection, moved: Box::pin(std::future::pending()) })
+        })
     }
 }
 

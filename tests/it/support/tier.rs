@@ -13,7 +13,7 @@ use byok_gate::{
     grpc::convert::{self, pb},
     liveness::{
         cache::{Ages, Cache, CacheSettings},
-        tier::{ClientIdentity, Tier, TierAccess, TierKeys},
+        tier::{ClientIdentity, Tier, TierAccess, TierKeys, TierServers},
     },
 };
 use tokio::{task::JoinHandle, time::Instant};
@@ -32,6 +32,8 @@ pub(crate) const KEY: &str = "made-up-tier-key-0123456789abcdef0123456789abcdef"
 #[derive(Clone)]
 pub(crate) struct Way {
     pub(crate) port: u16,
+    /// The Sentinels that name the store, in place of the port: their ports, the name, and the login.
+    pub(crate) sentinels: Option<(Vec<u16>, String, (String, String))>,
     pub(crate) keys: String,
     pub(crate) login: Option<(String, String)>,
     /// Over TLS, trusting this authority.
@@ -50,15 +52,33 @@ pub(crate) struct Replica {
 
 impl Way {
     pub(crate) fn to(port: u16) -> Self {
-        Self { port, keys: KEY.to_owned(), login: None, ca: None, identity: None, timeout: Duration::from_millis(350) }
+        Self {
+            port,
+            sentinels: None,
+            keys: KEY.to_owned(),
+            login: None,
+            ca: None,
+            identity: None,
+            timeout: Duration::from_millis(350),
+        }
     }
 
     pub(crate) fn tier(&self) -> Arc<Tier> {
-        let Self { port, keys, login, ca, identity, timeout } = self.clone();
+        let Self { port, sentinels, keys, login, ca, identity, timeout } = self.clone();
         let scheme = if ca.is_some() { "rediss://localhost" } else { "redis://127.0.0.1" };
         let (user, password) = login.unzip();
+        let at = |port: u16| format!("{scheme}:{port}");
+        let servers = match sentinels {
+            None => TierServers::Address(at(port)),
+            Some((ports, service, (user, password))) => TierServers::Sentinels {
+                addresses: ports.into_iter().map(at).collect(),
+                service,
+                user: Some(user),
+                password: Some(Secret::new(password)),
+            },
+        };
         let access = TierAccess {
-            address: format!("{scheme}:{port}"),
+            servers,
             timeout,
             user,
             password: password.map(Secret::new),
