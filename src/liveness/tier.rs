@@ -76,7 +76,7 @@ const MAX_ADDRESSES: usize = 16;
 /// The bounds of `timeout`. A remote store cannot answer in less, and no caller should wait longer for one.
 const TIMEOUTS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
-/// The settings of the shared tier. Without an address or Sentinels there is none.
+/// The settings of the shared tier. Without an address, Sentinels or a cluster there is none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct TierSettings {
@@ -84,6 +84,8 @@ pub struct TierSettings {
     pub address: Option<String>,
     /// The Sentinels that name the store's address, in place of it.
     pub sentinel: SentinelSettings,
+    /// The cluster that the store is, in place of an address.
+    pub cluster: ClusterSettings,
     /// The user of the store's access list. If not set, the store's default user.
     pub user: Option<String>,
     /// The file with the user's password.
@@ -113,6 +115,14 @@ pub struct SentinelSettings {
     pub user: Option<String>,
     /// The file with that user's password.
     pub password_file: Option<PathBuf>,
+}
+
+/// A cluster, one node of which has all values.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(default)]
+pub struct ClusterSettings {
+    /// The addresses of some of its nodes, as in `address`. They name the node that has the values.
+    pub addresses: Vec<String>,
 }
 
 /// The settings, with the contents of the files.
@@ -150,6 +160,8 @@ pub enum TierServers {
         /// That user's password.
         password: Option<Secret>,
     },
+    /// In the cluster of these nodes.
+    Nodes(Vec<String>),
 }
 
 /// The tier could not be set up.
@@ -251,6 +263,7 @@ impl Default for TierSettings {
         Self {
             address: None,
             sentinel: SentinelSettings::default(),
+            cluster: ClusterSettings::default(),
             user: None,
             password_file: None,
             ca_file: None,
@@ -270,7 +283,8 @@ impl TierSettings {
 
     fn places(&self) -> Vec<&'static str> {
         let sentinel = !self.sentinel.addresses.is_empty() || self.sentinel.service.is_some();
-        let set = [("tier.address", self.address.is_some()), ("tier.sentinel", sentinel)];
+        let cluster = !self.cluster.addresses.is_empty();
+        let set = [("tier.address", self.address.is_some()), ("tier.sentinel", sentinel), ("tier.cluster", cluster)];
         set.into_iter().filter(|(_, is_set)| *is_set).map(|(place, _)| place).collect()
     }
 
@@ -278,6 +292,9 @@ impl TierSettings {
     pub fn servers(&self, sentinel_password: Option<Secret>) -> Option<TierServers> {
         if let Some(address) = &self.address {
             return Some(TierServers::Address(address.clone()));
+        }
+        if !self.cluster.addresses.is_empty() {
+            return Some(TierServers::Nodes(self.cluster.addresses.clone()));
         }
         let SentinelSettings { service, addresses, user, .. } = self.sentinel.clone();
         Some(TierServers::Sentinels { addresses, service: service?, user, password: sentinel_password })
@@ -296,10 +313,9 @@ impl TierSettings {
             let users = [("user", user), ("sentinel.user", &self.sentinel.user)];
             let users = users.into_iter().filter(|(_, user)| user.is_some()).map(|(key, _)| key);
             for key in files.filter(|(_, file)| file.is_some()).map(|(key, _)| key).chain(users) {
-                review.error(
-                    key,
-                    "is set, and tier.address and tier.sentinel are not: without one of them there is no shared tier",
-                );
+                let message =
+                    "is set, and none of tier.address, tier.sentinel and tier.cluster: without one there is no shared tier";
+                review.error(key, message);
             }
             return;
         };
@@ -309,6 +325,7 @@ impl TierSettings {
         }
         let mut addresses = self.review_address(review);
         addresses.extend(self.sentinel.review(review));
+        addresses.extend(review_list("cluster.addresses", &self.cluster.addresses, STORE_PORT, review));
         if key_file.is_none() {
             review.error("key_file", format!("is required with {place}; make one with `openssl rand -hex 32`"));
         }
@@ -386,7 +403,8 @@ impl Tier {
     /// Makes the tier. It does not connect yet.
     pub fn new(access: TierAccess) -> Result<Arc<Self>, TierSetupError> {
         let remote = Remote::new(&access).map_err(TierSetupError)?;
-        Ok(Self::over(Box::new(remote), access.timeout, access.keys, rand::random()))
+        let keys = if matches!(access.servers, TierServers::Nodes(_)) { access.keys.in_one_slot() } else { access.keys };
+        Ok(Self::over(Box::new(remote), access.timeout, keys, rand::random()))
     }
 
     /// Makes a tier over these connections. The seed determines its pauses.

@@ -127,6 +127,7 @@ fn a_tier_needs_an_encrypted_address_a_key_and_callers_of_equal_trust() {
         "tier: {address: 'rediss://valkey', key_file: /k, client_certificate_file: /c, client_key_file: /d}",
         "tier: {sentinel: {service: s, addresses: ['rediss://s1', 'rediss://s2:26380']}, key_file: /k}",
         "tier: {sentinel: {service: s, addresses: ['rediss://s'], user: u, password_file: /p}, key_file: /k, ca_file: /c}",
+        "tier: {cluster: {addresses: ['rediss://n1', 'rediss://n2:6380']}, key_file: /k, ca_file: /c}",
         "tier: {timeout: 100ms}",
         "callers: {unix_peers: [{uid: 1, role: workspace, workspaces: [w]}]}",
         "tier: {address: 'rediss://valkey', key_file: /k}\ncallers: {unix_peers: [{uid: 1}]}",
@@ -154,10 +155,10 @@ fn a_tier_needs_an_encrypted_address_a_key_and_callers_of_equal_trust() {
             "tier: {address: 'rediss://valkey', key_file: /k, client_key_file: /c}",
             "tier.client_certificate_file: is required with tier.client_key_file",
         ),
-        ("tier: {client_key_file: /k}", "tier.client_key_file: is set, and tier.address and tier.sentinel are not"),
-        ("tier: {key_file: /k}", "tier.key_file: is set, and tier.address and tier.sentinel are not"),
-        ("tier: {user: gate}", "tier.user: is set, and tier.address and tier.sentinel are not"),
-        ("tier: {sentinel: {user: u}}", "tier.sentinel.user: is set, and tier.address and tier.sentinel are not"),
+        ("tier: {client_key_file: /k}", "tier.client_key_file: is set, and none of tier.address, tier.sentinel and tier.cluster"),
+        ("tier: {key_file: /k}", "tier.key_file: is set, and none of tier.address, tier.sentinel and tier.cluster"),
+        ("tier: {user: gate}", "tier.user: is set, and none of tier.address, tier.sentinel and tier.cluster"),
+        ("tier: {sentinel: {user: u}}", "tier.sentinel.user: is set, and none of tier.address, tier.sentinel and tier.cluster"),
         ("tier: {sentinel: {service: s}, key_file: /k}", "tier.sentinel.addresses: is required with tier.sentinel.service"),
         ("tier: {sentinel: {addresses: ['rediss://s']}, key_file: /k}", "tier.sentinel.service: is required with"),
         ("tier: {sentinel: {service: s, addresses: ['rediss://s']}}", "tier.key_file: is required with tier.sentinel"),
@@ -188,6 +189,20 @@ fn a_tier_needs_an_encrypted_address_a_key_and_callers_of_equal_trust() {
         (
             "tier: {sentinel: {service: s, addresses: ['redis://[::1]']}, key_file: /k, ca_file: /c}",
             "tier.ca_file: is for rediss://",
+        ),
+        ("tier: {cluster: {addresses: ['rediss://n']}}", "tier.key_file: is required with tier.cluster"),
+        ("tier: {cluster: {addresses: ['redis://n']}, key_file: /k}", "tier.cluster.addresses[0]: is beyond this machine"),
+        (
+            "tier: {cluster: {addresses: ['rediss://n/1']}, key_file: /k}",
+            "tier.cluster.addresses[0]: selects a database; here it is 0",
+        ),
+        (
+            "tier: {address: 'rediss://v', cluster: {addresses: ['rediss://n']}, key_file: /k}",
+            "tier.cluster: is set beside tier.address",
+        ),
+        (
+            "tier: {cluster: {addresses: ['rediss://n']}, sentinel: {service: s, addresses: ['rediss://s']}, key_file: /k}",
+            "tier.cluster: is set beside tier.sentinel",
         ),
         ("tier: {sentinel: {adresses: []}}", "the nearest is `tier.sentinel.addresses`"),
         (

@@ -11,6 +11,7 @@
 #[expect(dead_code, reason = "most of it is of the other tests")]
 mod support;
 
+mod cluster;
 mod sentinel;
 
 use std::{

@@ -71,6 +71,13 @@ impl StoreAddress {
         }
         Ok(Self { host: host.to_owned(), port, ..*self })
     }
+
+    /// The server that this one refers to, as `HOST:PORT`. Without a host it is this one's.
+    pub(super) fn referred(&self, address: &str) -> Result<Self, RedisError> {
+        let parsed = address.rsplit_once(':').and_then(|(host, port)| Some((host, port.parse().ok()?)));
+        let (host, port) = parsed.ok_or((ErrorKind::Parse, "the server refers to no address"))?;
+        self.named(if host.is_empty() { &self.host } else { host }, port)
+    }
 }
 
 /// Whether this host, a name or an address, is this machine.
@@ -129,5 +136,22 @@ mod tests {
         for host in ["127.0.0.1", "::1", "localhost"] {
             assert_eq!(plain.named(host, 6380).ok(), Some(address(host, 6380, false, 0)), "{host}");
         }
+    }
+
+    #[test]
+    fn a_node_refers_to_another_by_host_and_port() {
+        let node = address("valkey-0", 6379, true, 0);
+        for (text, host, port) in [
+            ("10.1.2.3:6380", "10.1.2.3", 6380),
+            ("valkey-1:1", "valkey-1", 1),
+            ("2001:db8::1:6380", "2001:db8::1", 6380),
+            (":7", "valkey-0", 7),
+        ] {
+            assert_eq!(node.referred(text).ok(), Some(address(host, port, true, 0)), "{text}");
+        }
+        for wrong in ["", "valkey-1", "valkey-1:", "valkey-1:65536", "valkey-1:x"] {
+            assert_eq!(node.referred(wrong).map_err(|fault| fault.kind()), Err(ErrorKind::Parse), "{wrong}");
+        }
+        assert!(address("127.0.0.1", 1, false, 0).referred("10.1.2.3:6380").is_err(), "not encrypted");
     }
 }

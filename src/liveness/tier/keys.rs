@@ -14,7 +14,9 @@ use crate::{
 };
 
 /// The prefix of all names, with the version of the layout.
-pub(super) const PREFIX: &str = "bg1:";
+const PREFIX: &str = "bg1:";
+/// The same in a cluster. Between the braces is what its slot is determined by, so that all names are in one.
+pub(super) const ONE_SLOT: &str = "bg1:{tier}";
 /// The channel of notices.
 pub(super) const CHANNEL: &str = "bg1:news";
 /// Values are padded to this many bytes before they are sealed, so that the length reveals nothing.
@@ -29,7 +31,10 @@ const NOTICE_BYTES: usize = 33;
 const MIN_KEY_CHARACTERS: usize = 32;
 
 /// The keys of the tier: one key, or two during a rotation. The first is used to write, and both to read.
-pub struct TierKeys(Vec<TierKey>);
+pub struct TierKeys {
+    keys: Vec<TierKey>,
+    prefix: &'static str,
+}
 
 struct TierKey {
     names: hmac::Key,
@@ -122,12 +127,17 @@ impl TierKeys {
         if lines.len() == 2 && lines.first() == lines.last() {
             return Err("holds the same key twice".to_owned());
         }
-        Ok(Self(lines.into_iter().map(TierKey::of).collect()))
+        Ok(Self { keys: lines.into_iter().map(TierKey::of).collect(), prefix: PREFIX })
+    }
+
+    /// The same keys with names for a cluster.
+    pub(super) fn in_one_slot(self) -> Self {
+        Self { prefix: ONE_SLOT, ..self }
     }
 
     /// Under each key, the one that writes first.
     pub(super) fn names(&self, credential: &CredentialIdentity<'_>) -> Vec<Names> {
-        with_stack_wiped(|| self.0.iter().map(|key| key.names(credential)).collect())
+        with_stack_wiped(|| self.keys.iter().map(|key| key.names(credential, self.prefix)).collect())
     }
 
     /// What is counted of an organization or a platform, under the key that writes.
@@ -136,38 +146,38 @@ impl TierKeys {
             KeyLimit::Organization => b"organization",
             KeyLimit::Platform => b"platform",
         };
-        let id = self.0.first()?.id(purpose, &[of.as_bytes()]);
-        Some(Allowance { limit, name: format!("{PREFIX}{}:new-keys", hex(&id)), per_minute })
+        let id = self.keys.first()?.id(purpose, &[of.as_bytes()]);
+        Some(Allowance { limit, name: format!("{}{}:new-keys", self.prefix, hex(&id)), per_minute })
     }
 
     /// The starts at a provider, under the key that writes.
     pub(super) fn starts(&self, provider: &str, limit: StartLimit) -> Option<Starts> {
-        let id = self.0.first()?.id(b"provider", &[provider.as_bytes()]);
-        Some(Starts { name: format!("{PREFIX}{}:starts", hex(&id)), limit })
+        let id = self.keys.first()?.id(b"provider", &[provider.as_bytes()]);
+        Some(Starts { name: format!("{}{}:starts", self.prefix, hex(&id)), limit })
     }
 
     /// Seals a value with the first key. `None` if the value is too long or the encryption fails.
     pub(super) fn seal(&self, name: &Name, plain: &[u8]) -> Option<Vec<u8>> {
         let mut padded = vec![b' '; PLAIN_BYTES];
         padded.get_mut(..plain.len())?.copy_from_slice(plain);
-        self.0.first()?.seal(name.text.as_bytes(), padded)
+        self.keys.first()?.seal(name.text.as_bytes(), padded)
     }
 
     /// Opens a value that was sealed under this name with the key at this position.
     pub(super) fn open(&self, position: usize, name: &Name, sealed: &[u8]) -> Option<Vec<u8>> {
-        self.0.get(position)?.open(name.text.as_bytes(), sealed)
+        self.keys.get(position)?.open(name.text.as_bytes(), sealed)
     }
 
     /// Seals a notice with the first key.
     pub(super) fn seal_notice(&self, notice: Notice) -> Option<Vec<u8>> {
         let mut plain = notice.id.to_vec();
         plain.push(u8::from(notice.refused));
-        self.0.first()?.seal(CHANNEL.as_bytes(), plain)
+        self.keys.first()?.seal(CHANNEL.as_bytes(), plain)
     }
 
     /// Opens a notice, with any key.
     pub(super) fn open_notice(&self, sealed: &[u8]) -> Option<Notice> {
-        let plain = self.0.iter().find_map(|key| key.open(CHANNEL.as_bytes(), sealed))?;
+        let plain = self.keys.iter().find_map(|key| key.open(CHANNEL.as_bytes(), sealed))?;
         let (id, refused) = plain.split_first_chunk::<32>().filter(|_| plain.len() == NOTICE_BYTES)?;
         Some(Notice { id: *id, refused: refused == [1] })
     }
@@ -175,7 +185,7 @@ impl TierKeys {
 
 impl std::fmt::Debug for TierKeys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "TierKeys({})", self.0.len())
+        write!(f, "TierKeys({})", self.keys.len())
     }
 }
 
@@ -190,7 +200,7 @@ impl TierKey {
         })
     }
 
-    fn names(&self, credential: &CredentialIdentity<'_>) -> Names {
+    fn names(&self, credential: &CredentialIdentity<'_>, prefix: &str) -> Names {
         let CredentialIdentity { endpoint, client, value, model } = credential;
         let credential = self.id(b"credential", &[*endpoint, client, value.as_bytes()]);
         let with_model = |model: &str| self.id(b"model", &[&credential, model.as_bytes()]);
@@ -203,10 +213,10 @@ impl TierKey {
         let first = texts.first().cloned().unwrap_or_default();
         let observations = ids.into_iter().zip(texts);
         Names {
-            lease: format!("{PREFIX}{first}:lease"),
-            turn: format!("{PREFIX}{first}:turn"),
-            observations: observations.map(|(id, text)| Name { id, text: format!("{PREFIX}{text}") }).collect(),
-            breaker: Name { id: of_breaker, text: format!("{PREFIX}{}:breaker", hex(&of_breaker)) },
+            lease: format!("{prefix}{first}:lease"),
+            turn: format!("{prefix}{first}:turn"),
+            observations: observations.map(|(id, text)| Name { id, text: format!("{prefix}{text}") }).collect(),
+            breaker: Name { id: of_breaker, text: format!("{prefix}{}:breaker", hex(&of_breaker)) },
         }
     }
 
@@ -310,6 +320,34 @@ mod tests {
         assert_eq!(base, name(&[1; 32], [1, 0], "made-up-value", Model::Sometimes("m")), "equal on all replicas");
         let plain = [hex(blake3::hash(b"made-up-value").as_bytes()), "made-up".to_owned()];
         assert!(plain.iter().all(|plain| !format!("{base:?}").contains(plain)));
+    }
+
+    #[test]
+    fn in_a_cluster_every_name_has_the_same_slot() {
+        let limit = StartLimit {
+            per_second: NonZeroU32::MIN,
+            longest: Duration::ZERO,
+            longest_for_new: Duration::ZERO,
+            head_start: Duration::ZERO,
+            queue_time: Duration::ZERO,
+        };
+        let names = |keys: &TierKeys| {
+            let mut all = Vec::new();
+            for names in keys.names(&credential(&[1; 32], "made-up", Model::Sometimes("m"))) {
+                all.extend([names.lease, names.turn, names.breaker.text]);
+                all.extend(names.observations.into_iter().map(|name| name.text));
+            }
+            all.push(keys.allowance(KeyLimit::Platform, "made-up", NonZeroU32::MIN).unwrap().name);
+            all.push(keys.starts("made-up", limit).unwrap().name);
+            all
+        };
+        let both = format!("{NEW}\n{OLD}");
+        let (alone, clustered) = (names(&keys(&both)), names(&keys(&both).in_one_slot()));
+        assert_eq!(alone.len(), 12);
+        // The hash of a slot is that of the text between the first braces. The rest is as without a cluster.
+        for (alone, clustered) in alone.iter().zip(&clustered) {
+            assert_eq!(Some(clustered.as_str()), alone.strip_prefix("bg1:").map(|rest| format!("bg1:{{tier}}{rest}")).as_deref());
+        }
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! Connections to the store: to the server at one address, or to the primary that Sentinels name.
+//! Connections to the store: to the server at one address, to the primary that Sentinels name, or to a cluster's node that has our slot.
 
 use std::time::Duration;
 
 use futures_util::future::select_ok;
 use redis::{
     AsyncConnectionConfig, Client, ClientTlsConfig, ConnectionAddr, ErrorKind, IntoConnectionInfo, RedisConnectionInfo,
-    RedisError, TlsCertificates,
+    RedisError, ServerErrorKind, TlsCertificates,
     aio::{MultiplexedConnection, PubSub},
     io::tcp::TcpSettings,
 };
@@ -16,6 +16,7 @@ use super::{
     TierAccess, TierServers,
     address::{SENTINEL_PORT, STORE_PORT, StoreAddress},
     identity::ClientIdentity,
+    keys::ONE_SLOT,
 };
 use crate::{core::engine::Boxed, domain::secret::Secret};
 
@@ -52,6 +53,7 @@ pub(super) struct Remote {
 enum Way {
     Address(StoreAddress),
     Sentinels { addresses: Vec<StoreAddress>, service: String, login: RedisConnectionInfo },
+    Nodes(Vec<StoreAddress>),
 }
 
 /// Opens a connection of one kind.
@@ -68,6 +70,9 @@ impl Way {
                 service: service.clone(),
                 login: login(user.as_deref(), password.as_ref()),
             },
+            TierServers::Nodes(addresses) => {
+                Self::Nodes(addresses.iter().map(|text| StoreAddress::parse(text, STORE_PORT)).collect::<Result<_, _>>()?)
+            }
         };
         // `select_ok` takes no empty list.
         if way.addresses().is_empty() { Err("no address is given".to_owned()) } else { Ok(way) }
@@ -77,7 +82,7 @@ impl Way {
     fn addresses(&self) -> &[StoreAddress] {
         match self {
             Self::Address(address) => std::slice::from_ref(address),
-            Self::Sentinels { addresses, .. } => addresses,
+            Self::Sentinels { addresses, .. } | Self::Nodes(addresses) => addresses,
         }
     }
 }
@@ -124,11 +129,16 @@ impl Remote {
     async fn open<T>(&self, open: Open<T>) -> Result<(StoreAddress, T), RedisError> {
         match &self.way {
             Way::Address(address) => self.open_at(address.clone(), open).await,
+            // All are asked at once and the first connection that comes about counts, so that no server that is away holds it up.
             Way::Sentinels { addresses, service, login } => {
-                // All are asked at once and the first connection to a primary counts, so that no server that is away holds it up.
                 let ways = addresses.iter().map(|sentinel| {
                     Box::pin(async move { self.open_at(self.primary(sentinel, service, login).await?, open).await })
                 });
+                select_ok(ways).await.map(|(opened, _)| opened)
+            }
+            Way::Nodes(addresses) => {
+                let ways =
+                    addresses.iter().map(|node| Box::pin(async move { self.open_at(self.owner(node).await?, open).await }));
                 select_ok(ways).await.map(|(opened, _)| opened)
             }
         }
@@ -152,6 +162,23 @@ impl Remote {
         let named: Option<(String, u16)> = question.query_async(&mut connection).await?;
         let (host, port) = named.ok_or((ErrorKind::MasterNameNotFoundBySentinel, "the Sentinel does not know this service"))?;
         sentinel.named(&host, port)
+    }
+
+    /// The node that has our slot, by what this node says: it either has it, or names the one that has.
+    async fn owner(&self, node: &StoreAddress) -> Result<StoreAddress, RedisError> {
+        let mut connection = for_commands(self.client(node, &self.login)?, self.timeout).await?;
+        // Any name of the slot will do, and any command that needs no further right.
+        let mut question = redis::cmd("PTTL");
+        question.arg(ONE_SLOT);
+        match question.query_async::<i64>(&mut connection).await {
+            Ok(_) => Ok(node.clone()),
+            Err(fault) => match (fault.kind(), fault.redirect_node()) {
+                // While the slot leaves it, it is still the owner, and refers to the next one for what it does not have.
+                (ErrorKind::Server(ServerErrorKind::Ask), _) => Ok(node.clone()),
+                (_, Some((address, _))) => node.referred(address),
+                _ => Err(fault),
+            },
+        }
     }
 }
 

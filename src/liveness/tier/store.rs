@@ -422,8 +422,10 @@ impl Store {
 /// Whether the next command needs another connection.
 fn ends_connection(fault: ErrorKind) -> bool {
     match fault {
-        // Another server is the primary by now.
-        ErrorKind::Server(ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown) => true,
+        // Another server is the primary by now, or has the slot.
+        ErrorKind::Server(
+            ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown | ServerErrorKind::Moved | ServerErrorKind::ClusterDown,
+        ) => true,
         // The server itself replied, so the connection is not broken.
         ErrorKind::Server(_) | ErrorKind::Extension => false,
         _ => true,

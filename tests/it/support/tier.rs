@@ -34,6 +34,8 @@ pub(crate) struct Way {
     pub(crate) port: u16,
     /// The Sentinels that name the store, in place of the port: their ports, the name, and the login.
     pub(crate) sentinels: Option<(Vec<u16>, String, (String, String))>,
+    /// The ports of nodes of the cluster that the store is, in place of the port.
+    pub(crate) nodes: Vec<u16>,
     pub(crate) keys: String,
     pub(crate) login: Option<(String, String)>,
     /// Over TLS, trusting this authority.
@@ -55,6 +57,7 @@ impl Way {
         Self {
             port,
             sentinels: None,
+            nodes: Vec::new(),
             keys: KEY.to_owned(),
             login: None,
             ca: None,
@@ -64,11 +67,12 @@ impl Way {
     }
 
     pub(crate) fn tier(&self) -> Arc<Tier> {
-        let Self { port, sentinels, keys, login, ca, identity, timeout } = self.clone();
+        let Self { port, sentinels, nodes, keys, login, ca, identity, timeout } = self.clone();
         let scheme = if ca.is_some() { "rediss://localhost" } else { "redis://127.0.0.1" };
         let (user, password) = login.unzip();
         let at = |port: u16| format!("{scheme}:{port}");
         let servers = match sentinels {
+            None if !nodes.is_empty() => TierServers::Nodes(nodes.into_iter().map(at).collect()),
             None => TierServers::Address(at(port)),
             Some((ports, service, (user, password))) => TierServers::Sentinels {
                 addresses: ports.into_iter().map(at).collect(),
