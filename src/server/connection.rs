@@ -308,7 +308,7 @@ impl Connection {
         let watch = is_watch.then(|| counts.watches.enter(peer)).transpose()?;
         let bytes = context.bytes.call(caller.is_some());
         let request = request.map(|body| CountedBody::new(body, Arc::clone(&bytes)));
-        let permits = CallPermits { _unknown: unknown, _watch: watch, _bytes: bytes };
+        let permits = CallPermits { unknown, _watch: watch, _bytes: bytes };
         match (method, caller) {
             (Some(method), Some(caller)) => context.service_call(request, method, caller, record, permits),
             (_, _) => context.route(request, !is_watch, permits),
@@ -337,7 +337,7 @@ impl ConnectionContext {
         let deadline = Deadline::within(given, cap).ok_or_else(deadline_exceeded)?;
         let service = PolicyDecisionServiceServer::new(self.service.to(caller, deadline, Arc::clone(record)));
         let response = service.max_decoding_message_size(limit).call(request);
-        Ok(CallInFlight { response, end: Some(deadline.end), limit, is_batch, permits, streams: is_batch })
+        Ok(CallInFlight { response, end: Some(deadline.end), limit, is_batch, permits, holds_permits: is_batch })
     }
 
     /// Calls health or reflection. They have a deadline like every call, but a health watch has none.
@@ -347,11 +347,13 @@ impl ConnectionContext {
         let end = if ends { Some(deadline()?.end) } else { None };
         let limit = self.limits.message_bytes;
         let response = Box::pin(self.routes.clone().call(request));
-        Ok(CallInFlight { response, end, limit, is_batch: false, permits, streams: !ends })
+        // An unknown caller that reads no answer holds its place until the answer is read, or cut off.
+        let holds_permits = !ends || permits.unknown.is_some();
+        Ok(CallInFlight { response, end, limit, is_batch: false, permits, holds_permits })
     }
 
     async fn finish(&self, started: Result<CallInFlight, Box<Response<Body>>>, call_guard: CallGuard) -> Response<Body> {
-        let CallInFlight { mut response, end, limit, is_batch, permits, streams } = match started {
+        let CallInFlight { mut response, end, limit, is_batch, permits, holds_permits } = match started {
             Ok(started) => started,
             Err(response) => return *response,
         };
@@ -375,7 +377,9 @@ impl ConnectionContext {
         let Ok(response) = answered;
         match contract_error(&response, limit, is_batch) {
             Some(status) => status.into_http(),
-            None if streams => response.map(|body| Body::new(GuardedBody { body, _permits: permits, _call_guard: call_guard })),
+            None if holds_permits => {
+                response.map(|body| Body::new(GuardedBody { body, _permits: permits, _call_guard: call_guard }))
+            }
             None => response,
         }
     }
@@ -413,18 +417,18 @@ struct CallInFlight {
     limit: usize,
     is_batch: bool,
     permits: CallPermits,
-    /// Whether it goes on after its first message.
-    streams: bool,
+    /// Whether it holds its permits until its answer has been sent.
+    holds_permits: bool,
 }
 
-/// What a call takes from the limits over all connections. It is given back when the call is answered.
+/// What a call takes from the limits over all connections. It is given back when the call is answered, or when its answer has been sent.
 struct CallPermits {
-    _unknown: Option<CallPermit>,
+    unknown: Option<CallPermit>,
     _watch: Option<CallPermit>,
     _bytes: Arc<super::request_body::CallBytes>,
 }
 
-/// The body of a streaming answer. It holds the call's permits until the stream ends.
+/// The body of an answer that holds the call's permits until it has been sent.
 struct GuardedBody {
     body: Body,
     _permits: CallPermits,

@@ -22,6 +22,7 @@ use byok_gate::{
     },
 };
 use futures_util::StreamExt;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -36,7 +37,7 @@ use tonic_types::StatusExt;
 use crate::support::{
     binary::{PATIENCE, Serving, run},
     case::{self, Spec},
-    edge::{Authority, Edge, Held, decide, grpc, is_allow, raw, settings, tls_channel, tls_client},
+    edge::{Authority, Edge, Held, code_of, decide, grpc, is_allow, raw, settings, tls_channel, tls_client},
     gate::Files,
     page::Shown,
     prober::Scripted,
@@ -218,6 +219,35 @@ async fn unfinished_health_checks_are_few_and_end() {
         assert_eq!(Status::from_header_map(response.headers()).unwrap().code(), Code::DeadlineExceeded);
     }
     HealthClient::new(edge.plain().await).check(HealthCheckRequest::default()).await.unwrap();
+}
+
+/// A health check whose answer nobody reads keeps its place: otherwise unread answers would fill the memory.
+#[tokio::test]
+async fn unread_answers_to_unknown_callers_are_few() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    fs::write(&file, "made-up-token-of-the-platform\n").unwrap();
+    let mut settings = settings();
+    settings.callers.token_file = Some(file);
+    settings.limits.unknown_calls = 2;
+    let edge = Edge::start(settings, Held::new(true).engine()).await;
+    let stream = TcpStream::connect(edge.tcp()).await.unwrap();
+    let mut builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+    let (mut deaf, connection) = builder.initial_stream_window_size(0).handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let mut unread = Vec::new();
+    for _ in 0..2 {
+        let response = deaf.send_request(grpc(CHECK, &[], &[])).await.unwrap();
+        assert!(Status::from_header_map(response.headers()).is_none(), "{response:?}");
+        unread.push(response);
+    }
+    let mut other = raw(edge.tcp()).await;
+    assert_eq!(code_of(&mut other, grpc(CHECK, &[], &[])).await, Code::ResourceExhausted);
+    // Places come back.
+    drop(unread);
+    while code_of(&mut other, grpc(CHECK, &[], &[])).await != Code::Ok {
+        tokio::task::yield_now().await;
+    }
 }
 
 /// Bytes being read have one limit over all calls, and a far lower one for unknown callers.
