@@ -129,7 +129,7 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     let catalogue = found.document(catalogue_file, |document, bytes| {
         files::checking(|| match bytes {
             None => Catalogue::embedded(),
-            Some(bytes) => Catalogue::overlaid(document, bytes),
+            Some(bytes) => Catalogue::embedded()?.value.overlaid(document, bytes),
         })
     });
     let now = SystemTime::now();

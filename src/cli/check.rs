@@ -151,7 +151,7 @@ pub(super) fn catalogue(path: Option<&PathBuf>) -> Checked<Catalogue> {
     let document = config::source_of(path);
     match path {
         None => Catalogue::embedded(),
-        Some(path) => Catalogue::overlaid(&document, &bytes(path)?),
+        Some(path) => Catalogue::embedded()?.value.overlaid(&document, &bytes(path)?),
     }
     .map(|loaded| (document, loaded))
 }

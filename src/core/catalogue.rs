@@ -325,11 +325,10 @@ impl Catalogue {
         Ok(Loaded { value, warnings })
     }
 
-    /// The built-in catalogue with an operator's document on top. The document replaces all rows of the hosts that it names.
-    pub fn overlaid(document: &str, bytes: &[u8]) -> Result<Loaded<Self>, Problems> {
-        let base = Self::embedded()?;
-        let over = check::check(document, bytes)?;
-        Ok(Loaded { value: base.value.overlay(over.value), warnings: over.warnings })
+    /// This catalogue with an operator's document on top. The document replaces all rows of the hosts that it names.
+    pub fn overlaid(&self, document: &str, bytes: &[u8]) -> Result<Loaded<Self>, Problems> {
+        let Loaded { value, warnings } = check::check(document, bytes)?;
+        Ok(Loaded { value: self.clone().overlay(value), warnings })
     }
 
     fn overlay(mut self, over: Self) -> Self {

@@ -65,7 +65,7 @@ pub static CASES: LazyLock<Snapshot> = LazyLock::new(|| {
     let registry = include_str!("../cases/registry.yaml").replace("__PORT__", "1");
     let catalogue = include_str!("../cases/catalogue.yaml").replace("__PORT__", "1");
     let registry = Registry::parse("registry", registry.as_bytes(), &|_| None).expect("the cases' registry stands").value;
-    let catalogue = Catalogue::overlaid("catalogue", catalogue.as_bytes()).expect("the cases' catalogue stands").value;
+    let catalogue = EMBEDDED.catalogue.overlaid("catalogue", catalogue.as_bytes()).expect("the cases' catalogue stands").value;
     snapshot(Arc::new(registry), Arc::new(catalogue))
 });
 

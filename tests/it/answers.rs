@@ -41,7 +41,7 @@ async fn every_recipe_reads_its_servers_answers() {
     assert!(recipes.len() >= 9, "{recipes:?}");
     for recipe in recipes {
         let name = recipe.file_stem().unwrap().to_str().unwrap().to_owned();
-        let catalogue = Catalogue::overlaid(&name, &fs::read(&recipe).unwrap()).unwrap();
+        let catalogue = Catalogue::embedded().unwrap().value.overlaid(&name, &fs::read(&recipe).unwrap()).unwrap();
         assert!(catalogue.warnings.is_empty(), "{name}: {:?}", catalogue.warnings);
         let file = root.join(format!("tests/fixtures/recipes/{name}.jsonl"));
         let ended = run(&["classify", "--batch", file.to_str().unwrap(), "--probe-catalog", recipe.to_str().unwrap()], &[]).await;

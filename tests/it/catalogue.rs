@@ -138,7 +138,7 @@ fn patterns_name_hosts_and_nobody_elses() {
         \u{20} - {host: both.acme.example, protocol: anthropic, vendor: messages}\n\
         \u{20} - {host: both.acme.example, protocol: openai, vendor: chat}\n\
         \u{20} - {host: half.acme.example, protocol: openai, vendor: half}\n";
-    let catalogue = Catalogue::overlaid("test", document.as_bytes()).unwrap().value;
+    let catalogue = Catalogue::embedded().unwrap().value.overlaid("test", document.as_bytes()).unwrap().value;
     let vendor = |host: &str, protocol| catalogue.row(host, "/v1", protocol).map(|row| row.vendor.clone());
     for (host, expected) in [
         ("a.llm.acme.example", Some("acme")),
@@ -201,7 +201,9 @@ fn the_embedded_catalogue_is_wide_and_cheap() {
 
 #[track_caller]
 fn problems(document: &str) -> Vec<String> {
-    let Err(Problems { list, .. }) = Catalogue::overlaid("test", document.as_bytes()) else { panic!("it stands: {document}") };
+    let Err(Problems { list, .. }) = Catalogue::embedded().unwrap().value.overlaid("test", document.as_bytes()) else {
+        panic!("it stands: {document}")
+    };
     list.iter().map(ToString::to_string).collect()
 }
 
@@ -224,7 +226,7 @@ fn faulty_documents_are_told_all_their_problems() {
 }
 
 fn home_of(document: &str, provider: &str) -> Option<String> {
-    let catalogue = Catalogue::overlaid("test", document.as_bytes()).unwrap().value;
+    let catalogue = Catalogue::embedded().unwrap().value.overlaid("test", document.as_bytes()).unwrap().value;
     catalogue.home(provider).map(ToString::to_string)
 }
 
@@ -238,7 +240,8 @@ fn an_overlay_moves_a_provider_and_takes_its_home_away() {
     assert_eq!(home_of(&row("dashscope-intl.aliyuncs.com", ""), "alibaba"), None);
     let unprobed = "catalogue_version: 1\nunprobed:\n  arcee: {reason: TENANT_ENDPOINT, note: x}\n";
     assert_eq!(home_of(unprobed, "arcee"), None);
-    let catalogue = Catalogue::overlaid("test", row("llm.acme.example", ", providers: [ollama]").as_bytes()).unwrap().value;
+    let document = row("llm.acme.example", ", providers: [ollama]");
+    let catalogue = Catalogue::embedded().unwrap().value.overlaid("test", document.as_bytes()).unwrap().value;
     assert!(catalogue.unprobed("ollama").is_none() && catalogue.home("ollama").is_some());
 }
 

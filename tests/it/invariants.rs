@@ -45,7 +45,7 @@ fn snapshot(policy: Policy) -> Snapshot {
     let origin = Origin { source: "test".into(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
     Snapshot::new(
         Arc::new(Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value),
-        Arc::new(Catalogue::overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
+        Arc::new(Catalogue::embedded().unwrap().value.overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
         Arc::new(policy),
         origin.clone(),
         origin,

@@ -188,7 +188,7 @@ async fn by_the_core_alone() {
     let (registry, catalogue) = case::documents(PORT);
     let documents = (
         Arc::new(Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value),
-        Arc::new(Catalogue::overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
+        Arc::new(Catalogue::embedded().unwrap().value.overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
     );
     let (mut ran, mut faults) = (0, Vec::new());
     for (name, case) in case::all() {
@@ -213,7 +213,7 @@ fn an_owner_by_names_alone() {
     let origin = Origin { source: "test".into(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
     let snapshot = Snapshot::new(
         Arc::new(Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value),
-        Arc::new(Catalogue::overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
+        Arc::new(Catalogue::embedded().unwrap().value.overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
         Arc::new(policy),
         origin.clone(),
         origin,

@@ -237,7 +237,7 @@ fn the_documentations_examples_load() {
     let loaded = parsed(block("registry.md", "").as_bytes()).unwrap_or_else(|list| panic!("{}", told(&list)));
     assert_eq!(told(&loaded.warnings), "line 3: providers: none is named `platform`: nothing can be billed to the platform\n");
     let row = block("liveness.md", "   ");
-    let loaded = Catalogue::overlaid("test", row.trim_start().as_bytes()).unwrap();
+    let loaded = Catalogue::embedded().unwrap().value.overlaid("test", row.trim_start().as_bytes()).unwrap();
     assert!(loaded.value.row("api.acme.example", "/v1", Protocol::OpenAi).is_some() && loaded.warnings.is_empty());
 }
 
@@ -300,7 +300,7 @@ mod any_bytes {
 
     fn read(bytes: &[u8]) {
         drop(Registry::parse("test", bytes, &|_| None));
-        drop(Catalogue::overlaid("test", bytes));
+        drop(Catalogue::embedded().unwrap().value.overlaid("test", bytes));
     }
 
     proptest! {

@@ -319,7 +319,7 @@ fn reports_never_deny() {
     let mut snapshot = snapshot();
     let text = "catalogue_version: 1\nruntimes: {claude-code: {version: x, sources: [x], certainty: reported, trims: both_ends, \
                 sends: {ANTHROPIC_API_KEY: x-api-key, ANTHROPIC_AUTH_TOKEN: bearer}, surface: messages}}\n";
-    let catalogue = Catalogue::overlaid("test", text.as_bytes()).unwrap().value;
+    let catalogue = Catalogue::embedded().unwrap().value.overlaid("test", text.as_bytes()).unwrap().value;
     let origin = snapshot.registry_origin.clone();
     snapshot =
         Snapshot::new(Arc::clone(&snapshot.registry), Arc::new(catalogue), Arc::clone(&snapshot.policy), origin.clone(), origin);

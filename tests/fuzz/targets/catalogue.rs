@@ -3,15 +3,12 @@
 
 use std::sync::Arc;
 
-use byok_gate::{
-    core::{catalogue::Catalogue, endpoint::target},
-    domain::verdict::Verdict,
-};
-use byok_gate_fuzz::{CASES, decide, question, snapshot};
+use byok_gate::{core::endpoint::target, domain::verdict::Verdict};
+use byok_gate_fuzz::{CASES, EMBEDDED, decide, question, snapshot};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|input: &[u8]| {
-    let Ok(loaded) = Catalogue::overlaid("catalogue", input) else { return };
+    let Ok(loaded) = EMBEDDED.catalogue.overlaid("catalogue", input) else { return };
     let snapshot = snapshot(Arc::clone(&CASES.registry), Arc::new(loaded.value));
     for provider in snapshot.registry.providers() {
         let Ok(target) = target(provider, &snapshot.catalogue, "acme-large/../x?y#z@evil.example") else { continue };

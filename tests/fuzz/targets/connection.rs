@@ -131,7 +131,7 @@ fuzz_target!(|input: &[u8]| {
     let (runtime, path, _) = &*SERVER;
     let bytes = written(input);
     let mut stream = UnixStream::connect(path).expect("it still accepts");
-    stream.set_read_timeout(Some(Duration::from_secs(20))).expect("a socket");
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("a socket");
     drop(stream.write_all(&bytes));
     drop(stream.shutdown(Shutdown::Write));
     let (mut chunk, mut answered) = ([0; 16 * 1024], 0);
