@@ -118,11 +118,6 @@ impl ForeignSecrets {
         found.filter(|shape| shape.key_of.is_none() || shape.key_of.as_deref() != vendor).map(|shape| shape.what.as_str())
     }
 
-    /// The number of known kinds.
-    pub fn count(&self) -> usize {
-        self.by_prefix.iter().count() + self.by_infix.len()
-    }
-
     /// Adds these kinds.
     pub fn lay_over(&mut self, over: Self) {
         self.by_prefix.extend(over.by_prefix);

@@ -146,4 +146,18 @@ mod tests {
         tokio::time::advance(Duration::from_secs(30)).await;
         assert_eq!([may(&workspace, "Decide"), may(&workspace, "Decide")], [Code::Ok, Code::ResourceExhausted]);
     }
+
+    #[test]
+    fn a_role_covers_what_may_no_more() {
+        let workspaces = |ids: &[&str]| Role::Workspace(ids.iter().map(|id| (*id).to_owned()).collect());
+        for (role, other, expect) in [
+            (Role::Platform, workspaces(&["a"]), true),
+            (workspaces(&["a", "b"]), workspaces(&["b"]), true),
+            (workspaces(&["b"]), workspaces(&["a", "b"]), false),
+            (workspaces(&["a"]), Role::Platform, false),
+            (Role::Operator, workspaces(&["a"]), false),
+        ] {
+            assert_eq!(role.covers(&other), expect, "{role} {other}");
+        }
+    }
 }

@@ -188,6 +188,7 @@ async fn every_grpc_timeout_has_a_defined_end_and_it_is_deadline_exceeded() {
         ("1n", Code::DeadlineExceeded),
         ("0S", Code::DeadlineExceeded),
         ("4m", Code::DeadlineExceeded),
+        ("0M", Code::DeadlineExceeded),
         // Capped, or no timeout at all: a decision that says TIMEOUT, before the end.
         ("99999999H", Code::Ok),
         ("0", Code::Ok),

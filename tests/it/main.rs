@@ -32,6 +32,7 @@ mod liveness;
 mod lookout;
 mod meter;
 mod model;
+mod models;
 mod network;
 mod observability;
 mod plan;

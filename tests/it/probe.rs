@@ -1,5 +1,7 @@
 //! `byok-gate probe`: its output, its exit codes, and what it never sends.
 
+use serde_json::{Value, json};
+
 use crate::support::{
     binary::{self, Ended},
     case,
@@ -67,6 +69,15 @@ async fn it_tells_every_call_of_the_ladder() {
     assert_eq!(ended.status.code(), Some(0));
     // The first model that some runtime lists.
     assert!(vendor.asked()[1].body.contains("acme-large"), "{:?}", vendor.asked());
+    let ended = probe(&vendor, &["--provider", "acme", "--explain", "--format", "json"], KEY).await;
+    let whole: Value = serde_json::from_str(&ended.stdout).unwrap();
+    assert_eq!(
+        (&whole["verdict"], &whole["probe"], &whole["upstream_status"]),
+        (&json!("VALID"), &json!("completion"), &json!(200))
+    );
+    let calls = whole["calls"].as_array().unwrap();
+    let statuses: Vec<_> = calls.iter().map(|call| (call["probe"].clone(), call["status"].clone())).collect();
+    assert_eq!(statuses, [(json!("models"), json!(403)), (json!("completion"), json!(200))]);
 }
 
 #[tokio::test]
