@@ -421,6 +421,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_key_too_many_names_its_limit() {
+        let Finding { verdict, withheld, used_up, .. } = Finding::one_too_many("new_keys.per_caller");
+        let expected = (Verdict::NotAttempted, Some(Withheld::NewKeys), Some("new_keys.per_caller"));
+        assert_eq!((verdict, withheld, used_up), expected);
+    }
+
+    #[test]
+    fn a_page_is_known_by_its_headers() {
+        for (name, value, expected) in [
+            ("content-type", "text/html; charset=utf-8", true),
+            ("content-type", "Application/XHTML+xml", true),
+            ("cf-mitigated", "challenge", true),
+            ("content-type", "application/json", false),
+            ("x-content-type", "text/html", false),
+        ] {
+            let headers = HeaderMap::from_iter([(HeaderName::from_static(name), HeaderValue::from_static(value))]);
+            assert_eq!(is_page(&headers), expected, "{name}: {value}");
+        }
+    }
+
+    #[test]
     fn a_caches_answer_is_known_by_its_headers() {
         let is_cached = |name: &'static str, value: &'static str| {
             let name = HeaderName::from_static(name);

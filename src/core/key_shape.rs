@@ -130,7 +130,8 @@ fn fault(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<M
 
 /// Whether the value has only the characters of nearly every key. A fold without early exit checks several bytes at a time.
 fn has_only_key_characters(value: &str) -> bool {
-    value.bytes().fold(true, |simple, byte| simple & (byte.is_ascii_alphanumeric() | matches!(byte, b'-' | b'_' | b'.')))
+    let is_usual = |byte| matches!(byte, b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'_' | b'.');
+    value.bytes().fold(true, |simple, byte| simple & is_usual(byte))
 }
 
 fn unprintable(value: &str) -> Option<Malformation> {
@@ -156,7 +157,7 @@ fn unprintable(value: &str) -> Option<Malformation> {
 /// What people save by mistake instead of a key, for values with unusual characters. No vendor's keys look like this.
 fn paste_mistake(value: &str, env_name: &str, is_key: &dyn Fn(&str) -> bool) -> Option<Malformation> {
     let first = value.bytes().next()?;
-    let around = |open: &str, close: &str| value.len() > 1 && value.starts_with(open) && value.ends_with(close);
+    let around = |open: &str, close: &str| value.starts_with(open) && value.ends_with(close);
     if value.contains("{{") && value.contains("}}") {
         return Some(Malformation::Template);
     }
@@ -286,7 +287,7 @@ const LONGEST_PLACEHOLDER: usize = 64;
 /// Checks a value that has only the characters of a key for placeholders.
 fn simple_placeholder(value: &str) -> Option<Malformation> {
     let last = value.bytes().next_back()?;
-    if value.bytes().fold(false, |dotted, byte| dotted | (byte == b'.')) && value.contains("...") {
+    if value.contains('.') && value.contains("...") {
         return Some(if value.ends_with("...") { Malformation::Placeholder } else { Malformation::Masked });
     }
     // `sk-xxxxxxxx` of any length.
@@ -340,6 +341,7 @@ mod tests {
     fn what_people_save_by_mistake_is_named() {
         use Malformation::*;
         let long = "made-up-key".repeat(8);
+        let (short_enough, too_long) = (format!("your-key-{}", "m".repeat(55)), format!("your-key-{}", "m".repeat(56)));
         for (value, expect) in [
             ("Bearer made-up-key", Some(BearerInFront)),
             ("bearer made-up-key", Some(BearerInFront)),
@@ -428,11 +430,21 @@ mod tests {
             ("@acme.example", None),
             ("made:up@acme.example", None),
             ("OTHER=made-up", None),
+            ("made-up=sk-made-up", None),
+            ("1K=sk-made-up", None),
+            ("made{{up", None),
+            ("made}}up", None),
+            ("made-up-x", None),
+            ("made-up-xx", None),
+            ("made-upxxxx", None),
             ("OTHER_TOKEN=made-up", Some(NameInFront)),
             ("_KEY=made-up", Some(NameInFront)),
             ("made-up\n", Some(ControlCharacter { at: 7, trailing: true })),
             ("made-up\n ", Some(ControlCharacter { at: 7, trailing: true })),
             (long.as_str(), None),
+            // A placeholder is short.
+            (short_enough.as_str(), Some(Placeholder)),
+            (too_long.as_str(), None),
         ] {
             assert_eq!(fault(value, "ACME_API_KEY", &|rest| rest.starts_with("sk-")), expect, "{value}");
         }
@@ -459,5 +471,9 @@ mod tests {
         ] {
             assert_eq!(holds_oauth_members(value), expect, "{value}");
         }
+        // Programs wrap a token once or twice. Deeper, it is not looked for.
+        let wrapped =
+            |times| (0..times).fold(r#"{"access_token": "made-up"}"#.to_owned(), |inner, _| format!(r#"{{"m": {inner}}}"#));
+        assert_eq!((holds_oauth_members(&wrapped(4)), holds_oauth_members(&wrapped(5))), (true, false));
     }
 }

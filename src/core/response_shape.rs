@@ -3,7 +3,10 @@
 //! Two responses are alike if status, kind of body and error code are the same and at most one word in eight differs. What changes in every response
 //! is left out first: words with a digit (ids, times, counts), very long words, and keys that are echoed whole or masked.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
+use std::{
+    cmp::Ordering,
+    hash::{DefaultHasher, Hash, Hasher},
+};
 
 use super::answer::{Answer, Body};
 
@@ -109,24 +112,19 @@ impl ResponseShape {
         let (mut one, mut two) = (self.words.iter().peekable(), other.words.iter().peekable());
         let (mut only_one, mut only_two) = (0, 0);
         loop {
-            match (one.peek(), two.peek()) {
-                (Some(left), Some(right)) if left == right => {
-                    one.next();
-                    two.next();
-                }
-                (Some(left), Some(right)) if left < right => {
-                    one.next();
-                    only_one += 1;
-                }
-                (_, Some(_)) => {
-                    two.next();
-                    only_two += 1;
-                }
-                (Some(_), None) => {
-                    one.next();
-                    only_one += 1;
-                }
+            let order = match (one.peek(), two.peek()) {
+                (Some(left), Some(right)) => left.cmp(right),
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
                 (None, None) => return (only_one, only_two),
+            };
+            only_one += usize::from(order.is_lt());
+            only_two += usize::from(order.is_gt());
+            if order.is_le() {
+                one.next();
+            }
+            if order.is_ge() {
+                two.next();
             }
         }
     }
@@ -179,9 +177,16 @@ mod tests {
             (401, "Unauthorized (req_0b77de, 12:08:01)", "made-up-key-two"),
         );
         check_alike(true, (401, "key tenant-one is unknown", "tenant-one"), (401, "key sk-made-up is unknown", "sk-made-up"));
-        let masked =
-            |tail: &str| format!(r#"{{"error":{{"message":"Incorrect API key provided: sk-ab***{tail}.","code":"x"}}}}"#);
-        check_alike(true, (401, &masked("wxyz"), "made-up-key-one"), (401, &masked("qrst"), "made-up-key-two"));
+        for stars in ["***", "...", "\u{2026}"] {
+            let masked = |tail: &str| format!(r#"{{"error":{{"message":"Incorrect API key: sk-ab{stars}{tail}."}}}}"#);
+            check_alike(true, (401, &masked("wxyz"), "made-up-key-one"), (401, &masked("qrst"), "made-up-key-two"));
+        }
+        // A key within a word, a part of a key, and what is too long for a word.
+        check_alike(true, (401, "no user of/tenant-one/here", "tenant-one"), (401, "no user of/sk-made-up/here", "sk-made-up"));
+        check_alike(true, (401, "no key tenant-one", "tenant-one-and-more"), (401, "no key sk-made-up", "sk-made-up-and-more"));
+        let word = |letter: &str, count| format!("no session {}", letter.repeat(count));
+        check_alike(true, (401, &word("k", 40), "made-up-key-one"), (401, &word("w", 33), "made-up-key-two"));
+        check_alike(false, (401, &word("k", 32), "made-up-key-one"), (401, &word("w", 32), "made-up-key-two"));
         let with_id =
             |id: &str| format!(r#"{{"type":"error","error":{{"type":"x","message":"no such key"}},"request_id":"{id}"}}"#);
         check_alike(true, (400, &with_id("reqabcdefgh"), "made-up-key-one"), (400, &with_id("reqijklmnop"), "made-up-key-two"));
@@ -214,6 +219,15 @@ mod tests {
         // A key that is masked with a character beyond ASCII is recognised too.
         let masked = |tail: &str| format!("unknown key sk-ab\u{2026}{tail}");
         check_alike(true, (401, &masked("wxyz"), "made-up-key-one"), (401, &masked("qrst"), "made-up-key-two"));
+    }
+
+    #[test]
+    fn a_long_body_is_compared_up_to_a_limit() {
+        let words = |first: usize, count| (first..first + count).map(|word| "k".repeat(word % 20 + 8)).collect::<Vec<_>>();
+        let body = |tail: &str| [words(0, 100), vec![tail.to_owned(); 50]].concat().join(" ");
+        check_alike(false, (401, &body("unknown"), "made-up-key-one"), (401, &body("locked"), "made-up-key-two"));
+        let long = "\u{4ee4}\u{724c}\u{65e0} ".repeat(1000);
+        assert_eq!(shape(401, &long, false, "made-up-key-one").words.len(), 2 * MAX_WORDS);
     }
 
     #[test]

@@ -219,6 +219,14 @@ fn a_logins_tokens_are_sent_nowhere() {
             };
             assert!(told.contains(expected), "{prefix} at {}: {told}", endpoint.host);
         }
+        // A login's file, too: where its vendor is asked it is told from a key, and elsewhere it is no key.
+        for (file, told_at) in [(r#"{"access_token": "made-up"}"#, &["google", "openai"][..]), (r#"{"type": "made-up"}"#, &[])] {
+            let told =
+                format!("{:?}", why_unsendable(&catalogue, &endpoint, "SOME_API_KEY", &Secret::new(file.to_owned()), true));
+            let is_of_vendor = endpoint.vendor.as_deref().is_some_and(|vendor| told_at.contains(&vendor));
+            let expected = if is_of_vendor { "NoSurface(OAuthShaped)" } else { "Malformed(Json)" };
+            assert!(told.contains(expected), "{file} at {}: {told}", endpoint.host);
+        }
         for prefix in ["1//0", "rt_", "sk-ant-ort01-"] {
             let token = Secret::new(format!("{prefix}{}", letters(None, 90)));
             let told = format!("{:?}", why_unsendable(&catalogue, &endpoint, "SOME_API_KEY", &token, true));

@@ -376,6 +376,8 @@ fn a_403_is_told_apart_by_what_a_made_up_key_gets() {
         }
     };
     comes_to(&world(DEAD), Verdict::Valid, None, &[OWN, "chat-completions bearer"]);
+    // A made-up key that is refused in words, whatever the status.
+    comes_to(&world((400, DEAD.1)), Verdict::Valid, None, &[OWN, "chat-completions bearer"]);
     // The list forbids every key: what the request that calls a model says counts.
     comes_to(&world(forbidden), Verdict::Valid, None, &[OWN, "chat-completions bearer"]);
     comes_to(&world((403, r#"{"error":{"code":"other"}}"#)), Verdict::Forbidden, Some(Cause::Status), &[OWN, OTHERS]);

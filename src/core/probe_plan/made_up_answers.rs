@@ -77,9 +77,7 @@ impl ProbePlan<'_> {
                     None => self.take_refusal_by_code(answer, false),
                 }
             }
-            (Classification::Forbidden(_), Calibration::Refuses { shape, in_words, .. }) if *in_words || shape.status == 401 => {
-                self.take_forbidden(answer);
-            }
+            (Classification::Forbidden(_), Calibration::Refuses { in_words: true, .. }) => self.take_forbidden(answer),
             (Classification::Forbidden(_), _) => {
                 self.take_refusal(self.finding(Verdict::Forbidden, Some(answer.reading.cause), Some(status)))
             }
