@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     path::PathBuf,
+    sync::LazyLock,
 };
 
 use byok_gate::{
@@ -63,9 +64,11 @@ pub(crate) fn corpus() -> Vec<Line> {
     files().iter().flat_map(lines).collect()
 }
 
+static EMBEDDED: LazyLock<Catalogue> = LazyLock::new(|| Catalogue::embedded().unwrap().value);
+
 #[test]
 fn the_corpus_is_wide_enough() {
-    let (corpus, catalogue) = (corpus(), Catalogue::embedded().unwrap().value);
+    let (corpus, catalogue) = (corpus(), &*EMBEDDED);
     let names: BTreeSet<&str> = corpus.iter().map(|line| line.case.as_str()).collect();
     assert_eq!(names.len(), corpus.len(), "a case's name appears twice");
     assert!(corpus.len() >= 460, "{} rows", corpus.len());
@@ -135,11 +138,10 @@ fn probe_of<'c>(line: &Line, catalogue: &'c Catalogue) -> Option<&'c Probe> {
 /// The probes that send the corpus's requests read their answers as it says.
 #[test]
 fn every_probe_reads_its_answers() {
-    let catalogue = Catalogue::embedded().unwrap().value;
     let (mut met, mut wrong) = (0, Vec::new());
     for line in corpus() {
         // `byok-gate classify` knows what is like a probe's request, too: `classify_reads_every_answer`.
-        let Some(probe) = probe_of(&line, &catalogue) else { continue };
+        let Some(probe) = probe_of(&line, &EMBEDDED) else { continue };
         let (body, headers) = (body_of(&line), HeaderMap::try_from(&line.headers.clone().into_iter().collect::<HashMap<_, _>>()));
         let page = is_page(&headers.unwrap());
         let answer = Answer { status: line.status, body: &body, truncated: line.truncated, page, retry_after: None };
@@ -164,8 +166,7 @@ proptest! {
     #[test]
     fn any_answer_is_read(status in 100_u16..=999, body in any_body(), truncated: bool, page: bool) {
         let answer = Answer { status, body: &body, truncated, page, retry_after: None };
-        let catalogue = Catalogue::embedded().unwrap().value;
-        for probe in catalogue.hosts().flat_map(|(_, rows)| rows).flat_map(|row| &row.probes) {
+        for probe in EMBEDDED.hosts().flat_map(|(_, rows)| rows).flat_map(|row| &row.probes) {
             let accepted = classify(answer, probe) == Classification::Accepted;
             prop_assert!(!accepted || (200..=299).contains(&status) || status == 400 && probe.name == "search");
         }

@@ -1,6 +1,9 @@
 //! The plan of a probe without a network: which requests, in which order and header, and the result.
 
-use std::{cell::Cell, sync::Arc};
+use std::{
+    cell::Cell,
+    sync::{Arc, LazyLock},
+};
 
 use HeaderFamily::{ApiKey, Bearer, XApiKey};
 use byok_gate::{
@@ -9,13 +12,15 @@ use byok_gate::{
         classify::{Answer, Calibration, Finding, ProbeResponse, calibration_of, read},
         endpoint::{Call, Endpoint, Preference, Target, target},
         endpoint_facts::{CalibrationQuestion, EndpointFacts, KnownRefusals},
+        made_up_key::KeyForm,
         probe_plan::{Client, Lesson, Next, ProbePlan, Requests},
         registry::Registry,
         response_shape::ResponseShape,
     },
     domain::{
         protocol::{HeaderFamily, Surface},
-        verdict::{Cause, MadeUpKey, Unreached, Verdict},
+        secret::Secret,
+        verdict::{Cause, MadeUpKey, Unreached, Verdict, Withheld},
     },
 };
 
@@ -47,13 +52,19 @@ struct Came {
     lessons: Vec<Lesson>,
 }
 
+static EMBEDDED: LazyLock<Catalogue> = LazyLock::new(|| Catalogue::embedded().unwrap().value);
+
 fn endpoint(url: &str, protocol: &str) -> Arc<Endpoint> {
+    endpoint_by(&EMBEDDED, url, protocol)
+}
+
+fn endpoint_by(catalogue: &Catalogue, url: &str, protocol: &str) -> Arc<Endpoint> {
     let registry = format!(
         "schema_version: 1\nproviders:\n  - {{name: house, display_name: x, protocol: {protocol}, auth_mode: x, auth_env: [X], \
          model_prefix_match: x, base_url_template: \"{url}\"}}\nruntimes: {{r: {{providers: [{{name: house}}]}}}}\n"
     );
     let registry = Registry::parse("test", registry.as_bytes(), &|_| None).unwrap().value;
-    target(&registry.providers()[0], &Catalogue::embedded().unwrap().value, "m").unwrap().endpoint
+    target(&registry.providers()[0], catalogue, "m").unwrap().endpoint
 }
 
 fn response(call: &Call, (status, body): (u16, &str)) -> ProbeResponse {
@@ -65,8 +76,18 @@ fn response(call: &Call, (status, body): (u16, &str)) -> ProbeResponse {
 }
 
 fn run(target: &Target, facts: &EndpointFacts, confirmed: bool, world: World<'_>) -> Came {
+    run_knowing(target, facts, Requests::UNKNOWN, confirmed, world)
+}
+
+/// The same where a key was accepted at the list before. So it does not refuse every key.
+fn run_beside_a_good_list(target: &Target, world: World<'_>) -> Came {
+    let requests = Requests { has_accepted: &|call, _| call.probe.surface == Surface::Models, ..Requests::UNKNOWN };
+    run_knowing(target, &EndpointFacts::default(), requests, false, world)
+}
+
+fn run_knowing(target: &Target, facts: &EndpointFacts, requests: Requests<'_>, confirmed: bool, world: World<'_>) -> Came {
     let client = Client { preference: target.preference, usual_header: target.endpoint.client_header, ..Client::default() };
-    let mut plan = ProbePlan::new(&target.calls, client, facts, Requests::UNKNOWN);
+    let mut plan = ProbePlan::new(&target.calls, client, facts, requests);
     let mut asked = Vec::new();
     let finding = loop {
         assert!(asked.len() < 40, "no end: {asked:?}");
@@ -118,6 +139,13 @@ fn comes_to_in_some_way(world: World<'_>, verdict: Verdict) {
     let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
     let came = run(&target, &EndpointFacts::default(), false, world);
     assert_eq!(came.finding.verdict, verdict, "{:?} {:?}", came.asked, came.finding);
+}
+
+#[track_caller]
+fn comes_to_because(world: World<'_>, verdict: Verdict, cause: Cause) {
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let came = run(&target, &EndpointFacts::default(), false, world);
+    assert_eq!((came.finding.verdict, came.finding.cause), (verdict, Some(cause)), "{:?} {:?}", came.asked, came.finding);
 }
 
 #[test]
@@ -192,6 +220,116 @@ fn a_refusal_is_never_lost() {
     comes_to_in_some_way(&world, Verdict::Invalid);
 }
 
+/// A list may look at a key's form alone: what it accepts in another header than the client's counts where a model is called, too.
+#[test]
+fn an_acceptance_in_another_header_is_confirmed_where_a_model_is_called() {
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let world = |called: (u16, &'static str)| {
+        move |surface, families: &[HeaderFamily], key| match (surface, key) {
+            (Surface::Models, Real) if families.contains(&ApiKey) => LIST,
+            (Surface::ChatCompletions, Real) if families == [ApiKey] => called,
+            _ => DEAD,
+        }
+    };
+    let walk = [OWN, OTHERS, "models x-api-key", "models api-key", "chat-completions api-key"];
+    let came = run_beside_a_good_list(&target, &world(CHAT));
+    let Finding { verdict, family, wrong_header, .. } = came.finding;
+    assert_eq!((verdict, family, wrong_header), (Verdict::Valid, Some(ApiKey), true));
+    assert_eq!(came.asked, walk);
+    assert_eq!(came.lessons, [Lesson::Family { right: ApiKey, wrong: vec![Bearer] }]);
+    for called in [(500, "oops"), (429, "slow"), (404, ""), (400, "{}"), SILENCE] {
+        let came = run_beside_a_good_list(&target, &world(called));
+        let Finding { verdict, family, cost_money, .. } = came.finding;
+        assert_eq!((verdict, family, cost_money), (Verdict::Invalid, Some(Bearer), true), "{called:?}");
+        assert_eq!((came.asked, came.lessons), (walk.map(str::to_owned).to_vec(), vec![]), "{called:?}");
+    }
+    // Where no request that calls a model takes this header, the list's word is all there is.
+    let rows = "catalogue_version: 1\nhosts:\n  - host: llm.acme.example\n    vendor: acme\n    probes:\n      \
+                - {name: models, path: '{base}/models', auth: [bearer, api-key], expect: {data: list}}\n      \
+                - {name: completion, method: POST, path: '{base}/chat/completions', auth: [bearer], body: {model: '{model}'}, \
+                expect: {choices: list}}\n";
+    let catalogue = Catalogue::overlaid("test", rows.as_bytes()).unwrap().value;
+    let target = Target::of(&endpoint_by(&catalogue, "https://llm.acme.example/v1", "openai"), "m");
+    let came = run_beside_a_good_list(&target, &world(DEAD));
+    assert_eq!((came.finding.verdict, came.asked), (Verdict::Valid, vec![OWN.to_owned(), "models api-key".to_owned()]));
+    // A "yes" that the key gets no second time is none.
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let asked = Cell::new(0);
+    let world = |_, families: &[HeaderFamily], key| {
+        asked.set(asked.get() + i32::from(key == Real));
+        match (families, key) {
+            ([Bearer], _) => DEAD,
+            (_, Real) if asked.get() == 2 => LIST,
+            _ => (400, "busy"),
+        }
+    };
+    let came = run_beside_a_good_list(&target, &world);
+    assert_eq!((came.finding.verdict, came.asked), (Verdict::Invalid, [OWN, OTHERS, OTHERS].map(str::to_owned).to_vec()));
+}
+
+/// What the list refused may be known where a model is called.
+#[test]
+fn a_refusal_of_the_list_yields_to_a_clear_word_on_the_key() {
+    let unpaid = (402, r#"{"error":{"code":"insufficient_credits"}}"#);
+    let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { DEAD } else { unpaid };
+    comes_to(&world, Verdict::QuotaExhausted, Some(Cause::CommonCode), &[OWN, CALLED_IN_ALL, CALLED]);
+    // One that only looks like that of a made-up key counts by a second one alone.
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, Key::None) => (500, "oops"),
+        (Surface::Models, _) => (400, r#"{"error":{"code":"x"}}"#),
+        _ => (429, "slow"),
+    };
+    comes_to(&world, Verdict::RateLimited, Some(Cause::Status), &[OWN, CALLED]);
+}
+
+/// A finding tells in which header the key was sent, whether the answer depends on the model, and whether it cost money.
+#[test]
+fn a_finding_tells_what_was_asked() {
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let told = |finding: Finding| (finding.verdict, finding.family, finding.about_model, finding.cost_money);
+    let came = run_beside_a_good_list(&target, &|_, _, _| DEAD);
+    assert_eq!(told(came.finding), (Verdict::Invalid, Some(Bearer), false, false));
+    let came =
+        run(&target, &EndpointFacts::default(), false, &|surface, _, _| if surface == Surface::Models { LIST } else { DEAD });
+    assert_eq!(told(came.finding), (Verdict::Invalid, Some(Bearer), true, true));
+    // The list's word counts, and the model was asked for nothing.
+    let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { (500, "oops") } else { (404, "") };
+    let came = run(&target, &EndpointFacts::default(), false, &world);
+    assert_eq!(told(came.finding), (Verdict::ProviderError, Some(Bearer), true, true));
+    let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), Requests::UNKNOWN);
+    plan.take_response(ProbeResponse::Exhausted);
+    let Next::Done(finding) = plan.proceed() else { panic!("not the end") };
+    assert_eq!((finding.verdict, finding.withheld), (Verdict::NotAttempted, Some(Withheld::Fault)));
+}
+
+/// What a made-up key is sent for decides how old an answer to it may be.
+#[test]
+fn each_question_is_asked_for_what_it_decides() {
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let form = Some(KeyForm::of(&Secret::new("made-up-key".to_owned())));
+    let questions = |list: (u16, &str), called: (u16, &str)| {
+        let client = Client { key_form: form, ..Client::default() };
+        let mut plan = ProbePlan::new(&target.calls, client, &EndpointFacts::default(), Requests::UNKNOWN);
+        let mut questions = Vec::new();
+        loop {
+            match plan.proceed() {
+                Next::Done(_) => break questions,
+                Next::Ask { call, .. } => {
+                    plan.take_response(response(call, if call.probe.surface == Surface::Models { list } else { called }));
+                }
+                Next::Calibrate { question, .. } => {
+                    questions.push(question);
+                    plan.take_calibration(&Calibration::AcceptsAnyone);
+                }
+                Next::Keyless { .. } => plan.take_keyless(None),
+            }
+        }
+    };
+    let (own_form, any) = (CalibrationQuestion::Acceptance(form), CalibrationQuestion::Acceptance(None));
+    assert_eq!(questions(LIST, CHAT), [own_form, any]);
+    assert_eq!(questions((400, "{}"), CHAT), [CalibrationQuestion::Refusal, any]);
+}
+
 #[test]
 fn a_refusal_on_a_later_rung_outranks_a_list_that_accepts_anyone() {
     let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { LIST } else { DEAD };
@@ -207,6 +345,13 @@ fn a_refusal_on_a_later_rung_outranks_a_list_that_accepts_anyone() {
     assert_eq!(came.finding.made_up, MadeUpKey::Accepted);
     let world = |_, _: &[HeaderFamily], key| if key == MadeUp { (503, "") } else { LIST };
     comes_to(&world, Verdict::NotCalibrated, Some(Cause::MadeUpKeyUntold), &[OWN, "chat-completions bearer"]);
+    // Only a list that is known to accept anyone is asked again, whether every key is refused by now.
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, MadeUp) => (503, ""),
+        (Surface::Models, _) => LIST,
+        _ => (401, "no"),
+    };
+    comes_to(&world, Verdict::Invalid, Some(Cause::AsAMadeUpKey), &[OWN, CALLED, "chat-completions x-api-key+api-key"]);
 }
 
 #[test]
@@ -262,6 +407,19 @@ fn a_401_that_is_no_usual_refusal_counts_unless_made_up_keys_get_it_by_now() {
     for (at_model, expected) in [(CHAT, Verdict::Valid), (scope, Verdict::Invalid), ((500, "oops"), Verdict::Invalid)] {
         assert_eq!(come_by(&usual, None, [scope, at_model], unknown).0, expected, "{at_model:?}");
     }
+    // Where a model is called, it is about this key, although the list accepts anyone.
+    let refusals = |call: &Call, _| match call.probe.surface {
+        Surface::ChatCompletions => KnownRefusals { usual: usual.to_vec(), ..KnownRefusals::default() },
+        _ => KnownRefusals::default(),
+    };
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, _) => LIST,
+        (_, Real) => BANNED,
+        _ => unknown,
+    };
+    let requests = Requests { refusals: &refusals, ..Requests::UNKNOWN };
+    let came = run_knowing(&target, &EndpointFacts::default(), requests, false, &world);
+    assert_eq!(came.finding.verdict, Verdict::Invalid);
     // It is about this key, or a limit for the made-up one.
     for made_up in [unknown, (429, "slow"), (503, "busy"), (403, r#"{"error":{"message":"no"}}"#)] {
         let (verdict, questions) = come(&usual, None, BANNED, made_up);
@@ -307,6 +465,8 @@ fn a_dialect_is_a_refusal_only_by_proof() {
     comes_to(&|_, _, _| (400, r#"{"error":{"code":"x"}}"#), Verdict::UnexpectedResponse, Some(Cause::RequestRefused), &all);
     comes_to(&|_, _, _| PAGE, Verdict::UnexpectedResponse, Some(Cause::NoApiAtBaseUrl), &[OWN, completion[0]]);
     comes_to(&|_, _, _| (404, "{}"), Verdict::UnexpectedResponse, Some(Cause::NoApiAtBaseUrl), &[OWN, completion[0]]);
+    let silent = |_, _: &[HeaderFamily], key| if key == Key::None { SILENCE } else { (404, "{}") };
+    comes_to(&silent, Verdict::UnexpectedResponse, Some(Cause::NoApiAtBaseUrl), &[OWN, completion[0]]);
     comes_to(&|_, _, _| (302, ""), Verdict::UnexpectedResponse, Some(Cause::Redirect), &[OWN, completion[0]]);
     comes_to(&|_, _, _| (401, "<html>401</html>"), Verdict::UnexpectedResponse, Some(Cause::Page), &all);
     // Once a real key was accepted beside it, a page is a refusal too.
@@ -382,6 +542,25 @@ fn a_403_is_told_apart_by_what_a_made_up_key_gets() {
     comes_to(&world(forbidden), Verdict::Valid, None, &[OWN, "chat-completions bearer"]);
     comes_to(&world((403, r#"{"error":{"code":"other"}}"#)), Verdict::Forbidden, Some(Cause::Status), &[OWN, OTHERS]);
     comes_to(&world((503, "")), Verdict::Forbidden, Some(Cause::Status), &[OWN, OTHERS]);
+    // A real key was accepted beside it: the list forbids only bad keys.
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let came = run(&target, &EndpointFacts::default(), true, &world(forbidden));
+    assert_eq!((came.finding.verdict, came.asked), (Verdict::Invalid, [OWN, OTHERS].map(str::to_owned).to_vec()));
+    // Restricted at the list, and forbidden otherwise where a model is called.
+    let otherwise = (403, r#"{"error":{"code":"other","message":"closed"}}"#);
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, Real) => forbidden,
+        (Surface::Models, _) => DEAD,
+        _ => otherwise,
+    };
+    comes_to_in_some_way(&world, Verdict::Forbidden);
+    // A restriction says more than a request that is refused.
+    let world = |_, _: &[HeaderFamily], key| if key == Real { SCOPE } else { DEAD };
+    let refused = |surface, families: &[HeaderFamily], key| match (surface, key) {
+        (Surface::ChatCompletions, Real) => (400, "{}"),
+        _ => world(surface, families, key),
+    };
+    comes_to_because(&refused, Verdict::UnexpectedResponse, Cause::Restricted);
     // Restricted where models are called is of no use.
     let everywhere = |_, _: &[HeaderFamily], key| if key == Real { SCOPE } else { DEAD };
     comes_to(&everywhere, Verdict::Forbidden, Some(Cause::Restricted), &[OWN, "chat-completions bearer"]);
@@ -706,6 +885,24 @@ fn what_comes_to_everybody_by_now_is_no_word_on_a_key() {
             (_, Key::None) => keyless,
         };
         comes_to(&world, Verdict::UnexpectedResponse, Some(Cause::RequestRefused), &[OWN, CALLED]);
+    }
+    // Other probes have seen it, or something else, come to a key that is accepted otherwise.
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let other = (403, r#"{"message":"closed for a while"}"#);
+    for (known, expected) in [(BAN, Verdict::UnexpectedResponse), (other, Verdict::Forbidden)] {
+        let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), Requests::UNKNOWN);
+        let finding = loop {
+            match plan.proceed() {
+                Next::Done(finding) => break finding,
+                Next::Ask { call, .. } => plan.take_response(response(call, BAN)),
+                Next::Calibrate { call, .. } => {
+                    let ProbeResponse::Answer { shape, .. } = response(call, known) else { unreachable!() };
+                    plan.take_calibration(&Calibration::SameForEveryKey(shape));
+                }
+                Next::Keyless { .. } => plan.take_keyless(None),
+            }
+        };
+        assert_eq!(finding.verdict, expected, "{known:?}");
     }
     // A list that is open to everybody gives it after the calls that may have been too many.
     let lists = Cell::new(0);

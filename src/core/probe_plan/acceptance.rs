@@ -60,7 +60,6 @@ impl ProbePlan<'_> {
         // calls a model.
         let confirms = |step: &PlanStep<'_>| step.is_inference() && step.call.probe.auth.contains(&family);
         if let Some(OwnHeaderResult::Refused(refused)) = &self.own_header
-            && self.header_group > 0
             && self.is_provisional()
             && self.later().any(confirms)
         {
