@@ -3,6 +3,7 @@
 use std::{
     cell::Cell,
     sync::{Arc, LazyLock},
+    time::Duration,
 };
 
 use HeaderFamily::{ApiKey, Bearer, XApiKey};
@@ -252,6 +253,16 @@ fn an_acceptance_in_another_header_is_confirmed_where_a_model_is_called() {
     let target = Target::of(&endpoint_by(&catalogue, "https://llm.acme.example/v1", "openai"), "m");
     let came = run_beside_a_good_list(&target, &world(DEAD));
     assert_eq!((came.finding.verdict, came.asked), (Verdict::Valid, vec![OWN.to_owned(), "models api-key".to_owned()]));
+    // Two keys in one request may be what is refused: then each header is sent alone.
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let world = |surface, families: &[HeaderFamily], key| match (surface, families, key) {
+        (_, [_, _, ..], _) => (400, "one key only"),
+        (Surface::Models, [ApiKey], Real) => LIST,
+        (_, [ApiKey], Real) => CHAT,
+        _ => DEAD,
+    };
+    let came = run_beside_a_good_list(&target, &world);
+    assert_eq!((came.finding.verdict, came.asked), (Verdict::Valid, walk.map(str::to_owned).to_vec()));
     // A "yes" that the key gets no second time is none.
     let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
     let asked = Cell::new(0);
@@ -267,12 +278,50 @@ fn an_acceptance_in_another_header_is_confirmed_where_a_model_is_called() {
     assert_eq!((came.finding.verdict, came.asked), (Verdict::Invalid, [OWN, OTHERS, OTHERS].map(str::to_owned).to_vec()));
 }
 
+/// A row may say that an answer tells nothing. Then the next request is sent.
+#[test]
+fn an_answer_that_tells_nothing_does_not_end_it() {
+    let rows = "catalogue_version: 1\nhosts:\n  - host: llm.acme.example\n    vendor: acme\n    probes:\n      \
+                - {name: models, path: '{base}/models', auth: [bearer], expect: {data: list}, signals: [{status: [418], \
+                verdict: UNEXPECTED_RESPONSE}]}\n      \
+                - {name: completion, method: POST, path: '{base}/chat/completions', auth: [bearer], body: {model: '{model}'}, \
+                expect: {choices: list}}\n";
+    let catalogue = Catalogue::overlaid("test", rows.as_bytes()).unwrap().value;
+    let target = Target::of(&endpoint_by(&catalogue, "https://llm.acme.example/v1", "openai"), "m");
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, _) => (418, "{}"),
+        (_, Real) => CHAT,
+        _ => DEAD,
+    };
+    let came = run(&target, &EndpointFacts::default(), false, &world);
+    assert_eq!((came.finding.verdict, came.asked.len()), (Verdict::Valid, 2), "{:?}", came.asked);
+}
+
+/// Only where a model is called, an open list is asked whether every key is refused by now.
+#[test]
+fn a_list_is_not_asked_about_another() {
+    let rows = "catalogue_version: 1\nhosts:\n  - host: llm.acme.example\n    vendor: acme\n    probes:\n      \
+                - {name: models, path: '{base}/models', auth: [bearer], expect: {data: list}}\n      \
+                - {name: me, path: '{base}/me', auth: [bearer], expect: {id: text}}\n";
+    let catalogue = Catalogue::overlaid("test", rows.as_bytes()).unwrap().value;
+    let target = Target::of(&endpoint_by(&catalogue, "https://llm.acme.example/v1", "openai"), "m");
+    let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { LIST } else { (401, "no") };
+    let came = run(&target, &EndpointFacts::default(), false, &world);
+    assert_eq!((came.finding.verdict, came.asked.len()), (Verdict::Invalid, 2), "{:?}", came.asked);
+}
+
 /// What the list refused may be known where a model is called.
 #[test]
 fn a_refusal_of_the_list_yields_to_a_clear_word_on_the_key() {
     let unpaid = (402, r#"{"error":{"code":"insufficient_credits"}}"#);
     let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { DEAD } else { unpaid };
     comes_to(&world, Verdict::QuotaExhausted, Some(Cause::CommonCode), &[OWN, CALLED_IN_ALL, CALLED]);
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, _) => DEAD,
+        (_, Real) => SCOPE,
+        _ => (403, r#"{"error":{"code":"other"}}"#),
+    };
+    comes_to_in_some_way(&world, Verdict::Forbidden);
     // One that only looks like that of a made-up key counts by a second one alone.
     let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
         (Surface::Models, Key::None) => (500, "oops"),
@@ -296,10 +345,44 @@ fn a_finding_tells_what_was_asked() {
     let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { (500, "oops") } else { (404, "") };
     let came = run(&target, &EndpointFacts::default(), false, &world);
     assert_eq!(told(came.finding), (Verdict::ProviderError, Some(Bearer), true, true));
+    let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { LIST } else { SILENCE };
+    let finding = run(&target, &EndpointFacts::default(), false, &world).finding;
+    assert_eq!((finding.verdict, finding.cost_money), (Verdict::NotCalibrated, true));
     let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), Requests::UNKNOWN);
     plan.take_response(ProbeResponse::Exhausted);
     let Next::Done(finding) = plan.proceed() else { panic!("not the end") };
     assert_eq!((finding.verdict, finding.withheld), (Verdict::NotAttempted, Some(Withheld::Fault)));
+}
+
+/// The caller waits as long as the provider asks for.
+#[test]
+fn a_wait_is_passed_on() {
+    let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
+    let wait = Some(Duration::from_secs(7));
+    for (answer, expected) in [
+        ((429, "slow"), Verdict::RateLimited),
+        ((503, "busy"), Verdict::ProviderError),
+        ((402, r#"{"error":{}}"#), Verdict::QuotaExhausted),
+        ((402, r#"{"error":{"code":"insufficient_credits"}}"#), Verdict::QuotaExhausted),
+    ] {
+        let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), Requests::UNKNOWN);
+        let finding = loop {
+            match plan.proceed() {
+                Next::Done(finding) => break finding,
+                Next::Ask { call, .. } => {
+                    let ProbeResponse::Answer { reading, shape, .. } = response(call, answer) else { unreachable!() };
+                    // The list asks for it, and the request that calls a model gets no answer.
+                    plan.take_response(match call.probe.surface {
+                        Surface::Models => ProbeResponse::Answer { reading, shape, retry_after: wait },
+                        _ => ProbeResponse::TimedOut,
+                    });
+                }
+                Next::Calibrate { .. } => plan.take_calibration(&Calibration::Inconclusive(None)),
+                Next::Keyless { .. } => plan.take_keyless(None),
+            }
+        };
+        assert_eq!((finding.verdict, finding.retry_after), (expected, wait), "{answer:?}");
+    }
 }
 
 /// What a made-up key is sent for decides how old an answer to it may be.
@@ -461,6 +544,23 @@ fn a_dialect_is_a_refusal_only_by_proof() {
     let all = [&[OWN, OTHERS][..], &completion].concat();
     let held = [&[OWN][..], &completion].concat();
     comes_to(&same((400, r#"{"error":{"code":"x"}}"#)), Verdict::Invalid, Some(Cause::AsAMadeUpKey), &held);
+    // The second time it costs no made-up key.
+    let made_up = Cell::new(0);
+    let counted = |surface, families: &[HeaderFamily], key| {
+        made_up.set(made_up.get() + i32::from(key == MadeUp));
+        same((400, r#"{"error":{"code":"x"}}"#))(surface, families, key)
+    };
+    comes_to_in_some_way(&counted, Verdict::Invalid);
+    assert_eq!(made_up.get(), 1);
+    // A 404 that speaks of the key, too.
+    comes_to_in_some_way(&same((404, r#"{"error":{"message":"unknown api key"}}"#)), Verdict::Invalid);
+    // A 401 without a meaning, and a clear one in another header.
+    let world = |_, families: &[HeaderFamily], key| match (families, key) {
+        ([Bearer], MadeUp) => (503, "busy"),
+        ([Bearer], _) => (401, "no"),
+        _ => DEAD,
+    };
+    comes_to(&world, Verdict::Invalid, Some(Cause::CommonCode), &[OWN, OTHERS]);
     // Everybody gets it: nothing is known.
     comes_to(&|_, _, _| (400, r#"{"error":{"code":"x"}}"#), Verdict::UnexpectedResponse, Some(Cause::RequestRefused), &all);
     comes_to(&|_, _, _| PAGE, Verdict::UnexpectedResponse, Some(Cause::NoApiAtBaseUrl), &[OWN, completion[0]]);
@@ -475,6 +575,9 @@ fn a_dialect_is_a_refusal_only_by_proof() {
         let came = run(&target, &EndpointFacts::default(), true, &|_, _, _| answer);
         assert_eq!((came.finding.verdict, came.finding.cause), (Verdict::Invalid, Some(Cause::AsAMadeUpKey)), "{answer:?}");
     }
+    // Neither does a text that comes with a 200, whatever a request without a key gets.
+    let welcome = |_, _: &[HeaderFamily], key| if key == Key::None { (401, "who") } else { (200, "welcome") };
+    comes_to_in_some_way(&welcome, Verdict::UnexpectedResponse);
     // A made-up key that got something else proves nothing.
     for made_up in [(503, "busy"), (429, "slow"), (401, "other words of another server"), SILENCE] {
         let world = |_, _: &[HeaderFamily], key| if key == MadeUp { made_up } else { (401, "no such key here") };
@@ -631,6 +734,12 @@ fn a_list_that_answers_every_key_alike_refuses_no_good_key() {
     let store = (400, r#"{"error":{"message":"no store","type":"no_db","code":"400"}}"#);
     let world = |_, _: &[HeaderFamily], key| if key == Key::None { (500, "Internal Server Error") } else { store };
     assert_eq!(run(&target, &EndpointFacts::default(), false, &world).finding.verdict, Verdict::Invalid);
+    // A gateway that wants some key for its lists, and has no such path.
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, Key::None) => missing,
+        _ => (404, "404"),
+    };
+    comes_to_because(&world, Verdict::UnexpectedResponse, Cause::NoApiAtBaseUrl);
     // Here only the path is missing, and the completions ask for a key.
     let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
         (Surface::Models, _) => (404, "404"),
@@ -649,6 +758,8 @@ fn a_refusal_of_the_request_is_none_of_the_key() {
         (400, r#"{"error":{"message":"max_tokens must be at least 16"}}"#),
         (404, r#"{"error":{"message":"model m not found"}}"#),
         (413, "too large"),
+        (414, "too long"),
+        (431, "too large"),
         (415, "unsupported"),
         (422, r#"{"detail":[{"msg":"field required"}]}"#),
     ] {
@@ -664,7 +775,20 @@ fn a_refusal_of_the_request_is_none_of_the_key() {
             assert!(!matches!(came.finding.verdict, Verdict::Invalid | Verdict::Forbidden), "{answer:?} {keyless:?}");
         }
     }
-    // A 403 without a code is compared by its words.
+    // A 403 is compared by its code.
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, _) => LIST,
+        (_, Real) => (403, r#"{"error":{"code":"no_access","message":"sign up for this model first"}}"#),
+        _ => (403, r#"{"error":{"code":"no_access","message":"who are you"}}"#),
+    };
+    assert_eq!(run(&target, &EndpointFacts::default(), false, &world).finding.verdict, Verdict::Invalid);
+    // Without one, or with one that only repeats the status, by its words.
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, _) => LIST,
+        (_, Real) => (403, r#"{"error":{"code":403,"message":"your monthly budget is spent"}}"#),
+        _ => (403, r#"{"error":{"code":403,"message":"no such key"}}"#),
+    };
+    assert_eq!(run(&target, &EndpointFacts::default(), false, &world).finding.verdict, Verdict::Forbidden);
     let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
         (Surface::Models, _) => LIST,
         (_, Real) => (403, r#"{"message":"your monthly budget is spent"}"#),
@@ -719,11 +843,14 @@ fn a_402_that_a_made_up_key_gets_too_says_nothing_of_an_account() {
 #[test]
 fn the_surface_is_the_runtimes() {
     let endpoint = endpoint("https://api.openai.com/v1", "openai");
+    let made_up_at_list = Cell::new(0);
     let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
         (Surface::ChatCompletions, Real) => CHAT,
-        (Surface::Responses, Real) => SCOPES_IN_WORDS,
         (_, Real) => SCOPES_IN_WORDS,
-        _ => DEAD,
+        (surface, _) => {
+            made_up_at_list.set(made_up_at_list.get() + i32::from(surface == Surface::Models));
+            DEAD
+        }
     };
     let judged = |surface| {
         let target = Target::of(&endpoint, "m").preferring(Preference { family: None, surface });
@@ -734,6 +861,7 @@ fn the_surface_is_the_runtimes() {
     assert_eq!(judged(None), (Verdict::Valid, asked(&["models", "responses", "chat-completions"])));
     assert_eq!(judged(Some(Surface::ChatCompletions)), (Verdict::Valid, asked(&["models", "chat-completions"])));
     assert_eq!(judged(Some(Surface::Responses)), (Verdict::Forbidden, asked(&["models", "responses"])));
+    assert_eq!(made_up_at_list.get(), 0, "the row knows a restricted key by itself");
     // A surface that the host does not have narrows nothing down.
     assert_eq!(judged(Some(Surface::Messages)).0, Verdict::Valid);
     let good = |surface, _: &[HeaderFamily], key| match (surface, key) {
@@ -838,6 +966,17 @@ fn a_yes_counts_where_no_limit_can_have_refused_the_made_up_key() {
     }
     let world = |_, _: &[HeaderFamily], key| if key == Real { LIST } else { DEAD };
     comes_to(&world, Verdict::Valid, None, &[OWN]);
+    // No answer the second time is no "yes".
+    let asked = Cell::new(0);
+    let world = |_, _: &[HeaderFamily], key| {
+        asked.set(asked.get() + i32::from(key == Real));
+        match (key, asked.get()) {
+            (Real, 1) => LIST,
+            (Real, _) => SILENCE,
+            _ => (400, "busy"),
+        }
+    };
+    comes_to(&world, Verdict::NotCalibrated, Some(Cause::MadeUpKeyUntold), &[OWN, OWN]);
 }
 
 /// A list may fail, or refuse, everybody: the request that calls a model tells.
@@ -886,6 +1025,18 @@ fn what_comes_to_everybody_by_now_is_no_word_on_a_key() {
         };
         comes_to(&world, Verdict::UnexpectedResponse, Some(Cause::RequestRefused), &[OWN, CALLED]);
     }
+    // A made-up key gets it a moment later.
+    let made_up = Cell::new(0);
+    let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
+        (Surface::Models, _) => (404, "{}"),
+        (_, Real) => BAN,
+        (_, MadeUp) => {
+            made_up.set(made_up.get() + 1);
+            if made_up.get() == 1 { DEAD } else { BAN }
+        }
+        (_, Key::None) => DEAD,
+    };
+    comes_to_because(&world, Verdict::UnexpectedResponse, Cause::RequestRefused);
     // Other probes have seen it, or something else, come to a key that is accepted otherwise.
     let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
     let other = (403, r#"{"message":"closed for a while"}"#);
@@ -905,12 +1056,20 @@ fn what_comes_to_everybody_by_now_is_no_word_on_a_key() {
         assert_eq!(finding.verdict, expected, "{known:?}");
     }
     // A list that is open to everybody gives it after the calls that may have been too many.
-    let lists = Cell::new(0);
-    let world = |surface, _: &[HeaderFamily], _| {
-        lists.set(lists.get() + i32::from(surface == Surface::Models));
-        if surface == Surface::Models && lists.get() <= 2 { LIST } else { BAN }
-    };
-    comes_to_in_some_way(&world, Verdict::NotCalibrated);
+    for later in [BAN, SILENCE] {
+        let lists = Cell::new(0);
+        let world = |surface, _: &[HeaderFamily], _| {
+            lists.set(lists.get() + i32::from(surface == Surface::Models));
+            match surface {
+                Surface::Models if lists.get() <= 2 => LIST,
+                Surface::Models => later,
+                _ => BAN,
+            }
+        };
+        let came = run(&target, &EndpointFacts::default(), false, &world);
+        assert_eq!(came.finding.verdict, Verdict::NotCalibrated, "{later:?}");
+        assert!(matches!(*came.lessons, [Lesson::SameForEveryKey(..)]), "{later:?} {:?}", came.lessons);
+    }
     let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { LIST } else { BAN };
     comes_to_in_some_way(&world, Verdict::Invalid);
 }

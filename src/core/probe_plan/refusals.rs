@@ -79,7 +79,6 @@ impl ProbePlan<'_> {
     pub(super) fn hold_refusal(&mut self, answer: &ReadAnswer, because: HeldBecause, cause: Cause) {
         let finding = self.finding(Verdict::Invalid, Some(cause), Some(answer.shape.status));
         self.no_api = false;
-        self.keep_as_fallback(Finding { verdict: Verdict::UnexpectedResponse, ..finding.clone() });
         self.held = Some(HeldRefusal { finding, shape: answer.shape.clone(), step: self.current, because });
         // After a 401, later steps send all headers in one request.
         if because == HeldBecause::Status401 {
