@@ -345,9 +345,11 @@ fn a_finding_tells_what_was_asked() {
     let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { (500, "oops") } else { (404, "") };
     let came = run(&target, &EndpointFacts::default(), false, &world);
     assert_eq!(told(came.finding), (Verdict::ProviderError, Some(Bearer), true, true));
-    let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { LIST } else { SILENCE };
-    let finding = run(&target, &EndpointFacts::default(), false, &world).finding;
-    assert_eq!((finding.verdict, finding.cost_money), (Verdict::NotCalibrated, true));
+    for (list, verdict) in [(LIST, Verdict::NotCalibrated), (DEAD, Verdict::Invalid)] {
+        let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { list } else { SILENCE };
+        let finding = run(&target, &EndpointFacts::default(), false, &world).finding;
+        assert_eq!((finding.verdict, finding.cost_money), (verdict, true));
+    }
     let mut plan = ProbePlan::new(&target.calls, Client::default(), &EndpointFacts::default(), Requests::UNKNOWN);
     plan.take_response(ProbeResponse::Exhausted);
     let Next::Done(finding) = plan.proceed() else { panic!("not the end") };
@@ -930,6 +932,27 @@ fn what_tells_nothing_is_left_out() {
     assert_eq!(first(&|_| false), "models");
     assert_eq!(first(&|call| call.probe.name == "models"), "completion");
     assert_eq!(first(&|_| true), "models");
+    // A call of a model that accepts anybody is kept beside a list that was never seen to accept a key: it may refuse every key.
+    let asked = |pointless: Surface, accepted: &[Surface], world: World<'_>| {
+        let requests = Requests {
+            is_pointless: &|call, _| call.probe.surface == pointless,
+            has_accepted: &|call, _| accepted.contains(&call.probe.surface),
+            ..Requests::UNKNOWN
+        };
+        run_knowing(&target, &EndpointFacts::default(), requests, false, world).asked
+    };
+    let (list, called) = (Surface::Models, Surface::ChatCompletions);
+    let failing = |_, _: &[HeaderFamily], _| (500, "oops");
+    assert_eq!(asked(called, &[called], &failing), [OWN, CALLED]);
+    assert_eq!(asked(called, &[list, called], &failing), [OWN]);
+    assert_eq!(asked(called, &[], &failing), [OWN]);
+    // A list that once accepted a key and now accepts anybody is asked again, whether every key is refused by now.
+    let refused = |surface, _: &[HeaderFamily], _| if surface == list { LIST } else { (401, "no") };
+    let others = "chat-completions x-api-key+api-key";
+    assert_eq!(asked(list, &[list], &refused), [CALLED, OWN, others]);
+    assert_eq!(asked(list, &[], &refused), [CALLED, others]);
+    let failing_list = |surface, _: &[HeaderFamily], _| if surface == list { (500, "oops") } else { (401, "no") };
+    assert_eq!(asked(Surface::Messages, &[list], &failing_list), [OWN, CALLED, others]);
     let absent = |surface, _: &[HeaderFamily], key| match (surface, key) {
         (Surface::Models, _) => (404, "{}"),
         (_, Real) => CHAT,

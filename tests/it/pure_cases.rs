@@ -15,15 +15,16 @@ use byok_gate::{
         endpoint::{Call, Target},
         endpoint_facts::{CalibrationQuestion, EndpointFacts},
         engine::{Boxed, Engine, LivenessSource, Observed},
-        evaluate::{Resolved, Unresolved, resolve},
+        evaluate::{self, Resolved, Unresolved, evaluate, resolve},
         made_up_key::{KeyForm, can_be_imitated},
-        policy::{CheckpointActions, Exception, Overrides, Policy, ProviderException},
+        policy::{CheckpointActions, Exception, Facts, Overrides, Policy, ProviderException},
         probe_plan::{Client, Next, ProbePlan, Requests},
         registry::Registry,
         response_shape::ResponseShape,
         snapshot::{Origin, Snapshot},
     },
     domain::{
+        denial::Refusal,
         protocol::{HeaderFamily, Method},
         request::PlatformProxy,
         verdict::{ServedFrom, Unreached},
@@ -202,6 +203,41 @@ async fn by_the_core_alone() {
     }
     assert!(ran > 300, "{ran}");
     assert!(faults.is_empty(), "{} of {ran}:\n{}", faults.len(), faults.join("\n"));
+}
+
+/// Where a key is missing, no name is asked for that takes no tenant's credential, although its provider serves the model, too.
+#[test]
+fn only_names_that_help_are_missing() {
+    let (registry, catalogue) = case::documents(PORT);
+    let registry = registry.replace("- {name: ambient}", "- {name: ambient, models: [acme-large]}");
+    let registry = registry.replace("models: [platform-small, platform-large]", "models: [platform-small, acme-large]");
+    let registry = registry.replace("{name: acme, models: [acme-large]}", "{name: acme, models: [acme-large, gamma-1]}");
+    let origin = Origin { source: "test".into(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
+    let snapshot = Snapshot::new(
+        Arc::new(Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value),
+        Arc::new(Catalogue::overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
+        Arc::new(Policy::default()),
+        origin.clone(),
+        origin,
+    );
+    for (runtime, model, expected) in [
+        ("agent", "acme-large", "ACME_API_KEY ACME_TOKEN, others [], elsewhere None"),
+        // What the runtime reads of another provider is enough: no file needs to be written.
+        (
+            "seen",
+            "gamma-1",
+            "GAMMA_API_KEY GAMMA_TOKEN ACME_API_KEY ACME_TOKEN, others [(\"Acme AI\", [\"OTHER_ACME_KEY\"])], elsewhere None",
+        ),
+    ] {
+        let request = case::Spec { runtime: Some(runtime.into()), model: model.into(), ..case::Spec::default() }.request();
+        let missing = match evaluate(&snapshot, &request, 0, &|_| String::new()).next {
+            evaluate::Next::Rule(Facts::Refused(refusal)) => *refusal,
+            other => panic!("{other:?}"),
+        };
+        let Refusal::MissingCredential { missing_env, others, elsewhere, .. } = missing else { panic!("{missing:?}") };
+        let told = format!("{}, others {others:?}, elsewhere {elsewhere:?}", missing_env.join(" "));
+        assert_eq!(told, expected, "{runtime} {model}");
+    }
 }
 
 /// The owner by names alone, and the names that could change it. None can where the one owner takes no tenant's credential.

@@ -12,6 +12,8 @@ use byok_gate::{
         snapshot::{Origin, Snapshot},
     },
     domain::{
+        decision::ChosenBecause,
+        denial::Refusal,
         protocol::HeaderFamily,
         request::{Request, Scope},
         verdict::{DenyCode, WarningCode},
@@ -54,8 +56,20 @@ fn told(snapshot: &Snapshot, request: &Request) -> String {
             let then = questions.fallbacks.iter().map(|(query, _)| format!(", then {}", asks(query))).collect::<String>();
             format!("{}{then}", asks(&questions.first))
         }
-        Next::Rule(Facts::Refused(refusal)) => refusal.code().as_str().to_owned(),
-        Next::Rule(Facts::NotValid { evidence, .. }) => format!("{} of {}", evidence.verdict, evidence.env_name),
+        Next::Rule(Facts::Refused(refusal)) => {
+            let (file, right) = match &**refusal {
+                Refusal::Malformed { save_as, right_place, .. } => {
+                    (save_as.as_ref().is_some_and(|place| place.in_auth_json), right_place.as_ref())
+                }
+                _ => (false, None),
+            };
+            let right = right.map_or_else(String::new, |place| format!(", right in {}", place.env_name));
+            format!("{}{}{right}", refusal.code(), if file { ", save it in auth.json" } else { "" })
+        }
+        Next::Rule(Facts::NotValid { evidence, .. }) => {
+            assert_eq!(evidence.model, request.spec.model);
+            format!("{} of {}", evidence.verdict, evidence.env_name)
+        }
         Next::Rule(other) => format!("{other:?}"),
     };
     let warnings = evaluation.log.warnings.iter().map(|warning| format!(" {}:{}", warning.code, warning.env_names.join("+")));
@@ -73,6 +87,34 @@ fn the_launchers_and_programs_of_november_2026() {
             .map(|(name, scope, value)| (*name, if *scope == 'w' { Workspace } else { Organization }, *value))
             .collect();
         assert_eq!(told(&snapshot, &request(runtime, model, &credentials)), *expected, "{runtime} {model} {credentials:?}");
+    }
+}
+
+/// A decision says why it judged this value and no other.
+#[test]
+fn the_choice_has_a_reason() {
+    let snapshot = snapshot();
+    let set = |name| (name, Scope::Workspace, Some(name));
+    for (runtime, model, credentials, expected) in [
+        ("claude-code", "kimi-for-coding", &[set("KIMI_API_KEY")][..], ChosenBecause::Sent),
+        ("codex", "gpt-5.5", &[set("OPENAI_API_KEY")], ChosenBecause::Unread),
+        (
+            "claude-code",
+            "claude-opus-4-8",
+            &[set("ANTHROPIC_API_KEY"), set("ANTHROPIC_AUTH_TOKEN")],
+            ChosenBecause::SentInPlaceOf("ANTHROPIC_AUTH_TOKEN".into()),
+        ),
+        (
+            "hermes",
+            "minimax-cn/made-up",
+            &[set("MINIMAX_CN_API_KEY"), set("MINIMAX_API_KEY")],
+            ChosenBecause::SentBefore("MINIMAX_API_KEY".into()),
+        ),
+    ] {
+        let request = request(runtime, model, credentials);
+        let judged = evaluate(&snapshot, &request, 0, &|_| String::new()).log.resolution.credential;
+        let judged = judged.map(|judged| judged.chosen_because);
+        assert_eq!(judged, Some(expected), "{runtime} {model}");
     }
 }
 
@@ -154,7 +196,7 @@ const TABLE: &[Row] = &[
         "claude-code",
         "claude-opus-4-8",
         &[("ANTHROPIC_API_KEY", 'w', Some("sk-ant-oat01-made-up-and-no-other-one-is-so-and-here-is-its-other-half-made-up"))],
-        "MALFORMED_BYOK_CREDENTIAL",
+        "MALFORMED_BYOK_CREDENTIAL, right in CLAUDE_CODE_OAUTH_TOKEN",
     ),
     (
         "claude-code",
@@ -179,7 +221,12 @@ const TABLE: &[Row] = &[
         ],
         "SHADOWED_BYOK_CREDENTIAL",
     ),
-    ("claude-code", "opus", &[("CLAUDE_CODE_OAUTH_TOKEN", 'w', Some("sk-ant-api03-made-up"))], "MALFORMED_BYOK_CREDENTIAL"),
+    (
+        "claude-code",
+        "opus",
+        &[("CLAUDE_CODE_OAUTH_TOKEN", 'w', Some("sk-ant-api03-made-up"))],
+        "MALFORMED_BYOK_CREDENTIAL, right in ANTHROPIC_API_KEY",
+    ),
     (
         "claude-code",
         "MiniMax-M2.7",
@@ -211,6 +258,12 @@ const TABLE: &[Row] = &[
         "asks CODEX_AUTH_JSON in bearer at api.openai.com",
     ),
     ("codex", "gpt-5.5", &[("CODEX_AUTH_JSON", 'w', Some("{\"tokens\":"))], "MALFORMED_BYOK_CREDENTIAL"),
+    (
+        "codex",
+        "gpt-5.5",
+        &[("CODEX_AUTH_JSON", 'w', Some("ghp_madeUp0madeUp0madeUp0madeUp0madeUp01"))],
+        "INVALID_BYOK_CREDENTIAL",
+    ),
     (
         "codex",
         "gpt-5.5",
@@ -333,4 +386,10 @@ fn reports_never_deny() {
         evaluation.next
     );
     assert!(evaluation.log.warnings.iter().any(|warning| warning.code != WarningCode::OperatorOverride));
+    // Nor does one say that a value keeps another from being used.
+    let two = [
+        ("ANTHROPIC_API_KEY", Scope::Workspace, Some("see the vault")),
+        ("ANTHROPIC_AUTH_TOKEN", Scope::Workspace, Some("made-up")),
+    ];
+    assert!(told(&snapshot, &request("claude-code", "claude-opus-4-8", &two)).starts_with("MALFORMED_BYOK_CREDENTIAL"));
 }

@@ -30,7 +30,7 @@ impl CredentialStep<'_, '_> {
         let candidates = candidate_offers(registry, self.runtime, self.model);
         for offer in &candidates {
             let other = registry.provider(offer);
-            if other.name == *name || other.auth == Auth::Ambient || other.is_platform() {
+            if other.auth == Auth::Ambient || other.is_platform() {
                 continue;
             }
             let usable = self.snapshot.offer_use(offer).usable(other);

@@ -99,8 +99,12 @@ impl<'t> ProbePlan<'t> {
 
     /// Tries the next headers of this step. If there are none, ends the step with the result of its first header.
     pub(super) fn finish_step(&mut self) {
-        if self.header_group > 0 && self.steps.get(self.current).is_some_and(|step| self.header_group + 1 < step.order.len()) {
-            return self.try_other_headers();
+        if self.header_group > 0 {
+            self.header_group += 1;
+            if !self.families().is_empty() {
+                self.state = State::Ask;
+                return;
+            }
         }
         match self.own_header.take() {
             Some(OwnHeaderResult::Refused(finding)) => {
