@@ -157,3 +157,36 @@ impl Shape {
         letters && infixes
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An entry must be told, and rare enough that no real key is taken for it.
+    #[test]
+    fn an_entry_that_could_take_a_key_is_refused() {
+        let count = |entry: &str| {
+            let mut problems = Vec::new();
+            check(serde_yaml::from_str(&format!("[{{{entry}}}]")).unwrap(), &mut problems);
+            problems.len()
+        };
+        for (entry, expected) in [
+            ("what: a token, source: x, prefix: made", 0),
+            ("what: a token, prefix: made", 1),
+            ("source: x, prefix: made", 1),
+            ("what: a token, source: x, prefix: mad", 1),
+            ("what: a token, source: x, prefix: mad, length: 20", 1),
+            ("what: a token, source: x, prefix: mad, letters: hexadecimal", 1),
+            ("what: a token, source: x, prefix: mad, length: 20, letters: hexadecimal", 0),
+            ("what: a token, source: x, prefix: mad, infixes: [up]", 0),
+            ("what: a token, source: x, prefix: made, infixes: ['']", 1),
+            ("what: a token, source: x, infixes: [up]", 1),
+            ("what: a token, source: x, infixes: [u, p, m]", 0),
+            ("what: a token, source: x, prefix: made, letters: greek", 1),
+            ("what: a token, source: x, prefix: made, min_length: 9, max_length: 8", 1),
+            ("what: a token, source: x, prefix: made, min_length: 9, max_length: 9", 0),
+        ] {
+            assert_eq!(count(entry), expected, "{entry}");
+        }
+    }
+}
