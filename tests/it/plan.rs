@@ -318,7 +318,7 @@ fn a_refusal_of_the_list_yields_to_a_clear_word_on_the_key() {
     comes_to(&world, Verdict::QuotaExhausted, Some(Cause::CommonCode), &[OWN, CALLED_IN_ALL, CALLED]);
     let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
         (Surface::Models, _) => DEAD,
-        (_, Real) => SCOPE,
+        (_, Real) => (403, r#"{"error":{"code":"no"}}"#),
         _ => (403, r#"{"error":{"code":"other"}}"#),
     };
     comes_to_in_some_way(&world, Verdict::Forbidden);

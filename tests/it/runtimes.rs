@@ -118,6 +118,21 @@ fn the_choice_has_a_reason() {
     }
 }
 
+/// A key in a token's place is right at a provider of the same API, whichever is offered first.
+#[test]
+fn a_misplaced_key_is_sent_to_no_other_api() {
+    let more = "  other: {providers: [{name: openai-api}, {name: anthropic-oauth, models: [opus]}, {name: anthropic-api}]}\n";
+    let registry = format!("{}{more}", include_str!("../../src/core/registry/default.yaml"));
+    let registry = Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value;
+    let known = snapshot();
+    let origin = known.registry_origin.clone();
+    let snapshot =
+        Snapshot::new(Arc::new(registry), Arc::clone(&known.catalogue), Arc::clone(&known.policy), origin.clone(), origin);
+    let token = [("CLAUDE_CODE_OAUTH_TOKEN", Scope::Workspace, Some("sk-ant-api03-made-up"))];
+    let told = told(&snapshot, &request("other", "opus", &token));
+    assert_eq!(told, "MALFORMED_BYOK_CREDENTIAL, right in ANTHROPIC_API_KEY");
+}
+
 type Row = (&'static str, &'static str, &'static [(&'static str, char, Option<&'static str>)], &'static str);
 
 const TABLE: &[Row] = &[
