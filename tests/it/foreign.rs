@@ -78,7 +78,6 @@ fn a_canary_of_every_kind_is_sendable_nowhere() {
     let hosts = ["eu9.models.example", "api.portkey.ai"].map(str::to_owned).into();
     let kinds = document("foreign-secrets.yaml").foreign_secrets;
     assert!(kinds.len() >= 120, "{} kinds", kinds.len());
-    assert_eq!(catalogue.foreign_secrets.count(), kinds.len());
     for endpoint in endpoints(&catalogue, &hosts) {
         for kind in &kinds {
             let canary = kind.canary();

@@ -249,7 +249,7 @@ fn an_acceptance_in_another_header_is_confirmed_where_a_model_is_called() {
                 - {name: models, path: '{base}/models', auth: [bearer, api-key], expect: {data: list}}\n      \
                 - {name: completion, method: POST, path: '{base}/chat/completions', auth: [bearer], body: {model: '{model}'}, \
                 expect: {choices: list}}\n";
-    let catalogue = Catalogue::overlaid("test", rows.as_bytes()).unwrap().value;
+    let catalogue = EMBEDDED.overlaid("test", rows.as_bytes()).unwrap().value;
     let target = Target::of(&endpoint_by(&catalogue, "https://llm.acme.example/v1", "openai"), "m");
     let came = run_beside_a_good_list(&target, &world(DEAD));
     assert_eq!((came.finding.verdict, came.asked), (Verdict::Valid, vec![OWN.to_owned(), "models api-key".to_owned()]));
@@ -286,7 +286,7 @@ fn an_answer_that_tells_nothing_does_not_end_it() {
                 verdict: UNEXPECTED_RESPONSE}]}\n      \
                 - {name: completion, method: POST, path: '{base}/chat/completions', auth: [bearer], body: {model: '{model}'}, \
                 expect: {choices: list}}\n";
-    let catalogue = Catalogue::overlaid("test", rows.as_bytes()).unwrap().value;
+    let catalogue = EMBEDDED.overlaid("test", rows.as_bytes()).unwrap().value;
     let target = Target::of(&endpoint_by(&catalogue, "https://llm.acme.example/v1", "openai"), "m");
     let world = |surface, _: &[HeaderFamily], key| match (surface, key) {
         (Surface::Models, _) => (418, "{}"),
@@ -303,7 +303,7 @@ fn a_list_is_not_asked_about_another() {
     let rows = "catalogue_version: 1\nhosts:\n  - host: llm.acme.example\n    vendor: acme\n    probes:\n      \
                 - {name: models, path: '{base}/models', auth: [bearer], expect: {data: list}}\n      \
                 - {name: me, path: '{base}/me', auth: [bearer], expect: {id: text}}\n";
-    let catalogue = Catalogue::overlaid("test", rows.as_bytes()).unwrap().value;
+    let catalogue = EMBEDDED.overlaid("test", rows.as_bytes()).unwrap().value;
     let target = Target::of(&endpoint_by(&catalogue, "https://llm.acme.example/v1", "openai"), "m");
     let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { LIST } else { (401, "no") };
     let came = run(&target, &EndpointFacts::default(), false, &world);

@@ -215,7 +215,7 @@ fn only_names_that_help_are_missing() {
     let origin = Origin { source: "test".into(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
     let snapshot = Snapshot::new(
         Arc::new(Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value),
-        Arc::new(Catalogue::overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
+        Arc::new(Catalogue::embedded().unwrap().value.overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
         Arc::new(Policy::default()),
         origin.clone(),
         origin,
