@@ -30,7 +30,8 @@ impl CredentialStep<'_, '_> {
         let candidates = candidate_offers(registry, self.runtime, self.model);
         for offer in &candidates {
             let other = registry.provider(offer);
-            if other.auth == Auth::Ambient || other.is_platform() {
+            // The owner's own offer adds nothing to what is said of it above; passing over it saves time.
+            if other.name == *name || other.auth == Auth::Ambient || other.is_platform() {
                 continue;
             }
             let usable = self.snapshot.offer_use(offer).usable(other);
