@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, fs, num::NonZeroU32, process::Command, sync::Arc, time::Duration};
 
 use byok_gate::{
+    config::settings::Settings,
     core::{
         classify::Finding,
         engine::{Boxed, Engine, ProbeRequest, Prober},
@@ -24,6 +25,7 @@ use byok_gate::{
 use futures_util::StreamExt;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use prost::Message;
+use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -191,14 +193,20 @@ async fn a_thousand_deadlines_at_once_keep_the_connection() {
 
 // === peers without a name ===
 
-/// Health has no token, and so a limit of its own and a deadline as any call.
-#[tokio::test]
-async fn unfinished_health_checks_are_few_and_end() {
+/// Settings by which the platform has a token, so that others are unknown.
+fn with_a_token() -> (TempDir, Settings) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("tokens");
     fs::write(&file, "made-up-token-of-the-platform\n").unwrap();
     let mut settings = settings();
     settings.callers.token_file = Some(file);
+    (folder, settings)
+}
+
+/// Health has no token, and so a limit of its own and a deadline as any call.
+#[tokio::test]
+async fn unfinished_health_checks_are_few_and_end() {
+    let (_folder, mut settings) = with_a_token();
     settings.limits.unknown_calls = 4;
     settings.deadlines.decide = Duration::from_millis(500);
     let edge = Edge::start(settings, Held::new(true).engine()).await;
@@ -224,11 +232,7 @@ async fn unfinished_health_checks_are_few_and_end() {
 /// A health check whose answer nobody reads keeps its place: otherwise unread answers would fill the memory.
 #[tokio::test]
 async fn unread_answers_to_unknown_callers_are_few() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("tokens");
-    fs::write(&file, "made-up-token-of-the-platform\n").unwrap();
-    let mut settings = settings();
-    settings.callers.token_file = Some(file);
+    let (_folder, mut settings) = with_a_token();
     settings.limits.unknown_calls = 2;
     let edge = Edge::start(settings, Held::new(true).engine()).await;
     let stream = TcpStream::connect(edge.tcp()).await.unwrap();
@@ -253,11 +257,7 @@ async fn unread_answers_to_unknown_callers_are_few() {
 /// Bytes being read have one limit over all calls, and a far lower one for unknown callers.
 #[tokio::test]
 async fn bytes_that_are_being_read_are_limited_over_all_connections() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("tokens");
-    fs::write(&file, "made-up-token-of-the-platform\n").unwrap();
-    let mut settings = settings();
-    settings.callers.token_file = Some(file);
+    let (_folder, mut settings) = with_a_token();
     settings.limits.message_bytes = 64 * 1024;
     settings.limits.batch_message_bytes = 64 * 1024;
     settings.limits.request_bytes = 128 * 1024;

@@ -335,16 +335,16 @@ fn a_refusal_of_the_list_yields_to_a_clear_word_on_the_key() {
 #[test]
 fn a_finding_tells_what_was_asked() {
     let target = Target::of(&endpoint("https://llm.acme.example/v1", "openai"), "m");
-    let told = |finding: Finding| (finding.verdict, finding.family, finding.about_model, finding.cost_money);
+    let result = |finding: Finding| (finding.verdict, finding.family, finding.about_model, finding.cost_money);
     let came = run_beside_a_good_list(&target, &|_, _, _| DEAD);
-    assert_eq!(told(came.finding), (Verdict::Invalid, Some(Bearer), false, false));
+    assert_eq!(result(came.finding), (Verdict::Invalid, Some(Bearer), false, false));
     let came =
         run(&target, &EndpointFacts::default(), false, &|surface, _, _| if surface == Surface::Models { LIST } else { DEAD });
-    assert_eq!(told(came.finding), (Verdict::Invalid, Some(Bearer), true, true));
+    assert_eq!(result(came.finding), (Verdict::Invalid, Some(Bearer), true, true));
     // The list's word counts, and the model was asked for nothing.
     let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { (500, "oops") } else { (404, "") };
     let came = run(&target, &EndpointFacts::default(), false, &world);
-    assert_eq!(told(came.finding), (Verdict::ProviderError, Some(Bearer), true, true));
+    assert_eq!(result(came.finding), (Verdict::ProviderError, Some(Bearer), true, true));
     for (list, verdict) in [(LIST, Verdict::NotCalibrated), (DEAD, Verdict::Invalid)] {
         let world = |surface, _: &[HeaderFamily], _| if surface == Surface::Models { list } else { SILENCE };
         let finding = run(&target, &EndpointFacts::default(), false, &world).finding;

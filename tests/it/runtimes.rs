@@ -45,7 +45,7 @@ fn request(runtime: &str, model: &str, credentials: &[(&str, Scope, Option<&str>
 }
 
 /// What comes of it, in words: `asks NAME in HEADER at HOST`, or the code of the refusal, then the warnings.
-fn told(snapshot: &Snapshot, request: &Request) -> String {
+fn summary(snapshot: &Snapshot, request: &Request) -> String {
     let evaluation = evaluate(snapshot, request, 0, &|_| String::new());
     let asks = |query: &LivenessQuery<'_>| {
         let header = query.preference.family.map_or("any header", HeaderFamily::as_str);
@@ -86,7 +86,7 @@ fn the_launchers_and_programs_of_november_2026() {
             .iter()
             .map(|(name, scope, value)| (*name, if *scope == 'w' { Workspace } else { Organization }, *value))
             .collect();
-        assert_eq!(told(&snapshot, &request(runtime, model, &credentials)), *expected, "{runtime} {model} {credentials:?}");
+        assert_eq!(summary(&snapshot, &request(runtime, model, &credentials)), *expected, "{runtime} {model} {credentials:?}");
     }
 }
 
@@ -129,8 +129,8 @@ fn a_misplaced_key_is_sent_to_no_other_api() {
     let snapshot =
         Snapshot::new(Arc::new(registry), Arc::clone(&known.catalogue), Arc::clone(&known.policy), origin.clone(), origin);
     let token = [("CLAUDE_CODE_OAUTH_TOKEN", Scope::Workspace, Some("sk-ant-api03-made-up"))];
-    let told = told(&snapshot, &request("other", "opus", &token));
-    assert_eq!(told, "MALFORMED_BYOK_CREDENTIAL, right in ANTHROPIC_API_KEY");
+    let summary = summary(&snapshot, &request("other", "opus", &token));
+    assert_eq!(summary, "MALFORMED_BYOK_CREDENTIAL, right in ANTHROPIC_API_KEY");
 }
 
 type Row = (&'static str, &'static str, &'static [(&'static str, char, Option<&'static str>)], &'static str);
@@ -406,5 +406,5 @@ fn reports_never_deny() {
         ("ANTHROPIC_API_KEY", Scope::Workspace, Some("see the vault")),
         ("ANTHROPIC_AUTH_TOKEN", Scope::Workspace, Some("made-up")),
     ];
-    assert!(told(&snapshot, &request("claude-code", "claude-opus-4-8", &two)).starts_with("MALFORMED_BYOK_CREDENTIAL"));
+    assert!(summary(&snapshot, &request("claude-code", "claude-opus-4-8", &two)).starts_with("MALFORMED_BYOK_CREDENTIAL"));
 }

@@ -90,21 +90,25 @@ impl<'t> ProbePlan<'t> {
     }
 
     pub(super) fn try_other_headers(&mut self) {
-        self.header_group += 1;
-        self.state = State::Ask;
-        if self.families().is_empty() {
+        if !self.goes_on_to_next_headers() {
             self.finish_step();
         }
     }
 
+    /// Goes on to the next headers of this step, if there are some.
+    fn goes_on_to_next_headers(&mut self) -> bool {
+        self.header_group += 1;
+        let goes_on = !self.families().is_empty();
+        if goes_on {
+            self.state = State::Ask;
+        }
+        goes_on
+    }
+
     /// Tries the next headers of this step. If there are none, ends the step with the result of its first header.
     pub(super) fn finish_step(&mut self) {
-        if self.header_group > 0 {
-            self.header_group += 1;
-            if !self.families().is_empty() {
-                self.state = State::Ask;
-                return;
-            }
+        if self.header_group > 0 && self.goes_on_to_next_headers() {
+            return;
         }
         match self.own_header.take() {
             Some(OwnHeaderResult::Refused(finding)) => {

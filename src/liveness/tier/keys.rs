@@ -267,6 +267,14 @@ mod tests {
 
     const OLD: &str = "made-up-tier-key-0123456789abcdef0";
     const NEW: &str = "made-up-tier-key-fedcba98765432100";
+    /// No name depends on it.
+    const LIMIT: StartLimit = StartLimit {
+        per_second: NonZeroU32::MIN,
+        longest: Duration::ZERO,
+        longest_for_new: Duration::ZERO,
+        head_start: Duration::ZERO,
+        queue_time: Duration::ZERO,
+    };
 
     fn keys(text: &str) -> TierKeys {
         TierKeys::parse(text).unwrap()
@@ -324,13 +332,6 @@ mod tests {
 
     #[test]
     fn in_a_cluster_every_name_has_the_same_slot() {
-        let limit = StartLimit {
-            per_second: NonZeroU32::MIN,
-            longest: Duration::ZERO,
-            longest_for_new: Duration::ZERO,
-            head_start: Duration::ZERO,
-            queue_time: Duration::ZERO,
-        };
         let names = |keys: &TierKeys| {
             let mut all = Vec::new();
             for names in keys.names(&credential(&[1; 32], "made-up", Model::Sometimes("m"))) {
@@ -338,7 +339,7 @@ mod tests {
                 all.extend(names.observations.into_iter().map(|name| name.text));
             }
             all.push(keys.allowance(KeyLimit::Platform, "made-up", NonZeroU32::MIN).unwrap().name);
-            all.push(keys.starts("made-up", limit).unwrap().name);
+            all.push(keys.starts("made-up", LIMIT).unwrap().name);
             all
         };
         let both = format!("{NEW}\n{OLD}");
@@ -353,24 +354,17 @@ mod tests {
     #[test]
     fn the_name_of_a_count_reveals_nothing() {
         let (old, both) = (keys(OLD), keys(&format!("{NEW}\n{OLD}")));
-        let limit = StartLimit {
-            per_second: NonZeroU32::MIN,
-            longest: Duration::ZERO,
-            longest_for_new: Duration::ZERO,
-            head_start: Duration::ZERO,
-            queue_time: Duration::ZERO,
-        };
-        type Counted = fn(&TierKeys, &str, StartLimit) -> String;
+        type Counted = fn(&TierKeys, &str) -> String;
         let counts: [Counted; 3] = [
-            |keys, of, _| keys.allowance(KeyLimit::Organization, of, NonZeroU32::MIN).unwrap().name,
-            |keys, of, _| keys.allowance(KeyLimit::Platform, of, NonZeroU32::MIN).unwrap().name,
-            |keys, of, limit| keys.starts(of, limit).unwrap().name,
+            |keys, of| keys.allowance(KeyLimit::Organization, of, NonZeroU32::MIN).unwrap().name,
+            |keys, of| keys.allowance(KeyLimit::Platform, of, NonZeroU32::MIN).unwrap().name,
+            |keys, of| keys.starts(of, LIMIT).unwrap().name,
         ];
         let names = counts.map(|name| {
-            let one = name(&old, "made-up-name", limit);
-            assert_eq!(one, name(&old, "made-up-name", limit), "equal on all replicas");
-            assert_ne!(one, name(&old, "made-up-namf", limit));
-            assert_ne!(one, name(&both, "made-up-name", limit), "the first key writes");
+            let one = name(&old, "made-up-name");
+            assert_eq!(one, name(&old, "made-up-name"), "equal on all replicas");
+            assert_ne!(one, name(&old, "made-up-namf"));
+            assert_ne!(one, name(&both, "made-up-name"), "the first key writes");
             assert!(!one.contains("made-up") && !one.contains(&hex(blake3::hash(b"made-up-name").as_bytes())));
             one.split(':').nth(1).map(str::to_owned)
         });
