@@ -216,7 +216,7 @@ impl State {
                 let place = usize::from(byte(&mut input)) % payload.len();
                 payload[place] ^= 1;
             }
-            4 => payload.truncate(which),
+            4 => payload.truncate(which % payload.len()),
             _ => self.refused = plain.len() == 33 && plain.last() == Some(&1),
         }
         [&b"*3\r\n"[..], &bulk(b"message"), &bulk(CHANNEL.as_bytes()), &bulk(&payload)].concat()
