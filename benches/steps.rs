@@ -127,7 +127,7 @@ fn registry(further: usize) -> Arc<Registry> {
 
 /// A decision with this many credentials in the spec and this many cached keys. The answer is checked once.
 fn deciding(model: &str, credentials: usize, keys: usize, registry: Arc<Registry>) -> Step {
-    let origin = || Origin { source: "bench".into(), loaded_at: SystemTime::now(), last_reload_error: String::new() };
+    let origin = || Origin::new("bench".into(), SystemTime::now());
     let catalogue = Arc::new(Catalogue::embedded().expect("the embedded catalogue stands").value);
     let snapshot = Snapshot::new(Arc::clone(&registry), catalogue, Arc::new(Policy::default()), origin(), origin());
     let many = u32::MAX.try_into().expect("not zero");

@@ -1,7 +1,7 @@
 //! Composes the service: prober, limits of each provider, cache, engine. `serve`, `decide`, `exec` and `probe` use it. It also reloads the
 //! documents while the service runs.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::SystemTime};
 
 use url::Url;
 
@@ -156,7 +156,7 @@ impl Documents {
 
     /// Refuses a reload. The status page shows the faults from now on, and the returned text holds all of them.
     fn refuse(&self, faults: &[Problems]) -> Fault {
-        self.engine.swap(marked(&self.engine.snapshot(), faults));
+        self.engine.swap(marked(&self.engine.snapshot(), faults, SystemTime::now()));
         Fault(faults.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))
     }
 
@@ -255,8 +255,8 @@ impl Source for Documents {
     }
 }
 
-/// The same snapshot, with the faults of the version that was not taken.
-fn marked(snapshot: &Snapshot, faults: &[Problems]) -> Snapshot {
+/// The same snapshot, with the faults of the version that was not taken. A fault that was there before keeps its time.
+fn marked(snapshot: &Snapshot, faults: &[Problems], now: SystemTime) -> Snapshot {
     let mut marked = snapshot.clone();
     let (mut of_registry, mut of_catalogue, mut of_configuration) = (Vec::new(), Vec::new(), Vec::new());
     for fault in faults {
@@ -268,9 +268,41 @@ fn marked(snapshot: &Snapshot, faults: &[Problems]) -> Snapshot {
         };
         of.push(fault.to_string());
     }
-    let mark = |origin: &mut Origin, faults: &[String]| origin.last_reload_error = faults.join("\n");
+    let mark = |origin: &mut Origin, faults: &[String]| {
+        let error = faults.join("\n");
+        if origin.last_reload_error != error {
+            origin.failed_at = (!error.is_empty()).then_some(now);
+            origin.last_reload_error = error;
+        }
+    };
     mark(&mut marked.registry_origin, &of_registry);
     mark(&mut marked.catalogue_origin, &of_catalogue);
     mark(&mut marked.configuration_origin, &of_configuration);
     marked
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, UNIX_EPOCH};
+
+    use super::*;
+    use crate::core::{catalogue::Catalogue, policy::Policy, registry::Registry};
+
+    /// Each document says since when it is that a newer version of it is not taken, for as long as that is for the same reason.
+    #[test]
+    fn a_fault_keeps_its_time_beside_others() {
+        let (registry, catalogue) = (Registry::embedded(&|_| None).unwrap().value, Catalogue::embedded().unwrap().value);
+        let [registry_origin, catalogue_origin] = ["r.yaml", "c.yaml"].map(|file| Origin::new(file.to_owned(), UNIX_EPOCH));
+        let (registry, catalogue, policy) = (Arc::new(registry), Arc::new(catalogue), Arc::new(Policy::default()));
+        let good = Snapshot::new(registry, catalogue, policy, registry_origin, catalogue_origin);
+        let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
+        let fault = |document: &str, message| Problems { document: document.to_owned(), list: vec![Problem::at("key", message)] };
+        let failed = |snapshot: &Snapshot| snapshot.origins().map(|origin| origin.failed_at);
+        let first = marked(&good, &[fault("r.yaml", "one")], at(1));
+        assert_eq!(failed(&first), [Some(at(1)), None, None]);
+        let both = marked(&first, &[fault("r.yaml", "one"), fault("config.yaml", "two")], at(2));
+        assert_eq!(failed(&both), [Some(at(1)), None, Some(at(2))]);
+        let other = marked(&both, &[fault("r.yaml", "three")], at(3));
+        assert_eq!(failed(&other), [Some(at(3)), None, None]);
+    }
 }

@@ -152,14 +152,11 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     let (Some(registry), Some(catalogue), true) = (registry, catalogue, faults.is_empty()) else {
         return Err(ConfigError(faults));
     };
-    let origin =
-        |path: Option<&PathBuf>| DocumentOrigin { source: source_of(path), loaded_at: now, last_reload_error: String::new() };
+    let origin = |path: Option<&PathBuf>| DocumentOrigin::new(source_of(path), now);
     let (registry_origin, catalogue_origin) = (origin(registry_file), origin(catalogue_file));
     let without_file = || "defaults, environment and flags".to_owned();
-    let configuration_origin = DocumentOrigin {
-        source: paths.config.as_ref().map_or_else(without_file, |path| path.display().to_string()),
-        ..origin(None)
-    };
+    let configuration_source = paths.config.as_ref().map_or_else(without_file, |path| path.display().to_string());
+    let configuration_origin = DocumentOrigin::new(configuration_source, now);
     let documents = [registry_file, catalogue_file, paths.config.as_ref()].into_iter().flatten().cloned().collect();
     let mut snapshot = files::checking(|| {
         Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(policy), registry_origin, catalogue_origin)

@@ -88,6 +88,17 @@ pub struct Origin {
     pub loaded_at: SystemTime,
     /// Why a newer version is not in use; empty if there is none.
     pub last_reload_error: String,
+    /// Since when that is so.
+    pub failed_at: Option<SystemTime>,
+}
+
+// === impl Origin ===
+
+impl Origin {
+    /// Of a document that was loaded from this source, and that no newer version has failed to replace.
+    pub fn new(source: String, loaded_at: SystemTime) -> Self {
+        Self { source, loaded_at, last_reload_error: String::new(), failed_at: None }
+    }
 }
 
 // === impl Snapshot ===
@@ -102,8 +113,7 @@ impl Snapshot {
         catalogue_origin: Origin,
     ) -> Self {
         let precomputed = Arc::new(Precomputed::from(&registry, &catalogue));
-        let configuration_origin =
-            Origin { source: "defaults".to_owned(), loaded_at: registry_origin.loaded_at, last_reload_error: String::new() };
+        let configuration_origin = Origin::new("defaults".to_owned(), registry_origin.loaded_at);
         let restart_needed = Vec::new();
         Self { registry, catalogue, policy, registry_origin, catalogue_origin, configuration_origin, restart_needed, precomputed }
     }

@@ -642,28 +642,25 @@ impl Recent {
 }
 
 fn documents(snapshot: &Snapshot, followed: &[FollowedFiles], now: SystemTime) -> Vec<Document> {
-    let document = |document: &str, revision: &str, Origin { source, loaded_at, last_reload_error }: &Origin| Document {
-        document: document.to_owned(),
-        revision: revision.to_owned(),
-        source: source.clone(),
-        loaded_at: text_of(*loaded_at),
-        age_seconds: since(*loaded_at, now).as_secs(),
-        last_reload_error: last_reload_error.clone(),
-        last_reload_failed_at: String::new(),
-    };
+    let document =
+        |document: &str, revision: &str, Origin { source, loaded_at, last_reload_error, failed_at }: &Origin| Document {
+            document: document.to_owned(),
+            revision: revision.to_owned(),
+            source: source.clone(),
+            loaded_at: text_of(*loaded_at),
+            age_seconds: since(*loaded_at, now).as_secs(),
+            last_reload_error: last_reload_error.clone(),
+            last_reload_failed_at: failed_at.map_or_else(String::new, text_of),
+        };
     let mut documents = vec![
         document("registry", snapshot.registry.revision(), &snapshot.registry_origin),
         document("catalogue", snapshot.catalogue.revision(), &snapshot.catalogue_origin),
         document("configuration", "", &snapshot.configuration_origin),
     ];
-    for FollowedFiles { what, files, taken_at, fault, .. } in followed.iter().filter(|it| it.what != DOCUMENTS) {
+    for FollowedFiles { what, files, taken_at, fault, failed_at, .. } in followed.iter().filter(|it| it.what != DOCUMENTS) {
         let source = files.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ");
-        documents.push(document(what, "", &Origin { source, loaded_at: *taken_at, last_reload_error: fault.clone() }));
-    }
-    for document in documents.iter_mut().filter(|document| !document.last_reload_error.is_empty()) {
-        let own = followed.iter().find(|it| it.what == document.document);
-        let of = own.or_else(|| followed.iter().find(|it| it.what == DOCUMENTS));
-        document.last_reload_failed_at = of.and_then(|it| it.failed_at).map_or_else(String::new, text_of);
+        let origin = Origin { last_reload_error: fault.clone(), failed_at: *failed_at, ..Origin::new(source, *taken_at) };
+        documents.push(document(what, "", &origin));
     }
     documents
 }
@@ -800,18 +797,18 @@ fn not_taken(documents: &[Document], followed: &[FollowedFiles], add: Add<'_>) {
     let failing = || documents.iter().filter(|it| !it.last_reload_error.is_empty());
     for Document { document, last_reload_error, last_reload_failed_at, .. } in failing() {
         let is_of_decisions = matches!(document.as_str(), "registry" | "catalogue" | "configuration");
-        let since = if last_reload_failed_at.is_empty() { String::new() } else { format!(" (since {last_reload_failed_at})") };
+        let since = format!("since {last_reload_failed_at}");
         if is_of_decisions {
             add(
                 format!(
-                    "the {document}'s last change is invalid; the last good version stays in force{since}: {last_reload_error}"
+                    "the {document}'s last change is invalid; the last good version stays in force ({since}): {last_reload_error}"
                 ),
                 "correct the file, or restore the old one; `byok-gate check` with the same flags shows all that is wrong",
             );
         } else {
             add(
                 format!(
-                    "the last change of {document} is invalid; the last good files stay in force{since}: {last_reload_error}"
+                    "the last change of {document} is invalid; the last good files stay in force ({since}): {last_reload_error}"
                 ),
                 "write the files again, no restart is needed; `byok-gate check` with the same flags shows all that is wrong",
             );

@@ -77,7 +77,7 @@ pub static EMBEDDED: LazyLock<Snapshot> = LazyLock::new(|| {
 
 /// These, under the default policy.
 pub fn snapshot(registry: Arc<Registry>, catalogue: Arc<Catalogue>) -> Snapshot {
-    let origin = Origin { source: "fuzz".into(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
+    let origin = Origin::new("fuzz".into(), SystemTime::UNIX_EPOCH);
     let mut policy = Policy::default();
     policy.platform_proxy = PlatformProxy::Available;
     policy.exempt_runtimes.insert("exempt".into());

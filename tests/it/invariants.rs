@@ -42,7 +42,7 @@ static DEFAULT: LazyLock<Snapshot> = LazyLock::new(|| snapshot(Policy::default()
 
 fn snapshot(policy: Policy) -> Snapshot {
     let (registry, catalogue) = case::documents(1);
-    let origin = Origin { source: "test".into(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
+    let origin = Origin::new("test".into(), SystemTime::UNIX_EPOCH);
     Snapshot::new(
         Arc::new(Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value),
         Arc::new(Catalogue::embedded().unwrap().value.overlaid("catalogue", catalogue.as_bytes()).unwrap().value),

@@ -173,7 +173,7 @@ async fn decided(case: &Case, at: &case::Word, documents: &(Arc<Registry>, Arc<C
     };
     let asked = Arc::default();
     let vendor = Rows { rows: case.vendor.clone(), asked: Arc::clone(&asked) };
-    let origin = Origin { source: "test".into(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
+    let origin = Origin::new("test".into(), SystemTime::UNIX_EPOCH);
     let (registry, catalogue) = documents.clone();
     let snapshot = Snapshot::new(registry, catalogue, Arc::new(policy(case.config.as_ref())), origin.clone(), origin);
     let engine = Engine::new(snapshot, Arc::new(vendor), None);
@@ -212,7 +212,7 @@ fn only_names_that_help_are_missing() {
     let registry = registry.replace("- {name: ambient}", "- {name: ambient, models: [acme-large]}");
     let registry = registry.replace("models: [platform-small, platform-large]", "models: [platform-small, acme-large]");
     let registry = registry.replace("{name: acme, models: [acme-large]}", "{name: acme, models: [acme-large, gamma-1]}");
-    let origin = Origin { source: "test".into(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
+    let origin = Origin::new("test".into(), SystemTime::UNIX_EPOCH);
     let snapshot = Snapshot::new(
         Arc::new(Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value),
         Arc::new(Catalogue::embedded().unwrap().value.overlaid("catalogue", catalogue.as_bytes()).unwrap().value),
@@ -246,7 +246,7 @@ fn an_owner_by_names_alone() {
     let mut policy = Policy::default();
     policy.exempt_runtimes.insert("mock".to_owned());
     let (registry, catalogue) = case::documents(PORT);
-    let origin = Origin { source: "test".into(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
+    let origin = Origin::new("test".into(), SystemTime::UNIX_EPOCH);
     let snapshot = Snapshot::new(
         Arc::new(Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value),
         Arc::new(Catalogue::embedded().unwrap().value.overlaid("catalogue", catalogue.as_bytes()).unwrap().value),

@@ -57,7 +57,7 @@ fn engine() -> Engine {
     let registry = format!("{}{more}", include_str!("../../src/core/registry/default.yaml"));
     let registry = Registry::parse("registry", registry.as_bytes(), &|_| None).unwrap().value;
     let catalogue = Catalogue::embedded().unwrap().value;
-    let origin = Origin { source: String::new(), loaded_at: SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
+    let origin = Origin::new(String::new(), SystemTime::UNIX_EPOCH);
     let snapshot = Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(Policy::default()), origin.clone(), origin);
     Engine::new(snapshot, Arc::new(Vendors), None)
 }

@@ -24,7 +24,7 @@ use crate::support::case::Spec;
 
 fn snapshot() -> Snapshot {
     let (registry, catalogue) = (Registry::embedded(&|_| None).unwrap().value, Catalogue::embedded().unwrap().value);
-    let origin = Origin { source: String::new(), loaded_at: std::time::SystemTime::UNIX_EPOCH, last_reload_error: String::new() };
+    let origin = Origin::new(String::new(), std::time::SystemTime::UNIX_EPOCH);
     Snapshot::new(Arc::new(registry), Arc::new(catalogue), Arc::new(Policy::default()), origin.clone(), origin)
 }
 
