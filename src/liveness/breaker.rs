@@ -62,6 +62,8 @@ struct Breaker {
     /// The provider's name. After a reload, one provider may have several breakers. The one that was used last is current.
     provider: String,
     last_used: Instant,
+    /// When the provider last gave an answer.
+    answered_at: Option<Instant>,
     state: BreakerState,
 }
 
@@ -142,9 +144,12 @@ impl Breakers {
         Self { settings, states: Mutex::default() }
     }
 
-    /// The longest time without a trial probe.
-    pub(crate) const fn max_cool_down(&self) -> Duration {
-        self.settings.max_cool_down
+    /// How long another replica's opening counts here. What it met may be its own network's fault, so it cannot keep this replica from asking: it
+    /// counts for the first cool-down, and not at all where this replica had an answer within the longest.
+    pub(crate) fn others_count_for(&self, provider: &[u8; 32], now: Instant) -> Duration {
+        let answered_at = self.lock().get(provider).and_then(|breaker| breaker.answered_at);
+        let has_answered = answered_at.is_some_and(|at| now.saturating_duration_since(at) < self.settings.max_cool_down);
+        if has_answered { Duration::ZERO } else { self.settings.cool_down }
     }
 
     /// `None`: the caller may probe, and must then call `report` or `abandon`.
@@ -189,6 +194,7 @@ impl Breakers {
             (None, Some(_)) => states.entry(provider).or_insert_with(|| Breaker {
                 provider: name.to_owned(),
                 last_used: now,
+                answered_at: None,
                 state: BreakerState::closed(),
             }),
         };
@@ -196,7 +202,7 @@ impl Breakers {
         let (was, opened_at) = (breaker.state.open_for(), breaker.state.opened_for_all().map(|opened| opened.at));
         match failure {
             None => breaker.state.end_trial(now),
-            Some(false) => breaker.state = BreakerState::closed(),
+            Some(false) => (breaker.state, breaker.answered_at) = (BreakerState::closed(), Some(now)),
             Some(true) => breaker.state.count_failure(&self.settings, source, finding, now),
         }
         log_change(name, was, breaker.state.open_for(), finding);
@@ -375,5 +381,32 @@ pub(crate) fn is_failure(finding: &Finding) -> Option<bool> {
         | Verdict::NoServerSurface
         | Verdict::NotCalibrated
         | Verdict::ProbeDisabled => Some(false),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_own_answer_counts_for_more_than_another_replicas_breaker() {
+        let settings = BreakerSettings::default();
+        let (breakers, provider, source) = (Breakers::new(settings), [1; 32], [2; 32]);
+        let report = |verdict| {
+            let finding = Arc::new(Finding::bare(verdict));
+            breakers.report(provider, "acme", (source, false), &finding, Instant::now());
+        };
+        let others = || breakers.others_count_for(&provider, Instant::now());
+        assert_eq!(others(), settings.cool_down, "it was never asked");
+        report(Verdict::Timeout);
+        assert_eq!(others(), settings.cool_down, "it did not answer");
+        report(Verdict::Invalid);
+        tokio::time::advance(settings.max_cool_down.saturating_sub(Duration::from_millis(1))).await;
+        report(Verdict::Timeout);
+        report(Verdict::NotAttempted);
+        assert_eq!(others(), Duration::ZERO);
+        tokio::time::advance(Duration::from_millis(1)).await;
+        assert_eq!(others(), settings.cool_down, "its answer is too old");
+        assert_eq!(breakers.others_count_for(&[9; 32], Instant::now()), settings.cool_down, "of another provider");
     }
 }

@@ -290,7 +290,8 @@ impl Cache {
                 None => prober.probe(request).await,
                 Some(tier_lookup) => {
                     let tier_link = Arc::clone(&tier_lookup.tier_link);
-                    match tier_lookup.run(&request, breakers.max_cool_down()).await {
+                    let others = breakers.others_count_for(&target.endpoint.identity, Instant::now());
+                    match tier_lookup.run(&request, others).await {
                         LookupResult::Found(found) => return FlightResult::Found(found),
                         // As by this replica's own breaker, but no trial probe was made for it.
                         LookupResult::BreakerOpen(opened) => return FlightResult::BreakerOpen(opened),
@@ -336,7 +337,7 @@ impl Cache {
 
     /// The newest VALID that a PROVISION may still use: within the hard maximum and the caller's maximum age, and not refused since.
     fn earlier_valid(&self, known: &CachedEntries, max_age: Option<Duration>, now: Instant) -> Option<EarlierValid> {
-        let refused_at = known.entries().filter_map(|entry| entry.refused_at).max();
+        let refused_at = known.refused_at();
         let valid = known.entries().filter_map(|entry| entry.valid.as_ref()).max_by_key(|timed| timed.at)?;
         let age = now - valid.at;
         let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.ages.floor_of(&valid.finding)));

@@ -567,6 +567,21 @@ async fn a_breaker_that_closes_closes_for_all() {
     assert_eq!((store.breaker().await, other.looks("breaker") >= 1.0), (None, true));
 }
 
+/// A replica's bad network is no other's: one that had the provider's answer goes on asking, whatever another's breaker says.
+#[tokio::test]
+async fn an_open_breaker_holds_back_no_replica_that_is_answered() {
+    let (store, failing, answered) = (Store::start().await, Scripted::new(Verdict::Valid), Scripted::new(Verdict::Valid));
+    let [one, other] = [&failing, &answered].map(|prober| Replica::with(&store.way(), prober, breaker(PATIENCE)));
+    assert_eq!(other.ask("made-up").await, ASKED);
+    opens(&one, &failing, &store, Verdict::Timeout).await;
+    for index in 0..5 {
+        assert_eq!(other.ask(&format!("made-up-{index}")).await, ASKED);
+    }
+    assert_eq!(other.looks("breaker"), 0.0);
+    let idle = Replica::with(&store.way(), &answered, breaker(PATIENCE));
+    assert_eq!(idle.ask("made-up-at-last").await, (Verdict::Timeout, ServedFrom::Breaker));
+}
+
 /// Two organizations see a provider fail: that holds for them, and is nobody else's. The third makes it everybody's.
 #[tokio::test]
 async fn what_few_see_is_not_shared() {

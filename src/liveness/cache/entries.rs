@@ -57,6 +57,11 @@ impl CachedEntries {
         self.first.iter().chain(&self.second)
     }
 
+    /// When the credential was last refused.
+    pub(super) fn refused_at(&self) -> Option<Instant> {
+        self.entries().filter_map(|entry| entry.refused_at).max()
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.entries().all(|entry| entry.latest.is_none() && entry.refused_at.is_none())
     }
@@ -76,8 +81,7 @@ pub(super) fn intern_valid(finding: Finding, last_valid: &ArcSwap<Finding>) -> A
     finding
 }
 
-/// Stores an observation. If its key is not the first one, the first entry is marked. Only the flight of the first key writes these entries,
-/// so reading one and writing it back is not a race.
+/// Stores an observation. Only the flight of the first key writes these entries, so reading one and writing it back is not a race.
 pub(super) fn remember(memory: &Memory, first: Key, found: &KeyedFinding) {
     let KeyedFinding { timed, key } = found;
     let mut entry = memory.get(key).unwrap_or_default();
@@ -100,8 +104,13 @@ pub(super) fn remember(memory: &Memory, first: Key, found: &KeyedFinding) {
         | Verdict::ProbeDisabled => {}
     }
     entry.latest = Some(timed.clone());
-    memory.insert(*key, entry);
-    if *key != first {
+    insert(memory, (first, *key), entry);
+}
+
+/// Stores an entry under the second of these keys. If that is not the first one, the first entry is marked.
+pub(super) fn insert(memory: &Memory, (first, key): (Key, Key), entry: CacheEntry) {
+    memory.insert(key, entry);
+    if key != first {
         let entry = memory.get(&first).unwrap_or_default();
         memory.insert(first, CacheEntry { per_model: true, ..entry });
     }

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::{
     Cache, MAX_ENTRIES,
     ages::Ages,
-    entries::{CacheEntry, CachedEntries, KeyedFinding, Memory, TimedFinding},
+    entries::{CacheEntry, CachedEntries, KeyedFinding, Memory, TimedFinding, insert},
     keys::{Key, Keys, PrehashedHasher, client_of},
 };
 use crate::{
@@ -27,10 +27,10 @@ use crate::{
     },
 };
 
-/// The shared tier, and the cache key for each of its ids that this replica has used.
+/// The shared tier, and for each of its ids that this replica has used the credential's first cache key and the observation's.
 pub(super) struct TierLink {
     pub(super) tier: Arc<Tier>,
-    pub(super) key_of: moka::sync::Cache<ObservationId, Key, BuildHasherDefault<PrehashedHasher>>,
+    pub(super) keys_of: moka::sync::Cache<ObservationId, (Key, Key), BuildHasherDefault<PrehashedHasher>>,
     pub(super) limits: Option<FleetLimits>,
 }
 
@@ -62,8 +62,8 @@ impl Cache {
     #[must_use]
     pub fn with_tier(self, tier: Option<Arc<Tier>>) -> Self {
         let tier_link = tier.map(|tier| {
-            let key_of = moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(self.ages.hard_maximum);
-            Arc::new(TierLink { tier, key_of: key_of.build_with_hasher(BuildHasherDefault::default()), limits: None })
+            let keys_of = moka::sync::Cache::builder().max_capacity(MAX_ENTRIES).time_to_live(self.ages.hard_maximum);
+            Arc::new(TierLink { tier, keys_of: keys_of.build_with_hasher(BuildHasherDefault::default()), limits: None })
         });
         Self { tier_link, ..self }
     }
@@ -74,8 +74,8 @@ impl Cache {
     pub fn with_fleet_limits(self, limiter: Arc<ProviderLimiter>, per_platform: NonZeroU32) -> Self {
         let limits = Some(FleetLimits { limiter, per_platform });
         let tier_link = self.tier_link.map(|link| {
-            let TierLink { tier, key_of, .. } = &*link;
-            Arc::new(TierLink { tier: Arc::clone(tier), key_of: key_of.clone(), limits })
+            let TierLink { tier, keys_of, .. } = &*link;
+            Arc::new(TierLink { tier: Arc::clone(tier), keys_of: keys_of.clone(), limits })
         });
         Self { tier_link, ..self }
     }
@@ -90,8 +90,8 @@ impl Cache {
         let tier_link = Arc::clone(self.tier_link.as_ref()?);
         let (tier, memory) = (Arc::clone(&tier_link.tier), self.memory.clone());
         Some(Box::pin(tier.listen(move |id| {
-            if let Some(key) = tier_link.key_of.get(&id) {
-                forget_refused(&memory, key, Instant::now());
+            if let Some(keys) = tier_link.keys_of.get(&id) {
+                forget_refused(&memory, keys, Instant::now());
             }
         })))
     }
@@ -138,7 +138,7 @@ impl TierLookup {
             model,
         });
         for (id, of_model) in entry.ids() {
-            tier_link.key_of.insert(id, second.filter(|_| of_model).unwrap_or(first));
+            tier_link.keys_of.insert(id, (first, second.filter(|_| of_model).unwrap_or(first)));
         }
         let take = |found: Vec<SharedObservation>| {
             for shared in found {
@@ -206,17 +206,22 @@ impl TierLink {
     }
 }
 
-/// Stores another replica's observation. It is dropped if the local entry is newer, or if the credential was refused since.
+/// Stores another replica's observation. It is dropped if the local entry is newer, or if the credential was refused since. A refusal that it knows
+/// of counts all the same: a newer result without one, such as a timeout, says nothing about the credential.
 pub(super) fn merge_shared(memory: &Memory, (first, key): (Key, Key), shared: SharedObservation, ages: &Ages) {
     let SharedObservation { finding, at, wall, fresh_for, earlier_valid, refused_at, about_model: _ } = shared;
     let mut entry = memory.get(&key).unwrap_or_default();
-    if entry.latest.as_ref().is_some_and(|latest| latest.at >= at) {
+    let refused_at = entry.refused_at.max(refused_at);
+    let is_refused_since = |at| refused_at.is_some_and(|refused_at| refused_at >= at);
+    let is_newer = entry.latest.as_ref().is_none_or(|latest| latest.at < at);
+    if !is_newer || finding.verdict == Verdict::Valid && is_refused_since(at) {
+        if entry.refused_at != refused_at {
+            let valid = entry.valid.filter(|valid| !is_refused_since(valid.at));
+            insert(memory, (first, key), CacheEntry { valid, refused_at, ..entry });
+        }
         return;
     }
-    entry.refused_at = entry.refused_at.max(refused_at);
-    if finding.verdict == Verdict::Valid && entry.refused_at.is_some_and(|refused_at| refused_at >= at) {
-        return;
-    }
+    entry.refused_at = refused_at;
     let timed = |finding: Finding, at, wall, fresh_for| {
         Arc::new(TimedFinding { finding: Arc::new(finding), at, wall, fresh_for, shared: true })
     };
@@ -229,24 +234,18 @@ pub(super) fn merge_shared(memory: &Memory, (first, key): (Key, Key), shared: Sh
         let earlier = earlier_valid.map(|(finding, at, wall)| timed(finding, at, wall, Duration::ZERO));
         entry.valid.take().into_iter().chain(earlier).max_by_key(|valid| valid.at)
     };
-    entry.valid = valid.filter(|valid| entry.refused_at.is_none_or(|refused_at| refused_at < valid.at));
+    entry.valid = valid.filter(|valid| !is_refused_since(valid.at));
     entry.latest = Some(latest);
-    memory.insert(key, entry);
-    if key != first {
-        let entry = memory.get(&first).unwrap_or_default();
-        memory.insert(first, CacheEntry { per_model: true, ..entry });
-    }
+    insert(memory, (first, key), entry);
 }
 
 /// Clears an entry that another replica just saw refused, so that the next call looks it up again. The time of the refusal is stored even
-/// without an entry: an older VALID may still be on its way here.
-pub(super) fn forget_refused(memory: &Memory, key: Key, now: Instant) {
-    let entry = memory.get(&key).unwrap_or_default();
-    let is_refused =
-        entry.latest.as_ref().is_some_and(|latest| matches!(latest.finding.verdict, Verdict::Invalid | Verdict::Forbidden));
-    if !is_refused {
-        memory.insert(key, CacheEntry { latest: None, valid: None, refused_at: Some(now), ..entry });
-    }
+/// without an entry: an older VALID may still be on its way here, or stand under the credential's other key.
+pub(super) fn forget_refused(memory: &Memory, keys: (Key, Key), now: Instant) {
+    let entry = memory.get(&keys.1).unwrap_or_default();
+    let is_refused = |timed: &Arc<TimedFinding>| matches!(timed.finding.verdict, Verdict::Invalid | Verdict::Forbidden);
+    let latest = entry.latest.filter(is_refused);
+    insert(memory, keys, CacheEntry { latest, valid: None, refused_at: Some(now), per_model: entry.per_model });
 }
 
 /// The entry with this observation, in the form that the tier stores.
@@ -267,25 +266,85 @@ pub(super) fn to_record(memory: &Memory, KeyedFinding { timed, key }: &KeyedFind
 mod tests {
     use std::time::SystemTime;
 
-    use super::*;
+    use super::{super::entries::remember, *};
 
-    #[tokio::test(start_paused = true)]
-    async fn a_refusal_that_arrives_first_wins_over_an_older_valid() {
-        let memory: Memory = moka::sync::Cache::builder().max_capacity(9).build_with_hasher(BuildHasherDefault::default());
-        let (key, ages) = ([7; 32], Ages::default());
-        let valid = |at| SharedObservation {
-            finding: Finding::bare(Verdict::Valid),
+    fn memory() -> Memory {
+        moka::sync::Cache::builder().max_capacity(9).build_with_hasher(BuildHasherDefault::default())
+    }
+
+    fn shared(verdict: Verdict, at: Instant) -> SharedObservation {
+        SharedObservation {
+            finding: Finding::bare(verdict),
             at,
             wall: SystemTime::UNIX_EPOCH,
             fresh_for: Duration::from_secs(30),
             earlier_valid: None,
-            refused_at: None,
+            refused_at: (verdict == Verdict::Invalid).then_some(at),
             about_model: false,
-        };
+        }
+    }
+
+    fn own(verdict: Verdict, key: Key, fresh_for: u64) -> KeyedFinding {
+        let (at, wall, fresh_for) = (Instant::now(), SystemTime::UNIX_EPOCH, Duration::from_secs(fresh_for));
+        KeyedFinding {
+            timed: Arc::new(TimedFinding { finding: Arc::new(Finding::bare(verdict)), at, wall, fresh_for, shared: false }),
+            key,
+        }
+    }
+
+    /// A TIMEOUT says nothing about the key, and so takes nothing back that another replica found before it.
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_counts_though_the_own_result_is_newer() {
+        let (memory, key, ages) = (memory(), [7; 32], Ages::default());
+        remember(&memory, key, &own(Verdict::Valid, key, 30));
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let refused_at = Instant::now();
+        tokio::time::advance(Duration::from_secs(1)).await;
+        remember(&memory, key, &own(Verdict::Timeout, key, 3));
+        merge_shared(&memory, (key, key), shared(Verdict::Invalid, refused_at), &ages);
+        let entry = memory.get(&key).unwrap();
+        assert_eq!((entry.latest.unwrap().finding.verdict, entry.valid.is_none()), (Verdict::Timeout, true));
+        assert_eq!(entry.refused_at, Some(refused_at));
+    }
+
+    /// A credential has two keys: one for all models, one for a single model. A refusal under either ends a VALID under the other.
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_under_one_key_ends_the_valid_under_the_other() {
+        let (first, second, ages) = ([7; 32], [8; 32], Ages::default());
+        for (valid, refused) in [(first, second), (second, first)] {
+            let memory = memory();
+            let fresh = || {
+                let entry = memory.get(&first).unwrap();
+                let second = if entry.per_model { memory.get(&second) } else { None };
+                let known = CachedEntries { first: Some(entry), second };
+                ages.fresh(&known, None, Instant::now()).map(|(timed, _)| timed.finding.verdict)
+            };
+            // Refused before, so that the other key has a result of its own.
+            remember(&memory, first, &own(Verdict::Invalid, refused, 10));
+            tokio::time::advance(Duration::from_secs(11)).await;
+            remember(&memory, first, &own(Verdict::Valid, valid, 300));
+            assert_eq!(fresh(), Some(Verdict::Valid));
+            tokio::time::advance(Duration::from_secs(1)).await;
+            forget_refused(&memory, (first, refused), Instant::now());
+            assert_eq!(fresh(), None);
+            tokio::time::advance(Duration::from_secs(1)).await;
+            remember(&memory, first, &own(Verdict::Valid, valid, 300));
+            assert_eq!(fresh(), Some(Verdict::Valid), "repaired since");
+        }
+        let memory = memory();
+        remember(&memory, first, &own(Verdict::Valid, first, 30));
+        forget_refused(&memory, (first, second), Instant::now());
+        assert!(memory.get(&first).unwrap().per_model, "the other key is read");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_refusal_that_arrives_first_wins_over_an_older_valid() {
+        let (memory, key, ages) = (memory(), [7; 32], Ages::default());
+        let valid = |at| shared(Verdict::Valid, at);
         let began = Instant::now();
         tokio::time::advance(Duration::from_secs(1)).await;
         // The store answered before the refusal was stored, and its answer arrives after the message about the refusal.
-        forget_refused(&memory, key, Instant::now());
+        forget_refused(&memory, (key, key), Instant::now());
         merge_shared(&memory, (key, key), valid(began), &ages);
         assert!(memory.get(&key).is_none_or(|entry| entry.latest.is_none() && entry.valid.is_none()));
         tokio::time::advance(Duration::from_secs(1)).await;
