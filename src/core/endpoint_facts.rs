@@ -72,6 +72,8 @@ pub struct RequestFacts {
     misses: u32,
     /// The last inconclusive answer.
     inconclusive: Option<Calibration>,
+    /// It is inconclusive only because a real key of this form was refused otherwise.
+    is_doubted: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -184,7 +186,9 @@ impl RequestFacts {
             Calibration::Refuses { shape, by_code: false, .. }
                 if !after_acceptance && self.refuses_otherwise(form, &shape, now) =>
             {
-                return self.record_inconclusive(Calibration::SameForEveryKey(shape), now, jitter);
+                let inconclusive = self.record_inconclusive(Calibration::SameForEveryKey(shape), now, jitter);
+                self.is_doubted = true;
+                return inconclusive;
             }
             Calibration::Refuses { shape, in_words, by_code, .. } => {
                 let confirms = |(accepted, at): &(String, Duration)| is_recent(*at) && are_comparable(&shape, accepted, model);
@@ -198,7 +202,7 @@ impl RequestFacts {
                 return self.record_inconclusive(inconclusive, now, jitter);
             }
         };
-        (self.misses, self.inconclusive) = (0, None);
+        (self.misses, self.inconclusive, self.is_doubted) = (0, None, false);
         if let Calibration::Refuses { shape, by_code: true, .. } = &calibration
             && after_acceptance
         {
@@ -260,6 +264,10 @@ impl RequestFacts {
             self.accepted.remove(0);
         }
         self.accepted.push((model.to_owned(), now));
+        // Not every key is refused. So a made-up key is sent once more, between two acceptances.
+        if self.is_doubted {
+            (self.misses, self.inconclusive, self.back_off_until, self.is_doubted) = (0, None, Duration::ZERO, false);
+        }
         if !self.is_documented {
             return;
         }
@@ -305,14 +313,17 @@ impl RequestFacts {
             Calibration::Refuses { shape: refusal, confirmed: false, .. } => !refusal.is_like(shape),
             _ => true,
         });
+        let is_known = matches!(&self.inconclusive, Some(Calibration::SameForEveryKey(known)) if known.is_like(shape));
+        let is_doubted = self.is_doubted && is_known;
         self.record_inconclusive(Calibration::SameForEveryKey(shape.clone()), now, jitter);
+        self.is_doubted = is_doubted;
     }
 
     fn record_inconclusive(&mut self, inconclusive: Calibration, now: Duration, jitter: f64) -> Calibration {
         self.misses = self.misses.saturating_add(1);
         let doubled = BACK_OFF.saturating_mul(2_u32.saturating_pow(self.misses - 1)).min(MAX_BACK_OFF);
         self.back_off_until = now + doubled.mul_f64(jitter);
-        self.inconclusive = Some(inconclusive.clone());
+        (self.inconclusive, self.is_doubted) = (Some(inconclusive.clone()), false);
         inconclusive
     }
 

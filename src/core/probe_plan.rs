@@ -141,8 +141,8 @@ pub struct ProbePlan<'t> {
     held: Option<HeldRefusal>,
     /// A list that accepts every key, now or in the past.
     open_list: Option<(&'t Call, HeaderFamily)>,
-    /// Responses that every key gets.
-    same_for_every_key: Vec<ResponseShape>,
+    /// Responses that every key gets, and the step at which.
+    same_for_every_key: Vec<(usize, ResponseShape)>,
     /// The 403 of an earlier step where a made-up key gets a 401.
     restricted: Option<ResponseShape>,
     /// Requests that tell nothing about a good key: "no such path", or a list that refused one.
@@ -201,7 +201,8 @@ impl<'t> ProbePlan<'t> {
         let Client { preference, usual_header, key_form } = client;
         let (steps, open_list) = choose_steps(calls, preference, facts, key_form, requests);
         let for_every_key = |step: &PlanStep<'_>| (requests.refusals)(step.call, step.first_header()?).for_every_key;
-        let same_for_every_key = steps.iter().filter_map(for_every_key).collect();
+        let same_for_every_key =
+            steps.iter().enumerate().filter_map(|(index, step)| Some((index, for_every_key(step)?))).collect();
         Self {
             steps,
             client: preference.family.or(usual_header),

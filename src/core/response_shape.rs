@@ -86,7 +86,9 @@ impl ResponseShape {
         hashes.truncate(2 * MAX_WORDS);
         hashes.sort_unstable();
         let is_about_the_form = ABOUT_THE_FORM.iter().any(|part| text.contains(part));
-        let is_about_credentials = ABOUT_CREDENTIALS.iter().any(|part| text.contains(part));
+        // A model's tokens are none: "unsupported parameter max_tokens".
+        let about = text.replace("tokens", "");
+        let is_about_credentials = ABOUT_CREDENTIALS.iter().any(|part| about.contains(part));
         Self { status: answer.status, body, code, is_about_the_form, is_about_credentials, words: hashes }
     }
 

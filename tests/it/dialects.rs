@@ -546,6 +546,39 @@ async fn a_403_that_made_up_keys_get_by_now_is_no_restriction() {
     }
 }
 
+/// A server that tells one tenant's dead key otherwise than keys that it does not know. That changes nothing for the neighbours, whoever comes first.
+#[tokio::test]
+async fn a_dead_key_that_is_told_otherwise_is_no_other_tenants_matter() {
+    let unauthorized = r#"[401, json, '{"error":"Unauthorized"}']"#;
+    let no_such_key = r#"[400, json, '{"error":{"type":"no_db_connection"}}']"#;
+    let pairs = [
+        ("[401, text, expired]", unauthorized),
+        ("[401, text, expired]", no_such_key),
+        (r#"[401, json, '{"status":401}']"#, "[401, text, '']"),
+        ("[403, text, revoked]", "[401, text, Unauthorized]"),
+    ];
+    for (dead, bad) in pairs {
+        let answers = format!("{{good: OK, bad: {bad}, none: {bad}, unpaid: {dead}}}");
+        let dialect = dialect_of(&format!("header: [bearer], list: {answers}, completion: {answers}"));
+        let in_order = [
+            ["good1", "bad1", "unp1", "bad2", "good2", "bad3"],
+            ["unp1", "unp2", "good1", "bad1", "good2", "bad2"],
+            ["unp1", "bad4", "good1", "bad1", "good2", "bad2"],
+        ];
+        for order in in_order {
+            let server = Server::start(dialect.clone()).await;
+            let (_files, engine) = gate(&dialect, &server);
+            for (index, who) in order.into_iter().enumerate() {
+                let decided = decide(&engine, &key_of(who), who).await;
+                let is_cold = !order[..=index].contains(&"good1");
+                let wanted = if who.starts_with("good") { "VALID" } else { "INVALID" };
+                let fits = who.starts_with("unp") || is_cold || verdict(&decided) == wanted;
+                assert!(fits, "{dead} beside {bad}, {order:?}, {who}: {}: {}", verdict(&decided), said(&decided));
+            }
+        }
+    }
+}
+
 /// A server with two kinds of keys, each in a header of its own. The first that is accepted is not in the client's header; keys of the client's are good
 /// all the same, and dead ones of both are dead.
 #[tokio::test]

@@ -26,7 +26,7 @@ impl ProbePlan<'_> {
         let Some(call) = self.steps.get(self.current).map(|step| step.call) else { return };
         let status = answer.shape.status;
         if let Calibration::SameForEveryKey(shape) = calibration {
-            self.same_for_every_key.push(shape.clone());
+            self.same_for_every_key.push((self.current, shape.clone()));
         }
         match (&answer.reading.classification, calibration) {
             (Classification::Accepted, _) => {
@@ -115,7 +115,7 @@ impl ProbePlan<'_> {
                 self.finish_unless_refused(Finding { retry_after: answer.retry_after, ..finding });
             }
             (Classification::Unread | Classification::Verdict(_), calibration) => {
-                self.drop_refusal_of_a_known_key(calibration);
+                self.drop_refusal_of_a_known_key(calibration, &answer);
                 self.take_unread(&answer);
             }
         }
@@ -132,12 +132,17 @@ impl ProbePlan<'_> {
         }
     }
 
-    /// Where a model is called, a made-up key gets a 401 and this one does not. So it is known there, and a list that refused it refuses every key.
-    fn drop_refusal_of_a_known_key(&mut self, calibration: &Calibration) {
+    /// Where a model is called, a made-up key is refused and this one gets something else that does not speak of keys. So it is known there, and a
+    /// list that refused it refuses every key.
+    fn drop_refusal_of_a_known_key(&mut self, calibration: &Calibration, answer: &ReadAnswer) {
         let is_inference = self.steps.get(self.current).is_some_and(PlanStep::is_inference);
-        let is_known = matches!(calibration, Calibration::Refuses { shape, .. } if shape.status == 401);
-        if is_inference && is_known && self.confirming.is_none() {
-            self.held = None;
+        let is_known = match calibration {
+            Calibration::Refuses { shape, .. } => matches!(shape.status, 401 | 403) || !answer.shape.is_about_credentials,
+            _ => false,
+        };
+        if is_inference && is_known {
+            self.no_api = false;
+            self.held.take_if(|_| self.confirming.is_none());
         }
     }
 
@@ -184,11 +189,19 @@ impl ProbePlan<'_> {
         }
     }
 
+    /// Every key gets this response by now. What another kind of request showed does not count against how this one is known to refuse keys:
+    /// one tenant's unusual key may have led to it.
+    pub(super) fn is_same_for_every_key(&self, answer: &ReadAnswer) -> bool {
+        let is_like = |shape: &ResponseShape| shape.is_like(&answer.shape);
+        let is_usual = self.steps.get(self.current).is_some_and(|step| step.usual_refusals.iter().any(is_like));
+        self.same_for_every_key.iter().any(|(step, shape)| is_like(shape) && (*step == self.current || !is_usual))
+    }
+
     /// Every key gets this response by now. It says nothing about this key, and no further header is tried.
     pub(super) fn take_same_for_every_key(&mut self, answer: &ReadAnswer) {
         self.seen_for_every_key = true;
         self.no_api = false;
-        self.same_for_every_key.push(answer.shape.clone());
+        self.same_for_every_key.push((self.current, answer.shape.clone()));
         if let Some(step) = self.steps.get(self.current) {
             self.lessons.push(Lesson::SameForEveryKey(step.call.request, self.families(), answer.shape.clone()));
         }

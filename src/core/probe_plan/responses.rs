@@ -21,7 +21,7 @@ impl ProbePlan<'_> {
         let is_accepted = *classification == Classification::Accepted;
         // A code or a signal that says the key is dead outweighs that every key got this response before.
         let says_dead = *classification == Classification::Verdict(Verdict::Invalid) && *by != ReadBy::Shape;
-        if !is_accepted && !says_dead && self.same_for_every_key.iter().any(|shape| shape.is_like(&answer.shape)) {
+        if !is_accepted && !says_dead && self.is_same_for_every_key(&answer) {
             return self.take_same_for_every_key(&answer);
         }
         match classification {
