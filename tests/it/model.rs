@@ -352,11 +352,13 @@ fn learnt_shape(status: u16) -> ResponseShape {
 /// What is known of it at that time, computed from all events.
 fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, now: u64) -> Calibration {
     let mut standing: Vec<Stands> = Vec::new();
-    let (mut misses, mut inconclusive, mut back_off_until) = (0_u32, None, 0);
-    let mut miss = |at: u64, misses: &mut u32, inconclusive: &mut Option<Calibration>, what| {
+    let (mut misses, mut back_off_until) = (0_u32, 0);
+    // The last inconclusive answer, and whether the next key that is accepted shows that it was none.
+    let mut inconclusive: Option<(Calibration, bool)> = None;
+    let mut miss = |at: u64, misses: &mut u32, inconclusive: &mut Option<(Calibration, bool)>, what| {
         back_off_until = at + (60 << (*misses).min(20)).min(3600);
         *misses += 1;
-        *inconclusive = Some(what);
+        *inconclusive = Some((what, false));
     };
     for (position, (at, event)) in log.iter().enumerate() {
         let before = |is: &dyn Fn(&Learnt) -> bool, within: u64| {
@@ -368,6 +370,7 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, 
                 let keys_get_a_401 = before(&|event| matches!(event, Learnt::Refused(other) if other == form), GOOD_FOR);
                 if *kind == 1 && !after_acceptance && keys_get_a_401 {
                     miss(*at, &mut misses, &mut inconclusive, Calibration::SameForEveryKey(learnt_shape(404)));
+                    inconclusive.as_mut().unwrap().1 = true;
                     continue;
                 }
                 let checked = is_check.then_some(*at);
@@ -412,6 +415,7 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, 
                     }
                 }
             }
+            Learnt::Accepted(_) if matches!(inconclusive, Some((_, true))) => (misses, inconclusive) = (0, None),
             Learnt::Accepted(_) | Learnt::Refused(_) => {}
         }
     }
@@ -439,7 +443,7 @@ fn learnt_by(log: &[(u64, Learnt)], model: &str, question: CalibrationQuestion, 
             let shape = learnt_shape(if by_code { 401 } else { 404 });
             Calibration::Refuses { shape, in_words: by_code, by_code, confirmed: *confirmed }
         }
-        (None, Some(inconclusive)) if now < back_off_until => inconclusive,
+        (None, Some((inconclusive, _))) if now < back_off_until => inconclusive,
         (None, _) => Calibration::NotAsked,
     }
 }

@@ -39,7 +39,7 @@ func certifyAs(t *testing.T, dir, name string, by *authority, edit func(*x509.Ce
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, BasicConstraintsValid: true,
 		DNSNames: []string{name + ".example"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		NotBefore:   time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		NotBefore:   time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour), // longer than a storm
 	}
 	if by == nil {
 		made.IsCA, made.KeyUsage, made.DNSNames, made.IPAddresses, made.ExtKeyUsage = true, x509.KeyUsageCertSign, nil, nil, nil
