@@ -106,7 +106,7 @@ impl MadeUpAnswer {
                 self.model == model
                     && form.is_none_or(|form| form == self.form)
                     // One more made-up key would be refused for its form, too.
-                    && (*confirmed || *by_code && self.after_acceptance || shape.is_about_the_form)
+                    && (*confirmed || self.after_acceptance && (*by_code || shape.is_about_the_form))
             }
             (
                 _,
