@@ -39,11 +39,16 @@ use crate::{
         egress::{EgressSettings, ForwardProxy},
         tier::{ClientIdentity, IdentityFault, TierAccess, TierKeys},
     },
+    server::{authorities, end_of_own},
+    telemetry::status::CertificateEnd,
     watch::files,
 };
 
 /// The maximum size of a file with a secret of this service.
 const MAX_KEY_FILE_BYTES: u64 = 64 * 1024;
+/// The settings of files that are named more than once.
+const PROXY_CREDENTIALS: &str = "egress.proxy.credentials_file";
+const CLIENT_CERTIFICATE: &str = "tier.client_certificate_file";
 
 /// The paths of files, from the command line.
 #[derive(Debug, Clone, Default)]
@@ -136,15 +141,14 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |since| i64::try_from(since.as_secs()).unwrap_or(i64::MAX));
     let (policy, expired_exceptions) = policy_of(&settings, registry.as_ref(), seconds, &mut of_settings);
     found.add_warnings(&document_name(paths), expired_exceptions);
-    let fingerprint_key = found.secret(settings.fingerprints.key_file.as_ref());
+    let fingerprint_key = found.secret("fingerprints.key_file", settings.fingerprints.key_file.as_ref());
     let fingerprint_key = fingerprint_key.map(|bytes| blake3::derive_key("byok-gate credential fingerprint v1", &bytes));
-    let probe_ca = found.bytes(settings.probe.ca_file.as_ref(), yaml::MAX_DOCUMENT_BYTES as u64);
-    let proxy_credentials = found.secret(settings.egress.proxy.credentials_file.as_ref());
+    let probe_ca = found.authorities("probe.ca_file", settings.probe.ca_file.as_ref());
+    let proxy_credentials = found.secret(PROXY_CREDENTIALS, settings.egress.proxy.credentials_file.as_ref());
     let proxy = proxy_of(&settings.egress, proxy_credentials.as_ref().map(|bytes| bytes.as_slice()), &mut of_settings);
-    let tracing_ca = found.bytes(settings.tracing.ca_file.as_ref(), yaml::MAX_DOCUMENT_BYTES as u64);
-    for file in [&settings.callers.token_file, &settings.tls.key].into_iter().flatten() {
-        found.warn_if_readable(file);
-    }
+    let tracing_ca = found.authorities("tracing.ca_file", settings.tracing.ca_file.as_ref());
+    found.warn_if_readable("callers.token_file", settings.callers.token_file.as_ref());
+    found.warn_if_readable("tls.key", settings.tls.key.as_ref());
     if !of_settings.is_empty() {
         found.faults.insert(0, Problems { document: document_name(paths), list: of_settings });
     }
@@ -165,9 +169,9 @@ fn read_all(paths: &Paths, overrides: &Overrides) -> Result<Setup, ConfigError> 
     Ok(Setup {
         snapshot,
         fingerprint_key,
-        probe_ca: probe_ca.unwrap_or_default().to_vec(),
+        probe_ca: probe_ca.unwrap_or_default(),
         proxy,
-        tracing_ca: tracing_ca.map(|bytes| bytes.to_vec()),
+        tracing_ca,
         settings,
         origins,
         documents,
@@ -239,8 +243,19 @@ pub fn warn(warnings: &[Problems]) {
     }
 }
 
+/// What was read for the shared tier.
+#[derive(Debug, Default)]
+pub struct TierFiles {
+    /// The settings with the contents of the files. `None` without a tier.
+    pub access: Option<TierAccess>,
+    /// The expiry of the client certificate, if there is one.
+    pub certificate: Option<CertificateEnd>,
+    /// Warnings, file by file.
+    pub warnings: Vec<Problems>,
+}
+
 /// Reads the files that `tier` names, within the time limit for files. Only `serve` reads them, so that no other command holds the tier's keys.
-pub fn tier_access(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>), ConfigError> {
+pub fn tier_access(settings: &Settings) -> Result<TierFiles, ConfigError> {
     let settings = settings.clone();
     files::in_time(move || read_tier(&settings)).unwrap_or_else(|fault| {
         let list = vec![Problem::at("", fault.to_string())];
@@ -248,30 +263,32 @@ pub fn tier_access(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Probl
     })
 }
 
-fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>), ConfigError> {
+fn read_tier(settings: &Settings) -> Result<TierFiles, ConfigError> {
     let tier = &settings.tier;
     if tier.place().is_none() {
-        return Ok((None, Vec::new()));
+        return Ok(TierFiles::default());
     }
     let mut found = Found::default();
     let secret = |text: &str| Ok(Secret::new(text.trim().to_owned()));
-    let password = found.secret_text("tier.password_file", tier.password_file.as_ref(), secret);
-    let of_sentinels = found.secret_text("tier.sentinel.password_file", tier.sentinel.password_file.as_ref(), secret);
+    let one_line = |text: &str| match text.trim().lines().count() {
+        0 | 1 => secret(text),
+        _ => Err("holds more than one line: write the password alone".to_owned()),
+    };
+    let password = found.secret_text("tier.password_file", tier.password_file.as_ref(), one_line);
+    let of_sentinels = found.secret_text("tier.sentinel.password_file", tier.sentinel.password_file.as_ref(), one_line);
     let keys = found.secret_text("tier.key_file", tier.key_file.as_ref(), TierKeys::parse);
-    let ca = found.bytes_of("tier.ca_file", tier.ca_file.as_ref());
-    let certificate = found.bytes_of("tier.client_certificate_file", tier.client_certificate_file.as_ref());
+    let ca = found.authorities("tier.ca_file", tier.ca_file.as_ref());
+    let certificate = found.checked(CLIENT_CERTIFICATE, tier.client_certificate_file.as_ref(), end_of_own);
     let client_key = found.secret_text("tier.client_key_file", tier.client_key_file.as_ref(), secret);
+    let (certificate, end) = certificate.unzip();
     let identity = certificate.zip(client_key).and_then(|(certificate, key)| {
         ClientIdentity::new(certificate, key)
             .map_err(|fault| {
                 let (setting, path, message) = match fault {
-                    IdentityFault::Certificate(message) => {
-                        ("tier.client_certificate_file", &tier.client_certificate_file, message)
-                    }
+                    IdentityFault::Certificate(message) => (CLIENT_CERTIFICATE, &tier.client_certificate_file, message),
                     IdentityFault::Key(message) => ("tier.client_key_file", &tier.client_key_file, message),
                 };
-                let list = vec![Problem::at(setting, message)];
-                found.faults.push(Problems { document: source_of(path.as_ref()), list });
+                found.fault_of(setting, path.as_ref(), message);
             })
             .ok()
     });
@@ -279,7 +296,9 @@ fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>),
     match tier.servers(of_sentinels).zip(keys).filter(|_| faults.is_empty()) {
         Some((servers, keys)) => {
             let access = TierAccess { servers, timeout: tier.timeout, user: tier.user.clone(), password, ca, identity, keys };
-            Ok((Some(access), warnings))
+            let certificate =
+                end.flatten().map(|end| (CLIENT_CERTIFICATE, source_of(tier.client_certificate_file.as_ref()), end));
+            Ok(TierFiles { access: Some(access), certificate, warnings })
         }
         None => Err(ConfigError(faults)),
     }
@@ -289,16 +308,16 @@ fn read_tier(settings: &Settings) -> Result<(Option<TierAccess>, Vec<Problems>),
 pub fn readable_secrets(settings: &Settings) -> Vec<Problems> {
     let mut found = Found::default();
     let files = [
-        &settings.callers.token_file,
-        &settings.tls.key,
-        &settings.fingerprints.key_file,
-        &settings.egress.proxy.credentials_file,
-        &settings.tier.password_file,
-        &settings.tier.sentinel.password_file,
-        &settings.tier.client_key_file,
-        &settings.tier.key_file,
+        ("callers.token_file", &settings.callers.token_file),
+        ("tls.key", &settings.tls.key),
+        ("fingerprints.key_file", &settings.fingerprints.key_file),
+        (PROXY_CREDENTIALS, &settings.egress.proxy.credentials_file),
+        ("tier.password_file", &settings.tier.password_file),
+        ("tier.sentinel.password_file", &settings.tier.sentinel.password_file),
+        ("tier.client_key_file", &settings.tier.client_key_file),
+        ("tier.key_file", &settings.tier.key_file),
     ];
-    files.into_iter().flatten().for_each(|file| found.warn_if_readable(file));
+    files.into_iter().for_each(|(setting, file)| found.warn_if_readable(setting, file.as_ref()));
     found.warnings
 }
 
@@ -367,16 +386,18 @@ impl Found {
             .ok()
     }
 
-    /// Reads a file with a secret of this service. An empty file is a fault.
-    fn secret(&mut self, path: Option<&PathBuf>) -> Option<Zeroizing<Vec<u8>>> {
-        let bytes = self.bytes(path, MAX_KEY_FILE_BYTES)?;
-        self.warn_if_readable(path?);
-        if bytes.trim_ascii().is_empty() {
-            let list = vec![Problem::at("", "is empty, and has to hold a secret")];
-            self.faults.push(Problems { document: path?.display().to_string(), list });
-            return None;
-        }
-        Some(bytes)
+    /// Reads a file with a secret of this service. An empty file is a fault. Faults name the setting too.
+    fn secret(&mut self, setting: &str, path: Option<&PathBuf>) -> Option<Zeroizing<Vec<u8>>> {
+        self.naming(setting, |found| {
+            let bytes = found.bytes(path, MAX_KEY_FILE_BYTES)?;
+            found.warn_if_readable(setting, path);
+            if bytes.trim_ascii().is_empty() {
+                let list = vec![Problem::at("", "is empty, and has to hold a secret")];
+                found.faults.push(Problems { document: source_of(path), list });
+                return None;
+            }
+            Some(bytes)
+        })
     }
 
     /// Reads a secret and parses it as text. Its faults name the setting too.
@@ -386,18 +407,35 @@ impl Found {
         path: Option<&PathBuf>,
         parse: impl FnOnce(&str) -> Result<T, String>,
     ) -> Option<T> {
-        self.naming(setting, |found| {
-            let bytes = found.secret(path)?;
-            let parsed = std::str::from_utf8(&bytes).map_err(|_| "is not UTF-8".to_owned()).and_then(parse);
-            let fault = |message| Problems { document: source_of(path), list: vec![Problem::at("", message)] };
-            parsed.map_err(|message| found.faults.push(fault(message))).ok()
-        })
+        let bytes = self.secret(setting, path)?;
+        let parsed = std::str::from_utf8(&bytes).map_err(|_| "is not UTF-8".to_owned()).and_then(parse);
+        parsed.map_err(|message| self.fault_of(setting, path, message)).ok()
     }
 
-    /// Reads a configured file. Its faults name the setting too.
-    fn bytes_of(&mut self, setting: &str, path: Option<&PathBuf>) -> Option<Vec<u8>> {
-        let limit = yaml::MAX_DOCUMENT_BYTES as u64;
-        self.naming(setting, |found| found.bytes(path, limit)).map(|bytes| bytes.to_vec())
+    /// Reads a configured file and checks its content. Its faults name the setting too.
+    fn checked<T>(
+        &mut self,
+        setting: &str,
+        path: Option<&PathBuf>,
+        check: impl FnOnce(&[u8]) -> Result<T, String>,
+    ) -> Option<(Vec<u8>, T)> {
+        let bytes = self.naming(setting, |found| found.bytes(path, yaml::MAX_DOCUMENT_BYTES as u64))?.to_vec();
+        match check(&bytes) {
+            Ok(found) => Some((bytes, found)),
+            Err(message) => {
+                self.fault_of(setting, path, message);
+                None
+            }
+        }
+    }
+
+    /// Reads a PEM file of certificate authorities.
+    fn authorities(&mut self, setting: &str, path: Option<&PathBuf>) -> Option<Vec<u8>> {
+        self.checked(setting, path, authorities).map(|(pem, _)| pem)
+    }
+
+    fn fault_of(&mut self, setting: &str, path: Option<&PathBuf>, message: String) {
+        self.faults.push(Problems { document: source_of(path), list: vec![Problem::at(setting, message)] });
     }
 
     /// Names the setting in the faults of this work.
@@ -410,18 +448,18 @@ impl Found {
         done
     }
 
-    fn warn_if_readable(&mut self, path: &Path) {
-        if files::is_readable_by_all(path) {
+    fn warn_if_readable(&mut self, setting: &str, path: Option<&PathBuf>) {
+        if path.is_some_and(|path| files::is_readable_by_all(path)) {
             let problem =
-                Problem::at("", "holds a secret, and every user of this machine can read it; give it mode 0600 or 0640");
-            self.add_warnings(&path.display().to_string(), vec![problem]);
+                Problem::at(setting, "holds a secret, and every user of this machine can read it; give it mode 0600 or 0640");
+            self.add_warnings(&source_of(path), vec![problem]);
         }
     }
 }
 
 /// The forward proxy with its credentials. A fault in them is a problem of the settings.
 fn proxy_of(egress: &EgressSettings, credentials: Option<&[u8]>, problems: &mut Vec<Problem>) -> Option<ForwardProxy> {
-    let place = "egress.proxy.credentials_file";
+    let place = PROXY_CREDENTIALS;
     let text = match credentials.map(std::str::from_utf8).transpose() {
         Ok(text) => text,
         Err(_) => {

@@ -30,7 +30,6 @@ use tokio::{
 use tonic::service::Routes;
 use tonic_health::pb::{FILE_DESCRIPTOR_SET as HEALTH_DESCRIPTORS, health_server::HealthServer};
 
-pub(crate) use self::admin::ADMIN_SAYS;
 use self::{
     accept::{accept, affordable_connections},
     admin::{AdminPages, sample_counts, serve_admin},
@@ -41,7 +40,11 @@ use self::{
     listen::Listener,
     request_body::ByteBudget,
     settings::{CallerSettings, EdgeSettings},
-    tls::{Tls, TlsFiles, watch_ends},
+    tls::{Certificates, Tls, TlsFiles, watch_ends},
+};
+pub(crate) use self::{
+    admin::ADMIN_SAYS,
+    tls::{authorities, end_of_own, near_end_warning},
 };
 pub use self::{
     admin::FindForbidden,
@@ -56,7 +59,7 @@ use crate::{
         metrics::{Collect, process::Process, reloads::Reloads},
         recent_changes::RecentChanges,
         recent_decisions::RecentDecisions,
-        status::Window,
+        status::{CertificateEnd, Window},
     },
     watch::{Source, Watcher, files},
 };
@@ -69,6 +72,8 @@ pub struct Bound {
     followed: Vec<Arc<Reloads>>,
     callers: Arc<Callers>,
     tls: Option<Arc<Tls>>,
+    /// Certificates besides those of `tls` whose expiry is shown.
+    other_certificates: Vec<CertificateEnd>,
     settings: EdgeSettings,
     journal: Journal,
     counts: Arc<ConnectionCounts>,
@@ -124,6 +129,7 @@ impl Bound {
             followed,
             callers,
             tls,
+            other_certificates: Vec::new(),
             settings,
             journal,
             counts,
@@ -133,8 +139,6 @@ impl Bound {
             recheck,
         };
         if let Some(tls) = bound.tls.clone() {
-            bound.register(tls.clone());
-            bound.supervise("certificates", watch_ends(tls.clone()));
             bound.follow(tls);
         }
         if let Some(tokens) = bound.callers.tokens().cloned() {
@@ -182,6 +186,11 @@ impl Bound {
         self.forbidden = forbidden;
     }
 
+    /// Shows the expiry of a certificate that is read at the start, as that of the listeners' is.
+    pub fn show_certificate(&mut self, end: CertificateEnd) {
+        self.other_certificates.push(end);
+    }
+
     /// Adds a source of metrics.
     pub fn register(&mut self, source: Arc<dyn Collect>) {
         self.collectors.push(source);
@@ -215,13 +224,14 @@ impl Bound {
     /// Serves until `shutdown`, then stops in this order: it reports NOT_SERVING, waits until that is noticed, accepts no more connections, sends
     /// GOAWAY, and finishes calls in flight until the drain deadline.
     pub async fn run(self, engine: Arc<Engine>, shutdown: impl Future<Output = ()> + Send) -> Result<Ended, ServerError> {
-        let Self { listeners, admin, mut collectors, followed, callers, tls, settings, journal, .. } = self;
+        let Self { listeners, admin, mut collectors, followed, callers, tls, other_certificates, settings, journal, .. } = self;
         let Self { counts, forbidden, changes, tasks: supervised, recheck, .. } = self;
         let (phase, phases) = watch::channel(Phase::Starting);
         let recent_decisions = Arc::new(RecentDecisions::new(settings.admin.show_workspace_ids));
         let recorder = Arc::new(Recorder::new(journal, Arc::clone(&recent_decisions)));
         let context = context(&settings, callers, tls.clone(), Arc::clone(&engine), &recorder, phases, &counts)?;
-        collectors.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder.clone()]);
+        let certificates = Arc::new(Certificates { tls, others: other_certificates });
+        collectors.extend([Arc::new(context.service.clone()) as Arc<dyn Collect>, recorder.clone(), certificates.clone()]);
         // The pages stay until the end: they show what the drain waits for.
         let (mut tasks, mut admin_tasks) = (JoinSet::new(), JoinSet::new());
         if let Some(listener) = admin {
@@ -233,7 +243,7 @@ impl Bound {
                 followed,
                 recent_decisions,
                 changes,
-                tls,
+                certificates: Arc::clone(&certificates),
                 connections: Arc::clone(&counts),
                 window: Window::since(started),
                 started,
@@ -250,6 +260,7 @@ impl Bound {
             let accepting = accept(listener, connections, Arc::clone(&context), Arc::clone(&counts), open.clone());
             spawn(&mut tasks, ("accept", Box::pin(accepting)));
         }
+        spawn(&mut tasks, ("certificates", Box::pin(watch_ends(certificates))));
         for task in supervised {
             spawn(&mut tasks, task);
         }
@@ -317,11 +328,11 @@ fn load_callers_and_tls(
     settings: &EdgeSettings,
     changes: &Arc<RecentChanges>,
 ) -> Result<(Arc<Callers>, Option<Arc<Tls>>), ServerError> {
-    let EdgeSettings { tls, callers, .. } = settings.clone();
+    let EdgeSettings { tls, callers, tier, .. } = settings.clone();
     let token_file = callers.token_file.clone();
     let changes = Arc::clone(changes);
     let read = move || {
-        let callers = Arc::new(Callers::new(&callers, &changes)?);
+        let callers = Arc::new(Callers::new(&callers, tier, &changes)?);
         let (Some(certificate), Some(key)) = (tls.certificate, tls.key) else { return Ok((callers, None)) };
         let files = TlsFiles { certificate, key, client_ca: tls.client_ca };
         let tls = Tls::load(files, Arc::clone(&callers))?;
@@ -336,7 +347,7 @@ fn load_callers_and_tls(
 /// Checks addresses, certificates and tokens of these settings. A port is bound and released at once.
 pub fn review(settings: &EdgeSettings) -> Review {
     let (mut faults, mut addresses_of, mut in_use) = (Vec::new(), Vec::<(_, Address)>::new(), Vec::new());
-    let EdgeSettings { server, admin, tls, callers, .. } = settings;
+    let EdgeSettings { server, admin, tls, callers, tier, .. } = settings;
     let listed = server.listen.iter().map(|text| (LISTEN, text));
     for (setting, text) in listed.chain(admin.listen.iter().map(|text| (ADMIN_LISTEN, text))) {
         match text.parse::<Address>() {
@@ -361,13 +372,13 @@ pub fn review(settings: &EdgeSettings) -> Review {
             Err(source) => faults.push(ServerError::Listen { setting, address, source }),
         }
     }
-    let (tls, callers) = (tls.clone(), callers.clone());
+    let (tls, callers, tier) = (tls.clone(), callers.clone(), *tier);
     let read = move || {
         let mut found = Review::default();
-        let known = Callers::new(&callers, &Arc::default()).map_err(|fault| found.faults.push(fault)).ok();
+        let known = Callers::new(&callers, tier, &Arc::default()).map_err(|fault| found.faults.push(fault)).ok();
         // A fault of the token file must not hide one of the certificates.
         let unlisted = CallerSettings { token_file: None, ..callers };
-        let known = known.or_else(|| Callers::new(&unlisted, &Arc::default()).ok());
+        let known = known.or_else(|| Callers::new(&unlisted, tier, &Arc::default()).ok());
         match (tls.certificate, tls.key, known) {
             (Some(certificate), Some(key), Some(callers)) => {
                 let files = TlsFiles { certificate, key, client_ca: tls.client_ca };

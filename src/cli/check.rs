@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     app,
-    config::{self, ConfigError, Setup},
+    config::{self, ConfigError, Setup, TierFiles},
     core::{
         catalogue::{Catalogue, HostRow, host_of},
         classify::ProbeResponse,
@@ -234,10 +234,13 @@ impl Found {
     /// Checks whether the shared tier could be set up. It does not connect to it.
     fn tier(&mut self, setup: &Setup) {
         match config::tier_access(&setup.settings) {
-            Ok((None, _)) => {}
-            Ok((Some(access), warnings)) => {
+            Ok(TierFiles { access, certificate, warnings }) => {
                 self.warnings.extend(warnings);
-                if let Err(fault) = Tier::new(access) {
+                if let Some((setting, message)) = certificate.and_then(server::near_end_warning) {
+                    let document = config::source_of(setup.settings.tier.client_certificate_file.as_ref());
+                    self.warnings.push(Problems { document, list: vec![Problem::at(setting, message)] });
+                }
+                if let Some(Err(fault)) = access.map(Tier::new) {
                     let document = config::source_of(setup.settings.tier.ca_file.as_ref());
                     self.problems.push(Problems { document, list: vec![Problem::at("", fault.to_string())] });
                 }

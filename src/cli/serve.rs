@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     app::{App, Documents, forbidden_destinations, forbidden_providers},
-    config::{self, Flag, Overrides, Paths, Setup},
+    config::{self, Flag, Overrides, Paths, Setup, TierFiles},
     core::snapshot::Snapshot,
     liveness::tier::Tier,
     server::{Bound, Ended, shutdown::Signals},
@@ -105,7 +105,7 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     let hangup = signal(SignalKind::hangup())?;
     let settings = &setup.settings;
     let stop = settings.shutdown.clone();
-    let (access, warnings) = config::tier_access(settings)?;
+    let TierFiles { access, certificate, warnings } = config::tier_access(settings)?;
     config::warn(&warnings);
     let tier = access.map(Tier::new).transpose()?;
     let App { engine, collectors, refusal_listener, prober } = App::new(&setup, tier.clone())?;
@@ -114,6 +114,9 @@ async fn serve(setup: Setup, paths: Paths, overrides: Overrides, log: LogWriter)
     bound.set_journal(Journal::to(log.clone(), settings.log.plain_allow_ratio));
     let last_lines = log.clone();
     bound.set_forbidden(Box::new(move |snapshot| forbidden_providers(snapshot, &prober)));
+    if let Some(certificate) = certificate {
+        bound.show_certificate(certificate);
+    }
     bound.register(Arc::new(log));
     bound.register(Arc::new(traces::ExportMetrics));
     collectors.into_iter().for_each(|source| bound.register(source));

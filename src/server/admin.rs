@@ -24,7 +24,7 @@ use super::{
     listen::{Accepted, Listener, Stream},
     refused::{HandshakeFault, Refusal},
     status_page::html,
-    tls::Tls,
+    tls::Certificates,
 };
 use crate::{
     core::{engine::Engine, snapshot::Snapshot},
@@ -63,7 +63,7 @@ pub(super) struct AdminPages {
     pub(super) followed: Vec<Arc<Reloads>>,
     pub(super) recent_decisions: Arc<RecentDecisions>,
     pub(super) changes: Arc<RecentChanges>,
-    pub(super) tls: Option<Arc<Tls>>,
+    pub(super) certificates: Arc<Certificates>,
     pub(super) connections: Arc<ConnectionCounts>,
     pub(super) window: Window,
     pub(super) started: SystemTime,
@@ -96,7 +96,7 @@ impl AdminPages {
             window: &self.window,
             started: self.started,
             followed: self.followed.iter().map(|reloads| reloads.followed()).collect(),
-            certificates: self.tls.as_ref().map_or_else(Vec::new, |tls| tls.ends()),
+            certificates: self.certificates.ends(),
             refused_connections: self.connections.refusals.recent(),
             reached_limits: [&self.connections.unknown_calls, &self.connections.watches]
                 .into_iter()
@@ -284,7 +284,7 @@ mod tests {
             followed: Vec::new(),
             recent_decisions,
             changes: Arc::default(),
-            tls: None,
+            certificates: Arc::default(),
             connections: Arc::default(),
             window: Window::since(started),
             started,

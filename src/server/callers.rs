@@ -69,6 +69,7 @@ pub(super) struct Tokens {
     key: [u8; 32],
     known: ArcSwap<Vec<Token>>,
     last: Mutex<[u8; 32]>,
+    tier: Option<&'static str>,
     changes: Arc<RecentChanges>,
 }
 
@@ -80,12 +81,17 @@ struct Token {
 // === impl Callers ===
 
 impl Callers {
-    /// Changes of the token file are noted in `changes`.
-    pub(super) fn new(settings: &CallerSettings, changes: &Arc<RecentChanges>) -> Result<Self, ServerError> {
+    /// Changes of the token file are noted in `changes`. With a shared tier, which this setting names, no token may be a workspace's.
+    pub(super) fn new(
+        settings: &CallerSettings,
+        tier: Option<&'static str>,
+        changes: &Arc<RecentChanges>,
+    ) -> Result<Self, ServerError> {
+        let tokens = settings.token_file.as_deref().map(|path| Tokens::load(path, tier, changes));
         let named = |name: &str| Arc::new(Caller { name: name.to_owned(), role: Role::Platform });
         Ok(Self {
             lists: ArcSwap::from_pointee(CallerLists::of(settings)),
-            tokens: settings.token_file.as_deref().map(|path| Tokens::load(path, changes)).transpose()?.map(Arc::new),
+            tokens: tokens.transpose()?.map(Arc::new),
             anonymous: named("anonymous"),
             any_certificate: named("certificate"),
             any_unix_peer: named("unix peer"),
@@ -208,15 +214,16 @@ impl CallerLists {
 // === impl Tokens ===
 
 impl Tokens {
-    fn load(path: &Path, changes: &Arc<RecentChanges>) -> Result<Self, ServerError> {
+    fn load(path: &Path, tier: Option<&'static str>, changes: &Arc<RecentChanges>) -> Result<Self, ServerError> {
         let mut key = [0; 32];
         rand::rng().fill(&mut key);
         let content = read(path)?;
         Ok(Self {
             path: path.to_owned(),
-            known: ArcSwap::from_pointee(parse(path, &content, &key)?),
+            known: ArcSwap::from_pointee(parse(path, &content, &key, tier)?),
             last: Mutex::new(keyed_hash(&key, content.as_bytes())),
             key,
+            tier,
             changes: Arc::clone(changes),
         })
     }
@@ -227,7 +234,7 @@ impl Tokens {
         if *self.last.lock().unwrap_or_else(PoisonError::into_inner) == hash {
             return Ok(Reloaded::Unchanged);
         }
-        let new = parse(&self.path, &content, &self.key)?;
+        let new = parse(&self.path, &content, &self.key, self.tier)?;
         let old = self.known.swap(Arc::new(new));
         let known = self.known.load();
         let is_removed = |token: &&Token| !known.iter().any(|other| bool::from(other.hash.ct_eq(&token.hash)));
@@ -287,7 +294,7 @@ fn read(path: &Path) -> Result<zeroize::Zeroizing<String>, ServerError> {
 }
 
 /// Parses lines of `TOKEN [ROLE [ID,ID..]]`; `#` begins a comment. Reports every bad line by its number, and never by its content.
-fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, ServerError> {
+fn parse(path: &Path, content: &str, key: &[u8; 32], tier: Option<&str>) -> Result<Vec<Token>, ServerError> {
     let fault = |message: String| Err(ServerError::Content { path: path.to_owned(), message });
     if content.len() as u64 > MAX_TOKEN_FILE_BYTES {
         return fault(format!("is over {MAX_TOKEN_FILE_BYTES} bytes long"));
@@ -299,6 +306,11 @@ fn parse(path: &Path, content: &str, key: &[u8; 32]) -> Result<Vec<Token>, Serve
             continue;
         }
         let parsed = token_and_role(line).and_then(|(token, role)| {
+            if let (Role::Workspace(_), Some(tier)) = (&role, tier) {
+                return Err(format!(
+                    "names a `workspace` caller beside {tier}: a process that holds the shared tier's key may not serve workspaces"
+                ));
+            }
             let hash = keyed_hash(key, token.as_bytes());
             let is_known = tokens.iter().any(|other| bool::from(other.hash.ct_eq(&hash)));
             if is_known { Err("the token appears twice".to_owned()) } else { Ok((hash, role)) }
@@ -357,7 +369,7 @@ mod tests {
     const GOOD: &str = "made-up-token-of-the-platform";
 
     fn parsed(content: &str) -> Result<Vec<Token>, String> {
-        parse(Path::new("tokens"), content, &[7; 32]).map_err(|fault| fault.to_string())
+        parse(Path::new("tokens"), content, &[7; 32], None).map_err(|fault| fault.to_string())
     }
 
     #[test]
@@ -393,7 +405,7 @@ mod tests {
         let path = folder.path().join("tokens");
         let changes = Arc::default();
         std::fs::write(&path, format!("{GOOD} operator\nmade-up-token-two-xx workspace a\n")).unwrap();
-        let tokens = Tokens::load(&path, &changes).unwrap();
+        let tokens = Tokens::load(&path, None, &changes).unwrap();
         let mut seen = 0;
         let mut after = |text: &str| -> Vec<String> {
             std::fs::write(&path, text).unwrap();
@@ -443,7 +455,7 @@ mod tests {
     fn a_unix_peer_must_match_every_id_that_is_given_and_is_looked_up_for_each_call() {
         let one = |uid, gid| UnixCaller { uid, gid, role: RoleWord::Operator, workspaces: BTreeSet::new() };
         let settings = |peers| CallerSettings { unix_peers: CallerList::Only(peers), ..CallerSettings::default() };
-        let callers = Callers::new(&settings(vec![one(Some(1), Some(2)), one(None, Some(9))]), &Arc::default()).unwrap();
+        let callers = Callers::new(&settings(vec![one(Some(1), Some(2)), one(None, Some(9))]), None, &Arc::default()).unwrap();
         let identify = |uid, gid| {
             let identity = Identity { peer: Peer::Unix { uid, gid }, names: None };
             callers.identify(&identity, &HeaderMap::new()).map_err(|status| status.code())
@@ -460,7 +472,7 @@ mod tests {
     fn a_certificate_that_is_taken_off_the_list_makes_no_further_call() {
         let one = |san: &str| CertificateCaller { san: san.into(), role: RoleWord::Platform, workspaces: BTreeSet::new() };
         let settings = |names| CallerSettings { certificates: CallerList::Only(names), ..CallerSettings::default() };
-        let callers = Callers::new(&settings(vec![one("spiffe://a/*"), one("api.example")]), &Arc::default()).unwrap();
+        let callers = Callers::new(&settings(vec![one("spiffe://a/*"), one("api.example")]), None, &Arc::default()).unwrap();
         let identity =
             Identity { peer: Peer::Tcp("127.0.0.1:1".parse().unwrap()), names: Some(vec!["spiffe://a/platform".into()]) };
         assert_eq!(callers.identify(&identity, &HeaderMap::new()).unwrap().name, "certificate spiffe://a/*");

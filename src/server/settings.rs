@@ -37,6 +37,8 @@ pub struct EdgeSettings {
     pub deadlines: Deadlines,
     /// How it stops.
     pub shutdown: ShutdownSettings,
+    /// The setting of the shared tier, if there is one. A process that holds its key serves no `workspace` caller.
+    pub tier: Option<&'static str>,
 }
 
 /// Where it listens and how it runs.

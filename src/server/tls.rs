@@ -49,6 +49,15 @@ pub(super) struct TlsFiles {
     pub(super) client_ca: Option<PathBuf>,
 }
 
+/// All certificates whose expiry is shown.
+#[derive(Default)]
+pub(super) struct Certificates {
+    /// Those of the listeners.
+    pub(super) tls: Option<Arc<Tls>>,
+    /// Those that are read at the start.
+    pub(super) others: Vec<CertificateEnd>,
+}
+
 /// The TLS files and the configuration made of them.
 pub(super) struct Tls {
     files: TlsFiles,
@@ -145,8 +154,17 @@ impl ActiveConfig {
     }
 }
 
+// === impl Certificates ===
+
+impl Certificates {
+    /// The expiry of each.
+    pub(super) fn ends(&self) -> Vec<CertificateEnd> {
+        self.tls.iter().flat_map(|tls| tls.ends()).chain(self.others.clone()).collect()
+    }
+}
+
 /// The setting and a warning, if this certificate expires soon.
-fn near_end_warning((setting, file, end): CertificateEnd) -> Option<(&'static str, String)> {
+pub(crate) fn near_end_warning((setting, file, end): CertificateEnd) -> Option<(&'static str, String)> {
     let (left, ends_at) = near_end(end)?;
     Some((setting, format!("{file} expires at {ends_at}, left: {left}; {}", certificate_remedy(setting))))
 }
@@ -164,12 +182,12 @@ fn near_end(end: i64) -> Option<(String, String)> {
 }
 
 /// Warns at the start, after a change and once a day about certificates that expire soon or have expired.
-pub(super) async fn watch_ends(tls: Arc<Tls>) {
+pub(super) async fn watch_ends(certificates: Arc<Certificates>) {
     const CHECK_EVERY: Duration = Duration::from_secs(60);
     const WARN_EVERY: Duration = Duration::from_secs(24 * 3600);
     let mut last_warned: Option<(Vec<CertificateEnd>, Instant)> = None;
     loop {
-        let ends = tls.ends();
+        let ends = certificates.ends();
         let is_due = last_warned.as_ref().is_none_or(|(earlier, at)| *earlier != ends || at.elapsed() >= WARN_EVERY);
         if is_due {
             ends.iter().for_each(|(setting, file, end)| warn_near_end(setting, file, *end));
@@ -192,7 +210,7 @@ fn warn_near_end(setting: &str, file: &str, end: i64) {
     );
 }
 
-impl Collect for Tls {
+impl Collect for Certificates {
     fn collect(&self, page: &mut Page) {
         for (setting, _, end) in self.ends() {
             page.gauge(
@@ -246,21 +264,18 @@ impl Content {
     }
 
     fn load(&self, files: &TlsFiles, callers: &Arc<Callers>) -> Result<ActiveConfig, ServerError> {
-        let first_end = |pem: &Zeroizing<Vec<u8>>| certificates(pem).ok()?.iter().filter_map(end_of_validity).min();
         Ok(ActiveConfig {
             config: Arc::new(self.config(files, callers)?),
-            // A chain expires with the first of its certificates.
             certificate_ends: first_end(&self.certificate),
-            client_ca_ends: self.client_ca.as_ref().and_then(first_end),
+            client_ca_ends: self.client_ca.as_ref().and_then(|pem| first_end(pem)),
         })
     }
 
     fn config(&self, files: &TlsFiles, callers: &Arc<Callers>) -> Result<ServerConfig, ServerError> {
         let fault = |path: &Path, message: String| ServerError::Content { path: path.to_owned(), message };
         let chain = certificates(&self.certificate).map_err(|message| fault(&files.certificate, message))?;
-        if let Some(end) = chain.first().and_then(end_of_validity).filter(|end| *end <= now()) {
-            let ended = jiff::Timestamp::from_second(end).map_or_else(|_| end.to_string(), |at| at.to_string());
-            return Err(fault(&files.certificate, format!("the certificate expired at {ended}")));
+        if let Some(expired) = expired(&chain) {
+            return Err(fault(&files.certificate, expired));
         }
         // The parser's own message might quote the file.
         let key = PrivateKeyDer::from_pem_slice(&self.key)
@@ -297,10 +312,41 @@ pub(super) fn read(path: &Path) -> Result<Zeroizing<Vec<u8>>, ServerError> {
     Ok(bytes)
 }
 
+/// All certificates of a PEM file. There must be one.
 fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
-    let found: Vec<_> =
-        CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().map_err(|fault| format!("is not PEM: {fault}"))?;
+    // The parser's own message might quote the file, byte by byte.
+    let cut = |_| "holds no certificate in PEM, or one that is cut short".to_owned();
+    let found: Vec<_> = CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().map_err(cut)?;
     if found.is_empty() { Err("holds no certificate in PEM".to_owned()) } else { Ok(found) }
+}
+
+/// The authorities in a PEM file. There must be one.
+pub(crate) fn authorities(pem: &[u8]) -> Result<RootCertStore, String> {
+    let mut roots = RootCertStore::empty();
+    for authority in certificates(pem)? {
+        roots.add(authority).map_err(|fault| format!("holds a certificate that cannot be an authority: {fault}"))?;
+    }
+    Ok(roots)
+}
+
+/// When the chain of a PEM file expires, in seconds of Unix time. An error if its own certificate, the first, has expired.
+pub(crate) fn end_of_own(pem: &[u8]) -> Result<Option<i64>, String> {
+    match expired(&certificates(pem)?) {
+        Some(expired) => Err(expired),
+        None => Ok(first_end(pem)),
+    }
+}
+
+/// When the first certificate of a PEM file expires, and with it a chain, in seconds of Unix time.
+fn first_end(pem: &[u8]) -> Option<i64> {
+    certificates(pem).ok()?.iter().filter_map(end_of_validity).min()
+}
+
+/// The message, if the first certificate of a chain has expired.
+fn expired(chain: &[CertificateDer<'_>]) -> Option<String> {
+    let end = chain.first().and_then(end_of_validity).filter(|end| *end <= now())?;
+    let ended = jiff::Timestamp::from_second(end).map_or_else(|_| end.to_string(), |at| at.to_string());
+    Some(format!("the certificate expired at {ended}"))
 }
 
 fn now() -> i64 {
@@ -371,11 +417,7 @@ fn client_verifier(
     provider: Arc<CryptoProvider>,
     callers: &Arc<Callers>,
 ) -> Result<Arc<dyn ClientCertVerifier>, String> {
-    let mut roots = RootCertStore::empty();
-    for authority in certificates(pem)? {
-        roots.add(authority).map_err(|fault| format!("holds a certificate that cannot be an authority: {fault}"))?;
-    }
-    let chain = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
+    let chain = WebPkiClientVerifier::builder_with_provider(Arc::new(authorities(pem)?), provider)
         .build()
         .map_err(|fault| format!("cannot verify clients: {fault}"))?;
     Ok(Arc::new(ListedClientVerifier { chain, callers: CallersOnly(Arc::clone(callers)) }))
@@ -478,7 +520,7 @@ mod tests {
         };
         let (first, second, expired) = (certificate(2060), certificate(2060), certificate(2002));
         write(&first);
-        let callers = Arc::new(Callers::new(&CallerSettings::default(), &Arc::default()).unwrap());
+        let callers = Arc::new(Callers::new(&CallerSettings::default(), None, &Arc::default()).unwrap());
         let tls = Tls::load(files.clone(), callers).unwrap();
         let active = Arc::as_ptr(&tls.active.load_full());
         let stays = |why: &str, fault: &str| {
@@ -496,7 +538,7 @@ mod tests {
         write(&(first.0.clone(), "made-up-canary".to_owned()));
         stays("malformed key", "holds no private key");
         write(&("-----BEGIN CERTIFICATE-----\n".to_owned(), first.1.clone()));
-        stays("half-written certificate", "is not PEM");
+        stays("half-written certificate", "cut short");
         write(&(String::new(), first.1.clone()));
         stays("empty certificate", "holds no certificate");
         write(&expired);

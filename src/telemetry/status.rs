@@ -762,6 +762,8 @@ pub fn certificate_remedy(setting: &str) -> &'static str {
     if setting == "tls.client_ca" {
         "add the new authority beside the old one in the same file, renew the clients' certificates, then take the old one out; each is reloaded \
          without a restart"
+    } else if setting == "tier.client_certificate_file" {
+        "write a new one with its key to the same files, and restart: they are read at the start"
     } else {
         "write a new one to the same file; it is reloaded without a restart"
     }

@@ -1,6 +1,6 @@
 //! The shared tier without a real store: the cost of its faults, and its settings. `tests/tier` uses a real one.
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{fs, net::SocketAddr, os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
 
 use byok_gate::{
     config::{self, Overrides, Paths},
@@ -13,7 +13,9 @@ use tokio::{
 };
 
 use crate::support::{
-    binary,
+    binary::{self, Serving},
+    edge::{Authority, ask_status},
+    page::say,
     prober::Scripted,
     tier::{KEY, Replica, Way},
 };
@@ -204,6 +206,27 @@ fn a_tier_needs_an_encrypted_address_a_key_and_callers_of_equal_trust() {
             "tier: {cluster: {addresses: ['rediss://n']}, sentinel: {service: s, addresses: ['rediss://s']}, key_file: /k}",
             "tier.cluster: is set beside tier.sentinel",
         ),
+        (
+            "tier: {address: 'rediss://v', sentinel: {user: u}, key_file: /k}",
+            "tier.sentinel.user: is set without tier.sentinel.addresses",
+        ),
+        (
+            "tier: {cluster: {addresses: ['rediss://n']}, sentinel: {password_file: /p}, key_file: /k}",
+            "tier.sentinel.password_file: is set without tier.sentinel.addresses",
+        ),
+        ("tier: {address: 'rediss://v', user: '', password_file: /p, key_file: /k}", "tier.user: is empty: leave it out for the"),
+        (
+            "tier: {sentinel: {service: s, addresses: ['rediss://s'], user: '', password_file: /p}, key_file: /k}",
+            "tier.sentinel.user: is empty: leave it out for the",
+        ),
+        (
+            "tier: {address: 'rediss://v', password_file: /k, key_file: /k}",
+            "tier.password_file: is the same file as tier.key_file",
+        ),
+        (
+            "tier: {sentinel: {service: s, addresses: ['rediss://s'], password_file: /k}, key_file: /k}",
+            "tier.sentinel.password_file: is the same file as tier.key_file",
+        ),
         ("tier: {sentinel: {adresses: []}}", "the nearest is `tier.sentinel.addresses`"),
         (
             "tier: {sentinel: {service: s, addresses: ['rediss://s']}, key_file: /k}\n\
@@ -259,6 +282,16 @@ async fn serve_and_check_read_its_files_and_exec_refuses_it() {
     client_certificates_are_checked(&folder, &environment).await;
     let ended = binary::run(&["check"], &environment).await;
     assert!(ended.status.success(), "{ended:?}");
+    let readable = format!("warning: {key}: tier.key_file: holds a secret, and every user of this machine can read it");
+    assert!(ended.stdout.contains(&readable), "{ended:?}");
+    fs::write(&password, "made-up-canary-password\nmade-up-canary-older\n").unwrap();
+    for command in [&["serve", "--listen", "127.0.0.1:0"][..], &["check"]] {
+        let ended = binary::run(command, &environment).await;
+        let said = format!("{}{}", ended.stdout, ended.stderr);
+        let what = "tier.password_file: holds more than one line";
+        assert!(!ended.status.success() && said.contains(what) && said.contains(&password) && !said.contains("canary"), "{said}");
+    }
+    fs::write(&password, "made-up-canary-password\n").unwrap();
     let of_sentinels = path("sentinel-password");
     let by_sentinels = [
         ("BYOK_GATE__TIER__SENTINEL__SERVICE", "made-up"),
@@ -298,9 +331,15 @@ async fn client_certificates_are_checked(folder: &TempDir, environment: &[(&str,
         .collect();
     let [signed, other] = [(), ()].map(|()| rcgen::generate_simple_self_signed(vec!["gate.example".to_owned()]).unwrap());
     let (good, right, wrong) = (signed.cert.pem(), signed.signing_key.serialize_pem(), other.signing_key.serialize_pem());
+    let past = Authority::new().sign_until("gate.example", 2002);
     for (of_certificate, of_key, what) in [
         (None, Some(&right), "tier.client_certificate_file: could not be read"),
         (Some(&good), None, "tier.client_key_file: could not be read"),
+        (
+            Some(&past.certificate),
+            Some(&past.key),
+            "tier.client_certificate_file: the certificate expired at 2002-01-01T00:00:00Z",
+        ),
         (Some(&right), Some(&right), "tier.client_certificate_file: holds no certificate in PEM"),
         (Some(&good), Some(&good), "tier.client_key_file: holds no private key in PEM"),
         (Some(&good), Some(&wrong), "tier.client_key_file: is not the key of the certificate in tier.client_certificate_file"),
@@ -322,4 +361,119 @@ async fn client_certificates_are_checked(folder: &TempDir, environment: &[(&str,
     fs::write(&key, &right).unwrap();
     let ended = binary::run(&["check"], &environment).await;
     assert!(ended.status.success() && ended.stdout.contains("every user of this machine can read it"), "{ended:?}");
+}
+
+/// A file that its owner alone may read.
+fn private(folder: &TempDir, name: &str, text: &str) -> String {
+    let path = folder.path().join(name);
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// A process that holds the tier's key serves no workspace, whichever list names it: neither from the start nor after a reload.
+#[tokio::test]
+async fn a_workspace_token_and_a_tier_exclude_each_other() {
+    const PLATFORM: &str = "made-up-platform-token-0123456789";
+    const WORKSPACE: &str = "made-up-workspace-canary-0123456789";
+    let folder = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| private(&folder, name, text);
+    let both = format!("{PLATFORM}\n{WORKSPACE} workspace w\n");
+    let (key, tokens) = (put("key", KEY), put("tokens", &both));
+    let environment = [
+        ("BYOK_GATE__TIER__ADDRESS", "redis://127.0.0.1:1"),
+        ("BYOK_GATE__TIER__KEY_FILE", key.as_str()),
+        ("BYOK_GATE__CALLERS__TOKEN_FILE", tokens.as_str()),
+        ("BYOK_GATE__ADMIN__LISTEN", "127.0.0.1:0"),
+        ("BYOK_GATE__SERVER__RELOAD_INTERVAL", "100ms"),
+    ];
+    let wrong = "names a `workspace` caller beside tier.address";
+    for command in [&["serve", "--listen", "127.0.0.1:0"][..], &["check"], &["check", "--strict"]] {
+        let ended = binary::run(command, &environment).await;
+        let said = format!("{}{}", ended.stdout, ended.stderr);
+        assert!(!ended.status.success() && said.contains(wrong) && said.contains(&tokens), "{command:?}: {said}");
+        assert!(!said.contains("canary"), "{said}");
+    }
+    // Without the tier the same tokens are good.
+    let ended = binary::run(&["check", "--strict"], &environment[2..]).await;
+    assert!(ended.status.success(), "{ended:?}");
+    put("tokens", &format!("{PLATFORM}\n"));
+    let serving = Serving::start_in(&[], &environment).await;
+    let admin: SocketAddr = serving.event("admin_listening")["address"].as_str().unwrap().parse().unwrap();
+    put("tokens", &both);
+    let failed = serving.until("reload_failed").await;
+    assert!(failed["what"] == "tokens" && failed["fault"].as_str().unwrap().contains(wrong), "{failed}");
+    let ask = async |token: &str| ask_status(serving.channel().await, Some(&format!("Bearer {token}"))).await;
+    assert_eq!((ask(PLATFORM).await, ask(WORKSPACE).await), (tonic::Code::Ok, tonic::Code::Unauthenticated));
+    let page = say(admin, "GET /status.json HTTP/1.1\r\nhost: gate\r\n\r\n").await.body;
+    assert!(page.contains(wrong) && !page.contains("canary"), "{page}");
+}
+
+/// A file of authorities that holds none is an error at start, which names the setting and the file, and not one of the first connection.
+#[tokio::test]
+async fn a_file_of_authorities_holds_certificates() {
+    let folder = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| private(&folder, name, text);
+    let authority = Authority::new();
+    let (pem, server) = (authority.pem(), authority.sign("localhost"));
+    let (key, certificate, of_server) = (put("key", KEY), put("server.pem", &server.certificate), put("server.key", &server.key));
+    let file = put("authorities", &pem);
+    let environment = |setting: &'static str| {
+        let tls = setting == "BYOK_GATE__TLS__CLIENT_CA";
+        let of_tls = [("BYOK_GATE__TLS__CERTIFICATE", certificate.as_str()), ("BYOK_GATE__TLS__KEY", of_server.as_str())];
+        let of_tier = [("BYOK_GATE__TIER__ADDRESS", "rediss://valkey.example"), ("BYOK_GATE__TIER__KEY_FILE", key.as_str())];
+        let always = [("BYOK_GATE__CALLERS__CERTIFICATES", "anyone"), (setting, file.as_str())];
+        (if tls { of_tls } else { of_tier }).into_iter().chain(always.into_iter().skip(usize::from(!tls))).collect::<Vec<_>>()
+    };
+    for (variable, setting) in [
+        ("BYOK_GATE__TIER__CA_FILE", "tier.ca_file: "),
+        ("BYOK_GATE__PROBE__CA_FILE", "probe.ca_file: "),
+        ("BYOK_GATE__TRACING__CA_FILE", "tracing.ca_file: "),
+        ("BYOK_GATE__TLS__CLIENT_CA", ""),
+    ] {
+        let environment = environment(variable);
+        put("authorities", &pem);
+        let ended = binary::run(&["check", "--strict"], &environment).await;
+        assert!(ended.status.success(), "{variable}: {ended:?}");
+        let half = &pem[..pem.len() / 2];
+        for text in ["", "made-up-canary", &server.key, half, &format!("{pem}{half}")] {
+            put("authorities", text);
+            for command in [&["serve", "--listen", "127.0.0.1:0"][..], &["check", "--strict"]] {
+                let ended = binary::run(command, &environment).await;
+                let said = format!("{}{}", ended.stdout, ended.stderr);
+                let what = format!("{setting}holds no certificate in PEM");
+                assert!(!ended.status.success() && said.contains(&what) && said.contains(&file), "{command:?} {text:?}: {said}");
+                assert!(!said.contains("canary") && !said.contains("[45, 45"), "{said}");
+            }
+        }
+    }
+}
+
+/// The end of the client certificate is shown as the server's own is.
+#[tokio::test]
+async fn the_end_of_the_client_certificate_is_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let put = |name: &str, text: &str| private(&folder, name, text);
+    let soon = jiff::Timestamp::now().to_zoned(jiff::tz::TimeZone::UTC).date().saturating_add(jiff::Span::new().days(3));
+    let (month, day) = (u8::try_from(soon.month()).unwrap(), u8::try_from(soon.day()).unwrap());
+    let pair = Authority::new().sign_until_day("gate.example", soon.year().into(), month, day);
+    let (key, certificate, of_client) = (put("key", KEY), put("client.pem", &pair.certificate), put("client.key", &pair.key));
+    let environment = [
+        ("BYOK_GATE__TIER__ADDRESS", "rediss://127.0.0.1:1"),
+        ("BYOK_GATE__TIER__KEY_FILE", key.as_str()),
+        ("BYOK_GATE__TIER__CLIENT_CERTIFICATE_FILE", certificate.as_str()),
+        ("BYOK_GATE__TIER__CLIENT_KEY_FILE", of_client.as_str()),
+        ("BYOK_GATE__ADMIN__LISTEN", "127.0.0.1:0"),
+    ];
+    let ended = binary::run(&["check"], &environment).await;
+    assert!(ended.status.success() && ended.stdout.contains(&format!("{certificate} expires at {soon}T00:00:00Z")), "{ended:?}");
+    let serving = Serving::start_in(&[], &environment).await;
+    let admin: SocketAddr = serving.event("admin_listening")["address"].as_str().unwrap().parse().unwrap();
+    let near = serving.until("certificate_near_end").await;
+    assert!(near["setting"] == "tier.client_certificate_file" && near["message"].as_str().unwrap().contains("restart"), "{near}");
+    let of = async |path: &str| say(admin, &format!("GET {path} HTTP/1.1\r\nhost: gate\r\n\r\n")).await.body;
+    let status: serde_json::Value = serde_json::from_str(&of("/status.json").await).unwrap();
+    assert_eq!(status["certificates"][0]["setting"], "tier.client_certificate_file", "{status}");
+    let metric = "byokgate_tls_certificate_expires_seconds{setting=\"tier.client_certificate_file\"} ";
+    assert!(of("/metrics").await.contains(metric));
 }
