@@ -35,6 +35,7 @@ use self::{
     store::{LookupState, Question, Store, StoreError, StoreLookup},
 };
 pub use self::{
+    faults::StoreFault,
     identity::{ClientIdentity, IdentityFault},
     keys::TierKeys,
     remote::{Connect, Listening},
@@ -438,7 +439,10 @@ impl Tier {
     /// Reports refusals that other replicas saw, for ever. A missed one only lets an older observation expire by its age.
     pub(crate) async fn listen(self: Arc<Self>, refused: impl Fn(ObservationId) + Send + Sync) {
         loop {
-            if let Ok(notices) = self.store.subscribe().await {
+            // A random pause, so that replicas do not all reconnect at once. It is short if the last connection served.
+            let mut pause = (RECONNECT / 2, RECONNECT);
+            if let Some(notices) = self.store.subscribe().await {
+                pause = (PAUSE / 10, MAX_PAUSE);
                 let mut notices = std::pin::pin!(notices);
                 while let Some(message) = notices.next().await {
                     match self.keys.open_notice(&message) {
@@ -448,8 +452,7 @@ impl Tier {
                     }
                 }
             }
-            // A random pause, so that replicas do not all reconnect at once.
-            let pause = self.between(RECONNECT / 2, RECONNECT);
+            let pause = self.between(pause.0, pause.1);
             sleep(pause).await;
         }
     }
@@ -490,6 +493,10 @@ impl Collect for Tier {
         page.counter("byokgate_tier_faults", "Requests to the shared tier that failed").add(&[], &self.store.failures);
         page.gauge("byokgate_tier_in_use", "1 while the shared tier is in use, 0 while it is suspended")
             .add(&[], u64::from(self.store.is_in_use()));
+        page.gauge("byokgate_tier_listening", "0 since the refusals that other replicas see cannot be heard")
+            .add(&[], u64::from(self.store.is_listening()));
+        page.gauge("byokgate_tier_storing", "0 since the store refuses this replica the right to store or to announce results")
+            .add(&[], u64::from(self.store.is_storing()));
         page.counter(
             "byokgate_tier_stores_dropped",
             "Results that were not sent to the shared tier, since too many were already waiting",

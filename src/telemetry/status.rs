@@ -927,13 +927,31 @@ fn refuses_all(Provider { provider, .. }: &Provider, since_accepted: Option<(Sys
     }
 }
 
-/// The shared tier is configured and not used.
+/// The shared tier is configured and not used, or only in part.
 fn tier_left_alone(page: &Page, add: Add<'_>) {
-    if page.values("byokgate_tier_in_use").any(|(_, in_use)| in_use < 1.0) {
+    let is_off = |gauge: &str| page.values(gauge).any(|(_, value)| value < 1.0);
+    if is_off("byokgate_tier_in_use") {
         add(
             "the shared tier is left alone, since requests to it fail; every replica decides by itself".to_owned(),
             "the log's last `tier_left_alone` says why: check the store, its address, its user's rights and the network to it; byok-gate \
              tries again by itself",
+        );
+        // The rest is not known meanwhile.
+        return;
+    }
+    if is_off("byokgate_tier_listening") {
+        add(
+            "the refusals that other replicas see are not heard: a key that died may count as valid here until its result is old"
+                .to_owned(),
+            "the log's last `tier_not_listening` says why: the store's user needs `+subscribe` and the channels `&bg1:*`",
+        );
+    }
+    if is_off("byokgate_tier_storing") {
+        add(
+            "the shared tier refuses this replica's results, or their announcement: others may not hear that a key died"
+                .to_owned(),
+            "the log's last `tier_not_storing` says why: the store's user needs `+publish`, the channels `&bg1:*`, and the other rights of \
+             docs/scale.md",
         );
     }
 }

@@ -113,6 +113,26 @@ async fn a_storm_meets_a_silent_tier_once() {
     assert_eq!(prober.asked(), 100);
 }
 
+/// A store that refuses the right to subscribe: the page says what that means, and which right is missing.
+#[tokio::test]
+async fn refusals_that_cannot_be_heard_are_under_attention() {
+    let folder = tempfile::tempdir().unwrap();
+    let key = folder.path().join("key");
+    fs::write(&key, KEY).unwrap();
+    let address = format!("redis://127.0.0.1:{}", odd_listener(Odd::Says(b"-NOPERM this user has no permissions\r\n")).await);
+    let environment = [("BYOK_GATE__TIER__ADDRESS", address.as_str()), ("BYOK_GATE__TIER__KEY_FILE", key.to_str().unwrap())];
+    let serving = Serving::start_in(&["--admin-listen", "127.0.0.1:0"], &environment).await;
+    let event = serving.until("tier_not_listening").await;
+    assert_eq!((&event["level"], &event["code"], &event["kind"]), (&"WARN".into(), &"NOPERM".into(), &"no permission".into()));
+    assert!(address.ends_with(event["server"].as_str().unwrap()), "{event}");
+    let admin = serving.event("admin_listening")["address"].as_str().unwrap().parse().unwrap();
+    let status = say(admin, "GET /status.json HTTP/1.1\r\nhost: gate\r\n\r\n").await.body;
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    let attention = status["attention"].to_string();
+    assert!(attention.contains("refusals that other replicas see are not heard"), "{attention}");
+    assert!(attention.contains("+subscribe") && attention.contains("&bg1:*"), "{attention}");
+}
+
 fn settled(text: &str) -> Result<(), String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("config.yaml");

@@ -158,6 +158,21 @@ async fn the_node_that_has_the_slot_is_found_and_followed() {
     assert_eq!((late.ask("made-up-first-1").await.0, prober.asked()), (Verdict::Valid, asked));
 }
 
+/// Servers that are no cluster would each take a part of the replicas: none of them is used.
+#[tokio::test]
+async fn servers_that_are_no_cluster_are_as_no_store() {
+    let (log, prober) = (Log::start(), Scripted::new(Verdict::Valid));
+    let servers = [Store::start().await, Store::start().await];
+    let nodes = servers.iter().map(|server| server.port).collect();
+    let replica = Replica::new(&Way { nodes, ..servers[0].way() }, &prober);
+    assert_eq!((replica.ask("made-up").await, replica.looks("fault")), (ASKED, 1.0));
+    let events = log.events("tier_fault");
+    assert!(events[0]["error"].as_str().unwrap().contains("not in cluster mode"), "{events:?}");
+    for server in &servers {
+        assert!(server.keys().await.is_empty());
+    }
+}
+
 /// The node that has the slot dies, and its replica takes the slot over.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_failover_in_a_cluster_is_followed() {

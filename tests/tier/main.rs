@@ -35,6 +35,7 @@ use byok_gate::{
 };
 use futures_util::{StreamExt, future::join_all};
 use redis::AsyncConnectionConfig;
+use serde_json::Value;
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -44,6 +45,7 @@ use tokio::{
     },
     time::{Instant, sleep},
 };
+use tracing::subscriber::DefaultGuard;
 
 use support::{
     binary::{PATIENCE, Serving},
@@ -146,6 +148,46 @@ impl Drop for Store {
     fn drop(&mut self) {
         drop(self.child.kill());
         drop(self.child.wait());
+    }
+}
+
+/// What the tasks of this thread log while it lives.
+struct Log {
+    lines: Lines,
+    _guard: DefaultGuard,
+}
+
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Log {
+    fn start() -> Self {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let log = tracing_subscriber::fmt().json().with_writer(move || writer.clone()).finish();
+        Self { lines, _guard: tracing::subscriber::set_default(log) }
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8(self.lines.0.lock().unwrap().clone()).unwrap()
+    }
+
+    /// The fields of every event of this name.
+    fn events(&self, name: &str) -> Vec<Value> {
+        let lines = self.text();
+        let fields = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["fields"].take());
+        fields.filter(|fields| fields["event"] == name).collect()
     }
 }
 
@@ -702,6 +744,82 @@ async fn a_wrong_password_is_as_no_store() {
     }
     assert_eq!((replica.looks("fault"), replica.looks("left_alone"), prober.asked()), (5.0, 1.0, 6));
     assert!(store.keys().await.is_empty());
+}
+
+/// A right that is missing while lookups work is logged once and shown, until it is given.
+#[tokio::test]
+async fn a_missing_right_is_said_once() {
+    let news = ["resetchannels", "&bg1:*"];
+    for ([without, with], what) in [
+        (news, "listening"),
+        (["-subscribe", "+subscribe"], "listening"),
+        (news, "storing"),
+        (["-publish", "+publish"], "storing"),
+    ] {
+        let (log, store, prober) = (Log::start(), Store::start().await, Scripted::new(Verdict::Valid));
+        store.does::<()>(&[b"ACL", b"SETUSER", USER.as_bytes(), without.as_bytes()]).await;
+        let replica = Replica::new(&store.way(), &prober);
+        let (gauge, mut index) = (format!("byokgate_tier_{what}"), 0);
+        for (right, value, event) in [(without, 0.0, format!("tier_not_{what}")), (with, 1.0, format!("tier_{what}"))] {
+            store.does::<()>(&[b"ACL", b"SETUSER", USER.as_bytes(), right.as_bytes()]).await;
+            until(&event, async || {
+                index += 1;
+                assert_eq!(replica.ask(&format!("made-up-{index}")).await, ASKED);
+                index > 10 && replica.page().get(&gauge) == Some(value)
+            })
+            .await;
+            replica.page().is("byokgate_tier_in_use", 1.0);
+            let events = log.events(&event);
+            assert_eq!(events.len(), 1, "{without}: {}", log.text());
+            if value == 0.0 {
+                let event = &events[0];
+                assert!(event["code"] == "NOPERM" && !event["error"].as_str().unwrap().is_empty(), "{without}: {event}");
+                assert_eq!(event["server"], format!("127.0.0.1:{}", store.port), "{event}");
+            }
+        }
+    }
+}
+
+/// The first fault is logged with its cause and its server, before anything has worked; then the first success.
+#[tokio::test]
+async fn the_first_fault_says_what_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let (trusted, _) = certificate(folder.path());
+    let tls = free_port();
+    let store = Store::start_at(free_port(), &tls_options(folder.path(), tls, None)).await;
+    let prober = Scripted::new(Verdict::Valid);
+    let closed = free_port();
+    let wrong = Some((USER.to_owned(), "made-up-canary".to_owned()));
+    let over_tls =
+        |port: u16, ca: &str| Way { port, ca: Some(ca.to_owned()), timeout: Duration::from_millis(350), ..store.way() };
+    let other = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap().cert.pem();
+    for (way, kind, error, server) in [
+        (Way { port: closed, ..store.way() }, "I/O error", "refused", format!("127.0.0.1:{closed}")),
+        (Way { login: wrong, ..store.way() }, "authentication failed", "", format!("127.0.0.1:{}", store.port)),
+        (Way { login: None, ..store.way() }, "extension error", "NOAUTH", format!("127.0.0.1:{}", store.port)),
+        // It waits for the end of a line.
+        (over_tls(store.port, &trusted), "I/O error", "timed out", format!("localhost:{}", store.port)),
+        (over_tls(tls, &other), "I/O error", "invalid peer certificate", format!("localhost:{tls}")),
+    ] {
+        let log = Log::start();
+        let replica = Replica::new(&way, &prober);
+        for index in 0..6 {
+            replica.ask(&format!("made-up-{index}")).await;
+        }
+        for event in ["tier_fault", "tier_left_alone"] {
+            let events = log.events(event);
+            assert_eq!(events.len(), 1, "{event}: {}", log.text());
+            assert!(events[0]["kind"] == kind && events[0]["server"] == server, "{}", events[0]);
+            assert!(events[0]["error"].as_str().unwrap().contains(error), "{}", events[0]);
+        }
+        assert!(!log.text().contains("canary") && !log.text().contains(PASSWORD), "{}", log.text());
+    }
+    let log = Log::start();
+    let replica = Replica::new(&store.way(), &prober);
+    for index in 0..3 {
+        replica.ask(&format!("made-up-{index}")).await;
+    }
+    assert_eq!((log.events("tier_in_use").len(), log.events("tier_fault").len()), (1, 0), "{}", log.text());
 }
 
 /// Another instance at the same place: it is in use again, without a restart of anybody.

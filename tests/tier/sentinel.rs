@@ -135,6 +135,77 @@ async fn leading_to(target: &Arc<AtomicU16>) -> u16 {
     port
 }
 
+/// Another server is behind the address, while the first one lives on: notices are heard from the one that commands go to.
+#[tokio::test(flavor = "multi_thread")]
+async fn notices_are_heard_from_the_server_that_is_behind_the_address_now() {
+    let (first, second) = (server(None).await, server(None).await);
+    let target = Arc::new(AtomicU16::new(first.port));
+    let replica = Replica::new(&Way { port: leading_to(&target).await, ..first.way() }, &Scripted::new(Verdict::Valid));
+    until("it listens to the first", async || first.listeners().await == 1).await;
+    assert_eq!(replica.ask("made-up-0").await, ASKED);
+    target.store(second.port, Ordering::Relaxed);
+    first.does::<u64>(&[b"CLIENT", b"KILL", b"TYPE", b"normal"]).await;
+    let mut index = 0;
+    until("it listens to the second", async || {
+        index += 1;
+        assert_eq!(replica.ask(&format!("made-up-{index}")).await, ASKED);
+        second.listeners().await == 1
+    })
+    .await;
+    assert_eq!(first.listeners().await, 0);
+}
+
+/// A Sentinel that knows nothing but that this is the primary, and is faster than any other.
+async fn saying(primary: u16) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let named = format!("*2\r\n$9\r\n127.0.0.1\r\n${}\r\n{primary}\r\n", primary.to_string().len());
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            let named = named.clone();
+            tokio::spawn(async move {
+                let mut bytes = vec![0; 4096];
+                while let Ok(read @ 1..) = client.read(&mut bytes).await {
+                    let words = String::from_utf8_lossy(&bytes[..read]).into_owned();
+                    let reply = match words.as_str() {
+                        words if words.contains("SENTINEL") => &named,
+                        words if words.contains("HELLO") => "-ERR unknown command 'HELLO'\r\n",
+                        _ => "+OK\r\n",
+                    };
+                    client.write_all(reply.as_bytes()).await.unwrap();
+                }
+            });
+        }
+    });
+    port
+}
+
+/// The first answer is of a Sentinel that names a primary which gave its place up and lives.
+#[tokio::test]
+async fn a_sentinel_that_is_out_of_date_is_passed_over() {
+    let second = server(None).await;
+    let first = server(Some(second.port)).await;
+    until("the first is a replica", async || role(&first).await == "slave").await;
+    let sentinel = Sentinel::start(SERVICE, "127.0.0.1", second.port, "").await;
+    let prober = Scripted::new(Verdict::Valid);
+    let late = slowed(sentinel.process.port, [0, 20]).await;
+    let stale = saying(first.port).await;
+    let replica = Replica::new(&Way { timeout: Duration::from_secs(2), ..way(&first, vec![stale, late]) }, &prober);
+    for index in 0..3 {
+        assert_eq!(replica.ask(&format!("made-up-{index}")).await, ASKED);
+    }
+    assert_eq!((replica.looks("lease"), replica.looks("fault")), (3.0, 0.0));
+    until("it is stored", async || !second.observations().await.is_empty()).await;
+    until("it listens", async || second.listeners().await == 1).await;
+    // Alone it is a fault that says so, and not one that is left alone for being the last.
+    let log = Log::start();
+    let replica = Replica::new(&way(&first, vec![stale, free_port()]), &prober);
+    assert_eq!((replica.ask("made-up").await, replica.looks("fault")), (ASKED, 1.0));
+    let events = log.events("tier_fault");
+    assert!(events[0]["error"].as_str().unwrap().contains("no primary"), "{events:?}");
+    assert_eq!(events[0]["server"], format!("127.0.0.1:{}", first.port));
+}
+
 /// Without a primary, or Sentinels that know it or take the password, there is as good as no tier.
 #[tokio::test]
 async fn sentinels_that_name_no_primary_are_as_no_store() {
@@ -146,12 +217,27 @@ async fn sentinels_that_name_no_primary_are_as_no_store() {
     if let Some((_, _, (_, password))) = &mut refused.sentinels {
         *password = "made-up-wrong".to_owned();
     }
-    for way in [way(&store, vec![stranger.process.port]), way(&store, vec![free_port()]), refused] {
+    let (known, closed) = (knows.process.port, free_port());
+    let locked = Way { login: Some((USER.to_owned(), "made-up-wrong".to_owned())), ..way(&store, vec![known]) };
+    for (way, kind, server) in [
+        (way(&store, vec![stranger.process.port, closed]), "master name not found by sentinel", stranger.process.port),
+        (way(&store, vec![closed]), "I/O error", closed),
+        (refused, "authentication failed", known),
+        (locked, "authentication failed", store.port),
+        (
+            Way { login: Some((SENTINEL_USER.to_owned(), SENTINEL_PASSWORD.to_owned())), ..Way::to(known) },
+            "invalid client config",
+            known,
+        ),
+    ] {
+        let log = Log::start();
         let replica = Replica::new(&way, &prober);
         for index in 0..6 {
             assert_eq!(replica.ask(&format!("made-up-{index}")).await, ASKED);
         }
         assert_eq!((replica.looks("fault"), replica.looks("left_alone")), (5.0, 1.0));
+        let events = log.events("tier_left_alone");
+        assert_eq!((&events[0]["kind"], &events[0]["server"]), (&kind.into(), &format!("127.0.0.1:{server}").into()));
     }
     assert!(store.keys().await.is_empty());
     let replica = Replica::new(&way(&store, vec![knows.process.port]), &prober);

@@ -1,6 +1,6 @@
 //! The address of the store. Outside of this machine it must use TLS.
 
-use std::net::IpAddr;
+use std::{fmt, net::IpAddr};
 
 use redis::{ErrorKind, RedisError};
 use url::{Host, Url};
@@ -80,6 +80,13 @@ impl StoreAddress {
     }
 }
 
+impl fmt::Display for StoreAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { host, port, .. } = self;
+        if host.contains(':') { write!(f, "[{host}]:{port}") } else { write!(f, "{host}:{port}") }
+    }
+}
+
 /// Whether this host, a name or an address, is this machine.
 fn is_here(host: &str) -> bool {
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
@@ -147,7 +154,9 @@ mod tests {
             ("2001:db8::1:6380", "2001:db8::1", 6380),
             (":7", "valkey-0", 7),
         ] {
-            assert_eq!(node.referred(text).ok(), Some(address(host, port, true, 0)), "{text}");
+            let referred = node.referred(text).unwrap();
+            assert_eq!(referred, address(host, port, true, 0), "{text}");
+            assert_eq!(referred.to_string().contains('['), host.contains(':'), "{referred}");
         }
         for wrong in ["", "valkey-1", "valkey-1:", "valkey-1:65536", "valkey-1:x"] {
             assert_eq!(node.referred(wrong).map_err(|fault| fault.kind()), Err(ErrorKind::Parse), "{wrong}");

@@ -1,20 +1,24 @@
 //! Connections to the store: to the server at one address, to the primary that Sentinels name, or to a cluster's node that has our slot.
 
-use std::time::Duration;
+use std::{collections::HashMap, time::Duration};
 
-use futures_util::future::select_ok;
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use redis::{
     AsyncConnectionConfig, Client, ClientTlsConfig, ConnectionAddr, ErrorKind, IntoConnectionInfo, RedisConnectionInfo,
-    RedisError, ServerErrorKind, TlsCertificates,
+    RedisError, ServerErrorKind, TlsCertificates, Value,
     aio::{MultiplexedConnection, PubSub},
     io::tcp::TcpSettings,
 };
 use socket2::TcpKeepalive;
-use tokio::sync::watch;
+use tokio::{
+    sync::watch,
+    time::{Instant, timeout_at},
+};
 
 use super::{
     TierAccess, TierServers,
     address::{SENTINEL_PORT, STORE_PORT, StoreAddress},
+    faults::StoreFault,
     identity::ClientIdentity,
     keys::ONE_SLOT,
 };
@@ -26,16 +30,20 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Makes connections to the store.
 pub trait Connect: Send + Sync {
     /// A connection for commands. It is shared by concurrent ones.
-    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, RedisError>>;
+    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, StoreFault>>;
     /// A connection that receives notices.
-    fn listen(&self) -> Boxed<'_, Result<Listening, RedisError>>;
+    fn listen(&self) -> Boxed<'_, Result<Listening, StoreFault>>;
+    /// A fault of the last connection for commands.
+    fn fault(&self, error: RedisError) -> StoreFault {
+        error.into()
+    }
 }
 
 /// A connection that receives notices.
 pub struct Listening {
     /// The connection.
     pub connection: PubSub,
-    /// Ends when commands have gone to another server since. The connection to one that is gone may take minutes to end.
+    /// Ends when commands have got another connection since. The connection to a server that is gone may take minutes to end.
     pub moved: Boxed<'static, ()>,
 }
 
@@ -56,8 +64,15 @@ enum Way {
     Nodes(Vec<StoreAddress>),
 }
 
-/// Opens a connection of one kind.
-type Open<T> = fn(Client, Duration) -> Boxed<'static, Result<T, RedisError>>;
+/// What a server says of itself.
+#[derive(Debug, Default)]
+struct Hello {
+    mode: String,
+    role: String,
+}
+
+/// Whether a server that says this will do.
+type Fits = fn(&Hello) -> Result<(), RedisError>;
 
 // === impl Way ===
 
@@ -74,7 +89,6 @@ impl Way {
                 Self::Nodes(addresses.iter().map(|text| StoreAddress::parse(text, STORE_PORT)).collect::<Result<_, _>>()?)
             }
         };
-        // `select_ok` takes no empty list.
         if way.addresses().is_empty() { Err("no address is given".to_owned()) } else { Ok(way) }
     }
 
@@ -125,28 +139,55 @@ impl Remote {
         }
     }
 
-    /// Opens a connection to the server that holds the values.
-    async fn open<T>(&self, open: Open<T>) -> Result<(StoreAddress, T), RedisError> {
+    /// Connects to the server that holds the values. Its fault comes before the end of the caller's patience, and so with the server's name.
+    async fn find(&self) -> Result<(StoreAddress, MultiplexedConnection), StoreFault> {
+        let by = Instant::now() + self.timeout * 9 / 10;
         match &self.way {
-            Way::Address(address) => self.open_at(address.clone(), open).await,
+            Way::Address(address) => Ok((address.clone(), self.at(address, &self.login, by, Hello::is_store).await?)),
             // All are asked at once and the first connection that comes about counts, so that no server that is away holds it up.
             Way::Sentinels { addresses, service, login } => {
-                let ways = addresses.iter().map(|sentinel| {
-                    Box::pin(async move { self.open_at(self.primary(sentinel, service, login).await?, open).await })
-                });
-                select_ok(ways).await.map(|(opened, _)| opened)
+                first(addresses.iter().map(|sentinel| async move {
+                    let primary = self.primary(sentinel, service, login, by).await?;
+                    let connection = self.at(&primary, &self.login, by, Hello::is_primary).await?;
+                    Ok((primary, connection))
+                }))
+                .await
             }
-            Way::Nodes(addresses) => {
-                let ways =
-                    addresses.iter().map(|node| Box::pin(async move { self.open_at(self.owner(node).await?, open).await }));
-                select_ok(ways).await.map(|(opened, _)| opened)
-            }
+            Way::Nodes(addresses) => first(addresses.iter().map(|node| self.owner(node, by))).await,
         }
     }
 
-    async fn open_at<T>(&self, server: StoreAddress, open: Open<T>) -> Result<(StoreAddress, T), RedisError> {
-        let opened = open(self.client(&server, &self.login)?, self.timeout).await?;
-        Ok((server, opened))
+    /// Connects to this server, if what it says of itself fits.
+    async fn at(
+        &self,
+        server: &StoreAddress,
+        login: &RedisConnectionInfo,
+        by: Instant,
+        fits: Fits,
+    ) -> Result<MultiplexedConnection, StoreFault> {
+        let connecting = async {
+            let mut connection = for_commands(self.client(server, login)?, self.timeout).await?;
+            fits(&Hello::of(&mut connection).await?)?;
+            Ok(connection)
+        };
+        self.of(server, by, connecting).await
+    }
+
+    /// The result, or this server's fault.
+    async fn of<T>(
+        &self,
+        server: &StoreAddress,
+        by: Instant,
+        work: impl Future<Output = Result<T, RedisError>>,
+    ) -> Result<T, StoreFault> {
+        let done = timeout_at(by, work).await.unwrap_or_else(|_| Err(timed_out()));
+        done.map_err(|error| self.fault_of(server.to_string(), error))
+    }
+
+    fn fault_of(&self, server: String, error: RedisError) -> StoreFault {
+        let of_sentinels = if let Way::Sentinels { login, .. } = &self.way { login.password() } else { None };
+        let passwords = self.login.password().into_iter().chain(of_sentinels).map(|it| Secret::new(it.to_owned())).collect();
+        StoreFault { server, error, passwords }
     }
 
     /// The primary that this Sentinel names.
@@ -155,51 +196,134 @@ impl Remote {
         sentinel: &StoreAddress,
         service: &str,
         login: &RedisConnectionInfo,
-    ) -> Result<StoreAddress, RedisError> {
-        let mut connection = for_commands(self.client(sentinel, login)?, self.timeout).await?;
-        let mut question = redis::cmd("SENTINEL");
-        question.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
-        let named: Option<(String, u16)> = question.query_async(&mut connection).await?;
-        let (host, port) = named.ok_or((ErrorKind::MasterNameNotFoundBySentinel, "the Sentinel does not know this service"))?;
-        sentinel.named(&host, port)
+        by: Instant,
+    ) -> Result<StoreAddress, StoreFault> {
+        let mut connection = self.at(sentinel, login, by, |_| Ok(())).await?;
+        let asking = async {
+            let mut question = redis::cmd("SENTINEL");
+            question.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
+            let named: Option<(String, u16)> = question.query_async(&mut connection).await?;
+            let unknown = (ErrorKind::MasterNameNotFoundBySentinel, "the Sentinel does not know this service");
+            let (host, port) = named.ok_or(unknown)?;
+            sentinel.named(&host, port)
+        };
+        self.of(sentinel, by, asking).await
     }
 
     /// The node that has our slot, by what this node says: it either has it, or names the one that has.
-    async fn owner(&self, node: &StoreAddress) -> Result<StoreAddress, RedisError> {
-        let mut connection = for_commands(self.client(node, &self.login)?, self.timeout).await?;
-        // Any name of the slot will do, and any command that needs no further right.
-        let mut question = redis::cmd("PTTL");
-        question.arg(ONE_SLOT);
-        match question.query_async::<i64>(&mut connection).await {
-            Ok(_) => Ok(node.clone()),
-            Err(fault) => match (fault.kind(), fault.redirect_node()) {
-                // While the slot leaves it, it is still the owner, and refers to the next one for what it does not have.
-                (ErrorKind::Server(ServerErrorKind::Ask), _) => Ok(node.clone()),
-                (_, Some((address, _))) => node.referred(address),
-                _ => Err(fault),
-            },
+    async fn owner(&self, node: &StoreAddress, by: Instant) -> Result<(StoreAddress, MultiplexedConnection), StoreFault> {
+        let mut connection = self.at(node, &self.login, by, Hello::is_node).await?;
+        let asking = async {
+            // Any name of the slot will do, and any command that needs no further right.
+            let mut question = redis::cmd("PTTL");
+            question.arg(ONE_SLOT);
+            match question.query_async::<i64>(&mut connection).await {
+                Ok(_) => Ok(None),
+                Err(fault) => match (fault.kind(), fault.redirect_node()) {
+                    // While the slot leaves it, it is still the owner, and refers to the next one for what it does not have.
+                    (ErrorKind::Server(ServerErrorKind::Ask), _) => Ok(None),
+                    (_, Some((address, _))) => node.referred(address).map(Some),
+                    _ => Err(fault),
+                },
+            }
+        };
+        let Some(owner) = self.of(node, by, asking).await? else { return Ok((node.clone(), connection)) };
+        let connection = self.at(&owner, &self.login, by, Hello::is_node).await?;
+        Ok((owner, connection))
+    }
+}
+
+/// The first that works, or the fault that says most.
+async fn first<T>(ways: impl Iterator<Item = impl Future<Output = Result<T, StoreFault>>>) -> Result<T, StoreFault> {
+    let mut ways: FuturesUnordered<_> = ways.collect();
+    let mut most: Option<StoreFault> = None;
+    while let Some(tried) = ways.next().await {
+        let fault = match tried {
+            Ok(found) => return Ok(found),
+            Err(fault) => fault,
+        };
+        if most.as_ref().is_none_or(|most| fault.says() > most.says()) {
+            most = Some(fault);
         }
+    }
+    // There is a way: the settings are checked.
+    Err(most.unwrap_or_else(|| timed_out().into()))
+}
+
+// === impl Hello ===
+
+impl Hello {
+    /// Asks the server, which needs no right for the answer. One that does not know the question is taken as it is.
+    async fn of(connection: &mut MultiplexedConnection) -> Result<Self, RedisError> {
+        let mut question = redis::cmd("HELLO");
+        question.arg(2);
+        let reply: Value = match question.query_async(connection).await {
+            // It asks for a password.
+            Err(fault) if fault.code() == Some("NOAUTH") => return Err(fault),
+            Err(fault) if matches!(fault.kind(), ErrorKind::Server(_) | ErrorKind::Extension) => Value::Nil,
+            reply => reply?,
+        };
+        let mut words: HashMap<String, Value> = redis::from_redis_value(reply).unwrap_or_default();
+        let mut word = |name: &str| words.remove(name).and_then(|word| redis::from_redis_value(word).ok()).unwrap_or_default();
+        Ok(Self { mode: word("mode"), role: word("role") })
+    }
+
+    fn is_store(&self) -> Result<(), RedisError> {
+        if self.mode == "sentinel" {
+            let what = "this is a Sentinel and no store: name it in tier.sentinel.addresses";
+            return Err((ErrorKind::InvalidClientConfig, what).into());
+        }
+        Ok(())
+    }
+
+    fn is_primary(&self) -> Result<(), RedisError> {
+        if !matches!(self.role.as_str(), "" | "master") {
+            return Err((ErrorKind::InvalidClientConfig, "the Sentinel names a server that is no primary").into());
+        }
+        self.is_store()
+    }
+
+    fn is_node(&self) -> Result<(), RedisError> {
+        if !matches!(self.mode.as_str(), "" | "cluster") {
+            return Err((ErrorKind::InvalidClientConfig, "the server is not in cluster mode, and tier.cluster names it").into());
+        }
+        Ok(())
     }
 }
 
 impl Connect for Remote {
-    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, RedisError>> {
+    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, StoreFault>> {
         Box::pin(async {
-            let (server, connection) = self.open(for_commands).await?;
+            let (server, connection) = self.find().await?;
             self.in_use.send_replace(Some(server));
             Ok(connection)
         })
     }
 
-    fn listen(&self) -> Boxed<'_, Result<Listening, RedisError>> {
+    fn listen(&self) -> Boxed<'_, Result<Listening, StoreFault>> {
         Box::pin(async {
             let mut in_use = self.in_use.subscribe();
-            let (server, connection) = self.open(for_notices).await?;
+            let mut is_first = in_use.borrow_and_update().is_none();
+            let server = match &self.way {
+                Way::Address(address) => address.clone(),
+                Way::Sentinels { .. } | Way::Nodes(_) => self.find().await?.0,
+            };
+            let connecting = async { self.client(&server, &self.login)?.get_async_pubsub().await };
+            let connection = self.of(&server, Instant::now() + self.timeout, connecting).await?;
             let moved = Box::pin(async move {
-                while in_use.changed().await.is_ok() && in_use.borrow_and_update().as_ref() == Some(&server) {}
+                // Another server may be behind the same address by now. The first connection of all is as young as this one.
+                while in_use.changed().await.is_ok() && is_first && in_use.borrow_and_update().as_ref() == Some(&server) {
+                    is_first = false;
+                }
             });
             Ok(Listening { connection, moved })
         })
+    }
+
+    fn fault(&self, error: RedisError) -> StoreFault {
+        let server = self.in_use.borrow().as_ref().map(ToString::to_string);
+        let all = || self.way.addresses().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        self.fault_of(server.unwrap_or_else(all), error)
     }
 }
 
@@ -214,14 +338,12 @@ fn login(user: Option<&str>, password: Option<&Secret>) -> RedisConnectionInfo {
     login
 }
 
-fn for_commands(client: Client, timeout: Duration) -> Boxed<'static, Result<MultiplexedConnection, RedisError>> {
-    Box::pin(async move {
-        // Every command has a timeout of its own.
-        let config = AsyncConnectionConfig::new().set_connection_timeout(Some(timeout)).set_response_timeout(None);
-        client.get_multiplexed_async_connection_with_config(&config).await
-    })
+async fn for_commands(client: Client, timeout: Duration) -> Result<MultiplexedConnection, RedisError> {
+    // Every command has a timeout of its own.
+    let config = AsyncConnectionConfig::new().set_connection_timeout(Some(timeout)).set_response_timeout(None);
+    client.get_multiplexed_async_connection_with_config(&config).await
 }
 
-fn for_notices(client: Client, _: Duration) -> Boxed<'static, Result<PubSub, RedisError>> {
-    Box::pin(async move { client.get_async_pubsub().await })
+pub(super) fn timed_out() -> RedisError {
+    std::io::Error::from(std::io::ErrorKind::TimedOut).into()
 }

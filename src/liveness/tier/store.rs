@@ -1,18 +1,21 @@
 //! The client of the store: one connection, which is replaced after a fault, four scripts, and a timeout for every command.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use futures_util::{Stream, StreamExt};
-use redis::{Cmd, ErrorKind, FromRedisValue, RedisError, ServerErrorKind, aio::MultiplexedConnection};
+use redis::{Cmd, FromRedisValue, aio::MultiplexedConnection};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
-    faults::{Change, Faults},
+    faults::{Change, Faults, StoreFault},
     keys::{Allowance, BEGINNING, CHANNEL, SEALED_BYTES, Starts},
-    remote::{Connect, Listening},
+    remote::{Connect, Listening, timed_out},
 };
 use crate::{
     liveness::{
@@ -164,6 +167,15 @@ end
 return redis.call('DEL', KEYS[1])"
 );
 
+/// Logs a fault of the store.
+macro_rules! warn_of {
+    ($event:literal, $fault:expr, $what:literal) => {{
+        let fault: &StoreFault = &$fault;
+        let (kind, code, error) = (fault.kind(), fault.code(), fault.text());
+        tracing::warn!(event = $event, kind, code, server = fault.server, error, $what)
+    }};
+}
+
 /// The client of the store.
 pub(super) struct Store {
     connect: Box<dyn Connect>,
@@ -173,6 +185,10 @@ pub(super) struct Store {
     /// Held while connecting, so that one caller connects for all.
     connecting: tokio::sync::Mutex<()>,
     faults: Mutex<Faults>,
+    /// False since notices could not be subscribed to.
+    listening: AtomicBool,
+    /// False since the store refused the right to store a result or to announce it.
+    storing: AtomicBool,
     pub(super) took: Histogram,
     pub(super) failures: Counter,
 }
@@ -238,6 +254,8 @@ impl Store {
             connection: Mutex::default(),
             connecting: tokio::sync::Mutex::default(),
             faults: Mutex::default(),
+            listening: AtomicBool::new(true),
+            storing: AtomicBool::new(true),
             took: Histogram::default(),
             failures: Counter::new(),
         }
@@ -251,6 +269,16 @@ impl Store {
     /// False while nothing is sent, after faults.
     pub(super) fn is_in_use(&self) -> bool {
         unpoisoned(&self.faults).is_in_use()
+    }
+
+    /// False since other replicas' notices cannot be heard.
+    pub(super) fn is_listening(&self) -> bool {
+        self.listening.load(Ordering::Relaxed)
+    }
+
+    /// False since results cannot be stored or announced.
+    pub(super) fn is_storing(&self) -> bool {
+        self.storing.load(Ordering::Relaxed)
     }
 
     /// Looks for values. If there is no suitable one and no lease, it takes the lease.
@@ -304,7 +332,26 @@ impl Store {
     ) -> Result<bool, StoreError> {
         let mut command = script(STORE, 2 + others.len());
         command.arg(lease).arg(name).arg(others).arg(token).arg(value).arg(millis(keep)).arg(CHANNEL).arg(notice);
-        self.send::<u64>(&command, self.deadline()).await.map(|done| done == 1)
+        let stored = self.ask::<u64>(&command, self.deadline()).await;
+        match &stored {
+            // Lookups go on, and so this never comes to a pause.
+            Err(Some(fault)) if fault.code() == "NOPERM" => {
+                if self.storing.swap(false, Ordering::Relaxed) {
+                    warn_of!(
+                        "tier_not_storing",
+                        fault,
+                        "results cannot be stored in the shared tier, or not announced to other replicas"
+                    );
+                }
+            }
+            Err(_) => {}
+            Ok(_) => {
+                if !self.storing.swap(true, Ordering::Relaxed) {
+                    tracing::info!(event = "tier_storing", "results are stored in the shared tier again");
+                }
+            }
+        }
+        stored.map(|done| done == 1).map_err(StoreError::of)
     }
 
     /// Renews the lease. `false` if the token does not hold it.
@@ -338,60 +385,88 @@ impl Store {
         self.send(&command, self.deadline()).await.map_or((), |_: u64| ())
     }
 
-    /// Receives notices until the connection ends, or commands go to another server.
-    pub(super) async fn subscribe(&self) -> Result<impl Stream<Item = Vec<u8>> + use<>, RedisError> {
+    /// Receives notices until the connection ends, or commands get another one. `None` after a fault, which is logged once.
+    pub(super) async fn subscribe(&self) -> Option<impl Stream<Item = Vec<u8>> + use<>> {
         let connecting = async {
             let mut listening = self.connect.listen().await?;
-            listening.connection.subscribe(CHANNEL).await?;
-            Ok::<_, RedisError>(listening)
+            listening.connection.subscribe(CHANNEL).await.map_err(|error| self.connect.fault(error))?;
+            Ok(listening)
         };
-        let Listening { connection, moved } = in_time(self.deadline(), connecting).await?;
-        Ok(connection.into_on_message().map(|message| message.get_payload_bytes().to_vec()).take_until(moved))
+        // Nobody waits for it, and it takes more connections.
+        match self.in_time(Instant::now() + self.timeout * 2, connecting).await {
+            Ok(Listening { connection, moved }) => {
+                if !self.listening.swap(true, Ordering::Relaxed) {
+                    tracing::info!(event = "tier_listening", "refusals of other replicas are heard again");
+                }
+                Some(connection.into_on_message().map(|message| message.get_payload_bytes().to_vec()).take_until(moved))
+            }
+            Err(fault) => {
+                if self.listening.swap(false, Ordering::Relaxed) {
+                    warn_of!("tier_not_listening", fault, "refusals that other replicas see cannot be heard");
+                }
+                None
+            }
+        }
     }
 
-    /// Sends one command. It connects if needed, counts a fault, and logs the start and the end of a pause.
     async fn send<T: FromRedisValue>(&self, command: &Cmd, deadline: Instant) -> Result<T, StoreError> {
+        self.ask(command, deadline).await.map_err(StoreError::of)
+    }
+
+    /// Sends one command. It connects if needed, counts a fault, and logs the first fault and the start and the end of a pause. Without a fault it
+    /// was not sent.
+    async fn ask<T: FromRedisValue>(&self, command: &Cmd, deadline: Instant) -> Result<T, Option<StoreFault>> {
         if !unpoisoned(&self.faults).may_send(Instant::now()) {
-            return Err(StoreError::LeftAlone);
+            return Err(None);
         }
         let began = Instant::now();
         let mut used = None;
-        let sending = in_time(deadline, async {
+        let sending = self.in_time(deadline, async {
             let (number, mut connection) = self.connected().await?;
             used = Some(number);
-            command.query_async::<T>(&mut connection).await
+            command.query_async::<T>(&mut connection).await.map_err(|error| self.connect.fault(error))
         });
         let answer = sending.await;
         self.took.observe(began.elapsed());
         match answer {
             Ok(answer) => {
                 if unpoisoned(&self.faults).succeeded() == Some(Change::InUse) {
-                    tracing::info!(event = "tier_in_use", "the shared tier answers again");
+                    tracing::info!(event = "tier_in_use", "the shared tier answers");
                 }
                 Ok(answer)
             }
             Err(fault) => {
                 self.failures.inc();
                 let change = unpoisoned(&self.faults).failed(Instant::now());
-                if ends_connection(fault.kind()) {
+                if fault.ends_connection() {
                     self.disconnect(used);
                 }
-                if change == Some(Change::LeftAlone) {
-                    let (kind, code) = (fault.category(), fault.code().unwrap_or_default());
-                    tracing::warn!(
-                        event = "tier_left_alone",
-                        kind,
-                        code,
+                match change {
+                    Some(Change::NeverWorked) => {
+                        warn_of!(
+                            "tier_fault",
+                            fault,
+                            "the first request to the shared tier failed; without it this replica decides by itself"
+                        );
+                    }
+                    Some(Change::LeftAlone) => warn_of!(
+                        "tier_left_alone",
+                        fault,
                         "the shared tier failed several times in a row; until it answers again, this replica decides without it"
-                    );
+                    ),
+                    Some(Change::InUse) | None => {}
                 }
-                Err(StoreError::Fault)
+                Err(Some(fault))
             }
         }
     }
 
+    async fn in_time<T>(&self, deadline: Instant, work: impl Future<Output = Result<T, StoreFault>>) -> Result<T, StoreFault> {
+        timeout_at(deadline, work).await.unwrap_or_else(|_| Err(self.connect.fault(timed_out())))
+    }
+
     /// Returns the connection, and makes it if there is none.
-    async fn connected(&self) -> Result<(u64, MultiplexedConnection), RedisError> {
+    async fn connected(&self) -> Result<(u64, MultiplexedConnection), StoreFault> {
         if let Some(connected) = self.open_connection() {
             return Ok(connected);
         }
@@ -419,16 +494,11 @@ impl Store {
     }
 }
 
-/// Whether the next command needs another connection.
-fn ends_connection(fault: ErrorKind) -> bool {
-    match fault {
-        // Another server is the primary by now, or has the slot.
-        ErrorKind::Server(
-            ServerErrorKind::ReadOnly | ServerErrorKind::MasterDown | ServerErrorKind::Moved | ServerErrorKind::ClusterDown,
-        ) => true,
-        // The server itself replied, so the connection is not broken.
-        ErrorKind::Server(_) | ErrorKind::Extension => false,
-        _ => true,
+// === impl StoreError ===
+
+impl StoreError {
+    fn of(fault: Option<StoreFault>) -> Self {
+        if fault.is_some() { Self::Fault } else { Self::LeftAlone }
     }
 }
 
@@ -455,12 +525,4 @@ fn millis(length: Duration) -> u64 {
 /// A panic cannot leave the state behind these locks inconsistent: every change is one call or assignment.
 fn unpoisoned<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-async fn in_time<T>(deadline: Instant, work: impl Future<Output = Result<T, RedisError>>) -> Result<T, RedisError> {
-    timeout_at(deadline, work).await.unwrap_or_else(|_| Err(timed_out()))
-}
-
-fn timed_out() -> RedisError {
-    std::io::Error::from(std::io::ErrorKind::TimedOut).into()
 }

@@ -20,13 +20,13 @@ use byok_gate::{
     grpc::convert::{self, pb},
     liveness::{
         cache::{Cache, CacheSettings},
-        tier::{Connect, Listening, Tier, TierKeys},
+        tier::{Connect, Listening, StoreFault, Tier, TierKeys},
     },
 };
 use byok_gate_fuzz::{CASES, VERDICTS, byte, holds, question};
 use libfuzzer_sys::fuzz_target;
 use redis::{
-    AsyncConnectionConfig, RedisConnectionInfo, RedisError,
+    AsyncConnectionConfig, RedisConnectionInfo,
     aio::{MultiplexedConnection, PubSub},
 };
 use ring::{aead, hmac};
@@ -307,7 +307,7 @@ impl Store {
 }
 
 impl Connect for Store {
-    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, RedisError>> {
+    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, StoreFault>> {
         Box::pin(async {
             let config = AsyncConnectionConfig::new().set_response_timeout(None);
             let settings = RedisConnectionInfo::default().set_skip_set_lib_name();
@@ -317,7 +317,7 @@ impl Connect for Store {
         })
     }
 
-    fn listen(&self) -> Boxed<'_, Result<Listening, RedisError>> {
+    fn listen(&self) -> Boxed<'_, Result<Listening, StoreFault>> {
         Box::pin(async {
             let settings = RedisConnectionInfo::default().set_skip_set_lib_name();
             let connection = PubSub::new(&settings, self.stream()).await?;

@@ -10,7 +10,7 @@ use std::{
 
 use byok_gate::{
     core::engine::Boxed,
-    liveness::tier::{Connect, Listening},
+    liveness::tier::{Connect, Listening, StoreFault},
 };
 use mlua::{Function, Lua, Value, Variadic};
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -425,7 +425,7 @@ fn question(bytes: &[u8]) -> Option<(Vec<Vec<u8>>, usize)> {
 }
 
 impl Connect for Link {
-    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, RedisError>> {
+    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, StoreFault>> {
         Box::pin(async {
             let config = AsyncConnectionConfig::new().set_response_timeout(None);
             let (connection, driver) = MultiplexedConnection::new_with_config(&settings(), self.stream().await?, config).await?;
@@ -435,7 +435,7 @@ impl Connect for Link {
         })
     }
 
-    fn listen(&self) -> Boxed<'_, Result<Listening, RedisError>> {
+    fn listen(&self) -> Boxed<'_, Result<Listening, StoreFault>> {
         Box::pin(async {
             let connection = PubSub::new(&settings(), self.stream().await?).await?;
             // There is one server.
