@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// One HTTP response.
 #[derive(Debug, Clone, Copy)]
@@ -88,7 +88,8 @@ pub(super) fn any_at(json: &Value, path: &str, is: &dyn Fn(&Value) -> bool) -> b
     }
 }
 
-/// The error code of a machine-readable error: an object with one of the usual members. Empty if the error has no code, `None` if it is no error.
+/// The error code of a machine-readable error: an object with one of the usual members, in any case. Empty if the error has no code, `None` if it is no
+/// error.
 pub(super) fn error_code(json: &Value) -> Option<String> {
     // One vendor's OpenAI-compatible API wraps its errors in a list.
     let object = match json {
@@ -100,13 +101,26 @@ pub(super) fn error_code(json: &Value) -> Option<String> {
         Value::Number(number) => Some(number.to_string()),
         Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => None,
     };
-    let inner = object.get("error").filter(|error| !error.is_null());
+    let inner = member(object, "error").filter(|error| !error.is_null());
     let code = inner
         .and_then(Value::as_object)
         .into_iter()
         .chain([object])
-        .find_map(|fields| ["code", "type", "status", "reason"].iter().find_map(|key| fields.get(*key).and_then(text)));
-    let says_error =
-        inner.is_some() || ["errors", "code", "message", "detail", "msg", "title"].iter().any(|key| object.contains_key(*key));
+        .find_map(|fields| ["code", "type", "status", "reason"].iter().find_map(|key| member(fields, key).and_then(text)));
+    let says_error = inner.is_some()
+        || ["errors", "code", "message", "detail", "msg", "title"].iter().any(|key| member(object, key).is_some());
     says_error.then(|| code.unwrap_or_default().chars().take(64).collect())
+}
+
+/// The member of this name. AWS and .NET write `Message`, so if none has the same case, another case will do.
+fn member<'j>(object: &'j Map<String, Value>, name: &str) -> Option<&'j Value> {
+    let in_another_case = || object.iter().find(|(key, _)| key.eq_ignore_ascii_case(name)).map(|(_, value)| value);
+    object.get(name).or_else(in_another_case)
+}
+
+/// Whether a 401 with this body is a machine-readable error. The status says already that it is about the credential, so any object will do that holds
+/// more than nulls and lists: gateways name their members as they like.
+pub(super) fn explains_a_401(json: &Value) -> bool {
+    let holds_something = |value: &Value| !matches!(value, Value::Null | Value::Array(_));
+    error_code(json).is_some() || json.as_object().is_some_and(|object| object.values().any(holds_something))
 }

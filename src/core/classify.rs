@@ -7,7 +7,7 @@ use serde_json::Value;
 pub use crate::core::answer::{Answer, Body};
 use crate::{
     core::{
-        answer::{any_at, body_of, contains, error_code},
+        answer::{any_at, body_of, contains, error_code, explains_a_401},
         catalogue::{BodyTest, Expected, Kind, Probe, Signal, SignalOutcome},
         response_shape::ResponseShape,
     },
@@ -223,7 +223,7 @@ pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
     }
     let code = json.as_ref().and_then(error_code);
     let (classification, cause) = match (answer.status, code) {
-        (401, Some(_)) => (Classification::Verdict(Verdict::Invalid), Cause::Status),
+        (401, _) if json.as_ref().is_some_and(explains_a_401) => (Classification::Verdict(Verdict::Invalid), Cause::Status),
         (402, Some(_)) => (Classification::Verdict(Verdict::QuotaExhausted), Cause::Status),
         (403, Some(code)) => (Classification::Forbidden(code), Cause::Status),
         (429, _) => (Classification::Verdict(Verdict::RateLimited), Cause::Status),
