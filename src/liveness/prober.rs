@@ -484,6 +484,8 @@ impl Http {
             headers.insert(HeaderName::from_bytes(name.as_bytes()).ok()?, HeaderValue::from_str(value).ok()?);
         }
         headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
+        // Without this header a server may compress (RFC 9110, section 12.5.3), and a compressed body is not read.
+        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         for family in families {
             let (name, value) = credential_header(*family, secret)?;
             headers.insert(name, value);

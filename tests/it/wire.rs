@@ -260,7 +260,9 @@ async fn a_provider_sees_an_honest_request_and_nothing_more() {
     let seen: Vec<(&str, &str)> = asked.iter().map(|asked| (asked.method.as_str(), asked.path.as_str())).collect();
     assert_eq!(seen, [("GET", "/loose/v1/models"), ("POST", "/loose/v1/chat/completions")]);
     let names: Vec<&str> = asked[1].headers.keys().map(String::as_str).collect();
-    assert_eq!(names, ["accept", "authorization", "content-length", "content-type", "host", "user-agent"]);
+    assert_eq!(names, ["accept", "accept-encoding", "authorization", "content-length", "content-type", "host", "user-agent"]);
+    // No body is decompressed, so none may come compressed.
+    assert!(asked.iter().all(|asked| asked.headers["accept-encoding"] == "identity"), "{asked:?}");
     assert!(asked[1].headers["user-agent"].starts_with("byok-gate/"), "{:?}", asked[1].headers);
     let body: serde_json::Value = serde_json::from_str(&asked[1].body).unwrap();
     assert_eq!(
