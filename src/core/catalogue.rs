@@ -532,20 +532,22 @@ impl CommonCodes {
         found.get()
     }
 
-    /// The meaning of the first known text in this body, for a response with this status.
+    /// The meaning of the first known text at the usual places of this body, for a response with this status.
     pub fn outcome_of_text(&self, status: u16, json: &serde_json::Value) -> Option<SignalOutcome> {
         let found = Cell::new(None);
         let is_known = |value: &serde_json::Value| {
-            let Some(text) = value.as_str() else { return false };
-            let text = text.as_bytes();
-            let text = text.get(..MAX_COMMON_TEXT).unwrap_or(text);
-            let mut listed = self.texts.iter().filter(|listed| listed.statuses.contains(&status));
-            let meaning = listed.find(|listed| listed.texts.iter().any(|part| contains(text, part)));
-            found.set(meaning.map(|meaning| meaning.outcome));
-            meaning.is_some()
+            found.set(value.as_str().and_then(|text| self.outcome_of_plain_text(status, text.as_bytes())));
+            found.get().is_some()
         };
         self.text_paths.iter().any(|path| any_at(json, path, &is_known));
         found.get()
+    }
+
+    /// What is known of the beginning of this text, for a response with this status.
+    pub fn outcome_of_plain_text(&self, status: u16, text: &[u8]) -> Option<SignalOutcome> {
+        let text = text.get(..MAX_COMMON_TEXT).unwrap_or(text);
+        let mut listed = self.texts.iter().filter(|listed| listed.statuses.contains(&status));
+        listed.find(|listed| listed.texts.iter().any(|part| contains(text, part))).map(|listed| listed.outcome)
     }
 
     /// A code in lower case and without marks: servers write `insufficient_quota`, `InsufficientQuota` and `insufficient quota`.

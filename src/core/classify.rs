@@ -96,7 +96,8 @@ pub enum Calibration {
     AcceptsAnyone,
     /// The response says nothing about made-up keys. Holds its status, if there was a response.
     Inconclusive(Option<u16>),
-    /// A made-up key got this response, and so did a key that is accepted otherwise: a rate limit, a ban or an outage. It says nothing about any key.
+    /// A made-up key got this response, and so did a key that is accepted otherwise: a rate limit, a ban or an outage. Or a 429 says that the account of
+    /// the made-up key, which has none, is out of money. It says nothing about any key.
     SameForEveryKey(ResponseShape),
     /// A made-up key has been sent, but this probe does not wait for the response.
     NotWaitedFor,
@@ -216,15 +217,21 @@ pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
         let stop = found == SignalOutcome::Verdict(Verdict::UnexpectedResponse);
         return Reading { classification: outcome(found), by: ReadBy::CommonCode, cause: Cause::CommonCode, stop };
     }
+    let in_words = match (&json, body) {
+        (Some(json), _) => probe.common.outcome_of_text(answer.status, json),
+        (None, Body::Text) => probe.common.outcome_of_plain_text(answer.status, answer.body),
+        (None, _) => None,
+    };
     if answer.status < 500
-        && let Some(found) = json.as_ref().and_then(|json| probe.common.outcome_of_text(answer.status, json))
+        && let Some(found) = in_words
     {
         return Reading { classification: outcome(found), by: ReadBy::CommonText, cause: Cause::CommonCode, stop: false };
     }
     let code = json.as_ref().and_then(error_code);
     let (classification, cause) = match (answer.status, code) {
         (401, _) if json.as_ref().is_some_and(explains_a_401) => (Classification::Verdict(Verdict::Invalid), Cause::Status),
-        (402, Some(_)) => (Classification::Verdict(Verdict::QuotaExhausted), Cause::Status),
+        // This status is about money alone, whatever the body is.
+        (402, _) => (Classification::Verdict(Verdict::QuotaExhausted), Cause::Status),
         (403, Some(code)) => (Classification::Forbidden(code), Cause::Status),
         (429, _) => (Classification::Verdict(Verdict::RateLimited), Cause::Status),
         (500..=599, _) => (Classification::Verdict(Verdict::ProviderError), Cause::Status),
@@ -289,6 +296,10 @@ pub fn calibration_of(reading: &Reading, shape: &ResponseShape) -> Calibration {
         (Classification::Accepted, _) => Calibration::AcceptsAnyone,
         (Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError), status) => {
             Calibration::Inconclusive(Some(status))
+        }
+        // A made-up key has no account, so whoever has spent this quota, it is nobody that a key tells.
+        (Classification::Verdict(Verdict::QuotaExhausted), 429) if reading.by == ReadBy::CommonText => {
+            Calibration::SameForEveryKey(shape.clone())
         }
         // These are about time, order, limits or a failing server, and not about the key.
         (_, status @ (408 | 409 | 423 | 425 | 429 | 500..=599)) => Calibration::Inconclusive(Some(status)),
