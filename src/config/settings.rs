@@ -24,7 +24,7 @@ use crate::{
         new_keys::NewKeyLimits,
         prober::ProbeSettings,
         provider_limits::ProviderLimits,
-        tier::{SentinelSettings, TierSettings},
+        tier::TierSettings,
     },
     server::settings::{
         AdminSettings, CallerList, CallerSettings, EdgeSettings, ServerSettings, ShutdownSettings, SocketSettings, TlsSettings,
@@ -144,7 +144,7 @@ impl Settings {
         of("egress", &|review| self.egress.review(review));
         of("provider_limits", &|review| self.provider_limits.review(review));
         of("breaker", &|review| self.breaker.review(review));
-        of("tier", &|review| self.review_tier(review));
+        of("tier", &|review| self.tier.review(self.callers.workspaces(), review));
         of("tracing", &|review| self.tracing.review(review));
         for (name, actions) in
             [("create", &self.policy.create), ("provision", &self.policy.provision), ("update", &self.policy.update)]
@@ -186,30 +186,6 @@ impl Settings {
         }
         if probe.budget >= self.breaker.trial {
             review.warning("budget", "is not less than breaker.trial: a trial is given up while it is still under way");
-        }
-    }
-
-    fn review_tier(&self, review: &mut Review<'_>) {
-        let tier = &self.tier;
-        tier.review(self.callers.workspaces(), review);
-        let SentinelSettings { service, addresses, user, password_file } = &tier.sentinel;
-        // Without any place of a tier, each of them has been reported.
-        if tier.place().is_some() && service.is_none() && addresses.is_empty() {
-            for (key, is_set) in [("sentinel.user", user.is_some()), ("sentinel.password_file", password_file.is_some())] {
-                if is_set {
-                    review.error(key, "is set without tier.sentinel.addresses");
-                }
-            }
-        }
-        for (key, user) in [("user", &tier.user), ("sentinel.user", user)] {
-            if user.as_deref().is_some_and(str::is_empty) {
-                review.error(key, "is empty: leave it out for the default user, or write a user's name");
-            }
-        }
-        for (key, file) in [("password_file", &tier.password_file), ("sentinel.password_file", password_file)] {
-            if file.is_some() && *file == tier.key_file {
-                review.error(key, "is the same file as tier.key_file: servers get the password, and must never get the key");
-            }
         }
     }
 

@@ -96,8 +96,8 @@ pub enum Calibration {
     AcceptsAnyone,
     /// The response says nothing about made-up keys. Holds its status, if there was a response.
     Inconclusive(Option<u16>),
-    /// A made-up key got this response, and so did a key that is accepted otherwise: a rate limit, a ban or an outage. Or a 429 says that the account of
-    /// the made-up key, which has none, is out of money. It says nothing about any key.
+    /// A made-up key got this response, and so does every key: it is a rate limit, a ban, an outage, or a quota that all callers share. It says nothing
+    /// about any key.
     SameForEveryKey(ResponseShape),
     /// A made-up key has been sent, but this probe does not wait for the response.
     NotWaitedFor,
@@ -297,7 +297,7 @@ pub fn calibration_of(reading: &Reading, shape: &ResponseShape) -> Calibration {
         (Classification::Verdict(Verdict::RateLimited | Verdict::ProviderError), status) => {
             Calibration::Inconclusive(Some(status))
         }
-        // A made-up key has no account, so whoever has spent this quota, it is nobody that a key tells.
+        // A made-up key has no account. So the quota is that of the server, and all callers share it.
         (Classification::Verdict(Verdict::QuotaExhausted), 429) if reading.by == ReadBy::CommonText => {
             Calibration::SameForEveryKey(shape.clone())
         }

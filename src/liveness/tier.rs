@@ -333,6 +333,16 @@ impl TierSettings {
         if user.is_some() && password_file.is_none() {
             review.error("password_file", "is required with tier.user");
         }
+        for (key, user) in [("user", user), ("sentinel.user", &self.sentinel.user)] {
+            if user.as_deref().is_some_and(str::is_empty) {
+                review.error(key, "is empty: leave it out for the default user, or write a user's name");
+            }
+        }
+        for (key, file) in [("password_file", password_file), ("sentinel.password_file", &self.sentinel.password_file)] {
+            if file.is_some() && file == key_file {
+                review.error(key, "is the same file as tier.key_file: servers get the password, and must never get the key");
+            }
+        }
         if addresses.iter().any(|address| !address.tls) {
             for (key, _) in of_tls.into_iter().filter(|(_, file)| file.is_some()) {
                 review.error(key, "is for rediss://; redis:// has no certificates");
@@ -369,6 +379,13 @@ impl SentinelSettings {
         }
         if service.is_some() && addresses.is_empty() {
             review.error("sentinel.addresses", "is required with tier.sentinel.service");
+        }
+        if service.is_none() && addresses.is_empty() {
+            for (key, is_set) in [("sentinel.user", user.is_some()), ("sentinel.password_file", password_file.is_some())] {
+                if is_set {
+                    review.error(key, "is set without tier.sentinel.addresses");
+                }
+            }
         }
         if user.is_some() && password_file.is_none() {
             review.error("sentinel.password_file", "is required with tier.sentinel.user");
