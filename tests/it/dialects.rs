@@ -579,6 +579,23 @@ async fn a_dead_key_that_is_told_otherwise_is_no_other_tenants_matter() {
     }
 }
 
+/// No list, and a model that is not there: "no such path" twice. But a made-up key is refused, so there is an API.
+#[tokio::test]
+async fn an_api_that_refuses_made_up_keys_is_there() {
+    let not_found = r#"[404, json, '{"detail":"Not Found"}']"#;
+    let refused = r#"[401, json, '{"error":{"code":"invalid_api_key"}}']"#;
+    let no_model = r#"[404, json, '{"error":{"message":"The deployment does not exist"}}']"#;
+    let dialect = dialect_of(&format!(
+        "header: [bearer], list: {{good: {not_found}, bad: {not_found}, none: {not_found}}}, \
+         completion: {{good: OK, bad: {refused}, none: {refused}, unpaid: {no_model}}}"
+    ));
+    let server = Server::start(dialect.clone()).await;
+    let (_files, engine) = gate(&dialect, &server);
+    let decided = decide(&engine, &key_of("unp1"), "org-1").await;
+    assert_eq!(verdict(&decided), "UNEXPECTED_RESPONSE", "{}", said(&decided));
+    assert!(!said(&decided).contains("NO_API_AT_BASE_URL"), "{}", said(&decided));
+}
+
 /// A server with two kinds of keys, each in a header of its own. The first that is accepted is not in the client's header; keys of the client's are good
 /// all the same, and dead ones of both are dead.
 #[tokio::test]
