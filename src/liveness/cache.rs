@@ -337,11 +337,10 @@ impl Cache {
 
     /// The newest VALID that a PROVISION may still use: within the hard maximum and the caller's maximum age, and not refused since.
     fn earlier_valid(&self, known: &CachedEntries, max_age: Option<Duration>, now: Instant) -> Option<EarlierValid> {
-        let refused_at = known.refused_at();
         let valid = known.entries().filter_map(|entry| entry.valid.as_ref()).max_by_key(|timed| timed.at)?;
         let age = now - valid.at;
         let wanted = max_age.map_or(Duration::MAX, |max_age| max_age.max(self.ages.floor_of(&valid.finding)));
-        let counts = age <= self.ages.hard_maximum.min(wanted) && refused_at.is_none_or(|refused_at| refused_at < valid.at);
+        let counts = age <= self.ages.hard_maximum.min(wanted) && !known.is_refused_since(valid.at);
         counts.then(|| EarlierValid { finding: Arc::clone(&valid.finding), observed_at: valid.wall, age })
     }
 

@@ -264,10 +264,11 @@ impl Content {
     }
 
     fn load(&self, files: &TlsFiles, callers: &Arc<Callers>) -> Result<ActiveConfig, ServerError> {
+        let ends = |pem: &Zeroizing<Vec<u8>>| first_end(&certificates(pem).ok()?);
         Ok(ActiveConfig {
             config: Arc::new(self.config(files, callers)?),
-            certificate_ends: first_end(&self.certificate),
-            client_ca_ends: self.client_ca.as_ref().and_then(|pem| first_end(pem)),
+            certificate_ends: ends(&self.certificate),
+            client_ca_ends: self.client_ca.as_ref().and_then(ends),
         })
     }
 
@@ -331,15 +332,16 @@ pub(crate) fn authorities(pem: &[u8]) -> Result<RootCertStore, String> {
 
 /// When the chain of a PEM file expires, in seconds of Unix time. An error if its own certificate, the first, has expired.
 pub(crate) fn end_of_own(pem: &[u8]) -> Result<Option<i64>, String> {
-    match expired(&certificates(pem)?) {
+    let chain = certificates(pem)?;
+    match expired(&chain) {
         Some(expired) => Err(expired),
-        None => Ok(first_end(pem)),
+        None => Ok(first_end(&chain)),
     }
 }
 
-/// When the first certificate of a PEM file expires, and with it a chain, in seconds of Unix time.
-fn first_end(pem: &[u8]) -> Option<i64> {
-    certificates(pem).ok()?.iter().filter_map(end_of_validity).min()
+/// When the first of these certificates expires, and with it a chain, in seconds of Unix time.
+fn first_end(certificates: &[CertificateDer<'_>]) -> Option<i64> {
+    certificates.iter().filter_map(end_of_validity).min()
 }
 
 /// The message, if the first certificate of a chain has expired.

@@ -132,8 +132,8 @@ impl ProbePlan<'_> {
         }
     }
 
-    /// Where a model is called, a made-up key is refused and this one gets something else that does not speak of keys. So it is known there, and a
-    /// list that refused it refuses every key.
+    /// Where a model is called, a made-up key is refused and this one gets something else that does not speak of keys. So it is known there, a
+    /// list that refused it refuses every key, and there is an API.
     fn drop_refusal_of_a_known_key(&mut self, calibration: &Calibration, answer: &ReadAnswer) {
         let is_inference = self.steps.get(self.current).is_some_and(PlanStep::is_inference);
         let is_known = match calibration {

@@ -109,7 +109,7 @@ impl Ages {
     ) -> Option<(&'k Arc<TimedFinding>, Duration)> {
         let latest = known.entries().filter_map(|entry| entry.latest.as_ref()).max_by_key(|timed| timed.at)?;
         // Another replica's refusal leaves only its time here, and may have been found under the other key.
-        if latest.finding.verdict == Verdict::Valid && known.refused_at().is_some_and(|refused_at| refused_at >= latest.at) {
+        if latest.finding.verdict == Verdict::Valid && known.is_refused_since(latest.at) {
             return None;
         }
         let age = now - latest.at;

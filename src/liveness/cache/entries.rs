@@ -57,9 +57,9 @@ impl CachedEntries {
         self.first.iter().chain(&self.second)
     }
 
-    /// When the credential was last refused.
-    pub(super) fn refused_at(&self) -> Option<Instant> {
-        self.entries().filter_map(|entry| entry.refused_at).max()
+    /// Whether the credential was refused then or later, under either key.
+    pub(super) fn is_refused_since(&self, at: Instant) -> bool {
+        self.entries().filter_map(|entry| entry.refused_at).any(|refused_at| refused_at >= at)
     }
 
     pub(super) fn is_empty(&self) -> bool {

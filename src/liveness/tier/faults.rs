@@ -1,5 +1,5 @@
-//! What the log says of a fault of the store, and the pause after several. After a few faults in a row, nothing is sent to it for a time (in events and metrics: it is left alone).
-//! The pause doubles with each failed trial, and one trial runs at a time.
+//! What the log says of a fault of the store, and the pause after several. After a few faults in a row, nothing is sent to it for a time (in
+//! events and metrics: it is left alone). The pause doubles with each failed trial, and one trial runs at a time.
 
 use std::time::Duration;
 
