@@ -51,8 +51,6 @@ struct Shared {
 #[derive(Default)]
 struct State {
     pending: Vec<u8>,
-    /// How many lines `pending` holds.
-    count: u64,
     dropped: u64,
     writing: bool,
     /// Whether the thread waits for `work`. Without this flag, every line would make a system call to wake a thread that runs already.
@@ -92,7 +90,6 @@ impl LogWriter {
             return;
         }
         state.pending.extend_from_slice(line);
-        state.count += 1;
         if mem::take(&mut state.idle) {
             drop(state);
             work.notify_one();
@@ -160,6 +157,8 @@ impl Shared {
     fn write_all_to(&self, mut stream: impl Write) {
         let mut batch = Vec::new();
         let mut reported = 0;
+        // Whether what is written ends within a line.
+        let mut torn = false;
         let (mut began, mut writes) = (Instant::now(), 0);
         let mut state = self.lock();
         loop {
@@ -173,19 +172,24 @@ impl Shared {
             state.idle = false;
             state.writing = true;
             mem::swap(&mut state.pending, &mut batch);
-            let (count, dropped) = (mem::take(&mut state.count), state.dropped);
+            let dropped = state.dropped;
             drop(state);
+            let lines = batch.len();
             if dropped > reported {
                 put_dropped_line(&mut batch, dropped - reported);
             }
-            let written = stream.write_all(&batch).and_then(|()| stream.flush());
+            // A disk that was full has half a line at its end, which must not spoil the next one.
+            torn = torn && write(&mut stream, b"\n") == 0;
+            let written = if torn { 0 } else { write(&mut stream, &batch) };
+            torn |= batch.get(..written).and_then(<[u8]>::last).is_some_and(|&byte| byte != b'\n');
+            let lost = batch.get(written..lines).unwrap_or_default().iter().filter(|&&byte| byte == b'\n').count();
+            if written == batch.len() {
+                reported = dropped;
+            }
             batch.clear();
             batch.shrink_to(RETAINED_CAPACITY);
             state = self.lock();
-            match written {
-                Ok(()) => reported = dropped,
-                Err(_) => state.dropped += count,
-            }
+            state.dropped += lost as u64;
             state.writing = false;
             if state.pending.is_empty() {
                 state.flush_requested = false;
@@ -217,6 +221,22 @@ impl Drop for Owner {
         shared.work.notify_one();
         shared.flush_now.notify_one();
     }
+}
+
+/// Writes as much as the stream takes, and returns how many bytes that is. The stream has no buffer of its own.
+fn write(stream: &mut impl Write, bytes: &[u8]) -> usize {
+    let mut left = bytes;
+    while !left.is_empty() {
+        match stream.write(left) {
+            Ok(0) => break,
+            Ok(count) => left = left.get(count..).unwrap_or_default(),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // Another process that shares the stream made it so that no write waits. Its reader is only slow.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(BATCH_INTERVAL),
+            Err(_) => break,
+        }
+    }
+    bytes.len() - left.len()
 }
 
 fn put_dropped_line(batch: &mut Vec<u8>, count: u64) {
@@ -316,6 +336,81 @@ mod tests {
             assert!(lines.flush(TIMEOUT));
         }
         assert_eq!(lines.dropped(), 3);
+    }
+
+    /// A disk: it takes what it has room for, and refuses the rest.
+    #[derive(Clone, Default)]
+    struct Disk(Arc<Mutex<(usize, Vec<u8>)>>);
+
+    impl Write for Disk {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let (room, content) = &mut *self.0.lock().unwrap();
+            let taken = bytes.len().min(*room);
+            if taken == 0 {
+                return Err(io::ErrorKind::StorageFull.into());
+            }
+            *room -= taken;
+            content.extend_from_slice(&bytes[..taken]);
+            Ok(taken)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A disk that is full in the middle of a line, for a while: no line after it is spoilt, and each lost one is counted once.
+    #[test]
+    fn a_disk_that_was_full_spoils_no_later_line() {
+        for room in (0..=24).step_by(if cfg!(miri) { 7 } else { 1 }) {
+            let disk = Disk::default();
+            disk.0.lock().unwrap().0 = room;
+            let lines = LogWriter::to(disk.clone()).unwrap();
+            // One batch, or two.
+            lines.push(b"the first\nthe second\n");
+            assert!(lines.flush(TIMEOUT));
+            lines.push(b"the third\n");
+            assert!(lines.flush(TIMEOUT));
+            disk.0.lock().unwrap().0 = 1 << 20;
+            lines.push(b"the last\n");
+            assert!(lines.flush(TIMEOUT));
+            let content = disk.0.lock().unwrap().1.clone();
+            let content = String::from_utf8(content).unwrap();
+            let whole = |name: &&&str| content.lines().any(|line| line == **name);
+            let arrived = ["the first", "the second", "the third"].iter().filter(whole).count() as u64;
+            assert!(content.lines().any(|line| line == "the last"), "{room}: {content}");
+            // A line without its break is counted although it gets one later.
+            assert!((3..=4).contains(&(lines.dropped() + arrived)), "{room}: {} dropped: {content}", lines.dropped());
+            let told: Vec<_> = content.lines().filter(|line| line.contains("log_lines_dropped")).collect();
+            assert_eq!(told.len() as u64, lines.dropped().min(1), "{room}: {content}");
+            assert!(told.iter().all(|line| line.contains(&format!("\"count\":{}}}", lines.dropped()))), "{room}: {content}");
+        }
+    }
+
+    /// A stream that another process made to refuse what would have to wait.
+    #[test]
+    fn a_stream_that_does_not_wait_loses_nothing() {
+        struct Hasty(bool, SyncSender<Vec<u8>>);
+        impl Write for Hasty {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0 = !self.0;
+                if self.0 {
+                    return Err(io::ErrorKind::WouldBlock.into());
+                }
+                self.1.send(bytes[..1].to_vec()).map(|()| 1).map_err(|_| io::ErrorKind::BrokenPipe.into())
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let (writer, reader) = mpsc::sync_channel(64);
+        let lines = LogWriter::to(Hasty(false, writer)).unwrap();
+        lines.push(b"one\ntwo\n");
+        assert!(lines.flush(TIMEOUT));
+        assert_eq!(lines.dropped(), 0);
+        drop(lines);
+        assert_eq!(lines_of(&reader), ["one", "two"]);
     }
 
     #[test]
