@@ -48,6 +48,29 @@ fn main() -> Result<(), Failed> {
     }
 }
 
+// === keys ===
+
+/// A key that the provider accepts in some of its seconds.
+const FAULTY: &str = "made-up-faulty-key";
+
+/// A key that the provider accepts. It ends with a checksum: what byok-gate makes up keeps the form of a real key, and is refused.
+fn live_key(name: &str) -> String {
+    let key = format!("made-up-{name}");
+    let checksum = checksum(&key);
+    format!("{key}-{checksum:016x}")
+}
+
+/// Whether the provider accepts this header's value.
+fn is_live(value: &str) -> bool {
+    let key = value.strip_prefix("Bearer ").unwrap_or(value);
+    key.rsplit_once('-').is_some_and(|(key, sum)| u64::from_str_radix(sum, 16) == Ok(checksum(key)))
+}
+
+/// FNV-1a, which spreads keys that differ in one digit.
+fn checksum(key: &str) -> u64 {
+    key.bytes().fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
 // === requests ===
 
 fn request(model: &str, key: Option<&str>) -> pb::DecideRequest {
@@ -73,13 +96,13 @@ fn request(model: &str, key: Option<&str>) -> pb::DecideRequest {
 }
 
 fn frames(folder: &Path) -> Result<(), Failed> {
-    let hit = || request("claude-sonnet-4-6", Some("made-up-bench-key-00000000000000000000000000000000"));
+    let hit = || request("claude-sonnet-4-6", Some(&live_key("bench")));
     write(&folder.join("platform.frame"), &request("anthropic/claude-sonnet-4-6", None))?;
     write(&folder.join("hit.frame"), &hit())?;
     write(&folder.join("missing.frame"), &request("claude-sonnet-4-6", None))?;
     let dead = request("claude-sonnet-4-6", Some("made-up-dead-key"));
     write(&folder.join("dead.frame"), &dead)?;
-    write(&folder.join("faulty.frame"), &request("claude-sonnet-4-6", Some("made-up-faulty-key")))?;
+    write(&folder.join("faulty.frame"), &request("claude-sonnet-4-6", Some(FAULTY)))?;
     // Each item is another workspace's, so that each is decided.
     let requests = (0..BATCH).map(|index| {
         let mut item = hit();
@@ -115,21 +138,26 @@ async fn provider(listen: &str) -> Result<(), Failed> {
 }
 
 async fn answer(request: http::Request<hyper::body::Incoming>) -> Result<http::Response<Full<Bytes>>, Infallible> {
-    let key = request.headers().get("x-api-key").and_then(|key| key.to_str().ok()).unwrap_or_default().to_owned();
-    let is_live = || request.headers().values().any(|value| value.to_str().is_ok_and(|value| value.contains(random_specs::LIVE)));
-    let (status, body) = if key.starts_with("made-up-bench-") || is_live() {
-        (200, r#"{"data":[{"type":"model","id":"claude-sonnet-4-6"}],"has_more":false}"#)
-    } else if key.starts_with("made-up-faulty-") {
+    let given = |matches: fn(&str) -> bool| request.headers().values().any(|value| value.to_str().is_ok_and(matches));
+    // A model's answer, or a list.
+    let yes = if request.method() == http::Method::POST {
+        r#"{"type":"message","content":[{"type":"text","text":"."}],"choices":[{"index":0}]}"#
+    } else {
+        r#"{"data":[{"type":"model","id":"claude-sonnet-4-6"}],"has_more":false}"#
+    };
+    let (status, body) = if given(is_live) {
+        (200, yes)
+    } else if given(|value| value == FAULTY) {
         // Every few seconds is a bad one.
         let second = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs());
         match second % 4 {
             0 => (503, "upstream connect error"),
             1 => {
                 tokio::time::sleep(Duration::from_secs(4)).await;
-                (200, r#"{"data":[{"id":"late"}]}"#)
+                (200, yes)
             }
             2 => (429, r#"{"type":"error","error":{"type":"rate_limit_error","message":"slow down"}}"#),
-            _ => (200, r#"{"data":[{"id":"claude-sonnet-4-6"}]}"#),
+            _ => (200, yes),
         }
     } else {
         (401, r#"{"type":"error","error":{"type":"authentication_error","message":"invalid x-api-key"}}"#)
@@ -156,13 +184,13 @@ async fn cold(gate: &str, provider: &str, count: usize) -> Result<(), Failed> {
     let (mut direct, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
     let run = std::process::id();
-    let known = request("claude-sonnet-4-6", Some("made-up-bench-warm"));
+    let known = request("claude-sonnet-4-6", Some(&live_key("warm")));
     allowed(&gate.decide(known.clone()).await?.into_inner())?;
     let (mut trips, mut warm, mut cold) = (Vec::new(), Vec::new(), Vec::new());
     for index in 0..count {
         let asked = http::Request::get("/v1/models?limit=1")
             .header("host", provider)
-            .header("x-api-key", "made-up-bench-direct")
+            .header("x-api-key", live_key("direct"))
             .body(Empty::<Bytes>::new())?;
         let began = Instant::now();
         direct.ready().await?;
@@ -172,7 +200,7 @@ async fn cold(gate: &str, provider: &str, count: usize) -> Result<(), Failed> {
         gate.decide(known.clone()).await?;
         warm.push(began.elapsed());
         let began = Instant::now();
-        let answer = gate.decide(request("claude-sonnet-4-6", Some(&format!("made-up-bench-cold-{run}-{index}")))).await?;
+        let answer = gate.decide(request("claude-sonnet-4-6", Some(&live_key(&format!("cold-{run}-{index}"))))).await?;
         cold.push(began.elapsed());
         allowed(&answer.into_inner())?;
     }
@@ -216,7 +244,7 @@ async fn fill(gate: &str, from: u32, to: u32, keys_of_one: u32) -> Result<(), Fa
 }
 
 fn fill_request(index: u32, keys_of_one: u32) -> pb::DecideRequest {
-    let mut request = request("claude-sonnet-4-6", Some(&format!("made-up-bench-fill-{index}")));
+    let mut request = request("claude-sonnet-4-6", Some(&live_key(&format!("fill-{index}"))));
     if let Some(spec) = &mut request.workspace_spec {
         spec.organization_id = format!("organization-{}", index / keys_of_one);
     }

@@ -9,12 +9,10 @@ use fastrand::Rng;
 use prost::Message;
 use tonic::transport::Channel;
 
-use crate::{BATCH, Failed};
+use crate::{BATCH, Failed, is_live, live_key};
 
 /// In every value that a spec holds, and so in no answer.
 const CANARY: &str = "made-up-canary";
-/// The provider accepts values with this in them, and no others.
-pub(crate) const LIVE: &str = "-live-";
 /// How many different values of each kind there are: enough for probes, few enough for results from the cache.
 const VALUES: u32 = 3_000;
 
@@ -111,18 +109,19 @@ impl Offers {
             _ => random.choice(if accepted.is_empty() { &self.names } else { accepted }).cloned().unwrap_or_default(),
         };
         let number = random.u32(..VALUES);
+        let live = live_key(&format!("canary-{number:08}"));
         let value = match random.u8(..20) {
             0 => String::new(),
             1 => "  ".into(),
-            2 => format!("Bearer {CANARY}{LIVE}{number:08}"),
-            3 => format!(" {CANARY}{LIVE}{number:08}\n"),
+            2 => format!("Bearer {live}"),
+            3 => format!(" {live}\n"),
             4 => format!("{CANARY}-{}", "k".repeat(random.usize(..7_000))),
             5 => format!("{CANARY}\u{0}\u{e9}{}", text(random)),
-            6 => format!(r#"{{"OPENAI_API_KEY": "{CANARY}{LIVE}{number:08}"}}"#),
+            6 => format!(r#"{{"OPENAI_API_KEY": "{live}"}}"#),
             7 => format!("sk-ant-oat01-{CANARY}-{number:080}"),
             8 => format!("ghp_{number:09}{CANARY}"),
             9..12 => format!("{CANARY}-dead-{number:08}"),
-            _ => format!("{CANARY}{LIVE}{number:08}"),
+            _ => live,
         };
         let unreadable = random.u8(..15) == 0;
         pb::Credential {
@@ -195,7 +194,7 @@ fn check_own_key(spec: &pb::WorkspaceSpec, response: &pb::DecideResponse, resolu
     let unverified = [pb::WarningCode::CredentialUnverified, pb::WarningCode::StaleLiveness, pb::WarningCode::ReportOnly];
     let warned = response.warnings.iter().any(|warning| unverified.iter().any(|code| warning.code == *code as i32));
     match pb::Verdict::try_from(liveness.verdict)? {
-        pb::Verdict::Valid if used.value.contains(LIVE) => Ok(()),
+        pb::Verdict::Valid if is_live(used.value.trim()) => Ok(()),
         pb::Verdict::Valid => Err("a key that the provider refuses is VALID".into()),
         pb::Verdict::Invalid | pb::Verdict::Forbidden | pb::Verdict::Unspecified => Err("an allow on a dead key".into()),
         _ if warned => Ok(()),
