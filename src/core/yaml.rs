@@ -1,10 +1,10 @@
 //! Reads YAML documents: size, encoding, syntax and schema, each problem with its line. The only file that uses the YAML crate.
 
-use std::{collections::BTreeMap, fmt, marker::PhantomData, sync::Arc};
+use std::{cell::Cell, collections::BTreeMap, fmt, marker::PhantomData, sync::Arc};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{self, DeserializeOwned, DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor},
+    de::{self, DeserializeOwned, DeserializeSeed, EnumAccess, IgnoredAny, MapAccess, SeqAccess, VariantAccess, Visitor},
 };
 
 use crate::domain::problem::{Loaded, Problem};
@@ -156,7 +156,97 @@ fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
     }
     let text = std::str::from_utf8(bytes)
         .map_err(|fault| Problem::at("", format!("is not UTF-8 (byte {}); save it as UTF-8", fault.valid_up_to())))?;
-    Ok(text.strip_prefix('\u{feff}').unwrap_or(text))
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
+    check_aliases(text)?;
+    Ok(text)
+}
+
+/// Refuses a document that is too large once each `*NAME` is replaced by what it stands for. The parser limits how often, not how much.
+fn check_aliases(text: &str) -> Result<(), Problem> {
+    if !(text.contains('&') && text.contains('*')) {
+        return Ok(());
+    }
+    let left = Cell::new(Some(MAX_DOCUMENT_BYTES));
+    // What else is wrong is said by the one who reads it.
+    drop(Whole(&left).deserialize(serde_yaml::Deserializer::from_str(text)));
+    match left.get() {
+        Some(_) => Ok(()),
+        None => {
+            let message = format!("is longer than {MAX_DOCUMENT_BYTES} bytes once its aliases (`*NAME`) are replaced; use fewer");
+            Err(Problem::at("", message))
+        }
+    }
+}
+
+/// Reads everything, and takes the length of each text from what is left; `None` if that is not enough.
+#[derive(Clone, Copy)]
+struct Whole<'c>(&'c Cell<Option<usize>>);
+
+impl Whole<'_> {
+    fn take<E: de::Error>(self, bytes: usize) -> Result<(), E> {
+        // In a document each value has something behind it, so one without aliases is never too long.
+        self.0.set(self.0.get().and_then(|left| left.checked_sub(bytes + 1)));
+        if self.0.get().is_none() { Err(E::custom("too long")) } else { Ok(()) }
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Whole<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Whole<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("anything")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        self.take(0)?;
+        while map.next_key_seed(self)?.is_some() {
+            map.next_value_seed(self)?;
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<(), A::Error> {
+        self.take(0)?;
+        while seq.next_element_seed(self)?.is_some() {}
+        Ok(())
+    }
+
+    /// A value with a tag.
+    fn visit_enum<A: EnumAccess<'de>>(self, data: A) -> Result<(), A::Error> {
+        data.variant_seed(self)?.1.newtype_variant_seed(self)
+    }
+
+    fn visit_bool<E: de::Error>(self, _: bool) -> Result<(), E> {
+        self.take(0)
+    }
+
+    fn visit_i64<E: de::Error>(self, _: i64) -> Result<(), E> {
+        self.take(0)
+    }
+
+    fn visit_u64<E: de::Error>(self, _: u64) -> Result<(), E> {
+        self.take(0)
+    }
+
+    fn visit_f64<E: de::Error>(self, _: f64) -> Result<(), E> {
+        self.take(0)
+    }
+
+    fn visit_str<E: de::Error>(self, text: &str) -> Result<(), E> {
+        self.take(text.len())
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<(), E> {
+        self.take(0)
+    }
 }
 
 /// A short hash of a document, by which people and replicas tell its versions apart.
@@ -424,6 +514,27 @@ mod tests {
         let bare = tree(b"a: 1\nb:\n  c: 1\n  d: 2\n  c: 3\n").unwrap_err();
         assert_eq!(bare.to_string(), "line 5: b.c: this key appears twice; remove one");
         assert_eq!(place(b"\nname:\n  [a]\n"), "line 3: name: parse manifest: invalid type: sequence, expected a string");
+    }
+
+    /// What aliases stand for counts as if it were written out, under any key and tag.
+    #[test]
+    fn aliases_make_no_document_longer_than_the_limit() {
+        let long = "x".repeat(MAX_DOCUMENT_BYTES / 8);
+        let with = |aliases: usize| {
+            let list = "\n  - *long".repeat(aliases);
+            format!("name: a\nlong: &long [!tag {{k: [1, -1, 1.5, true, null, {long}]}}]\nlist:{list}\n")
+        };
+        let refused = |document: &str| parse::<Doc>(document.as_bytes()).err().map(|problem| problem.to_string());
+        assert_eq!(refused(&with(6)), None);
+        let said = refused(&with(8)).unwrap();
+        assert!(said.contains("is longer than 1048576 bytes once its aliases (`*NAME`) are replaced"), "{said}");
+        assert!(Parts::of(with(8).as_bytes()).is_none());
+        // Each alias of a long list of short values.
+        let many = format!("name: a\nmany: &many [{}]\nlist:{}", "1,".repeat(30_000), "\n  - *many".repeat(60));
+        assert!(refused(&many).is_some());
+        // One that is nearly as long as it may be, and has none.
+        let plain = format!("name: a # & *\nlist: [{}1]\n", "1,".repeat(MAX_DOCUMENT_BYTES / 2 - 20));
+        assert_eq!(refused(&plain), None);
     }
 
     #[test]

@@ -168,6 +168,25 @@ fn patterns_name_hosts_and_nobody_elses() {
     }
 }
 
+/// Each pair of braces multiplies the hosts: thirty pairs would be a thousand million.
+#[test]
+fn a_row_stands_for_few_hosts() {
+    let row = |host: &str| format!("catalogue_version: 1\nhosts:\n  - {{host: \"{host}\", vendor: acme}}\n");
+    let most = row(&format!("{}.{{a,b}}-{{c,d}}.acme.example", "{e,f}".repeat(4)));
+    let catalogue = Catalogue::embedded().unwrap().value.overlaid("test", most.as_bytes()).unwrap().value;
+    let is_named = |host: &str| catalogue.row(host, "", Protocol::OpenAi).is_some();
+    assert!(is_named("eeee.a-c.acme.example") && is_named("ffff.b-d.acme.example") && !is_named("eeee.a-e.acme.example"));
+    for pairs in [7, 30, 180] {
+        let found = problems(&row(&format!("{}.acme.example", "{a,b}".repeat(pairs))));
+        let said = format!("{found:?}");
+        assert!(found.len() == 1 && said.contains("hosts[0].host") && said.contains("stands for more than 64 hosts"), "{said}");
+    }
+    let long = format!("{:?}", problems(&row(&format!("{}{{a,b}}.example", "x".repeat(2000)))));
+    assert!(long.contains("is 2013 bytes long; the limit is 1024"), "{long}");
+    // A fault of many names is told once.
+    assert_eq!(problems(&row("{a,b,c d,e f,g h}.acme.example")).len(), 1);
+}
+
 /// The embedded catalogue knows the vendors of 2026, free probes come before paid ones, and only gateways accept keys of others.
 #[test]
 fn the_embedded_catalogue_is_wide_and_cheap() {

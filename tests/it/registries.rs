@@ -84,6 +84,26 @@ fn bad_ones_are_told_all_their_problems() {
     assert_eq!(seven.lines().count(), 7, "{seven}");
 }
 
+/// Many patterns of which each is not too large need much together; the rest is not compiled then.
+#[test]
+fn the_memory_of_all_patterns_is_limited() {
+    let provider = |number: usize| {
+        format!(
+            "  - name: acme-{number}\n    display_name: Acme\n    protocol: openai\n    auth_mode: anthropic_api\n    \
+             auth_env: [ACME_API_KEY]\n    model_prefix_match: '^acme-{number}[:/]\\w{{12}}'\n"
+        )
+    };
+    let registry = |count: usize| {
+        let providers: String = (0..count).map(provider).collect();
+        format!("schema_version: 1\nproviders:\n{providers}runtimes:\n  agent:\n    providers: [{{name: acme-0, models: [m]}}]\n")
+    };
+    assert_eq!(parsed(registry(5).as_bytes()).map(drop).map_err(|found| told(&found)), Ok(()));
+    let found = parsed(registry(300).as_bytes()).unwrap_err();
+    let too_many = |problem: &&Problem| problem.message.contains("the compiled patterns need more than 8388608 bytes");
+    assert_eq!(found.iter().filter(too_many).count(), 1, "{}", told(&found));
+    assert!(found.iter().any(|problem| problem.place.ends_with("].model_prefix_match")), "{}", told(&found));
+}
+
 #[test]
 fn what_cannot_be_text_has_an_answer_too() {
     let found = |bytes: &[u8]| told(&parsed(bytes).unwrap_err());

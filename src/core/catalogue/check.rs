@@ -32,6 +32,9 @@ const CATALOGUE_VERSION: i64 = 1;
 const MAX_BUDGET_MS: u64 = 10_000;
 /// A shorter part of a text could be met by chance.
 const MIN_TEXT: usize = 4;
+/// The longest name of a row's host, braces included, and how many hosts it may stand for.
+const MAX_HOST_BYTES: usize = 1024;
+const MAX_HOSTS_OF_A_ROW: usize = 64;
 /// The placeholder for the workspace's model in a path or a body.
 const MODEL: &str = "{model}";
 /// The provider whose endpoint is the tenant's own. No row may give it a host.
@@ -312,16 +315,19 @@ fn check_host(file: HostFile, place: &str, problems: &mut Vec<Problem>) -> Optio
 
 /// The host names that the row applies to.
 fn check_host_names(host: &str, problem: &mut dyn FnMut(&str, String)) -> Vec<String> {
-    let names = expand_braces(&host.to_ascii_lowercase());
-    for name in &names {
-        if !is_host(&name.replace('*', "x")) {
-            problem("host", format!("`{host}` must be a host, with `:PORT` if that is not the scheme's own; no scheme, no path"));
-        } else if !is_single_vendor_pattern(name) {
-            problem(
-                "host",
-                format!("`{host}`: a `*` stands for a part of one label, once in it, and never for one of the last two"),
-            );
-        }
+    if host.len() > MAX_HOST_BYTES {
+        problem("host", format!("is {} bytes long; the limit is {MAX_HOST_BYTES}", host.len()));
+        return Vec::new();
+    }
+    let Some(names) = expand_braces(&host.to_ascii_lowercase()) else {
+        problem("host", format!("stands for more than {MAX_HOSTS_OF_A_ROW} hosts; use a `*`, or more rows"));
+        return Vec::new();
+    };
+    // One name of many shows what is wrong.
+    if names.iter().any(|name| !is_host(&name.replace('*', "x"))) {
+        problem("host", format!("`{host}` must be a host, with `:PORT` if that is not the scheme's own; no scheme, no path"));
+    } else if !names.iter().all(|name| is_single_vendor_pattern(name)) {
+        problem("host", format!("`{host}`: a `*` stands for a part of one label, once in it, and never for one of the last two"));
     }
     names
 }
@@ -340,15 +346,21 @@ fn check_accepts_keys_of(file: Option<OneOrMany<String>>, problem: &mut dyn FnMu
     }
 }
 
-/// Every host that a name with braces stands for: `{a,b}.example.com` is two.
-fn expand_braces(host: &str) -> Vec<String> {
-    let parts = host.split_once('{').and_then(|(before, rest)| Some((before, rest.split_once('}')?)));
-    match parts {
-        None => vec![host.to_owned()],
-        Some((before, (choices, behind))) => {
-            choices.split(',').flat_map(|choice| expand_braces(&format!("{before}{choice}{behind}"))).collect()
+/// Every host that a name with braces stands for: `{a,b}.example.com` is two. `None` if these are too many: each pair of braces multiplies them.
+fn expand_braces(host: &str) -> Option<Vec<String>> {
+    let (mut names, mut left) = (vec![String::new()], host);
+    while let Some((before, rest)) = left.split_once('{')
+        && let Some((choices, behind)) = rest.split_once('}')
+    {
+        let choices: Vec<&str> = choices.split(',').collect();
+        if names.len() * choices.len() > MAX_HOSTS_OF_A_ROW {
+            return None;
         }
+        names = names.iter().flat_map(|name| choices.iter().map(move |choice| format!("{name}{before}{choice}"))).collect();
+        left = behind;
     }
+    names.iter_mut().for_each(|name| name.push_str(left));
+    Some(names)
 }
 
 /// Whether the pattern can only match hosts of one vendor: there is no `*` in the last two labels.

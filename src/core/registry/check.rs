@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
+use regex_automata::nfa::thompson::NFA;
 use url::Url;
 
 use super::{
@@ -35,10 +36,15 @@ const MAX_RELEVANT_NAMES: usize = 32;
 /// begin with anything, or with the same text, come to so many.
 const MAX_COMPARED_PAIRS: usize = 20_000;
 const MAX_OVERLAP_WARNINGS: usize = 100;
+/// The most memory of one compiled pattern, and of all. `^gpt-` needs 300 bytes, `^\w+[:/]` 50 KB, `^\w{150}` 7 MB.
+const MAX_PATTERN_BYTES: usize = 1024 * 1024;
+const MAX_PATTERNS_BYTES: usize = 8 * 1024 * 1024;
 /// The longest answer to ListModels. gRPC clients accept 4 MiB.
 const MAX_LIST_MODELS_BYTES: usize = 3 * 1024 * 1024;
 /// The size of an entry of that answer without its texts: tags, lengths, two numbers.
 const LIST_MODELS_ENTRY_BYTES: usize = 32;
+
+const SIMPLER_PATTERN: &str = "write a simpler one, such as `[a-z0-9]` in place of `\\w`, and repeat less";
 
 /// Looks up an environment variable.
 type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
@@ -172,7 +178,7 @@ fn check_providers(files: Vec<ProviderFile>, env: Env<'_>, found: &mut Findings)
     }
     let mut names = BTreeMap::new();
     let mut vendors = BTreeMap::new();
-    let mut providers = Vec::new();
+    let (mut providers, mut pattern_bytes) = (Vec::new(), 0);
     for (index, file) in files.into_iter().enumerate() {
         let place = format!("providers[{index}]");
         if let Some(first) = names.insert(file.name.clone(), index).filter(|_| !file.name.is_empty()) {
@@ -190,7 +196,15 @@ fn check_providers(files: Vec<ProviderFile>, env: Env<'_>, found: &mut Findings)
             ));
         }
         let name = file.name.clone();
-        providers.push((name, if file.unread { None } else { check_provider(file, &place, env, found) }));
+        let provider = if file.unread { None } else { check_provider(file, &place, env, found) };
+        pattern_bytes += provider.as_ref().map_or(0, |provider| compiled_bytes(&provider.pattern));
+        providers.push((name, provider));
+        if pattern_bytes > MAX_PATTERNS_BYTES {
+            let message = format!("with it the compiled patterns need more than {MAX_PATTERNS_BYTES} bytes; {SIMPLER_PATTERN}");
+            found.problems.push(Problem::at(format!("{place}.model_prefix_match"), message));
+            // Each further one could need as much.
+            break;
+        }
     }
     providers
 }
@@ -285,9 +299,19 @@ fn check_pattern(text: &str, problem: Report<'_>) -> Option<Regex> {
         problem("model_prefix_match", "is required: a pattern for the models that no list names".into());
         return None;
     }
-    let faulty =
-        |fault: regex::Error| problem("model_prefix_match", format!("does not compile: {}", last_line(&fault.to_string())));
-    Regex::new(text).map_err(faulty).ok()
+    let faulty = |fault: regex::Error| {
+        let message = match fault {
+            regex::Error::CompiledTooBig(limit) => format!("needs more than {limit} bytes once compiled; {SIMPLER_PATTERN}"),
+            fault => format!("does not compile: {}", last_line(&fault.to_string())),
+        };
+        problem("model_prefix_match", message);
+    };
+    RegexBuilder::new(text).size_limit(MAX_PATTERN_BYTES).build().map_err(faulty).ok()
+}
+
+/// About how much memory a compiled pattern needs.
+fn compiled_bytes(pattern: &Regex) -> usize {
+    NFA::new(pattern.as_str()).map_or(0, |automaton| automaton.memory_usage())
 }
 
 /// Where a provider is called.
