@@ -37,9 +37,11 @@ import (
 // by a seed. tests/chaos/run says what is checked.
 
 var (
-	stormFor  = flag.Duration("storm", 0, "how long TestStorm rages; 0: it is left out")
-	stormSeed = flag.Uint64("storm-seed", 0, "what it draws its faults from; 0: a new one")
-	stormTier = flag.String("storm-store", "", "a server of Redis or Valkey that the replicas share; empty: they share nothing")
+	stormFor   = flag.Duration("storm", 0, "how long TestStorm rages; 0: it is left out")
+	stormSeed  = flag.Uint64("storm-seed", 0, "what it draws its faults from; 0: a new one")
+	stormTier  = flag.String("storm-store", "", "a server of Redis or Valkey that the replicas share; empty: they share nothing")
+	stormDisk  = flag.String("storm-disk", "", "a small file system for one replica's log, which is filled up; empty: no disk is filled")
+	stormGroup = flag.String("storm-group", "", "a control group that limits one replica's memory; empty: none is limited by the kernel")
 )
 
 const (
@@ -216,6 +218,12 @@ type replica struct {
 	address string
 	folder  string
 	log     string
+	// errors is its standard error.
+	errors string
+	// disk is the small file system that its log is on.
+	disk string
+	// group is the control group that limits its memory.
+	group string
 	// good is the valid content of its files.
 	good map[string][]byte
 
@@ -275,8 +283,11 @@ func (r *replica) start() error {
 	case 2:
 		arguments = append([]string{"prlimit", fmt.Sprintf("--nofile=%[1]d:%[1]d", fewDescriptors)}, arguments...)
 	}
+	if r.group != "" {
+		arguments = append([]string{"sh", "-c", `echo $$ >"$0" && exec "$@"`, filepath.Join(r.group, "cgroup.procs")}, arguments...)
+	}
 	name := r.log
-	if r.fullDisk {
+	if r.fullDisk && r.disk == "" {
 		name = "/dev/full"
 	}
 	log, err := os.OpenFile(name, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
@@ -284,7 +295,7 @@ func (r *replica) start() error {
 		return err
 	}
 	defer log.Close()
-	errors, err := os.OpenFile(r.log+".stderr", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	errors, err := os.OpenFile(r.errors, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}
@@ -330,14 +341,46 @@ func (r *replica) want(wanted bool) {
 	r.wanted = wanted
 }
 
-// loseLog makes its log go to a full disk from the next start on, or to its file again.
-func (r *replica) loseLog(full bool) {
+// loseLog fills its disk or makes room again. Without a disk of its own, its log goes to a device that is full, or to its file again.
+func (r *replica) loseLog(t *testing.T, full bool) {
+	if r.disk == "" && !full {
+		r.kill()
+	}
 	r.mu.Lock()
-	defer r.mu.Unlock()
 	if r.fullDisk = full; full {
-		r.unlogged = append(r.unlogged, [2]time.Time{time.Now(), time.Now().Add(time.Hour)})
-	} else {
-		r.unlogged[len(r.unlogged)-1][1] = time.Now()
+		// Lines that were not written yet are lost too.
+		r.unlogged = append(r.unlogged, [2]time.Time{time.Now().Add(-unwritten), time.Now().Add(time.Hour)})
+	}
+	if r.disk != "" {
+		fill(t, filepath.Join(r.disk, "filler"), full)
+	}
+	if !full {
+		r.unlogged[len(r.unlogged)-1][1] = time.Now().Add(unwritten)
+	}
+	r.mu.Unlock()
+	if r.disk == "" && full {
+		r.kill()
+	}
+}
+
+// fill makes a file as large as its disk has room for, to the last byte, or removes it.
+func fill(t *testing.T, path string, full bool) {
+	if !full {
+		if err := os.Remove(path); err != nil {
+			t.Error(err)
+		}
+		return
+	}
+	file, err := os.Create(path)
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	defer file.Close()
+	for size := 1 << 20; size > 0; {
+		if _, err := file.Write(make([]byte, size)); err != nil {
+			size /= 2
+		}
 	}
 }
 
@@ -469,6 +512,15 @@ func TestStorm(t *testing.T) {
 	}
 	for number := range stormReplicas {
 		r := &replica{number: number, address: freeAddress(t), folder: t.TempDir(), log: filepath.Join(dir, fmt.Sprint("gate-", number, ".log")), wanted: true}
+		r.errors = r.log + ".stderr"
+		switch number {
+		case 0:
+			r.group = *stormGroup
+		case 1:
+			if r.disk = *stormDisk; r.disk != "" {
+				r.log = filepath.Join(r.disk, "gate.log")
+			}
+		}
 		certifyAs(t, r.folder, "server", ours, always)
 		read := func(path string) []byte {
 			content, err := os.ReadFile(path)
@@ -768,8 +820,7 @@ func (s *storm) rage(ctx context.Context, t *testing.T) {
 		case 8:
 			during(fmt.Sprint("certificate ", replica.number), "certificate turned", 0, func() { s.turn(t, replica) }, nothing)
 		case 9:
-			during(place, "full disk under the log", length, func() { replica.loseLog(true); replica.kill() },
-				func() { replica.kill(); replica.loseLog(false) })
+			during(place, "full disk under the log", length, func() { replica.loseLog(t, true) }, func() { replica.loseLog(t, false) })
 		case 10:
 			clocked := s.replicas[1]
 			during("clock", "clock jumped", length, func() { replace(t, clocked.file("clock"), fmt.Appendf(nil, "%+d", jump)) },
@@ -937,7 +988,8 @@ func (s *storm) judge(t *testing.T, servers []*platformServer, trapped int64) {
 	began := time.Now().Add(-*stormFor - 2*recovery)
 	events := map[string]stormEvent{}
 	for _, r := range s.replicas {
-		for _, name := range []string{r.log, r.log + ".stderr"} {
+		told := 0
+		for _, name := range []string{r.log, r.errors} {
 			text, err := os.ReadFile(name)
 			if err != nil {
 				t.Fatal(err)
@@ -950,9 +1002,22 @@ func (s *storm) judge(t *testing.T, servers []*platformServer, trapped int64) {
 			}
 			for line := range bytes.Lines(text) {
 				var event stormEvent
-				if json.Unmarshal(line, &event) == nil && event.Event == "decision" {
-					events[event.DecisionID] = event
+				if json.Unmarshal(line, &event) != nil {
+					continue
 				}
+				switch event.Event {
+				case "decision":
+					events[event.DecisionID] = event
+				case "log_lines_dropped":
+					told++
+				}
+			}
+		}
+		// A process that is killed while its disk is full can tell nobody.
+		if filled := len(r.unlogged); r.disk != "" && filled > 3 {
+			t.Logf("replica %d: its disk was full %d times, and it said %d times that lines were lost", r.number, filled, told)
+			if told < filled/4 {
+				t.Errorf("replica %d said %d times that lines were lost", r.number, told)
 			}
 		}
 	}
@@ -1041,6 +1106,7 @@ func (s *storm) judge(t *testing.T, servers []*platformServer, trapped int64) {
 		if r.maxRSS > maxRSS {
 			t.Errorf("replica %d held %d MiB", r.number, r.maxRSS>>20)
 		}
+		r.wantNeverOutOfMemory(t)
 	}
 	for _, server := range servers {
 		if strings.Contains(server.logs.String(), keyMark) {
@@ -1064,6 +1130,30 @@ func (s *storm) judge(t *testing.T, servers []*platformServer, trapped int64) {
 	if verified == 0 || warned == 0 {
 		t.Errorf("a storm in which nothing happened: %d verified, %d warned", verified, warned)
 	}
+}
+
+// wantNeverOutOfMemory expects that the kernel never killed it for its memory.
+func (r *replica) wantNeverOutOfMemory(t *testing.T) {
+	if r.group == "" {
+		return
+	}
+	// The names of cgroup 1 and 2.
+	for _, name := range []string{"memory.oom_control", "memory.events"} {
+		text, err := os.ReadFile(filepath.Join(r.group, name))
+		if err != nil {
+			continue
+		}
+		for line := range strings.Lines(string(text)) {
+			if fields := strings.Fields(line); len(fields) == 2 && fields[0] == "oom_kill" {
+				t.Logf("replica %d: killed %s times by the kernel for its memory", r.number, fields[1])
+				if fields[1] != "0" {
+					t.Errorf("replica %d was out of memory %s times", r.number, fields[1])
+				}
+				return
+			}
+		}
+	}
+	t.Errorf("%s does not say how often its memory was not enough", r.group)
 }
 
 // wantWithinLimits expects no more calls than all replicas together may make, each anew after a kill.
