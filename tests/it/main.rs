@@ -26,6 +26,7 @@ mod guards;
 mod invariants;
 mod isolation;
 mod journal;
+mod learnt;
 mod limits;
 mod listen;
 mod liveness;
