@@ -344,6 +344,7 @@ fn are_comparable(shape: &ResponseShape, one: &str, other: &str) -> bool {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EndpointFacts {
     right: Vec<HeaderFamily>,
+    /// Some keys were refused in these. One that is right for other keys counts as right.
     wrong: Vec<HeaderFamily>,
 }
 
@@ -352,12 +353,11 @@ pub struct EndpointFacts {
 impl EndpointFacts {
     /// Records that a key was accepted in one header and refused in others.
     pub fn take_family(&mut self, right: HeaderFamily, wrong: &[HeaderFamily]) {
-        self.wrong.retain(|family| *family != right);
         if !self.right.contains(&right) {
             self.right.push(right);
         }
         for family in wrong {
-            if !self.wrong.contains(family) && !self.right.contains(family) {
+            if !self.wrong.contains(family) {
                 self.wrong.push(*family);
             }
         }
@@ -409,9 +409,102 @@ impl EndpointFacts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{core::classify::Answer, domain::secret::Secret};
     use HeaderFamily::{ApiKey, Bearer, XApiKey};
 
     const ALL: [HeaderFamily; 3] = [Bearer, XApiKey, ApiKey];
+    const GOOD_FOR: Duration = Duration::from_secs(3600);
+    const BY_CODE: (u16, bool) = (401, true);
+    const UNCLEAR: (u16, bool) = (404, false);
+
+    fn seconds(seconds: usize) -> Duration {
+        Duration::from_secs(u64::try_from(seconds).unwrap())
+    }
+
+    /// The form of a key of this length.
+    fn form(length: usize) -> KeyForm {
+        KeyForm::of(&Secret::new("made-up-".to_owned() + &"a1".repeat(length)))
+    }
+
+    fn refusal((status, by_code): (u16, bool)) -> Calibration {
+        let answer = Answer { status, body: b"no", truncated: false, page: false, retry_after: None };
+        Calibration::Refuses { shape: ResponseShape::of(answer, ""), in_words: by_code, by_code, confirmed: false }
+    }
+
+    /// A made-up key of this form is refused like this. Returns what that means.
+    fn refuse(facts: &mut RequestFacts, model: &str, form: KeyForm, like: (u16, bool), at: Duration) -> Calibration {
+        facts.take_answer((model, form, CalibrationQuestion::Refusal), refusal(like), at, GOOD_FOR, 1.0)
+    }
+
+    #[test]
+    fn what_is_repeated_pushes_out_nothing_else() {
+        let mut facts = RequestFacts::default();
+        facts.take_acceptance("m", false, seconds(0));
+        facts.take_refusal(form(10), Body::Text, seconds(0));
+        refuse(&mut facts, "m", form(30), BY_CODE, seconds(0));
+        for round in 1..100 {
+            facts.take_acceptance("n", false, seconds(round));
+            facts.take_refusal(form(11), Body::Text, seconds(round));
+            refuse(&mut facts, "n", form(30), BY_CODE, seconds(round));
+        }
+        let known = facts.calibration("m", CalibrationQuestion::Acceptance(Some(form(30))), seconds(100));
+        assert_eq!(known, refusal(BY_CODE), "the answer for m");
+        refuse(&mut facts, "m", form(20), BY_CODE, seconds(100));
+        let known = facts.calibration("m", CalibrationQuestion::Acceptance(Some(form(20))), seconds(100));
+        assert_eq!(known, refusal(BY_CODE), "the acceptance of m");
+        let doubted = refuse(&mut facts, "o", form(10), UNCLEAR, seconds(100));
+        assert!(matches!(doubted, Calibration::SameForEveryKey(_)), "the refused key: {doubted:?}");
+    }
+
+    #[test]
+    fn the_oldest_gives_way_at_the_limits() {
+        let mut facts = RequestFacts::default();
+        let names: Vec<String> = (0..=MAX_ANSWERS).map(|number| format!("m-{number}")).collect();
+        for (round, name) in names.iter().enumerate() {
+            facts.take_acceptance(name, false, seconds(round));
+            facts.take_refusal(form(round), Body::Text, seconds(round));
+        }
+        let now = seconds(MAX_ANSWERS + 1);
+        for (round, name) in names.iter().enumerate() {
+            refuse(&mut facts, name, form(99), BY_CODE, now);
+            let known = facts.calibration(name, CalibrationQuestion::Acceptance(None), now);
+            let expected = if round == 0 { Calibration::NotAsked } else { refusal(BY_CODE) };
+            assert_eq!(known, expected, "the acceptance of {name}");
+        }
+        let answers = names.iter().map(|name| facts.calibration(name, CalibrationQuestion::Acceptance(None), now));
+        assert_eq!(answers.filter(|known| *known == refusal(BY_CODE)).count(), MAX_ANSWERS);
+        assert_eq!(facts.refusals(now).forms.len(), MAX_ANSWERS);
+        for round in 0..=MAX_ANSWERS {
+            let meant = refuse(&mut facts, "o", form(round), UNCLEAR, now);
+            assert_eq!(meant == refusal(UNCLEAR), round == 0, "the refused key {round}: {meant:?}");
+        }
+        for status in [401, 403, 404, 410, 422] {
+            facts.take_acceptance("m", false, now);
+            refuse(&mut facts, "m", form(99), (status, true), now);
+        }
+        let usual: Vec<u16> = facts.refusals(now).usual.iter().map(|shape| shape.status).collect();
+        assert_eq!(usual, [403, 404, 410, 422]);
+    }
+
+    #[test]
+    fn a_wait_doubles_up_to_its_limit() {
+        let mut facts = RequestFacts::default();
+        let mut now = Duration::ZERO;
+        let question = ("m", form(10), CalibrationQuestion::Refusal);
+        for wait in [60, 120, 240, 480, 960, 1920, 3600, 3600] {
+            facts.take_answer(question, Calibration::Inconclusive(Some(503)), now, GOOD_FOR, 1.0);
+            assert!(!facts.is_due("m", CalibrationQuestion::Refusal, now + seconds(wait - 1)), "{wait}");
+            now += seconds(wait);
+            assert!(facts.is_due("m", CalibrationQuestion::Refusal, now), "{wait}");
+        }
+        facts.take_answer(question, Calibration::Inconclusive(Some(503)), now, GOOD_FOR, 0.5);
+        assert!(facts.is_due("m", CalibrationQuestion::Refusal, now + MAX_BACK_OFF / 2));
+        let shortened = facts.take_answer(question, refusal(BY_CODE), now, GOOD_FOR, 0.5);
+        assert_eq!(shortened, refusal(BY_CODE));
+        let known = |after| facts.calibration("m", CalibrationQuestion::Refusal, now + after);
+        assert_eq!(known(GOOD_FOR / 2 - seconds(1)), refusal(BY_CODE));
+        assert_eq!(known(GOOD_FOR / 2), Calibration::NotAsked);
+    }
 
     #[test]
     fn one_header_once_it_is_known() {
@@ -420,7 +513,9 @@ mod tests {
         assert_eq!(order(&facts, &ALL, None), [vec![Bearer], vec![XApiKey, ApiKey]]);
         assert_eq!(order(&facts, &ALL, Some(ApiKey)), [vec![ApiKey], vec![Bearer, XApiKey]]);
         assert_eq!(order(&facts, &[Bearer], Some(ApiKey)), [vec![Bearer]]);
+        assert!(!facts.has_accepted());
         facts.take_family(ApiKey, &[Bearer]);
+        assert!(facts.has_accepted());
         assert_eq!(order(&facts, &ALL, None), [vec![ApiKey]]);
         assert_eq!(order(&facts, &ALL, Some(Bearer)), [vec![ApiKey]], "it was seen refused");
         assert_eq!(facts.order(&ALL, Some(Bearer), |_| false), [vec![ApiKey], vec![Bearer]], "another kind of key");
