@@ -331,6 +331,35 @@ fn a_refusal_of_the_list_yields_to_a_clear_word_on_the_key() {
     comes_to(&world, Verdict::RateLimited, Some(Cause::Status), &[OWN, CALLED]);
 }
 
+/// Where a model is called, a key that gets another answer than a made-up one is known. So the list refuses every key.
+#[test]
+fn what_the_list_refused_may_be_known_where_a_model_is_called() {
+    let session = (401, r#"{"error":"session required"}"#);
+    let world = |real, made_up| {
+        move |surface, _: &[HeaderFamily], key| match (surface, key) {
+            (Surface::Models, _) => session,
+            (_, Real) => real,
+            (_, MadeUp) => made_up,
+            (_, Key::None) => (401, r#"{"error":"no key"}"#),
+        }
+    };
+    let parameter = (400, r#"{"error":{"message":"Unsupported parameter: max_tokens","code":"unsupported_parameter"}}"#);
+    let account = (400, r#"{"error":{"message":"this account is closed","code":"closed"}}"#);
+    for made_up in [DEAD, (401, "who"), (403, "no")] {
+        comes_to_because(&world(parameter, made_up), Verdict::UnexpectedResponse, Cause::RequestRefused);
+        comes_to_because(&world(account, made_up), Verdict::UnexpectedResponse, Cause::RequestRefused);
+    }
+    // What speaks of the account may be one more way to refuse the key.
+    for made_up in [(400, r#"{"error":"bad key"}"#), (404, r#"{"error":"no such account"}"#)] {
+        comes_to_because(&world(parameter, made_up), Verdict::UnexpectedResponse, Cause::RequestRefused);
+        comes_to_because(&world(account, made_up), Verdict::Invalid, Cause::Status);
+    }
+    // Nothing is known of how made-up keys are answered there.
+    for made_up in [(503, "busy"), (429, "slow"), SILENCE] {
+        comes_to_because(&world(parameter, made_up), Verdict::Invalid, Cause::Status);
+    }
+}
+
 /// A finding tells in which header the key was sent, whether the answer depends on the model, and whether it cost money.
 #[test]
 fn a_finding_tells_what_was_asked() {
@@ -519,6 +548,18 @@ fn a_401_that_is_no_usual_refusal_counts_unless_made_up_keys_get_it_by_now() {
     let (verdict, questions) = come(&[], Some(shape(BANNED)), BANNED, BANNED);
     assert_eq!((verdict, questions.len()), (Verdict::UnexpectedResponse, 0));
     assert_eq!(come(&[], Some(shape(DEAD)), DEAD, DEAD), (Verdict::Invalid, vec![]));
+    // So does any other refusal.
+    assert_eq!(come(&[], Some(shape(BANNED)), unknown, unknown), (Verdict::Invalid, vec![]));
+    // An accepted key got even the usual refusal.
+    assert_eq!(come(&usual, Some(shape(unknown)), unknown, unknown), (Verdict::UnexpectedResponse, vec![]));
+    // It got it from the list, and where a model is called made-up keys are refused like this.
+    let refusals = |call: &Call, _| match call.probe.surface {
+        Surface::Models => KnownRefusals { for_every_key: Some(shape(unknown)), ..KnownRefusals::default() },
+        _ => KnownRefusals { usual: usual.to_vec(), ..KnownRefusals::default() },
+    };
+    let requests = Requests { refusals: &refusals, ..Requests::UNKNOWN };
+    let came = run_knowing(&target, &EndpointFacts::default(), requests, false, &|_, _, _| unknown);
+    assert_eq!(came.finding.verdict, Verdict::Invalid);
 }
 
 #[test]

@@ -80,9 +80,9 @@ impl ProbePlan<'_> {
         let finding = self.finding(Verdict::Invalid, Some(cause), Some(answer.shape.status));
         self.no_api = false;
         self.held = Some(HeldRefusal { finding, shape: answer.shape.clone(), step: self.current, because });
-        // After a 401, later steps send all headers in one request.
+        // After a list's 401, the steps that call a model send all headers in one request.
         if because == HeldBecause::Status401 {
-            for step in self.steps.iter_mut().skip(self.current + 1).filter(|step| step.is_inference()) {
+            for step in self.steps.iter_mut().filter(|step| step.is_inference()) {
                 step.order = vec![step.order.concat()];
             }
         }
