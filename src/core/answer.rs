@@ -124,3 +124,41 @@ pub(super) fn explains_a_401(json: &Value) -> bool {
     let holds_something = |value: &Value| !matches!(value, Value::Null | Value::Array(_));
     error_code(json).is_some() || json.as_object().is_some_and(|object| object.values().any(holds_something))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kind(body: &str, truncated: bool, page: bool) -> Body {
+        Answer { status: 401, body: body.as_bytes(), truncated, page, retry_after: None }.body_and_code().0
+    }
+
+    #[test]
+    fn the_kind_of_a_body_is_told_by_its_beginning() {
+        for (body, expected) in [
+            ("", Body::Empty),
+            (" \r\n", Body::Empty),
+            (" {\"detail\":\"no\"}", Body::Json),
+            ("\u{feff}{}", Body::Json),
+            ("null", Body::Json),
+            ("{\"detail\":", Body::Text),
+            ("unauthorized", Body::Text),
+            ("a <html> of words", Body::Text),
+            ("<html>no</html>", Body::Page),
+            ("\n<!doctype html><p>no", Body::Page),
+            ("<p>no</p>", Body::Page),
+            ("<?xml version=\"1.0\"?><Error><Code>no</Code></Error>", Body::Text),
+            ("<?xml version=\"1.0\"?>\n<HTML xmlns=\"x\">no</HTML>", Body::Page),
+        ] {
+            assert_eq!(kind(body, false, false), expected, "{body}");
+        }
+        // As far as it was read.
+        assert_eq!(kind("{\"detail\":", true, false), Body::Json);
+        assert_eq!(kind("[{\"detail\":", true, false), Body::Json);
+        assert_eq!(kind("unauth", true, false), Body::Text);
+        // The headers say that it is a page. JSON is for a program whatever they say.
+        assert_eq!(kind("", false, true), Body::Page);
+        assert_eq!(kind("unauthorized", false, true), Body::Page);
+        assert_eq!(kind("{}", false, true), Body::Json);
+    }
+}

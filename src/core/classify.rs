@@ -222,9 +222,8 @@ pub fn read(answer: Answer<'_>, probe: &Probe) -> Reading {
         (None, Body::Text) => probe.common.outcome_of_plain_text(answer.status, answer.body),
         (None, _) => None,
     };
-    if answer.status < 500
-        && let Some(found) = in_words
-    {
+    // No text is listed for a failing server.
+    if let Some(found) = in_words {
         return Reading { classification: outcome(found), by: ReadBy::CommonText, cause: Cause::CommonCode, stop: false };
     }
     let code = json.as_ref().and_then(error_code);
@@ -298,6 +297,7 @@ pub fn calibration_of(reading: &Reading, shape: &ResponseShape) -> Calibration {
             Calibration::Inconclusive(Some(status))
         }
         // A made-up key has no account. So the quota is that of the server, and all callers share it.
+        // By a code, it counts for a key at once: no made-up key is asked for.
         (Classification::Verdict(Verdict::QuotaExhausted), 429) if reading.by == ReadBy::CommonText => {
             Calibration::SameForEveryKey(shape.clone())
         }
@@ -436,6 +436,23 @@ mod tests {
         let Finding { verdict, withheld, used_up, .. } = Finding::one_too_many("new_keys.per_caller");
         let expected = (Verdict::NotAttempted, Some(Withheld::NewKeys), Some("new_keys.per_caller"));
         assert_eq!((verdict, withheld, used_up), expected);
+    }
+
+    #[test]
+    fn a_quota_that_a_made_up_key_is_told_in_words_is_the_servers() {
+        let answer = |status| Answer { status, body: b"no quota", truncated: false, page: false, retry_after: None };
+        let calibration = |by, status| {
+            let classification = Classification::Verdict(Verdict::QuotaExhausted);
+            let reading = Reading { classification, by, cause: Cause::CommonCode, stop: false };
+            calibration_of(&reading, &ResponseShape::of(answer(status), ""))
+        };
+        let shape = ResponseShape::of(answer(429), "");
+        assert_eq!(calibration(ReadBy::CommonText, 429), Calibration::SameForEveryKey(shape));
+        // A code counts at once, so nothing depends on what a made-up key gets.
+        assert_eq!(calibration(ReadBy::CommonCode, 429), Calibration::Inconclusive(Some(429)));
+        assert_eq!(calibration(ReadBy::Signal(0), 429), Calibration::Inconclusive(Some(429)));
+        // With another status, it may be how unknown keys are refused.
+        assert!(matches!(calibration(ReadBy::CommonText, 403), Calibration::Refuses { in_words: false, by_code: false, .. }));
     }
 
     #[test]
