@@ -255,7 +255,7 @@ fn event(random: &mut StdRng, forms: [KeyForm; 2]) -> Learnt {
     let refusal = *REFUSALS.choose(random).unwrap();
     match random.random_range(0..20) {
         0..6 => Learnt::Accepted(model, random.random_bool(0.1)),
-        6..8 => Learnt::Refused(form, *["no", ""].choose(random).unwrap()),
+        6..8 => Learnt::Refused(form, ["no", ""].choose(random).unwrap()),
         8..10 => Learnt::Second(model, random.random_bool(0.5).then_some(refusal)),
         10 => Learnt::Every(refusal),
         _ => {
