@@ -10,4 +10,5 @@ pub mod prober;
 pub mod provider_limits;
 mod retry_schedule;
 pub(crate) mod single_flight;
+mod slots;
 pub mod tier;

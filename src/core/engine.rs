@@ -65,6 +65,8 @@ pub struct ProbeRequest {
     pub secret: Arc<Secret>,
     /// A keyed hash that tells this credential from others. The key is this process's own.
     pub credential: [u8; 32],
+    /// A keyed hash that tells the organization from others; without one, the credential.
+    pub source: [u8; 32],
     /// Set by the prober when the provider itself is asked, after any wait in the queue.
     pub started: ProbeStarted,
 }

@@ -278,11 +278,12 @@ impl Cache {
         tier_lookup: Option<TierLookup>,
     ) -> impl Future<Output = FlightResult> + Send + use<> {
         let target = Arc::new(Target::of(query.endpoint, query.model).preferring(query.preference));
-        let request = ProbeRequest { target, secret: Arc::clone(&query.secret), credential: keys.first, started };
+        let source = self.hash_keys.source(query, keys);
+        let request = ProbeRequest { target, secret: Arc::clone(&query.secret), credential: keys.first, source, started };
         let (prober, breakers, target) = (Arc::clone(&self.prober), Arc::clone(&self.breakers), Arc::clone(&request.target));
         let (memory, last_valid, ages) = (self.memory.clone(), Arc::clone(&self.last_valid), self.ages);
         let (first, second) = (keys.first, self.hash_keys.second(keys));
-        let reporter = (self.hash_keys.source(query, keys), query.secret.expose().len() > USUAL_KEY_BYTES);
+        let reporter = (source, query.secret.expose().len() > USUAL_KEY_BYTES);
         async move {
             let mut probe = BreakerReport { breakers: &breakers, provider: target.endpoint.identity, reported: false };
             let mut lease = None;

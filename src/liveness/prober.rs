@@ -195,7 +195,7 @@ impl Collect for HttpProber {
 
 impl Prober for HttpProber {
     fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding> {
-        let ProbeRequest { target, secret, started, credential: _ } = request;
+        let ProbeRequest { target, secret, started, credential: _, source: _ } = request;
         let budget = target.endpoint.budget.unwrap_or(self.budget);
         let (http, endpoints) = (Arc::clone(&self.http), self.endpoints.clone());
         Box::pin(async move {

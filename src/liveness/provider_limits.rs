@@ -17,12 +17,12 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use tokio::{
-    sync::{Semaphore, SemaphorePermit},
-    time::{Instant, sleep_until, timeout_at},
-};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
-use super::retry_schedule::{RetrySchedule, spread};
+use super::{
+    retry_schedule::{RetrySchedule, spread},
+    slots::{FairSlots, Slot, Source},
+};
 use crate::{
     core::{
         classify::Finding,
@@ -41,7 +41,7 @@ pub struct ProviderLimits {
     pub in_flight: usize,
     /// Each 429, 5xx or timeout of a vendor halves its limit of probes in flight, down to this.
     pub in_flight_floor: usize,
-    /// How many probes may wait for a slot. Over the limit, the verdict is NOT_ATTEMPTED at once.
+    /// How many probes may wait before one for a slot. Over the limit, the verdict is NOT_ATTEMPTED at once.
     pub queue: usize,
     /// The longest wait in the queue. No caller waits longer than that either.
     #[serde(with = "duration")]
@@ -116,7 +116,7 @@ pub struct ProviderLimiter {
 /// The queue and the slots of one provider.
 struct ProviderQueue {
     limits: ProviderLimits,
-    slots: Semaphore,
+    slots: FairSlots,
     /// Probes that wait for a slot.
     waiting_for_slot: AtomicUsize,
     /// Probes that have a slot and wait for the rate limit.
@@ -196,7 +196,7 @@ struct CountGuard<'g>(&'g AtomicUsize);
 /// A probe that holds a slot. Without a finding, dropping it only frees the slot.
 struct RunningProbe<'s> {
     queue: &'s ProviderQueue,
-    slot: Option<SemaphorePermit<'s>>,
+    slot: Option<Slot<'s>>,
     began: Instant,
     finding: Option<(Verdict, bool)>,
 }
@@ -248,13 +248,13 @@ impl ProviderLimiter {
                 Some(_) => queue.retry_wait_for_slot(request.credential),
             };
             // Counted before the first await, so that the next caller sees it.
-            let (waiting, answer_at) = match queue.enter_queue(request.credential, reserved) {
+            let (waiting, answer_at) = match queue.enter_queue(request.credential, request.source, reserved) {
                 Ok(queued) => queued,
                 Err(why) => return withheld(why, retry_wait(&queue)),
             };
             request.started.expect_answer_at(answer_at);
             let by = Instant::now() + queue.limits.queue_time;
-            let Ok(Ok(slot)) = timeout_at(by, queue.slots.acquire()).await else {
+            let Ok(slot) = timeout_at(by, queue.slots.acquire(request.source)).await else {
                 return withheld(Withheld::Queue, retry_wait(&queue));
             };
             let begin = queue.state().rate_limit.start(Instant::now(), by, reserved);
@@ -290,7 +290,9 @@ impl Prober for ProviderLimiter {
 
     fn expected_wait(&self, provider: &str) -> Duration {
         let queue = self.queues.lock().unwrap_or_else(PoisonError::into_inner).get(provider).map(Arc::clone);
-        queue.map_or(Duration::ZERO, |queue| queue.expected(queue.waiting_for_slot.load(Ordering::Relaxed)).longest())
+        queue.map_or(Duration::ZERO, |queue| {
+            queue.expected(queue.waiting_for_slot.load(Ordering::Relaxed), queue.slots.free()).longest()
+        })
     }
 
     fn wait_before_retry(&self, provider: &str, credential: [u8; 32]) -> Duration {
@@ -317,7 +319,7 @@ impl Collect for ProviderLimiter {
                 (in_flight.limit, in_flight.slots)
             };
             page.gauge("byokgate_probes_in_flight", "Probes in a slot, running or waiting for provider_limits.per_second")
-                .add(&labels, slots.saturating_sub(queue.slots.available_permits()));
+                .add(&labels, slots.saturating_sub(queue.slots.free()));
             page.gauge("byokgate_probes_in_flight_limit", "Slots, as many as the provider's answers allow").add(&labels, limit);
             page.gauge("byokgate_probes_queued", "Probes that wait for a slot or for provider_limits.per_second")
                 .add(&labels, queue.waiting_for_slot.load(Ordering::Relaxed) + queue.waiting_for_rate.load(Ordering::Relaxed));
@@ -339,7 +341,7 @@ impl ProviderQueue {
         let in_flight = InFlight::new(limits);
         Self {
             limits,
-            slots: Semaphore::new(in_flight.slots),
+            slots: FairSlots::new(in_flight.slots),
             waiting_for_slot: AtomicUsize::new(0),
             waiting_for_rate: AtomicUsize::new(0),
             state: Mutex::new(QueueState {
@@ -353,11 +355,16 @@ impl ProviderQueue {
 
     /// Enters the queue. Returns the time when the response is expected. A probe that would not start in time is refused at once. A reserved start
     /// has passed the rate limit already.
-    fn enter_queue(&self, credential: [u8; 32], reserved: Option<Instant>) -> Result<(CountGuard<'_>, Instant), Withheld> {
-        let ahead = self.waiting_for_slot.load(Ordering::Relaxed);
+    fn enter_queue(
+        &self,
+        credential: [u8; 32],
+        source: Source,
+        reserved: Option<Instant>,
+    ) -> Result<(CountGuard<'_>, Instant), Withheld> {
+        let ahead = self.slots.ahead_of(&source);
         // A probe that need not wait passes through the queue as well, so a queue limit of 0 would stop all probes.
         let counted = CountGuard::new(&self.waiting_for_slot);
-        let (expected, now) = (self.expected(ahead), Instant::now());
+        let (expected, now) = (self.expected(ahead, self.slots.free_for(&source)), Instant::now());
         let mut state = self.state();
         // A credential at its retry time goes before a new one.
         let is_new = state.schedule.has_pending(&(), now) && !state.schedule.is_due(&credential, now + self.head_start());
@@ -378,10 +385,10 @@ impl ProviderQueue {
         longest - state.in_flight.latency().min(longest / 2)
     }
 
-    /// How long a probe waits with so many ahead of it.
-    fn expected(&self, ahead: usize) -> ExpectedWait {
+    /// How long a probe waits with so many ahead of it, and so many free slots.
+    fn expected(&self, ahead: usize, free: usize) -> ExpectedWait {
         let state = self.state();
-        let behind = (ahead + 1).saturating_sub(self.slots.available_permits());
+        let behind = (ahead + 1).saturating_sub(free);
         // Until enough latencies were measured, no probe is refused for them: the first probes also open connections, and take longer.
         let behind = if state.in_flight.latency_is_known() { behind } else { 0 };
         ExpectedWait {
@@ -398,7 +405,7 @@ impl ProviderQueue {
 
     /// The same, with so many ahead of it.
     fn retry_wait_behind(&self, credential: [u8; 32], ahead: usize) -> Duration {
-        let begin = Instant::now() + self.expected(ahead).longest();
+        let begin = Instant::now() + self.expected(ahead, self.slots.free()).longest();
         self.schedule_retry(credential, begin, |state| state.in_flight.interval().max(state.rate_limit.interval))
     }
 
@@ -417,7 +424,7 @@ impl ProviderQueue {
 
     /// When a slot is expected to be free for a probe that comes now.
     fn next_slot(&self) -> Instant {
-        Instant::now() + self.expected(self.waiting_for_slot.load(Ordering::Relaxed)).slot
+        Instant::now() + self.expected(self.waiting_for_slot.load(Ordering::Relaxed), self.slots.free()).slot
     }
 
     /// Gives this credential a retry time, at `begin` at the earliest and with this much time between two. Returns how long the caller should wait.
@@ -458,7 +465,7 @@ impl Drop for CountGuard<'_> {
 }
 
 impl<'s> RunningProbe<'s> {
-    fn begin(queue: &'s ProviderQueue, slot: SemaphorePermit<'s>) -> Self {
+    fn begin(queue: &'s ProviderQueue, slot: Slot<'s>) -> Self {
         queue.state().in_flight.begin();
         Self { queue, slot: Some(slot), began: Instant::now(), finding: None }
     }
@@ -482,7 +489,7 @@ impl Drop for RunningProbe<'_> {
             }
             in_flight.slots -= 1;
         } else {
-            queue.slots.add_permits(in_flight.limit - in_flight.slots);
+            queue.slots.add(in_flight.limit - in_flight.slots);
             in_flight.slots = in_flight.limit;
         }
     }

@@ -133,7 +133,8 @@ async fn at_once(prober: &ProviderLimiter, times: usize) -> Vec<Result<Verdict, 
     let questions = (0..times).map(|_| {
         let secret = Arc::new(Secret::new("made-up-key".into()));
         let (target, started) = (Arc::clone(&target), ProbeStarted::default());
-        let asked = prober.probe(ProbeRequest { target, secret, credential: rand::random(), started });
+        let credential = rand::random();
+        let asked = prober.probe(ProbeRequest { target, secret, credential, source: credential, started });
         async move {
             let finding = asked.await;
             finding.withheld.map_or(Ok(finding.verdict), Err)

@@ -16,6 +16,7 @@ use byok_gate::{
     liveness::{
         cache::{Cache, CacheSettings},
         new_keys::NewKeyLimits,
+        provider_limits::{ProviderLimiter, ProviderLimits},
     },
     server::{
         Bound,
@@ -30,7 +31,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     task::JoinSet,
-    time::{Instant, advance, timeout},
+    time::{Instant, advance, sleep, timeout},
 };
 use tonic::{Code, Request, Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
@@ -621,6 +622,52 @@ async fn a_flood_of_long_keys_costs_nobody_else_a_workspace() {
         allowed += u32::from(verdict(&engine, &format!("victim-{index}"), &format!("made-up-{index}")).await.0);
     }
     assert_eq!(allowed, 723);
+}
+
+/// A vendor that answers quickly, but for models of a tenant's choice that hang.
+struct Hanging;
+
+impl Prober for Hanging {
+    fn probe(&self, request: ProbeRequest) -> Boxed<'static, Finding> {
+        let hangs = request.secret.expose().starts_with("hangs");
+        request.started.set();
+        Box::pin(async move {
+            sleep(Duration::from_millis(if hangs { 3_000 } else { 50 })).await;
+            Finding { about_model: hangs, ..Finding::bare(if hangs { Verdict::Timeout } else { Verdict::Valid }) }
+        })
+    }
+}
+
+/// An organization that sends as many keys as it may, all with a model that hangs, does not keep others from the vendor.
+#[tokio::test(start_paused = true)]
+async fn a_tenants_hanging_models_cost_nobody_else_a_workspace() {
+    for attackers in [1, 3] {
+        let limiter = ProviderLimiter::new(Arc::new(Hanging), ProviderLimits::default());
+        let engine = engine(Arc::new(limiter), NewKeyLimits::default());
+        let mut flood = JoinSet::new();
+        for attacker in 0..attackers {
+            for index in 0..400_u64 {
+                let engine = Arc::clone(&engine);
+                flood.spawn(async move {
+                    // All that a minute allows at once, and then as they come.
+                    sleep(Duration::from_millis(250 * index.saturating_sub(239))).await;
+                    verdict(&engine, &format!("attacker-{attacker}"), &format!("hangs-{attacker}-{index}")).await.0
+                });
+            }
+        }
+        sleep(Duration::from_millis(10)).await;
+        let mut longest = Duration::ZERO;
+        for index in 0..40 {
+            let began = Instant::now();
+            let answer = verdict(&engine, &format!("victim-{index}"), &format!("made-up-{attackers}-{index}")).await;
+            assert_eq!(answer, (true, Some(Verdict::Valid)), "{attackers}: {index}");
+            longest = longest.max(began.elapsed());
+            sleep(Duration::from_millis(900)).await;
+        }
+        // One finds a slot that is left to those who have none. Several take that one too, and so it has to wait for one to end.
+        assert!(longest <= Duration::from_millis(if attackers == 1 { 50 } else { 3_050 }), "{attackers}: {longest:?}");
+        assert!(flood.join_all().await.iter().all(|allowed| !allowed));
+    }
 }
 
 /// New keys count as new even while the breaker is open: nobody can try a list of them for free.
