@@ -12,6 +12,7 @@ mod identity;
 mod keys;
 mod record;
 mod remote;
+mod replies;
 mod store;
 
 use std::{
@@ -38,7 +39,7 @@ pub use self::{
     faults::StoreFault,
     identity::{ClientIdentity, IdentityFault},
     keys::TierKeys,
-    remote::{Connect, Listening},
+    remote::{Commands, Connect, Listening},
 };
 pub(crate) use self::{
     keys::{CredentialIdentity, Model, ObservationId},

@@ -1,6 +1,6 @@
 //! The shared tier without a real store: the cost of its faults, and its settings. `tests/tier` uses a real one.
 
-use std::{fs, net::SocketAddr, os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, fs, net::SocketAddr, os::unix::fs::PermissionsExt, sync::Arc, time::Duration};
 
 use byok_gate::{
     config::{self, Overrides, Paths},
@@ -10,10 +10,12 @@ use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
+    sync::mpsc,
+    time::timeout,
 };
 
 use crate::support::{
-    binary::{self, Serving},
+    binary::{self, PATIENCE, Serving},
     edge::{Authority, ask_status},
     page::say,
     prober::Scripted,
@@ -93,6 +95,60 @@ async fn a_tier_that_is_none_costs_no_call_and_changes_no_answer() {
         // A pause may end meanwhile: then there was a trial.
         assert!(looks("fault") >= 5.0 && looks("fault") + looks("left_alone") == 9.0, "{what}: {}", replica.page().text);
         replica.page().is("byokgate_tier_in_use", 0.0);
+    }
+}
+
+/// A store that replies to a command and then publishes a notice, both without end, tells for each connection how many bytes were taken.
+async fn endless_store() -> (u16, mpsc::UnboundedReceiver<(&'static str, usize)>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let (taken, told) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let taken = taken.clone();
+            tokio::spawn(async move {
+                let mut bytes = [0; 16 * 1024];
+                while let Ok(read @ 1..) = stream.read(&mut bytes).await {
+                    let said = String::from_utf8_lossy(&bytes[..read]).into_owned();
+                    let (what, begins) = if said.contains("HELLO") {
+                        stream.write_all(b"*0\r\n").await.unwrap();
+                        continue;
+                    } else if said.contains("SUBSCRIBE") {
+                        let subscribed = "*3\r\n$9\r\nsubscribe\r\n$8\r\nbg1:news\r\n:1\r\n";
+                        ("notice", format!("{subscribed}*3\r\n$7\r\nmessage\r\n$8\r\nbg1:news\r\n$536870912\r\n"))
+                    } else {
+                        ("reply", "$536870912\r\n".to_owned())
+                    };
+                    stream.write_all(begins.as_bytes()).await.unwrap();
+                    let (mut sent, part) = (0, vec![b'x'; 1 << 20]);
+                    while sent < MUCH && stream.write_all(&part).await.is_ok() {
+                        sent += part.len();
+                    }
+                    if taken.send((what, sent)).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    (port, told)
+}
+
+/// More than fits into a socket's buffers.
+const MUCH: usize = 64 << 20;
+
+/// Whoever may write to the store, or publish, cannot fill the memory of the replicas.
+#[tokio::test]
+async fn replies_and_notices_without_end_are_not_taken_in() {
+    let (port, mut told) = endless_store().await;
+    let prober = Scripted::new(Verdict::Valid);
+    let replica = Replica::new(&Way { timeout: PATIENCE, ..Way::to(port) }, &prober);
+    assert_eq!(replica.ask("made-up-1").await, (Verdict::Valid, ServedFrom::Probe));
+    let mut seen = BTreeSet::new();
+    while seen.len() < 2 {
+        let (what, taken) = timeout(PATIENCE, told.recv()).await.unwrap().unwrap();
+        assert!(taken < MUCH, "{what}");
+        seen.insert(what);
     }
 }
 

@@ -1,19 +1,22 @@
 //! Connections to the store: to the server at one address, to the primary that Sentinels name, or to a cluster's node that has our slot.
 
-use std::{collections::HashMap, time::Duration};
+use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
 
-use futures_util::{StreamExt, stream::FuturesUnordered};
+use futures_util::{StreamExt, future::select_ok, stream::FuturesUnordered};
 use redis::{
-    AsyncConnectionConfig, Client, ClientTlsConfig, ConnectionAddr, ErrorKind, IntoConnectionInfo, RedisConnectionInfo,
-    RedisError, ServerErrorKind, TlsCertificates, Value,
-    aio::{MultiplexedConnection, PubSub},
-    io::tcp::TcpSettings,
+    AsyncConnectionConfig, ErrorKind, RedisConnectionInfo, RedisError, ServerErrorKind, Value,
+    aio::{AsyncStream, MultiplexedConnection, PubSub},
 };
-use socket2::TcpKeepalive;
+use rustls::{ClientConfig, RootCertStore, crypto::ring};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
+    net::{TcpStream, lookup_host},
     sync::watch,
+    task::AbortHandle,
     time::{Instant, timeout_at},
 };
+use tokio_rustls::TlsConnector;
 
 use super::{
     TierAccess, TierServers,
@@ -21,6 +24,7 @@ use super::{
     faults::StoreFault,
     identity::ClientIdentity,
     keys::ONE_SLOT,
+    replies::LimitedReplies,
 };
 use crate::{core::engine::Boxed, domain::secret::Secret};
 
@@ -30,7 +34,7 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 /// Makes connections to the store.
 pub trait Connect: Send + Sync {
     /// A connection for commands. It is shared by concurrent ones.
-    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, StoreFault>>;
+    fn connect(&self) -> Boxed<'_, Result<Commands, StoreFault>>;
     /// A connection that receives notices.
     fn listen(&self) -> Boxed<'_, Result<Listening, StoreFault>>;
     /// A fault of the last connection for commands.
@@ -38,6 +42,17 @@ pub trait Connect: Send + Sync {
         error.into()
     }
 }
+
+/// A connection for commands.
+#[derive(Clone)]
+pub struct Commands {
+    pub(super) connection: MultiplexedConnection,
+    /// Reads its replies, and ends with the last clone.
+    _driver: Arc<Driver>,
+}
+
+/// Ends a task when it is dropped. By itself it would wait for a server that never replies.
+struct Driver(AbortHandle);
 
 /// A connection that receives notices.
 pub struct Listening {
@@ -51,7 +66,7 @@ pub struct Listening {
 pub(super) struct Remote {
     way: Way,
     login: RedisConnectionInfo,
-    tls: Option<TlsCertificates>,
+    tls: Option<TlsConnector>,
     timeout: Duration,
     /// The server of the last connection for commands.
     in_use: watch::Sender<Option<StoreAddress>>,
@@ -73,6 +88,21 @@ struct Hello {
 
 /// Whether a server that says this will do.
 type Fits = fn(&Hello) -> Result<(), RedisError>;
+
+// === impl Commands ===
+
+impl Commands {
+    /// A connection, and what reads its replies.
+    pub fn new(connection: MultiplexedConnection, driver: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self { connection, _driver: Arc::new(Driver(tokio::spawn(driver).abort_handle())) }
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
 
 // === impl Way ===
 
@@ -107,40 +137,33 @@ impl Remote {
     pub(super) fn new(access: &TierAccess) -> Result<Self, String> {
         let TierAccess { servers, timeout, user, password, ca, identity, .. } = access;
         let way = Way::new(servers)?;
-        let client_tls = identity.as_ref().map(|ClientIdentity { certificate, key }| ClientTlsConfig {
-            client_cert: certificate.clone(),
-            client_key: key.expose().as_bytes().to_vec(),
-        });
         let has_tls = way.addresses().iter().any(|address| address.tls);
-        let tls = has_tls.then(|| TlsCertificates { client_tls, root_cert: ca.clone() });
+        let tls = has_tls.then(|| connector(ca.as_deref(), identity.as_ref())).transpose()?;
         let login = login(user.as_deref(), password.as_ref());
-        let remote = Self { way, login, tls, timeout: *timeout, in_use: watch::Sender::new(None) };
-        // A wrong authority's file is found now, and not with the first connection.
-        for address in remote.way.addresses() {
-            remote.client(address, &remote.login).map_err(|fault| fault.to_string())?;
-        }
-        Ok(remote)
+        Ok(Self { way, login, tls, timeout: *timeout, in_use: watch::Sender::new(None) })
     }
 
-    fn client(&self, server: &StoreAddress, login: &RedisConnectionInfo) -> Result<Client, RedisError> {
-        let StoreAddress { host, port, tls, database } = server.clone();
-        let remote = if tls {
-            ConnectionAddr::TcpTls { host, port, insecure: false, tls_params: None }
-        } else {
-            ConnectionAddr::Tcp(host, port)
-        };
-        // The listener sends nothing, so only keepalive notices that its connection is lost.
-        let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
-        let tcp = TcpSettings::default().set_nodelay(true).set_keepalive(keepalive);
-        let info = remote.into_connection_info()?.set_redis_settings(login.clone().set_db(database)).set_tcp_settings(tcp);
-        match self.tls.clone().filter(|_| tls) {
-            Some(certificates) => Client::build_with_tls(info, certificates),
-            None => Client::open(info),
+    /// Connects to the first of the server's addresses that takes the connection.
+    async fn stream(&self, server: &StoreAddress) -> Result<LimitedReplies<Box<dyn AsyncStream + Send + Unpin>>, RedisError> {
+        let addresses: Vec<SocketAddr> = lookup_host((server.host.as_str(), server.port)).await?.collect();
+        if addresses.is_empty() {
+            return Err(io::Error::from(io::ErrorKind::NotFound).into());
         }
+        let tls = self.tls.as_ref().filter(|_| server.tls);
+        let (stream, _) = select_ok(addresses.into_iter().map(|address| Box::pin(dial(address, &server.host, tls)))).await?;
+        Ok(LimitedReplies::new(stream))
+    }
+
+    async fn for_commands(&self, server: &StoreAddress, login: &RedisConnectionInfo) -> Result<Commands, RedisError> {
+        // Every command has a timeout of its own.
+        let config = AsyncConnectionConfig::new().set_response_timeout(None);
+        let login = login.clone().set_db(server.database);
+        let (connection, driver) = MultiplexedConnection::new_with_config(&login, self.stream(server).await?, config).await?;
+        Ok(Commands::new(connection, driver))
     }
 
     /// Connects to the server that holds the values. Its fault comes before the end of the caller's patience, and so with the server's name.
-    async fn find(&self) -> Result<(StoreAddress, MultiplexedConnection), StoreFault> {
+    async fn find(&self) -> Result<(StoreAddress, Commands), StoreFault> {
         let by = Instant::now() + self.timeout * 9 / 10;
         match &self.way {
             Way::Address(address) => Ok((address.clone(), self.at(address, &self.login, by, Hello::is_store).await?)),
@@ -164,11 +187,11 @@ impl Remote {
         login: &RedisConnectionInfo,
         by: Instant,
         fits: Fits,
-    ) -> Result<MultiplexedConnection, StoreFault> {
+    ) -> Result<Commands, StoreFault> {
         let connecting = async {
-            let mut connection = for_commands(self.client(server, login)?, self.timeout).await?;
-            fits(&Hello::of(&mut connection).await?)?;
-            Ok(connection)
+            let mut commands = self.for_commands(server, login).await?;
+            fits(&Hello::of(&mut commands.connection).await?)?;
+            Ok(commands)
         };
         self.of(server, by, connecting).await
     }
@@ -198,11 +221,11 @@ impl Remote {
         login: &RedisConnectionInfo,
         by: Instant,
     ) -> Result<StoreAddress, StoreFault> {
-        let mut connection = self.at(sentinel, login, by, |_| Ok(())).await?;
+        let mut commands = self.at(sentinel, login, by, |_| Ok(())).await?;
         let asking = async {
             let mut question = redis::cmd("SENTINEL");
             question.arg("GET-MASTER-ADDR-BY-NAME").arg(service);
-            let named: Option<(String, u16)> = question.query_async(&mut connection).await?;
+            let named: Option<(String, u16)> = question.query_async(&mut commands.connection).await?;
             let unknown = (ErrorKind::MasterNameNotFoundBySentinel, "the Sentinel does not know this service");
             let (host, port) = named.ok_or(unknown)?;
             sentinel.named(&host, port)
@@ -211,13 +234,13 @@ impl Remote {
     }
 
     /// The node that has our slot, by what this node says: it either has it, or names the one that has.
-    async fn owner(&self, node: &StoreAddress, by: Instant) -> Result<(StoreAddress, MultiplexedConnection), StoreFault> {
-        let mut connection = self.at(node, &self.login, by, Hello::is_node).await?;
+    async fn owner(&self, node: &StoreAddress, by: Instant) -> Result<(StoreAddress, Commands), StoreFault> {
+        let mut commands = self.at(node, &self.login, by, Hello::is_node).await?;
         let asking = async {
             // Any name of the slot will do, and any command that needs no further right.
             let mut question = redis::cmd("PTTL");
             question.arg(ONE_SLOT);
-            match question.query_async::<i64>(&mut connection).await {
+            match question.query_async::<i64>(&mut commands.connection).await {
                 Ok(_) => Ok(None),
                 Err(fault) => match (fault.kind(), fault.redirect_node()) {
                     // While the slot leaves it, it is still the owner, and refers to the next one for what it does not have.
@@ -227,9 +250,9 @@ impl Remote {
                 },
             }
         };
-        let Some(owner) = self.of(node, by, asking).await? else { return Ok((node.clone(), connection)) };
-        let connection = self.at(&owner, &self.login, by, Hello::is_node).await?;
-        Ok((owner, connection))
+        let Some(owner) = self.of(node, by, asking).await? else { return Ok((node.clone(), commands)) };
+        let commands = self.at(&owner, &self.login, by, Hello::is_node).await?;
+        Ok((owner, commands))
     }
 }
 
@@ -292,11 +315,11 @@ impl Hello {
 }
 
 impl Connect for Remote {
-    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, StoreFault>> {
+    fn connect(&self) -> Boxed<'_, Result<Commands, StoreFault>> {
         Box::pin(async {
-            let (server, connection) = self.find().await?;
+            let (server, commands) = self.find().await?;
             self.in_use.send_replace(Some(server));
-            Ok(connection)
+            Ok(commands)
         })
     }
 
@@ -308,7 +331,7 @@ impl Connect for Remote {
                 Way::Address(address) => address.clone(),
                 Way::Sentinels { .. } | Way::Nodes(_) => self.find().await?.0,
             };
-            let connecting = async { self.client(&server, &self.login)?.get_async_pubsub().await };
+            let connecting = async { PubSub::new(&self.login, self.stream(&server).await?).await };
             let connection = self.of(&server, Instant::now() + self.timeout, connecting).await?;
             let moved = Box::pin(async move {
                 // Another server may be behind the same address by now. The first connection of all is as young as this one.
@@ -338,10 +361,50 @@ fn login(user: Option<&str>, password: Option<&Secret>) -> RedisConnectionInfo {
     login
 }
 
-async fn for_commands(client: Client, timeout: Duration) -> Result<MultiplexedConnection, RedisError> {
-    // Every command has a timeout of its own.
-    let config = AsyncConnectionConfig::new().set_connection_timeout(Some(timeout)).set_response_timeout(None);
-    client.get_multiplexed_async_connection_with_config(&config).await
+/// Connects to one address.
+async fn dial(
+    address: SocketAddr,
+    host: &str,
+    tls: Option<&TlsConnector>,
+) -> Result<Box<dyn AsyncStream + Send + Unpin>, RedisError> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    // The listener sends nothing, so only keepalive notices that its connection is lost.
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
+    SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+    let Some(tls) = tls else { return Ok(Box::new(stream)) };
+    let name = ServerName::try_from(host.to_owned()).map_err(|fault| io::Error::new(io::ErrorKind::InvalidInput, fault))?;
+    Ok(Box::new(tls.connect(name, stream).await?))
+}
+
+/// TLS with these authorities, or with the system's.
+fn connector(ca: Option<&[u8]>, identity: Option<&ClientIdentity>) -> Result<TlsConnector, String> {
+    let mut roots = RootCertStore::empty();
+    match ca {
+        Some(ca) => {
+            for certificate in CertificateDer::pem_slice_iter(ca) {
+                let certificate = certificate.map_err(|fault| format!("an authority cannot be read: {fault}"))?;
+                roots.add(certificate).map_err(|fault| format!("an authority cannot be read: {fault}"))?;
+            }
+        }
+        None => {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        }
+    }
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .map_err(|fault| fault.to_string())?
+        .with_root_certificates(roots);
+    let config = match identity {
+        None => config.with_no_client_auth(),
+        Some(ClientIdentity { certificate, key }) => {
+            let unread = |fault| format!("the client certificate cannot be read: {fault}");
+            let chain = CertificateDer::pem_slice_iter(certificate).collect::<Result<_, _>>().map_err(unread)?;
+            let key = PrivateKeyDer::from_pem_slice(key.expose().as_bytes()).map_err(unread)?;
+            config.with_client_auth_cert(chain, key).map_err(|fault| fault.to_string())?
+        }
+    };
+    Ok(TlsConnector::from(Arc::new(config)))
 }
 
 pub(super) fn timed_out() -> RedisError {

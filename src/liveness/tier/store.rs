@@ -9,13 +9,13 @@ use std::{
 };
 
 use futures_util::{Stream, StreamExt};
-use redis::{Cmd, FromRedisValue, aio::MultiplexedConnection};
+use redis::{Cmd, FromRedisValue};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
     faults::{Change, Faults, StoreFault},
     keys::{Allowance, BEGINNING, CHANNEL, SEALED_BYTES, Starts},
-    remote::{Connect, Listening, timed_out},
+    remote::{Commands, Connect, Listening, timed_out},
 };
 use crate::{
     liveness::{
@@ -181,7 +181,7 @@ pub(super) struct Store {
     connect: Box<dyn Connect>,
     timeout: Duration,
     /// The connection, and its number. A fault ends only the connection that it came from.
-    connection: Mutex<(u64, Option<MultiplexedConnection>)>,
+    connection: Mutex<(u64, Option<Commands>)>,
     /// Held while connecting, so that one caller connects for all.
     connecting: tokio::sync::Mutex<()>,
     faults: Mutex<Faults>,
@@ -422,9 +422,9 @@ impl Store {
         let began = Instant::now();
         let mut used = None;
         let sending = self.in_time(deadline, async {
-            let (number, mut connection) = self.connected().await?;
+            let (number, mut commands) = self.connected().await?;
             used = Some(number);
-            command.query_async::<T>(&mut connection).await.map_err(|error| self.connect.fault(error))
+            command.query_async::<T>(&mut commands.connection).await.map_err(|error| self.connect.fault(error))
         });
         let answer = sending.await;
         self.took.observe(began.elapsed());
@@ -466,7 +466,7 @@ impl Store {
     }
 
     /// Returns the connection, and makes it if there is none.
-    async fn connected(&self) -> Result<(u64, MultiplexedConnection), StoreFault> {
+    async fn connected(&self) -> Result<(u64, Commands), StoreFault> {
         if let Some(connected) = self.open_connection() {
             return Ok(connected);
         }
@@ -481,7 +481,7 @@ impl Store {
         Ok((current.0, made))
     }
 
-    fn open_connection(&self) -> Option<(u64, MultiplexedConnection)> {
+    fn open_connection(&self) -> Option<(u64, Commands)> {
         let current = unpoisoned(&self.connection);
         Some((current.0, current.1.clone()?))
     }

@@ -20,7 +20,7 @@ use byok_gate::{
     grpc::convert::{self, pb},
     liveness::{
         cache::{Cache, CacheSettings},
-        tier::{Connect, Listening, StoreFault, Tier, TierKeys},
+        tier::{Commands, Connect, Listening, StoreFault, Tier, TierKeys},
     },
 };
 use byok_gate_fuzz::{CASES, VERDICTS, byte, holds, question};
@@ -307,13 +307,12 @@ impl Store {
 }
 
 impl Connect for Store {
-    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, StoreFault>> {
+    fn connect(&self) -> Boxed<'_, Result<Commands, StoreFault>> {
         Box::pin(async {
             let config = AsyncConnectionConfig::new().set_response_timeout(None);
             let settings = RedisConnectionInfo::default().set_skip_set_lib_name();
             let (connection, driver) = MultiplexedConnection::new_with_config(&settings, self.stream(), config).await?;
-            tokio::spawn(driver);
-            Ok(connection)
+            Ok(Commands::new(connection, driver))
         })
     }
 

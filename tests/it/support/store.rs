@@ -10,7 +10,7 @@ use std::{
 
 use byok_gate::{
     core::engine::Boxed,
-    liveness::tier::{Connect, Listening, StoreFault},
+    liveness::tier::{Commands, Connect, Listening, StoreFault},
 };
 use mlua::{Function, Lua, Value, Variadic};
 use rand::{Rng, SeedableRng, rngs::StdRng};
@@ -425,13 +425,11 @@ fn question(bytes: &[u8]) -> Option<(Vec<Vec<u8>>, usize)> {
 }
 
 impl Connect for Link {
-    fn connect(&self) -> Boxed<'_, Result<MultiplexedConnection, StoreFault>> {
+    fn connect(&self) -> Boxed<'_, Result<Commands, StoreFault>> {
         Box::pin(async {
             let config = AsyncConnectionConfig::new().set_response_timeout(None);
             let (connection, driver) = MultiplexedConnection::new_with_config(&settings(), self.stream().await?, config).await?;
-            // It ends with the connection.
-            tokio::spawn(driver);
-            Ok(connection)
+            Ok(Commands::new(connection, driver))
         })
     }
 
