@@ -38,7 +38,7 @@ use self::{
     connections::{ConnectionCounts, Connections},
     health::{HealthService, Phase},
     listen::Listener,
-    request_body::ByteBudget,
+    request_body::{AnswerBudget, ByteBudget},
     settings::{CallerSettings, EdgeSettings},
     tls::{Certificates, Tls, TlsFiles, watch_ends},
 };
@@ -443,6 +443,7 @@ fn context(
         service,
         routes,
         bytes: ByteBudget::new(limits.request_bytes),
+        answers: AnswerBudget::new(limits.answer_bytes),
         settings: server,
         limits,
         deadlines,

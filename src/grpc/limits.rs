@@ -12,6 +12,8 @@ const MAX_COUNT: usize = 1 << 30;
 const MIN_HEADER_LIST_BYTES: u32 = 8 * 1024;
 /// A request with a key has some hundred bytes, and one with a PEM or JSON credential has a few KiB.
 const MIN_MESSAGE_BYTES: usize = 4 * 1024;
+/// The longest list of models has 3 MiB and must pass for an operator, who has half of the limit.
+const MIN_ANSWER_BYTES: usize = 8 * 1024 * 1024;
 /// With less time, no answer could be made and sent.
 const MIN_DEADLINE: Duration = Duration::from_millis(100);
 
@@ -25,6 +27,8 @@ pub struct Limits {
     pub batch_message_bytes: usize,
     /// Bytes of all requests that are being read or decided.
     pub request_bytes: usize,
+    /// Bytes of all answers to questions that were not read yet. Callers that are no platform get half of it.
+    pub answer_bytes: usize,
     /// Bytes of a request's headers.
     pub header_list_bytes: u32,
     /// Open connections of a listener.
@@ -85,6 +89,7 @@ impl Default for Limits {
             message_bytes: 256 * 1024,
             batch_message_bytes: 4 * 1024 * 1024,
             request_bytes: 16 * 1024 * 1024,
+            answer_bytes: 8 * 1024 * 1024,
             header_list_bytes: 16 * 1024,
             connections: 1024,
             streams_per_connection: 9216,
@@ -130,6 +135,7 @@ impl Limits {
         review.number("message_bytes", message_bytes, MIN_MESSAGE_BYTES, MAX_COUNT);
         review.number("batch_message_bytes", batch_message_bytes, MIN_MESSAGE_BYTES, MAX_COUNT);
         review.number("request_bytes", request_bytes, MIN_MESSAGE_BYTES, MAX_COUNT);
+        review.number("answer_bytes", self.answer_bytes, MIN_ANSWER_BYTES, MAX_COUNT);
         if request_bytes < message_bytes.max(batch_message_bytes) {
             review
                 .error("request_bytes", "must not be less than message_bytes and batch_message_bytes: none of those would pass");

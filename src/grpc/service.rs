@@ -3,6 +3,7 @@
 use std::{pin::Pin, sync::Arc};
 
 use futures_util::Stream;
+use prost::Message;
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -32,6 +33,10 @@ pub(crate) struct Call {
     deadline: Deadline,
     record: Arc<CallRecord>,
 }
+
+/// The bytes of an answer, for the limit of those that are not read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AnswerLength(pub(crate) usize);
 
 // === impl PolicyDecision ===
 
@@ -80,17 +85,24 @@ impl pb::policy_decision_service_server::PolicyDecisionService for Call {
         &self,
         request: Request<pb::ResolveProviderRequest>,
     ) -> Result<Response<pb::ResolveProviderResponse>, Status> {
-        queries::resolve_provider(&self.shared, request.into_inner()).map(Response::new)
+        queries::resolve_provider(&self.shared, request.into_inner()).map(with_length)
     }
 
     async fn list_models(&self, request: Request<pb::ListModelsRequest>) -> Result<Response<pb::ListModelsResponse>, Status> {
-        queries::list_models(&self.shared, request.into_inner()).map(Response::new)
+        queries::list_models(&self.shared, request.into_inner()).map(with_length)
     }
 
     async fn get_registry_status(
         &self,
         _request: Request<pb::GetRegistryStatusRequest>,
     ) -> Result<Response<pb::GetRegistryStatusResponse>, Status> {
-        Ok(Response::new(queries::registry_status(&self.shared)))
+        Ok(with_length(queries::registry_status(&self.shared)))
     }
+}
+
+fn with_length<M: Message>(answer: M) -> Response<M> {
+    let length = AnswerLength(answer.encoded_len());
+    let mut response = Response::new(answer);
+    response.extensions_mut().insert(length);
+    response
 }

@@ -38,7 +38,7 @@ use super::{
     inline_executor::InlineExecutor,
     listen::{Accepted, Stream},
     refused::{HandshakeFault, Refusal, handshake, is_port_check},
-    request_body::{ByteBudget, CountedBody},
+    request_body::{AnswerBudget, AnswerBytes, ByteBudget, CountedBody},
     settings::ServerSettings,
     tls::{Tls, names_of},
 };
@@ -46,7 +46,7 @@ use crate::{
     domain::request::Peer,
     grpc::{
         NAME,
-        authorize::{Authorizer, Caller},
+        authorize::{Authorizer, Caller, Role},
         call_record::{CallRecord, Recorder},
         convert::{
             Violations,
@@ -55,7 +55,7 @@ use crate::{
         deadline::Deadline,
         errors::{bad_request, draining, error, with_standard_details},
         limits::{Deadlines, Limits},
-        service::PolicyDecision,
+        service::{AnswerLength, PolicyDecision},
     },
     telemetry::metrics::calls::{BATCH_DECIDE, known_method},
 };
@@ -90,6 +90,8 @@ const ANSWER_READ_TIME: Duration = Duration::from_secs(1);
 pub(super) const CUT_OFF_GRACE: Duration = Duration::from_millis(100);
 /// How long a connection that ignores GOAWAY is kept beyond the longest deadline of a call.
 const GOAWAY_GRACE: Duration = Duration::from_secs(2);
+/// What an answer of reflection counts for: it holds the whole contract.
+const REFLECTION_BYTES: usize = 64 * 1024;
 /// The health service. Callers need no credentials for it: a kubelet has neither certificate nor token.
 const HEALTH_PREFIX: &str = "/grpc.health.v1.Health/";
 const HEALTH_WATCH: &str = "/grpc.health.v1.Health/Watch";
@@ -109,6 +111,7 @@ pub(super) struct ConnectionContext {
     pub(super) recorder: Arc<Recorder>,
     pub(super) phase: watch::Receiver<Phase>,
     pub(super) bytes: Arc<ByteBudget>,
+    pub(super) answers: Arc<AnswerBudget>,
     pub(super) counts: Arc<ConnectionCounts>,
 }
 
@@ -308,7 +311,12 @@ impl Connection {
         let watch = is_watch.then(|| counts.watches.enter(peer)).transpose()?;
         let bytes = context.bytes.call(caller.is_some());
         let request = request.map(|body| CountedBody::new(body, Arc::clone(&bytes)));
-        let permits = CallPermits { unknown, _watch: watch, _bytes: bytes };
+        let is_platform = caller.as_ref().is_some_and(|caller| caller.role == Role::Platform);
+        // Reflection does not say how long its answer will be.
+        let answer = (caller.is_some() && !is_health && method.is_none())
+            .then(|| context.answers.take(is_platform, REFLECTION_BYTES))
+            .transpose()?;
+        let permits = CallPermits { unknown, is_platform, answer, _watch: watch, _bytes: bytes };
         match (method, caller) {
             (Some(method), Some(caller)) => context.service_call(request, method, caller, record, permits),
             (_, _) => context.route(request, !is_watch, permits),
@@ -347,13 +355,13 @@ impl ConnectionContext {
         let end = if ends { Some(deadline()?.end) } else { None };
         let limit = self.limits.message_bytes;
         let response = Box::pin(self.routes.clone().call(request));
-        // An unknown caller that reads no answer holds its place until the answer is read, or cut off.
-        let holds_permits = !ends || permits.unknown.is_some();
+        // An unknown caller that reads no answer holds its place until the answer is read, or cut off; so does reflection.
+        let holds_permits = !ends || permits.unknown.is_some() || permits.answer.is_some();
         Ok(CallInFlight { response, end, limit, is_batch: false, permits, holds_permits })
     }
 
     async fn finish(&self, started: Result<CallInFlight, Box<Response<Body>>>, call_guard: CallGuard) -> Response<Body> {
-        let CallInFlight { mut response, end, limit, is_batch, permits, holds_permits } = match started {
+        let CallInFlight { mut response, end, limit, is_batch, mut permits, holds_permits } = match started {
             Ok(started) => started,
             Err(response) => return *response,
         };
@@ -374,14 +382,20 @@ impl ConnectionContext {
                 }
             }
         };
-        let Ok(response) = answered;
-        match contract_error(&response, limit, is_batch) {
-            Some(status) => status.into_http(),
-            None if holds_permits => {
-                response.map(|body| Body::new(GuardedBody { body, _permits: permits, _call_guard: call_guard }))
-            }
-            None => response,
+        let Ok(mut response) = answered;
+        if let Some(status) = contract_error(&response, limit, is_batch) {
+            return status.into_http();
         }
+        if let Some(AnswerLength(length)) = response.extensions_mut().remove() {
+            match self.answers.take(permits.is_platform, length) {
+                Ok(answer) => permits.answer = Some(answer),
+                Err(status) => return status.into_http(),
+            }
+        }
+        if holds_permits || permits.answer.is_some() {
+            return response.map(|body| Body::new(GuardedBody { body, _permits: permits, _call_guard: call_guard }));
+        }
+        response
     }
 }
 
@@ -424,6 +438,9 @@ struct CallInFlight {
 /// What a call takes from the limits over all connections. It is given back when the call is answered, or when its answer has been sent.
 struct CallPermits {
     unknown: Option<CallPermit>,
+    is_platform: bool,
+    /// The bytes of an answer that somebody may leave unread.
+    answer: Option<AnswerBytes>,
     _watch: Option<CallPermit>,
     _bytes: Arc<super::request_body::CallBytes>,
 }

@@ -1,4 +1,5 @@
-//! Counts the bytes of all requests that are being read or decided, over all connections, so that they cannot exhaust the memory.
+//! Counts the bytes of all requests that are being read or decided, and of answers that are not read, over all connections, so that they cannot
+//! exhaust the memory.
 
 use std::{
     pin::Pin,
@@ -35,6 +36,48 @@ pub(super) struct CallBytes {
 pub(super) struct CountedBody {
     body: Incoming,
     bytes: Arc<CallBytes>,
+}
+
+/// The limit of bytes of unread answers, and how many are used.
+pub(super) struct AnswerBudget {
+    limit: usize,
+    used_by_platforms: AtomicUsize,
+    used_by_others: AtomicUsize,
+}
+
+/// The bytes of one answer. Dropping it gives them back.
+pub(super) struct AnswerBytes {
+    budget: Arc<AnswerBudget>,
+    is_platform: bool,
+    taken: usize,
+}
+
+// === impl AnswerBudget ===
+
+impl AnswerBudget {
+    pub(super) fn new(limit: usize) -> Arc<Self> {
+        Arc::new(Self { limit, used_by_platforms: AtomicUsize::new(0), used_by_others: AtomicUsize::new(0) })
+    }
+
+    /// Takes the bytes of one answer, or refuses it. Platforms have a count of their own, which nobody else can use up.
+    pub(super) fn take(self: &Arc<Self>, is_platform: bool, bytes: usize) -> Result<AnswerBytes, Status> {
+        let answer = AnswerBytes { budget: Arc::clone(self), is_platform, taken: bytes };
+        let limit = if is_platform { self.limit } else { self.limit / 2 };
+        if self.used(is_platform).fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > limit {
+            return Err(limit_reached("limits.answer_bytes", &format!("{limit} bytes of unread answers at a time"), RETRY_AFTER));
+        }
+        Ok(answer)
+    }
+
+    fn used(&self, is_platform: bool) -> &AtomicUsize {
+        if is_platform { &self.used_by_platforms } else { &self.used_by_others }
+    }
+}
+
+impl Drop for AnswerBytes {
+    fn drop(&mut self) {
+        self.budget.used(self.is_platform).fetch_sub(self.taken, Ordering::Relaxed);
+    }
 }
 
 // === impl ByteBudget ===

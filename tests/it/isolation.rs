@@ -255,6 +255,50 @@ async fn unread_answers_to_unknown_callers_are_few() {
     }
 }
 
+/// An operator, who may only ask, cannot fill the memory with answers that nobody reads, nor keep a platform from its own.
+#[tokio::test]
+async fn unread_answers_are_limited_over_all_connections() {
+    const TOKENS: [&str; 2] = ["made-up-token-of-the-platform", "made-up-token-of-an-operator"];
+    const REFLECTION: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
+    const SERVICE: &str = "/byokgate.v1.PolicyDecisionService";
+    let (folder, mut settings) = with_a_token();
+    settings.limits.answer_bytes = 128 * 1024;
+    fs::write(folder.path().join("tokens"), format!("{}\n{} operator\n", TOKENS[0], TOKENS[1])).unwrap();
+    let edge = Edge::start(settings, Held::new(true).engine()).await;
+    let [platform, operator] = TOKENS.map(|token| format!("Bearer {token}"));
+    let question = pb::ListModelsRequest { details: true, ..Default::default() }.encode_to_vec();
+    for (path, question) in [
+        (format!("{SERVICE}/ListModels"), question),
+        (format!("{SERVICE}/GetRegistryStatus"), vec![]),
+        // `list_services` with an empty text.
+        (REFLECTION.into(), vec![0x3a, 0]),
+    ] {
+        let ask = |bearer: &str| grpc(&path, &[("authorization", bearer)], &question);
+        let stream = TcpStream::connect(edge.tcp()).await.unwrap();
+        let mut builder = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+        let (mut deaf, connection) = builder.initial_stream_window_size(0).handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        let mut unread = Vec::new();
+        let refused = loop {
+            assert!(unread.len() < 1_000, "{path}");
+            let response = deaf.send_request(ask(&operator)).await.unwrap();
+            match Status::from_header_map(response.headers()) {
+                None => unread.push(response),
+                Some(status) => break status,
+            }
+        };
+        assert_eq!((refused.code(), limit(&refused).as_str()), (Code::ResourceExhausted, "limits.answer_bytes"), "{path}");
+        let mut other = raw(edge.tcp()).await;
+        assert_eq!(code_of(&mut other, ask(&operator)).await, Code::ResourceExhausted, "{path}");
+        assert_eq!(code_of(&mut other, ask(&platform)).await, Code::Ok, "{path}");
+        // The places come back.
+        drop(unread);
+        while code_of(&mut other, ask(&operator)).await != Code::Ok {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
 /// Bytes being read have one limit over all calls, and a far lower one for unknown callers.
 #[tokio::test]
 async fn bytes_that_are_being_read_are_limited_over_all_connections() {
