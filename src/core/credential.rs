@@ -44,7 +44,7 @@ pub struct LivenessQuery<'a> {
     pub preference: Preference,
     /// How seriously the verdict is taken.
     pub enforcement: Enforcement,
-    /// The tenant; empty if the platform has only one.
+    /// The tenant, for limits; empty if the platform has only one. A caller that is a workspace is one of its own.
     pub organization: &'a str,
     /// The caller of this service.
     pub caller: &'a CalledBy,
@@ -266,7 +266,8 @@ impl<'a> CredentialStep<'a, '_> {
             model: self.model,
             preference: Preference { family: headers.first().copied(), surface },
             enforcement: self.enforcement,
-            organization: &self.spec.organization_id,
+            // A workspace may name any organization. It counts for itself, so that it uses up no other's limits.
+            organization: if self.caller.is_workspace { &self.caller.name } else { &self.spec.organization_id },
             caller: self.caller,
             context: QueryContext {
                 passed_over: passed_over.filter(|_| certain).map(|other| Box::new((found.named(), other.named()))),

@@ -414,6 +414,31 @@ async fn a_caller_may_bring_so_many_whatever_the_organizations() {
     assert!(NewKeyLimits::default().per_platform.get() >= 30_000);
 }
 
+/// A workspace may name any organization, and uses up none's keys by it. Nor do its failures count as those of several organizations.
+#[tokio::test(start_paused = true)]
+async fn what_a_workspace_says_of_its_organization_costs_no_other() {
+    let by_a_workspace = async |engine: &Engine, index: u32, organization: &str| {
+        let spec = spec("acme-large", "ACME_API_KEY", &format!("made-up-{index}"), organization);
+        let message = pb::DecideRequest { workspace_spec: Some(spec), checkpoint: 2, ..Default::default() };
+        let mut request = convert::request(message).unwrap();
+        request.caller = CalledBy { name: "token of line 2".into(), is_workspace: true };
+        *engine.decide(&request, Instant::now() + Duration::from_secs(20)).await
+    };
+    let (engine, _) = with_new_keys(3, 1_000, 1_000);
+    for index in 0..3 {
+        assert_eq!(code(&by_a_workspace(&engine, index, "org-1").await), None);
+    }
+    let of_the_tenant = spec("acme-large", "ACME_API_KEY", "made-up-own", "org-1");
+    assert_eq!(code(&ask(&engine, of_the_tenant, Checkpoint::Create).await), None);
+    let (engine, _) = with_breaker(Verdict::Timeout);
+    for index in 0..5 {
+        assert_eq!(served_from(&by_a_workspace(&engine, index, &format!("org-{index}")).await), ServedFrom::Probe);
+    }
+    assert_eq!(served_from(&by_a_workspace(&engine, 5, "org-5").await), ServedFrom::Breaker, "it is open for this one");
+    let of_another = spec("acme-large", "ACME_API_KEY", "made-up-other", "org-other");
+    assert_eq!(served_from(&ask(&engine, of_another, Checkpoint::Create).await), ServedFrom::Probe);
+}
+
 /// At CREATE and PROVISION this limit denies under any configuration; at UPDATE the policy decides.
 #[tokio::test(start_paused = true)]
 async fn no_configuration_makes_a_key_checker_of_the_service() {
