@@ -1,9 +1,10 @@
 //! Limits how many decisions wait for providers at the same time, in total and for one provider. A few more may wait for a permit for a short time;
-//! all others are refused at once. A decision that waits for no provider needs no permit.
+//! all others are refused at once. A decision that waits for no provider needs no permit. One organization gets three quarters of a provider's
+//! permits at most, so that its own model that hangs does not keep the others out.
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -27,10 +28,22 @@ const MAX_PROVIDERS: usize = 10_000;
 pub(super) struct Admission {
     total_permits: Arc<Semaphore>,
     permits_by_provider: Mutex<HashMap<String, Arc<Semaphore>>>,
+    held: Arc<HeldByOrganizations>,
     per_provider: usize,
     waiting: Semaphore,
     wait: Duration,
     limit_text: String,
+}
+
+/// How many permits each organization holds, by provider and organization. Those that hold none are not here.
+#[derive(Debug, Default)]
+struct HeldByOrganizations(Mutex<HashMap<(String, String), usize>>);
+
+/// Counts a permit of an organization until it is dropped.
+#[derive(Debug)]
+struct HeldPermit {
+    held: Arc<HeldByOrganizations>,
+    of: (String, String),
 }
 
 /// Returns how long a probe of the provider would wait for its turn.
@@ -41,6 +54,7 @@ type ExpectedWait<'w> = dyn Fn() -> Duration + Sync + 'w;
 pub(super) struct WaitPermit {
     _total: OwnedSemaphorePermit,
     _provider: OwnedSemaphorePermit,
+    _organization: Option<HeldPermit>,
 }
 
 // === impl Admission ===
@@ -51,6 +65,7 @@ impl Admission {
         Self {
             total_permits: Arc::new(Semaphore::new(*decisions)),
             permits_by_provider: Mutex::default(),
+            held: Arc::default(),
             per_provider: *decisions_per_provider,
             waiting: Semaphore::new(*decisions_waiting),
             wait: *decision_wait,
@@ -61,13 +76,38 @@ impl Admission {
         }
     }
 
-    /// A permit for one decision. An error says when to try again, by how long a probe of this provider would wait.
-    pub(super) async fn admit(&self, provider: &str, expected_wait: &ExpectedWait<'_>) -> Result<WaitPermit, Status> {
+    /// A permit for one decision of this organization. An error says when to try again, by how long a probe of this provider would wait.
+    pub(super) async fn admit(
+        &self,
+        provider: &str,
+        organization: &str,
+        expected_wait: &ExpectedWait<'_>,
+    ) -> Result<WaitPermit, Status> {
         let provider_permits = self.permits_of(provider);
+        let limit = self.per_provider - self.per_provider / 4;
+        // Without an organization the platform has one tenant, or does not tell them apart.
+        let organization = match organization {
+            "" => None,
+            _ => {
+                let text = || format!("{limit} decisions of this organization wait for provider `{provider}`");
+                let refused = || limit_reached("limits.decisions_per_provider", &text(), pause(expected_wait));
+                Some(self.held.enter(provider, organization, limit).ok_or_else(refused)?)
+            }
+        };
+        let permit = self.admit_anybody(provider, provider_permits, expected_wait).await?;
+        Ok(WaitPermit { _organization: organization, ..permit })
+    }
+
+    async fn admit_anybody(
+        &self,
+        provider: &str,
+        provider_permits: Arc<Semaphore>,
+        expected_wait: &ExpectedWait<'_>,
+    ) -> Result<WaitPermit, Status> {
         if let (Ok(_provider), Ok(_total)) =
             (Arc::clone(&provider_permits).try_acquire_owned(), Arc::clone(&self.total_permits).try_acquire_owned())
         {
-            return Ok(WaitPermit { _total, _provider });
+            return Ok(WaitPermit { _total, _provider, _organization: None });
         }
         let Ok(_waiting) = self.waiting.try_acquire() else {
             return Err(self.refusal(provider, &provider_permits, expected_wait));
@@ -104,7 +144,7 @@ impl Admission {
         let Ok(Ok(_total)) = timeout_at(deadline, Arc::clone(&self.total_permits).acquire_owned()).await else {
             return Err(self.refusal(provider, &provider_permits, expected_wait));
         };
-        Ok(WaitPermit { _total, _provider })
+        Ok(WaitPermit { _total, _provider, _organization: None })
     }
 
     fn permits_of(&self, provider: &str) -> Arc<Semaphore> {
@@ -123,14 +163,51 @@ impl Admission {
     }
 
     fn refusal(&self, provider: &str, provider_permits: &Semaphore, expected_wait: &ExpectedWait<'_>) -> Status {
-        // Permits are given back over all of the expected wait. Refused callers come back spread over its second half.
-        let pause = RETRY_AFTER.max(expected_wait() / 2);
-        let pause = pause + pause.mul_f64(rand::rng().random_range(0.0..=1.0));
+        let pause = pause(expected_wait);
         if provider_permits.available_permits() == 0 {
             let limit_text = format!("{} decisions wait for provider `{provider}`", self.per_provider);
             return limit_reached("limits.decisions_per_provider", &limit_text, pause);
         }
         limit_reached("limits.decisions", &self.limit_text, pause)
+    }
+}
+
+/// Permits are given back over all of the expected wait. Refused callers come back spread over its second half.
+fn pause(expected_wait: &ExpectedWait<'_>) -> Duration {
+    let pause = RETRY_AFTER.max(expected_wait() / 2);
+    pause + pause.mul_f64(rand::rng().random_range(0.0..=1.0))
+}
+
+// === impl HeldByOrganizations ===
+
+impl HeldByOrganizations {
+    /// Counts one more, unless the organization has so many.
+    fn enter(self: &Arc<Self>, provider: &str, organization: &str, limit: usize) -> Option<HeldPermit> {
+        let of = (provider.to_owned(), organization.to_owned());
+        let mut held = self.lock();
+        let number = held.entry(of.clone()).or_default();
+        if *number >= limit {
+            return None;
+        }
+        *number += 1;
+        Some(HeldPermit { held: Arc::clone(self), of })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<(String, String), usize>> {
+        // No code panics while it holds the lock.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for HeldPermit {
+    fn drop(&mut self) {
+        let mut held = self.held.lock();
+        if let Some(number) = held.get_mut(&self.of) {
+            *number -= 1;
+            if *number == 0 {
+                held.remove(&self.of);
+            }
+        }
     }
 }
 
@@ -160,14 +237,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn one_runs_one_waits_and_the_third_is_refused_at_once() {
         let admission = admission_of(1, 9);
-        let first = admission.admit("acme", &NO_WAIT).await.unwrap();
+        let first = admission.admit("acme", "", &NO_WAIT).await.unwrap();
         let second = tokio::spawn({
             let admission = Arc::clone(&admission);
-            async move { admission.admit("acme", &NO_WAIT).await.map(drop) }
+            async move { admission.admit("acme", "", &NO_WAIT).await.map(drop) }
         });
         tokio::task::yield_now().await;
         let began = Instant::now();
-        let refused = admission.admit("acme", &NO_WAIT).await.unwrap_err();
+        let refused = admission.admit("acme", "", &NO_WAIT).await.unwrap_err();
         assert_eq!(began.elapsed(), Duration::ZERO);
         assert_eq!(refused.code(), Code::ResourceExhausted);
         assert!((RETRY_AFTER..=2 * RETRY_AFTER).contains(&retry_delay(&refused)));
@@ -175,7 +252,7 @@ mod tests {
         let waits = || Duration::from_secs(20);
         let mut spread = Vec::new();
         for _ in 0..50 {
-            spread.push(retry_delay(&admission.admit("acme", &waits).await.unwrap_err()).as_secs());
+            spread.push(retry_delay(&admission.admit("acme", "", &waits).await.unwrap_err()).as_secs());
         }
         assert!(spread.iter().all(|seconds| (10..=20).contains(seconds)), "{spread:?}");
         assert!(spread.iter().max() > spread.iter().min().map(|least| least + 3).as_ref(), "{spread:?}");
@@ -187,10 +264,10 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_wait_has_an_end_and_a_seat_is_given_back() {
         let admission = admission_of(1, 9);
-        let _first = admission.admit("acme", &NO_WAIT).await.unwrap();
+        let _first = admission.admit("acme", "", &NO_WAIT).await.unwrap();
         for _ in 0..2 {
             let began = Instant::now();
-            assert_eq!(admission.admit("acme", &NO_WAIT).await.unwrap_err().code(), Code::ResourceExhausted);
+            assert_eq!(admission.admit("acme", "", &NO_WAIT).await.unwrap_err().code(), Code::ResourceExhausted);
             assert_eq!(began.elapsed(), Duration::from_millis(20));
         }
     }
@@ -198,12 +275,31 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_provider_that_hangs_leaves_places_for_the_others() {
         let admission = admission_of(4, 2);
-        let held = [admission.admit("hangs", &NO_WAIT).await.unwrap(), admission.admit("hangs", &NO_WAIT).await.unwrap()];
-        assert_eq!(subject(&admission.admit("hangs", &NO_WAIT).await.unwrap_err()), "limits.decisions_per_provider");
+        let held = [admission.admit("hangs", "", &NO_WAIT).await.unwrap(), admission.admit("hangs", "", &NO_WAIT).await.unwrap()];
+        assert_eq!(subject(&admission.admit("hangs", "", &NO_WAIT).await.unwrap_err()), "limits.decisions_per_provider");
         let by = Instant::now() + Duration::from_secs(1);
         assert_eq!(subject(&admission.admit_by("hangs", by, &NO_WAIT).await.unwrap_err()), "limits.decisions_per_provider");
-        let _others = [admission.admit("acme", &NO_WAIT).await.unwrap(), admission.admit("acme", &NO_WAIT).await.unwrap()];
+        let _others =
+            [admission.admit("acme", "", &NO_WAIT).await.unwrap(), admission.admit("acme", "", &NO_WAIT).await.unwrap()];
         drop(held);
-        admission.admit("hangs", &NO_WAIT).await.unwrap();
+        admission.admit("hangs", "", &NO_WAIT).await.unwrap();
+    }
+    #[tokio::test(start_paused = true)]
+    async fn one_organization_leaves_a_quarter_to_the_others() {
+        let admission = admission_of(100, 8);
+        let mut held = Vec::new();
+        for _ in 0..6 {
+            held.push(admission.admit("hangs", "evil", &NO_WAIT).await.unwrap());
+        }
+        assert_eq!(subject(&admission.admit("hangs", "evil", &NO_WAIT).await.unwrap_err()), "limits.decisions_per_provider");
+        // Another one, and its own calls for another provider, go on.
+        let others = [
+            admission.admit("hangs", "other", &NO_WAIT).await.unwrap(),
+            admission.admit("acme", "evil", &NO_WAIT).await.unwrap(),
+        ];
+        held.pop();
+        held.push(admission.admit("hangs", "evil", &NO_WAIT).await.unwrap());
+        drop((held, others));
+        assert!(admission.held.lock().is_empty());
     }
 }

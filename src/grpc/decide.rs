@@ -122,13 +122,16 @@ impl Decider {
     async fn decided(&self, request: &Request, answer_by: Instant, waits_until_deadline: bool) -> Result<Box<Decided>, Status> {
         let Shared { engine, admission, authorizer, .. } = &*self.shared;
         authorizer.request(&self.caller, request)?;
+        // As for the limits on probes: what a workspace says of its organization is not known to be true.
+        let by = &request.caller;
+        let organization = if by.is_workspace { by.name.as_str() } else { request.spec.organization_id.as_str() };
         engine
             .decide_admitted(request, answer_by, |endpoint| async move {
                 let expected_wait = || engine.expected_wait(&endpoint.provider);
                 if waits_until_deadline {
                     admission.admit_by(&endpoint.provider, answer_by, &expected_wait).await
                 } else {
-                    admission.admit(&endpoint.provider, &expected_wait).await
+                    admission.admit(&endpoint.provider, organization, &expected_wait).await
                 }
             })
             .await
