@@ -291,9 +291,22 @@ fn is_metadata(address: IpAddr) -> bool {
         IpAddr::V6(address) => {
             let others = [Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254), Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254)];
             let eks = Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x23);
-            address.is_unicast_link_local() || address == eks || others.contains(&address)
+            let carried = carried_v4(address).is_some_and(|address| is_metadata(address.into()));
+            address.is_unicast_link_local() || address == eks || others.contains(&address) || carried
         }
     }
+}
+
+/// The IPv4 address that a translator or a tunnel reaches by this one: NAT64 (RFC 6052, and RFC 8215 with a prefix of 96 bits), 6to4 (RFC 3056), and
+/// the old form without a prefix.
+fn carried_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
+    let [a, b, c, d, e, f, high, low] = address.segments();
+    let (high, low) = match [a, b, c, d, e, f] {
+        [0x64, 0xff9b, 0, 0, 0, 0] | [0x64, 0xff9b, 1, ..] | [0, 0, 0, 0, 0, 0] => (high, low),
+        [0x2002, high, low, ..] => (high, low),
+        _ => return None,
+    };
+    Some(Ipv4Addr::from(u32::from(high) << 16 | u32::from(low)))
 }
 
 impl Resolve for GuardedResolver {
@@ -439,6 +452,7 @@ mod tests {
             ("https://[::ffff:10.1.2.3]/v1", true),
             ("https://10.9.2.3/v1", false),
             ("https://[fd12::1]/v1", true),
+            ("https://[64:ff9b::10.1.2.3]/v1", false),
             ("https://10.2.0.7/v1", true),
             ("http://10.2.0.7:8000/v1", true),
             ("http://10.2.0.8:8000/v1", false),
@@ -476,6 +490,11 @@ mod tests {
             "[fd20:ce::254]",
             "[fe80::1]",
             "[::ffff:169.254.169.254]",
+            "[::169.254.169.254]",
+            "[64:ff9b::169.254.169.254]",
+            "[64:ff9b::100.100.100.200]",
+            "[64:ff9b:1:2::169.254.169.254]",
+            "[2002:a9fe:a9fe::1]",
         ] {
             assert!(!asks(&all, &format!("https://{address}/")) && !asks(&all, &format!("http://{address}/")), "{address}");
         }

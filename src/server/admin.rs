@@ -2,9 +2,13 @@
 //! and counts but no secret, so everybody who reaches the socket may read them.
 
 use std::{
+    collections::VecDeque,
     convert::Infallible,
     fmt, io,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, SystemTime},
 };
 
@@ -15,7 +19,11 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{io::AsyncReadExt, sync::Semaphore, task::JoinSet, time::timeout};
+use tokio::{
+    io::AsyncReadExt,
+    task::{AbortHandle, JoinSet},
+    time::timeout,
+};
 use tonic::body::Body;
 
 use super::{
@@ -36,7 +44,7 @@ use crate::{
     },
 };
 
-/// The limit of connections: enough for two Prometheus servers and a few people.
+/// The limit of connections: enough for two Prometheus servers and a few people. One that asks nothing gives way to the next.
 const MAX_CONNECTIONS: usize = 8;
 /// The time for a request's headers. A client sends its few headers at once.
 const HEADER_TIME: Duration = Duration::from_secs(5);
@@ -132,25 +140,36 @@ pub(super) async fn sample_counts(pages: Arc<AdminPages>) {
 
 /// Serves the admin pages for ever.
 pub(super) async fn serve_admin(listener: Listener, pages: Arc<AdminPages>) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
+    // In the order of arrival.
+    let mut open: VecDeque<Open> = VecDeque::new();
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             Some(_) = connections.join_next() => continue,
         };
-        // Over the limit, the connection is closed without an answer. The client notices, and may come again.
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
-        let pages = Arc::clone(&pages);
-        connections.spawn(async move {
-            serve(accepted, pages).await;
-            drop(place);
-        });
+        open.retain(|connection| !connection.task.is_finished());
+        if open.len() >= MAX_CONNECTIONS {
+            let silent = open.iter().position(|connection| !connection.has_asked.load(Ordering::Relaxed));
+            // If all are being answered, the new one is closed without an answer. The client notices, and may come again.
+            let Some(silent) = silent.and_then(|at| open.remove(at)) else { continue };
+            silent.task.abort();
+        }
+        let has_asked = Arc::new(AtomicBool::new(false));
+        let task = connections.spawn(serve(accepted, Arc::clone(&pages), Arc::clone(&has_asked)));
+        open.push_back(Open { task, has_asked });
     }
 }
 
+/// A connection.
+struct Open {
+    task: AbortHandle,
+    /// Whether its request has come.
+    has_asked: Arc<AtomicBool>,
+}
+
 /// Serves one request, or closes the connection when its time is over.
-async fn serve(accepted: Accepted, pages: Arc<AdminPages>) {
+async fn serve(accepted: Accepted, pages: Arc<AdminPages>, has_asked: Arc<AtomicBool>) {
     let Accepted { io, peer } = accepted;
     let io = match timeout(HEADER_TIME, first_bytes(io)).await {
         Ok(Ok(io)) => io,
@@ -161,6 +180,7 @@ async fn serve(accepted: Accepted, pages: Arc<AdminPages>) {
         Ok(Err(None)) | Err(_) => return,
     };
     let service = service_fn(|request| {
+        has_asked.store(true, Ordering::Relaxed);
         let pages = Arc::clone(&pages);
         async move { Ok::<_, Infallible>(answer(&request, pages).await) }
     });
@@ -302,7 +322,7 @@ mod tests {
     async fn a_slow_scraper_is_cut_off() {
         let began = Instant::now();
         let (mut slow, io) = duplex(1024);
-        let serving = tokio::spawn(serve(accepted(io), pages()));
+        let serving = tokio::spawn(serve(accepted(io), pages(), Arc::default()));
         for byte in b"GET /metrics HTTP/1.1\r\nhost: gate\r\n".iter().cycle() {
             if serving.is_finished() || slow.write_all(&[*byte]).await.is_err() {
                 break;
@@ -313,12 +333,12 @@ mod tests {
         let (mut deaf, io) = duplex(64);
         let began = Instant::now();
         deaf.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
-        serve(accepted(io), pages()).await;
+        serve(accepted(io), pages(), Arc::default()).await;
         assert_eq!(began.elapsed(), CONNECTION_TIME);
         // For comparison, a client that is fast enough.
         let (mut quick, io) = duplex(64 * 1024);
         quick.write_all(b"GET /metrics HTTP/1.1\r\nhost: gate\r\n\r\n").await.unwrap();
-        serve(accepted(io), pages()).await;
+        serve(accepted(io), pages(), Arc::default()).await;
         let mut said = String::new();
         quick.read_to_string(&mut said).await.unwrap();
         assert!(said.starts_with("HTTP/1.1 200") && said.ends_with("# EOF\n"), "{said}");
