@@ -523,6 +523,7 @@ mod tests {
         assert_eq!(order(&facts, &ALL, Some(XApiKey)), [vec![XApiKey], vec![ApiKey]], "nobody has tried it");
         facts.take_family(Bearer, &[]);
         assert_eq!(order(&facts, &ALL, Some(Bearer)), [vec![Bearer]]);
+        assert_eq!(order(&facts, &ALL, Some(ApiKey)), [vec![ApiKey]], "both are right");
         assert_eq!(facts.order(&ALL, Some(Bearer), |_| false), [vec![Bearer], vec![ApiKey]], "another kind of key");
         assert_eq!(facts.order(&ALL, Some(Bearer), |family| family == Bearer), [vec![Bearer]]);
         assert_eq!(order(&facts, &[XApiKey], None), [vec![XApiKey]]);
