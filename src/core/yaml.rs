@@ -236,6 +236,14 @@ impl<'de> Visitor<'de> for Whole<'_> {
         self.take(0)
     }
 
+    fn visit_i128<E: de::Error>(self, _: i128) -> Result<(), E> {
+        self.take(0)
+    }
+
+    fn visit_u128<E: de::Error>(self, _: u128) -> Result<(), E> {
+        self.take(0)
+    }
+
     fn visit_f64<E: de::Error>(self, _: f64) -> Result<(), E> {
         self.take(0)
     }
@@ -522,7 +530,10 @@ mod tests {
         let long = "x".repeat(MAX_DOCUMENT_BYTES / 8);
         let with = |aliases: usize| {
             let list = "\n  - *long".repeat(aliases);
-            format!("name: a\nlong: &long [!tag {{k: [1, -1, 1.5, true, null, {long}]}}]\nlist:{list}\n")
+            format!(
+                "name: a\nlong: &long [!tag {{k: [1, -1, {}, -{0}, 1.5, true, null, ~, !, !x , {long}]}}]\nlist:{list}\n",
+                u128::MAX / 4
+            )
         };
         let refused = |document: &str| parse::<Doc>(document.as_bytes()).err().map(|problem| problem.to_string());
         assert_eq!(refused(&with(6)), None);
