@@ -9,7 +9,7 @@ use std::{
     collections::BTreeMap,
     io::ErrorKind,
     net::SocketAddr,
-    sync::{Arc, Once, OnceLock},
+    sync::{Arc, Once},
     time::{Duration, SystemTime},
 };
 use tokio::time::{Instant, timeout_at};
@@ -45,11 +45,10 @@ use crate::{
 pub(crate) const MAX_BODY_BYTES: usize = 64 * 1024;
 /// It is stable and says what it is, so that vendors can recognize these requests.
 const USER_AGENT: &str = concat!("byok-gate/", env!("CARGO_PKG_VERSION"), " (credential liveness check)");
-/// A longer credential uses connections of its own client. Vendors' API keys are far shorter, and the smallest limit seen at a front proxy is
-/// 4 KiB for all headers.
-const SHARED_CONNECTION_MAX_BYTES: usize = 1024;
 /// How long an idle connection is kept. A burst of creates reuses it, and an idle service does not hold it for long.
 const POOL_IDLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How many idle connections are kept for each host.
+const MAX_IDLE_CONNECTIONS: usize = 16;
 
 /// How providers are probed.
 #[derive(Debug, Clone)]
@@ -83,16 +82,13 @@ pub struct HttpProber {
 #[error("the probe's HTTPS client could not be built")]
 pub struct ProbeSetupError(#[source] reqwest::Error);
 
-/// The HTTPS clients with their rules. Probes and calibrations share them.
+/// The HTTPS client with its rules. Probes and calibrations share it.
 struct Http {
     client: reqwest::Client,
-    /// The client for long credentials, with connections of its own. Common front proxies close a connection when a header is too long, and
-    /// every request on that connection fails with it. It is made when first needed, since making it reads the system's certificates.
-    client_for_long: OnceLock<reqwest::Client>,
-    parts: ClientParts,
+    egress: Egress,
 }
 
-/// The settings that both clients are built from.
+/// The settings that the client is built from.
 struct ClientParts {
     egress: Egress,
     proxy: Option<ForwardProxy>,
@@ -176,7 +172,7 @@ impl HttpProber {
 
     /// Whether the configuration allows the request's scheme and address. A host name is not resolved for this.
     pub fn may_ask(&self, call: &Call) -> bool {
-        self.http.parts.egress.may_ask(&call.url)
+        self.http.egress.may_ask(&call.url)
     }
 
     /// Sends one request with a made-up key that begins like this vendor's keys. With no headers, it sends no key. For commands that look for
@@ -380,7 +376,11 @@ impl ClientParts {
             .no_proxy()
             .referer(false)
             .user_agent(USER_AGENT)
+            // Every provider speaks HTTP/1.1. Over HTTP/2 a tenant's own host can send interim answers and other frames without end; the library
+            // keeps them until the request looks, 130 MiB within three seconds.
+            .http1_only()
             .pool_idle_timeout(POOL_IDLE_TIMEOUT)
+            .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
             .connect_timeout(*connect_timeout)
             .dns_resolver(egress.resolver(resolve.clone()));
         if let Some(ForwardProxy { credentials, .. }) = proxy {
@@ -408,19 +408,7 @@ impl Http {
             drop(rustls::crypto::ring::default_provider().install_default());
         });
         let client = parts.client().map_err(ProbeSetupError)?;
-        Ok(Self { client, client_for_long: OnceLock::new(), parts })
-    }
-
-    /// The client for a credential of this length. `None` if it cannot be built now.
-    fn client_for(&self, secret: &Secret) -> Option<&reqwest::Client> {
-        if secret.expose().len() <= SHARED_CONNECTION_MAX_BYTES {
-            return Some(&self.client);
-        }
-        if self.client_for_long.get().is_none() {
-            // Another task may have set it meanwhile; then this one is dropped.
-            drop(self.client_for_long.set(self.parts.client().ok()?));
-        }
-        self.client_for_long.get()
+        Ok(Self { client, egress: parts.egress })
     }
 
     /// Sends one request, and sends it once more if the connection was closed before any byte of an answer. Idle connections and restarting
@@ -449,20 +437,18 @@ impl Http {
     }
 
     async fn send(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {
-        if !self.parts.egress.may_ask(&call.url) {
+        if !self.egress.may_ask(&call.url) {
             return Exchange::Unreachable(Unreached::Address);
         }
         let Some(request) = self.request(call, families, secret) else { return Exchange::Unreachable(Unreached::Address) };
-        // The first client was built from the same settings, so a failure means that this machine lacks a resource.
-        let Some(client) = self.client_for(secret) else { return Exchange::Exhausted };
-        match timeout_at(deadline, client.execute(request)).await {
+        match timeout_at(deadline, self.client.execute(request)).await {
             Err(_) => Exchange::TimedOut,
             Ok(Err(fault)) if fault.is_timeout() && !fault.is_connect() => Exchange::TimedOut,
             Ok(Err(fault)) if is_resource_exhaustion(&fault) => Exchange::Exhausted,
             Ok(Err(fault)) => Exchange::Unreachable(match unreached(&fault) {
                 // The proxy failed, not the provider: it could not be reached, or it refused the request.
                 Unreached::Connect | Unreached::ConnectTimeout | Unreached::Closed | Unreached::Dns
-                    if fault.is_connect() && self.parts.egress.proxy_for(&call.url).is_some() =>
+                    if fault.is_connect() && self.egress.proxy_for(&call.url).is_some() =>
                 {
                     Unreached::Proxy
                 }

@@ -31,11 +31,7 @@ use tokio::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use crate::support::{
-    case,
-    gate::Files,
-    vendor::{Row, Vendor},
-};
+use crate::support::{case, gate::Files};
 
 /// What a listener does with a connection once it has read something.
 #[derive(Debug, Clone)]
@@ -64,11 +60,11 @@ struct Identity {
     acceptor: TlsAcceptor,
 }
 
-fn identity(expired: bool, http2: bool) -> Identity {
-    identity_of("localhost", expired, http2)
+fn identity(expired: bool, protocols: &[&str]) -> Identity {
+    identity_of("localhost", expired, protocols)
 }
 
-fn identity_of(name: &str, expired: bool, http2: bool) -> Identity {
+fn identity_of(name: &str, expired: bool, protocols: &[&str]) -> Identity {
     let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
     if expired {
         params.not_before = rcgen::date_time_ymd(1990, 1, 1);
@@ -84,9 +80,7 @@ fn identity_of(name: &str, expired: bool, http2: bool) -> Identity {
         .with_no_client_auth()
         .with_single_cert(vec![certificate.der().clone()], private)
         .unwrap();
-    if http2 {
-        config.alpn_protocols = vec![b"h2".to_vec()];
-    }
+    config.alpn_protocols = protocols.iter().map(|name| name.as_bytes().to_vec()).collect();
     Identity { pem: certificate.pem().into_bytes(), acceptor: TlsAcceptor::from(Arc::new(config)) }
 }
 
@@ -177,22 +171,6 @@ async fn ask_with(base: &str, settings: ProbeSettings) -> Finding {
         .0
 }
 
-/// A front end may close a connection because of a long header. Such credentials share connections only with each other.
-#[tokio::test]
-async fn a_long_credential_travels_on_no_connection_of_others() {
-    let yes = Row { body: r#"{"data": [], "object": "list", "choices": []}"#.into(), ..Row::default() };
-    let vendor = Vendor::start(vec![yes]).await;
-    let (registry, catalogue) = case::documents(vendor.address.port());
-    let engine: Arc<Engine> = Files::new(&registry, &catalogue, None).engine();
-    let target = crate::model::Asked::about(&engine, 1).target();
-    let settings = ProbeSettings { allow_loopback_http: true, calibrate: false, ..ProbeSettings::default() };
-    let prober = HttpProber::new(settings).unwrap();
-    for (length, connections) in [(40, 1), (1024, 1), (1025, 2), (6000, 2), (40, 2)] {
-        let found = prober.explain(&target, &Secret::new("k".repeat(length))).await.0;
-        assert_eq!((found.status, vendor.connections()), (Some(200), connections), "{length} bytes");
-    }
-}
-
 async fn over_http(plays: Vec<Play>) -> (Verdict, Option<u16>, Option<Unreached>, usize) {
     let listener = Listener::start(plays, None).await;
     let found = ask(&format!("http://{}/acme/v1", listener.address), &[], &[], true).await;
@@ -280,7 +258,7 @@ async fn what_failed_on_the_way_is_told_apart() {
     assert_eq!(why("https://api.acme.example/acme/v1", &[], &resolve, false).await, unreachable(Unreached::Address));
 
     let plays = vec![Play::Say(whole("200 OK", r#"{"data": []}"#))];
-    let good = identity(false, false);
+    let good = identity(false, &[]);
     let listener = Listener::start(plays.clone(), Some(good.acceptor.clone())).await;
     let url = |listener: &Listener| format!("https://localhost:{}/acme/v1", listener.address.port());
     assert_eq!(why(&url(&listener), &good.pem, &[], true).await, (Verdict::Valid, None));
@@ -289,7 +267,7 @@ async fn what_failed_on_the_way_is_told_apart() {
     // It is for another name.
     let by_address = url(&listener).replace("localhost", "127.0.0.1");
     assert_eq!(why(&by_address, &good.pem, &[], true).await, unreachable(Unreached::TlsName));
-    let expired = identity(true, false);
+    let expired = identity(true, &[]);
     let listener = Listener::start(plays.clone(), Some(expired.acceptor.clone())).await;
     assert_eq!(why(&url(&listener), &expired.pem, &[], true).await, unreachable(Unreached::TlsExpired));
     // It speaks no TLS at all.
@@ -319,21 +297,33 @@ async fn a_connection_that_never_comes_about_is_no_slow_answer() {
     drop(taken);
 }
 
-/// After a GOAWAY over HTTP/2 the request is retried on a new connection.
+/// A host that speaks HTTP/2 too, and prefers it, is asked over HTTP/1.1: over HTTP/2 it could fill this service's memory with interim answers.
 #[tokio::test]
-async fn a_graceful_goaway_is_tried_on_another_connection() {
-    let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
-        let length = u8::try_from(payload.len()).unwrap();
-        [&[0, 0, length, kind, flags, 0, 0, 0, stream], payload].concat()
+async fn no_host_is_asked_over_http_2() {
+    let identity = identity(false, &["h2", "http/1.1"]);
+    let listener = Listener::start(vec![Play::Say(whole("200 OK", r#"{"data": []}"#))], Some(identity.acceptor)).await;
+    let url = format!("https://localhost:{}/acme/v1", listener.address.port());
+    let found = ask(&url, &identity.pem, &[], true).await;
+    assert_eq!((found.verdict, found.status), (Verdict::Valid, Some(200)));
+    let alone = self::identity(false, &["h2"]);
+    let listener = Listener::start(vec![Play::Close], Some(alone.acceptor)).await;
+    let found = ask(&format!("https://localhost:{}/acme/v1", listener.address.port()), &alone.pem, &[], true).await;
+    assert_eq!(found.verdict, Verdict::Unreachable);
+}
+
+/// Interim answers without end: each is read and forgotten, and the check ends with its time.
+#[tokio::test]
+async fn interim_answers_without_end_are_not_kept() {
+    let flood = b"HTTP/1.1 103 Early Hints\r\nlink: </a>; rel=preload\r\n\r\n".repeat(1000);
+    let listener = Listener::start(vec![Play::Repeat(Vec::new(), flood)], None).await;
+    let settings = ProbeSettings {
+        allow_loopback_http: true,
+        calibrate: false,
+        budget: Duration::from_millis(400),
+        ..ProbeSettings::default()
     };
-    let settings = frame(4, 0, 0, &[]);
-    let go_away = [settings.clone(), frame(7, 0, 0, &[0; 8])].concat();
-    // HEADERS with `:status: 200` from the static table, then DATA that ends the stream.
-    let good = [settings, frame(1, 4, 1, &[0x88]), frame(0, 1, 1, br#"{"data": []}"#)].concat();
-    let identity = identity(false, true);
-    let listener = Listener::start(vec![Play::Hold(go_away), Play::Hold(good)], Some(identity.acceptor)).await;
-    let found = ask(&format!("https://localhost:{}/acme/v1", listener.address.port()), &identity.pem, &[], true).await;
-    assert_eq!((found.verdict, found.status, listener.connections()), (Verdict::Valid, Some(200), 2));
+    let found = ask_with(&format!("http://{}/acme/v1", listener.address), settings).await;
+    assert_eq!((found.verdict, found.status), (Verdict::Timeout, None));
 }
 
 /// A forward proxy: accepts only CONNECT, requires a password if it has one, and resolves every name to one address.
@@ -402,7 +392,7 @@ fn by_proxy(proxy: &str, credentials: Option<&str>, allow: &[&str], roots: &[u8]
 
 #[tokio::test]
 async fn a_forward_proxy_is_the_way_out_with_and_without_a_password_and_down() {
-    let vendor = identity_of("api.acme.example", false, false);
+    let vendor = identity_of("api.acme.example", false, &[]);
     let good = Play::Say(whole("200 OK", r#"{"data": []}"#));
     let listener = Listener::start(vec![good], Some(vendor.acceptor.clone())).await;
     let base = "https://api.acme.example/acme/v1";
@@ -431,7 +421,7 @@ async fn a_forward_proxy_is_the_way_out_with_and_without_a_password_and_down() {
 
 #[tokio::test]
 async fn what_the_operator_names_is_dialled_straight_and_metadata_by_nobody() {
-    let vendor = identity_of("llm.corp.example", false, false);
+    let vendor = identity_of("llm.corp.example", false, &[]);
     let good = Play::Say(whole("200 OK", r#"{"data": []}"#));
     let listener = Listener::start(vec![good.clone()], Some(vendor.acceptor.clone())).await;
     let proxy = ForwardProxy::start(listener.address, None).await;

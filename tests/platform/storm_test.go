@@ -82,7 +82,7 @@ type liar struct {
 }
 
 // modes are a liar's faults.
-var modes = []string{"401", "429", "500", "hang", "half", "page", "everyone", "goaway", "reset", "redirect", "wrong certificate"}
+var modes = []string{"401", "429", "500", "hang", "half", "page", "everyone", "closing", "reset", "redirect", "wrong certificate"}
 
 func startLiar(t *testing.T, name string, overTLS bool, trap string, ours, others tls.Certificate) *liar {
 	t.Helper()
@@ -147,7 +147,7 @@ func (l *liar) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	l.calls = append(l.calls, time.Now())
 	l.now++
 	l.max = max(l.max, l.now)
-	yes := mode == "everyone" || live && (mode == "" || mode == "goaway" || mode == "wrong certificate")
+	yes := mode == "everyone" || live && (mode == "" || mode == "closing" || mode == "wrong certificate")
 	if yes {
 		l.accepted[key] = append(l.accepted[key], time.Now())
 	}
@@ -193,8 +193,8 @@ func (l *liar) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Location", l.trap)
 		answer(http.StatusFound, "")
 		return
-	case "goaway":
-		// Over HTTP/2 the server ends the connection with GOAWAY.
+	case "closing":
+		// Each answer is the last of its connection.
 		w.Header().Set("Connection", "close")
 	}
 	if yes {
