@@ -266,8 +266,7 @@ impl<'a> CredentialStep<'a, '_> {
             model: self.model,
             preference: Preference { family: headers.first().copied(), surface },
             enforcement: self.enforcement,
-            // A workspace may name any organization. It counts for itself, so that it uses up no other's limits.
-            organization: if self.caller.is_workspace { &self.caller.name } else { &self.spec.organization_id },
+            organization: self.caller.organization(&self.spec.organization_id),
             caller: self.caller,
             context: QueryContext {
                 passed_over: passed_over.filter(|_| certain).map(|other| Box::new((found.named(), other.named()))),

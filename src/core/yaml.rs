@@ -19,7 +19,7 @@ const REPARSE_BYTES: usize = 8 * 1024 * 1024;
 
 /// Parses a document. Keys that are not in the schema become warnings.
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<Loaded<T>, Problem> {
-    let text = text_of(bytes)?;
+    let text = bounded_text_of(bytes)?;
     let mut warnings = Vec::new();
     let value = serde_ignored::deserialize(serde_yaml::Deserializer::from_str(text), |path| {
         warnings.push(Problem::at(path_text(&path), format!("is not a key that this schema knows{IGNORED}")));
@@ -91,7 +91,7 @@ pub(crate) struct Parts<'t> {
 impl<'t> Parts<'t> {
     /// The parts of this document, if it is text.
     pub(crate) fn of(bytes: &'t [u8]) -> Option<Self> {
-        let text = text_of(bytes).ok()?;
+        let text = bounded_text_of(bytes).ok()?;
         Some(Self { text, left: REPARSE_BYTES / text.len().max(1) })
     }
 
@@ -156,21 +156,21 @@ fn text_of(bytes: &[u8]) -> Result<&str, Problem> {
     }
     let text = std::str::from_utf8(bytes)
         .map_err(|fault| Problem::at("", format!("is not UTF-8 (byte {}); save it as UTF-8", fault.valid_up_to())))?;
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    check_aliases(text)?;
-    Ok(text)
+    Ok(text.strip_prefix('\u{feff}').unwrap_or(text))
 }
 
-/// Refuses a document that is too large once each `*NAME` is replaced by what it stands for. The parser limits how often, not how much.
-fn check_aliases(text: &str) -> Result<(), Problem> {
+/// The same of a document whose values are read. It is refused if it is too large once each `*NAME` is replaced by what it stands for: the parser
+/// limits how often that is done, not how much comes of it.
+fn bounded_text_of(bytes: &[u8]) -> Result<&str, Problem> {
+    let text = text_of(bytes)?;
     if !(text.contains('&') && text.contains('*')) {
-        return Ok(());
+        return Ok(text);
     }
     let left = Cell::new(Some(MAX_DOCUMENT_BYTES));
     // What else is wrong is said by the one who reads it.
     drop(Whole(&left).deserialize(serde_yaml::Deserializer::from_str(text)));
     match left.get() {
-        Some(_) => Ok(()),
+        Some(_) => Ok(text),
         None => {
             let message = format!("is longer than {MAX_DOCUMENT_BYTES} bytes once its aliases (`*NAME`) are replaced; use fewer");
             Err(Problem::at("", message))

@@ -138,6 +138,13 @@ pub struct CalledBy {
     pub is_workspace: bool,
 }
 
+impl CalledBy {
+    /// The organization whose limits this caller's request counts for. A workspace may name any, and so counts for itself alone.
+    pub fn organization<'a>(&'a self, named: &'a str) -> &'a str {
+        if self.is_workspace { &self.name } else { named }
+    }
+}
+
 /// The other end of a connection, as the kernel reports it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Peer {

@@ -284,6 +284,7 @@ mod tests {
         drop(held);
         admission.admit("hangs", "", &NO_WAIT).await.unwrap();
     }
+
     #[tokio::test(start_paused = true)]
     async fn one_organization_leaves_a_quarter_to_the_others() {
         let admission = admission_of(100, 8);

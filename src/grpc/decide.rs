@@ -122,9 +122,7 @@ impl Decider {
     async fn decided(&self, request: &Request, answer_by: Instant, waits_until_deadline: bool) -> Result<Box<Decided>, Status> {
         let Shared { engine, admission, authorizer, .. } = &*self.shared;
         authorizer.request(&self.caller, request)?;
-        // As for the limits on probes: what a workspace says of its organization is not known to be true.
-        let by = &request.caller;
-        let organization = if by.is_workspace { by.name.as_str() } else { request.spec.organization_id.as_str() };
+        let organization = request.caller.organization(&request.spec.organization_id);
         engine
             .decide_admitted(request, answer_by, |endpoint| async move {
                 let expected_wait = || engine.expected_wait(&endpoint.provider);

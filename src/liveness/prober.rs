@@ -88,15 +88,6 @@ struct Http {
     egress: Egress,
 }
 
-/// The settings that the client is built from.
-struct ClientParts {
-    egress: Egress,
-    proxy: Option<ForwardProxy>,
-    resolve: BTreeMap<String, SocketAddr>,
-    extra_roots: Vec<u8>,
-    connect_timeout: Duration,
-}
-
 /// The result of one request.
 enum Exchange {
     Answered(Box<Response>),
@@ -157,7 +148,8 @@ impl HttpProber {
         let egress = Egress::new(allow_loopback_http, &egress, proxy.as_ref());
         // Less than the budget, so that a connection that never comes about is told apart from a slow answer.
         let connect_timeout = budget * 3 / 4;
-        let http = Arc::new(Http::new(ClientParts { egress, proxy, resolve, extra_roots, connect_timeout })?);
+        let client = client(&egress, proxy, resolve, &extra_roots, connect_timeout).map_err(ProbeSetupError)?;
+        let http = Arc::new(Http { client, egress });
         let endpoints = calibrate.then(|| Endpoints::new(Arc::clone(&http)));
         Ok(Self { http, endpoints, budget })
     }
@@ -366,51 +358,48 @@ async fn ask(http: &Http, call: &Call, families: &[HeaderFamily], secret: &Secre
     }
 }
 
-// === impl ClientParts ===
-
-impl ClientParts {
-    fn client(&self) -> reqwest::Result<reqwest::Client> {
-        let Self { egress, proxy, resolve, extra_roots, connect_timeout } = self;
-        let mut builder = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .referer(false)
-            .user_agent(USER_AGENT)
-            // Every provider speaks HTTP/1.1. Over HTTP/2 a tenant's own host can send interim answers and other frames without end; the library
-            // keeps them until the request looks, 130 MiB within three seconds.
-            .http1_only()
-            .pool_idle_timeout(POOL_IDLE_TIMEOUT)
-            .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
-            .connect_timeout(*connect_timeout)
-            .dns_resolver(egress.resolver(resolve.clone()));
-        if let Some(ForwardProxy { credentials, .. }) = proxy {
-            let rule = egress.clone();
-            let mut proxy = reqwest::Proxy::custom(move |url| rule.proxy_for(url).cloned());
-            if let Some((user, password)) = credentials {
-                proxy = proxy.basic_auth(user, password.expose());
-            }
-            builder = builder.proxy(proxy);
+/// The client of all probes.
+fn client(
+    egress: &Egress,
+    proxy: Option<ForwardProxy>,
+    resolve: BTreeMap<String, SocketAddr>,
+    extra_roots: &[u8],
+    connect_timeout: Duration,
+) -> reqwest::Result<reqwest::Client> {
+    static PROVIDER: Once = Once::new();
+    PROVIDER.call_once(|| {
+        // An error means that the process has a provider already, which is as good.
+        drop(rustls::crypto::ring::default_provider().install_default());
+    });
+    let mut builder = reqwest::Client::builder()
+        .redirect(reqwest::redirect::Policy::none())
+        .no_proxy()
+        .referer(false)
+        .user_agent(USER_AGENT)
+        // Every provider speaks HTTP/1.1. Over HTTP/2 a tenant's own host can send interim answers and other frames without end; the library
+        // keeps them until the request looks, 130 MiB within three seconds.
+        .http1_only()
+        .pool_idle_timeout(POOL_IDLE_TIMEOUT)
+        .pool_max_idle_per_host(MAX_IDLE_CONNECTIONS)
+        .connect_timeout(connect_timeout)
+        .dns_resolver(egress.resolver(resolve));
+    if let Some(ForwardProxy { credentials, .. }) = proxy {
+        let rule = egress.clone();
+        let mut proxy = reqwest::Proxy::custom(move |url| rule.proxy_for(url).cloned());
+        if let Some((user, password)) = credentials {
+            proxy = proxy.basic_auth(&user, password.expose());
         }
-        if !extra_roots.is_empty() {
-            builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(extra_roots)?);
-        }
-        builder.build()
+        builder = builder.proxy(proxy);
     }
+    if !extra_roots.is_empty() {
+        builder = builder.tls_certs_merge(reqwest::Certificate::from_pem_bundle(extra_roots)?);
+    }
+    builder.build()
 }
 
 // === impl Http ===
 
 impl Http {
-    fn new(parts: ClientParts) -> Result<Self, ProbeSetupError> {
-        static PROVIDER: Once = Once::new();
-        PROVIDER.call_once(|| {
-            // An error means that the process has a provider already, which is as good.
-            drop(rustls::crypto::ring::default_provider().install_default());
-        });
-        let client = parts.client().map_err(ProbeSetupError)?;
-        Ok(Self { client, egress: parts.egress })
-    }
-
     /// Sends one request, and sends it once more if the connection was closed before any byte of an answer. Idle connections and restarting
     /// proxies close like that. It never retries after an answer.
     async fn exchange_with_retry(&self, call: &Call, families: &[HeaderFamily], secret: &Secret, deadline: Instant) -> Exchange {

@@ -38,7 +38,7 @@ use super::{
     inline_executor::InlineExecutor,
     listen::{Accepted, Stream},
     refused::{HandshakeFault, Refusal, handshake, is_port_check},
-    request_body::{AnswerBudget, AnswerBytes, ByteBudget, CountedBody},
+    request_body::{ByteBudget, CallBytes, CountedBody},
     settings::ServerSettings,
     tls::{Tls, names_of},
 };
@@ -111,7 +111,7 @@ pub(super) struct ConnectionContext {
     pub(super) recorder: Arc<Recorder>,
     pub(super) phase: watch::Receiver<Phase>,
     pub(super) bytes: Arc<ByteBudget>,
-    pub(super) answers: Arc<AnswerBudget>,
+    pub(super) answers: Arc<ByteBudget>,
     pub(super) counts: Arc<ConnectionCounts>,
 }
 
@@ -440,9 +440,9 @@ struct CallPermits {
     unknown: Option<CallPermit>,
     is_platform: bool,
     /// The bytes of an answer that somebody may leave unread.
-    answer: Option<AnswerBytes>,
+    answer: Option<Arc<CallBytes>>,
     _watch: Option<CallPermit>,
-    _bytes: Arc<super::request_body::CallBytes>,
+    _bytes: Arc<CallBytes>,
 }
 
 /// The body of an answer that holds the call's permits until it has been sent.

@@ -15,20 +15,29 @@ use tonic::Status;
 
 use crate::grpc::errors::{RETRY_AFTER, limit_reached};
 
-/// Unknown callers get the budget divided by this. Health checks and reflection need only a few bytes.
+/// Unknown callers get the limit of requests divided by this. Health checks and reflection need only a few bytes.
 const UNKNOWN_CALLER_DIVISOR: usize = 32;
+/// Callers that are no platform get the limit of unread answers divided by this.
+const NO_PLATFORM_DIVISOR: usize = 2;
 
-/// The limit of bytes, and how many are used.
+/// A limit of bytes. Callers that are trusted less have a count of their own, with a part of the limit, so that they use up nobody else's.
 pub(super) struct ByteBudget {
+    setting: &'static str,
+    what: &'static str,
+    trusted: Count,
+    others: Count,
+}
+
+/// How many bytes may be used, and how many are.
+struct Count {
     limit: usize,
     used: AtomicUsize,
-    used_by_unknown: AtomicUsize,
 }
 
 /// The bytes of one call. Dropping it gives them back.
 pub(super) struct CallBytes {
     budget: Arc<ByteBudget>,
-    known: bool,
+    trusted: bool,
     taken: AtomicUsize,
 }
 
@@ -38,58 +47,37 @@ pub(super) struct CountedBody {
     bytes: Arc<CallBytes>,
 }
 
-/// The limit of bytes of unread answers, and how many are used.
-pub(super) struct AnswerBudget {
-    limit: usize,
-    used_by_platforms: AtomicUsize,
-    used_by_others: AtomicUsize,
-}
-
-/// The bytes of one answer. Dropping it gives them back.
-pub(super) struct AnswerBytes {
-    budget: Arc<AnswerBudget>,
-    is_platform: bool,
-    taken: usize,
-}
-
-// === impl AnswerBudget ===
-
-impl AnswerBudget {
-    pub(super) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, used_by_platforms: AtomicUsize::new(0), used_by_others: AtomicUsize::new(0) })
-    }
-
-    /// Takes the bytes of one answer, or refuses it. Platforms have a count of their own, which nobody else can use up.
-    pub(super) fn take(self: &Arc<Self>, is_platform: bool, bytes: usize) -> Result<AnswerBytes, Status> {
-        let answer = AnswerBytes { budget: Arc::clone(self), is_platform, taken: bytes };
-        let limit = if is_platform { self.limit } else { self.limit / 2 };
-        if self.used(is_platform).fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > limit {
-            return Err(limit_reached("limits.answer_bytes", &format!("{limit} bytes of unread answers at a time"), RETRY_AFTER));
-        }
-        Ok(answer)
-    }
-
-    fn used(&self, is_platform: bool) -> &AtomicUsize {
-        if is_platform { &self.used_by_platforms } else { &self.used_by_others }
-    }
-}
-
-impl Drop for AnswerBytes {
-    fn drop(&mut self) {
-        self.budget.used(self.is_platform).fetch_sub(self.taken, Ordering::Relaxed);
-    }
-}
-
 // === impl ByteBudget ===
 
 impl ByteBudget {
-    pub(super) fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self { limit, used: AtomicUsize::new(0), used_by_unknown: AtomicUsize::new(0) })
+    /// For requests; known callers are trusted.
+    pub(super) fn of_requests(limit: usize) -> Arc<Self> {
+        Self::new("limits.request_bytes", "requests", limit, UNKNOWN_CALLER_DIVISOR)
+    }
+
+    /// For answers that are not read; platforms are trusted.
+    pub(super) fn of_unread_answers(limit: usize) -> Arc<Self> {
+        Self::new("limits.answer_bytes", "unread answers", limit, NO_PLATFORM_DIVISOR)
+    }
+
+    fn new(setting: &'static str, what: &'static str, limit: usize, divisor: usize) -> Arc<Self> {
+        let count = |limit| Count { limit, used: AtomicUsize::new(0) };
+        Arc::new(Self { setting, what, trusted: count(limit), others: count(limit / divisor) })
     }
 
     /// The count for a new call.
-    pub(super) fn call(self: &Arc<Self>, known: bool) -> Arc<CallBytes> {
-        Arc::new(CallBytes { budget: Arc::clone(self), known, taken: AtomicUsize::new(0) })
+    pub(super) fn call(self: &Arc<Self>, trusted: bool) -> Arc<CallBytes> {
+        Arc::new(CallBytes { budget: Arc::clone(self), trusted, taken: AtomicUsize::new(0) })
+    }
+
+    /// A new call that takes these bytes at once, or is refused.
+    pub(super) fn take(self: &Arc<Self>, trusted: bool, bytes: usize) -> Result<Arc<CallBytes>, Status> {
+        let call = self.call(trusted);
+        call.take(bytes).map(|()| call)
+    }
+
+    const fn count(&self, trusted: bool) -> &Count {
+        if trusted { &self.trusted } else { &self.others }
     }
 }
 
@@ -97,11 +85,11 @@ impl ByteBudget {
 
 impl CallBytes {
     fn take(&self, bytes: usize) -> Result<(), Status> {
-        let ByteBudget { limit, used, used_by_unknown } = &*self.budget;
-        let (used, limit) = if self.known { (used, *limit) } else { (used_by_unknown, limit / UNKNOWN_CALLER_DIVISOR) };
+        let ByteBudget { setting, what, .. } = &*self.budget;
+        let Count { limit, used } = self.budget.count(self.trusted);
         self.taken.fetch_add(bytes, Ordering::Relaxed);
-        if used.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > limit {
-            return Err(limit_reached("limits.request_bytes", &format!("{limit} bytes of requests at a time"), RETRY_AFTER));
+        if used.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > *limit {
+            return Err(limit_reached(setting, &format!("{limit} bytes of {what} at a time"), RETRY_AFTER));
         }
         Ok(())
     }
@@ -109,8 +97,8 @@ impl CallBytes {
 
 impl Drop for CallBytes {
     fn drop(&mut self) {
-        let used = if self.known { &self.budget.used } else { &self.budget.used_by_unknown };
-        used.fetch_sub(*self.taken.get_mut(), Ordering::Relaxed);
+        let taken = *self.taken.get_mut();
+        self.budget.count(self.trusted).used.fetch_sub(taken, Ordering::Relaxed);
     }
 }
 

@@ -97,7 +97,7 @@ fn the_memory_of_all_patterns_is_limited() {
         let providers: String = (0..count).map(provider).collect();
         format!("schema_version: 1\nproviders:\n{providers}runtimes:\n  agent:\n    providers: [{{name: acme-0, models: [m]}}]\n")
     };
-    assert_eq!(parsed(registry(5).as_bytes()).map(drop).map_err(|found| told(&found)), Ok(()));
+    assert_eq!(parsed(registry(5).as_bytes()).err(), None);
     let found = parsed(registry(300).as_bytes()).unwrap_err();
     let too_many = |problem: &&Problem| problem.message.contains("the compiled patterns need more than 8388608 bytes");
     assert_eq!(found.iter().filter(too_many).count(), 1, "{}", told(&found));
